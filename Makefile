@@ -1,0 +1,20 @@
+.PHONY: demo test lint
+PYTHON ?= python3
+BIN = .venv/bin
+
+demo: .venv/installed
+	$(BIN)/python train.py sweeps=demo
+	$(BIN)/python -m sweeps.report demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+# torch first, from the CPU wheels where there is no GPU: the plain one brings gigabytes of CUDA libraries.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,96 @@
+"""Checkpoints that survive kill -9: written atomically with a digest beside them, verified before they are read."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import Callback
+
+from kd import files
+from kd.errors import UserError
+
+KEPT = 2  # newest checkpoints: one to resume from, one in case it is damaged
+
+
+class DigestIO(CheckpointIO):
+    """torch.save to a temporary file in the same folder, synced and renamed, its digest in a file beside it."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        path = Path(path)
+        with files.atomic(path) as temporary:
+            torch.save(checkpoint, temporary)
+            checksum = files.digest(temporary)
+            # First the digest, then the checkpoint: a kill between the two leaves a digest of nothing, which is ignored.
+            with files.atomic(_beside(path)) as note:
+                note.write_text(checksum)
+
+    def load_checkpoint(self, path, map_location=None, weights_only=True):
+        # Tensors and plain containers only: a checkpoint runs no code.
+        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+
+    def remove_checkpoint(self, path) -> None:
+        Path(path).unlink(missing_ok=True)
+        _beside(Path(path)).unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_suffix(".xxh3")
+
+
+def steps(folder: Path) -> list[Path]:
+    """Checkpoints in a folder, the newest first."""
+    return sorted(Path(folder).glob("step-*.ckpt"), reverse=True)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole, or None if there are none.
+
+    Warns of every damaged one; raises UserError when all are.
+    """
+    found = steps(folder)
+    for path in found:
+        note = _beside(path)
+        if note.exists() and files.digest(path) == note.read_text():
+            return path
+        warnings.warn(f"{path} is damaged (its bytes are not those that were written); going back to the one before.")
+    if found:
+        raise UserError(
+            f"Every checkpoint of this run is damaged: {', '.join(map(str, found))}. To train it anew, type:\n"
+            f"  rm -r {folder}"
+        )
+    return None
+
+
+class Checkpoints(Callback):
+    """Saves every `every` steps and keeps the newest two.
+
+    Saved at the start of a batch, when everything that belongs to the step before, validation included, is done; so
+    what a resumed run still has to do is exactly what is left.
+    """
+
+    def __init__(self, folder: Path, every: int):
+        self.folder, self.every = Path(folder), every
+        self.begun = time.monotonic()
+        self.resumed_at = -1
+
+    def on_train_start(self, trainer, module) -> None:
+        self.begun = time.monotonic()
+        self.resumed_at = trainer.global_step
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        if trainer.global_step == self.resumed_at:
+            module.restore_random_state()
+        elif trainer.global_step % self.every == 0:
+            now = time.monotonic()
+            module.seconds += now - self.begun
+            self.begun = now
+            trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:08}.ckpt")
+            for old in steps(self.folder)[KEPT:]:
+                trainer.strategy.remove_checkpoint(old)
+
+    def on_train_end(self, trainer, module) -> None:
+        module.seconds += time.monotonic() - self.begun

@@ -1,0 +1,182 @@
+"""Where text comes from: each function here returns a Corpus. python and markov need no download."""
+
+from __future__ import annotations
+
+import glob
+import sysconfig
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from kd.errors import UserError
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents, and what says whether they are the same ones as before.
+
+    entropy: nats per token that no model can beat, where it is known. words: the whole vocabulary, where words are the
+    tokens and documents are rows as they stand; else a tokenizer is used and documents are joined.
+    """
+
+    load: Callable[[], Sequence[str] | Iterable[str]]
+    fingerprint: dict
+    streaming: bool = False
+    entropy: float | None = None
+    words: Sequence[str] | None = None
+
+
+def python() -> Corpus:
+    """The source of the Python standard library on this machine: some 600 files, 11 MB; one file is one document."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+    files = [f for f in sorted(root.rglob("*.py")) if not skip & set(f.relative_to(root).parts)]
+    if not files:
+        raise UserError(f"data=python: no source files in {root}. Choose other text, e.g. data=text data.files=my.txt.")
+    documents = [f.read_text(encoding="utf-8", errors="replace") for f in files]
+    return Corpus(lambda: documents, {"name": "python", "content": _digest_all(documents)})
+
+
+def markov(seq_len: int, tokens: int = 2_000_000, states: int = 128, branching: int = 8, seed: int = 0) -> Corpus:
+    """A stationary first-order Markov chain: its entropy rate is what a perfect model reaches, exactly.
+
+    From each of `states` states, `branching` successors with Dirichlet(1) probabilities. Every document is one row of
+    seq_len + 1 tokens that starts in the stationary distribution.
+    """
+    if not (states >= 2 and 1 <= branching <= states and tokens > 0):
+        raise UserError(f"data=markov: need data.branching from 1 to data.states={states}, and data.tokens above 0.")
+    rng = np.random.default_rng(seed)
+    successors = np.stack([rng.choice(states, branching, replace=False) for _ in range(states)])  # [S, branching]
+    successors[:, 0] = (np.arange(states) + 1) % states  # one ring through all states: the chain is irreducible
+    probability = rng.dirichlet(np.ones(branching), states)
+    matrix = np.zeros((states, states))
+    np.add.at(matrix, (np.arange(states)[:, None], successors), probability)
+    stationary = np.linalg.lstsq(
+        np.vstack([matrix.T - np.eye(states), np.ones(states)]), np.append(np.zeros(states), 1.0), rcond=None
+    )[0].clip(0)
+    stationary /= stationary.sum()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        entropy = -float(stationary @ np.nansum(matrix * np.log(matrix), 1))
+
+    def documents() -> list[str]:
+        rng_text = np.random.default_rng([seed, 1])
+        count = -(-tokens // (seq_len + 1))
+        state = rng_text.choice(states, count, p=stationary)
+        columns = [state]
+        cumulative = matrix.cumsum(1)
+        for _ in range(seq_len):
+            state = (rng_text.random((count, 1)) > cumulative[state]).sum(1).clip(max=states - 1)
+            columns.append(state)
+        return [" ".join(row) for row in np.array(words)[np.stack(columns, 1)]]
+
+    words = [f"s{i}" for i in range(states)]
+    fingerprint = dict(name="markov", seq_len=seq_len, tokens=tokens, states=states, branching=branching, seed=seed)
+    return Corpus(documents, fingerprint, entropy=entropy, words=words)
+
+
+def hub(
+    name: str, subset: str | None = None, split: str = "train", field: str = "text", revision: str | None = None,
+    streaming: bool = True,
+) -> Corpus:  # fmt: skip
+    """Any dataset of the Hugging Face Hub (or a local folder of one); streaming reads only as much as is needed."""
+
+    def load() -> Iterable[str]:
+        import datasets
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
+        try:
+            rows = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=streaming)
+        except (ConnectionError, OSError, OfflineModeIsEnabled, datasets.exceptions.DatasetNotFoundError) as error:
+            raise UserError(
+                f"data.name={name}: could not be read from the Hugging Face Hub ({_first_line(error)}). Check the name "
+                "and the network; private sets need `hf auth login`. Local text: data=text data.files=my.txt."
+            ) from error
+        except ValueError as error:
+            raise UserError(
+                f"data.name={name} data.subset={subset} data.split={split}: {_first_line(error)}"
+            ) from error
+        return _column(rows, field, f"data.name={name}")
+
+    if not name:
+        raise UserError("data=hub needs the name of a dataset, e.g. data.name=roneneldan/TinyStories.")
+    fingerprint = dict(name=name, subset=subset, split=split, field=field, revision=revision)
+    return Corpus(load, fingerprint, streaming=streaming)
+
+
+def text(files: str, field: str = "text", sample_by: str = "paragraph") -> Corpus:
+    """Local .txt, .jsonl or .parquet files (a path or a pattern); `field` holds the text of a JSONL or Parquet row.
+
+    sample_by says what one document of a .txt is: paragraph, line or document (the whole file).
+    """
+    option = f"data.files={files}"
+    paths = sorted(Path(p) for p in glob.glob(str(files), recursive=True)) if files else []
+    if not paths:
+        raise UserError(f"{option}: no such file. Type a path or a quoted pattern, e.g. \"data.files='text/*.txt'\".")
+    kinds = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    kind = {kinds.get(p.suffix) for p in paths}
+    if len(kind) > 1 or None in kind:
+        found = ", ".join(sorted({p.suffix or "no ending" for p in paths}))
+        raise UserError(f"{option}: need files of one kind, .txt, .jsonl or .parquet; got {found}.")
+    if sample_by not in ("paragraph", "line", "document"):
+        raise UserError(f"data.sample_by={sample_by}: need paragraph, line or document.")
+    builder = kind.pop()
+    for path in paths:
+        with open(path, "rb") as file:
+            start = file.read(1 << 16)
+        if not start:
+            raise UserError(f"{option}: {path} is empty.")
+        if builder != "parquet" and b"\0" in start:
+            raise UserError(f"{option}: {path} is binary, not text.")
+
+    def load() -> Iterable[str]:
+        import datasets
+
+        extra = {"sample_by": sample_by} if builder == "text" else {}
+        try:
+            rows = datasets.load_dataset(builder, data_files=[str(p) for p in paths], split="train", **extra)
+        except (datasets.exceptions.DatasetGenerationError, UnicodeDecodeError) as error:
+            cause = error.__cause__ or error
+            raise UserError(f"{option}: could not be read as {builder}: {_first_line(cause)}") from error
+        return _column(rows, field, option)
+
+    fingerprint = dict(
+        field=field, sample_by=sample_by, files=[[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+    )
+    return Corpus(load, fingerprint)
+
+
+def _column(rows, field: str, option: str) -> Iterable[str]:
+    names = rows.column_names or list(next(iter(rows)))
+    if field not in names:
+        raise UserError(f"{option}: has no column {field!r}; it has {', '.join(names)}. Type data.field=ONE_OF_THEM.")
+    return _Texts(rows, field)
+
+
+class _Texts:
+    """One column of a `datasets` set: iterable, and indexable where the set is."""
+
+    def __init__(self, rows, field: str):
+        self.rows, self.field = rows, field
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self):
+        return (row[self.field] for row in self.rows)
+
+    def __getitem__(self, index: int) -> str:
+        return self.rows[index][self.field]
+
+
+def _digest_all(documents: Iterable[str]) -> str:
+    state = xxhash.xxh3_128()
+    for document in documents:
+        state.update(document.encode() + b"\0")
+    return state.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

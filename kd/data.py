@@ -1,0 +1,292 @@
+"""From a corpus to batches.
+
+1. documents  in an order made from their content, so that files of one kind do not stand together; streams as they come
+2. split      a document belongs to validation if its hash says so: the same text never lands on both sides
+3. tokens     by a tokenizer trained on the spot, or the pretrained model's own
+4. rows       documents joined with an end-of-text token and cut into rows of T + 1 tokens, on disk, once, under a lock
+5. batches    which rows form step s is a pure function of (seed, s): runs with one seed see the same batches, and a
+              resumed run goes on where it was. The shift happens here, once: labels[t] is the token after ids[t].
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import filelock
+import numpy as np
+import xxhash
+
+from kd import files
+from kd.corpora import Corpus
+from kd.errors import UserError
+
+FORMAT = 1  # of the packed rows; a new one makes new folders
+END = "<|endoftext|>"
+IGNORE = -100  # label of a position that is not counted
+
+
+class Batch(NamedTuple):
+    """One optimizer step, or a micro-batch of it, as tensors."""
+
+    ids: object  # [B, T] int64
+    labels: object  # [B, T] int64, already shifted; -100 = ignore
+    row: object  # [B]    which row of the data
+    seed: object  # [B, T] int64, a random number per position, for whatever samples
+
+    def split(self, rows: int) -> Iterator[Batch]:
+        """Micro-batches of at most `rows` sequences."""
+        return (Batch(*parts) for parts in zip(*(x.split(rows) for x in self), strict=True))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Tokenised rows on disk and what there is to know of them."""
+
+    folder: Path
+    train: np.ndarray  # [R, T + 1]
+    val: np.ndarray  # [R', T + 1]
+    bytes_per_token: float | None  # of the validation text; None where tokens are no text
+    entropy: float | None  # nats per token, where it is known
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder / "tokenizer"
+
+
+def key(corpus: Corpus, **settings) -> str:
+    """Name of the packed data: a digest of everything that its content depends on."""
+    described = json.dumps([FORMAT, corpus.fingerprint, settings], sort_keys=True)
+    return xxhash.xxh3_128_hexdigest(described.encode())[:16]
+
+
+def pack(
+    corpus: Corpus, cache: Path, seq_len: int = 256, vocab: int = 2048, tokenizer: str | None = None,
+    tokens: int | None = None, val_rows: int = 64, val_share: float = 0.05,
+) -> Packed:  # fmt: skip
+    """The corpus as rows of seq_len + 1 tokens, made once and kept in `cache`.
+
+    vocab: size of the tokenizer to train, unless `tokenizer` names a pretrained one. tokens: at most so many for
+    training (a smaller amount is a part of a larger one). Raises UserError for text too short for one row.
+    """
+    settings = dict(seq_len=seq_len, tokens=tokens, val_rows=val_rows, val_share=val_share)
+    for option, value in dict(seq_len=seq_len, val_rows=val_rows, **({"tokens": tokens} if tokens else {})).items():
+        if value < 1:
+            raise UserError(f"data.{option}={value}: need at least 1.")
+    if not 0 < val_share < 1:
+        raise UserError(f"data.val_share={val_share}: need a share of the documents between 0 and 1, e.g. 0.05.")
+    if tokenizer is None and not corpus.words and vocab < 257:
+        raise UserError(f"data.vocab={vocab}: need at least 257, one token per byte and one for the end of a text.")
+    settings |= {"tokenizer": tokenizer} if tokenizer else {"vocab": vocab}
+    folder = Path(cache) / key(corpus, **settings)
+    if not (folder / "manifest.json").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{folder}.lock"):
+            if not (folder / "manifest.json").exists():
+                with files.atomic(folder) as temporary:
+                    temporary.mkdir(parents=True)
+                    _write(temporary, corpus, **settings)
+    return _open(folder)
+
+
+def _open(folder: Path) -> Packed:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, expected in manifest["digests"].items():
+        if not (folder / name).exists() or files.digest(folder / name) != expected:
+            raise UserError(
+                f"{folder / name} is damaged: it is not what was written. Remove it and type the same command again:\n"
+                f"  rm -r {folder}"
+            )
+    train, val = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("train", "val"))
+    return Packed(folder, train, val, manifest["bytes_per_token"], manifest["entropy"])
+
+
+def _write(
+    folder: Path, corpus: Corpus, seq_len: int, tokens: int | None, val_rows: int, val_share: float,
+    vocab: int | None = None, tokenizer: str | None = None,
+) -> None:  # fmt: skip
+    documents = _ordered(corpus)
+    sides = _Sides(val_share)
+    fast = _tokenizer(corpus, documents, sides, vocab, tokenizer)
+    fast.save_pretrained(folder / "tokenizer")
+    dtype = np.uint16 if len(fast) <= 1 << 16 else np.uint32
+    limit = {"train": tokens or float("inf"), "val": val_rows * (seq_len + 1) / val_share}
+    count, size, bytes_seen = {"train": 0, "val": 0}, seq_len + 1, 0
+    end = [] if corpus.words else [fast.eos_token_id]
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+        out = {"train": train, "val": val}
+        for texts in _batches(documents, 256):
+            encoded = fast(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            for text, ids in zip(texts, encoded, strict=True):
+                side = sides(text)
+                if count[side] < limit[side]:
+                    np.array(ids + end, dtype).tofile(out[side])
+                    count[side] += len(ids) + len(end)
+                    bytes_seen += len(text.encode()) if side == "val" else 0
+            if count["train"] >= limit["train"] and count["val"] >= val_rows * size:
+                break
+    if corpus.streaming is False and min(count.values()) < size:
+        _too_short(count, size)
+    for side in ("train", "val"):
+        flat = np.fromfile(folder / f"{side}.bin", dtype)
+        rows = int(min(len(flat), limit[side])) // size
+        if rows == 0:
+            _too_short(count, size)
+        table = flat[: rows * size].reshape(rows, size)
+        if side == "val":  # a random part of the whole, so that one long document does not fill it
+            table = table[np.sort(np.random.default_rng(0).permutation(rows)[:val_rows])]
+        np.save(folder / f"{side}.npy", table)
+        (folder / f"{side}.bin").unlink()
+    manifest = {
+        "source": corpus.fingerprint,
+        "vocab": len(fast),
+        "train_tokens": count["train"],
+        "bytes_per_token": None if corpus.words else bytes_seen / count["val"],
+        "entropy": corpus.entropy,
+        "digests": {
+            str(p.relative_to(folder)): files.digest(p) for p in sorted(folder.rglob("*")) if p.is_file()
+        },
+    }  # fmt: skip
+    files.write_json(folder / "manifest.json", manifest)
+
+
+def _too_short(count: dict[str, int], size: int):
+    raise UserError(
+        f"The text gives {count['train']:,} tokens for training and {count['val']:,} for validation, and one row needs "
+        f"{size:,}. Choose more text, shorter rows (data.seq_len=64), or more validation (data.val_share=0.2)."
+    )
+
+
+class _Sides:
+    """Which side of the split a document is on, by its content."""
+
+    def __init__(self, val_share: float):
+        self.bound = val_share * 2**64
+
+    def __call__(self, text: str) -> str:
+        return "val" if xxhash.xxh3_64_intdigest(text.encode(), seed=1) < self.bound else "train"
+
+
+def _ordered(corpus: Corpus):
+    """All documents, shuffled by content; a stream stays as it is."""
+    documents = corpus.load()
+    if corpus.streaming:
+        return documents
+    order = sorted(range(len(documents)), key=lambda i: xxhash.xxh3_64_intdigest(documents[i].encode()))
+    return _Reordered(documents, order)
+
+
+class _Reordered:
+    def __init__(self, documents, order: list[int]):
+        self.documents, self.order = documents, order
+
+    def __iter__(self) -> Iterator[str]:
+        return (self.documents[i] for i in self.order)
+
+
+def _tokenizer(corpus: Corpus, documents: Iterable[str], sides: _Sides, vocab: int | None, name: str | None):
+    """The pretrained tokenizer `name`, one word per token, or byte-level BPE trained on up to 20 MB of training text."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if name:
+        from kd.models import from_hub
+
+        return from_hub(AutoTokenizer, name, "data.tokenizer")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if corpus.words:
+        bpe = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*corpus.words, END])}, unk_token=END))
+        bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END)
+
+    def sample() -> Iterator[str]:
+        read = 0
+        for text in documents:
+            if read >= 20_000_000:
+                return
+            if sides(text) == "train":
+                read += len(text)
+                yield text
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(sample(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END)
+
+
+def _batches(documents: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Lists of `size` documents, under a progress bar."""
+    from kd.progress import track
+
+    batch: list[str] = []
+    for text in track(documents, "reading text"):
+        batch.append(text)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def rows_of_step(count: int, batch: int, seed: int, step: int) -> np.ndarray:
+    """Which of `count` rows form optimizer step `step`, a pure function: every epoch is a new permutation [batch]."""
+    place = np.arange(step * batch, (step + 1) * batch)
+    rows = np.empty(batch, np.int64)
+    for epoch in np.unique(place // count):
+        here = place // count == epoch
+        rows[here] = _permutation(count, seed, int(epoch))[place[here] % count]
+    return rows
+
+
+_kept: dict[tuple, np.ndarray] = {}
+
+
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    if (count, seed, epoch) not in _kept:
+        _kept.clear()
+        _kept[count, seed, epoch] = np.random.default_rng([seed, epoch]).permutation(count)
+    return _kept[count, seed, epoch]
+
+
+class Batches:
+    """The training batches of steps start … steps - 1; iterating again begins at `start` again."""
+
+    def __init__(self, rows: np.ndarray, batch: int, seed: int, start: int, steps: int):
+        self.rows, self.batch, self.seed, self.start, self.steps = rows, batch, seed, start, steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        for step in range(self.start, self.steps):
+            index = rows_of_step(len(self.rows), self.batch, self.seed, step)
+            yield to_batch(self.rows[index], index, np.random.default_rng([self.seed, step, 1]))
+
+
+class ValidationBatches:
+    """The validation rows, in order, `batch` at a time."""
+
+    def __init__(self, rows: np.ndarray, batch: int):
+        self.rows, self.batch = rows, batch
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.rows), self.batch):
+            index = np.arange(start, min(start + self.batch, len(self.rows)))
+            yield to_batch(self.rows[index], index, np.random.default_rng(0))
+
+
+def to_batch(rows: np.ndarray, index: np.ndarray, rng: np.random.Generator) -> Batch:
+    """Rows [B, T + 1] -> Batch; the only place where inputs and labels are shifted."""
+    import torch
+
+    tokens = torch.from_numpy(rows.astype(np.int64))
+    seed = torch.from_numpy(rng.integers(0, 2**62, (len(rows), tokens.shape[1] - 1)))
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.from_numpy(index), seed)

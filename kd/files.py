@@ -1,0 +1,72 @@
+"""Files that must not be lost: written to a temporary name in the same folder, synced, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import xxhash
+
+from kd.errors import UserError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary name, file or folder, that becomes `path` when the block ends well and vanishes when it does not.
+
+    Raises UserError when the disk is full; what stood at `path` before is then untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        for file in [p for p in temporary.rglob("*") if p.is_file()] or [temporary]:
+            _sync(file)
+        if temporary.is_dir() and path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise disk_full(path) from error
+        raise
+
+
+def disk_full(path: Path) -> UserError:
+    """The error for a write that found no room."""
+    free = shutil.disk_usage(Path(path).parent).free
+    return UserError(
+        f"No room to write {path}: {free / 1e6:,.0f} MB are free there. Nothing was half-written. Free some space or "
+        "choose another place with root=/other/folder, then type the same command: it goes on from the last checkpoint."
+    )
+
+
+def write_json(path: Path, value) -> None:
+    """value as indented JSON, atomically; NaN is refused, since it is no JSON."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def digest(path: Path) -> str:
+    """xxh3-128 of a file's bytes: finds any damage, at several GB/s."""
+    state = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            state.update(block)
+    return state.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

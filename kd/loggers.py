@@ -1,0 +1,129 @@
+"""Where metrics go. metrics.jsonl in the run's folder is the truth; W&B and TensorBoard are views of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from kd import files
+from kd.run import About
+
+
+class MetricsFile(Logger):
+    """One JSON object per line: `step` and what was measured after that many steps; nothing that depends on the clock.
+
+    On resume, lines after the checkpoint's step are cut off, as those steps are run again.
+    """
+
+    def __init__(self, path: Path, step: int):
+        super().__init__()
+        self.path = Path(path)
+        kept = [line for line in self.lines(path) if line["step"] <= step]
+        with files.atomic(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.file = open(self.path, "a")
+
+    @staticmethod
+    def lines(path: Path) -> list[dict]:
+        """All whole lines of a metrics file; a last line torn by a kill is left out."""
+        if not Path(path).exists():
+            return []
+        return [json.loads(x) for x in Path(path).read_text().splitlines(keepends=True) if x.endswith("\n")]
+
+    name = version = None
+
+    def log_hyperparams(self, params, *args, **kwargs) -> None:
+        """The config has a file of its own."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        try:
+            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise files.disk_full(self.path) from error
+
+    def save(self) -> None:
+        os.fsync(self.file.fileno())
+
+    def close(self, final: dict[str, float] | None) -> None:
+        """The run ended: with its final metrics, or without."""
+        self.save()
+        self.file.close()
+
+
+def none(folder: Path, about: About) -> list[Logger]:
+    """No view beside metrics.jsonl."""
+    return []
+
+
+def tensorboard(folder: Path, about: About) -> list[Logger]:
+    """Event files in the run's folder."""
+    try:
+        import tensorboard  # noqa: F401
+    except ModuleNotFoundError as error:
+        from kd.errors import UserError
+
+        raise UserError("logger=tensorboard needs TensorBoard: pip install 'kd[tensorboard]'.") from error
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    class TensorBoardView(TensorBoardLogger):
+        def close(self, final: dict[str, float] | None) -> None:
+            self.log_hyperparams(about.config, {f"final/{k}": v for k, v in (final or {}).items()})
+            super().finalize("success" if final else "failed")
+
+    return [TensorBoardView(folder, name="", version="tensorboard")]
+
+
+def wandb(folder: Path, about: About, project: str = "kd", entity: str | None = None) -> list[Logger]:
+    """Weights & Biases; offline without a key or a network, so that nothing asks, blocks or stops the training.
+
+    WANDB_MODE (online, offline, disabled) is obeyed. `wandb sync runs/*/wandb/offline-run-*` uploads later.
+    """
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    settings = dict(
+        project=project, entity=entity, dir=str(folder), id=about.id, name=about.name, group=about.group,
+        job_type=about.job_type, tags=about.tags, config=about.config, resume="allow",
+        settings=wandb.Settings(silent=True, console="off", init_timeout=30, finish_timeout=60, x_disable_stats=True),
+    )  # fmt: skip
+    wandb.finish()  # the run of an earlier job in this process, if it died before its own finish
+    try:
+        run = wandb.init(**settings, mode=mode)
+    except Exception as error:  # whatever is wrong with the network or the account, the training is worth more
+        warnings.warn(f"W&B is not reachable ({error}); this run is logged offline, to be sent with `wandb sync`.")
+        run = wandb.init(**settings, mode="offline")
+    for axis in ("tokens", "flops"):
+        run.define_metric(axis)
+    for metrics in ("train/*", "val/*"):
+        run.define_metric(metrics, step_metric="tokens")
+    return [WandbView(run)]
+
+
+class WandbView(Logger):
+    """A W&B run as a Lightning logger."""
+
+    name = version = None
+
+    def __init__(self, run):
+        super().__init__()
+        self.run = run
+
+    def log_hyperparams(self, params, *args, **kwargs) -> None:
+        """W&B was given the config when the run began."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.run.log(metrics, step=step)
+
+    def close(self, final: dict[str, float] | None) -> None:
+        """Final metrics get names of their own, final/…: W&B's own summary does not say which step it is of."""
+        if final:
+            self.run.summary.update({f"final/{k.removeprefix('val/')}": v for k, v in final.items()})
+        self.run.finish(exit_code=0 if final else 1)

@@ -1,0 +1,126 @@
+"""Every loss, side by side: (student log-probabilities [N, V], Target) -> nats per position [N].
+
+A loss is un-reduced and knows nothing of temperature, truncation, masks or chunks; these happen once, in
+kd/objective.py. Below p is the teacher and q the student, over the columns that the target keeps. To add a loss,
+write the function here and two lines in conf/loss/NAME.yaml.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kd.errors import UserError
+from kd.target import FLOOR, Target
+
+
+def fkl(student: Tensor, target: Target) -> Tensor:
+    """Forward KL(p || q), nats [N]. Hinton et al. 2015, arXiv 1503.02531."""
+    q, p = target.pair(student)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def rkl(student: Tensor, target: Target) -> Tensor:
+    """Reverse KL(q || p), nats [N]. Gu et al. 2023 (MiniLLM), arXiv 2306.08543, eq. 1, per token."""
+    q, p = target.pair(student)
+    return (q.exp() * (q - p)).sum(-1)
+
+
+def jsd(student: Tensor, target: Target, beta: float = 0.5) -> Tensor:
+    """Generalised Jensen-Shannon divergence, nats [N]: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1-beta) q.
+
+    beta weighs the teacher, as in Agarwal et al. 2023 (GKD), arXiv 2306.13649, eq. 1. The formula is 0 at both ends;
+    there, as in that paper's limits, beta=0 means fkl and beta=1 means rkl. Raises UserError for beta outside [0, 1].
+    """
+    _check("loss.beta", beta, 0 <= beta <= 1, "a number from 0 (fkl) to 1 (rkl)")
+    if beta in (0, 1):
+        return (fkl, rkl)[int(beta)](student, target)
+    q, p = target.pair(student)
+    m = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))  # [N, K]
+    return beta * (p.exp() * (p - m)).sum(-1) + (1 - beta) * (q.exp() * (q - m)).sum(-1)
+
+
+def akl(student: Tensor, target: Target, mu: float = 0.5) -> Tensor:
+    """Adaptive KL, nats [N]: fkl and rkl weighed by where the student is off, in the teacher's head or in its tail.
+
+    Head: the teacher's first token and all tokens whose running probability stays <= mu. The weights are the shares
+    of |p - q| in head (on fkl) and tail (on rkl), and carry no gradient. Wu et al. 2024, arXiv 2404.02657, section 4.
+    Raises UserError for mu outside [0, 1].
+    """
+    _check("loss.mu", mu, 0 <= mu <= 1, "a probability from 0 to 1")
+    q, p = target.pair(student)
+    with torch.no_grad():
+        gap = (p.exp() - q.exp()).abs()  # [N, K]
+        # Only the head has to be sorted, and it is short: look at the best 32, and at more only if they do not fill mu.
+        k = min(32, p.shape[-1])
+        top, order = p.topk(k)
+        while k < p.shape[-1] and (top.exp().sum(-1) <= mu).any():
+            k = min(4 * k, p.shape[-1])
+            top, order = p.topk(k)
+        in_head = top.exp().cumsum(-1) <= mu  # [N, k]
+        in_head[:, 0] = True
+        head = (gap.gather(-1, order) * in_head).sum(-1)
+        total = gap.sum(-1)
+        share = torch.where(total > 0, head / total, 0.5).clamp(0, 1)  # 0/0 when q = p, where both KLs are 0
+    return share * (p.exp() * (p - q)).sum(-1) + (1 - share) * (q.exp() * (q - p)).sum(-1)
+
+
+def skl(student: Tensor, target: Target, alpha: float = 0.1) -> Tensor:
+    """Skew KL(p || alpha p + (1 - alpha) q), nats [N]. Ko et al. 2024 (DistiLLM), arXiv 2402.03898, eq. 4.
+
+    Raises UserError for alpha outside [0, 1).
+    """
+    _check("loss.alpha", alpha, 0 <= alpha < 1, "a number from 0 (fkl) to below 1")
+    q, p = target.pair(student)
+    return (p.exp() * (p - _mix(p, q, alpha))).sum(-1)
+
+
+def srkl(student: Tensor, target: Target, alpha: float = 0.1) -> Tensor:
+    """Skew reverse KL(q || alpha q + (1 - alpha) p), nats [N]. Ko et al. 2024 (DistiLLM), arXiv 2402.03898.
+
+    Raises UserError for alpha outside [0, 1).
+    """
+    _check("loss.alpha", alpha, 0 <= alpha < 1, "a number from 0 (rkl) to below 1")
+    q, p = target.pair(student)
+    return (q.exp() * (q - _mix(q, p, alpha))).sum(-1)
+
+
+def tvd(student: Tensor, target: Target) -> Tensor:
+    """Total variation distance, half of sum |p - q|, in [0, 1] per position [N]. Wen et al. 2023, arXiv 2307.15190.
+
+    1 - tvd is the acceptance rate of speculative decoding with the student as the draft (Leviathan et al. 2022).
+    """
+    q, p = target.pair(student)
+    return 0.5 * (p.exp() - q.exp()).abs().sum(-1)
+
+
+def mse(student: Tensor, target: Target) -> Tensor:
+    """Mean squared difference of logits over the kept columns, squared nats [N]. Ba & Caruana 2014, arXiv 1312.6184.
+
+    A logit means nothing up to a constant, so each side is first centred over the kept columns.
+    """
+    q, p = target.pair(student)
+    kept = p > FLOOR
+    count = kept.sum(-1, keepdim=True)
+    gap = (q - p) * kept  # [N, K]
+    gap = (gap - gap.sum(-1, keepdim=True) / count) * kept
+    return gap.square().sum(-1) / count[:, 0]
+
+
+def nll(student: Tensor, target: Target) -> Tensor:
+    """Cross-entropy of the student under the teacher, -sum p log q, nats [N]. Peng et al. 2024, arXiv 2410.16215.
+
+    Its gradient is that of fkl; its value does not reach 0 but the teacher's entropy.
+    """
+    q, p = target.pair(student)
+    return -(p.exp() * q).sum(-1)
+
+
+def _mix(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """log(alpha exp(a) + (1 - alpha) exp(b))"""
+    return b if alpha == 0 else torch.logaddexp(a + math.log(alpha), b + math.log1p(-alpha))
+
+
+def _check(option: str, got, good: bool, need: str) -> None:
+    if not good:
+        raise UserError(f"{option}={got}: need {need}.")

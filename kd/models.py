@@ -1,0 +1,165 @@
+"""A size or a name -> Hugging Face causal LM, seen as body and head.
+
+Everything else sees a model through `Causal`: ids -> hidden states [B, T, D], and a head that maps hidden states to
+logits over the vocabulary that teacher and student share.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kd.errors import UserError
+from kd.sizes import SIZES
+
+
+class Head(nn.Module):
+    """Hidden states [n, D] -> logits [n, V], with the soft cap or scale that some models put behind their output layer.
+
+    Padding rows beyond the tokenizer's `vocab` are cut off, so that teacher and student speak of the same tokens.
+    """
+
+    def __init__(self, model, vocab: int):
+        super().__init__()
+        self.output = model.get_output_embeddings()
+        self.vocab = vocab
+        config = model.config.get_text_config()
+        self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        # Cohere multiplies, Granite divides
+        self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = self.output(hidden)[..., : self.vocab]
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class Causal(nn.Module):
+    """A Hugging Face causal LM as body and head."""
+
+    def __init__(self, model, vocab: int):
+        super().__init__()
+        self.model = model
+        # The head shares the model's output layer; out of the module tree, so that its weights are counted once.
+        self.__dict__["head"] = Head(model, vocab)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """ids [B, T] -> last hidden states [B, T, D]."""
+        return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+    def check(self, option: str) -> None:
+        """Raise UserError unless head(hidden(x)) is what the model itself says, so that no scale or cap is missed."""
+        device = next(self.model.parameters()).device
+        ids = torch.arange(16, device=device)[None] % self.head.vocab
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            whole = self.model(input_ids=ids, use_cache=False).logits[..., : self.head.vocab].float()
+            ours = self.head(self.hidden(ids)).float()
+        self.model.train(training)
+        tolerance = 1e-4 if whole.dtype == next(self.model.parameters()).dtype else 0.05
+        off = ((whole - ours).abs().max() / whole.abs().max().clamp(min=1)).item()
+        if off > tolerance:
+            raise UserError(
+                f"{option}: the output layer of {type(self.model).__name__} applied to its hidden states is off from "
+                f"the model's own logits by {off:.1%}, so it does something there that kd does not know. "
+                "Choose another model, or add it to Head in kd/models.py."
+            )
+
+
+class Cost(NamedTuple):
+    """What a model costs: parameters, those without embeddings, and forward FLOPs per token."""
+
+    parameters: int
+    non_embedding: int
+    flops_per_token: float
+
+
+def cost(model, seq_len: int) -> Cost:
+    """Parameters and forward FLOPs per token: 2 per weight of every matrix, and 4 T D per layer for attention.
+
+    Kaplan et al. 2020, arXiv 2001.08361, section 2.1, with the output layer counted; attention is over T/2 on average.
+    """
+    config = model.config.get_text_config()
+    embedding = model.get_input_embeddings().weight.numel()
+    output = model.get_output_embeddings().weight
+    tied = output is model.get_input_embeddings().weight
+    total = sum(p.numel() for p in model.parameters())
+    inner = total - embedding - (0 if tied else output.numel())
+    attention = 4 * config.num_hidden_layers * config.hidden_size * seq_len / 2
+    return Cost(total, inner, 2 * (inner + output.numel()) + attention)
+
+
+def build(size: str | None, name: str | None, vocab: int, seq_len: int, option: str) -> Causal:
+    """A model of a size of kd/sizes.py with fresh weights, or the one of that Hub name or folder, float32."""
+    model = from_size(size, vocab, seq_len) if size else pretrained(name, option)
+    width = model.get_output_embeddings().weight.shape[0]
+    if width < vocab:
+        raise UserError(
+            f"{option}: the model knows {width:,} tokens and the tokenizer {vocab:,}. They do not belong together; "
+            "leave data.tokenizer out, so that the model's own is used."
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or seq_len
+    if positions < seq_len:
+        raise UserError(f"{option}: reads at most {positions:,} tokens at once; type data.seq_len={positions} or less.")
+    causal = Causal(model, vocab)
+    causal.check(option)
+    return causal
+
+
+def from_size(size: str, vocab: int, seq_len: int):
+    """A Llama-style model from scratch, from the row `size` of kd/sizes.py."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    row = SIZES[size]
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=row.hidden,
+        intermediate_size=row.ffn,
+        num_hidden_layers=row.layers,
+        num_attention_heads=row.heads,
+        num_key_value_heads=row.kv_heads,
+        max_position_embeddings=seq_len,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def pretrained(name: str, option: str):
+    """The causal LM of that Hub name or folder, float32, from safetensors and without running its code."""
+    from transformers import AutoModelForCausalLM
+
+    return from_hub(AutoModelForCausalLM, name, option, dtype=torch.float32, use_safetensors=True)
+
+
+def from_hub(auto, name: str, option: str, **settings):
+    """auto.from_pretrained(name), with an error that says what to do where there is no such thing."""
+    if not name:
+        raise UserError(f"{option}: needs a Hub name or a folder, e.g. {option}=HuggingFaceTB/SmolLM2-135M.")
+    try:
+        return auto.from_pretrained(name, trust_remote_code=False, **settings)
+    except (OSError, ValueError, ConnectionError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        where = "it is no folder here, and the Hub did not give it" if not Path(name).is_dir() else "in that folder"
+        raise UserError(
+            f"{option}={name}: could not be loaded ({where}): {reason}\n"
+            "Check the name and the network, or give the folder of a downloaded model."
+        ) from error
+
+
+def same_vocabulary(ours, theirs, option: str) -> None:
+    """Raise UserError unless two tokenizers give every token the same id."""
+    a, b = ours.get_vocab(), theirs.get_vocab()
+    if a != b:
+        differing = sum(a.get(token) != index for token, index in b.items()) + len(a.keys() - b.keys())
+        raise UserError(
+            f"{option}: its tokenizer has {len(b):,} tokens and the data's {len(a):,}, and {differing:,} of them differ. "
+            "Token by token, distillation compares the same ids, so both must share one tokenizer. Choose a teacher and "
+            "a student of one family, or sizes from scratch (student=200k), which take the teacher's tokenizer."
+        )

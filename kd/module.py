@@ -1,0 +1,190 @@
+"""The LightningModule around student and teacher. A batch is one optimizer step; micro-batches are taken from it."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+import lightning
+import torch
+
+from kd.data import IGNORE, Batch
+from kd.logits import Source, online
+from kd.metrics import Measures
+from kd.models import Causal
+from kd.objective import Objective
+
+
+STATE = ("tokens", "flops", "seconds", "train_metrics", "val_metrics", "val_step")  # what a checkpoint keeps of a run
+
+
+class Flops(NamedTuple):
+    """Per token: a training step of the student (forward and backward), and a forward pass of the teacher."""
+
+    student: float
+    teacher: float
+
+
+class NonFinite(RuntimeError):
+    """A loss or gradient is inf or NaN; `report` holds what is needed to find out why."""
+
+    def __init__(self, report: dict):
+        super().__init__(f"{report['what']} is not finite at step {report['step']}")
+        self.report = report
+
+
+class Distillation(lightning.LightningModule):
+    """A student that learns alpha(t) * distillation + (1 - alpha(t)) * language modelling.
+
+    The losses of an optimizer step are summed over all its micro-batches and divided once, by its counted tokens, so
+    the split into micro-batches changes nothing. `source` gives the training signal (None: language modelling alone);
+    `teacher`, if there is one, is what validation measures against. It is kept out of the module tree: it is neither
+    saved, nor trained, nor put in train mode.
+    """
+
+    def __init__(
+        self,
+        student: Causal,
+        teacher: Causal | None,
+        source: Source | None,
+        objective: Objective,
+        alpha: Callable[[float], float],
+        lr: Callable[[float], float],
+        optimizer: Callable[[list[dict]], torch.optim.Optimizer],
+        steps: int,
+        micro_batch: int,
+        clip: float,
+        log_every: int,
+        flops: Flops,
+        bytes_per_token: float | None = None,
+        watch: Callable[[int, float, int], None] = lambda step, loss, tokens: None,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.student = student
+        self.outside = [teacher.eval().requires_grad_(False)] if teacher is not None else []
+        self.source, self.objective, self.alpha, self.lr, self.optimizer = source, objective, alpha, lr, optimizer
+        self.steps, self.micro_batch, self.clip, self.log_every = steps, micro_batch, clip, log_every
+        self.cost, self.bytes_per_token, self.watch = flops, bytes_per_token, watch
+        self.tokens, self.flops, self.here = 0, 0.0, 0
+        self.seconds = 0.0
+        self.train_metrics: dict[str, float] = {}
+        self.val_metrics: dict[str, float] = {}
+        self.val_step = -1
+        self._random_state: dict | None = None
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Weight decay on matrices alone, as usual for transformers."""
+        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in parameters if p.ndim > 1]}]
+        groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0})
+        return self.optimizer(groups)
+
+    def on_fit_start(self) -> None:
+        for teacher in self.outside:
+            teacher.to(self.device)
+
+    on_validation_start = on_fit_start
+
+    def training_step(self, batch: Batch, index: int) -> None:
+        step = self.global_step
+        progress = step / max(1, self.steps - 1)
+        alpha = self.alpha(progress) if self.source is not None else 0.0
+        optimizer = self.optimizers()
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr(progress)
+        tokens = int((batch.labels != IGNORE).sum())
+        optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for part in batch.split(self.micro_batch):
+            kept = part.labels != IGNORE
+            # Where alpha is 0 the teacher would run for nothing.
+            signal = self.source(part, kept) if alpha else None
+            hidden = self.student.hidden(part.ids)[kept]  # [N, D]
+            terms = self.objective(self.student.head, hidden, part.labels[kept], signal, alpha)
+            self.manual_backward(terms.total / max(tokens, 1))
+            sums += torch.stack([x.detach().to(sums.dtype) for x in terms])
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.clip or math.inf)
+        loss, kd, lm = (sums / max(tokens, 1)).tolist()
+        metrics = {"loss": loss, "lm": lm, **({"kd": kd} if alpha else {}), "grad_norm": norm.item()}
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            raise NonFinite(self._report(f"train/{bad[0]}", metrics, batch, alpha))
+        optimizer.step()
+        self.tokens += tokens
+        self.here += tokens
+        self.flops += tokens * (self.cost.student + (self.cost.teacher if alpha else 0))
+        self.train_metrics = {f"train/{k}": v for k, v in metrics.items()}
+        self.train_metrics |= {"lr": self.lr(progress), **({"alpha": alpha} if self.source else {})}
+        self.train_metrics |= self._axes()
+
+    def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
+        self.watch(self.global_step, self.train_metrics["train/loss"], self.here)
+        if self.global_step % self.log_every == 0:
+            self._log(self.train_metrics)
+
+    def _axes(self) -> dict[str, float]:
+        """What plots are drawn against."""
+        return {"tokens": self.tokens, "flops": self.flops}
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=self.global_step)
+
+    def on_validation_epoch_start(self) -> None:
+        self.measures = Measures(self.objective.chunk)
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        kept = batch.labels != IGNORE
+        signal = online(self.outside[0])(batch, kept) if self.outside else None
+        hidden = self.student.hidden(batch.ids)[kept]
+        self.measures.update(self.student.head, hidden, batch.labels[kept], signal)
+
+    def on_validation_epoch_end(self) -> None:
+        result = self.measures.result()
+        if self.bytes_per_token is not None:
+            result["bpb"] = result["lm"] / math.log(2) / self.bytes_per_token
+        if not all(map(math.isfinite, result.values())):
+            bad = next(k for k, v in result.items() if not math.isfinite(v))
+            raise NonFinite(self._report(f"val/{bad}", result, None, None))
+        self.val_metrics = {f"val/{name}": value for name, value in result.items()} | self._axes()
+        self.val_step = self.global_step
+        self._log(self.val_metrics)
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Only plain containers and tensors, so that it loads with weights_only=True."""
+        checkpoint["kd"] = {name: getattr(self, name) for name in STATE}
+        checkpoint["kd"]["random"] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+        if torch.cuda.is_available():
+            checkpoint["kd"]["random"]["cuda"] = torch.cuda.get_rng_state_all()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        for name in STATE:
+            setattr(self, name, checkpoint["kd"][name])
+        self._random_state = checkpoint["kd"]["random"]
+
+    def restore_random_state(self) -> None:
+        """Called where the checkpoint was made, at the start of a batch: what runs before draws from the generators."""
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state["torch"].cpu())
+            version, numbers, gauss = self._random_state["python"]
+            random.setstate((version, tuple(numbers), gauss))
+            if "cuda" in self._random_state:
+                torch.cuda.set_rng_state_all([s.cpu() for s in self._random_state["cuda"]])
+            self._random_state = None
+
+    def _report(self, what: str, metrics: dict, batch: Batch | None, alpha: float | None) -> dict:
+        weights = {n: p.abs().max().item() for n, p in self.student.named_parameters()}
+        progress = self.global_step / max(1, self.steps - 1)
+        return {
+            "what": what,
+            "step": self.global_step,
+            "values": {k: str(v) for k, v in metrics.items()},
+            "alpha": alpha,
+            "lr": self.lr(progress),
+            "rows": batch.row.tolist() if batch is not None else None,
+            "largest_weights": {k: str(v) for k, v in sorted(weights.items(), key=lambda x: -x[1])[:5]},
+            "last_good": {k: str(v) for k, v in self.train_metrics.items()},
+        }

@@ -1,0 +1,80 @@
+"""Progress that people see: a bar in a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console
+from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+console = Console(stderr=True, highlight=False)
+
+
+def track(items: Iterable, title: str) -> Iterator:
+    """Yield items under a bar that counts them; silent where nobody watches."""
+    total = len(items) if hasattr(items, "__len__") else None
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        yield from progress.track(items, total=total, description=title)
+
+
+def clock(seconds: float) -> str:
+    """1:05 or 2:03:04"""
+    minutes, s = divmod(int(seconds + 0.5), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+class Steps:
+    """Training steps: which of how many, loss, tokens/s, time left."""
+
+    def __init__(self, title: str, steps: int, start: int):
+        self.steps, self.start, self.title = steps, start, title
+        self.begun = self.printed = time.monotonic()
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("{task.fields[say]}"),
+            console=console, transient=True, refresh_per_second=4,
+        )  # fmt: skip
+        self.task = self.bar.add_task(title, total=steps, completed=start, say="")
+        if console.is_terminal:
+            self.bar.start()
+
+    def update(self, step: int, loss: float, tokens: int) -> None:
+        """step optimizer steps are done; tokens of them in this process."""
+        spent = time.monotonic() - self.begun
+        left = spent / max(1, step - self.start) * (self.steps - step)
+        say = f"loss {loss:.3f}  {tokens / max(spent, 1e-9):,.0f} tokens/s  {clock(left)} left"
+        self.bar.update(self.task, completed=step, say=say)
+        if not console.is_terminal and (time.monotonic() - self.printed > 10 or step == self.steps):
+            self.printed = time.monotonic()
+            print(f"{self.title}  step {step}/{self.steps}  {say}", file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        self.bar.stop()
+
+
+MEASURES = {
+    "val/lm": "loss on held-out text, nats per token",
+    "val/bpb": "the same in bits per byte",
+    "val/teacher_lm": "loss of the teacher",
+    "val/fkl": "KL(teacher || student), nats per token",
+    "val/rkl": "KL(student || teacher), nats per token",
+    "val/tvd": "total variation distance; 1 - this is the acceptance rate of speculative decoding",
+    "val/agreement": "share of positions with the same first token",
+    "val/ece": "calibration error of the student",
+    "val/teacher_ece": "calibration error of the teacher",
+}
+
+
+def show(run, result: dict) -> None:
+    """What came out of a run, as a table."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, meaning in MEASURES.items():
+        if name in result["final"]:
+            table.add_row(name.removeprefix("val/"), f"{result['final'][name]:.4f}", f"[dim]{meaning}[/]")
+    spent = f"{result['tokens']:,} tokens in {clock(result['seconds'])}, {result['flops']:.2e} FLOPs"
+    console.print(table)
+    console.print(f"{spent}. All of it: {run.folder}", highlight=False, soft_wrap=True)

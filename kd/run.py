@@ -1,0 +1,230 @@
+"""A run is its config: identity, folder, lock, resume, result."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import xxhash
+
+from kd import files
+from kd.errors import UserError
+
+# What a run is called, where it is kept and how often it is saved change nothing of what comes out.
+NO_PART = ("root", "sweep", "logger", "trainer.checkpoint_every", "trainer.accelerator")
+NO_SIGNAL = ("loss", "truncation", "temperature", "alpha")  # settings without a meaning under logits=none
+SECRET = re.compile(r"key|token$|secret|password|credential", re.IGNORECASE)
+
+
+def identity(config: dict, **digests) -> str:
+    """Name of a run's folder: what it is about and a digest of all settings that change its outcome.
+
+    config is flat (kd.config.flat); digests are those of data and teacher. Without a signal in training, nothing of how
+    a signal is treated is part of the run.
+    """
+    part = {k: v for k, v in config.items() if not any(k == n or k.startswith(f"{n}.") for n in NO_PART)}
+    if config["logits"] == "none":
+        part = {k: v for k, v in part.items() if k.partition(".")[0] not in NO_SIGNAL}
+    digest = xxhash.xxh3_128_hexdigest(json.dumps([part, digests], sort_keys=True).encode())[:12]
+    method = "lm" if config["logits"] == "none" else config["loss"]
+    return f"{method}-{model_name(config, 'student')}-{digest}"
+
+
+def model_name(config: dict, role: str) -> str | None:
+    """Size, or last part of the name, of the student or teacher in a flat config."""
+    name = config[f"{role}.size"] or config[f"{role}.name"]
+    return str(name).rstrip("/").rpartition("/")[2] if name else None
+
+
+def about(run: Run, config: dict, costs: dict) -> About:
+    """What W&B and TensorBoard are told: a readable name, and the axes that people filter and plot by, as numbers."""
+    method = "lm" if config["logits"] == "none" else config["loss"]
+    axes = {
+        "loss": method, "alpha": config.get("alpha.peak"), "tau": config.get("temperature.tau"),
+        "k": config.get("truncation.k"), "p": config.get("truncation.p"), "seed": config["seed"],
+    }  # fmt: skip
+    if method == "lm":
+        axes = {"loss": "lm", "alpha": 0, "seed": config["seed"]}
+    for role, cost in costs.items():
+        axes |= {f"{role}.params": cost.parameters, f"{role}.params_non_embedding": cost.non_embedding}
+    tokens = config["trainer.steps"] * config["trainer.batch"] * config["data.seq_len"]
+    axes |= {"tokens": tokens, "lr": config.get("lr.peak")}
+    axes |= {k: config[k] for k in ("data", "logits", "truncation", "temperature") if k in config}
+    named = [method, model_name(config, "student"), f"seed{config['seed']}"]
+    kind = "lm" if method == "lm" else "distil"
+    if method == "lm" and not model_name(config, "teacher"):
+        kind = "teacher"
+    tags = [method, kind, str(config["data"])]
+    return About(run.name, " ".join(map(str, named)), config.get("sweep"), kind, tags, axes)
+
+
+@dataclass(frozen=True)
+class About:
+    """What a view of a run is told of it: shallow, with numeric axes, since dashboards filter by it."""
+
+    id: str
+    name: str
+    group: str | None
+    job_type: str
+    tags: list[str]
+    config: dict
+
+
+class Run:
+    """The folder of one run.
+
+    config.json  resolved settings    metrics.jsonl  what was measured    checkpoints/  to resume from
+    result.json  there only when the run is done    failure.json  why it is not    student/  the trained model
+    """
+
+    def __init__(self, root: Path, name: str):
+        self.name = name
+        self.folder = Path(root) / name
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+    def result(self) -> dict | None:
+        """What came out, or None if the run is not done."""
+        return read_json(self / "result.json")
+
+    @contextmanager
+    def lock(self, wait: bool) -> Iterator[None]:
+        """Only one process works in the folder; a second one waits, or is told who does."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self / ".lock")
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except filelock.Timeout:
+            owner = read_json(self / ".owner.json") or {}
+            raise UserError(
+                f"{self.folder} is being used by another process ({owner.get('pid', 'unknown')} on "
+                f"{owner.get('host', 'this machine')}, since {owner.get('since', 'now')}). "
+                "Wait for it to end: the same command then shows its result."
+            ) from None
+        try:
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            files.write_json(self / ".owner.json", {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+            yield
+        finally:
+            lock.release()
+
+    def begin(self, config: dict) -> None:
+        """Write the resolved config; a failure of an earlier try is forgotten."""
+        files.write_json(self / "config.json", redacted(config))
+        (self / "failure.json").unlink(missing_ok=True)
+
+    def fail(self, reason: str, **report) -> Path:
+        """Write why the run ended without a result."""
+        files.write_json(self / "failure.json", {"reason": reason, **report})
+        return self / "failure.json"
+
+    def finish(self, result: dict) -> None:
+        """Write the result, which makes the run done, and drop the checkpoints that nothing needs any more."""
+        files.write_json(self / "result.json", result)
+        shutil.rmtree(self / "checkpoints", ignore_errors=True)
+
+
+def read_json(path: Path) -> dict | None:
+    """A JSON file, or None if it is not there; raises UserError if it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}). Remove its folder to run it again:\n  rm -r {path.parent}"
+        ) from None
+
+
+def redacted(config: dict) -> dict:
+    """config without the values of settings that look like secrets."""
+    return {
+        k: redacted(v) if isinstance(v, dict) else "***" if v and isinstance(v, str) and SECRET.search(str(k)) else v
+        for k, v in config.items()
+    }
+
+
+def environment() -> dict[str, str | None]:
+    """What a result depends on beside its config: code, libraries, machine."""
+    here = Path(__file__).parent.parent
+    versions = {
+        n: importlib.metadata.version(n) for n in ("torch", "lightning", "transformers", "datasets", "hydra-core")
+    }
+    return {"python": platform.python_version(), "machine": platform.machine(), **versions, "git": _git(here)}
+
+
+def _git(folder: Path) -> str | None:
+    """Commit of the checkout, with + if files differ from it; None where there is no checkout or no git."""
+    if not (folder / ".git").exists() or not shutil.which("git"):
+        return None
+
+    def ask(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True).stdout.strip()
+
+    return ask("rev-parse", "--short=12", "HEAD") + ("+" if ask("status", "--porcelain", "-uno") else "")
+
+
+def peak_memory() -> int:
+    """Most memory this process has held, bytes: on the GPU if there is one, else resident."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+MODEL_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [knowledge-distillation]
+---
+# {name}
+
+A {student} student, {parameters:,} parameters, trained on {tokens:,} tokens of `{data}` {how}.
+
+| measure, on held-out text | value |
+|---|---|
+{measures}
+
+Settings: `config.json` of the run `{name}` (kept here as `kd.json`). Trained with kd, git revision {git}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+"""
+
+
+def export(run: Run, model, tokenizer, config: dict, result: dict) -> None:
+    """The student with its tokenizer and a model card, for plain transformers."""
+    flat = result["config"]
+    how = "by language modelling alone"
+    if flat["logits"] != "none":
+        how = f"from a {model_name(flat, 'teacher')} teacher with the loss `{flat['loss']}`"
+    measures = "\n".join(f"| {k.removeprefix('val/')} | {v:.4f} |" for k, v in result["final"].items() if "/" in k)
+    card = MODEL_CARD.format(
+        name=run.name, student=model_name(flat, "student"), parameters=result["parameters"], tokens=result["tokens"],
+        data=flat["data"], how=how, measures=measures, git=result["environment"]["git"],
+    )  # fmt: skip
+    with files.atomic(run / "student") as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card)
+        files.write_json(temporary / "kd.json", redacted(config))

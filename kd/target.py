@@ -1,0 +1,92 @@
+"""Target: the teacher's distribution at N positions, as every loss, truncation and temperature sees it.
+
+Shapes, here and everywhere: B sequences, T positions, N kept positions (flattened), n of them in a chunk,
+V vocabulary, K kept columns, D hidden width. All probabilities are natural-log, float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from kd.errors import UserError
+
+# What pair() gives a column outside the support, on both sides: exp(-100) is 0 in float32 next to any probability,
+# and, unlike -inf, it leaves 0 * log 0 finite.
+FLOOR = -100.0
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x <= 0 without cancellation (Mächler 2012); never below log(1e-7)."""
+    x = x.clamp(max=-1e-7)
+    return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-x.exp()))
+
+
+@dataclass(frozen=True)
+class Target:
+    """The teacher's distribution at N positions; dense (ids is None: column j is token j) or sparse.
+
+    A column that a truncation dropped holds -inf and takes no part in any loss. The same type describes a live
+    teacher, a stored one and a truncated one, so a loss is written once.
+    """
+
+    label: Tensor  # [N]     the true next token
+    logp: Tensor  # [N, K]  teacher log-probabilities; K = V when dense
+    ids: Tensor | None = None  # [N, K]  vocabulary id of each column
+    rest: bool = False  # one more column in pair(): all probability that is not in ids
+    seed: Tensor | None = None  # [N]     a random number per position, for truncations that sample
+
+    def __getitem__(self, rows) -> Target:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Target(**{k: v[rows] if isinstance(v, Tensor) else v for k, v in values.items()})
+
+    def keep(self, logp: Tensor, columns: Tensor | None, rest: bool) -> Target:
+        """The target cut to `columns` [N, K'] of this one with log-probabilities `logp` [N, K'].
+
+        Without `rest` the dropped mass is renormalised away; with it, pair() adds one column that holds it.
+        """
+        if columns is None:
+            ids = self.ids
+        else:
+            ids = columns if self.ids is None else self.ids.gather(-1, columns)
+        return replace(self, logp=logp if rest else logp.log_softmax(-1), ids=ids, rest=rest or self.rest)
+
+    def soften(self, tau: Tensor | float) -> Target:
+        """softmax(logp / tau) over the kept columns; tau is a number or one per position [N]."""
+        if isinstance(tau, float | int):
+            if tau == 1:
+                return self
+        else:
+            tau = tau[:, None]
+        if self.rest:
+            raise UserError(
+                "truncation.rest=true keeps what was dropped as one column, and how that column would soften is "
+                "unknown. Set the temperature to 1 (temperature=fixed temperature.tau=1), or truncation.rest=false."
+            )
+        return replace(self, logp=(self.logp / tau).log_softmax(-1))
+
+    def pair(self, student: Tensor) -> tuple[Tensor, Tensor]:
+        """Student log-probabilities [N, V] -> (student, teacher) on the same columns [N, K], floored.
+
+        Columns outside the teacher's support hold FLOOR on both sides, so they add 0 to any divergence. With
+        `rest`, column K+1 holds the mass of all other tokens.
+        """
+        vocabulary = student.shape[-1]
+        if self.ids is not None:
+            student = student.gather(-1, self.ids)  # [N, K]
+        dropped = self.logp == -math.inf
+        teacher = self.logp
+        if self.rest:
+            covered = (~dropped).sum(-1, keepdim=True) == vocabulary  # [N, 1] nothing is left for the rest
+            student = torch.cat([student, _rest(student, dropped)], -1)  # [N, K+1]
+            teacher = torch.cat([teacher, _rest(teacher, dropped)], -1)
+            dropped = torch.cat([dropped, covered], -1)
+        return student.masked_fill(dropped, FLOOR), teacher.masked_fill(dropped, FLOOR)
+
+
+def _rest(logp: Tensor, dropped: Tensor) -> Tensor:
+    """Log of the probability outside the kept columns [N, 1]."""
+    return log1mexp(logp.masked_fill(dropped, -math.inf).logsumexp(-1, keepdim=True))

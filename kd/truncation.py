@@ -1,0 +1,104 @@
+"""Which of the teacher's tokens to keep: Target -> Target.
+
+Dropped mass is renormalised away, or with rest=true kept as one more column (the "ghost token" of Anshumann et al.
+2025, arXiv 2503.16870), or, for `random`, replaced by an unbiased sample. Truncation comes before temperature:
+softmax(truncate(z) / tau), Peng et al. 2024, arXiv 2410.16215, eq. 4.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kd.errors import UserError
+from kd.target import Target
+
+
+def full(target: Target) -> Target:
+    """Every token."""
+    return target
+
+
+def top_k(target: Target, k: int = 50, rest: bool = False) -> Target:
+    """The k most probable tokens. Raises UserError for k outside [1, columns of the target]."""
+    logp, columns = _top(target, k)
+    return target.keep(logp, columns, rest)
+
+
+def top_p(target: Target, p: float = 0.95, rest: bool = False) -> Target:
+    """The smallest set of tokens whose probabilities add up to at least p (Holtzman et al. 2019, arXiv 1904.09751).
+
+    Raises UserError for p outside (0, 1].
+    """
+    logp, columns = target.logp.sort(descending=True)
+    logp = _nucleus(logp, p)
+    widest = int((logp > -math.inf).sum(-1).max())
+    return target.keep(logp[:, :widest], columns[:, :widest], rest)
+
+
+def top_p_k(target: Target, p: float = 0.95, k: int = 50, rest: bool = False) -> Target:
+    """top_p first, then at most k of it (Peng et al. 2024, arXiv 2410.16215, section 3.1).
+
+    Raises UserError for p outside (0, 1] or k outside [1, columns of the target].
+    """
+    # Cutting to k first leaves the running sums of the first k as they are, so the order of the two cuts is free.
+    logp, columns = _top(target, k)
+    return target.keep(_nucleus(logp, p), columns, rest)
+
+
+def random(target: Target, draws: int = 50) -> Target:
+    """`draws` tokens drawn from the teacher with replacement; the target is count / draws, whose mean is the teacher.
+
+    Unbiased where top_k is not: Anshumann et al. 2025, arXiv 2503.16870, section 4. The draws are a function of
+    `target.seed`, so they depend neither on chunk or batch size nor on where a run was resumed. Raises UserError for
+    draws below 1.
+    """
+    if draws < 1:
+        raise UserError(f"truncation.draws={draws}: need at least 1 draw, e.g. truncation.draws=50.")
+    assert target.seed is not None and not target.rest
+    cumulative = target.logp.double().exp().cumsum(-1)  # float64: the tail of 150k summands would be lost in float32
+    points = uniform(target.seed, draws).double() * cumulative[:, -1:]  # [N, draws]
+    columns = torch.searchsorted(cumulative, points, right=True).clamp(max=target.logp.shape[-1] - 1)
+    columns = columns.sort(-1).values
+    # Equal draws now stand side by side: the first of each group takes the count, the others are dropped.
+    count = (columns[:, :, None] == columns[:, None, :]).sum(-1)  # [N, draws]
+    first = torch.ones_like(columns, dtype=torch.bool)
+    first[:, 1:] = columns[:, 1:] != columns[:, :-1]
+    logp = (count / draws).log().masked_fill(~first, -math.inf).to(target.logp.dtype)
+    return target.keep(logp, columns, rest=False)
+
+
+def uniform(seed: Tensor, count: int) -> Tensor:
+    """Numbers in (0, 1) [N, count], a pure function of seed [N]: the murmur3 finaliser over seed and a counter.
+
+    A torch.Generator would tie the numbers to the order of calls, and so to chunk and batch sizes.
+    """
+    mask = 0xFFFFFFFF
+    x = (seed[:, None] + torch.arange(1, count + 1, device=seed.device) * 0x9E3779B9) & mask
+    high = (seed[:, None] >> 32) & mask
+    for salt in (high, 0):
+        x = x ^ salt
+        x = ((x ^ (x >> 16)) * 0x85EBCA6B) & mask
+        x = ((x ^ (x >> 13)) * 0xC2B2AE35) & mask
+        x = x ^ (x >> 16)
+    return (x.double() + 0.5) / 2**32
+
+
+def _top(target: Target, k: int) -> tuple[Tensor, Tensor]:
+    columns = target.logp.shape[-1]
+    if not 1 <= k <= columns:
+        raise UserError(
+            f"truncation.k={k}: need a number from 1 to {columns:,}, the tokens that the teacher's signal has."
+        )
+    return target.logp.topk(k)
+
+
+def _nucleus(logp: Tensor, p: float) -> Tensor:
+    """Log-probabilities sorted from the largest [N, K], with -inf where the ones before already add up to p."""
+    if not 0 < p <= 1:
+        raise UserError(f"truncation.p={p}: need a probability above 0 and at most 1, e.g. truncation.p=0.95.")
+    if p == 1:
+        return logp
+    probability = logp.exp()
+    before = probability.cumsum(-1) - probability
+    return logp.masked_fill(before >= p, -math.inf)
