@@ -44,6 +44,7 @@ def main(cfg: DictConfig) -> None:
 
 def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
     """The config as plain containers, checked as far as that is possible before data and models are there."""
+    cfg = OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"])
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise UserError(f"{missing[0]} is needed here: type {missing[0]}=VALUE.")
@@ -51,7 +52,6 @@ def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
         settings = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(str(error)) from None
-    settings.pop("hydra", None)
     conf.check_targets(settings)
     conf.check_numbers(settings)
     if settings["logits"]["_target_"] == "kd.logits.none":
@@ -82,7 +82,7 @@ def plan(settings: Settings) -> tuple[Run, Settings | None]:
 def corpus(settings: Settings):
     """The text, and how it is packed; a pretrained model brings its own tokenizer."""
     node = settings["data"]
-    make = conf.locate(node["_target_"], "data")
+    make = conf.load(node["_target_"], "data")
     source = cached_corpus(make, **conf.checked(make, node, "data"))
     packing = conf.checked(data.pack, node, "data")
     packing["tokenizer"] = node["tokenizer"] or settings["student"]["name"] or settings["teacher"]["name"]
@@ -193,26 +193,23 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, teacher
     module = Distillation(
         student, teacher, parts.logits(teacher), parts.objective, parts.alpha, parts.lr, parts.optim,
         steps=of["steps"], micro_batch=of["micro_batch"], clip=of["clip"], log_every=of["log_every"],
+        val_every=of["val_every"], validation=data.ValidationBatches(packed.val, of["micro_batch"]),
         flops=Flops(3 * costs["student"].flops_per_token, costs["teacher"].flops_per_token if teacher else 0.0),
         bytes_per_token=packed.bytes_per_token, watch=progress.update,
     )  # fmt: skip
     if of["compile"]:
         for model in (student, *module.outside):
             model.model.base_model.compile()
-    validation = data.ValidationBatches(packed.val, of["micro_batch"])
     trainer = lightning.Trainer(
         accelerator=of["accelerator"], devices=1, precision={"fp32": "32-true", "bf16": "bf16-mixed"}[of["precision"]],
-        max_steps=of["steps"], max_epochs=-1, val_check_interval=of["val_every"], check_val_every_n_epoch=None,
-        num_sanity_val_steps=0, logger=loggers, plugins=[DigestIO()],
+        max_steps=of["steps"], max_epochs=-1, logger=loggers, plugins=[DigestIO()],
         callbacks=[Checkpoints(run / "checkpoints", of["checkpoint_every"])],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=run.folder,
     )  # fmt: skip
     final = None
     try:
         batches = data.Batches(packed.train, of["batch"], settings["seed"], start, of["steps"])
-        trainer.fit(module, batches, validation, ckpt_path=checkpoint)
-        if module.val_step != of["steps"]:
-            trainer.validate(module, validation, verbose=False)
+        trainer.fit(module, batches, ckpt_path=checkpoint)
         final = module.val_metrics
         result = {
             "state": "done", "run": run.name, "config": flat, "environment": environment(),

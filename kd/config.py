@@ -8,7 +8,7 @@ import inspect
 import types
 import typing
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from kd.errors import UserError
@@ -41,20 +41,31 @@ def check_targets(node, path: str = "") -> None:
             check_targets(value, f"{path}[{index}]")
 
 
-def locate(target: str, path: str):
-    """The function or class that `target` names; raises UserError unless the allowlist admits it."""
-    if target in CLASSES:
-        module, _, name = target.rpartition(".")
-        return getattr(importlib.import_module(module), name)
+def locate(target: str, path: str) -> tuple[str, str]:
+    """Module and name of what `target` stands for; raises UserError unless the allowlist admits it. Imports nothing."""
     module, _, name = str(target).rpartition(".")
-    if module in {f"kd.{m}" for m in MODULES} and not name.startswith("_"):
-        found = getattr(importlib.import_module(module), name, None)
-        if inspect.isfunction(found) and found.__module__ == module:
-            return found
+    if target in CLASSES or (module in {f"kd.{m}" for m in MODULES} and name in _functions(module)):
+        return module, name
     raise UserError(
         f"{path}._target_={target}: not something a config may call. Allowed are the functions of "
-        f"{', '.join(f'kd.{m}' for m in MODULES)} and {', '.join(CLASSES)}."
+        f"{', '.join(f'kd.{m}' for m in MODULES)}, and {', '.join(CLASSES)}."
     )
+
+
+def load(target: str, path: str):
+    """The function or class that `target` names, once more checked as an object."""
+    module, name = locate(target, path)
+    found = getattr(importlib.import_module(module), name)
+    assert target in CLASSES or (inspect.isfunction(found) and found.__module__ == module)
+    return found
+
+
+@cache
+def _functions(module: str) -> dict[str, str]:
+    """Public functions that the source of a module of kd defines, with the first line of their docstrings."""
+    source = ast.parse((Path(__file__).parent / f"{module.rpartition('.')[2]}.py").read_text())
+    functions = [n for n in source.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
+    return {f.name: (ast.get_docstring(f) or "").partition("\n")[0] for f in functions}
 
 
 def build(node: Node, path: str, **given):
@@ -63,7 +74,7 @@ def build(node: Node, path: str, **given):
     `given` are arguments that do not come from the config. Raises UserError for a wrong target, name or type.
     """
     settings = {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
-    function = locate(node["_target_"], path)
+    function = load(node["_target_"], path)
     check_types(function, settings, path)
     call = partial(function, **settings, **given)
     return call if node.get("_partial_") else call()
@@ -195,12 +206,8 @@ def _options(group: str) -> Iterator[tuple[str, str]]:
             yield name, f"{size.layers} layers of width {size.hidden}, {size.parameters:,} parameters + embeddings"
     for file in sorted((SWEEPS if group == "sweeps" else CONF / group).glob("*.yaml")):
         first = file.read_text().splitlines()[0]
-        yield file.stem, first[1:].strip() if first.startswith("#") else _docstring(first)
-
-
-def _docstring(line: str) -> str:
-    """First line of the docstring of the function in `_target_: kd.module.function`, read without importing it."""
-    _, module, name = line.split()[-1].split(".")
-    source = ast.parse((Path(__file__).parent / f"{module}.py").read_text())
-    function = next(n for n in source.body if isinstance(n, ast.FunctionDef) and n.name == name)
-    return ast.get_docstring(function).splitlines()[0]
+        if first.startswith("#"):
+            yield file.stem, first[1:].strip()
+        else:
+            module, name = locate(first.split()[-1], group)
+            yield file.stem, _functions(module)[name]

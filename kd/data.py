@@ -64,7 +64,7 @@ def key(corpus: Corpus, **settings) -> str:
 
 
 def pack(
-    corpus: Corpus, cache: Path, seq_len: int = 256, vocab: int = 2048, tokenizer: str | None = None,
+    corpus: Corpus, cache: Path, seq_len: int = 256, vocab: int = 1024, tokenizer: str | None = None,
     tokens: int | None = None, val_rows: int = 64, val_share: float = 0.05,
 ) -> Packed:  # fmt: skip
     """The corpus as rows of seq_len + 1 tokens, made once and kept in `cache`.

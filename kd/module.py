@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import lightning
@@ -17,7 +17,7 @@ from kd.models import Causal
 from kd.objective import Objective
 
 
-STATE = ("tokens", "flops", "seconds", "train_metrics", "val_metrics", "val_step")  # what a checkpoint keeps of a run
+STATE = ("tokens", "flops", "seconds", "train_metrics", "val_metrics")  # what a checkpoint keeps of a run
 
 
 class Flops(NamedTuple):
@@ -57,6 +57,8 @@ class Distillation(lightning.LightningModule):
         micro_batch: int,
         clip: float,
         log_every: int,
+        val_every: int,
+        validation: Iterable[Batch],
         flops: Flops,
         bytes_per_token: float | None = None,
         watch: Callable[[int, float, int], None] = lambda step, loss, tokens: None,
@@ -66,13 +68,13 @@ class Distillation(lightning.LightningModule):
         self.student = student
         self.outside = [teacher.eval().requires_grad_(False)] if teacher is not None else []
         self.source, self.objective, self.alpha, self.lr, self.optimizer = source, objective, alpha, lr, optimizer
-        self.steps, self.micro_batch, self.clip, self.log_every = steps, micro_batch, clip, log_every
+        self.steps, self.micro_batch, self.clip = steps, micro_batch, clip
+        self.log_every, self.val_every, self.validation = log_every, val_every, validation
         self.cost, self.bytes_per_token, self.watch = flops, bytes_per_token, watch
         self.tokens, self.flops, self.here = 0, 0.0, 0
         self.seconds = 0.0
         self.train_metrics: dict[str, float] = {}
         self.val_metrics: dict[str, float] = {}
-        self.val_step = -1
         self._random_state: dict | None = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -85,8 +87,6 @@ class Distillation(lightning.LightningModule):
     def on_fit_start(self) -> None:
         for teacher in self.outside:
             teacher.to(self.device)
-
-    on_validation_start = on_fit_start
 
     def training_step(self, batch: Batch, index: int) -> None:
         step = self.global_step
@@ -124,6 +124,8 @@ class Distillation(lightning.LightningModule):
         self.watch(self.global_step, self.train_metrics["train/loss"], self.here)
         if self.global_step % self.log_every == 0:
             self._log(self.train_metrics)
+        if self.global_step % self.val_every == 0 or self.global_step == self.steps:
+            self.validate()
 
     def _axes(self) -> dict[str, float]:
         """What plots are drawn against."""
@@ -133,24 +135,29 @@ class Distillation(lightning.LightningModule):
         for logger in self.loggers:
             logger.log_metrics(metrics, step=self.global_step)
 
-    def on_validation_epoch_start(self) -> None:
-        self.measures = Measures(self.objective.chunk)
+    @torch.no_grad()
+    def validate(self) -> None:
+        """The same measures for every run, over all validation rows.
 
-    def validation_step(self, batch: Batch, index: int) -> None:
-        kept = batch.labels != IGNORE
-        signal = online(self.outside[0])(batch, kept) if self.outside else None
-        hidden = self.student.hidden(batch.ids)[kept]
-        self.measures.update(self.student.head, hidden, batch.labels[kept], signal)
-
-    def on_validation_epoch_end(self) -> None:
-        result = self.measures.result()
+        Called by step, not by Lightning's loop, whose count of batches drifts by one with every resume.
+        """
+        self.student.eval()
+        measures = Measures(self.objective.chunk)
+        with self.trainer.precision_plugin.val_step_context():
+            for batch in self.validation:
+                batch = self.transfer_batch_to_device(batch, self.device, 0)
+                kept = batch.labels != IGNORE
+                signal = online(self.outside[0])(batch, kept) if self.outside else None
+                hidden = self.student.hidden(batch.ids)[kept]
+                measures.update(self.student.head, hidden, batch.labels[kept], signal)
+        self.student.train()
+        result = measures.result()
         if self.bytes_per_token is not None:
             result["bpb"] = result["lm"] / math.log(2) / self.bytes_per_token
-        if not all(map(math.isfinite, result.values())):
-            bad = next(k for k, v in result.items() if not math.isfinite(v))
-            raise NonFinite(self._report(f"val/{bad}", result, None, None))
+        bad = [name for name, value in result.items() if not math.isfinite(value)]
+        if bad:
+            raise NonFinite(self._report(f"val/{bad[0]}", result, None, None))
         self.val_metrics = {f"val/{name}": value for name, value in result.items()} | self._axes()
-        self.val_step = self.global_step
         self._log(self.val_metrics)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:

@@ -5,21 +5,23 @@ A process of its own means that a run that raises, exits or is killed takes no o
 
 from __future__ import annotations
 
+import importlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
 from rich.table import Table
 
 from kd import files
@@ -28,22 +30,31 @@ from kd.progress import clock, console
 from kd.run import Run, read_json
 
 
-class Lines(BasicSweeper):
-    """Hydra's own sweeper, over several lines: a sweep is the union of what each of its `runs` would be after -m.
+class Lines(Sweeper):
+    """Hydra's basic sweeper over several lines: a sweep is the union of what each of its `runs` would be after -m.
 
     What was typed beside sweeps=NAME is added to every line. Without a sweep file there is one line: what was typed.
     """
 
-    __module__ = "hydra_plugins.kd"  # Hydra takes plugins from no other package
+    __module__ = "hydra_plugins.kd"  # see register()
+
+    def setup(self, *, hydra_context, task_function, config) -> None:
+        self.hydra_context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
-        typed = [a for a in arguments if not a.startswith("sweeps=")] + self._parse_config()
+        # Hydra loads this module anew when it looks for plugins, so it is not to be imported before.
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+        typed = [a for a in arguments if not a.startswith("sweeps=")]
         of = self.config.sweep if not isinstance(self.config.sweep, str | None) else {"runs": [""]}
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         jobs: list[list[str]] = []
         for line in of["runs"]:
             words = shlex.split(of.get("base", "")) + shlex.split(line) + typed
-            for job in self.split_arguments(parser.parse_overrides(words), None)[0]:
+            for job in BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]:
                 if job not in jobs:
                     jobs.append(job)
         self.validate_batch_is_legal(jobs)
@@ -143,7 +154,13 @@ def register(resolve: Callable, plan: Callable) -> None:
     Processes.resolve, Processes.plan = staticmethod(resolve), staticmethod(plan)
     store = ConfigStore.instance()
     store.store(group="hydra/launcher", name="processes", node={"_target_": "hydra_plugins.kd.Processes"})
-    lines = {"_target_": "hydra_plugins.kd.Lines", "max_batch_size": None, "params": None}
-    store.store(group="hydra/sweeper", name="lines", node=lines)
+    store.store(group="hydra/sweeper", name="lines", node={"_target_": "hydra_plugins.kd.Lines"})
+    # Hydra 1.3 takes plugins from the package hydra_plugins alone, so this module also goes by a name in it.
+    try:
+        package = importlib.import_module("hydra_plugins")
+    except ModuleNotFoundError:
+        package = sys.modules["hydra_plugins"] = types.ModuleType("hydra_plugins")
+        package.__path__ = []
+    package.kd = sys.modules["hydra_plugins.kd"] = sys.modules[__name__]
     for plugin in (Processes, Lines):
         Plugins.instance().register(plugin)

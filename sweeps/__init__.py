@@ -1,0 +1,1 @@
+"""Questions as sweeps (*.yaml) and what makes answers of them."""

@@ -1,0 +1,126 @@
+"""What the tests of the mathematics share: every option of conf/, built, and small inputs.
+
+A new yaml in conf/ is one more case of each test that loops over its group.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from kd.config import CONF, build
+from kd.errors import UserError
+from kd.target import Target
+
+N, V, K = 6, 17, 5
+
+
+def settings(group: str) -> dict[str, dict]:
+    return {f.stem: OmegaConf.to_container(OmegaConf.load(f)) for f in sorted((CONF / group).glob("*.yaml"))}
+
+
+def every(group: str, *changes: dict) -> dict[str, Callable]:
+    """All options of conf/GROUP, built; once for each of `changes`, of which an option takes the settings it has."""
+    built = {}
+    for name, node in settings(group).items():
+        for change in changes or ({},):
+            new = {k: v for k, v in change.items() if k in node and node[k] != v}
+            built["-".join([name, *(f"{k}={v}" for k, v in new.items())])] = build(node | new, group)
+    return built
+
+
+def option(group: str, name: str, **changes) -> Callable:
+    return build(settings(group)[name] | changes, group)
+
+
+def each(argument: str, cases: dict):
+    """Run a test once for each of the cases."""
+    return pytest.mark.parametrize(argument, cases.values(), ids=cases.keys())
+
+
+def logits(seed: int, rows: int = N, columns: int = V, dtype=torch.float64) -> Tensor:
+    return 2 * torch.randn(rows, columns, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def dense(teacher: Tensor) -> Target:
+    """The target that a live teacher with these logits [N, V] gives."""
+    rows = torch.arange(len(teacher))
+    return Target(rows % teacher.shape[-1], teacher.log_softmax(-1), seed=1000 + rows)
+
+
+def shuffled(target: Target, columns: int) -> Target:
+    """`columns` of a dense target in random order, with true probabilities, as a store would hold them."""
+    ids = torch.rand(target.logp.shape, generator=torch.Generator().manual_seed(0)).argsort(-1)[:, :columns]
+    return replace(target, logp=target.logp.gather(-1, ids), ids=ids)
+
+
+def without_some(target: Target) -> Target:
+    """Every third column dropped, another one in each row."""
+    row, column = (torch.arange(size) for size in target.logp.shape)
+    return replace(target, logp=target.logp.masked_fill((row[:, None] + column) % 3 == 0, -torch.inf))
+
+
+def with_rest(target: Target) -> Target:
+    return replace(target, rest=True)
+
+
+# Every form that a target can take, and those of them in which no probability is missing.
+COMPLETE = {
+    "dense": dense,
+    "sparse-rest": lambda z: with_rest(shuffled(dense(z), K)),
+    "dense-dropped-rest": lambda z: with_rest(without_some(dense(z))),
+    "sparse-dropped-rest": lambda z: with_rest(without_some(shuffled(dense(z), K))),
+}
+FORMS = COMPLETE | {
+    "sparse": lambda z: shuffled(dense(z), K),
+    "dense-dropped": lambda z: without_some(dense(z)),
+    "sparse-dropped": lambda z: without_some(shuffled(dense(z), K)),
+}
+
+LOSSES = every("loss")
+TRUNCATIONS = every("truncation", {"k": K, "draws": 20}, {"k": K, "draws": 20, "rest": True})
+TEMPERATURES = every(
+    "temperature", {}, {"tau": 0.5, "student_tau": 2.0}, {"tau": 2.0, "student_tau": 2.0, "tau2": True}
+)
+
+
+def _soft(truncation: Callable, temperature: Callable) -> bool:
+    target = dense(logits(0))
+    tau = temperature(target.logp, target).teacher
+    try:
+        truncation(target).soften(tau)
+    except UserError:
+        return False
+    return True
+
+
+PAIRS = {f"{a}-{b}": (x, y) for a, x in TRUNCATIONS.items() for b, y in TEMPERATURES.items() if _soft(x, y)}
+REFUSED = {f"{a}-{b}": (x, y) for a, x in TRUNCATIONS.items() for b, y in TEMPERATURES.items() if not _soft(x, y)}
+
+
+def probabilities(target: Target, columns: int = V) -> Tensor:
+    """The target's probabilities on all tokens [N, V], without what is in the rest."""
+    p = target.logp.exp()
+    if target.ids is None:
+        return p
+    return torch.zeros(len(p), columns, dtype=p.dtype).scatter_add(-1, target.ids, p)
+
+
+def gradient(value: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(value(x).sum(), x)[0]
+
+
+def slope(value: Callable[[Tensor], Tensor], x: Tensor, step: float = 1e-6) -> Tensor:
+    """The gradient by central differences, for a value [N] whose rows depend on their own row of x [N, V] alone."""
+    steps = step * torch.eye(x.shape[-1], dtype=x.dtype)
+    with torch.no_grad():
+        return torch.stack([(value(x + s) - value(x - s)) / (2 * step) for s in steps], -1)
+
+
+def close(actual, expected, rtol: float = 1e-9, atol: float = 1e-9) -> None:
+    expected = torch.as_tensor(expected, dtype=actual.dtype)
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)

@@ -1,0 +1,305 @@
+import pytest
+import torch
+from cases import (
+    LOSSES,
+    PAIRS,
+    REFUSED,
+    TEMPERATURES,
+    TRUNCATIONS,
+    K,
+    V,
+    close,
+    dense,
+    each,
+    logits,
+    option,
+)
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kd.errors import UserError
+from kd.objective import Objective, chunks
+from kd.target import Target
+from kd.temperature import soften
+
+D, ROWS = 6, 13
+FULL, PLAIN = TRUNCATIONS["full"], TEMPERATURES["fixed"]
+
+
+def case(rows: int = ROWS, columns: int = V):
+    """A student's head and hidden states, labels, and a teacher's target, in float32."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(D, columns)
+    hidden = (4 * torch.randn(rows, D)).requires_grad_()
+    target = dense(logits(1, rows, columns, torch.float32))
+    return head, hidden, target.label, target
+
+
+def plainly(loss, truncation, temperature, alpha, head, hidden, label, target):
+    """The sums over all positions at once, from whole logits."""
+    z = head(hidden)
+    lm = functional.cross_entropy(z, label, reduction="sum")
+    softening = temperature(z.log_softmax(-1), target)
+    student = soften(z.log_softmax(-1), softening.student)
+    kd = (softening.weight * loss(student, truncation(target).soften(softening.teacher))).sum()
+    return alpha * kd + (1 - alpha) * lm, kd, lm
+
+
+def grads_of(total, head, hidden):
+    return torch.autograd.grad(total, [hidden, *head.parameters()])
+
+
+def same(actual, expected) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        close(a.double(), b, rtol=1e-4, atol=1e-5 * max(1, b.abs().max().item()))
+
+
+@each("pair", PAIRS)
+@each("loss", LOSSES)
+def test_chunked_equals_whole_logits(loss, pair):
+    head, hidden, label, target = case()
+    expected = plainly(loss, *pair, 0.7, head, hidden, label, target)
+    expected_grads = grads_of(expected[0], head, hidden)
+    for chunk in (1, 5, ROWS, 100):
+        sums = Objective(loss, *pair, chunk)(head, hidden, label, target.__getitem__, 0.7)
+        same(sums, expected)
+        same(grads_of(sums.total, head, hidden), expected_grads)
+
+
+@pytest.mark.parametrize("chunk", [4, 100])
+def test_equals_a_computation_with_torch_alone(chunk):
+    head, hidden, label, target = case()
+    teacher, tau = target.logp, 2.0
+    z = head(hidden)
+    bound = teacher.topk(K).values[:, -1:]
+    p = (teacher.masked_fill(teacher < bound, -torch.inf) / tau).softmax(-1)
+    kd = functional.kl_div((z / tau).log_softmax(-1), p, reduction="sum") * tau**2
+    total = 0.9 * kd + 0.1 * functional.cross_entropy(z, label, reduction="sum")
+    temperature = option("temperature", "fixed", tau=tau, student_tau=tau, tau2=True)
+    objective = Objective(LOSSES["fkl"], option("truncation", "top_k", k=K), temperature, chunk)
+    sums = objective(head, hidden, label, target.__getitem__, 0.9)
+    same(sums[:2], (total, kd))
+    same(grads_of(sums.total, head, hidden), grads_of(total, head, hidden))
+
+
+# Positions that training can meet and that break careless arithmetic, in logits.
+EXTREMES = {
+    "normal": logits(5, 1),
+    "spread-1000": logits(6, 1).sign() * torch.linspace(0, 500, V),
+    "one-hot": 1000 * torch.eye(V)[:1].double(),
+    "uniform": torch.zeros(1, V).double(),
+    "two-equal": 100 * torch.eye(V)[3:5].double().sum(0, keepdim=True),
+    "all-in-top-k": torch.cat([torch.full((1, K), 40.0), torch.zeros(1, V - K)], -1).double(),
+}
+
+
+@each("pair", PAIRS)
+@each("loss", LOSSES)
+def test_extreme_logits_give_finite_losses_and_gradients(loss, pair):
+    every = torch.cat(list(EXTREMES.values())).float()
+    student = every.repeat_interleave(len(every), 0).requires_grad_()
+    target = dense(every.repeat(len(every), 1))
+    value = Objective(loss, *pair).distance(student.log_softmax(-1), target)
+    (grad,) = torch.autograd.grad(value.sum(), student)
+    assert value.isfinite().all()
+    assert grad.isfinite().all()
+
+
+@each("pair", REFUSED)
+def test_a_rest_is_never_softened(pair):
+    head, hidden, label, target = case()
+    with pytest.raises(UserError, match=r"truncation\.rest"):
+        Objective(LOSSES["fkl"], *pair)(head, hidden, label, target.__getitem__, 1.0)
+
+
+def test_only_a_rest_with_a_temperature_is_refused():
+    for truncation, temperature in REFUSED.values():
+        assert truncation.keywords["rest"]
+        assert temperature.keywords["tau"] != 1 or temperature.func.__name__ == "normkd"
+    assert any(truncation.keywords.get("rest") for truncation, _ in PAIRS.values())
+
+
+@each("loss", LOSSES)
+def test_micro_batches_add_up(loss):
+    head, hidden, label, target = case()
+    objective = Objective(loss, FULL, PLAIN, 4)
+    whole = objective(head, hidden, label, target.__getitem__, 0.7)
+    parts = [objective(head, hidden[rows], label[rows], target[rows].__getitem__, 0.7) for rows in chunks(ROWS, 3)]
+    same([sum(values) for values in zip(*parts, strict=True)], whole)
+    total = sum(part.total for part in parts)
+    same(grads_of(total, head, hidden), grads_of(whole.total, head, hidden))
+
+
+def test_every_token_counts_the_same():
+    """KL of 1 on one token and of 3 on three tokens is 2.5 per token, not 2, however they are split."""
+    head = torch.nn.Linear(2, 2, bias=False)
+    torch.nn.init.eye_(head.weight)
+    q = torch.tensor([-1.0, -3.0, -3.0, -3.0]).exp()
+    hidden, label = torch.stack([q, 1 - q], -1).log(), torch.zeros(4, dtype=torch.long)
+    target = Target(label, torch.tensor([[0.0, -torch.inf]]).expand(4, 2))
+    for chunk in (1, 2, 4):
+        for split in (1, 2, 4):
+            parts = [
+                Objective(LOSSES["fkl"], FULL, PLAIN, chunk)(
+                    head, hidden[rows], label[rows], target[rows].__getitem__, 1.0
+                )
+                for rows in chunks(4, split)
+            ]
+            assert sum(part.total for part in parts).item() / 4 == pytest.approx(2.5)
+
+
+def test_alpha_mixes_the_two_terms():
+    head, hidden, label, target = case()
+    objective = Objective(LOSSES["rkl"], FULL, PLAIN, 5)
+
+    def at(alpha):
+        sums = objective(head, hidden, label, target.__getitem__, alpha)
+        return sums, grads_of(sums.total, head, hidden)
+
+    (lm, lm_grads), (kd, kd_grads), (mixed, mixed_grads) = at(0.0), at(1.0), at(0.3)
+    close(lm.total, lm.lm)
+    close(kd.total, kd.kd)
+    same(mixed, (0.3 * kd.total + 0.7 * lm.total, kd.total, lm.total))
+    same(mixed_grads, [0.3 * k + 0.7 * m for k, m in zip(kd_grads, lm_grads, strict=True)])
+    language = functional.cross_entropy(head(hidden), label, reduction="sum")
+    same([lm.total, *lm_grads], [language, *grads_of(language, head, hidden)])
+
+
+def test_without_a_signal_there_is_language_modelling_alone():
+    head, hidden, label, _ = case()
+    sums = Objective(LOSSES["fkl"], FULL, PLAIN, 5)(head, hidden, label, None, 0.0)
+    language = functional.cross_entropy(head(hidden), label, reduction="sum")
+    same(sums, (language, torch.zeros(()), language))
+    same(grads_of(sums.total, head, hidden), grads_of(language, head, hidden))
+
+
+def test_the_parts_carry_no_gradient():
+    head, hidden, label, target = case()
+    sums = Objective(LOSSES["fkl"], FULL, PLAIN)(head, hidden, label, target.__getitem__, 0.5)
+    assert sums.total.requires_grad
+    assert not sums.kd.requires_grad
+    assert not sums.lm.requires_grad
+
+
+def test_gradients_scale_with_the_loss():
+    head, hidden, label, target = case()
+    sums = Objective(LOSSES["fkl"], FULL, PLAIN, 4)(head, hidden, label, target.__getitem__, 0.5)
+    whole = torch.autograd.grad(sums.total, hidden, retain_graph=True)[0]
+    close(torch.autograd.grad(3 * sums.total / 8, hidden)[0], whole * 3 / 8, rtol=1e-6)
+
+
+def test_no_positions_are_a_loss_of_zero():
+    head, hidden, label, target = case()
+    sums = Objective(LOSSES["fkl"], FULL, PLAIN)(head, hidden[:0], label[:0], target[:0].__getitem__, 0.5)
+    assert [x.item() for x in sums] == [0, 0, 0]
+    assert not any(grad.any() for grad in torch.autograd.grad(sums.total, list(head.parameters())))
+
+
+def test_the_teacher_gets_no_gradient():
+    head, hidden, label, _ = case()
+    teacher = torch.nn.Linear(D, V)
+
+    def signal(rows):
+        assert not torch.is_grad_enabled()
+        return Target(label[rows], teacher(hidden[rows]).log_softmax(-1))
+
+    sums = Objective(LOSSES["fkl"], FULL, PLAIN, 4)(head, hidden, label, signal, 1.0)
+    sums.total.backward()
+    assert teacher.weight.grad is None
+    whole = Target(label, teacher(hidden).log_softmax(-1).detach())
+    expected = grads_of(LOSSES["fkl"](head(hidden).log_softmax(-1), whole).sum(), head, hidden)
+    same([hidden.grad, head.weight.grad, head.bias.grad], expected)
+
+
+def test_a_frozen_head_leaves_the_gradient_of_hidden_states():
+    head, hidden, label, target = case()
+    objective = Objective(LOSSES["fkl"], FULL, PLAIN, 4)
+    expected = grads_of(objective(head, hidden, label, target.__getitem__, 0.5).total, head, hidden)
+    head.requires_grad_(False)
+    objective(head, hidden, label, target.__getitem__, 0.5).total.backward()
+    close(hidden.grad, expected[0])
+    assert head.weight.grad is None
+
+
+def test_a_tied_head_gets_the_gradient_of_both_its_places():
+    table = torch.nn.Embedding(V, D)
+    head = torch.nn.Linear(D, V, bias=False)
+    head.weight = table.weight
+    ids, target = torch.arange(ROWS) % V, dense(logits(1, ROWS, dtype=torch.float32))
+    whole, *_ = plainly(LOSSES["fkl"], FULL, PLAIN, 0.5, head, table(ids).tanh(), target.label, target)
+    expected = torch.autograd.grad(whole, table.weight)
+    sums = Objective(LOSSES["fkl"], FULL, PLAIN, 4)(head, table(ids).tanh(), target.label, target.__getitem__, 0.5)
+    same(torch.autograd.grad(sums.total, table.weight), expected)
+
+
+def test_a_bfloat16_head_is_compared_in_float32():
+    head, hidden, label, target = case()
+    head, hidden = head.bfloat16(), hidden.detach().bfloat16().requires_grad_()
+    expected = plainly(LOSSES["fkl"], FULL, PLAIN, 0.5, lambda h: head(h).float(), hidden, label, target)
+    sums = Objective(LOSSES["fkl"], FULL, PLAIN)(head, hidden, label, target.__getitem__, 0.5)
+    same(sums, expected)
+    whole = torch.autograd.grad(sums.total, hidden, retain_graph=True)[0]
+    seventh = torch.autograd.grad(sums.total / 7, hidden)[0]
+    assert (seventh == (whole.float() / 7).bfloat16()).all()  # 1 / 7 itself is not rounded to bfloat16
+
+
+@pytest.mark.parametrize(("count", "size"), [(0, 3), (1, 3), (3, 3), (7, 3), (7, 100)])
+def test_chunks_cover_every_row_once(count, size):
+    pieces = [list(range(count))[rows] for rows in chunks(count, size)]
+    assert [row for piece in pieces for row in piece] == list(range(count))
+    assert all(0 < len(piece) <= size for piece in pieces)
+
+
+class Elements(TorchDispatchMode):
+    """Counts the elements of all tensors that are alive, and remembers the most."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                storage = StorageWeakRef(tensor.untyped_storage())
+                self.alive[storage.cdata] = storage, tensor.untyped_storage().nbytes() // tensor.element_size()
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        self.most = max(self.most, sum(count for _, count in self.alive.values()))
+        return out
+
+
+ONE_BY_ONE = (
+    {name: (loss, FULL, PLAIN) for name, loss in LOSSES.items()}
+    | {name: (LOSSES["fkl"], truncation, PLAIN) for name, truncation in TRUNCATIONS.items()}
+    | {name: (LOSSES["fkl"], FULL, temperature) for name, temperature in TEMPERATURES.items()}
+)
+
+
+def most_elements(total_of, rows: int = 600, columns: int = 64) -> float:
+    """The most elements alive during forward and backward, as a share of the whole logits."""
+    head, hidden, label, _ = case(rows, columns)
+    teacher = torch.nn.Linear(D, columns)
+    seed = torch.arange(rows)
+
+    def signal(rows):
+        return Target(label[rows], teacher(hidden[rows].detach()).log_softmax(-1).detach(), seed=seed[rows])
+
+    with Elements() as elements:
+        total_of(head, hidden, label, signal).backward()
+    return elements.most / (rows * columns)
+
+
+@each("parts", ONE_BY_ONE)
+def test_never_holds_as_much_as_the_whole_logits(parts):
+    objective = Objective(*parts, chunk=6)
+    assert most_elements(lambda *inputs: objective(*inputs, 0.5).total) < 0.5
+
+
+def test_the_count_of_elements_sees_logits_in_one_piece_or_in_many():
+    def whole(head, hidden, label, signal, rows=slice(None)):
+        return plainly(LOSSES["fkl"], FULL, PLAIN, 0.5, head, hidden[rows], label[rows], signal(rows))[0]
+
+    assert most_elements(whole) > 1
+    assert most_elements(lambda *inputs: sum(whole(*inputs, rows) for rows in chunks(600, 6))) > 1

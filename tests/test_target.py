@@ -1,0 +1,125 @@
+import math
+
+import pytest
+import torch
+from cases import COMPLETE, FORMS, V, close, dense, each, gradient, logits, probabilities, shuffled, with_rest
+
+from kd.errors import UserError
+from kd.target import FLOOR, Target, log1mexp
+
+
+def test_log1mexp_keeps_its_digits_where_the_mass_is_nearly_one():
+    mass = [0.1, 0.5, 0.9, 0.999, 1 - 1e-6]
+    actual = log1mexp(torch.tensor([math.log(m) for m in mass]))
+    close(actual, [math.log1p(-m) for m in mass], rtol=1e-5)
+
+
+@pytest.mark.parametrize("x", [-math.inf, -1000.0, -1e-7, 0.0, 1e-6])
+def test_log1mexp_and_its_gradient_are_finite_everywhere(x):
+    x = torch.tensor(x, requires_grad=True)
+    value = log1mexp(x)
+    value.backward()
+    assert math.log(1e-7) - 1 <= value <= 0
+    assert x.grad.isfinite()
+
+
+@each("form", FORMS)
+def test_rows_are_cut_from_every_field(form):
+    target = form(logits(1))
+    part = target[2:5]
+    close(part.logp, target.logp[2:5])
+    close(part.label, target.label[2:5])
+    close(part.seed, target.seed[2:5])
+    assert part.rest == target.rest
+    assert (part.ids is None) == (target.ids is None)
+    if target.ids is not None:
+        close(part.ids, target.ids[2:5])
+
+
+@each("form", FORMS)
+def test_pair_puts_both_sides_on_the_same_tokens(form):
+    target, student = form(logits(1)), logits(2).log_softmax(-1)
+    q, p = target.pair(student)
+    assert p.shape == q.shape
+    for row in range(len(p)):
+        kept = target.logp[row] > -torch.inf
+        ids = torch.arange(V)[kept] if target.ids is None else target.ids[row][kept]
+        columns = torch.cat([kept, torch.tensor([True])]) if target.rest else kept
+        expected_p, expected_q = target.logp[row][kept].exp(), student[row, ids].exp()
+        if target.rest:
+            expected_p, expected_q = (torch.cat([x, 1 - x.sum(0, keepdim=True)]) for x in (expected_p, expected_q))
+        close(p[row][columns].exp(), expected_p)
+        close(q[row][columns].exp(), expected_q)
+        assert (p[row][~columns] == FLOOR).all()
+        assert (q[row][~columns] == FLOOR).all()
+
+
+@each("form", COMPLETE)
+def test_both_sides_of_a_complete_pair_add_up_to_one(form):
+    q, p = form(logits(1)).pair(logits(2).log_softmax(-1))
+    close(q.exp().sum(-1), torch.ones(len(q)))
+    close(p.exp().sum(-1), torch.ones(len(p)))
+
+
+def test_the_rest_of_all_tokens_is_nothing():
+    target = with_rest(shuffled(dense(logits(1)), V))
+    q, p = target.pair(logits(2).log_softmax(-1))
+    assert (q[:, -1] == FLOOR).all()
+    assert (p[:, -1] == FLOOR).all()
+
+
+def test_a_rest_that_float32_cannot_see_stays_finite():
+    teacher = torch.tensor([[30.0, 30.0, 0.0, 0.0]])
+    target = Target(torch.zeros(1, dtype=torch.long), teacher.log_softmax(-1)[:, :2], torch.tensor([[0, 1]]), rest=True)
+    q, p = target.pair(teacher.log_softmax(-1))
+    close(p, q)
+    assert p.isfinite().all()
+    assert gradient(lambda z: target.pair(z.log_softmax(-1))[0], teacher).isfinite().all()
+
+
+def test_keep_renormalises_unless_there_is_a_rest():
+    target = dense(torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64).log())
+    columns = torch.tensor([[3, 1]])
+    kept = target.logp.gather(-1, columns)
+    close(target.keep(kept, columns, rest=False).logp.exp(), [[2 / 3, 1 / 3]])
+    close(target.keep(kept, columns, rest=True).logp.exp(), [[0.4, 0.2]])
+    assert not target.keep(kept, columns, rest=False).rest
+    assert target.keep(kept, columns, rest=True).rest
+
+
+def test_keep_names_tokens_and_not_columns():
+    target = shuffled(dense(logits(1)), 8)
+    columns = torch.tensor([[7, 2, 0]]).expand(len(target.logp), 3)
+    kept = target.keep(target.logp.gather(-1, columns), columns, rest=True)
+    close(kept.ids, target.ids[:, [7, 2, 0]])
+    close(kept.logp, probabilities(target).gather(-1, kept.ids).log())
+
+
+@each("form", {name: form for name, form in FORMS.items() if "rest" not in name})
+@pytest.mark.parametrize("tau", [0.1, 0.5, 2, 10.0])
+def test_softening_is_a_power_and_leaves_dropped_tokens_out(form, tau):
+    target = form(logits(1))
+    power = target.logp.exp() ** (1 / tau)
+    soft = target.soften(tau)
+    close(soft.logp.exp(), power / power.sum(-1, keepdim=True))
+    assert ((soft.logp == -torch.inf) == (target.logp == -torch.inf)).all()
+
+
+def test_each_position_has_its_own_temperature():
+    target = dense(logits(1))
+    tau = torch.linspace(0.5, 3, len(target.logp), dtype=torch.float64)
+    soft = target.soften(tau)
+    for row, t in enumerate(tau.tolist()):
+        close(soft.logp[row], target.soften(t).logp[row])
+
+
+def test_temperature_one_changes_nothing():
+    target = FORMS["sparse-rest"](logits(1))
+    assert target.soften(1.0) is target
+    assert target.soften(1) is target
+
+
+@pytest.mark.parametrize("tau", [2.0, torch.full((6,), 2.0)])
+def test_a_rest_cannot_be_softened(tau):
+    with pytest.raises(UserError, match=r"truncation\.rest=true.*temperature\.tau=1"):
+        FORMS["sparse-rest"](logits(1)).soften(tau)

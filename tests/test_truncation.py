@@ -1,0 +1,271 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from cases import (
+    FORMS,
+    LOSSES,
+    TRUNCATIONS,
+    N,
+    V,
+    close,
+    dense,
+    each,
+    gradient,
+    logits,
+    option,
+    probabilities,
+    shuffled,
+    without_some,
+)
+from scipy import stats
+
+from kd.errors import UserError
+from kd.target import Target
+from kd.truncation import uniform
+
+ODDS = 1e-6  # of a correct sampler failing a test here, if the seeds were not fixed
+
+
+def four(*p: float) -> Target:
+    return dense(torch.tensor([p or (0.3, 0.1, 0.4, 0.2)], dtype=torch.float64).log())
+
+
+def copies(seed: torch.Tensor, columns: int = V) -> Target:
+    """The same position len(seed) times, under different seeds."""
+    logp = logits(1, 1, columns).log_softmax(-1).expand(len(seed), columns)
+    return Target(torch.zeros_like(seed), logp, seed=seed)
+
+
+def by_sorting(p: np.ndarray, nucleus: float = 1.0, k: int = V) -> np.ndarray:
+    """One row of top_p_k in numpy, not renormalised."""
+    order = np.argsort(-p)
+    reaching = 1 + np.flatnonzero(np.append(np.cumsum(p[order])[:-1] >= nucleus, True))[0]
+    out = np.zeros_like(p)
+    out[order[: min(reaching, k)]] = p[order[: min(reaching, k)]]
+    return out
+
+
+def agree(actual: Target, expected: Target) -> None:
+    close(probabilities(actual), probabilities(expected))
+    assert actual.rest == expected.rest
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "kept"),
+    [
+        ("top_k", {"k": 1}, [0, 0, 0.4, 0]),
+        ("top_k", {"k": 2}, [0.3, 0, 0.4, 0]),
+        ("top_k", {"k": 4}, [0.3, 0.1, 0.4, 0.2]),
+        ("top_p", {"p": 0.01}, [0, 0, 0.4, 0]),
+        ("top_p", {"p": 0.39}, [0, 0, 0.4, 0]),
+        ("top_p", {"p": 0.41}, [0.3, 0, 0.4, 0]),
+        ("top_p", {"p": 0.69}, [0.3, 0, 0.4, 0]),
+        ("top_p", {"p": 0.71}, [0.3, 0, 0.4, 0.2]),
+        ("top_p", {"p": 0.91}, [0.3, 0.1, 0.4, 0.2]),
+        ("top_p_k", {"p": 0.71, "k": 2}, [0.3, 0, 0.4, 0]),
+        ("top_p_k", {"p": 0.39, "k": 2}, [0, 0, 0.4, 0]),
+    ],
+)
+def test_tokens_kept_by_hand(name, setting, kept):
+    kept = torch.tensor([kept], dtype=torch.float64)
+    close(probabilities(option("truncation", name, **setting, rest=True)(four()), 4), kept)
+    close(probabilities(option("truncation", name, **setting, rest=False)(four()), 4), kept / kept.sum())
+
+
+def test_top_p_of_exactly_p_needs_no_further_token():
+    close(probabilities(option("truncation", "top_p", p=0.5)(four(0.25, 0.5, 0.125, 0.125)), 4), [[0, 1.0, 0, 0]])
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+@pytest.mark.parametrize("rest", [False, True])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("k", [1, 3, V])
+def test_nucleus_is_the_smallest_set_that_reaches_p_then_at_most_k(p, k, rest, form):
+    target = dense(logits(1)) if form == "dense" else shuffled(dense(logits(1)), V)
+    expected = torch.stack([torch.from_numpy(by_sorting(row, p, k)) for row in dense(logits(1)).logp.exp().numpy()])
+    if not rest:
+        expected = expected / expected.sum(-1, keepdim=True)
+    close(probabilities(option("truncation", "top_p_k", p=p, k=k, rest=rest)(target)), expected)
+    if k == V:
+        close(probabilities(option("truncation", "top_p", p=p, rest=rest)(target)), expected)
+    if p == 1:
+        close(probabilities(option("truncation", "top_k", k=k, rest=rest)(target)), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"), [("full", {}), ("top_k", {"k": V}), ("top_p", {"p": 1}), ("top_p_k", {"p": 1.0, "k": V})]
+)
+@pytest.mark.parametrize("rest", [False, True])
+def test_everything_can_be_kept(name, setting, rest):
+    setting = setting | ({"rest": rest} if name != "full" else {})
+    for scale in (1, 10):  # at 10 some probabilities are too small to move a float32 sum
+        target = dense((scale * logits(1)).float())
+        kept = option("truncation", name, **setting)(target)
+        assert ((probabilities(kept) > 0) == (probabilities(target) > 0)).all()
+        close(probabilities(kept), probabilities(target), rtol=1e-4, atol=0)
+
+
+@each("truncation", TRUNCATIONS)
+def test_all_mass_is_kept_renormalised_or_in_the_rest(truncation):
+    kept = truncation(dense(logits(1)))
+    q, p = kept.pair(logits(2).log_softmax(-1))
+    close(p.exp().sum(-1), torch.ones(N))
+    assert (p.exp() >= 0).all()
+    if kept.rest:
+        close(q.exp().sum(-1), torch.ones(N))
+        assert (kept.logp.exp().sum(-1) < 1).any()
+
+
+@each("truncation", TRUNCATIONS)
+def test_a_token_is_kept_once(truncation):
+    kept = truncation(dense(logits(1)))
+    if kept.ids is not None:
+        for ids, logp in zip(kept.ids, kept.logp, strict=True):
+            there = ids[logp > -torch.inf]
+            assert len(there) == len(there.unique())
+
+
+@each("truncation", TRUNCATIONS)
+def test_what_was_dropped_before_stays_dropped(truncation):
+    target = without_some(dense(logits(1)))
+    kept = truncation(target)
+    assert (probabilities(kept)[target.logp == -torch.inf] == 0).all()
+
+
+@each("truncation", TRUNCATIONS)
+def test_does_not_depend_on_the_other_positions(truncation):
+    target = dense(logits(1, rows=12) * torch.logspace(-1, 1, 12)[:, None])
+    whole = truncation(target)
+    for rows in (slice(0, 1), slice(3, 4), slice(5, 12)):
+        agree(truncation(target[rows]), whole[rows])
+
+
+@each("truncation", {name: t for name, t in TRUNCATIONS.items() if t.func.__name__ != "random"})
+def test_does_not_depend_on_the_order_of_columns(truncation):
+    target = dense(logits(1))
+    agree(truncation(shuffled(target, V)), truncation(target))
+
+
+@each("truncation", TRUNCATIONS)
+def test_label_seed_and_target_stay_as_they_are(truncation):
+    target = FORMS["sparse"](logits(1))
+    before = target.logp.clone()
+    kept = truncation(target)
+    close(kept.label, target.label)
+    close(kept.seed, target.seed)
+    close(target.logp, before)
+
+
+def test_random_counts_draws():
+    draws = 20
+    kept = option("truncation", "random", draws=draws)(dense(logits(1)))
+    counts = probabilities(kept) * draws
+    close(counts, counts.round(), atol=1e-5)
+    close(counts.sum(-1), torch.full((N,), float(draws)))
+
+
+def test_random_is_a_function_of_the_seed():
+    random = option("truncation", "random", draws=5)
+    target = copies(torch.tensor([7, 8, 7, 7 + 2**40]))
+    p = probabilities(random(target))
+    assert (p[0] == p[2]).all()
+    assert (p[0] != p[1]).any()
+    assert (p[0] != p[3]).any()
+    agree(random(target), random(target))
+
+
+def test_random_from_a_sure_teacher_is_sure():
+    target = dense(100 * torch.eye(V, dtype=torch.float64))
+    close(probabilities(option("truncation", "random", draws=9)(target)), torch.eye(V))
+
+
+def test_random_of_a_store_draws_in_proportion():
+    target = replace(copies(torch.arange(4000)), ids=torch.arange(V).expand(4000, V))
+    part = replace(target, logp=target.logp[:, :4], ids=target.ids[:, 3:7])
+    mean = probabilities(option("truncation", "random", draws=10)(part)).mean(0)
+    expected = target.logp[0, :4].softmax(-1)
+    close(mean[3:7], expected, atol=6 * 0.5 / 40_000**0.5)
+    assert mean[:3].sum() + mean[7:].sum() == 0
+
+
+SEEDS = {
+    "neighbours": torch.arange(4000),
+    "high-bits": torch.arange(4000) << 32,
+    "any": torch.from_numpy(np.random.default_rng(0).integers(0, 2**62, 4000)),
+}
+
+
+@each("seed", SEEDS)
+@pytest.mark.parametrize("draws", [1, 10])
+def test_random_is_unbiased(seed, draws):
+    target = copies(seed)
+    drawn = probabilities(option("truncation", "random", draws=draws)(target)).sum(0) * draws
+    expected = target.logp[0].exp() * draws * len(seed)
+    chi2 = ((drawn - expected) ** 2 / expected).sum()
+    assert stats.chi2.sf(chi2, V - 1) > ODDS
+
+
+@each("seed", SEEDS)
+def test_random_has_the_variance_of_independent_draws(seed):
+    draws, target = 10, copies(seed)
+    p = target.logp[0].exp()
+    variance = probabilities(option("truncation", "random", draws=draws)(target)).var(0)
+    expected = p * (1 - p) / draws
+    excess = (1 - 6 * p * (1 - p)) / (draws * p * (1 - p))  # kurtosis of a binomial
+    assert ((variance - expected).abs() < 5 * expected * ((2 + excess) / len(seed)).sqrt()).all()
+
+
+def test_mean_gradient_from_random_targets_is_that_of_the_whole_teacher():
+    target = copies(SEEDS["any"])
+    student = logits(2, 1).expand(len(target.logp), V)
+    fkl = LOSSES["fkl"]
+    whole = gradient(lambda z: fkl(z.log_softmax(-1), target[:1]), student[:1])[0]
+    sampled = option("truncation", "random", draws=5)(target)
+    grads = gradient(lambda z: fkl(z.log_softmax(-1), sampled), student)
+    p = target.logp[0].exp()
+    error = (p * (1 - p) / (5 * len(grads))).sqrt()  # the gradient is student - count / draws
+    close(grads.std(0), error * len(grads) ** 0.5, rtol=0.1, atol=0.01)
+    assert ((grads.mean(0) - whole).abs() < 5 * error).all()
+    assert (error < 0.1 * whole.abs().max()).all()
+
+
+def chi2_of(bins: torch.Tensor, count: int) -> float:
+    expected = bins.numel() / count
+    return stats.chi2.sf(((bins.bincount(minlength=count) - expected) ** 2 / expected).sum(), count - 1)
+
+
+@each("seed", SEEDS)
+def test_uniform_numbers_look_uniform(seed):
+    u = uniform(seed, 20)
+    assert u.dtype == torch.float64
+    assert ((u > 0) & (u < 1)).all()
+    assert stats.kstest(u.flatten(), "uniform").pvalue > ODDS
+    assert min(chi2_of((u[:, j] * 64).long(), 64) for j in range(20)) > ODDS
+    assert chi2_of((u * 2**16 % 1 * 64).long().flatten(), 64) > ODDS  # the low bits as well
+
+
+@each("seed", SEEDS)
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 0), (0, 1), (1, 1), (1, -1), (2, 0), (0, 2), (256, 0)], ids=lambda shift: str(shift)
+)
+def test_uniform_numbers_look_independent_of_their_neighbours(seed, rows, columns):
+    u = uniform(seed, 20)
+    here, there = u[rows:, max(0, -columns) : 20 - max(0, columns)], u[: len(u) - rows, max(0, columns) :]
+    there = there[:, : here.shape[1]]
+    assert chi2_of(((here * 16).long() * 16 + (there * 16).long()).flatten(), 256) > ODDS
+    assert (here == there).double().mean() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [("top_k", "k", 0), ("top_k", "k", -1), ("top_k", "k", V + 1), ("top_p_k", "k", 0), ("top_p_k", "k", V + 1),
+     ("top_p", "p", 0.0), ("top_p", "p", -0.5), ("top_p", "p", 1.5), ("top_p", "p", float("nan")),
+     ("top_p_k", "p", 0.0), ("top_p_k", "p", 1.01), ("random", "draws", 0), ("random", "draws", -3)],
+)  # fmt: skip
+def test_a_setting_without_meaning_is_refused_by_name(name, setting, value):
+    changes = ({"k": 5} if name == "top_p_k" else {}) | {setting: value}
+    truncation = option("truncation", name, **changes)
+    with pytest.raises(UserError, match=rf"truncation\.{setting}={value}: need"):
+        truncation(dense(logits(1)))
