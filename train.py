@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import sys
 import traceback
 import warnings
 from functools import cache
 from pathlib import Path
+
+# Before torch is loaded. Its threads else spin while they wait, and two runs that share cores slow each other down
+# tenfold (measured: 1,100 against 9,600 tokens/s); alone, it costs nothing.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -176,12 +181,14 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, teacher
     of, flat = settings["trainer"], conf.flat(settings)
     lightning.seed_everything(settings["seed"], verbose=False)
     seq_len, vocab = settings["data"]["seq_len"], len(parts.tokenizer)
+    for option, name in (("student.name", settings["student"]["name"]), ("teacher.name", teacher_name)):
+        if name:
+            theirs = models.from_hub(AutoTokenizer, name, f"The tokenizer of {option}={name}")
+            models.same_vocabulary(parts.tokenizer, theirs, f"{option}={name}")
     student = models.build(**settings["student"], vocab=vocab, seq_len=seq_len, option="student.name")
     costs = {"student": models.cost(student.model, seq_len)}
     teacher = None
     if teacher_name:
-        theirs = models.from_hub(AutoTokenizer, teacher_name, "teacher.name")
-        models.same_vocabulary(parts.tokenizer, theirs, f"teacher.name={teacher_name}")
         teacher = models.build(None, teacher_name, vocab, seq_len, "teacher.name")
         costs["teacher"] = models.cost(teacher.model, seq_len)
     run.begin(settings)

@@ -191,10 +191,10 @@ def _tokenizer(corpus: Corpus, documents: Iterable[str], sides: _Sides, vocab: i
     """The pretrained tokenizer `name`, one word per token, or byte-level BPE trained on up to 20 MB of training text."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if name:
+    if name and not corpus.words:
         from kd.models import from_hub
 
-        return from_hub(AutoTokenizer, name, "data.tokenizer")
+        return from_hub(AutoTokenizer, name, f"The tokenizer of {name}")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if corpus.words:

@@ -35,9 +35,18 @@ def atomic(path: Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if is_full(error, path):
             raise disk_full(path) from error
         raise
+
+
+def is_full(error: BaseException, path: Path) -> bool:
+    """Whether a write to path failed for want of room; torch and safetensors say so in words of their own."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError) and error.errno in full:
+        return True
+    says = any(os.strerror(number).lower() in str(error).lower() for number in full)
+    return isinstance(error, Exception) and (says or shutil.disk_usage(Path(path).parent).free < 1 << 16)
 
 
 def disk_full(path: Path) -> UserError:

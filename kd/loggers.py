@@ -87,9 +87,7 @@ def wandb(folder: Path, about: About, project: str = "kd", entity: str | None = 
     """
     import wandb
 
-    mode = os.environ.get("WANDB_MODE") or (
-        "online" if wandb.login(prompt=False, verify=False) else "offline"
-    )
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
     settings = dict(
         project=project, entity=entity, dir=str(folder), id=about.id, name=about.name, group=about.group,
         job_type=about.job_type, tags=about.tags, config=about.config, resume="allow",

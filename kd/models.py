@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from kd.corpora import offline_unless_reachable
 from kd.errors import UserError
 from kd.sizes import SIZES
 
@@ -135,20 +137,21 @@ def pretrained(name: str, option: str):
     """The causal LM of that Hub name or folder, float32, from safetensors and without running its code."""
     from transformers import AutoModelForCausalLM
 
-    return from_hub(AutoModelForCausalLM, name, option, dtype=torch.float32, use_safetensors=True)
+    return from_hub(AutoModelForCausalLM, name, f"{option}={name}", dtype=torch.float32, use_safetensors=True)
 
 
-def from_hub(auto, name: str, option: str, **settings):
+def from_hub(auto, name: str, what: str, **settings):
     """auto.from_pretrained(name), with an error that says what to do where there is no such thing."""
-    if not name:
-        raise UserError(f"{option}: needs a Hub name or a folder, e.g. {option}=HuggingFaceTB/SmolLM2-135M.")
+    folder = Path(name).is_dir()
+    if not folder:
+        offline_unless_reachable()
     try:
         return auto.from_pretrained(name, trust_remote_code=False, **settings)
-    except (OSError, ValueError, ConnectionError) as error:
+    except (OSError, ValueError, ConnectionError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        where = "it is no folder here, and the Hub did not give it" if not Path(name).is_dir() else "in that folder"
+        where = "in that folder" if folder else "it is no folder here, and the Hub did not give it"
         raise UserError(
-            f"{option}={name}: could not be loaded ({where}): {reason}\n"
+            f"{what} could not be loaded ({where}): {reason}\n"
             "Check the name and the network, or give the folder of a downloaded model."
         ) from error
 

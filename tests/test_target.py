@@ -8,10 +8,10 @@ from kd.errors import UserError
 from kd.target import FLOOR, Target, log1mexp
 
 
-def test_log1mexp_keeps_its_digits_where_the_mass_is_nearly_one():
-    mass = [0.1, 0.5, 0.9, 0.999, 1 - 1e-6]
+def test_log1mexp_keeps_its_digits_at_both_ends():
+    mass = [1e-20, 1e-9, 1e-4, 0.1, 0.5, 0.9, 0.999, 1 - 1e-6]
     actual = log1mexp(torch.tensor([math.log(m) for m in mass]))
-    close(actual, [math.log1p(-m) for m in mass], rtol=1e-5)
+    close(actual, [math.log1p(-m) for m in mass], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("x", [-math.inf, -1000.0, -1e-7, 0.0, 1e-6])

@@ -159,8 +159,8 @@ def test_soften_takes_a_number_or_one_per_position():
 
 
 def test_normkd_of_a_sure_or_a_uniform_teacher_is_finite():
-    teacher = torch.stack([1000 * torch.eye(V)[0], torch.zeros(V)])
-    student = logits(1, 2, dtype=torch.float32)
+    teacher = torch.stack([1000 * torch.eye(16)[0], torch.zeros(16)])
+    student = logits(1, 2, 16, torch.float32)
     for truncation in (TRUNCATIONS["full"], option("truncation", "top_k", k=1)):
         value = distance(option("temperature", "normkd"), truncation)
         assert value(student, teacher).isfinite().all()
