@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kd import config as conf
 from kd import data, sweep
 from kd.errors import UserError
-from kd.progress import Steps, clock, console, show
+from kd.progress import Steps, console, show
 from kd.run import NO_SIGNAL, Run, about, environment, export, identity, peak_memory
 
 Settings = conf.Node
@@ -63,7 +63,7 @@ def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
         for word in typed:
             if word.partition("=")[0].partition(".")[0] in NO_SIGNAL:
                 raise UserError(
-                    f"logits=none trains on text alone, so {word} would do nothing. Leave it out, or type logits=online."
+                    f"logits=none trains on text alone, and {word} would do nothing: leave it out, or use logits=online."
                 )
     elif not any(settings["teacher"].get(k) for k in ("size", "name")):
         raise UserError("logits=online needs a teacher: type teacher=1m, or logits=none to train without one.")

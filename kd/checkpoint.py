@@ -22,9 +22,10 @@ class DigestIO(CheckpointIO):
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
         path = Path(path)
         with files.atomic(path) as temporary:
-            torch.save(checkpoint, temporary)
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
             checksum = files.digest(temporary)
-            # First the digest, then the checkpoint: a kill between the two leaves a digest of nothing, which is ignored.
+            # First the digest, then the checkpoint: a kill between the two leaves a digest of nothing.
             with files.atomic(_beside(path)) as note:
                 note.write_text(checksum)
 

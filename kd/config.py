@@ -1,4 +1,4 @@
-"""From the composed config to objects: only what an allowlist admits, with arguments of the types the function names."""
+"""From the composed config to objects: only what an allowlist admits, with arguments of the right types."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def build(node: Node, path: str, **given):
 
 
 def check_types(function, settings: Node, path: str) -> None:
-    """The function's signature is the schema: raise UserError for a name it does not have or a value of another type."""
+    """The signature is the schema: raise UserError for a name it does not have or a value of another type."""
     parameters = inspect.signature(function).parameters
     module = inspect.getmodule(function)
     hints = typing.get_type_hints(function) if module and module.__name__.startswith("kd.") else {}

@@ -188,7 +188,7 @@ class _Reordered:
 
 
 def _tokenizer(corpus: Corpus, documents: Iterable[str], sides: _Sides, vocab: int | None, name: str | None):
-    """The pretrained tokenizer `name`, one word per token, or byte-level BPE trained on up to 20 MB of training text."""
+    """The pretrained tokenizer `name`, one token per word, or byte-level BPE trained on up to 20 MB of the text."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if name and not corpus.words:

@@ -43,10 +43,14 @@ def atomic(path: Path) -> Iterator[Path]:
 def is_full(error: BaseException, path: Path) -> bool:
     """Whether a write to path failed for want of room; torch and safetensors say so in words of their own."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if isinstance(error, OSError) and error.errno in full:
-        return True
-    says = any(os.strerror(number).lower() in str(error).lower() for number in full)
-    return isinstance(error, Exception) and (says or shutil.disk_usage(Path(path).parent).free < 1 << 16)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in full:
+            return True
+        if any(os.strerror(number).lower() in str(cause).lower() for number in full):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return isinstance(error, Exception) and shutil.disk_usage(Path(path).parent).free < 1 << 16
 
 
 def disk_full(path: Path) -> UserError:

@@ -87,17 +87,19 @@ def wandb(folder: Path, about: About, project: str = "kd", entity: str | None = 
     """
     import wandb
 
+    os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
     settings = dict(
         project=project, entity=entity, dir=str(folder), id=about.id, name=about.name, group=about.group,
         job_type=about.job_type, tags=about.tags, config=about.config, resume="allow",
-        settings=wandb.Settings(silent=True, console="off", init_timeout=30, finish_timeout=60, x_disable_stats=True),
+        settings=wandb.Settings(silent=True, console="off", finish_timeout=60, x_disable_stats=True),
     )  # fmt: skip
     wandb.finish()  # the run of an earlier job in this process, if it died before its own finish
     try:
         run = wandb.init(**settings, mode=mode)
     except Exception as error:  # whatever is wrong with the network or the account, the training is worth more
         warnings.warn(f"W&B is not reachable ({error}); this run is logged offline, to be sent with `wandb sync`.")
+        wandb.teardown()  # the failed try still holds the run's id
         run = wandb.init(**settings, mode="offline")
     for axis in ("tokens", "flops"):
         run.define_metric(axis)

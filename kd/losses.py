@@ -27,10 +27,11 @@ def rkl(student: Tensor, target: Target) -> Tensor:
 
 
 def jsd(student: Tensor, target: Target, beta: float = 0.5) -> Tensor:
-    """Generalised Jensen-Shannon divergence, nats [N]: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1-beta) q.
+    """Generalised Jensen-Shannon divergence, nats [N], where beta weighs the teacher.
 
-    beta weighs the teacher, as in Agarwal et al. 2023 (GKD), arXiv 2306.13649, eq. 1. The formula is 0 at both ends;
-    there, as in that paper's limits, beta=0 means fkl and beta=1 means rkl. Raises UserError for beta outside [0, 1].
+    beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, as in Agarwal et al. 2023 (GKD), arXiv
+    2306.13649, eq. 1. The formula is 0 at both ends; there, as in the paper's limits, beta=0 means fkl and beta=1 means
+    rkl. Raises UserError for beta outside [0, 1].
     """
     _check("loss.beta", beta, 0 <= beta <= 1, "a number from 0 (fkl) to 1 (rkl)")
     if beta in (0, 1):
@@ -44,10 +45,12 @@ def akl(student: Tensor, target: Target, mu: float = 0.5) -> Tensor:
     """Adaptive KL, nats [N]: fkl and rkl weighed by where the student is off, in the teacher's head or in its tail.
 
     Head: the teacher's first token and all tokens whose running probability stays <= mu. The weights are the shares
-    of |p - q| in head (on fkl) and tail (on rkl), and carry no gradient. Wu et al. 2024, arXiv 2404.02657, section 4.
+    of |p - q| in head (on fkl) and tail (on rkl), and carry no gradient. A rest column counts as one token. Wu et al. 2024, arXiv 2404.02657, section 4.
     Raises UserError for mu outside [0, 1].
     """
     _check("loss.mu", mu, 0 <= mu <= 1, "a probability from 0 to 1")
+    if mu == 1:  # all is head; a running sum in float32 could pass 1 before the end
+        return fkl(student, target)
     q, p = target.pair(student)
     with torch.no_grad():
         gap = (p.exp() - q.exp()).abs()  # [N, K]
@@ -97,9 +100,13 @@ def tvd(student: Tensor, target: Target) -> Tensor:
 def mse(student: Tensor, target: Target) -> Tensor:
     """Mean squared difference of logits over the kept columns, squared nats [N]. Ba & Caruana 2014, arXiv 1312.6184.
 
-    A logit means nothing up to a constant, so each side is first centred over the kept columns.
+    A logit means nothing up to a constant, so each side is first centred over the kept columns. Raises UserError for a
+    single column, of which centring leaves nothing.
     """
     q, p = target.pair(student)
+    _check(
+        "truncation.k", p.shape[-1], p.shape[-1] > 1, "at least 2 with loss=mse, which compares differences of logits"
+    )
     kept = p > FLOOR
     count = kept.sum(-1, keepdim=True)
     gap = (q - p) * kept  # [N, K]

@@ -62,6 +62,7 @@ class Measures:
             self._add("ece", calibration_bins(student, label[rows]))
             if signal is not None:
                 target = signal(rows)
+                assert target.ids is None  # measures are of whole distributions
                 for name, measure in AGAINST_TEACHER.items():
                     self._add(name, measure(student, target).double().sum())
                 self._add("teacher_lm", -target.logp.gather(-1, label[rows, None]).double().sum())
@@ -75,4 +76,4 @@ class Measures:
         }
 
     def _add(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums.get(name, 0) + value.cpu()
+        self.sums[name] = self.sums.get(name, 0) + value

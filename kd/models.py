@@ -162,7 +162,7 @@ def same_vocabulary(ours, theirs, option: str) -> None:
     if a != b:
         differing = sum(a.get(token) != index for token, index in b.items()) + len(a.keys() - b.keys())
         raise UserError(
-            f"{option}: its tokenizer has {len(b):,} tokens and the data's {len(a):,}, and {differing:,} of them differ. "
-            "Token by token, distillation compares the same ids, so both must share one tokenizer. Choose a teacher and "
-            "a student of one family, or sizes from scratch (student=200k), which take the teacher's tokenizer."
+            f"{option}: its tokenizer has {len(b):,} tokens and the data's {len(a):,}; {differing:,} of them differ. "
+            "Distillation compares the same ids on both sides, so all must share one tokenizer. Choose a teacher and a "
+            "student of one family, or a size from scratch (student=200k), which takes the teacher's tokenizer."
         )

@@ -16,7 +16,6 @@ from kd.metrics import Measures
 from kd.models import Causal
 from kd.objective import Objective
 
-
 STATE = ("tokens", "flops", "seconds", "train_metrics", "val_metrics")  # what a checkpoint keeps of a run
 
 
@@ -90,7 +89,7 @@ class Distillation(lightning.LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> None:
         step = self.global_step
-        progress = step / max(1, self.steps - 1)
+        progress = self._progress()
         alpha = self.alpha(progress) if self.source is not None else 0.0
         optimizer = self.optimizers()
         for group in optimizer.param_groups:
@@ -126,6 +125,10 @@ class Distillation(lightning.LightningModule):
             self._log(self.train_metrics)
         if self.global_step % self.val_every == 0 or self.global_step == self.steps:
             self.validate()
+
+    def _progress(self) -> float:
+        """The middle of this step, as a share of the run: a warm-up or decay wastes no step on a rate of 0."""
+        return (self.global_step + 0.5) / self.steps
 
     def _axes(self) -> dict[str, float]:
         """What plots are drawn against."""
@@ -184,13 +187,12 @@ class Distillation(lightning.LightningModule):
 
     def _report(self, what: str, metrics: dict, batch: Batch | None, alpha: float | None) -> dict:
         weights = {n: p.abs().max().item() for n, p in self.student.named_parameters()}
-        progress = self.global_step / max(1, self.steps - 1)
         return {
             "what": what,
             "step": self.global_step,
             "values": {k: str(v) for k, v in metrics.items()},
             "alpha": alpha,
-            "lr": self.lr(progress),
+            "lr": self.lr(self._progress()),
             "rows": batch.row.tolist() if batch is not None else None,
             "largest_weights": {k: str(v) for k, v in sorted(weights.items(), key=lambda x: -x[1])[:5]},
             "last_good": {k: str(v) for k, v in self.train_metrics.items()},

@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterable, Iterator
 
 from rich.console import Console
-from rich.table import Table
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 console = Console(stderr=True, highlight=False)
 
@@ -35,8 +35,8 @@ class Steps:
         self.steps, self.start, self.title = steps, start, title
         self.begun = self.printed = time.monotonic()
         self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("{task.fields[say]}"),
-            console=console, transient=True, refresh_per_second=4,
+            TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
+            TextColumn("{task.fields[say]}"), console=console, transient=True, refresh_per_second=4,
         )  # fmt: skip
         self.task = self.bar.add_task(title, total=steps, completed=start, say="")
         if console.is_terminal:

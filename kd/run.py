@@ -31,10 +31,11 @@ SECRET = re.compile(r"key|token$|secret|password|credential", re.IGNORECASE)
 def identity(config: dict, **digests) -> str:
     """Name of a run's folder: what it is about and a digest of all settings that change its outcome.
 
-    config is flat (kd.config.flat); digests are those of data and teacher. Without a signal in training, nothing of how
-    a signal is treated is part of the run.
+    config is flat (kd.config.flat); digests are those of data and teacher. How the teacher is made is part of the
+    teacher's name alone, and without a signal in training, nothing of how a signal is treated is part of the run.
     """
     part = {k: v for k, v in config.items() if not any(k == n or k.startswith(f"{n}.") for n in NO_PART)}
+    part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in ("teacher.size", "teacher.name")}
     if config["logits"] == "none":
         part = {k: v for k, v in part.items() if k.partition(".")[0] not in NO_SIGNAL}
     digest = xxhash.xxh3_128_hexdigest(json.dumps([part, digests], sort_keys=True).encode())[:12]

@@ -51,5 +51,5 @@ def _shares(warmup: float, decay: float = 0.0) -> None:
     if not (0 <= warmup < 1 and 0 <= decay <= 1 and warmup + decay <= 1):
         raise UserError(
             f"warmup={warmup}, decay={decay}: these are shares of the run, so need numbers from 0 to 1 that do not "
-            "add up to more than 1, e.g. lr.warmup=0.05."
+            "add up to more than 1, e.g. lr.warmup=0.05 alpha.decay=0.2."
         )

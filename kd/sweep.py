@@ -27,13 +27,14 @@ from rich.table import Table
 from kd import files
 from kd.errors import UserError
 from kd.progress import clock, console
-from kd.run import Run, read_json
+from kd.run import NO_SIGNAL, Run, read_json
 
 
 class Lines(Sweeper):
     """Hydra's basic sweeper over several lines: a sweep is the union of what each of its `runs` would be after -m.
 
     What was typed beside sweeps=NAME is added to every line. Without a sweep file there is one line: what was typed.
+    How a signal is treated is left out of runs that have none, and runs that are then the same are one run.
     """
 
     __module__ = "hydra_plugins.kd"  # see register()
@@ -55,6 +56,8 @@ class Lines(Sweeper):
         for line in of["runs"]:
             words = shlex.split(of.get("base", "")) + shlex.split(line) + typed
             for job in BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]:
+                if "logits=none" in job:
+                    job = [w for w in job if w.partition("=")[0].partition(".")[0] not in NO_SIGNAL]
                 if job not in jobs:
                     jobs.append(job)
         self.validate_batch_is_legal(jobs)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from kd.errors import UserError
 
-# What pair() gives a column outside the support, on both sides: exp(-100) is 0 in float32 next to any probability,
-# and, unlike -inf, it leaves 0 * log 0 finite.
-FLOOR = -100.0
+# What pair() gives a column outside the support, on both sides: its exp is 0, as that of -inf, but 0 * FLOOR is no NaN.
+# Far below any log-probability, so that an improbable column is never taken for a dropped one.
+FLOOR = -1e9
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Target:
             ids = self.ids
         else:
             ids = columns if self.ids is None else self.ids.gather(-1, columns)
-        return replace(self, logp=logp if rest else logp.log_softmax(-1), ids=ids, rest=rest or self.rest)
+        return replace(self, logp=logp if rest else logp.log_softmax(-1), ids=ids, rest=rest)
 
     def soften(self, tau: Tensor | float) -> Target:
         """softmax(logp / tau) over the kept columns; tau is a number or one per position [N]."""

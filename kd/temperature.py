@@ -67,7 +67,8 @@ def _spread(logp: Tensor) -> Tensor:
     count = there.sum(-1, keepdim=True)
     values = logp.masked_fill(~there, 0)
     gap = (values - values.sum(-1, keepdim=True) / count).masked_fill(~there, 0)
-    return (gap.square().sum(-1) / (count[:, 0] - 1).clamp(min=1)).sqrt()
+    # The root has no slope at 0, where the gradient would be NaN.
+    return (gap.square().sum(-1) / (count[:, 0] - 1).clamp(min=1)).clamp(min=1e-12).sqrt()
 
 
 def _positive(option: str, tau: float) -> None:

@@ -61,7 +61,7 @@ def random(target: Target, draws: int = 50) -> Target:
     columns = torch.searchsorted(cumulative, points, right=True).clamp(max=target.logp.shape[-1] - 1)
     columns = columns.sort(-1).values
     # Equal draws now stand side by side: the first of each group takes the count, the others are dropped.
-    count = (columns[:, :, None] == columns[:, None, :]).sum(-1)  # [N, draws]
+    count = torch.searchsorted(columns, columns, right=True) - torch.searchsorted(columns, columns)  # [N, draws]
     first = torch.ones_like(columns, dtype=torch.bool)
     first[:, 1:] = columns[:, 1:] != columns[:, :-1]
     logp = (count / draws).log().masked_fill(~first, -math.inf).to(target.logp.dtype)

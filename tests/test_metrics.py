@@ -1,12 +1,12 @@
 import pytest
 import torch
-from cases import close, dense, logits
 from torch.nn import functional
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from kd import losses
 from kd.metrics import AGAINST_TEACHER, BINS, Measures, agreement, calibration_bins, calibration_error
 from kd.target import Target
+from tests.cases import close, dense, logits
 
 N, V, D = 200, 17, 8
 

@@ -1,6 +1,14 @@
 import pytest
 import torch
-from cases import (
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kd.errors import UserError
+from kd.objective import Objective, chunks
+from kd.target import Target
+from kd.temperature import soften
+from tests.cases import (
     LOSSES,
     PAIRS,
     REFUSED,
@@ -14,14 +22,6 @@ from cases import (
     logits,
     option,
 )
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from kd.errors import UserError
-from kd.objective import Objective, chunks
-from kd.target import Target
-from kd.temperature import soften
 
 D, ROWS = 6, 13
 FULL, PLAIN = TRUNCATIONS["full"], TEMPERATURES["fixed"]
@@ -244,6 +244,18 @@ def test_a_bfloat16_head_is_compared_in_float32():
     assert (seventh == (whole.float() / 7).bfloat16()).all()  # 1 / 7 itself is not rounded to bfloat16
 
 
+@pytest.mark.parametrize("chunk", [4, ROWS])
+def test_equals_whole_logits_under_autocast(chunk):
+    head, hidden, label, target = case()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = plainly(LOSSES["fkl"], FULL, PLAIN, 0.5, lambda h: head(h).float(), hidden, label, target)
+        sums = Objective(LOSSES["fkl"], FULL, PLAIN, chunk)(head, hidden, label, target.__getitem__, 0.5)
+    same(sums, expected)
+    grads, expected_grads = (grads_of(total, head, hidden) for total in (sums.total, expected[0]))
+    for grad, whole in zip(grads, expected_grads, strict=True):
+        close(grad, whole, rtol=0.02, atol=0.02 * whole.abs().max().item())
+
+
 @pytest.mark.parametrize(("count", "size"), [(0, 3), (1, 3), (3, 3), (7, 3), (7, 100)])
 def test_chunks_cover_every_row_once(count, size):
     pieces = [list(range(count))[rows] for rows in chunks(count, size)]
@@ -289,6 +301,13 @@ def most_elements(total_of, rows: int = 600, columns: int = 64) -> float:
     with Elements() as elements:
         total_of(head, hidden, label, signal).backward()
     return elements.most / (rows * columns)
+
+
+def test_random_grows_with_the_number_of_draws_and_not_with_its_square():
+    draws = 500
+    with Elements() as elements:
+        option("truncation", "random", draws=draws)(dense(logits(1)))
+    assert elements.most < 50 * draws * len(logits(1))
 
 
 @each("parts", ONE_BY_ONE)

@@ -2,9 +2,9 @@ import math
 from itertools import pairwise
 
 import pytest
-from cases import each, every, option, settings
 
 from kd.errors import UserError
+from tests.cases import each, every, option, settings
 
 SCHEDULES = {f"{group}-{name}": s for group in ("alpha", "lr") for name, s in every(group).items()}
 SHARES = [

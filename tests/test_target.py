@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from cases import COMPLETE, FORMS, V, close, dense, each, gradient, logits, probabilities, shuffled, with_rest
 
 from kd.errors import UserError
 from kd.target import FLOOR, Target, log1mexp
+from tests.cases import COMPLETE, FORMS, V, close, dense, each, gradient, logits, probabilities, shuffled, with_rest
 
 
 def test_log1mexp_keeps_its_digits_at_both_ends():

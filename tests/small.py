@@ -1,0 +1,43 @@
+"""A run so small that it trains in seconds, started as a user would: python train.py …"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+SMALL = ["data=markov", "data.tokens=20000", "data.states=16", "data.branching=4", "data.seq_len=32", "data.val_rows=8", "student=100k", "teacher=100k", "teacher.steps=6", "trainer.steps=12", "trainer.batch=4", "trainer.micro_batch=2", "trainer.val_every=5", "trainer.checkpoint_every=3", "trainer.log_every=1", "logger=none"]
+# One thread: tests run side by side.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+
+
+def start(root: Path, *words: str, **environment: str) -> subprocess.Popen:
+    """train.py with the small settings, then `words`, in `root`."""
+    command = [sys.executable, str(TRAIN), *SMALL, f"root={root}", *words]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT | environment, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def train(root: Path, *words: str, code: int = 0, **environment: str) -> str:
+    """What it prints; asserts that it ends with `code`."""
+    process = start(root, *words, **environment)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == code, output
+    return output
+
+
+def folder(root: Path, start: str) -> Path:
+    """The one run folder whose name begins so."""
+    (found,) = root.glob(f"{start}*")
+    return found
+
+
+def result(path: Path) -> dict:
+    return json.loads((path / "result.json").read_text())
+
+
+def outcome(path: Path) -> tuple[bytes, bytes]:
+    """What must be the same, bit by bit, however often a run was killed."""
+    return (path / "metrics.jsonl").read_bytes(), (path / "student" / "model.safetensors").read_bytes()

@@ -1,0 +1,58 @@
+"""metrics.jsonl is the truth; W&B and TensorBoard are views that can fail without harm."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from kd.loggers import MetricsFile
+from tests.small import ENVIRONMENT, folder, result, train
+
+
+def test_metrics_file_cuts_what_comes_after_the_checkpoint_and_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 1.0}\n{"step": 2, "a": 2.0}\n{"step": 3, "a": 3.0}\n{"step": 4, "a"')
+    log = MetricsFile(path, step=2)
+    log.log_metrics({"a": 9.0}, step=3)
+    log.close(None)
+    assert [(x["step"], x["a"]) for x in MetricsFile.lines(path)] == [(1, 1.0), (2, 2.0), (3, 9.0)]
+
+
+def inspect(path: Path) -> dict:
+    """Config, summary, … of an offline W&B run, read by W&B's own tool."""
+    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--summary", "--json", str(path)]
+    return json.loads(subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout)
+
+
+def test_wandb_without_a_key_is_offline_shallow_and_one_run_per_run(tmp_path):
+    train(tmp_path, "logger=wandb", "sweep=trial", "trainer.steps=4", WANDB_MODE="", HOME=str(tmp_path))
+    run = folder(tmp_path, "fkl")
+    (offline,) = (run / "wandb").glob("offline-run-*")
+    said = json.dumps(inspect(offline))
+    assert run.name in said and "final/lm" in said and str(result(run)["final"]["val/lm"])[:8] in said
+    for axis in ("student.params", "teacher.params", "tokens", "loss", "alpha", "tau", "seed"):
+        assert f'"{axis}"' in said, axis
+    raw = b"".join(p.read_bytes() for p in offline.glob("*.wandb"))
+    assert b"trial" in raw and b"distil" in raw
+
+
+def test_wandb_with_a_dead_network_trains_and_goes_offline(tmp_path):
+    output = train(
+        tmp_path, "logger=wandb", "trainer.steps=3", "teacher=none", "logits=none", WANDB_MODE="online",
+        WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_INIT_TIMEOUT="5",
+    )  # fmt: skip
+    assert "logged offline" in output
+    assert result(folder(tmp_path, "lm"))["state"] == "done"
+
+
+def test_tensorboard_writes_event_files(tmp_path):
+    train(tmp_path, "logger=tensorboard", "trainer.steps=3", "teacher=none", "logits=none")
+    assert list(folder(tmp_path, "lm").glob("tensorboard/events*"))
+
+
+def test_a_failed_run_is_a_failed_run_in_wandb(tmp_path):
+    words = ("teacher=none", "logits=none", "lr=constant", "lr.peak=1e30", "trainer.clip=0")
+    train(tmp_path, "logger=wandb", *words, code=2)
+    assert list(folder(tmp_path, "lm").glob("wandb/offline-run-*"))
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,198 @@
+"""A run from the command line: made once, resumed exactly, verified, and never half a result."""
+
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import filelock
+import pytest
+import torch
+
+from tests.small import folder, outcome, result, start, train
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A root with one run, from start to end, and its teacher."""
+    root = tmp_path_factory.mktemp("whole")
+    train(root, "truncation=random", "truncation.draws=8")
+    return root
+
+
+@pytest.fixture
+def begun(whole, tmp_path) -> Path:
+    """A root where data and teacher are made, and the student is not."""
+    shutil.copytree(whole, tmp_path / "begun", ignore=lambda _, names: [n for n in names if n.startswith("fkl")])
+    return tmp_path / "begun"
+
+
+RUN = ("truncation=random", "truncation.draws=8")
+
+
+def kill(root: Path, lines: int, *words: str, after: float = 0.0) -> None:
+    """Start the run, and end it with SIGKILL once it has logged so many lines (and a moment later)."""
+    process = start(root, *RUN, *words)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        files = list(root.glob("fkl*/metrics.jsonl"))
+        if files and files[0].read_bytes().count(b"\n") >= lines:
+            time.sleep(after)
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_result_says_what_the_run_was(whole):
+    run = folder(whole, "fkl")
+    made = result(run)
+    assert made["state"] == "done" and made["config"]["truncation"] == "random"
+    assert made["tokens"] == 12 * 4 * 32
+    assert made["entropy"] < made["final"]["val/lm"] < math.log(16) + 1
+    assert made["environment"]["torch"] == torch.__version__
+    measures = {"lm", "ece", "fkl", "rkl", "tvd", "agreement", "teacher_lm", "teacher_ece"}
+    assert {f"val/{m}" for m in measures} <= made["final"].keys()
+    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if "val/lm" in x] == [5, 10, 12]
+    assert [x["step"] for x in lines if "train/loss" in x] == list(range(1, 13))
+    assert not (run / "checkpoints").exists()
+
+
+def test_same_command_again_is_instant_and_touches_nothing(whole):
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
+    began = time.monotonic()
+    assert "lm " in train(whole, *RUN)
+    assert time.monotonic() - began < 5
+    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
+
+
+def test_student_loads_with_plain_transformers_and_says_the_same(whole):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = folder(whole, "fkl") / "student"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    ids = tokenizer("s1 s2 s3", return_tensors="pt")["input_ids"]
+    assert ids.shape == (1, 3) and model(ids).logits.shape == (1, 3, 17)
+    assert "knowledge-distillation" in (path / "README.md").read_text()
+
+
+def test_teacher_is_the_run_of_its_own_command(whole, tmp_path):
+    train(tmp_path, "logits=none", "teacher=none", "trainer.steps=6", "trainer.batch=8", "trainer.micro_batch=8",
+          "trainer.val_every=50", "trainer.log_every=10")  # fmt: skip
+    assert folder(tmp_path, "lm").name == folder(whole, "lm").name
+    assert outcome(folder(tmp_path, "lm")) == outcome(folder(whole, "lm"))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_anywhere_ends_bit_for_bit_as_if_never_killed(whole, begun, seed):
+    rng = random.Random(seed)
+    for _ in range(3):
+        kill(begun, rng.randrange(1, 15), after=rng.random() * 0.05)
+    train(begun, *RUN)
+    assert outcome(folder(begun, "fkl")) == outcome(folder(whole, "fkl"))
+
+
+def test_killed_while_the_teacher_is_made(whole, tmp_path):
+    process = start(tmp_path, *RUN)
+    while not list(tmp_path.glob("lm*/metrics.jsonl")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    train(tmp_path, *RUN)
+    assert outcome(folder(tmp_path, "fkl")) == outcome(folder(whole, "fkl"))
+
+
+def newest(root: Path) -> Path:
+    return max((folder(root, "fkl") / "checkpoints").glob("*.ckpt"))
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, begun):
+    kill(begun, 13)  # 12 steps and 2 validations: checkpoints at 6 and 9
+    damaged = newest(begun)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    output = train(begun, *RUN)
+    assert f"{damaged} is damaged" in output.replace("\n", "")
+    assert outcome(folder(begun, "fkl")) == outcome(folder(whole, "fkl"))
+
+
+def test_all_checkpoints_damaged_is_an_error_that_says_what_to_type(begun):
+    kill(begun, 13)
+    for path in (folder(begun, "fkl") / "checkpoints").glob("*.ckpt"):
+        path.write_bytes(path.read_bytes()[:-100])
+    output = train(begun, *RUN, code=2)
+    assert "rm -r" in output and "Traceback" not in output
+
+
+def test_checkpoint_holds_no_teacher_and_no_code(begun):
+    kill(begun, 13)
+    checkpoint = torch.load(newest(begun), weights_only=True)
+    assert not any("outside" in k or "teacher" in k for k in checkpoint["state_dict"])
+    assert all(k.startswith("student.") for k in checkpoint["state_dict"])
+
+
+def test_folder_in_use_by_another_process_is_an_error(begun):
+    kill(begun, 3)
+    with filelock.FileLock(folder(begun, "fkl") / ".lock"):
+        output = train(begun, *RUN, code=2)
+    assert "is being used by another process" in output and "Traceback" not in output
+
+
+def test_non_finite_loss_is_a_failure_and_no_result(begun):
+    output = train(begun, "lr=constant", "lr.peak=1e30", "trainer.clip=0", code=2)
+    run = folder(begun, "fkl")
+    report = json.loads((run / "failure.json").read_text())
+    assert "not finite" in report["reason"] and report["rows"] and report["largest_weights"]
+    assert not (run / "result.json").exists() and not (run / "student").exists()
+    assert str(run / "failure.json") in output.replace("\n", "")
+
+
+def test_sigterm_is_no_success(begun):
+    process = start(begun, *RUN, "trainer.steps=3000")
+    while not list(begun.glob("fkl*/metrics.jsonl")):
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait() == 143
+
+
+def test_full_disk_says_so_and_leaves_no_half_file(begun):
+    process = start(begun, *RUN, "trainer.steps=13")
+    while not list(begun.glob("fkl*/metrics.jsonl")):
+        time.sleep(0.005)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    output = process.communicate()[0]
+    assert process.returncode == 2, output
+    assert "No room to write" in output and "Traceback" not in output
+    assert not [p for p in begun.rglob("*.tmp")] and not list(begun.glob("fkl*/checkpoints/*.ckpt"))
+    train(begun, *RUN, "trainer.steps=13")
+
+
+def test_micro_batches_change_the_result_by_rounding_only(whole, begun):
+    train(begun, *RUN, "trainer.micro_batch=4")
+    one, two = result(folder(whole, "fkl"))["final"], result(folder(begun, "fkl"))["final"]
+    assert one["val/lm"] == pytest.approx(two["val/lm"], abs=1e-5)
+
+
+def test_settings_without_effect_are_no_part_of_a_run(whole):
+    output = train(whole, *RUN, "trainer.checkpoint_every=7", "sweep=other")
+    assert len(list(whole.glob("fkl*"))) == 1, output
+
+
+def test_secrets_are_in_no_file(begun):
+    train(begun, *RUN, "trainer.steps=2", "+data.api_key=sesame", "++logger.token=sesame2", code=2)
+    train(begun, *RUN, "trainer.steps=2", WANDB_API_KEY="sesame" * 7)
+    for path in begun.rglob("*"):
+        assert path.is_dir() or b"sesame" not in path.read_bytes(), path
+
+
+def test_works_from_any_folder(tmp_path, whole):
+    os.makedirs(tmp_path / "elsewhere")
+    output = train(tmp_path / "elsewhere", *RUN, "root=../made")
+    assert (tmp_path / "made").is_dir() and "All of it: ../made/fkl" in output.replace("\n", "")

@@ -1,0 +1,53 @@
+"""Sweeps: a process per run, one failure takes no other run with it, the table says what became of each."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.small import folder, outcome, result, train
+
+
+def test_multirun_makes_every_run_and_again_makes_none(tmp_path):
+    output = train(tmp_path, "-m", "logits=none,online", "loss=fkl,tvd", "trainer.steps=3")
+    manifest = json.loads((tmp_path / "sweeps" / "multirun.json").read_text())
+    # Without a signal the loss is no part of a run: three runs, not four.
+    assert len(manifest["runs"]) == 3 and "run 3 of 3" in output
+    assert all(result(tmp_path / r["run"])["state"] == "done" for r in manifest["runs"])
+    again = train(tmp_path, "-m", "logits=none,online", "loss=fkl,tvd", "trainer.steps=3")
+    assert again.count("done before") == 3
+
+
+def test_run_in_a_sweep_equals_the_run_alone(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    train(tmp_path / "a", "-m", "loss=rkl,fkl", "trainer.steps=3")
+    train(tmp_path / "b", "loss=fkl", "trainer.steps=3")
+    assert outcome(folder(tmp_path / "a", "fkl")) == outcome(folder(tmp_path / "b", "fkl"))
+
+
+def test_one_failed_run_leaves_the_others_and_the_exit_code_says_so(tmp_path):
+    output = train(tmp_path, "-m", "lr=constant", "lr.peak=1e30,1e-3,1e-4", "trainer.clip=0", "trainer.steps=4", code=1)
+    states = [line.split()[1] for line in output.splitlines() if line.startswith("lr.peak=")]
+    assert states == ["failed", "done", "done"]
+    assert "not finite" in output
+
+
+def test_wrong_config_stops_a_sweep_before_its_first_run(tmp_path):
+    output = train(tmp_path, "-m", "truncation=top_k", "truncation.k=5,abc", code=2)
+    assert "truncation.k=abc" in output and not list(tmp_path.glob("fkl*"))
+
+
+def test_sweep_file_is_a_union_of_lines_with_what_was_typed_added(tmp_path):
+    output = train(tmp_path, "sweeps=demo", "trainer.steps=2", "temperature.tau=2", "seed=0,1")
+    manifest = json.loads((tmp_path / "sweeps" / "demo.json").read_text())
+    losses = [next((w for w in r["overrides"] if w.startswith("loss=")), "none") for r in manifest["runs"]]
+    assert losses.count("none") == 2 and len(losses) == 10, output
+    assert not any("tau" in w for r in manifest["runs"] if "logits=none" in r["overrides"] for w in r["overrides"])
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (Path(__file__).parent.parent / "sweeps").glob("*.yaml")))
+def test_every_sweep_file_says_its_question_and_composes(name, tmp_path):
+    head = (Path(__file__).parent.parent / "sweeps" / f"{name}.yaml").read_text().splitlines()[0]
+    assert head.startswith("# ") and "?" in head and "runs" in head
+    train(tmp_path, f"sweeps={name}", "--cfg", "job")
