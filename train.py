@@ -63,7 +63,7 @@ def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
         for word in typed:
             if word.partition("=")[0].partition(".")[0] in NO_SIGNAL:
                 raise UserError(
-                    f"logits=none trains on text alone, and {word} would do nothing: leave it out, or use logits=online."
+                    f"logits=none trains on text alone; {word} would do nothing: leave it out, or take logits=online."
                 )
     elif not any(settings["teacher"].get(k) for k in ("size", "name")):
         raise UserError("logits=online needs a teacher: type teacher=1m, or logits=none to train without one.")
@@ -123,9 +123,7 @@ def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
     run, teacher = plan(settings)
     if result := run.result():
         return run, result
-    source, packing = corpus(settings)
-    packed = data.pack(source, Path(settings["root"]) / "data", **packing)
-    parts = Parts(settings, packed)
+    packed, parts = prepare(settings)
     name = settings["teacher"]["name"]
     if teacher:
         name = str(train(teacher)[0] / "student")
@@ -133,6 +131,13 @@ def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
         if result := run.result():
             return run, result
         return run, fit(run, settings, packed, parts, name)
+
+
+def prepare(settings: Settings) -> tuple[data.Packed, Parts]:
+    """The data, packed, and the parts of the run, tried; all that can be wrong short of the models is found here."""
+    source, packing = corpus(settings)
+    packed = data.pack(source, Path(settings["root"]) / "data", **packing)
+    return packed, Parts(settings, packed)
 
 
 class Parts:
@@ -157,7 +162,13 @@ class Parts:
         vocab = len(self.tokenizer)
         logp = torch.linspace(0, 1, 2 * vocab).view(2, vocab).sin().log_softmax(-1)
         target = Target(torch.zeros(2, dtype=torch.long), logp, seed=torch.zeros(2, dtype=torch.long))
-        self.objective.distance(logp.flip(0), target)
+        student = logp.flip(0).requires_grad_()
+        self.objective.distance(student, target).sum().backward()
+        if not student.grad.any():
+            raise UserError(
+                "This loss has no gradient on what the truncation keeps, so the student would learn nothing from it "
+                "(mse compares differences of logits, and one token has none): keep more, e.g. truncation.k=10."
+            )
         for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
             if not 0 <= self.alpha(progress) <= 1:
                 raise UserError(
@@ -253,7 +264,7 @@ def quiet() -> None:
 
 
 conf.register()
-sweep.register(resolve, plan)
+sweep.register(resolve, plan, prepare)
 
 if __name__ == "__main__":
     main()

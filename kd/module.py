@@ -88,7 +88,6 @@ class Distillation(lightning.LightningModule):
             teacher.to(self.device)
 
     def training_step(self, batch: Batch, index: int) -> None:
-        step = self.global_step
         progress = self._progress()
         alpha = self.alpha(progress) if self.source is not None else 0.0
         optimizer = self.optimizers()

@@ -62,8 +62,8 @@ MEASURES = {
     "val/teacher_lm": "loss of the teacher",
     "val/fkl": "KL(teacher || student), nats per token",
     "val/rkl": "KL(student || teacher), nats per token",
-    "val/tvd": "total variation distance; 1 - this is the acceptance rate of speculative decoding",
-    "val/agreement": "share of positions with the same first token",
+    "val/tvd": "total variation distance between the two",
+    "val/agreement": "share of positions where both rank the same token first",
     "val/ece": "calibration error of the student",
     "val/teacher_ece": "calibration error of the teacher",
 }

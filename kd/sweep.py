@@ -22,6 +22,7 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
+from rich.markup import escape
 from rich.table import Table
 
 from kd import files
@@ -71,9 +72,10 @@ class Processes(Launcher):
     """One process per run, one after the other, in the order of the sweep; finished runs are not started again."""
 
     __module__ = "hydra_plugins.kd"
-    # What train.py makes of a job: its checked settings, and the run that they describe.
+    # What train.py makes of a job: its settings, the run that they describe, and a trial of all its parts.
     resolve: Callable
     plan: Callable
+    prepare: Callable
 
     def setup(self, *, hydra_context, task_function, config) -> None:
         self.hydra_context, self.config = hydra_context, config
@@ -89,6 +91,7 @@ class Processes(Launcher):
         name = of if isinstance(of, str) else (of or {}).get("name", "multirun")
         manifest = {"name": name, "runs": [{"run": r.name, "overrides": list(j)} for r, j in zip(runs, job_overrides)]}
         files.write_json(Path(self.config.root) / "sweeps" / f"{name}.json", manifest)
+        said = varying(job_overrides)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         spent: list[float] = []
         codes: list[int] = []
@@ -98,7 +101,9 @@ class Processes(Launcher):
                 left = sum(r.result() is None for r in runs[number - 1 :])
                 when = f", about {clock(sum(spent) / len(spent) * left)} left" if spent else ""
                 state = "done before" if finished else f"starts{when}"
-                console.print(f"[bold]run {number} of {len(runs)}[/]  {' '.join(job)}  [dim]{state}[/]", soft_wrap=True)
+                console.print(
+                    f"[bold]run {number} of {len(runs)}[/]  {escape(said[number - 1])}  [dim]{state}[/]", soft_wrap=True
+                )
                 began = time.monotonic()
                 codes.append(0 if finished else self._start([*job, f"sweep={name}"]))
                 if not finished:
@@ -109,7 +114,11 @@ class Processes(Launcher):
 
     def _run(self, job: Sequence[str]) -> Run:
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(job))
-        return type(self).plan(type(self).resolve(cfg, list(job)))[0]
+        settings = type(self).resolve(cfg, list(job))
+        run = type(self).plan(settings)[0]
+        if run.result() is None:
+            type(self).prepare(settings)
+        return run
 
     def _start(self, job: list[str]) -> int:
         process = subprocess.Popen([sys.executable, self.program, *job], env=os.environ)
@@ -136,25 +145,29 @@ def state(run: Run) -> tuple[str, str]:
     return ("failed", failure["reason"]) if failure else ("unfinished", "the same command goes on with it")
 
 
+def varying(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """What was typed for each run, without what all have in common."""
+    common = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+    return [" ".join(w for w in job if w not in common) for job in jobs]
+
+
 def summary(name: str, runs: Sequence[Run], jobs: Sequence[Sequence[str]]) -> Table:
     """All runs of a sweep, their state and their loss on held-out text."""
     table = Table(title=f"sweep {name}", title_justify="left", pad_edge=False, box=None)
     for column, justify in (("run", "left"), ("state", "left"), ("loss", "right"), ("time", "right"), ("", "left")):
         table.add_column(column, justify=justify)
-    common = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
-    for run, job in zip(runs, jobs, strict=True):
+    for run, words in zip(runs, varying(jobs), strict=True):
         result = run.result()
         stands, says = state(run)
         color = {"done": "green", "failed": "red"}.get(stands, "yellow")
         loss, time_ = (f"{result['final']['val/lm']:.4f}", clock(result["seconds"])) if result else ("", "")
-        varying = " ".join(w for w in job if w not in common)
-        table.add_row(varying, f"[{color}]{stands}[/]", loss, time_, f"[dim]{says[:100]}[/]")
+        table.add_row(escape(words), f"[{color}]{stands}[/]", loss, time_, f"[dim]{escape(says[:100])}[/]")
     return table
 
 
-def register(resolve: Callable, plan: Callable) -> None:
+def register(resolve: Callable, plan: Callable, prepare: Callable) -> None:
     """Make both known to Hydra as hydra/launcher=processes and hydra/sweeper=lines."""
-    Processes.resolve, Processes.plan = staticmethod(resolve), staticmethod(plan)
+    Processes.resolve, Processes.plan, Processes.prepare = map(staticmethod, (resolve, plan, prepare))
     store = ConfigStore.instance()
     store.store(group="hydra/launcher", name="processes", node={"_target_": "hydra_plugins.kd.Processes"})
     store.store(group="hydra/sweeper", name="lines", node={"_target_": "hydra_plugins.kd.Lines"})

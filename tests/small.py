@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 
 TRAIN = Path(__file__).parent.parent / "train.py"
-SMALL = ["data=markov", "data.tokens=20000", "data.states=16", "data.branching=4", "data.seq_len=32", "data.val_rows=8", "student=100k", "teacher=100k", "teacher.steps=6", "trainer.steps=12", "trainer.batch=4", "trainer.micro_batch=2", "trainer.val_every=5", "trainer.checkpoint_every=3", "trainer.log_every=1", "logger=none"]
+SMALL = """data=markov data.tokens=20000 data.states=16 data.branching=4 data.seq_len=32 data.val_rows=8
+student=100k teacher=100k teacher.steps=6 trainer.steps=12 trainer.batch=4 trainer.micro_batch=2
+trainer.val_every=5 trainer.checkpoint_every=3 trainer.log_every=1 logger=none""".split()  # noqa: SIM905
 # One thread: tests run side by side.
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
 def start(root: Path, *words: str, **environment: str) -> subprocess.Popen:
-    """train.py with the small settings, then `words`, in `root`."""
-    command = [sys.executable, str(TRAIN), *SMALL, f"root={root}", *words]
+    """train.py with the small settings, and `words`, in `root`."""
+    flags = [w for w in words if w.startswith("-")]
+    command = [sys.executable, str(TRAIN), *flags, *SMALL, f"root={root}", *(w for w in words if w not in flags)]
     return subprocess.Popen(
         command, env=ENVIRONMENT | environment, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

@@ -26,7 +26,7 @@ def inspect(path: Path) -> dict:
 
 
 def test_wandb_without_a_key_is_offline_shallow_and_one_run_per_run(tmp_path):
-    train(tmp_path, "logger=wandb", "sweep=trial", "trainer.steps=4", WANDB_MODE="", HOME=str(tmp_path))
+    train(tmp_path, "logger=wandb", "sweep=trial", "trainer.steps=4", HOME=str(tmp_path))
     run = folder(tmp_path, "fkl")
     (offline,) = (run / "wandb").glob("offline-run-*")
     said = json.dumps(inspect(offline))

@@ -50,4 +50,4 @@ def test_sweep_file_is_a_union_of_lines_with_what_was_typed_added(tmp_path):
 def test_every_sweep_file_says_its_question_and_composes(name, tmp_path):
     head = (Path(__file__).parent.parent / "sweeps" / f"{name}.yaml").read_text().splitlines()[0]
     assert head.startswith("# ") and "?" in head and "runs" in head
-    train(tmp_path, f"sweeps={name}", "--cfg", "job")
+    train(tmp_path, f"sweeps={name}", "--cfg=job")

@@ -1,0 +1,365 @@
+"""Every file of conf/ and sweeps/ is right, a wrong setting is refused by name, a config runs no foreign code."""
+
+import importlib
+import inspect
+import pickle
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+import train
+from kd import config, data, schedules
+from kd.errors import UserError
+from kd.sizes import SIZES
+from tests.cases import each, settings
+
+GROUPS = sorted(p.name for p in config.CONF.iterdir() if p.is_dir())
+OPTIONS = {f"{group}={name}": node for group in GROUPS for name, node in settings(group).items()}
+SIZED = [f"{group}={size}" for group in ("student", "teacher") for size in SIZES]
+CALLABLE = {option: node for option, node in OPTIONS.items() if "_target_" in node}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def conf():
+    config.register()
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        yield
+
+
+def resolved(*words: str) -> dict:
+    """The settings that these words on the command line make; what is missing then is typed as x."""
+    words = [*words, *(["logits=none"] if "teacher=none" in words else [])]
+    composed = compose("config", words)
+    for missing in OmegaConf.missing_keys(composed):
+        OmegaConf.update(composed, missing, "x")
+    return train.resolve(composed, words)
+
+
+def given(node: dict) -> dict:
+    return {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
+
+
+def defaults(function) -> dict:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+# What is there is right.
+
+
+@pytest.mark.parametrize("option", [*OPTIONS, *SIZED])
+def test_every_option_composes_and_its_function_binds(option):
+    group, _, name = option.partition("=")
+    node = resolved(option)[group]
+    if "_target_" in node:
+        function = config.load(node["_target_"], group)
+        settings = config.checked(function, node, group) if group == "data" else given(node)
+        config.check_types(function, settings, group)
+        inspect.signature(function).bind_partial(**settings)
+    if option in SIZED:
+        assert node["size"] == name and node["name"] is None
+
+
+@pytest.mark.parametrize("file", sorted(config.SWEEPS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_run_of_every_sweep_composes(file):
+    of = compose("config", [f"sweeps={file.stem}"]).sweep
+    assert of.name == file.stem and of.runs
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    for line in of.runs:
+        words = parser.parse_overrides(shlex.split(of.get("base", "")) + shlex.split(line))
+        for job in BasicSweeper.split_arguments(words, None)[0]:
+            resolved(*job)
+
+
+@each("node", {k: v for k, v in CALLABLE.items() if k.partition("=")[0] not in ("alpha", "lr", "optim", "data")})
+def test_yaml_and_signature_have_the_same_defaults(node):
+    assert given(node) == defaults(config.load(node["_target_"], ""))
+
+
+@each("node", {k: v for k, v in CALLABLE.items() if k.startswith(("alpha=", "lr="))})
+def test_yaml_of_a_schedule_has_every_parameter(node):
+    assert given(node).keys() == defaults(config.load(node["_target_"], "")).keys()
+
+
+@each("node", {k: v for k, v in CALLABLE.items() if k.startswith("data=")})
+def test_yaml_of_a_corpus_has_every_parameter_with_its_default(node):
+    function = config.load(node["_target_"], "data")
+    assert given(node).items() >= defaults(function).items()
+    assert given(node).keys() | {"seq_len"} >= inspect.signature(function).parameters.keys()
+
+
+def test_data_settings_are_those_of_pack():
+    assert OmegaConf.load(config.CONF / "config.yaml").data == defaults(data.pack)
+
+
+# A function is an option if it takes what the group's options take.
+@pytest.mark.parametrize(
+    ("group", "module", "takes"),
+    [
+        ("loss", "losses", ["student", "target"]),
+        ("truncation", "truncation", ["target"]),
+        ("temperature", "temperature", ["student", "target"]),
+        ("logits", "logits", ["teacher"]),
+        ("logger", "loggers", ["folder", "about"]),
+        ("alpha", "schedules", ["progress"]),
+        ("lr", "schedules", ["progress"]),
+    ],
+)
+def test_functions_and_yamls_have_the_same_names(group, module, takes):
+    members = inspect.getmembers(importlib.import_module(f"kd.{module}"), inspect.isfunction)
+    public = {n: f for n, f in members if f.__module__ == f"kd.{module}" and not n.startswith("_")}
+    functions = {n for n, f in public.items() if list(inspect.signature(f).parameters)[: len(takes)] == takes}
+    assert functions == settings(group).keys()
+    assert all(node["_target_"] == f"kd.{module}.{name}" for name, node in settings(group).items())
+
+
+def test_help_names_and_explains_every_group_and_option():
+    text = compose("config", return_hydra_config=True).hydra.help.template
+    assert [g for g in GROUPS if f"\n  {g}: " not in text] == []
+    said = {words[0]: words[1:] for line in text.splitlines() if (words := line.split())}
+    sweeps = [f"sweeps={p.stem}" for p in config.SWEEPS.glob("*.yaml")]
+    assert [option for option in [*OPTIONS, *SIZED, *sweeps] if len(said.get(option, [])) < 2] == []
+
+
+def test_flat_names_an_option_and_joins_keys():
+    node = {"loss": {"_target_": "kd.losses.akl", "_partial_": True, "mu": 0.5}, "data": {"a": {"b": None}}, "seed": 0}
+    assert config.flat(node) == {"loss": "akl", "loss.mu": 0.5, "data.a.b": None, "seed": 0}
+
+
+def test_build_binds_settings_and_waits_for_the_rest():
+    schedule = config.build({"_target_": "kd.schedules.constant", "_partial_": True, "peak": 2}, "lr")
+    assert schedule(0.5) == 2 and schedule.func is schedules.constant
+    assert config.build({"_target_": "kd.schedules.constant", "peak": 3}, "lr", progress=0.5) == 3
+
+
+# What is wrong is refused, by name.
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "truncation.k=abc", "truncation.k=2.5", "truncation.k=true", "truncation.k=null", "truncation.k=[1]",
+        "truncation.p='0.9'", "truncation.p=true", "truncation.rest=1", "truncation.rest=no",
+        "temperature.tau=true", "temperature.tau=1+1", "temperature.tau2=1", "lr.peak=abc", "alpha.warmup=null",
+        "logger.project=5", "logger.entity=[a]",
+    ],
+)  # fmt: skip
+def test_value_of_another_type_is_refused_by_name(word):
+    option = word.partition("=")[0]
+    made = resolved("truncation=top_p_k", "logger=wandb", word)
+    group = option.partition(".")[0]
+    with pytest.raises(UserError, match=rf"^{option}=.*: need (a|true)\b.*got \w+"):
+        config.build(made[group], group)
+
+
+@each(
+    "case",
+    {
+        f"{option}.{key}": (option.partition("=")[0], node, key)
+        for option, node in CALLABLE.items()
+        for key in given(node)
+        if not option.startswith("optim=")
+    },
+)
+def test_no_setting_takes_just_anything(case):
+    group, node, key = case
+    for wrong in ({}, [["x"]]):
+        with pytest.raises(UserError, match=rf"^{group}\.{key}="):
+            config.check_types(config.load(node["_target_"], group), {key: wrong}, group)
+
+
+@pytest.mark.parametrize("word", ["data.seq_len=abc", "data.tokens=1.5", "data.val_share=true", "data.tokenizer=5"])
+def test_data_setting_of_another_type_is_refused_by_name(word):
+    with pytest.raises(UserError, match=f"^{word.partition('=')[0]}="):
+        train.corpus(resolved(word))
+
+
+def test_numbers_of_the_trainer_without_meaning_are_refused_by_name():
+    plain = resolved()
+    counts = ["trainer.steps", "trainer.batch", "trainer.micro_batch", "trainer.chunk", "trainer.log_every",
+              "trainer.val_every", "trainer.checkpoint_every", "teacher.steps", "teacher.batch"]  # fmt: skip
+    wrong = {option: [0, -1, 1.0, True, "8", None] for option in counts}
+    wrong |= {option: [-1, 2**32, 0.5, True, "0", None] for option in ("seed", "teacher.seed")}
+    wrong |= {option: ["fp16", 16, None] for option in ("trainer.precision", "teacher.precision")}
+    wrong |= {"trainer.clip": [-1, float("nan"), "1", True, None]}
+    for option, values in wrong.items():
+        for value in values:
+            changed = OmegaConf.create(plain)
+            OmegaConf.update(changed, option, value)
+            with pytest.raises(UserError, match=f"^{option}="):
+                config.check_numbers(OmegaConf.to_container(changed))
+
+
+@pytest.mark.parametrize("word", ["trainer.steps=0", "seed=-1", "trainer.precision=fp16", "trainer.clip=.nan"])
+def test_numbers_of_the_command_line_are_checked(word):
+    with pytest.raises(UserError, match=f"^{word.partition('=')[0]}="):
+        resolved(word)
+
+
+@pytest.mark.xfail(strict=True, reason="kd/config.py: nothing looks at these before they are used")
+@pytest.mark.parametrize(
+    "word",
+    ["trainer.compile=no", "trainer.accelerator=abacus", "teacher.lr=abc", "teacher.size=7b", "student.size=7b",
+     "student.size=null", "student.name=x", "teacher.name=x", "root=null", "root=5", "data.seed=-1"],
+)  # fmt: skip
+def test_every_other_setting_is_checked_by_name_too(word):
+    with pytest.raises(UserError, match=word.partition("=")[0]):
+        train.plan(resolved("data=markov", word))
+
+
+@pytest.mark.xfail(strict=True, reason="kd/config.py: check_types has no types for torch.optim")
+@pytest.mark.parametrize("word", ["optim.weight_decay=abc", "optim.betas=3", "optim.eps=null"])
+def test_setting_of_the_optimizer_of_another_type_is_refused_by_name(word):
+    with pytest.raises(UserError, match=word.partition("=")[0]):
+        config.build(resolved(word)["optim"], "optim")
+
+
+@pytest.mark.parametrize("word", ["+loss.beta=0.5", "+truncation.k=5", "+lr.decay=0.1", "+optim.rho=1"])
+def test_setting_that_an_option_does_not_have_is_refused_by_name(word):
+    group, name = word[1:].partition("=")[0].split(".")
+    with pytest.raises(UserError, match=rf"^{group}\.{name}=.*no such option here"):
+        config.build(resolved(word)[group], group)
+
+
+@pytest.mark.xfail(strict=True, reason="kd/config.py: these are part of a run's identity and do nothing")
+@pytest.mark.parametrize("word", ["+data.beta=1", "+trainer.beta=1", "+student.beta=1", "+teacher.beta=1", "+beta=1"])
+def test_setting_that_nothing_reads_is_refused_by_name(word):
+    with pytest.raises(UserError, match="beta=1"):
+        train.plan(resolved(word))
+
+
+@pytest.mark.xfail(strict=True, reason="kd/config.py: check_types takes any parameter, also those that kd gives itself")
+@pytest.mark.parametrize("word", ["+alpha.progress=0.5", "+lr.progress=0.5", "+optim.lr=1", "+optim.params=1"])
+def test_argument_that_is_not_the_users_is_refused_by_name(word):
+    group = word[1:].partition(".")[0]
+    with pytest.raises(UserError, match=word[1:]):
+        config.build(resolved(word)[group], group)
+
+
+def test_missing_setting_is_named():
+    for word, needed in (("data=text", "data.files"), ("data=hub", "data.name"), ("student=hub", "student.name")):
+        with pytest.raises(UserError, match=f"^{needed} is needed"):
+            train.resolve(compose("config", [word]), [word])
+
+
+@pytest.mark.parametrize("word", ["loss=akl", "truncation=top_k", "temperature.tau=2", "alpha=wsd", "alpha.peak=1"])
+def test_setting_without_a_signal_to_apply_to_is_refused(word):
+    resolved("teacher=none")
+    with pytest.raises(UserError, match=f"{word} would do nothing"):
+        resolved("teacher=none", word)
+
+
+def test_signal_without_a_teacher_is_refused():
+    with pytest.raises(UserError, match="needs a teacher"):
+        train.resolve(compose("config", ["teacher=none"]), [])
+
+
+# A config runs nothing but what it may.
+
+
+class Payload:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self):
+        return Path.touch, (self.canary,)
+
+
+def hostile(folder: Path) -> dict[str, dict]:
+    """What would make the file `canary`, or end this process, or reach what is not an option, if it were run."""
+    touch = {"command": f"touch {folder}/canary"}
+    system = {"_target_": "os.system", **touch}
+    unpickled = {"f": f"{folder}/evil.pt", "weights_only": False}
+    return {
+        "os.system": touch,
+        "posix.system": touch,
+        "logging.os.system": touch,
+        "kd.files.os.system": touch,
+        "kd.loggers.os.system": touch,
+        "subprocess.run": {"args": ["touch", f"{folder}/canary"]},
+        "functools.partial": {"_args_": ["os.system"], **touch},
+        "hydra.utils.call": {"config": system},
+        "hydra.utils.instantiate": {"config": system},
+        "kd.config.build": {"node": system, "path": ""},
+        "builtins.open": {"file": f"{folder}/canary", "mode": "w"},
+        "builtins.exec": {"source": f"open('{folder}/canary', 'w')"},
+        "os._exit": {"status": 3},
+        "torch.hub.load": {"repo_or_dir": str(folder), "model": "fkl", "source": "local", "trust_repo": True},
+        "torch.load": unpickled,
+        "kd.losses.torch.load": unpickled,
+        "joblib.load": {"filename": f"{folder}/evil.pkl"},
+        "hubconf.fkl": {},
+        "kd.files.write_json": {"path": f"{folder}/canary", "value": 1},
+        "kd.run.shutil.rmtree": {"path": str(folder)},
+        "kd.losses._check": {"option": "x", "got": 1, "good": True, "need": "x"},
+        "torch.optim": {}, "torch.optim.AdamW.__init__": {}, "torch.optim.lr_scheduler.LambdaLR": {},
+        "kd.losses.Tensor": {}, "kd.losses.UserError": {}, "kd.losses.__builtins__": {},
+        "kd.losses.fkl.__globals__": {}, "kd.losses.fkl.__call__": {}, "kd.losses": {}, "kd": {}, "fkl": {}, "": {},
+        ".kd.losses.fkl": {}, "kd..losses.fkl": {}, "kd.losses.fkl ": {}, "Kd.losses.fkl": {}, "kd/losses.fkl": {},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def canary(tmp_path, monkeypatch) -> Path:
+    torch.save(Payload(tmp_path / "canary"), tmp_path / "evil.pt")
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Payload(tmp_path / "canary")))
+    (tmp_path / "hubconf.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\ndef fkl(): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path / "canary"
+
+
+@pytest.mark.parametrize("target", hostile(Path()))
+def test_hostile_target_is_refused_before_it_runs(target, canary):
+    node = {"_target_": target, **hostile(canary.parent)[target]}
+    for tree in (
+        {"loss": node},
+        {"loss": node | {"_partial_": True}},
+        {"data": {"of": [[1, {"x": node}]]}},
+        {"loss": {"_target_": "kd.losses.fkl", "student": node}},
+    ):
+        with pytest.raises(UserError, match="not something a config may call"):
+            config.check_targets(tree)
+    for partial in (True, False):
+        with pytest.raises(UserError, match="not something a config may call"):
+            config.build(node | {"_partial_": partial}, "loss")
+    assert not canary.exists() and canary.parent.exists()
+
+
+@pytest.mark.parametrize("target", [None, 1, True, ["os.system"], {"os.system": 1}, b"os.system", ["kd.losses.fkl"]])
+def test_target_that_is_no_text_is_refused(target):
+    with pytest.raises(UserError, match="not something a config may call"):
+        config.check_targets({"loss": {"_target_": target}})
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["loss._target_=os.system", "+loss.command='touch {canary}'"],
+        ["loss._target_=${evil}", "+evil=os.system", "+loss.command='touch {canary}'"],
+        ["+trainer.hook={{_target_:os.system,command:'touch {canary}'}}"],
+        ["+trainer.hooks=[{{_target_:os.system,command:'touch {canary}'}}]"],
+        ["+student._target_=os.system", "+student.command='touch {canary}'"],
+    ],
+)
+def test_hostile_command_line_is_refused_before_it_runs(words, canary):
+    with pytest.raises(UserError, match=r"_target_=os\.system: not something a config may call"):
+        resolved(*(word.format(canary=canary) if "touch" in word else word for word in words))
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("key", ["trust_remote_code", "allow_pickle", "weights_only", "use_safetensors"])
+def test_argument_that_lets_foreign_code_in_is_refused_anywhere(key):
+    with pytest.raises(UserError, match=rf"^student\.{key}=True: not accepted from a config"):
+        resolved(f"+student.{key}=true")
+    for tree in ({key: False}, {"data": {"a": {"b": {key: 1}}}}, {"trainer": {"a": [[{key: None}]]}}):
+        with pytest.raises(UserError, match=rf"{key}=\w+: not accepted from a config"):
+            config.check_targets(tree)
