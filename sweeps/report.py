@@ -27,11 +27,17 @@ from kd.progress import clock
 from kd.run import NO_PART, NO_SIGNAL, model_name, read_json
 
 ALONE = "language modelling alone"
-NO_ERROR_BAR = "1 seed: no error bar, so a small difference may be chance"
+ONE_SEED = "1 seed: no error bar, so a small difference may be chance"
 # 97.5% quantile of Student's t for 1 to 30 degrees of freedom; more are given the last one, a little too wide.
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
-NEEDED = (("final", "val/lm"), *(("config", k) for k in ("seed", "logits", "data", "student.size", "teacher.size")))
+T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+NEEDED = {  # of a result; the rest may be missing
+    "config": ("seed", "logits", "data", "student.size", "student.name", "teacher.size", "teacher.name"),
+    "final": ("val/lm",),
+    "environment": ("git",),
+}
 NOUNS = {
     "loss": "losses", "student.size": "students", "teacher.size": "teachers", "truncation": "truncations",
     "temperature.tau": "temperatures", "alpha.peak": "shares of distillation", "lr.peak": "learning rates",
@@ -44,35 +50,16 @@ MEASURES = {  # columns of the table: what they are called and what they mean
     "val/agreement": ("agreement", "share of positions where student and teacher rank the same token first"),
     "val/ece": ("ece", "expected calibration error: mean |confidence - accuracy| over 15 bins; 0 is calibrated"),
 }
-BETTER = {"val/fkl": "lower is closer to the teacher", "val/acceptance": "higher is closer to the teacher",
-          "val/ece": "lower is better calibrated"}  # fmt: skip
+SMALL = {  # measures with a plot of their own
+    "val/fkl": "lower is closer to the teacher",
+    "val/acceptance": "higher is closer to the teacher",
+    "val/ece": "lower is better calibrated",
+}
 COLORS = ("#3b78d8", "#d9772f", "#2a9d78", "#b855a8", "#b0931f", "#cf4a5a", "#4f8fa3", "#8468d0", "#73892f", "#9c664a")
 GREY = "#8c929c"
 
 
-class Interval(NamedTuple):
-    """Mean over n seeds and half the width of its 95% interval, None where one seed gives none."""
-
-    mean: float
-    half: float | None
-    n: int
-
-    @property
-    def noise(self) -> bool:
-        """Whether 0 is inside."""
-        return self.half is not None and abs(self.mean) <= self.half
-
-    @property
-    def lower(self) -> bool:
-        """Whether all of it is below 0."""
-        return self.half is not None and self.mean < -self.half
-
-
-def interval(values: Iterable[float]) -> Interval | None:
-    """Mean and 95% t interval; None of nothing."""
-    x = list(values)
-    half = T[min(len(x) - 1, len(T)) - 1] * stdev(x) / math.sqrt(len(x)) if len(x) > 1 else None
-    return Interval(fmean(x), half, len(x)) if x else None
+# ---- reading
 
 
 class Entry(NamedTuple):
@@ -84,38 +71,9 @@ class Entry(NamedTuple):
     says: str
     result: dict | None
 
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ in nothing but the seed."""
-
-    label: str
-    config: dict
-    runs: dict[int, Entry]  # by seed
-
     @property
-    def alone(self) -> bool:
-        return self.config["logits"] == "none"
-
-    @property
-    def task(self) -> str:
-        """Student, data and number of tokens: where these agree, losses can be compared."""
-        return subset(self.config, "data", "student", "trainer.steps", "trainer.batch")
-
-    def of(self, measure: str) -> dict[int, float]:
-        """A measure of the final validation, by seed."""
-        finals = {seed: entry.result["final"] for seed, entry in self.runs.items()}
-        return {seed: final[measure] for seed, final in finals.items() if measure in final}
-
-    def mean(self, measure: str = "val/lm") -> Interval | None:
-        return interval(self.of(measure).values())
-
-    @property
-    def seconds(self) -> float:
-        return fmean(entry.result.get("seconds", 0) for entry in self.runs.values())
-
-
-# ---- reading
+    def command(self) -> str:
+        return shlex.join(["python", "train.py", *self.overrides])
 
 
 def manifest(root: Path, name: str) -> list[dict]:
@@ -138,13 +96,7 @@ def read(root: Path, line: dict) -> Entry:
     try:
         result, failure = read_json(folder / "result.json"), read_json(folder / "failure.json")
         if result is not None:
-            state, says = "done", ""
-            final = {k: v for k, v in result["final"].items() if isinstance(v, int | float) and math.isfinite(v)}
-            if "val/tvd" in final:
-                final["val/acceptance"] = 1 - final["val/tvd"]
-            result = result | {"final": final}
-            for part, key in NEEDED:
-                result[part][key]
+            state, says, result = "done", "", sound(result)
         elif failure is not None:
             state, says = "failed", str(failure["reason"])
         elif not folder.exists():
@@ -152,8 +104,20 @@ def read(root: Path, line: dict) -> Entry:
     except UserError as error:
         state, says, result = "damaged", str(error), None
     except (KeyError, TypeError, AttributeError):
-        state, says, result = "damaged", f"not what a run writes; to run it anew: rm -r {folder}", None
+        state, says, result = "damaged", f"not what a run writes; to run it anew, first rm -r {folder}", None
     return Entry(folder, line["overrides"], state, says, result)
+
+
+def sound(result: dict) -> dict:
+    """A result with its finite measures and the acceptance rate; raises KeyError where something is missing."""
+    final = {k: v for k, v in result["final"].items() if isinstance(v, int | float) and math.isfinite(v)}
+    if "val/tvd" in final:
+        final["val/acceptance"] = 1 - final["val/tvd"]
+    result = result | {"final": final}
+    for part, keys in NEEDED.items():
+        if missing := set(keys) - set(result[part]):
+            raise KeyError(*missing)
+    return result
 
 
 def curve(group: Group) -> list[tuple[float, ...]]:
@@ -175,16 +139,93 @@ def curve(group: Group) -> list[tuple[float, ...]]:
 # ---- grouping
 
 
+class Interval(NamedTuple):
+    """Mean over n seeds and half the width of its 95% interval, None where one seed gives none."""
+
+    mean: float
+    half: float | None
+    n: int
+
+    @property
+    def noise(self) -> bool:
+        """Whether 0 is inside."""
+        return self.half is not None and abs(self.mean) <= self.half
+
+
+def interval(values: Iterable[float]) -> Interval | None:
+    """Mean and 95% t interval; None of nothing."""
+    x = list(values)
+    half = T[min(len(x) - 1, len(T)) - 1] * stdev(x) / math.sqrt(len(x)) if len(x) > 1 else None
+    return Interval(fmean(x), half, len(x)) if x else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed."""
+
+    label: str
+    config: dict
+    runs: dict[int, Entry]  # by seed
+
+    @property
+    def results(self) -> list[dict]:
+        return [entry.result for entry in self.runs.values()]
+
+    @property
+    def alone(self) -> bool:
+        return self.config["logits"] == "none"
+
+    @property
+    def task(self) -> str:
+        """Student, data and number of tokens: where these agree, losses can be compared."""
+        return subset(self.config, "data", "student", "trainer.steps", "trainer.batch")
+
+    @property
+    def seconds(self) -> float:
+        return fmean(result.get("seconds", 0) for result in self.results)
+
+    def of(self, measure: str) -> dict[int, float]:
+        """A measure of the final validation, by seed."""
+        finals = {seed: entry.result["final"] for seed, entry in self.runs.items()}
+        return {seed: final[measure] for seed, final in finals.items() if measure in final}
+
+    def mean(self, measure: str = "val/lm") -> Interval | None:
+        return interval(self.of(measure).values())
+
+
+def grouped(entries: list[Entry]) -> list[Group]:
+    """Finished runs by what they differ in, the lowest loss first."""
+    runs: dict[str, dict[int, Entry]] = {}
+    for entry in entries:
+        if entry.result is not None:
+            config = entry.result["config"]
+            runs.setdefault(json.dumps(settings(config), sort_keys=True), {})[config["seed"]] = entry
+    found = [(settings(next(iter(by_seed.values())).result["config"]), by_seed) for by_seed in runs.values()]
+    kinds = {alone: varying([c for c, _ in found if (c["logits"] == "none") is alone]) for alone in (True, False)}
+    groups = []
+    for config, by_seed in found:
+        alone = config["logits"] == "none"
+        said = label(config, kinds[alone])
+        groups.append(Group(f"{ALONE} {said}".strip() if alone else said or str(config.get("loss")), config, by_seed))
+    return sorted(groups, key=lambda g: g.mean().mean)
+
+
 def settings(config: dict) -> dict:
-    """What a run's outcome depends on, but for the seed."""
-    drop = ("seed", *NO_PART, *(NO_SIGNAL if config["logits"] == "none" else ()))
-    return {k: v for k, v in config.items() if not any(k == d or k.startswith(f"{d}.") for d in drop)}
+    """What the outcome of a run depends on, but for the seed; kd.run.identity makes the same distinction."""
+    drop = ["seed", *NO_PART, *(NO_SIGNAL if config["logits"] == "none" else ())]
+    if not config["teacher.size"]:  # how a teacher would be made says nothing where none is made
+        drop += [f"teacher.{name}" for name in ("steps", "batch", "lr", "seed", "precision")]
+    return {k: v for k, v in config.items() if not below(k, drop)}
 
 
 def subset(config: dict, *prefixes: str) -> str:
     """The settings below prefixes, as text that can be compared."""
-    part = {k: v for k, v in config.items() if any(k == p or k.startswith(f"{p}.") for p in prefixes)}
-    return json.dumps(part, sort_keys=True)
+    return json.dumps({k: v for k, v in config.items() if below(k, prefixes)}, sort_keys=True)
+
+
+def below(key: str, prefixes: Iterable[str]) -> bool:
+    """Whether a setting is one of prefixes or belongs to it: lr.peak to lr."""
+    return any(key == p or key.startswith(f"{p}.") for p in prefixes)
 
 
 def varying(configs: list[dict]) -> list[str]:
@@ -206,27 +247,9 @@ def label(config: dict, keys: list[str]) -> str:
         value, sized = config.get(key), name in ("size", "name")
         if key in config and not (value is None and sized):
             said = value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value)
-            short = axis if sized else name if axis in ("loss", "truncation", "temperature") else key
-            words.append(said if key in ("loss", "truncation") else f"{short}={said}")
+            brief = axis if sized else name if axis in ("loss", "truncation", "temperature") else key
+            words.append(said if key in ("loss", "truncation") else f"{brief}={said}")
     return " ".join(words)
-
-
-def grouped(entries: list[Entry]) -> list[Group]:
-    """Finished runs by what they differ in, the lowest loss first."""
-    runs: dict[str, dict[int, Entry]] = {}
-    for entry in entries:
-        if entry.result is not None:
-            config = entry.result["config"]
-            runs.setdefault(json.dumps(settings(config)), {})[config["seed"]] = entry
-    configs = [json.loads(text) for text in runs]
-    keys = {alone: varying([c for c in configs if (c["logits"] == "none") is alone]) for alone in (True, False)}
-    groups = []
-    for config, by_seed in zip(configs, runs.values()):
-        alone = config["logits"] == "none"
-        said = label(config, keys[alone])
-        name = f"{ALONE} {said}".strip() if alone else said or str(config.get("loss", "distilled"))
-        groups.append(Group(name, config, by_seed))
-    return sorted(groups, key=lambda g: g.mean().mean)
 
 
 # ---- comparing
@@ -243,52 +266,55 @@ def baseline(group: Group, groups: list[Group]) -> Group | None:
     return next((g for g in groups if g.alone and g.task == group.task and g.runs.keys() & group.runs.keys()), None)
 
 
+def shared(group: Group, other: Group | None) -> float:
+    """Mean loss of group, over the seeds that other has too if there is one."""
+    return fmean(loss for seed, loss in group.of("val/lm").items() if other is None or seed in other.runs)
+
+
 def closed(group: Group, base: Group | None) -> float | None:
     """Share of the gap between language modelling alone and teacher that group closes, over the seeds of both."""
     change, teacher = difference(group, base), group.mean("val/teacher_lm")
     if change is None or teacher is None or group is base:
         return None
-    room = on_seeds(base, group) - teacher.mean
+    room = shared(base, group) - teacher.mean
     return -change.mean / room if room > 0 else None
-
-
-def on_seeds(group: Group, other: Group) -> float:
-    """Mean loss of group over the seeds that other has too."""
-    return fmean(loss for seed, loss in group.of("val/lm").items() if seed in other.runs)
 
 
 def finding(groups: list[Group]) -> str:
     """What the sweep says, in one line, and how sure that is."""
-    rivals = [g for g in groups if not g.alone]
-    if rivals and len({g.task for g in groups}) > 1:
+    rivals = [g for g in groups if not g.alone] or groups
+    if not rivals[0].alone and len({g.task for g in groups}) > 1:
         return over_tasks(groups)
-    rivals = rivals or groups
-    best = rivals[0]
-    base = None if best.alone else baseline(best, groups)
-    change = difference(best, base)
+    changes = {g.label: difference(g, baseline(g, groups)) for g in rivals if not g.alone}
+    best = min(rivals, key=lambda g: change.mean if (change := changes.get(g.label)) else math.inf)
+    base, change = None if best.alone else baseline(best, groups), changes.get(best.label)
     digits = 4 if change and abs(change.mean) < 0.005 else 3
     word = "lowest" if change and (change.mean >= 0 or change.noise) else "best"
-    opening = f"{best.label}: " if len(rivals) == 1 else f"of {count(rivals)}, {best.label} is {word}: "
-    mean = best.mean() if base is None else Interval(on_seeds(best, base), None, change.n)
-    opening += f"{mean.mean:.{digits}f} nats per token on held-out text"
+    says = f"{best.label}: " if len(rivals) == 1 else f"of {count(rivals)}, {best.label} is {word}: "
+    says += f"{shared(best, base):.{digits}f} nats per token on held-out text"
     if base is None:
-        sure = (
-            f" ± {mean.half:.{digits}f} ({mean.n} seeds, 95% interval)"
-            if mean.half is not None
-            else f" ({NO_ERROR_BAR})"
+        mean, missing = best.mean(), "with its student, data, tokens and seed" if len(rivals) < len(groups) else ""
+        says += f" ({ONE_SEED})" if mean.half is None else f" ± {mean.half:.{digits}f} ({mean.n} seeds, 95% interval)"
+        says += (
+            "" if best.alone else f"; there is no run by {ALONE} {missing}".rstrip() + " to compare with (logits=none)"
         )
-        return opening + sure + ties(best, rivals) + no_baseline(best, groups)
-    against = f" against {on_seeds(base, best):.{digits}f} for {base.label}"
-    return opening + against + verdict(best, base, digits) + sure_ones(best, rivals, groups) + ties(best, rivals)
+    else:
+        says += (
+            f" against {shared(base, best):.{digits}f} for {base.label}{verdict(change, closed(best, base), digits)}"
+        )
+    sure = [name for name, c in changes.items() if c and c.mean < 0 and c.half is not None and not c.noise]
+    tied = [g.label for g in rivals if g is not best and (d := difference(g, best)) and d.noise]
+    tied = tied if len(tied) <= 3 else [*tied[:2], f"{len(tied) - 2} more"]
+    says += f"; better beyond noise: {listed(sure)}" if sure and best.label not in sure else ""
+    return says + (f"; {listed(tied)} cannot be told apart from {best.label}" if tied else "")
 
 
-def verdict(best: Group, base: Group, digits: int) -> str:
-    """How best and base differ, with the interval or the lack of one."""
-    change, share = difference(best, base), closed(best, base)
+def verdict(change: Interval, share: float | None, digits: int) -> str:
+    """How the best differs from language modelling alone, with the interval or the lack of one."""
     gap = f", closing {share:.0%} of the gap to the teacher" if share is not None and share > 0 else ""
     nothing = f": nothing here beats {ALONE}" if change.mean >= 0 else ""
     if change.half is None:
-        return f"{nothing or gap} ({NO_ERROR_BAR})"
+        return f"{nothing or gap} ({ONE_SEED})"
     size = f"{abs(change.mean):.{digits}f} ± {change.half:.{digits}f}"
     seeds = f"({change.n} seeds, paired, 95% interval)"
     if change.noise:
@@ -296,43 +322,22 @@ def verdict(best: Group, base: Group, digits: int) -> str:
     return f", {size} {'higher' if nothing else 'lower'} {seeds}{nothing or gap}"
 
 
-def sure_ones(best: Group, rivals: list[Group], groups: list[Group]) -> str:
-    """Groups that beat the baseline beyond noise, where the one with the lowest mean does not."""
-    changes = {g.label: difference(g, baseline(g, groups)) for g in rivals}
-    sure = [name for name, change in changes.items() if change and change.lower]
-    return f"; lower beyond noise: {listed(sure)}" if sure and best.label not in sure else ""
-
-
-def ties(best: Group, rivals: list[Group]) -> str:
-    """Groups whose paired difference to the best may be nothing."""
-    tied = [g.label for g in rivals if g is not best and (d := difference(g, best)) and d.noise]
-    some = tied if len(tied) <= 3 else [*tied[:2], f"{len(tied) - 2} more"]
-    return f"; {listed(some)} cannot be told apart from it" if tied else ""
-
-
-def no_baseline(group: Group, groups: list[Group]) -> str:
-    """What is missing for a comparison with language modelling alone."""
-    if group.alone:
-        return ""
-    if any(g.alone for g in groups):
-        return f"; no run by {ALONE} has a seed of it"
-    return f"; there is no run by {ALONE} to compare with (logits=none)"
-
-
 def over_tasks(groups: list[Group]) -> str:
     """The finding where student, data or tokens vary, so that losses are compared within each of these."""
-    tasks = [[g for g in groups if g.task == task and not g.alone] for task in {g.task for g in groups}]
-    bests = [next((g for g in task if baseline(g, groups)), None) for task in tasks]
-    changes = [difference(best, baseline(best, groups)) for best in bests if best]
-    if not changes:
-        return f"{len(tasks)} settings of student, data and tokens, in none of them a run by {ALONE} to compare with"
-    single = sum(c.half is None for c in changes)
-    how = f"; beyond noise in {sum(c.lower for c in changes)} (paired over seeds, 95%)" if single < len(changes) else ""
-    how += f" ({NO_ERROR_BAR})" if single == len(changes) else f" ({single} with 1 seed)" if single else ""
-    return (
-        f"in {sum(c.mean < 0 for c in changes)} of {len(changes)} settings of student, data and tokens the best distilled "
-        f"student has a lower loss on held-out text than {ALONE}{how}"
-    )
+    best: dict[str, Interval] = {}
+    for group in groups:
+        change = None if group.alone else difference(group, baseline(group, groups))
+        if change and (group.task not in best or change.mean < best[group.task].mean):
+            best[group.task] = change
+    where = "settings of student, data and tokens"
+    if not best:
+        return f"{len({g.task for g in groups})} {where}, and in none of them a run by {ALONE} to compare with"
+    sure = sum(c.mean < 0 and not c.noise for c in best.values() if c.half is not None)
+    single = sum(c.half is None for c in best.values())
+    how = f"; beyond noise in {sure} (paired over seeds, 95%)" if single < len(best) else f" ({ONE_SEED})"
+    how += f", with 1 seed in {single}" if 0 < single < len(best) else ""
+    lower = f"in {sum(c.mean < 0 for c in best.values())} of {len(best)} {where}"
+    return f"{lower} the best distilled student has a lower loss on held-out text than {ALONE}{how}"
 
 
 def count(groups: list[Group]) -> str:
@@ -346,7 +351,7 @@ def listed(words: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
-# ---- showing
+# ---- drawing
 
 
 class Row(NamedTuple):
@@ -388,221 +393,165 @@ def marks(groups: list[Group]) -> list[Mark]:
         said = label(json.loads(text), keys) or str(model_name(members[0].config, "teacher"))
         seen = {k: [v for g in members for v in g.of(f"val/teacher_{k}").values()] for k in ("lm", "ece")}
         values = {f"val/{k}": fmean(v) for k, v in seen.items() if v}
-        found.append(Mark(f"teacher {said.removeprefix('teacher=')}", "solid", values | in_bytes(values, members[0])))
-    floors = {entry.result.get("entropy") for g in groups for entry in g.runs.values()} - {None}
+        if per_token := members[0].results[0].get("bytes_per_token"):
+            values["val/bpb"] = values["val/lm"] / math.log(2) / per_token
+        found.append(Mark(f"teacher {said.removeprefix('teacher=')}", "solid", values))
+    floors = {result.get("entropy") for g in groups for result in g.results} - {None}
     return found + [Mark("entropy of the data", "dot", {"val/lm": floor}) for floor in sorted(floors)]
-
-
-def in_bytes(values: dict[str, float], group: Group) -> dict[str, float]:
-    """The loss in bits per byte, where the data is text."""
-    per_token = next(iter(group.runs.values())).result.get("bytes_per_token")
-    return {"val/bpb": values["val/lm"] / math.log(2) / per_token} if per_token else {}
 
 
 def blank(height: int, **layout) -> go.Figure:
     """An empty plot in the style of the page, which adds the colors of text and grid."""
     font = {"family": "system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif", "size": 13}
     style = {"template": "none", "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "font": font}
-    return go.Figure(layout=go.Layout(height=height, showlegend=False, **style, **layout))
+    return go.Figure(layout=go.Layout(height=height, **style, **layout))
 
 
-def short(text: str) -> str:
-    """A label for a plot: lines of at most 24 characters, and no markup of its own."""
-    return "<br>".join(map(escape, textwrap.wrap(text, 24)))
+def folded(text: str, width: int = 24) -> str:
+    """A label for a plot: short lines, and no markup of its own."""
+    return "<br>".join(map(escape, textwrap.wrap(text, width)))
 
 
-def switch(margin: int, *choices: tuple[str, str, list]) -> list[dict]:
-    """Buttons above a plot: title, what plotly is to call, and with what."""
-    made = [{"label": title, "method": method, "args": arguments} for title, method, arguments in choices]
-    place = {"x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "pad": {"b": margin}}
-    return [{"type": "buttons", "direction": "right", "buttons": made, **place}]
+def switch(above: int, choices: dict[str, list], method: str) -> list[dict]:
+    """Buttons over a plot: what plotly is to be told by each."""
+    buttons = [{"label": title, "method": method, "args": arguments} for title, arguments in choices.items()]
+    place = {"x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "pad": {"b": above}}
+    return [{"type": "buttons", "direction": "right", "buttons": buttons, **place}]
 
 
-def dots(table: list[Row], measure: str, beside: Iterable[Mark] = ()) -> go.Figure | None:
-    """A measure per group: mean, interval, and every seed; vertical lines for what stands beside. None of nothing."""
-    shown = [row for row in table if row.group.of(measure)]
-    if not shown:
-        return None
-    labels = [short(row.group.label) for row in shown]
-    tall = 42 if any("<br>" in text for text in labels) else 30
-    beside = sorted(beside, key=lambda mark: mark.values[measure])
-    top = 14 + 18 * len(beside) + (34 if beside else 0)
-    plot = blank(tall * len(shown) + top + 56, margin={"l": 10, "r": 24, "t": top, "b": 46}, dragmode=False)
-    for at, row in enumerate(shown):
-        seeds, mean = row.group.of(measure), row.group.mean(measure)
-        says = f"<b>{labels[at]}</b><br>%{{x:.4f}}"
-        faint = {"color": row.color, "size": 7, "opacity": 0.35}
-        if len(seeds) > 1:
-            text = [f"seed {seed}" for seed in seeds]
-            plot.add_scatter(
-                x=list(seeds.values()), y=[at] * len(seeds), mode="markers", marker=faint, text=text,
-                hovertemplate=f"{says} %{{text}}<extra></extra>",
-            )  # fmt: skip
-        whisker = {"type": "constant", "value": mean.half or 0, "color": row.color, "thickness": 1.6, "width": 5}
-        plot.add_scatter(
-            x=[mean.mean], y=[at], error_x=whisker, mode="markers", marker={"color": row.color, "size": 11},
-            hovertemplate=says + (f" ± {mean.half:.4f}" if mean.half is not None else "") + "<extra></extra>",
-        )  # fmt: skip
-    reach = [
-        end
-        for row in shown
-        for m in [row.group.mean(measure)]
-        for end in (m.mean - (m.half or 0), m.mean + (m.half or 0))
-    ]
-    reach += [v for row in shown for v in row.group.of(measure).values()]
-    plot.update_yaxes(
-        tickvals=list(range(len(shown))), ticktext=labels, range=[len(shown) - 0.5, -0.5], automargin=True,
-        showgrid=False, zeroline=False, fixedrange=True, ticklabelstandoff=8,
-    )  # fmt: skip
-    near, whole = padded(reach), padded(reach + [mark.values[measure] for mark in beside])
-    plot.update_xaxes(range=whole, zeroline=False, fixedrange=True, nticks=8)
-    for level, mark in enumerate(beside):
-        x = mark.values[measure]
-        plot.add_shape(
-            type="line", x0=x, x1=x, yref="paper", y0=0, y1=1, line={"color": GREY, "width": 1.2, "dash": mark.dash}
-        )
-        right = x > (whole[0] + whole[1]) / 2
-        plot.add_annotation(
-            x=x, y=1, yref="paper", yanchor="bottom", yshift=18 * level, showarrow=False, text=f"{short(mark.label)} {x:.3f}",
-            xanchor="right" if right else "left", font={"size": 12},
-        )  # fmt: skip
-    if beside:
-        choices = (
-            ("everything", "relayout", [{"xaxis.range": whole}]),
-            ("students only", "relayout", [{"xaxis.range": near}]),
-        )
-        plot.update_layout(updatemenus=switch(18 * len(beside) + 8, *choices))
-    return plot
-
-
-def padded(values: list[float]) -> list[float]:
+def padded(values: Iterable[float]) -> list[float]:
     """A range with a little room on both sides."""
-    low, high = min(values), max(values)
+    low, high = min(values := list(values)), max(values)
     room = 0.06 * (high - low) or 0.05 * abs(high) or 1
     return [low - room, high + room]
 
 
+def dots(table: list[Row], measure: str, beside: Iterable[Mark] = (), width: int = 24) -> go.Figure | None:
+    """A measure per group: its mean, interval and single seeds, and lines for what stands beside. None of nothing."""
+    shown = [(row, row.group.of(measure), row.group.mean(measure)) for row in table if row.group.of(measure)]
+    if not shown:
+        return None
+    labels = [folded(row.group.label, width) for row, _, _ in shown]
+    beside = sorted(beside, key=lambda mark: mark.values[measure])
+    top, tall = 18 * len(beside) + (48 if beside else 10), 14 + 17 * max(1 + text.count("<br>") for text in labels)
+    plot = blank(tall * len(shown) + top + 40, margin={"l": 8, "r": 20, "t": top, "b": 30}, dragmode=False)
+    plot.update_layout(showlegend=False)
+    for at, (row, seeds, mean) in enumerate(shown):
+        says = f"<b>{labels[at]}</b><br>%{{x:.4f}}"
+        if len(seeds) > 1:
+            plot.add_scatter(
+                x=list(seeds.values()), y=[at] * len(seeds), text=[f"seed {seed}" for seed in seeds], mode="markers",
+                marker={"color": row.color, "size": 7, "opacity": 0.35},
+                hovertemplate=f"{says} %{{text}}<extra></extra>",
+            )  # fmt: skip
+        half = mean.half or 0
+        plot.add_scatter(
+            x=[mean.mean], y=[at], mode="markers", marker={"color": row.color, "size": 11},
+            error_x={"array": [half], "color": row.color, "thickness": 1.6, "width": 5 if half else 0},
+            hovertemplate=f"{says}{f' ± {half:.4f}' if half else ''}<extra></extra>",
+        )  # fmt: skip
+    near = [
+        x for _, seeds, mean in shown for x in (*seeds.values(), *(mean.mean + s * (mean.half or 0) for s in (-1, 1)))
+    ]
+    near, whole = padded(near), padded(near + [mark.values[measure] for mark in beside])
+    plot.update_xaxes(range=whole, zeroline=False, fixedrange=True, nticks=9 if width > 20 else 4, tickangle=0)
+    plot.update_yaxes(range=[len(shown) - 0.5, -0.5], tickvals=list(range(len(shown))), ticktext=labels)
+    plot.update_yaxes(automargin=True, showgrid=False, zeroline=False, fixedrange=True, ticklabelstandoff=8)
+    for level, mark in enumerate(beside):
+        x = mark.values[measure]
+        place = {"x": x, "y": 1, "yref": "paper", "yshift": 18 * level, "yanchor": "bottom"}
+        place["xanchor"] = "right" if x > sum(whole) / 2 else "left"
+        plot.add_vline(x, line={"color": GREY, "width": 1.6, "dash": mark.dash}, layer="below")
+        plot.add_annotation(text=f"{escape(mark.label)} {x:.3f}", showarrow=False, font={"size": 12}, **place)
+    if beside:
+        ranges = {"everything": [{"xaxis.range": whole}], "students only": [{"xaxis.range": near}]}
+        plot.update_layout(updatemenus=switch(18 * len(beside) + 8, ranges, "relayout"))
+    return plot
+
+
 def curves(table: list[Row], beside: Iterable[Mark]) -> go.Figure | None:
-    """Loss on held-out text against tokens, or FLOPs, a line per group. None where nothing was measured on the way."""
+    """Loss on held-out text against tokens or FLOPs, a line per group. None where nothing was measured on the way."""
     drawn = [(row, line) for row in table if (line := curve(row.group))]
     if not drawn:
         return None
-    plot = blank(480, margin={"l": 56, "r": 12, "t": 54, "b": 50}, hovermode="closest")
-    plot.update_layout(showlegend=True, legend={"orientation": "h", "y": -0.16, "yanchor": "top", "x": 0})
+    legend = {"orientation": "h", "y": -0.17, "yanchor": "top", "x": 0}
+    plot = blank(500, margin={"l": 56, "r": 12, "t": 54, "b": 50}, hovermode="closest", legend=legend)
     for row, line in drawn:
         tokens, _, loss = zip(*line)
         plot.add_scatter(
             x=tokens, y=loss, name=escape(row.group.label), mode="lines+markers", marker={"size": 5},
             line={"color": row.color, "width": 2, "dash": "dash" if row.group.alone else "solid"},
             showlegend=row.group.alone or row.color != GREY,
-            hovertemplate=f"<b>{short(row.group.label)}</b><br>%{{y:.4f}} at %{{x:.4s}}<extra></extra>",
+            hovertemplate=f"<b>{folded(row.group.label)}</b><br>%{{y:.4f}} at %{{x:.4s}}<extra></extra>",
         )  # fmt: skip
-    for mark in beside:
-        y = mark.values["val/lm"]
-        plot.add_hline(y=y, line={"color": GREY, "width": 1.2, "dash": mark.dash})
-        plot.add_annotation(
-            x=1, xref="paper", xanchor="right", y=y, yanchor="bottom", showarrow=False, text=short(mark.label)
-        )
-    plot.update_yaxes(title="loss, nats per token", zeroline=False)
-    plot.update_xaxes(title="tokens", zeroline=False)
-    axes = [[list(column) for column in zip(*line)][:2] for _, line in drawn]
-    choices = [
-        (
-            f"against {name}",
-            "update",
-            [{"x": [axis[i] for axis in axes]}, {"xaxis.title.text": name, "xaxis.autorange": True}],
-        )
-        for i, name in enumerate(("tokens", "FLOPs"))
-    ]
-    plot.update_layout(updatemenus=switch(8, *choices))
+    levels = [mark.values["val/lm"] for mark in beside]
+    for mark, y in zip(beside, levels):
+        plot.add_hline(y, line={"color": GREY, "width": 1.6, "dash": mark.dash}, layer="below")
+        place = {"x": 1, "xref": "paper", "xanchor": "right", "y": y, "yanchor": "bottom"}
+        plot.add_annotation(text=escape(mark.label), showarrow=False, font={"size": 12}, **place)
+    # The first steps would take nearly all of the height.
+    later = [loss for _, line in drawn for _, _, loss in line[len(line) // 3 :]]
+    plot.update_yaxes(title="loss, nats per token", range=padded(later + levels), zeroline=False)
+    plot.update_xaxes(title={"text": "tokens", "standoff": 4}, zeroline=False)
+    choices = {}
+    for i, name in enumerate(("tokens", "FLOPs")):
+        x = [[point[i] for point in line] for _, line in drawn]
+        choices[f"against {name}"] = [{"x": x}, {"xaxis.title.text": name, "xaxis.autorange": True}]
+    plot.update_layout(updatemenus=switch(8, choices, "update"))
     return plot
 
 
-def facts(entries: list[Entry], groups: list[Group]) -> dict[str, str]:
+# ---- the page
+
+
+def question(name: str) -> str:
+    """What a sweep of this project asks: the head of its file."""
+    path = Path(__file__).with_name(f"{name}.yaml")
+    head = path.read_text(encoding="utf-8").partition("\n")[0] if path.exists() else ""
+    return head[2:].partition(" (")[0] if head.startswith("# ") else ""
+
+
+def facts(entries: list[Entry], results: list[dict]) -> dict[str, str]:
     """What the sweep is made of."""
-    results = [entry.result for group in groups for entry in group.runs.values()]
 
-    def said(values: Iterable) -> str:
-        return listed(list(dict.fromkeys(str(v) for v in values if v is not None))) or "none"
+    def said(values: Iterable[str | None]) -> str:
+        return " / ".join(dict.fromkeys(filter(None, values))) or "none"
 
-    def model(role: str, count: str) -> Iterable[str | None]:
+    def model(role: str, parameters: str) -> Iterable[str | None]:
         for result in results:
-            name, parameters = model_name(result["config"], role), result.get(count)
-            yield name and (f"{name} ({parameters:,} parameters)" if parameters else name)
+            name, size = model_name(result["config"], role), result.get(parameters)
+            yield f"{name} ({size:,} parameters)" if name and size else name
 
-    states = Counter(entry.state for entry in {entry.folder: entry for entry in entries}.values())
-    data = (
-        " ".join(str(r["config"][k]) for k in ("data", "data.name", "data.files") if r["config"].get(k))
-        for r in results
-    )
+    states = Counter({entry.folder: entry.state for entry in entries}.values())
+    data = [[r["config"].get(k) for k in ("data", "data.name", "data.files")] for r in results]
     return {
         "runs": ", ".join(f"{number} {state}" for state, number in states.items()),
-        "seeds": said(sorted({r["config"]["seed"] for r in results})),
-        "data": said(data),
+        "seeds": listed([str(seed) for seed in sorted({r["config"]["seed"] for r in results})]),
+        "data": said(" ".join(map(str, filter(None, words))) for words in data),
         "teacher": said(model("teacher", "teacher_parameters")),
         "student": said(model("student", "parameters")),
         "tokens per run": said(f"{r.get('tokens', 0):,}" for r in results),
         "time": f"{clock(sum(r.get('seconds', 0) for r in results))} in all",
-        "git": said((r.get("environment") or {}).get("git") or "unknown" for r in results),
+        "git": said(str(r["environment"]["git"] or "unknown") for r in results),
     }
 
 
 def warnings(groups: list[Group]) -> list[str]:
     """Why rows of the table may not be comparable."""
-    results, says = [entry.result for group in groups for entry in group.runs.values()], []
-    for key in dict.fromkeys(k for r in results for k in r.get("environment") or {}):
-        seen = Counter(str((r.get("environment") or {}).get(key) or "unknown") for r in results)
+    environments, says = [result["environment"] for g in groups for result in g.results], []
+    for key in dict.fromkeys(k for e in environments for k in e):
+        seen = Counter(str(e.get(key) or "unknown") for e in environments)
         if len(seen) > 1:
-            what = "git revisions: the code may have changed on the way" if key == "git" else f"versions of {key}"
-            says.append(f"Runs of different {what} ({', '.join(f'{v}: {n} runs' for v, n in seen.items())}).")
-    if any(
-        (r.get("environment") or {}).get("git", "").endswith("+")
-        for r in results
-        if (r.get("environment") or {}).get("git")
-    ):
-        says.append("Some runs were made with changes that are not committed (git revision with +).")
-    data = varying(
-        [{k: v for k, v in g.config.items() if k.partition(".")[0] == "data" and k != "data.tokens"} for g in groups]
-    )
-    if data:
-        says.append(
-            f"Held-out text differs between runs ({', '.join(data)}): compare losses only where it is the same."
-        )
+            what = "git revision, so the code may have changed on the way" if key == "git" else key
+            says.append(f"Runs differ in {what} ({', '.join(f'{n} of {value}' for value, n in seen.most_common())}).")
+    if any(str(e["git"]).endswith("+") for e in environments):
+        says.append("A + behind a git revision: files were changed and not committed, so what ran is not on record.")
+    texts = [json.loads(subset(g.config, "data")) for g in groups]
+    if keys := [key for key in varying(texts) if key != "data.tokens"]:  # less text for training, the same held out
+        says.append(f"Held-out text differs ({listed(keys)}): compare losses only where it is the same.")
     if len({frozenset(g.runs) for g in groups}) > 1:
-        says.append(
-            "Not every row has the same seeds: their means differ by chance too; the paired differences do not."
-        )
+        says.append("Rows differ in their seeds: compare by the paired difference rather than by the mean loss.")
     return says
-
-
-def page(root: Path, name: str, entries: list[Entry], groups: list[Group], says: str) -> str:
-    """The report as HTML; jinja2 escapes whatever comes from files."""
-    table, beside = rows(groups), marks(groups)
-    alone = [Mark(g.label, "dash", {"val/lm": g.mean().mean}) for g in groups if g.alone]
-    near = beside if len(beside) <= 3 else []
-    figures = {"loss": dots(table, "val/lm", near + (alone if len(alone) == 1 else [])), "curves": curves(table, near)}
-    figures |= {key: dots(table, key) for key in BETTER}
-    options = {"displayModeBar": False, "responsive": True}
-    plots = {
-        key: figure.to_html(full_html=False, include_plotlyjs=False, config=options, div_id=key.replace("/", "-"))
-        for key, figure in figures.items()
-        if figure
-    }
-    results = [entry.result for group in groups for entry in group.runs.values()]
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "number": number,
-        "clock": clock,
-        "command": lambda words: shlex.join(["python", "train.py", *words]),
-    }
-    return environment.from_string(Path(__file__).with_suffix(".html").read_text()).render(
-        name=name, says=says, facts=facts(entries, groups), warnings=warnings(groups), table=table, beside=beside,
-        measures={k: v for k, v in MEASURES.items() if any(g.of(k) for g in groups)}, plots=plots, better=BETTER,
-        entries=entries, library=get_plotlyjs(), several=any(len(g.runs) > 1 for g in groups),
-        held_out=sorted({(r["config"].get("data.val_rows"), r["config"].get("data.seq_len")) for r in results}),
-    )  # fmt: skip
 
 
 def number(value: float | None, digits: int = 4, sign: bool = False) -> str:
@@ -610,28 +559,48 @@ def number(value: float | None, digits: int = 4, sign: bool = False) -> str:
     return "–" if value is None else f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
+def page(name: str, entries: list[Entry], groups: list[Group], says: str) -> str:
+    """The report as HTML; jinja2 escapes whatever comes from files."""
+    table, beside = rows(groups), marks(groups)
+    alone = [Mark(g.label, "dash", {"val/lm": g.mean().mean}) for g in groups if g.alone]
+    few = beside if len(beside) <= 3 else []
+    figures = {"loss": dots(table, "val/lm", few + (alone if len(alone) == 1 else [])), "curves": curves(table, few)}
+    figures |= {key: dots(table, key, width=16) for key in SMALL}
+    how = {"full_html": False, "include_plotlyjs": False, "config": {"displayModeBar": False, "responsive": True}}
+    plots = {k: f.to_html(div_id=k.replace("/", "-"), **how) for k, f in figures.items() if f}
+    results = [result for group in groups for result in group.results]
+    held_out = {tuple(r["config"].get(k) for k in ("data.val_rows", "data.seq_len")) for r in results}
+    jinja = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    jinja.filters |= {"number": number, "clock": clock}
+    return jinja.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).render(
+        name=name, question=question(name), says=says, facts=facts(entries, results), warnings=warnings(groups),
+        table=table, beside=beside, measures={k: v for k, v in MEASURES.items() if any(g.of(k) for g in groups)},
+        several=any(len(g.runs) > 1 for g in groups), small={k: v for k, v in SMALL.items() if k in plots},
+        plots=plots, entries=entries, held_out=sorted(held_out, key=str), library=get_plotlyjs(),
+    )  # fmt: skip
+
+
 def write(root: Path, name: str) -> tuple[Path, str]:
     """Make the page; where it is, and what it says. Raises UserError where no run is done."""
     entries = [read(root, line) for line in manifest(root, name)]
     groups = grouped(entries)
     if not groups:
-        listing = "\n".join(f"  {e.state:<10} {shlex.join(e.overrides)}  {e.says}".rstrip() for e in entries)
+        listing = "\n".join(f"  {e.state:<10}  {shlex.join(e.overrides)}  {e.says}".rstrip() for e in entries)
         raise UserError(f"No run of the sweep {name} is done yet. Type: python train.py sweeps={name}\n{listing}")
-    runs = {entry.folder: entry.state for entry in entries}
-    left = sum(state != "done" for state in runs.values())
-    says = finding(groups) + (f" [{left} of {len(runs)} runs not done and not counted]" if left else "")
+    states = {entry.folder: entry.state for entry in entries}
+    left = sum(state != "done" for state in states.values())
+    says = finding(groups) + (f" [{left} of {len(states)} runs are not done and not counted]" if left else "")
     path = root / "sweeps" / f"{name}.html"
     with files.atomic(path) as temporary:
-        temporary.write_text(page(root, name, entries, groups, says), encoding="utf-8")
+        temporary.write_text(page(name, entries, groups, says), encoding="utf-8")
     return path, says
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sweeps.report", description="A sweep as one page of HTML.")
     parser.add_argument("name", help="of the sweep, as in python train.py sweeps=NAME")
-    parser.add_argument(
-        "--root", type=Path, default=Path(os.environ.get("KD_ROOT") or "runs"), help="where runs are kept"
-    )
+    root = Path(os.environ.get("KD_ROOT") or "runs")
+    parser.add_argument("--root", type=Path, default=root, help="where runs are kept (default: $KD_ROOT, or runs)")
     given = parser.parse_args(arguments)
     try:
         path, says = write(given.root, given.name)

@@ -1,0 +1,199 @@
+"""What is written appears whole or not at all, whatever ends the writing; damage to a file shows in its digest."""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kd import files
+from kd.checkpoint import DigestIO
+from kd.errors import UserError
+
+FORK = multiprocessing.get_context("fork")
+
+
+def fill(path: Path, folder: bool, text: str) -> None:
+    """A file with that text, or a folder with a file and a folder of it."""
+    if not folder:
+        path.write_text(text)
+        return
+    (path / "sub").mkdir(parents=True)
+    (path / f"{text}.txt").write_text(text)
+    (path / "sub" / "b.txt").write_text(text)
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """Everything below a folder, hidden files too."""
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+both = pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+
+
+@both
+@pytest.mark.parametrize("old", [False, True])
+def test_what_is_written_takes_the_place_of_the_old(tmp_path, folder, old):
+    path, expected = tmp_path / "a" / "b" / "made", tmp_path / "expected"
+    fill(expected, folder, "new")
+    if old:
+        path.parent.mkdir(parents=True)
+        fill(path, folder, "old")
+    before = content(tmp_path)
+    with files.atomic(path) as temporary:
+        fill(temporary, folder, "new")
+        assert temporary.parent == path.parent  # a rename is atomic within one file system alone
+        assert content(tmp_path).items() > before.items()
+    assert [p.name for p in path.parent.iterdir()] == ["made"]
+    assert content(path) == content(expected) if folder else path.read_text() == "new"
+
+
+@both
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_error_inside_leaves_what_was_there(tmp_path, folder, old, error):
+    if old:
+        fill(tmp_path / "made", folder, "old")
+    before = content(tmp_path)
+    with pytest.raises(error), files.atomic(tmp_path / "made") as temporary:
+        fill(temporary, folder, "new")
+        raise error
+    assert content(tmp_path) == before and len(list(tmp_path.iterdir())) == old
+
+
+def die(path: Path, folder: bool) -> None:
+    with files.atomic(path) as temporary:
+        fill(temporary, folder, "new")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@both
+def test_kill_inside_leaves_what_was_there(tmp_path, folder):
+    fill(tmp_path / "made", folder, "old")
+    before = content(tmp_path)
+    process = FORK.Process(target=die, args=(tmp_path / "made", folder))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert {k: v for k, v in content(tmp_path).items() if ".tmp" not in k} == before
+    with files.atomic(tmp_path / "made") as temporary:
+        fill(temporary, folder, "newer")
+    assert "old" not in str(content(tmp_path))
+
+
+@pytest.mark.xfail(strict=True, reason="kd/files.py: in a container a killed process and the next have the same id")
+def test_what_a_process_of_the_same_id_left_is_no_obstacle(tmp_path, monkeypatch):
+    process = FORK.Process(target=die, args=(tmp_path / "made", True))
+    process.start()
+    process.join()
+    monkeypatch.setattr(os, "getpid", lambda: process.pid)
+    with files.atomic(tmp_path / "made") as temporary:
+        fill(temporary, True, "newer")
+    assert set(content(tmp_path)) == {"made/newer.txt", "made/sub/b.txt"}
+
+
+def test_content_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+    real = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), real[0](fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("renamed"), real[1](a, b)))
+    with files.atomic(tmp_path / "made") as temporary:
+        fill(temporary, True, "new")
+    before, after = done[: done.index("renamed")], done[done.index("renamed") + 1 :]
+    assert {str(temporary / "new.txt"), str(temporary / "sub" / "b.txt")} <= set(before) and after == [str(tmp_path)]
+
+
+# A full disk: in a process of its own, files may not grow beyond 64 kB.
+
+BIG = {"weights": torch.zeros(1 << 20)}
+
+
+def as_text(path: Path) -> None:
+    files.write_json(path, ["x" * (1 << 20)])
+
+
+def as_array(path: Path) -> None:
+    with files.atomic(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.zeros(1 << 20))
+
+
+def as_checkpoint(path: Path) -> None:
+    DigestIO().save_checkpoint(BIG, path)
+
+
+def as_safetensors(path: Path) -> None:
+    with files.atomic(path) as temporary:
+        save_file(BIG, temporary)
+
+
+def as_folder(path: Path) -> None:
+    with files.atomic(path) as temporary:
+        fill(temporary, True, "new")
+        save_file(BIG, temporary / "model.safetensors")
+
+
+def limit() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [as_text, as_checkpoint, as_safetensors, as_folder,
+     pytest.param(as_array, marks=pytest.mark.xfail(
+         strict=True, reason="kd/files.py: numpy reports a full disk without errno and in words of its own"))],
+)  # fmt: skip
+def test_full_disk_is_said_and_the_old_file_stays(tmp_path, write):
+    path = tmp_path / "step-1.ckpt"
+    fill(path, write is as_folder, "old")
+    before = content(tmp_path)
+    with FORK.Pool(1, limit) as pool, pytest.raises(UserError, match=f"^No room to write {path}: .*root=/other"):
+        pool.apply(write, (path,))
+    assert content(tmp_path) == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_other_errors_are_no_full_disk(tmp_path):
+    for error in (ValueError("bad"), PermissionError(13, "denied"), UserError("no")):
+        with pytest.raises(type(error)) as caught, files.atomic(tmp_path / "made"):
+            raise error
+        assert caught.value is error
+
+
+def test_json_is_read_back_and_nan_is_refused(tmp_path):
+    value = {"a": [1, 2.5, None, "ä"], "b": {"c": True}}
+    files.write_json(tmp_path / "x.json", value)
+    for wrong in (float("nan"), float("inf"), object()):
+        with pytest.raises((ValueError, TypeError)):
+            files.write_json(tmp_path / "x.json", {"a": wrong})
+    assert json.loads((tmp_path / "x.json").read_text()) == value and len(list(tmp_path.iterdir())) == 1
+
+
+def test_digest_changes_with_any_byte_and_with_the_length(tmp_path):
+    file = tmp_path / "x"
+
+    def digest(data: bytes) -> str:
+        file.write_bytes(data)
+        return files.digest(file)
+
+    small = bytes(range(256))
+    assert digest(small) == digest(small)
+    found = [digest(small[:i] + bytes([small[i] ^ 1]) + small[i + 1 :]) for i in range(256)]
+    found += [digest(small), digest(small[:-1]), digest(small + b"\0"), digest(b""), digest(b"\0")]
+    assert len(set(found)) == len(found)
+
+
+def test_digest_reads_all_of_a_large_file(tmp_path):
+    file, size = tmp_path / "x", (1 << 22) * 2 + 5  # several blocks
+    file.write_bytes(bytes(size))
+    found = {files.digest(file)}
+    for place in (0, (1 << 22) - 1, 1 << 22, size - 6, size - 1):
+        with open(file, "r+b") as f:
+            f.seek(place)
+            f.write(b"\1")
+        found.add(files.digest(file))
+    assert len(found) == 6

@@ -1,0 +1,291 @@
+"""Models of a size or a name: counted right, their heads are their own, and what does not fit is refused by name."""
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from kd import corpora, models
+from kd.errors import UserError
+from kd.sizes import SIZES
+
+V, T = 90, 32
+SHAPE = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+GATED = SHAPE | dict(intermediate_size=48, num_key_value_heads=2)
+GPT2 = dict(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
+# The caps and scales are so strong that leaving one out shows.
+CONFIGS = {
+    "gpt2": transformers.GPT2Config(**GPT2),
+    "llama": transformers.LlamaConfig(**GATED),
+    "llama-tied": transformers.LlamaConfig(**GATED, tie_word_embeddings=True),
+    "qwen2": transformers.Qwen2Config(**GATED),
+    "qwen3": transformers.Qwen3Config(**GATED, head_dim=16),
+    "gemma2": transformers.Gemma2Config(**GATED, head_dim=8, final_logit_softcapping=0.2),
+    "cohere": transformers.CohereConfig(**GATED, logit_scale=0.25, eos_token_id=0),
+    "granite": transformers.GraniteConfig(**GATED, logits_scaling=4.0),
+    "opt": transformers.OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=16),
+    "pythia": transformers.GPTNeoXConfig(**SHAPE, intermediate_size=48),
+    "phi": transformers.PhiConfig(**SHAPE, intermediate_size=48),
+}
+every_model = pytest.mark.parametrize("name", CONFIGS)
+IDS = torch.arange(2 * T).view(2, T) * 7 % 80
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """No network, and none of what the library prints; what kd finds out of the network is put back."""
+
+    def refuse(*args, **more):
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    corpora.offline_unless_reachable.cache_clear()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    yield
+    corpora.offline_unless_reachable.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A folder with a folder per model."""
+    folder = tmp_path_factory.mktemp("models")
+    transformers.logging.disable_progress_bar()
+    for name, config in CONFIGS.items():
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def llama(saved, tmp_path) -> Path:
+    """A copy of one, to be damaged."""
+    return Path(shutil.copytree(saved / "llama", tmp_path / "llama"))
+
+
+def build(folder: Path | str, vocab: int = V, seq_len: int = T) -> models.Causal:
+    return models.build(None, str(folder), vocab, seq_len, "teacher.name")
+
+
+# Sizes and costs
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_size_has_the_parameters_its_row_and_name_say(size):
+    with torch.device("meta"):
+        model = models.from_size(size, vocab=1000, seq_len=64)
+    cost = models.cost(model, 64)
+    assert cost.non_embedding == SIZES[size].parameters
+    assert cost.non_embedding == sum(p.numel() for n, p in model.named_parameters() if "embed" not in n)
+    assert cost.parameters == cost.non_embedding + 1000 * SIZES[size].hidden  # one matrix is embedding and head
+    named = float(size[:-1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[size[-1]]
+    assert cost.non_embedding == pytest.approx(named, rel=0.2)
+
+
+def test_model_of_a_size_is_fresh_and_seeded():
+    def weights(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        model = models.build("100k", None, 50, 8, "student.name").model
+        assert model.dtype == torch.float32 and model.training
+        return torch.cat([p.flatten() for p in model.parameters()])
+
+    assert torch.equal(weights(0), weights(0)) and not torch.equal(weights(0), weights(1))
+
+
+@pytest.mark.parametrize("config", [CONFIGS["llama"], CONFIGS["llama-tied"]], ids=["untied", "tied"])
+def test_parameters_are_counted_once_and_without_embeddings(config):
+    cost = models.cost(transformers.LlamaForCausalLM(config), T)
+    attention, ffn, norms = 32 * 32 * 2 + 32 * 16 * 2, 3 * 32 * 48, 2 * 32
+    assert cost.non_embedding == 2 * (attention + ffn + norms) + 32
+    assert cost.parameters == cost.non_embedding + V * 32 * (1 if config.tie_word_embeddings else 2)
+
+
+# Counted by running the model. The counter takes attention over all T positions, kd over the T / 2 that a causal model
+# sees on average; kd counts norms and biases, the counter matrix products alone.
+POSITIONS = pytest.mark.xfail(strict=True, reason="kd/models.py: cost() counts position embeddings as matrix products")
+WIDTH = pytest.mark.xfail(strict=True, reason="kd/models.py: cost() takes attention to be as wide as the hidden states")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks={"gpt2": POSITIONS, "opt": POSITIONS, "qwen3": WIDTH}.get(n, ())) for n in CONFIGS],
+)
+def test_flops_are_those_of_a_forward_pass(name):
+    config = CONFIGS[name]
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(IDS[:1], use_cache=False)
+    width = config.num_attention_heads * (getattr(config, "head_dim", None) or 8)
+    unseen = 4 * config.num_hidden_layers * width * T / 2
+    assert models.cost(model, T).flops_per_token == pytest.approx(counter.get_total_flops() / T - unseen, rel=0.05)
+
+
+@pytest.mark.xfail(strict=True, reason="kd/models.py: cost() counts position embeddings as weights (Kaplan does not)")
+def test_position_embeddings_are_embeddings():
+    model = transformers.GPT2LMHeadModel(CONFIGS["gpt2"])
+    assert models.cost(model, T).non_embedding == sum(p.numel() for p in model.transformer.h.parameters()) + 2 * 32
+
+
+def test_flops_grow_with_the_row_by_attention_alone():
+    model = transformers.LlamaForCausalLM(CONFIGS["llama"])
+    short, long = (models.cost(model, t).flops_per_token for t in (10, 110))
+    assert long - short == 2 * 2 * 32 * 100  # layers, products and width; per position, half of it seen
+
+
+# Heads
+
+
+@every_model
+def test_head_of_hidden_states_is_what_the_model_says(saved, name):
+    causal = build(saved / name).eval()
+    with torch.no_grad():
+        expected = causal.model(input_ids=IDS).logits
+        found = causal.head(causal.hidden(IDS))
+    assert expected.abs().max() > 0.02
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "part"), [("gemma2", "softcap"), ("cohere", "scale"), ("granite", "scale")])
+def test_head_without_its_cap_or_scale_is_refused(saved, name, part):
+    causal = build(saved / name)
+    setattr(causal.head, part, {"softcap": None, "scale": 1}[part])
+    with pytest.raises(UserError, match=r"^teacher\.name: the output layer of \w+ .* is off .* by [\d.]+%"):
+        causal.check("teacher.name")
+
+
+@pytest.mark.parametrize(
+    "odd", [lambda x: 1.01 * x, lambda x: x + 0.01, lambda x: 0.2 * torch.tanh(x / 0.2), lambda x: x.flip(-1)]
+)
+def test_head_that_does_something_unknown_is_refused(saved, odd):
+    causal = build(saved / "llama")
+    forward = causal.model.forward
+
+    def strange(**of):
+        out = forward(**of)
+        out.logits = odd(out.logits)
+        return out
+
+    causal.model.forward = strange
+    with pytest.raises(UserError, match=r"LlamaForCausalLM.*does something there that kd does not know"):
+        causal.check("teacher.name")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_check_leaves_the_model_as_it_is(saved, training):
+    causal = build(saved / "gpt2").train(training)  # it has dropout
+    before = torch.get_rng_state()
+    causal.check("teacher.name")
+    assert causal.model.training == training and torch.equal(torch.get_rng_state(), before)
+
+
+def test_head_is_no_second_copy_of_the_weights(saved):
+    causal = build(saved / "llama")
+    assert sum(p.numel() for p in causal.parameters()) == sum(p.numel() for p in causal.model.parameters())
+    assert len(causal.state_dict()) == len(causal.model.state_dict())
+    assert causal.head.output.weight is causal.model.lm_head.weight
+
+
+@every_model
+def test_padded_vocabulary_is_cut_and_renormalised(saved, name):
+    causal = build(saved / name, vocab=80).eval()
+    with torch.no_grad():
+        p = causal.head(causal.hidden(IDS)).softmax(-1)
+        whole = causal.model(input_ids=IDS).logits.softmax(-1)[..., :80]
+    assert p.shape == (2, T, 80) and (whole.sum(-1) < 0.95).all()
+    torch.testing.assert_close(p, whole / whole.sum(-1, keepdim=True), rtol=1e-4, atol=1e-6)
+
+
+# What does not fit
+
+
+def test_tokenizer_larger_than_the_head_is_refused(saved):
+    with pytest.raises(UserError, match=r"^teacher\.name: the model knows 90 tokens and the tokenizer 91"):
+        build(saved / "llama", vocab=91)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "pythia"])
+def test_rows_longer_than_the_model_reads_are_refused(saved, name):
+    build(saved / name, seq_len=64)
+    with pytest.raises(UserError, match=r"^teacher\.name: reads at most 64 tokens.*data\.seq_len=64"):
+        build(saved / name, seq_len=65)
+
+
+class Vocabulary(dict):
+    get_vocab = dict.copy
+
+
+def test_same_vocabulary_is_token_for_token():
+    ours = Vocabulary(a=0, b=1, c=2)
+    models.same_vocabulary(ours, Vocabulary(c=2, b=1, a=0), "teacher.name=x")
+    for theirs, differing in (({"a": 1, "b": 0, "c": 2}, 2), ({"a": 0, "b": 1}, 1), ({"a": 0, "b": 1, "d": 2}, 2)):
+        says = rf"teacher\.name=x: its tokenizer has {len(theirs)} tokens and the data's 3.* {differing} of them differ"
+        with pytest.raises(UserError, match=says):
+            models.same_vocabulary(ours, Vocabulary(theirs), "teacher.name=x")
+    with pytest.raises(UserError, match=r"has 1,500 tokens and the data's 3"):
+        models.same_vocabulary(ours, Vocabulary({str(i): i for i in range(1500)}), "teacher.name=x")
+
+
+def test_pickled_weights_are_refused(llama):
+    weights = load_file(llama / "model.safetensors")
+    (llama / "model.safetensors").unlink()
+    torch.save(weights, llama / "pytorch_model.bin")
+    with pytest.raises(UserError, match=rf"teacher\.name={llama} could not be loaded \(in that folder\).*safetensors"):
+        build(llama)
+
+
+def test_code_of_a_model_is_not_run(llama):
+    config = json.loads((llama / "config.json").read_text())
+    config |= {"model_type": "odd", "auto_map": {"AutoConfig": "odd.Odd", "AutoModelForCausalLM": "odd.Odd"}}
+    (llama / "config.json").write_text(json.dumps(config))
+    (llama / "odd.py").write_text(f"open({str(llama / 'canary')!r}, 'w')")
+    with pytest.raises(UserError, match="could not be loaded"):
+        build(llama)
+    assert not (llama / "canary").exists()
+
+
+@pytest.mark.parametrize("cut", [slice(0), slice(4), slice(100), slice(-1), slice(1, None), slice(8, None)])
+def test_damaged_weights_are_refused(llama, cut):
+    file = llama / "model.safetensors"
+    file.write_bytes(file.read_bytes()[cut])
+    with pytest.raises(UserError, match=rf"teacher\.name={llama} could not be loaded"):
+        build(llama)
+
+
+@pytest.mark.parametrize("config", ["", '{"a":', "{}", '{"model_type": "nope"}', '{"model_type": "t5"}'])
+def test_folder_of_something_else_is_refused(llama, config):
+    (llama / "config.json").write_text(config)
+    with pytest.raises(UserError, match=rf"teacher\.name={llama} could not be loaded"):
+        build(llama)
+
+
+@pytest.mark.xfail(strict=True, reason="kd/models.py: what the file lacks is filled with random numbers, silently")
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_weights_that_are_not_there_are_refused(llama, name):
+    weights = load_file(llama / "model.safetensors")
+    del weights[name]
+    save_file(weights, llama / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"teacher\.name={llama}.*{name}"):
+        build(llama)
+
+
+@pytest.mark.xfail(strict=True, reason="kd/models.py: from_hub does not expect a RuntimeError")
+def test_weights_of_another_shape_are_refused(llama):
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    with pytest.raises(UserError, match=rf"teacher\.name={llama} could not be loaded"):
+        build(llama)
+
+
+@pytest.mark.parametrize("name", ["no-such/model", "no such//name", "/no/folder"])
+def test_name_that_is_nowhere_is_refused_and_says_what_to_do(name):
+    with pytest.raises(UserError, match=f"teacher.name={name} could not be loaded.*\nCheck the name and the network"):
+        build(name)

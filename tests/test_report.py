@@ -1,0 +1,281 @@
+"""The report of a sweep: its numbers by hand, its words honest, nothing in it that a file could inject."""
+
+import json
+import math
+import re
+import statistics
+
+import pytest
+from plotly.offline import get_plotlyjs
+
+from kd.errors import UserError
+from sweeps import report
+
+CONFIG = {
+    "seed": 0, "root": "runs", "sweep": None, "logger": "none", "data": "python", "data.seq_len": 256,
+    "data.val_rows": 64, "data.tokens": None, "teacher.size": "1m", "teacher.name": None, "teacher.steps": 600,
+    "student.size": "200k", "student.name": None, "logits": "online", "temperature": "fixed", "temperature.tau": 1.0,
+    "loss": "fkl", "alpha": "constant", "alpha.peak": 0.9, "trainer.steps": 300, "trainer.batch": 16,
+}  # fmt: skip
+PARTS = {"akl": {"loss.mu": 0.5}, "jsd": {"loss.beta": 0.5}}
+TEACHER = 1.9
+
+
+class Sweep:
+    """Run folders as train.py leaves them."""
+
+    def __init__(self, root, name="s"):
+        self.root, self.name, self.runs = root, name, []
+
+    def done(self, method, seed, loss, git="abc", entropy=None, **config):
+        """A finished run with this loss on held-out text; method lm is language modelling alone."""
+        of = {"logits": "none"} if method == "lm" else {"loss": method} | PARTS.get(method, {})
+        config = CONFIG | of | {"seed": seed} | config
+        final = {
+            "val/lm": loss, "val/bpb": loss / math.log(2) / 3, "val/fkl": 0.4, "val/rkl": 0.5, "val/tvd": 0.25,
+            "val/agreement": 0.625, "val/ece": 0.0321, "val/teacher_lm": TEACHER, "val/teacher_ece": 0.0123,
+        }  # fmt: skip
+        if config["teacher.size"] is None:
+            final = {k: final[k] for k in ("val/lm", "val/bpb", "val/ece")}
+        result = {
+            "state": "done", "config": config, "final": final, "environment": {"git": git, "torch": "2"},
+            "parameters": 418_272, "teacher_parameters": 1_278_912, "bytes_per_token": 3.0, "entropy": entropy,
+            "tokens": 1_228_800, "flops": 1e12, "seconds": 60.0,
+        }  # fmt: skip
+        curve = [{"step": s, "tokens": s * 4096, "flops": s * 1e9, "val/lm": loss + 300 - s} for s in (100, 200, 300)]
+        lines = [{"step": 10, "train/loss": 5.0, "tokens": 40960, "flops": 1e10}, *curve]
+        self.add(
+            [f"loss={method}", f"seed={seed}"],
+            {
+                "result.json": json.dumps(result),
+                "metrics.jsonl": "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 30',
+            },
+        )
+        return self
+
+    def losses(self, **of):
+        """Runs with seeds 0, 1, … of each method."""
+        for method, values in of.items():
+            for seed, loss in enumerate(values):
+                self.done(method, seed, loss)
+        return self
+
+    def add(self, overrides, files=None):
+        folder = self.root / f"run-{len(self.runs)}"
+        self.runs.append({"run": folder.name, "overrides": overrides})
+        for name, text in (files or {}).items():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        return self
+
+    def groups(self):
+        return report.grouped([report.read(self.root, line) for line in self.runs])
+
+    def finding(self):
+        return report.finding(self.groups())
+
+    def page(self):
+        """The HTML without plotly's own code, and the line that is printed."""
+        (self.root / "sweeps").mkdir(exist_ok=True)
+        (self.root / "sweeps" / f"{self.name}.json").write_text(json.dumps({"name": self.name, "runs": self.runs}))
+        path, says = report.write(self.root, self.name)
+        return path.read_text().replace(get_plotlyjs(), ""), says
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    return Sweep(tmp_path)
+
+
+def cells(page, label):
+    """Texts of the row of the table of numbers that begins with label."""
+    table = page[page.index('<table class="numbers">') : page.index("<dl>")]
+    for row in re.findall(r"<tr[^>]*>(.*?)</tr>", table, re.S):
+        texts = [
+            " ".join(re.sub(r"<[^>]+>", " ", c).split()) for c in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S)
+        ]
+        if texts and texts[0] == label:
+            return texts
+    raise AssertionError(f"no row {label}")
+
+
+def test_numbers_of_the_table_are_those_made_by_hand(sweep):
+    lm, fkl = [2.50, 2.47, 2.44], [2.36, 2.30, 2.31]
+    page, _ = sweep.losses(lm=lm, fkl=fkl).page()
+    change = [a - b for a, b in zip(fkl, lm)]
+    # t of 2 degrees of freedom has a closed form: p / sqrt(2 p (1 - p)) with p = 2 * 0.975 - 1
+    t = 0.95 / math.sqrt(2 * 0.975 * 0.025)
+    half = t * math.sqrt(statistics.variance(change) / 3)
+    spread = t * math.sqrt(statistics.variance(fkl) / 3)
+    share = (sum(lm) - sum(fkl)) / (sum(lm) - 3 * TEACHER)
+    assert cells(page, "fkl") == [
+        "fkl", f"{sum(fkl) / 3:.4f} ± {spread:.4f}", f"−{-sum(change) / 3:.4f} ± {half:.4f}", f"{100 * share:.0f}%",
+        f"{sum(fkl) / 3 / math.log(2) / 3:.3f}", "0.400", "0.500", "0.750", "0.625", "0.032", "3", "1:00",
+    ]  # fmt: skip
+    assert cells(page, report.ALONE)[2:4] == ["baseline", "–"]
+    teacher = cells(page, "teacher 1m")
+    assert (teacher[1].split()[0], teacher[4], teacher[9]) == ("1.9000", f"{TEACHER / math.log(2) / 3:.3f}", "0.012")
+
+
+@pytest.mark.parametrize(("n", "t"), [(2, 12.7062), (5, 2.7764), (31, 2.0423), (100, 2.0423)])
+def test_interval_is_that_of_student(n, t):
+    values = [0.1 * i * (-1) ** i for i in range(n)]
+    got = report.interval(values)
+    assert got.mean == pytest.approx(statistics.mean(values))
+    assert got.half == pytest.approx(t * statistics.stdev(values) / math.sqrt(n), rel=1e-3)
+    assert report.interval([1.0]) == (1.0, None, 1) and report.interval([]) is None
+
+
+def test_difference_is_paired_over_the_seeds_that_both_have(sweep):
+    sweep.losses(lm=[2.5, 3.5], fkl=[2.4, 3.3, 9.0])
+    groups = {g.label: g for g in sweep.groups()}
+    change = report.difference(groups["fkl"], groups[report.ALONE])
+    # The seeds differ by 1, their differences by 0.1: pairing is what makes the interval narrow.
+    assert change.n == 2 and change.mean == pytest.approx(-0.15) and change.half < 1
+    assert report.closed(groups["fkl"], groups[report.ALONE]) == pytest.approx(0.15 / (3 - TEACHER))
+    assert "Rows differ in their seeds" in sweep.page()[0]
+
+
+def test_labels_say_what_varies_and_no_more(sweep):
+    sweep.done("lm", 0, 2.5)
+    for tau in (1.0, 2.0):
+        sweep.done("fkl", 0, 2.3, **{"temperature.tau": tau})
+    sweep.done("akl", 0, 2.4)
+    assert {g.label for g in sweep.groups()} == {report.ALONE, "fkl tau=1", "fkl tau=2", "akl tau=1"}
+
+
+def test_labels_of_one_loss_of_sizes_and_of_what_is_no_part_of_a_run(sweep, tmp_path):
+    sweep.done("lm", 0, 2.5, root="a").done("lm", 1, 2.5, root="b", **{"alpha.peak": 0.1}).done("akl", 0, 2.4)
+    assert [g.label for g in sweep.groups()] == ["akl", report.ALONE]
+    sizes = Sweep(tmp_path / "sizes")
+    for size in ("100k", "1m"):
+        sizes.done("lm", 0, 2.5, **{"student.size": size}).done("fkl", 0, 2.4, **{"student.size": size})
+    assert {g.label for g in sizes.groups()} >= {"student=1m", f"{report.ALONE} student=100k"}
+
+
+def test_learning_curve_is_the_mean_at_the_steps_of_all_seeds(sweep):
+    (group,) = sweep.losses(fkl=[2.0, 3.0]).groups()
+    assert report.curve(group) == [(s * 4096, s * 1e9, 2.5 + 300 - s) for s in (100, 200, 300)]
+
+
+def test_failed_missing_unfinished_and_damaged_runs_are_listed_and_not_counted(sweep):
+    sweep.losses(lm=[2.5], fkl=[2.3])
+    sweep.add(["loss=rkl"], {"failure.json": json.dumps({"reason": "train/loss is not finite at step 7"})})
+    sweep.add(["loss=jsd"], {"metrics.jsonl": ""}).add(["loss=mse", "data.files=my text.txt"])
+    sweep.add(["loss=tvd"], {"result.json": '{"state": '}).add(["loss=skl"], {"result.json": '{"state": "done"}'})
+    sweep.done("akl", 0, math.nan)
+    page, says = sweep.page()
+    states = re.findall(r'<td class="(\w+)">', page[page.index('<table class="runs">') :])
+    assert [s for s in states if s != "number"] == [
+        "done", "done", "failed", "unfinished", "missing", "damaged", "damaged", "damaged",
+    ]  # fmt: skip
+    assert "train/loss is not finite at step 7" in page
+    assert "python train.py loss=mse &#39;data.files=my text.txt&#39;" in page
+    assert says.startswith("fkl: 2.300") and "[6 of 8 runs are not done and not counted]" in says
+    with pytest.raises(AssertionError, match="no row"):
+        cells(page, "akl")
+
+
+def test_one_seed_is_said_to_have_no_error_bar(sweep):
+    says = sweep.losses(lm=[2.455], fkl=[2.33], akl=[2.31]).finding()
+    assert says == (
+        "of 2 losses, akl is best: 2.310 nats per token on held-out text against 2.455 for language modelling alone, "
+        "closing 26% of the gap to the teacher (1 seed: no error bar, so a small difference may be chance)"
+    )
+
+
+def test_several_seeds_give_an_interval_and_name_what_is_as_good(sweep):
+    says = sweep.losses(
+        lm=[2.50, 2.47, 2.44], fkl=[2.31, 2.29, 2.26], akl=[2.31, 2.28, 2.25], tvd=[2.4, 2.38, 2.35]
+    ).finding()
+    assert says.startswith("of 3 losses, akl is best: 2.280 nats per token on held-out text against 2.470 for")
+    assert re.search(r"0\.190 ± 0\.0\d\d lower \(3 seeds, paired, 95% interval\), closing 33% of the gap", says)
+    assert says.endswith("; fkl cannot be told apart from akl")
+
+
+def test_within_noise_is_said(sweep):
+    says = sweep.losses(lm=[2.50, 2.40, 2.45], fkl=[2.40, 2.48, 2.42]).finding()
+    assert "which is within noise: no gain is shown" in says and "closing" not in says and "best" not in says
+
+
+def test_a_sure_gain_behind_an_unsure_one_is_named(sweep):
+    says = sweep.losses(lm=[2.5, 2.5, 2.5], fkl=[1.95, 2.6, 2.6], rkl=[2.45, 2.44, 2.46]).finding()
+    assert "fkl is lowest" in says and "within noise" in says and "better beyond noise: rkl" in says
+
+
+@pytest.mark.parametrize("lm", [[2.3], [2.3, 2.31, 2.29]])
+def test_nothing_better_is_said(sweep, lm):
+    says = sweep.losses(lm=lm, fkl=[x + 0.1 for x in lm], rkl=[x + 0.2 for x in lm]).finding()
+    assert "fkl is lowest" in says and f"nothing here beats {report.ALONE}" in says and "best" not in says
+
+
+def test_without_a_baseline_the_best_stands_alone(sweep, tmp_path):
+    says = sweep.losses(fkl=[2.3, 2.4], rkl=[2.5, 2.6]).finding()
+    assert says.startswith("of 2 losses, fkl is best: 2.350") and "± 0.635 (2 seeds" in says
+    assert says.endswith("there is no run by language modelling alone to compare with (logits=none)")
+    only = Sweep(tmp_path / "only").losses(lm=[2.3])
+    assert only.finding().startswith(f"{report.ALONE}: 2.300") and "compare" not in only.finding()
+
+
+def test_students_are_compared_with_their_like(sweep):
+    for size, gain in (("100k", 0.1), ("1m", -0.1)):
+        for seed in range(3):
+            sweep.done("lm", seed, 2.5 + seed, **{"student.size": size})
+            sweep.done("fkl", seed, 2.5 + seed - gain + seed / 1000, **{"student.size": size})
+    says = sweep.finding()
+    assert says.startswith("in 1 of 2 settings") and "beyond noise in 1 (paired" in says
+
+
+def test_warns_of_other_code_and_other_text(sweep):
+    sweep.done("lm", 0, 2.5).done("fkl", 0, 2.4, git="def+").done("rkl", 0, 2.4, **{"data.val_rows": 32})
+    page, _ = sweep.page()
+    assert "Runs differ in git revision" in page and "2 of abc, 1 of def+" in page and "not committed" in page
+    assert "Held-out text differs (data.val_rows)" in page
+
+
+def test_entropy_is_shown_where_it_is_known_and_a_run_without_teacher_has_dashes(sweep):
+    page, _ = sweep.done("lm", 0, 2.5, entropy=1.2618, **{"teacher.size": None}).page()
+    assert cells(page, "entropy of the data")[1] == "1.2618"
+    assert 'id="val-fkl"' not in page and 'id="val-ece"' in page
+
+
+def test_nothing_is_loaded_and_nothing_injected(sweep):
+    evil = "</script><img src=x onerror=alert(1)>"
+    sweep.losses(lm=[2.5, 2.6]).done(evil, 0, 2.4).done(evil, 1, 2.5, git=evil).done(
+        "fkl", 0, 2.3, **{"data.name": evil}
+    )
+    sweep.add([f"loss={evil}"], {"failure.json": json.dumps({"reason": evil})})
+    page, _ = sweep.page()
+    assert "<img" not in page and "&lt;img src=x onerror=alert(1)&gt;" in page
+    assert page.count("<script") == page.count("</script>") == 1 + page.count('class="plotly-graph-div"')
+    assert not re.search(r"<(script|img|iframe|source)[^>]+src=|<link|@import|url\(|https?://", page)
+    assert "default-src 'none'" in page
+
+
+def test_unknown_sweep_lists_those_there_are(sweep, capsys):
+    sweep.losses(fkl=[2.3]).page()
+    assert report.main(["nope", "--root", str(sweep.root)]) == 2
+    error = capsys.readouterr().err
+    assert "There: s." in error and "python train.py sweeps=nope" in error and "Traceback" not in error
+
+
+def test_no_finished_run_lists_their_states(sweep):
+    sweep.add(["loss=fkl"]).add(["loss=rkl"], {"failure.json": '{"reason": "out of luck"}'})
+    with pytest.raises(UserError, match=r"(?s)No run .* done yet.*missing +loss=fkl.*failed +loss=rkl  out of luck"):
+        sweep.page()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"runs": [{}]}', '{"runs": 3}'])
+def test_damaged_manifest_says_what_to_type(tmp_path, text):
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "s.json").write_text(text)
+    with pytest.raises(UserError, match=r"damaged.*python train.py sweeps=s"):
+        report.write(tmp_path, "s")
+
+
+def test_main_prints_one_line_and_the_root_comes_from_the_environment(sweep, capsys, monkeypatch):
+    sweep.losses(lm=[2.5], fkl=[2.3]).page()
+    monkeypatch.setenv("KD_ROOT", str(sweep.root))
+    assert report.main(["s"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out.startswith(f"{sweep.root / 'sweeps' / 's.html'}: fkl: 2.300 nats per token")
