@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from kd import files
-from kd.run import About
+from kd.run import About, read_metrics
 
 
 class MetricsFile(Logger):
@@ -23,17 +23,10 @@ class MetricsFile(Logger):
     def __init__(self, path: Path, step: int):
         super().__init__()
         self.path = Path(path)
-        kept = [line for line in self.lines(path) if line["step"] <= step]
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
         with files.atomic(self.path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(self.path, "a")
-
-    @staticmethod
-    def lines(path: Path) -> list[dict]:
-        """All whole lines of a metrics file; a last line torn by a kill is left out."""
-        if not Path(path).exists():
-            return []
-        return [json.loads(x) for x in Path(path).read_text().splitlines(keepends=True) if x.endswith("\n")]
 
     name = version = None
 

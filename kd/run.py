@@ -28,16 +28,23 @@ NO_SIGNAL = ("loss", "truncation", "temperature", "alpha")  # settings without a
 SECRET = re.compile(r"key|token$|secret|password|credential", re.IGNORECASE)
 
 
-def identity(config: dict, **digests) -> str:
-    """Name of a run's folder: what it is about and a digest of all settings that change its outcome.
+def part_of_outcome(config: dict) -> dict:
+    """The settings of a flat config (kd.config.flat) that its outcome depends on.
 
-    config is flat (kd.config.flat); digests are those of data and teacher. How the teacher is made is part of the
-    teacher's name alone, and without a signal in training, nothing of how a signal is treated is part of the run.
+    How the teacher is made is part of the teacher's own run, and without a signal in training, nothing of how a signal
+    is treated is part of any.
     """
-    part = {k: v for k, v in config.items() if not any(k == n or k.startswith(f"{n}.") for n in NO_PART)}
-    part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in ("teacher.size", "teacher.name")}
-    if config["logits"] == "none":
-        part = {k: v for k, v in part.items() if k.partition(".")[0] not in NO_SIGNAL}
+    without = (*NO_PART, *(NO_SIGNAL if config["logits"] == "none" else ()))
+    part = {k: v for k, v in config.items() if not any(k == n or k.startswith(f"{n}.") for n in without)}
+    return {k: v for k, v in part.items() if not k.startswith("teacher.") or k in ("teacher.size", "teacher.name")}
+
+
+def identity(config: dict, **digests) -> str:
+    """Name of a run's folder: what it is about, and a digest of all settings that change its outcome.
+
+    digests are those of the data, and the name of the teacher's run.
+    """
+    part = part_of_outcome(config)
     digest = xxhash.xxh3_128_hexdigest(json.dumps([part, digests], sort_keys=True).encode())[:12]
     method = "lm" if config["logits"] == "none" else config["loss"]
     return f"{method}-{model_name(config, 'student')}-{digest}"
@@ -146,8 +153,14 @@ def read_json(path: Path) -> dict | None:
         return None
     except ValueError as error:
         raise UserError(
-            f"{path} is damaged ({error}). Remove its folder to run it again:\n  rm -r {path.parent}"
+            f"{path} is damaged ({error}). Remove its folder to make it again:\n  rm -r {path.parent}"
         ) from None
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """All whole lines of a metrics.jsonl; a last line torn by a kill is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def redacted(config: dict) -> dict:

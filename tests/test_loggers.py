@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from kd.loggers import MetricsFile
+from kd.run import read_metrics
 from tests.small import ENVIRONMENT, folder, result, train
 
 
@@ -16,7 +17,7 @@ def test_metrics_file_cuts_what_comes_after_the_checkpoint_and_a_torn_line(tmp_p
     log = MetricsFile(path, step=2)
     log.log_metrics({"a": 9.0}, step=3)
     log.close(None)
-    assert [(x["step"], x["a"]) for x in MetricsFile.lines(path)] == [(1, 1.0), (2, 2.0), (3, 9.0)]
+    assert [(x["step"], x["a"]) for x in read_metrics(path)] == [(1, 1.0), (2, 2.0), (3, 9.0)]
 
 
 def inspect(path: Path) -> dict:

@@ -9,7 +9,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from kd.errors import UserError
-from sweeps import report
+from sweeps import compare, report
 
 CONFIG = {
     "seed": 0, "root": "runs", "sweep": None, "logger": "none", "data": "python", "data.seq_len": 256,
@@ -69,10 +69,10 @@ class Sweep:
         return self
 
     def groups(self):
-        return report.grouped([report.read(self.root, line) for line in self.runs])
+        return compare.grouped([compare.read(self.root, line) for line in self.runs])
 
     def finding(self):
-        return report.finding(self.groups())
+        return compare.finding(self.groups())
 
     def page(self):
         """The HTML without plotly's own code, and the line that is printed."""
@@ -112,7 +112,7 @@ def test_numbers_of_the_table_are_those_made_by_hand(sweep):
         "fkl", f"{sum(fkl) / 3:.4f} ± {spread:.4f}", f"−{-sum(change) / 3:.4f} ± {half:.4f}", f"{100 * share:.0f}%",
         f"{sum(fkl) / 3 / math.log(2) / 3:.3f}", "0.400", "0.500", "0.750", "0.625", "0.032", "3", "1:00",
     ]  # fmt: skip
-    assert cells(page, report.ALONE)[2:4] == ["baseline", "–"]
+    assert cells(page, compare.ALONE)[2:4] == ["baseline", "–"]
     teacher = cells(page, "teacher 1m")
     assert (teacher[1].split()[0], teacher[4], teacher[9]) == ("1.9000", f"{TEACHER / math.log(2) / 3:.3f}", "0.012")
 
@@ -120,19 +120,19 @@ def test_numbers_of_the_table_are_those_made_by_hand(sweep):
 @pytest.mark.parametrize(("n", "t"), [(2, 12.7062), (5, 2.7764), (31, 2.0423), (100, 2.0423)])
 def test_interval_is_that_of_student(n, t):
     values = [0.1 * i * (-1) ** i for i in range(n)]
-    got = report.interval(values)
+    got = compare.interval(values)
     assert got.mean == pytest.approx(statistics.mean(values))
     assert got.half == pytest.approx(t * statistics.stdev(values) / math.sqrt(n), rel=1e-3)
-    assert report.interval([1.0]) == (1.0, None, 1) and report.interval([]) is None
+    assert compare.interval([1.0]) == (1.0, None, 1) and compare.interval([]) is None
 
 
 def test_difference_is_paired_over_the_seeds_that_both_have(sweep):
     sweep.losses(lm=[2.5, 3.5], fkl=[2.4, 3.3, 9.0])
     groups = {g.label: g for g in sweep.groups()}
-    change = report.difference(groups["fkl"], groups[report.ALONE])
+    change = compare.difference(groups["fkl"], groups[compare.ALONE])
     # The seeds differ by 1, their differences by 0.1: pairing is what makes the interval narrow.
     assert change.n == 2 and change.mean == pytest.approx(-0.15) and change.half < 1
-    assert report.closed(groups["fkl"], groups[report.ALONE]) == pytest.approx(0.15 / (3 - TEACHER))
+    assert compare.closed(groups["fkl"], groups[compare.ALONE]) == pytest.approx(0.15 / (3 - TEACHER))
     assert "Rows differ in their seeds" in sweep.page()[0]
 
 
@@ -141,21 +141,21 @@ def test_labels_say_what_varies_and_no_more(sweep):
     for tau in (1.0, 2.0):
         sweep.done("fkl", 0, 2.3, **{"temperature.tau": tau})
     sweep.done("akl", 0, 2.4)
-    assert {g.label for g in sweep.groups()} == {report.ALONE, "fkl tau=1", "fkl tau=2", "akl tau=1"}
+    assert {g.label for g in sweep.groups()} == {compare.ALONE, "fkl tau=1", "fkl tau=2", "akl tau=1"}
 
 
 def test_labels_of_one_loss_of_sizes_and_of_what_is_no_part_of_a_run(sweep, tmp_path):
     sweep.done("lm", 0, 2.5, root="a").done("lm", 1, 2.5, root="b", **{"alpha.peak": 0.1}).done("akl", 0, 2.4)
-    assert [g.label for g in sweep.groups()] == ["akl", report.ALONE]
+    assert [g.label for g in sweep.groups()] == ["akl", compare.ALONE]
     sizes = Sweep(tmp_path / "sizes")
     for size in ("100k", "1m"):
         sizes.done("lm", 0, 2.5, **{"student.size": size}).done("fkl", 0, 2.4, **{"student.size": size})
-    assert {g.label for g in sizes.groups()} >= {"student=1m", f"{report.ALONE} student=100k"}
+    assert {g.label for g in sizes.groups()} >= {"student=1m", f"{compare.ALONE} student=100k"}
 
 
 def test_learning_curve_is_the_mean_at_the_steps_of_all_seeds(sweep):
     (group,) = sweep.losses(fkl=[2.0, 3.0]).groups()
-    assert report.curve(group) == [(s * 4096, s * 1e9, 2.5 + 300 - s) for s in (100, 200, 300)]
+    assert compare.curve(group) == [(s * 4096, s * 1e9, 2.5 + 300 - s) for s in (100, 200, 300)]
 
 
 def test_failed_missing_unfinished_and_damaged_runs_are_listed_and_not_counted(sweep):
@@ -206,7 +206,7 @@ def test_a_sure_gain_behind_an_unsure_one_is_named(sweep):
 @pytest.mark.parametrize("lm", [[2.3], [2.3, 2.31, 2.29]])
 def test_nothing_better_is_said(sweep, lm):
     says = sweep.losses(lm=lm, fkl=[x + 0.1 for x in lm], rkl=[x + 0.2 for x in lm]).finding()
-    assert "fkl is lowest" in says and f"nothing here beats {report.ALONE}" in says and "best" not in says
+    assert "fkl is lowest" in says and f"nothing here beats {compare.ALONE}" in says and "best" not in says
 
 
 def test_without_a_baseline_the_best_stands_alone(sweep, tmp_path):
@@ -214,7 +214,7 @@ def test_without_a_baseline_the_best_stands_alone(sweep, tmp_path):
     assert says.startswith("of 2 losses, fkl is best: 2.350") and "± 0.635 (2 seeds" in says
     assert says.endswith("there is no run by language modelling alone to compare with (logits=none)")
     only = Sweep(tmp_path / "only").losses(lm=[2.3])
-    assert only.finding().startswith(f"{report.ALONE}: 2.300") and "compare" not in only.finding()
+    assert only.finding().startswith(f"{compare.ALONE}: 2.300") and "compare" not in only.finding()
 
 
 def test_students_are_compared_with_their_like(sweep):

@@ -1,0 +1,306 @@
+"""What the runs of a sweep say: read, grouped by what they differ in, and compared seed by seed."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+from kd.errors import UserError
+from kd.run import part_of_outcome, read_json, read_metrics
+
+ALONE = "language modelling alone"
+ONE_SEED = "1 seed: no error bar, so a small difference may be chance"
+# 97.5% quantile of Student's t for 1 to 30 degrees of freedom; more are given the last one, a little too wide.
+T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+NEEDED = {  # of a result; the rest may be missing
+    "config": ("seed", "logits", "data", "student.size", "student.name", "teacher.size", "teacher.name"),
+    "final": ("val/lm",),
+    "environment": ("git",),
+}
+NOUNS = {
+    "loss": "losses", "student.size": "students", "teacher.size": "teachers", "truncation": "truncations",
+    "temperature.tau": "temperatures", "alpha.peak": "shares of distillation", "lr.peak": "learning rates",
+}  # fmt: skip
+
+
+class Entry(NamedTuple):
+    """One line of a sweep's manifest and what became of it."""
+
+    folder: Path
+    overrides: list[str]
+    state: str  # done, failed, unfinished, missing, damaged
+    says: str
+    result: dict | None
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["python", "train.py", *self.overrides])
+
+
+def manifest(root: Path, name: str) -> list[dict]:
+    """The runs of a sweep as kd.sweep wrote them; raises UserError where there is no such sweep."""
+    path, again = root / "sweeps" / f"{name}.json", f"To run it, type: python train.py sweeps={name}"
+    try:
+        runs = json.loads(path.read_text())["runs"]
+        return [{"run": str(line["run"]), "overrides": [str(word) for word in line["overrides"]]} for line in runs]
+    except FileNotFoundError:
+        there = listed(sorted(p.stem for p in path.parent.glob("*.json"))) or "none yet"
+        raise UserError(f"No sweep {name} in {path.parent.resolve()}. There: {there}. {again}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged. {again} (finished runs are not run again)") from None
+
+
+def read(root: Path, line: dict) -> Entry:
+    """What became of a run, whatever is in its folder."""
+    folder = root / line["run"]
+    state, says, result = "unfinished", "still running, or stopped: the same command goes on with it", None
+    try:
+        result, failure = read_json(folder / "result.json"), read_json(folder / "failure.json")
+        if result is not None:
+            state, says, result = "done", "", sound(result)
+        elif failure is not None:
+            state, says = "failed", str(failure["reason"])
+        elif not folder.exists():
+            state, says = "missing", "not started yet"
+    except UserError as error:
+        state, says, result = "damaged", str(error), None
+    except (KeyError, TypeError, AttributeError):
+        state, says, result = "damaged", f"not what a run writes; to run it anew, first rm -r {folder}", None
+    return Entry(folder, line["overrides"], state, says, result)
+
+
+def sound(result: dict) -> dict:
+    """A result with its finite measures and the acceptance rate; raises KeyError where something is missing."""
+    final = {k: v for k, v in result["final"].items() if isinstance(v, int | float) and math.isfinite(v)}
+    if "val/tvd" in final:
+        final["val/acceptance"] = 1 - final["val/tvd"]
+    result = result | {"final": final}
+    for part, keys in NEEDED.items():
+        if missing := set(keys) - set(result[part]):
+            raise KeyError(*missing)
+    return result
+
+
+def curve(group: Group) -> list[tuple[float, ...]]:
+    """Tokens, FLOPs and mean loss on held-out text, at the steps that all seeds have."""
+    axes, found = ("tokens", "flops", "val/lm"), []
+    for entry in group.runs.values():
+        lines = read_metrics(entry.folder / "metrics.jsonl")
+        found += [{x["step"]: [x[axis] for axis in axes] for x in lines if "val/lm" in x}]
+    common = sorted(set.intersection(*map(set, found))) if found else []
+    return [tuple(map(fmean, zip(*(steps[s] for steps in found)))) for s in common]
+
+
+class Interval(NamedTuple):
+    """Mean over n seeds and half the width of its 95% interval, None where one seed gives none."""
+
+    mean: float
+    half: float | None
+    n: int
+
+    @property
+    def noise(self) -> bool:
+        """Whether 0 is inside."""
+        return self.half is not None and abs(self.mean) <= self.half
+
+
+def interval(values: Iterable[float]) -> Interval | None:
+    """Mean and 95% t interval; None of nothing."""
+    x = list(values)
+    half = T[min(len(x) - 1, len(T)) - 1] * stdev(x) / math.sqrt(len(x)) if len(x) > 1 else None
+    return Interval(fmean(x), half, len(x)) if x else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed."""
+
+    label: str
+    config: dict
+    runs: dict[int, Entry]  # by seed
+
+    @property
+    def results(self) -> list[dict]:
+        return [entry.result for entry in self.runs.values()]
+
+    @property
+    def alone(self) -> bool:
+        return self.config["logits"] == "none"
+
+    @property
+    def task(self) -> str:
+        """Student, data and number of tokens: where these agree, losses can be compared."""
+        return subset(self.config, "data", "student", "trainer.steps", "trainer.batch")
+
+    @property
+    def seconds(self) -> float:
+        return fmean(result.get("seconds", 0) for result in self.results)
+
+    def of(self, measure: str) -> dict[int, float]:
+        """A measure of the final validation, by seed."""
+        finals = {seed: entry.result["final"] for seed, entry in self.runs.items()}
+        return {seed: final[measure] for seed, final in finals.items() if measure in final}
+
+    def mean(self, measure: str = "val/lm") -> Interval | None:
+        return interval(self.of(measure).values())
+
+
+def grouped(entries: list[Entry]) -> list[Group]:
+    """Finished runs by what they differ in, the lowest loss first."""
+    runs: dict[str, dict[int, Entry]] = {}
+    for entry in entries:
+        if entry.result is not None:
+            config = entry.result["config"]
+            runs.setdefault(json.dumps(settings(config), sort_keys=True), {})[config["seed"]] = entry
+    found = [(settings(next(iter(by_seed.values())).result["config"]), by_seed) for by_seed in runs.values()]
+    kinds = {alone: varying([c for c, _ in found if (c["logits"] == "none") is alone]) for alone in (True, False)}
+    groups = []
+    for config, by_seed in found:
+        alone = config["logits"] == "none"
+        said = label(config, kinds[alone])
+        groups.append(Group(f"{ALONE} {said}".strip() if alone else said or str(config.get("loss")), config, by_seed))
+    return sorted(groups, key=lambda g: g.mean().mean)
+
+
+def settings(config: dict) -> dict:
+    """What the outcome of a run depends on, but for the seed."""
+    return {k: v for k, v in part_of_outcome(config).items() if k != "seed"}
+
+
+def subset(config: dict, *prefixes: str) -> str:
+    """The settings below prefixes, as text that can be compared."""
+    return json.dumps({k: v for k, v in config.items() if below(k, prefixes)}, sort_keys=True)
+
+
+def below(key: str, prefixes: Iterable[str]) -> bool:
+    """Whether a setting is one of prefixes or belongs to it: lr.peak to lr."""
+    return any(key == p or key.startswith(f"{p}.") for p in prefixes)
+
+
+def varying(configs: list[dict]) -> list[str]:
+    """Settings that tell configs apart, the loss first; loss.mu only where it differs between runs of one loss."""
+    keys = []
+    for key in dict.fromkeys(k for c in configs for k in c):
+        axis = key.partition(".")[0]
+        values = {(c.get(axis) if axis != key else None, json.dumps(c.get(key), sort_keys=True)) for c in configs}
+        if len(values) > len({choice for choice, _ in values}):
+            keys.append(key)
+    return sorted(keys, key="loss".__ne__)
+
+
+def label(config: dict, keys: list[str]) -> str:
+    """akl, fkl tau=2, student=1m lr.peak=0.002: what a person would type, made short."""
+    words = []
+    for key in keys:
+        axis, _, name = key.rpartition(".")
+        value, sized = config.get(key), name in ("size", "name")
+        if key in config and not (value is None and sized):
+            said = value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value)
+            brief = axis if sized else name if axis in ("loss", "truncation", "temperature") else key
+            words.append(said if key in ("loss", "truncation") else f"{brief}={said}")
+    return " ".join(words)
+
+
+def difference(group: Group, other: Group | None) -> Interval | None:
+    """Loss of group - other, seed by seed; None where they share no seed."""
+    a, b = group.of("val/lm"), other.of("val/lm") if other else {}
+    return interval(a[seed] - b[seed] for seed in a if seed in b)
+
+
+def baseline(group: Group, groups: list[Group]) -> Group | None:
+    """Language modelling alone on the same student, data and tokens, at its best; it shares a seed with group."""
+    return next((g for g in groups if g.alone and g.task == group.task and g.runs.keys() & group.runs.keys()), None)
+
+
+def shared(group: Group, other: Group | None) -> float:
+    """Mean loss of group, over the seeds that other has too if there is one."""
+    return fmean(loss for seed, loss in group.of("val/lm").items() if other is None or seed in other.runs)
+
+
+def closed(group: Group, base: Group | None) -> float | None:
+    """Share of the gap between language modelling alone and teacher that group closes, over the seeds of both."""
+    change, teacher = difference(group, base), group.mean("val/teacher_lm")
+    if change is None or teacher is None or group is base:
+        return None
+    room = shared(base, group) - teacher.mean
+    return -change.mean / room if room > 0 else None
+
+
+def finding(groups: list[Group]) -> str:
+    """What the sweep says, in one line, and how sure that is."""
+    rivals = [g for g in groups if not g.alone] or groups
+    if not rivals[0].alone and len({g.task for g in groups}) > 1:
+        return over_tasks(groups)
+    changes = {g.label: difference(g, baseline(g, groups)) for g in rivals if not g.alone}
+    best = min(rivals, key=lambda g: change.mean if (change := changes.get(g.label)) else math.inf)
+    base, change = None if best.alone else baseline(best, groups), changes.get(best.label)
+    digits = 4 if change and abs(change.mean) < 0.005 else 3
+    word = "lowest" if change and (change.mean >= 0 or change.noise) else "best"
+    says = f"{best.label}: " if len(rivals) == 1 else f"of {count(rivals)}, {best.label} is {word}: "
+    says += f"{shared(best, base):.{digits}f} nats per token on held-out text"
+    if base is None:
+        mean, missing = best.mean(), "with its student, data, tokens and seed" if len(rivals) < len(groups) else ""
+        says += f" ({ONE_SEED})" if mean.half is None else f" ± {mean.half:.{digits}f} ({mean.n} seeds, 95% interval)"
+        says += (
+            "" if best.alone else f"; there is no run by {ALONE} {missing}".rstrip() + " to compare with (logits=none)"
+        )
+    else:
+        says += (
+            f" against {shared(base, best):.{digits}f} for {base.label}{verdict(change, closed(best, base), digits)}"
+        )
+    sure = [name for name, c in changes.items() if c and c.mean < 0 and c.half is not None and not c.noise]
+    tied = [g.label for g in rivals if g is not best and (d := difference(g, best)) and d.noise]
+    tied = tied if len(tied) <= 3 else [*tied[:2], f"{len(tied) - 2} more"]
+    says += f"; better beyond noise: {listed(sure)}" if sure and best.label not in sure else ""
+    return says + (f"; {listed(tied)} cannot be told apart from {best.label}" if tied else "")
+
+
+def verdict(change: Interval, share: float | None, digits: int) -> str:
+    """How the best differs from language modelling alone, with the interval or the lack of one."""
+    gap = f", closing {share:.0%} of the gap to the teacher" if share is not None and share > 0 else ""
+    nothing = f": nothing here beats {ALONE}" if change.mean >= 0 else ""
+    if change.half is None:
+        return f"{nothing or gap} ({ONE_SEED})"
+    size = f"{abs(change.mean):.{digits}f} ± {change.half:.{digits}f}"
+    seeds = f"({change.n} seeds, paired, 95% interval)"
+    if change.noise:
+        return f", a difference of {size} {seeds}, which is within noise{nothing or ': no gain is shown'}"
+    return f", {size} {'higher' if nothing else 'lower'} {seeds}{nothing or gap}"
+
+
+def over_tasks(groups: list[Group]) -> str:
+    """The finding where student, data or tokens vary, so that losses are compared within each of these."""
+    best: dict[str, Interval] = {}
+    for group in groups:
+        change = None if group.alone else difference(group, baseline(group, groups))
+        if change and (group.task not in best or change.mean < best[group.task].mean):
+            best[group.task] = change
+    where = "settings of student, data and tokens"
+    if not best:
+        return f"{len({g.task for g in groups})} {where}, and in none of them a run by {ALONE} to compare with"
+    sure = sum(c.mean < 0 and not c.noise for c in best.values() if c.half is not None)
+    single = sum(c.half is None for c in best.values())
+    how = f"; beyond noise in {sure} (paired over seeds, 95%)" if single < len(best) else f" ({ONE_SEED})"
+    how += f", with 1 seed in {single}" if 0 < single < len(best) else ""
+    lower = f"in {sum(c.mean < 0 for c in best.values())} of {len(best)} {where}"
+    return f"{lower} the best distilled student has a lower loss on held-out text than {ALONE}{how}"
+
+
+def count(groups: list[Group]) -> str:
+    """5 losses, or 8 settings where more than the loss varies."""
+    keys = varying([g.config for g in groups])
+    return f"{len(groups)} {NOUNS.get(keys[0], 'settings') if len(keys) == 1 else 'settings'}"
+
+
+def listed(words: list[str]) -> str:
+    """a, b and c"""
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
