@@ -66,12 +66,13 @@ def matrix(of: corpora.Corpus) -> np.ndarray:
     return inspect.getclosurevars(of.load).nonlocals["matrix"]
 
 
-@pytest.mark.parametrize(("states", "branching", "seed"), [(2, 1, 0), (2, 2, 0), (12, 4, 0), (12, 4, 1), (50, 50, 2)])
+@pytest.mark.parametrize(("states", "branching", "seed"), [(9, 1, 0), (2, 2, 0), (12, 4, 0), (12, 4, 1), (50, 50, 2)])
 def test_markov_entropy_is_that_of_its_matrix(states, branching, seed):
     made = chain(states=states, branching=branching, seed=seed)
     p = matrix(made)
     np.testing.assert_allclose(p.sum(1), 1)
     assert ((p > 0).sum(1) <= branching).all() and (p >= 0).all()
+    assert (np.linalg.matrix_power(p + np.eye(states), states) > 0).all()  # every state leads to every other
     visits = np.mean([np.linalg.matrix_power(p, 4000 + i)[0] for i in range(states)], 0)  # averaged over a period
     assert made.entropy == pytest.approx(
         -sum((row[row > 0] * np.log(row[row > 0])).sum() * v for row, v in zip(p, visits))
@@ -106,6 +107,7 @@ def test_markov_is_a_function_of_its_settings():
     for other in ({"seed": 4}, {"states": 13}, {"branching": 5}, {"tokens": 3000}, {"seq_len": 99}):
         another = chain(**{"seed": 3, "tokens": 2000} | other)
         assert another.load() != made.load() and another.fingerprint != made.fingerprint
+    assert not np.array_equal(matrix(chain(seed=4)), matrix(chain(seed=3)))
 
 
 @pytest.mark.parametrize("of", [{"states": 1}, {"branching": 0}, {"branching": 13}, {"tokens": 0}])

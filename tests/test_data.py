@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from kd import data
@@ -153,6 +154,14 @@ def test_rows_are_the_documents_joined_with_an_end_each(packed):
     assert len(tokenizer) == SETTINGS["vocab"] > packed.train.max()
 
 
+def test_tokenizer_is_trained_without_the_validation_text(tmp_path):
+    side = data._Sides(0.2)
+    texts = [f"{i} zq zq zq" if side(f"{i} zq zq zq") == "val" else f"{i} pw pw pw" for i in range(400)]
+    made = data.pack(corpus(texts), tmp_path, **SETTINGS)
+    vocabulary = PreTrainedTokenizerFast.from_pretrained(made.tokenizer).get_vocab()
+    assert "pw" in vocabulary and "zq" not in vocabulary
+
+
 def test_documents_are_shuffled_and_a_stream_is_not(tmp_path):
     texts = [f"{a} {b}" for a in range(20) for b in range(20)]
     for streaming in (True, False):
@@ -237,9 +246,14 @@ def test_whatever_changes_the_rows_changes_the_folder(packed, tmp_path):
     assert len(set(folders)) == len(folders) == 7
 
 
-def test_pretrained_tokenizer_is_used_as_it_is(packed, tmp_path):
+def test_pretrained_tokenizer_is_used_and_adds_nothing_but_ends(packed, tmp_path):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(packed.tokenizer)
+    start = TemplateProcessing(single=f"{data.END} $A", special_tokens=[(data.END, tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = start
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert len(tokenizer("a")["input_ids"]) == 2
     settings = {k: v for k, v in SETTINGS.items() if k != "vocab"}
-    made = data.pack(corpus(documents()), tmp_path, tokenizer=str(packed.tokenizer), **settings)
+    made = data.pack(corpus(documents()), tmp_path, tokenizer=str(tmp_path / "tokenizer"), **settings)
     assert (made.train == packed.train).all() and (made.val == packed.val).all()
     assert made.folder.name != packed.folder.name
 
@@ -289,6 +303,14 @@ def test_damaged_file_is_named(packed, cache, name, damage):
         data.pack(corpus(documents()), cache, **SETTINGS)
     file.write_bytes(whole)
     data.pack(corpus(documents()), cache, **SETTINGS)
+
+
+def test_folder_without_a_manifest_is_made_anew(packed, cache):
+    folder = cache / packed.folder.name
+    (folder / "manifest.json").unlink()
+    (folder / "val.npy").write_bytes(b"half")
+    data.pack(corpus(documents()), cache, **SETTINGS)
+    assert content(folder) == content(packed.folder)
 
 
 @pytest.mark.xfail(strict=True, reason="kd/data.py: the manifest is read without a digest of its own")

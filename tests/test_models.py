@@ -39,10 +39,12 @@ IDS = torch.arange(2 * T).view(2, T) * 7 % 80
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    """No network, and none of what the library prints; what kd finds out of the network is put back."""
+def calls(monkeypatch) -> list:
+    """No network: connecting fails at once and is noted here. What kd finds out then is put back."""
+    made = []
 
-    def refuse(*args, **more):
+    def refuse(address, *args, **more):
+        made.append(address)
         raise OSError("no network")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
@@ -51,7 +53,7 @@ def quiet(monkeypatch):
     corpora.offline_unless_reachable.cache_clear()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    yield
+    yield made
     corpora.offline_unless_reachable.cache_clear()
 
 
@@ -179,6 +181,13 @@ def test_head_that_does_something_unknown_is_refused(saved, odd):
         causal.check("teacher.name")
 
 
+@pytest.mark.parametrize(("size", "name"), [("100k", None), (None, "llama")])
+def test_every_model_is_checked_when_it_is_built(saved, monkeypatch, size, name):
+    monkeypatch.setattr(models.Head, "forward", lambda self, hidden: 2 * self.output(hidden)[..., : self.vocab])
+    with pytest.raises(UserError, match="is off"):
+        models.build(size, name and str(saved / name), V, T, "student.name")
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_check_leaves_the_model_as_it_is(saved, training):
     causal = build(saved / "gpt2").train(training)  # it has dropout
@@ -286,6 +295,12 @@ def test_weights_of_another_shape_are_refused(llama):
 
 
 @pytest.mark.parametrize("name", ["no-such/model", "no such//name", "/no/folder"])
-def test_name_that_is_nowhere_is_refused_and_says_what_to_do(name):
+def test_name_that_is_nowhere_is_refused_at_once_and_says_what_to_do(calls, name):
     with pytest.raises(UserError, match=f"teacher.name={name} could not be loaded.*\nCheck the name and the network"):
         build(name)
+    assert calls == [("huggingface.co", 443)]  # asked once, then never again
+
+
+def test_folder_needs_no_network(calls, saved):
+    build(saved / "llama")
+    assert not calls
