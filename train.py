@@ -8,6 +8,7 @@ python train.py --help                            the axes and their options
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
@@ -28,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kd import config as conf
-from kd import data, sweep
+from kd import data, files, sweep
 from kd.errors import UserError
 from kd.progress import Steps, console, show
 from kd.run import NO_SIGNAL, Run, about, environment, export, identity, peak_memory
@@ -58,7 +59,7 @@ def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
     except OmegaConfBaseException as error:
         raise UserError(str(error)) from None
     conf.check_targets(settings)
-    conf.check_numbers(settings)
+    conf.check_plain(settings)
     if settings["logits"]["_target_"] == "kd.logits.none":
         for word in typed:
             if word.partition("=")[0].partition(".")[0] in NO_SIGNAL:
@@ -78,6 +79,9 @@ def plan(settings: Settings) -> tuple[Run, Settings | None]:
     source, packing = corpus(settings)
     teacher = None
     digests = {"data": data.key(source, **packing)}
+    for role in ("student", "teacher"):
+        if stamp := files.stamp(settings[role]["name"]):
+            digests[f"{role}.name"] = stamp
     if settings["teacher"]["size"]:
         teacher = teacher_settings(settings)
         digests["teacher"] = plan(teacher)[0].name
@@ -88,6 +92,12 @@ def corpus(settings: Settings):
     """The text, and how it is packed; a pretrained model brings its own tokenizer."""
     node = settings["data"]
     make = conf.load(node["_target_"], "data")
+    for name in node.keys() - {
+        "_target_",
+        *inspect.signature(make).parameters,
+        *inspect.signature(data.pack).parameters,
+    }:
+        raise UserError(f"data.{name}={node[name]}: no such option of this data.")
     source = cached_corpus(make, **conf.checked(make, node, "data"))
     packing = conf.checked(data.pack, node, "data")
     packing["tokenizer"] = node["tokenizer"] or settings["student"]["name"] or settings["teacher"]["name"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import math
 import types
 import typing
 from collections.abc import Iterator
@@ -68,30 +69,34 @@ def _functions(module: str) -> dict[str, str]:
     return {f.name: (ast.get_docstring(f) or "").partition("\n")[0] for f in functions}
 
 
-def build(node: Node, path: str, **given):
+def build(node: Node, path: str):
     """The function that node names with the node's other keys as arguments; a `_partial_` node waits for the rest.
 
-    `given` are arguments that do not come from the config. Raises UserError for a wrong target, name or type.
+    Raises UserError for a wrong target, name or type.
     """
     settings = {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
     function = load(node["_target_"], path)
     check_types(function, settings, path)
-    call = partial(function, **settings, **given)
+    call = partial(function, **settings)
     return call if node.get("_partial_") else call()
 
 
 def check_types(function, settings: Node, path: str) -> None:
     """The signature is the schema: raise UserError for a name it does not have or a value of another type."""
     parameters = inspect.signature(function).parameters
-    module = inspect.getmodule(function)
-    hints = typing.get_type_hints(function) if module and module.__name__.startswith("kd.") else {}
+    hints = typing.get_type_hints(function) if inspect.isfunction(function) else {}
+    known = [name for name in parameters if name not in GIVEN and (path, name) != ("optim", "lr")]
     for name, value in settings.items():
-        if name not in parameters:
-            known = ", ".join(n for n in parameters if n not in ("student", "target", "progress", "params"))
-            raise UserError(f"{path}.{name}={value}: no such option here; there is {known or 'none'}.")
-        hint = hints.get(name)
-        if hint is not None and not _fits(value, hint):
+        if name not in known:
+            raise UserError(f"{path}.{name}={value}: no such option here; there is {', '.join(known) or 'none'}.")
+        # What torch says of its types is too loose to check; its defaults tell.
+        hint = hints.get(name, type(parameters[name].default))
+        if not _fits(value, hint):
             raise UserError(f"{path}.{name}={value}: need {_say(hint)}, got {type(value).__name__}.")
+
+
+# Arguments that kd gives, never the config.
+GIVEN = ("student", "target", "progress", "params", "teacher", "folder", "about", "corpus", "cache")
 
 
 def _fits(value, hint) -> bool:
@@ -100,7 +105,9 @@ def _fits(value, hint) -> bool:
         option = typing.get_origin(option) or option
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
             return True
-        if option in (int, str, bool, dict, list) and type(value) is option:
+        if option in (int, str, bool) and type(value) is option:
+            return True
+        if option is tuple and isinstance(value, list) and all(isinstance(v, int | float) for v in value):
             return True
         if option is type(None) and value is None:
             return True
@@ -110,7 +117,8 @@ def _fits(value, hint) -> bool:
 
 
 def _say(hint) -> str:
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null",
+             tuple: "a list of numbers"}  # fmt: skip
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return " or ".join(words.get(option, str(option)) for option in options)
 
@@ -122,25 +130,44 @@ def checked(function, node: Node, path: str) -> Node:
     return settings
 
 
-WHOLE = ("trainer.steps", "trainer.batch", "trainer.micro_batch", "trainer.chunk", "trainer.log_every",
-         "trainer.val_every", "trainer.checkpoint_every", "teacher.steps", "teacher.batch")  # fmt: skip
+PLAIN = {  # settings that no function takes as they are, and their types
+    "": {"seed": int, "root": str, "sweep": str | None},
+    "student": {"size": str | None, "name": str | None},
+    "teacher": {"size": str | None, "name": str | None, "steps": int, "batch": int, "lr": float, "seed": int,
+                "precision": str},
+    "trainer": {"steps": int, "batch": int, "micro_batch": int, "clip": float, "precision": str, "compile": bool,
+                "chunk": int, "log_every": int, "val_every": int, "checkpoint_every": int, "accelerator": str},
+}  # fmt: skip
+CHOICES = {"precision": ("fp32", "bf16"), "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"), "size": (*SIZES, None)}
 
 
-def check_numbers(settings: Node) -> None:
-    """Raise UserError for a setting of the trainer or the teacher that no run could have."""
-    values = flat(settings)
-    for option in WHOLE:
-        if type(values[option]) is not int or values[option] < 1:
-            raise UserError(f"{option}={values[option]}: need a whole number of at least 1.")
-    for option in ("seed", "teacher.seed"):
-        if type(values[option]) is not int or not 0 <= values[option] < 2**32:
-            raise UserError(f"{option}={values[option]}: need a whole number from 0 to {2**32 - 1}.")
-    for option in ("trainer.precision", "teacher.precision"):
-        if values[option] not in ("fp32", "bf16"):
-            raise UserError(f"{option}={values[option]}: need fp32 or bf16.")
-    clip = values["trainer.clip"]
-    if isinstance(clip, bool) or not isinstance(clip, int | float) or not clip >= 0:
-        raise UserError(f"trainer.clip={clip}: need a number of at least 0 (0 does not clip).")
+def check_plain(settings: Node) -> None:
+    """Raise UserError for a setting of the run, student, teacher or trainer that is unknown or that none could have."""
+    for group, kinds in PLAIN.items():
+        node = settings[group] if group else {k: v for k, v in settings.items() if k not in GROUPS}
+        for name, value in node.items():
+            option = f"{group}.{name}" if group else name
+            if name not in kinds:
+                raise UserError(f"{option}={value}: no such option; there is {', '.join(kinds)}.")
+            if not _fits(value, kinds[name]):
+                raise UserError(f"{option}={value}: need {_say(kinds[name])}, got {type(value).__name__}.")
+            if value not in CHOICES.get(name, (value,)):
+                raise UserError(f"{option}={value}: need one of {', '.join(filter(None, CHOICES[name]))}.")
+            if name == "seed" and not 0 <= value < 2**32:
+                raise UserError(f"{option}={value}: need a whole number from 0 to {2**32 - 1}.")
+            least = 1 if kinds[name] is int and name != "seed" else 0
+            if kinds[name] in (int, float) and not least <= value < math.inf:
+                raise UserError(f"{option}={value}: need a number of at least {least}.")
+    for role in ("student", "teacher"):
+        node = settings[role]
+        if node["size"] and node["name"]:
+            raise UserError(
+                f"{role}.name={node['name']}: {role}.size={node['size']} is set too; type {role}=hub first."
+            )
+        if role == "student" and not (node["size"] or node["name"]):
+            raise UserError(
+                f"student.size={node['size']}: need a size, e.g. student=200k, or student=hub student.name=…."
+            )
 
 
 def flat(node: Node, prefix: str = "") -> Node:

@@ -8,7 +8,7 @@ import socket
 import sys
 import sysconfig
 import urllib.parse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from kd import files as on_disk
 from kd.errors import UserError
 
 
@@ -45,14 +46,21 @@ def python() -> Corpus:
     return Corpus(lambda: documents, {"name": "python", "content": _digest_all(documents)})
 
 
-def markov(seq_len: int, tokens: int = 2_000_000, states: int = 128, branching: int = 8, seed: int = 0) -> Corpus:
+def markov(seq_len: int, size: int = 2_000_000, states: int = 128, branching: int = 8, seed: int = 0) -> Corpus:
     """A stationary first-order Markov chain: its entropy rate is what a perfect model reaches, exactly.
 
     From each of `states` states, `branching` successors with Dirichlet(1) probabilities. Every document is one row of
-    seq_len + 1 tokens that starts in the stationary distribution.
+    seq_len + 1 tokens that starts in the stationary distribution; there are enough of them for `size` tokens.
     """
-    if not (states >= 2 and 1 <= branching <= states and tokens > 0):
-        raise UserError(f"data=markov: need data.branching from 1 to data.states={states}, and data.tokens above 0.")
+    for option, value, good in (
+        ("states", states, states >= 2), ("branching", branching, 1 <= branching <= states),
+        ("size", size, size > 0), ("seed", seed, seed >= 0), ("seq_len", seq_len, seq_len >= 1),
+    ):  # fmt: skip
+        if not good:
+            raise UserError(
+                f"data.{option}={value}: a Markov chain needs at least 2 states, branching from 1 to the number of "
+                "states, a size and a seq_len above 0 and a seed that is not negative."
+            )
     rng = np.random.default_rng(seed)
     successors = np.stack([rng.choice(states, branching, replace=False) for _ in range(states)])  # [S, branching]
     successors[:, 0] = (np.arange(states) + 1) % states  # one ring through all states: the chain is irreducible
@@ -68,7 +76,7 @@ def markov(seq_len: int, tokens: int = 2_000_000, states: int = 128, branching: 
 
     def documents() -> list[str]:
         rng_text = np.random.default_rng([seed, 1])
-        count = -(-tokens // (seq_len + 1))
+        count = -(-size // (seq_len + 1))
         state = rng_text.choice(states, count, p=stationary)
         columns = [state]
         cumulative = matrix.cumsum(1)
@@ -78,7 +86,7 @@ def markov(seq_len: int, tokens: int = 2_000_000, states: int = 128, branching: 
         return [" ".join(row) for row in np.array(words)[np.stack(columns, 1)]]
 
     words = [f"s{i}" for i in range(states)]
-    fingerprint = dict(name="markov", seq_len=seq_len, tokens=tokens, states=states, branching=branching, seed=seed)
+    fingerprint = dict(name="markov", seq_len=seq_len, size=size, states=states, branching=branching, seed=seed)
     return Corpus(documents, fingerprint, entropy=entropy, words=words)
 
 
@@ -91,24 +99,25 @@ def hub(
     def load() -> Iterable[str]:
         offline_unless_reachable()
         import datasets
-        from huggingface_hub.errors import OfflineModeIsEnabled
 
         try:
             rows = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=streaming)
-        except (ConnectionError, OSError, OfflineModeIsEnabled, datasets.exceptions.DatasetNotFoundError) as error:
+        except Exception as error:  # of many kinds, from several libraries
+            if isinstance(error, ValueError) or Path(name).is_dir():
+                raise UserError(
+                    f"data.name={name} data.subset={subset} data.split={split}: {_first_line(error)}"
+                ) from error
             raise UserError(
                 f"data.name={name}: could not be read from the Hugging Face Hub ({_first_line(error)}). Check the name "
                 "and the network; private sets need `hf auth login`. Local text: data=text data.files=my.txt."
-            ) from error
-        except ValueError as error:
-            raise UserError(
-                f"data.name={name} data.subset={subset} data.split={split}: {_first_line(error)}"
             ) from error
         return _column(rows, field, f"data.name={name}")
 
     if not name:
         raise UserError("data=hub needs the name of a dataset, e.g. data.name=roneneldan/TinyStories.")
-    fingerprint = dict(name=name, subset=subset, split=split, field=field, revision=revision)
+    fingerprint = dict(name=name, subset=subset, split=split, field=field, revision=revision, streaming=streaming)
+    if stamp := on_disk.stamp(name):
+        fingerprint["content"] = stamp
     return Corpus(load, fingerprint, streaming=streaming)
 
 
@@ -148,6 +157,8 @@ def text(files: str, field: str = "text", sample_by: str = "paragraph") -> Corpu
         raise UserError(f"data.sample_by={sample_by}: need paragraph, line or document.")
     builder = kind.pop()
     for path in paths:
+        if path.is_dir():
+            raise UserError(f"{option}: {path} is a folder. Type a pattern for the files in it, e.g. '{path}/*.txt'.")
         with open(path, "rb") as file:
             start = file.read(1 << 16)
         if not start:
@@ -161,7 +172,7 @@ def text(files: str, field: str = "text", sample_by: str = "paragraph") -> Corpu
         extra = {"sample_by": sample_by} if builder == "text" else {}
         try:
             rows = datasets.load_dataset(builder, data_files=[str(p) for p in paths], split="train", **extra)
-        except (datasets.exceptions.DatasetGenerationError, UnicodeDecodeError) as error:
+        except Exception as error:  # pyarrow and datasets have many
             cause = error.__cause__ or error
             raise UserError(f"{option}: could not be read as {builder}: {_first_line(cause)}") from error
         return _column(rows, field, option)
@@ -173,26 +184,45 @@ def text(files: str, field: str = "text", sample_by: str = "paragraph") -> Corpu
 
 
 def _column(rows, field: str, option: str) -> Iterable[str]:
-    names = rows.column_names or list(next(iter(rows)))
+    texts = _Texts(rows, field, option)
+    names = rows.column_names or list(texts.first())
     if field not in names:
         raise UserError(f"{option}: has no column {field!r}; it has {', '.join(names)}. Type data.field=ONE_OF_THEM.")
-    return _Texts(rows, field)
+    return texts
 
 
 class _Texts:
     """One column of a `datasets` set: iterable, and indexable where the set is."""
 
-    def __init__(self, rows, field: str):
-        self.rows, self.field = rows, field
+    def __init__(self, rows, field: str, option: str):
+        self.rows, self.field, self.option = rows, field, option
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __iter__(self):
-        return (row[self.field] for row in self.rows)
+    def first(self) -> dict:
+        """The first row, {} if there is none."""
+        return next(self._read(), {})
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self._text, self._read())
 
     def __getitem__(self, index: int) -> str:
-        return self.rows[index][self.field]
+        return self._text(self.rows[index])
+
+    def _read(self) -> Iterator[dict]:
+        try:
+            yield from self.rows
+        except Exception as error:  # a stream finds damage, or loses its network, on the way
+            raise UserError(f"{self.option}: could not be read: {_first_line(error.__cause__ or error)}") from error
+
+    def _text(self, row: dict) -> str:
+        if not isinstance(row[self.field], str):
+            raise UserError(
+                f"{self.option}: column {self.field!r} holds {type(row[self.field]).__name__} where it needs text. "
+                "Type data.field=ANOTHER, or leave such rows out of the file."
+            )
+        return row[self.field]
 
 
 def _digest_all(documents: Iterable[str]) -> str:

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import xxhash
 from kd import files
 from kd.corpora import Corpus
 from kd.errors import UserError
+from kd.run import read_json
 
 FORMAT = 1  # of the packed rows; a new one makes new folders
 END = "<|endoftext|>"
@@ -59,7 +61,8 @@ class Packed:
 
 def key(corpus: Corpus, **settings) -> str:
     """Name of the packed data: a digest of everything that its content depends on."""
-    described = json.dumps([FORMAT, corpus.fingerprint, settings], sort_keys=True)
+    content = files.stamp(settings.get("tokenizer"))
+    described = json.dumps([FORMAT, corpus.fingerprint, settings, content], sort_keys=True)
     return xxhash.xxh3_128_hexdigest(described.encode())[:16]
 
 
@@ -73,9 +76,10 @@ def pack(
     training (a smaller amount is a part of a larger one). Raises UserError for text too short for one row.
     """
     settings = dict(seq_len=seq_len, tokens=tokens, val_rows=val_rows, val_share=val_share)
-    for option, value in dict(seq_len=seq_len, val_rows=val_rows, **({"tokens": tokens} if tokens else {})).items():
-        if value < 1:
-            raise UserError(f"data.{option}={value}: need at least 1.")
+    for option, value in dict(seq_len=seq_len, val_rows=val_rows, tokens=tokens).items():
+        least = seq_len + 1 if option == "tokens" else 1
+        if value is not None and value < least:
+            raise UserError(f"data.{option}={value}: need at least {least}{', one row' if least > 1 else ''}.")
     if not 0 < val_share < 1:
         raise UserError(f"data.val_share={val_share}: need a share of the documents between 0 and 1, e.g. 0.05.")
     if tokenizer is None and not corpus.words and vocab < 257:
@@ -86,6 +90,7 @@ def pack(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{folder}.lock"):
             if not (folder / "manifest.json").exists():
+                files.clear(folder.parent, folder.name)
                 with files.atomic(folder) as temporary:
                     temporary.mkdir(parents=True)
                     _write(temporary, corpus, **settings)
@@ -93,13 +98,13 @@ def pack(
 
 
 def _open(folder: Path) -> Packed:
-    manifest = json.loads((folder / "manifest.json").read_text())
+    again = f"Remove it and type the same command again:\n  rm -r {folder}"
+    manifest = read_json(folder / "manifest.json")
+    if manifest.pop("digest", None) != _digest(manifest):
+        raise UserError(f"{folder / 'manifest.json'} is damaged: it is not what was written. {again}")
     for name, expected in manifest["digests"].items():
         if not (folder / name).exists() or files.digest(folder / name) != expected:
-            raise UserError(
-                f"{folder / name} is damaged: it is not what was written. Remove it and type the same command again:\n"
-                f"  rm -r {folder}"
-            )
+            raise UserError(f"{folder / name} is damaged: it is not what was written. {again}")
     train, val = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("train", "val"))
     return Packed(folder, train, val, manifest["bytes_per_token"], manifest["entropy"])
 
@@ -113,26 +118,27 @@ def _write(
     fast = _tokenizer(corpus, documents, sides, vocab, tokenizer)
     fast.save_pretrained(folder / "tokenizer")
     dtype = np.uint16 if len(fast) <= 1 << 16 else np.uint32
-    limit = {"train": tokens or float("inf"), "val": val_rows * (seq_len + 1) / val_share}
     count, size, bytes_seen = {"train": 0, "val": 0}, seq_len + 1, 0
+    # Of a stream the first validation rows, of a whole the same random ones, however much there is for training.
+    limit = {"train": tokens or math.inf, "val": val_rows * size if corpus.streaming else math.inf}
     end = [] if corpus.words else [fast.eos_token_id]
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         out = {"train": train, "val": val}
-        for texts in _batches(documents, 256):
-            encoded = fast(texts, add_special_tokens=False, verbose=False)["input_ids"]
-            for text, ids in zip(texts, encoded, strict=True):
-                side = sides(text)
+        for batch in _batches(documents, 256):
+            pairs = [(text, sides(text)) for text in batch]
+            pairs = [(text, side) for text, side in pairs if count[side] < limit[side]]
+            texts = [text for text, _ in pairs]
+            encoded = fast(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+            for (text, side), ids in zip(pairs, encoded, strict=True):
                 if count[side] < limit[side]:
                     np.array(ids + end, dtype).tofile(out[side])
                     count[side] += len(ids) + len(end)
                     bytes_seen += len(text.encode()) if side == "val" else 0
-            if count["train"] >= limit["train"] and count["val"] >= val_rows * size:
+            if all(count[side] >= limit[side] for side in count):
                 break
-    if corpus.streaming is False and min(count.values()) < size:
-        _too_short(count, size)
     for side in ("train", "val"):
         flat = np.fromfile(folder / f"{side}.bin", dtype)
-        rows = int(min(len(flat), limit[side])) // size
+        rows = int(min(len(flat), limit[side] if side == "train" else math.inf)) // size
         if rows == 0:
             _too_short(count, size)
         table = flat[: rows * size].reshape(rows, size)
@@ -150,7 +156,11 @@ def _write(
             str(p.relative_to(folder)): files.digest(p) for p in sorted(folder.rglob("*")) if p.is_file()
         },
     }  # fmt: skip
-    files.write_json(folder / "manifest.json", manifest)
+    files.write_json(folder / "manifest.json", manifest | {"digest": _digest(manifest)})
+
+
+def _digest(manifest: dict) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _too_short(count: dict[str, int], size: int):

@@ -24,6 +24,7 @@ def atomic(path: Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove(temporary)  # of a killed process that had the same id
     try:
         yield temporary
         for file in [p for p in temporary.rglob("*") if p.is_file()] or [temporary]:
@@ -33,8 +34,7 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync(path.parent)
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         if is_full(error, path):
             raise disk_full(path) from error
         raise
@@ -47,10 +47,24 @@ def is_full(error: BaseException, path: Path) -> bool:
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in full:
             return True
-        if any(os.strerror(number).lower() in str(cause).lower() for number in full):
+        # numpy: "65536 requested and 3 written"
+        said = [os.strerror(number).lower() for number in full] + [" requested and "]
+        if any(words in str(cause).lower() for words in said):
             return True
         cause = cause.__cause__ or cause.__context__
     return isinstance(error, Exception) and shutil.disk_usage(Path(path).parent).free < 1 << 16
+
+
+def clear(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left of files that were to be `name`; only for who holds the lock of the folder."""
+    for temporary in Path(folder).glob(f".{name}.*.tmp"):
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
 
 
 def disk_full(path: Path) -> UserError:
@@ -75,6 +89,15 @@ def digest(path: Path) -> str:
         while block := file.read(1 << 22):
             state.update(block)
     return state.hexdigest()
+
+
+def stamp(name: str | None) -> str | None:
+    """Names, sizes and times of the files of a local folder, as a digest; None where `name` is no folder."""
+    if not name or not Path(name).is_dir():
+        return None
+    found = sorted(p for p in Path(name).rglob("*") if p.is_file())
+    described = [[str(p.relative_to(name)), p.stat().st_size, p.stat().st_mtime_ns] for p in found]
+    return xxhash.xxh3_128_hexdigest(json.dumps(described).encode())
 
 
 def _sync(path: Path) -> None:

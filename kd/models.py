@@ -87,12 +87,12 @@ def cost(model, seq_len: int) -> Cost:
     Kaplan et al. 2020, arXiv 2001.08361, section 2.1, with the output layer counted; attention is over T/2 on average.
     """
     config = model.config.get_text_config()
-    embedding = model.get_input_embeddings().weight.numel()
     output = model.get_output_embeddings().weight
-    tied = output is model.get_input_embeddings().weight
+    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}  # of tokens and positions
     total = sum(p.numel() for p in model.parameters())
-    inner = total - embedding - (0 if tied else output.numel())
-    attention = 4 * config.num_hidden_layers * config.hidden_size * seq_len / 2
+    inner = total - sum(w.numel() for w in embeddings | {output})
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * head * seq_len / 2
     return Cost(total, inner, 2 * (inner + output.numel()) + attention)
 
 
@@ -137,7 +137,15 @@ def pretrained(name: str, option: str):
     """The causal LM of that Hub name or folder, float32, from safetensors and without running its code."""
     from transformers import AutoModelForCausalLM
 
-    return from_hub(AutoModelForCausalLM, name, f"{option}={name}", dtype=torch.float32, use_safetensors=True)
+    settings = dict(dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    model, info = from_hub(AutoModelForCausalLM, name, f"{option}={name}", **settings)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(
+            f"{option}={name}: its files lack {len(missing)} weights, {', '.join(missing[:3])} among them, "
+            "which would be left random. Download it again, or choose another."
+        )
+    return model
 
 
 def from_hub(auto, name: str, what: str, **settings):
@@ -147,7 +155,7 @@ def from_hub(auto, name: str, what: str, **settings):
         offline_unless_reachable()
     try:
         return auto.from_pretrained(name, trust_remote_code=False, **settings)
-    except (OSError, ValueError, ConnectionError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         where = "in that folder" if folder else "it is no folder here, and the Hub did not give it"
         raise UserError(

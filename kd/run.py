@@ -131,6 +131,7 @@ class Run:
 
     def begin(self, config: dict) -> None:
         """Write the resolved config; a failure of an earlier try is forgotten."""
+        files.clear(self.folder)
         files.write_json(self / "config.json", redacted(config))
         (self / "failure.json").unlink(missing_ok=True)
 

@@ -136,7 +136,6 @@ def test_flat_names_an_option_and_joins_keys():
 def test_build_binds_settings_and_waits_for_the_rest():
     schedule = config.build({"_target_": "kd.schedules.constant", "_partial_": True, "peak": 2}, "lr")
     assert schedule(0.5) == 2 and schedule.func is schedules.constant
-    assert config.build({"_target_": "kd.schedules.constant", "peak": 3}, "lr", progress=0.5) == 3
 
 
 # What is wrong is refused, by name.
@@ -194,7 +193,7 @@ def test_numbers_of_the_trainer_without_meaning_are_refused_by_name():
             changed = OmegaConf.create(plain)
             OmegaConf.update(changed, option, value)
             with pytest.raises(UserError, match=f"^{option}="):
-                config.check_numbers(OmegaConf.to_container(changed))
+                config.check_plain(OmegaConf.to_container(changed))
 
 
 @pytest.mark.parametrize("word", ["trainer.steps=0", "seed=-1", "trainer.precision=fp16", "trainer.clip=.nan"])
@@ -203,7 +202,6 @@ def test_numbers_of_the_command_line_are_checked(word):
         resolved(word)
 
 
-@pytest.mark.xfail(strict=True, reason="kd/config.py: nothing looks at these before they are used")
 @pytest.mark.parametrize(
     "word",
     ["trainer.compile=no", "trainer.accelerator=abacus", "teacher.lr=abc", "teacher.size=7b", "student.size=7b",
@@ -214,7 +212,6 @@ def test_every_other_setting_is_checked_by_name_too(word):
         train.plan(resolved("data=markov", word))
 
 
-@pytest.mark.xfail(strict=True, reason="kd/config.py: check_types has no types for torch.optim")
 @pytest.mark.parametrize("word", ["optim.weight_decay=abc", "optim.betas=3", "optim.eps=null"])
 def test_setting_of_the_optimizer_of_another_type_is_refused_by_name(word):
     with pytest.raises(UserError, match=word.partition("=")[0]):
@@ -228,14 +225,12 @@ def test_setting_that_an_option_does_not_have_is_refused_by_name(word):
         config.build(resolved(word)[group], group)
 
 
-@pytest.mark.xfail(strict=True, reason="kd/config.py: these are part of a run's identity and do nothing")
 @pytest.mark.parametrize("word", ["+data.beta=1", "+trainer.beta=1", "+student.beta=1", "+teacher.beta=1", "+beta=1"])
 def test_setting_that_nothing_reads_is_refused_by_name(word):
     with pytest.raises(UserError, match="beta=1"):
         train.plan(resolved(word))
 
 
-@pytest.mark.xfail(strict=True, reason="kd/config.py: check_types takes any parameter, also those that kd gives itself")
 @pytest.mark.parametrize("word", ["+alpha.progress=0.5", "+lr.progress=0.5", "+optim.lr=1", "+optim.params=1"])
 def test_argument_that_is_not_the_users_is_refused_by_name(word):
     group = word[1:].partition(".")[0]

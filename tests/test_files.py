@@ -87,7 +87,6 @@ def test_kill_inside_leaves_what_was_there(tmp_path, folder):
     assert "old" not in str(content(tmp_path))
 
 
-@pytest.mark.xfail(strict=True, reason="kd/files.py: in a container a killed process and the next have the same id")
 def test_what_a_process_of_the_same_id_left_is_no_obstacle(tmp_path, monkeypatch):
     process = FORK.Process(target=die, args=(tmp_path / "made", True))
     process.start()
@@ -144,9 +143,7 @@ def limit() -> None:
 
 @pytest.mark.parametrize(
     "write",
-    [as_text, as_checkpoint, as_safetensors, as_folder,
-     pytest.param(as_array, marks=pytest.mark.xfail(
-         strict=True, reason="kd/files.py: numpy reports a full disk without errno and in words of its own"))],
+    [as_text, as_checkpoint, as_safetensors, as_folder, as_array],
 )  # fmt: skip
 def test_full_disk_is_said_and_the_old_file_stays(tmp_path, write):
     path = tmp_path / "step-1.ckpt"

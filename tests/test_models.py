@@ -113,13 +113,11 @@ def test_parameters_are_counted_once_and_without_embeddings(config):
 
 # Counted by running the model. The counter takes attention over all T positions, kd over the T / 2 that a causal model
 # sees on average; kd counts norms and biases, the counter matrix products alone.
-POSITIONS = pytest.mark.xfail(strict=True, reason="kd/models.py: cost() counts position embeddings as matrix products")
-WIDTH = pytest.mark.xfail(strict=True, reason="kd/models.py: cost() takes attention to be as wide as the hidden states")
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks={"gpt2": POSITIONS, "opt": POSITIONS, "qwen3": WIDTH}.get(n, ())) for n in CONFIGS],
+    list(CONFIGS),
 )
 def test_flops_are_those_of_a_forward_pass(name):
     config = CONFIGS[name]
@@ -131,7 +129,6 @@ def test_flops_are_those_of_a_forward_pass(name):
     assert models.cost(model, T).flops_per_token == pytest.approx(counter.get_total_flops() / T - unseen, rel=0.05)
 
 
-@pytest.mark.xfail(strict=True, reason="kd/models.py: cost() counts position embeddings as weights (Kaplan does not)")
 def test_position_embeddings_are_embeddings():
     model = transformers.GPT2LMHeadModel(CONFIGS["gpt2"])
     assert models.cost(model, T).non_embedding == sum(p.numel() for p in model.transformer.h.parameters()) + 2 * 32
@@ -276,7 +273,6 @@ def test_folder_of_something_else_is_refused(llama, config):
         build(llama)
 
 
-@pytest.mark.xfail(strict=True, reason="kd/models.py: what the file lacks is filled with random numbers, silently")
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
 def test_weights_that_are_not_there_are_refused(llama, name):
     weights = load_file(llama / "model.safetensors")
@@ -286,7 +282,6 @@ def test_weights_that_are_not_there_are_refused(llama, name):
         build(llama)
 
 
-@pytest.mark.xfail(strict=True, reason="kd/models.py: from_hub does not expect a RuntimeError")
 def test_weights_of_another_shape_are_refused(llama):
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
