@@ -100,7 +100,10 @@ def corpus(settings: Settings):
         raise UserError(f"data.{name}={node[name]}: no such option of this data.")
     source = cached_corpus(make, **conf.checked(make, node, "data"))
     packing = conf.checked(data.pack, node, "data")
-    packing["tokenizer"] = node["tokenizer"] or settings["student"]["name"] or settings["teacher"]["name"]
+    if source.words and node["tokenizer"]:
+        raise UserError(f"data.tokenizer={node['tokenizer']}: this data has a vocabulary of its own; leave it out.")
+    if not source.words:
+        packing["tokenizer"] = node["tokenizer"] or settings["student"]["name"] or settings["teacher"]["name"]
     return source, packing
 
 

@@ -18,8 +18,10 @@ from kd.sizes import SIZES
 CONF = Path(__file__).parent.parent / "conf"
 SWEEPS = Path(__file__).parent.parent / "sweeps"
 
-# A `_target_` may name a public function defined in one of these modules, or one of these classes, and nothing else.
-MODULES = ("losses", "truncation", "temperature", "schedules", "logits", "corpora", "loggers")
+# A `_target_` of a group may name a public function of the group's module that has a yaml of its name, or one of these
+# classes, and nothing else.
+MODULES = {"loss": "losses", "truncation": "truncation", "temperature": "temperature", "alpha": "schedules",
+           "lr": "schedules", "logits": "logits", "data": "corpora", "logger": "loggers"}  # fmt: skip
 CLASSES = ("torch.optim.AdamW", "torch.optim.Adam", "torch.optim.SGD")
 # Arguments that would make a library run code it downloaded or unpickle what it reads.
 FORBIDDEN = ("trust_remote_code", "allow_pickle", "weights_only", "use_safetensors")
@@ -43,14 +45,22 @@ def check_targets(node, path: str = "") -> None:
 
 
 def locate(target: str, path: str) -> tuple[str, str]:
-    """Module and name of what `target` stands for; raises UserError unless the allowlist admits it. Imports nothing."""
+    """Module and name of what `target` stands for in the group `path`; raises UserError unless the allowlist admits it.
+
+    Imports nothing, so that what is refused has done nothing.
+    """
     module, _, name = str(target).rpartition(".")
-    if target in CLASSES or (module in {f"kd.{m}" for m in MODULES} and name in _functions(module)):
-        return module, name
-    raise UserError(
-        f"{path}._target_={target}: not something a config may call. Allowed are the functions of "
-        f"{', '.join(f'kd.{m}' for m in MODULES)}, and {', '.join(CLASSES)}."
-    )
+    if path == "optim":
+        allowed = CLASSES
+    else:
+        files = (CONF / path).glob("*.yaml") if path in MODULES else ()
+        allowed = sorted({f"kd.{MODULES[path]}.{f.stem}" for f in files if f.stem in _functions(MODULES[path])})
+    if target not in allowed:
+        raise UserError(
+            f"{path}._target_={target}: not something a config may call. "
+            + (f"Here it may call {', '.join(allowed)}." if allowed else "Nothing is called here.")
+        )
+    return module, name
 
 
 def load(target: str, path: str):
@@ -64,21 +74,20 @@ def load(target: str, path: str):
 @cache
 def _functions(module: str) -> dict[str, str]:
     """Public functions that the source of a module of kd defines, with the first line of their docstrings."""
-    source = ast.parse((Path(__file__).parent / f"{module.rpartition('.')[2]}.py").read_text())
+    source = ast.parse((Path(__file__).parent / f"{module}.py").read_text())
     functions = [n for n in source.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
     return {f.name: (ast.get_docstring(f) or "").partition("\n")[0] for f in functions}
 
 
 def build(node: Node, path: str):
-    """The function that node names with the node's other keys as arguments; a `_partial_` node waits for the rest.
+    """The function that node names, with the node's other keys as arguments; the rest is given when it is called.
 
     Raises UserError for a wrong target, name or type.
     """
     settings = {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
     function = load(node["_target_"], path)
     check_types(function, settings, path)
-    call = partial(function, **settings)
-    return call if node.get("_partial_") else call()
+    return partial(function, **settings)
 
 
 def check_types(function, settings: Node, path: str) -> None:
@@ -89,9 +98,10 @@ def check_types(function, settings: Node, path: str) -> None:
     for name, value in settings.items():
         if name not in known:
             raise UserError(f"{path}.{name}={value}: no such option here; there is {', '.join(known) or 'none'}.")
-        # What torch says of its types is too loose to check; its defaults tell.
-        hint = hints.get(name, type(parameters[name].default))
-        if not _fits(value, hint):
+        # What torch says of its types is too loose to check; its defaults tell, where they are not None.
+        default = parameters[name].default
+        hint = hints.get(name, float if type(default) is int else type(default))
+        if (name in hints or default is not None) and not _fits(value, hint):
             raise UserError(f"{path}.{name}={value}: need {_say(hint)}, got {type(value).__name__}.")
 
 
@@ -107,7 +117,7 @@ def _fits(value, hint) -> bool:
             return True
         if option in (int, str, bool) and type(value) is option:
             return True
-        if option is tuple and isinstance(value, list) and all(isinstance(v, int | float) for v in value):
+        if option is tuple and isinstance(value, list) and all(type(v) in (int, float) for v in value):
             return True
         if option is type(None) and value is None:
             return True
@@ -143,6 +153,9 @@ CHOICES = {"precision": ("fp32", "bf16"), "accelerator": ("auto", "cpu", "gpu", 
 
 def check_plain(settings: Node) -> None:
     """Raise UserError for a setting of the run, student, teacher or trainer that is unknown or that none could have."""
+    for group in (*MODULES, *filter(None, PLAIN), "optim"):
+        if not isinstance(settings.get(group), dict) or (group not in PLAIN and "_target_" not in settings[group]):
+            raise UserError(f"{group}: needs one of its options, as in {group}={next(_options(group))[0]}.")
     for group, kinds in PLAIN.items():
         node = settings[group] if group else {k: v for k, v in settings.items() if k not in GROUPS}
         for name, value in node.items():
@@ -236,5 +249,5 @@ def _options(group: str) -> Iterator[tuple[str, str]]:
         if first.startswith("#"):
             yield file.stem, first[1:].strip()
         else:
-            module, name = locate(first.split()[-1], group)
-            yield file.stem, _functions(module)[name]
+            _, name = locate(first.split()[-1], group)
+            yield file.stem, _functions(MODULES[group])[name]

@@ -8,6 +8,7 @@ import socket
 import sys
 import sysconfig
 import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -97,7 +98,8 @@ def hub(
     """Any dataset of the Hugging Face Hub (or a local folder of one); streaming reads only as much as is needed."""
 
     def load() -> Iterable[str]:
-        offline_unless_reachable()
+        if not Path(name).is_dir():
+            offline_unless_reachable()
         import datasets
 
         try:
@@ -127,11 +129,11 @@ def offline_unless_reachable() -> None:
 
     What they have downloaded before still loads.
     """
-    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+    if urllib.request.getproxies():
         return
     url = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:
-        socket.create_connection((url.hostname, url.port or 443), timeout=5).close()
+        socket.create_connection((url.hostname, url.port or {"http": 80}.get(url.scheme, 443)), timeout=5).close()
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"
         for module, name in (("huggingface_hub.constants", "HF_HUB_OFFLINE"), ("datasets.config", "HF_HUB_OFFLINE")):

@@ -29,10 +29,12 @@ def atomic(path: Path) -> Iterator[Path]:
         yield temporary
         for file in [p for p in temporary.rglob("*") if p.is_file()] or [temporary]:
             _sync(file)
+        aside = path.with_name(f".{path.name}.old.tmp")
         if temporary.is_dir() and path.is_dir():
-            shutil.rmtree(path)
+            os.replace(path, aside)  # a folder cannot be replaced by another in one step
         os.replace(temporary, path)
         _sync(path.parent)
+        _remove(aside)
     except BaseException as error:
         _remove(temporary)
         if is_full(error, path):
@@ -47,8 +49,9 @@ def is_full(error: BaseException, path: Path) -> bool:
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in full:
             return True
-        # numpy: "65536 requested and 3 written"
-        said = [os.strerror(number).lower() for number in full] + [" requested and "]
+        said = [os.strerror(number).lower() for number in full]
+        if isinstance(cause, OSError) and cause.errno is None:  # numpy's, before and while it writes
+            said += ["not enough free space to write", " requested and "]
         if any(words in str(cause).lower() for words in said):
             return True
         cause = cause.__cause__ or cause.__context__

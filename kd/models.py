@@ -56,7 +56,8 @@ class Causal(nn.Module):
     def check(self, option: str) -> None:
         """Raise UserError unless head(hidden(x)) is what the model itself says, so that no scale or cap is missed."""
         device = next(self.model.parameters()).device
-        ids = torch.arange(16, device=device)[None] % self.head.vocab
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 16
+        ids = torch.arange(min(16, positions), device=device)[None] % self.head.vocab
         training = self.model.training
         self.model.eval()
         with torch.no_grad():

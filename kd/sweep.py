@@ -11,7 +11,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +28,8 @@ from kd import files
 from kd.errors import UserError
 from kd.progress import clock, console
 from kd.run import NO_SIGNAL, Run, read_json
+
+STARTUP = 6  # seconds that a process takes to load its libraries; a teacher made on the way is not counted
 
 
 class Lines(Sweeper):
@@ -104,10 +105,9 @@ class Processes(Launcher):
                 console.print(
                     f"[bold]run {number} of {len(runs)}[/]  {escape(said[number - 1])}  [dim]{state}[/]", soft_wrap=True
                 )
-                began = time.monotonic()
                 codes.append(0 if finished else self._start([*job, f"sweep={name}"]))
-                if not finished:
-                    spent.append(time.monotonic() - began)
+                if not finished and (result := run.result()):
+                    spent.append(result["seconds"] + STARTUP)
         finally:
             console.print(summary(name, runs, job_overrides))
         return [self._return(*each) for each in zip(runs, job_overrides, codes, strict=True)]

@@ -1,5 +1,6 @@
 """What is written appears whole or not at all, whatever ends the writing; damage to a file shows in its digest."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -154,11 +155,25 @@ def test_full_disk_is_said_and_the_old_file_stays(tmp_path, write):
     assert content(tmp_path) == before and len(list(tmp_path.iterdir())) == 1
 
 
-def test_other_errors_are_no_full_disk(tmp_path):
-    for error in (ValueError("bad"), PermissionError(13, "denied"), UserError("no")):
-        with pytest.raises(type(error)) as caught, files.atomic(tmp_path / "made"):
-            raise error
-        assert caught.value is error
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "x"), OSError(errno.EDQUOT, "x"), OSError("80 requested and 3 written"),
+     OSError("Not enough free space to write 80 bytes after offset 0")],
+)  # fmt: skip
+def test_full_disk_is_known_by_what_libraries_say(tmp_path, error):
+    with pytest.raises(UserError, match=r"^No room to write"), files.atomic(tmp_path / "made"):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("bad"), PermissionError(13, "denied"), UserError("no"),
+     ValueError("2 requested and 1 found")],
+)  # fmt: skip
+def test_other_errors_are_no_full_disk(tmp_path, error):
+    with pytest.raises(type(error)) as caught, files.atomic(tmp_path / "made"):
+        raise error
+    assert caught.value is error
 
 
 def test_json_is_read_back_and_nan_is_refused(tmp_path):
