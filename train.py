@@ -32,7 +32,7 @@ from kd import config as conf
 from kd import data, files, sweep
 from kd.errors import UserError
 from kd.progress import Steps, console, show
-from kd.run import NO_SIGNAL, Run, about, environment, export, identity, peak_memory
+from kd.run import NO_SIGNAL, Run, about, environment, export, group_of, identity, peak_memory
 
 Settings = conf.Node
 
@@ -41,9 +41,10 @@ Settings = conf.Node
 def main(cfg: DictConfig) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Lightning alone would end with exit code 0
     try:
-        run, result = train(resolve(cfg, HydraConfig.get().overrides.task), wait=False)
+        settings = resolve(cfg, HydraConfig.get().overrides.task)
+        run, result = train(settings, wait=settings["sweep"] is not None)
         show(run, result)
-    except UserError as error:
+    except (UserError, PermissionError) as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         sys.exit(2)
 
@@ -62,7 +63,7 @@ def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
     conf.check_plain(settings)
     if settings["logits"]["_target_"] == "kd.logits.none":
         for word in typed:
-            if word.partition("=")[0].partition(".")[0] in NO_SIGNAL:
+            if group_of(word) in NO_SIGNAL:
                 raise UserError(
                     f"logits=none trains on text alone; {word} would do nothing: leave it out, or take logits=online."
                 )
@@ -139,7 +140,10 @@ def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
     packed, parts = prepare(settings)
     name = settings["teacher"]["name"]
     if teacher:
-        name = str(train(teacher)[0] / "student")
+        made, outcome = train(teacher)
+        made.verify(outcome)
+        name = str(made / "student")
+    check_tokenizers(settings, parts.tokenizer, name)
     with run.lock(wait):
         if result := run.result():
             return run, result
@@ -182,6 +186,10 @@ class Parts:
                 "This loss has no gradient on what the truncation keeps, so the student would learn nothing from it "
                 "(mse compares differences of logits, and one token has none): keep more, e.g. truncation.k=10."
             )
+        try:
+            self.optim([torch.nn.Parameter(torch.zeros(1))])
+        except (ValueError, TypeError) as error:
+            raise UserError(f"optim: {error}.") from None
         for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
             if not 0 <= self.alpha(progress) <= 1:
                 raise UserError(
@@ -191,10 +199,21 @@ class Parts:
                 raise UserError(f"lr is {self.lr(progress)} at {progress:.0%} of the run: need a number of at least 0.")
 
 
+def check_tokenizers(settings: Settings, ours, teacher_name: str | None) -> None:
+    """Raise UserError unless pretrained models use the tokenizer of the data."""
+    from transformers import AutoTokenizer
+
+    from kd import models
+
+    for option, name in (("student.name", settings["student"]["name"]), ("teacher.name", teacher_name)):
+        if name:
+            theirs = models.from_hub(AutoTokenizer, name, f"The tokenizer of {option}={name}")
+            models.same_vocabulary(ours, theirs, f"{option}={name}")
+
+
 def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, teacher_name: str | None) -> dict:
     """Train, or go on with training, and write the result."""
     import lightning
-    from transformers import AutoTokenizer
 
     from kd import models
     from kd.checkpoint import Checkpoints, DigestIO, newest
@@ -205,10 +224,6 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, teacher
     of, flat = settings["trainer"], conf.flat(settings)
     lightning.seed_everything(settings["seed"], verbose=False)
     seq_len, vocab = settings["data"]["seq_len"], len(parts.tokenizer)
-    for option, name in (("student.name", settings["student"]["name"]), ("teacher.name", teacher_name)):
-        if name:
-            theirs = models.from_hub(AutoTokenizer, name, f"The tokenizer of {option}={name}")
-            models.same_vocabulary(parts.tokenizer, theirs, f"{option}={name}")
     student = models.build(**settings["student"], vocab=vocab, seq_len=seq_len, option="student.name")
     costs = {"student": models.cost(student.model, seq_len)}
     teacher = None
@@ -251,6 +266,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, teacher
             "peak_memory": peak_memory(), "final": final,
         }  # fmt: skip
         export(run, student.model, parts.tokenizer, settings, result)
+        result["weights"] = run.weights()
         run.finish(result)
         return result
     except NonFinite as error:
@@ -280,4 +296,5 @@ conf.register()
 sweep.register(resolve, plan, prepare)
 
 if __name__ == "__main__":
+    conf.check_words(sys.argv[1:])
     main()

@@ -89,6 +89,8 @@ class Checkpoints(Callback):
             now = time.monotonic()
             module.seconds += now - self.begun
             self.begun = now
+            for logger in trainer.loggers:
+                logger.save()  # what was measured before a checkpoint is not measured again
             trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:08}.ckpt")
             for old in steps(self.folder)[KEPT:]:
                 trainer.strategy.remove_checkpoint(old)

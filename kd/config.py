@@ -6,6 +6,8 @@ import ast
 import importlib
 import inspect
 import math
+import re
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -27,6 +29,14 @@ CLASSES = ("torch.optim.AdamW", "torch.optim.Adam", "torch.optim.SGD")
 FORBIDDEN = ("trust_remote_code", "allow_pickle", "weights_only", "use_safetensors")
 
 Node = dict[str, typing.Any]
+
+
+def check_words(words: list[str]) -> None:
+    """End with an error if a command line has Hydra itself call something; it would, before train.py is asked."""
+    for word in words:
+        option = word.partition("=")[0].lstrip("+~")
+        if option.startswith("hydra") and ("callbacks" in option or "_target_" in word):
+            sys.exit(f"{word}: not something a config may call.")
 
 
 def check_targets(node, path: str = "") -> None:
@@ -102,7 +112,7 @@ def check_types(function, settings: Node, path: str) -> None:
         default = parameters[name].default
         hint = hints.get(name, float if type(default) is int else type(default))
         if (name in hints or default is not None) and not _fits(value, hint):
-            raise UserError(f"{path}.{name}={value}: need {_say(hint)}, got {type(value).__name__}.")
+            raise UserError(f"{path}.{name}={value}: need {_say(hint)}, got {_got(value)}.")
 
 
 # Arguments that kd gives, never the config.
@@ -124,6 +134,11 @@ def _fits(value, hint) -> bool:
         if option is str and isinstance(value, Path):
             return True
     return False
+
+
+def _got(value) -> str:
+    whole = isinstance(value, float) and value.is_integer()
+    return f"{type(value).__name__}{f': type {int(value):_}' if whole else ''}"
 
 
 def _say(hint) -> str:
@@ -163,7 +178,7 @@ def check_plain(settings: Node) -> None:
             if name not in kinds:
                 raise UserError(f"{option}={value}: no such option; there is {', '.join(kinds)}.")
             if not _fits(value, kinds[name]):
-                raise UserError(f"{option}={value}: need {_say(kinds[name])}, got {type(value).__name__}.")
+                raise UserError(f"{option}={value}: need {_say(kinds[name])}, got {_got(value)}.")
             if value not in CHOICES.get(name, (value,)):
                 raise UserError(f"{option}={value}: need one of {', '.join(filter(None, CHOICES[name]))}.")
             if name == "seed" and not 0 <= value < 2**32:
@@ -250,4 +265,6 @@ def _options(group: str) -> Iterator[tuple[str, str]]:
             yield file.stem, first[1:].strip()
         else:
             _, name = locate(first.split()[-1], group)
-            yield file.stem, _functions(MODULES[group])[name]
+            settings = [line.replace(": ", "=") for line in file.read_text().splitlines()[2:]]
+            says = re.split(r"[.,;] (?=[A-Z(])|, nats|\. Raises", _functions(MODULES[group])[name])[0].rstrip(".")
+            yield file.stem, f"{says}{f' [{chr(32).join(settings)}]' if settings else ''}"

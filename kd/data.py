@@ -122,6 +122,8 @@ def _write(
     # Of a stream the first validation rows, of a whole the same random ones, however much there is for training.
     limit = {"train": tokens or math.inf, "val": val_rows * size if corpus.streaming else math.inf}
     end = [] if corpus.words else [fast.eos_token_id]
+    if end == [None]:
+        raise UserError(f"data.tokenizer={tokenizer}: has no token for the end of a text, which separates documents.")
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         out = {"train": train, "val": val}
         for batch in _batches(documents, 256):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
@@ -115,10 +116,19 @@ class WandbView(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.run.log(metrics, step=step)
+        self._try(lambda: self.run.log(metrics, step=step))
 
     def close(self, final: dict[str, float] | None) -> None:
         """Final metrics get names of their own, final/…: W&B's own summary does not say which step it is of."""
         if final:
-            self.run.summary.update({f"final/{k.removeprefix('val/')}": v for k, v in final.items()})
-        self.run.finish(exit_code=0 if final else 1)
+            self._try(lambda: self.run.summary.update({f"final/{k.removeprefix('val/')}": v for k, v in final.items()}))
+        self._try(lambda: self.run.finish(exit_code=0 if final else 1))
+
+    def _try(self, send: Callable[[], object]) -> None:
+        """W&B may lose its process or its disk; the training goes on without it, and says so once."""
+        if self.run is not None:
+            try:
+                send()
+            except Exception as error:
+                warnings.warn(f"W&B stopped ({error}); metrics.jsonl goes on.")
+                self.run = None

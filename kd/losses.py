@@ -23,7 +23,7 @@ def fkl(student: Tensor, target: Target) -> Tensor:
 def rkl(student: Tensor, target: Target) -> Tensor:
     """Reverse KL(q || p), nats [N]. Gu et al. 2023 (MiniLLM), arXiv 2306.08543, eq. 1, per token."""
     q, p = target.pair(student)
-    return (q.exp() * (q - p)).sum(-1)
+    return _reverse(q, p)
 
 
 def jsd(student: Tensor, target: Target, beta: float = 0.5) -> Tensor:
@@ -66,7 +66,7 @@ def akl(student: Tensor, target: Target, mu: float = 0.5) -> Tensor:
         head = (gap.gather(-1, order) * in_head).sum(-1)
         total = gap.sum(-1)
         share = torch.where(total > 0, head / total, 0.5).clamp(0, 1)  # 0/0 when q = p, where both KLs are 0
-    return share * (p.exp() * (p - q)).sum(-1) + (1 - share) * (q.exp() * (q - p)).sum(-1)
+    return share * (p.exp() * (p - q)).sum(-1) + (1 - share) * _reverse(q, p)
 
 
 def skl(student: Tensor, target: Target, alpha: float = 0.1) -> Tensor:
@@ -86,7 +86,7 @@ def srkl(student: Tensor, target: Target, alpha: float = 0.1) -> Tensor:
     """
     _check("loss.alpha", alpha, 0 <= alpha < 1, "a number from 0 (rkl) to below 1")
     q, p = target.pair(student)
-    return (q.exp() * (q - _mix(q, p, alpha))).sum(-1)
+    return _reverse(q, _mix(q, p, alpha))
 
 
 def tvd(student: Tensor, target: Target) -> Tensor:
@@ -118,6 +118,15 @@ def nll(student: Tensor, target: Target) -> Tensor:
     """
     q, p = target.pair(student)
     return -(p.exp() * q).sum(-1)
+
+
+def _reverse(q: Tensor, m: Tensor) -> Tensor:
+    """KL(q || m) of masses that need not add up to 1, per position [N].
+
+    Over the columns that a truncation keeps, the student's mass is below 1, and sum q log(q / m) alone is least at
+    q = m / e: it would pay the student to leave the kept columns. The two mass terms are 0 where nothing is dropped.
+    """
+    return (q.exp() * (q - m) - q.exp() + m.exp()).sum(-1)
 
 
 def _mix(a: Tensor, b: Tensor, alpha: float) -> Tensor:

@@ -84,6 +84,7 @@ class Distillation(lightning.LightningModule):
         return self.optimizer(groups)
 
     def on_fit_start(self) -> None:
+        self.student.train()  # a pretrained model comes in eval mode, and Lightning leaves it there
         for teacher in self.outside:
             teacher.to(self.device)
 
@@ -180,7 +181,7 @@ class Distillation(lightning.LightningModule):
             torch.set_rng_state(self._random_state["torch"].cpu())
             version, numbers, gauss = self._random_state["python"]
             random.setstate((version, tuple(numbers), gauss))
-            if "cuda" in self._random_state:
+            if len(self._random_state.get("cuda", ())) == torch.cuda.device_count() > 0:
                 torch.cuda.set_rng_state_all([s.cpu() for s in self._random_state["cuda"]])
             self._random_state = None
 

@@ -21,6 +21,7 @@ import xxhash
 
 from kd import files
 from kd.errors import UserError
+from kd.progress import console
 
 # What a run is called, where it is kept and how often it is saved change nothing of what comes out.
 NO_PART = ("root", "sweep", "logger", "trainer.checkpoint_every", "trainer.accelerator")
@@ -36,7 +37,13 @@ def part_of_outcome(config: dict) -> dict:
     """
     without = (*NO_PART, *(NO_SIGNAL if config["logits"] == "none" else ()))
     part = {k: v for k, v in config.items() if not any(k == n or k.startswith(f"{n}.") for n in without)}
-    return {k: v for k, v in part.items() if not k.startswith("teacher.") or k in ("teacher.size", "teacher.name")}
+    part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in ("teacher.size", "teacher.name")}
+    return {k: float(v) if type(v) is int else v for k, v in part.items()}  # tau=1 is tau=1.0
+
+
+def group_of(word: str) -> str:
+    """The config group that an override is about: loss for loss=akl, ++loss.mu=1 and ~loss."""
+    return word.lstrip("+~").partition("=")[0].partition(".")[0].partition("@")[0]
 
 
 def identity(config: dict, **digests) -> str:
@@ -114,14 +121,17 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(self / ".lock")
         try:
-            lock.acquire(timeout=-1 if wait else 0)
+            lock.acquire(timeout=0)
         except filelock.Timeout:
             owner = read_json(self / ".owner.json") or {}
-            raise UserError(
+            used = (
                 f"{self.folder} is being used by another process ({owner.get('pid', 'unknown')} on "
-                f"{owner.get('host', 'this machine')}, since {owner.get('since', 'now')}). "
-                "Wait for it to end: the same command then shows its result."
-            ) from None
+                f"{owner.get('host', 'this machine')}, since {owner.get('since', 'now')})"
+            )
+            if not wait:
+                raise UserError(f"{used}. Wait for it to end: the same command then shows its result.") from None
+            console.print(f"{used}; waiting for it.", markup=False, soft_wrap=True)
+            lock.acquire()
         try:
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             files.write_json(self / ".owner.json", {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
@@ -131,7 +141,8 @@ class Run:
 
     def begin(self, config: dict) -> None:
         """Write the resolved config; a failure of an earlier try is forgotten."""
-        files.clear(self.folder)
+        for folder in (self.folder, self / "checkpoints"):
+            files.clear(folder)
         files.write_json(self / "config.json", redacted(config))
         (self / "failure.json").unlink(missing_ok=True)
 
@@ -139,6 +150,18 @@ class Run:
         """Write why the run ended without a result."""
         files.write_json(self / "failure.json", {"reason": reason, **report})
         return self / "failure.json"
+
+    def weights(self) -> dict[str, str]:
+        """Digests of the trained model's weights."""
+        return {p.name: files.digest(p) for p in sorted((self / "student").glob("*.safetensors"))}
+
+    def verify(self, result: dict) -> None:
+        """Raise UserError if the trained model is not the one that the result was written for."""
+        if self.weights() != result["weights"]:
+            raise UserError(
+                f"{self / 'student'} is damaged: its weights are not those that were written. To train it anew, remove "
+                f"it and type the same command again:\n  rm -r {self.folder}"
+            )
 
     def finish(self, result: dict) -> None:
         """Write the result, which makes the run done, and drop the checkpoints that nothing needs any more."""

@@ -25,9 +25,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from kd import files
+from kd.config import check_words
 from kd.errors import UserError
 from kd.progress import clock, console
-from kd.run import NO_SIGNAL, Run, read_json
+from kd.run import NO_SIGNAL, Run, group_of, read_json
 
 STARTUP = 6  # seconds that a process takes to load its libraries; a teacher made on the way is not counted
 
@@ -59,9 +60,11 @@ class Lines(Sweeper):
             words = shlex.split(of.get("base", "")) + shlex.split(line) + typed
             for job in BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]:
                 if "logits=none" in job:
-                    job = [w for w in job if w.partition("=")[0].partition(".")[0] not in NO_SIGNAL]
+                    job = [w for w in job if group_of(w) not in NO_SIGNAL]
                 if job not in jobs:
                     jobs.append(job)
+        for job in jobs:
+            check_words(job)
         self.validate_batch_is_legal(jobs)
         returns = self.launcher.launch(jobs, initial_job_idx=0)
         if any(r.status != JobStatus.COMPLETED for r in returns):

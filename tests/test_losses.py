@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from kd import losses, truncation
 from kd.errors import UserError
 from kd.target import Target
 from tests.cases import (
@@ -32,6 +33,10 @@ def kl(p, q):
     return (p * np.log(p / q)).sum()
 
 
+def reverse(q, m):
+    return kl(q, m) - q.sum() + m.sum()
+
+
 def jsd(p, q, beta):
     m = beta * p + (1 - beta) * q
     return beta * kl(p, m) + (1 - beta) * kl(q, m)
@@ -47,7 +52,7 @@ def head_share(p, q, mu):
 
 def akl(p, q, mu):
     share = head_share(p, q, mu)
-    return share * kl(p, q) + (1 - share) * kl(q, p)
+    return share * kl(p, q) + (1 - share) * reverse(q, p)
 
 
 def mse(p, q):
@@ -58,11 +63,11 @@ def mse(p, q):
 # Each loss again in numpy, from its paper: teacher p and student q, over the columns that are kept.
 NUMPY = {
     "fkl": kl,
-    "rkl": lambda p, q: kl(q, p),
+    "rkl": lambda p, q: reverse(q, p),
     "jsd": jsd,
     "akl": akl,
     "skl": lambda p, q, alpha: kl(p, alpha * p + (1 - alpha) * q),
-    "srkl": lambda p, q, alpha: kl(q, alpha * q + (1 - alpha) * p),
+    "srkl": lambda p, q, alpha: reverse(q, alpha * q + (1 - alpha) * p),
     "tvd": lambda p, q: 0.5 * np.abs(p - q).sum(),
     "mse": mse,
     "nll": lambda p, q: -(p * np.log(q)).sum(),
@@ -121,6 +126,28 @@ def test_least_where_student_equals_teacher(loss, form):
     for seed in range(10, 20):
         assert (value(logits(seed)) > least).all()
         assert (value(teacher + 0.01 * logits(seed)) > least).all()
+
+
+@each("loss", VARIANTS)
+@pytest.mark.parametrize("k", [2, 5, V])
+def test_never_below_zero_after_a_truncation_that_renormalises(loss, k):
+    target = truncation.top_k(dense(logits(1)), k)
+    for seed in range(1, 30):
+        assert (on_logits(loss, target)(logits(seed)) > -1e-6).all()
+
+
+# mse compares differences of the kept logits, which say nothing of their mass.
+@each("loss", {name: loss for name, loss in VARIANTS.items() if loss.func is not losses.mse})
+def test_truncation_does_not_pay_the_student_to_leave_the_kept_tokens(loss):
+    target = truncation.top_k(dense(logits(1)), 5)
+    student = logits(2).requires_grad_()
+    optimizer = torch.optim.Adam([student], lr=0.05)
+    for _ in range(400):
+        optimizer.zero_grad()
+        on_logits(loss, target)(student).sum().backward()
+        optimizer.step()
+    kept = student.log_softmax(-1).gather(-1, target.ids).exp().sum(-1)
+    assert (kept > 0.9).all()
 
 
 @each("loss", VARIANTS)

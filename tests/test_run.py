@@ -192,7 +192,44 @@ def test_secrets_are_in_no_file(begun):
         assert path.is_dir() or b"sesame" not in path.read_bytes(), path
 
 
+def test_hydra_calls_nothing_that_is_typed(begun):
+    for word in (
+        "+hydra.callbacks.x={_target_:shutil.copyfile,src:config.json,dst:canary}",
+        "+hydra.callbacks.x._target_=os.abort",
+    ):
+        assert "not something a config may call" in train(begun, word, code=1)
+    assert not (begun / "canary").exists()
+
+
+def test_unknown_sweep_is_no_run(begun):
+    assert "demo" in train(begun, "sweeps=nope", code=1)
+
+
 def test_works_from_any_folder(tmp_path, whole):
     os.makedirs(tmp_path / "elsewhere")
     output = train(tmp_path / "elsewhere", *RUN, "root=../made")
     assert (tmp_path / "made").is_dir() and "All of it: ../made/fkl" in output.replace("\n", "")
+
+
+def test_student_with_dropout_resumes_exactly_and_uses_it_from_the_start(begun):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = next((begun / "data").glob("*/tokenizer"))
+    config = GPT2Config(vocab_size=17, n_positions=32, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.5, embd_pdrop=0.5)
+    GPT2LMHeadModel(config).save_pretrained(begun / "gpt2")
+    shutil.copytree(tokenizer, begun / "gpt2", dirs_exist_ok=True)
+    words = (*RUN, "student=hub", f"student.name={begun / 'gpt2'}")
+    shutil.copytree(begun, begun.parent / "whole", ignore=shutil.ignore_patterns("gpt2"))
+    train(begun.parent / "whole", *words)
+    kill(begun, 5, *words[2:])
+    train(begun, *words)
+    assert outcome(folder(begun, "fkl")) == outcome(folder(begun.parent / "whole", "fkl"))
+
+
+def test_damaged_teacher_is_named_and_not_used(begun):
+    weights = folder(begun, "lm") / "student" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    output = train(begun, *RUN, code=2)
+    assert f"{weights.parent} is damaged" in output.replace("\n", "") and not list(begun.glob("fkl*/result.json"))
