@@ -69,6 +69,11 @@ def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
                 )
     elif not any(settings["teacher"].get(k) for k in ("size", "name")):
         raise UserError("logits=online needs a teacher: type teacher=1m, or logits=none to train without one.")
+    own = settings["data"].get("tokenizer") or settings["student"]["name"] or settings["teacher"]["name"]
+    if settings["data"]["_target_"] == "kd.corpora.markov":
+        own = "the states of the chain"
+    if own and any(word.lstrip("+").startswith("data.vocab=") for word in typed):
+        raise UserError(f"data.vocab would do nothing: no tokenizer is trained, since there is {own}. Leave it out.")
     return settings
 
 

@@ -139,7 +139,8 @@ def _write(
             if all(count[side] >= limit[side] for side in count):
                 break
     for side in ("train", "val"):
-        flat = np.fromfile(folder / f"{side}.bin", dtype)
+        binary = folder / f"{side}.bin"
+        flat = np.memmap(binary, dtype, "r") if binary.stat().st_size else np.empty(0, dtype)
         rows = int(min(len(flat), limit[side] if side == "train" else math.inf)) // size
         if rows == 0:
             _too_short(count, size)
@@ -147,7 +148,7 @@ def _write(
         if side == "val":  # a random part of the whole, so that one long document does not fill it
             table = table[np.sort(np.random.default_rng(0).permutation(rows)[:val_rows])]
         np.save(folder / f"{side}.npy", table)
-        (folder / f"{side}.bin").unlink()
+        binary.unlink()
     manifest = {
         "source": corpus.fingerprint,
         "vocab": len(fast),

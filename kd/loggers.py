@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -84,7 +85,7 @@ def wandb(folder: Path, about: About, project: str = "kd", entity: str | None = 
     os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
     settings = dict(
-        project=project, entity=entity, dir=str(folder), id=about.id, name=about.name, group=about.group,
+        project=project, entity=entity, dir=str(folder), id=_id(folder, about), name=about.name, group=about.group,
         job_type=about.job_type, tags=about.tags, config=about.config, resume="allow",
         settings=wandb.Settings(silent=True, console="off", finish_timeout=60, x_disable_stats=True),
     )  # fmt: skip
@@ -100,6 +101,15 @@ def wandb(folder: Path, about: About, project: str = "kd", entity: str | None = 
     for metrics in ("train/*", "val/*"):
         run.define_metric(metrics, step_metric="tokens")
     return [WandbView(run)]
+
+
+def _id(folder: Path, about: About) -> str:
+    """Chosen once for a folder: the same run goes on after a kill, and one made anew is a new run."""
+    path = folder / "wandb-id"
+    if not path.exists():
+        with files.atomic(path) as temporary:
+            temporary.write_text(f"{about.id}-{secrets.token_hex(3)}")
+    return path.read_text()
 
 
 class WandbView(Logger):

@@ -75,6 +75,8 @@ def show(run, result: dict) -> None:
     for name, meaning in MEASURES.items():
         if name in result["final"]:
             table.add_row(name.removeprefix("val/"), f"{result['final'][name]:.4f}", f"[dim]{meaning}[/]")
+    if result["entropy"] is not None:
+        table.add_row("entropy", f"{result['entropy']:.4f}", "[dim]loss of a perfect model of this data[/]")
     spent = f"{result['tokens']:,} tokens in {clock(result['seconds'])}, {result['flops']:.2e} FLOPs"
     console.print(table)
     console.print(f"{spent}. All of it: {run.folder}", highlight=False, soft_wrap=True)

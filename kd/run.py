@@ -184,7 +184,12 @@ def read_json(path: Path) -> dict | None:
 def read_metrics(path: Path) -> list[dict]:
     """All whole lines of a metrics.jsonl; a last line torn by a kill is left out."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}). Remove the run to make it again:\n  rm -r {path.parent}"
+        ) from None
 
 
 def redacted(config: dict) -> dict:
