@@ -31,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kd import config as conf
 from kd import data, files, sweep
 from kd.errors import UserError
-from kd.progress import Steps, console, show
+from kd.progress import Steps, end_with, show
 from kd.run import NO_SIGNAL, Run, about, environment, export, group_of, identity, peak_memory
 
 Settings = conf.Node
@@ -45,8 +45,7 @@ def main(cfg: DictConfig) -> None:
         run, result = train(settings, wait=settings["sweep"] is not None)
         show(run, result)
     except (UserError, PermissionError) as error:
-        console.print(str(error), style="red", markup=False, soft_wrap=True)
-        sys.exit(2)
+        end_with(error)
 
 
 def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
@@ -69,7 +68,7 @@ def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
                 )
     elif not any(settings["teacher"].get(k) for k in ("size", "name")):
         raise UserError("logits=online needs a teacher: type teacher=1m, or logits=none to train without one.")
-    own = settings["data"].get("tokenizer") or settings["student"]["name"] or settings["teacher"]["name"]
+    own = tokenizer_name(settings)
     if settings["data"]["_target_"] == "kd.corpora.markov":
         own = "the states of the chain"
     if own and any(word.lstrip("+").startswith("data.vocab=") for word in typed):
@@ -109,8 +108,13 @@ def corpus(settings: Settings):
     if source.words and node["tokenizer"]:
         raise UserError(f"data.tokenizer={node['tokenizer']}: this data has a vocabulary of its own; leave it out.")
     if not source.words:
-        packing["tokenizer"] = node["tokenizer"] or settings["student"]["name"] or settings["teacher"]["name"]
+        packing["tokenizer"] = tokenizer_name(settings)
     return source, packing
+
+
+def tokenizer_name(settings: Settings) -> str | None:
+    """The pretrained tokenizer to use: the one asked for, else that of a pretrained model; None trains one."""
+    return settings["data"]["tokenizer"] or settings["student"]["name"] or settings["teacher"]["name"]
 
 
 @cache

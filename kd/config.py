@@ -131,8 +131,6 @@ def _fits(value, hint) -> bool:
             return True
         if option is type(None) and value is None:
             return True
-        if option is str and isinstance(value, Path):
-            return True
     return False
 
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 console = Console(stderr=True, highlight=False)
+
+
+def end_with(error: Exception) -> NoReturn:
+    """Say what a person can mend, without a traceback, and exit with 2."""
+    console.print(str(error), style="red", markup=False, soft_wrap=True)
+    sys.exit(2)
 
 
 def track(items: Iterable, title: str) -> Iterator:

@@ -53,8 +53,12 @@ def identity(config: dict, **digests) -> str:
     """
     part = part_of_outcome(config)
     digest = xxhash.xxh3_128_hexdigest(json.dumps([part, digests], sort_keys=True).encode())[:12]
-    method = "lm" if config["logits"] == "none" else config["loss"]
-    return f"{method}-{model_name(config, 'student')}-{digest}"
+    return f"{method(config)}-{model_name(config, 'student')}-{digest}"
+
+
+def method(config: dict) -> str:
+    """The loss of a flat config, lm where there is no signal from a teacher."""
+    return "lm" if config["logits"] == "none" else config["loss"]
 
 
 def model_name(config: dict, role: str) -> str | None:
@@ -65,23 +69,21 @@ def model_name(config: dict, role: str) -> str | None:
 
 def about(run: Run, config: dict, costs: dict) -> About:
     """What W&B and TensorBoard are told: a readable name, and the axes that people filter and plot by, as numbers."""
-    method = "lm" if config["logits"] == "none" else config["loss"]
-    axes = {
-        "loss": method, "alpha": config.get("alpha.peak"), "tau": config.get("temperature.tau"),
-        "k": config.get("truncation.k"), "p": config.get("truncation.p"), "seed": config["seed"],
-    }  # fmt: skip
-    if method == "lm":
-        axes = {"loss": "lm", "alpha": 0, "seed": config["seed"]}
+    how = method(config)
+    axes = {"loss": how, "seed": config["seed"]}
+    if how == "lm":
+        axes["alpha"] = 0
+    else:
+        names = {"alpha": "alpha.peak", "tau": "temperature.tau", "k": "truncation.k", "p": "truncation.p"}
+        axes |= {axis: config.get(setting) for axis, setting in names.items()}
     for role, cost in costs.items():
         axes |= {f"{role}.params": cost.parameters, f"{role}.params_non_embedding": cost.non_embedding}
     tokens = config["trainer.steps"] * config["trainer.batch"] * config["data.seq_len"]
     axes |= {"tokens": tokens, "lr": config.get("lr.peak")}
     axes |= {k: config[k] for k in ("data", "logits", "truncation", "temperature") if k in config}
-    named = [method, model_name(config, "student"), f"seed{config['seed']}"]
-    kind = "lm" if method == "lm" else "distil"
-    if method == "lm" and not model_name(config, "teacher"):
-        kind = "teacher"
-    tags = [method, kind, str(config["data"])]
+    named = [how, model_name(config, "student"), f"seed{config['seed']}"]
+    kind = "distil" if how != "lm" else "lm" if model_name(config, "teacher") else "teacher"
+    tags = [how, kind, str(config["data"])]
     return About(run.name, " ".join(map(str, named)), config.get("sweep"), kind, tags, axes)
 
 
@@ -176,9 +178,7 @@ def read_json(path: Path) -> dict | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(
-            f"{path} is damaged ({error}). Remove its folder to make it again:\n  rm -r {path.parent}"
-        ) from None
+        raise _damaged(path, error) from None
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -187,9 +187,11 @@ def read_metrics(path: Path) -> list[dict]:
     try:
         return [json.loads(line) for line in lines if line.endswith("\n")]
     except ValueError as error:
-        raise UserError(
-            f"{path} is damaged ({error}). Remove the run to make it again:\n  rm -r {path.parent}"
-        ) from None
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: ValueError) -> UserError:
+    return UserError(f"{path} is damaged ({error}). Remove its folder to make it again:\n  rm -r {path.parent}")
 
 
 def redacted(config: dict) -> dict:

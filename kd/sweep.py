@@ -27,7 +27,7 @@ from rich.table import Table
 from kd import files
 from kd.config import check_words
 from kd.errors import UserError
-from kd.progress import clock, console
+from kd.progress import clock, console, end_with
 from kd.run import NO_SIGNAL, Run, group_of, read_json
 
 STARTUP = 6  # seconds that a process takes to load its libraries; a teacher made on the way is not counted
@@ -89,8 +89,7 @@ class Processes(Launcher):
         try:
             runs = [self._run(job) for job in job_overrides]  # every config is checked before the first run starts
         except UserError as error:
-            console.print(str(error), style="red", markup=False, soft_wrap=True)
-            sys.exit(2)
+            end_with(error)
         of = self.config.sweep
         name = of if isinstance(of, str) else (of or {}).get("name", "multirun")
         manifest = {"name": name, "runs": [{"run": r.name, "overrides": list(j)} for r, j in zip(runs, job_overrides)]}

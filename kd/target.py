@@ -43,15 +43,12 @@ class Target:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return Target(**{k: v[rows] if isinstance(v, Tensor) else v for k, v in values.items()})
 
-    def keep(self, logp: Tensor, columns: Tensor | None, rest: bool) -> Target:
+    def keep(self, logp: Tensor, columns: Tensor, rest: bool) -> Target:
         """The target cut to `columns` [N, K'] of this one with log-probabilities `logp` [N, K'].
 
         Without `rest` the dropped mass is renormalised away; with it, pair() adds one column that holds it.
         """
-        if columns is None:
-            ids = self.ids
-        else:
-            ids = columns if self.ids is None else self.ids.gather(-1, columns)
+        ids = columns if self.ids is None else self.ids.gather(-1, columns)
         return replace(self, logp=logp if rest else logp.log_softmax(-1), ids=ids, rest=rest)
 
     def soften(self, tau: Tensor | float) -> Target:
