@@ -1,8 +1,8 @@
 """Hidden states -> summed losses and their gradients, chunk by chunk.
 
 Here, and nowhere else, happen the softmax, the truncation, the temperature and the chunking. For each chunk of rows the
-loss and its gradient with respect to hidden states and head are made at once, so nothing of width V outlives a chunk,
-for any loss, and no head product is computed twice.
+loss and its gradient with respect to the logits, and from there to hidden states and head, are made at once, so nothing
+of width V outlives a chunk, for any loss, and no head product is computed twice.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ class Sums(NamedTuple):
 class Objective:
     """How a student is compared with its teacher: a loss, a truncation and a temperature, `chunk` positions at a time.
 
-    compile: run each chunk through torch.compile, which needs a C++ compiler and some ten seconds once.
+    chunk: None takes as many as `fitting` says; it changes nothing but time, memory and rounding. compile: make loss and
+    gradient of a chunk's logits one kernel by torch.compile, which needs a C++ compiler and some ten seconds once.
     """
 
     loss: Callable[[Tensor, Target], Tensor]
     truncation: Callable[[Target], Target]
     temperature: Callable[[Tensor, Target], Softening]
-    chunk: int = 1024
+    chunk: int | None = None
     compile: bool = False
 
     def distance(self, student: Tensor, target: Target) -> Tensor:
@@ -48,20 +49,28 @@ class Objective:
         return softening.weight * self.loss(soften(student, softening.student), target)
 
     def __call__(
-        self, head: torch.nn.Module, hidden: Tensor, label: Tensor, signal: Signal | None, alpha: float
-    ) -> Sums:
+        self, head: torch.nn.Module, hidden: Tensor, label: Tensor, signal: Signal | None, alpha: float,
+        watch: Callable[[slice, Tensor], None] | None = None,
+    ) -> Sums:  # fmt: skip
         """Sums over the rows of hidden [N, D] of alpha * distillation + (1 - alpha) * language modelling.
 
-        head maps hidden states to logits and owns parameters; without a signal the distillation term is 0.
+        head maps hidden states to logits and owns parameters; without a signal the distillation term is 0. watch is
+        shown the student's logits [n, V], chunk by chunk.
         """
         parameters = [p for p in head.parameters() if p.requires_grad]
-        return Sums(*_Chunked.apply(self, head, label, signal, alpha, hidden, *parameters))
+        return Sums(*_Chunked.apply(self, head, label, signal, alpha, watch, hidden, *parameters))
 
-    def _terms(self, head, hidden: Tensor, label: Tensor, target: Target | None, alpha: float) -> Sums:
-        student = log_probabilities(head, hidden)  # [n, V]
-        lm = -student.gather(-1, label[:, None]).sum()
-        kd = self.distance(student, target).sum() if target is not None else torch.zeros_like(lm)
-        return Sums(alpha * kd + (1 - alpha) * lm, kd, lm)
+    def slope(self, logits: Tensor, label: Tensor, target: Target | None, alpha: Tensor) -> tuple[Tensor, Sums]:
+        """The gradient of `total` with respect to the student's logits [n, V], and the sums."""
+
+        def terms(logits: Tensor) -> tuple[Tensor, Sums]:
+            student = logits.float().log_softmax(-1)  # [n, V]
+            lm = -student.gather(-1, label[:, None]).sum()
+            kd = self.distance(student, target).sum() if target is not None else torch.zeros_like(lm)
+            total = alpha * kd + (1 - alpha) * lm
+            return total, Sums(total, kd, lm)
+
+        return torch.func.grad(terms, has_aux=True)(logits)
 
 
 def log_probabilities(head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
@@ -74,26 +83,38 @@ def chunks(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
+def fitting(head: torch.nn.Module) -> int:
+    """How many positions to take at once: as many as fill 32 MiB with float32 logits, on a GPU 512 MiB; at least 64.
+
+    32 MiB stay near a CPU's caches. Fewer positions than 64 would leave too little to do per read of the head's weights.
+    """
+    output = max(head.parameters(), key=len)  # [V, D]
+    budget = 2**25 if output.device.type == "cpu" else 2**29
+    return max(64, budget // (4 * len(output)))
+
+
 class _Chunked(torch.autograd.Function):
     """Objective over all chunks: forward already makes the gradients, backward only scales them."""
 
     @staticmethod
-    def forward(ctx, objective: Objective, head, label, signal, alpha, hidden, *parameters):
-        terms = torch.compile(objective._terms) if objective.compile else objective._terms
+    def forward(ctx, objective: Objective, head, label, signal, alpha, watch, hidden, *parameters):
+        slope = torch.compile(objective.slope) if objective.compile else objective.slope
+        alpha = torch.tensor(alpha, device=hidden.device)  # a number would be compiled in, and anew when it changes
         hidden_grad = torch.empty_like(hidden)
         parameter_grads = [torch.zeros_like(p) for p in parameters]
         sums = torch.zeros(3, device=hidden.device, dtype=torch.float64)
-        for rows in chunks(len(hidden), objective.chunk):
-            with torch.no_grad():
-                target = signal(rows) if signal is not None else None
+        for rows in chunks(len(hidden), objective.chunk or fitting(head)):
+            target = signal(rows) if signal is not None else None
             with torch.enable_grad():
                 piece = hidden[rows].detach().requires_grad_()
-                values = terms(head, piece, label[rows], target, alpha)
-                grads = torch.autograd.grad(values.total, (piece, *parameters))
-            hidden_grad[rows] = grads[0]
-            for whole, part in zip(parameter_grads, grads[1:], strict=True):
+                logits = head(piece)  # [n, V]
+            if watch is not None:
+                watch(rows, logits.detach())
+            logits_grad, values = slope(logits.detach(), label[rows], target, alpha)
+            hidden_grad[rows], *parts = torch.autograd.grad(logits, (piece, *parameters), logits_grad)
+            for whole, part in zip(parameter_grads, parts, strict=True):
                 whole += part
-            sums += torch.stack([v.detach() for v in values])
+            sums += torch.stack(values)
         ctx.save_for_backward(hidden_grad, *parameter_grads)
         total, kd, lm = sums.unbind()
         ctx.mark_non_differentiable(kd, lm)
@@ -103,4 +124,4 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx, scale, *_):
         # In float32 first: 1 / tokens rounded to a bfloat16 would be off by up to 0.4 %.
         grads = ((grad.float() * scale.float()).to(grad.dtype) for grad in ctx.saved_tensors)
-        return None, None, None, None, None, *grads
+        return None, None, None, None, None, None, *grads
