@@ -8,16 +8,18 @@ python train.py --help                            the axes and their options
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import traceback
 import warnings
-from functools import cache
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before torch is loaded: its threads are to sleep while they wait, not to spin, or runs that share cores slow each
 # other down by far more than their share.
@@ -25,16 +27,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from hydra.errors import HydraException
+from omegaconf import DictConfig
 
 from kd import config as conf
-from kd import data, files, sweep
+from kd import data, sweep
 from kd.errors import UserError
+from kd.plan import Settings, corpus, kept_of, plan, resolve, source_of
 from kd.progress import Steps, end_with, show
-from kd.run import NO_SIGNAL, Run, about, environment, export, group_of, identity, peak_memory
+from kd.run import Run, about, environment, export, peak_memory
 
-Settings = conf.Node
+if TYPE_CHECKING:
+    from kd.models import Causal
+    from kd.store import Store
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -48,122 +53,64 @@ def main(cfg: DictConfig) -> None:
         end_with(error)
 
 
-def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
-    """The config as plain containers, checked as far as that is possible before data and models are there."""
-    cfg = OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"])
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise UserError(f"{missing[0]} is needed here: type {missing[0]}=VALUE.")
-    try:
-        settings = OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(str(error)) from None
-    conf.check_targets(settings)
-    conf.check_plain(settings)
-    if settings["logits"]["_target_"] == "kd.logits.none":
-        for word in typed:
-            if group_of(word) in NO_SIGNAL:
-                raise UserError(
-                    f"logits=none trains on text alone; {word} would do nothing: leave it out, or take logits=online."
-                )
-    elif not any(settings["teacher"].get(k) for k in ("size", "name")):
-        raise UserError("logits=online needs a teacher: type teacher=1m, or logits=none to train without one.")
-    own = tokenizer_name(settings)
-    if settings["data"]["_target_"] == "kd.corpora.markov":
-        own = "the states of the chain"
-    if own and any(word.lstrip("+").startswith("data.vocab=") for word in typed):
-        raise UserError(f"data.vocab would do nothing: no tokenizer is trained, since there is {own}. Leave it out.")
-    return settings
-
-
-def plan(settings: Settings) -> tuple[Run, Settings | None]:
-    """The run that settings describe, and the settings of the run that makes its teacher, if it is to be made.
-
-    Fast: no model, no torch. Data and teacher are part of a run's identity.
-    """
-    source, packing = corpus(settings)
-    teacher = None
-    digests = {"data": data.key(source, **packing)}
-    for role in ("student", "teacher"):
-        if stamp := files.stamp(settings[role]["name"]):
-            digests[f"{role}.name"] = stamp
-    if settings["teacher"]["size"]:
-        teacher = teacher_settings(settings)
-        digests["teacher"] = plan(teacher)[0].name
-    return Run(Path(settings["root"]), identity(conf.flat(settings), **digests)), teacher
-
-
-def corpus(settings: Settings):
-    """The text, and how it is packed; a pretrained model brings its own tokenizer."""
-    node = settings["data"]
-    make = conf.load(node["_target_"], "data")
-    for name in node.keys() - {
-        "_target_",
-        *inspect.signature(make).parameters,
-        *inspect.signature(data.pack).parameters,
-    }:
-        raise UserError(f"data.{name}={node[name]}: no such option of this data.")
-    source = cached_corpus(make, **conf.checked(make, node, "data"))
-    packing = conf.checked(data.pack, node, "data")
-    if source.words and node["tokenizer"]:
-        raise UserError(f"data.tokenizer={node['tokenizer']}: this data has a vocabulary of its own; leave it out.")
-    if not source.words:
-        packing["tokenizer"] = tokenizer_name(settings)
-    return source, packing
-
-
-def tokenizer_name(settings: Settings) -> str | None:
-    """The pretrained tokenizer to use: the one asked for, else that of a pretrained model; None trains one."""
-    return settings["data"]["tokenizer"] or settings["student"]["name"] or settings["teacher"]["name"]
-
-
-@cache
-def cached_corpus(make, **arguments):
-    """A sweep asks for the same corpus once per run."""
-    return make(**arguments)
-
-
-def teacher_settings(settings: Settings) -> Settings:
-    """A teacher of a size is itself a run: language modelling with the defaults, whatever the student's settings are.
-
-    It is what `python train.py logits=none teacher=none student=SIZE trainer.steps=… lr.peak=… data=…` would be.
-    """
-    of = settings["teacher"]
-    typed = [f"student={of['size']}", "teacher=none", "logits=none", f"seed={of['seed']}", f"lr.peak={of['lr']}"]
-    typed += [f"trainer.{k}={of[k]}" for k in ("steps", "batch", "precision")] + [f"trainer.micro_batch={of['batch']}"]
-    made = resolve(hydra.compose("config", typed), typed)
-    packing = corpus(settings)[1]
-    made["data"] = settings["data"] | {"tokenizer": packing["tokenizer"]}
-    made["trainer"]["accelerator"] = settings["trainer"]["accelerator"]
-    return made | {k: settings[k] for k in ("root", "logger", "sweep")}
-
-
 def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
     """The result of a run: read if it is done, resumed if it was begun; its teacher is made first if there is none.
 
     wait: for another process that works on the same run, instead of raising UserError.
     """
-    run, teacher = plan(settings)
+    run, teacher, where = plan(settings)
     if result := run.result():
+        if where and not where.manifest().exists() and source_of(settings) == "none":
+            raise UserError(
+                f"{run.name} is done, and nothing was recorded. To train it once more and record it, type:\n"
+                f"  rm -r {run.folder}\nand the same command again."
+            )
         return run, result
     packed, parts = prepare(settings)
-    name = settings["teacher"]["name"]
-    if teacher:
-        made, outcome = train(teacher)
-        made.verify(outcome)
-        name = str(made / "student")
+    name, store = settings["teacher"]["name"], None
+    if source_of(settings) == "offline":
+        from kd import offline
+
+        name, store = None, offline.stored(settings, packed, parts.keep, lambda: teacher_model(settings, parts))
+    elif teacher:
+        name = finished(teacher)
     check_tokenizers(settings, parts.tokenizer, name)
     with run.lock(wait):
         if result := run.result():
             return run, result
-        return run, fit(run, settings, packed, parts, name)
+        return run, fit(run, settings, packed, parts, name, store)
+
+
+def finished(teacher: Settings) -> str:
+    """The folder of the teacher that these settings make, trained first if there is none."""
+    made, outcome = train(teacher)
+    made.verify(outcome)
+    return str(made / "student")
 
 
 def prepare(settings: Settings) -> tuple[data.Packed, Parts]:
     """The data, packed, and the parts of the run, tried; all that can be wrong short of the models is found here."""
     source, packing = corpus(settings)
     packed = data.pack(source, Path(settings["root"]) / "data", **packing)
-    return packed, Parts(settings, packed)
+    parts = Parts(settings, packed)
+    if source_of(settings) == "offline":
+        from kd import offline
+
+        offline.opened(settings, packed)
+    return packed, parts
+
+
+def teacher_model(settings: Settings, parts: Parts) -> Causal:
+    """The finished teacher, made first if there is none."""
+    from kd import models
+
+    quiet()
+    _, teacher, where = plan(settings)
+    name = finished(teacher) if teacher else settings["teacher"]["name"]
+    if name is None:
+        raise UserError(f"There is no store at {where.path}, and teacher=none cannot write one.")
+    check_tokenizers(settings, parts.tokenizer, name)
+    return models.build(None, name, len(parts.tokenizer), settings["data"]["seq_len"], "teacher.name")
 
 
 class Parts:
@@ -180,6 +127,10 @@ class Parts:
         made = {name: conf.build(settings[name], name) for name in axes}
         self.alpha, self.lr, self.logits = made["alpha"], made["lr"], made["logits"]
         self.optim, self.logger = made["optim"], made["logger"]
+        node = {k: v for k, v in (settings["record"] or settings["truncation"]).items() if k not in ("path", "rest")}
+        # What a store keeps: with the rest set apart, which leaves the probabilities as they are; None for everything.
+        rest = {"rest": True} if node["_target_"].rpartition(".")[2] != "random" else {}
+        self.keep = partial(conf.build(node, "record"), **rest) if kept_of(node) != {"name": "full"} else None
         trainer = settings["trainer"]
         self.objective = Objective(
             made["loss"], made["truncation"], made["temperature"], trainer["chunk"], trainer["compile"]
@@ -188,6 +139,11 @@ class Parts:
         vocab = len(self.tokenizer)
         logp = torch.linspace(0, 1, 2 * vocab).view(2, vocab).sin().log_softmax(-1)
         target = Target(torch.zeros(2, dtype=torch.long), logp, seed=torch.zeros(2, dtype=torch.long))
+        if self.keep is not None:
+            try:
+                self.keep(target)
+            except UserError as error:
+                raise UserError(str(error).replace("truncation.", "record.") if settings["record"] else str(error)) from None
         student = logp.flip(0).requires_grad_()
         self.objective.distance(student, target).sum().backward()
         if not student.grad.any():
@@ -220,11 +176,14 @@ def check_tokenizers(settings: Settings, ours, teacher_name: str | None) -> None
             models.same_vocabulary(ours, theirs, f"{option}={name}")
 
 
-def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, teacher_name: str | None) -> dict:
+def fit(
+    run: Run, settings: Settings, packed: data.Packed, parts: Parts, teacher_name: str | None, store: Store | None
+) -> dict:
     """Train, or go on with training, and write the result."""
     import lightning
+    import torch
 
-    from kd import models
+    from kd import logits, models, offline
     from kd.checkpoint import Checkpoints, DigestIO, newest
     from kd.loggers import MetricsFile
     from kd.module import Distillation, Flops, NonFinite
@@ -235,9 +194,17 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, teacher
     seq_len, vocab = settings["data"]["seq_len"], len(parts.tokenizer)
     student = models.build(**settings["student"], vocab=vocab, seq_len=seq_len, option="student.name")
     costs = {"student": models.cost(student.model, seq_len)}
-    teacher = None
-    if teacher_name:
-        teacher = models.build(None, teacher_name, vocab, seq_len, "teacher.name")
+    how, teacher, among, objective = source_of(settings), None, None, parts.objective
+    if store:
+        costs["teacher"] = models.Cost(**store.manifest["cost"])
+        among = store.pick(logits.share(settings["logits"]["window"]))
+        asked = store.as_asked(kept_of(settings["truncation"]), objective.truncation)
+        objective = replace(objective, truncation=asked)
+    elif teacher_name or how == "cotrained":
+        size = None if teacher_name else settings["teacher"]["size"]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings["teacher"]["seed"])
+            teacher = models.build(size, teacher_name, vocab, seq_len, "teacher.name")
         costs["teacher"] = models.cost(teacher.model, seq_len)
     run.begin(settings)
     checkpoint = newest(run / "checkpoints")
@@ -245,12 +212,16 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, teacher
     told = about(run, flat, costs)
     loggers = [MetricsFile(run / "metrics.jsonl", start), *parts.logger(folder=run.folder, about=told)]
     progress = Steps(told.name, of["steps"], start)
+    recorder = offline.recorder(settings, packed, parts.keep, student, start) if settings["record"] else None
+    reads = {"online": 1.0, "cotrained": 3.0}.get(how, 0.0)  # forward passes of the teacher, or what learning costs
     module = Distillation(
-        student, teacher, parts.logits(teacher), parts.objective, parts.alpha, parts.lr, parts.optim,
+        student, teacher, parts.logits(store or teacher), objective, parts.alpha, parts.lr, parts.optim,
         steps=of["steps"], micro_batch=of["micro_batch"], clip=of["clip"], log_every=of["log_every"],
         val_every=of["val_every"], validation=data.ValidationBatches(packed.val, of["micro_batch"]),
-        flops=Flops(3 * costs["student"].flops_per_token, costs["teacher"].flops_per_token if teacher else 0.0),
+        flops=Flops(3 * costs["student"].flops_per_token, reads * costs["teacher"].flops_per_token if reads else 0.0),
         bytes_per_token=packed.bytes_per_token, watch=progress.update,
+        reference=store.reference if store else logits.online(teacher) if teacher else None, learns=how == "cotrained",
+        recorder=recorder,
     )  # fmt: skip
     if of["compile"]:
         for model in (student, *module.outside):
@@ -263,17 +234,21 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, teacher
     )  # fmt: skip
     final = None
     try:
-        batches = data.Batches(packed.train, of["batch"], settings["seed"], start, of["steps"])
+        batches = data.Batches(packed.train, of["batch"], settings["seed"], start, of["steps"],
+                               among, store.read if store else None)  # fmt: skip
         trainer.fit(module, batches, ckpt_path=checkpoint)
         final = module.val_metrics
         result = {
             "state": "done", "run": run.name, "config": flat, "environment": environment(),
             "parameters": costs["student"].parameters, "non_embedding": costs["student"].non_embedding,
-            "teacher_parameters": costs["teacher"].parameters if teacher else None,
-            "train_rows": len(packed.train), "entropy": packed.entropy, "bytes_per_token": packed.bytes_per_token,
+            "teacher_parameters": costs["teacher"].parameters if "teacher" in costs else None,
+            "train_rows": len(packed.train if among is None else among),
+            "entropy": packed.entropy, "bytes_per_token": packed.bytes_per_token,
             "tokens": module.tokens, "flops": module.flops, "seconds": round(module.seconds, 2),
             "peak_memory": peak_memory(), "final": final,
         }  # fmt: skip
+        if recorder:
+            recorder.finish(student, packed.val, of["micro_batch"], of["steps"])
         export(run, student.model, parts.tokenizer, settings, result)
         result["weights"] = run.weights()
         run.finish(result)
@@ -299,6 +274,43 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
     for message in (".*does not have many workers.*", ".*GPU available but not used.*", ".*isinstance.treespec.*"):
         warnings.filterwarnings("ignore", message)
+
+
+def write_store(words: list[str]) -> Store | None:
+    """What `python -m kd.store write` does; None for one part of several."""
+    from kd import offline
+
+    conf.check_words(words)
+    part = next((word for word in words if word.startswith("part=")), "part=1/1")
+    numbers = re.fullmatch(r"part=(\d+)/(\d+)", part)
+    if not numbers or not 1 <= int(numbers[1]) <= int(numbers[2]):
+        raise UserError(f"{part}: need which part of how many, e.g. part=1/2.")
+    words = [word for word in words if word != part]
+    with hydra.initialize_config_dir(str(conf.CONF), version_base="1.3"):
+        try:
+            cfg = hydra.compose("config", ["logits=offline", *words])
+        except HydraException as error:
+            raise UserError(str(error)) from None
+        settings = resolve(cfg, words)
+        packed, parts = prepare(settings)
+        share = int(numbers[1]), int(numbers[2])
+        found = offline.opened(settings, packed)
+        return found or offline.write(settings, packed, parts.keep, teacher_model(settings, parts), share)
+
+
+def compare_with_teacher(store: Store, root: str) -> str:
+    """Recompute some rows of a store with its teacher, if that is at hand."""
+    from kd import offline
+
+    if "steps" in store.manifest:
+        return "It was recorded from a teacher in training, so no row can be computed again."
+    with hydra.initialize_config_dir(str(conf.CONF), version_base="1.3"):
+        settings = store.manifest["settings"] | {"root": root}
+        teacher, name = plan(settings).teacher, settings["teacher"]["name"]
+        if (teacher and not plan(teacher).run.result()) or (name and not Path(name).is_dir()):
+            return f"Its teacher {store.of['teacher']} is not in {root}, so no row was computed again."
+        packed, parts = prepare(settings)
+        return offline.compare(store, packed, parts.keep, teacher_model(settings, parts))
 
 
 conf.register()

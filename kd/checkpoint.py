@@ -91,6 +91,8 @@ class Checkpoints(Callback):
             self.begun = now
             for logger in trainer.loggers:
                 logger.save()  # what was measured before a checkpoint is not measured again
+            if module.recorder:
+                module.recorder.flush(trainer.global_step)
             trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:08}.ckpt")
             for old in steps(self.folder)[KEPT:]:
                 trainer.strategy.remove_checkpoint(old)

@@ -23,7 +23,8 @@ SWEEPS = Path(__file__).parent.parent / "sweeps"
 # A `_target_` of a group may name a public function of the group's module that has a yaml of its name, or one of these
 # classes, and nothing else.
 MODULES = {"loss": "losses", "truncation": "truncation", "temperature": "temperature", "alpha": "schedules",
-           "lr": "schedules", "logits": "logits", "data": "corpora", "logger": "loggers"}  # fmt: skip
+           "lr": "schedules", "logits": "logits", "record": "truncation", "data": "corpora",
+           "logger": "loggers"}  # fmt: skip
 CLASSES = ("torch.optim.AdamW", "torch.optim.Adam", "torch.optim.SGD")
 # Arguments that would make a library run code it downloaded or unpickle what it reads.
 FORBIDDEN = ("trust_remote_code", "allow_pickle", "weights_only", "use_safetensors")
@@ -116,7 +117,7 @@ def check_types(function, settings: Node, path: str) -> None:
 
 
 # Arguments that kd gives, never the config.
-GIVEN = ("student", "target", "progress", "params", "teacher", "folder", "about", "corpus", "cache")
+GIVEN = ("student", "target", "progress", "params", "origin", "folder", "about", "corpus", "cache")
 
 
 def _fits(value, hint) -> bool:
@@ -167,6 +168,8 @@ CHOICES = {"precision": ("fp32", "bf16"), "accelerator": ("auto", "cpu", "gpu", 
 def check_plain(settings: Node) -> None:
     """Raise UserError for a setting of the run, student, teacher or trainer that is unknown or that none could have."""
     for group in (*MODULES, *filter(None, PLAIN), "optim"):
+        if group == "record" and settings[group] is None:
+            continue
         if not isinstance(settings.get(group), dict) or (group not in PLAIN and "_target_" not in settings[group]):
             raise UserError(f"{group}: needs one of its options, as in {group}={next(_options(group))[0]}.")
     for group, kinds in PLAIN.items():
@@ -232,6 +235,7 @@ GROUPS = {
     "student": "the model that learns; any other by student=hub student.name=HUB_NAME_OR_FOLDER",
     "teacher": "the model it learns from; a size is trained first, once (teacher.steps, teacher.lr, …)",
     "logits": "where the teacher's signal comes from",
+    "record": "what a store of logits keeps: of a teacher's own training (logits=none), or for logits=offline to read",
     "truncation": "which of the teacher's tokens to keep",
     "temperature": "how much to soften",
     "loss": "how student and teacher are compared, per position",

@@ -10,9 +10,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -38,10 +39,12 @@ class Batch(NamedTuple):
     labels: object  # [B, T] int64, already shifted; -100 = ignore
     row: object  # [B]    which row of the data
     seed: object  # [B, T] int64, a random number per position, for whatever samples
+    stored: object = None  # what a store holds of these rows: Entries, or hidden states [B, T, D]
 
     def split(self, rows: int) -> Iterator[Batch]:
         """Micro-batches of at most `rows` sequences."""
-        return (Batch(*parts) for parts in zip(*(x.split(rows) for x in self), strict=True))
+        parts = [x.split(rows) for x in self if x is not None]
+        return (Batch(*part) for part in zip(*parts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Packed:
     val: np.ndarray  # [R', T + 1]
     bytes_per_token: float | None  # of the validation text; None where tokens are no text
     entropy: float | None  # nats per token, where it is known
+    digests: dict[str, str]  # of all files
 
     @property
     def tokenizer(self) -> Path:
@@ -62,8 +66,7 @@ class Packed:
 def key(corpus: Corpus, **settings) -> str:
     """Name of the packed data: a digest of everything that its content depends on."""
     content = files.stamp(settings.get("tokenizer"))
-    described = json.dumps([FORMAT, corpus.fingerprint, settings, content], sort_keys=True)
-    return xxhash.xxh3_128_hexdigest(described.encode())[:16]
+    return files.digest_of([FORMAT, corpus.fingerprint, settings, content])[:16]
 
 
 def pack(
@@ -100,13 +103,13 @@ def pack(
 def _open(folder: Path) -> Packed:
     again = f"Remove it and type the same command again:\n  rm -r {folder}"
     manifest = read_json(folder / "manifest.json")
-    if manifest.pop("digest", None) != _digest(manifest):
+    if manifest.pop("digest", None) != files.digest_of(manifest):
         raise UserError(f"{folder / 'manifest.json'} is damaged: it is not what was written. {again}")
     for name, expected in manifest["digests"].items():
         if not (folder / name).exists() or files.digest(folder / name) != expected:
             raise UserError(f"{folder / name} is damaged: it is not what was written. {again}")
     train, val = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("train", "val"))
-    return Packed(folder, train, val, manifest["bytes_per_token"], manifest["entropy"])
+    return Packed(folder, train, val, manifest["bytes_per_token"], manifest["entropy"], manifest["digests"])
 
 
 def _write(
@@ -159,11 +162,7 @@ def _write(
             str(p.relative_to(folder)): files.digest(p) for p in sorted(folder.rglob("*")) if p.is_file()
         },
     }  # fmt: skip
-    files.write_json(folder / "manifest.json", manifest | {"digest": _digest(manifest)})
-
-
-def _digest(manifest: dict) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+    files.write_json(folder / "manifest.json", manifest | {"digest": files.digest_of(manifest)})
 
 
 def _too_short(count: dict[str, int], size: int):
@@ -270,15 +269,40 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Batches:
-    """The training batches of steps start … steps - 1; iterating again begins at `start` again."""
+    """The training batches of steps start … steps - 1; iterating again begins at `start` again.
 
-    def __init__(self, rows: np.ndarray, batch: int, seed: int, start: int, steps: int):
+    among: which rows to take; None for all of them. read: what a store holds of rows (index [B], ids [B, T]). Batches
+    are made ahead of their use, in a thread, so that no step waits for a disk.
+    """
+
+    def __init__(
+        self, rows: np.ndarray, batch: int, seed: int, start: int, steps: int,
+        among: np.ndarray | None = None, read: Callable[[np.ndarray, np.ndarray], object] | None = None,
+    ):  # fmt: skip
         self.rows, self.batch, self.seed, self.start, self.steps = rows, batch, seed, start, steps
+        self.among, self.read = among, read
 
     def __iter__(self) -> Iterator[Batch]:
-        for step in range(self.start, self.steps):
-            index = rows_of_step(len(self.rows), self.batch, self.seed, step)
-            yield to_batch(self.rows[index], index, np.random.default_rng([self.seed, step, 1]))
+        return ahead(map(self._make, range(self.start, self.steps)))
+
+    def _make(self, step: int) -> Batch:
+        count = len(self.rows if self.among is None else self.among)
+        index = rows_of_step(count, self.batch, self.seed, step)
+        if self.among is not None:
+            index = self.among[index]
+        shape = (self.batch, self.rows.shape[1] - 1)
+        batch = to_batch(self.rows[index], index, np.random.default_rng([self.seed, step, 1]).integers(0, 2**62, shape))
+        return batch if self.read is None else batch._replace(stored=self.read(index, batch.ids.numpy()))
+
+
+def ahead(items: Iterator, count: int = 2) -> Iterator:
+    """The items, made in a thread of their own while those before are used."""
+    end = object()
+    with ThreadPoolExecutor(1, "ahead") as thread:
+        coming = deque(thread.submit(next, items, end) for _ in range(count))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(thread.submit(next, items, end))
+            yield item
 
 
 class ValidationBatches:
@@ -293,13 +317,13 @@ class ValidationBatches:
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, len(self.rows), self.batch):
             index = np.arange(start, min(start + self.batch, len(self.rows)))
-            yield to_batch(self.rows[index], index, np.random.default_rng(0))
+            yield to_batch(self.rows[index], index, np.zeros((len(index), self.rows.shape[1] - 1), np.int64))
 
 
-def to_batch(rows: np.ndarray, index: np.ndarray, rng: np.random.Generator) -> Batch:
-    """Rows [B, T + 1] -> Batch; the only place where inputs and labels are shifted."""
+def to_batch(rows: np.ndarray, index: np.ndarray, seed: np.ndarray) -> Batch:
+    """Rows [B, T + 1] and a random number per position [B, T] -> Batch; inputs and labels are shifted only here."""
     import torch
 
     tokens = torch.from_numpy(rows.astype(np.int64))
-    seed = torch.from_numpy(rng.integers(0, 2**62, (len(rows), tokens.shape[1] - 1)))
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.from_numpy(index), seed)
+    labels = tokens[:, 1:].contiguous()
+    return Batch(tokens[:, :-1].contiguous(), labels, torch.from_numpy(index), torch.from_numpy(seed))

@@ -85,6 +85,14 @@ def write_json(path: Path, value) -> None:
         temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def amount(size: float) -> str:
+    """12 kB, 3.4 MB, 1.2 TB"""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            return f"{size:,.0f} {unit}" if size >= 10 or unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+
+
 def digest(path: Path) -> str:
     """xxh3-128 of a file's bytes: finds any damage, at several GB/s."""
     state = xxhash.xxh3_128()
@@ -94,13 +102,41 @@ def digest(path: Path) -> str:
     return state.hexdigest()
 
 
+def digest_of(value) -> str:
+    """xxh3-128 of anything that JSON can hold."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
+
+
 def stamp(name: str | None) -> str | None:
     """Names, sizes and times of the files of a local folder, as a digest; None where `name` is no folder."""
     if not name or not Path(name).is_dir():
         return None
     found = sorted(p for p in Path(name).rglob("*") if p.is_file())
     described = [[str(p.relative_to(name)), p.stat().st_size, p.stat().st_mtime_ns] for p in found]
-    return xxhash.xxh3_128_hexdigest(json.dumps(described).encode())
+    return digest_of(described)
+
+
+def local(path: str | Path, cache: Path) -> Path:
+    """A folder, or of a URL the folder in `cache` that keeps copies of what was read from it."""
+    return Path(cache) / digest_of(str(path))[:16] if "://" in str(path) else Path(path)
+
+
+def fetch(path: str, folder: Path, name: str) -> Path:
+    """Where file `name` of a folder or URL is on this machine, copied if need be; it may not exist.
+
+    A manifest is always copied anew. Raises UserError if a URL cannot be read.
+    """
+    if "://" in path and (name == "manifest.json" or not (folder / name).exists()):
+        try:
+            import fsspec
+
+            system, root = fsspec.core.url_to_fs(path)
+            if system.exists(f"{root}/{name}"):
+                with atomic(folder / name) as temporary:
+                    system.get_file(f"{root}/{name}", str(temporary))
+        except (ImportError, ValueError, OSError) as error:
+            raise UserError(f"{path}/{name} could not be read: {error}") from error
+    return folder / name
 
 
 def _sync(path: Path) -> None:

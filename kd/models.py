@@ -24,14 +24,18 @@ class Head(nn.Module):
     Padding rows beyond the tokenizer's `vocab` are cut off, so that teacher and student speak of the same tokens.
     """
 
-    def __init__(self, model, vocab: int):
+    def __init__(self, output: nn.Module, vocab: int, softcap: float | None = None, scale: float = 1.0):
         super().__init__()
-        self.output = model.get_output_embeddings()
-        self.vocab = vocab
+        self.output, self.vocab, self.softcap, self.scale = output, vocab, softcap, scale
+
+    @classmethod
+    def of(cls, model, vocab: int) -> Head:
+        """The head of a Hugging Face causal LM."""
         config = model.config.get_text_config()
-        self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         # Cohere multiplies, Granite divides
-        self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        return cls(model.get_output_embeddings(), vocab, softcap, scale)
 
     def forward(self, hidden: Tensor) -> Tensor:
         logits = self.output(hidden)[..., : self.vocab]
@@ -47,7 +51,7 @@ class Causal(nn.Module):
         super().__init__()
         self.model = model
         # The head shares the model's output layer; out of the module tree, so that its weights are counted once.
-        self.__dict__["head"] = Head(model, vocab)
+        self.__dict__["head"] = Head.of(model, vocab)
 
     def hidden(self, ids: Tensor) -> Tensor:
         """ids [B, T] -> last hidden states [B, T, D]."""

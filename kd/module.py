@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import lightning
 import torch
 
 from kd.data import IGNORE, Batch
-from kd.logits import Source, online
+from kd.logits import Source
 from kd.metrics import Measures
 from kd.models import Causal
 from kd.objective import Objective
+
+if TYPE_CHECKING:
+    from kd.writer import Recorder
 
 STATE = ("tokens", "flops", "seconds", "train_metrics", "val_metrics")  # what a checkpoint keeps of a run
 
@@ -38,9 +42,10 @@ class Distillation(lightning.LightningModule):
     """A student that learns alpha(t) * distillation + (1 - alpha(t)) * language modelling.
 
     The losses of an optimizer step are summed over all its micro-batches and divided once, by its counted tokens, so
-    the split into micro-batches changes nothing. `source` gives the training signal (None: language modelling alone);
-    `teacher`, if there is one, is what validation measures against. It is kept out of the module tree: it is neither
-    saved, nor trained, nor put in train mode.
+    the split into micro-batches changes nothing. `source` gives the training signal (None: language modelling alone),
+    `reference` what validation measures against. A finished `teacher` is kept out of the module tree: it is neither
+    saved, nor trained, nor put in train mode; one that `learns` is part of it, and learns by language modelling.
+    `recorder` is shown what the student says of each batch.
     """
 
     def __init__(
@@ -60,12 +65,17 @@ class Distillation(lightning.LightningModule):
         validation: Iterable[Batch],
         flops: Flops,
         bytes_per_token: float | None = None,
-        watch: Callable[[int, float, int], None] = lambda step, loss, tokens: None,
+        watch: Callable[[int, int, str], None] = lambda step, tokens, also: None,
+        reference: Source | None = None,
+        learns: bool = False,
+        recorder: Recorder | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
         self.student = student
-        self.outside = [teacher.eval().requires_grad_(False)] if teacher is not None else []
+        self.teacher = teacher if learns else None
+        self.outside = [teacher.eval().requires_grad_(False)] if teacher is not None and not learns else []
+        self.reference, self.recorder = reference, recorder
         self.source, self.objective, self.alpha, self.lr, self.optimizer = source, objective, alpha, lr, optimizer
         self.steps, self.micro_batch, self.clip = steps, micro_batch, clip
         self.log_every, self.val_every, self.validation = log_every, val_every, validation
@@ -78,13 +88,13 @@ class Distillation(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Weight decay on matrices alone, as usual for transformers."""
-        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        parameters = [p for p in self.parameters() if p.requires_grad]  # a teacher that learns is among them
         groups = [{"params": [p for p in parameters if p.ndim > 1]}]
         groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0})
         return self.optimizer(groups)
 
     def on_fit_start(self) -> None:
-        self.student.train()  # a pretrained model comes in eval mode, and Lightning leaves it there
+        self.train()  # a pretrained model comes in eval mode, and Lightning leaves it there
         for teacher in self.outside:
             teacher.to(self.device)
 
@@ -96,18 +106,29 @@ class Distillation(lightning.LightningModule):
             group["lr"] = self.lr(progress)
         tokens = int((batch.labels != IGNORE).sum())
         optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        sums, teacher_lm = torch.zeros(3, dtype=torch.float64, device=self.device), 0.0
         for part in batch.split(self.micro_batch):
             kept = part.labels != IGNORE
-            # Where alpha is 0 the teacher would run for nothing.
-            signal = self.source(part, kept) if alpha else None
+            # Where alpha is 0 the teacher would run for nothing, unless it learns.
+            signal = self.source(part, kept) if alpha or self.teacher is not None else None
             hidden = self.student.hidden(part.ids)[kept]  # [N, D]
-            terms = self.objective(self.student.head, hidden, part.labels[kept], signal, alpha)
+            label = part.labels[kept]
+            watch = partial(self.recorder.observe, part.seed[kept]) if self.recorder else None
+            terms = self.objective(self.student.head, hidden, label, signal if alpha else None, alpha, watch)
             self.manual_backward(terms.total / max(tokens, 1))
             sums += torch.stack([x.detach().to(sums.dtype) for x in terms])
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.clip or math.inf)
+            if self.teacher is not None:
+                own = self.objective(self.teacher.head, signal.hidden, label, None, 0.0)
+                self.manual_backward(own.total / max(tokens, 1))
+                teacher_lm += own.lm.item()
+            if self.recorder:
+                self.recorder.batch(part, self.global_step)
+        models = [self.student, *([self.teacher] if self.teacher is not None else [])]
+        norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), self.clip or math.inf).item() for m in models]
         loss, kd, lm = (sums / max(tokens, 1)).tolist()
-        metrics = {"loss": loss, "lm": lm, **({"kd": kd} if alpha else {}), "grad_norm": norm.item()}
+        metrics = {"loss": loss, "lm": lm, **({"kd": kd} if alpha else {}), "grad_norm": norms[0]}
+        if self.teacher is not None:
+            metrics |= {"teacher_lm": teacher_lm / max(tokens, 1), "teacher_grad_norm": norms[1]}
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
             raise NonFinite(self._report(f"train/{bad[0]}", metrics, batch, alpha))
@@ -120,7 +141,7 @@ class Distillation(lightning.LightningModule):
         self.train_metrics |= self._axes()
 
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
-        self.watch(self.global_step, self.train_metrics["train/loss"], self.here)
+        self.watch(self.global_step, self.here, f"loss {self.train_metrics['train/loss']:.3f}  ")
         if self.global_step % self.log_every == 0:
             self._log(self.train_metrics)
         if self.global_step % self.val_every == 0 or self.global_step == self.steps:
@@ -144,16 +165,16 @@ class Distillation(lightning.LightningModule):
 
         Called by step, not by Lightning's loop, whose count of batches drifts by one with every resume.
         """
-        self.student.eval()
+        self.eval()
         measures = Measures(self.objective.chunk)
         with self.trainer.precision_plugin.val_step_context():
             for batch in self.validation:
                 batch = self.transfer_batch_to_device(batch, self.device, 0)
                 kept = batch.labels != IGNORE
-                signal = online(self.outside[0])(batch, kept) if self.outside else None
+                signal = self.reference(batch, kept) if self.reference else None
                 hidden = self.student.hidden(batch.ids)[kept]
                 measures.update(self.student.head, hidden, batch.labels[kept], signal)
-        self.student.train()
+        self.train()
         result = measures.result()
         if self.bytes_per_token is not None:
             result["bpb"] = result["lm"] / math.log(2) / self.bytes_per_token

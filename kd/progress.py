@@ -36,10 +36,10 @@ def clock(seconds: float) -> str:
 
 
 class Steps:
-    """Training steps: which of how many, loss, tokens/s, time left."""
+    """Long work in equal steps: which of how many, tokens/s, time left."""
 
-    def __init__(self, title: str, steps: int, start: int):
-        self.steps, self.start, self.title = steps, start, title
+    def __init__(self, title: str, steps: int, start: int, unit: str = "step"):
+        self.steps, self.start, self.title, self.unit = steps, start, title, unit
         self.begun = self.printed = time.monotonic()
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
@@ -49,18 +49,19 @@ class Steps:
         if console.is_terminal:
             self.bar.start()
 
-    def update(self, step: int, loss: float, tokens: int) -> None:
-        """step optimizer steps are done; tokens of them in this process."""
+    def update(self, step: int, tokens: int, also: str = "") -> None:
+        """So many steps are done; tokens of them in this process."""
         spent = time.monotonic() - self.begun
         left = spent / max(1, step - self.start) * (self.steps - step)
-        say = f"loss {loss:.3f}  {tokens / max(spent, 1e-9):,.0f} tokens/s  {clock(left)} left"
+        say = f"{also}{tokens / max(spent, 1e-9):,.0f} tokens/s  {clock(left)} left"
         self.bar.update(self.task, completed=step, say=say)
         if not console.is_terminal and (time.monotonic() - self.printed > 10 or step == self.steps):
             self.printed = time.monotonic()
-            print(f"{self.title}  step {step}/{self.steps}  {say}", file=sys.stderr, flush=True)
+            print(f"{self.title}  {self.unit} {step}/{self.steps}  {say}", file=sys.stderr, flush=True)
 
     def stop(self) -> None:
-        self.bar.stop()
+        if console.is_terminal:
+            self.bar.stop()
 
 
 MEASURES = {

@@ -24,7 +24,7 @@ from kd.errors import UserError
 from kd.progress import console
 
 # What a run is called, where it is kept and how often it is saved change nothing of what comes out.
-NO_PART = ("root", "sweep", "logger", "trainer.checkpoint_every", "trainer.accelerator")
+NO_PART = ("root", "sweep", "logger", "trainer.checkpoint_every", "trainer.accelerator", "logits.path", "record.path")
 NO_SIGNAL = ("loss", "truncation", "temperature", "alpha")  # settings without a meaning under logits=none
 SECRET = re.compile(r"key|token$|secret|password|credential", re.IGNORECASE)
 
@@ -36,6 +36,8 @@ def part_of_outcome(config: dict) -> dict:
     is treated is part of any.
     """
     without = (*NO_PART, *(NO_SIGNAL if config["logits"] == "none" else ()))
+    if config["logits"] != "offline":  # recording changes nothing of what is learned
+        without += ("record",)
     part = {k: v for k, v in config.items() if not any(k == n or k.startswith(f"{n}.") for n in without)}
     part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in ("teacher.size", "teacher.name")}
     return {k: float(v) if type(v) is int else v for k, v in part.items()}  # tau=1 is tau=1.0

@@ -117,7 +117,7 @@ class Processes(Launcher):
     def _run(self, job: Sequence[str]) -> Run:
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(job))
         settings = type(self).resolve(cfg, list(job))
-        run = type(self).plan(settings)[0]
+        run = type(self).plan(settings).run
         if run.result() is None:
             type(self).prepare(settings)
         return run

@@ -49,7 +49,11 @@ class Target:
         Without `rest` the dropped mass is renormalised away; with it, pair() adds one column that holds it.
         """
         ids = columns if self.ids is None else self.ids.gather(-1, columns)
-        return replace(self, logp=logp if rest else logp.log_softmax(-1), ids=ids, rest=rest)
+        return replace(self, logp=logp, ids=ids).cut(rest)
+
+    def cut(self, rest: bool) -> Target:
+        """A target with true probabilities of what it keeps, with the rest as one more column, or renormalised."""
+        return replace(self, logp=self.logp if rest else self.logp.log_softmax(-1), rest=rest)
 
     def soften(self, tau: Tensor | float) -> Target:
         """softmax(logp / tau) over the kept columns; tau is a number or one per position [N]."""
@@ -64,6 +68,15 @@ class Target:
                 "unknown. Set the temperature to 1 (temperature=fixed temperature.tau=1), or truncation.rest=false."
             )
         return replace(self, logp=(self.logp / tau).log_softmax(-1))
+
+    def spread(self, vocabulary: int) -> Tensor:
+        """Log-probabilities of all tokens [N, V]: true ones where they are known, the others sharing what is left."""
+        if self.ids is None:
+            return self.logp
+        there = self.logp > -math.inf
+        left = _rest(self.logp, ~there) - (vocabulary - there.sum(-1, keepdim=True)).clamp(min=1).log()
+        dense = left.expand(-1, vocabulary + 1).clone()  # the last column takes what is no entry
+        return dense.scatter(-1, self.ids.where(there, vocabulary), self.logp)[:, :vocabulary]
 
     def pair(self, student: Tensor) -> tuple[Tensor, Tensor]:
         """Student log-probabilities [N, V] -> (student, teacher) on the same columns [N, K], floored.

@@ -59,13 +59,16 @@ def random(target: Target, draws: int = 50) -> Target:
     cumulative = target.logp.double().exp().cumsum(-1)  # float64: the tail of 150k summands would be lost in float32
     points = uniform(target.seed, draws).double() * cumulative[:, -1:]  # [N, draws]
     columns = torch.searchsorted(cumulative, points, right=True).clamp(max=target.logp.shape[-1] - 1)
-    columns = columns.sort(-1).values
-    # Equal draws now stand side by side: the first of each group takes the count, the others are dropped.
-    count = torch.searchsorted(columns, columns, right=True) - torch.searchsorted(columns, columns)  # [N, draws]
-    first = torch.ones_like(columns, dtype=torch.bool)
-    first[:, 1:] = columns[:, 1:] != columns[:, :-1]
-    logp = (count / draws).log().masked_fill(~first, -math.inf).to(target.logp.dtype)
-    return target.keep(logp, columns, rest=False)
+    return _sampled(target, columns)
+
+
+def fewer(made_of: int, draws: int, target: Target) -> Target:
+    """`draws` of the `made_of` draws that a sampled target is, without replacement: again a sample of the teacher."""
+    assert target.seed is not None
+    count = (target.logp.exp() * made_of).round().long()  # [N, K]
+    all_draws = count.cumsum(-1)
+    place = uniform(target.seed, made_of).argsort(-1)[:, :draws]  # [N, draws]
+    return _sampled(target, torch.searchsorted(all_draws, place, right=True))
 
 
 def uniform(seed: Tensor, count: int) -> Tensor:
@@ -84,13 +87,25 @@ def uniform(seed: Tensor, count: int) -> Tensor:
     return (x.double() + 0.5) / 2**32
 
 
+def _sampled(target: Target, columns: Tensor) -> Target:
+    """The target count / draws of drawn columns [N, draws]."""
+    columns = columns.sort(-1).values
+    # Equal draws now stand side by side: the first of each group takes the count, the others are dropped.
+    count = torch.searchsorted(columns, columns, right=True) - torch.searchsorted(columns, columns)  # [N, draws]
+    first = torch.ones_like(columns, dtype=torch.bool)
+    first[:, 1:] = columns[:, 1:] != columns[:, :-1]
+    logp = (count / columns.shape[-1]).log().masked_fill(~first, -math.inf).to(target.logp.dtype)
+    return target.keep(logp, columns, rest=False)
+
+
 def _top(target: Target, k: int) -> tuple[Tensor, Tensor]:
     columns = target.logp.shape[-1]
-    if not 1 <= k <= columns:
+    if k < 1 or (target.ids is None and k > columns):
         raise UserError(
             f"truncation.k={k}: need a number from 1 to {columns:,}, the tokens that the teacher's signal has."
         )
-    return target.logp.topk(k)
+    # A stored target is as wide as its widest position; those that are kept are among them.
+    return target.logp.topk(min(k, columns))
 
 
 def _nucleus(logp: Tensor, p: float) -> Tensor:

@@ -36,6 +36,7 @@ def conf():
 def resolved(*words: str) -> dict:
     """The settings that these words on the command line make; what is missing then is typed as x."""
     words = [*words, *(["logits=none"] if "teacher=none" in words else [])]
+    words += ["logits=offline"] if any(w.startswith("record=") for w in words) else []
     composed = compose("config", words)
     for missing in OmegaConf.missing_keys(composed):
         OmegaConf.update(composed, missing, "x")
@@ -43,7 +44,9 @@ def resolved(*words: str) -> dict:
 
 
 def given(node: dict) -> dict:
-    return {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
+    """Its arguments; record.path is not for the truncation."""
+    notes = ("_target_", "_partial_", *(["path"] if "truncation" in node["_target_"] else []))
+    return {k: v for k, v in node.items() if k not in notes}
 
 
 def defaults(function) -> dict:
@@ -83,9 +86,14 @@ def test_every_run_of_every_sweep_composes(file):
             resolved(*job)
 
 
-@each("node", {k: v for k, v in CALLABLE.items() if k.partition("=")[0] not in ("alpha", "lr", "optim", "data")})
+@each("node", {k: v for k, v in CALLABLE.items() if k.partition("=")[0] not in ("alpha", "lr", "optim", "data", "record")})
 def test_yaml_and_signature_have_the_same_defaults(node):
     assert given(node) == defaults(function_of(node))
+
+
+def test_every_truncation_can_be_recorded_and_keeps_the_same_by_default():
+    kept = {name: {k: v for k, v in node.items() if k != "rest"} for name, node in settings("truncation").items()}
+    assert settings("record") == {name: {**node, "path": None} for name, node in kept.items()}
 
 
 @each("node", {k: v for k, v in CALLABLE.items() if k.startswith(("alpha=", "lr="))})
@@ -111,7 +119,7 @@ def test_data_settings_are_those_of_pack():
         ("loss", "losses", ["student", "target"]),
         ("truncation", "truncation", ["target"]),
         ("temperature", "temperature", ["student", "target"]),
-        ("logits", "logits", ["teacher"]),
+        ("logits", "logits", ["origin"]),
         ("logger", "loggers", ["folder", "about"]),
         ("alpha", "schedules", ["progress"]),
         ("lr", "schedules", ["progress"]),

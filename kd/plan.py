@@ -1,0 +1,177 @@
+"""From the composed config to what is to be done: the run, its data, its teacher and its store. No model, no torch."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kd import config as conf
+from kd import data, files
+from kd.errors import UserError
+from kd.run import NO_SIGNAL, Run, group_of, identity, read_json
+
+Settings = conf.Node
+
+
+def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
+    """The config as plain containers, checked as far as that is possible before data and models are there."""
+    cfg = OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"])
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(f"{missing[0]} is needed here: type {missing[0]}=VALUE.")
+    try:
+        settings = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(str(error)) from None
+    conf.check_targets(settings)
+    conf.check_plain(settings)
+    check_logits(settings, typed)
+    own = tokenizer_name(settings)
+    if settings["data"]["_target_"] == "kd.corpora.markov":
+        own = "the states of the chain"
+    if own and any(word.lstrip("+").startswith("data.vocab=") for word in typed):
+        raise UserError(f"data.vocab would do nothing: no tokenizer is trained, since there is {own}. Leave it out.")
+    return settings
+
+
+def check_logits(settings: Settings, typed: list[str]) -> None:
+    """Raise UserError where the source of logits lacks something, or leaves a word that was typed without effect."""
+    how = source_of(settings)
+    for word in typed:
+        if how == "none" and group_of(word) in NO_SIGNAL:
+            raise UserError(
+                f"logits=none trains on text alone; {word} would do nothing: leave it out, or take logits=online."
+            )
+        if how in ("online", "cotrained") and group_of(word) == "record":
+            raise UserError(
+                f"logits={how} stores nothing; {word} would do nothing: leave it out, or take logits=offline to read "
+                "what a store holds, or logits=none to record what a teacher says while it trains."
+            )
+    known = how == "none" or any(settings["teacher"].get(k) for k in ("size", "name"))
+    if not known and not (how == "offline" and settings["logits"]["path"]):
+        also = ", or logits.path=… to read a store, whoever wrote it" if how == "offline" else ""
+        raise UserError(f"logits={how} needs a teacher: type teacher=1m, or logits=none to train without one{also}.")
+    if how == "none" and settings["record"] and kept_of(settings["record"])["name"] == "full":
+        raise UserError(
+            "record=full: a teacher in training has another output layer at each step, so its whole distributions "
+            "would take a number per token of the vocabulary. Take record=top_p_k, or record=random."
+        )
+
+
+class Plan(NamedTuple):
+    """The run that settings describe, the settings of the run that makes its teacher, and the place of its store."""
+
+    run: Run
+    teacher: Settings | None  # None if it is not to be made
+    store: Place | None
+
+
+class Place(NamedTuple):
+    """Where a store is, or is to be."""
+
+    path: str  # folder or URL
+    key: str  # of its content
+    cache: Path  # keeps copies of what is read from a URL
+
+    @property
+    def folder(self) -> Path:
+        return files.local(self.path, self.cache)
+
+    def manifest(self) -> Path:
+        return files.fetch(self.path, self.folder, "manifest.json")
+
+
+def plan(settings: Settings) -> Plan:
+    """What is to be done; fast: no model, no torch. Data, teacher and store are part of a run's identity."""
+    source, packing = corpus(settings)
+    teacher = store = None
+    digests = {"data": data.key(source, **packing)}
+    for role in ("student", "teacher"):
+        if stamp := files.stamp(settings[role]["name"]):
+            digests[f"{role}.name"] = stamp
+    if settings["teacher"]["size"] and source_of(settings) != "cotrained":
+        teacher = teacher_settings(settings)
+        digests["teacher"] = plan(teacher).run.name
+    if source_of(settings) == "offline":
+        of = [digests, stored_part(settings), settings["logits"]["seed"], settings["trainer"]["precision"]]
+        store = place(settings, files.digest_of(of)[:16], settings["logits"]["path"])
+        digests["store"] = store.key
+    run = Run(Path(settings["root"]), identity(conf.flat(settings), **digests))
+    if source_of(settings) == "none" and settings["record"]:
+        store = place(settings, files.digest_of([run.name, stored_part(settings)])[:16], settings["record"]["path"])
+    return Plan(run, teacher, store)
+
+
+def place(settings: Settings, key: str, path: str | None) -> Place:
+    """A store that is there already has the key that it was written with, whatever config reads it."""
+    cache = Path(settings["root"]) / "stores"
+    found = Place(path or str(cache / key), key, cache)
+    manifest = read_json(found.manifest())
+    return found._replace(key=manifest["key"]) if manifest else found
+
+
+def source_of(settings: Settings) -> str:
+    """none, online, cotrained or offline."""
+    return str(settings["logits"].get("_target_")).rpartition(".")[2]
+
+
+def kept_of(node: Settings) -> dict:
+    """A truncation as {"name": …, setting: value}, without what does not change which tokens are kept."""
+    settings = {k: v for k, v in node.items() if k not in ("_target_", "_partial_", "rest", "path")}
+    return {"name": node["_target_"].rpartition(".")[2], **settings}
+
+
+def stored_part(settings: Settings) -> dict:
+    """What the store keeps that these settings write."""
+    return kept_of(settings["record"] or settings["truncation"])
+
+
+def corpus(settings: Settings):
+    """The text, and how it is packed; a pretrained model brings its own tokenizer."""
+    node = settings["data"]
+    make = conf.load(node["_target_"], "data")
+    for name in node.keys() - {
+        "_target_",
+        *inspect.signature(make).parameters,
+        *inspect.signature(data.pack).parameters,
+    }:
+        raise UserError(f"data.{name}={node[name]}: no such option of this data.")
+    source = cached_corpus(make, **conf.checked(make, node, "data"))
+    packing = conf.checked(data.pack, node, "data")
+    if source.words and node["tokenizer"]:
+        raise UserError(f"data.tokenizer={node['tokenizer']}: this data has a vocabulary of its own; leave it out.")
+    if not source.words:
+        packing["tokenizer"] = tokenizer_name(settings)
+    return source, packing
+
+
+def tokenizer_name(settings: Settings) -> str | None:
+    """The pretrained tokenizer to use: the one asked for, else that of a pretrained model; None trains one."""
+    return settings["data"]["tokenizer"] or settings["student"]["name"] or settings["teacher"]["name"]
+
+
+@cache
+def cached_corpus(make, **arguments):
+    """A sweep asks for the same corpus once per run."""
+    return make(**arguments)
+
+
+def teacher_settings(settings: Settings) -> Settings:
+    """A teacher of a size is itself a run: language modelling with the defaults, whatever the student's settings are.
+
+    It is what `python train.py logits=none teacher=none student=SIZE trainer.steps=… lr.peak=… data=…` would be.
+    """
+    of = settings["teacher"]
+    typed = [f"student={of['size']}", "teacher=none", "logits=none", f"seed={of['seed']}", f"lr.peak={of['lr']}"]
+    typed += [f"trainer.{k}={of[k]}" for k in ("steps", "batch", "precision")] + [f"trainer.micro_batch={of['batch']}"]
+    made = resolve(hydra.compose("config", typed), typed)
+    packing = corpus(settings)[1]
+    made["data"] = settings["data"] | {"tokenizer": packing["tokenizer"]}
+    made["trainer"]["accelerator"] = settings["trainer"]["accelerator"]
+    return made | {k: settings[k] for k in ("root", "logger", "sweep")}

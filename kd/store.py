@@ -1,0 +1,343 @@
+"""Offline logits: what a teacher says of every row of some packed data, in a folder or under an fsspec URL.
+
+begun.json              what the store is of, written first
+shard-00000.safetensors rows of the data: token hashes, and per row its entries (kd/entries.py); of a full store the
+                        teacher's last hidden states, from which the output layer makes the whole distribution
+shard-00000.json        size and digest of the file of that name; there once it is whole, and never written again
+head.safetensors        the teacher's output layer
+validation.safetensors  the teacher's hidden states of the validation rows, so that measures are of whole distributions
+manifest.json           written last: the store is whole, and every file's size and digest
+
+python -m kd.store write [the words of train.py]   write the store that such a run with logits=offline would read
+python -m kd.store info|verify PATH                what it is; whether its bytes and numbers are right
+python -m kd.store merge PATH PART [PART …]        join what several machines wrote with part=1/2, part=2/2
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from functools import partial
+from operator import methodcaller
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import torch
+import xxhash
+from rich.table import Table
+from safetensors.torch import load_file
+from torch import Tensor
+
+from kd import files, logits, truncation
+from kd.data import Batch
+from kd.entries import Entries, from_bytes
+from kd.errors import UserError
+from kd.models import Head
+from kd.objective import Signal
+from kd.progress import console, end_with, track
+from kd.run import read_json
+from kd.target import Target
+
+FORMAT = 1
+FULL = {"name": "full"}
+
+
+def row_hash(ids: np.ndarray) -> int:
+    """Of the tokens [T] that a teacher reads, whatever integer type they are held in."""
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(ids, np.uint32).tobytes()) >> 1  # fits an int64
+
+
+def joined(rows: list[Tensor | bytes]) -> Tensor | Entries:
+    """Rows as they are in a shard: hidden states [B, T, D], or entries."""
+    return torch.stack(rows) if isinstance(rows[0], Tensor) else from_bytes(rows)
+
+
+def within(asked: dict, held: dict) -> bool:
+    """Whether all that one truncation keeps is in a store of another; both are {"name": …, setting: value}."""
+    kinds = held["name"], asked["name"]
+    if kinds[0] == "full":
+        return True
+    if "random" in kinds:
+        return kinds == ("random", "random") and asked["draws"] <= held["draws"]
+    # What a truncation does not limit, p or k, it asks for without limit.
+    return asked["name"] != "full" and all(asked.get(x, math.inf) <= held.get(x, math.inf) for x in "pk")
+
+
+class Store:
+    """A whole store, opened without reading more than its manifest; its files are checked when they are first touched.
+
+    path: folder or URL. cache: folder that keeps local copies of what is read from a URL.
+    """
+
+    def __init__(self, path: str | Path, cache: Path):
+        self.path, self.folder = str(path), files.local(path, cache)
+        self.words = "…"
+        try:
+            manifest = read_json(files.fetch(self.path, self.folder, "manifest.json"))
+        except UserError:
+            manifest = {}
+        if manifest is None:
+            raise UserError(
+                f"There is no store at {self.path}: it has no manifest.json, which is written last. To write it, or to "
+                "go on with writing it, type python -m kd.store write and the words of the run that reads it."
+            )
+        if manifest.pop("digest", None) != files.digest_of(manifest):
+            raise self._damaged("manifest.json", "it is not what was written")
+        self.manifest, self.of, self.words = manifest, manifest["of"], manifest["words"]
+        if self.of["format"] != FORMAT:
+            raise UserError(
+                f"{self.path} has format {self.of['format']}, and this version of kd reads format {FORMAT}. Write it "
+                f"again, elsewhere: python -m kd.store write logits.path=FOLDER {self.words}"
+            )
+        self.truncation, self.draws = self.of["truncation"], self.of["truncation"].get("draws")
+        self.shards = [name for name in manifest["files"] if name.startswith("shard-")]
+        self.first = np.array([manifest["files"][name].get("first", 0) for name in self.shards])
+        self._open: dict[str, _Shard] = {}
+        self._head: Head | None = None
+        if "://" not in self.path:
+            for name in manifest["files"]:
+                self._size(name)
+
+    def check(self, expected: dict) -> None:
+        """Raise UserError, naming the field, if the store is of something else; what is None on a side is not known."""
+        for field, value in expected.items():
+            held = self.of[field]
+            if field == "truncation" or None in (value, held) or value == held:
+                continue
+            raise UserError(
+                f"{self.path} is a store of something else: its {field} is {_say(held)}, and that of this config is "
+                f"{_say(value)}. Leave out logits.path, so that a store of this config is found or written, or give "
+                f"what the store was written with:\n  {self.words}"
+            )
+        if not within(expected["truncation"], self.truncation):
+            raise UserError(
+                f"{_say(expected['truncation'])} asks for more than {self.path} holds, which is "
+                f"{_say(self.truncation)}. Ask for a part of that, or have a store written that holds more: leave out "
+                "logits.path, and say what to keep with e.g. record=top_k record.k=100."
+            )
+
+    def verify(self) -> None:
+        """Digest all files; raises UserError, naming the file, at the first that is not what was written."""
+        for name in track(self.manifest["files"], "checking the store"):
+            self._file(name)
+
+    def pick(self, window: tuple[float, float] | None) -> np.ndarray | None:
+        """The rows there are, ascending; None for all of the data. window: share of the teacher's training to read.
+
+        Raises UserError for a window of a store that was not recorded in training, or with no row in it.
+        """
+        if "steps" not in self.manifest:
+            if window is not None:
+                raise UserError(
+                    f"logits.window={list(window)}: {self.path} was written by a finished teacher and covers no window "
+                    "of its training. Leave it out, or take a store made with record=… on a teacher's own run."
+                )
+            return None
+        low, high = (share * self.manifest["steps"] for share in window or (0, 1))
+        rows, places = [], []
+        for number, name in enumerate(self.shards):
+            begin, end = self.manifest["files"][name]["steps"]
+            if begin < high and end > low:
+                shard = self._shard(name)
+                chosen = np.flatnonzero((shard.steps >= low) & (shard.steps < high))
+                rows.append(shard.rows[chosen])
+                places.append(np.stack([np.full(len(chosen), number), chosen], 1))
+        if not rows or not sum(map(len, rows)):
+            raise UserError(f"logits.window={list(window)}: no step of the teacher's training is in it.")
+        # A row that was trained on more than once counts as the teacher last said it.
+        everything, where = np.concatenate(rows)[::-1], np.concatenate(places)[::-1]
+        self._rows, first = np.unique(everything, return_index=True)
+        self._places = where[first]
+        return self._rows
+
+    def read(self, index: np.ndarray, ids: np.ndarray) -> Tensor | Entries:
+        """Entries, or hidden states [B, T, D] of a full store, of rows index [B] whose tokens are ids [B, T].
+
+        Raises UserError if the store was written for other tokens.
+        """
+        found = []
+        for row, tokens in zip(index, ids, strict=True):
+            name, place = self._place(int(row))
+            shard = self._shard(name)
+            if shard.hashes[place] != row_hash(tokens):
+                raise self._other_tokens(int(row))
+            found.append(shard.row(place))
+        return joined(found)
+
+    def source(self, batch: Batch, kept: Tensor) -> Signal:
+        """The stored signal of a batch; see kd/logits.py."""
+        label, seed = batch.labels[kept], batch.seed[kept]
+        if self.truncation == FULL:
+            return logits.Projection(self.head.to(label.device), batch.stored[kept], label, seed)
+        positions = batch.stored.at(kept)
+        return lambda rows: positions.target(rows, label[rows], seed[rows], self.draws)
+
+    def reference(self, batch: Batch, kept: Tensor) -> Signal:
+        """Whole distributions over validation rows, to measure against."""
+        shard = self._shard("validation.safetensors")
+        for row, ids in zip(batch.row.tolist(), batch.ids.cpu().numpy(), strict=True):
+            if shard.hashes[row] != row_hash(ids):
+                raise self._other_tokens(row, "validation ")
+        hidden = torch.stack([shard.row(row) for row in batch.row.tolist()]).to(batch.ids.device)
+        return logits.Projection(self.head.to(hidden.device), hidden[kept], batch.labels[kept], batch.seed[kept])
+
+    @property
+    def head(self) -> Head:
+        """The teacher's output layer."""
+        if self._head is None:
+            weights = {k: v.float() for k, v in load_file(self._file("head.safetensors")).items()}
+            vocab, width = weights["weight"].shape
+            output = torch.nn.Linear(width, vocab, bias="bias" in weights, device="meta")
+            output.load_state_dict(weights, assign=True)
+            self._head = Head(output.requires_grad_(False), vocab, **self.manifest["head"])
+        return self._head
+
+    def as_asked(self, asked: dict, function: Callable[[Target], Target]) -> Callable[[Target], Target]:
+        """The truncation that makes of a stored target what `asked` names; `function` makes it of a whole one."""
+        rest = getattr(function, "keywords", {}).get("rest", False)
+        if self.truncation == FULL:
+            return function
+        if asked == self.truncation:  # cut already, by exact probabilities
+            return methodcaller("cut", rest)
+        if self.draws:
+            return partial(truncation.fewer, self.draws, asked["draws"])
+        return function
+
+    def _place(self, row: int) -> tuple[str, int]:
+        if "steps" in self.manifest:
+            number, place = self._places[np.searchsorted(self._rows, row)]
+            return self.shards[number], place
+        number = int(np.searchsorted(self.first, row, side="right")) - 1
+        return self.shards[number], row - int(self.first[number])
+
+    def _shard(self, name: str) -> _Shard:
+        if name not in self._open:
+            self._open[name] = _Shard(self._file(name))
+        return self._open[name]
+
+    def _file(self, name: str) -> Path:
+        """Where a file is on this machine, after a look at its bytes."""
+        path = files.fetch(self.path, self.folder, name)
+        self._size(name)
+        if files.digest(path) != self.manifest["files"][name]["digest"]:
+            if "://" in self.path:
+                path.unlink()
+            raise self._damaged(name, "its bytes are not those that were written")
+        return path
+
+    def _size(self, name: str) -> None:
+        path, expected = self.folder / name, self.manifest["files"][name]["size"]
+        size = path.stat().st_size if path.exists() else None
+        if size != expected:
+            raise self._damaged(name, "it is gone" if size is None else f"it has {size:,} bytes of {expected:,}")
+
+    def _damaged(self, name: str, why: str) -> UserError:
+        stem = name.partition(".")[0]
+        gone = " ".join(str(self.folder / n) for n in dict.fromkeys(("manifest.json", f"{stem}.json", name)))
+        mend = f"write that file anew, and no other:\n  rm -f {gone}\n  python -m kd.store write {self.words}"
+        if "://" in self.path or (self.words != "…" and "steps" in self.manifest):
+            mend = "copy that file again from where it came: it cannot be made again here."
+        return UserError(f"{self.path}/{name} is damaged: {why}. To mend it, {mend}")
+
+    def _other_tokens(self, row: int, part: str = "") -> UserError:
+        return UserError(
+            f"{self.path} was written for other tokens: those of {part}row {row} differ from this data's. Use the data "
+            "that it was written with, or leave out logits.path to have a store of this data written."
+        )
+
+
+class _Shard:
+    """One file of rows, mapped."""
+
+    def __init__(self, path: Path):
+        self.file = safetensors.safe_open(path, framework="pt")
+        names = set(self.file.keys())
+        small = {n: self.file.get_tensor(n).numpy() for n in names - {"hidden", "entries"}}
+        self.hashes, self.offset = small["hash"], small.get("offset")
+        self.rows, self.steps = small.get("row"), small.get("step")
+        self.body = self.file.get_slice("entries" if "entries" in names else "hidden")
+
+    def row(self, place: int) -> Tensor | bytes:
+        """Hidden states [T, D], or compressed entries."""
+        if self.offset is None:
+            return self.body[place]
+        return self.body[int(self.offset[place]) : int(self.offset[place + 1])].numpy().tobytes()
+
+
+def _say(value) -> str:
+    """A field of a store, for people: top_k k=50."""
+    if not isinstance(value, dict):
+        return str(value)
+    return " ".join([str(value.get("name", "")), *(f"{k}={v}" for k, v in value.items() if k != "name")]).strip()
+
+
+def info(store: Store) -> Table:
+    """What a store is, on one screen."""
+    m, of = store.manifest, store.of
+    tokens = m["count"] * m["seq_len"]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    recorded = f", recorded over {m['steps']:,} steps of its training" if "steps" in m else ""
+    rows = {
+        "teacher": f"{of['teacher']}{recorded}",
+        "holds": f"{_say(store.truncation)}, computed in {of['precision']}",
+        "of": f"{m['count']:,} rows of {m['seq_len']} tokens, {tokens:,} in all; vocabulary {m['vocab']:,}",
+    }
+    if store.truncation != FULL:
+        rows["each position"] = f"{m['entries'] / tokens:.1f} entries, {m['mass'] / tokens:.4f} of the probability"
+    rest = sum(file["size"] for name, file in m["files"].items() if not name.startswith("shard-"))
+    rows |= {
+        "size": f"{files.amount(m['size'])} in {len(store.shards)} shards, {m['size'] / tokens:.1f} bytes per token",
+        "beside": f"{files.amount(rest)} of output layer and {m['validation']} validation rows, stored whole",
+        "written with": store.words,
+        "at": store.path,
+    }
+    for name, value in rows.items():
+        table.add_row(f"[dim]{name}[/]", value)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m kd.store", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    about = "write the store that python train.py logits=offline WORDS would read; run it in several processes to share"
+    write = commands.add_parser("write", help=about, description=about)
+    write.add_argument("words", nargs="*", help="as for train.py, and part=1/2 to write one of two machines' shares")
+    for name, help_ in (
+        ("info", "what a store is, on one screen"),
+        ("verify", "digest every file, and compare some rows with the teacher if it is at hand"),
+    ):
+        command = commands.add_parser(name, help=help_, description=help_)
+        command.add_argument("path", help="folder or URL")
+        command.add_argument("--root", default="runs", help="where runs and packed data are (runs)")
+    merge = commands.add_parser("merge", help="join in PATH what several machines wrote")
+    merge.add_argument("path")
+    merge.add_argument("part", nargs="+")
+    given = parser.parse_args()
+    from kd import writer
+
+    try:
+        if given.command == "write":
+            import train
+
+            store = train.write_store(given.words)
+        elif given.command == "merge":
+            writer.merge(Path(given.path), [Path(p) for p in given.part])
+            store = Store(given.path, Path())
+        else:
+            store = Store(given.path, Path(given.root) / "stores")
+        if given.command == "verify":
+            store.verify()
+            console.print(f"All {len(store.manifest['files'])} files are what was written.")
+            import train
+
+            console.print(train.compare_with_teacher(store, given.root), soft_wrap=True)
+        elif store:
+            console.print(info(store))
+    except (UserError, PermissionError) as error:
+        end_with(error)
+
+
+if __name__ == "__main__":
+    main()

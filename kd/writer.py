@@ -1,0 +1,333 @@
+"""How a store comes to be: written by a finished teacher, shard by shard, or recorded while a teacher trains.
+
+Every file is written to a temporary name and renamed, then a note with its size and digest beside it; the manifest
+comes last. A shard that has its note is never written again, so a killed writer goes on where it was, and several
+writers share the work by taking shards that no other holds.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+import fsspec
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kd import files
+from kd.data import Batch, Packed, to_batch
+from kd.entries import Entries, Positions, encode, to_bytes
+from kd.errors import UserError
+from kd.logits import Projection, online
+from kd.models import Causal
+from kd.objective import chunks, fitting
+from kd.progress import Steps, clock, console, track
+from kd.run import read_json
+from kd.store import joined, row_hash
+from kd.target import Target
+
+SHARD_TOKENS, SHARD_BYTES = 1 << 20, 1 << 28  # a shard holds at most so many positions, or bytes of hidden states
+SHARDS = 8  # at least so many where there are rows enough, so that a killed writer loses little
+
+
+class Rows:
+    """Rows of a shard to be, in memory."""
+
+    def __init__(self):
+        self.hashes: list[int] = []
+        self.bodies: list[Tensor | bytes] = []
+        self.rows: list[int] = []
+        self.steps: list[int] = []
+        self.entries, self.mass = 0, 0.0
+
+    def add(self, ids: np.ndarray, hidden: Tensor) -> None:
+        """Rows ids [B, T] and the teacher's last hidden states [B, T, D]."""
+        self.hashes += map(row_hash, ids)
+        self.bodies += hidden.cpu()
+
+    def add_entries(self, ids: np.ndarray, pieces: list[Positions]) -> None:
+        """Rows ids [B, T] and what is kept of their positions, in order."""
+        self.hashes += map(row_hash, ids)
+        columns = ("count", "odds", "gap", "code")
+        count, odds, gap, code = (torch.cat([getattr(p, c) for p in pieces]).cpu().numpy() for c in columns)
+        self.entries += len(gap)
+        self.mass += float(torch.from_numpy(odds).double().sigmoid().sum())
+        count, odds = count.reshape(ids.shape), odds.reshape(ids.shape)
+        ends = count.sum(1).cumsum()
+        for row, (start, end) in enumerate(zip([0, *ends], ends)):
+            self.bodies.append(to_bytes(count[row], odds[row], gap[start:end], code[start:end]))
+
+    @property
+    def bytes(self) -> int:
+        return sum(b.nbytes if isinstance(b, Tensor) else len(b) for b in self.bodies)
+
+    def all(self) -> Tensor | Entries:
+        """What a store would read."""
+        return joined(self.bodies)
+
+    def save(self, folder: Path, name: str, **note) -> None:
+        """As NAME.safetensors with a note."""
+        tensors = {"hash": torch.tensor(self.hashes)}
+        if self.rows:
+            tensors |= {"row": torch.tensor(self.rows), "step": torch.tensor(self.steps)}
+        if isinstance(self.bodies[0], Tensor):
+            tensors["hidden"] = torch.stack(self.bodies)
+        else:
+            tensors["offset"] = torch.tensor([0, *map(len, self.bodies)]).cumsum(0)
+            tensors["entries"] = torch.frombuffer(bytearray(b"".join(self.bodies)), dtype=torch.uint8)
+        _save(tensors, folder, name, count=len(self.hashes), entries=self.entries, mass=self.mass, **note)
+
+
+def _save(tensors: dict[str, Tensor], folder: Path, name: str, **note) -> None:
+    """NAME.safetensors, and then NAME.json, which says that it is whole."""
+    with files.atomic(folder / f"{name}.safetensors") as temporary:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+        note |= {"size": temporary.stat().st_size, "digest": files.digest(temporary)}
+    files.write_json(folder / f"{name}.json", note)
+
+
+def begin(folder: Path, of: dict, **about) -> None:
+    """Say in `folder` what the store is to be; raises UserError if it holds the beginning of another one."""
+    begun = read_json(folder / "begun.json")
+    if begun is None:
+        files.write_json(folder / "begun.json", {"of": of, **about})
+    elif begun["of"] != of:
+        begun = begun["of"]
+        field = next(f for f in of if begun.get(f) != of[f])
+        raise UserError(
+            f"{folder} holds the beginning of another store: its {field} is {begun.get(field)}, and here it is "
+            f"{of[field]}. Choose another place, or remove it:\n  rm -r {folder}"
+        )
+
+
+def commit(folder: Path, of: dict, about: dict) -> None:
+    """Write the manifest, which makes the store whole."""
+    notes = {f"{p.stem}.safetensors": read_json(p) for p in sorted(folder.glob("*.json"))}
+    notes = {name: note for name, note in notes.items() if note and "digest" in note and name != "manifest.safetensors"}
+    shards = [note for name, note in notes.items() if name.startswith("shard-")]
+    sums = {key: sum(note[key] for note in shards) for key in ("count", "entries", "mass", "size")}
+    manifest = {"of": of, **about, **sums, "files": notes}
+    files.write_json(folder / "manifest.json", manifest | {"digest": files.digest_of(manifest)})
+
+
+class Teacher:
+    """A finished teacher, asked row by row for what a store of it holds.
+
+    keep: what to keep of a target, leaving its probabilities true; None to keep hidden states, from which the output
+    layer makes all of it.
+    """
+
+    def __init__(self, model: Causal, of: dict, keep: Callable[[Target], Target] | None):
+        self.model, self.of, self.keep = model.eval(), of, keep
+        self.device = next(model.parameters()).device
+        # Hidden states in the precision that the output layer computes with lose nothing.
+        self.dtype = torch.bfloat16 if of["precision"] == "bf16" else torch.float32
+
+    def signal(self, table: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, Projection]:
+        """Tokens [B, T] of rows `index` of the data, and what the teacher says of all their positions."""
+        # Seeds by row, so that draws depend neither on the batch nor on the shard.
+        shape, first = table.shape[1] - 1, self.of["seed"] or 0
+        seed = np.stack([np.random.default_rng([first, int(row)]).integers(0, 2**62, shape) for row in index])
+        cpu = to_batch(table[index], index, seed)
+        batch = Batch(*(x.to(self.device) for x in cpu[:4]))
+        return cpu.ids.numpy(), online(self.model)(batch, torch.ones_like(batch.ids, dtype=torch.bool))
+
+    def computing(self):
+        """The precision that the store is to be computed in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    @torch.inference_mode()
+    def answer(self, table: np.ndarray, index: np.ndarray, out: Rows, whole: bool = False) -> None:
+        """Put into `out` what the teacher says of rows `index` of the data; whole: as hidden states."""
+        with self.computing():
+            ids, signal = self.signal(table, index)
+            if whole or self.keep is None:
+                out.add(ids, signal.hidden.view(*ids.shape, -1).to(self.dtype))
+            else:
+                draws, size = self.of["truncation"].get("draws"), fitting(self.model.head)
+                out.add_entries(ids, [encode(self.keep(signal(rows)), draws) for rows in chunks(ids.size, size)])
+
+    def validation(self, folder: Path, rows: np.ndarray, batch: int) -> None:
+        """The output layer, and hidden states of the validation rows."""
+        weights = {k: v[: self.model.head.vocab].to(self.dtype) for k, v in self.model.head.output.state_dict().items()}
+        _save(weights, folder, "head")
+        out = Rows()
+        for part in chunks(len(rows), batch):
+            self.answer(rows, np.arange(part.start, part.stop), out, whole=True)
+        out.save(folder, "validation")
+
+
+def write(
+    folder: Path, of: dict, about: dict, packed: Packed, teacher: Teacher, batch: int, part: tuple[int, int] = (1, 1)
+) -> None:
+    """Write what is missing of the store that `of` describes, together with whatever other process does the same.
+
+    batch: rows per forward pass. part: which of how many machines that do not share a disk; with more than one there
+    is no manifest before merge(). Raises UserError if there is no room.
+    """
+    shards = _cut(*packed.train.shape, teacher)
+    begin(folder, of, about=about, shards=list(shards))
+    mine = dict(list(shards.items())[part[0] - 1 :: part[1]])
+    left = {name: rows for name, rows in mine.items() if not (folder / f"{name}.json").exists()}
+    if left:
+        _announce(folder, teacher, packed.train, batch, sum(map(len, left.values())))
+    progress = Steps(f"store of {of['teacher']}", sum(map(len, left.values())), 0, "row")
+    done = 0
+
+    def make(name: str) -> None:
+        nonlocal done
+        files.clear(folder, f"{name}*")
+        if name == "validation":
+            return teacher.validation(folder, packed.val, batch)
+        out = Rows()
+        for piece in chunks(len(left[name]), batch):
+            teacher.answer(packed.train, np.array(left[name][piece]), out)
+            done += piece.stop - piece.start
+            progress.update(done, done * (packed.train.shape[1] - 1))
+        out.save(folder, name, first=left[name].start)
+
+    try:
+        # First what no other process holds; then wait for the others, and do what a dead one has left.
+        for wait in (False, True):
+            for name in [*(["validation"] if part[0] == 1 else []), *left]:
+                with _claim(folder / f".{name}.lock", wait) as held:
+                    if held and not (folder / f"{name}.json").exists():
+                        make(name)
+    finally:
+        progress.stop()
+    if part[1] == 1:
+        commit(folder, of, about)
+        for lock in folder.glob(".*.lock"):
+            lock.unlink(missing_ok=True)
+
+
+def _cut(rows: int, size: int, teacher: Teacher) -> dict[str, range]:
+    """Which rows form which shard: of the data and the teacher alone, so that all writers cut alike."""
+    most = SHARD_TOKENS // size
+    if teacher.keep is None:
+        most = SHARD_BYTES // (4 * size * teacher.model.head.output.weight.shape[1])
+    each = max(1, min(most, -(-rows // SHARDS)))
+    starts = range(0, rows, each)
+    return {f"shard-{number:05}": range(first, min(first + each, rows)) for number, first in enumerate(starts)}
+
+
+def _announce(folder: Path, teacher: Teacher, table: np.ndarray, batch: int, rows: int) -> None:
+    """Say what is to be written and how long it takes, by the example of one batch; raises UserError without room."""
+    for _ in range(2):  # the first forward pass is slower
+        out, started = Rows(), time.monotonic()
+        teacher.answer(table, np.arange(min(batch, len(table))), out)
+    share = rows / len(out.bodies)
+    size, free = out.bytes * share, shutil.disk_usage(folder).free
+    tokens = rows * (table.shape[1] - 1)
+    say = (
+        f"{tokens:,} tokens at about {size / tokens:,.0f} bytes each, {files.amount(size)} in all; "
+        f"{files.amount(free)} are free in {folder}"
+    )
+    if 1.1 * size > free:
+        raise UserError(
+            f"No room for the store: {say}. Keep less of each position (e.g. record=top_k record.k=20), take less text "
+            "(data.tokens=…), or choose another disk with logits.path=…"
+        )
+    console.print(f"Writing {say}; {clock((time.monotonic() - started) * share)} if no one helps.", soft_wrap=True)
+
+
+@contextmanager
+def _claim(path: Path, wait: bool) -> Iterator[bool]:
+    """Whether this process, and no other, holds the lock."""
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except filelock.Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def merge(folder: Path, parts: list[Path]) -> None:
+    """Join in `folder` what several machines wrote.
+
+    Raises UserError if the parts are not of one store, if one is damaged, or if a shard is missing.
+    """
+    begun = {part: read_json(part / "begun.json") for part in parts}
+    for part, of in begun.items():
+        if of is None:
+            raise UserError(f"{part} is no part of a store: it has no begun.json.")
+        begin(folder, **of)
+    notes = {}
+    for part in parts:
+        for path in sorted(part.glob("*.json")):
+            note = read_json(path)
+            if "digest" in note and path.stem != "manifest":
+                notes[path.stem] = (part, note)
+    missing = [name for name in ("head", "validation", *begun[parts[0]]["shards"]) if name not in notes]
+    if missing:
+        raise UserError(f"{len(missing)} files are in none of the parts, {missing[0]}.safetensors among them.")
+    for name, (part, note) in track(notes.items(), "merging"):
+        source = part / f"{name}.safetensors"
+        with files.atomic(folder / source.name) as temporary:
+            shutil.copyfile(source, temporary)
+            if files.digest(temporary) != note["digest"]:
+                raise UserError(f"{source} is damaged: its bytes are not those that were written. Copy it again.")
+        files.write_json(folder / f"{name}.json", note)
+    commit(folder, begun[parts[0]]["of"], begun[parts[0]]["about"])
+
+
+def upload(folder: Path, url: str) -> None:
+    """Copy a whole store to a URL, the manifest last."""
+    system, root = fsspec.core.url_to_fs(url)
+    system.makedirs(root, exist_ok=True)
+    names = [*read_json(folder / "manifest.json")["files"], "manifest.json"]
+    for name in track(names, f"copying to {url}"):
+        system.put_file(str(folder / name), f"{root}/{name}")
+
+
+class Recorder:
+    """Stores what a model in training says of each batch, from the logits of its own training step.
+
+    Shards end where checkpoints are made, so that a resumed run goes on with whole ones.
+    """
+
+    def __init__(self, folder: Path, of: dict, about: dict, keep: Callable[[Target], Target], step: int):
+        self.folder, self.of, self.about, self.keep = folder, of, about, keep
+        begin(folder, of)
+        (folder / "manifest.json").unlink(missing_ok=True)
+        for path in folder.glob("shard-*.json"):  # what was recorded after the checkpoint is recorded again
+            if read_json(path)["steps"][0] >= step:
+                path.unlink()
+        self.begun = step
+        self.pieces: list[Positions] = []
+        self.out = Rows()
+
+    def observe(self, seed: Tensor, rows: slice, logits: Tensor) -> None:
+        """Logits [n, V] of the positions `rows` of a batch, whose random numbers are seed [N]."""
+        # No truncation looks at the label.
+        target = Target(seed[rows], logits.float().log_softmax(-1), seed=seed[rows])
+        self.pieces.append(encode(self.keep(target), self.of["truncation"].get("draws")))
+
+    def batch(self, batch: Batch, step: int) -> None:
+        """All positions of `batch` have been observed, in optimizer step `step`."""
+        self.out.add_entries(batch.ids.cpu().numpy(), self.pieces)
+        self.pieces = []
+        self.out.rows += batch.row.tolist()
+        self.out.steps += [step] * len(batch.row)
+
+    def flush(self, step: int) -> None:
+        """Write what was recorded before `step`."""
+        if self.out.bodies:
+            self.out.save(self.folder, f"shard-{self.begun:08}", steps=[self.begun, step])
+        self.begun, self.out = step, Rows()
+
+    def finish(self, model: Causal, validation: np.ndarray, batch: int, steps: int) -> None:
+        """Write the rest, and what the trained model says of the validation rows."""
+        self.flush(steps)
+        Teacher(model, self.of, self.keep).validation(self.folder, validation, batch)
+        commit(self.folder, self.of, self.about | {"steps": steps})
