@@ -135,6 +135,17 @@ def _fits(value, hint) -> bool:
     return False
 
 
+def typed(value) -> str:
+    """A value as Hydra reads it after `name=`."""
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return f"[{','.join(map(typed, value))}]"
+    if isinstance(value, str) and not re.fullmatch(r"[\w./:+-]+", value):
+        return "'{}'".format(value.replace("\\", "\\\\").replace("'", "\\'"))
+    return str(value)
+
+
 def _got(value) -> str:
     whole = isinstance(value, float) and value.is_integer()
     return f"{type(value).__name__}{f': type {int(value):_}' if whole else ''}"

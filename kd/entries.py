@@ -20,6 +20,7 @@ from torch.nn.functional import logsigmoid
 from kd.target import Target
 
 STEP = 1 / 32  # nats; rounding to it costs at most STEP² / 8 = 1.2e-4 nats of KL, in the mean about a fifth of that
+MOST_DRAWS = 2**15 - 1
 FLAT = ChunkConfig()
 
 

@@ -124,19 +124,24 @@ def local(path: str | Path, cache: Path) -> Path:
 def fetch(path: str, folder: Path, name: str) -> Path:
     """Where file `name` of a folder or URL is on this machine, copied if need be; it may not exist.
 
-    A manifest is always copied anew. Raises UserError if a URL cannot be read.
+    A manifest is always copied anew, beside one that was written here. Raises UserError if a URL cannot be read.
     """
-    if "://" in path and (name == "manifest.json" or not (folder / name).exists()):
+    if "://" not in path:
+        return folder / name
+    copy = folder / ("fetched.json" if name == "manifest.json" else name)
+    if name == "manifest.json" or not copy.exists():
         try:
             import fsspec
 
             system, root = fsspec.core.url_to_fs(path)
             if system.exists(f"{root}/{name}"):
-                with atomic(folder / name) as temporary:
+                with atomic(copy) as temporary:
                     system.get_file(f"{root}/{name}", str(temporary))
+            elif name == "manifest.json":
+                copy.unlink(missing_ok=True)
         except (ImportError, ValueError, OSError) as error:
             raise UserError(f"{path}/{name} could not be read: {error}") from error
-    return folder / name
+    return copy
 
 
 def _sync(path: Path) -> None:

@@ -13,11 +13,12 @@ import torch
 from omegaconf import OmegaConf
 
 from kd import config as conf
-from kd import data, files, models, writer
+from kd import data, files, logits, models, writer
+from kd.entries import MOST_DRAWS
 from kd.errors import UserError
 from kd.models import Causal
 from kd.objective import chunks
-from kd.plan import Settings, kept_of, plan, stored_part
+from kd.plan import Settings, corpus, kept_of, plan, source_of, stored_part
 from kd.run import Run, model_name, redacted
 from kd.store import FORMAT, Store, within
 from kd.target import Target
@@ -36,6 +37,8 @@ def described(settings: Settings, packed: data.Packed) -> dict:
     elif name and Path(name).is_dir():
         weights = {p.name: files.digest(p) for p in sorted(Path(name).glob("*.safetensors"))}
     part = stored_part(settings)
+    if part.get("draws", 0) > MOST_DRAWS:
+        raise UserError(f"draws={part['draws']}: a store counts at most {MOST_DRAWS:,} draws per position; take fewer.")
     return {
         "format": FORMAT, "teacher": called, "weights": weights,
         "tokenizer": files.digest_of([v for k, v in sorted(packed.digests.items()) if k.startswith("tokenizer/")]),
@@ -62,15 +65,18 @@ def words_of(settings: Settings) -> str:
     typed += [f"teacher={teacher['size'] or ('hub' if teacher['name'] else 'none')}"]
     usual = conf.flat(OmegaConf.to_container(hydra.compose("config", ["logits=offline", *typed])))
     own = conf.flat(settings) | {f"record.{k}": v for k, v in part.items()}
+    if (tokenizer := corpus(settings)[1]["tokenizer"]) != teacher["name"]:  # a pretrained student's
+        own["data.tokenizer"] = tokenizer
     groups = ("data.", "teacher.", "record.", "logits.seed", "trainer.precision")
     own = {k: v for k, v in own.items() if k.startswith(groups) and k in usual and v != usual[k]}
-    typed += [f"{k}={v}" for k, v in own.items() if k != "record.path"]
+    typed += [f"{k}={conf.typed(v)}" for k, v in own.items() if k != "record.path"]
     return shlex.join(typed)
 
 
 def opened(settings: Settings, packed: data.Packed) -> Store | None:
     """The store of a run with logits=offline, if it is there; raises UserError if it is not what the run needs."""
     where, of, asked = plan(settings).store, described(settings, packed), kept_of(settings["truncation"])
+    window = logits.share(settings["logits"]["window"])
     if where.manifest().exists():
         found = Store(where.path, where.cache)
         found.check({k: v for k, v in of.items() if k != "precision"} | {"truncation": asked})
@@ -79,6 +85,11 @@ def opened(settings: Settings, packed: data.Packed) -> Store | None:
         raise UserError(
             f"truncation={asked['name']} asks for more than record={of['truncation']['name']} would have the store "
             "hold. Record more, or leave record out to store just what is asked for."
+        )
+    if window is not None:
+        raise UserError(
+            f"logits.window={settings['logits']['window']}: there is no store at {where.path}, and one that is written "
+            "now, by a finished teacher, covers no window of its training. Leave it out, or give logits.path=…"
         )
     return None
 
@@ -113,7 +124,7 @@ def write(settings: Settings, packed: data.Packed, keep: Keep, model: Causal, pa
 def recorder(settings: Settings, packed: data.Packed, keep: Keep, model: Causal, start: int) -> Recorder | None:
     """What stores the logits of a model in training, from step `start` on, if settings ask for that."""
     run, _, where = plan(settings)
-    if settings["record"] is None or where is None:
+    if source_of(settings) != "none" or where is None:
         return None
     of = described(settings, packed) | {"teacher": run.name, "weights": None}
     return Recorder(where.folder, of, about_store(settings, packed, model, where.key), keep, start)

@@ -99,7 +99,8 @@ def plan(settings: Settings) -> Plan:
         teacher = teacher_settings(settings)
         digests["teacher"] = plan(teacher).run.name
     if source_of(settings) == "offline":
-        of = [digests, stored_part(settings), settings["logits"]["seed"], settings["trainer"]["precision"]]
+        of = [{k: v for k, v in digests.items() if k != "student.name"}]
+        of += [stored_part(settings), settings["logits"]["seed"], settings["trainer"]["precision"]]
         store = place(settings, files.digest_of(of)[:16], settings["logits"]["path"])
         digests["store"] = store.key
     run = Run(Path(settings["root"]), identity(conf.flat(settings), **digests))
@@ -112,8 +113,11 @@ def place(settings: Settings, key: str, path: str | None) -> Place:
     """A store that is there already has the key that it was written with, whatever config reads it."""
     cache = Path(settings["root"]) / "stores"
     found = Place(path or str(cache / key), key, cache)
-    manifest = read_json(found.manifest())
-    return found._replace(key=manifest["key"]) if manifest else found
+    try:
+        manifest = read_json(found.manifest()) or {}
+    except UserError:  # damaged: said by who opens it, with what mends it
+        manifest = {}
+    return found._replace(key=str(manifest.get("key", key)))
 
 
 def source_of(settings: Settings) -> str:

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import shlex
 from collections.abc import Callable
 from functools import partial
 from operator import methodcaller
@@ -30,6 +32,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kd import config as conf
 from kd import files, logits, truncation
 from kd.data import Batch
 from kd.entries import Entries, from_bytes
@@ -72,16 +75,17 @@ class Store:
     """
 
     def __init__(self, path: str | Path, cache: Path):
-        self.path, self.folder = str(path), files.local(path, cache)
-        self.words = "…"
+        self.path, self.folder, self.cache = str(path), files.local(path, cache), Path(cache)
+        self.manifest = _begun(self.folder)
+        copy = files.fetch(self.path, self.folder, "manifest.json")
         try:
-            manifest = read_json(files.fetch(self.path, self.folder, "manifest.json"))
+            manifest = read_json(copy)
         except UserError:
             manifest = {}
         if manifest is None:
             raise UserError(
                 f"There is no store at {self.path}: it has no manifest.json, which is written last. To write it, or to "
-                "go on with writing it, type python -m kd.store write and the words of the run that reads it."
+                f"go on with writing it, type\n  {self._command()}"
             )
         if manifest.pop("digest", None) != files.digest_of(manifest):
             raise self._damaged("manifest.json", "it is not what was written")
@@ -89,7 +93,7 @@ class Store:
         if self.of["format"] != FORMAT:
             raise UserError(
                 f"{self.path} has format {self.of['format']}, and this version of kd reads format {FORMAT}. Write it "
-                f"again, elsewhere: python -m kd.store write logits.path=FOLDER {self.words}"
+                f"again, elsewhere:\n  python -m kd.store write {self.words} logits.path=FOLDER"
             )
         self.truncation, self.draws = self.of["truncation"], self.of["truncation"].get("draws")
         self.shards = [name for name in manifest["files"] if name.startswith("shard-")]
@@ -102,14 +106,16 @@ class Store:
 
     def check(self, expected: dict) -> None:
         """Raise UserError, naming the field, if the store is of something else; what is None on a side is not known."""
-        for field, value in expected.items():
-            held = self.of[field]
-            if field == "truncation" or None in (value, held) or value == held:
-                continue
+        pairs = {f: (self.of[f], value) for f, value in expected.items() if f != "truncation"}
+        differing = [
+            f"its {field} is {_say(held)}, and here it is {_say(value)}"
+            for field, (held, value) in pairs.items()
+            if None not in (held, value) and held != value
+        ]
+        if differing:
             raise UserError(
-                f"{self.path} is a store of something else: its {field} is {_say(held)}, and that of this config is "
-                f"{_say(value)}. Leave out logits.path, so that a store of this config is found or written, or give "
-                f"what the store was written with:\n  {self.words}"
+                f"{self.path} is a store of something else: {'; '.join(differing)}. Leave out logits.path, so that a "
+                f"store of this config is found or written, or give what it was written with:\n  {self.words}"
             )
         if not within(expected["truncation"], self.truncation):
             raise UserError(
@@ -222,8 +228,6 @@ class Store:
         path = files.fetch(self.path, self.folder, name)
         self._size(name)
         if files.digest(path) != self.manifest["files"][name]["digest"]:
-            if "://" in self.path:
-                path.unlink()
             raise self._damaged(name, "its bytes are not those that were written")
         return path
 
@@ -234,18 +238,39 @@ class Store:
             raise self._damaged(name, "it is gone" if size is None else f"it has {size:,} bytes of {expected:,}")
 
     def _damaged(self, name: str, why: str) -> UserError:
+        if "://" in self.path:
+            (self.folder / name).unlink(missing_ok=True)  # the copy, so that the next one is read anew
         stem = name.partition(".")[0]
-        gone = " ".join(str(self.folder / n) for n in dict.fromkeys(("manifest.json", f"{stem}.json", name)))
-        mend = f"write that file anew, and no other:\n  rm -f {gone}\n  python -m kd.store write {self.words}"
-        if "://" in self.path or (self.words != "…" and "steps" in self.manifest):
+        gone = shlex.join(str(self.folder / n) for n in dict.fromkeys(("manifest.json", f"{stem}.json", name)))
+        mend = f"write that file anew, and no other:\n  rm -f {gone}\n  {self._command()}"
+        if "://" in self.path or "words" not in self.manifest or "steps" in self.manifest:
             mend = "copy that file again from where it came: it cannot be made again here."
         return UserError(f"{self.path}/{name} is damaged: {why}. To mend it, {mend}")
+
+    def _command(self) -> str:
+        """What writes this store, here."""
+        if "words" not in self.manifest:
+            return "python -m kd.store write and the words of the run that reads it"
+        words = [self.manifest["words"]]
+        if self.folder != self.cache / self.manifest.get("key", ""):
+            words.append(shlex.quote(f"logits.path={conf.typed(self.path)}"))
+        if str(self.cache.parent) != os.environ.get("KD_ROOT", "runs"):
+            words.append(shlex.quote(f"root={conf.typed(str(self.cache.parent))}"))
+        return f"python -m kd.store write {' '.join(words)}"
 
     def _other_tokens(self, row: int, part: str = "") -> UserError:
         return UserError(
             f"{self.path} was written for other tokens: those of {part}row {row} differ from this data's. Use the data "
             "that it was written with, or leave out logits.path to have a store of this data written."
         )
+
+
+def _begun(folder: Path) -> dict:
+    """What is known of a store before its manifest is there."""
+    try:
+        return (read_json(folder / "begun.json") or {}).get("about", {})
+    except UserError:
+        return {}
 
 
 class _Shard:

@@ -106,10 +106,24 @@ def begin(folder: Path, of: dict, **about) -> None:
         )
 
 
+def _note(folder: Path, name: str) -> dict | None:
+    """What is known of a file that was written whole; None if it is to be written."""
+    try:
+        note = read_json(folder / f"{name}.json")
+    except UserError:
+        return None
+    return note if (folder / f"{name}.safetensors").exists() else None
+
+
+def _notes(folder: Path) -> dict[str, dict]:
+    """The same of all files that are there, by name."""
+    names = sorted(p.stem for p in folder.glob("*.safetensors"))
+    return {name: note for name in names if (note := _note(folder, name))}
+
+
 def commit(folder: Path, of: dict, about: dict) -> None:
     """Write the manifest, which makes the store whole."""
-    notes = {f"{p.stem}.safetensors": read_json(p) for p in sorted(folder.glob("*.json"))}
-    notes = {name: note for name, note in notes.items() if note and "digest" in note and name != "manifest.safetensors"}
+    notes = {f"{name}.safetensors": note for name, note in _notes(folder).items()}
     shards = [note for name, note in notes.items() if name.startswith("shard-")]
     sums = {key: sum(note[key] for note in shards) for key in ("count", "entries", "mass", "size")}
     manifest = {"of": of, **about, **sums, "files": notes}
@@ -174,7 +188,7 @@ def write(
     shards = _cut(*packed.train.shape, teacher)
     begin(folder, of, about=about, shards=list(shards))
     mine = dict(list(shards.items())[part[0] - 1 :: part[1]])
-    left = {name: rows for name, rows in mine.items() if not (folder / f"{name}.json").exists()}
+    left = {name: rows for name, rows in mine.items() if _note(folder, name) is None}
     if left:
         _announce(folder, teacher, packed.train, batch, sum(map(len, left.values())))
     progress = Steps(f"store of {of['teacher']}", sum(map(len, left.values())), 0, "row")
@@ -197,12 +211,12 @@ def write(
         for wait in (False, True):
             for name in [*(["validation"] if part[0] == 1 else []), *left]:
                 with _claim(folder / f".{name}.lock", wait) as held:
-                    if held and not (folder / f"{name}.json").exists():
+                    if held and _note(folder, name) is None:
                         make(name)
     finally:
         progress.stop()
     if part[1] == 1:
-        commit(folder, of, about)
+        commit(folder, of, read_json(folder / "begun.json")["about"])
         for lock in folder.glob(".*.lock"):
             lock.unlink(missing_ok=True)
 
@@ -261,13 +275,10 @@ def merge(folder: Path, parts: list[Path]) -> None:
     for part, of in begun.items():
         if of is None:
             raise UserError(f"{part} is no part of a store: it has no begun.json.")
+        if "shards" not in of:
+            raise UserError(f"{part} was recorded in training, by one process: there is nothing to merge.")
         begin(folder, **of)
-    notes = {}
-    for part in parts:
-        for path in sorted(part.glob("*.json")):
-            note = read_json(path)
-            if "digest" in note and path.stem != "manifest":
-                notes[path.stem] = (part, note)
+    notes = {name: (part, note) for part in parts for name, note in _notes(part).items()}
     missing = [name for name in ("head", "validation", *begun[parts[0]]["shards"]) if name not in notes]
     if missing:
         raise UserError(f"{len(missing)} files are in none of the parts, {missing[0]}.safetensors among them.")
