@@ -1,4 +1,4 @@
-.PHONY: demo test lint
+.PHONY: demo test lint bench
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -8,6 +8,10 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2
+
+bench: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m kd.bench
 
 lint: .venv/installed
 	$(BIN)/ruff check

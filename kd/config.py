@@ -171,7 +171,7 @@ PLAIN = {  # settings that no function takes as they are, and their types
     "teacher": {"size": str | None, "name": str | None, "steps": int, "batch": int, "lr": float, "seed": int,
                 "precision": str},
     "trainer": {"steps": int, "batch": int, "micro_batch": int, "clip": float, "precision": str, "compile": bool,
-                "chunk": int, "log_every": int, "val_every": int, "checkpoint_every": int, "accelerator": str},
+                "chunk": int | None, "log_every": int, "val_every": int, "checkpoint_every": int, "accelerator": str},
 }  # fmt: skip
 CHOICES = {"precision": ("fp32", "bf16"), "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"), "size": (*SIZES, None)}
 
@@ -195,8 +195,8 @@ def check_plain(settings: Node) -> None:
                 raise UserError(f"{option}={value}: need one of {', '.join(filter(None, CHOICES[name]))}.")
             if name == "seed" and not 0 <= value < 2**32:
                 raise UserError(f"{option}={value}: need a whole number from 0 to {2**32 - 1}.")
-            least = 1 if kinds[name] is int and name != "seed" else 0
-            if kinds[name] in (int, float) and not least <= value < math.inf:
+            least = 1 if kinds[name] in (int, int | None) and name != "seed" else 0
+            if type(value) in (int, float) and not least <= value < math.inf:
                 raise UserError(f"{option}={value}: need a number of at least {least}.")
     for role in ("student", "teacher"):
         node = settings[role]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kd import losses
-from kd.objective import Signal, chunks, log_probabilities
+from kd.objective import Signal, chunks, fitting, log_probabilities
 from kd.target import Target
 
 BINS = 15  # of confidence; Guo et al. 2017
@@ -47,16 +47,16 @@ def calibration_error(bins: Tensor) -> float:
 class Measures:
     """Sums of all measures over a validation set; `result()` divides once, at the end."""
 
-    def __init__(self, chunk: int):
+    def __init__(self, chunk: int | None = None):
         self.chunk = chunk
         self.tokens = 0
         self.sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def update(self, head: Callable[[Tensor], Tensor], hidden: Tensor, label: Tensor, signal: Signal | None) -> None:
+    def update(self, head: torch.nn.Module, hidden: Tensor, label: Tensor, signal: Signal | None) -> None:
         """Add the positions of hidden [N, D], label [N], and the teacher's signal for them if there is one."""
         self.tokens += len(label)
-        for rows in chunks(len(label), self.chunk):
+        for rows in chunks(len(label), self.chunk or fitting(head)):
             student = log_probabilities(head, hidden[rows])
             self._add("lm", -student.gather(-1, label[rows, None]).double().sum())
             self._add("ece", calibration_bins(student, label[rows]))

@@ -13,6 +13,7 @@ import torch
 
 from kd.data import IGNORE, Batch
 from kd.logits import Source
+from kd.memory import hold_products, keep_freed
 from kd.metrics import Measures
 from kd.models import Causal
 from kd.objective import Objective
@@ -95,8 +96,12 @@ class Distillation(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         self.train()  # a pretrained model comes in eval mode, and Lightning leaves it there
+        if self.device.type == "cpu":
+            keep_freed()
         for teacher in self.outside:
             teacher.to(self.device)
+            if self.trainer.precision == "bf16-mixed":
+                hold_products(teacher, torch.bfloat16)
 
     def training_step(self, batch: Batch, index: int) -> None:
         progress = self._progress()

@@ -32,8 +32,8 @@ class Sums(NamedTuple):
 class Objective:
     """How a student is compared with its teacher: a loss, a truncation and a temperature, `chunk` positions at a time.
 
-    chunk: None takes as many as `fitting` says; it changes nothing but time, memory and rounding. compile: make loss and
-    gradient of a chunk's logits one kernel by torch.compile, which needs a C++ compiler and some ten seconds once.
+    chunk: None takes as many as `fitting` says; it changes nothing but time, memory and rounding. compile: make loss
+    and gradient of a chunk's logits one kernel by torch.compile, which needs a C++ compiler and some ten seconds once.
     """
 
     loss: Callable[[Tensor, Target], Tensor]
@@ -86,7 +86,7 @@ def chunks(count: int, size: int) -> Iterator[slice]:
 def fitting(head: torch.nn.Module) -> int:
     """How many positions to take at once: as many as fill 32 MiB with float32 logits, on a GPU 512 MiB; at least 64.
 
-    32 MiB stay near a CPU's caches. Fewer positions than 64 would leave too little to do per read of the head's weights.
+    32 MiB stay near a CPU's caches; fewer positions than 64 leave too little to do per read of the head's weights.
     """
     output = max(head.parameters(), key=len)  # [V, D]
     budget = 2**25 if output.device.type == "cpu" else 2**29

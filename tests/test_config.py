@@ -208,7 +208,7 @@ def test_numbers_of_the_trainer_without_meaning_are_refused_by_name():
     plain = resolved()
     counts = ["trainer.steps", "trainer.batch", "trainer.micro_batch", "trainer.chunk", "trainer.log_every",
               "trainer.val_every", "trainer.checkpoint_every", "teacher.steps", "teacher.batch"]  # fmt: skip
-    wrong = {option: [0, -1, 1.0, True, "8", None] for option in counts}
+    wrong = {option: [0, -1, 1.0, True, "8"] + [None] * (option != "trainer.chunk") for option in counts}
     wrong |= {option: [-1, 2**32, 0.5, True, "0", None] for option in ("seed", "teacher.seed")}
     wrong |= {option: ["fp16", 16, None] for option in ("trainer.precision", "teacher.precision")}
     wrong |= {"trainer.clip": [-1, float("nan"), "1", True, None]}

@@ -1,0 +1,119 @@
+"""python -m kd.bench                                     all cases in turn, a process each
+python -m kd.bench only=lm,trl,online_fkl steps=5      some of them
+python -m kd.bench memory                              peak memory against batch, sequence and vocabulary, as a plot
+
+Other words: shape=cpu|gpu|tiny, root=FOLDER (default $KD_ROOT, or runs). Results land in FOLDER/bench/.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from rich.table import Table
+
+from kd import files
+from kd.bench import memory
+from kd.bench.cases import CASES, CUDA_CASES, NEEDS
+from kd.bench.work import SHAPES, Shape, apart
+from kd.errors import UserError
+from kd.progress import console, end_with
+
+GIB = 2**30
+
+
+def main(words: list[str]) -> None:
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    plain = [word for word in words if "=" not in word]
+    if unknown := [w for w in plain if w != "memory"] + [
+        k for k in given if k not in ("only", "steps", "shape", "root")
+    ]:
+        raise UserError(f"{unknown[0]}: no such word here.\n\n{__doc__}")
+    on_gpu = has_gpu()
+    names = given["only"].split(",") if "only" in given else [*CASES, *(CUDA_CASES if on_gpu else ())]
+    steps = given.get("steps", "5")
+    if not steps.isdecimal() or int(steps) < 1:
+        raise UserError(f"steps={steps}: need a whole number of at least 1.")
+    shape = given.get("shape", "gpu" if on_gpu else "cpu")
+    if shape not in SHAPES:
+        raise UserError(f"shape={shape}: need one of {', '.join(SHAPES)}.")
+    folder = Path(given.get("root") or os.environ.get("KD_ROOT") or "runs") / "bench"
+    folder.mkdir(parents=True, exist_ok=True)
+    if plain:
+        memory.write(folder, SHAPES["tiny" if shape == "tiny" else "memory"])
+    else:
+        check(names)
+        compare(folder, names, SHAPES[shape], int(steps))
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def check(names: list[str]) -> None:
+    """Raise UserError for a case that there is not, or whose package is missing."""
+    for name in names:
+        if name not in CASES | CUDA_CASES:
+            raise UserError(f"only={name}: no such case; there is {', '.join(CASES | CUDA_CASES)}.")
+        package = NEEDS.get(name)
+        if package and not importlib.util.find_spec(package):
+            raise UserError(
+                f"The case {name} needs {package}: type pip install 'kd[bench]', or leave it out by only=…."
+            )
+
+
+def compare(folder: Path, names: list[str], shape: Shape, steps: int) -> None:
+    """Measure the cases in turn and print a table; all numbers go to speed.json."""
+    found = {}
+    for name in names:
+        with console.status(f"{name} ({len(found) + 1} of {len(names)})"):
+            found[name] = apart(name, shape, steps)
+        files.write_json(folder / "speed.json", found)
+    console.print(table(found), width=110)
+    for result in found.values():
+        if parts := result.get("parts"):
+            console.print(split(parts))
+    console.print(f"{next((r['device'] for r in found.values() if 'device' in r), '')}; {folder / 'speed.json'}")
+
+
+def table(found: dict[str, dict]) -> Table:
+    """A line per case, beside lm and trl."""
+    out = Table("case", *("tokens/s", "of lm", "of trl", "of the limit", "peak GiB", "of trl"), box=None)
+    for column in out.columns[1:]:
+        column.justify = "right"
+    for name, result in found.items():
+        if result.get("parts"):
+            continue
+        if error := result.get("error"):
+            out.add_row(name, error)
+            continue
+        beside = [found.get(other, {}) for other in ("lm", "trl")]
+        speed, most = result["tokens_per_second"], result["peak_memory"]
+        out.add_row(
+            name, f"{speed:,.0f}", *(ratio(speed, other.get("tokens_per_second")) for other in beside),
+            ratio(speed, result["limit"]), f"{most / GIB:.2f}", ratio(most, beside[1].get("peak_memory")),
+        )  # fmt: skip
+    return out
+
+
+def ratio(value: float, other: float | None) -> str:
+    return f"{value / other:.2f}" if other else "–"
+
+
+def split(parts: dict[str, float]) -> Table:
+    """Where the time of a step goes."""
+    out = Table("part of online_fkl's step", "ms", "share", box=None)
+    for part, seconds in parts.items():
+        out.add_row(part, f"{1000 * seconds:,.0f}", f"{seconds / sum(parts.values()):.0%}")
+    return out
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        end_with(error)

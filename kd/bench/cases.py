@@ -1,0 +1,247 @@
+"""The cases: each a function that trains `work.steps` steps and calls `work.tick()` after every one.
+
+To add one, write it here and name it in CASES.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+
+from kd.bench.work import WARM_UP, Work
+from kd.config import CONF
+
+ALPHA, RATE, CLIP = 0.9, 1e-4, 1.0  # share of distillation, learning rate, norm that gradients are cut to
+
+
+def plainly(work: Work, student, loss_of: Callable) -> None:
+    """A training loop in plain PyTorch, as a good user writes it."""
+    import torch
+
+    optimizer = torch.optim.AdamW(student.parameters(), lr=RATE)
+    for ids, labels in work.batches():
+        with work.autocast():
+            loss = loss_of(ids, labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        work.tick()
+
+
+def lm(work: Work) -> None:
+    """Language modelling in plain PyTorch, without a teacher."""
+    from torch.nn.functional import cross_entropy
+
+    student = work.student()
+
+    def loss(ids, labels):
+        logits = student(input_ids=ids, use_cache=False).logits  # [B, T, V]
+        return cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+    plainly(work, student, loss)
+
+
+def full(work: Work) -> None:
+    """Distillation in plain PyTorch, with all logits of both models."""
+    import torch
+    from torch.nn.functional import cross_entropy, kl_div
+
+    student, teacher = work.student(), work.teacher().bfloat16()
+
+    def loss(ids, labels):
+        with torch.no_grad():
+            target = teacher(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()  # [N, V]
+        logits = student(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()
+        kd = kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True)
+        return ALPHA * kd + (1 - ALPHA) * cross_entropy(logits, labels.flatten())
+
+    plainly(work, student, loss)
+
+
+def trl(work: Work, beta: float = 0.0) -> None:
+    """TRL's GKDTrainer on given text; beta=0 is its forward KL. Without checkpointing of activations, as all here."""
+    import torch
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    class Tick(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            work.tick()
+
+    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([row["input_ids"] for row in rows])
+        return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+    with tempfile.TemporaryDirectory() as folder:
+        GKDTrainer(
+            model=work.student(), teacher_model=work.teacher().bfloat16(), data_collator=collate, callbacks=[Tick()],
+            train_dataset=Dataset.from_dict({"input_ids": work.rows()[:, :-1].tolist()}),
+            processing_class=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="<pad>"),
+            args=GKDConfig(
+                folder, lmbda=0.0, beta=beta, per_device_train_batch_size=work.shape.batch, max_steps=work.steps,
+                bf16=True, use_cpu=work.device.type == "cpu", learning_rate=RATE, max_grad_norm=CLIP,
+                gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True,
+            ),
+        ).train()  # fmt: skip
+
+
+def trl_tiled(work: Work, beta: float = 0.0) -> None:
+    """The tiled divergence of TRL's DistillationTrainer in a plain loop; that trainer itself only learns on-policy."""
+    import torch
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    student, teacher = work.student(), work.teacher().bfloat16()
+
+    def loss(ids, labels):
+        with torch.no_grad():
+            theirs = teacher.model(input_ids=ids, use_cache=False).last_hidden_state
+        ours = student.model(input_ids=ids, use_cache=False).last_hidden_state.bfloat16()
+        kept = torch.ones_like(ids)
+        return _chunked_divergence_loss(ours, theirs, student.lm_head.weight, teacher.lm_head.weight, kept, beta)[0]
+
+    plainly(work, student, loss)
+
+
+def liger(work: Work, beta: float = 0.0) -> None:
+    """Liger's fused linear JSD in a plain loop; its beta=0 is forward KL."""
+    import torch
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    student, teacher = work.student(), work.teacher().bfloat16()
+    fused = LigerFusedLinearJSDLoss(weight_hard_loss=1 - ALPHA, weight_soft_loss=ALPHA, beta=beta)
+
+    def loss(ids, labels):
+        with torch.no_grad():
+            theirs = teacher.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        ours = student.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1).bfloat16()
+        weight = student.lm_head.weight.bfloat16()
+        return fused(ours, weight, theirs, teacher.lm_head.weight, labels.flatten())
+
+    plainly(work, student, loss)
+
+
+def online(work: Work, loss: str = "fkl", compile: bool = False) -> None:
+    """kd with logits=online: its own module in Lightning's trainer, as train.py puts them together."""
+    trainer, module, batches = fitted(work, loss, compile)
+    trainer.fit(module, batches)
+
+
+def fitted(work: Work, loss: str, compile: bool):
+    import lightning
+    import torch
+    from omegaconf import OmegaConf
+
+    from kd import config, data, logits, temperature, truncation
+    from kd.models import Causal
+    from kd.module import Distillation, Flops
+    from kd.objective import Objective
+
+    student, teacher = (Causal(model, work.shape.vocab) for model in (work.student(), work.teacher()))
+    compared = config.build(OmegaConf.to_container(OmegaConf.load(CONF / "loss" / f"{loss}.yaml")), "loss")
+    objective = Objective(compared, truncation.full, temperature.fixed, compile=compile)
+    module = Distillation(
+        student, teacher, logits.online(teacher), objective,
+        alpha=lambda progress: ALPHA, lr=lambda progress: RATE,
+        optimizer=partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.1),
+        steps=work.steps, micro_batch=work.shape.batch, clip=CLIP, log_every=10, val_every=work.steps, validation=[],
+        flops=Flops(0.0, 0.0), watch=work.tick,
+    )  # fmt: skip
+    if compile:
+        for model in (student, teacher):
+            model.model.base_model.compile()
+    trainer = lightning.Trainer(
+        accelerator="auto", devices=1, precision="bf16-mixed", max_steps=work.steps, max_epochs=-1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    return trainer, module, data.Batches(work.rows(), work.shape.batch, 0, 0, work.steps)
+
+
+class Stopwatch:
+    """Where the time of kd's step goes: seconds per part, without those of the parts called from within."""
+
+    def __init__(self, device):
+        self.device, self.parts, self.inner = device, {}, [0.0]
+
+    def watch(self, owner, name: str, part: str) -> None:
+        """Count the time of owner.name to `part`."""
+        call = getattr(owner, name)
+
+        def timed(*arguments, **options):
+            start = self._now()
+            self.inner.append(0.0)
+            try:
+                return call(*arguments, **options)
+            finally:
+                spent = self._now() - start
+                self.parts[part] = self.parts.get(part, 0.0) + spent - self.inner.pop()
+                self.inner[-1] += spent
+
+        setattr(owner, name, timed)
+
+    def _now(self) -> float:
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def breakdown(work: Work) -> dict[str, float]:
+    """Seconds per part of a step of online_fkl, after the warm-up."""
+    import torch
+
+    from kd import logits
+    from kd.objective import Objective
+
+    trainer, module, batches = fitted(work, "fkl", False)
+    clock = Stopwatch(work.device)
+    (teacher,) = module.outside
+    clock.watch(module, "training_step", "rest")
+    clock.watch(module, "manual_backward", "student's body")
+    clock.watch(module.student, "hidden", "student's body")
+    clock.watch(teacher, "hidden", "teacher's body")
+    clock.watch(Objective, "__call__", "products with the heads")
+    clock.watch(Objective, "slope", "softmax, loss and gradient")
+    clock.watch(logits, "log_probabilities", "softmax, loss and gradient")
+    for model in (module.student, teacher):
+        clock.watch(model.head, "forward", "products with the heads")
+    clock.watch(torch.optim.AdamW, "step", "optimizer")
+    clock.watch(torch.nn.utils, "clip_grad_norm_", "optimizer")
+    tick = module.watch
+
+    def watch(*told):
+        tick(*told)
+        if len(work.ticks) == WARM_UP:
+            clock.parts.clear()
+
+    module.watch = watch
+    trainer.fit(module, batches)
+    counted = work.steps - WARM_UP
+    return {part: seconds / counted for part, seconds in sorted(clock.parts.items(), key=lambda item: -item[1])}
+
+
+LOSSES = sorted(path.stem for path in (CONF / "loss").glob("*.yaml"))
+CASES: dict[str, Callable[[Work], dict | None]] = {
+    "lm": lm,
+    "full": full,
+    "trl": trl,
+    **{f"online_{loss}": partial(online, loss=loss) for loss in LOSSES},
+    "online_fkl_compiled": partial(online, compile=True),
+    "breakdown": breakdown,
+}
+CUDA_CASES = {
+    "online_jsd_compiled": partial(online, loss="jsd", compile=True),
+    "trl_jsd": partial(trl, beta=0.5),
+    "trl_tiled": trl_tiled,
+    "trl_tiled_jsd": partial(trl_tiled, beta=0.5),
+    "liger": liger,
+    "liger_jsd": partial(liger, beta=0.5),
+}
+# The package beside kd's own that a case needs.
+NEEDS = {name: "trl" for name in (*CASES, *CUDA_CASES) if name.startswith("trl")}
+NEEDS |= {name: "liger_kernel" for name in CUDA_CASES if name.startswith("liger")}

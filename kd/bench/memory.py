@@ -1,0 +1,1 @@
+"""Peak memory against batch, sequence and vocabulary: kd beside the obvious loop, as one page of HTML."""
