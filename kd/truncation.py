@@ -9,9 +9,12 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kd.errors import UserError
 from kd.target import Target
+
+BLOCK = 64  # columns that are looked at together
 
 
 def full(target: Target) -> Target:
@@ -56,10 +59,25 @@ def random(target: Target, draws: int = 50) -> Target:
     if draws < 1:
         raise UserError(f"truncation.draws={draws}: need at least 1 draw, e.g. truncation.draws=50.")
     assert target.seed is not None and not target.rest
-    cumulative = target.logp.double().exp().cumsum(-1)  # float64: the tail of 150k summands would be lost in float32
-    points = uniform(target.seed, draws).double() * cumulative[:, -1:]  # [N, draws]
-    columns = torch.searchsorted(cumulative, points, right=True).clamp(max=target.logp.shape[-1] - 1)
-    return _sampled(target, columns)
+    return _sampled(target, _drawn(target.logp.exp(), uniform(target.seed, draws)))
+
+
+def _drawn(probability: Tensor, points: Tensor) -> Tensor:
+    """The columns [N, draws] in which points in (0, 1) fall where probabilities [N, K] lie side by side.
+
+    First the block of columns, then the column in it: a running sum over all columns would have to be float64, lest it
+    lose the tail of 150k summands, and costs four times as much.
+    """
+    blocks = _blocks(probability, 0.0)  # [N, blocks, BLOCK]
+    ends = blocks.sum(-1).double().cumsum(-1)
+    points = points.double() * ends[:, -1:]
+    block = torch.searchsorted(ends, points, right=True).clamp(max=ends.shape[1] - 1)  # [N, draws]
+    left = points - torch.where(block > 0, ends.gather(-1, (block - 1).clamp(min=0)), 0)
+    inner = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).cumsum(-1)  # [N, draws, BLOCK]
+    # The block's own sum may be rounded up past its last running sum; the last column that can be drawn takes that.
+    possible = (inner < inner[..., -1:]).sum(-1)
+    place = (inner <= left[..., None]).sum(-1).minimum(possible)
+    return block * BLOCK + place
 
 
 def fewer(made_of: int, draws: int, target: Target) -> Target:
@@ -105,7 +123,23 @@ def _top(target: Target, k: int) -> tuple[Tensor, Tensor]:
             f"truncation.k={k}: need a number from 1 to {columns:,}, the tokens that the teacher's signal has."
         )
     # A stored target is as wide as its widest position; those that are kept are among them.
-    return target.logp.topk(min(k, columns))
+    return _largest(target.logp, min(k, columns))
+
+
+def _largest(logp: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """topk along the last dimension. All of the k largest are in the k blocks with the largest maxima."""
+    if logp.shape[-1] < 4 * k * BLOCK:
+        return logp.topk(k)
+    blocks = _blocks(logp, -math.inf)  # [N, blocks, BLOCK]
+    best = blocks.amax(-1).topk(k, sorted=False).indices  # [N, k]
+    values, place = blocks.gather(1, best[..., None].expand(-1, -1, BLOCK)).flatten(1).topk(k)
+    return values, best.gather(1, place // BLOCK) * BLOCK + place % BLOCK
+
+
+def _blocks(x: Tensor, fill: float) -> Tensor:
+    """[N, K] as [N, blocks, BLOCK], filled up at the end."""
+    missing = -x.shape[-1] % BLOCK
+    return (functional.pad(x, (0, missing), value=fill) if missing else x).view(len(x), -1, BLOCK)
 
 
 def _nucleus(logp: Tensor, p: float) -> Tensor:

@@ -25,6 +25,7 @@ from kd.data import Batch, Packed, to_batch
 from kd.entries import Entries, Positions, encode, to_bytes
 from kd.errors import UserError
 from kd.logits import Projection, online
+from kd.memory import hold_products, keep_freed
 from kd.models import Causal
 from kd.objective import chunks, fitting
 from kd.progress import Steps, clock, console, track
@@ -55,7 +56,7 @@ class Rows:
         """Rows ids [B, T] and what is kept of their positions, in order."""
         self.hashes += map(row_hash, ids)
         columns = ("count", "odds", "gap", "code")
-        count, odds, gap, code = (torch.cat([getattr(p, c) for p in pieces]).cpu().numpy() for c in columns)
+        count, odds, gap, code = (np.concatenate([getattr(p, c).cpu().numpy() for p in pieces]) for c in columns)
         self.entries += len(gap)
         self.mass += float(torch.from_numpy(odds).double().sigmoid().sum())
         count, odds = count.reshape(ids.shape), odds.reshape(ids.shape)
@@ -142,6 +143,10 @@ class Teacher:
         self.device = next(model.parameters()).device
         # Hidden states in the precision that the output layer computes with lose nothing.
         self.dtype = torch.bfloat16 if of["precision"] == "bf16" else torch.float32
+        if self.device.type == "cpu":
+            keep_freed()
+        if self.dtype == torch.bfloat16:
+            hold_products(model, self.dtype)
 
     def signal(self, table: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, Projection]:
         """Tokens [B, T] of rows `index` of the data, and what the teacher says of all their positions."""
