@@ -292,6 +292,8 @@ def write_store(words: list[str]) -> Store | None:
         except HydraException as error:
             raise UserError(str(error)) from None
         settings = resolve(cfg, words)
+        if settings["record"]:  # whatever a student asks for
+            settings["truncation"] = {k: v for k, v in settings["record"].items() if k != "path"}
         packed, parts = prepare(settings)
         share = int(numbers[1]), int(numbers[2])
         found = offline.opened(settings, packed)

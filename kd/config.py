@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 
+from hydra.core.override_parser.types import Quote, QuotedString
+
 from kd.errors import UserError
 from kd.sizes import SIZES
 
@@ -142,7 +144,7 @@ def typed(value) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(typed, value))}]"
     if isinstance(value, str) and not re.fullmatch(r"[\w./:+-]+", value):
-        return "'{}'".format(value.replace("\\", "\\\\").replace("'", "\\'"))
+        return QuotedString(value, Quote.single).with_quotes()
     return str(value)
 
 

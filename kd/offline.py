@@ -61,15 +61,16 @@ def about_store(settings: Settings, packed: data.Packed, model: Causal, key: str
 def words_of(settings: Settings) -> str:
     """What to type for the teacher, the data and the truncation of a store; what is so by default is left out."""
     teacher, part = settings["teacher"], stored_part(settings)
-    typed = [f"data={conf.flat(settings)['data']}", f"record={part['name']}"]
+    typed = [f"data={conf.flat(settings)['data']}", f"truncation={part['name']}"]
     typed += [f"teacher={teacher['size'] or ('hub' if teacher['name'] else 'none')}"]
     usual = conf.flat(OmegaConf.to_container(hydra.compose("config", ["logits=offline", *typed])))
-    own = conf.flat(settings) | {f"record.{k}": v for k, v in part.items()}
+    own = {k: v for k, v in conf.flat(settings).items() if not k.startswith("truncation.")}
+    own |= {f"truncation.{k}": v for k, v in part.items()}
     if (tokenizer := corpus(settings)[1]["tokenizer"]) != teacher["name"]:  # a pretrained student's
         own["data.tokenizer"] = tokenizer
-    groups = ("data.", "teacher.", "record.", "logits.seed", "trainer.precision")
+    groups = ("data.", "teacher.", "truncation.", "logits.seed", "trainer.precision")
     own = {k: v for k, v in own.items() if k.startswith(groups) and k in usual and v != usual[k]}
-    typed += [f"{k}={conf.typed(v)}" for k, v in own.items() if k != "record.path"]
+    typed += [f"{k}={conf.typed(v)}" for k, v in own.items()]
     return shlex.join(typed)
 
 

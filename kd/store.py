@@ -108,7 +108,7 @@ class Store:
         """Raise UserError, naming the field, if the store is of something else; what is None on a side is not known."""
         pairs = {f: (self.of[f], value) for f, value in expected.items() if f != "truncation"}
         differing = [
-            f"its {field} is {_say(held)}, and here it is {_say(value)}"
+            f"its {field} is {said(held)}, and here it is {said(value)}"
             for field, (held, value) in pairs.items()
             if None not in (held, value) and held != value
         ]
@@ -119,8 +119,8 @@ class Store:
             )
         if not within(expected["truncation"], self.truncation):
             raise UserError(
-                f"{_say(expected['truncation'])} asks for more than {self.path} holds, which is "
-                f"{_say(self.truncation)}. Ask for a part of that, or have a store written that holds more: leave out "
+                f"{said(expected['truncation'])} asks for more than {self.path} holds, which is "
+                f"{said(self.truncation)}. Ask for a part of that, or have a store written that holds more: leave out "
                 "logits.path, and say what to keep with e.g. record=top_k record.k=100."
             )
 
@@ -291,7 +291,7 @@ class _Shard:
         return self.body[int(self.offset[place]) : int(self.offset[place + 1])].numpy().tobytes()
 
 
-def _say(value) -> str:
+def said(value) -> str:
     """A field of a store, for people: top_k k=50."""
     if not isinstance(value, dict):
         return str(value)
@@ -306,7 +306,7 @@ def info(store: Store) -> Table:
     recorded = f", recorded over {m['steps']:,} steps of its training" if "steps" in m else ""
     rows = {
         "teacher": f"{of['teacher']}{recorded}",
-        "holds": f"{_say(store.truncation)}, computed in {of['precision']}",
+        "holds": f"{said(store.truncation)}, computed in {of['precision']}",
         "of": f"{m['count']:,} rows of {m['seq_len']} tokens, {tokens:,} in all; vocabulary {m['vocab']:,}",
     }
     if store.truncation != FULL:

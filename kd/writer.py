@@ -7,6 +7,7 @@ writers share the work by taking shards that no other holds.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from kd.models import Causal
 from kd.objective import chunks, fitting
 from kd.progress import Steps, clock, console, track
 from kd.run import read_json
-from kd.store import joined, row_hash
+from kd.store import joined, row_hash, said
 from kd.target import Target
 
 SHARD_TOKENS, SHARD_BYTES = 1 << 20, 1 << 28  # a shard holds at most so many positions, or bytes of hidden states
@@ -89,6 +90,7 @@ def _save(tensors: dict[str, Tensor], folder: Path, name: str, **note) -> None:
     """NAME.safetensors, and then NAME.json, which says that it is whole."""
     with files.atomic(folder / f"{name}.safetensors") as temporary:
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+        temporary.chmod(0o644)  # safetensors leaves it to its owner alone, and a store is for all
         note |= {"size": temporary.stat().st_size, "digest": files.digest(temporary)}
     files.write_json(folder / f"{name}.json", note)
 
@@ -102,8 +104,8 @@ def begin(folder: Path, of: dict, **about) -> None:
         begun = begun["of"]
         field = next(f for f in of if begun.get(f) != of[f])
         raise UserError(
-            f"{folder} holds the beginning of another store: its {field} is {begun.get(field)}, and here it is "
-            f"{of[field]}. Choose another place, or remove it:\n  rm -r {folder}"
+            f"{folder} holds the beginning of another store: its {field} is {said(begun.get(field))}, and here it is "
+            f"{said(of[field])}. Choose another place, or remove it:\n  {shlex.join(['rm', '-r', str(folder)])}"
         )
 
 
