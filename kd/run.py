@@ -264,7 +264,8 @@ def export(run: Run, model, tokenizer, config: dict, result: dict) -> None:
     flat = result["config"]
     how = "by language modelling alone"
     if flat["logits"] != "none":
-        how = f"from a {model_name(flat, 'teacher')} teacher with the loss `{flat['loss']}`"
+        of = f"a {name} teacher" if (name := model_name(flat, "teacher")) else "stored logits"
+        how = f"from {of} with the loss `{flat['loss']}`"
     measures = "\n".join(f"| {k.removeprefix('val/')} | {v:.4f} |" for k, v in result["final"].items() if "/" in k)
     card = MODEL_CARD.format(
         name=run.name, student=model_name(flat, "student"), parameters=result["parameters"], tokens=result["tokens"],

@@ -145,10 +145,6 @@ class Teacher:
         self.device = next(model.parameters()).device
         # Hidden states in the precision that the output layer computes with lose nothing.
         self.dtype = torch.bfloat16 if of["precision"] == "bf16" else torch.float32
-        if self.device.type == "cpu":
-            keep_freed()
-        if self.dtype == torch.bfloat16:
-            hold_products(model, self.dtype)
 
     def signal(self, table: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, Projection]:
         """Tokens [B, T] of rows `index` of the data, and what the teacher says of all their positions."""
@@ -174,10 +170,13 @@ class Teacher:
                 draws, size = self.of["truncation"].get("draws"), fitting(self.model.head)
                 out.add_entries(ids, [encode(self.keep(signal(rows)), draws) for rows in chunks(ids.size, size)])
 
-    def validation(self, folder: Path, rows: np.ndarray, batch: int) -> None:
-        """The output layer, and hidden states of the validation rows."""
+    def output(self, folder: Path) -> None:
+        """Save the output layer."""
         weights = {k: v[: self.model.head.vocab].to(self.dtype) for k, v in self.model.head.output.state_dict().items()}
         _save(weights, folder, "head")
+
+    def validation(self, folder: Path, rows: np.ndarray, batch: int) -> None:
+        """Save the hidden states of the validation rows."""
         out = Rows()
         for part in chunks(len(rows), batch):
             self.answer(rows, np.arange(part.start, part.stop), out, whole=True)
@@ -194,6 +193,10 @@ def write(
     """
     shards = _cut(*packed.train.shape, teacher)
     begin(folder, of, about=about, shards=list(shards))
+    if teacher.device.type == "cpu":
+        keep_freed()
+    if teacher.dtype == torch.bfloat16:
+        hold_products(teacher.model, teacher.dtype)
     mine = dict(list(shards.items())[part[0] - 1 :: part[1]])
     left = {name: rows for name, rows in mine.items() if _note(folder, name) is None}
     if left:
@@ -204,6 +207,8 @@ def write(
     def make(name: str) -> None:
         nonlocal done
         files.clear(folder, f"{name}*")
+        if name == "head":
+            return teacher.output(folder)
         if name == "validation":
             return teacher.validation(folder, packed.val, batch)
         out = Rows()
@@ -216,7 +221,7 @@ def write(
     try:
         # First what no other process holds; then wait for the others, and do what a dead one has left.
         for wait in (False, True):
-            for name in [*(["validation"] if part[0] == 1 else []), *left]:
+            for name in [*(["head", "validation"] if part[0] == 1 else []), *left]:
                 with _claim(folder / f".{name}.lock", wait) as held:
                     if held and _note(folder, name) is None:
                         make(name)
@@ -347,5 +352,7 @@ class Recorder:
     def finish(self, model: Causal, validation: np.ndarray, batch: int, steps: int) -> None:
         """Write the rest, and what the trained model says of the validation rows."""
         self.flush(steps)
-        Teacher(model, self.of, self.keep).validation(self.folder, validation, batch)
+        teacher = Teacher(model, self.of, self.keep)
+        teacher.output(self.folder)
+        teacher.validation(self.folder, validation, batch)
         commit(self.folder, self.of, self.about | {"steps": steps})
