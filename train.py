@@ -143,7 +143,8 @@ class Parts:
             try:
                 self.keep(target)
             except UserError as error:
-                raise UserError(str(error).replace("truncation.", "record.") if settings["record"] else str(error)) from None
+                group = "record" if settings["record"] else "truncation"
+                raise UserError(str(error).replace("truncation.", f"{group}.")) from None
         student = logp.flip(0).requires_grad_()
         self.objective.distance(student, target).sum().backward()
         if not student.grad.any():
