@@ -1,3 +1,16 @@
+from pathlib import Path
+
+import pytest
 import torch
 
 torch.set_num_threads(1)  # the tests run in several processes, and their tensors are small
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory) -> Path:
+    """A root with data, a teacher and its top-5 store, for tests to copy."""
+    from tests.small import TOP, write
+
+    root = tmp_path_factory.mktemp("taught")
+    write(root, *TOP)
+    return root

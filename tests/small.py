@@ -2,14 +2,25 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+import hydra
+
+import train as product
+from kd import store
+from kd.config import CONF
+from kd.plan import Settings, resolve
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 SMALL = """data=markov data.tokens=20000 data.states=16 data.branching=4 data.seq_len=32 data.val_rows=8
 student=100k teacher=100k teacher.steps=6 trainer.steps=12 trainer.batch=4 trainer.micro_batch=2
 trainer.val_every=5 trainer.checkpoint_every=3 trainer.log_every=1 logger=none""".split()  # noqa: SIM905
+# Data of 60 rows, and a store of them in eight shards: for what is done in the process of the test.
+TINY = [*SMALL, "data.tokens=2000"]
+TOP = ("truncation=top_k", "truncation.k=5")
 # One thread: tests run side by side.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
@@ -44,3 +55,43 @@ def result(path: Path) -> dict:
 def outcome(path: Path) -> tuple[bytes, bytes]:
     """What must be the same, bit by bit, however often a run was killed."""
     return (path / "metrics.jsonl").read_bytes(), (path / "student" / "model.safetensors").read_bytes()
+
+
+def settings(root: Path, *words: str) -> Settings:
+    """Of the tiny run with `words`, in `root`."""
+    typed = [*TINY, f"root={root}", *words]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return resolve(hydra.compose("config", typed), typed)
+
+
+def here(root: Path, *words: str) -> Path:
+    """The folder of the tiny run, done in this process; UserError is raised, not shown."""
+    made = settings(root, *words)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return product.train(made)[0].folder
+
+
+def write(root: Path, *words: str) -> store.Store:
+    """What `python -m kd.store write` does, in this process."""
+    return product.write_store([*TINY, f"root={root}", *words])
+
+
+def type_in(message: str) -> None:
+    """Do what a message says to type: its indented lines."""
+    lines = [line.strip() for line in message.splitlines() if line.startswith("  ")]
+    assert lines, message
+    for line in lines:
+        words = shlex.split(line)
+        if words[:3] != ["python", "-m", "kd.store"]:
+            assert words[0] == "rm"
+            subprocess.run(words, check=True)
+            continue
+        assert words[3] == "write"
+        product.write_store(words[4:])
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All files of a store that others read."""
+    return {
+        p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".json", ".safetensors") and p.name[0] != "."
+    }

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd.entries import STEP, Entries, encode, from_bytes
+from kd.entries import MOST_DRAWS, STEP, Entries, encode, from_bytes
 from kd.objective import chunks
 from kd.target import Target
 from kd.writer import Rows
@@ -102,6 +102,14 @@ def test_counts_of_a_sample_come_back_exactly(vocabulary, draws):
     for a, b in zip(before, after, strict=True):
         assert [round(draws * math.exp(a[i])) for i in a] == [round(draws * math.exp(b[i])) for i in a]
         assert sum(map(math.exp, b.values())) == pytest.approx(1, abs=1e-6)
+
+
+def test_as_many_draws_as_a_count_can_hold():
+    count = ROWS * SIZE
+    logp = torch.tensor([[1.0, 0.0]]).log().expand(count, 2)
+    certain = Target(torch.zeros(count, dtype=torch.long), logp, seed=torch.arange(count))
+    entries = written(option("truncation", "random", draws=MOST_DRAWS)(certain), MOST_DRAWS).all()
+    assert (entries.code == MOST_DRAWS).all() and tables(read(entries, MOST_DRAWS)) == [{0: 0.0}] * count
 
 
 @pytest.mark.parametrize("mass", [1e-6, 1e-3, 0.5, 0.999, 1 - 1e-6])

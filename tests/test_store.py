@@ -1,0 +1,533 @@
+"""A store is what it says, or is refused: the file or field that differs is named, and what is printed mends it."""
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import hydra
+import numpy as np
+import pytest
+import safetensors
+import torch
+
+import train as product
+from kd import files
+from kd import store as module
+from kd.config import CONF, typed
+from kd.errors import UserError
+from kd.plan import resolve
+from kd.progress import console
+from kd.store import Store, within
+from tests.small import SMALL, TOP, content, folder, here, outcome, result, train, type_in, write
+
+OFFLINE = ("logits=offline", *TOP)
+
+
+@pytest.fixture
+def root(taught, tmp_path) -> Path:
+    """A root of its own, with data, teacher and store."""
+    shutil.copytree(taught, tmp_path / "root")
+    return tmp_path / "root"
+
+
+def only(root: Path) -> Path:
+    """The one store in a root."""
+    (found,) = (root / "stores").iterdir()
+    return found
+
+
+def refused(root: Path, *words: str) -> str:
+    """What is said when a run with this store is asked for; nothing has been begun then."""
+    with pytest.raises(UserError) as caught:
+        here(root, *OFFLINE, *words)
+    assert not list(root.glob("fkl*/metrics.jsonl"))
+    return str(caught.value)
+
+
+def times(path: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_mtime_ns for p in path.glob("*.safetensors")}
+
+
+# Damage
+
+
+def flip(path: Path, place: float = 0.5) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def change_number(path: Path) -> None:
+    path.write_text(path.read_text().replace('"entries": 9600', '"entries": 9601'))
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "flipped": flip,
+    "first byte": lambda path: flip(path, 0),
+    "last byte": lambda path: flip(path, 1),
+    "truncated": truncate,
+    "longer": lengthen,
+    "gone": Path.unlink,
+}
+SHARDS = ("shard-00000.safetensors", "shard-00005.safetensors", "shard-00007.safetensors")
+CASES = [(SHARDS[1], how) for how in DAMAGE]
+CASES += [(name, "flipped") for name in (SHARDS[0], SHARDS[2], "head.safetensors", "validation.safetensors")]
+CASES += [("manifest.json", how) for how in ("flipped", "first byte", "truncated")]
+CASES += [("head.safetensors", "gone")]
+
+
+@pytest.mark.parametrize(("name", "how"), CASES)
+def test_damage_is_named_and_what_is_printed_mends_it_and_no_other_file(root, name, how):
+    path, before, made = only(root), content(only(root)), times(only(root))
+    DAMAGE[how](path / name)
+    said = refused(root)
+    assert f"{path / name} is damaged" in said
+    time.sleep(0.01)
+    type_in(said)
+    assert content(path) == before
+    changed = {n for n, when in times(path).items() if when != made[n]}
+    assert changed == {name} - {"manifest.json"}
+    here(root, *OFFLINE)
+
+
+def test_number_in_the_manifest_is_damage(root):
+    path = only(root)
+    before = content(path)
+    change_number(path / "manifest.json")
+    assert content(path) != before
+    said = refused(root)
+    assert f"{path / 'manifest.json'} is damaged" in said
+    type_in(said)
+    assert content(path) == before
+
+
+def test_two_shards_in_each_others_place(root):
+    path, before = only(root), content(only(root))
+    a, b = path / SHARDS[0], path / SHARDS[1]
+    one, other = a.read_bytes(), b.read_bytes()
+    a.write_bytes(other), b.write_bytes(one)
+    for name in SHARDS[:2]:  # one after the other
+        said = refused(root)
+        assert f"{path / name} is damaged" in said
+        with contextlib.suppress(UserError):  # which names the other
+            type_in(said)
+    assert content(path) == before
+    # A shard and its note as well, so that both are whole.
+    for end in ("safetensors", "json"):
+        os.rename(a.with_suffix(f".{end}"), path / "aside")
+        os.rename(b.with_suffix(f".{end}"), a.with_suffix(f".{end}"))
+        os.rename(path / "aside", b.with_suffix(f".{end}"))
+    assert f"{path / SHARDS[0]} is damaged" in refused(root)
+
+
+def test_a_store_without_manifest_is_made_whole_again_by_the_run(root):
+    path, before, made = only(root), content(only(root)), times(only(root))
+    (path / "manifest.json").unlink()
+    with pytest.raises(UserError, match="has no manifest") as caught:
+        Store(path, path.parent)
+    type_in(str(caught.value))
+    assert content(path) == before
+    (path / "manifest.json").unlink()
+    here(root, *OFFLINE)
+    assert content(path) == before and times(path) == made
+
+
+def test_a_damaged_note_makes_one_shard_anew(root):
+    path, before = only(root), content(only(root))
+    (path / "shard-00003.json").write_text("{")
+    (path / "manifest.json").unlink()
+    here(root, *OFFLINE)
+    assert content(path) == before
+
+
+def test_from_the_command_line(root):
+    """Exit code 2, no traceback, and a line that a shell takes."""
+    path, before = only(root), content(only(root))
+    DAMAGE["flipped"](path / SHARDS[0])
+    words = (*OFFLINE, "data.tokens=2000")
+    output = train(root, *words, code=2)
+    assert f"{path / SHARDS[0]} is damaged" in output and "Traceback" not in output
+    command = "\n".join(line for line in output.splitlines() if line.startswith("  "))
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    product = Path(module.__file__).parent.parent
+    subprocess.run(["bash", "-ec", command], check=True, env=environment | {"PYTHONPATH": str(product)}, cwd=root)
+    assert content(path) == before
+    here(root, *OFFLINE)
+
+
+def test_damage_while_a_run_reads_is_found_at_the_first_touch(root):
+    path = only(root)
+    held = Store(path, path.parent)
+    rows = np.load(next((root / "data").glob("*/train.npy")))
+    held.read(np.array([0]), rows[:1, :-1])
+    flip(path / SHARDS[2])
+    with pytest.raises(UserError, match=r"shard-00007.safetensors is damaged"):
+        held.read(np.array([len(rows) - 1]), rows[-1:, :-1])
+
+
+def test_verify_digests_every_file(root):
+    path = only(root)
+    held = Store(path, path.parent)
+    held.verify()
+    for name in (SHARDS[2], "validation.safetensors"):
+        flip(path / name)
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            held.verify()
+        flip(path / name)
+
+
+@pytest.fixture
+def command_line(root, monkeypatch, capsys):
+    """What python -m kd.store answers, and with which exit code."""
+
+    def call(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["kd.store", *words, f"--root={root}"])
+        monkeypatch.setattr(console, "width", 200)
+        try:
+            module.main()
+            code = 0
+        except SystemExit as error:
+            code = error.code
+        return code, capsys.readouterr().err
+
+    return call
+
+
+def test_verify_compares_with_the_teacher_and_info_says_what_it_is(root, command_line):
+    path = str(only(root))
+    code, said = command_line("verify", path)
+    assert code == 0 and "All 10 files are what was written" in said and "8 rows of 32 tokens recomputed" in said
+    code, said = command_line("info", path)
+    assert code == 0 and "top_k k=5" in said and "60 rows of 32 tokens" in said and "8 shards" in said
+    shutil.rmtree(folder(root, "lm"))
+    code, said = command_line("verify", path)
+    assert code == 0 and "no row was computed again" in said
+    flip(Path(path) / SHARDS[0])
+    code, said = command_line("verify", path)
+    assert code == 2 and f"{SHARDS[0]} is damaged" in said
+    code, said = command_line("info", f"{path}/none")
+    assert code == 2 and "There is no store" in said
+
+
+def test_verify_finds_numbers_that_the_teacher_does_not_say(root, command_line, monkeypatch):
+    def other(settings, parts):
+        model = real(settings, parts)
+        with torch.no_grad():
+            model.head.output.weight.mul_(3)
+        return model
+
+    real = product.teacher_model
+    monkeypatch.setattr(product, "teacher_model", other)
+    code, said = command_line("verify", str(only(root)))
+    assert code == 2 and "is not what this teacher says" in said
+
+
+# Something else
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("teacher", ("teacher.seed=1",)),
+        ("teacher", ("teacher.steps=7",)),
+        ("data", ("data.seed=1",)),
+        ("data", ("data.seed=1", "teacher=none")),
+        ("data", ("data.seq_len=16",)),
+        ("data", ("data.tokens=1900", "teacher=none")),
+        ("data", ("data.val_rows=7", "teacher=none")),
+        ("tokenizer", ("data.states=17", "teacher=none")),
+    ],
+)
+def test_store_of_something_else_is_refused_by_field(root, field, words):
+    said = refused(root, f"logits.path={only(root)}", *words)
+    assert f"its {field} is " in said
+    here(root, "logits=offline", f"logits.path={only(root)}", *shlex.split(said.splitlines()[-1]))
+
+
+def test_all_that_differs_is_said(root):
+    said = refused(root, f"logits.path={only(root)}", "data.seed=1", "data.states=17", "teacher.seed=1")
+    assert all(f"its {field} is " in said for field in ("teacher", "tokenizer", "data"))
+
+
+def test_other_weights_of_the_teacher_are_refused(root):
+    weights = folder(root, "lm") / "student" / "model.safetensors"
+    made = result(folder(root, "lm"))
+    assert made["weights"] == {"model.safetensors": files.digest(weights)}
+    made["weights"] = {"model.safetensors": "0" * 32}
+    (folder(root, "lm") / "result.json").write_text(json.dumps(made))
+    assert "its weights is model.safetensors=" in refused(root)
+
+
+def text(root: Path, words: list[str]) -> tuple[str, ...]:
+    """A corpus of many short documents."""
+    (root / "text.txt").write_text("\n\n".join(" ".join(words[i : i + 40]) for i in range(0, len(words), 40)))
+    return ("data=text", f"data.files={root / 'text.txt'}", "data.val_share=0.2", "data.seq_len=16", "data.val_rows=4")
+
+
+def test_one_token_of_the_data(tmp_path):
+    (tmp_path / "data").mkdir()
+    words = [f"w{number % 7}" for number in np.random.default_rng(0).integers(0, 100, 4000)]
+    small = [w for w in SMALL if not w.startswith("data")]
+
+    def run(*more: str) -> None:
+        all_words = [*small, *(OFFLINE if "logits=none" not in more else ()), f"root={tmp_path}", *more]
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            product.train(resolve(hydra.compose("config", all_words), all_words))
+
+    run(*text(tmp_path, words), "data.vocab=300", "logits=none", "teacher=none")
+    shutil.copytree(next((tmp_path / "data").glob("*/tokenizer")), tmp_path / "tokenizer")
+    run(*text(tmp_path, words), f"data.tokenizer={tmp_path / 'tokenizer'}")
+    words[100] = "w0" if words[100] != "w0" else "w1"
+    held = only(tmp_path)
+    for teacher in ("teacher=none", "teacher=100k"):
+        with pytest.raises(UserError, match="its data is ") as caught:
+            changed = text(tmp_path, words)
+            run(*changed, f"data.tokenizer={tmp_path / 'tokenizer'}", f"logits.path={held}", teacher)
+        assert ("its teacher is" in str(caught.value)) == (teacher != "teacher=none")
+        assert "its tokenizer is" not in str(caught.value)
+    with pytest.raises(UserError, match="its tokenizer is "):
+        run(*text(tmp_path, words), "data.vocab=290", f"logits.path={held}", "teacher=none")
+
+
+def test_rows_are_read_for_the_tokens_they_were_written_for(root):
+    path = only(root)
+    rows = np.load(next((root / "data").glob("*/train.npy")))
+    held = Store(path, path.parent)
+    index = np.array([59, 0, 3])
+    entries = held.read(index, rows[index, :-1])
+    assert entries.count.shape == (3, 32) and (entries.count == 5).all()
+    for row in index:
+        wrong = rows[index, :-1].copy()
+        wrong[list(index).index(row), 31] ^= 1
+        with pytest.raises(UserError, match=f"other tokens: those of row {row} differ"):
+            held.read(index, wrong)
+    with pytest.raises(UserError, match="those of row 0 differ"):  # another order of packing
+        held.read(np.array([0]), rows[1:2, :-1])
+
+
+def test_an_older_format_is_refused_with_what_makes_a_new_one(root, tmp_path):
+    path = only(root)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest.pop("digest")
+    manifest["of"]["format"] -= 1
+    files.write_json(path / "manifest.json", manifest | {"digest": files.digest_of(manifest)})
+    said = refused(root)
+    assert f"{path} has format 0, and this version of kd reads format 1" in said
+    type_in(f"{said.replace('FOLDER', str(tmp_path / 'new'))} root={root}")
+    here(root, *OFFLINE, f"logits.path={tmp_path / 'new'}")
+
+
+def test_the_beginning_of_another_store_is_not_gone_on_with(root, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(only(root) / "begun.json", other)
+    said = refused(root, f"logits.path={other}", "record=top_k", "record.k=6")
+    assert "its truncation is top_k k=5, and here it is top_k k=6" in said
+    type_in(said)
+    here(root, *OFFLINE, f"logits.path={other}", "record=top_k", "record.k=6")
+
+
+# A part of what a store holds
+
+FULL, RANDOM = {"name": "full"}, {"name": "random", "draws": 50}
+
+
+def top(**settings) -> dict:
+    return {"name": {"k": "top_k", "p": "top_p", "pk": "top_p_k"}["".join(settings)], **settings}
+
+
+@pytest.mark.parametrize(
+    ("asked", "held", "inside"),
+    [
+        (FULL, FULL, True),
+        (top(k=50), FULL, True),
+        (top(p=1.0), FULL, True),
+        (RANDOM, FULL, True),
+        (RANDOM | {"draws": 10**6}, FULL, True),
+        (FULL, top(k=50), False),
+        (FULL, top(p=1.0), False),
+        (FULL, RANDOM, False),
+        (top(k=50), top(k=50), True),
+        (top(k=1), top(k=50), True),
+        (top(k=51), top(k=50), False),
+        (top(p=0.9), top(k=50), False),
+        (top(p=0.9, k=50), top(k=50), True),
+        (top(p=1.0, k=51), top(k=50), False),
+        (top(p=0.9), top(p=0.9), True),
+        (top(p=0.5), top(p=0.9), True),
+        (top(p=0.91), top(p=0.9), False),
+        (top(k=1), top(p=0.9), False),
+        (top(p=0.9, k=10**6), top(p=0.9), True),
+        (top(p=0.91, k=1), top(p=0.9), False),
+        (top(p=0.9, k=20), top(p=0.9, k=20), True),
+        (top(p=0.5, k=10), top(p=0.9, k=20), True),
+        (top(p=0.95, k=10), top(p=0.9, k=20), False),
+        (top(p=0.5, k=21), top(p=0.9, k=20), False),
+        (top(k=20), top(p=0.9, k=20), False),
+        (top(p=0.9), top(p=0.9, k=20), False),
+        (RANDOM, RANDOM, True),
+        (RANDOM | {"draws": 1}, RANDOM, True),
+        (RANDOM | {"draws": 51}, RANDOM, False),
+        (RANDOM, top(k=50), False),
+        (RANDOM, top(p=1.0), False),
+        (top(k=1), RANDOM, False),
+        (top(p=0.1), RANDOM, False),
+    ],
+)
+def test_what_is_within(asked, held, inside):
+    assert within(asked, held) is inside
+
+
+@pytest.mark.parametrize("asked", ["full", "random", "top_p", "top_k"])
+def test_asking_for_more_names_both_before_anything_is_done(root, asked, monkeypatch):
+    monkeypatch.setattr(product, "teacher_model", None)  # not even loaded
+    for words in ((f"logits.path={only(root)}",), (f"logits.path={root / 'none'}", "record=top_k", "record.k=5")):
+        with pytest.raises(UserError, match=rf"{asked}.* more than .*top_k"):
+            here(
+                root, "logits=offline", f"truncation={asked}", *(["truncation.k=6"] if asked == "top_k" else []), *words
+            )
+    assert not (root / "none").exists() and not list(root.glob("fkl*"))
+
+
+def test_asking_for_less_is_answered(root):
+    run = here(
+        root, "logits=offline", "truncation=top_p_k", "truncation.p=0.5", "truncation.k=4", f"logits.path={only(root)}"
+    )
+    assert result(run)["state"] == "done" and len(list((root / "stores").iterdir())) == 1
+
+
+# Elsewhere
+
+
+def test_reading_leaves_a_store_as_it_is(root):
+    path = only(root)
+    here(root, *OFFLINE)  # what is left after that has been read often
+    shutil.rmtree(folder(root, "fkl"))
+    for part in (path, *path.iterdir()):
+        part.chmod(0o555 if part.is_dir() else 0o444)
+    before = {p: p.stat().st_mtime_ns for p in (path, *path.iterdir())}
+    here(root, *OFFLINE)
+    here(root, *OFFLINE, f"logits.path={path}", "seed=1")
+    assert {p: p.stat().st_mtime_ns for p in (path, *path.iterdir())} == before
+    path.chmod(0o755)
+
+
+def test_opening_looks_into_no_file(tmp_path, root, monkeypatch):
+    """However many shards there are."""
+    path, count = tmp_path / "big", 5000
+    manifest = json.loads((only(root) / "manifest.json").read_text())
+    manifest.pop("digest")
+    note = {"count": 8, "entries": 1, "mass": 1.0, "size": 0, "digest": "0" * 32}
+    manifest["files"] = {f"shard-{n:05}.safetensors": note | {"first": 8 * n} for n in range(count)}
+    files.write_json(path / "manifest.json", manifest | {"digest": files.digest_of(manifest)})
+    for name in manifest["files"]:
+        (path / name).touch()
+    monkeypatch.setattr(files, "digest", None)
+    monkeypatch.setattr(safetensors, "safe_open", None)
+    began = time.monotonic()
+    held = Store(path, tmp_path)
+    assert time.monotonic() - began < 1
+    assert held._place(8 * 4321 + 3) == ("shard-04321.safetensors", 3)
+
+
+def test_a_url_is_read_through_local_copies(root, tmp_path):
+    remote = tmp_path / "remote"
+    shutil.move(only(root), remote)
+    url = f"file://{remote}"
+    here(root, *OFFLINE, f"logits.path={url}", "teacher=none")
+    copies = only(root)
+    shards = {p.name: p.read_bytes() for p in copies.glob("*.safetensors")}
+    assert shards == {n: (remote / n).read_bytes() for n in shards} and len(shards) == 10
+    local = folder(root, "fkl")
+    shutil.copytree(local, tmp_path / "by-url")
+    shutil.rmtree(local)
+    here(root, *OFFLINE, f"logits.path={remote}", "teacher=none")
+    assert outcome(folder(root, "fkl")) == outcome(tmp_path / "by-url")
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "gone"])
+def test_damage_at_a_url_is_refused_until_it_is_mended_there(root, tmp_path, how):
+    remote = tmp_path / "remote"
+    shutil.move(only(root), remote)
+    words = (*OFFLINE, f"logits.path=file://{remote}", "teacher=none")
+    whole = (remote / SHARDS[0]).read_bytes()
+    DAMAGE[how](remote / SHARDS[0])
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"{SHARDS[0]} is damaged.*copy that file again"):
+            here(root, *words)
+    (remote / SHARDS[0]).write_bytes(whole)
+    here(root, *words)
+
+
+def test_a_damaged_copy_is_read_anew(root, tmp_path):
+    remote = tmp_path / "remote"
+    shutil.move(only(root), remote)
+    url = f"file://{remote}"
+    Store(url, root / "stores").verify()
+    flip(only(root) / SHARDS[0])
+    with pytest.raises(UserError, match="is damaged"):
+        Store(url, root / "stores").verify()
+    Store(url, root / "stores").verify()
+
+
+def test_a_url_is_written_to_and_an_upload_that_was_cut_off_goes_on(root, monkeypatch):
+    url = f"memory://{root.name}/store"
+    system = fsspec.filesystem("memory")
+    put = type(system).put_file
+
+    def fail(self, source: str, target: str, **more) -> None:
+        if target.endswith("shard-00004.safetensors"):
+            raise OSError("the network is gone")
+        put(self, source, target, **more)
+
+    expected = {n: d for n, d in content(only(root)).items() if n.endswith(".safetensors")}
+    shutil.rmtree(root / "stores")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(system), "put_file", fail)
+        with pytest.raises((OSError, UserError), match="the network is gone"):
+            here(root, *OFFLINE, f"logits.path={url}")
+    assert not system.exists(f"{url}/manifest.json")
+    made = times(only(root))
+    here(root, *OFFLINE, f"logits.path={url}")
+    assert times(only(root)) == made
+    assert {n: system.cat_file(f"{url}/{n}") for n in expected} == expected
+    shutil.rmtree(root / "stores")
+    here(root, *OFFLINE, f"logits.path={url}", "teacher=none", "seed=1")  # from the URL alone
+    with pytest.raises(UserError, match="could not be read"):
+        here(root, *OFFLINE, "logits.path=nosuch://bucket/store")
+
+
+def test_draws_that_a_store_cannot_count_are_refused(root):
+    with pytest.raises(UserError) as caught:
+        here(root, "logits=offline", "truncation=random", "truncation.draws=32768")
+    said = str(caught.value)
+    assert "32768" in said and "32,767" in said
+
+
+def test_words_of_a_store_are_read_back_by_hydra(tmp_path):
+    for value in (None, True, 3, 2.5, "a b", "it's", "x,y", "a=b", "[1]", "/p/q-1.txt", "back\\", ["a b", 1, None]):
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            assert hydra.compose("config", [f"data.tokenizer={typed(value)}"]).data.tokenizer == value
+
+
+def test_words_of_a_store_are_of_it_alone(root):
+    """A store is written anew with words that leave the student out, whoever it was written for."""
+    words = write(root, *TOP).words
+    assert "student" not in words and "trainer" not in words and "truncation=top_k" in words
+    assert write(root, "record=top_k", "record.k=5").path == str(only(root))
