@@ -17,11 +17,9 @@ from rich.table import Table
 from kd import files
 from kd.bench import memory
 from kd.bench.cases import CASES, CUDA_CASES, NEEDS
-from kd.bench.work import SHAPES, Shape, apart
+from kd.bench.work import GIB, SHAPES, Shape, apart
 from kd.errors import UserError
 from kd.progress import console, end_with
-
-GIB = 2**30
 
 
 def main(words: list[str]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from kd.sizes import Size
 
 WARM_UP = 3  # steps that are not counted: first allocations, compilation
+GIB = 2**30
 HEAD = 512  # rows of the products that the limit is measured with
 
 
@@ -50,7 +51,7 @@ class Work:
 
         self.shape, self.steps = shape, steps
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.ticks: list[float] = []
+        self.ticks: list[tuple[float, float]] = []  # seconds of the wall clock and of the processor, after each step
         self.models: list[tuple] = []  # model, and how many times its forward pass a step costs
         torch.manual_seed(0)
 
@@ -94,7 +95,7 @@ class Work:
 
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.ticks.append(time.perf_counter())
+        self.ticks.append((time.perf_counter(), time.process_time()))
 
     def autocast(self):
         import torch
@@ -145,11 +146,13 @@ def measure(name: str, shape: Shape, steps: int) -> dict:
     quiet()
     work = Work(shape, steps + WARM_UP)
     parts = (CASES | CUDA_CASES)[name](work)
-    seconds = [b - a for a, b in itertools.pairwise(work.ticks)][WARM_UP - 1 :]
+    memory = peak_memory()  # before the limit is measured, which takes some itself
+    steps = list(itertools.pairwise(work.ticks))[WARM_UP - 1 :]
+    seconds, busy = ([after[i] - before[i] for before, after in steps] for i in (0, 1))
     return {
-        "case": name, "shape": asdict(shape), "tokens_per_second": shape.tokens / statistics.median(seconds),
-        "peak_memory": peak_memory(), "limit": shape.tokens / work.limit(), "parts": parts, "seconds": seconds,
-        "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "case": name, "shape": asdict(shape), "seconds": seconds, "processor_seconds": busy,
+        "tokens_per_second": shape.tokens / statistics.median(seconds), "limit": shape.tokens / work.limit(),
+        "peak_memory": memory, "parts": parts, "threads": torch.get_num_threads(), "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if work.device.type == "cuda" else processor(),
     }  # fmt: skip
 

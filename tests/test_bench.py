@@ -1,0 +1,79 @@
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from kd.bench import __main__ as command
+from kd.bench import memory
+from kd.bench.cases import CASES, CUDA_CASES, NEEDS
+from kd.bench.work import SHAPES, Shape, measure
+from kd.errors import UserError
+from tests.small import ENVIRONMENT
+
+TINY = SHAPES["tiny"]
+# Compiling takes a minute, and what it compiles is tested in test_objective.py; the breakdown leaves its clock behind.
+SLOW = ("online_fkl_compiled", "breakdown")
+QUICK = [name for name in CASES if name not in SLOW and find_spec(NEEDS.get(name, "kd"))]
+
+
+def bench(folder, *words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "kd.bench", *words, f"root={folder}"]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+
+
+def test_prints_a_table_and_writes_the_numbers(tmp_path):
+    done = bench(tmp_path, "only=lm,online_fkl,breakdown", "shape=tiny", "steps=2")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "bench" / "speed.json").read_text())
+    assert list(found) == ["lm", "online_fkl", "breakdown"]
+    for result in found.values():
+        assert len(result["seconds"]) == 2
+        assert 0 < result["tokens_per_second"] < result["limit"]
+        assert result["peak_memory"] > 2**27
+    assert sum(found["breakdown"]["parts"].values()) <= 1.05 * max(found["breakdown"]["seconds"])
+    for word in ("tokens/s", "online_fkl", f"{found['lm']['tokens_per_second']:,.0f}", "teacher's body"):
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_every_case_trains_as_many_steps_as_asked(name):
+    result = measure(name, TINY, 2)
+    assert len(result["seconds"]) == 2
+    assert all(seconds > 0 for seconds in result["seconds"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(["only=nothing"], "only=nothing"), (["steps=0"], "steps=0"), (["shape=huge"], "shape=huge"), (["x=1"], "x")],
+)
+def test_a_word_without_meaning_is_refused_by_name(words, says, tmp_path):
+    with pytest.raises(UserError, match=says):
+        command.main([*words, f"root={tmp_path}"])
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_a_missing_package_is_named_with_what_installs_it(name, monkeypatch):
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(UserError, match=rf"{name} .*pip install 'kd\[bench\]'"):
+        command.check([name])
+
+
+def test_a_case_that_fails_is_a_line_of_the_table():
+    found = {"lm": {"case": "lm", "error": "out of memory"}}
+    assert command.table(found).row_count == 1
+    assert set(NEEDS) <= set(CASES | CUDA_CASES)
+
+
+def test_memory_is_measured_around_a_shape_and_drawn(tmp_path, monkeypatch):
+    def apart(case: str, shape: Shape, steps: int) -> dict:
+        return {"case": case, "peak_memory": shape.tokens * shape.vocab}
+
+    monkeypatch.setattr(memory, "apart", apart)
+    monkeypatch.setattr(memory, "available", lambda: 48 * TINY.tokens * TINY.vocab)
+    memory.write(tmp_path, TINY)
+    found = json.loads((tmp_path / "memory.json").read_text())
+    tried = {case: sum(r["case"] == case and "error" not in r for r in found) for case in memory.SHOWN}
+    assert tried["online_fkl"] > tried["full"] > 0
+    assert "peak memory, GiB" in (tmp_path / "memory.html").read_text()
