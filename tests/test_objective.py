@@ -5,7 +5,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd.errors import UserError
-from kd.objective import Objective, chunks
+from kd.objective import Objective, chunks, fitting
 from kd.target import Target
 from kd.temperature import soften
 from tests.cases import (
@@ -21,6 +21,7 @@ from tests.cases import (
     each,
     logits,
     option,
+    slope,
 )
 
 D, ROWS = 6, 13
@@ -322,3 +323,45 @@ def test_the_count_of_elements_sees_logits_in_one_piece_or_in_many():
 
     assert most_elements(whole) > 1
     assert most_elements(lambda *inputs: sum(whole(*inputs, rows) for rows in chunks(600, 6))) > 1
+
+
+def test_compiled_equals_eager():
+    head, hidden, label, target = case()
+    for alpha in (0.9, 0.3):  # that alpha changes must not be compiled in
+        eager, compiled = (
+            Objective(LOSSES["akl"], FULL, PLAIN, 5, compile)(head, hidden, label, target.__getitem__, alpha)
+            for compile in (False, True)
+        )
+        same(compiled, eager)
+        same(grads_of(compiled.total, head, hidden), grads_of(eager.total, head, hidden))
+
+
+def test_a_chunk_is_chosen_by_the_vocabulary():
+    for vocab, rows in ((1000, 8388), (32_768, 256), (256_000, 64)):
+        assert fitting(torch.nn.Linear(2, vocab, device="cpu")) == rows
+
+
+@each("loss", LOSSES)
+def test_chunks_change_nothing_but_rounding_under_autocast(loss):
+    head, hidden, label, target = case()
+    with torch.autocast("cpu", torch.bfloat16):
+        results = [
+            Objective(loss, FULL, PLAIN, chunk)(head, hidden, label, target.__getitem__, 0.7) for chunk in (3, None)
+        ]
+    same(*results)
+    small, whole = (grads_of(sums.total, head, hidden) for sums in results)
+    for a, b in zip(small, whole, strict=True):
+        close(a, b, rtol=0.02, atol=0.01 * b.abs().max().item())
+
+
+@each("loss", {name: loss for name, loss in LOSSES.items() if name != "akl"})  # whose weights carry no gradient
+def test_gradient_is_that_of_finite_differences(loss):
+    label, target = torch.arange(4), dense(logits(1, 4))
+    z, objective = logits(2, 4), Objective(loss, FULL, PLAIN)
+
+    def total(z):  # per position, in float64
+        student = z.log_softmax(-1)
+        return 0.7 * objective.distance(student, target) - 0.3 * student.gather(-1, label[:, None])[:, 0]
+
+    grad, _ = objective.slope(z.float(), label, target, torch.tensor(0.7))
+    close(grad.double(), slope(total, z), rtol=1e-4, atol=1e-5)
