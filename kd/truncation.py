@@ -65,9 +65,12 @@ def random(target: Target, draws: int = 50) -> Target:
 def _drawn(probability: Tensor, points: Tensor) -> Tensor:
     """The columns [N, draws] in which points in (0, 1) fall where probabilities [N, K] lie side by side.
 
-    First the block of columns, then the column in it: a running sum over all columns would have to be float64, lest it
-    lose the tail of 150k summands, and costs four times as much.
+    Of many columns, first the block and then the column in it: a running sum over all of them has to be float64, lest
+    it lose the tail of 150k summands, and costs twice as much.
     """
+    if probability.shape[-1] <= points.shape[-1] * BLOCK:
+        ends = probability.double().cumsum(-1)
+        return torch.searchsorted(ends, points * ends[:, -1:], right=True).clamp(max=ends.shape[-1] - 1)
     blocks = _blocks(probability, 0.0)  # [N, blocks, BLOCK]
     ends = blocks.sum(-1).double().cumsum(-1)
     points = points.double() * ends[:, -1:]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from kd import truncation
 from kd.errors import UserError
 from kd.target import Target
 from kd.truncation import uniform
@@ -272,3 +273,28 @@ def test_a_setting_without_meaning_is_refused_by_name(name, setting, value):
     truncation = option("truncation", name, **changes)
     with pytest.raises(UserError, match=rf"truncation\.{setting}={value}: need"):
         truncation(dense(logits(1)))
+
+
+# Many columns are looked at block by block.
+
+
+@pytest.mark.parametrize("columns", [truncation.BLOCK * 8, truncation.BLOCK * 8 + 1, 2047])
+def test_the_largest_of_many_columns_are_those_of_a_full_sort(columns):
+    logp = logits(3, 20, columns, torch.float32).log_softmax(-1)
+    logp[:, ::3] = -torch.inf
+    values, place = truncation._largest(logp, 2)
+    expected = logp.sort(descending=True)
+    assert torch.equal(values, expected.values[:, :2]) and torch.equal(place, expected.indices[:, :2])
+
+
+@pytest.mark.parametrize("columns", [truncation.BLOCK * 3, 1000, 20_000])
+def test_draws_from_many_columns_are_those_of_one_running_sum(columns):
+    probability = logits(4, 12, columns).softmax(-1)
+    probability[:, 1::2] = 0  # dropped columns are never drawn
+    probability[5, truncation.BLOCK :] = 0
+    points = torch.rand(12, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    points[:, 0] = 1 - 1e-12
+    ends = probability.cumsum(-1)
+    expected = torch.searchsorted(ends, points * ends[:, -1:], right=True)
+    drawn = truncation._drawn(probability, points)
+    assert torch.equal(drawn, expected) and (probability.gather(-1, drawn) > 0).all()
