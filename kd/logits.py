@@ -31,7 +31,7 @@ class Projection(NamedTuple):
     def __call__(self, rows: slice) -> Target:
         with torch.no_grad():
             logp = log_probabilities(self.head, self.hidden[rows])  # [n, V]
-        return Target(self.label[rows], logp, seed=self.seed[rows])
+        return Target(self.label[rows], logp, seed=self.seed[rows], whole=True)
 
 
 def none(origin) -> None:

@@ -38,6 +38,7 @@ class Target:
     ids: Tensor | None = None  # [N, K]  vocabulary id of each column
     rest: bool = False  # one more column in pair(): all probability that is not in ids
     seed: Tensor | None = None  # [N]     a random number per position, for truncations that sample
+    whole: bool = False  # no column is dropped, so pair() need not look
 
     def __getitem__(self, rows) -> Target:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -53,7 +54,8 @@ class Target:
 
     def cut(self, rest: bool) -> Target:
         """A target with true probabilities of what it keeps, with the rest as one more column, or renormalised."""
-        return replace(self, logp=self.logp if rest else self.logp.log_softmax(-1), rest=rest)
+        logp = self.logp if rest else self.logp.log_softmax(-1)
+        return replace(self, logp=logp, rest=rest, whole=False)
 
     def soften(self, tau: Tensor | float) -> Target:
         """softmax(logp / tau) over the kept columns; tau is a number or one per position [N]."""
@@ -84,6 +86,8 @@ class Target:
         Columns outside the teacher's support hold FLOOR on both sides, so they add 0 to any divergence. With
         `rest`, column K+1 holds the mass of all other tokens.
         """
+        if self.whole:
+            return student, self.logp
         vocabulary = student.shape[-1]
         if self.ids is not None:
             student = student.gather(-1, self.ids)  # [N, K]

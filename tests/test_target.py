@@ -1,11 +1,25 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kd.errors import UserError
 from kd.target import FLOOR, Target, log1mexp
-from tests.cases import COMPLETE, FORMS, V, close, dense, each, gradient, logits, probabilities, shuffled, with_rest
+from tests.cases import (
+    COMPLETE,
+    FORMS,
+    V,
+    close,
+    dense,
+    each,
+    gradient,
+    logits,
+    option,
+    probabilities,
+    shuffled,
+    with_rest,
+)
 
 
 def test_log1mexp_keeps_its_digits_at_both_ends():
@@ -123,3 +137,11 @@ def test_temperature_one_changes_nothing():
 def test_a_rest_cannot_be_softened(tau):
     with pytest.raises(UserError, match=r"truncation\.rest=true.*temperature\.tau=1"):
         FORMS["sparse-rest"](logits(1)).soften(tau)
+
+
+def test_a_whole_target_pairs_as_one_that_is_looked_through():
+    student, target = logits(2).log_softmax(-1), dense(logits(1))
+    whole = replace(target, whole=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.pair(student), target.pair(student), strict=True))
+    for truncation in (option("truncation", "top_p", p=0.5), option("truncation", "random", draws=5)):
+        assert not truncation(whole).whole
