@@ -1,6 +1,7 @@
 """A run so small that it trains in seconds, started as a user would: python train.py …"""
 
 import json
+import multiprocessing
 import os
 import shlex
 import subprocess
@@ -20,6 +21,7 @@ student=100k teacher=100k teacher.steps=6 trainer.steps=12 trainer.batch=4 train
 trainer.val_every=5 trainer.checkpoint_every=3 trainer.log_every=1 logger=none""".split()  # noqa: SIM905
 # Data of 60 rows, and a store of them in eight shards: for what is done in the process of the test.
 TINY = [*SMALL, "data.tokens=2000"]
+FORK = multiprocessing.get_context("fork")
 TOP = ("truncation=top_k", "truncation.k=5")
 # One thread: tests run side by side.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}

@@ -23,7 +23,7 @@ from kd import files
 from kd import store as module
 from kd.config import CONF, typed
 from kd.errors import UserError
-from kd.plan import resolve
+from kd.plan import cached_corpus, resolve
 from kd.progress import console
 from kd.store import Store, within
 from tests.small import SMALL, TOP, content, folder, here, outcome, result, train, type_in, write
@@ -294,6 +294,7 @@ def test_one_token_of_the_data(tmp_path):
     shutil.copytree(next((tmp_path / "data").glob("*/tokenizer")), tmp_path / "tokenizer")
     run(*text(tmp_path, words), f"data.tokenizer={tmp_path / 'tokenizer'}")
     words[100] = "w0" if words[100] != "w0" else "w1"
+    cached_corpus.cache_clear()  # another process would read the file
     held = only(tmp_path)
     for teacher in ("teacher=none", "teacher=100k"):
         with pytest.raises(UserError, match="its data is ") as caught:
