@@ -88,7 +88,7 @@ def fewer(made_of: int, draws: int, target: Target) -> Target:
     assert target.seed is not None
     count = (target.logp.exp() * made_of).round().long()  # [N, K]
     all_draws = count.cumsum(-1)
-    place = uniform(target.seed, made_of).argsort(-1)[:, :draws]  # [N, draws]
+    place = uniform(target.seed, made_of).argsort(-1)[:, :draws].contiguous()  # [N, draws]
     return _sampled(target, torch.searchsorted(all_draws, place, right=True))
 
 

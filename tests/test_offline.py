@@ -1,0 +1,325 @@
+"""Logits from a store do what those of a running teacher do, for every loss, and no teacher is loaded."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train as product
+from kd import data, models, store
+from kd.entries import STEP
+from kd.errors import UserError
+from kd.logits import Projection
+from kd.losses import akl
+from kd.objective import Objective
+from kd.target import Target
+from kd.truncation import fewer
+from tests.cases import LOSSES, close, each, gradient, option
+from tests.small import TOP, folder, here, result, write
+from tests.test_entries import ROWS, SIZE, heavy, read, written
+
+V = 17  # of the tiny data
+
+
+@pytest.fixture(scope="module")
+def whole(taught, tmp_path_factory) -> Path:
+    """A root with a store of everything."""
+    root = tmp_path_factory.mktemp("whole") / "root"
+    shutil.copytree(taught, root)
+    write(root, "truncation=full")
+    return root
+
+
+@pytest.fixture
+def root(whole, tmp_path) -> Path:
+    shutil.copytree(whole, tmp_path / "root")
+    return tmp_path / "root"
+
+
+def outcome(run: Path) -> tuple[list[dict], bytes]:
+    """What was measured, and the student; without what the teacher's forward passes cost, of which a store has none."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "flops"} for line in lines], weights(run)
+
+
+def weights(run: Path) -> bytes:
+    return (run / "student" / "model.safetensors").read_bytes()
+
+
+def both(root: Path, *words: str) -> tuple[Path, Path]:
+    """The same run online and offline."""
+    return here(root, "logits=online", *words), here(root, "logits=offline", *words)
+
+
+RANDOM = ("truncation=random", "truncation.draws=20")
+
+
+@each(
+    "words",
+    {
+        "defaults": (),
+        "micro-batches": ("trainer.micro_batch=1", "trainer.chunk=7"),
+        "one batch": ("trainer.micro_batch=4", "trainer.chunk=1000"),
+        "akl, softened": ("loss=akl", "temperature.tau=2"),
+        "alpha grows from 0": ("alpha=linear", "trainer.steps=6"),
+        "no distillation at all": ("alpha.peak=0",),
+        "top_k of everything": TOP,
+        "with the rest": (*TOP, "truncation.rest=true"),
+        "random of everything": RANDOM,
+        "bf16": ("trainer.precision=bf16",),
+    },
+)
+def test_student_of_a_whole_store_is_that_of_the_teacher_bit_for_bit(root, words):
+    path = ("record=full",) if "trainer.precision=bf16" in words else (f"logits.path={full(root)}", "record=full")
+    online = here(root, "logits=online", *words)
+    offline = here(root, "logits=offline", *words, *path)
+    assert online != offline and outcome(online) == outcome(offline)
+
+
+def full(root: Path) -> Path:
+    """The store of everything."""
+    return next(p.parent for p in root.glob("stores/*/manifest.json") if '"name": "full"' in p.read_text())
+
+
+@each(
+    "words",
+    {
+        "top_k": TOP,
+        "top_p": ("truncation=top_p", "truncation.p=0.8"),
+        "top_p_k": ("truncation=top_p_k", "truncation.p=0.9", "truncation.k=6"),
+        "with the rest": (*TOP, "truncation.rest=true"),
+        "softened": (*TOP, "temperature.tau=2", "loss=rkl"),
+    },
+)
+def test_student_of_a_store_of_a_part_is_that_of_the_teacher_to_rounding(root, words):
+    online, offline = both(root, *words)
+    for a, b in zip(outcome(online)[0], outcome(offline)[0], strict=True):
+        assert a.keys() == b.keys()
+        assert {k: b[k] for k in a if "grad" not in k} == pytest.approx(
+            {k: a[k] for k in a if "grad" not in k}, abs=0.02
+        )
+        # Validation is against the whole teacher: what is not about the student is the same number.
+        assert all(a[k] == b[k] for k in a if "teacher" in k)
+    assert weights(online) != weights(offline)
+
+
+def test_sample_in_a_store_teaches_what_the_teacher_does(root):
+    words = ("trainer.steps=60", "trainer.val_every=60", "trainer.log_every=60", "trainer.checkpoint_every=60")
+    online, offline = both(root, *words, *RANDOM)
+    assert result(offline)["final"]["val/fkl"] == pytest.approx(result(online)["final"]["val/fkl"], rel=0.1)
+    assert result(offline)["final"]["val/fkl"] < 0.5 * outcome_of_nothing(root)
+
+
+def outcome_of_nothing(root: Path) -> float:
+    """val/fkl of a student that hardly learned."""
+    return result(here(root, "logits=online", "trainer.steps=1"))["final"]["val/fkl"]
+
+
+def test_every_position_of_a_batch_gets_what_is_stored_of_it(root):
+    """Micro-batches and positions that are not counted shift nothing."""
+    held = write(root, *TOP)
+    rows = np.load(next((root / "data").glob("*/train.npy")))
+    index = np.array([5, 41, 0, 59])
+    batch = data.to_batch(rows[index], index, np.zeros((4, 32), np.int64))
+    batch = batch._replace(stored=held.read(index, batch.ids.numpy()))
+    kept = torch.rand(4, 32, generator=torch.Generator().manual_seed(0)) < 0.7
+
+    def tables(batch: data.Batch, kept: torch.Tensor) -> list[dict]:
+        target = held.source(batch, kept)(slice(None))
+        assert (target.label == batch.labels[kept]).all()
+        return [dict(zip(i, x, strict=True)) for i, x in zip(target.ids.tolist(), target.logp.tolist(), strict=True)]
+
+    everything = tables(batch, torch.ones_like(kept))
+    for size in (1, 3, 4):
+        pieces = zip(batch.split(size), kept.split(size), strict=True)
+        found = [table for part, which in pieces for table in tables(part, which)]
+        assert found == [everything[i] for i in kept.flatten().nonzero().flatten()]
+
+
+# Losses
+
+
+STORED = {
+    "top_k": {"k": 5},
+    "top_p": {"p": 0.8},
+    "top_p_k": {"p": 0.9, "k": 5},
+    "random": {"draws": 20},
+}
+
+
+def stored(target: Target, name: str, **settings) -> Target:
+    """A part of a target, as a store gives it back."""
+    draws = settings.get("draws")
+    kept = option("truncation", name, **settings, **({} if draws else {"rest": True}))(target)
+    (found,) = read(written(kept, draws).all(), draws)
+    return Target(target.label, found.logp, found.ids, seed=target.seed)
+
+
+def rounded(target: Target) -> Target:
+    """A target with log-probabilities that are multiples of STEP, but for what makes their sum right."""
+    logp = (target.logp / STEP).round() * STEP
+    return replace(target, logp=logp + (target.logp.logsumexp(-1) - logp.logsumexp(-1))[:, None])
+
+
+FORMS = {
+    f"{name}{'-rest' * rest}": (name, rest) for name in STORED for rest in (False, True) if name != "random" or not rest
+}
+
+
+@each("loss", LOSSES)
+@each("form", FORMS)
+def test_every_loss_of_stored_logits_is_that_of_the_rounded_ones(loss, form):
+    name, rest = form
+    target = heavy(ROWS * SIZE, V)
+    student = torch.randn(ROWS * SIZE, V, generator=torch.Generator().manual_seed(3))
+    computed = option("truncation", name, **STORED[name], **({} if name == "random" else {"rest": True}))(target)
+    expected = (computed if name == "random" else rounded(computed)).cut(rest)
+    held = stored(target, name, **STORED[name]).cut(rest)
+    assert loss(student.log_softmax(-1), held).isfinite().all()
+    if name == "random" and loss.func is akl:
+        return  # of tokens drawn equally often, which are in the head depends on their order
+    close(loss(student.log_softmax(-1), held), loss(student.log_softmax(-1), expected), rtol=5e-3, atol=5e-3)
+    slopes = [gradient(lambda z, t=t: loss(z.log_softmax(-1), t), student) for t in (held, expected)]
+    close(*slopes, rtol=5e-3, atol=5e-3)
+
+
+# Unbiasedness
+
+
+DRAWS, TIMES = 20, 400
+
+
+def mean_slope(made: list[Target], student: torch.Tensor) -> torch.Tensor:
+    """Mean over targets of the gradient of fkl [N, V]."""
+    return sum(gradient(lambda z, t=t: LOSSES["fkl"](z.log_softmax(-1), t), student) for t in made) / len(made)
+
+
+def error(draws: int) -> torch.Tensor:
+    """Its standard error [N, V]: the gradient is student - count / draws."""
+    p = heavy(ROWS * SIZE, V).logp.exp()
+    return (p * (1 - p) / (draws * TIMES)).sqrt()
+
+
+@pytest.fixture(scope="module")
+def sampled() -> tuple[torch.Tensor, torch.Tensor, list[Target]]:
+    """A student, the gradient from the whole teacher, and the teacher stored many times as a sample."""
+    target = heavy(ROWS * SIZE, V)
+    student = torch.randn(ROWS * SIZE, V, generator=torch.Generator().manual_seed(3))
+    exact = gradient(lambda z: LOSSES["fkl"](z.log_softmax(-1), target), student)
+    seeds = torch.arange(TIMES)[:, None] * 1009 + torch.arange(ROWS * SIZE)
+    made = [stored(Target(target.label, target.logp, seed=s), "random", draws=DRAWS) for s in seeds]
+    return student, exact, made
+
+
+def test_mean_gradient_from_stored_draws_is_that_of_the_whole_teacher(sampled):
+    student, exact, made = sampled
+    z = (mean_slope(made, student) - exact) / error(DRAWS)
+    assert z.abs().max() < 5 and 0.8 < z.square().mean() < 1.25
+    assert error(DRAWS).max() < 0.1 * exact.abs().max()
+    # The same test finds the bias of the most probable tokens alone, as many of them as a sample has.
+    entries = sum(int((t.logp > -torch.inf).sum()) for t in made) // (len(made) * ROWS * SIZE)
+    cut = stored(heavy(ROWS * SIZE, V), "top_k", k=entries).cut(False)
+    z = (mean_slope([cut], student) - exact) / error(DRAWS)
+    assert z.abs().max() > 10 and z.square().mean() > 10
+
+
+@pytest.mark.parametrize("draws", [1, 7, DRAWS])
+def test_fewer_draws_of_a_store_are_again_a_sample_of_the_teacher(sampled, draws):
+    student, exact, made = sampled
+    some = []
+    for number, target in enumerate(made):
+        seed = torch.arange(ROWS * SIZE) * 7 + 10**6 * number
+        some.append(fewer(DRAWS, draws, replace(target, seed=seed)))
+        count = some[-1].logp.exp() * draws
+        assert (count - count.round()).abs().max() < 1e-4 and (count.sum(-1).round() == draws).all()
+    z = (mean_slope(some, student) - exact) / error(draws)
+    assert z.abs().max() < 5.5 and 0.8 < z.square().mean() < 1.25
+
+
+def test_top_k_wants_the_head_larger_than_it_is():
+    """Its known bias (Anshumann et al. 2025, arXiv 2503.16870, section 3): a student that is right is pulled away."""
+    target = heavy(ROWS * SIZE, V)
+    cut = stored(target, "top_k", k=5).cut(False)
+    pull = -gradient(lambda z: LOSSES["fkl"](z.log_softmax(-1), cut), target.logp)
+    head = torch.zeros_like(pull, dtype=torch.bool).scatter(-1, cut.ids, True)
+    assert (pull[head] > 0).all() and (pull[~head] < 0).all()
+    renormalised = target.logp.masked_fill(~head, -30).log_softmax(-1)
+    rest = gradient(lambda z: LOSSES["fkl"](z.log_softmax(-1), cut), renormalised)
+    assert rest.abs().max() < 0.02  # there it comes to rest
+
+
+# No teacher
+
+
+def test_no_teacher_is_loaded_once_the_store_is_there(root, monkeypatch):
+    words = ("logits=offline", f"logits.path={full(root)}", "record=full")
+    online = here(root, "logits=online")
+    shutil.rmtree(folder(root, "lm"))
+    monkeypatch.setattr(models, "pretrained", None)
+    monkeypatch.setattr(product, "teacher_model", None)
+    for more in ((), ("teacher=none",), ("teacher=none", "logits.path=null", "teacher=100k", "record=full")):
+        run = here(root, *words, *more)
+        assert outcome(run) == outcome(online)
+        shutil.rmtree(run)
+
+
+def test_measures_of_a_student_are_those_it_has_online(root):
+    """The same student, measured once against the teacher and once against a store of draws."""
+    online, offline = (here(root, how, *RANDOM, "alpha.peak=0") for how in ("logits=online", "logits=offline"))
+    assert weights(online) == weights(offline)
+    a, b = result(online)["final"], result(offline)["final"]
+    assert a.keys() == b.keys() and {k: v for k, v in a.items() if k != "flops"} == {
+        k: v for k, v in b.items() if k != "flops"
+    }
+
+
+def test_runs_of_many_kinds_read_one_store(root, monkeypatch):
+    path = full(root)
+    before = {p: p.stat().st_mtime_ns for p in path.iterdir()}
+    monkeypatch.setattr(product, "teacher_model", None)
+    kinds = [("loss=rkl",), ("loss=jsd", "temperature.tau=2"), ("loss=tvd", "seed=3", "trainer.batch=3"), TOP, RANDOM]
+    for kind in kinds:
+        assert result(here(root, "logits=offline", "record=full", "trainer.steps=2", *kind))["state"] == "done"
+    assert {p: p.stat().st_mtime_ns for p in path.iterdir()} == before
+    assert len(list(root.glob("*/result.json"))) == 1 + len(kinds)
+
+
+def test_a_run_with_a_store_costs_no_flops_of_a_teacher(root):
+    online, offline = both(root, "trainer.steps=2")
+    plain = here(root, "logits=none", "teacher=none", "trainer.steps=2")
+    assert result(offline)["flops"] == result(plain)["flops"] < result(online)["flops"]
+
+
+def test_a_store_that_needs_a_teacher_says_so(root, tmp_path):
+    with pytest.raises(UserError, match=r"no store at .*none.* and teacher=none cannot write one"):
+        here(root, "logits=offline", "teacher=none", f"logits.path={tmp_path / 'none'}", *TOP)
+    with pytest.raises(UserError, match=r"logits=offline needs a teacher"):
+        here(root, "logits=offline", "teacher=none")
+
+
+def test_full_store_answers_with_a_projection(root):
+    held = store.Store(full(root), root / "stores")
+    rows = np.load(next((root / "data").glob("*/val.npy")))
+    batch = data.to_batch(rows[2:4], np.array([2, 3]), np.zeros((2, 32), np.int64))
+    kept = torch.ones_like(batch.ids, dtype=torch.bool)
+    signal = held.reference(batch, kept)
+    assert isinstance(signal, Projection) and signal(slice(3, 9)).logp.shape == (6, V)
+    other = data.to_batch(rows[3:5], np.array([2, 3]), np.zeros((2, 32), np.int64))
+    with pytest.raises(UserError, match=r"those of validation row 2 differ"):
+        held.reference(other, kept)
+
+
+def test_objective_truncates_a_stored_target_like_a_whole_one():
+    """A part of what is stored, in any chunk."""
+    target = heavy(ROWS * SIZE, V)
+    held = stored(target, "top_k", k=10)
+    student = torch.randn(ROWS * SIZE, V, generator=torch.Generator().manual_seed(3)).log_softmax(-1)
+    for name, settings in {"top_k": {"k": 3}, "top_p_k": {"p": 0.6, "k": 8}}.items():
+        objective = Objective(
+            LOSSES["fkl"], option("truncation", name, **settings), option("temperature", "fixed", tau=2.0)
+        )
+        close(objective.distance(student, held), objective.distance(student, target), rtol=0.05, atol=0.02)
