@@ -176,7 +176,7 @@ class Store:
         """The stored signal of a batch; see kd/logits.py."""
         label, seed = batch.labels[kept], batch.seed[kept]
         if self.truncation == FULL:
-            return logits.Projection(self.head.to(label.device), batch.stored[kept], label, seed)
+            return logits.Projection(self.head.to(label.device), batch.stored[kept].float(), label, seed)
         positions = batch.stored.at(kept)
         return lambda rows: positions.target(rows, label[rows], seed[rows], self.draws)
 
@@ -186,7 +186,7 @@ class Store:
         for row, ids in zip(batch.row.tolist(), batch.ids.cpu().numpy(), strict=True):
             if shard.hashes[row] != row_hash(ids):
                 raise self._other_tokens(row, "validation ")
-        hidden = torch.stack([shard.row(row) for row in batch.row.tolist()]).to(batch.ids.device)
+        hidden = torch.stack([shard.row(row) for row in batch.row.tolist()]).to(batch.ids.device).float()
         return logits.Projection(self.head.to(hidden.device), hidden[kept], batch.labels[kept], batch.seed[kept])
 
     @property

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -388,3 +389,54 @@ def test_text_too_short_for_a_row_on_each_side_is_refused(tmp_path, texts, strea
     with pytest.raises(UserError, match="one row needs 17"):
         data.pack(corpus(texts, streaming=streaming), tmp_path, **SETTINGS)
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
+
+
+# Ahead of their use
+
+
+def test_items_come_in_order_and_at_most_two_ahead():
+    made = []
+
+    def items():
+        for number in range(20):
+            made.append(number)
+            yield number
+
+    for number in (coming := data.ahead(items())):
+        time.sleep(0.002)
+        assert made[-1] <= number + 3
+        if number == 9:
+            break
+    coming.close()
+    assert made == list(range(len(made))) and len(made) <= 13
+    assert list(data.ahead(iter(range(50)))) == list(range(50)) and list(data.ahead(iter([]))) == []
+
+
+def test_items_are_made_while_others_are_used():
+    def items():
+        for number in range(8):
+            time.sleep(0.02)
+            yield number
+
+    began = time.monotonic()
+    for _ in data.ahead(items()):
+        time.sleep(0.02)
+    assert time.monotonic() - began < 0.28  # one after the other: 0.32
+
+
+def test_an_error_comes_where_its_item_would_and_ends_the_thread():
+    def items():
+        yield 1
+        yield 2
+        raise UserError("no third")
+
+    got = []
+    with pytest.raises(UserError, match="no third"):
+        for item in data.ahead(items()):
+            got.append(item)
+    assert got == [1, 2]
+    coming = data.ahead(iter(range(100)))
+    next(coming)
+    assert any(t.name.startswith("ahead") for t in threading.enumerate())
+    coming.close()
+    assert not any(t.name.startswith("ahead") for t in threading.enumerate())

@@ -277,6 +277,17 @@ def test_measures_of_a_student_are_those_it_has_online(root):
     }
 
 
+def test_a_store_in_bf16_is_read_by_a_run_in_fp32(root, tmp_path):
+    for name in ("full", "random"):
+        held = write(root, "trainer.precision=bf16", f"truncation={name}", f"logits.path={tmp_path / name}")
+        run = here(root, "logits=offline", f"truncation={name}", f"logits.path={held.path}")
+        whole = here(root, "logits=online", f"truncation={name}")
+        assert result(run)["final"]["val/fkl"] == pytest.approx(result(whole)["final"]["val/fkl"], abs=0.01)
+        assert result(run)["final"]["val/teacher_lm"] == pytest.approx(
+            result(whole)["final"]["val/teacher_lm"], abs=1e-3
+        )
+
+
 def test_runs_of_many_kinds_read_one_store(root, monkeypatch):
     path = full(root)
     before = {p: p.stat().st_mtime_ns for p in path.iterdir()}

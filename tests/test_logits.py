@@ -1,0 +1,344 @@
+"""Logits that come from a teacher in training: recorded on its way for later students, or learned beside them."""
+
+import copy
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from kd import checkpoint, data, models, module, writer
+from kd.errors import UserError
+from kd.logits import share
+from kd.run import read_metrics
+from kd.store import Store
+from tests.small import FORK, TOP, content, folder, here, outcome, result, type_in
+
+STEPS, ROWS, BATCH = 20, 60, 4
+PLAIN = ("logits=none", "teacher=none", f"trainer.steps={STEPS}", "trainer.val_every=50")
+RECORD = (*PLAIN, "record=top_k", "record.k=5")
+
+
+def order(steps: range) -> list[tuple[int, int]]:
+    """Which row was trained on in which step."""
+    return [(int(row), step) for step in steps for row in data.rows_of_step(ROWS, BATCH, 0, step)]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> tuple[Path, dict]:
+    """A root with a store recorded in training, and what the model was before each step."""
+    root, before = tmp_path_factory.mktemp("recorded"), {}
+    real = module.Distillation.training_step
+
+    def spy(self, batch, index) -> None:
+        before[self.global_step] = copy.deepcopy(self.student)
+        real(self, batch, index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.Distillation, "training_step", spy)
+        here(root, *RECORD, f"record.path={root / 'store'}")
+    return root, before
+
+
+def opened(root: Path, window=None) -> tuple[Store, np.ndarray]:
+    held = Store(root / "store", root)
+    return held, held.pick(window)
+
+
+def table(root: Path) -> np.ndarray:
+    return np.load(next((root / "data").glob("*/train.npy")))
+
+
+WINDOWS = {"all": None, "early": (0.0, 0.5), "late": (0.5, 1.0), "part": (0.3, 0.45), "a step": (0.5, 0.55)}
+
+
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
+def test_what_is_recorded_is_what_the_model_said_before_it_learned_from_it(recorded, window):
+    root, before = recorded
+    held, rows = opened(root, window)
+    low, high = (round(x * STEPS) for x in window or (0, 1))
+    latest = dict(order(range(low, high)))  # of a row that came twice
+    assert rows.tolist() == sorted(latest)
+    for row, step in latest.items():
+        ids = torch.from_numpy(table(root)[[row], :-1].astype(np.int64))
+        with torch.no_grad():
+            logp = before[step].head(before[step].hidden(ids)).log_softmax(-1)[0]
+        kept, columns = logp.topk(5)
+        zeros = torch.zeros(32, dtype=torch.long)
+        entries = held.read(np.array([row]), ids.numpy())
+        said = entries.at(torch.ones(1, 32, dtype=torch.bool)).target(slice(None), zeros, zeros, None)
+        difference = said.logp - logp.gather(-1, said.ids)
+        assert difference.abs().max() < 1 / 32 + 1e-3
+        assert said.logp.exp().sum(-1).numpy() == pytest.approx(kept.exp().sum(-1).numpy(), rel=2e-3)
+        assert (said.ids == columns.sort(-1).values).float().mean() > 0.99
+
+
+def test_a_row_that_came_twice_has_two_answers(recorded):
+    """Or the test above could not tell the first from the latest."""
+    root, _ = recorded
+    twice = [row for row, count in Counter(row for row, _ in order(range(STEPS))).items() if count > 1]
+    ids = table(root)[twice, :-1]
+    early, late = (opened(root, window)[0].read(np.array(twice), ids) for window in ((0, 0.75), (0.75, 1)))
+    assert len(twice) == STEPS * BATCH - ROWS
+    assert all((a != b).any() for a, b in zip(early.code.split(160), late.code.split(160), strict=True))
+
+
+def test_recording_changes_nothing_and_takes_no_forward_pass(recorded, tmp_path, monkeypatch):
+    passes: list[tuple] = []
+    real = models.Causal.hidden
+    monkeypatch.setattr(models.Causal, "hidden", lambda self, ids: (passes.append(ids.shape), real(self, ids))[1])
+    plain = here(tmp_path / "plain", *PLAIN)
+    alone = Counter(passes)
+    passes.clear()
+    run = here(tmp_path / "recording", *RECORD)
+    # The validation rows, once more: what students are measured against.
+    assert Counter(passes) - alone == Counter({(2, 32): 4})
+    assert run.name == plain.name and outcome(run) == outcome(plain)
+    (made,) = (tmp_path / "recording" / "stores").iterdir()
+    expected = content(recorded[0] / "store")
+    assert {n: d for n, d in content(made).items() if "manifest" not in n and "begun" not in n} == {
+        n: d for n, d in expected.items() if "manifest" not in n and "begun" not in n
+    }
+
+
+def at_step(number: int) -> None:
+    real = writer.Recorder.batch
+
+    def batch(self, batch, step) -> None:
+        if step == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, batch, step)
+
+    writer.Recorder.batch = batch
+
+
+def at_checkpoint(number: int) -> None:
+    real = checkpoint.DigestIO.save_checkpoint
+
+    def save(self, checkpoint, path, storage_options=None) -> None:
+        if path.stem.endswith(f"{number}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, checkpoint, path, storage_options)
+
+    checkpoint.DigestIO.save_checkpoint = save
+
+
+def at_the_end(_: int) -> None:
+    writer.commit = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die(root: Path, words: tuple[str, ...], how: Callable[[int], None], number: int) -> None:
+    """Run in a process of its own that is killed."""
+
+    def run() -> None:
+        how(number)
+        here(root, *words)
+
+    process = FORK.Process(target=run)
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("how", "number"), [(at_step, 2), (at_step, 10), (at_checkpoint, 9), (at_the_end, 0)])
+def test_killed_recording_ends_with_the_same_bytes(recorded, tmp_path, how, number):
+    words = (*RECORD, f"record.path={tmp_path / 'store'}")
+    die(tmp_path, words, how, number)
+    assert not (tmp_path / "store" / "manifest.json").exists()
+    here(tmp_path, *words)
+    found, expected = content(tmp_path / "store"), content(recorded[0] / "store")
+    assert found.keys() == expected.keys()
+    assert {n: d for n, d in found.items() if n != "manifest.json"} == {
+        n: d for n, d in expected.items() if n != "manifest.json"
+    }
+    Store(tmp_path / "store", tmp_path).verify()
+
+
+def student(root: Path, *words: str) -> Path:
+    return here(root, "logits=offline", "teacher=none", f"logits.path={root / 'store'}", *TOP, *words)
+
+
+def test_student_reads_the_rows_of_the_window_alone(recorded, monkeypatch):
+    root, _ = recorded
+    read: set[int] = set()
+    real = Store.read
+    monkeypatch.setattr(
+        Store, "read", lambda self, index, ids: (read.update(index.tolist()), real(self, index, ids))[1]
+    )
+    runs = set()
+    for word, steps in (("late", range(10, 20)), ("[0.0,0.25]", range(5)), ("early", range(10)), ("null", range(20))):
+        read.clear()
+        run = student(root, f"logits.window={word}")
+        rows = {row for row, _ in order(steps)}
+        assert read <= rows and len(read) >= min(len(rows), 40)
+        assert result(run)["train_rows"] == len(rows)
+        runs.add(run.name)
+    assert len(runs) == 4
+
+
+def test_recorded_logits_teach(recorded):
+    root, _ = recorded
+    words = ("truncation.rest=true", "seed=1")
+    first, run = (student(root, *words, f"trainer.steps={steps}") for steps in (1, 60))
+    assert result(run)["final"]["val/fkl"] < 0.5 * result(first)["final"]["val/fkl"]
+    teacher = result(folder(root, "lm"))["final"]
+    assert result(run)["final"]["val/teacher_lm"] == pytest.approx(teacher["val/lm"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "window", ["middle", "[1.0,0.5]", "[0.5]", "[0,2]", "[-0.5,0.5]", "[0.5,0.5]", "0.5", "[0,0.5,1]"]
+)
+def test_a_window_that_cannot_be_is_refused(recorded, window):
+    with pytest.raises(UserError, match=r"logits\.window"):
+        student(recorded[0], f"logits.window={window}")
+
+
+def test_a_window_without_a_step_is_refused(recorded):
+    with pytest.raises(UserError, match=r"no step of the teacher's training is in it"):
+        student(recorded[0], "logits.window=[0.51,0.54]")
+
+
+def test_a_window_of_a_finished_teacher_is_refused_before_a_store_is_written(taught, tmp_path):
+    with pytest.raises(UserError, match=r"covers no window"):
+        here(taught, "logits=offline", *TOP, "logits.window=late")
+    with pytest.raises(UserError, match=r"covers no window"):
+        here(taught, "logits=offline", *TOP, "logits.window=late", f"logits.path={tmp_path / 'none'}")
+    assert not (tmp_path / "none").exists()
+
+
+def test_shares_that_words_stand_for():
+    assert share("early") == (0, 0.5) and share("late") == (0.5, 1) and share(None) is None
+    assert share([0, 1]) == (0, 1) and share((0.25, 0.5)) == (0.25, 0.5)
+
+
+def test_a_teacher_that_is_named_has_to_be_the_recorded_one(recorded):
+    root, _ = recorded
+    with pytest.raises(UserError, match=r"its teacher is lm-100k-.*, and here it is lm-100k-"):
+        student(root, "teacher=100k")
+
+
+@pytest.mark.parametrize("logits", ["online", "cotrained"])
+def test_recording_where_nothing_is_stored_is_refused(tmp_path, logits):
+    with pytest.raises(UserError, match=rf"logits={logits} stores nothing; record=top_k would do nothing"):
+        here(tmp_path, f"logits={logits}", "record=top_k")
+    assert not list(tmp_path.iterdir())
+
+
+def test_whole_distributions_of_a_teacher_in_training_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"record=full.*top_p_k"):
+        here(tmp_path, *PLAIN, "record=full")
+
+
+def test_a_run_that_is_done_is_recorded_by_what_is_printed(recorded, tmp_path):
+    here(tmp_path, *PLAIN)
+    words = (*RECORD, f"record.path={tmp_path / 'store'}")
+    with pytest.raises(UserError, match=r"is done, and nothing was recorded") as caught:
+        here(tmp_path, *words)
+    type_in(str(caught.value))
+    here(tmp_path, *words)
+    here(tmp_path, *words)  # now there is nothing to do
+    name = "shard-00000009.safetensors"
+    assert (tmp_path / "store" / name).read_bytes() == (recorded[0] / "store" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["shard-00000009.safetensors", "head.safetensors", "manifest.json"])
+def test_damage_to_what_cannot_be_made_again_is_said(recorded, tmp_path, name):
+    path = recorded[0] / "store" / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:])
+    try:
+        with pytest.raises(UserError, match=f"{name} is damaged.* copy that file again"):
+            student(recorded[0], "seed=5")
+    finally:
+        path.write_bytes(whole)
+
+
+def test_draws_and_bf16_are_recorded(tmp_path):
+    words = (*PLAIN, "trainer.steps=6", "trainer.precision=bf16")
+    plain = outcome(here(tmp_path / "plain", *words))
+    run = here(tmp_path, *words, "record=random", "record.draws=9", f"record.path={tmp_path / 'store'}")
+    assert outcome(run) == plain
+    held, rows = opened(tmp_path)
+    entries = held.read(rows, table(tmp_path)[rows, :-1])
+    assert {int(c.sum()) for c in entries.code.split(entries.count.flatten().tolist())} == {9}
+    learner = ("logits=offline", "teacher=none", f"logits.path={tmp_path / 'store'}", "truncation=random")
+    assert result(here(tmp_path, *learner, "truncation.draws=4", "trainer.steps=2"))["state"] == "done"
+
+
+# Learned beside
+
+COTRAINED = ("logits=cotrained", "seed=0", "teacher.seed=0", f"trainer.steps={STEPS}", "alpha.peak=0.5")
+
+
+@pytest.fixture(scope="module")
+def cotrained(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A root with a run, and its teacher's weights as they were at the end."""
+    root, kept = tmp_path_factory.mktemp("cotrained"), {}
+    real = module.Distillation.on_train_batch_end
+
+    def spy(self, *given) -> None:
+        kept.update({k: v.clone() for k, v in self.teacher.model.state_dict().items()})
+        real(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.Distillation, "on_train_batch_end", spy)
+        here(root, *COTRAINED)
+    return root, kept
+
+
+def test_cotrained_teacher_learns_as_it_would_alone(cotrained, tmp_path):
+    root, kept = cotrained
+    here(tmp_path, "logits=none", "teacher=none", f"trainer.steps={STEPS}")
+    alone = safetensors.torch.load_file(folder(tmp_path, "lm") / "student" / "model.safetensors")
+    assert alone.keys() <= kept.keys()
+    assert all(torch.equal(alone[name], kept[name]) for name in alone)
+    lm, fkl = result(folder(tmp_path, "lm"))["final"], result(folder(root, "fkl"))["final"]
+    assert fkl["val/teacher_lm"] == lm["val/lm"] != fkl["val/lm"]
+    assert not list(root.glob("lm*"))  # and is no run of its own
+
+
+def test_cotrained_student_is_exported_without_its_teacher(cotrained, tmp_path):
+    root, kept = cotrained
+    saved = safetensors.torch.load_file(folder(root, "fkl") / "student" / "model.safetensors")
+    assert saved.keys() <= kept.keys()
+    assert not all(torch.equal(saved[name], kept[name]) for name in saved)
+    assert len(list((folder(root, "fkl") / "student").glob("*.safetensors"))) == 1
+
+
+def test_cotrained_student_learns_from_what_the_teacher_says_meanwhile(cotrained):
+    """The loss starts at what two models of one seed differ by, which is nothing."""
+    lines = [x for x in read_metrics(folder(cotrained[0], "fkl") / "metrics.jsonl") if "train/kd" in x]
+    assert lines[0]["train/kd"] == pytest.approx(0, abs=1e-6) and lines[-1]["train/kd"] > 1e-4
+    assert lines[0]["train/teacher_lm"] == pytest.approx(lines[0]["train/lm"], abs=1e-6)
+    assert lines[-1]["train/teacher_lm"] < lines[0]["train/teacher_lm"] - 0.1
+
+
+def test_killed_cotraining_ends_bit_for_bit_as_if_never_killed(cotrained, tmp_path):
+    def at(number: int) -> None:
+        real = module.Distillation.training_step
+
+        def step(self, batch, index) -> None:
+            if self.global_step == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(self, batch, index)
+
+        module.Distillation.training_step = step
+
+    die(tmp_path, COTRAINED, at, 8)
+    newest = max((folder(tmp_path, "fkl") / "checkpoints").glob("*.ckpt"))
+    held = torch.load(newest, weights_only=True)["state_dict"]
+    assert {name.partition(".")[0] for name in held} == {"student", "teacher"}
+    here(tmp_path, *COTRAINED)
+    assert outcome(folder(tmp_path, "fkl")) == outcome(folder(cotrained[0], "fkl"))
+
+
+def test_cotraining_without_distillation_still_teaches_the_teacher(cotrained, tmp_path):
+    here(tmp_path, *COTRAINED, "alpha.peak=0")
+    final = result(folder(tmp_path, "fkl"))["final"]
+    assert final["val/teacher_lm"] == result(folder(cotrained[0], "fkl"))["final"]["val/teacher_lm"]
+    assert final["val/lm"] == final["val/teacher_lm"]  # a twin
