@@ -30,7 +30,7 @@ Keep = Callable[[Target], Target] | None  # what a store keeps of a target, with
 def described(settings: Settings, packed: data.Packed) -> dict:
     """What a store of these settings is of; weights of a teacher that is not at hand are None."""
     teacher, name, weights = plan(settings).teacher, settings["teacher"]["name"], None
-    called = model_name(conf.flat(settings), "teacher")
+    called = name if name and not Path(name).is_dir() else model_name(conf.flat(settings), "teacher")
     if teacher:
         made = plan(teacher).run
         called, weights = made.name, (made.result() or {}).get("weights")
@@ -128,7 +128,8 @@ def recorder(settings: Settings, packed: data.Packed, keep: Keep, model: Causal,
     if source_of(settings) != "none" or where is None:
         return None
     of = described(settings, packed) | {"teacher": run.name, "weights": None}
-    return Recorder(where.folder, of, about_store(settings, packed, model, where.key), keep, start)
+    url = where.path if "://" in where.path else None
+    return Recorder(where.folder, of, about_store(settings, packed, model, where.key), keep, start, url)
 
 
 def compare(found: Store, packed: data.Packed, keep: Keep, model: Causal, count: int = 8) -> str:

@@ -316,11 +316,14 @@ def upload(folder: Path, url: str) -> None:
 class Recorder:
     """Stores what a model in training says of each batch, from the logits of its own training step.
 
-    Shards end where checkpoints are made, so that a resumed run goes on with whole ones.
+    Shards end where checkpoints are made, so that a resumed run goes on with whole ones. url: where to copy the whole
+    store to, if it is not to stay in the folder.
     """
 
-    def __init__(self, folder: Path, of: dict, about: dict, keep: Callable[[Target], Target], step: int):
-        self.folder, self.of, self.about, self.keep = folder, of, about, keep
+    def __init__(
+        self, folder: Path, of: dict, about: dict, keep: Callable[[Target], Target], step: int, url: str | None = None
+    ):
+        self.folder, self.of, self.about, self.keep, self.url = folder, of, about, keep, url
         begin(folder, of)
         (folder / "manifest.json").unlink(missing_ok=True)
         for path in folder.glob("shard-*.json"):  # what was recorded after the checkpoint is recorded again
@@ -356,3 +359,5 @@ class Recorder:
         teacher.output(self.folder)
         teacher.validation(self.folder, validation, batch)
         commit(self.folder, self.of, self.about | {"steps": steps})
+        if self.url:
+            upload(self.folder, self.url)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import safetensors.torch
@@ -268,6 +269,16 @@ def test_draws_and_bf16_are_recorded(tmp_path):
     assert {int(c.sum()) for c in entries.code.split(entries.count.flatten().tolist())} == {9}
     learner = ("logits=offline", "teacher=none", f"logits.path={tmp_path / 'store'}", "truncation=random")
     assert result(here(tmp_path, *learner, "truncation.draws=4", "trainer.steps=2"))["state"] == "done"
+
+
+def test_a_store_is_recorded_to_a_url(recorded, tmp_path):
+    url = f"memory://{tmp_path.name}/store"
+    here(tmp_path, *RECORD, f"record.path={url}")
+    here(tmp_path, *RECORD, f"record.path={url}")  # it is there
+    system = fsspec.filesystem("memory")
+    name = "shard-00000009.safetensors"
+    assert system.cat_file(f"{url}/{name}") == (recorded[0] / "store" / name).read_bytes()
+    here(tmp_path, "logits=offline", "teacher=none", *TOP, f"logits.path={url}", "logits.window=late")
 
 
 # Learned beside
