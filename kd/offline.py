@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-import hydra
 import numpy as np
 import torch
 from omegaconf import OmegaConf
@@ -18,7 +17,7 @@ from kd.entries import MOST_DRAWS
 from kd.errors import UserError
 from kd.models import Causal
 from kd.objective import chunks
-from kd.plan import Settings, corpus, kept_of, plan, source_of, stored_part
+from kd.plan import Settings, composed, corpus, kept_of, plan, source_of, stored_part
 from kd.run import Run, model_name, redacted
 from kd.store import FORMAT, Store, within
 from kd.target import Target
@@ -63,7 +62,7 @@ def words_of(settings: Settings) -> str:
     teacher, part = settings["teacher"], stored_part(settings)
     typed = [f"data={conf.flat(settings)['data']}", f"truncation={part['name']}"]
     typed += [f"teacher={teacher['size'] or ('hub' if teacher['name'] else 'none')}"]
-    usual = conf.flat(OmegaConf.to_container(hydra.compose("config", ["logits=offline", *typed])))
+    usual = conf.flat(OmegaConf.to_container(composed("logits=offline", *typed)))
     own = {k: v for k, v in conf.flat(settings).items() if not k.startswith("truncation.")}
     own |= {f"truncation.{k}": v for k, v in part.items()}
     if (tokenizer := corpus(settings)[1]["tokenizer"]) != teacher["name"]:  # a pretrained student's

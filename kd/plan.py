@@ -161,6 +161,12 @@ def tokenizer_name(settings: Settings) -> str | None:
 
 
 @cache
+def composed(*typed: str) -> DictConfig:
+    """The config of these words, to be read and not changed: a run asks several times, and Hydra takes its time."""
+    return hydra.compose("config", list(typed))
+
+
+@cache
 def cached_corpus(make, **arguments):
     """A sweep asks for the same corpus once per run."""
     return make(**arguments)
@@ -174,7 +180,7 @@ def teacher_settings(settings: Settings) -> Settings:
     of = settings["teacher"]
     typed = [f"student={of['size']}", "teacher=none", "logits=none", f"seed={of['seed']}", f"lr.peak={of['lr']}"]
     typed += [f"trainer.{k}={of[k]}" for k in ("steps", "batch", "precision")] + [f"trainer.micro_batch={of['batch']}"]
-    made = resolve(hydra.compose("config", typed), typed)
+    made = resolve(composed(*typed), typed)
     packing = corpus(settings)[1]
     made["data"] = settings["data"] | {"tokenizer": packing["tokenizer"]}
     made["trainer"]["accelerator"] = settings["trainer"]["accelerator"]
