@@ -103,7 +103,6 @@ def test_damage_is_named_and_what_is_printed_mends_it_and_no_other_file(root, na
     assert content(path) == before
     changed = {n for n, when in times(path).items() if when != made[n]}
     assert changed == {name} - {"manifest.json"}
-    here(root, *OFFLINE)
 
 
 def test_number_in_the_manifest_is_damage(root):
