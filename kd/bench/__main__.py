@@ -75,6 +75,12 @@ def compare(folder: Path, names: list[str], shape: Shape, steps: int) -> None:
     for result in found.values():
         if parts := result.get("parts"):
             console.print(split(parts))
+    for name, result in found.items():
+        if "waited" in result:
+            console.print(f"{name}: a step waits {1000 * result['waited']:.1f} ms for its batch.")
+        if name.startswith("write_") and "forward" in found:
+            bare = found["forward"]["tokens_per_second"]
+            console.print(f"{name}: {ratio(result['tokens_per_second'], bare)} of the teacher's bare forward pass.")
     console.print(f"{next((r['device'] for r in found.values() if 'device' in r), '')}; {folder / 'speed.json'}")
 
 
@@ -93,7 +99,7 @@ def table(found: dict[str, dict]) -> Table:
         speed, most = result["tokens_per_second"], result["peak_memory"]
         out.add_row(
             name, f"{speed:,.0f}", *(ratio(speed, other.get("tokens_per_second")) for other in beside),
-            ratio(speed, result["limit"]), f"{most / GIB:.2f}", ratio(most, beside[1].get("peak_memory")),
+            ratio(speed, result.get("limit")), f"{most / GIB:.2f}", ratio(most, beside[1].get("peak_memory")),
         )  # fmt: skip
     return out
 

@@ -9,9 +9,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
+from kd.bench import offline
 from kd.bench.work import WARM_UP, Work
 from kd.config import CONF
+
+if TYPE_CHECKING:
+    from kd.store import Store
 
 ALPHA, RATE, CLIP = 0.9, 1e-4, 1.0  # share of distillation, learning rate, norm that gradients are cut to
 
@@ -131,7 +136,8 @@ def online(work: Work, loss: str = "fkl", compile: bool = False) -> None:
     trainer.fit(module, batches)
 
 
-def fitted(work: Work, loss: str, compile: bool):
+def fitted(work: Work, loss: str, compile: bool, store: Store | None = None):
+    """Trainer, module and batches; with a store, the teacher is what it holds."""
     import lightning
     import torch
     from omegaconf import OmegaConf
@@ -141,24 +147,27 @@ def fitted(work: Work, loss: str, compile: bool):
     from kd.module import Distillation, Flops
     from kd.objective import Objective
 
-    student, teacher = (Causal(model, work.shape.vocab) for model in (work.student(), work.teacher()))
+    student = Causal(work.student(), work.shape.vocab)
+    teacher = Causal(work.teacher(), work.shape.vocab) if store is None else None
+    cut = truncation.full if store is None else store.as_asked(store.truncation, truncation.full)
     compared = config.build(OmegaConf.to_container(OmegaConf.load(CONF / "loss" / f"{loss}.yaml")), "loss")
-    objective = Objective(compared, truncation.full, temperature.fixed, compile=compile)
+    objective = Objective(compared, cut, temperature.fixed, compile=compile)
     module = Distillation(
-        student, teacher, logits.online(teacher), objective,
+        student, teacher, store.source if store else logits.online(teacher), objective,
         alpha=lambda progress: ALPHA, lr=lambda progress: RATE,
         optimizer=partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.1),
         steps=work.steps, micro_batch=work.shape.batch, clip=CLIP, log_every=10, val_every=work.steps, validation=[],
         flops=Flops(0.0, 0.0), watch=work.tick,
     )  # fmt: skip
     if compile:
-        for model in (student, teacher):
+        for model in (student, *module.outside):
             model.model.base_model.compile()
     trainer = lightning.Trainer(
         accelerator="auto", devices=1, precision="bf16-mixed", max_steps=work.steps, max_epochs=-1, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    return trainer, module, data.Batches(work.rows(), work.shape.batch, 0, 0, work.steps)
+    read = store.read if store else None
+    return trainer, module, data.Batches(work.rows(), work.shape.batch, 0, 0, work.steps, read=read)
 
 
 class Stopwatch:
@@ -191,7 +200,7 @@ class Stopwatch:
         return time.perf_counter()
 
 
-def breakdown(work: Work) -> dict[str, float]:
+def breakdown(work: Work) -> dict[str, dict[str, float]]:
     """Seconds per part of a step of online_fkl, after the warm-up."""
     import torch
 
@@ -222,7 +231,8 @@ def breakdown(work: Work) -> dict[str, float]:
     module.watch = watch
     trainer.fit(module, batches)
     counted = work.steps - WARM_UP
-    return {part: seconds / counted for part, seconds in sorted(clock.parts.items(), key=lambda item: -item[1])}
+    parts = sorted(clock.parts.items(), key=lambda item: -item[1])
+    return {"parts": {part: seconds / counted for part, seconds in parts}}
 
 
 LOSSES = sorted(path.stem for path in (CONF / "loss").glob("*.yaml"))
@@ -232,6 +242,10 @@ CASES: dict[str, Callable[[Work], dict | None]] = {
     "trl": trl,
     **{f"online_{loss}": partial(online, loss=loss) for loss in LOSSES},
     "online_fkl_compiled": partial(online, compile=True),
+    **{f"offline_{kept}": partial(offline.train, kept=kept) for kept in ("random", "top_50", "full")},
+    "forward": offline.forward,
+    **{f"write_{kept}": partial(offline.write, kept=kept) for kept in ("random", "top_50", "full")},
+    **{f"read_{kept}": partial(offline.read, kept=kept) for kept in ("random", "top_12", "top_50")},
     "breakdown": breakdown,
 }
 CUDA_CASES = {

@@ -19,6 +19,7 @@ from kd.sizes import Size
 
 WARM_UP = 3  # steps that are not counted: first allocations, compilation
 GIB = 2**30
+ROUNDS = 8  # steps that the rows last for
 HEAD = 512  # rows of the products that the limit is measured with
 
 
@@ -79,7 +80,8 @@ class Work:
         """Random ids [R, T + 1], as packed data is on disk."""
         import numpy as np
 
-        ids = np.random.default_rng(0).integers(0, self.shape.vocab, (8 * self.shape.batch, self.shape.seq_len + 1))
+        shape = (ROUNDS * self.shape.batch, self.shape.seq_len + 1)
+        ids = np.random.default_rng(0).integers(0, self.shape.vocab, shape)
         return ids.astype(np.uint32)
 
     def batches(self) -> Iterator[tuple]:
@@ -145,15 +147,16 @@ def measure(name: str, shape: Shape, steps: int) -> dict:
 
     quiet()
     work = Work(shape, steps + WARM_UP)
-    parts = (CASES | CUDA_CASES)[name](work)
+    also = (CASES | CUDA_CASES)[name](work) or {}
     memory = peak_memory()  # before the limit is measured, which takes some itself
     steps = list(itertools.pairwise(work.ticks))[WARM_UP - 1 :]
     seconds, busy = ([after[i] - before[i] for before, after in steps] for i in (0, 1))
     return {
         "case": name, "shape": asdict(shape), "seconds": seconds, "processor_seconds": busy,
-        "tokens_per_second": shape.tokens / statistics.median(seconds), "limit": shape.tokens / work.limit(),
-        "peak_memory": memory, "parts": parts, "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if work.device.type == "cuda" else processor(),
+        "tokens_per_second": shape.tokens / statistics.median(seconds),
+        "limit": shape.tokens / work.limit() if work.models else None,
+        "peak_memory": memory, "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if work.device.type == "cuda" else processor(), **also,
     }  # fmt: skip
 
 

@@ -1,0 +1,145 @@
+"""The cases around a store: a teacher's bare forward pass, writing a store, training from it, and reading it alone."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kd.bench.work import ROUNDS, Shape, Work
+
+if TYPE_CHECKING:
+    from kd.store import Store
+    from kd.writer import Teacher
+
+KEPT = {
+    "random": {"name": "random", "draws": 50},
+    "top_12": {"name": "top_k", "k": 12},
+    "top_50": {"name": "top_k", "k": 50},
+    "full": {"name": "full"},
+}
+SHARP = 12.0  # on the last norm of a random teacher: 50 draws are then some 12 different tokens, as those of a real one
+
+
+def forward(work: Work) -> None:
+    """All logits of the teacher, in plain PyTorch."""
+    import torch
+
+    teacher = work.teacher().bfloat16()
+    for ids, _ in work.batches():
+        with torch.inference_mode():
+            teacher(input_ids=ids, use_cache=False)
+        work.tick()
+
+
+def write(work: Work, kept: str) -> None:
+    """Shards as kd.store writes them, one per step."""
+    import numpy as np
+
+    from kd.writer import Rows
+
+    teacher, table = asked(work, kept), work.rows()
+    with tempfile.TemporaryDirectory() as folder:
+        for step in range(work.steps):
+            out = Rows()
+            teacher.answer(table, np.arange(work.shape.batch) + step % ROUNDS * work.shape.batch, out)
+            out.save(Path(folder), f"shard-{step}")
+            work.tick()
+
+
+def train(work: Work, kept: str) -> dict[str, float]:
+    """kd with logits=offline and fkl; also the seconds that a step waits for its batch."""
+    from kd.bench.cases import fitted
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, module, batches = fitted(work, "fkl", False, stored(Path(folder), work.shape, kept))
+        waits = Waits(batches)
+        trainer.fit(module, waits)
+    return {"waited": statistics.median(waits.seconds)}
+
+
+def read(work: Work, kept: str) -> None:
+    """Random rows of a store, from disk to targets, on one core."""
+    import torch
+
+    from kd import data
+    from kd.objective import chunks
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        store = stored(Path(folder), work.shape, kept)
+        for batch in data.Batches(work.rows(), work.shape.batch, 0, 0, work.steps):
+            # Read here, not ahead in a thread as in training, so that it is timed.
+            batch = batch._replace(stored=store.read(batch.row.numpy(), batch.ids.numpy()))
+            signal = store.source(batch, torch.ones_like(batch.ids, dtype=torch.bool))
+            for rows in chunks(batch.ids.numel(), 256):
+                signal(rows)
+            work.tick()
+
+
+class Waits:
+    """Batches, and the seconds that whoever took them has waited for each."""
+
+    def __init__(self, batches):
+        self.batches, self.seconds = batches, []
+
+    def __iter__(self):
+        items = iter(self.batches)
+        while True:
+            started = time.perf_counter()
+            batch = next(items, None)
+            if batch is None:
+                return
+            self.seconds.append(time.perf_counter() - started)
+            yield batch
+
+
+def described(kept: str) -> dict:
+    return {"format": 1, "teacher": "random", "truncation": KEPT[kept], "precision": "bf16", "seed": 0}
+
+
+def asked(work: Work, kept: str) -> Teacher:
+    """A random teacher whose distributions are about as sharp as a trained one's, ready to be asked for a store."""
+    import torch
+
+    from kd import truncation
+    from kd.memory import hold_products, keep_freed
+    from kd.models import Causal
+    from kd.writer import Teacher
+
+    model = work.teacher()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(SHARP)
+    keep_freed()
+    hold_products(model, torch.bfloat16)
+    settings = {k: v for k, v in KEPT[kept].items() if k != "name"}
+    rest = {"rest": True} if "k" in settings else {}
+    keep = None if kept == "full" else partial(getattr(truncation, KEPT[kept]["name"]), **settings, **rest)
+    return Teacher(Causal(model, work.shape.vocab), described(kept), keep)
+
+
+def stored(folder: Path, shape: Shape, kept: str) -> Store:
+    """A store of the case's rows, written by another process, so that the teacher's memory is not counted."""
+    process = multiprocessing.get_context("spawn").Process(target=_write_all, args=(folder, shape, kept))
+    process.start()
+    process.join()
+    from kd.store import Store
+
+    return Store(folder, folder)
+
+
+def _write_all(folder: Path, shape: Shape, kept: str) -> None:
+    from kd import writer
+    from kd.data import Packed
+
+    work = Work(shape, 1)
+    teacher, rows = asked(work, kept), work.rows()
+    head = teacher.model.head
+    about = {"key": "", "words": "", "seq_len": shape.seq_len, "vocab": shape.vocab, "validation": 1,
+             "head": {"softcap": head.softcap, "scale": head.scale}}  # fmt: skip
+    packed = Packed(folder, rows, rows[:1], None, None, {})
+    writer.write(folder, described(kept), about, packed, teacher, shape.batch)
