@@ -14,7 +14,8 @@ from tests.small import ENVIRONMENT
 
 TINY = SHAPES["tiny"]
 # Compiling takes a minute, and what it compiles is tested in test_objective.py; the breakdown leaves its clock behind.
-SLOW = ("online_fkl_compiled", "breakdown")
+# Each case that reads a store starts a process to write it: one is enough.
+SLOW = ("online_fkl_compiled", "breakdown", "offline_top_50", "offline_full", "read_top_12", "read_top_50")
 QUICK = [name for name in CASES if name not in SLOW and find_spec(NEEDS.get(name, "kd"))]
 
 
