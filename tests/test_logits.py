@@ -160,6 +160,24 @@ def test_killed_recording_ends_with_the_same_bytes(recorded, tmp_path, how, numb
     Store(tmp_path / "store", tmp_path).verify()
 
 
+def test_what_was_recorded_after_the_checkpoint_that_is_gone_on_from_is_forgotten(recorded, tmp_path):
+    """Two checkpoints back, and shards of other lengths from there."""
+    words = (*RECORD, f"record.path={tmp_path / 'store'}")
+    die(tmp_path, words, at_checkpoint, 15)
+    newest = max((folder(tmp_path, "lm") / "checkpoints").glob("*.ckpt"))
+    assert newest.stem.endswith("12") and (tmp_path / "store" / "shard-00000012.json").exists()
+    newest.write_bytes(newest.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="is damaged"):
+        here(tmp_path, *words, "trainer.checkpoint_every=5")
+    held, rows = opened(tmp_path)
+    expected, _ = opened(recorded[0])
+    assert held.manifest["count"] == expected.manifest["count"] == STEPS * BATCH
+    assert held.manifest["entries"] == expected.manifest["entries"]
+    ids = table(tmp_path)[rows, :-1]
+    expected.pick(None)
+    assert (held.read(rows, ids).code == expected.read(rows, ids).code).all()
+
+
 def student(root: Path, *words: str) -> Path:
     return here(root, "logits=offline", "teacher=none", f"logits.path={root / 'store'}", *TOP, *words)
 

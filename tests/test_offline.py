@@ -240,6 +240,20 @@ def test_fewer_draws_of_a_store_are_again_a_sample_of_the_teacher(sampled, draws
     assert z.abs().max() < 5.5 and 0.8 < z.square().mean() < 1.25
 
 
+def test_fewer_draws_of_a_store_are_some_of_those_it_holds(root):
+    held = write(root, *RANDOM)
+    rows = np.load(next((root / "data").glob("*/train.npy")))[:4]
+    batch = data.to_batch(rows, np.arange(4), np.random.default_rng(0).integers(0, 2**62, (4, 32)))
+    batch = batch._replace(stored=held.read(batch.row.numpy(), batch.ids.numpy()))
+    target = held.source(batch, torch.ones_like(batch.ids, dtype=torch.bool))(slice(None))
+    some = held.as_asked({"name": "random", "draws": 7}, option("truncation", "random", draws=7))(target)
+    counts = torch.zeros(2, 128, V)
+    for number, (t, draws) in enumerate(((target, 20), (some, 7))):
+        counts[number].scatter_add_(-1, t.ids, (t.logp.exp() * draws).round())
+    assert (counts[0].sum(-1) == 20).all() and (counts[1].sum(-1) == 7).all()
+    assert (counts[1] <= counts[0]).all() and (counts[1] < counts[0]).any()
+
+
 def test_top_k_wants_the_head_larger_than_it_is():
     """Its known bias (Anshumann et al. 2025, arXiv 2503.16870, section 3): a student that is right is pulled away."""
     target = heavy(ROWS * SIZE, V)
