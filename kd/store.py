@@ -98,6 +98,7 @@ class Store:
         self.truncation, self.draws = self.of["truncation"], self.of["truncation"].get("draws")
         self.shards = [name for name in manifest["files"] if name.startswith("shard-")]
         self.first = np.array([manifest["files"][name].get("first", 0) for name in self.shards])
+        self._checked: set[str] = set()
         self._open: dict[str, _Shard] = {}
         self._head: Head | None = None
         if "://" not in self.path:
@@ -126,8 +127,21 @@ class Store:
 
     def verify(self) -> None:
         """Digest all files; raises UserError, naming the file, at the first that is not what was written."""
-        for name in track(self.manifest["files"], "checking the store"):
+        self._checked.clear()
+        for name, note in track(self.manifest["files"].items(), "checking the store"):
             self._file(name)
+            self._same(f"{name.partition('.')[0]}.json", note)
+        self._same("begun.json", self.of, "of")
+
+    def _same(self, name: str, expected: dict, key: str | None = None) -> None:
+        """What only a writer reads, if it is there, says what the manifest says."""
+        try:
+            note = read_json(self.folder / name)
+            good = note is None or (note[key] if key else note) == expected
+        except (UserError, KeyError):
+            good = False
+        if not good:
+            raise self._damaged(name, "it is not what was written")
 
     def pick(self, window: tuple[float, float] | None) -> np.ndarray | None:
         """The rows there are, ascending; None for all of the data. window: share of the teacher's training to read.
@@ -226,9 +240,12 @@ class Store:
     def _file(self, name: str) -> Path:
         """Where a file is on this machine, after a look at its bytes."""
         path = files.fetch(self.path, self.folder, name)
+        if name in self._checked:
+            return path
         self._size(name)
         if files.digest(path) != self.manifest["files"][name]["digest"]:
             raise self._damaged(name, "its bytes are not those that were written")
+        self._checked.add(name)
         return path
 
     def _size(self, name: str) -> None:

@@ -105,6 +105,18 @@ def test_damage_is_named_and_what_is_printed_mends_it_and_no_other_file(root, na
     assert changed == {name} - {"manifest.json"}
 
 
+@pytest.mark.parametrize("name", ["shard-00005.json", "head.json", "begun.json"])
+def test_damage_of_what_only_a_writer_reads_is_named_and_mended(root, name):
+    path, before = only(root), content(only(root))
+    flip(path / name)
+    said = refused(root)
+    assert f"{path / name} is damaged" in said
+    type_in(said)
+    described = ("begun.json", "manifest.json") if name == "begun.json" else ()  # with the settings of who wrote last
+    assert all(content(path)[n] == data for n, data in before.items() if n not in described)
+    here(root, *OFFLINE)
+
+
 def test_number_in_the_manifest_is_damage(root):
     path = only(root)
     before = content(path)
