@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -223,10 +224,11 @@ def test_a_window_without_a_step_is_refused(recorded):
 
 
 def test_a_window_of_a_finished_teacher_is_refused_before_a_store_is_written(taught, tmp_path):
+    root = shutil.copytree(taught, tmp_path / "root")
     with pytest.raises(UserError, match=r"covers no window"):
-        here(taught, "logits=offline", *TOP, "logits.window=late")
+        here(root, "logits=offline", *TOP, "logits.window=late")
     with pytest.raises(UserError, match=r"covers no window"):
-        here(taught, "logits=offline", *TOP, "logits.window=late", f"logits.path={tmp_path / 'none'}")
+        here(root, "logits=offline", *TOP, "logits.window=late", f"logits.path={tmp_path / 'none'}")
     assert not (tmp_path / "none").exists()
 
 
