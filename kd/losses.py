@@ -5,8 +5,6 @@ kd/objective.py. Below p is the teacher and q the student, over the columns that
 write the function here and two lines in conf/loss/NAME.yaml.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,7 @@ from kd.target import FLOOR, Target
 def fkl(student: Tensor, target: Target) -> Tensor:
     """Forward KL(p || q), nats [N]. Hinton et al. 2015, arXiv 1503.02531."""
     q, p = target.pair(student)
-    return (p.exp() * (p - q)).sum(-1)
+    return -(p.exp() * (q - p)).sum(-1)  # this way round its gradient needs no change of sign
 
 
 def rkl(student: Tensor, target: Target) -> Tensor:
@@ -37,8 +35,12 @@ def jsd(student: Tensor, target: Target, beta: float = 0.5) -> Tensor:
     if beta in (0, 1):
         return (fkl, rkl)[int(beta)](student, target)
     q, p = target.pair(student)
-    m = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))  # [N, K]
-    return beta * (p.exp() * (p - m)).sum(-1) + (1 - beta) * (q.exp() * (q - m)).sum(-1)
+    with torch.no_grad():
+        teacher, mass = p.exp(), q.exp()
+        m = _log(torch.lerp(mass, teacher, beta))  # [N, K]
+        gradient = (1 - beta) * mass * (q - m)  # what moves by way of m adds up to 0
+        value = beta * (teacher * (p - m)).sum(-1) + gradient.sum(-1)
+    return _sloping(value, q, gradient)
 
 
 def akl(student: Tensor, target: Target, mu: float = 0.5) -> Tensor:
@@ -67,8 +69,11 @@ def skl(student: Tensor, target: Target, alpha: float = 0.1) -> Tensor:
     Raises UserError for alpha outside [0, 1).
     """
     _check("loss.alpha", alpha, 0 <= alpha < 1, "a number from 0 (fkl) to below 1")
+    if alpha == 0:
+        return fkl(student, target)
     q, p = target.pair(student)
-    return (p.exp() * (p - _mix(p, q, alpha))).sum(-1)
+    teacher = p.exp()
+    return (teacher * (p - _log(torch.lerp(q.exp(), teacher, alpha)))).sum(-1)
 
 
 def srkl(student: Tensor, target: Target, alpha: float = 0.1) -> Tensor:
@@ -77,8 +82,16 @@ def srkl(student: Tensor, target: Target, alpha: float = 0.1) -> Tensor:
     Raises UserError for alpha outside [0, 1).
     """
     _check("loss.alpha", alpha, 0 <= alpha < 1, "a number from 0 (rkl) to below 1")
+    if alpha == 0:
+        return rkl(student, target)
     q, p = target.pair(student)
-    return _reverse(q, _mix(q, p, alpha))
+    with torch.no_grad():
+        mass = q.exp()
+        m = torch.lerp(p.exp(), mass, alpha)  # [N, K]
+        gap = q - _log(m)
+        value = (mass * gap).sum(-1) - mass.sum(-1) + m.sum(-1)  # the mass terms of _reverse
+        gradient = mass * (gap + alpha * (1 - gap.exp()))
+    return _sloping(value, q, gradient)
 
 
 def tvd(student: Tensor, target: Target) -> Tensor:
@@ -96,7 +109,7 @@ def mse(student: Tensor, target: Target) -> Tensor:
     A logit means nothing up to a constant, so each side is first centred over the kept columns.
     """
     q, p = target.pair(student)
-    kept = p > FLOOR
+    kept = (p > FLOOR).to(q.dtype)
     count = kept.sum(-1, keepdim=True)
     gap = (q - p) * kept  # [N, K]
     gap = (gap - gap.sum(-1, keepdim=True) / count) * kept
@@ -113,13 +126,27 @@ def nll(student: Tensor, target: Target) -> Tensor:
 
 
 def _reverse(q: Tensor, m: Tensor) -> Tensor:
-    """KL(q || m) of masses that need not add up to 1, per position [N].
+    """KL(q || m) of masses that need not add up to 1, per position [N], for an m that does not depend on q.
 
     Over the columns that a truncation keeps, the student's mass is below 1, and sum q log(q / m) alone is least at
     q = m / e: it would pay the student to leave the kept columns. The two mass terms are 0 where nothing is dropped.
     """
-    mass = q.exp()
-    return (mass * (q - m) - mass + m.exp()).sum(-1)
+    with torch.no_grad():
+        mass = q.exp()
+        gradient = mass * (q - m)  # [N, K]
+        value = gradient.sum(-1) - mass.sum(-1) + m.exp().sum(-1)
+    return _sloping(value, q, gradient)
+
+
+def _sloping(value: Tensor, q: Tensor, gradient: Tensor) -> Tensor:
+    """`value` [N] whose derivative by q is `gradient` [N, K]: half the passes over V that autograd takes."""
+    lead = (gradient * q).sum(-1)
+    return value + (lead - lead.detach())
+
+
+def _log(probability: Tensor) -> Tensor:
+    """Logarithm; of what is below 1e-38, and so adds nothing to a loss, that of 1e-38."""
+    return probability.clamp(min=1e-38).log()
 
 
 def _most_probable(p: Tensor, mu: float) -> Tensor:
@@ -139,11 +166,6 @@ def _most_probable(p: Tensor, mu: float) -> Tensor:
         high = high - width * (running <= mu).sum(-1, keepdim=True)
         low = high - width
     return (p > high).scatter(-1, p.argmax(-1, keepdim=True), True)
-
-
-def _mix(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """log(alpha exp(a) + (1 - alpha) exp(b))"""
-    return b if alpha == 0 else torch.logaddexp(a + math.log(alpha), b + math.log1p(-alpha))
 
 
 def _check(option: str, got, good: bool, need: str) -> None:

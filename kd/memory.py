@@ -1,4 +1,4 @@
-"""Memory that a step need not ask for again: pages of freed tensors, and half-precision copies of a frozen model."""
+"""Memory that a step need not ask for again: pages of freed tensors, and half of a frozen model."""
 
 from __future__ import annotations
 
@@ -21,12 +21,10 @@ def keep_freed() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def hold_products(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the weights of a frozen model's linear layers in the precision that autocast would cast them to anyway.
+def hold_in(dtype: torch.dtype, model: nn.Module) -> None:
+    """Keep the parameters of a frozen model in `dtype`, and compute in it, residual stream included.
 
-    What comes out is the same, without a cast per step. A tied embedding keeps its own precision, and so does all else.
+    Buffers keep their precision: rotary frequencies in bfloat16 would be off by whole turns at far positions.
     """
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            for name, weight in list(layer.named_parameters(recurse=False)):
-                setattr(layer, name, nn.Parameter(weight.to(dtype), requires_grad=False))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)

@@ -13,7 +13,7 @@ import torch
 
 from kd.data import IGNORE, Batch
 from kd.logits import Source
-from kd.memory import hold_products, keep_freed
+from kd.memory import hold_in, keep_freed
 from kd.metrics import Measures
 from kd.models import Causal
 from kd.objective import Objective
@@ -101,7 +101,7 @@ class Distillation(lightning.LightningModule):
         for teacher in self.outside:
             teacher.to(self.device)
             if self.trainer.precision == "bf16-mixed":
-                hold_products(teacher, torch.bfloat16)
+                hold_in(torch.bfloat16, teacher)
 
     def training_step(self, batch: Batch, index: int) -> None:
         progress = self._progress()

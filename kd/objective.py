@@ -63,14 +63,19 @@ class Objective:
     def slope(self, logits: Tensor, label: Tensor, target: Target | None, alpha: Tensor) -> tuple[Tensor, Sums]:
         """The gradient of `total` with respect to the student's logits [n, V], and the sums."""
 
-        def terms(logits: Tensor) -> tuple[Tensor, Sums]:
-            student = logits.float().log_softmax(-1)  # [n, V]
-            lm = -student.gather(-1, label[:, None]).sum()
-            kd = self.distance(student, target).sum() if target is not None else torch.zeros_like(lm)
-            total = alpha * kd + (1 - alpha) * lm
-            return total, Sums(total, kd, lm)
+        def distillation(student: Tensor) -> tuple[Tensor, Tensor]:
+            kd = self.distance(student, target).sum()
+            return alpha * kd, kd
 
-        return torch.func.grad(terms, has_aux=True)(logits)
+        student, chain = torch.func.vjp(lambda logits: logits.float().log_softmax(-1), logits)  # [n, V]
+        lm = -student.gather(-1, label[:, None]).sum()
+        if target is None:
+            grad, kd = torch.zeros_like(student), torch.zeros_like(lm)
+        else:
+            grad, kd = torch.func.grad(distillation, has_aux=True)(student)
+        # That of language modelling, one number per row, is put in its place; autograd would add [n, V] zeros.
+        grad.scatter_add_(-1, label[:, None], (alpha - 1).to(grad).expand(len(label), 1))
+        return chain(grad)[0], Sums(alpha * kd + (1 - alpha) * lm, kd, lm)
 
 
 def log_probabilities(head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:

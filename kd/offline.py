@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -108,10 +107,8 @@ def stored(settings: Settings, packed: data.Packed, keep: Keep, teacher: Callabl
 
 def write(settings: Settings, packed: data.Packed, keep: Keep, model: Causal, part: tuple[int, int] = (1, 1)) -> Store:
     """Write the store that settings describe, or a part of it that is to be merged with others, and open it."""
-    if settings["trainer"]["accelerator"] != "cpu" and torch.cuda.is_available():
-        model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     where, of = plan(settings).store, described(settings, packed)
-    teacher = Teacher(model, of, keep)
+    teacher = Teacher.finished(model, of, keep, settings["trainer"]["accelerator"])
     about = about_store(settings, packed, model, where.key)
     writer.write(where.folder, of, about, packed, teacher, settings["trainer"]["micro_batch"], part)
     if part[1] > 1:

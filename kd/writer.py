@@ -7,6 +7,7 @@ writers share the work by taking shards that no other holds.
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import time
@@ -26,7 +27,7 @@ from kd.data import Batch, Packed, to_batch
 from kd.entries import Entries, Positions, encode, to_bytes
 from kd.errors import UserError
 from kd.logits import Projection, online
-from kd.memory import hold_products, keep_freed
+from kd.memory import hold_in, keep_freed
 from kd.models import Causal
 from kd.objective import chunks, fitting
 from kd.progress import Steps, clock, console, track
@@ -146,6 +147,15 @@ class Teacher:
         # Hidden states in the precision that the output layer computes with lose nothing.
         self.dtype = torch.bfloat16 if of["precision"] == "bf16" else torch.float32
 
+    @classmethod
+    def finished(cls, model: Causal, of: dict, keep: Callable[[Target], Target] | None, accelerator: str) -> Teacher:
+        """One that learns no more, where and in the precision that training would ask it in."""
+        if accelerator != "cpu" and torch.cuda.is_available():
+            model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        if of["precision"] == "bf16":
+            hold_in(torch.bfloat16, model)
+        return cls(model, of, keep)
+
     def signal(self, table: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, Projection]:
         """Tokens [B, T] of rows `index` of the data, and what the teacher says of all their positions."""
         # Seeds by row, so that draws depend neither on the batch nor on the shard.
@@ -195,8 +205,6 @@ def write(
     begin(folder, of, about=about, shards=list(shards))
     if teacher.device.type == "cpu":
         keep_freed()
-    if teacher.dtype == torch.bfloat16:
-        hold_products(teacher.model, teacher.dtype)
     mine = dict(list(shards.items())[part[0] - 1 :: part[1]])
     left = {name: rows for name, rows in mine.items() if _note(folder, name) is None}
     if left:

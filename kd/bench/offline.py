@@ -107,7 +107,7 @@ def asked(work: Work, kept: str) -> Teacher:
     import torch
 
     from kd import truncation
-    from kd.memory import hold_products, keep_freed
+    from kd.memory import keep_freed
     from kd.models import Causal
     from kd.writer import Teacher
 
@@ -115,11 +115,10 @@ def asked(work: Work, kept: str) -> Teacher:
     with torch.no_grad():
         model.model.norm.weight.mul_(SHARP)
     keep_freed()
-    hold_products(model, torch.bfloat16)
     settings = {k: v for k, v in KEPT[kept].items() if k != "name"}
     rest = {"rest": True} if "k" in settings else {}
     keep = None if kept == "full" else partial(getattr(truncation, KEPT[kept]["name"]), **settings, **rest)
-    return Teacher(Causal(model, work.shape.vocab), described(kept), keep)
+    return Teacher.finished(Causal(model, work.shape.vocab), described(kept), keep, "auto")
 
 
 def stored(folder: Path, shape: Shape, kept: str) -> Store:
