@@ -34,7 +34,7 @@ from kd import config as conf
 from kd import data, sweep
 from kd.errors import UserError
 from kd.plan import Settings, corpus, kept_of, plan, resolve, source_of
-from kd.progress import Steps, end_with, show
+from kd.progress import Steps, console, end_with, show
 from kd.run import Run, about, environment, export, peak_memory
 
 if TYPE_CHECKING:
@@ -298,7 +298,12 @@ def write_store(words: list[str]) -> Store | None:
         packed, parts = prepare(settings)
         share = int(numbers[1]), int(numbers[2])
         found = offline.opened(settings, packed)
-        return found or offline.write(settings, packed, parts.keep, teacher_model(settings, parts), share)
+        found = found or offline.write(settings, packed, parts.keep, teacher_model(settings, parts), share)
+        if found is None:
+            folder = plan(settings).store.folder
+            console.print(f"Part {share[0]} of {share[1]} is in {folder}. When all parts are on one disk, type\n"
+                          f"  python -m kd.store merge STORE {folder} …", soft_wrap=True)  # fmt: skip
+        return found
 
 
 def compare_with_teacher(store: Store, root: str) -> str:
@@ -309,11 +314,16 @@ def compare_with_teacher(store: Store, root: str) -> str:
         return "It was recorded from a teacher in training, so no row can be computed again."
     with hydra.initialize_config_dir(str(conf.CONF), version_base="1.3"):
         settings = store.manifest["settings"] | {"root": root}
+        settings["logits"] = settings["logits"] | {"path": store.path}  # it may have been moved
+        conf.check_targets(settings)
+        conf.check_plain(settings)
         teacher, name = plan(settings).teacher, settings["teacher"]["name"]
         if (teacher and not plan(teacher).run.result()) or (name and not Path(name).is_dir()):
             return f"Its teacher {store.of['teacher']} is not in {root}, so no row was computed again."
         packed, parts = prepare(settings)
-        return offline.compare(store, packed, parts.keep, teacher_model(settings, parts))
+        return offline.compare(
+            store, packed, parts.keep, teacher_model(settings, parts), settings["trainer"]["accelerator"]
+        )
 
 
 conf.register()

@@ -21,29 +21,28 @@ from kd.target import Target
 
 STEP = 1 / 32  # nats; rounding to it costs at most STEP² / 8 = 1.2e-4 nats of KL, in the mean about a fifth of that
 MOST_DRAWS = 2**15 - 1
-FLAT = ChunkConfig()
 
 
 class Entries(NamedTuple):
     """Entries of B rows of T positions, E in all, in order."""
 
     count: Tensor  # [B, T] int32    entries of each position
-    odds: Tensor  # [B, T] float16  log-odds of the probability that the entries cover; inf where they cover all
+    log_odds: Tensor  # [B, T] float16  log-odds of the probability that the entries cover; inf where they cover all
     gap: Tensor  # [E]    int32    id minus the id before it in the same position; the first one: id + 1
     code: Tensor  # [E]    int16    -logp / STEP, or for a sample how often the token was drawn
 
     def split(self, rows: int) -> list[Entries]:
         """At most `rows` rows each, like Tensor.split."""
-        counts, odds = self.count.split(rows), self.odds.split(rows)
+        counts, log_odds = self.count.split(rows), self.log_odds.split(rows)
         sizes = [int(c.sum()) for c in counts]
-        return [Entries(*parts) for parts in zip(counts, odds, self.gap.split(sizes), self.code.split(sizes))]
+        return [Entries(*parts) for parts in zip(counts, log_odds, self.gap.split(sizes), self.code.split(sizes))]
 
     def at(self, kept: Tensor) -> Positions:
         """The positions where kept [B, T] is true."""
         count = self.count.flatten().long()
         start = count.cumsum(0) - count
         chosen = kept.flatten()
-        return Positions(start[chosen], count[chosen], self.odds.flatten()[chosen], self.gap, self.code)
+        return Positions(start[chosen], count[chosen], self.log_odds.flatten()[chosen], self.gap, self.code)
 
 
 class Positions(NamedTuple):
@@ -51,7 +50,7 @@ class Positions(NamedTuple):
 
     start: Tensor  # [N]
     count: Tensor  # [N]
-    odds: Tensor  # [N]
+    log_odds: Tensor  # [N]
     gap: Tensor  # [E]
     code: Tensor  # [E]
 
@@ -60,7 +59,7 @@ class Positions(NamedTuple):
 
         draws: how many a sample was made of; its log-probabilities are log(count / draws).
         """
-        start, count, odds = self.start[rows], self.count[rows], self.odds[rows]
+        start, count, log_odds = self.start[rows], self.count[rows], self.log_odds[rows]
         column = torch.arange(int(count.max()), device=count.device)
         there = column < count[:, None]  # [n, K]
         at = (start[:, None] + column).clamp(max=len(self.gap) - 1)
@@ -69,7 +68,7 @@ class Positions(NamedTuple):
         logp = (code / draws).log() if draws else -STEP * code
         logp = logp.masked_fill(~there, -math.inf)
         if not draws:  # what rounding did to their sum is undone
-            logp = logp + (logsigmoid(odds.float()) - logp.logsumexp(-1))[:, None]
+            logp = logp + (logsigmoid(log_odds.float()) - logp.logsumexp(-1))[:, None]
         return Target(label, logp, ids, seed=seed)
 
 
@@ -83,18 +82,18 @@ def encode(target: Target, draws: int | None) -> Positions:
     count = there.sum(-1)
     gap = ids.diff(dim=-1, prepend=torch.full_like(ids[:, :1], -1))[there]
     if draws:
-        code, odds = (logp[there].exp() * draws).round(), torch.full((len(ids),), math.inf, device=ids.device)
+        code, log_odds = (logp[there].exp() * draws).round(), torch.full((len(ids),), math.inf, device=ids.device)
     else:
         code = (logp[there] / -STEP).round().clamp(0, torch.iinfo(torch.int16).max)
         # Log-odds, since of a probability near 0 or 1 a short float loses the smaller side.
-        odds = logp.double().exp().sum(-1).clamp(max=1).logit()
-    return Positions(count.cumsum(0) - count, count, odds.half(), gap.to(torch.int32), code.to(torch.int16))
+        log_odds = logp.double().exp().sum(-1).clamp(max=1).logit()
+    return Positions(count.cumsum(0) - count, count, log_odds.half(), gap.to(torch.int32), code.to(torch.int16))
 
 
-def to_bytes(count: np.ndarray, odds: np.ndarray, gap: np.ndarray, code: np.ndarray) -> bytes:
+def to_bytes(count: np.ndarray, log_odds: np.ndarray, gap: np.ndarray, code: np.ndarray) -> bytes:
     """The entries of one row: the four lengths, and the four columns compressed."""
-    columns = (count.astype(np.uint32), odds.view(np.uint16), gap.astype(np.uint32), code.astype(np.uint16))
-    parts = [simple_compress(np.ascontiguousarray(c), FLAT) for c in columns]
+    columns = (count.astype(np.uint32), log_odds.view(np.uint16), gap.astype(np.uint32), code.astype(np.uint16))
+    parts = [simple_compress(np.ascontiguousarray(c), ChunkConfig()) for c in columns]
     return np.array([len(p) for p in parts], np.uint32).tobytes() + b"".join(parts)
 
 
@@ -106,6 +105,6 @@ def from_bytes(rows: list[bytes]) -> Entries:
         for column, size in zip(columns, np.frombuffer(row, np.uint32, 4), strict=True):
             column.append(simple_decompress(row[place : place + size]))
             place += size
-    count, odds = (torch.from_numpy(np.stack(c).view(k)) for c, k in zip(columns, (np.int32, np.float16)))
+    count, log_odds = (torch.from_numpy(np.stack(c).view(k)) for c, k in zip(columns, (np.int32, np.float16)))
     gap, code = (torch.from_numpy(np.concatenate(c).view(k)) for c, k in zip(columns[2:], (np.int32, np.int16)))
-    return Entries(count, odds, gap, code)
+    return Entries(count, log_odds, gap, code)

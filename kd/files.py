@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +24,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _remove(temporary)  # of a killed process that had the same id
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # processes of two hosts may share an id
     try:
         yield temporary
         for file in [p for p in temporary.rglob("*") if p.is_file()] or [temporary]:
@@ -139,7 +139,9 @@ def fetch(path: str, folder: Path, name: str) -> Path:
                     system.get_file(f"{root}/{name}", str(temporary))
             elif name == "manifest.json":
                 copy.unlink(missing_ok=True)
-        except (ImportError, ValueError, OSError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # every system has errors of its own
             raise UserError(f"{path}/{name} could not be read: {error}") from error
     return copy
 

@@ -50,7 +50,10 @@ def online(origin) -> Source:
 
 
 def cotrained(origin) -> Source:
-    """The teacher learns beside the student in one run, by language modelling on the same batches."""
+    """The teacher learns beside the student in one run, by language modelling on the same batches.
+
+    Of how the teacher is made only its seed counts: it has the run's steps, batches and learning rate.
+    """
     return lambda batch, kept: _project(origin, batch, kept)
 
 

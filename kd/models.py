@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -167,6 +168,12 @@ def from_hub(auto, name: str, what: str, **settings):
             f"{what} could not be loaded ({where}): {reason}\n"
             "Check the name and the network, or give the folder of a downloaded model."
         ) from error
+
+
+def revision(name: str) -> str | None:
+    """The commit of a Hub model whose files were last downloaded here; None if none were."""
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def same_vocabulary(ours, theirs, option: str) -> None:

@@ -140,7 +140,7 @@ class Distillation(lightning.LightningModule):
         optimizer.step()
         self.tokens += tokens
         self.here += tokens
-        self.flops += tokens * (self.cost.student + (self.cost.teacher if alpha else 0))
+        self.flops += tokens * (self.cost.student + (self.cost.teacher if alpha or self.teacher is not None else 0))
         self.train_metrics = {f"train/{k}": v for k, v in metrics.items()}
         self.train_metrics |= {"lr": self.lr(progress), **({"alpha": alpha} if self.source else {})}
         self.train_metrics |= self._axes()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from omegaconf import OmegaConf
 
 from kd import config as conf
@@ -16,9 +18,9 @@ from kd.entries import MOST_DRAWS
 from kd.errors import UserError
 from kd.models import Causal
 from kd.objective import chunks
-from kd.plan import Settings, composed, corpus, kept_of, plan, source_of, stored_part
+from kd.plan import FORMAT, Settings, composed, corpus, kept_of, plan, source_of, stored_part
 from kd.run import Run, model_name, redacted
-from kd.store import FORMAT, Store, within
+from kd.store import FULL, Store, said, within
 from kd.target import Target
 from kd.writer import Recorder, Teacher
 
@@ -33,7 +35,9 @@ def described(settings: Settings, packed: data.Packed) -> dict:
         made = plan(teacher).run
         called, weights = made.name, (made.result() or {}).get("weights")
     elif name and Path(name).is_dir():
-        weights = {p.name: files.digest(p) for p in sorted(Path(name).glob("*.safetensors"))}
+        weights = _weights(name, files.stamp(name))
+    elif name:
+        weights = models.revision(name)
     part = stored_part(settings)
     if part.get("draws", 0) > MOST_DRAWS:
         raise UserError(f"draws={part['draws']}: a store counts at most {MOST_DRAWS:,} draws per position; take fewer.")
@@ -44,6 +48,12 @@ def described(settings: Settings, packed: data.Packed) -> dict:
         "truncation": part, "precision": settings["trainer"]["precision"],
         "seed": settings["logits"].get("seed") if part["name"] == "random" else None,
     }  # fmt: skip
+
+
+@cache
+def _weights(folder: str, stamp: str) -> dict[str, str]:
+    """Digests of a model's files, made once per process."""
+    return {p.name: files.digest(p) for p in sorted(Path(folder).glob("*.safetensors"))}
 
 
 def about_store(settings: Settings, packed: data.Packed, model: Causal, key: str) -> dict:
@@ -78,19 +88,32 @@ def opened(settings: Settings, packed: data.Packed) -> Store | None:
     window = logits.share(settings["logits"]["window"])
     if where.manifest().exists():
         found = Store(where.path, where.cache)
-        found.check({k: v for k, v in of.items() if k != "precision"} | {"truncation": asked})
+        expected = {k: v for k, v in of.items() if k != "precision"} | {"truncation": asked}
+        found.check(expected, by_path=settings["logits"]["path"] is not None)
+        _measurable(settings, found.truncation)
         return found
     if not within(asked, of["truncation"]):
         raise UserError(
             f"truncation={asked['name']} asks for more than record={of['truncation']['name']} would have the store "
             "hold. Record more, or leave record out to store just what is asked for."
         )
+    _measurable(settings, of["truncation"])
     if window is not None:
         raise UserError(
             f"logits.window={settings['logits']['window']}: there is no store at {where.path}, and one that is written "
             "now, by a finished teacher, covers no window of its training. Leave it out, or give logits.path=…"
         )
     return None
+
+
+def _measurable(settings: Settings, held: dict) -> None:
+    """Raise UserError for a temperature that is measured on the whole distribution, of which a store holds a part."""
+    name = settings["temperature"]["_target_"].rpartition(".")[2]
+    if name != "fixed" and held != FULL:
+        raise UserError(
+            f"temperature={name} is measured on the teacher's whole distribution, and the store holds {said(held)}. "
+            "Take a store of everything (record=full; without logits.path), logits=online, or temperature=fixed."
+        )
 
 
 def stored(settings: Settings, packed: data.Packed, keep: Keep, teacher: Callable[[], Causal]) -> Store:
@@ -125,31 +148,56 @@ def recorder(settings: Settings, packed: data.Packed, keep: Keep, model: Causal,
         return None
     of = described(settings, packed) | {"teacher": run.name, "weights": None}
     url = where.path if "://" in where.path else None
-    return Recorder(where.folder, of, about_store(settings, packed, model, where.key), keep, start, url)
+    about = about_store(settings, packed, model, where.key)
+    return Recorder(where.folder, of, about, keep, start, run / "checkpoints", url)
 
 
-def compare(found: Store, packed: data.Packed, keep: Keep, model: Causal, count: int = 8) -> str:
+def compare(found: Store, packed: data.Packed, keep: Keep, model: Causal, accelerator: str, count: int = 8) -> str:
     """How far rows of a store are from what its teacher says now, in words; raises UserError where that is far."""
     index = np.unique(np.linspace(0, len(packed.train) - 1, count).astype(int))
     rows = packed.train[index]
-    teacher = Teacher(model, found.of, keep)
+    teacher = Teacher.finished(model, found.of, keep, accelerator)
     batch = data.to_batch(rows, index, np.zeros(rows[:, 1:].shape, int))
-    batch = batch._replace(stored=found.read(index, batch.ids.numpy()))
+    batch = move_data_to_device(batch._replace(stored=found.read(index, batch.ids.numpy())), teacher.device)
     held = found.source(batch, torch.ones_like(batch.ids, dtype=torch.bool))
-    off = []
+    found_off, spread = [], []
     with torch.inference_mode(), teacher.computing():
         now = teacher.signal(packed.train, index)[1]
         for part in chunks(batch.ids.numel(), 64):
-            target = keep(now(part)) if keep else now(part)
-            off.append(divergence(target, held(part), found.manifest["vocab"]))
-    off = torch.cat(off)
-    said = (
-        f"{len(index)} rows of {rows.shape[1] - 1} tokens recomputed by the teacher: KL from what it says now to what "
-        f"is stored {off.mean():.1e} nats in the mean, {off.max():.1e} at most."
-    )
-    if off.mean() > 0.01:
-        raise UserError(f"{found.path} is not what this teacher says: {said}")
-    return said
+            if found.draws:
+                off, variance = surprise(now(part), held(part))
+                spread.append(variance / found.draws)
+            else:
+                target = keep(now(part)) if keep else now(part)
+                off = divergence(target, held(part), found.manifest["vocab"])
+            found_off.append(off)
+    off = torch.cat(found_off)
+    words = f"{len(index)} rows of {rows.shape[1] - 1} tokens recomputed by the teacher: "
+    error = 0.0
+    if found.draws:
+        error = (torch.cat(spread).sum().sqrt() / len(off)).item()
+        words += (
+            f"the draws that are stored have a log-probability {off.mean():+.4f} nats from what it expects of them, "
+            f"with a standard error of {error:.4f}."
+        )
+    else:
+        words += (
+            f"KL from what it says now to what is stored {off.mean():.1e} nats in the mean, {off.max():.1e} at most."
+        )
+    if not abs(off.mean()) <= 0.01 + 5 * error:  # NaN is far, too
+        raise UserError(f"{found.path} is not what this teacher says: {words}")
+    return words
+
+
+def surprise(now: Target, held: Target) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far the mean log-probability of stored draws is from its expectation, and the variance of one draw [N].
+
+    Two samples cannot be compared draw by draw: a last bit of the teacher's arithmetic moves a draw to the next token.
+    """
+    p = now.logp.exp()
+    mean = (p * now.logp).sum(-1)
+    said = (held.logp.exp() * now.logp.gather(-1, held.ids)).sum(-1)
+    return said - mean, ((p * now.logp.square()).sum(-1) - mean.square()).clamp(min=0)
 
 
 def divergence(a: Target, b: Target, vocabulary: int) -> torch.Tensor:

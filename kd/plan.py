@@ -17,6 +17,7 @@ from kd.errors import UserError
 from kd.run import NO_SIGNAL, Run, group_of, identity, read_json
 
 Settings = conf.Node
+FORMAT = 1  # of stores
 
 
 def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
@@ -53,6 +54,8 @@ def check_logits(settings: Settings, typed: list[str]) -> None:
                 f"logits={how} stores nothing; {word} would do nothing: leave it out, or take logits=offline to read "
                 "what a store holds, or logits=none to record what a teacher says while it trains."
             )
+    if how == "offline" and not 0 <= settings["logits"]["seed"] < 2**32:
+        raise UserError(f"logits.seed={settings['logits']['seed']}: need a whole number from 0 to {2**32 - 1}.")
     known = how == "none" or any(settings["teacher"].get(k) for k in ("size", "name"))
     if not known and not (how == "offline" and settings["logits"]["path"]):
         also = ", or logits.path=… to read a store, whoever wrote it" if how == "offline" else ""
@@ -99,8 +102,11 @@ def plan(settings: Settings) -> Plan:
         teacher = teacher_settings(settings)
         digests["teacher"] = plan(teacher).run.name
     if source_of(settings) == "offline":
-        of = [{k: v for k, v in digests.items() if k != "student.name"}]
-        of += [stored_part(settings), settings["logits"]["seed"], settings["trainer"]["precision"]]
+        part, name = stored_part(settings), settings["teacher"]["name"]
+        of = [FORMAT, {k: v for k, v in digests.items() if k != "student.name"}, settings["trainer"]["precision"]]
+        of += [{k: float(v) if type(v) is int else v for k, v in part.items()}]
+        of += [settings["logits"]["seed"] if part["name"] == "random" else None]
+        of += [None if "teacher.name" in digests else name]  # of the Hub
         store = place(settings, files.digest_of(of)[:16], settings["logits"]["path"])
         digests["store"] = store.key
     run = Run(Path(settings["root"]), identity(conf.flat(settings), **digests))

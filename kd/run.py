@@ -39,7 +39,8 @@ def part_of_outcome(config: dict) -> dict:
     if config["logits"] != "offline":  # recording changes nothing of what is learned
         without += ("record",)
     part = {k: v for k, v in config.items() if not any(k == n or k.startswith(f"{n}.") for n in without)}
-    part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in ("teacher.size", "teacher.name")}
+    own = ("teacher.size", "teacher.name", *(["teacher.seed"] if config["logits"] == "cotrained" else []))
+    part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in own}
     return {k: float(v) if type(v) is int else v for k, v in part.items()}  # tau=1 is tau=1.0
 
 

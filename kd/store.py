@@ -39,11 +39,11 @@ from kd.entries import Entries, from_bytes
 from kd.errors import UserError
 from kd.models import Head
 from kd.objective import Signal
+from kd.plan import FORMAT
 from kd.progress import console, end_with, track
 from kd.run import read_json
 from kd.target import Target
 
-FORMAT = 1
 FULL = {"name": "full"}
 
 
@@ -96,8 +96,9 @@ class Store:
                 f"again, elsewhere:\n  python -m kd.store write {self.words} logits.path=FOLDER"
             )
         self.truncation, self.draws = self.of["truncation"], self.of["truncation"].get("draws")
-        self.shards = [name for name in manifest["files"] if name.startswith("shard-")]
-        self.first = np.array([manifest["files"][name].get("first", 0) for name in self.shards])
+        notes = {name: note for name, note in manifest["files"].items() if name.startswith("shard-")}
+        self.shards = sorted(notes, key=lambda name: notes[name].get("first", notes[name].get("steps")))
+        self.first = np.array([notes[name].get("first", 0) for name in self.shards])
         self._checked: set[str] = set()
         self._open: dict[str, _Shard] = {}
         self._head: Head | None = None
@@ -105,8 +106,11 @@ class Store:
             for name in manifest["files"]:
                 self._size(name)
 
-    def check(self, expected: dict) -> None:
-        """Raise UserError, naming the field, if the store is of something else; what is None on a side is not known."""
+    def check(self, expected: dict, by_path: bool = True) -> None:
+        """Raise UserError, naming the field, if the store is of something else; what is None on a side is not known.
+
+        by_path: whether the store was asked for by its path.
+        """
         pairs = {f: (self.of[f], value) for f, value in expected.items() if f != "truncation"}
         differing = [
             f"its {field} is {said(held)}, and here it is {said(value)}"
@@ -114,10 +118,12 @@ class Store:
             if None not in (held, value) and held != value
         ]
         if differing:
-            raise UserError(
-                f"{self.path} is a store of something else: {'; '.join(differing)}. Leave out logits.path, so that a "
-                f"store of this config is found or written, or give what it was written with:\n  {self.words}"
-            )
+            mend = "Leave out logits.path, so that a store of this config is found or written, or give what it was "
+            mend += f"written with:\n  {self.words}"
+            if not by_path:  # it is where a store of this config belongs
+                mend = f"To have it written anew, type\n  {shlex.join(['rm', '-r', str(self.folder)])}\n"
+                mend += "and the same command again."
+            raise UserError(f"{self.path} is a store of something else: {'; '.join(differing)}. {mend}")
         if not within(expected["truncation"], self.truncation):
             raise UserError(
                 f"{said(expected['truncation'])} asks for more than {self.path} holds, which is "
@@ -242,11 +248,21 @@ class Store:
         path = files.fetch(self.path, self.folder, name)
         if name in self._checked:
             return path
+        try:
+            self._good(name, path)
+        except UserError:
+            if "://" not in self.path:
+                raise
+            path.unlink(missing_ok=True)  # a copy may be stale or damaged, where what it is of is neither
+            self._good(name, files.fetch(self.path, self.folder, name))
+        self._checked.add(name)
+        return path
+
+    def _good(self, name: str, path: Path) -> None:
+        """Raise UserError unless a file has the bytes that were written."""
         self._size(name)
         if files.digest(path) != self.manifest["files"][name]["digest"]:
             raise self._damaged(name, "its bytes are not those that were written")
-        self._checked.add(name)
-        return path
 
     def _size(self, name: str) -> None:
         path, expected = self.folder / name, self.manifest["files"][name]["size"]
@@ -352,7 +368,7 @@ def main() -> None:
     ):
         command = commands.add_parser(name, help=help_, description=help_)
         command.add_argument("path", help="folder or URL")
-        command.add_argument("--root", default="runs", help="where runs and packed data are (runs)")
+        command.add_argument("--root", default=os.environ.get("KD_ROOT", "runs"), help="where runs and packed data are")
     merge = commands.add_parser("merge", help="join in PATH what several machines wrote")
     merge.add_argument("path")
     merge.add_argument("part", nargs="+")
@@ -365,6 +381,11 @@ def main() -> None:
 
             store = train.write_store(given.words)
         elif given.command == "merge":
+            for path in (given.path, *given.part):
+                if "://" in path:
+                    raise UserError(
+                        f"{path}: merge joins folders. Copy the parts here, merge them, and copy the store."
+                    )
             writer.merge(Path(given.path), [Path(p) for p in given.part])
             store = Store(given.path, Path())
         else:

@@ -57,14 +57,14 @@ class Rows:
     def add_entries(self, ids: np.ndarray, pieces: list[Positions]) -> None:
         """Rows ids [B, T] and what is kept of their positions, in order."""
         self.hashes += map(row_hash, ids)
-        columns = ("count", "odds", "gap", "code")
-        count, odds, gap, code = (np.concatenate([getattr(p, c).cpu().numpy() for p in pieces]) for c in columns)
+        columns = ("count", "log_odds", "gap", "code")
+        count, log_odds, gap, code = (np.concatenate([getattr(p, c).cpu().numpy() for p in pieces]) for c in columns)
         self.entries += len(gap)
-        self.mass += float(torch.from_numpy(odds).double().sigmoid().sum())
-        count, odds = count.reshape(ids.shape), odds.reshape(ids.shape)
+        self.mass += float(torch.from_numpy(log_odds).double().sigmoid().sum())
+        count, log_odds = count.reshape(ids.shape), log_odds.reshape(ids.shape)
         ends = count.sum(1).cumsum()
         for row, (start, end) in enumerate(zip([0, *ends], ends)):
-            self.bodies.append(to_bytes(count[row], odds[row], gap[start:end], code[start:end]))
+            self.bodies.append(to_bytes(count[row], log_odds[row], gap[start:end], code[start:end]))
 
     @property
     def bytes(self) -> int:
@@ -107,6 +107,11 @@ def begin(folder: Path, of: dict, **about) -> None:
         raise UserError(
             f"{folder} holds the beginning of another store: its {field} is {said(begun.get(field))}, and here it is "
             f"{said(of[field])}. Choose another place, or remove it:\n  {shlex.join(['rm', '-r', str(folder)])}"
+        )
+    elif begun.get("shards") != about.get("shards"):
+        raise UserError(
+            f"{folder} was begun by a version of kd that cut the data into other shards. Remove it:\n"
+            f"  {shlex.join(['rm', '-r', str(folder)])}"
         )
 
 
@@ -174,6 +179,12 @@ class Teacher:
         """Put into `out` what the teacher says of rows `index` of the data; whole: as hidden states."""
         with self.computing():
             ids, signal = self.signal(table, index)
+            if not signal.hidden.isfinite().all():
+                bad = ~signal.hidden.view(*ids.shape, -1).isfinite().all(-1).all(-1)
+                raise UserError(
+                    f"The teacher says NaN or infinity of row {index[int(bad.nonzero()[0])]} of the data, in "
+                    f"{self.of['precision']}. Nothing of it was stored; try trainer.precision=fp32, or another teacher."
+                )
             if whole or self.keep is None:
                 out.add(ids, signal.hidden.view(*ids.shape, -1).to(self.dtype))
             else:
@@ -208,7 +219,7 @@ def write(
     mine = dict(list(shards.items())[part[0] - 1 :: part[1]])
     left = {name: rows for name, rows in mine.items() if _note(folder, name) is None}
     if left:
-        _announce(folder, teacher, packed.train, batch, sum(map(len, left.values())))
+        _announce(folder, teacher, packed, batch, sum(map(len, left.values())))
     progress = Steps(f"store of {of['teacher']}", sum(map(len, left.values())), 0, "row")
     done = 0
 
@@ -245,14 +256,17 @@ def _cut(rows: int, size: int, teacher: Teacher) -> dict[str, range]:
     """Which rows form which shard: of the data and the teacher alone, so that all writers cut alike."""
     most = SHARD_TOKENS // size
     if teacher.keep is None:
-        most = SHARD_BYTES // (4 * size * teacher.model.head.output.weight.shape[1])
+        most = SHARD_BYTES // (teacher.dtype.itemsize * size * teacher.model.head.output.weight.shape[1])
     each = max(1, min(most, -(-rows // SHARDS)))
     starts = range(0, rows, each)
     return {f"shard-{number:05}": range(first, min(first + each, rows)) for number, first in enumerate(starts)}
 
 
-def _announce(folder: Path, teacher: Teacher, table: np.ndarray, batch: int, rows: int) -> None:
+def _announce(folder: Path, teacher: Teacher, packed: Packed, batch: int, rows: int) -> None:
     """Say what is to be written and how long it takes, by the example of one batch; raises UserError without room."""
+    table, output = packed.train, teacher.model.head.output
+    beside = sum(p.numel() for p in output.parameters()) + packed.val[:, 1:].size * output.weight.shape[1]
+    beside *= teacher.dtype.itemsize * (_note(folder, "head") is None)
     for _ in range(2):  # the first forward pass is slower
         out, started = Rows(), time.monotonic()
         teacher.answer(table, np.arange(min(batch, len(table))), out)
@@ -260,10 +274,11 @@ def _announce(folder: Path, teacher: Teacher, table: np.ndarray, batch: int, row
     size, free = out.bytes * share, shutil.disk_usage(folder).free
     tokens = rows * (table.shape[1] - 1)
     say = (
-        f"{tokens:,} tokens at about {size / tokens:,.0f} bytes each, {files.amount(size)} in all; "
+        f"{tokens:,} tokens at about {size / tokens:,.0f} bytes each, {files.amount(size)} in all, and "
+        f"{files.amount(beside)} of output layer and validation rows; "
         f"{files.amount(free)} are free in {folder}"
     )
-    if 1.1 * size > free:
+    if 1.1 * (size + beside) > free:
         raise UserError(
             f"No room for the store: {say}. Keep less of each position (e.g. record=top_k record.k=20), take less text "
             "(data.tokens=…), or choose another disk with logits.path=…"
@@ -301,7 +316,11 @@ def merge(folder: Path, parts: list[Path]) -> None:
     notes = {name: (part, note) for part in parts for name, note in _notes(part).items()}
     missing = [name for name in ("head", "validation", *begun[parts[0]]["shards"]) if name not in notes]
     if missing:
-        raise UserError(f"{len(missing)} files are in none of the parts, {missing[0]}.safetensors among them.")
+        words = begun[parts[0]]["about"]["words"]
+        raise UserError(
+            f"{len(missing)} files are in none of the parts, {missing[0]}.safetensors among them. Give the part that "
+            f"has them, or write it, where NUMBER is its own:\n  python -m kd.store write {words} part=NUMBER/OF"
+        )
     for name, (part, note) in track(notes.items(), "merging"):
         source = part / f"{name}.safetensors"
         with files.atomic(folder / source.name) as temporary:
@@ -314,11 +333,22 @@ def merge(folder: Path, parts: list[Path]) -> None:
 
 def upload(folder: Path, url: str) -> None:
     """Copy a whole store to a URL, the manifest last."""
-    system, root = fsspec.core.url_to_fs(url)
-    system.makedirs(root, exist_ok=True)
-    names = [*read_json(folder / "manifest.json")["files"], "manifest.json"]
-    for name in track(names, f"copying to {url}"):
-        system.put_file(str(folder / name), f"{root}/{name}")
+    manifest = read_json(folder / "manifest.json")
+    there = read_json(files.fetch(url, folder, "manifest.json"))
+    if there and there["of"] != manifest["of"]:
+        raise UserError(f"{url} holds another store, of {there['of']['teacher']}. Choose another place; this one is in "
+                        f"{folder}.")  # fmt: skip
+    if there:
+        return  # another machine was first
+    try:
+        system, root = fsspec.core.url_to_fs(url)
+        system.makedirs(root, exist_ok=True)
+        for name in track([*manifest["files"], "manifest.json"], f"copying to {url}"):
+            system.put_file(str(folder / name), f"{root}/{name}")
+    except Exception as error:  # every system has errors of its own
+        raise UserError(
+            f"The store is whole in {folder}, and could not be copied to {url}: {error}\nThe same command goes on."
+        ) from error
 
 
 class Recorder:
@@ -329,14 +359,26 @@ class Recorder:
     """
 
     def __init__(
-        self, folder: Path, of: dict, about: dict, keep: Callable[[Target], Target], step: int, url: str | None = None
-    ):
+        self, folder: Path, of: dict, about: dict, keep: Callable[[Target], Target], step: int,
+        checkpoints: Path, url: str | None = None,
+    ):  # fmt: skip
         self.folder, self.of, self.about, self.keep, self.url = folder, of, about, keep, url
         begin(folder, of)
         (folder / "manifest.json").unlink(missing_ok=True)
-        for path in folder.glob("shard-*.json"):  # what was recorded after the checkpoint is recorded again
-            if read_json(path)["steps"][0] >= step:
-                path.unlink()
+        covered = 0
+        for name, note in _notes(folder).items():
+            if not name.startswith("shard-"):
+                continue
+            if note["steps"][0] >= step:  # recorded after the checkpoint: it is recorded again
+                (folder / f"{name}.json").unlink()
+            elif note["steps"][0] == covered:
+                covered = note["steps"][1]
+        if covered != step:
+            raise UserError(
+                f"The run goes on at step {step}, and {folder} has what was recorded up to step {covered}: the rest "
+                f"would be missing. To train and record it from the start, type\n"
+                f"  {shlex.join(['rm', '-r', str(checkpoints), str(folder)])}\nand the same command again."
+            )
         self.begun = step
         self.pieces: list[Positions] = []
         self.out = Rows()
@@ -349,6 +391,8 @@ class Recorder:
 
     def batch(self, batch: Batch, step: int) -> None:
         """All positions of `batch` have been observed, in optimizer step `step`."""
+        if self.out.bytes > SHARD_BYTES and self.out.steps[-1] < step:  # checkpoints may be far apart
+            self.flush(step)
         self.out.add_entries(batch.ids.cpu().numpy(), self.pieces)
         self.pieces = []
         self.out.rows += batch.row.tolist()

@@ -118,9 +118,9 @@ def test_mass_is_right_at_both_ends(mass):
     count = ROWS * SIZE
     logp = torch.randn(count, 3, generator=torch.Generator().manual_seed(1)).double().log_softmax(-1) + math.log(mass)
     target = Target(torch.zeros(count, dtype=torch.long), logp, torch.tensor([[5, 3, 4]]).expand(count, 3))
-    odds = written(target).all().odds.double()
-    assert odds.sigmoid().numpy() == pytest.approx(mass, rel=0.005)
-    assert (-odds).sigmoid().numpy() == pytest.approx(1 - mass, rel=0.005)
+    log_odds = written(target).all().log_odds.double()
+    assert log_odds.sigmoid().numpy() == pytest.approx(mass, rel=0.005)
+    assert (-log_odds).sigmoid().numpy() == pytest.approx(1 - mass, rel=0.005)
     assert read(written(target).all())[0].logp.double().exp().sum(-1).numpy() == pytest.approx(mass, rel=0.005)
 
 
@@ -200,11 +200,12 @@ def test_what_is_stored_is_what_was_computed_to_a_ten_thousandth_of_a_nat(name, 
     assert np.mean(shifted) > np.mean(found)  # it would show
 
 
+@pytest.mark.parametrize("vocabulary", [1_024, 32_768, 151_936])
 @pytest.mark.parametrize(("name", "most"), [("random", 40), ("top_k", 130)])
-def test_bytes_per_token(name, most):
-    """Of a teacher whose 50 draws are about 12 tokens."""
+def test_bytes_per_token(name, most, vocabulary):
+    """Of a teacher whose 50 draws are about 12 tokens, of ids that are anywhere in the vocabulary."""
     rows, size = 2, 128
-    target = heavy(rows * size, 32_768, 1.7)
+    target = heavy(rows * size, vocabulary, 1.7)
     draws = 50 if name == "random" else None
     kept = option("truncation", name)(target) if draws else option("truncation", name, k=50, rest=True)(target)
     out = Rows()

@@ -9,17 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
+import hydra
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
 from kd import checkpoint, data, models, module, writer
+from kd.config import CONF
 from kd.errors import UserError
 from kd.logits import share
+from kd.plan import plan
 from kd.run import read_metrics
 from kd.store import Store
-from tests.small import FORK, TOP, content, folder, here, outcome, result, type_in
+from tests.small import FORK, TOP, content, folder, here, outcome, result, settings, type_in
 
 STEPS, ROWS, BATCH = 20, 60, 4
 PLAIN = ("logits=none", "teacher=none", f"trainer.steps={STEPS}", "trainer.val_every=50")
@@ -279,6 +282,47 @@ def test_damage_to_what_cannot_be_made_again_is_said(recorded, tmp_path, name):
         path.write_bytes(whole)
 
 
+def begun_without(root: Path) -> tuple[str, ...]:
+    die(root, PLAIN, at_checkpoint, 12)
+    return RECORD
+
+
+def begun_with_less(root: Path) -> tuple[str, ...]:
+    die(root, (*PLAIN, "record=top_k", "record.k=4"), at_checkpoint, 12)
+    return RECORD
+
+
+def store_removed(root: Path) -> tuple[str, ...]:
+    die(root, (*RECORD, f"record.path={root / 'store'}"), at_checkpoint, 12)
+    shutil.rmtree(root / "store")
+    return RECORD
+
+
+def shard_removed(root: Path) -> tuple[str, ...]:
+    die(root, (*RECORD, f"record.path={root / 'store'}"), at_checkpoint, 12)
+    (root / "store" / "shard-00000003.safetensors").unlink()
+    return RECORD
+
+
+@pytest.mark.parametrize("begun", [begun_without, begun_with_less, store_removed, shard_removed])
+def test_a_recording_that_would_lack_its_beginning_is_refused_with_what_mends_it(recorded, tmp_path, begun):
+    words = (*begun(tmp_path), f"record.path={tmp_path / 'store'}")
+    with pytest.raises(UserError, match=r"goes on at step 9, and .* recorded up to step [03]: the rest") as caught:
+        here(tmp_path, *words)
+    type_in(str(caught.value))
+    here(tmp_path, *words)
+    assert opened(tmp_path)[0].manifest["count"] == opened(recorded[0])[0].manifest["count"]
+
+
+def test_checkpoints_far_apart_do_not_fill_the_memory(recorded, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "SHARD_BYTES", 100)
+    here(tmp_path, *RECORD, f"record.path={tmp_path / 'store'}", "trainer.checkpoint_every=10")
+    (held, rows), (expected, same) = opened(tmp_path), opened(recorded[0])
+    assert len(held.shards) == STEPS and (rows == same).all()
+    ids = table(tmp_path)[rows, :-1]
+    assert (held.read(rows, ids).code == expected.read(rows, ids).code).all()
+
+
 def test_draws_and_bf16_are_recorded(tmp_path):
     words = (*PLAIN, "trainer.steps=6", "trainer.precision=bf16")
     plain = outcome(here(tmp_path / "plain", *words))
@@ -331,6 +375,17 @@ def test_cotrained_teacher_learns_as_it_would_alone(cotrained, tmp_path):
     lm, fkl = result(folder(tmp_path, "lm"))["final"], result(folder(root, "fkl"))["final"]
     assert fkl["val/teacher_lm"] == lm["val/lm"] != fkl["val/lm"]
     assert not list(root.glob("lm*"))  # and is no run of its own
+
+
+def test_seed_of_a_cotrained_teacher_is_part_of_the_run(cotrained, tmp_path):
+    assert settings_run(tmp_path, *COTRAINED) != settings_run(tmp_path, *COTRAINED, "teacher.seed=1")
+    assert settings_run(tmp_path, "teacher.lr=0.1") != settings_run(tmp_path)  # of the teacher's own run
+
+
+def settings_run(root: Path, *words: str):
+    made = settings(root, *words)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return plan(made).run.name
 
 
 def test_cotrained_student_is_exported_without_its_teacher(cotrained, tmp_path):

@@ -71,6 +71,8 @@ RANDOM = ("truncation=random", "truncation.draws=20")
         "with the rest": (*TOP, "truncation.rest=true"),
         "random of everything": RANDOM,
         "bf16": ("trainer.precision=bf16",),
+        "spread of all logits": ("temperature=normkd", *TOP),
+        "power of all probabilities": ("temperature=wttm", *TOP),
     },
 )
 def test_student_of_a_whole_store_is_that_of_the_teacher_bit_for_bit(root, words):

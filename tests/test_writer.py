@@ -1,6 +1,8 @@
 """A store is written once, whoever is killed and however many write it, and comes out the same byte for byte."""
 
+import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -14,10 +16,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kd import files, offline, writer
+from kd import files, models, offline, writer
 from kd.errors import UserError
 from kd.store import Store
-from tests.small import FORK, TOP, content, folder, here, result, write
+from tests.small import FORK, TOP, content, folder, here, result, type_in, write
 
 OFFLINE = ("logits=offline", *TOP)
 FILES = ["head", *(f"shard-{n:05}" for n in range(8)), "validation"]
@@ -237,6 +239,37 @@ def test_no_room_is_said_before_anything_is_written(root, clean, monkeypatch):
     shutil.rmtree(root / "stores")
     write(root, *TOP)
     assert shards(content(store_of(root))) == shards(clean)
+
+
+@pytest.mark.parametrize("words", [TOP, ("truncation=random",), ("truncation=full",)], ids=lambda w: w[0])
+def test_the_estimate_is_what_the_store_takes(root, words, monkeypatch):
+    said = []
+    monkeypatch.setattr(writer.console, "print", lambda *text, **_: said.extend(text))
+    held = write(root, *words, "data.tokens=20000", f"logits.path={root / 'store'}", "teacher.steps=6")
+    amounts = [float(n) * {"kB": 1e3, "MB": 1e6}[unit] for n, unit in re.findall(r"([\d.]+) (kB|MB)", said[0])]
+    taken = sum(note["size"] for note in held.manifest["files"].values())
+    assert amounts[0] + amounts[1] == pytest.approx(taken, rel=0.1)
+
+
+@pytest.mark.parametrize("words", [TOP, ("truncation=full",)], ids=lambda w: w[0])
+def test_nothing_is_stored_of_a_teacher_that_says_nan(root, words, monkeypatch):
+    real = models.Causal.hidden
+    monkeypatch.setattr(models.Causal, "hidden", lambda self, ids: real(self, ids) * math.nan)
+    monkeypatch.setattr(models.Causal, "check", lambda self, option: None)
+    with pytest.raises(UserError, match="NaN or infinity of row 0 of the data, in fp32"):
+        write(root, *words, f"logits.path={root / 'store'}")
+    assert not list((root / "store").glob("*.safetensors"))
+
+
+def test_a_beginning_cut_into_other_shards_is_not_gone_on_with(root, monkeypatch):
+    write(root, *TOP)
+    (store_of(root) / "manifest.json").unlink()
+    (store_of(root) / "shard-00000.safetensors").unlink()
+    monkeypatch.setattr(writer, "SHARDS", 3)
+    with pytest.raises(UserError, match="other shards") as caught:
+        write(root, *TOP)
+    type_in(str(caught.value))
+    assert len(write(root, *TOP).shards) == 3
 
 
 def test_a_disk_that_is_full_half_way(root, clean, tmp_path):
