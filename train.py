@@ -186,6 +186,7 @@ def fit(
 
     from kd import logits, models, offline
     from kd.checkpoint import Checkpoints, DigestIO, newest
+    from kd.hardware import slowdown_in_bf16
     from kd.loggers import MetricsFile
     from kd.module import Distillation, Flops, NonFinite
 
@@ -228,11 +229,14 @@ def fit(
         for model in (student, *module.outside):
             model.model.base_model.compile()
     trainer = lightning.Trainer(
-        accelerator=of["accelerator"], devices=1, precision={"fp32": "32-true", "bf16": "bf16-mixed"}[of["precision"]],
+        accelerator=of["accelerator"], devices=1, precision=conf.PRECISIONS[of["precision"]],
         max_steps=of["steps"], max_epochs=-1, logger=loggers, plugins=[DigestIO()],
         callbacks=[Checkpoints(run / "checkpoints", of["checkpoint_every"])],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=run.folder,
     )  # fmt: skip
+    if of["precision"] == "bf16" and (slowdown := slowdown_in_bf16(trainer.strategy.root_device)) > 1.5:
+        console.print(f"This processor has no arithmetic for bf16: a product takes {slowdown:.0f} times as long as in "
+                      "fp32. trainer.precision=fp32 is faster here.", soft_wrap=True)  # fmt: skip
     final = None
     try:
         batches = data.Batches(packed.train, of["batch"], settings["seed"], start, of["steps"],

@@ -175,7 +175,8 @@ PLAIN = {  # settings that no function takes as they are, and their types
     "trainer": {"steps": int, "batch": int, "micro_batch": int, "clip": float, "precision": str, "compile": bool,
                 "chunk": int | None, "log_every": int, "val_every": int, "checkpoint_every": int, "accelerator": str},
 }  # fmt: skip
-CHOICES = {"precision": ("fp32", "bf16"), "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"), "size": (*SIZES, None)}
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # as Lightning calls them
+CHOICES = {"precision": tuple(PRECISIONS), "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"), "size": (*SIZES, None)}
 
 
 def check_plain(settings: Node) -> None:

@@ -12,8 +12,8 @@ import lightning
 import torch
 
 from kd.data import IGNORE, Batch
+from kd.hardware import hold_in, keep_freed
 from kd.logits import Source
-from kd.memory import hold_in, keep_freed
 from kd.metrics import Measures
 from kd.models import Causal
 from kd.objective import Objective

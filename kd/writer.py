@@ -26,8 +26,8 @@ from kd import files
 from kd.data import Batch, Packed, to_batch
 from kd.entries import Entries, Positions, encode, to_bytes
 from kd.errors import UserError
+from kd.hardware import hold_in, keep_freed
 from kd.logits import Projection, online
-from kd.memory import hold_in, keep_freed
 from kd.models import Causal
 from kd.objective import chunks, fitting
 from kd.progress import Steps, clock, console, track

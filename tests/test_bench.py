@@ -47,7 +47,13 @@ def test_every_case_trains_as_many_steps_as_asked(name):
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [(["only=nothing"], "only=nothing"), (["steps=0"], "steps=0"), (["shape=huge"], "shape=huge"), (["x=1"], "x")],
+    [
+        (["only=nothing"], "only=nothing"),
+        (["steps=0"], "steps=0"),
+        (["shape=huge"], "shape=huge"),
+        (["x=1"], "x"),
+        (["precision=fp8"], "precision=fp8"),
+    ],
 )
 def test_a_word_without_meaning_is_refused_by_name(words, says, tmp_path):
     with pytest.raises(UserError, match=says):

@@ -2,7 +2,8 @@
 python -m kd.bench only=lm,trl,online_fkl steps=5      some of them
 python -m kd.bench memory                              peak memory against batch, sequence and vocabulary, as a plot
 
-Other words: shape=cpu|gpu|tiny, root=FOLDER (default $KD_ROOT, or runs). Results land in FOLDER/bench/.
+Other words: shape=cpu|gpu|tiny, precision=bf16|fp32 (default: bf16 where the processor computes in it), root=FOLDER
+(default: $KD_ROOT, or runs). Results land in FOLDER/bench/.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from rich.table import Table
@@ -18,6 +20,7 @@ from kd import files
 from kd.bench import memory
 from kd.bench.cases import CASES, CUDA_CASES, NEEDS
 from kd.bench.work import GIB, SHAPES, Shape, apart
+from kd.config import PRECISIONS
 from kd.errors import UserError
 from kd.progress import console, end_with
 
@@ -26,7 +29,7 @@ def main(words: list[str]) -> None:
     given = dict(word.split("=", 1) for word in words if "=" in word)
     plain = [word for word in words if "=" not in word]
     if unknown := [w for w in plain if w != "memory"] + [
-        k for k in given if k not in ("only", "steps", "shape", "root")
+        k for k in given if k not in ("only", "steps", "shape", "precision", "root")
     ]:
         raise UserError(f"{unknown[0]}: no such word here.\n\n{__doc__}")
     on_gpu = has_gpu()
@@ -37,13 +40,24 @@ def main(words: list[str]) -> None:
     shape = given.get("shape", "gpu" if on_gpu else "cpu")
     if shape not in SHAPES:
         raise UserError(f"shape={shape}: need one of {', '.join(SHAPES)}.")
+    precision = given.get("precision") or ("bf16" if computes_in_bf16() else "fp32")
+    if precision not in PRECISIONS:
+        raise UserError(f"precision={precision}: need one of {', '.join(PRECISIONS)}.")
     folder = Path(given.get("root") or os.environ.get("KD_ROOT") or "runs") / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     if plain:
-        memory.write(folder, SHAPES["tiny" if shape == "tiny" else "memory"])
+        memory.write(folder, replace(SHAPES["tiny" if shape == "tiny" else "memory"], precision=precision))
     else:
         check(names)
-        compare(folder, names, SHAPES[shape], int(steps))
+        compare(folder, names, replace(SHAPES[shape], precision=precision), int(steps))
+
+
+def computes_in_bf16() -> bool:
+    import torch
+
+    from kd.hardware import slowdown_in_bf16
+
+    return slowdown_in_bf16(torch.device("cuda" if has_gpu() else "cpu")) < 1.5
 
 
 def has_gpu() -> bool:
@@ -81,7 +95,8 @@ def compare(folder: Path, names: list[str], shape: Shape, steps: int) -> None:
         if name.startswith("write_") and "forward" in found:
             bare = found["forward"]["tokens_per_second"]
             console.print(f"{name}: {ratio(result['tokens_per_second'], bare)} of the teacher's bare forward pass.")
-    console.print(f"{next((r['device'] for r in found.values() if 'device' in r), '')}; {folder / 'speed.json'}")
+    device = next((r["device"] for r in found.values() if "device" in r), "")
+    console.print(f"{device}, {shape.precision}; {folder / 'speed.json'}")
 
 
 def table(found: dict[str, dict]) -> Table:

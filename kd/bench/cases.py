@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from kd.bench import offline
 from kd.bench.work import WARM_UP, Work
-from kd.config import CONF
+from kd.config import CONF, PRECISIONS
 
 if TYPE_CHECKING:
     from kd.store import Store
@@ -54,7 +54,7 @@ def full(work: Work) -> None:
     import torch
     from torch.nn.functional import cross_entropy, kl_div
 
-    student, teacher = work.student(), work.teacher().bfloat16()
+    student, teacher = work.student(), work.teacher().to(work.dtype)
 
     def loss(ids, labels):
         with torch.no_grad():
@@ -82,15 +82,16 @@ def trl(work: Work, beta: float = 0.0) -> None:
         ids = torch.tensor([row["input_ids"] for row in rows])
         return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
 
+    student, teacher = work.student(), work.teacher().to(work.dtype)
     with tempfile.TemporaryDirectory() as folder:
         GKDTrainer(
-            model=work.student(), teacher_model=work.teacher().bfloat16(), data_collator=collate, callbacks=[Tick()],
+            model=student, teacher_model=teacher, data_collator=collate, callbacks=[Tick()],
             train_dataset=Dataset.from_dict({"input_ids": work.rows()[:, :-1].tolist()}),
             processing_class=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="<pad>"),
             args=GKDConfig(
                 folder, lmbda=0.0, beta=beta, per_device_train_batch_size=work.shape.batch, max_steps=work.steps,
-                bf16=True, use_cpu=work.device.type == "cpu", learning_rate=RATE, max_grad_norm=CLIP,
-                gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True,
+                bf16=work.dtype == torch.bfloat16, use_cpu=work.device.type == "cpu", learning_rate=RATE,
+                max_grad_norm=CLIP, gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True,
             ),
         ).train()  # fmt: skip
 
@@ -100,12 +101,12 @@ def trl_tiled(work: Work, beta: float = 0.0) -> None:
     import torch
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-    student, teacher = work.student(), work.teacher().bfloat16()
+    student, teacher = work.student(), work.teacher().to(work.dtype)
 
     def loss(ids, labels):
         with torch.no_grad():
             theirs = teacher.model(input_ids=ids, use_cache=False).last_hidden_state
-        ours = student.model(input_ids=ids, use_cache=False).last_hidden_state.bfloat16()
+        ours = student.model(input_ids=ids, use_cache=False).last_hidden_state.to(work.dtype)
         kept = torch.ones_like(ids)
         return _chunked_divergence_loss(ours, theirs, student.lm_head.weight, teacher.lm_head.weight, kept, beta)[0]
 
@@ -117,14 +118,14 @@ def liger(work: Work, beta: float = 0.0) -> None:
     import torch
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    student, teacher = work.student(), work.teacher().bfloat16()
+    student, teacher = work.student(), work.teacher().to(work.dtype)
     fused = LigerFusedLinearJSDLoss(weight_hard_loss=1 - ALPHA, weight_soft_loss=ALPHA, beta=beta)
 
     def loss(ids, labels):
         with torch.no_grad():
             theirs = teacher.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
-        ours = student.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1).bfloat16()
-        weight = student.lm_head.weight.bfloat16()
+        ours = student.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1).to(work.dtype)
+        weight = student.lm_head.weight.to(work.dtype)
         return fused(ours, weight, theirs, teacher.lm_head.weight, labels.flatten())
 
     plainly(work, student, loss)
@@ -163,8 +164,8 @@ def fitted(work: Work, loss: str, compile: bool, store: Store | None = None):
         for model in (student, *module.outside):
             model.model.base_model.compile()
     trainer = lightning.Trainer(
-        accelerator="auto", devices=1, precision="bf16-mixed", max_steps=work.steps, max_epochs=-1, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="auto", devices=1, precision=PRECISIONS[work.shape.precision], max_steps=work.steps, max_epochs=-1,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     read = store.read if store else None
     return trainer, module, data.Batches(work.rows(), work.shape.batch, 0, 0, work.steps, read=read)

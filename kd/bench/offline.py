@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kd.bench.work import ROUNDS, Shape, Work
+from kd.plan import FORMAT
 
 if TYPE_CHECKING:
     from kd.store import Store
@@ -29,7 +30,7 @@ def forward(work: Work) -> None:
     """All logits of the teacher, in plain PyTorch."""
     import torch
 
-    teacher = work.teacher().bfloat16()
+    teacher = work.teacher().to(work.dtype)
     for ids, _ in work.batches():
         with torch.inference_mode():
             teacher(input_ids=ids, use_cache=False)
@@ -98,8 +99,8 @@ class Waits:
             yield batch
 
 
-def described(kept: str) -> dict:
-    return {"format": 1, "teacher": "random", "truncation": KEPT[kept], "precision": "bf16", "seed": 0}
+def described(kept: str, precision: str) -> dict:
+    return {"format": FORMAT, "teacher": "random", "truncation": KEPT[kept], "precision": precision, "seed": 0}
 
 
 def asked(work: Work, kept: str) -> Teacher:
@@ -107,7 +108,7 @@ def asked(work: Work, kept: str) -> Teacher:
     import torch
 
     from kd import truncation
-    from kd.memory import keep_freed
+    from kd.hardware import keep_freed
     from kd.models import Causal
     from kd.writer import Teacher
 
@@ -118,7 +119,7 @@ def asked(work: Work, kept: str) -> Teacher:
     settings = {k: v for k, v in KEPT[kept].items() if k != "name"}
     rest = {"rest": True} if "k" in settings else {}
     keep = None if kept == "full" else partial(getattr(truncation, KEPT[kept]["name"]), **settings, **rest)
-    return Teacher.finished(Causal(model, work.shape.vocab), described(kept), keep, "auto")
+    return Teacher.finished(Causal(model, work.shape.vocab), described(kept, work.shape.precision), keep, "auto")
 
 
 def stored(folder: Path, shape: Shape, kept: str) -> Store:
@@ -141,4 +142,4 @@ def _write_all(folder: Path, shape: Shape, kept: str) -> None:
     about = {"key": "", "words": "", "seq_len": shape.seq_len, "vocab": shape.vocab, "validation": 1,
              "head": {"softcap": head.softcap, "scale": head.scale}}  # fmt: skip
     packed = Packed(folder, rows, rows[:1], None, None, {})
-    writer.write(folder, described(kept), about, packed, teacher, shape.batch)
+    writer.write(folder, described(kept, shape.precision), about, packed, teacher, shape.batch)

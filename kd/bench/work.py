@@ -30,6 +30,7 @@ class Shape:
     vocab: int
     batch: int  # rows per step
     seq_len: int
+    precision: str = "bf16"  # or fp32
 
     @property
     def tokens(self) -> int:
@@ -52,6 +53,7 @@ class Work:
 
         self.shape, self.steps = shape, steps
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = torch.bfloat16 if shape.precision == "bf16" else torch.float32
         self.ticks: list[tuple[float, float]] = []  # seconds of the wall clock and of the processor, after each step
         self.models: list[tuple] = []  # model, and how many times its forward pass a step costs
         torch.manual_seed(0)
@@ -102,10 +104,10 @@ class Work:
     def autocast(self):
         import torch
 
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def limit(self) -> float:
-        """Seconds that a step's matrix products would take alone, at the rate of its own shapes in bfloat16."""
+        """Seconds that a step's matrix products would take alone, at the rate of its own shapes."""
         import torch
 
         from kd.models import cost
@@ -115,9 +117,9 @@ class Work:
         for model, passes in self.models:
             for layer in model.modules():
                 if isinstance(layer, torch.nn.Linear):
-                    x = torch.randn(HEAD, layer.in_features, device=self.device, dtype=torch.bfloat16)
-                    weight = layer.weight.detach().bfloat16().t()
-                    out = torch.empty(HEAD, layer.out_features, device=self.device, dtype=torch.bfloat16)
+                    x = torch.randn(HEAD, layer.in_features, device=self.device, dtype=self.dtype)
+                    weight = layer.weight.detach().to(self.dtype).t()
+                    out = torch.empty(HEAD, layer.out_features, device=self.device, dtype=self.dtype)
                     spent += passes * fastest(partial(torch.mm, x, weight, out=out), self.device)
                     done += passes * 2 * x.numel() * layer.out_features
         return flops * self.shape.tokens * spent / done
