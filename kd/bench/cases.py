@@ -91,7 +91,8 @@ def trl(work: Work, beta: float = 0.0) -> None:
             args=GKDConfig(
                 folder, lmbda=0.0, beta=beta, per_device_train_batch_size=work.shape.batch, max_steps=work.steps,
                 bf16=work.dtype == torch.bfloat16, use_cpu=work.device.type == "cpu", learning_rate=RATE,
-                max_grad_norm=CLIP, gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True,
+                max_grad_norm=CLIP, gradient_checkpointing=False, report_to="none", save_strategy="no",
+                disable_tqdm=True,
             ),
         ).train()  # fmt: skip
 
