@@ -141,6 +141,8 @@ def fetch(path: str, folder: Path, name: str) -> Path:
                 copy.unlink(missing_ok=True)
         except UserError:
             raise
+        except ImportError as error:  # fsspec says which package
+            raise UserError(f"{path}/{name} could not be read: {error}, with pip install.") from error
         except Exception as error:  # every system has errors of its own
             raise UserError(f"{path}/{name} could not be read: {error}") from error
     return copy
