@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from kd import files
 from kd.errors import UserError
+from kd.signals import Preempted, requests
 
 KEPT = 2  # newest checkpoints: one to resume from, one in case it is damaged
 
@@ -81,11 +82,12 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer, module) -> None:
         self.begun = time.monotonic()
         self.resumed_at = trainer.global_step
+        requests.watch()  # Lightning has put handlers of its own in their place
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
         if trainer.global_step == self.resumed_at:
             module.restore_random_state()
-        elif trainer.global_step % self.every == 0:
+        elif trainer.global_step % self.every == 0 or requests.pending:
             now = time.monotonic()
             module.seconds += now - self.begun
             self.begun = now
@@ -96,6 +98,8 @@ class Checkpoints(Callback):
             trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:08}.ckpt")
             for old in steps(self.folder)[KEPT:]:
                 trainer.strategy.remove_checkpoint(old)
+        if requests.pending:  # also where it was resumed at this very step, and there is nothing new to save
+            raise Preempted
 
     def on_train_end(self, trainer, module) -> None:
         module.seconds += time.monotonic() - self.begun

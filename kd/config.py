@@ -168,7 +168,7 @@ def checked(function, node: Node, path: str) -> Node:
 
 
 PLAIN = {  # settings that no function takes as they are, and their types
-    "": {"seed": int, "root": str, "sweep": str | None},
+    "": {"seed": int, "root": str, "sweep": str | None, "n_jobs": int | None, "on_failure": str},
     "student": {"size": str | None, "name": str | None},
     "teacher": {"size": str | None, "name": str | None, "steps": int, "batch": int, "lr": float, "seed": int,
                 "precision": str},
@@ -176,7 +176,12 @@ PLAIN = {  # settings that no function takes as they are, and their types
                 "chunk": int | None, "log_every": int, "val_every": int, "checkpoint_every": int, "accelerator": str},
 }  # fmt: skip
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # as Lightning calls them
-CHOICES = {"precision": tuple(PRECISIONS), "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"), "size": (*SIZES, None)}
+CHOICES = {
+    "precision": tuple(PRECISIONS),
+    "on_failure": ("continue", "stop"),
+    "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
+    "size": (*SIZES, None),
+}
 
 
 def check_plain(settings: Node) -> None:
