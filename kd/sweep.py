@@ -24,6 +24,7 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
+from rich.console import Group
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
@@ -187,15 +188,15 @@ class Pool:
                         self.running.remove(job)
                         self._ended(job, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 
-    def board(self) -> Table:
+    def board(self) -> Group:
         """What runs, and how far the sweep is."""
         states = [job.run.state()["state"] for job in self.jobs if job not in self.running and job not in self.waiting]
         done = states.count(DONE)
         says = f"{done} done, {len(self.running)} running, {len(states) - done} not done, {len(self.waiting)} to come"
-        table = Table(title=f"{says}{self._left()}", title_justify="left", box=None, show_header=False, pad_edge=False)
+        table = Table(box=None, show_header=False, pad_edge=False)
         for job in self.running:
-            table.add_row(escape(job.said), f"[dim]{clock(time.monotonic() - job.begun)}  {escape(job.last_line())}[/]")
-        return table
+            table.add_row(escape(job.said), clock(time.monotonic() - job.begun), f"[dim]{escape(job.last_line())}[/]")
+        return Group(f"[bold]{says}{self._left()}[/]", table)
 
     def _left(self) -> str:
         if not self.spent:
