@@ -33,7 +33,8 @@ from kd import files
 from kd.config import check_words
 from kd.errors import UserError
 from kd.progress import clock, console, end_with
-from kd.run import DIVERGED, DONE, ENDS, FAILED, NO_MEMORY, NO_SIGNAL, PREEMPTED, RUNNING, Run, group_of
+from kd.run import DIVERGED, DONE, ENDS, FAILED, NO_MEMORY, NO_SIGNAL, PREEMPTED, RUNNING, Run, group_of, read_json
+from kd.search import Search
 from kd.signals import EXIT_CODE, PARENT, Preempted, received, requests
 
 
@@ -76,6 +77,9 @@ class Lines(Sweeper):
         return returns
 
 
+Watch = Callable[[int, Run], str | None]  # which run of a batch -> why it is to end early
+
+
 @dataclass
 class Job:
     """A run of a sweep, and the process that works on it."""
@@ -86,7 +90,9 @@ class Job:
     process: subprocess.Popen | None = None
     slot: int = 0
     begun: float = 0.0
+    looked: float = 0.0
     killed: int = 0  # processes that the kernel had ended for want of memory when this one began
+    cut: str | None = None  # why it is ended early
 
     @property
     def log(self) -> Path:
@@ -120,7 +126,18 @@ class Processes(Launcher):
         self.hydra_context, self.config = hydra_context, config
         self.program = sys.modules[task_function.__module__].__file__
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+    def at_once(self) -> int:
+        """How many runs there are at a time."""
+        return self.config.n_jobs or max(1, len(visible_devices()))
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int, said: list[str] | None = None,
+        watch: Watch | None = None,
+    ) -> list[JobReturn]:  # fmt: skip
+        """What became of all runs; with an initial_job_idx above 0, further ones of the same sweep.
+
+        said: what to call each run; without it, what sets it apart from the others.
+        """
         requests.watch()
         try:
             runs = [self._run(job) for job in job_overrides]  # every config is checked before the first run starts
@@ -128,12 +145,14 @@ class Processes(Launcher):
             end_with(error)
         of = self.config.sweep
         name = of if isinstance(of, str) else (of or {}).get("name", "multirun")
-        manifest = {"name": name, "runs": [{"run": r.name, "overrides": list(j)} for r, j in zip(runs, job_overrides)]}
-        files.write_json(Path(self.config.root) / "sweeps" / f"{name}.json", manifest)
-        jobs = [Job(r, [*w, f"sweep={name}"], said) for r, w, said in zip(runs, job_overrides, varying(job_overrides))]
-        devices = visible_devices()
-        jobs_at_once = self.config.n_jobs or max(1, len(devices))
-        pool = Pool(self.program, jobs, jobs_at_once, devices, stop_on_failure=self.config.on_failure == "stop")
+        path = Path(self.config.root) / "sweeps" / f"{name}.json"
+        listed = (read_json(path) or {"runs": []})["runs"] if initial_job_idx else []
+        listed += [{"run": r.name, "overrides": list(j)} for r, j in zip(runs, job_overrides)]
+        listed = list({line["run"]: line for line in listed}.values()) if initial_job_idx else listed
+        files.write_json(path, {"name": name, "runs": listed})
+        said = said or varying(job_overrides)
+        jobs = [Job(r, [*w, f"sweep={name}"], words) for r, w, words in zip(runs, job_overrides, said)]
+        pool = Pool(self.program, jobs, self.at_once(), self.config.on_failure == "stop", watch)
         try:
             pool.work()
         finally:
@@ -162,8 +181,9 @@ class Processes(Launcher):
 class Pool:
     """Runs jobs as processes, some at once, until all have ended or it is asked to end."""
 
-    def __init__(self, program: str, jobs: list[Job], at_once: int, devices: list[str], stop_on_failure: bool):
-        self.program, self.jobs, self.at_once, self.devices = program, jobs, at_once, devices
+    def __init__(self, program: str, jobs: list[Job], at_once: int, stop_on_failure: bool, watch: Watch | None = None):
+        self.program, self.jobs, self.at_once, self.watch = program, jobs, at_once, watch
+        self.devices = visible_devices()
         self.stop_on_failure, self.stopped = stop_on_failure, False
         self.asked = 0  # signals received
         self.running: list[Job] = []
@@ -183,10 +203,20 @@ class Pool:
                 time.sleep(0.05)
                 for job in list(self.running):
                     pid, status, usage = os.wait4(job.process.pid, os.WNOHANG)
-                    if pid:
+                    if not pid:
+                        self._look(job)
+                    else:
                         job.process.returncode = os.waitstatus_to_exitcode(status)
                         self.running.remove(job)
                         self._ended(job, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+
+    def _look(self, job: Job) -> None:
+        """End a run early where the search says so."""
+        if self.watch and not job.cut and not self.asked and time.monotonic() - job.looked > 1:
+            job.looked = time.monotonic()
+            job.cut = self.watch(self.jobs.index(job), job.run)
+            if job.cut:
+                job.process.send_signal(signal.SIGTERM)
 
     def board(self) -> Group:
         """What runs, and how far the sweep is."""
@@ -240,10 +270,12 @@ class Pool:
             job.run.end(**state | {k: facts[k] for k in ("exit_code", "log")})
         elif state["state"] != DONE:
             job.run.end(*self._why(job), **facts)
+        if job.cut and job.run.result() is None:
+            job.run.end(PREEMPTED, job.cut, **facts)
         state = job.run.state()
         if state["state"] == DONE:
             self.spent.append(seconds)
-        elif self.stop_on_failure:
+        elif self.stop_on_failure and not job.cut:
             self.stopped = True
         self._say(job, f"{state['state']} after {clock(seconds)}  {state['reason']}")
 
@@ -322,6 +354,8 @@ def register(resolve: Callable, plan: Callable, prepare: Callable) -> None:
     store = ConfigStore.instance()
     store.store(group="hydra/launcher", name="processes", node={"_target_": "hydra_plugins.kd.Processes"})
     store.store(group="hydra/sweeper", name="lines", node={"_target_": "hydra_plugins.kd.Lines"})
+    search = {"_target_": "hydra_plugins.kd.Search", "n_trials": 20, "seed": 0, "prune": True}
+    store.store(group="hydra/sweeper", name="optuna", node=search)
     # Hydra 1.3 takes plugins from the package hydra_plugins alone, so this module also goes by a name in it.
     try:
         package = importlib.import_module("hydra_plugins")
@@ -329,5 +363,6 @@ def register(resolve: Callable, plan: Callable, prepare: Callable) -> None:
         package = sys.modules["hydra_plugins"] = types.ModuleType("hydra_plugins")
         package.__path__ = []
     package.kd = sys.modules["hydra_plugins.kd"] = sys.modules[__name__]
-    for plugin in (Processes, Lines):
+    package.kd.Search = Search
+    for plugin in (Processes, Lines, Search):
         Plugins.instance().register(plugin)
