@@ -199,7 +199,7 @@ class Pool:
         with received(self._ask), live if console.is_terminal else nullcontext():
             while self.running or (self.waiting and not self.stopped):
                 while self.waiting and not self.stopped and len(self.running) < self.at_once:
-                    self._start(self.waiting.pop(0))
+                    self._start(self._next())
                 time.sleep(0.05)
                 for job in list(self.running):
                     pid, status, usage = os.wait4(job.process.pid, os.WNOHANG)
@@ -209,6 +209,13 @@ class Pool:
                         job.process.returncode = os.waitstatus_to_exitcode(status)
                         self.running.remove(job)
                         self._ended(job, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+
+    def _next(self) -> Job:
+        """The next job, first those that no other copy of the sweep works on."""
+        free = (job for job in self.waiting if job.run.state()["state"] != RUNNING)
+        job = next(free, self.waiting[0])
+        self.waiting.remove(job)
+        return job
 
     def _look(self, job: Job) -> None:
         """End a run early where the search says so."""
