@@ -24,7 +24,8 @@ from kd.progress import console
 if TYPE_CHECKING:
     from kd.writer import Recorder
 
-STATE = ("tokens", "flops", "seconds", "train_metrics", "val_metrics")  # what a checkpoint keeps of a run
+# What a checkpoint keeps of a run.
+STATE = ("tokens", "flops", "seconds", "micro_batch", "train_metrics", "val_metrics")
 
 
 class Flops(NamedTuple):
@@ -226,7 +227,7 @@ class Distillation(lightning.LightningModule):
             checkpoint["kd"]["random"]["cuda"] = torch.cuda.get_rng_state_all()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        for name in STATE:
+        for name in checkpoint["kd"].keys() & set(STATE):
             setattr(self, name, checkpoint["kd"][name])
         self._random_state = checkpoint["kd"]["random"]
 

@@ -106,7 +106,7 @@ def patch(module):
 
     module.Distillation._in_parts = _in_parts
 """
-CPU = 'RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried to allocate 640000000000 bytes. Error code 12")'
+CPU = 'RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried to allocate 64000000 bytes. Error code 12")'
 GPU = 'torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")'
 WRITE = """
 def patch(module):
