@@ -218,6 +218,7 @@ def flip(path: Path) -> None:
     path.write_bytes(whole)
 
 
+SOON = 5  # seconds: what ends at once takes one to leave Python, and longer where other tests run beside it
 SIX = ("-m", "n_jobs=2", "seed=0,1,2,3,4,5")
 THREE = ("-m", "n_jobs=2", "seed=0,1,2")
 
@@ -320,7 +321,7 @@ def test_stop_at_a_failure_starts_no_more(clean, root, tmp_path):
     same(root, clean, "seed=0")
 
 
-def test_full_disk_fails_one_run_of_a_sweep(clean, root, held):
+def test_full_disk_and_then_damaged_checkpoints_stop_one_run_of_a_sweep(clean, root, held):
     process = start(root, *THREE, **held.environment)
     resource.prlimit(held.wait(process)[0], resource.RLIMIT_FSIZE, (100_000, 100_000))
     held.go()
@@ -330,18 +331,31 @@ def test_full_disk_fails_one_run_of_a_sweep(clean, root, held):
     assert "No room to write" in state(bad)["reason"] and state(bad)["exit_code"] == 2
     assert "No room to write" in table(output)["seed=0"] and "Traceback" not in (bad / "log.txt").read_text()
     assert not list(root.rglob("*.tmp"))
+
+    older, newer = sorted(bad.glob("checkpoints/*.ckpt"))
+    whole = older.read_bytes()
+    flip(newer)
+    flip(older)
+    output = train(root, *THREE, code=1)
+    assert states(root) == {"seed=0": "failed", "seed=1": "done", "seed=2": "done"}
+    assert "Every checkpoint of this run is damaged" in state(bad)["reason"] and state(bad)["exit_code"] == 2
+    assert "Every checkpoint of this run is damaged" in table(output)["seed=0"]
+    assert f"  rm -r {bad / 'checkpoints'}" in (bad / "log.txt").read_text()
+
+    older.write_bytes(whole)
     assert train(root, *THREE).count("done before") == 2
+    assert (bad / "log.txt").read_text().rindex(f"{newer} is damaged") > 0
     same(root, clean)
 
 
 def test_disk_too_full_to_say_so_is_recorded_by_the_sweep(root, held):
-    process = start(root, "-m", "n_jobs=1", "seed=0,0", **held.environment)
+    process = start(root, "-m", "seed=0", **held.environment)
     resource.prlimit(held.wait(process)[0], resource.RLIMIT_FSIZE, (0, 0))
     held.go()
     output = ended(process, 1)
     found = state(folder(root, "fkl"))
     assert found["state"] == "failed" and found["reason"] and found["exit_code"] not in (0, None), found
-    assert "failed" in output
+    assert f"failed after 0:{found['seconds']:02.0f}" in output
 
 
 # The sweep itself
@@ -360,7 +374,7 @@ def test_run_of_a_killed_sweep_saves_and_ends(clean, root, held):
     killed_with_its_runs(root, process, also=False)
     assert processes(root) == held.fired()
     held.go()
-    assert until(lambda: not processes(root)) < 15
+    assert until(lambda: not processes(root)) < SOON
     found = state(runs(root)["seed=0"])
     assert (found["state"], found["exit_code"]) == ("preempted", 143) and "at step 8 of 12" in found["reason"]
     assert states(root)["seed=1"] == "not begun"
@@ -371,12 +385,12 @@ def test_run_of_a_killed_sweep_saves_and_ends(clean, root, held):
 
 def test_sweep_killed_at_any_moment_goes_on_and_makes_nothing_twice(clean, root):
     rng = random.Random(0)
-    for moment in (5, 20, 30):  # lines that all its runs have measured, of 45
+    for moment in (5, 25):  # lines that all its runs have measured, of 45
         process = start(root, *THREE)
         until(lambda m=moment: sum(p.read_bytes().count(b"\n") for p in root.glob("fkl*/metrics.jsonl")) >= m)
         time.sleep(rng.random())
         killed_with_its_runs(root, process, also=rng.random() < 0.5)
-        assert until(lambda: not processes(root)) < 15
+        assert until(lambda: not processes(root)) < SOON
         assert set(states(root).values()) <= {"done", "preempted", "stale", "not begun"}, states(root)
     done = [path for path in runs(root).values() if (path / "result.json").exists()]
     before = [times(path) for path in done]
@@ -397,33 +411,32 @@ def test_two_copies_of_a_sweep_make_every_run_once(clean, tmp_path):
     same(tmp_path / "root", clean)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2], ids=lambda n: n.name)
-def test_signal_to_a_sweep_has_its_runs_save_and_end(clean, root, tmp_path, number):
+def test_signal_to_a_sweep_has_its_runs_save_and_end(clean, root, tmp_path):
     fault = Fault(tmp_path / "fault", "kd.module", STEP, AT=7, ACT="hold()")
     process = start(root, *THREE, **fault.environment)
     fault.wait(process, 2)
-    process.send_signal(number)
+    process.terminate()
     said = "a checkpoint is saved at the next step"
     until(lambda: all(said in (runs(root)[s] / "log.txt").read_text() for s in ("seed=0", "seed=1")))
     fault.go()
     output = ended(process, 143)
-    assert f"{number.name}: 2 runs save a checkpoint" in output and not processes(root)
+    assert "SIGTERM: 2 runs save a checkpoint" in output and not processes(root)
     assert states(root) == {"seed=0": "preempted", "seed=1": "preempted", "seed=2": "not begun"}
     assert [row.split()[0] for row in table(output).values()] == ["preempted", "preempted", "not"]
     assert "The same command goes on where it was." in output
-    if number == signal.SIGTERM:
-        assert train(root, *THREE).count("starts") == 3
-        same(root, clean)
+    assert all(newest(runs(root)[s] / "checkpoints").stem == "step-00000008" for s in ("seed=0", "seed=1"))
+    train(root, *THREE)
+    same(root, clean)
 
 
 def test_second_signal_to_a_sweep_ends_all_at_once(root, tmp_path):
     fault = Fault(tmp_path / "fault", "kd.module", STEP, AT=7, ACT="hold()")
     process = start(root, *THREE, **fault.environment)
     fault.wait(process, 2)
-    process.terminate()
+    process.send_signal(signal.SIGINT)
     time.sleep(0.3)
-    process.terminate()
-    output = ended(process, 143, seconds=2)
+    process.send_signal(signal.SIGINT)
+    output = ended(process, 143, seconds=SOON)
     assert not processes(root)
     assert states(root) == {"seed=0": "preempted", "seed=1": "preempted", "seed=2": "not begun"}
     assert [row.split()[0] for row in table(output).values()] == ["preempted", "preempted", "not"]
@@ -434,7 +447,7 @@ def test_signal_to_a_sweep_whose_runs_only_begin(root, tmp_path):
     process = start(root, "-m", "n_jobs=1", "seed=0,1", **fault.environment)
     fault.wait(process)
     process.terminate()
-    output = ended(process, 143, seconds=10)
+    output = ended(process, 143, seconds=SOON)
     assert states(root) == {"seed=0": "preempted", "seed=1": "not begun"} and not processes(root)
     assert table(output)["seed=0"].startswith("preempted")
 
@@ -475,7 +488,7 @@ def test_signal_before_training_ends_at_once(clean, tmp_path):
         if name == "teach":
             time.sleep(0.1)
             fault.go()
-        assert "Traceback" not in ended(process, 143, seconds=5), name
+        assert "Traceback" not in ended(process, 143, seconds=SOON), name
         assert not list(root.glob("fkl*/result.json")) and not list(root.rglob("*.tmp")), name
     assert state(folder(root, "lm"))["state"] == "preempted"
     train(root, "seed=0")
@@ -490,7 +503,7 @@ def test_second_signal_ends_a_run_that_is_stuck(clean, root, tmp_path):
     time.sleep(0.5)
     assert process.poll() is None
     process.terminate()
-    ended(process, 143, seconds=2)
+    ended(process, 143, seconds=SOON)
     run = folder(root, "fkl")
     assert state(run)["state"] == "preempted" and newest(run / "checkpoints").stem == "step-00000006"
     train(root, "seed=0")
@@ -503,30 +516,22 @@ def test_signal_while_a_checkpoint_is_written_leaves_none_that_is_torn(clean, ro
     process = start(root, "seed=0", **fault.environment)
     fault.wait(process)
     run = folder(root, "fkl")
+    assert state(run)["state"] == "running" and state(run)["pid"] == process.pid
     assert len(list(run.glob("checkpoints/.step-00000006.ckpt.*.tmp"))) == 1
     for name in signals:
         process.send_signal(signal.Signals[name])
         time.sleep(0.2)
     fault.go()
-    ended(process, -9 if signals == ("SIGKILL",) else 143, seconds=10)
-    assert state(run)["state"] == ("stale" if signals == ("SIGKILL",) else "preempted")
+    ended(process, -9 if signals == ("SIGKILL",) else 143, seconds=SOON)
+    if signals == ("SIGKILL",):
+        assert state(run)["state"] == "stale" and "goes on with it" in state(run)["reason"]
+    else:
+        assert state(run)["state"] == "preempted" and state(run)["exit_code"] == 143
     whole = sorted(run.glob("checkpoints/*.ckpt"))
     assert [p.stem[-1] for p in whole] == (["3", "6"] if signals == ("SIGTERM",) else ["3"])
     assert all(files.digest(p) == p.with_suffix(".xxh3").read_text() for p in whole)
     train(root, "seed=0")
     assert outcome(run) == outcome(runs(clean)["seed=0"]) and not list(root.rglob("*.tmp"))
-
-
-def test_killed_run_is_stale_until_the_same_command_goes_on(clean, root, held):
-    process = start(root, "seed=0", **held.environment)
-    (pid,) = held.wait(process)
-    run = folder(root, "fkl")
-    assert state(run)["state"] == "running" and state(run)["pid"] == pid
-    process.kill()
-    process.communicate()
-    assert state(run)["state"] == "stale" and "goes on with it" in state(run)["reason"]
-    train(root, "seed=0")
-    assert state(run)["state"] == "done" and outcome(run) == outcome(runs(clean)["seed=0"])
 
 
 # Out of memory
@@ -596,7 +601,7 @@ def test_out_of_memory_while_logits_are_recorded_stores_the_same(root, tmp_path)
 
 def test_memory_that_is_limited_in_earnest_ends_the_run_with_a_reason(root, tmp_path):
     fault = Fault(tmp_path / "fault", "kd.module", STEP, AT=0, ACT="hold()")
-    process = start(root, "-m", "seed=0", "n_jobs=1", "student=1m", "trainer.batch=64", **fault.environment)
+    process = start(root, "-m", "seed=0", "student=10m", **fault.environment)
     (pid,) = fault.wait(process)
     size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
     resource.prlimit(pid, resource.RLIMIT_AS, (size + 2**21, size + 2**21))
@@ -604,7 +609,7 @@ def test_memory_that_is_limited_in_earnest_ends_the_run_with_a_reason(root, tmp_
     output = ended(process, 1)
     found = state(folder(root, "fkl"))
     assert found["state"] in ("out of memory", "failed") and found["reason"] and found["exit_code"] != 0, found
-    assert table(output)["seed=0"].startswith(found["state"])
+    assert f"{found['state']} after" in output
 
 
 # Files that are damaged, and commands that change
@@ -618,25 +623,6 @@ def test_changed_override_makes_new_runs_and_touches_no_old_file(clean, tmp_path
     train(root, "-m", "n_jobs=2", "seed=0,1", "temperature.tau=2")
     assert len(runs(root)) == 2 and not set(runs(root).values()) & old and set(states(root).values()) == {"done"}
     assert times(root).items() >= before.items()
-
-
-def test_damaged_checkpoint_in_a_sweep(clean, root, held):
-    process = start(root, *THREE, **held.environment)
-    os.kill(held.wait(process)[0], signal.SIGKILL)
-    ended(process, 1)
-    bad = runs(root)["seed=0"]
-    older, newer = sorted(bad.glob("checkpoints/*.ckpt"))
-    flip(newer)
-    whole = older.read_bytes()
-    flip(older)
-    output = train(root, *THREE, code=1)
-    assert states(root) == {"seed=0": "failed", "seed=1": "done", "seed=2": "done"}
-    assert state(bad)["exit_code"] == 2 and "Every checkpoint of this run is damaged" in (bad / "log.txt").read_text()
-    assert "damaged" in table(output)["seed=0"] or "rm -r" in table(output)["seed=0"], output
-    older.write_bytes(whole)
-    assert train(root, *THREE).count("done before") == 2
-    assert f"{newer} is damaged" in (bad / "log.txt").read_text()
-    same(root, clean)
 
 
 def test_data_that_is_damaged_in_the_middle_of_a_sweep(clean, root, tmp_path):
