@@ -99,11 +99,11 @@ class Job:
         return self.run / "log.txt"
 
     def last_line(self) -> str:
-        """What the run said last."""
+        """What the run said last, short of what it says to type, which is indented."""
         try:
             with open(self.log, "rb") as file:
                 file.seek(max(0, self.log.stat().st_size - 4096))
-                lines = [x.strip() for x in file.read().decode(errors="replace").splitlines() if x.strip()]
+                lines = [x.strip() for x in file.read().decode(errors="replace").splitlines() if x[:1].strip()]
         except FileNotFoundError:
             return ""
         return lines[-1] if lines else ""
