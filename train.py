@@ -38,6 +38,7 @@ from kd.progress import Steps, console, end_with, show
 from kd.run import Run, about, environment, export, peak_memory
 
 if TYPE_CHECKING:
+    from kd import ranks
     from kd.models import Causal
     from kd.store import Store
 
@@ -78,7 +79,37 @@ def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
     with run.lock(wait):
         if result := run.result():
             return run, result
+        if settings["trainer"]["devices"] > 1:
+            return run, fit_in_ranks(run, settings, packed, name, store)
         return run, fit(run, settings, packed, parts, name, store)
+
+
+def fit_in_ranks(
+    run: Run, settings: Settings, packed: data.Packed, teacher_name: str | None, store: Store | None
+) -> dict:
+    """What fit() does, in several processes."""
+    from kd import ranks
+
+    ranks.check_devices(settings["trainer"])
+    run.begin(settings)
+    job = {"settings": settings, "run": run.name, "data": str(packed.folder), "teacher": teacher_name}
+    job["store"] = [store.path, str(store.cache)] if store else None
+    ranks.launch(__file__, run, job, settings["trainer"]["devices"])
+    return run.result()
+
+
+def fit_as_rank(job: ranks.Job) -> None:
+    """The part of one process in that: its config comes resolved, and its data, teacher and store are there."""
+    from kd import ranks
+    from kd.store import Store
+
+    given, settings = job.given, job.given["settings"]
+    if ranks.number():
+        warnings.simplefilter("ignore")  # the first says it
+    packed = data.opened(Path(given["data"]))
+    store = Store(given["store"][0], Path(given["store"][1])) if given["store"] else None
+    run = ranks.Shared(Path(settings["root"]), given["run"], job)
+    fit(run, settings, packed, Parts(settings, packed), given["teacher"], store)
 
 
 def finished(teacher: Settings) -> str:
@@ -184,7 +215,7 @@ def fit(
     import lightning
     import torch
 
-    from kd import logits, models, offline
+    from kd import logits, models, offline, ranks
     from kd.checkpoint import Checkpoints, DigestIO, newest
     from kd.hardware import slowdown_in_bf16
     from kd.loggers import MetricsFile
@@ -212,14 +243,16 @@ def fit(
     checkpoint = newest(run / "checkpoints")
     start = int(checkpoint.stem.partition("-")[2]) if checkpoint else 0
     told = about(run, flat, costs)
-    loggers = [MetricsFile(run / "metrics.jsonl", start), *parts.logger(folder=run.folder, about=told)]
-    progress = Steps(told.name, of["steps"], start)
+    first = ranks.number() == 0
+    loggers = [MetricsFile(run / "metrics.jsonl", start), *parts.logger(folder=run.folder, about=told)] if first else []
+    progress = Steps(told.name, of["steps"], start, shown=first)
+    validation = data.ValidationBatches(packed.val, of["micro_batch"], ranks.share(len(packed.val)))
     recorder = offline.recorder(settings, packed, parts.keep, student, start) if settings["record"] else None
     reads = {"online": 1.0, "cotrained": 3.0}.get(how, 0.0)  # forward passes of the teacher, or what learning costs
     module = Distillation(
         student, teacher, parts.logits(store or teacher), objective, parts.alpha, parts.lr, parts.optim,
         steps=of["steps"], micro_batch=of["micro_batch"], clip=of["clip"], log_every=of["log_every"],
-        val_every=of["val_every"], validation=data.ValidationBatches(packed.val, of["micro_batch"]),
+        val_every=of["val_every"], validation=validation,
         flops=Flops(3 * costs["student"].flops_per_token, reads * costs["teacher"].flops_per_token if reads else 0.0),
         bytes_per_token=packed.bytes_per_token, watch=progress.update,
         reference=store.reference if store else logits.online(teacher) if teacher else None, learns=how == "cotrained",
@@ -228,20 +261,25 @@ def fit(
     if of["compile"]:
         for model in (student, *module.outside):
             model.model.base_model.compile()
+    processes = ranks.lightning_arguments(of["devices"])
+    processes["plugins"] = [DigestIO(), *processes["plugins"]]
     trainer = lightning.Trainer(
-        accelerator=of["accelerator"], devices=1, precision=conf.PRECISIONS[of["precision"]],
-        max_steps=of["steps"], max_epochs=-1, logger=loggers, plugins=[DigestIO()],
+        accelerator=of["accelerator"], **processes, precision=conf.PRECISIONS[of["precision"]],
+        max_steps=of["steps"], max_epochs=-1, logger=loggers,
         callbacks=[Checkpoints(run / "checkpoints", of["checkpoint_every"])],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=run.folder,
     )  # fmt: skip
-    if of["precision"] == "bf16" and (slowdown := slowdown_in_bf16(trainer.strategy.root_device)) > 1.5:
+    if first and of["precision"] == "bf16" and (slowdown := slowdown_in_bf16(trainer.strategy.root_device)) > 1.5:
         console.print(f"This processor has no arithmetic for bf16: a product takes {slowdown:.0f} times as long as in "
                       "fp32. trainer.precision=fp32 is faster here.", soft_wrap=True)  # fmt: skip
     final = None
     try:
         batches = data.Batches(packed.train, of["batch"], settings["seed"], start, of["steps"],
-                               among, store.read if store else None)  # fmt: skip
+                               among, store.read if store else None, ranks.share(of["batch"]))  # fmt: skip
         trainer.fit(module, batches, ckpt_path=checkpoint)
+        memory = max(ranks.gather(peak_memory()))
+        if not first:
+            return {}
         final = module.val_metrics
         result = {
             "state": "done", "run": run.name, "config": flat, "environment": environment(),
@@ -250,7 +288,7 @@ def fit(
             "train_rows": len(packed.train if among is None else among),
             "entropy": packed.entropy, "bytes_per_token": packed.bytes_per_token,
             "tokens": module.tokens, "flops": module.flops, "seconds": round(module.seconds, 2),
-            "peak_memory": peak_memory(), "final": final,
+            "peak_memory": memory, "final": final,
         }  # fmt: skip
         if recorder:
             recorder.finish(student, packed.val, of["micro_batch"], of["steps"])
@@ -334,5 +372,10 @@ conf.register()
 sweep.register(resolve, plan, prepare)
 
 if __name__ == "__main__":
-    conf.check_words(sys.argv[1:])
-    main()
+    if sys.argv[1:2] == ["--rank"]:  # one of several processes of a run, started by kd.ranks
+        from kd import ranks
+
+        ranks.work(sys.argv[2:], fit_as_rank)
+    else:
+        conf.check_words(sys.argv[1:])
+        main()

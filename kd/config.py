@@ -173,10 +173,17 @@ PLAIN = {  # settings that no function takes as they are, and their types
     "teacher": {"size": str | None, "name": str | None, "steps": int, "batch": int, "lr": float, "seed": int,
                 "precision": str},
     "trainer": {"steps": int, "batch": int, "micro_batch": int, "clip": float, "precision": str, "compile": bool,
-                "chunk": int | None, "log_every": int, "val_every": int, "checkpoint_every": int, "accelerator": str},
+                "chunk": int | None, "log_every": int, "val_every": int, "checkpoint_every": int, "accelerator": str,
+                "devices": int, "strategy": str},
 }  # fmt: skip
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # as Lightning calls them
-CHOICES = {"precision": tuple(PRECISIONS), "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"), "size": (*SIZES, None)}
+STRATEGIES = ("auto", "ddp")
+CHOICES = {
+    "strategy": STRATEGIES,
+    "precision": tuple(PRECISIONS),
+    "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
+    "size": (*SIZES, None),
+}
 
 
 def check_plain(settings: Node) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import lightning
 import torch
 
+from kd import ranks
 from kd.data import IGNORE, Batch
 from kd.hardware import hold_in, keep_freed
 from kd.logits import Source
@@ -95,6 +96,7 @@ class Distillation(lightning.LightningModule):
         return self.optimizer(groups)
 
     def on_fit_start(self) -> None:
+        ranks.same_start(self)
         self.train()  # a pretrained model comes in eval mode, and Lightning leaves it there
         if self.device.type == "cpu":
             keep_freed()
@@ -109,7 +111,7 @@ class Distillation(lightning.LightningModule):
         optimizer = self.optimizers()
         for group in optimizer.param_groups:
             group["lr"] = self.lr(progress)
-        tokens = int((batch.labels != IGNORE).sum())
+        tokens = int(ranks.total((batch.labels != IGNORE).sum()))
         optimizer.zero_grad(set_to_none=True)
         sums, teacher_lm = torch.zeros(3, dtype=torch.float64, device=self.device), 0.0
         for part in batch.split(self.micro_batch):
@@ -129,6 +131,10 @@ class Distillation(lightning.LightningModule):
             if self.recorder:
                 self.recorder.batch(part, self.global_step)
         models = [self.student, *([self.teacher] if self.teacher is not None else [])]
+        sums = ranks.total(sums)
+        if self.teacher is not None:
+            teacher_lm = ranks.total(torch.tensor(teacher_lm, dtype=torch.float64, device=self.device)).item()
+        ranks.sum_gradients(self.parameters())
         norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), self.clip or math.inf).item() for m in models]
         loss, kd, lm = (sums / max(tokens, 1)).tolist()
         metrics = {"loss": loss, "lm": lm, **({"kd": kd} if alpha else {}), "grad_norm": norms[0]}
@@ -180,7 +186,10 @@ class Distillation(lightning.LightningModule):
                 hidden = self.student.hidden(batch.ids)[kept]
                 measures.update(self.student.head, hidden, batch.labels[kept], signal)
         self.train()
-        result = measures.result()
+        whole = Measures()
+        for tokens, sums in ranks.gather((measures.tokens, {k: v.cpu() for k, v in measures.sums.items()})):
+            whole.add(tokens, sums)
+        result = whole.result()
         if self.bytes_per_token is not None:
             result["bpb"] = result["lm"] / math.log(2) / self.bytes_per_token
         bad = [name for name, value in result.items() if not math.isfinite(value)]
@@ -192,14 +201,17 @@ class Distillation(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Only plain containers and tensors, so that it loads with weights_only=True."""
         checkpoint["kd"] = {name: getattr(self, name) for name in STATE}
-        checkpoint["kd"]["random"] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-        if torch.cuda.is_available():
-            checkpoint["kd"]["random"]["cuda"] = torch.cuda.get_rng_state_all()
+        state = {"torch": torch.get_rng_state(), "python": random.getstate()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint["kd"]["random"] = ranks.gather(state)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         for name in STATE:
             setattr(self, name, checkpoint["kd"][name])
-        self._random_state = checkpoint["kd"]["random"]
+        states = checkpoint["kd"]["random"]
+        # With more ranks than there were, the new ones draw numbers of their own.
+        self._random_state = states[ranks.number()] if ranks.number() < len(states) else None
 
     def restore_random_state(self) -> None:
         """Called where the checkpoint was made, at the start of a batch: what runs before draws from the generators."""
@@ -207,8 +219,8 @@ class Distillation(lightning.LightningModule):
             torch.set_rng_state(self._random_state["torch"].cpu())
             version, numbers, gauss = self._random_state["python"]
             random.setstate((version, tuple(numbers), gauss))
-            if len(self._random_state.get("cuda", ())) == torch.cuda.device_count() > 0:
-                torch.cuda.set_rng_state_all([s.cpu() for s in self._random_state["cuda"]])
+            if "cuda" in self._random_state and self.device.type == "cuda":
+                torch.cuda.set_rng_state(self._random_state["cuda"].cpu(), self.device)
             self._random_state = None
 
     def _report(self, what: str, metrics: dict, batch: Batch | None, alpha: float | None) -> dict:
@@ -219,7 +231,7 @@ class Distillation(lightning.LightningModule):
             "values": {k: str(v) for k, v in metrics.items()},
             "alpha": alpha,
             "lr": self.lr(self._progress()),
-            "rows": batch.row.tolist() if batch is not None else None,
+            "rows": [row for rows in ranks.gather(batch.row.tolist()) for row in rows] if batch is not None else None,
             "largest_weights": {k: str(v) for k, v in sorted(weights.items(), key=lambda x: -x[1])[:5]},
             "last_good": {k: str(v) for k, v in self.train_metrics.items()},
         }

@@ -33,6 +33,7 @@ def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
     conf.check_targets(settings)
     conf.check_plain(settings)
     check_logits(settings, typed)
+    check_ranks(settings)
     own = tokenizer_name(settings)
     if settings["data"]["_target_"] == "kd.corpora.markov":
         own = "the states of the chain"
@@ -64,6 +65,21 @@ def check_logits(settings: Settings, typed: list[str]) -> None:
         raise UserError(
             "record=full: a teacher in training has another output layer at each step, so its whole distributions "
             "would take a number per token of the vocabulary. Take record=top_p_k, or record=random."
+        )
+
+
+def check_ranks(settings: Settings) -> None:
+    """Raise UserError where the batch, or what is to be done, cannot be shared out among several processes."""
+    of = settings["trainer"]
+    if of["devices"] > of["batch"]:
+        raise UserError(
+            f"trainer.devices={of['devices']}: a batch of {of['batch']} rows leaves some without a row; type "
+            f"trainer.devices={of['batch']}, or trainer.batch={of['devices']}."
+        )
+    if of["devices"] > 1 and source_of(settings) == "none" and settings["record"]:
+        raise UserError(
+            f"trainer.devices={of['devices']}: one process records what a teacher says while it trains; type "
+            "trainer.devices=1, or leave record out."
         )
 
 
@@ -109,7 +125,9 @@ def plan(settings: Settings) -> Plan:
         of += [None if "teacher.name" in digests else name]  # of the Hub
         store = place(settings, files.digest_of(of)[:16], settings["logits"]["path"])
         digests["store"] = store.key
-    run = Run(Path(settings["root"]), identity(conf.flat(settings), **digests))
+    # In how many processes a run is done changes it by rounding only.
+    flat = {k: v for k, v in conf.flat(settings).items() if k not in ("trainer.devices", "trainer.strategy")}
+    run = Run(Path(settings["root"]), identity(flat, **digests))
     if source_of(settings) == "none" and settings["record"]:
         store = place(settings, files.digest_of([run.name, stored_part(settings)])[:16], settings["record"]["path"])
     return Plan(run, teacher, store)

@@ -1,0 +1,251 @@
+"""One run in several processes, its ranks: how they start and end, which rows are whose, and sums over all of them.
+
+The process that a person starts then trains nothing. It makes data, teacher and store, holds the run's lock, and
+serves the resolved config to its ranks, which compose none of their own; when one of them ends badly it ends the
+others, and when it is gone itself, by SIGKILL even, they end at once.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+
+from kd.errors import UserError
+from kd.run import Run
+
+WORD = "--rank"  # how train.py is told that it is one: --rank NUMBER/OF PORT
+GRACE = 10  # seconds that a rank may take to end when it is asked to
+BUCKET = 2**24  # gradients that are summed at once
+
+
+def count() -> int:
+    """How many processes work on this run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def number() -> int:
+    """Which of them this one is; 0 is the one that writes files."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share(rows: int) -> slice:
+    """Which of so many rows are this rank's: as many for each as can be, the first ranks have one more."""
+    each, more = divmod(rows, count())
+    start = number() * each + min(number(), more)
+    return slice(start, start + each + (number() < more))
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of `values` over all ranks, in place."""
+    if count() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gather(value) -> list:
+    """The values of all ranks, in their order."""
+    if count() == 1:
+        return [value]
+    values = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Add up the gradients of all ranks, so that every one has those of the whole batch."""
+    if count() == 1:
+        return
+    left = [p.grad for p in parameters if p.grad is not None]
+    while left:
+        bucket, size = [], 0
+        while left and (not bucket or (size + left[0].numel() <= BUCKET and left[0].dtype == bucket[0].dtype)):
+            bucket.append(left.pop(0))
+            size += bucket[-1].numel()
+        flat = torch.cat([grad.reshape(-1) for grad in bucket])
+        dist.all_reduce(flat)
+        for grad, summed in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+            grad.copy_(summed.view_as(grad))
+
+
+def same_start(model: torch.nn.Module) -> None:
+    """Give all ranks the weights of the first, and each a stream of random numbers (dropout) of its own."""
+    if count() > 1:
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.data, 0)
+        torch.manual_seed(torch.initial_seed() + number())
+
+
+class Replicas(DDPStrategy):
+    """Lightning's DDP without its wrapper, which would sum gradients with every micro-batch, and average them.
+
+    The module calls parts of its models by themselves, several times per step, and sums once, by sum_gradients().
+    """
+
+    def configure_ddp(self) -> None:
+        pass
+
+
+def lightning_arguments(devices: int) -> dict:
+    """What the Trainer is told of the processes."""
+    if count() == 1:
+        return {"devices": 1, "plugins": []}
+    # Named, so that none is detected: within a job of SLURM, say, Lightning would ask for as many tasks as ranks.
+    return {
+        "devices": devices,
+        "strategy": Replicas(),
+        "plugins": [LightningEnvironment()],
+        "use_distributed_sampler": False,
+    }
+
+
+class Job:
+    """What a rank is told by the process that started it, and tells it."""
+
+    def __init__(self, place: str, port: str):
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
+        rank, of = map(int, place.split("/"))
+        self.store = dist.TCPStore("127.0.0.1", int(port), is_master=False)
+        self.given = json.loads(self.store.get("job"))
+        accelerator = self.given["settings"]["trainer"]["accelerator"]
+        backend = "gloo" if processor(accelerator) == "cpu" else "cpu:gloo,cuda:nccl"
+        if backend != "gloo":
+            torch.cuda.set_device(rank)
+        dist.init_process_group(backend, store=dist.PrefixStore("group", self.store), rank=rank, world_size=of)
+
+    def tell(self, what: str, value) -> bool:
+        """Say something that only the first to say it is heard with; whether this one was."""
+        said = json.dumps([number(), value])
+        return self.store.compare_set(what, "", said).decode() == said
+
+
+class Shared(Run):
+    """The folder of a run as its ranks see it: the process that started them begins it, and writes why it failed."""
+
+    def __init__(self, root: Path, name: str, job: Job):
+        super().__init__(root, name)
+        self.job = job
+
+    def begin(self, config: dict) -> None:
+        pass
+
+    def fail(self, reason: str, **report) -> Path:
+        self.job.tell("failure", {"reason": reason, **report})
+        return self / "failure.json"
+
+
+def work(words: list[str], fit) -> None:
+    """What a rank does, from the words it was started with to its exit code; fit(job) trains."""
+    job = Job(*words)
+    try:
+        fit(job)
+    except (UserError, PermissionError) as error:
+        job.tell("said", str(error))
+        sys.exit(2)
+    except Exception:
+        if job.store.check(["failure"]) and json.loads(job.store.get("failure"))[0] != number():
+            sys.exit(1)  # since another one failed
+        raise
+
+
+def _end_with_stdin() -> None:
+    """End this process when its standard input does: when the process that started it is gone."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+def launch(program: str, run: Run, job: dict, ranks: int) -> None:
+    """Have so many processes do a job, and wait for them; the job's settings are a run's.
+
+    Raises UserError when one of them fails, as soon as it does; the others are ended, and failure.json says why.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():  # a teacher was made here, and its memory is the first rank's now
+        torch.cuda.empty_cache()
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    server.set("job", json.dumps(job))
+    processes = []
+    try:
+        for rank in range(ranks):
+            threads = str(max(1, (os.cpu_count() or 1) // ranks))
+            environment = {"OMP_NUM_THREADS": threads} | os.environ | {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+            environment.pop("GROUP_RANK", None)
+            command = [sys.executable, program, WORD, f"{rank}/{ranks}", str(server.port)]
+            # In sessions of their own, so that Ctrl-C reaches this process alone, which ends them.
+            processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True))
+        codes = [None] * ranks
+        while None in codes and not any(codes):
+            time.sleep(0.05)
+            codes = [process.poll() for process in processes]
+    finally:
+        end(processes)
+    if any(codes):
+        _failed(run, server, codes)
+
+
+def end(processes: list[subprocess.Popen]) -> None:
+    """End processes, and wait until they have ended."""
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + GRACE
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(0, deadline - time.monotonic()))
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        process.stdin.close()
+
+
+def _failed(run: Run, server: dist.TCPStore, codes: list[int | None]):
+    """Say which rank failed first, and why: one that was killed said nothing, and the others only that it is gone."""
+    heard = {what: json.loads(server.get(what)) for what in ("failure", "said") if server.check([what])}
+    killed = next((rank for rank, code in enumerate(codes) if code and code < 0), None)
+    if killed is not None:
+        name = signal.Signals(-codes[killed]).name
+        failure = {"reason": f"rank {killed} of {len(codes)} was killed by {name}"}
+    elif "failure" in heard:
+        failure = heard["failure"][1]
+    elif "said" in heard:
+        failure = {"reason": heard["said"][1]}
+    else:
+        rank = next(rank for rank, code in enumerate(codes) if code)
+        failure = {"reason": f"rank {rank} of {len(codes)} ended with exit code {codes[rank]}"}
+    where = run.fail(**failure)
+    if killed is None and "said" in heard:
+        raise UserError(heard["said"][1])
+    raise UserError(f"{run.name}: {failure['reason']}. What is known of it is in {where}; the same command goes on.")
+
+
+def processor(accelerator: str) -> str:
+    """cpu or cuda: what several ranks compute on."""
+    return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+def check_devices(trainer: dict) -> None:
+    """Raise UserError where this machine has too few devices for the ranks."""
+    there = torch.cuda.device_count() if processor(trainer["accelerator"]) == "cuda" else trainer["devices"]
+    if trainer["accelerator"] == "mps":
+        there = 1
+    if trainer["devices"] > there:
+        raise UserError(
+            f"trainer.devices={trainer['devices']}: this machine has {there}; type trainer.devices={there}, or "
+            "trainer.accelerator=cpu for ranks that share its processor."
+        )
