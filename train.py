@@ -33,12 +33,12 @@ from omegaconf import DictConfig
 from kd import config as conf
 from kd import data, sweep
 from kd.errors import UserError
-from kd.plan import Settings, corpus, kept_of, plan, resolve, source_of
+from kd.plan import Settings, check_shards, corpus, kept_of, plan, resolve, source_of
 from kd.progress import Steps, console, end_with, show
 from kd.run import Run, about, environment, export, peak_memory
 
 if TYPE_CHECKING:
-    from kd import ranks
+    from kd import models, ranks
     from kd.models import Causal
     from kd.store import Store
 
@@ -215,7 +215,7 @@ def fit(
     import lightning
     import torch
 
-    from kd import logits, models, offline, ranks
+    from kd import logits, models, offline, ranks, shards
     from kd.checkpoint import Checkpoints, DigestIO, newest
     from kd.hardware import slowdown_in_bf16
     from kd.loggers import MetricsFile
@@ -239,14 +239,21 @@ def fit(
             torch.manual_seed(settings["teacher"]["seed"])
             teacher = models.build(size, teacher_name, vocab, seq_len, "teacher.name")
         costs["teacher"] = models.cost(teacher.model, seq_len)
+    sharded = in_shards(settings, costs, teacher)
     run.begin(settings)
-    checkpoint = newest(run / "checkpoints")
+    checkpoint = ranks.gather(newest(run / "checkpoints") if ranks.number() == 0 else None)[0]
+    if checkpoint and checkpoint.is_dir() != ("student" in sharded):
+        raise UserError(
+            f"{checkpoint} was saved {'in shards' if checkpoint.is_dir() else 'whole'}: go on with trainer.strategy="
+            f"{'fsdp' if checkpoint.is_dir() else 'ddp'}, or, to train anew, type:\n  rm -r {checkpoint.parent}"
+        )
     start = int(checkpoint.stem.partition("-")[2]) if checkpoint else 0
     told = about(run, flat, costs)
     first = ranks.number() == 0
     loggers = [MetricsFile(run / "metrics.jsonl", start), *parts.logger(folder=run.folder, about=told)] if first else []
     progress = Steps(told.name, of["steps"], start, shown=first)
-    validation = data.ValidationBatches(packed.val, of["micro_batch"], ranks.share(len(packed.val)))
+    passes = -(-len(packed.val) // (of["micro_batch"] * ranks.count())) if sharded else 0
+    validation = data.ValidationBatches(packed.val, of["micro_batch"], ranks.share(len(packed.val)), passes)
     recorder = offline.recorder(settings, packed, parts.keep, student, start) if settings["record"] else None
     reads = {"online": 1.0, "cotrained": 3.0}.get(how, 0.0)  # forward passes of the teacher, or what learning costs
     module = Distillation(
@@ -256,12 +263,12 @@ def fit(
         flops=Flops(3 * costs["student"].flops_per_token, reads * costs["teacher"].flops_per_token if reads else 0.0),
         bytes_per_token=packed.bytes_per_token, watch=progress.update,
         reference=store.reference if store else logits.online(teacher) if teacher else None, learns=how == "cotrained",
-        recorder=recorder,
+        recorder=recorder, sharded=sharded,
     )  # fmt: skip
     if of["compile"]:
         for model in (student, *module.outside):
             model.model.base_model.compile()
-    processes = ranks.lightning_arguments(of["devices"])
+    processes = ranks.lightning_arguments(of["devices"], "student" in sharded)
     processes["plugins"] = [DigestIO(), *processes["plugins"]]
     trainer = lightning.Trainer(
         accelerator=of["accelerator"], **processes, precision=conf.PRECISIONS[of["precision"]],
@@ -278,6 +285,7 @@ def fit(
                                among, store.read if store else None, ranks.share(of["batch"]))  # fmt: skip
         trainer.fit(module, batches, ckpt_path=checkpoint)
         memory = max(ranks.gather(peak_memory()))
+        weights = shards.weights(student) if "student" in sharded else None
         if not first:
             return {}
         final = module.val_metrics
@@ -292,6 +300,9 @@ def fit(
         }  # fmt: skip
         if recorder:
             recorder.finish(student, packed.val, of["micro_batch"], of["steps"])
+        if weights:
+            student = models.build(**settings["student"], vocab=vocab, seq_len=seq_len, option="student.name")
+            student.load_state_dict(weights)
         export(run, student.model, parts.tokenizer, settings, result)
         result["weights"] = run.weights()
         run.finish(result)
@@ -306,6 +317,25 @@ def fit(
         progress.stop()
         for logger in loggers:
             logger.close(final)
+
+
+def in_shards(settings: Settings, costs: dict[str, models.Cost], teacher: Causal | None) -> tuple[str, ...]:
+    """Which of student and teacher the ranks are to hold parts of."""
+    from kd import ranks, shards
+
+    of = settings["trainer"]
+    if ranks.count() == 1:
+        return ()
+    roles = ["student"] if of["strategy"] == "fsdp" else []
+    asked = of["shard_teacher"]
+    if source_of(settings) == "cotrained":
+        asked = of["strategy"] == "fsdp"
+    elif teacher and asked is None:
+        size = 2 if of["precision"] == "bf16" else 4
+        asked = not shards.fits(costs["teacher"].parameters, size, ranks.device(of["accelerator"]))
+        if asked:
+            check_shards(of, f"The teacher is too large for one device of {of['devices']}")
+    return (*roles, *(["teacher"] if teacher and asked else []))
 
 
 def quiet() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -34,8 +36,22 @@ class DigestIO(CheckpointIO):
         return torch.load(path, map_location=map_location or "cpu", weights_only=True)
 
     def remove_checkpoint(self, path) -> None:
+        if Path(path).is_dir():
+            shutil.rmtree(path)
         Path(path).unlink(missing_ok=True)
         _beside(Path(path)).unlink(missing_ok=True)
+
+
+def seal(temporary: Path, path: Path) -> None:
+    """Give a folder of shards that is whole its name, and a digest beside it."""
+    with files.atomic(_beside(path)) as note:
+        note.write_text(_digest(temporary))
+    os.replace(temporary, path)
+
+
+def _digest(path: Path) -> str:
+    """Of a file, or of all files of a folder."""
+    return files.digest_of({p.name: files.digest(p) for p in path.iterdir()}) if path.is_dir() else files.digest(path)
 
 
 def _beside(path: Path) -> Path:
@@ -55,7 +71,7 @@ def newest(folder: Path) -> Path | None:
     found = steps(folder)
     for path in found:
         note = _beside(path)
-        if note.exists() and files.digest(path) == note.read_text():
+        if note.exists() and _digest(path) == note.read_text():
             return path
         warnings.warn(f"{path} is damaged (its bytes are not those that were written); going back to the one before.")
     if found:
@@ -98,4 +114,6 @@ class Checkpoints(Callback):
                 trainer.strategy.remove_checkpoint(old)
 
     def on_train_end(self, trainer, module) -> None:
+        if hasattr(trainer.strategy, "finish_writing"):
+            trainer.strategy.finish_writing()
         module.seconds += time.monotonic() - self.begun

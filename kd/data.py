@@ -310,19 +310,27 @@ def ahead(items: Iterator, count: int = 2) -> Iterator:
 
 
 class ValidationBatches:
-    """The validation rows, in order, `batch` at a time. part: which of them."""
+    """The validation rows, in order, `batch` at a time. part: which of them. passes: at least so many batches, where
+    those without a row have one that does not count.
+    """
 
-    def __init__(self, rows: np.ndarray, batch: int, part: slice = slice(None)):
+    def __init__(self, rows: np.ndarray, batch: int, part: slice = slice(None), passes: int = 0):
         self.rows, self.batch = rows, batch
-        self.index = np.arange(len(rows))[part]
+        self.index, self.passes = np.arange(len(rows))[part], passes
 
     def __len__(self) -> int:
-        return -(-len(self.index) // self.batch)
+        return max(self.passes, -(-len(self.index) // self.batch))
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, len(self.index), self.batch):
             index = self.index[start : start + self.batch]
-            yield to_batch(self.rows[index], index, np.zeros((len(index), self.rows.shape[1] - 1), np.int64))
+            yield self._make(index)
+        for _ in range(-(-len(self.index) // self.batch), self.passes):
+            batch = self._make(np.zeros(1, np.int64))
+            yield batch._replace(labels=batch.labels.fill_(IGNORE))
+
+    def _make(self, index: np.ndarray) -> Batch:
+        return to_batch(self.rows[index], index, np.zeros((len(index), self.rows.shape[1] - 1), np.int64))
 
 
 def to_batch(rows: np.ndarray, index: np.ndarray, seed: np.ndarray) -> Batch:

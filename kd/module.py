@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import lightning
 import torch
 
-from kd import ranks
+from kd import ranks, shards
 from kd.data import IGNORE, Batch
 from kd.hardware import hold_in, keep_freed
 from kd.logits import Source
@@ -47,7 +47,8 @@ class Distillation(lightning.LightningModule):
     the split into micro-batches changes nothing. `source` gives the training signal (None: language modelling alone),
     `reference` what validation measures against. A finished `teacher` is kept out of the module tree: it is neither
     saved, nor trained, nor put in train mode; one that `learns` is part of it, and learns by language modelling.
-    `recorder` is shown what the student says of each batch.
+    `recorder` is shown what the student says of each batch. `sharded`: which of student and teacher the ranks hold
+    parts of, where there are several.
     """
 
     def __init__(
@@ -71,13 +72,14 @@ class Distillation(lightning.LightningModule):
         reference: Source | None = None,
         learns: bool = False,
         recorder: Recorder | None = None,
+        sharded: tuple[str, ...] = (),
     ):
         super().__init__()
         self.automatic_optimization = False
         self.student = student
         self.teacher = teacher if learns else None
         self.outside = [teacher.eval().requires_grad_(False)] if teacher is not None and not learns else []
-        self.reference, self.recorder = reference, recorder
+        self.reference, self.recorder, self.sharded = reference, recorder, sharded
         self.source, self.objective, self.alpha, self.lr, self.optimizer = source, objective, alpha, lr, optimizer
         self.steps, self.micro_batch, self.clip = steps, micro_batch, clip
         self.log_every, self.val_every, self.validation = log_every, val_every, validation
@@ -88,6 +90,15 @@ class Distillation(lightning.LightningModule):
         self.val_metrics: dict[str, float] = {}
         self._random_state: dict | None = None
 
+    def configure_model(self) -> None:
+        ranks.same_start(self)
+        if self.trainer.precision == "bf16-mixed":
+            for teacher in self.outside:
+                hold_in(torch.bfloat16, teacher)
+        teacher = self.outside[0] if self.outside else self.teacher
+        for role in self.sharded:
+            shards.shard({"student": self.student, "teacher": teacher}[role], self.trainer.strategy.root_device)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Weight decay on matrices alone, as usual for transformers."""
         parameters = [p for p in self.parameters() if p.requires_grad]  # a teacher that learns is among them
@@ -96,14 +107,11 @@ class Distillation(lightning.LightningModule):
         return self.optimizer(groups)
 
     def on_fit_start(self) -> None:
-        ranks.same_start(self)
         self.train()  # a pretrained model comes in eval mode, and Lightning leaves it there
         if self.device.type == "cpu":
             keep_freed()
         for teacher in self.outside:
             teacher.to(self.device)
-            if self.trainer.precision == "bf16-mixed":
-                hold_in(torch.bfloat16, teacher)
 
     def training_step(self, batch: Batch, index: int) -> None:
         progress = self._progress()
@@ -135,7 +143,8 @@ class Distillation(lightning.LightningModule):
         if self.teacher is not None:
             teacher_lm = ranks.total(torch.tensor(teacher_lm, dtype=torch.float64, device=self.device)).item()
         ranks.sum_gradients(self.parameters())
-        norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), self.clip or math.inf).item() for m in models]
+        norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), self.clip or math.inf) for m in models]
+        norms = [shards.whole(norm).item() for norm in norms]
         loss, kd, lm = (sums / max(tokens, 1)).tolist()
         metrics = {"loss": loss, "lm": lm, **({"kd": kd} if alpha else {}), "grad_norm": norms[0]}
         if self.teacher is not None:
@@ -224,7 +233,7 @@ class Distillation(lightning.LightningModule):
             self._random_state = None
 
     def _report(self, what: str, metrics: dict, batch: Batch | None, alpha: float | None) -> dict:
-        weights = {n: p.abs().max().item() for n, p in self.student.named_parameters()}
+        weights = {n: shards.whole(p).abs().max().item() for n, p in self.student.named_parameters()}
         return {
             "what": what,
             "step": self.global_step,

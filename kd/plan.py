@@ -18,6 +18,7 @@ from kd.run import NO_SIGNAL, Run, group_of, identity, read_json
 
 Settings = conf.Node
 FORMAT = 1  # of stores
+RANKS = ("trainer.devices", "trainer.strategy", "trainer.shard_teacher")  # rounding apart, no part of a run
 
 
 def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
@@ -81,6 +82,30 @@ def check_ranks(settings: Settings) -> None:
             f"trainer.devices={of['devices']}: one process records what a teacher says while it trains; type "
             "trainer.devices=1, or leave record out."
         )
+    for option in ("trainer.strategy=fsdp", "trainer.shard_teacher=true"):
+        name, value = option.removeprefix("trainer.").split("=")
+        if str(of[name]).lower() != value:
+            continue
+        if of["devices"] == 1:
+            raise UserError(f"{option}: there is one process and nothing to share; type trainer.devices=2.")
+        check_shards(of, option)
+    how = source_of(settings)
+    if of["shard_teacher"] and (how == "offline" or (how == "cotrained" and of["strategy"] != "fsdp")):
+        why = (
+            "no teacher is loaded" if how == "offline" else "it learns as the student does; type trainer.strategy=fsdp"
+        )
+        raise UserError(f"trainer.shard_teacher=true would do nothing with logits={how}: {why}. Leave it out.")
+
+
+def check_shards(of: Settings, option: str) -> None:
+    """Raise UserError where the ranks would not ask for the same shards at the same time."""
+    if of["batch"] % of["devices"]:
+        raise UserError(
+            f"{option}: each device needs as many rows as any other, and a batch has {of['batch']}; type "
+            f"trainer.batch={of['batch'] // of['devices'] * of['devices']}."
+        )
+    if of["compile"]:
+        raise UserError(f"{option}: trainer.compile=true is not made for models in shards; leave it out.")
 
 
 class Plan(NamedTuple):
@@ -126,7 +151,7 @@ def plan(settings: Settings) -> Plan:
         store = place(settings, files.digest_of(of)[:16], settings["logits"]["path"])
         digests["store"] = store.key
     # In how many processes a run is done changes it by rounding only.
-    flat = {k: v for k, v in conf.flat(settings).items() if k not in ("trainer.devices", "trainer.strategy")}
+    flat = {k: v for k, v in conf.flat(settings).items() if k not in RANKS}
     run = Run(Path(settings["root"]), identity(flat, **digests))
     if source_of(settings) == "none" and settings["record"]:
         store = place(settings, files.digest_of([run.name, stored_part(settings)])[:16], settings["record"]["path"])

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from kd.errors import UserError
 from kd.run import Run
@@ -71,7 +73,8 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """Add up the gradients of all ranks, so that every one has those of the whole batch."""
     if count() == 1:
         return
-    left = [p.grad for p in parameters if p.grad is not None]
+    # Of a model in shards the gradients are summed as they are made.
+    left = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
     while left:
         bucket, size = [], 0
         while left and (not bucket or (size + left[0].numel() <= BUCKET and left[0].dtype == bucket[0].dtype)):
@@ -101,17 +104,17 @@ class Replicas(DDPStrategy):
         pass
 
 
-def lightning_arguments(devices: int) -> dict:
-    """What the Trainer is told of the processes."""
+def lightning_arguments(devices: int, sharded: bool) -> dict:
+    """What the Trainer is told of the processes. sharded: student and optimizer, see kd/shards.py."""
+    from kd.shards import Sharded
+
     if count() == 1:
         return {"devices": 1, "plugins": []}
     # Named, so that none is detected: within a job of SLURM, say, Lightning would ask for as many tasks as ranks.
+    strategy = Sharded(count()) if sharded else Replicas()
     return {
-        "devices": devices,
-        "strategy": Replicas(),
-        "plugins": [LightningEnvironment()],
-        "use_distributed_sampler": False,
-    }
+        "devices": devices, "strategy": strategy, "plugins": [LightningEnvironment()], "use_distributed_sampler": False
+    }  # fmt: skip
 
 
 class Job:
@@ -157,10 +160,9 @@ def work(words: list[str], fit) -> None:
     except (UserError, PermissionError) as error:
         job.tell("said", str(error))
         sys.exit(2)
-    except Exception:
-        if job.store.check(["failure"]) and json.loads(job.store.get("failure"))[0] != number():
-            sys.exit(1)  # since another one failed
-        raise
+    except Exception as error:  # the process that started this one prints it, if it was the first
+        job.tell("failure", {"reason": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
+        sys.exit(1)
 
 
 def _end_with_stdin() -> None:
@@ -229,14 +231,23 @@ def _failed(run: Run, server: dist.TCPStore, codes: list[int | None]):
         rank = next(rank for rank, code in enumerate(codes) if code)
         failure = {"reason": f"rank {rank} of {len(codes)} ended with exit code {codes[rank]}"}
     where = run.fail(**failure)
+    print(failure.get("traceback", "") if "said" not in heard else "", file=sys.stderr, end="")
     if killed is None and "said" in heard:
         raise UserError(heard["said"][1])
-    raise UserError(f"{run.name}: {failure['reason']}. What is known of it is in {where}; the same command goes on.")
+    raise UserError(
+        f"{run.name}: {failure['reason']}. What is known of it is in {where}; the same command goes on with it."
+    )
 
 
 def processor(accelerator: str) -> str:
     """cpu or cuda: what several ranks compute on."""
     return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+def device(accelerator: str) -> torch.device:
+    """What this rank computes on."""
+    kind = processor(accelerator)
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
 def check_devices(trainer: dict) -> None:

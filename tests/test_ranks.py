@@ -69,6 +69,16 @@ def test_two_processes_equal_one(root, source):
     assert {k: a[k] for k in ("tokens", "flops", "train_rows")} == {k: b[k] for k in ("tokens", "flops", "train_rows")}
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_two_shards_equal_one_process(root, source):
+    words = (*SOURCES[source], "data.val_rows=7", *(["trainer.shard_teacher=true"] if source == "online" else []))
+    train(root, *words[: len(SOURCES[source]) + 1])
+    one = run_of(root)
+    alone = shutil.move(one, root.parent / "alone")
+    train(root, *words, "trainer=fsdp")
+    near(alone, run_of(root))
+
+
 def test_shares_need_not_be_even(root):
     words = ("trainer.batch=5", "data.val_rows=5")
     train(root, *words)
