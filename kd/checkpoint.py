@@ -46,6 +46,7 @@ def seal(temporary: Path, path: Path) -> None:
     """Give a folder of shards that is whole its name, and a digest beside it."""
     with files.atomic(_beside(path)) as note:
         note.write_text(_digest(temporary))
+    shutil.rmtree(path, ignore_errors=True)  # a damaged one
     os.replace(temporary, path)
 
 

@@ -95,6 +95,32 @@ def test_same_command_again_starts_no_process(root):
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
 
 
+def test_damaged_shard_is_found_and_the_checkpoint_before_is_used(root):
+    words = ("trainer=fsdp",)
+    whole = Path(shutil.copytree(root, root.parent / "whole"))
+    train(whole, *words)
+    process = start(root, *words)
+    wait_for(13, root, process)  # 12 steps and 2 validations: checkpoints at 6 and 9
+    process.kill()
+    process.wait()
+    assert gone(root, 5)
+    damaged = max(root.glob("fkl*/checkpoints/*.ckpt"))
+    shard = max(damaged.glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    output = train(root, *words)
+    assert output.replace("\n", "").count(f"{damaged} is damaged") == 1
+    assert outcome(folder(root, "fkl")) == outcome(folder(whole, "fkl"))
+
+
+def test_replicated_student_of_a_sharded_teacher(root):
+    train(root)
+    one = shutil.move(run_of(root), root.parent / "alone")
+    train(root, *TWO, "trainer.shard_teacher=true")
+    near(one, run_of(root))
+
+
 def ranks_of(root: Path) -> list[int]:
     """The ranks of a run in `root`, by their ids."""
     found = subprocess.run(["pgrep", "-f", r"train\.py --rank"], capture_output=True, text=True).stdout.split()
@@ -117,7 +143,8 @@ def gone(root: Path, seconds: float) -> bool:
     return not ranks_of(root)
 
 
-def test_killed_with_its_ranks_goes_on_bit_for_bit(root, made):
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_killed_with_its_ranks_goes_on_bit_for_bit(root, how):
     """Students with dropout: every rank goes on with the random numbers that it had."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -125,7 +152,7 @@ def test_killed_with_its_ranks_goes_on_bit_for_bit(root, made):
     config = GPT2Config(vocab_size=17, n_positions=32, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.5, embd_pdrop=0.5)
     GPT2LMHeadModel(config).save_pretrained(root.parent / "gpt2")
     shutil.copytree(tokenizer, root.parent / "gpt2", dirs_exist_ok=True)
-    words = ("student=hub", f"student.name={root.parent / 'gpt2'}", *TWO)
+    words = ("student=hub", f"student.name={root.parent / 'gpt2'}", f"trainer={how}")
     whole = Path(shutil.copytree(root, root.parent / "whole"))
     train(whole, *words)
     process = start(root, *words)
@@ -133,7 +160,11 @@ def test_killed_with_its_ranks_goes_on_bit_for_bit(root, made):
     process.kill()
     process.wait()
     assert gone(root, 5)
-    assert list(root.glob("fkl*/checkpoints/*.ckpt"))
+    saved = list(root.glob("fkl*/checkpoints/*.ckpt"))
+    assert saved and all(path.is_dir() == (how == "fsdp") for path in saved)
+    other = {"ddp": "fsdp", "fsdp": "ddp"}[how]
+    output = train(root, *words[:2], f"trainer={other}", code=2)
+    assert f"trainer.strategy={how}" in output and "Traceback" not in output
     train(root, *words)
     assert outcome(folder(root, "fkl")) == outcome(folder(whole, "fkl"))
 
@@ -176,6 +207,11 @@ def test_in_a_sweep(root):
         (("trainer.devices=5",), "trainer.batch=5"),
         (("trainer.devices=2", "logits=none", "record=top_k"), "trainer.devices=1"),
         (("trainer.strategy=horovod",), "ddp"),
+        (("trainer.strategy=fsdp",), "trainer.devices=2"),
+        (("trainer=fsdp", "trainer.batch=5"), "trainer.batch=4"),
+        (("trainer=fsdp", "trainer.compile=true"), "leave it out"),
+        (("trainer=ddp", "logits=offline", "trainer.shard_teacher=true"), "no teacher is loaded"),
+        (("trainer=ddp", "logits=cotrained", "trainer.shard_teacher=true"), "trainer.strategy=fsdp"),
     ],
 )
 def test_what_cannot_be_shared_out_is_said_with_what_to_type(tmp_path, words, says):
