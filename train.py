@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import re
-import signal
 import sys
 import traceback
 import warnings
@@ -35,7 +34,8 @@ from kd import data, sweep
 from kd.errors import UserError
 from kd.plan import Settings, check_shards, corpus, kept_of, plan, resolve, source_of
 from kd.progress import Steps, console, end_with, show
-from kd.run import Run, about, environment, export, peak_memory
+from kd.run import DIVERGED, FAILED, NO_MEMORY, PREEMPTED, Run, about, environment, export, peak_memory
+from kd.signals import Preempted, end_with_parent, requests
 
 if TYPE_CHECKING:
     from kd import models, ranks
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Lightning alone would end with exit code 0
+    requests.watch()
     try:
         settings = resolve(cfg, HydraConfig.get().overrides.task)
         run, result = train(settings, wait=settings["sweep"] is not None)
@@ -90,7 +90,6 @@ def fit_in_ranks(
     """What fit() does, in several processes."""
     from kd import ranks
 
-    ranks.check_devices(settings["trainer"])
     run.begin(settings)
     job = {"settings": settings, "run": run.name, "data": str(packed.folder), "teacher": teacher_name}
     job["store"] = [store.path, str(store.cache)] if store else None
@@ -121,6 +120,10 @@ def finished(teacher: Settings) -> str:
 
 def prepare(settings: Settings) -> tuple[data.Packed, Parts]:
     """The data, packed, and the parts of the run, tried; all that can be wrong short of the models is found here."""
+    if settings["trainer"]["devices"] > 1:
+        from kd import ranks
+
+        ranks.check_devices(settings["trainer"])
     source, packing = corpus(settings)
     packed = data.pack(source, Path(settings["root"]) / "data", **packing)
     parts = Parts(settings, packed)
@@ -217,7 +220,7 @@ def fit(
 
     from kd import logits, models, offline, ranks, shards
     from kd.checkpoint import Checkpoints, DigestIO, newest
-    from kd.hardware import slowdown_in_bf16
+    from kd.hardware import out_of_memory, slowdown_in_bf16
     from kd.loggers import MetricsFile
     from kd.module import Distillation, Flops, NonFinite
 
@@ -283,7 +286,8 @@ def fit(
     try:
         batches = data.Batches(packed.train, of["batch"], settings["seed"], start, of["steps"],
                                among, store.read if store else None, ranks.share(of["batch"]))  # fmt: skip
-        trainer.fit(module, batches, ckpt_path=checkpoint)
+        with requests.in_steps():
+            trainer.fit(module, batches, ckpt_path=checkpoint)
         memory = max(ranks.gather(peak_memory()))
         weights = shards.weights(student) if "student" in sharded else None
         if not first:
@@ -296,7 +300,7 @@ def fit(
             "train_rows": len(packed.train if among is None else among),
             "entropy": packed.entropy, "bytes_per_token": packed.bytes_per_token,
             "tokens": module.tokens, "flops": module.flops, "seconds": round(module.seconds, 2),
-            "peak_memory": memory, "final": final,
+            "peak_memory": memory, "micro_batch": module.micro_batch, "final": final,
         }  # fmt: skip
         if recorder:
             recorder.finish(student, packed.val, of["micro_batch"], of["steps"])
@@ -308,10 +312,25 @@ def fit(
         run.finish(result)
         return result
     except NonFinite as error:
-        where = run.fail(str(error), **error.report)
+        where = run.end(DIVERGED, str(error), exit_code=2, **error.report)
         raise UserError(f"{told.name}: {error}. Not counted as a result; what is known of it is in {where}.") from None
-    except Exception as error:
-        run.fail(f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+    except Preempted as error:
+        where = f"asked to end at step {module.global_step} of {of['steps']}; the same command goes on with it"
+        run.end(PREEMPTED, where, exit_code=error.code)
+        if first:
+            console.print(f"{told.name}: {where}", markup=False, soft_wrap=True)
+        raise
+    except BaseException as error:
+        full = isinstance(error, Exception) and out_of_memory(error)
+        code = error.code if isinstance(error, SystemExit) else 2 if full or isinstance(error, UserError) else 1
+        where = run.end(NO_MEMORY if full else FAILED, f"{type(error).__name__}: {error}".splitlines()[0],
+                        exit_code=code, traceback=traceback.format_exc())  # fmt: skip
+        if full:
+            raise UserError(
+                f"{told.name} ran out of memory at step {module.global_step}, with {module.micro_batch} rows at once: "
+                f"{error}\nTake trainer.chunk={max(1, (parts.objective.chunk or 256) // 2)}, a smaller model, or "
+                f"data.seq_len={seq_len // 2}. What is known of it is in {where}."
+            ) from None
         raise
     finally:
         progress.stop()
@@ -407,5 +426,6 @@ if __name__ == "__main__":
 
         ranks.work(sys.argv[2:], fit_as_rank)
     else:
+        end_with_parent()
         conf.check_words(sys.argv[1:])
         main()

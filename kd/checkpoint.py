@@ -12,8 +12,9 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback
 
-from kd import files
+from kd import files, ranks
 from kd.errors import UserError
+from kd.signals import Preempted, requests
 
 KEPT = 2  # newest checkpoints: one to resume from, one in case it is damaged
 
@@ -98,11 +99,13 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer, module) -> None:
         self.begun = time.monotonic()
         self.resumed_at = trainer.global_step
+        requests.watch()  # Lightning has put handlers of its own in their place
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        asked = ranks.any_of(requests.pending)
         if trainer.global_step == self.resumed_at:
             module.restore_random_state()
-        elif trainer.global_step % self.every == 0:
+        elif trainer.global_step % self.every == 0 or asked:
             now = time.monotonic()
             module.seconds += now - self.begun
             self.begun = now
@@ -113,8 +116,14 @@ class Checkpoints(Callback):
             trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:08}.ckpt")
             for old in steps(self.folder)[KEPT:]:
                 trainer.strategy.remove_checkpoint(old)
+        if asked:  # also where it was resumed at this very step, and there is nothing new to save
+            self._finish(trainer)
+            raise Preempted
 
     def on_train_end(self, trainer, module) -> None:
+        self._finish(trainer)
+        module.seconds += time.monotonic() - self.begun
+
+    def _finish(self, trainer) -> None:
         if hasattr(trainer.strategy, "finish_writing"):
             trainer.strategy.finish_writing()
-        module.seconds += time.monotonic() - self.begun

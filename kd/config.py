@@ -168,7 +168,7 @@ def checked(function, node: Node, path: str) -> Node:
 
 
 PLAIN = {  # settings that no function takes as they are, and their types
-    "": {"seed": int, "root": str, "sweep": str | None},
+    "": {"seed": int, "root": str, "sweep": str | None, "n_jobs": int | None, "on_failure": str},
     "student": {"size": str | None, "name": str | None},
     "teacher": {"size": str | None, "name": str | None, "steps": int, "batch": int, "lr": float, "seed": int,
                 "precision": str},
@@ -177,10 +177,10 @@ PLAIN = {  # settings that no function takes as they are, and their types
                 "devices": int, "strategy": str, "shard_teacher": bool | None},
 }  # fmt: skip
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # as Lightning calls them
-STRATEGIES = ("auto", "ddp", "fsdp")
 CHOICES = {
-    "strategy": STRATEGIES,
+    "strategy": ("auto", "ddp", "fsdp"),
     "precision": tuple(PRECISIONS),
+    "on_failure": ("continue", "stop"),
     "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
     "size": (*SIZES, None),
 }

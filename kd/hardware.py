@@ -49,3 +49,10 @@ def slowdown_in_bf16(device: torch.device) -> float:
             rounds.append(time.perf_counter() - start)
         seconds.append(min(rounds))
     return seconds[1] / seconds[0]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left; torch has a type for it on GPUs alone."""
+    words = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc", "bad allocation")
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(error, RuntimeError | OSError) and any(w in str(error).lower() for w in words))

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import random
+import traceback
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import lightning
 import torch
+from torch import Tensor
 
 from kd import ranks, shards
 from kd.data import IGNORE, Batch
-from kd.hardware import hold_in, keep_freed
+from kd.hardware import hold_in, keep_freed, out_of_memory
 from kd.logits import Source
 from kd.metrics import Measures
 from kd.models import Causal
 from kd.objective import Objective
+from kd.progress import console
 
 if TYPE_CHECKING:
     from kd.writer import Recorder
@@ -120,24 +123,7 @@ class Distillation(lightning.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = self.lr(progress)
         tokens = int(ranks.total((batch.labels != IGNORE).sum()))
-        optimizer.zero_grad(set_to_none=True)
-        sums, teacher_lm = torch.zeros(3, dtype=torch.float64, device=self.device), 0.0
-        for part in batch.split(self.micro_batch):
-            kept = part.labels != IGNORE
-            # Where alpha is 0 the teacher would run for nothing, unless it learns.
-            signal = self.source(part, kept) if alpha or self.teacher is not None else None
-            hidden = self.student.hidden(part.ids)[kept]  # [N, D]
-            label = part.labels[kept]
-            watch = partial(self.recorder.observe, part.seed[kept]) if self.recorder else None
-            terms = self.objective(self.student.head, hidden, label, signal if alpha else None, alpha, watch)
-            self.manual_backward(terms.total / max(tokens, 1))
-            sums += torch.stack([x.detach().to(sums.dtype) for x in terms])
-            if self.teacher is not None:
-                own = self.objective(self.teacher.head, signal.hidden, label, None, 0.0)
-                self.manual_backward(own.total / max(tokens, 1))
-                teacher_lm += own.lm.item()
-            if self.recorder:
-                self.recorder.batch(part, self.global_step)
+        sums, teacher_lm = self._gradients(batch, alpha, tokens)
         models = [self.student, *([self.teacher] if self.teacher is not None else [])]
         sums = ranks.total(sums)
         if self.teacher is not None:
@@ -159,6 +145,49 @@ class Distillation(lightning.LightningModule):
         self.train_metrics = {f"train/{k}": v for k, v in metrics.items()}
         self.train_metrics |= {"lr": self.lr(progress), **({"alpha": alpha} if self.source else {})}
         self.train_metrics |= self._axes()
+
+    def _gradients(self, batch: Batch, alpha: float, tokens: int) -> tuple[Tensor, float]:
+        """Gradients of a whole batch, and the sums of its losses. Out of memory, with half as many rows at once."""
+        random_state = torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if self.device.type == "cuda" else ())
+        while True:
+            self.optimizers().zero_grad(set_to_none=True)
+            try:
+                return self._in_parts(batch, alpha, tokens)
+            except (RuntimeError, MemoryError, OSError) as error:
+                rows = min(self.micro_batch, len(batch.ids))
+                if rows == 1 or self.sharded or not out_of_memory(error):  # in shards, ranks go on together
+                    raise
+                traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
+            self.micro_batch = rows // 2
+            console.print(
+                f"Out of memory with {rows} rows at once: going on with {rows // 2}, the same batch and loss."
+            )
+            torch.set_rng_state(random_state[0])
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.set_rng_state_all(random_state[1:])
+            if self.recorder:
+                self.recorder.pieces.clear()
+
+    def _in_parts(self, batch: Batch, alpha: float, tokens: int) -> tuple[Tensor, float]:
+        sums, teacher_lm = torch.zeros(3, dtype=torch.float64, device=self.device), 0.0
+        for part in batch.split(self.micro_batch):
+            kept = part.labels != IGNORE
+            # Where alpha is 0 the teacher would run for nothing, unless it learns.
+            signal = self.source(part, kept) if alpha or self.teacher is not None else None
+            hidden = self.student.hidden(part.ids)[kept]  # [N, D]
+            label = part.labels[kept]
+            watch = partial(self.recorder.observe, part.seed[kept]) if self.recorder else None
+            terms = self.objective(self.student.head, hidden, label, signal if alpha else None, alpha, watch)
+            self.manual_backward(terms.total / max(tokens, 1))
+            sums += torch.stack([x.detach().to(sums.dtype) for x in terms])
+            if self.teacher is not None:
+                own = self.objective(self.teacher.head, signal.hidden, label, None, 0.0)
+                self.manual_backward(own.total / max(tokens, 1))
+                teacher_lm += own.lm.item()
+        if self.recorder:
+            self.recorder.batch(batch, self.global_step)
+        return sums, teacher_lm
 
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
         self.watch(self.global_step, self.here, f"loss {self.train_metrics['train/loss']:.3f}  ")

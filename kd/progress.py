@@ -40,7 +40,7 @@ class Steps:
 
     def __init__(self, title: str, steps: int, start: int, unit: str = "step", shown: bool = True):
         self.steps, self.start, self.title, self.unit, self.shown = steps, start, title, unit, shown
-        self.begun = self.printed = time.monotonic()
+        self.begun, self.printed = time.monotonic(), 0.0
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
             TextColumn("{task.fields[say]}"), console=console, transient=True, refresh_per_second=4,

@@ -29,10 +29,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kd.errors import UserError
-from kd.run import Run
+from kd.run import DONE, FAILED, PREEMPTED, Run
+from kd.signals import EXIT_CODE, Preempted, requests
 
 WORD = "--rank"  # how train.py is told that it is one: --rank NUMBER/OF PORT
-GRACE = 10  # seconds that a rank may take to end when it is asked to
+GRACE = 60  # seconds that ranks may take to save a checkpoint when they are asked to end
 BUCKET = 2**24  # gradients that are summed at once
 
 
@@ -58,6 +59,13 @@ def total(values: Tensor) -> Tensor:
     if count() > 1:
         dist.all_reduce(values)
     return values
+
+
+def any_of(here: bool) -> bool:
+    """Whether it is so on any rank."""
+    if count() == 1:
+        return here
+    return bool(total(torch.tensor(int(here))))  # by gloo, whatever the device
 
 
 def gather(value) -> list:
@@ -121,7 +129,9 @@ class Job:
     """What a rank is told by the process that started it, and tells it."""
 
     def __init__(self, place: str, port: str):
-        threading.Thread(target=_end_with_stdin, daemon=True).start()
+        requests.told = True
+        requests.watch()
+        threading.Thread(target=_listen, daemon=True).start()
         rank, of = map(int, place.split("/"))
         self.store = dist.TCPStore("127.0.0.1", int(port), is_master=False)
         self.given = json.loads(self.store.get("job"))
@@ -147,9 +157,11 @@ class Shared(Run):
     def begin(self, config: dict) -> None:
         pass
 
-    def fail(self, reason: str, **report) -> Path:
-        self.job.tell("failure", {"reason": reason, **report})
-        return self / "failure.json"
+    def end(self, state: str, reason: str = "", **report) -> Path:
+        if state == DONE:
+            return super().end(state, reason, **report)
+        self.job.tell("end", {"state": state, "reason": reason, **report})
+        return self / "state.json"
 
 
 def work(words: list[str], fit) -> None:
@@ -161,21 +173,23 @@ def work(words: list[str], fit) -> None:
         job.tell("said", str(error))
         sys.exit(2)
     except Exception as error:  # the process that started this one prints it, if it was the first
-        job.tell("failure", {"reason": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
+        reason = f"{type(error).__name__}: {error}"
+        job.tell("end", {"state": FAILED, "reason": reason, "traceback": traceback.format_exc()})
         sys.exit(1)
 
 
-def _end_with_stdin() -> None:
-    """End this process when its standard input does: when the process that started it is gone."""
+def _listen() -> None:
+    """Do what the process that started this one asks for by its standard input; end when it is gone."""
     while os.read(0, 1):
-        pass
+        requests.ask()
     os._exit(1)
 
 
 def launch(program: str, run: Run, job: dict, ranks: int) -> None:
     """Have so many processes do a job, and wait for them; the job's settings are a run's.
 
-    Raises UserError when one of them fails, as soon as it does; the others are ended, and failure.json says why.
+    Raises UserError when one of them fails, as soon as it does; the others are ended, and state.json says why. Asked to
+    end, it asks the ranks, which save a checkpoint first; asked once more, it ends them at once.
     """
     gc.collect()
     if torch.cuda.is_initialized():  # a teacher was made here, and its memory is the first rank's now
@@ -191,52 +205,68 @@ def launch(program: str, run: Run, job: dict, ranks: int) -> None:
             command = [sys.executable, program, WORD, f"{rank}/{ranks}", str(server.port)]
             # In sessions of their own, so that Ctrl-C reaches this process alone, which ends them.
             processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True))
-        codes = [None] * ranks
-        while None in codes and not any(codes):
+        codes = _watch(processes)
+    except Preempted:
+        for process in processes:
+            with suppress(OSError):
+                os.write(process.stdin.fileno(), b"x")
+        deadline = time.monotonic() + GRACE
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
             time.sleep(0.05)
-            codes = [process.poll() for process in processes]
+        _preempted(run, server)
+        raise
     finally:
-        end(processes)
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            process.stdin.close()
+    if EXIT_CODE in codes:
+        _preempted(run, server)
+        raise Preempted
     if any(codes):
         _failed(run, server, codes)
 
 
-def end(processes: list[subprocess.Popen]) -> None:
-    """End processes, and wait until they have ended."""
-    for process in processes:
-        if process.poll() is None:
-            process.terminate()
-    deadline = time.monotonic() + GRACE
-    for process in processes:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(max(0, deadline - time.monotonic()))
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        process.stdin.close()
+def _watch(processes: list[subprocess.Popen]) -> list[int | None]:
+    """Exit codes, as they are when all have ended well or one has not."""
+    codes: list[int | None] = [None]
+    while None in codes and not any(codes):
+        time.sleep(0.05)
+        codes = [process.poll() for process in processes]
+    return codes
+
+
+def _heard(server: dist.TCPStore) -> dict:
+    """What the first rank that had something to say of its end said."""
+    return {what: json.loads(server.get(what))[1] for what in ("end", "said") if server.check([what])}
+
+
+def _preempted(run: Run, server: dist.TCPStore) -> None:
+    """Write that the run was asked to end, and in what step, if a rank said so."""
+    end = _heard(server).get("end", {})
+    reason = "asked to end; the same command goes on with it"
+    run.end(PREEMPTED, end["reason"] if end.get("state") == PREEMPTED else reason, exit_code=EXIT_CODE)
 
 
 def _failed(run: Run, server: dist.TCPStore, codes: list[int | None]):
     """Say which rank failed first, and why: one that was killed said nothing, and the others only that it is gone."""
-    heard = {what: json.loads(server.get(what)) for what in ("failure", "said") if server.check([what])}
+    heard, said = _heard(server), None
     killed = next((rank for rank, code in enumerate(codes) if code and code < 0), None)
     if killed is not None:
         name = signal.Signals(-codes[killed]).name
-        failure = {"reason": f"rank {killed} of {len(codes)} was killed by {name}"}
-    elif "failure" in heard:
-        failure = heard["failure"][1]
-    elif "said" in heard:
-        failure = {"reason": heard["said"][1]}
+        end = {"reason": f"rank {killed} of {len(codes)} was killed by {name}"}
+    elif heard:
+        said = heard.get("said")
+        end = heard.get("end") or {"reason": said}
     else:
         rank = next(rank for rank, code in enumerate(codes) if code)
-        failure = {"reason": f"rank {rank} of {len(codes)} ended with exit code {codes[rank]}"}
-    where = run.fail(**failure)
-    print(failure.get("traceback", "") if "said" not in heard else "", file=sys.stderr, end="")
-    if killed is None and "said" in heard:
-        raise UserError(heard["said"][1])
-    raise UserError(
-        f"{run.name}: {failure['reason']}. What is known of it is in {where}; the same command goes on with it."
-    )
+        end = {"reason": f"rank {rank} of {len(codes)} ended with exit code {codes[rank]}"}
+    where = run.end(**{"state": FAILED, "exit_code": 2} | end)
+    if said is None:
+        print(end.get("traceback", ""), file=sys.stderr, end="")
+        said = f"{run.name}: {end['reason']}. What is known of it is in {where}; the same command goes on with it."
+    raise UserError(said)
 
 
 def processor(accelerator: str) -> str:

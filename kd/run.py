@@ -24,7 +24,17 @@ from kd.errors import UserError
 from kd.progress import console
 
 # What a run is called, where it is kept and how often it is saved change nothing of what comes out.
-NO_PART = ("root", "sweep", "logger", "trainer.checkpoint_every", "trainer.accelerator", "logits.path", "record.path")
+NO_PART = (
+    "root",
+    "sweep",
+    "n_jobs",
+    "on_failure",
+    "logger",
+    "trainer.checkpoint_every",
+    "trainer.accelerator",
+    "logits.path",
+    "record.path",
+)
 NO_SIGNAL = ("loss", "truncation", "temperature", "alpha")  # settings without a meaning under logits=none
 SECRET = re.compile(r"key|token$|secret|password|credential", re.IGNORECASE)
 
@@ -102,16 +112,50 @@ class About:
     config: dict
 
 
+RUNNING, DONE, FAILED, DIVERGED, NO_MEMORY, PREEMPTED = (
+    "running", "done", "failed", "diverged", "out of memory", "preempted"
+)  # fmt: skip
+ENDS = (DONE, FAILED, DIVERGED, NO_MEMORY, PREEMPTED)  # exactly one of these becomes of a run
+
+
+def whereabouts() -> dict:
+    """This process, so that another one can tell whether it is still there."""
+    return {"pid": os.getpid(), "host": socket.gethostname(), "boot": boot()}
+
+
+def boot() -> str | None:
+    """Of this start of this machine: a process id means nothing after the next one."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else None
+
+
+def alive(process: dict) -> bool:
+    """Whether a process of whereabouts() is there still; one on another machine is taken to be."""
+    if process["host"] != socket.gethostname():
+        return True
+    if process["boot"] != boot():
+        return False
+    try:
+        os.kill(process["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 class Run:
     """The folder of one run.
 
     config.json  resolved settings    metrics.jsonl  what was measured    checkpoints/  to resume from
-    result.json  there only when the run is done    failure.json  why it is not    student/  the trained model
+    result.json  there only when the run is done    student/  the trained model    log.txt  what it said in a sweep
+    state.json   what became of it: running and where, or how it ended
     """
 
     def __init__(self, root: Path, name: str):
         self.name = name
         self.folder = Path(root) / name
+        self.begun = time.monotonic()
 
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
@@ -128,7 +172,7 @@ class Run:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            owner = read_json(self / ".owner.json") or {}
+            owner = read_json(self / "state.json") or {}
             used = (
                 f"{self.folder} is being used by another process ({owner.get('pid', 'unknown')} on "
                 f"{owner.get('host', 'this machine')}, since {owner.get('since', 'now')})"
@@ -138,23 +182,37 @@ class Run:
             console.print(f"{used}; waiting for it.", markup=False, soft_wrap=True)
             lock.acquire()
         try:
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            files.write_json(self / ".owner.json", {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
             yield
         finally:
             lock.release()
 
     def begin(self, config: dict) -> None:
-        """Write the resolved config; a failure of an earlier try is forgotten."""
+        """Write the resolved config; how an earlier try ended is forgotten."""
         for folder in (self.folder, self / "checkpoints"):
             files.clear(folder)
         files.write_json(self / "config.json", redacted(config))
-        (self / "failure.json").unlink(missing_ok=True)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        files.write_json(self / "state.json", {"state": RUNNING, **whereabouts(), "since": since})
+        self.begun = time.monotonic()
 
-    def fail(self, reason: str, **report) -> Path:
-        """Write why the run ended without a result."""
-        files.write_json(self / "failure.json", {"reason": reason, **report})
-        return self / "failure.json"
+    def end(self, state: str, reason: str = "", **report) -> Path:
+        """Write how this process's work on the run ended: one of ENDS, with wall time and peak memory of the try."""
+        report = {"seconds": round(time.monotonic() - self.begun, 2), **whereabouts(), **report}
+        report.setdefault("peak_memory", peak_memory())
+        files.write_json(self / "state.json", {"state": state, "reason": reason, **report})
+        return self / "state.json"
+
+    def state(self) -> dict:
+        """What became of the run, as {"state": …, "reason": …, …}: one of ENDS, running, stale or not begun."""
+        if (result := self.result()) is not None:
+            return {"state": DONE, "reason": "", **{k: v for k, v in result.items() if k in ("seconds", "peak_memory")}}
+        found = read_json(self / "state.json")
+        if found is None:
+            return {"state": "not begun", "reason": ""}
+        if found["state"] == RUNNING and not alive(found):
+            gone = f"its process {found['pid']} is gone; the same command goes on with it"
+            return found | {"state": "stale", "reason": gone}
+        return {"reason": "", **found}
 
     def weights(self) -> dict[str, str]:
         """Digests of the trained model's weights."""
@@ -171,6 +229,7 @@ class Run:
     def finish(self, result: dict) -> None:
         """Write the result, which makes the run done, and drop the checkpoints that nothing needs any more."""
         files.write_json(self / "result.json", result)
+        self.end(DONE, exit_code=0)
         shutil.rmtree(self / "checkpoints", ignore_errors=True)
 
 

@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 from typing import NamedTuple
 
 from kd.errors import UserError
-from kd.run import part_of_outcome, read_json, read_metrics
+from kd.run import Run, part_of_outcome, read_metrics
 
 ALONE = "language modelling alone"
 ONE_SEED = "1 seed: no error bar, so a small difference may be chance"
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 
     folder: Path
     overrides: list[str]
-    state: str  # done, failed, unfinished, missing, damaged
+    state: str  # as Run.state says, or missing, or damaged
     says: str
     result: dict | None
 
@@ -62,15 +62,16 @@ def manifest(root: Path, name: str) -> list[dict]:
 def read(root: Path, line: dict) -> Entry:
     """What became of a run, whatever is in its folder."""
     folder = root / line["run"]
-    state, says, result = "unfinished", "still running, or stopped: the same command goes on with it", None
+    result, going_on = None, "still running, or stopped: the same command goes on with it"
     try:
-        result, failure = read_json(folder / "result.json"), read_json(folder / "failure.json")
+        run = Run(root, line["run"])
+        result, found = run.result(), run.state()
         if result is not None:
             state, says, result = "done", "", sound(result)
-        elif failure is not None:
-            state, says = "failed", str(failure["reason"])
-        elif not folder.exists():
+        elif found["state"] == "not begun":
             state, says = "missing", "not started yet"
+        else:
+            state, says = str(found["state"]), str(found["reason"]) or going_on
     except UserError as error:
         state, says, result = "damaged", str(error), None
     except (KeyError, TypeError, AttributeError):

@@ -176,20 +176,25 @@ def test_a_rank_that_dies_ends_the_run_as_failed_and_leaves_no_other(root, numbe
     os.kill(rank := sorted(ranks_of(root))[number], signal.SIGKILL)
     output = process.communicate(timeout=30)[0]
     assert process.returncode == 2 and rank and "SIGKILL" in output and "Traceback" not in output, output
-    assert "killed by SIGKILL" in json.loads((folder(root, "fkl") / "failure.json").read_text())["reason"]
+    assert "killed by SIGKILL" in json.loads((folder(root, "fkl") / "state.json").read_text())["reason"]
     assert gone(root, 1) and not list(root.glob("fkl*/result.json"))
 
 
-def test_asked_to_end_its_ranks_end_too(root):
-    process = start(root, *TWO, "trainer.steps=3000")
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_asked_to_end_its_ranks_save_a_checkpoint_and_end_too(root, how):
+    process = start(root, f"trainer={how}", "trainer.steps=3000")
     wait_for(3, root, process)
     process.terminate()
-    assert process.wait(30) == 143 and gone(root, 1)
+    assert process.wait(60) == 143 and gone(root, 1)
+    state = json.loads((folder(root, "fkl") / "state.json").read_text())
+    step = int(re.search(r"step (\d+) of 3000", state["reason"])[1])
+    assert state["state"] == "preempted"
+    assert (folder(root, "fkl") / "checkpoints" / f"step-{step:08}.ckpt").exists()
 
 
 def test_what_is_not_finite_is_said_once_with_the_rows_of_all_ranks(root):
     output = train(root, *TWO, "lr=constant", "lr.peak=1e30", "trainer.clip=0", code=2)
-    report = json.loads((folder(root, "fkl") / "failure.json").read_text())
+    report = json.loads((folder(root, "fkl") / "state.json").read_text())
     assert "not finite" in report["reason"] and len(report["rows"]) == 4
     assert output.count("not finite") == 1 and "Traceback" not in output
 

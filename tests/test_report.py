@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import socket
 import statistics
 
 import pytest
@@ -160,14 +161,16 @@ def test_learning_curve_is_the_mean_at_the_steps_of_all_seeds(sweep):
 
 def test_failed_missing_unfinished_and_damaged_runs_are_listed_and_not_counted(sweep):
     sweep.losses(lm=[2.5], fkl=[2.3])
-    sweep.add(["loss=rkl"], {"failure.json": json.dumps({"reason": "train/loss is not finite at step 7"})})
-    sweep.add(["loss=jsd"], {"metrics.jsonl": ""}).add(["loss=mse", "data.files=my text.txt"])
+    diverged = {"state": "diverged", "reason": "train/loss is not finite at step 7"}
+    sweep.add(["loss=rkl"], {"state.json": json.dumps(diverged)})
+    gone = json.dumps({"state": "running", "pid": 1, "host": socket.gethostname(), "boot": "an earlier one"})
+    sweep.add(["loss=jsd"], {"state.json": gone}).add(["loss=mse", "data.files=my text.txt"])
     sweep.add(["loss=tvd"], {"result.json": '{"state": '}).add(["loss=skl"], {"result.json": '{"state": "done"}'})
     sweep.done("akl", 0, math.nan)
     page, says = sweep.page()
-    states = re.findall(r'<td class="(\w+)">', page[page.index('<table class="runs">') :])
-    assert [s for s in states if s != "number"] == [
-        "done", "done", "failed", "unfinished", "missing", "damaged", "damaged", "damaged",
+    states = re.findall(r'<td class="state ([\w ]+)">', page[page.index('<table class="runs">') :])
+    assert states == [
+        "done", "done", "diverged", "stale", "missing", "damaged", "damaged", "damaged",
     ]  # fmt: skip
     assert "train/loss is not finite at step 7" in page
     assert "python train.py loss=mse &#39;data.files=my text.txt&#39;" in page
@@ -244,7 +247,7 @@ def test_nothing_is_loaded_and_nothing_injected(sweep):
     sweep.losses(lm=[2.5, 2.6]).done(evil, 0, 2.4).done(evil, 1, 2.5, git=evil).done(
         "fkl", 0, 2.3, **{"data.name": evil}
     )
-    sweep.add([f"loss={evil}"], {"failure.json": json.dumps({"reason": evil})})
+    sweep.add([f"loss={evil}"], {"state.json": json.dumps({"state": "failed", "reason": evil})})
     page, _ = sweep.page()
     assert "<img" not in page and "&lt;img src=x onerror=alert(1)&gt;" in page
     assert page.count("<script") == page.count("</script>") == 1 + page.count('class="plotly-graph-div"')
@@ -260,7 +263,7 @@ def test_unknown_sweep_lists_those_there_are(sweep, capsys):
 
 
 def test_no_finished_run_lists_their_states(sweep):
-    sweep.add(["loss=fkl"]).add(["loss=rkl"], {"failure.json": '{"reason": "out of luck"}'})
+    sweep.add(["loss=fkl"]).add(["loss=rkl"], {"state.json": '{"state": "failed", "reason": "out of luck"}'})
     with pytest.raises(UserError, match=r"(?s)No run .* done yet.*missing +loss=fkl.*failed +loss=rkl  out of luck"):
         sweep.page()
 

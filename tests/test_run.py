@@ -148,10 +148,10 @@ def test_folder_in_use_by_another_process_is_an_error(begun):
 def test_non_finite_loss_is_a_failure_and_no_result(begun):
     output = train(begun, "lr=constant", "lr.peak=1e30", "trainer.clip=0", code=2)
     run = folder(begun, "fkl")
-    report = json.loads((run / "failure.json").read_text())
+    report = json.loads((run / "state.json").read_text())
     assert "not finite" in report["reason"] and report["rows"] and report["largest_weights"]
     assert not (run / "result.json").exists() and not (run / "student").exists()
-    assert str(run / "failure.json") in output.replace("\n", "")
+    assert str(run / "state.json") in output.replace("\n", "")
 
 
 def test_sigterm_is_no_success(begun):

@@ -29,7 +29,7 @@ def test_run_in_a_sweep_equals_the_run_alone(tmp_path):
 def test_one_failed_run_leaves_the_others_and_the_exit_code_says_so(tmp_path):
     output = train(tmp_path, "-m", "lr=constant", "lr.peak=1e30,1e-3,1e-4", "trainer.clip=0", "trainer.steps=4", code=1)
     states = [line.split()[1] for line in output.splitlines() if line.startswith("lr.peak=")]
-    assert states == ["failed", "done", "done"]
+    assert states == ["diverged", "done", "done"]
     assert "not finite" in output
 
 

@@ -1,0 +1,159 @@
+"""Search over continuous axes: a Hydra sweeper that asks Optuna which runs to make next, and ends hopeless ones early.
+
+python train.py -m hydra/sweeper=optuna lr.peak='tag(log,interval(1e-4,1e-2))' alpha.peak='interval(0,1)' loss=fkl,jsd
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import filelock
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.sweeper import Sweeper
+
+from kd.config import check_words
+from kd.errors import UserError
+from kd.progress import console, end_with
+from kd.run import Run, read_metrics
+
+MEASURE = "val/lm"  # what every run has, in nats per token
+
+
+class Search(Sweeper):
+    """Trials until n_trials are done, as many at once as the launcher has processes.
+
+    What has been tried is kept in sweeps/NAME.optuna beside the runs: the same command goes on, first with the trials
+    that were under way. Those to come depend on n_trials done before and the seed alone. prune: end a run whose loss is
+    behind the median of the runs before it at the same step.
+    """
+
+    __module__ = "hydra_plugins.kd"  # see kd.sweep.register
+
+    def __init__(self, n_trials: int, seed: int, prune: bool):
+        self.n_trials, self.seed, self.prune = n_trials, seed, prune
+
+    def setup(self, *, hydra_context, task_function, config) -> None:
+        self.hydra_context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> list[JobReturn]:
+        try:
+            optuna = _optuna()
+            fixed, space = self._space(optuna, arguments)
+        except UserError as error:
+            end_with(error)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        name = self.config.sweep or "multirun"
+        path = Path(self.config.root) / "sweeps" / f"{name}.optuna"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(path.with_suffix(".search")):  # a second copy of the command waits, and finds all done
+            backend = optuna.storages.journal.JournalFileBackend(str(path))
+            study = optuna.create_study(
+                storage=optuna.storages.JournalStorage(backend), study_name=str(fixed), load_if_exists=True
+            )
+            returns = self._work(optuna, study, fixed, space)
+        if any(r.status != JobStatus.COMPLETED for r in returns):
+            sys.exit(1)
+        return returns
+
+    def _work(self, optuna, study, fixed: list[str], space: dict) -> list[JobReturn]:
+        states = optuna.trial.TrialState
+        returns: list[JobReturn] = []
+        while True:
+            done = sum(t.state in (states.COMPLETE, states.PRUNED) for t in study.trials)
+            if (left := self.n_trials - done) <= 0:
+                break
+            under_way = [optuna.trial.Trial(study, t._trial_id) for t in study.trials if t.state == states.RUNNING]
+            # A sampler of its own for each batch: what it asks for depends on what was tried, not on interruptions.
+            study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials), constant_liar=True)
+            trials = under_way[:left]
+            while len(trials) < min(left, max(1, self.launcher.at_once())):
+                trials.append(study.ask(space))
+            jobs = [[*fixed, *(f"{key}={value}" for key, value in trial.params.items())] for trial in trials]
+            for job in jobs:
+                check_words(job)
+            self.validate_batch_is_legal(jobs)
+            watched = Watched(optuna, trials) if self.prune else None
+            said = [" ".join(job[len(fixed) :]) for job in jobs]
+            batch = self.launcher.launch(jobs, initial_job_idx=done, said=said, watch=watched)
+            for trial, job in zip(trials, batch, strict=True):
+                if job.status == JobStatus.COMPLETED:
+                    study.tell(trial.number, job.return_value)
+                elif watched and trial.number in watched.pruned:
+                    study.tell(trial.number, state=states.PRUNED)
+                else:
+                    study.tell(trial.number, state=states.FAIL)
+                    returns.append(job)
+            if all(job.status != JobStatus.COMPLETED for job in batch) and not (watched and watched.pruned):
+                return returns  # something is wrong with all of them
+        best = study.best_trial
+        said = "  ".join(f"{key}={value}" for key, value in best.params.items())
+        console.print(f"best of {len(study.trials)} trials: {MEASURE} {best.value:.4f} with  {said}", soft_wrap=True)
+        return returns
+
+    def _space(self, optuna, arguments: list[str]) -> tuple[list[str], dict]:
+        """What was typed without an axis, and the axes."""
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        fixed, space = [], {}
+        for override in parser.parse_overrides(arguments):
+            if override.is_sweep_override():
+                space[override.get_key_element()] = axis(optuna, override)
+            else:
+                fixed.append(override.input_line)
+        if not space:
+            raise UserError("A search needs an axis: type e.g. lr.peak='tag(log,interval(1e-4,1e-2))'.")
+        return fixed, space
+
+
+class Watched:
+    """Looks at the runs of some trials as they go, and says which are to end early."""
+
+    def __init__(self, optuna, trials: list):
+        self.trials, self.seen = trials, [0] * len(trials)
+        self.pruned: set[int] = set()
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=5)
+        for trial in trials:
+            trial.study.pruner = pruner
+
+    def __call__(self, number: int, run: Run) -> str | None:
+        """Why run `number` of the batch is to end now; None if it may go on."""
+        trial = self.trials[number]
+        for line in read_metrics(run / "metrics.jsonl"):
+            if MEASURE in line and line["step"] > self.seen[number] and math.isfinite(line[MEASURE]):
+                self.seen[number] = line["step"]
+                trial.report(line[MEASURE], line["step"])
+                if trial.should_prune():
+                    self.pruned.add(trial.number)
+                    return f"pruned: {MEASURE} {line[MEASURE]:.4f} at step {line['step']} is behind the median"
+        return None
+
+
+def axis(optuna, override: Override):
+    """The distribution of an override that sweeps: an interval, a range, or a choice."""
+    of = optuna.distributions
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        if "int" in value.tags:
+            return of.IntDistribution(int(value.start), int(value.end), log="log" in value.tags)
+        return of.FloatDistribution(value.start, value.end, log="log" in value.tags)
+    if isinstance(value, RangeSweep):
+        steps = [float(x) for x in override.sweep_string_iterator()]
+        if all(x.is_integer() for x in steps):
+            return of.IntDistribution(int(min(steps)), int(max(steps)), step=abs(int(value.step)))
+        return of.FloatDistribution(min(steps), max(steps), step=abs(value.step))
+    return of.CategoricalDistribution(list(override.sweep_string_iterator()))
+
+
+def _optuna():
+    try:
+        import optuna
+    except ModuleNotFoundError:
+        raise UserError("hydra/sweeper=optuna needs Optuna: type pip install 'kd[optuna]'.") from None
+    return optuna

@@ -1,0 +1,107 @@
+"""hydra/sweeper=optuna: trials by Optuna, a process each, resumed with the same trials, hopeless ones ended early."""
+
+import json
+import shutil
+import signal
+import sys
+import time
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from kd import search
+from kd.errors import UserError
+from kd.search import Watched, axis
+from tests.small import result, start, train
+
+optuna = pytest.importorskip("optuna")
+AXES = ("lr.peak=tag(log,interval(1e-4,1e-2))", "loss=fkl,rkl")
+WORDS = ("-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "trainer.steps=4", *AXES)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    root = tmp_path_factory.mktemp("searched")
+    return root, train(root, *WORDS)
+
+
+def trials(root) -> dict[str, tuple[tuple[str, ...], float]]:
+    """What was tried, and what came out."""
+    listed = json.loads((root / "sweeps" / "multirun.json").read_text())["runs"]
+    words = {line["run"]: tuple(w for w in line["overrides"] if w[:3] in ("lr.", "los")) for line in listed}
+    return {run: (axes, result(root / run)["final"]["val/lm"]) for run, axes in words.items()}
+
+
+def test_trials_are_runs_within_the_axes_and_the_best_is_said(searched):
+    root, output = searched
+    found = trials(root)
+    assert len(found) == 3
+    for words, _ in found.values():
+        axes = dict(word.split("=") for word in words)
+        assert 1e-4 <= float(axes["lr.peak"]) <= 1e-2 and axes["loss"] in ("fkl", "rkl")
+    assert f"best of 3 trials: val/lm {min(value for _, value in found.values()):.4f}" in output
+
+
+def test_again_is_nothing_to_do(searched):
+    root, _ = searched
+    before = {p: p.stat().st_mtime_ns for p in root.glob("fkl*/**/*")}
+    began = time.monotonic()
+    assert "best of 3 trials" in train(root, *WORDS)
+    assert time.monotonic() - began < 10 and before == {p: p.stat().st_mtime_ns for p in root.glob("fkl*/**/*")}
+
+
+def test_killed_goes_on_with_the_same_trials(searched, tmp_path):
+    root, _ = searched
+    process = start(tmp_path, *WORDS)
+    while not list(tmp_path.glob("[fr]kl*/state.json")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    train(tmp_path, *WORDS)
+    assert trials(tmp_path) == trials(root)
+
+
+def test_more_trials_are_added_to_those_there_are(searched, tmp_path):
+    root = tmp_path / "more"
+    shutil.copytree(searched[0], root)
+    train(root, *(w.replace("n_trials=3", "n_trials=4") for w in WORDS))
+    assert len(trials(root)) == 4 and trials(searched[0]).items() <= trials(root).items()
+
+
+def test_a_search_without_an_axis_says_what_one_is(tmp_path):
+    assert "needs an axis" in train(tmp_path, "-m", "hydra/sweeper=optuna", "loss=fkl", code=2)
+
+
+def test_what_to_type_without_optuna(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UserError, match=r"pip install 'kd\[optuna\]'"):
+        search._optuna()
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("x=interval(0,1)", optuna.distributions.FloatDistribution(0, 1)),
+        ("x=tag(log,interval(1e-4,1))", optuna.distributions.FloatDistribution(1e-4, 1, log=True)),
+        ("x=tag(int,interval(1,8))", optuna.distributions.IntDistribution(1, 8)),
+        ("x=range(1,10,3)", optuna.distributions.IntDistribution(1, 7, step=3)),
+        ("x=a,b", optuna.distributions.CategoricalDistribution(["a", "b"])),
+    ],
+)
+def test_axes_are_those_of_hydra(typed, expected):
+    assert axis(optuna, OverridesParser.create().parse_override(typed)) == expected
+
+
+def test_a_run_behind_the_median_of_the_others_is_ended(tmp_path):
+    study = optuna.create_study()
+    for value in (2.0, 2.1, 2.2, 2.3, 2.4):
+        trial = study.ask()
+        trial.report(value, 10)
+        study.tell(trial, value)
+    watched = Watched(optuna, [study.ask(), study.ask()])
+    for number, loss, ended in ((0, 2.1, False), (1, 2.5, True)):
+        lines = [{"step": 5, "train/loss": 9.0}, {"step": 10, "val/lm": loss}]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        said = watched(number, tmp_path)
+        assert bool(said) == ended and (not ended or "pruned: val/lm 2.5000 at step 10" in said)
+    assert watched.pruned == {watched.trials[1].number}
