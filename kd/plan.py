@@ -18,7 +18,6 @@ from kd.run import NO_SIGNAL, Run, group_of, identity, read_json
 
 Settings = conf.Node
 FORMAT = 1  # of stores
-RANKS = ("trainer.devices", "trainer.strategy", "trainer.shard_teacher")  # rounding apart, no part of a run
 
 
 def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
@@ -150,9 +149,7 @@ def plan(settings: Settings) -> Plan:
         of += [None if "teacher.name" in digests else name]  # of the Hub
         store = place(settings, files.digest_of(of)[:16], settings["logits"]["path"])
         digests["store"] = store.key
-    # In how many processes a run is done changes it by rounding only.
-    flat = {k: v for k, v in conf.flat(settings).items() if k not in RANKS}
-    run = Run(Path(settings["root"]), identity(flat, **digests))
+    run = Run(Path(settings["root"]), identity(conf.flat(settings), **digests))
     if source_of(settings) == "none" and settings["record"]:
         store = place(settings, files.digest_of([run.name, stored_part(settings)])[:16], settings["record"]["path"])
     return Plan(run, teacher, store)
