@@ -20,6 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kd.signals import Preempted, end_with_parent, requests
+
+if __name__ == "__main__":  # before anything is loaded that takes its time
+    requests.watch()
+
 # Before torch is loaded: its threads are to sleep while they wait, not to spin, or runs that share cores slow each
 # other down by far more than their share.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -35,7 +40,6 @@ from kd.errors import UserError
 from kd.plan import Settings, check_shards, corpus, kept_of, plan, resolve, source_of
 from kd.progress import Steps, console, end_with, show
 from kd.run import DIVERGED, FAILED, NO_MEMORY, PREEMPTED, Run, about, environment, export, peak_memory
-from kd.signals import Preempted, end_with_parent, requests
 
 if TYPE_CHECKING:
     from kd import models, ranks
@@ -79,9 +83,10 @@ def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
     with run.lock(wait):
         if result := run.result():
             return run, result
-        if settings["trainer"]["devices"] > 1:
-            return run, fit_in_ranks(run, settings, packed, name, store)
-        return run, fit(run, settings, packed, parts, name, store)
+        with run.recorded():
+            if settings["trainer"]["devices"] > 1:
+                return run, fit_in_ranks(run, settings, packed, name, store)
+            return run, fit(run, settings, packed, parts, name, store)
 
 
 def fit_in_ranks(

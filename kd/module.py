@@ -25,7 +25,8 @@ from kd.progress import console
 if TYPE_CHECKING:
     from kd.writer import Recorder
 
-STATE = ("tokens", "flops", "seconds", "train_metrics", "val_metrics")  # what a checkpoint keeps of a run
+# What a checkpoint keeps of a run.
+STATE = ("tokens", "flops", "seconds", "micro_batch", "train_metrics", "val_metrics")
 
 
 class Flops(NamedTuple):
@@ -245,7 +246,7 @@ class Distillation(lightning.LightningModule):
         checkpoint["kd"]["random"] = ranks.gather(state)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        for name in STATE:
+        for name in checkpoint["kd"].keys() & set(STATE):
             setattr(self, name, checkpoint["kd"][name])
         states = checkpoint["kd"]["random"]
         # With more ranks than there were, the new ones draw numbers of their own.

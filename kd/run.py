@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import xxhash
 from kd import files
 from kd.errors import UserError
 from kd.progress import console
+from kd.signals import EXIT_CODE
 
 # What a run is called, where it is kept and how often it is saved change nothing of what comes out.
 NO_PART = (
@@ -195,6 +197,20 @@ class Run:
         report.setdefault("peak_memory", peak_memory())
         files.write_json(self / "state.json", {"state": state, "reason": reason, **report})
         return self / "state.json"
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Whatever ends this process's work within, before it could say so itself, is how the run ended."""
+        try:
+            yield
+        except BaseException as error:
+            said = self.state()
+            if said["state"] == RUNNING or said.get("pid") != os.getpid():
+                code = error.code if isinstance(error, SystemExit) else 2 if isinstance(error, UserError) else 1
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                self.end(PREEMPTED if code == EXIT_CODE else FAILED, reason, exit_code=code,
+                         traceback=traceback.format_exc())  # fmt: skip
+            raise
 
     def state(self) -> dict:
         """What became of the run, as {"state": …, "reason": …, …}: one of ENDS, running, stale or not begun."""

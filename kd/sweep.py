@@ -35,7 +35,7 @@ from kd.errors import UserError
 from kd.progress import clock, console, end_with
 from kd.run import DIVERGED, DONE, ENDS, FAILED, NO_MEMORY, NO_SIGNAL, PREEMPTED, RUNNING, Run, group_of, read_json
 from kd.search import Search
-from kd.signals import EXIT_CODE, PARENT, Preempted, received, requests
+from kd.signals import ASKED, EXIT_CODE, PARENT, Preempted, received, requests
 
 
 class Lines(Sweeper):
@@ -289,8 +289,10 @@ class Pool:
     def _why(self, job: Job) -> tuple[str, str]:
         """State and reason of a run that could not say so itself."""
         code = job.process.returncode
-        if code == EXIT_CODE:
+        if code == EXIT_CODE or -code in ASKED:
             return PREEMPTED, "asked to end before its first step; the same command starts it"
+        if self.asked > 1 and code == -signal.SIGKILL:
+            return PREEMPTED, "asked to end at once; the same command goes on with it"
         if code == -signal.SIGKILL and killed_for_memory() > job.killed:
             return NO_MEMORY, "killed by the kernel, which had no memory left"
         if code < 0:
