@@ -37,11 +37,12 @@ from omegaconf import DictConfig
 from kd import config as conf
 from kd import data, sweep
 from kd.errors import UserError
-from kd.plan import Settings, corpus, kept_of, plan, resolve, source_of
+from kd.plan import Settings, check_shards, corpus, kept_of, plan, resolve, source_of
 from kd.progress import Steps, console, end_with, show
 from kd.run import DIVERGED, FAILED, NO_MEMORY, PREEMPTED, Run, about, environment, export, peak_memory
 
 if TYPE_CHECKING:
+    from kd import models, ranks
     from kd.models import Causal
     from kd.store import Store
 
@@ -83,7 +84,36 @@ def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
         if result := run.result():
             return run, result
         with run.recorded():
+            if settings["trainer"]["devices"] > 1:
+                return run, fit_in_ranks(run, settings, packed, name, store)
             return run, fit(run, settings, packed, parts, name, store)
+
+
+def fit_in_ranks(
+    run: Run, settings: Settings, packed: data.Packed, teacher_name: str | None, store: Store | None
+) -> dict:
+    """What fit() does, in several processes."""
+    from kd import ranks
+
+    run.begin(settings)
+    job = {"settings": settings, "run": run.name, "data": str(packed.folder), "teacher": teacher_name}
+    job["store"] = [store.path, str(store.cache)] if store else None
+    ranks.launch(__file__, run, job, settings["trainer"]["devices"])
+    return run.result()
+
+
+def fit_as_rank(job: ranks.Job) -> None:
+    """The part of one process in that: its config comes resolved, and its data, teacher and store are there."""
+    from kd import ranks
+    from kd.store import Store
+
+    given, settings = job.given, job.given["settings"]
+    if ranks.number():
+        warnings.simplefilter("ignore")  # the first says it
+    packed = data.opened(Path(given["data"]))
+    store = Store(given["store"][0], Path(given["store"][1])) if given["store"] else None
+    run = ranks.Shared(Path(settings["root"]), given["run"], job)
+    fit(run, settings, packed, Parts(settings, packed), given["teacher"], store)
 
 
 def finished(teacher: Settings) -> str:
@@ -95,6 +125,10 @@ def finished(teacher: Settings) -> str:
 
 def prepare(settings: Settings) -> tuple[data.Packed, Parts]:
     """The data, packed, and the parts of the run, tried; all that can be wrong short of the models is found here."""
+    if settings["trainer"]["devices"] > 1:
+        from kd import ranks
+
+        ranks.check_devices(settings["trainer"])
     source, packing = corpus(settings)
     packed = data.pack(source, Path(settings["root"]) / "data", **packing)
     parts = Parts(settings, packed)
@@ -189,7 +223,7 @@ def fit(
     import lightning
     import torch
 
-    from kd import logits, models, offline
+    from kd import logits, models, offline, ranks, shards
     from kd.checkpoint import Checkpoints, DigestIO, newest
     from kd.hardware import out_of_memory, slowdown_in_bf16
     from kd.loggers import MetricsFile
@@ -213,41 +247,56 @@ def fit(
             torch.manual_seed(settings["teacher"]["seed"])
             teacher = models.build(size, teacher_name, vocab, seq_len, "teacher.name")
         costs["teacher"] = models.cost(teacher.model, seq_len)
+    sharded = in_shards(settings, costs, teacher)
     run.begin(settings)
-    checkpoint = newest(run / "checkpoints")
+    checkpoint = ranks.gather(newest(run / "checkpoints") if ranks.number() == 0 else None)[0]
+    if checkpoint and checkpoint.is_dir() != ("student" in sharded):
+        raise UserError(
+            f"{checkpoint} was saved {'in shards' if checkpoint.is_dir() else 'whole'}: go on with trainer.strategy="
+            f"{'fsdp' if checkpoint.is_dir() else 'ddp'}, or, to train anew, type:\n  rm -r {checkpoint.parent}"
+        )
     start = int(checkpoint.stem.partition("-")[2]) if checkpoint else 0
     told = about(run, flat, costs)
-    loggers = [MetricsFile(run / "metrics.jsonl", start), *parts.logger(folder=run.folder, about=told)]
-    progress = Steps(told.name, of["steps"], start)
+    first = ranks.number() == 0
+    loggers = [MetricsFile(run / "metrics.jsonl", start), *parts.logger(folder=run.folder, about=told)] if first else []
+    progress = Steps(told.name, of["steps"], start, shown=first)
+    passes = -(-len(packed.val) // (of["micro_batch"] * ranks.count())) if sharded else 0
+    validation = data.ValidationBatches(packed.val, of["micro_batch"], ranks.share(len(packed.val)), passes)
     recorder = offline.recorder(settings, packed, parts.keep, student, start) if settings["record"] else None
     reads = {"online": 1.0, "cotrained": 3.0}.get(how, 0.0)  # forward passes of the teacher, or what learning costs
     module = Distillation(
         student, teacher, parts.logits(store or teacher), objective, parts.alpha, parts.lr, parts.optim,
         steps=of["steps"], micro_batch=of["micro_batch"], clip=of["clip"], log_every=of["log_every"],
-        val_every=of["val_every"], validation=data.ValidationBatches(packed.val, of["micro_batch"]),
+        val_every=of["val_every"], validation=validation,
         flops=Flops(3 * costs["student"].flops_per_token, reads * costs["teacher"].flops_per_token if reads else 0.0),
         bytes_per_token=packed.bytes_per_token, watch=progress.update,
         reference=store.reference if store else logits.online(teacher) if teacher else None, learns=how == "cotrained",
-        recorder=recorder,
+        recorder=recorder, sharded=sharded,
     )  # fmt: skip
     if of["compile"]:
         for model in (student, *module.outside):
             model.model.base_model.compile()
+    processes = ranks.lightning_arguments(of["devices"], "student" in sharded)
+    processes["plugins"] = [DigestIO(), *processes["plugins"]]
     trainer = lightning.Trainer(
-        accelerator=of["accelerator"], devices=1, precision=conf.PRECISIONS[of["precision"]],
-        max_steps=of["steps"], max_epochs=-1, logger=loggers, plugins=[DigestIO()],
+        accelerator=of["accelerator"], **processes, precision=conf.PRECISIONS[of["precision"]],
+        max_steps=of["steps"], max_epochs=-1, logger=loggers,
         callbacks=[Checkpoints(run / "checkpoints", of["checkpoint_every"])],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=run.folder,
     )  # fmt: skip
-    if of["precision"] == "bf16" and (slowdown := slowdown_in_bf16(trainer.strategy.root_device)) > 1.5:
+    if first and of["precision"] == "bf16" and (slowdown := slowdown_in_bf16(trainer.strategy.root_device)) > 1.5:
         console.print(f"This processor has no arithmetic for bf16: a product takes {slowdown:.0f} times as long as in "
                       "fp32. trainer.precision=fp32 is faster here.", soft_wrap=True)  # fmt: skip
     final = None
     try:
         batches = data.Batches(packed.train, of["batch"], settings["seed"], start, of["steps"],
-                               among, store.read if store else None)  # fmt: skip
+                               among, store.read if store else None, ranks.share(of["batch"]))  # fmt: skip
         with requests.in_steps():
             trainer.fit(module, batches, ckpt_path=checkpoint)
+        memory = max(ranks.gather(peak_memory()))
+        weights = shards.weights(student) if "student" in sharded else None
+        if not first:
+            return {}
         final = module.val_metrics
         result = {
             "state": "done", "run": run.name, "config": flat, "environment": environment(),
@@ -256,10 +305,13 @@ def fit(
             "train_rows": len(packed.train if among is None else among),
             "entropy": packed.entropy, "bytes_per_token": packed.bytes_per_token,
             "tokens": module.tokens, "flops": module.flops, "seconds": round(module.seconds, 2),
-            "peak_memory": peak_memory(), "micro_batch": module.micro_batch, "final": final,
+            "peak_memory": memory, "micro_batch": module.micro_batch, "final": final,
         }  # fmt: skip
         if recorder:
             recorder.finish(student, packed.val, of["micro_batch"], of["steps"])
+        if weights:
+            student = models.build(**settings["student"], vocab=vocab, seq_len=seq_len, option="student.name")
+            student.load_state_dict(weights)
         export(run, student.model, parts.tokenizer, settings, result)
         result["weights"] = run.weights()
         run.finish(result)
@@ -270,7 +322,8 @@ def fit(
     except Preempted as error:
         where = f"asked to end at step {module.global_step} of {of['steps']}; the same command goes on with it"
         run.end(PREEMPTED, where, exit_code=error.code)
-        console.print(f"{told.name}: {where}", markup=False, soft_wrap=True)
+        if first:
+            console.print(f"{told.name}: {where}", markup=False, soft_wrap=True)
         raise
     except BaseException as error:
         full = isinstance(error, Exception) and out_of_memory(error)
@@ -288,6 +341,25 @@ def fit(
         progress.stop()
         for logger in loggers:
             logger.close(final)
+
+
+def in_shards(settings: Settings, costs: dict[str, models.Cost], teacher: Causal | None) -> tuple[str, ...]:
+    """Which of student and teacher the ranks are to hold parts of."""
+    from kd import ranks, shards
+
+    of = settings["trainer"]
+    if ranks.count() == 1:
+        return ()
+    roles = ["student"] if of["strategy"] == "fsdp" else []
+    asked = of["shard_teacher"]
+    if source_of(settings) == "cotrained":
+        asked = of["strategy"] == "fsdp"
+    elif teacher and asked is None:
+        size = 2 if of["precision"] == "bf16" else 4
+        asked = not shards.fits(costs["teacher"].parameters, size, ranks.device(of["accelerator"]))
+        if asked:
+            check_shards(of, f"The teacher is too large for one device of {of['devices']}")
+    return (*roles, *(["teacher"] if teacher and asked else []))
 
 
 def quiet() -> None:
@@ -354,6 +426,11 @@ conf.register()
 sweep.register(resolve, plan, prepare)
 
 if __name__ == "__main__":
-    end_with_parent()
-    conf.check_words(sys.argv[1:])
-    main()
+    if sys.argv[1:2] == ["--rank"]:  # one of several processes of a run, started by kd.ranks
+        from kd import ranks
+
+        ranks.work(sys.argv[2:], fit_as_rank)
+    else:
+        end_with_parent()
+        conf.check_words(sys.argv[1:])
+        main()

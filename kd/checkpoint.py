@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback
 
-from kd import files
+from kd import files, ranks
 from kd.errors import UserError
 from kd.signals import Preempted, requests
 
@@ -35,8 +37,23 @@ class DigestIO(CheckpointIO):
         return torch.load(path, map_location=map_location or "cpu", weights_only=True)
 
     def remove_checkpoint(self, path) -> None:
+        if Path(path).is_dir():
+            shutil.rmtree(path)
         Path(path).unlink(missing_ok=True)
         _beside(Path(path)).unlink(missing_ok=True)
+
+
+def seal(temporary: Path, path: Path) -> None:
+    """Give a folder of shards that is whole its name, and a digest beside it."""
+    with files.atomic(_beside(path)) as note:
+        note.write_text(_digest(temporary))
+    shutil.rmtree(path, ignore_errors=True)  # a damaged one
+    os.replace(temporary, path)
+
+
+def _digest(path: Path) -> str:
+    """Of a file, or of all files of a folder."""
+    return files.digest_of({p.name: files.digest(p) for p in path.iterdir()}) if path.is_dir() else files.digest(path)
 
 
 def _beside(path: Path) -> Path:
@@ -56,7 +73,7 @@ def newest(folder: Path) -> Path | None:
     found = steps(folder)
     for path in found:
         note = _beside(path)
-        if note.exists() and files.digest(path) == note.read_text():
+        if note.exists() and _digest(path) == note.read_text():
             return path
         warnings.warn(f"{path} is damaged (its bytes are not those that were written); going back to the one before.")
     if found:
@@ -85,9 +102,10 @@ class Checkpoints(Callback):
         requests.watch()  # Lightning has put handlers of its own in their place
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        asked = ranks.any_of(requests.pending)
         if trainer.global_step == self.resumed_at:
             module.restore_random_state()
-        elif trainer.global_step % self.every == 0 or requests.pending:
+        elif trainer.global_step % self.every == 0 or asked:
             now = time.monotonic()
             module.seconds += now - self.begun
             self.begun = now
@@ -98,8 +116,14 @@ class Checkpoints(Callback):
             trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:08}.ckpt")
             for old in steps(self.folder)[KEPT:]:
                 trainer.strategy.remove_checkpoint(old)
-        if requests.pending:  # also where it was resumed at this very step, and there is nothing new to save
+        if asked:  # also where it was resumed at this very step, and there is nothing new to save
+            self._finish(trainer)
             raise Preempted
 
     def on_train_end(self, trainer, module) -> None:
+        self._finish(trainer)
         module.seconds += time.monotonic() - self.begun
+
+    def _finish(self, trainer) -> None:
+        if hasattr(trainer.strategy, "finish_writing"):
+            trainer.strategy.finish_writing()

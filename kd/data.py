@@ -97,10 +97,11 @@ def pack(
                 with files.atomic(folder) as temporary:
                     temporary.mkdir(parents=True)
                     _write(temporary, corpus, **settings)
-    return _open(folder)
+    return opened(folder)
 
 
-def _open(folder: Path) -> Packed:
+def opened(folder: Path) -> Packed:
+    """What was packed into a folder; raises UserError if it is not what was written."""
     again = f"Remove it and type the same command again:\n  rm -r {folder}"
     manifest = read_json(folder / "manifest.json")
     if manifest.pop("digest", None) != files.digest_of(manifest):
@@ -272,15 +273,16 @@ class Batches:
     """The training batches of steps start … steps - 1; iterating again begins at `start` again.
 
     among: which rows to take; None for all of them. read: what a store holds of rows (index [B], ids [B, T]). Batches
-    are made ahead of their use, in a thread, so that no step waits for a disk.
+    are made ahead of their use, in a thread, so that no step waits for a disk. part: which rows of every batch.
     """
 
     def __init__(
         self, rows: np.ndarray, batch: int, seed: int, start: int, steps: int,
         among: np.ndarray | None = None, read: Callable[[np.ndarray, np.ndarray], object] | None = None,
+        part: slice = slice(None),
     ):  # fmt: skip
         self.rows, self.batch, self.seed, self.start, self.steps = rows, batch, seed, start, steps
-        self.among, self.read = among, read
+        self.among, self.read, self.part = among, read, part
 
     def __iter__(self) -> Iterator[Batch]:
         return ahead(map(self._make, range(self.start, self.steps)))
@@ -291,7 +293,9 @@ class Batches:
         if self.among is not None:
             index = self.among[index]
         shape = (self.batch, self.rows.shape[1] - 1)
-        batch = to_batch(self.rows[index], index, np.random.default_rng([self.seed, step, 1]).integers(0, 2**62, shape))
+        seed = np.random.default_rng([self.seed, step, 1]).integers(0, 2**62, shape)[self.part]
+        index = index[self.part]
+        batch = to_batch(self.rows[index], index, seed)
         return batch if self.read is None else batch._replace(stored=self.read(index, batch.ids.numpy()))
 
 
@@ -306,18 +310,27 @@ def ahead(items: Iterator, count: int = 2) -> Iterator:
 
 
 class ValidationBatches:
-    """The validation rows, in order, `batch` at a time."""
+    """The validation rows, in order, `batch` at a time. part: which of them. passes: at least so many batches, where
+    those without a row have one that does not count.
+    """
 
-    def __init__(self, rows: np.ndarray, batch: int):
+    def __init__(self, rows: np.ndarray, batch: int, part: slice = slice(None), passes: int = 0):
         self.rows, self.batch = rows, batch
+        self.index, self.passes = np.arange(len(rows))[part], passes
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch)
+        return max(self.passes, -(-len(self.index) // self.batch))
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.rows), self.batch):
-            index = np.arange(start, min(start + self.batch, len(self.rows)))
-            yield to_batch(self.rows[index], index, np.zeros((len(index), self.rows.shape[1] - 1), np.int64))
+        for start in range(0, len(self.index), self.batch):
+            index = self.index[start : start + self.batch]
+            yield self._make(index)
+        for _ in range(-(-len(self.index) // self.batch), self.passes):
+            batch = self._make(np.zeros(1, np.int64))
+            yield batch._replace(labels=batch.labels.fill_(IGNORE))
+
+    def _make(self, index: np.ndarray) -> Batch:
+        return to_batch(self.rows[index], index, np.zeros((len(index), self.rows.shape[1] - 1), np.int64))
 
 
 def to_batch(rows: np.ndarray, index: np.ndarray, seed: np.ndarray) -> Batch:

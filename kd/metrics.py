@@ -75,5 +75,11 @@ class Measures:
             for name, value in self.sums.items()
         }
 
+    def add(self, tokens: int, sums: dict[str, Tensor]) -> None:
+        """Add what another process has measured."""
+        self.tokens += tokens
+        for name, value in sums.items():
+            self._add(name, value)
+
     def _add(self, name: str, value: Tensor) -> None:
         self.sums[name] = self.sums.get(name, 0) + value

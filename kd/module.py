@@ -13,6 +13,7 @@ import lightning
 import torch
 from torch import Tensor
 
+from kd import ranks, shards
 from kd.data import IGNORE, Batch
 from kd.hardware import hold_in, keep_freed, out_of_memory
 from kd.logits import Source
@@ -50,7 +51,8 @@ class Distillation(lightning.LightningModule):
     the split into micro-batches changes nothing. `source` gives the training signal (None: language modelling alone),
     `reference` what validation measures against. A finished `teacher` is kept out of the module tree: it is neither
     saved, nor trained, nor put in train mode; one that `learns` is part of it, and learns by language modelling.
-    `recorder` is shown what the student says of each batch.
+    `recorder` is shown what the student says of each batch. `sharded`: which of student and teacher the ranks hold
+    parts of, where there are several.
     """
 
     def __init__(
@@ -74,13 +76,14 @@ class Distillation(lightning.LightningModule):
         reference: Source | None = None,
         learns: bool = False,
         recorder: Recorder | None = None,
+        sharded: tuple[str, ...] = (),
     ):
         super().__init__()
         self.automatic_optimization = False
         self.student = student
         self.teacher = teacher if learns else None
         self.outside = [teacher.eval().requires_grad_(False)] if teacher is not None and not learns else []
-        self.reference, self.recorder = reference, recorder
+        self.reference, self.recorder, self.sharded = reference, recorder, sharded
         self.source, self.objective, self.alpha, self.lr, self.optimizer = source, objective, alpha, lr, optimizer
         self.steps, self.micro_batch, self.clip = steps, micro_batch, clip
         self.log_every, self.val_every, self.validation = log_every, val_every, validation
@@ -90,6 +93,15 @@ class Distillation(lightning.LightningModule):
         self.train_metrics: dict[str, float] = {}
         self.val_metrics: dict[str, float] = {}
         self._random_state: dict | None = None
+
+    def configure_model(self) -> None:
+        ranks.same_start(self)
+        if self.trainer.precision == "bf16-mixed":
+            for teacher in self.outside:
+                hold_in(torch.bfloat16, teacher)
+        teacher = self.outside[0] if self.outside else self.teacher
+        for role in self.sharded:
+            shards.shard({"student": self.student, "teacher": teacher}[role], self.trainer.strategy.root_device)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Weight decay on matrices alone, as usual for transformers."""
@@ -104,8 +116,6 @@ class Distillation(lightning.LightningModule):
             keep_freed()
         for teacher in self.outside:
             teacher.to(self.device)
-            if self.trainer.precision == "bf16-mixed":
-                hold_in(torch.bfloat16, teacher)
 
     def training_step(self, batch: Batch, index: int) -> None:
         progress = self._progress()
@@ -113,10 +123,15 @@ class Distillation(lightning.LightningModule):
         optimizer = self.optimizers()
         for group in optimizer.param_groups:
             group["lr"] = self.lr(progress)
-        tokens = int((batch.labels != IGNORE).sum())
+        tokens = int(ranks.total((batch.labels != IGNORE).sum()))
         sums, teacher_lm = self._gradients(batch, alpha, tokens)
         models = [self.student, *([self.teacher] if self.teacher is not None else [])]
-        norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), self.clip or math.inf).item() for m in models]
+        sums = ranks.total(sums)
+        if self.teacher is not None:
+            teacher_lm = ranks.total(torch.tensor(teacher_lm, dtype=torch.float64, device=self.device)).item()
+        ranks.sum_gradients(self.parameters())
+        norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), self.clip or math.inf) for m in models]
+        norms = [shards.whole(norm).item() for norm in norms]
         loss, kd, lm = (sums / max(tokens, 1)).tolist()
         metrics = {"loss": loss, "lm": lm, **({"kd": kd} if alpha else {}), "grad_norm": norms[0]}
         if self.teacher is not None:
@@ -141,7 +156,7 @@ class Distillation(lightning.LightningModule):
                 return self._in_parts(batch, alpha, tokens)
             except (RuntimeError, MemoryError, OSError) as error:
                 rows = min(self.micro_batch, len(batch.ids))
-                if rows == 1 or not out_of_memory(error):
+                if rows == 1 or self.sharded or not out_of_memory(error):  # in shards, ranks go on together
                     raise
                 traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
             self.micro_batch = rows // 2
@@ -210,7 +225,10 @@ class Distillation(lightning.LightningModule):
                 hidden = self.student.hidden(batch.ids)[kept]
                 measures.update(self.student.head, hidden, batch.labels[kept], signal)
         self.train()
-        result = measures.result()
+        whole = Measures()
+        for tokens, sums in ranks.gather((measures.tokens, {k: v.cpu() for k, v in measures.sums.items()})):
+            whole.add(tokens, sums)
+        result = whole.result()
         if self.bytes_per_token is not None:
             result["bpb"] = result["lm"] / math.log(2) / self.bytes_per_token
         bad = [name for name, value in result.items() if not math.isfinite(value)]
@@ -222,14 +240,17 @@ class Distillation(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Only plain containers and tensors, so that it loads with weights_only=True."""
         checkpoint["kd"] = {name: getattr(self, name) for name in STATE}
-        checkpoint["kd"]["random"] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-        if torch.cuda.is_available():
-            checkpoint["kd"]["random"]["cuda"] = torch.cuda.get_rng_state_all()
+        state = {"torch": torch.get_rng_state(), "python": random.getstate()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint["kd"]["random"] = ranks.gather(state)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         for name in checkpoint["kd"].keys() & set(STATE):
             setattr(self, name, checkpoint["kd"][name])
-        self._random_state = checkpoint["kd"]["random"]
+        states = checkpoint["kd"]["random"]
+        # With more ranks than there were, the new ones draw numbers of their own.
+        self._random_state = states[ranks.number()] if ranks.number() < len(states) else None
 
     def restore_random_state(self) -> None:
         """Called where the checkpoint was made, at the start of a batch: what runs before draws from the generators."""
@@ -237,19 +258,19 @@ class Distillation(lightning.LightningModule):
             torch.set_rng_state(self._random_state["torch"].cpu())
             version, numbers, gauss = self._random_state["python"]
             random.setstate((version, tuple(numbers), gauss))
-            if len(self._random_state.get("cuda", ())) == torch.cuda.device_count() > 0:
-                torch.cuda.set_rng_state_all([s.cpu() for s in self._random_state["cuda"]])
+            if "cuda" in self._random_state and self.device.type == "cuda":
+                torch.cuda.set_rng_state(self._random_state["cuda"].cpu(), self.device)
             self._random_state = None
 
     def _report(self, what: str, metrics: dict, batch: Batch | None, alpha: float | None) -> dict:
-        weights = {n: p.abs().max().item() for n, p in self.student.named_parameters()}
+        weights = {n: shards.whole(p).abs().max().item() for n, p in self.student.named_parameters()}
         return {
             "what": what,
             "step": self.global_step,
             "values": {k: str(v) for k, v in metrics.items()},
             "alpha": alpha,
             "lr": self.lr(self._progress()),
-            "rows": batch.row.tolist() if batch is not None else None,
+            "rows": [row for rows in ranks.gather(batch.row.tolist()) for row in rows] if batch is not None else None,
             "largest_weights": {k: str(v) for k, v in sorted(weights.items(), key=lambda x: -x[1])[:5]},
             "last_good": {k: str(v) for k, v in self.train_metrics.items()},
         }

@@ -33,6 +33,7 @@ def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
     conf.check_targets(settings)
     conf.check_plain(settings)
     check_logits(settings, typed)
+    check_ranks(settings)
     own = tokenizer_name(settings)
     if settings["data"]["_target_"] == "kd.corpora.markov":
         own = "the states of the chain"
@@ -65,6 +66,45 @@ def check_logits(settings: Settings, typed: list[str]) -> None:
             "record=full: a teacher in training has another output layer at each step, so its whole distributions "
             "would take a number per token of the vocabulary. Take record=top_p_k, or record=random."
         )
+
+
+def check_ranks(settings: Settings) -> None:
+    """Raise UserError where the batch, or what is to be done, cannot be shared out among several processes."""
+    of = settings["trainer"]
+    if of["devices"] > of["batch"]:
+        raise UserError(
+            f"trainer.devices={of['devices']}: a batch of {of['batch']} rows leaves some without a row; type "
+            f"trainer.devices={of['batch']}, or trainer.batch={of['devices']}."
+        )
+    if of["devices"] > 1 and source_of(settings) == "none" and settings["record"]:
+        raise UserError(
+            f"trainer.devices={of['devices']}: one process records what a teacher says while it trains; type "
+            "trainer.devices=1, or leave record out."
+        )
+    for option in ("trainer.strategy=fsdp", "trainer.shard_teacher=true"):
+        name, value = option.removeprefix("trainer.").split("=")
+        if str(of[name]).lower() != value:
+            continue
+        if of["devices"] == 1:
+            raise UserError(f"{option}: there is one process and nothing to share; type trainer.devices=2.")
+        check_shards(of, option)
+    how = source_of(settings)
+    if of["shard_teacher"] and (how == "offline" or (how == "cotrained" and of["strategy"] != "fsdp")):
+        why = (
+            "no teacher is loaded" if how == "offline" else "it learns as the student does; type trainer.strategy=fsdp"
+        )
+        raise UserError(f"trainer.shard_teacher=true would do nothing with logits={how}: {why}. Leave it out.")
+
+
+def check_shards(of: Settings, option: str) -> None:
+    """Raise UserError where the ranks would not ask for the same shards at the same time."""
+    if of["batch"] % of["devices"]:
+        raise UserError(
+            f"{option}: each device needs as many rows as any other, and a batch has {of['batch']}; type "
+            f"trainer.batch={of['batch'] // of['devices'] * of['devices']}."
+        )
+    if of["compile"]:
+        raise UserError(f"{option}: trainer.compile=true is not made for models in shards; leave it out.")
 
 
 class Plan(NamedTuple):

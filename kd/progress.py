@@ -36,17 +36,17 @@ def clock(seconds: float) -> str:
 
 
 class Steps:
-    """Long work in equal steps: which of how many, tokens/s, time left."""
+    """Long work in equal steps: which of how many, tokens/s, time left. shown: False where another process shows it."""
 
-    def __init__(self, title: str, steps: int, start: int, unit: str = "step"):
-        self.steps, self.start, self.title, self.unit = steps, start, title, unit
+    def __init__(self, title: str, steps: int, start: int, unit: str = "step", shown: bool = True):
+        self.steps, self.start, self.title, self.unit, self.shown = steps, start, title, unit, shown
         self.begun, self.printed = time.monotonic(), 0.0
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
             TextColumn("{task.fields[say]}"), console=console, transient=True, refresh_per_second=4,
         )  # fmt: skip
         self.task = self.bar.add_task(title, total=steps, completed=start, say="")
-        if console.is_terminal:
+        if console.is_terminal and shown:
             self.bar.start()
 
     def update(self, step: int, tokens: int, also: str = "") -> None:
@@ -55,12 +55,12 @@ class Steps:
         left = spent / max(1, step - self.start) * (self.steps - step)
         say = f"{also}{tokens / max(spent, 1e-9):,.0f} tokens/s  {clock(left)} left"
         self.bar.update(self.task, completed=step, say=say)
-        if not console.is_terminal and (time.monotonic() - self.printed > 10 or step == self.steps):
+        if self.shown and not console.is_terminal and (time.monotonic() - self.printed > 10 or step == self.steps):
             self.printed = time.monotonic()
             print(f"{self.title}  {self.unit} {step}/{self.steps}  {say}", file=sys.stderr, flush=True)
 
     def stop(self) -> None:
-        if console.is_terminal:
+        if console.is_terminal and self.shown:
             self.bar.stop()
 
 

@@ -27,16 +27,10 @@ from kd.signals import EXIT_CODE
 
 # What a run is called, where it is kept and how often it is saved change nothing of what comes out.
 NO_PART = (
-    "root",
-    "sweep",
-    "n_jobs",
-    "on_failure",
-    "logger",
-    "trainer.checkpoint_every",
-    "trainer.accelerator",
-    "logits.path",
-    "record.path",
-)
+    "root", "sweep", "n_jobs", "on_failure", "logger", "trainer.checkpoint_every", "trainer.accelerator",
+    "trainer.devices", "trainer.strategy", "trainer.shard_teacher",  # by rounding alone
+    "logits.path", "record.path",
+)  # fmt: skip
 NO_SIGNAL = ("loss", "truncation", "temperature", "alpha")  # settings without a meaning under logits=none
 SECRET = re.compile(r"key|token$|secret|password|credential", re.IGNORECASE)
 

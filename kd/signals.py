@@ -31,12 +31,13 @@ class Requests:
 
     def __init__(self):
         self.pending = False  # a run is to save a checkpoint at its next step, and to raise Preempted
+        self.told = False  # by the process that started this one, whose signals alone count
         self._in_steps = False
 
     def watch(self) -> None:
         """Receive the signals from now on."""
         for number in ASKED:
-            signal.signal(number, self._received)
+            signal.signal(number, signal.SIG_IGN if self.told else self._received)
 
     @contextmanager
     def in_steps(self):
@@ -46,6 +47,12 @@ class Requests:
             yield
         finally:
             self._in_steps = False
+
+    def ask(self) -> None:
+        """What a signal does, from a thread."""
+        if not self._in_steps:
+            os._exit(EXIT_CODE)
+        self.pending = True
 
     def _received(self, number: int, frame) -> None:
         if self.pending or not self._in_steps:

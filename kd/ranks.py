@@ -1,0 +1,292 @@
+"""One run in several processes, its ranks: how they start and end, which rows are whose, and sums over all of them.
+
+The process that a person starts then trains nothing. It makes data, teacher and store, holds the run's lock, and
+serves the resolved config to its ranks, which compose none of their own; when one of them ends badly it ends the
+others, and when it is gone itself, by SIGKILL even, they end at once.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from kd.errors import UserError
+from kd.run import DONE, FAILED, PREEMPTED, Run
+from kd.signals import EXIT_CODE, Preempted, requests
+
+WORD = "--rank"  # how train.py is told that it is one: --rank NUMBER/OF PORT
+GRACE = 60  # seconds that ranks may take to save a checkpoint when they are asked to end
+BUCKET = 2**24  # gradients that are summed at once
+
+
+def count() -> int:
+    """How many processes work on this run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def number() -> int:
+    """Which of them this one is; 0 is the one that writes files."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share(rows: int) -> slice:
+    """Which of so many rows are this rank's: as many for each as can be, the first ranks have one more."""
+    each, more = divmod(rows, count())
+    start = number() * each + min(number(), more)
+    return slice(start, start + each + (number() < more))
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of `values` over all ranks, in place."""
+    if count() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def any_of(here: bool) -> bool:
+    """Whether it is so on any rank."""
+    if count() == 1:
+        return here
+    return bool(total(torch.tensor(int(here))))  # by gloo, whatever the device
+
+
+def gather(value) -> list:
+    """The values of all ranks, in their order."""
+    if count() == 1:
+        return [value]
+    values = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Add up the gradients of all ranks, so that every one has those of the whole batch."""
+    if count() == 1:
+        return
+    # Of a model in shards the gradients are summed as they are made.
+    left = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+    while left:
+        bucket, size = [], 0
+        while left and (not bucket or (size + left[0].numel() <= BUCKET and left[0].dtype == bucket[0].dtype)):
+            bucket.append(left.pop(0))
+            size += bucket[-1].numel()
+        flat = torch.cat([grad.reshape(-1) for grad in bucket])
+        dist.all_reduce(flat)
+        for grad, summed in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+            grad.copy_(summed.view_as(grad))
+
+
+def same_start(model: torch.nn.Module) -> None:
+    """Give all ranks the weights of the first, and each a stream of random numbers (dropout) of its own."""
+    if count() > 1:
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.data, 0)
+        torch.manual_seed(torch.initial_seed() + number())
+
+
+class Replicas(DDPStrategy):
+    """Lightning's DDP without its wrapper, which would sum gradients with every micro-batch, and average them.
+
+    The module calls parts of its models by themselves, several times per step, and sums once, by sum_gradients().
+    """
+
+    def configure_ddp(self) -> None:
+        pass
+
+
+def lightning_arguments(devices: int, sharded: bool) -> dict:
+    """What the Trainer is told of the processes. sharded: student and optimizer, see kd/shards.py."""
+    from kd.shards import Sharded
+
+    if count() == 1:
+        return {"devices": 1, "plugins": []}
+    # Named, so that none is detected: within a job of SLURM, say, Lightning would ask for as many tasks as ranks.
+    strategy = Sharded(count()) if sharded else Replicas()
+    return {
+        "devices": devices, "strategy": strategy, "plugins": [LightningEnvironment()], "use_distributed_sampler": False
+    }  # fmt: skip
+
+
+class Job:
+    """What a rank is told by the process that started it, and tells it."""
+
+    def __init__(self, place: str, port: str):
+        requests.told = True
+        requests.watch()
+        threading.Thread(target=_listen, daemon=True).start()
+        rank, of = map(int, place.split("/"))
+        self.store = dist.TCPStore("127.0.0.1", int(port), is_master=False)
+        self.given = json.loads(self.store.get("job"))
+        accelerator = self.given["settings"]["trainer"]["accelerator"]
+        backend = "gloo" if processor(accelerator) == "cpu" else "cpu:gloo,cuda:nccl"
+        if backend != "gloo":
+            torch.cuda.set_device(rank)
+        dist.init_process_group(backend, store=dist.PrefixStore("group", self.store), rank=rank, world_size=of)
+
+    def tell(self, what: str, value) -> bool:
+        """Say something that only the first to say it is heard with; whether this one was."""
+        said = json.dumps([number(), value])
+        return self.store.compare_set(what, "", said).decode() == said
+
+
+class Shared(Run):
+    """The folder of a run as its ranks see it: the process that started them begins it, and writes why it failed."""
+
+    def __init__(self, root: Path, name: str, job: Job):
+        super().__init__(root, name)
+        self.job = job
+
+    def begin(self, config: dict) -> None:
+        pass
+
+    def end(self, state: str, reason: str = "", **report) -> Path:
+        if state == DONE:
+            return super().end(state, reason, **report)
+        self.job.tell("end", {"state": state, "reason": reason, **report})
+        return self / "state.json"
+
+
+def work(words: list[str], fit) -> None:
+    """What a rank does, from the words it was started with to its exit code; fit(job) trains."""
+    job = Job(*words)
+    try:
+        fit(job)
+    except (UserError, PermissionError) as error:
+        job.tell("said", str(error))
+        sys.exit(2)
+    except Exception as error:  # the process that started this one prints it, if it was the first
+        reason = f"{type(error).__name__}: {error}"
+        job.tell("end", {"state": FAILED, "reason": reason, "traceback": traceback.format_exc()})
+        sys.exit(1)
+
+
+def _listen() -> None:
+    """Do what the process that started this one asks for by its standard input; end when it is gone."""
+    while os.read(0, 1):
+        requests.ask()
+    os._exit(1)
+
+
+def launch(program: str, run: Run, job: dict, ranks: int) -> None:
+    """Have so many processes do a job, and wait for them; the job's settings are a run's.
+
+    Raises UserError when one of them fails, as soon as it does; the others are ended, and state.json says why. Asked to
+    end, it asks the ranks, which save a checkpoint first; asked once more, it ends them at once.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():  # a teacher was made here, and its memory is the first rank's now
+        torch.cuda.empty_cache()
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    server.set("job", json.dumps(job))
+    processes = []
+    try:
+        for rank in range(ranks):
+            threads = str(max(1, (os.cpu_count() or 1) // ranks))
+            environment = {"OMP_NUM_THREADS": threads} | os.environ | {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+            environment.pop("GROUP_RANK", None)
+            command = [sys.executable, program, WORD, f"{rank}/{ranks}", str(server.port)]
+            # In sessions of their own, so that Ctrl-C reaches this process alone, which ends them.
+            processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True))
+        codes = _watch(processes)
+    except Preempted:
+        for process in processes:
+            with suppress(OSError):
+                os.write(process.stdin.fileno(), b"x")
+        deadline = time.monotonic() + GRACE
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        _preempted(run, server)
+        raise
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            process.stdin.close()
+    if EXIT_CODE in codes:
+        _preempted(run, server)
+        raise Preempted
+    if any(codes):
+        _failed(run, server, codes)
+
+
+def _watch(processes: list[subprocess.Popen]) -> list[int | None]:
+    """Exit codes, as they are when all have ended well or one has not."""
+    codes: list[int | None] = [None]
+    while None in codes and not any(codes):
+        time.sleep(0.05)
+        codes = [process.poll() for process in processes]
+    return codes
+
+
+def _heard(server: dist.TCPStore) -> dict:
+    """What the first rank that had something to say of its end said."""
+    return {what: json.loads(server.get(what))[1] for what in ("end", "said") if server.check([what])}
+
+
+def _preempted(run: Run, server: dist.TCPStore) -> None:
+    """Write that the run was asked to end, and in what step, if a rank said so."""
+    end = _heard(server).get("end", {})
+    reason = "asked to end; the same command goes on with it"
+    run.end(PREEMPTED, end["reason"] if end.get("state") == PREEMPTED else reason, exit_code=EXIT_CODE)
+
+
+def _failed(run: Run, server: dist.TCPStore, codes: list[int | None]):
+    """Say which rank failed first, and why: one that was killed said nothing, and the others only that it is gone."""
+    heard, said = _heard(server), None
+    killed = next((rank for rank, code in enumerate(codes) if code and code < 0), None)
+    if killed is not None:
+        name = signal.Signals(-codes[killed]).name
+        end = {"reason": f"rank {killed} of {len(codes)} was killed by {name}"}
+    elif heard:
+        said = heard.get("said")
+        end = heard.get("end") or {"reason": said}
+    else:
+        rank = next(rank for rank, code in enumerate(codes) if code)
+        end = {"reason": f"rank {rank} of {len(codes)} ended with exit code {codes[rank]}"}
+    where = run.end(**{"state": FAILED, "exit_code": 2} | end)
+    if said is None:
+        print(end.get("traceback", ""), file=sys.stderr, end="")
+        said = f"{run.name}: {end['reason']}. What is known of it is in {where}; the same command goes on with it."
+    raise UserError(said)
+
+
+def processor(accelerator: str) -> str:
+    """cpu or cuda: what several ranks compute on."""
+    return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+def device(accelerator: str) -> torch.device:
+    """What this rank computes on."""
+    kind = processor(accelerator)
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def check_devices(trainer: dict) -> None:
+    """Raise UserError where this machine has too few devices for the ranks."""
+    there = torch.cuda.device_count() if processor(trainer["accelerator"]) == "cuda" else trainer["devices"]
+    if trainer["accelerator"] == "mps":
+        there = 1
+    if trainer["devices"] > there:
+        raise UserError(
+            f"trainer.devices={trainer['devices']}: this machine has {there}; type trainer.devices={there}, or "
+            "trainer.accelerator=cpu for ranks that share its processor."
+        )
