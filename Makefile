@@ -1,4 +1,4 @@
-.PHONY: demo test lint bench
+.PHONY: demo test test-all lint bench
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -7,6 +7,9 @@ demo: .venv/installed
 	$(BIN)/python -m sweeps.report demo
 
 test: .venv/installed
+	$(BIN)/python -m pytest -n 2 -m "not fault and not slow"
+
+test-all: .venv/installed
 	$(BIN)/python -m pytest -n 2
 
 bench: .venv/installed

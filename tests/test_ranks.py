@@ -17,6 +17,8 @@ from kd import ranks
 from kd.errors import UserError
 from tests.small import folder, outcome, result, settings, start, train
 
+pytestmark = pytest.mark.slow
+
 TWO = ("trainer=ddp",)
 SOURCES = {
     "none": ("logits=none", "teacher=none", "student=200k"),
