@@ -267,7 +267,7 @@ def fit(
     from kd.checkpoint import Checkpoints, DigestIO, newest
     from kd.hardware import out_of_memory, slowdown_in_bf16
     from kd.loggers import MetricsFile
-    from kd.module import Distillation, Flops, NonFinite
+    from kd.module import Distillation, NonFinite
 
     quiet()
     of, flat = settings["trainer"], conf.flat(settings)
@@ -303,16 +303,11 @@ def fit(
     passes = -(-len(packed.val) // (of["micro_batch"] * ranks.count())) if sharded else 0
     validation = data.ValidationBatches(packed.val, of["micro_batch"], ranks.share(len(packed.val)), passes)
     recorder = offline.recorder(settings, packed, parts.keep, student, start) if settings["record"] else None
-    reads = {"online": 1.0, "cotrained": 3.0}.get(how, 0.0)  # forward passes of the teacher, or what learning costs
-    asked = reads * costs["teacher"].flops_per_token if reads else 0.0
-    if reads and flat["routing"] != "none":  # to decide which tokens are distilled; a teacher that learns runs anew
-        again = 2 * teacher.head.output.weight.numel()
-        asked += costs["teacher"].flops_per_token if how == "cotrained" else again
     module = Distillation(
         student, teacher, parts.logits(store or teacher), objective, parts.alpha, parts.lr, parts.optim,
         steps=of["steps"], micro_batch=of["micro_batch"], clip=of["clip"], log_every=of["log_every"],
         val_every=of["val_every"], validation=validation,
-        flops=Flops(3 * costs["student"].flops_per_token, asked),
+        flops=models.step_flops(how, flat["routing"] != "none", costs["student"], costs.get("teacher")),
         bytes_per_token=packed.bytes_per_token, watch=progress.update,
         reference=store.reference if store else logits.online(teacher) if teacher else None, learns=how == "cotrained",
         recorder=recorder, sharded=sharded, route=parts.route,

@@ -7,7 +7,7 @@ import shutil
 import statistics
 import time
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -65,13 +65,13 @@ def of_run(settings: Settings, packed: Packed, objective: Objective, vocab: int)
     shape = {k: v for k, v in part_of_outcome(flat(settings)).items() if not k.startswith(NO_SHAPE)}
     shape |= {k: settings["trainer"][k] for k in ("accelerator", "devices", "strategy")}
     key = json.dumps([shape, vocab], sort_keys=True)
+    loaded = before_measuring()
     if key not in _measured:
         _measured[key] = _measure(settings, packed, objective, vocab)
     step, of, seq_len, how = _measured[key], settings["trainer"], settings["data"]["seq_len"], source_of(settings)
     student, teacher = step.costs["student"], step.costs.get("teacher")
-    runs = how in ("online", "cotrained")  # the teacher, in a step
     tokens = of["steps"] * of["batch"] * seq_len
-    once = 3 * student.flops_per_token + ({"online": 1, "cotrained": 3}[how] * teacher.flops_per_token if runs else 0)
+    once = sum(models.step_flops(how, flat(settings)["routing"] != "none", student, teacher))
     seconds = None
     if step.micro_batch is not None:
         rows = min(of["micro_batch"], of["batch"])
@@ -83,8 +83,14 @@ def of_run(settings: Settings, packed: Packed, objective: Objective, vocab: int)
     learned = student.parameters + (teacher.parameters if how == "cotrained" else 0)
     memory = held(step.costs, settings) + step.kept
     if ranks.device(of["accelerator"]).type == "cpu":
-        memory += peak_memory()  # of what is loaded here, as in a run
+        memory += loaded
     return Estimate(tokens, seconds, 4 * student.parameters, student.parameters, tokens * once, memory, 24 * learned)
+
+
+@cache
+def before_measuring() -> int:
+    """Bytes that libraries and data take in a process before it makes a model, as in a run."""
+    return peak_memory()
 
 
 def held(costs: dict[str, Cost], settings: Settings) -> int:

@@ -7,7 +7,7 @@ import random
 import traceback
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import lightning
 import torch
@@ -18,7 +18,7 @@ from kd.data import IGNORE, Batch
 from kd.hardware import hold_in, keep_freed, out_of_memory
 from kd.logits import Source
 from kd.metrics import Measures
-from kd.models import Causal
+from kd.models import Causal, Flops
 from kd.objective import Objective, Signal, chunks, fitting
 from kd.progress import console
 
@@ -27,13 +27,6 @@ if TYPE_CHECKING:
 
 # What a checkpoint keeps of a run.
 STATE = ("tokens", "flops", "seconds", "micro_batch", "train_metrics", "val_metrics")
-
-
-class Flops(NamedTuple):
-    """Per token: a training step of the student (forward and backward), and a forward pass of the teacher."""
-
-    student: float
-    teacher: float
 
 
 class NonFinite(RuntimeError):

@@ -10,7 +10,8 @@ import torch
 from kd import module, ranks
 from kd.data import IGNORE, Batch
 from kd.errors import UserError
-from kd.module import Distillation, Flops
+from kd.models import Flops
+from kd.module import Distillation
 from kd.objective import Objective
 from kd.target import Target
 from tests.cases import LOSSES, TEMPERATURES, TREATMENTS, TRUNCATIONS, dense, logits, option
