@@ -17,7 +17,7 @@ import traceback
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kd.signals import Preempted, end_with_parent, requests
 
@@ -36,7 +36,7 @@ from omegaconf import DictConfig
 from kd import config as conf
 from kd import data, guard, sweep
 from kd.errors import UserError
-from kd.plan import Settings, check_shards, corpus, kept_of, plan, recording, resolve, source_of
+from kd.plan import Settings, check_shards, corpus, kept_of, plain_corpus, plan, recording, resolve, source_of
 from kd.progress import Steps, console, end_with, show, track
 from kd.remote import home
 from kd.run import DIVERGED, FAILED, NO_MEMORY, PREEMPTED, Run, about, environment, export, peak_memory
@@ -66,7 +66,7 @@ def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
 
     wait: for another process that works on the same run, instead of raising UserError.
     """
-    run, teacher, where = plan(settings)
+    run, teacher, start, where = plan(settings)
     if result := run.result():
         run.settle()
         if where and not where.manifest().exists() and source_of(settings) == "none":
@@ -87,13 +87,30 @@ def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
     elif teacher:
         name = finished(teacher)
     check_tokenizers(settings, parts.tokenizer, name)
+    made = Made(name, finished(start) if start else None, store, plain_text(settings))
     with run.lock(wait):
         if result := run.result():
             return run, result
         with run.recorded():
             if settings["trainer"]["devices"] > 1:
-                return run, fit_in_ranks(run, settings, packed, name, store)
-            return run, fit(run, settings, packed, parts, name, store)
+                return run, fit_in_ranks(run, settings, packed, made)
+            return run, fit(run, settings, packed, parts, made)
+
+
+class Made(NamedTuple):
+    """What was made for a run before it began."""
+
+    teacher: str | None  # folder, or name on the Hub
+    start: str | None  # folder of the weights that the student starts from
+    store: Store | None
+    plain: data.Packed | None  # text of the language-modelling term, where that is not the data's
+
+    def student(self, settings: Settings, vocab: int) -> Causal:
+        """The student as it starts."""
+        from kd import models
+
+        of = {"size": None, "name": self.start} if self.start else settings["student"]
+        return models.build(**of, vocab=vocab, seq_len=settings["data"]["seq_len"], option="student.name")
 
 
 def estimate(settings: Settings) -> dict[str, Estimate]:
@@ -101,12 +118,13 @@ def estimate(settings: Settings) -> dict[str, Estimate]:
     from kd import estimate as estimates
     from kd import offline
 
-    run, teacher, where = plan(settings)
+    run, teacher, start, where = plan(settings)
     if run.result() is not None:
         return {}
     packed, parts = prepare(settings)
     vocab, stored = len(parts.tokenizer), source_of(settings) == "offline"
     made = estimate(teacher) if teacher and not (stored and where.manifest().exists()) else {}
+    made |= estimate(start) if start else {}
     if stored and (record := recording(settings)):
         made = {} if where.manifest().exists() else estimate(record)
     elif stored and not where.manifest().exists():
@@ -127,15 +145,14 @@ def show_plan(all_settings: list[Settings], said: list[str], at_once: float) -> 
     estimates.show(made, names, done, all_settings[0], at_once)
 
 
-def fit_in_ranks(
-    run: Run, settings: Settings, packed: data.Packed, teacher_name: str | None, store: Store | None
-) -> dict:
+def fit_in_ranks(run: Run, settings: Settings, packed: data.Packed, made: Made) -> dict:
     """What fit() does, in several processes."""
     from kd import ranks
 
     run.begin(settings)
-    job = {"settings": settings, "run": run.name, "data": str(packed.folder), "teacher": teacher_name}
-    job["store"] = [store.path, str(store.cache)] if store else None
+    job = {"settings": settings, "run": run.name, "data": str(packed.folder), "teacher": made.teacher}
+    job |= {"start": made.start, "plain": str(made.plain.folder) if made.plain else None}
+    job["store"] = [made.store.path, str(made.store.cache)] if made.store else None
     ranks.launch(__file__, run, job, settings["trainer"]["devices"])
     return run.result()
 
@@ -150,13 +167,14 @@ def fit_as_rank(job: ranks.Job) -> None:
         warnings.simplefilter("ignore")  # the first says it
     packed = data.opened(Path(given["data"]))
     store = Store(given["store"][0], Path(given["store"][1])) if given["store"] else None
+    plain = data.opened(Path(given["plain"])) if given["plain"] else None
     run = ranks.Shared(settings["root"], given["run"], job)
-    fit(run, settings, packed, Parts(settings, packed), given["teacher"], store)
+    fit(run, settings, packed, Parts(settings, packed), Made(given["teacher"], given["start"], store, plain))
 
 
-def finished(teacher: Settings) -> str:
-    """The folder of the teacher that these settings make, trained first if there is none."""
-    made, outcome = train(teacher)
+def finished(model: Settings) -> str:
+    """The folder of the model that these settings make, trained first if there is none."""
+    made, outcome = train(model)
     made.verify(outcome)
     requests.end_if_asked()
     return str(made / "student")
@@ -178,12 +196,20 @@ def prepare(settings: Settings) -> tuple[data.Packed, Parts]:
     return packed, parts
 
 
+def plain_text(settings: Settings) -> data.Packed | None:
+    """The text of the language-modelling term, packed; None where it is the data's own."""
+    if settings["lm"] != "plain":
+        return None
+    source, packing = plain_corpus(settings)
+    return data.pack(source, home(settings["root"]) / "data", **packing)
+
+
 def teacher_model(settings: Settings, parts: Parts) -> Causal:
     """The finished teacher, made first if there is none."""
     from kd import models
 
     quiet()
-    _, teacher, where = plan(settings)
+    _, teacher, _, where = plan(settings)
     name = finished(teacher) if teacher else settings["teacher"]["name"]
     if name is None:
         raise UserError(f"There is no store at {where.path}, and teacher=none cannot write one.")
@@ -256,9 +282,7 @@ def check_tokenizers(settings: Settings, ours, teacher_name: str | None) -> None
             models.same_vocabulary(ours, theirs, f"{option}={name}")
 
 
-def fit(
-    run: Run, settings: Settings, packed: data.Packed, parts: Parts, teacher_name: str | None, store: Store | None
-) -> dict:
+def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: Made) -> dict:
     """Train, or go on with training, and write the result."""
     import lightning
     import torch
@@ -273,7 +297,7 @@ def fit(
     of, flat = settings["trainer"], conf.flat(settings)
     lightning.seed_everything(settings["seed"], verbose=False)
     seq_len, vocab = settings["data"]["seq_len"], len(parts.tokenizer)
-    student = models.build(**settings["student"], vocab=vocab, seq_len=seq_len, option="student.name")
+    student, teacher_name, store = made.student(settings, vocab), made.teacher, made.store
     costs = {"student": models.cost(student.model, seq_len)}
     how, teacher, among, objective = source_of(settings), None, None, parts.objective
     if store:
@@ -350,7 +374,7 @@ def fit(
         if recorder:
             recorder.finish(student, packed.val, of["micro_batch"], of["steps"])
         if weights:
-            student = models.build(**settings["student"], vocab=vocab, seq_len=seq_len, option="student.name")
+            student = made.student(settings, vocab)
             student.load_state_dict(weights)
         export(run, student.model, parts.tokenizer, settings, result)
         result["weights"] = run.weights()

@@ -27,7 +27,7 @@ SWEEPS = Path(__file__).parent.parent / "sweeps"
 # classes, and nothing else.
 MODULES = {"loss": "losses", "truncation": "truncation", "target": "treatment", "temperature": "temperature",
            "routing": "routing", "alpha": "schedules", "lr": "schedules", "logits": "logits", "record": "truncation",
-           "data": "corpora", "optim": "optimizers", "logger": "loggers"}  # fmt: skip
+           "data": "corpora", "plain": "corpora", "optim": "optimizers", "logger": "loggers"}  # fmt: skip
 CLASSES = ("torch.optim.AdamW", "torch.optim.Adam", "torch.optim.SGD")
 # Arguments that would make a library run code it downloaded or unpickle what it reads.
 FORBIDDEN = ("trust_remote_code", "allow_pickle", "weights_only", "use_safetensors")
@@ -160,7 +160,9 @@ def checked(function, node: Node, path: str) -> Node:
 
 PLAIN = {  # settings that no function takes as they are, and their types
     "": {"seed": int, "root": str, "scale": str, "sweep": str | None, "n_jobs": int | None, "on_failure": str,
-         "plan": bool},
+         "plan": bool, "lm": str},
+    "start": {"stage": str, "steps": int, "batch": int, "lr": float, "seed": int, "sft_steps": int, "sft_batch": int,
+              "sft_lr": float},
     "student": {"size": str | None, "name": str | None},
     "teacher": {"size": str | None, "name": str | None, "steps": int, "batch": int, "lr": float, "seed": int,
                 "precision": str},
@@ -174,6 +176,8 @@ CHOICES = {
     "strategy": ("auto", "ddp", "fsdp"),
     "precision": tuple(PRECISIONS),
     "on_failure": ("continue", "stop"),
+    "lm": ("data", "plain"),
+    "stage": ("scratch", "pretrained", "sft"),
     "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
     "size": (*SIZES, None),
 }
@@ -256,7 +260,9 @@ def register() -> None:
 
 GROUPS = {
     "data": "the text",
+    "plain": "plain text beside data=instructions: for start=…, lm=plain and the tokenizer",
     "student": "the model that learns; any other by student=hub student.name=HUB_NAME_OR_FOLDER",
+    "start": "what it was before",
     "teacher": "the model it learns from; a size is trained first, once (teacher.steps, teacher.lr, …)",
     "logits": "where the teacher's signal comes from",
     "record": "what a store of logits keeps: of a teacher's own training (logits=none), or for logits=offline to read",

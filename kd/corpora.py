@@ -34,6 +34,7 @@ class Corpus:
     streaming: bool = False
     entropy: float | None = None
     words: Sequence[str] | None = None
+    pairs: bool = False
 
 
 def python() -> Corpus:

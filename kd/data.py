@@ -40,10 +40,13 @@ class Batch(NamedTuple):
     row: object  # [B]    which row of the data
     seed: object  # [B, T] int64, a random number per position, for whatever samples
     stored: object = None  # what a store holds of these rows: Entries, or hidden states [B, T, D]
+    sampled: object = None  # what is known of text that a model wrote: kd.generate.Sampled
+    beside: object = None  # a Batch of plain text for the language-modelling term
 
     def split(self, rows: int) -> Iterator[Batch]:
         """Micro-batches of at most `rows` sequences."""
-        parts = [x.split(rows) for x in self if x is not None]
+        count = len(self.ids.split(rows))
+        parts = [[None] * count if x is None else x.split(rows) for x in self]
         return (Batch(*part) for part in zip(*parts, strict=True))
 
 
@@ -274,15 +277,16 @@ class Batches:
 
     among: which rows to take; None for all of them. read: what a store holds of rows (index [B], ids [B, T]). Batches
     are made ahead of their use, in a thread, so that no step waits for a disk. part: which rows of every batch.
+    beside: batches of plain text that go with these.
     """
 
     def __init__(
         self, rows: np.ndarray, batch: int, seed: int, start: int, steps: int,
         among: np.ndarray | None = None, read: Callable[[np.ndarray, np.ndarray], object] | None = None,
-        part: slice = slice(None),
+        part: slice = slice(None), beside: Batches | None = None,
     ):  # fmt: skip
         self.rows, self.batch, self.seed, self.start, self.steps = rows, batch, seed, start, steps
-        self.among, self.read, self.part = among, read, part
+        self.among, self.read, self.part, self.beside = among, read, part, beside
 
     def __iter__(self) -> Iterator[Batch]:
         return ahead(map(self._make, range(self.start, self.steps)))
@@ -296,7 +300,9 @@ class Batches:
         seed = np.random.default_rng([self.seed, step, 1]).integers(0, 2**62, shape)[self.part]
         index = index[self.part]
         batch = to_batch(self.rows[index], index, seed)
-        return batch if self.read is None else batch._replace(stored=self.read(index, batch.ids.numpy()))
+        if self.read is not None:
+            batch = batch._replace(stored=self.read(index, batch.ids.numpy()))
+        return batch if self.beside is None else batch._replace(beside=self.beside._make(step))
 
 
 def ahead(items: Iterator, count: int = 2) -> Iterator:

@@ -157,7 +157,7 @@ def write(settings: Settings, packed: data.Packed, keep: Keep, model: Causal, pa
 
 def recorder(settings: Settings, packed: data.Packed, keep: Keep, model: Causal, start: int) -> Recorder | None:
     """What stores the logits of a model in training, from step `start` on, if settings ask for that."""
-    run, _, where = plan(settings)
+    run, _, _, where = plan(settings)
     if source_of(settings) != "none" or where is None:
         return None
     of = described(settings, packed) | {"teacher": run.name, "weights": None}

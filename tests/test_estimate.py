@@ -19,9 +19,7 @@ def of(root, *words):
     return product.estimate(settings(root, *words))
 
 
-@pytest.mark.parametrize(
-    "words", ["logits=none", "logits=online", "logits=cotrained", "logits=online routing=entropy"]
-)
+@pytest.mark.parametrize("words", ["logits=none", "logits=online", "logits=cotrained", "logits=online routing=entropy"])
 def test_counts_before_are_those_of_the_result(words, taught, tmp_path):
     shutil.copytree(taught, tmp_path / "root")
     (said,) = of(tmp_path / "root", *words.split()).values()
