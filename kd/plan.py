@@ -174,7 +174,10 @@ def plan(settings: Settings) -> Plan:
     if start := start_settings(settings):
         digests["start"] = plan(start).run.name
     if settings["lm"] == "plain":
-        digests["plain"] = data.key(*plain_corpus(settings))
+        if not source.pairs:
+            raise UserError("lm=plain takes plain text beside instructions, and this data is plain text; leave it out.")
+        text, how = plain_corpus(settings)
+        digests["plain"] = data.key(text, **how)
     if source_of(settings) == "offline":
         part, name = stored_part(settings), settings["teacher"]["name"]
         of = [
@@ -238,7 +241,7 @@ def stored_part(settings: Settings) -> dict:
 
 
 def corpus(settings: Settings) -> tuple[Corpus, dict]:
-    """The text, and how it is packed; a pretrained model brings its own tokenizer, instructions take the plain text's."""
+    """The text, and how it is packed. Pretrained models bring a tokenizer; instructions take that of the plain text."""
     source, packing = _packing(settings, settings["data"], "data")
     if source.pairs and not packing["tokenizer"]:
         packing["tokenizer_of"] = plain_corpus(settings)
@@ -290,8 +293,8 @@ def cached_corpus(make, **arguments):
 def teacher_settings(settings: Settings) -> Settings:
     """A teacher of a size is itself a run: language modelling with the defaults, whatever the student's settings are.
 
-    It is what `python train.py logits=none teacher=none student=SIZE trainer.steps=… lr.peak=… data=…` would be; one for
-    instructions was pretrained on the plain text.
+    It is what `python train.py logits=none teacher=none student=SIZE trainer.steps=… lr.peak=… data=…` would be; on
+    instructions, after a run on the plain text.
     """
     of = settings["teacher"]
     start = "pretrained" if corpus(settings)[0].pairs else "scratch"
