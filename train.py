@@ -301,7 +301,9 @@ def fit(
     loggers = [MetricsFile(run / "metrics.jsonl", start), *parts.logger(folder=run.folder, about=told)] if first else []
     progress = Steps(told.name, of["steps"], start, shown=first)
     passes = -(-len(packed.val) // (of["micro_batch"] * ranks.count())) if sharded else 0
-    validation = data.ValidationBatches(packed.val, of["micro_batch"], ranks.share(len(packed.val)), passes)
+    validation = data.ValidationBatches(
+        packed.val, of["micro_batch"], ranks.share(len(packed.val)), passes, packed.val_spans
+    )
     recorder = offline.recorder(settings, packed, parts.keep, student, start) if settings["record"] else None
     reads = {"online": 1.0, "cotrained": 3.0}.get(how, 0.0)  # forward passes of the teacher, or what learning costs
     asked = reads * costs["teacher"].flops_per_token if reads else 0.0
@@ -334,7 +336,8 @@ def fit(
     final = None
     try:
         batches = data.Batches(packed.train, of["batch"], settings["seed"], start, of["steps"],
-                               among, store.read if store else None, ranks.share(of["batch"]))  # fmt: skip
+                               among, store.read if store else None, ranks.share(of["batch"]),
+                               packed.train_spans)  # fmt: skip
         with requests.in_steps():
             trainer.fit(module, batches, ckpt_path=checkpoint)
         memory = max(ranks.gather(peak_memory()))

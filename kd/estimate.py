@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kd import files, logits, models, ranks
 from kd.config import flat
-from kd.data import Batch, Packed, to_batch
+from kd.data import IGNORE, Batch, Packed, to_batch
 from kd.hardware import capacity, hold_in
 from kd.models import Causal, Cost
 from kd.objective import Objective, fitting
@@ -70,7 +70,7 @@ def of_run(settings: Settings, packed: Packed, objective: Objective, vocab: int)
     step, of, seq_len, how = _measured[key], settings["trainer"], settings["data"]["seq_len"], source_of(settings)
     student, teacher = step.costs["student"], step.costs.get("teacher")
     runs = how in ("online", "cotrained")  # the teacher, in a step
-    tokens = of["steps"] * of["batch"] * seq_len
+    tokens = round(of["steps"] * of["batch"] * packed.counted)
     once = 3 * student.flops_per_token + ({"online": 1, "cotrained": 3}[how] * teacher.flops_per_token if runs else 0)
     seconds = None
     if step.micro_batch is not None:
@@ -101,11 +101,12 @@ def of_store(settings: Settings, packed: Packed, keep, vocab: int, described: di
     teacher = Teacher.finished(model, described, keep, of["accelerator"])
     for _ in range(2):  # the first pass is slower
         out, begun = Rows(), time.perf_counter()
-        teacher.answer(packed.train, np.arange(min(of["micro_batch"], len(packed.train))), out)
+        index = np.arange(min(of["micro_batch"], len(packed.train)))
+        teacher.answer(packed.train, index, out, spans=packed.train_spans)
     share = len(packed.train) / len(out.bodies)
     output = model.head.output.weight
     beside = packed.val[:, 1:].size * output.shape[1] + (output.numel() if keep is None else 0)
-    tokens = len(packed.train) * seq_len
+    tokens = round(len(packed.train) * packed.counted)
     return Estimate(tokens, (time.perf_counter() - begun) * share, int(out.bytes * share) + 4 * beside)
 
 
@@ -133,9 +134,10 @@ def _measure(settings: Settings, packed: Packed, objective: Objective, vocab: in
         if half and how == "online":
             hold_in(torch.bfloat16, teacher)
     rows = packed.train[: min(trainer["micro_batch"], trainer["batch"])]
-    batch = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64))
+    spans = None if packed.train_spans is None else packed.train_spans[: len(rows)]
+    batch = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans)
     batch = Batch(*(x.to(device) for x in batch[:4]))
-    kept = torch.ones_like(batch.ids, dtype=torch.bool)
+    kept = batch.labels != IGNORE
     source = {"online": logits.online, "cotrained": logits.cotrained}.get(how, logits.none)(teacher)
     if how == "offline":
         source = partial(_stored, torch.linspace(0, 1, vocab, device=device).sin().log_softmax(-1))
