@@ -96,7 +96,7 @@ def held(costs: dict[str, Cost], settings: Settings) -> int:
 
 def of_store(settings: Settings, packed: Packed, keep, vocab: int, described: dict) -> Estimate:
     """Of writing the store that a run reads; of an untrained teacher, which a nucleus keeps more of than of any."""
-    seq_len, of = settings["data"]["seq_len"], settings["trainer"]
+    of = settings["trainer"]
     model = _teacher(settings, vocab)
     teacher = Teacher.finished(model, described, keep, of["accelerator"])
     for _ in range(2):  # the first pass is slower
@@ -104,10 +104,11 @@ def of_store(settings: Settings, packed: Packed, keep, vocab: int, described: di
         index = np.arange(min(of["micro_batch"], len(packed.train)))
         teacher.answer(packed.train, index, out, spans=packed.train_spans)
     share = len(packed.train) / len(out.bodies)
+    tokens = round(len(packed.train) * packed.counted)
+    size = out.bytes * share if keep is None else out.bytes / out.positions * tokens
     output = model.head.output.weight
     beside = packed.val[:, 1:].size * output.shape[1] + (output.numel() if keep is None else 0)
-    tokens = round(len(packed.train) * packed.counted)
-    return Estimate(tokens, (time.perf_counter() - begun) * share, int(out.bytes * share) + 4 * beside)
+    return Estimate(tokens, (time.perf_counter() - begun) * share, int(size) + 4 * beside)
 
 
 def _teacher(settings: Settings, vocab: int) -> Causal:

@@ -57,7 +57,7 @@ class Rows:
         self.positions += ids.size
 
     def add_entries(self, ids: np.ndarray, pieces: list[Positions], kept: np.ndarray | None = None) -> None:
-        """Rows ids [B, T] and what is kept of their positions, in order; of others than kept [B, T] there is nothing."""
+        """Rows ids [B, T] and entries of their positions, or of those that are kept [B, T], in order."""
         self.hashes += map(row_hash, ids)
         columns = ("count", "log_odds", "gap", "code")
         count, log_odds, gap, code = (np.concatenate([getattr(p, c).cpu().numpy() for p in pieces]) for c in columns)
@@ -294,8 +294,9 @@ def _announce(folder: Path, teacher: Teacher, packed: Packed, batch: int, rows: 
         out, started = Rows(), time.monotonic()
         teacher.answer(table, np.arange(min(batch, len(table))), out, spans=packed.train_spans)
     share = rows / len(out.bodies)
-    size, free = out.bytes * share, shutil.disk_usage(folder).free
-    tokens = rows * (table.shape[1] - 1)
+    each = packed.counted if teacher.keep else table.shape[1] - 1  # positions of a row that are stored
+    size, free = out.bytes / out.positions * rows * each, shutil.disk_usage(folder).free
+    tokens = round(rows * each)
     say = (
         f"{tokens:,} tokens at about {size / tokens:,.0f} bytes each, {files.amount(size)} in all, and "
         f"{files.amount(beside)} of output layer and validation rows; "
