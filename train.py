@@ -325,7 +325,9 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     loggers = [MetricsFile(run / "metrics.jsonl", start), *parts.logger(folder=run.folder, about=told)] if first else []
     progress = Steps(told.name, of["steps"], start, shown=first)
     passes = -(-len(packed.val) // (of["micro_batch"] * ranks.count())) if sharded else 0
-    validation = data.ValidationBatches(packed.val, of["micro_batch"], ranks.share(len(packed.val)), passes)
+    validation = data.ValidationBatches(
+        packed.val, of["micro_batch"], ranks.share(len(packed.val)), passes, packed.val_spans
+    )
     recorder = offline.recorder(settings, packed, parts.keep, student, start) if settings["record"] else None
     module = Distillation(
         student, teacher, parts.logits(store or teacher), objective, parts.alpha, parts.lr, parts.optim,
@@ -353,7 +355,8 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     final = None
     try:
         batches = data.Batches(packed.train, of["batch"], settings["seed"], start, of["steps"],
-                               among, store.read if store else None, ranks.share(of["batch"]))  # fmt: skip
+                               among, store.read if store else None, ranks.share(of["batch"]),
+                               packed.train_spans)  # fmt: skip
         with requests.in_steps():
             trainer.fit(module, batches, ckpt_path=checkpoint)
         memory = max(ranks.gather(peak_memory()))

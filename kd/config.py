@@ -23,11 +23,11 @@ from kd.sizes import SIZES
 CONF = Path(__file__).parent.parent / "conf"
 SWEEPS = Path(__file__).parent.parent / "sweeps"
 
-# A `_target_` of a group may name a public function of the group's module that has a yaml of its name, or one of these
+# A `_target_` of a group may name a public function of the group's modules that has a yaml of its name, or one of these
 # classes, and nothing else.
 MODULES = {"loss": "losses", "truncation": "truncation", "target": "treatment", "temperature": "temperature",
            "routing": "routing", "alpha": "schedules", "lr": "schedules", "logits": "logits", "record": "truncation",
-           "data": "corpora", "plain": "corpora", "optim": "optimizers", "logger": "loggers"}  # fmt: skip
+           "data": "corpora instructions", "plain": "corpora", "optim": "optimizers", "logger": "loggers"}  # fmt: skip
 CLASSES = ("torch.optim.AdamW", "torch.optim.Adam", "torch.optim.SGD")
 # Arguments that would make a library run code it downloaded or unpickle what it reads.
 FORBIDDEN = ("trust_remote_code", "allow_pickle", "weights_only", "use_safetensors")
@@ -57,7 +57,8 @@ def locate(target: str, path: str) -> tuple[str, str]:
     """
     module, _, name = str(target).rpartition(".")
     files = (CONF / path).glob("*.yaml") if path in MODULES else ()
-    allowed = sorted({f"kd.{MODULES[path]}.{f.stem}" for f in files if f.stem in _functions(MODULES[path])})
+    modules = MODULES.get(path, "").split()
+    allowed = sorted({f"kd.{m}.{f.stem}" for f in files for m in modules if f.stem in _functions(m)})
     allowed += CLASSES if path == "optim" else ()
     if target not in allowed:
         raise UserError(
@@ -298,7 +299,8 @@ def _options(group: str) -> Iterator[tuple[str, str]]:
         if first.startswith("#"):
             yield file.stem, first[1:].strip()
         else:
-            _, name = locate(first.split()[-1], group)
+            module, name = locate(first.split()[-1], group)
             settings = [line.replace(": ", "=") for line in file.read_text().splitlines()[2:]]
-            says = re.split(r"[.,;] (?=[A-Z(])|, nats|\. Raises", _functions(MODULES[group])[name])[0].rstrip(".")
+            explained = _functions(module.removeprefix("kd."))[name]
+            says = re.split(r"[.,;] (?=[A-Z(])|, nats|\. Raises", explained)[0].rstrip(".")
             yield file.stem, f"{says}{f' [{chr(32).join(settings)}]' if settings else ''}"
