@@ -84,18 +84,21 @@ class Packed:
 def key(corpus: Corpus, **settings) -> str:
     """Name of the packed data: a digest of everything that its content depends on."""
     content = files.stamp(settings.get("tokenizer"))
+    if of := settings.pop("tokenizer_of", None):
+        settings["tokenizer_of"] = key(of[0], **of[1])
     return files.digest_of([FORMAT, corpus.fingerprint, settings, content])[:16]
 
 
 def pack(
     corpus: Corpus, cache: Path, seq_len: int = 256, vocab: int = 1024, tokenizer: str | None = None,
     tokens: int | None = None, val_rows: int = 64, val_share: float = 0.05,
+    tokenizer_of: tuple[Corpus, dict] | None = None,
 ) -> Packed:  # fmt: skip
     """The corpus as rows of seq_len + 1 tokens, made once and kept in `cache`.
 
-    vocab: size of the tokenizer to train, unless `tokenizer` names a pretrained one. tokens: at most so many for
-    training, padding not counted (a smaller amount is a part of a larger one). Raises UserError for text too short for
-    one row.
+    vocab: size of the tokenizer to train, unless `tokenizer` names a pretrained one, or it is that of other text,
+    `tokenizer_of`, which is packed, too. tokens: at most so many for training, padding not counted (a smaller amount is a part of a
+    larger one). Raises UserError for text too short for one row.
     """
     settings = dict(seq_len=seq_len, tokens=tokens, val_rows=val_rows, val_share=val_share)
     for option, value in dict(seq_len=seq_len, val_rows=val_rows, tokens=tokens).items():
@@ -107,11 +110,13 @@ def pack(
     if tokenizer is None and not corpus.words and vocab < 257:
         raise UserError(f"data.vocab={vocab}: need at least 257, one token per byte and one for the end of a text.")
     settings |= {"tokenizer": tokenizer} if tokenizer else {"vocab": vocab}
-    folder = Path(cache) / key(corpus, **settings)
+    folder = Path(cache) / key(corpus, **settings, tokenizer_of=tokenizer_of)
     if not (folder / "manifest.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{folder}.lock"):
             if not (folder / "manifest.json").exists():
+                if tokenizer_of:
+                    settings["tokenizer"] = str(pack(tokenizer_of[0], cache, **tokenizer_of[1]).tokenizer)
                 files.clear(folder.parent, folder.name)
                 with files.atomic(folder) as temporary:
                     temporary.mkdir(parents=True)
