@@ -354,9 +354,12 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
                       "fp32. trainer.precision=fp32 is faster here.", soft_wrap=True)  # fmt: skip
     final = None
     try:
-        batches = data.Batches(packed.train, of["batch"], settings["seed"], start, of["steps"],
-                               among, store.read if store else None, ranks.share(of["batch"]),
-                               packed.train_spans)  # fmt: skip
+        order = of["batch"], settings["seed"], start, of["steps"]
+        mine = ranks.share(of["batch"])
+        beside = data.Batches(made.plain.train, *order, part=mine) if made.plain else None
+        batches = data.Batches(
+            packed.train, *order, among, store.read if store else None, mine, packed.train_spans, beside
+        )
         with requests.in_steps():
             trainer.fit(module, batches, ckpt_path=checkpoint)
         memory = max(ranks.gather(peak_memory()))

@@ -97,8 +97,8 @@ def pack(
     """The corpus as rows of seq_len + 1 tokens, made once and kept in `cache`.
 
     vocab: size of the tokenizer to train, unless `tokenizer` names a pretrained one, or it is that of other text,
-    `tokenizer_of`, which is packed, too. tokens: at most so many for training, padding not counted (a smaller amount is a part of a
-    larger one). Raises UserError for text too short for one row.
+    `tokenizer_of`, which is packed too. tokens: at most so many for training, padding not counted (a smaller amount is
+    a part of a larger one). Raises UserError for text too short for one row.
     """
     settings = dict(seq_len=seq_len, tokens=tokens, val_rows=val_rows, val_share=val_share)
     for option, value in dict(seq_len=seq_len, val_rows=val_rows, tokens=tokens).items():
