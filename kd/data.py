@@ -40,10 +40,12 @@ class Batch(NamedTuple):
     row: object  # [B]    which row of the data
     seed: object  # [B, T] int64, a random number per position, for whatever samples
     stored: object = None  # what a store holds of these rows: Entries, or hidden states [B, T, D]
+    sampled: object = None  # what is known of text that a model wrote: kd.generate.Sampled
 
     def split(self, rows: int) -> Iterator[Batch]:
         """Micro-batches of at most `rows` sequences."""
-        parts = [x.split(rows) for x in self if x is not None]
+        count = len(self.ids.split(rows))
+        parts = [[None] * count if x is None else x.split(rows) for x in self]
         return (Batch(*part) for part in zip(*parts, strict=True))
 
 
