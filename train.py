@@ -34,9 +34,20 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from kd import config as conf
-from kd import data, guard, sweep
+from kd import data, files, guard, sweep
 from kd.errors import UserError
-from kd.plan import Settings, check_shards, corpus, kept_of, plain_corpus, plan, recording, resolve, source_of
+from kd.plan import (
+    Settings,
+    check_shards,
+    corpus,
+    kept_of,
+    plain_corpus,
+    plan,
+    recording,
+    resolve,
+    rollout_of,
+    source_of,
+)
 from kd.progress import Steps, console, end_with, show, track
 from kd.remote import home
 from kd.run import DIVERGED, FAILED, NO_MEMORY, PREEMPTED, Run, about, environment, export, peak_memory
@@ -87,6 +98,8 @@ def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
     elif teacher:
         name = finished(teacher)
     check_tokenizers(settings, parts.tokenizer, name)
+    if rollout_of(settings) == "teacher":
+        packed = written_by_teacher(settings, packed, parts)
     made = Made(name, finished(start) if start else None, store, plain_text(settings))
     with run.lock(wait):
         if result := run.result():
@@ -217,6 +230,22 @@ def teacher_model(settings: Settings, parts: Parts) -> Causal:
     return models.build(None, name, len(parts.tokenizer), settings["data"]["seq_len"], "teacher.name")
 
 
+def written_by_teacher(settings: Settings, packed: data.Packed, parts: Parts) -> data.Packed:
+    """The data with the teacher's responses, which it writes once."""
+    from kd import ranks, rollout, written
+
+    of = plan(settings)
+    who = of.teacher and plan(of.teacher).run.name, files.stamp(settings["teacher"]["name"]), settings["teacher"]
+    key = files.digest_of([packed.folder.name, settings["rollout"], who])[:16]
+    folder = home(settings["root"]) / "rollouts" / key
+
+    def writers() -> rollout.Writers:
+        model = teacher_model(settings, parts).to(ranks.device(settings["trainer"]["accelerator"]))
+        return rollout.Writers(None, model, packed.end, settings["teacher"]["seed"])
+
+    return written.by_teacher(packed, folder, parts.rollout, writers)
+
+
 class Parts:
     """The functions that settings name, tried once on a small random target so that no wrong number gets further."""
 
@@ -227,11 +256,12 @@ class Parts:
         from kd.objective import Objective
         from kd.target import Target
 
-        axes = ("loss", "truncation", "target", "temperature", "routing", "alpha", "lr", "logits", "optim", "logger")
+        axes = ("loss", "truncation", "target", "temperature", "routing", "alpha", "lr", "logits", "optim", "logger",
+                "rollout")  # fmt: skip
         made = {name: conf.build(settings[name], name) for name in axes}
         self.alpha, self.lr, self.logits = made["alpha"], made["lr"], made["logits"]
         self.optim, self.logger = made["optim"], made["logger"]
-        self.route = made["routing"]
+        self.route, self.rollout = made["routing"], made["rollout"]
         node = {k: v for k, v in (settings["record"] or settings["truncation"]).items() if k != "path"}
         # What a store keeps; None for everything.
         self.keep = conf.build(node, "record") if kept_of(node) != {"name": "full"} else None
@@ -287,7 +317,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     import lightning
     import torch
 
-    from kd import logits, models, offline, ranks, shards
+    from kd import logits, models, offline, ranks, rollout, shards
     from kd.checkpoint import Checkpoints, DigestIO, newest
     from kd.hardware import out_of_memory, slowdown_in_bf16
     from kd.loggers import MetricsFile
@@ -329,6 +359,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         packed.val, of["micro_batch"], ranks.share(len(packed.val)), passes, packed.val_spans
     )
     recorder = offline.recorder(settings, packed, parts.keep, student, start) if settings["record"] else None
+    writers = rollout.Writers(student, teacher, packed.end, settings["seed"])
     module = Distillation(
         student, teacher, parts.logits(store or teacher), objective, parts.alpha, parts.lr, parts.optim,
         steps=of["steps"], micro_batch=of["micro_batch"], clip=of["clip"], log_every=of["log_every"],
@@ -337,6 +368,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         bytes_per_token=packed.bytes_per_token, watch=progress.update,
         reference=store.reference if store else logits.online(teacher) if teacher else None, learns=how == "cotrained",
         recorder=recorder, sharded=sharded, route=parts.route,
+        rollout=None if rollout_of(settings) in ("none", "teacher") else parts.rollout(writers),
     )  # fmt: skip
     if of["compile"]:
         for model in (student, *module.outside):

@@ -27,7 +27,8 @@ SWEEPS = Path(__file__).parent.parent / "sweeps"
 # classes, and nothing else.
 MODULES = {"loss": "losses", "truncation": "truncation", "target": "treatment", "temperature": "temperature",
            "routing": "routing", "alpha": "schedules", "lr": "schedules", "logits": "logits", "record": "truncation",
-           "data": "corpora instructions", "plain": "corpora", "optim": "optimizers", "logger": "loggers"}  # fmt: skip
+           "rollout": "rollout", "data": "corpora instructions", "plain": "corpora", "optim": "optimizers",
+           "logger": "loggers"}  # fmt: skip
 CLASSES = ("torch.optim.AdamW", "torch.optim.Adam", "torch.optim.SGD")
 # Arguments that would make a library run code it downloaded or unpickle what it reads.
 FORBIDDEN = ("trust_remote_code", "allow_pickle", "weights_only", "use_safetensors")
@@ -111,7 +112,19 @@ def check_types(function, settings: Node, path: str) -> None:
 
 
 # Arguments that kd gives, never the config.
-GIVEN = ("student", "target", "uncertainty", "progress", "params", "origin", "folder", "about", "corpus", "cache")
+GIVEN = (
+    "student",
+    "target",
+    "uncertainty",
+    "progress",
+    "params",
+    "origin",
+    "writers",
+    "folder",
+    "about",
+    "corpus",
+    "cache",
+)
 
 
 def _fits(value, hint) -> bool:
@@ -272,6 +285,7 @@ GROUPS = {
     "temperature": "how much to soften",
     "loss": "how student and teacher are compared, per position",
     "routing": "which tokens are distilled; the others are learned by language modelling alone",
+    "rollout": "who writes the responses of data=instructions that are learned from",
     "alpha": "share of distillation over time; the rest is language modelling",
     "lr": "learning rate over time",
     "optim": "the optimizer",

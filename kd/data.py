@@ -153,15 +153,13 @@ def _write(
         raise UserError(f"data.tokenizer={tokenizer}: has no token for the end of a text, which separates documents.")
     write = _write_examples if corpus.pairs else _write_text
     about = write(folder, corpus, documents, sides, fast, seq_len, tokens or math.inf, val_rows)
-    manifest = {
-        "source": corpus.fingerprint,
-        "vocab": len(fast),
-        "entropy": corpus.entropy,
-        **about,
-        "digests": {
-            str(p.relative_to(folder)): files.digest(p) for p in sorted(folder.rglob("*")) if p.is_file()
-        },
-    }  # fmt: skip
+    seal(folder, {"source": corpus.fingerprint, "vocab": len(fast), "entropy": corpus.entropy, **about})
+
+
+def seal(folder: Path, about: dict) -> None:
+    """Write the manifest of packed rows: what is said of them, and the digests of all files."""
+    there = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "manifest.json")
+    manifest = about | {"digests": {str(p.relative_to(folder)): files.digest(p) for p in there}}
     files.write_json(folder / "manifest.json", manifest | {"digest": files.digest_of(manifest)})
 
 

@@ -3,3 +3,9 @@
 
 class UserError(ValueError):
     """A mistake that the person at the keyboard can mend: says what was got, what is needed, what to type."""
+
+
+def check(option: str, got, good: bool, need: str) -> None:
+    """Raise UserError unless the value that an option got is good."""
+    if not good:
+        raise UserError(f"{option}={got}: need {need}.")

@@ -8,7 +8,7 @@ write the function here and two lines in conf/loss/NAME.yaml.
 import torch
 from torch import Tensor
 
-from kd.errors import UserError
+from kd.errors import check
 from kd.target import FLOOR, Target
 
 
@@ -31,7 +31,7 @@ def jsd(student: Tensor, target: Target, beta: float = 0.5) -> Tensor:
     2306.13649, eq. 1. The formula is 0 at both ends; there, as in the paper's limits, beta=0 means fkl and beta=1 means
     rkl. Raises UserError for beta outside [0, 1].
     """
-    _check("loss.beta", beta, 0 <= beta <= 1, "a number from 0 (fkl) to 1 (rkl)")
+    check("loss.beta", beta, 0 <= beta <= 1, "a number from 0 (fkl) to 1 (rkl)")
     if beta in (0, 1):
         return (fkl, rkl)[int(beta)](student, target)
     q, p = target.pair(student)
@@ -51,7 +51,7 @@ def akl(student: Tensor, target: Target, mu: float = 0.5) -> Tensor:
     2024, arXiv 2404.02657, section 4.
     Raises UserError for mu outside [0, 1].
     """
-    _check("loss.mu", mu, 0 <= mu <= 1, "a probability from 0 to 1")
+    check("loss.mu", mu, 0 <= mu <= 1, "a probability from 0 to 1")
     if mu == 1:  # all is head; a running sum in float32 could pass 1 before the end
         return fkl(student, target)
     q, p = target.pair(student)
@@ -68,7 +68,7 @@ def skl(student: Tensor, target: Target, alpha: float = 0.1) -> Tensor:
 
     Raises UserError for alpha outside [0, 1).
     """
-    _check("loss.alpha", alpha, 0 <= alpha < 1, "a number from 0 (fkl) to below 1")
+    check("loss.alpha", alpha, 0 <= alpha < 1, "a number from 0 (fkl) to below 1")
     if alpha == 0:
         return fkl(student, target)
     q, p = target.pair(student)
@@ -81,7 +81,7 @@ def srkl(student: Tensor, target: Target, alpha: float = 0.1) -> Tensor:
 
     Raises UserError for alpha outside [0, 1).
     """
-    _check("loss.alpha", alpha, 0 <= alpha < 1, "a number from 0 (rkl) to below 1")
+    check("loss.alpha", alpha, 0 <= alpha < 1, "a number from 0 (rkl) to below 1")
     if alpha == 0:
         return rkl(student, target)
     q, p = target.pair(student)
@@ -166,8 +166,3 @@ def _most_probable(p: Tensor, mu: float) -> Tensor:
         high = high - width * (running <= mu).sum(-1, keepdim=True)
         low = high - width
     return (p > high).scatter(-1, p.argmax(-1, keepdim=True), True)
-
-
-def _check(option: str, got, good: bool, need: str) -> None:
-    if not good:
-        raise UserError(f"{option}={got}: need {need}.")

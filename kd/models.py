@@ -54,9 +54,9 @@ class Causal(nn.Module):
         # The head shares the model's output layer; out of the module tree, so that its weights are counted once.
         self.__dict__["head"] = Head.of(model, vocab)
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """ids [B, T] -> last hidden states [B, T, D]."""
-        return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    def hidden(self, ids: Tensor, **cache) -> Tensor:
+        """ids [B, T] -> last hidden states [B, T, D]. cache: what is to be said of tokens that were read before."""
+        return self.model.base_model(input_ids=ids, **{"use_cache": False} | cache).last_hidden_state
 
     def check(self, option: str) -> None:
         """Raise UserError unless head(hidden(x)) is what the model itself says, so that no scale or cap is missed."""

@@ -24,7 +24,7 @@ from kd.objective import Objective, Signal, chunks, fitting
 from kd.progress import console
 
 if TYPE_CHECKING:
-    from kd.rollout import Rollout, Writers
+    from kd.rollout import Rollout
     from kd.writer import Recorder
 
 # What a checkpoint keeps of a run.
@@ -44,7 +44,7 @@ def sampled(signal: Signal, batch: Batch, kept: Tensor) -> Signal:
     """The signal, whose targets say what is known of text that a model wrote."""
     if batch.sampled is None:
         return signal
-    known = {name: x[kept] for name, x in batch.sampled._asdict().items() if x is not None}
+    known = batch.sampled.at(kept)
     return lambda rows: replace(signal(rows), sampled={name: x[rows] for name, x in known.items()})
 
 
@@ -65,7 +65,7 @@ class Distillation(lightning.LightningModule):
     the split into micro-batches changes nothing. `source` gives the training signal (None: language modelling alone),
     `reference` what validation measures against. A finished `teacher` is kept out of the module tree: it is neither
     saved, nor trained, nor put in train mode; one that `learns` is part of it, and learns by language modelling.
-    `rollout` says who writes the text that is distilled, `writers` are the models that it has for that.
+    `rollout` says who writes the text that is distilled.
     `recorder` is shown what the student says of each batch. `sharded`: which of student and teacher the ranks hold
     parts of, where there are several.
     """
@@ -94,7 +94,6 @@ class Distillation(lightning.LightningModule):
         sharded: tuple[str, ...] = (),
         route: Callable[[Callable[[], Tensor]], Tensor | None] = routing.none,
         rollout: Rollout | None = None,
-        writers: Writers | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -106,7 +105,7 @@ class Distillation(lightning.LightningModule):
         self.steps, self.micro_batch, self.clip = steps, micro_batch, clip
         self.log_every, self.val_every, self.validation = log_every, val_every, validation
         self.route, self.routes = route, getattr(route, "func", route) is not routing.none
-        self.rollout, self.writers = rollout, writers
+        self.rollout = rollout
         self.cost, self.bytes_per_token, self.watch = flops, bytes_per_token, watch
         self.tokens, self.flops, self.here = 0, 0.0, 0
         self.seconds = 0.0
@@ -181,11 +180,12 @@ class Distillation(lightning.LightningModule):
     def _tasks(self, batch: Batch, alpha: float) -> list[Task]:
         """What this step learns. Language modelling is never of what the student itself wrote."""
         beside, batch = batch.beside, batch._replace(beside=None)
-        written = self.rollout(batch, self.global_step, self.writers) if self.rollout and alpha else batch
-        if written is batch and beside is None:
-            tasks = [(batch, alpha, 1 - alpha)]
+        told = self.rollout(batch, self.global_step, self._progress()) if self.rollout and alpha else batch
+        own = told.sampled is not None and ranks.any_of(bool(told.sampled.by_student.any()))
+        if beside is None and not own:
+            tasks = [(told, alpha, 1 - alpha)]
         else:
-            tasks = [(written, alpha, None), (batch if beside is None else beside, None, 1 - alpha)]
+            tasks = [(told, alpha, None), (batch if beside is None else beside, None, 1 - alpha)]
             tasks = [task for task in tasks if task[1] or task[2]]
         return [Task(*task, int(ranks.total((task[0].labels != IGNORE).sum()))) for task in tasks]
 
@@ -312,6 +312,8 @@ class Distillation(lightning.LightningModule):
         bad = [name for name, value in result.items() if not math.isfinite(value)]
         if bad:
             raise NonFinite(self._report(f"val/{bad[0]}", result, None, None))
+        if self.rollout:
+            self.rollout.validated(result["lm"])
         self.val_metrics = {f"val/{name}": value for name, value in result.items()} | self._axes()
         self._log(self.val_metrics)
 
@@ -322,10 +324,13 @@ class Distillation(lightning.LightningModule):
         if self.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.device)
         checkpoint["kd"]["random"] = ranks.gather(state)
+        checkpoint["kd"]["rollout"] = ranks.gather(self.rollout.state() if self.rollout else {})
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         for name in checkpoint["kd"].keys() & set(STATE):
             setattr(self, name, checkpoint["kd"][name])
+        if self.rollout:
+            self.rollout.load(checkpoint["kd"]["rollout"][ranks.number()])
         states = checkpoint["kd"]["random"]
         # With more ranks than there were, the new ones draw numbers of their own.
         self._random_state = states[ranks.number()] if ranks.number() < len(states) else None

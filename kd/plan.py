@@ -96,6 +96,30 @@ def check_logits(settings: Settings, typed: list[str]) -> None:
         )
 
 
+def check_rollout(settings: Settings, source: Corpus) -> None:
+    """Raise UserError where nobody could write, or what is written would not be learned."""
+    name, how = rollout_of(settings), source_of(settings)
+    if name == "none":
+        return
+    said = f"rollout={name}"
+    if not source.pairs:
+        raise UserError(f"{said} writes responses to prompts, and this data is plain text; type data=instructions.")
+    if how in ("offline", "cotrained"):
+        why = "a store knows nothing of new text" if how == "offline" else "the teacher would write while it learns"
+        raise UserError(f"{said} with logits={how}: {why}; type logits=online.")
+    if how == "none" and name != "teacher":
+        raise UserError(f"{said} would do nothing, as logits=none learns from the data alone; type logits=online.")
+    if not any(settings["teacher"][k] for k in ("size", "name")):
+        raise UserError(f"{said} needs a teacher; type teacher=1m.")
+    if settings["record"]:
+        raise UserError(f"{said} and record: a store is of the text of the data. Leave one of them out.")
+
+
+def rollout_of(settings: Settings) -> str:
+    """Who writes: none, student, mixed, adaptive, teacher or pairs."""
+    return settings["rollout"]["_target_"].rpartition(".")[2]
+
+
 def check_ranks(settings: Settings) -> None:
     """Raise UserError where the batch, or what is to be done, cannot be shared out among several processes."""
     of = settings["trainer"]
@@ -163,6 +187,7 @@ class Place(NamedTuple):
 def plan(settings: Settings) -> Plan:
     """What is to be done; fast: no model, no torch. Data, teacher and store are part of a run's identity."""
     source, packing = corpus(settings)
+    check_rollout(settings, source)
     teacher = store = None
     digests = {"data": data.key(source, **packing)}
     for role in ("student", "teacher"):

@@ -34,7 +34,7 @@ def top_p(target: Target, p: float = 0.95) -> Target:
     Raises UserError for p outside (0, 1].
     """
     logp, columns = target.logp.sort(descending=True)
-    logp = _nucleus(logp, p)
+    logp = nucleus(logp, p)
     widest = int((logp > -math.inf).sum(-1).max())
     return target.keep(logp[:, :widest], columns[:, :widest])
 
@@ -46,7 +46,7 @@ def top_p_k(target: Target, p: float = 0.95, k: int = 50) -> Target:
     """
     # Cutting to k first leaves the running sums of the first k as they are, so the order of the two cuts is free.
     logp, columns = _top(target, k)
-    return target.keep(_nucleus(logp, p), columns)
+    return target.keep(nucleus(logp, p), columns)
 
 
 def random(target: Target, draws: int = 50) -> Target:
@@ -59,10 +59,10 @@ def random(target: Target, draws: int = 50) -> Target:
     if draws < 1:
         raise UserError(f"truncation.draws={draws}: need at least 1 draw, e.g. truncation.draws=50.")
     assert target.seed is not None and not target.rest
-    return _sampled(target, _drawn(target.logp.exp(), uniform(target.seed, draws)))
+    return _sampled(target, drawn(target.logp.exp(), uniform(target.seed, draws)))
 
 
-def _drawn(probability: Tensor, points: Tensor) -> Tensor:
+def drawn(probability: Tensor, points: Tensor) -> Tensor:
     """The columns [N, draws] in which points in (0, 1) fall where probabilities [N, K] lie side by side.
 
     Of many columns, first the block and then the column in it: a running sum over all of them has to be float64, lest
@@ -142,10 +142,10 @@ def _largest(logp: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _blocks(x: Tensor, fill: float) -> Tensor:
     """[N, K] as [N, blocks, BLOCK], filled up at the end."""
     missing = -x.shape[-1] % BLOCK
-    return (functional.pad(x, (0, missing), value=fill) if missing else x).view(len(x), -1, BLOCK)
+    return (functional.pad(x, (0, missing), value=fill) if missing else x).unflatten(-1, (-1, BLOCK))
 
 
-def _nucleus(logp: Tensor, p: float) -> Tensor:
+def nucleus(logp: Tensor, p: float) -> Tensor:
     """Log-probabilities sorted from the largest [N, K], with -inf where the ones before already add up to p."""
     if not 0 < p <= 1:
         raise UserError(f"truncation.p={p}: need a probability above 0 and at most 1, e.g. truncation.p=0.95.")

@@ -292,5 +292,5 @@ def test_draws_from_many_columns_are_those_of_one_running_sum(columns):
     points[:, 0] = 1 - 1e-12
     ends = probability.cumsum(-1)
     expected = torch.searchsorted(ends, points * ends[:, -1:], right=True)
-    drawn = truncation._drawn(probability, points)
-    assert torch.equal(drawn, expected) and (probability.gather(-1, drawn) > 0).all()
+    found = truncation.drawn(probability, points)
+    assert torch.equal(found, expected) and (probability.gather(-1, found) > 0).all()
