@@ -95,7 +95,8 @@ def wandb(folder: Path, about: About, project: str = "kd", entity: str | None = 
         run.define_metric(metrics, step_metric="tokens")
     view = WandbView(run)
     for line in read_metrics(folder / "metrics.jsonl") if new else ():  # of before there was this W&B run
-        view.log_metrics(line, line.pop("step"))
+        step = line.pop("step")
+        view.log_metrics(line, step)
     return [view]
 
 
@@ -103,9 +104,9 @@ def wandb_run(**what):
     """What wandb.init(**what) makes, and nothing that it should not hold; offline where it is not reachable."""
     import wandb
 
-    wandb.teardown()  # ends a run that died before its own finish, and has the environment read anew
+    _forget()  # a run that died before its own finish; and the environment is read anew
     os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+    mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
     what["settings"] = wandb.Settings(
         silent=True, console="off", finish_timeout=60, x_disable_stats=True, disable_git=True
     )
@@ -115,8 +116,26 @@ def wandb_run(**what):
             return wandb.init(**what, mode=mode)
         except Exception as error:  # whatever is wrong with the network or the account, the training is worth more
             warnings.warn(f"W&B is not reachable ({error}); this run is logged offline, to be sent with `wandb sync`.")
-            wandb.teardown()  # the failed try still holds the run's id
+            _forget()  # the failed try still holds the run's id
             return wandb.init(**what, mode="offline")
+
+
+def logged_in() -> bool:
+    """Whether there is a key of W&B's, which may not be valid; asks nobody for it, and says nothing."""
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True))
+    return wandb.login(prompt=False, verify=False)
+
+
+def _forget() -> None:
+    """End W&B's part of this process, whatever became of it."""
+    import wandb
+
+    try:
+        wandb.teardown()
+    except Exception as error:
+        warnings.warn(f"W&B's process had died ({error}); what it had not sent or written yet is lost to W&B.")
 
 
 def _id(folder: Path, about: About) -> tuple[str, bool]:

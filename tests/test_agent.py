@@ -30,10 +30,12 @@ def inspect(path: Path, *how: str) -> list[dict]:
 
 
 def logged(root: Path, name: str) -> tuple[dict, list[int]]:
-    """Config, summary, … of the one offline run with this id, and the steps of its history."""
+    """Config, summary, sweep, … of the one offline run with this id, and the steps of its history."""
     (path,) = root.glob(f"*/wandb/offline-run-*-{name}")
-    steps = [int(record["history"]["step"]["num"]) for record in inspect(path) if record["type"] == "history"]
-    return inspect(path, "--summary")[0], steps
+    records = inspect(path)
+    (run,) = (record["run"] for record in records if record["type"] == "run")
+    steps = [int(record["history"]["step"]["num"]) for record in records if record["type"] == "history"]
+    return inspect(path, "--summary")[0] | {"sweep": run.get("sweep_id")}, steps
 
 
 def work(root: Path, command: list[str], said: Path) -> None:

@@ -3,8 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 
 from kd.loggers import MetricsFile, wandb
@@ -62,6 +65,31 @@ def view(folder: Path, about: About) -> None:
     os.environ |= {"WANDB_MODE": "offline", "HOME": str(folder)}
     (made,) = wandb(folder, about)
     made.close({"val/lm": 2.6})
+
+
+def test_wandb_whose_process_died_lets_the_next_run_begin(tmp_path):
+    process = FORK.Process(target=two_views, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert len(list(tmp_path.glob("*/wandb/offline-run-*"))) == 2
+
+
+def two_views(root: Path) -> None:
+    os.environ |= {"WANDB_MODE": "offline", "HOME": str(root)}
+    for name in ("teacher", "student"):
+        (root / name).mkdir()
+        (made,) = wandb(root / name, About(f"{name}-0", name, None, "distil", [name], {"loss": "fkl"}))
+        made.log_metrics({"train/lm": 2.0}, 1)
+        if name == "teacher":
+            for path in Path("/proc/self/task").glob("*/children"):
+                for child in map(int, path.read_text().split()):
+                    assert "wandb-core" in Path(f"/proc/{child}/comm").read_text()
+                    os.kill(child, signal.SIGKILL)
+            time.sleep(0.5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made.close({"val/lm": 2.0})
 
 
 def test_wandb_with_a_dead_network_trains_and_goes_offline(tmp_path):
