@@ -167,7 +167,7 @@ def _brief(value) -> str:
 
 # Functions
 
-MOST_ASKED, MOST_DONE = 600, 1000  # characters of a prompt and of a body: 9 of 10 and 8 of 10 have no more
+MOST_ASKED, MOST_DONE = 600, 1000  # characters of a prompt and of a body; some 9 of 10 have no more
 
 
 def functions(sources: Iterable[str]) -> list[Example]:
