@@ -86,7 +86,7 @@ def model_name(config: dict, role: str) -> str | None:
 
 
 # Settings that people filter, group and plot by; what is below them (alpha.peak) too.
-AXES = ("seed", "data.tokens", "logits", *NO_SIGNAL, "lr", "optim")
+AXES = ("seed", "data.tokens", "logits", *NO_SIGNAL, "rollout", "lr", "optim")
 
 
 def axes(config: dict, sizes: dict[str, tuple[int, int]]) -> dict[str, str | int | float | bool]:

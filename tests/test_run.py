@@ -243,13 +243,15 @@ def test_axes_are_a_level_deep_without_dots_and_none_without_a_meaning():
         "student.size": "200k", "student.name": None, "teacher.size": None, "teacher.name": "a/big", "teacher.seed": 0,
         "truncation": "top_k", "truncation.k": 50, "temperature": "fixed", "temperature.tau": 2.0, "loss": "jsd",
         "loss.beta": 0.5, "alpha": "wsd", "alpha.peak": 0.9, "lr": "cosine", "lr.peak": 1e-3, "optim": "AdamW",
-        "optim.betas": [0.9, 0.95], "trainer.steps": 10, "trainer.batch": 4, "root": "runs",
+        "optim.betas": [0.9, 0.95], "trainer.steps": 10, "trainer.batch": 4, "root": "runs", "rollout": "student",
+        "rollout.share": 0.5, "rollout.top_k": None,
     }  # fmt: skip
     sizes = {"student": (20, 10), "teacher": (200, 100)}
     assert axes(config, sizes) == {
         "seed": 3, "data": "python", "logits": "online", "student": "200k", "teacher": "big", "truncation": "top_k",
         "truncation_k": 50, "temperature": "fixed", "temperature_tau": 2.0, "loss": "jsd", "loss_beta": 0.5,
         "alpha": "wsd", "alpha_peak": 0.9, "lr": "cosine", "lr_peak": 1e-3, "optim": "AdamW", "tokens": 10240,
+        "rollout": "student", "rollout_share": 0.5,
         "student_params": 20, "student_params_non_embedding": 10,
         "teacher_params": 200, "teacher_params_non_embedding": 100,
     }  # fmt: skip
