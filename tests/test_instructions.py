@@ -548,7 +548,7 @@ def test_functions_are_cut_from_the_source_as_it_stands():
     assert (
         found[1].turns[0][1].startswith("    async def method") and found[1].response == "\n\n        await self.other"
     )
-    assert found[2] == Example((("user", '    def short(self): "One line for all."'),), "; return 1")
+    assert found[2][:3] == Example((("user", '    def short(self): "One line for all."'),), "; return 1")[:3]
     assert found[3].response.endswith("                1: 2}")
 
 
@@ -580,6 +580,15 @@ def test_prompt_and_response_have_the_tokens_of_the_text_that_they_are(library, 
         assert prompt + response == tokens([instructions.written(example, "plain")], fast)[0]
         assert response == tokens([example.response], fast)[0]
     assert fast.decode(made.train[0][: made.train_spans[0, 0]]) in {e.turns[0][1] for e in library}
+
+
+def test_functions_are_on_the_side_of_their_file():
+    """What is measured on was not read by a student that was pre-trained on the plain text."""
+    side = data._Sides(0.5)
+    sources = [SOURCE.replace("twice", f"{i} times") for i in range(20)]
+    sides = {source: side(source) for source in sources}
+    assert set(sides.values()) == {"train", "val"}
+    assert {e.document: side(e) for e in functions(sources)}.items() <= sides.items()
 
 
 def test_functions_are_told_apart_by_content(monkeypatch, tmp_path):
