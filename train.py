@@ -17,7 +17,7 @@ import traceback
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kd.signals import Preempted, end_with_parent, requests
 
@@ -34,9 +34,20 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from kd import config as conf
-from kd import data, guard, sweep
+from kd import data, files, guard, sweep
 from kd.errors import UserError
-from kd.plan import Settings, check_shards, corpus, kept_of, plan, recording, resolve, source_of
+from kd.plan import (
+    Settings,
+    check_shards,
+    corpus,
+    kept_of,
+    plain_corpus,
+    plan,
+    recording,
+    resolve,
+    rollout_of,
+    source_of,
+)
 from kd.progress import Steps, console, end_with, show, track
 from kd.remote import home
 from kd.run import DIVERGED, FAILED, NO_MEMORY, PREEMPTED, Run, about, environment, export, peak_memory
@@ -66,7 +77,7 @@ def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
 
     wait: for another process that works on the same run, instead of raising UserError.
     """
-    run, teacher, where = plan(settings)
+    run, teacher, start, where = plan(settings)
     if result := run.result():
         run.settle()
         if where and not where.manifest().exists() and source_of(settings) == "none":
@@ -87,13 +98,32 @@ def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
     elif teacher:
         name = finished(teacher)
     check_tokenizers(settings, parts.tokenizer, name)
+    if rollout_of(settings) == "teacher":
+        packed = written_by_teacher(settings, packed, parts)
+    made = Made(name, finished(start) if start else None, store, plain_text(settings))
     with run.lock(wait):
         if result := run.result():
             return run, result
         with run.recorded():
             if settings["trainer"]["devices"] > 1:
-                return run, fit_in_ranks(run, settings, packed, name, store)
-            return run, fit(run, settings, packed, parts, name, store)
+                return run, fit_in_ranks(run, settings, packed, made)
+            return run, fit(run, settings, packed, parts, made)
+
+
+class Made(NamedTuple):
+    """What was made for a run before it began."""
+
+    teacher: str | None  # folder, or name on the Hub
+    start: str | None  # folder of the weights that the student starts from
+    store: Store | None
+    plain: data.Packed | None  # text of the language-modelling term, where that is not the data's
+
+    def student(self, settings: Settings, vocab: int) -> Causal:
+        """The student as it starts."""
+        from kd import models
+
+        of = {"size": None, "name": self.start} if self.start else settings["student"]
+        return models.build(**of, vocab=vocab, seq_len=settings["data"]["seq_len"], option="student.name")
 
 
 def estimate(settings: Settings) -> dict[str, Estimate]:
@@ -101,12 +131,13 @@ def estimate(settings: Settings) -> dict[str, Estimate]:
     from kd import estimate as estimates
     from kd import offline
 
-    run, teacher, where = plan(settings)
+    run, teacher, start, where = plan(settings)
     if run.result() is not None:
         return {}
     packed, parts = prepare(settings)
     vocab, stored = len(parts.tokenizer), source_of(settings) == "offline"
     made = estimate(teacher) if teacher and not (stored and where.manifest().exists()) else {}
+    made |= estimate(start) if start else {}
     if stored and (record := recording(settings)):
         made = {} if where.manifest().exists() else estimate(record)
     elif stored and not where.manifest().exists():
@@ -127,15 +158,14 @@ def show_plan(all_settings: list[Settings], said: list[str], at_once: float) -> 
     estimates.show(made, names, done, all_settings[0], at_once)
 
 
-def fit_in_ranks(
-    run: Run, settings: Settings, packed: data.Packed, teacher_name: str | None, store: Store | None
-) -> dict:
+def fit_in_ranks(run: Run, settings: Settings, packed: data.Packed, made: Made) -> dict:
     """What fit() does, in several processes."""
     from kd import ranks
 
     run.begin(settings)
-    job = {"settings": settings, "run": run.name, "data": str(packed.folder), "teacher": teacher_name}
-    job["store"] = [store.path, str(store.cache)] if store else None
+    job = {"settings": settings, "run": run.name, "data": str(packed.folder), "teacher": made.teacher}
+    job |= {"start": made.start, "plain": str(made.plain.folder) if made.plain else None}
+    job["store"] = [made.store.path, str(made.store.cache)] if made.store else None
     ranks.launch(__file__, run, job, settings["trainer"]["devices"])
     return run.result()
 
@@ -150,13 +180,14 @@ def fit_as_rank(job: ranks.Job) -> None:
         warnings.simplefilter("ignore")  # the first says it
     packed = data.opened(Path(given["data"]))
     store = Store(given["store"][0], Path(given["store"][1])) if given["store"] else None
+    plain = data.opened(Path(given["plain"])) if given["plain"] else None
     run = ranks.Shared(settings["root"], given["run"], job)
-    fit(run, settings, packed, Parts(settings, packed), given["teacher"], store)
+    fit(run, settings, packed, Parts(settings, packed), Made(given["teacher"], given["start"], store, plain))
 
 
-def finished(teacher: Settings) -> str:
-    """The folder of the teacher that these settings make, trained first if there is none."""
-    made, outcome = train(teacher)
+def finished(model: Settings) -> str:
+    """The folder of the model that these settings make, trained first if there is none."""
+    made, outcome = train(model)
     made.verify(outcome)
     requests.end_if_asked()
     return str(made / "student")
@@ -178,17 +209,41 @@ def prepare(settings: Settings) -> tuple[data.Packed, Parts]:
     return packed, parts
 
 
+def plain_text(settings: Settings) -> data.Packed | None:
+    """The text of the language-modelling term, packed; None where it is the data's own."""
+    if settings["lm"] != "plain":
+        return None
+    source, packing = plain_corpus(settings)
+    return data.pack(source, home(settings["root"]) / "data", **packing)
+
+
 def teacher_model(settings: Settings, parts: Parts) -> Causal:
     """The finished teacher, made first if there is none."""
     from kd import models
 
     quiet()
-    _, teacher, where = plan(settings)
+    _, teacher, _, where = plan(settings)
     name = finished(teacher) if teacher else settings["teacher"]["name"]
     if name is None:
         raise UserError(f"There is no store at {where.path}, and teacher=none cannot write one.")
     check_tokenizers(settings, parts.tokenizer, name)
     return models.build(None, name, len(parts.tokenizer), settings["data"]["seq_len"], "teacher.name")
+
+
+def written_by_teacher(settings: Settings, packed: data.Packed, parts: Parts) -> data.Packed:
+    """The data with the teacher's responses, which it writes once."""
+    from kd import ranks, rollout, written
+
+    of = plan(settings)
+    who = of.teacher and plan(of.teacher).run.name, files.stamp(settings["teacher"]["name"]), settings["teacher"]
+    key = files.digest_of([packed.folder.name, settings["rollout"], who])[:16]
+    folder = home(settings["root"]) / "rollouts" / key
+
+    def writers() -> rollout.Writers:
+        model = teacher_model(settings, parts).to(ranks.device(settings["trainer"]["accelerator"]))
+        return rollout.Writers(None, model, packed.end, settings["teacher"]["seed"])
+
+    return written.by_teacher(packed, folder, parts.rollout, writers)
 
 
 class Parts:
@@ -201,11 +256,12 @@ class Parts:
         from kd.objective import Objective
         from kd.target import Target
 
-        axes = ("loss", "truncation", "target", "temperature", "routing", "alpha", "lr", "logits", "optim", "logger")
+        axes = ("loss", "truncation", "target", "temperature", "routing", "alpha", "lr", "logits", "optim", "logger",
+                "rollout")  # fmt: skip
         made = {name: conf.build(settings[name], name) for name in axes}
         self.alpha, self.lr, self.logits = made["alpha"], made["lr"], made["logits"]
         self.optim, self.logger = made["optim"], made["logger"]
-        self.route = made["routing"]
+        self.route, self.rollout = made["routing"], made["rollout"]
         node = {k: v for k, v in (settings["record"] or settings["truncation"]).items() if k != "path"}
         # What a store keeps; None for everything.
         self.keep = conf.build(node, "record") if kept_of(node) != {"name": "full"} else None
@@ -256,24 +312,22 @@ def check_tokenizers(settings: Settings, ours, teacher_name: str | None) -> None
             models.same_vocabulary(ours, theirs, f"{option}={name}")
 
 
-def fit(
-    run: Run, settings: Settings, packed: data.Packed, parts: Parts, teacher_name: str | None, store: Store | None
-) -> dict:
+def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: Made) -> dict:
     """Train, or go on with training, and write the result."""
     import lightning
     import torch
 
-    from kd import logits, models, offline, ranks, shards
+    from kd import logits, models, offline, ranks, rollout, shards
     from kd.checkpoint import Checkpoints, DigestIO, newest
     from kd.hardware import out_of_memory, slowdown_in_bf16
     from kd.loggers import MetricsFile
-    from kd.module import Distillation, Flops, NonFinite
+    from kd.module import Distillation, NonFinite
 
     quiet()
     of, flat = settings["trainer"], conf.flat(settings)
     lightning.seed_everything(settings["seed"], verbose=False)
     seq_len, vocab = settings["data"]["seq_len"], len(parts.tokenizer)
-    student = models.build(**settings["student"], vocab=vocab, seq_len=seq_len, option="student.name")
+    student, teacher_name, store = made.student(settings, vocab), made.teacher, made.store
     costs = {"student": models.cost(student.model, seq_len)}
     how, teacher, among, objective = source_of(settings), None, None, parts.objective
     if store:
@@ -301,21 +355,20 @@ def fit(
     loggers = [MetricsFile(run / "metrics.jsonl", start), *parts.logger(folder=run.folder, about=told)] if first else []
     progress = Steps(told.name, of["steps"], start, shown=first)
     passes = -(-len(packed.val) // (of["micro_batch"] * ranks.count())) if sharded else 0
-    validation = data.ValidationBatches(packed.val, of["micro_batch"], ranks.share(len(packed.val)), passes)
+    validation = data.ValidationBatches(
+        packed.val, of["micro_batch"], ranks.share(len(packed.val)), passes, packed.val_spans
+    )
     recorder = offline.recorder(settings, packed, parts.keep, student, start) if settings["record"] else None
-    reads = {"online": 1.0, "cotrained": 3.0}.get(how, 0.0)  # forward passes of the teacher, or what learning costs
-    asked = reads * costs["teacher"].flops_per_token if reads else 0.0
-    if reads and flat["routing"] != "none":  # to decide which tokens are distilled; a teacher that learns runs anew
-        again = 2 * teacher.head.output.weight.numel()
-        asked += costs["teacher"].flops_per_token if how == "cotrained" else again
+    writers = rollout.Writers(student, teacher, packed.end, settings["seed"])
     module = Distillation(
         student, teacher, parts.logits(store or teacher), objective, parts.alpha, parts.lr, parts.optim,
         steps=of["steps"], micro_batch=of["micro_batch"], clip=of["clip"], log_every=of["log_every"],
         val_every=of["val_every"], validation=validation,
-        flops=Flops(3 * costs["student"].flops_per_token, asked),
+        flops=models.step_flops(how, flat["routing"] != "none", costs["student"], costs.get("teacher")),
         bytes_per_token=packed.bytes_per_token, watch=progress.update,
         reference=store.reference if store else logits.online(teacher) if teacher else None, learns=how == "cotrained",
         recorder=recorder, sharded=sharded, route=parts.route,
+        rollout=None if rollout_of(settings) in ("none", "teacher") else parts.rollout(writers),
     )  # fmt: skip
     if of["compile"]:
         for model in (student, *module.outside):
@@ -333,8 +386,12 @@ def fit(
                       "fp32. trainer.precision=fp32 is faster here.", soft_wrap=True)  # fmt: skip
     final = None
     try:
-        batches = data.Batches(packed.train, of["batch"], settings["seed"], start, of["steps"],
-                               among, store.read if store else None, ranks.share(of["batch"]))  # fmt: skip
+        order = of["batch"], settings["seed"], start, of["steps"]
+        mine = ranks.share(of["batch"])
+        beside = data.Batches(made.plain.train, *order, part=mine) if made.plain else None
+        batches = data.Batches(
+            packed.train, *order, among, store.read if store else None, mine, packed.train_spans, beside
+        )
         with requests.in_steps():
             trainer.fit(module, batches, ckpt_path=checkpoint)
         memory = max(ranks.gather(peak_memory()))
@@ -355,7 +412,7 @@ def fit(
         if recorder:
             recorder.finish(student, packed.val, of["micro_batch"], of["steps"])
         if weights:
-            student = models.build(**settings["student"], vocab=vocab, seq_len=seq_len, option="student.name")
+            student = made.student(settings, vocab)
             student.load_state_dict(weights)
         export(run, student.model, parts.tokenizer, settings, result)
         result["weights"] = run.weights()

@@ -23,11 +23,12 @@ from kd.sizes import SIZES
 CONF = Path(__file__).parent.parent / "conf"
 SWEEPS = Path(__file__).parent.parent / "sweeps"
 
-# A `_target_` of a group may name a public function of the group's module that has a yaml of its name, or one of these
+# A `_target_` of a group may name a public function of the group's modules that has a yaml of its name, or one of these
 # classes, and nothing else.
 MODULES = {"loss": "losses", "truncation": "truncation", "target": "treatment", "temperature": "temperature",
            "routing": "routing", "alpha": "schedules", "lr": "schedules", "logits": "logits", "record": "truncation",
-           "rollout": "rollout", "data": "corpora", "optim": "optimizers", "logger": "loggers"}  # fmt: skip
+           "rollout": "rollout", "data": "corpora instructions", "plain": "corpora", "optim": "optimizers",
+           "logger": "loggers"}  # fmt: skip
 CLASSES = ("torch.optim.AdamW", "torch.optim.Adam", "torch.optim.SGD")
 # Arguments that would make a library run code it downloaded or unpickle what it reads.
 FORBIDDEN = ("trust_remote_code", "allow_pickle", "weights_only", "use_safetensors")
@@ -57,7 +58,8 @@ def locate(target: str, path: str) -> tuple[str, str]:
     """
     module, _, name = str(target).rpartition(".")
     files = (CONF / path).glob("*.yaml") if path in MODULES else ()
-    allowed = sorted({f"kd.{MODULES[path]}.{f.stem}" for f in files if f.stem in _functions(MODULES[path])})
+    modules = MODULES.get(path, "").split()
+    allowed = sorted({f"kd.{m}.{f.stem}" for f in files for m in modules if f.stem in _functions(m)})
     allowed += CLASSES if path == "optim" else ()
     if target not in allowed:
         raise UserError(
@@ -172,7 +174,9 @@ def checked(function, node: Node, path: str) -> Node:
 
 PLAIN = {  # settings that no function takes as they are, and their types
     "": {"seed": int, "root": str, "scale": str, "sweep": str | None, "n_jobs": int | None, "on_failure": str,
-         "plan": bool},
+         "plan": bool, "lm": str},
+    "start": {"stage": str, "steps": int, "batch": int, "lr": float, "seed": int, "sft_steps": int, "sft_batch": int,
+              "sft_lr": float},
     "student": {"size": str | None, "name": str | None},
     "teacher": {"size": str | None, "name": str | None, "steps": int, "batch": int, "lr": float, "seed": int,
                 "precision": str},
@@ -186,6 +190,8 @@ CHOICES = {
     "strategy": ("auto", "ddp", "fsdp"),
     "precision": tuple(PRECISIONS),
     "on_failure": ("continue", "stop"),
+    "lm": ("data", "plain"),
+    "stage": ("scratch", "pretrained", "sft"),
     "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
     "size": (*SIZES, None),
 }
@@ -268,7 +274,9 @@ def register() -> None:
 
 GROUPS = {
     "data": "the text",
+    "plain": "plain text beside data=instructions: for start=…, lm=plain and the tokenizer",
     "student": "the model that learns; any other by student=hub student.name=HUB_NAME_OR_FOLDER",
+    "start": "what it was before",
     "teacher": "the model it learns from; a size is trained first, once (teacher.steps, teacher.lr, …)",
     "logits": "where the teacher's signal comes from",
     "record": "what a store of logits keeps: of a teacher's own training (logits=none), or for logits=offline to read",
@@ -277,7 +285,7 @@ GROUPS = {
     "temperature": "how much to soften",
     "loss": "how student and teacher are compared, per position",
     "routing": "which tokens are distilled; the others are learned by language modelling alone",
-    "rollout": "who writes the text that is learned from",
+    "rollout": "who writes the responses of data=instructions that are learned from",
     "alpha": "share of distillation over time; the rest is language modelling",
     "lr": "learning rate over time",
     "optim": "the optimizer",
@@ -305,7 +313,8 @@ def _options(group: str) -> Iterator[tuple[str, str]]:
         if first.startswith("#"):
             yield file.stem, first[1:].strip()
         else:
-            _, name = locate(first.split()[-1], group)
+            module, name = locate(first.split()[-1], group)
             settings = [line.replace(": ", "=") for line in file.read_text().splitlines()[2:]]
-            says = re.split(r"[.,;] (?=[A-Z(])|, nats|\. Raises", _functions(MODULES[group])[name])[0].rstrip(".")
+            explained = _functions(module.removeprefix("kd."))[name]
+            says = re.split(r"[.,;] (?=[A-Z(])|, nats|\. Raises", explained)[0].rstrip(".")
             yield file.stem, f"{says}{f' [{chr(32).join(settings)}]' if settings else ''}"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -21,30 +22,44 @@ from kd import files as on_disk
 from kd.errors import UserError
 
 
+class Pairs(NamedTuple):
+    """How prompts and responses become rows: see kd/instructions.py."""
+
+    template: str | None  # None takes what is usual for the documents and the tokenizer
+    prompt_len: int  # tokens; a longer prompt is left out
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Documents, and what says whether they are the same ones as before.
 
     entropy: nats per token that no model can beat, where it is known. words: the whole vocabulary, where words are the
-    tokens and documents are rows as they stand; else a tokenizer is used and documents are joined.
+    tokens and documents are rows as they stand; else a tokenizer is used and documents are joined. pairs: where
+    documents are no text but prompts with responses (kd.instructions.Example), each a row of its own.
     """
 
-    load: Callable[[], Sequence[str] | Iterable[str]]
+    load: Callable[[], Sequence | Iterable]
     fingerprint: dict
     streaming: bool = False
     entropy: float | None = None
     words: Sequence[str] | None = None
+    pairs: Pairs | None = None
 
 
 def python() -> Corpus:
     """The source of the Python standard library on this machine: some 600 files, 11 MB; one file is one document."""
+    documents = standard_library()
+    return Corpus(lambda: documents, {"name": "python", "content": digest_all(documents)})
+
+
+def standard_library() -> list[str]:
+    """The source files of this machine's Python, without tests, in the order of their names."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
     files = [f for f in sorted(root.rglob("*.py")) if not skip & set(f.relative_to(root).parts)]
     if not files:
         raise UserError(f"data=python: no source files in {root}. Choose other text, e.g. data=text data.files=my.txt.")
-    documents = [f.read_text(encoding="utf-8", errors="replace") for f in files]
-    return Corpus(lambda: documents, {"name": "python", "content": _digest_all(documents)})
+    return [f.read_text(encoding="utf-8", errors="replace") for f in files]
 
 
 def markov(seq_len: int, size: int = 2_000_000, states: int = 128, branching: int = 8, seed: int = 0) -> Corpus:
@@ -98,22 +113,7 @@ def hub(
     """Any dataset of the Hugging Face Hub (or a local folder of one); streaming reads only as much as is needed."""
 
     def load() -> Iterable[str]:
-        if not Path(name).is_dir():
-            offline_unless_reachable()
-        import datasets
-
-        try:
-            rows = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=streaming)
-        except Exception as error:  # of many kinds, from several libraries
-            if isinstance(error, ValueError) or Path(name).is_dir():
-                raise UserError(
-                    f"data.name={name} data.subset={subset} data.split={split}: {_first_line(error)}"
-                ) from error
-            raise UserError(
-                f"data.name={name}: could not be read from the Hugging Face Hub ({_first_line(error)}). Check the name "
-                "and the network; private sets need `hf auth login`. Local text: data=text data.files=my.txt."
-            ) from error
-        return _column(rows, field, f"data.name={name}")
+        return _column(hub_rows(name, subset, split, revision, streaming), field, f"data.name={name}")
 
     if not name:
         raise UserError("data=hub needs the name of a dataset, e.g. data.name=roneneldan/TinyStories.")
@@ -121,6 +121,25 @@ def hub(
     if stamp := on_disk.stamp(name):
         fingerprint["content"] = stamp
     return Corpus(load, fingerprint, streaming=streaming)
+
+
+def hub_rows(name: str, subset: str | None, split: str, revision: str | None, streaming: bool = False):
+    """Rows of a dataset of the Hub, or of a folder of one; raises UserError, naming the option, if it has none."""
+    if not Path(name).is_dir():
+        offline_unless_reachable()
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, subset, split=split, revision=revision, streaming=streaming)
+    except Exception as error:  # of many kinds, from several libraries
+        if isinstance(error, ValueError) or Path(name).is_dir():
+            raise UserError(
+                f"data.name={name} data.subset={subset} data.split={split}: {_first_line(error)}"
+            ) from error
+        raise UserError(
+            f"data.name={name}: could not be read from the Hugging Face Hub ({_first_line(error)}). Check the name "
+            "and the network; private sets need `hf auth login`. Local text: data=text data.files=my.txt."
+        ) from error
 
 
 @cache
@@ -146,17 +165,32 @@ def text(files: str, field: str = "text", sample_by: str = "paragraph") -> Corpu
 
     sample_by says what one document of a .txt is: paragraph, line or document (the whole file).
     """
+    if sample_by not in ("paragraph", "line", "document"):
+        raise UserError(f"data.sample_by={sample_by}: need paragraph, line or document.")
+    paths, builder = local_files(files, {".txt": "text", ".md": "text"} | TABLES)
+    extra = {"sample_by": sample_by} if builder == "text" else {}
+    fingerprint = dict(field=field, sample_by=sample_by, files=stamps(paths))
+    option = f"data.files={files}"
+    return Corpus(lambda: _column(local_rows(files, paths, builder, **extra), field, option), fingerprint)
+
+
+TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `datasets` reads files of columns as
+
+
+def local_files(files: str, kinds: dict[str, str]) -> tuple[list[Path], str]:
+    """The files of a path or pattern, and the one of `kinds` (ending -> kind) that all are of.
+
+    Raises UserError, naming the file, where there is none, or one of another kind, or without text.
+    """
     option = f"data.files={files}"
     paths = sorted(Path(p) for p in glob.glob(str(files), recursive=True)) if files else []
     if not paths:
-        raise UserError(f"{option}: no such file. Type a path or a quoted pattern, e.g. \"data.files='text/*.txt'\".")
-    kinds = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+        example = f"\"data.files='text/*{next(iter(kinds))}'\""
+        raise UserError(f"{option}: no such file. Type a path or a quoted pattern, e.g. {example}.")
     kind = {kinds.get(p.suffix) for p in paths}
     if len(kind) > 1 or None in kind:
         found = ", ".join(sorted({p.suffix or "no ending" for p in paths}))
-        raise UserError(f"{option}: need files of one kind, .txt, .jsonl or .parquet; got {found}.")
-    if sample_by not in ("paragraph", "line", "document"):
-        raise UserError(f"data.sample_by={sample_by}: need paragraph, line or document.")
+        raise UserError(f"{option}: need files of one kind, {', '.join(kinds)}; got {found}.")
     builder = kind.pop()
     for path in paths:
         if path.is_dir():
@@ -167,37 +201,48 @@ def text(files: str, field: str = "text", sample_by: str = "paragraph") -> Corpu
             raise UserError(f"{option}: {path} is empty.")
         if builder != "parquet" and b"\0" in start:
             raise UserError(f"{option}: {path} is binary, not text.")
-
-    def load() -> Iterable[str]:
-        import datasets
-
-        extra = {"sample_by": sample_by} if builder == "text" else {}
-        try:
-            rows = datasets.load_dataset(builder, data_files=[str(p) for p in paths], split="train", **extra)
-        except Exception as error:  # pyarrow and datasets have many
-            cause = error.__cause__ or error
-            raise UserError(f"{option}: could not be read as {builder}: {_first_line(cause)}") from error
-        return _column(rows, field, option)
-
-    fingerprint = dict(
-        field=field, sample_by=sample_by, files=[[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
-    )
-    return Corpus(load, fingerprint)
+    return paths, builder
 
 
-def _column(rows, field: str, option: str) -> Iterable[str]:
-    texts = _Texts(rows, field, option)
-    names = rows.column_names or list(texts.first())
-    if field not in names:
-        raise UserError(f"{option}: has no column {field!r}; it has {', '.join(names)}. Type data.field=ONE_OF_THEM.")
+def local_rows(files: str, paths: list[Path], builder: str, **how):
+    """What local_files() found, read as `datasets` does; raises UserError, naming the option, if it cannot be."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(builder, data_files=[str(p) for p in paths], split="train", **how)
+    except Exception as error:  # pyarrow and datasets have many
+        cause = error.__cause__ or error
+        raise UserError(f"data.files={files}: could not be read as {builder}: {_first_line(cause)}") from error
+
+
+def stamps(paths: list[Path]) -> list:
+    """Names, sizes and times of files."""
+    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+
+
+def _column(rows, field: str, option: str) -> Documents:
+    def text(row: dict) -> str:
+        if not isinstance(row[field], str):
+            raise UserError(
+                f"{option}: column {field!r} holds {type(row[field]).__name__} where it needs text. "
+                "Type data.field=ANOTHER, or leave such rows out of the file."
+            )
+        return row[field]
+
+    texts = Documents(rows, text, option)
+    if field not in texts.columns:
+        raise UserError(
+            f"{option}: has no column {field!r}; it has {', '.join(texts.columns)}. Type data.field=ONE_OF_THEM."
+        )
     return texts
 
 
-class _Texts:
-    """One column of a `datasets` set: iterable, and indexable where the set is."""
+class Documents:
+    """What `make` makes of each row of a `datasets` set: iterable, and indexable where the set is."""
 
-    def __init__(self, rows, field: str, option: str):
-        self.rows, self.field, self.option = rows, field, option
+    def __init__(self, rows, make: Callable[[dict], Any], option: str):
+        self.rows, self.make, self.option = rows, make, option
+        self.columns = rows.column_names or list(self.first())
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -206,11 +251,11 @@ class _Texts:
         """The first row, {} if there is none."""
         return next(self._read(), {})
 
-    def __iter__(self) -> Iterator[str]:
-        return map(self._text, self._read())
+    def __iter__(self) -> Iterator:
+        return map(self.make, self._read())
 
-    def __getitem__(self, index: int) -> str:
-        return self._text(self.rows[index])
+    def __getitem__(self, index: int):
+        return self.make(self.rows[index])
 
     def _read(self) -> Iterator[dict]:
         try:
@@ -218,16 +263,9 @@ class _Texts:
         except Exception as error:  # a stream finds damage, or loses its network, on the way
             raise UserError(f"{self.option}: could not be read: {_first_line(error.__cause__ or error)}") from error
 
-    def _text(self, row: dict) -> str:
-        if not isinstance(row[self.field], str):
-            raise UserError(
-                f"{self.option}: column {self.field!r} holds {type(row[self.field]).__name__} where it needs text. "
-                "Type data.field=ANOTHER, or leave such rows out of the file."
-            )
-        return row[self.field]
 
-
-def _digest_all(documents: Iterable[str]) -> str:
+def digest_all(documents: Iterable[str]) -> str:
+    """xxh3-128 of texts in their order."""
     state = xxhash.xxh3_128()
     for document in documents:
         state.update(document.encode() + b"\0")

@@ -3,9 +3,12 @@
 1. documents  in an order made from their content, so that files of one kind do not stand together; streams as they come
 2. split      a document belongs to validation if its hash says so: the same text never lands on both sides
 3. tokens     by a tokenizer trained on the spot, or the pretrained model's own
-4. rows       documents joined with an end-of-text token and cut into rows of T + 1 tokens, on disk, once, under a lock
+4. rows       documents joined with an end-of-text token and cut into rows of T + 1 tokens, on disk, once, under a lock;
+              prompts with responses (kd/instructions.py): each a row of its own, [prompt, response, end], padded with
+              the end, and beside the rows where the prompt and all of it end
 5. batches    which rows form step s is a pure function of (seed, s): runs with one seed see the same batches, and a
-              resumed run goes on where it was. The shift happens here, once: labels[t] is the token after ids[t].
+              resumed run goes on where it was. The shift happens here, once: labels[t] is the token after ids[t]; and
+              the mask, once: by position, so a padding of ends hides no end.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ import filelock
 import numpy as np
 import xxhash
 
-from kd import files
+from kd import files, instructions
 from kd.corpora import Corpus
 from kd.errors import UserError
+from kd.progress import console, track
 from kd.run import read_json
 
 FORMAT = 1  # of the packed rows; a new one makes new folders
@@ -41,6 +45,7 @@ class Batch(NamedTuple):
     seed: object  # [B, T] int64, a random number per position, for whatever samples
     stored: object = None  # what a store holds of these rows: Entries, or hidden states [B, T, D]
     sampled: object = None  # what is known of text that a model wrote: kd.generate.Sampled
+    beside: object = None  # a Batch of plain text for the language-modelling term
 
     def split(self, rows: int) -> Iterator[Batch]:
         """Micro-batches of at most `rows` sequences."""
@@ -59,26 +64,41 @@ class Packed:
     bytes_per_token: float | None  # of the validation text; None where tokens are no text
     entropy: float | None  # nats per token, where it is known
     digests: dict[str, str]  # of all files
+    # Of prompts with responses: tokens of the prompt, and all that are no padding; None where every token counts.
+    train_spans: np.ndarray | None = None  # [R, 2] int32
+    val_spans: np.ndarray | None = None  # [R', 2] int32
+    end: int | None = None  # the token that ends a response
 
     @property
     def tokenizer(self) -> Path:
         return self.folder / "tokenizer"
 
+    @property
+    def counted(self) -> float:
+        """Tokens of a training row that are learned, in the mean."""
+        if self.train_spans is None:
+            return self.train.shape[1] - 1
+        return float((self.train_spans[:, 1] - self.train_spans[:, 0]).mean())
+
 
 def key(corpus: Corpus, **settings) -> str:
     """Name of the packed data: a digest of everything that its content depends on."""
     content = files.stamp(settings.get("tokenizer"))
+    if of := settings.pop("tokenizer_of", None):
+        settings["tokenizer_of"] = key(of[0], **of[1])
     return files.digest_of([FORMAT, corpus.fingerprint, settings, content])[:16]
 
 
 def pack(
     corpus: Corpus, cache: Path, seq_len: int = 256, vocab: int = 1024, tokenizer: str | None = None,
     tokens: int | None = None, val_rows: int = 64, val_share: float = 0.05,
+    tokenizer_of: tuple[Corpus, dict] | None = None,
 ) -> Packed:  # fmt: skip
     """The corpus as rows of seq_len + 1 tokens, made once and kept in `cache`.
 
-    vocab: size of the tokenizer to train, unless `tokenizer` names a pretrained one. tokens: at most so many for
-    training (a smaller amount is a part of a larger one). Raises UserError for text too short for one row.
+    vocab: size of the tokenizer to train, unless `tokenizer` names a pretrained one, or it is that of other text,
+    `tokenizer_of`, which is packed too. tokens: at most so many for training, padding not counted (a smaller amount is
+    a part of a larger one). Raises UserError for text too short for one row.
     """
     settings = dict(seq_len=seq_len, tokens=tokens, val_rows=val_rows, val_share=val_share)
     for option, value in dict(seq_len=seq_len, val_rows=val_rows, tokens=tokens).items():
@@ -90,11 +110,13 @@ def pack(
     if tokenizer is None and not corpus.words and vocab < 257:
         raise UserError(f"data.vocab={vocab}: need at least 257, one token per byte and one for the end of a text.")
     settings |= {"tokenizer": tokenizer} if tokenizer else {"vocab": vocab}
-    folder = Path(cache) / key(corpus, **settings)
+    folder = Path(cache) / key(corpus, **settings, tokenizer_of=tokenizer_of)
     if not (folder / "manifest.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{folder}.lock"):
             if not (folder / "manifest.json").exists():
+                if tokenizer_of:
+                    settings["tokenizer"] = str(pack(tokenizer_of[0], cache, **tokenizer_of[1]).tokenizer)
                 files.clear(folder.parent, folder.name)
                 with files.atomic(folder) as temporary:
                     temporary.mkdir(parents=True)
@@ -112,7 +134,11 @@ def opened(folder: Path) -> Packed:
         if not (folder / name).exists() or files.digest(folder / name) != expected:
             raise UserError(f"{folder / name} is damaged: it is not what was written. {again}")
     train, val = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("train", "val"))
-    return Packed(folder, train, val, manifest["bytes_per_token"], manifest["entropy"], manifest["digests"])
+    of = manifest["bytes_per_token"], manifest["entropy"], manifest["digests"]
+    if "end" not in manifest:
+        return Packed(folder, train, val, *of)
+    spans = (np.load(folder / f"{part}_spans.npy") for part in ("train", "val"))
+    return Packed(folder, train, val, *of, *spans, manifest["end"])
 
 
 def _write(
@@ -123,20 +149,36 @@ def _write(
     sides = _Sides(val_share)
     fast = _tokenizer(corpus, documents, sides, vocab, tokenizer)
     fast.save_pretrained(folder / "tokenizer")
-    dtype = np.uint16 if len(fast) <= 1 << 16 else np.uint32
+    if fast.eos_token_id is None and not corpus.words:
+        raise UserError(f"data.tokenizer={tokenizer}: has no token for the end of a text, which separates documents.")
+    write = _write_examples if corpus.pairs else _write_text
+    about = write(folder, corpus, documents, sides, fast, seq_len, tokens or math.inf, val_rows)
+    seal(folder, {"source": corpus.fingerprint, "vocab": len(fast), "entropy": corpus.entropy, **about})
+
+
+def seal(folder: Path, about: dict) -> None:
+    """Write the manifest of packed rows: what is said of them, and the digests of all files."""
+    there = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "manifest.json")
+    manifest = about | {"digests": {str(p.relative_to(folder)): files.digest(p) for p in there}}
+    files.write_json(folder / "manifest.json", manifest | {"digest": files.digest_of(manifest)})
+
+
+def _write_text(
+    folder: Path, corpus: Corpus, documents: Iterable[str], sides: _Sides, fast, seq_len: int, tokens: float,
+    val_rows: int,
+) -> dict:  # fmt: skip
+    """Rows of documents that are joined, and what the manifest says of them."""
+    dtype = _dtype(fast)
     count, size, bytes_seen = {"train": 0, "val": 0}, seq_len + 1, 0
     # Of a stream the first validation rows, of a whole the same random ones, however much there is for training.
-    limit = {"train": tokens or math.inf, "val": val_rows * size if corpus.streaming else math.inf}
+    limit = {"train": tokens, "val": val_rows * size if corpus.streaming else math.inf}
     end = [] if corpus.words else [fast.eos_token_id]
-    if end == [None]:
-        raise UserError(f"data.tokenizer={tokenizer}: has no token for the end of a text, which separates documents.")
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         out = {"train": train, "val": val}
         for batch in _batches(documents, 256):
             pairs = [(text, sides(text)) for text in batch]
             pairs = [(text, side) for text, side in pairs if count[side] < limit[side]]
-            texts = [text for text, _ in pairs]
-            encoded = fast(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+            encoded = instructions.tokens([text for text, _ in pairs], fast)
             for (text, side), ids in zip(pairs, encoded, strict=True):
                 if count[side] < limit[side]:
                     np.array(ids + end, dtype).tofile(out[side])
@@ -145,27 +187,80 @@ def _write(
             if all(count[side] >= limit[side] for side in count):
                 break
     for side in ("train", "val"):
-        binary = folder / f"{side}.bin"
-        flat = np.memmap(binary, dtype, "r") if binary.stat().st_size else np.empty(0, dtype)
-        rows = int(min(len(flat), limit[side] if side == "train" else math.inf)) // size
+        rows = int(min(count[side], limit[side] if side == "train" else math.inf)) // size
         if rows == 0:
             _too_short(count, size)
-        table = flat[: rows * size].reshape(rows, size)
-        if side == "val":  # a random part of the whole, so that one long document does not fill it
-            table = table[np.sort(np.random.default_rng(0).permutation(rows)[:val_rows])]
-        np.save(folder / f"{side}.npy", table)
-        binary.unlink()
-    manifest = {
-        "source": corpus.fingerprint,
-        "vocab": len(fast),
+        _save(folder, side, dtype, (rows, size), val_rows)
+    return {
         "train_tokens": count["train"],
         "bytes_per_token": None if corpus.words else bytes_seen / count["val"],
-        "entropy": corpus.entropy,
-        "digests": {
-            str(p.relative_to(folder)): files.digest(p) for p in sorted(folder.rglob("*")) if p.is_file()
-        },
+    }
+
+
+def _write_examples(
+    folder: Path, corpus: Corpus, documents: Iterable[instructions.Example], sides: _Sides, fast, seq_len: int,
+    tokens: float, val_rows: int,
+) -> dict:  # fmt: skip
+    """Rows of one example each, their spans, and what the manifest says of them."""
+    template, most = instructions.template_of(corpus.pairs, documents, fast), corpus.pairs.prompt_len
+    end, size, dtype = instructions.end_of_response(template, fast), seq_len + 1, _dtype(fast)
+    spans: dict[str, list] = {"train": [], "val": []}
+    heard: list[float] = []  # bytes of the responses of validation, as far as rows hold them
+    read, cut, left_out = 0, 0, {"too_long": 0, "empty": 0}
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+        out = {"train": train, "val": val}
+        for batch in _batches(documents, 256):
+            for example, (prompt, response) in zip(batch, instructions.encode(batch, template, fast), strict=True):
+                if not 0 < len(prompt) <= most:
+                    left_out["too_long" if prompt else "empty"] += 1
+                    continue
+                side, row = sides(example), [*prompt, *response, end][:size]
+                if side == "train":
+                    read += len(row)
+                    if read > tokens:  # what comes later may be shorter, but less is to be a part of more
+                        continue
+                else:
+                    share = min(len(response), size - len(prompt)) / max(len(response), 1)
+                    heard.append(share * len(example.response.encode()))
+                np.array(row + [end] * (size - len(row)), dtype).tofile(out[side])
+                spans[side].append((len(prompt), len(row)))
+                cut += len(prompt) + len(response) + 1 > size
+    examples = {side: len(of) for side, of in spans.items()}
+    said = (
+        f"{examples['train']:,} examples for training and {examples['val']:,} for validation; left out: "
+        f"{left_out['too_long']:,} whose prompt has more than {most:,} tokens, {left_out['empty']:,} without prompt or "
+        f"response; cut: {cut:,} responses that go beyond the {size:,} tokens of a row"
+    )
+    if not all(examples.values()):
+        raise UserError(
+            f"{said}. Each side needs one: give more examples, longer rows (data.seq_len=, data.prompt_len=), or more "
+            "of them to validation (data.val_share=0.2)."
+        )
+    for side, of in spans.items():
+        taken = _save(folder, side, dtype, (len(of), size), val_rows)
+        table = np.array(of, np.int32)[taken]
+        np.save(folder / f"{side}_spans.npy", table)
+    console.print(said, soft_wrap=True)
+    learned = (table[:, 1] - table[:, 0]).sum()  # of the validation rows
+    return {
+        "train_tokens": sum(total for _, total in spans["train"]),
+        "bytes_per_token": float(np.array(heard)[taken].sum() / learned) or None,
+        "template": template, "end": end, "examples": examples, "left_out": left_out, "cut": cut,
     }  # fmt: skip
-    files.write_json(folder / "manifest.json", manifest | {"digest": files.digest_of(manifest)})
+
+
+def _dtype(fast) -> type:
+    return np.uint16 if len(fast) <= 1 << 16 else np.uint32
+
+
+def _save(folder: Path, side: str, dtype: type, shape: tuple[int, int], val_rows: int) -> np.ndarray | slice:
+    """SIDE.bin as SIDE.npy, and which of its rows that takes."""
+    taken = slice(None)
+    if side == "val":  # a random part of the whole, so that one long document does not fill it
+        taken = np.sort(np.random.default_rng(0).permutation(shape[0])[:val_rows])
+    np.save(folder / f"{side}.npy", np.memmap(folder / f"{side}.bin", dtype, "r", shape=shape)[taken])
+    (folder / f"{side}.bin").unlink()
+    return taken
 
 
 def _too_short(count: dict[str, int], size: int):
@@ -176,12 +271,13 @@ def _too_short(count: dict[str, int], size: int):
 
 
 class _Sides:
-    """Which side of the split a document is on, by its content."""
+    """Which side of the split a document is on, by its content, of an example by what is asked."""
 
     def __init__(self, val_share: float):
         self.bound = val_share * 2**64
 
-    def __call__(self, text: str) -> str:
+    def __call__(self, document: str | instructions.Example) -> str:
+        text = document if isinstance(document, str) else document.asked
         return "val" if xxhash.xxh3_64_intdigest(text.encode(), seed=1) < self.bound else "train"
 
 
@@ -190,7 +286,7 @@ def _ordered(corpus: Corpus):
     documents = corpus.load()
     if corpus.streaming:
         return documents
-    order = sorted(range(len(documents)), key=lambda i: xxhash.xxh3_64_intdigest(documents[i].encode()))
+    order = sorted(range(len(documents)), key=lambda i: xxhash.xxh3_64_intdigest(str(documents[i]).encode()))
     return _Reordered(documents, order)
 
 
@@ -198,7 +294,7 @@ class _Reordered:
     def __init__(self, documents, order: list[int]):
         self.documents, self.order = documents, order
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator:
         return (self.documents[i] for i in self.order)
 
 
@@ -217,12 +313,15 @@ def _tokenizer(corpus: Corpus, documents: Iterable[str], sides: _Sides, vocab: i
         bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END)
 
+    template = instructions.template_of(corpus.pairs, documents) if corpus.pairs else None
+
     def sample() -> Iterator[str]:
         read = 0
-        for text in documents:
+        for document in documents:
             if read >= 20_000_000:
                 return
-            if sides(text) == "train":
+            if sides(document) == "train":
+                text = document if template is None else instructions.written(document, template)
                 read += len(text)
                 yield text
 
@@ -237,13 +336,11 @@ def _tokenizer(corpus: Corpus, documents: Iterable[str], sides: _Sides, vocab: i
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END)
 
 
-def _batches(documents: Iterable[str], size: int) -> Iterator[list[str]]:
+def _batches(documents: Iterable, size: int) -> Iterator[list]:
     """Lists of `size` documents, under a progress bar."""
-    from kd.progress import track
-
-    batch: list[str] = []
-    for text in track(documents, "reading text"):
-        batch.append(text)
+    batch = []
+    for document in track(documents, "reading text"):
+        batch.append(document)
         if len(batch) == size:
             yield batch
             batch = []
@@ -275,16 +372,17 @@ class Batches:
     """The training batches of steps start … steps - 1; iterating again begins at `start` again.
 
     among: which rows to take; None for all of them. read: what a store holds of rows (index [B], ids [B, T]). Batches
-    are made ahead of their use, in a thread, so that no step waits for a disk. part: which rows of every batch.
+    are made ahead of their use, in a thread, so that no step waits for a disk. part: which rows of every batch. spans:
+    of the rows [R, 2], where not all of them counts. beside: batches of plain text that go with these.
     """
 
     def __init__(
         self, rows: np.ndarray, batch: int, seed: int, start: int, steps: int,
         among: np.ndarray | None = None, read: Callable[[np.ndarray, np.ndarray], object] | None = None,
-        part: slice = slice(None),
+        part: slice = slice(None), spans: np.ndarray | None = None, beside: Batches | None = None,
     ):  # fmt: skip
         self.rows, self.batch, self.seed, self.start, self.steps = rows, batch, seed, start, steps
-        self.among, self.read, self.part = among, read, part
+        self.among, self.read, self.part, self.spans, self.beside = among, read, part, spans, beside
 
     def __iter__(self) -> Iterator[Batch]:
         return ahead(map(self._make, range(self.start, self.steps)))
@@ -297,8 +395,10 @@ class Batches:
         shape = (self.batch, self.rows.shape[1] - 1)
         seed = np.random.default_rng([self.seed, step, 1]).integers(0, 2**62, shape)[self.part]
         index = index[self.part]
-        batch = to_batch(self.rows[index], index, seed)
-        return batch if self.read is None else batch._replace(stored=self.read(index, batch.ids.numpy()))
+        batch = to_batch(self.rows[index], index, seed, None if self.spans is None else self.spans[index])
+        if self.read is not None:
+            batch = batch._replace(stored=self.read(index, batch.ids.numpy()))
+        return batch if self.beside is None else batch._replace(beside=self.beside._make(step))
 
 
 def ahead(items: Iterator, count: int = 2) -> Iterator:
@@ -313,11 +413,13 @@ def ahead(items: Iterator, count: int = 2) -> Iterator:
 
 class ValidationBatches:
     """The validation rows, in order, `batch` at a time. part: which of them. passes: at least so many batches, where
-    those without a row have one that does not count.
+    those without a row have one that does not count. spans: of the rows [R, 2], where not all of them counts.
     """
 
-    def __init__(self, rows: np.ndarray, batch: int, part: slice = slice(None), passes: int = 0):
-        self.rows, self.batch = rows, batch
+    def __init__(
+        self, rows: np.ndarray, batch: int, part: slice = slice(None), passes: int = 0, spans: np.ndarray | None = None
+    ):
+        self.rows, self.batch, self.spans = rows, batch, spans
         self.index, self.passes = np.arange(len(rows))[part], passes
 
     def __len__(self) -> int:
@@ -332,13 +434,21 @@ class ValidationBatches:
             yield batch._replace(labels=batch.labels.fill_(IGNORE))
 
     def _make(self, index: np.ndarray) -> Batch:
-        return to_batch(self.rows[index], index, np.zeros((len(index), self.rows.shape[1] - 1), np.int64))
+        seed = np.zeros((len(index), self.rows.shape[1] - 1), np.int64)
+        return to_batch(self.rows[index], index, seed, None if self.spans is None else self.spans[index])
 
 
-def to_batch(rows: np.ndarray, index: np.ndarray, seed: np.ndarray) -> Batch:
-    """Rows [B, T + 1] and a random number per position [B, T] -> Batch; inputs and labels are shifted only here."""
+def to_batch(rows: np.ndarray, index: np.ndarray, seed: np.ndarray, spans: np.ndarray | None = None) -> Batch:
+    """Rows [B, T + 1] and a random number per position [B, T] -> Batch; inputs and labels are shifted only here.
+
+    spans [B, 2]: tokens of the prompt, and all that are no padding; what is not between them does not count.
+    """
     import torch
 
     tokens = torch.from_numpy(rows.astype(np.int64))
-    labels = tokens[:, 1:].contiguous()
+    labels = tokens[:, 1:].clone()  # of a single row, contiguous() would be no copy
+    if spans is not None:
+        first, end = torch.from_numpy(spans.astype(np.int64)).T[..., None]  # [B, 1]
+        place = torch.arange(1, tokens.shape[1])  # of a label in its row
+        labels[(place < first) | (place >= end)] = IGNORE
     return Batch(tokens[:, :-1].contiguous(), labels, torch.from_numpy(index), torch.from_numpy(seed))

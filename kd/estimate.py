@@ -7,7 +7,7 @@ import shutil
 import statistics
 import time
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kd import files, logits, models, ranks
 from kd.config import flat
-from kd.data import Batch, Packed, to_batch
+from kd.data import IGNORE, Batch, Packed, to_batch
 from kd.hardware import capacity, hold_in
 from kd.models import Causal, Cost
 from kd.objective import Objective, fitting
@@ -65,13 +65,13 @@ def of_run(settings: Settings, packed: Packed, objective: Objective, vocab: int)
     shape = {k: v for k, v in part_of_outcome(flat(settings)).items() if not k.startswith(NO_SHAPE)}
     shape |= {k: settings["trainer"][k] for k in ("accelerator", "devices", "strategy")}
     key = json.dumps([shape, vocab], sort_keys=True)
+    loaded = before_measuring()
     if key not in _measured:
         _measured[key] = _measure(settings, packed, objective, vocab)
     step, of, seq_len, how = _measured[key], settings["trainer"], settings["data"]["seq_len"], source_of(settings)
     student, teacher = step.costs["student"], step.costs.get("teacher")
-    runs = how in ("online", "cotrained")  # the teacher, in a step
-    tokens = of["steps"] * of["batch"] * seq_len
-    once = 3 * student.flops_per_token + ({"online": 1, "cotrained": 3}[how] * teacher.flops_per_token if runs else 0)
+    tokens = round(of["steps"] * of["batch"] * packed.counted)
+    once = sum(models.step_flops(how, flat(settings)["routing"] != "none", student, teacher))
     seconds = None
     if step.micro_batch is not None:
         rows = min(of["micro_batch"], of["batch"])
@@ -83,8 +83,14 @@ def of_run(settings: Settings, packed: Packed, objective: Objective, vocab: int)
     learned = student.parameters + (teacher.parameters if how == "cotrained" else 0)
     memory = held(step.costs, settings) + step.kept
     if ranks.device(of["accelerator"]).type == "cpu":
-        memory += peak_memory()  # of what is loaded here, as in a run
+        memory += loaded
     return Estimate(tokens, seconds, 4 * student.parameters, student.parameters, tokens * once, memory, 24 * learned)
+
+
+@cache
+def before_measuring() -> int:
+    """Bytes that libraries and data take in a process before it makes a model, as in a run."""
+    return peak_memory()
 
 
 def held(costs: dict[str, Cost], settings: Settings) -> int:
@@ -96,17 +102,19 @@ def held(costs: dict[str, Cost], settings: Settings) -> int:
 
 def of_store(settings: Settings, packed: Packed, keep, vocab: int, described: dict) -> Estimate:
     """Of writing the store that a run reads; of an untrained teacher, which a nucleus keeps more of than of any."""
-    seq_len, of = settings["data"]["seq_len"], settings["trainer"]
+    of = settings["trainer"]
     model = _teacher(settings, vocab)
     teacher = Teacher.finished(model, described, keep, of["accelerator"])
     for _ in range(2):  # the first pass is slower
         out, begun = Rows(), time.perf_counter()
-        teacher.answer(packed.train, np.arange(min(of["micro_batch"], len(packed.train))), out)
+        index = np.arange(min(of["micro_batch"], len(packed.train)))
+        teacher.answer(packed.train, index, out, spans=packed.train_spans)
     share = len(packed.train) / len(out.bodies)
+    tokens = round(len(packed.train) * packed.counted)
+    size = out.bytes * share if keep is None else out.bytes / out.positions * tokens
     output = model.head.output.weight
     beside = packed.val[:, 1:].size * output.shape[1] + (output.numel() if keep is None else 0)
-    tokens = len(packed.train) * seq_len
-    return Estimate(tokens, (time.perf_counter() - begun) * share, int(out.bytes * share) + 4 * beside)
+    return Estimate(tokens, (time.perf_counter() - begun) * share, int(size) + 4 * beside)
 
 
 def _teacher(settings: Settings, vocab: int) -> Causal:
@@ -133,9 +141,10 @@ def _measure(settings: Settings, packed: Packed, objective: Objective, vocab: in
         if half and how == "online":
             hold_in(torch.bfloat16, teacher)
     rows = packed.train[: min(trainer["micro_batch"], trainer["batch"])]
-    batch = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64))
+    spans = None if packed.train_spans is None else packed.train_spans[: len(rows)]
+    batch = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans)
     batch = Batch(*(x.to(device) for x in batch[:4]))
-    kept = torch.ones_like(batch.ids, dtype=torch.bool)
+    kept = batch.labels != IGNORE
     source = {"online": logits.online, "cotrained": logits.cotrained}.get(how, logits.none)(teacher)
     if how == "offline":
         source = partial(_stored, torch.linspace(0, 1, vocab, device=device).sin().log_softmax(-1))

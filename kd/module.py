@@ -6,6 +6,7 @@ import math
 import random
 import traceback
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,22 +19,33 @@ from kd.data import IGNORE, Batch
 from kd.hardware import hold_in, keep_freed, out_of_memory
 from kd.logits import Source
 from kd.metrics import Measures
-from kd.models import Causal
+from kd.models import Causal, Flops
 from kd.objective import Objective, Signal, chunks, fitting
 from kd.progress import console
 
 if TYPE_CHECKING:
+    from kd.rollout import Rollout
     from kd.writer import Recorder
 
 # What a checkpoint keeps of a run.
 STATE = ("tokens", "flops", "seconds", "micro_batch", "train_metrics", "val_metrics")
 
 
-class Flops(NamedTuple):
-    """Per token: a training step of the student (forward and backward), and a forward pass of the teacher."""
+class Task(NamedTuple):
+    """What a step learns of a batch: distillation and language modelling with these weights, None for not at all."""
 
-    student: float
-    teacher: float
+    batch: Batch
+    kd: float | None
+    lm: float | None
+    tokens: int  # that are counted, on all ranks
+
+
+def sampled(signal: Signal, batch: Batch, kept: Tensor) -> Signal:
+    """The signal, whose targets say what is known of text that a model wrote."""
+    if batch.sampled is None:
+        return signal
+    known = batch.sampled.at(kept)
+    return lambda rows: replace(signal(rows), sampled={name: x[rows] for name, x in known.items()})
 
 
 class NonFinite(RuntimeError):
@@ -53,6 +65,7 @@ class Distillation(lightning.LightningModule):
     the split into micro-batches changes nothing. `source` gives the training signal (None: language modelling alone),
     `reference` what validation measures against. A finished `teacher` is kept out of the module tree: it is neither
     saved, nor trained, nor put in train mode; one that `learns` is part of it, and learns by language modelling.
+    `rollout` says who writes the text that is distilled.
     `recorder` is shown what the student says of each batch. `sharded`: which of student and teacher the ranks hold
     parts of, where there are several.
     """
@@ -80,6 +93,7 @@ class Distillation(lightning.LightningModule):
         recorder: Recorder | None = None,
         sharded: tuple[str, ...] = (),
         route: Callable[[Callable[[], Tensor]], Tensor | None] = routing.none,
+        rollout: Rollout | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -91,6 +105,7 @@ class Distillation(lightning.LightningModule):
         self.steps, self.micro_batch, self.clip = steps, micro_batch, clip
         self.log_every, self.val_every, self.validation = log_every, val_every, validation
         self.route, self.routes = route, getattr(route, "func", route) is not routing.none
+        self.rollout = rollout
         self.cost, self.bytes_per_token, self.watch = flops, bytes_per_token, watch
         self.tokens, self.flops, self.here = 0, 0.0, 0
         self.seconds = 0.0
@@ -135,39 +150,54 @@ class Distillation(lightning.LightningModule):
         optimizer = self.optimizers()
         for group in optimizer.param_groups:
             group["lr"] = self.lr(progress) * group.get("scale", 1.0)
-        tokens = int(ranks.total((batch.labels != IGNORE).sum()))
-        sums, teacher_lm = self._gradients(batch, alpha, tokens)
+        tasks = self._tasks(batch, alpha)
+        means, teacher_lm = self._gradients(tasks)
         models = [self.student, *([self.teacher] if self.teacher is not None else [])]
-        sums = ranks.total(sums)
+        means = ranks.total(means)
         if self.teacher is not None:
             teacher_lm = ranks.total(torch.tensor(teacher_lm, dtype=torch.float64, device=self.device)).item()
         ranks.sum_gradients(self.parameters())
         norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), self.clip or math.inf) for m in models]
         norms = [shards.whole(norm).item() for norm in norms]
-        loss, kd, lm = (sums / max(tokens, 1)).tolist()
-        metrics = {"loss": loss, "lm": lm, **({"kd": kd} if alpha else {}), "grad_norm": norms[0]}
+        loss, kd, lm = means.tolist()
+        metrics = {"loss": loss, **({"lm": lm} if any(t.lm is not None for t in tasks) else {})}
+        metrics |= {**({"kd": kd} if alpha else {}), "grad_norm": norms[0]}
         if self.teacher is not None:
-            metrics |= {"teacher_lm": teacher_lm / max(tokens, 1), "teacher_grad_norm": norms[1]}
+            metrics |= {"teacher_lm": teacher_lm, "teacher_grad_norm": norms[1]}
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
             raise NonFinite(self._report(f"train/{bad[0]}", metrics, batch, alpha))
         optimizer.step()
+        tokens = sum(t.tokens for t in tasks)
         self.tokens += tokens
         self.here += tokens
-        self.flops += tokens * (self.cost.student + (self.cost.teacher if alpha or self.teacher is not None else 0))
+        asked = sum(t.tokens for t in tasks if t.kd or self.teacher is not None)
+        self.flops += tokens * self.cost.student + asked * self.cost.teacher
         self.train_metrics = {f"train/{k}": v for k, v in metrics.items()}
         self.train_metrics |= {"lr": self.lr(progress), **({"alpha": alpha} if self.source else {})}
         self.train_metrics |= self._axes()
 
-    def _gradients(self, batch: Batch, alpha: float, tokens: int) -> tuple[Tensor, float]:
-        """Gradients of a whole batch, and the sums of its losses. Out of memory, with half as many rows at once."""
+    def _tasks(self, batch: Batch, alpha: float) -> list[Task]:
+        """What this step learns. Language modelling is never of what the student itself wrote."""
+        beside, batch = batch.beside, batch._replace(beside=None)
+        told = self.rollout(batch, self.global_step, self._progress()) if self.rollout and alpha else batch
+        own = told.sampled is not None and ranks.any_of(bool(told.sampled.by_student.any()))
+        if beside is None and not own:
+            tasks = [(told, alpha, 1 - alpha)]
+        else:
+            tasks = [(told, alpha, None), (batch if beside is None else beside, None, 1 - alpha)]
+            tasks = [task for task in tasks if task[1] or task[2]]
+        return [Task(*task, int(ranks.total((task[0].labels != IGNORE).sum()))) for task in tasks]
+
+    def _gradients(self, tasks: list[Task]) -> tuple[Tensor, float]:
+        """Gradients of a step, and the means of its losses. Out of memory, with half as many rows at once."""
         random_state = torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if self.device.type == "cuda" else ())
         while True:
             self.optimizers().zero_grad(set_to_none=True)
             try:
-                return self._in_parts(batch, alpha, tokens)
+                return self._in_parts(tasks)
             except (RuntimeError, MemoryError, OSError) as error:
-                rows = min(self.micro_batch, len(batch.ids))
+                rows = min(self.micro_batch, max(len(task.batch.ids) for task in tasks))
                 together = self.sharded or (ranks.count() > 1 and self.routes)  # ranks go on at the same pace
                 if rows == 1 or together or not out_of_memory(error):
                     raise
@@ -183,29 +213,34 @@ class Distillation(lightning.LightningModule):
             if self.recorder:
                 self.recorder.pieces.clear()
 
-    def _in_parts(self, batch: Batch, alpha: float, tokens: int) -> tuple[Tensor, float]:
-        sums, teacher_lm = torch.zeros(3, dtype=torch.float64, device=self.device), 0.0
-        parts = [(part, part.labels != IGNORE) for part in batch.split(self.micro_batch)]
-        asked, distilled = self._routed(parts) if alpha else ([], None)
-        for number, (part, kept) in enumerate(parts):
-            if asked and self.teacher is None:
-                signal = asked[number]
-            else:  # where alpha is 0 the teacher would run for nothing, unless it learns
-                signal = self.source(part, kept) if alpha or self.teacher is not None else None
-            hidden = self.student.hidden(part.ids)[kept]  # [N, D]
-            label = part.labels[kept]
-            watch = partial(self.recorder.observe, part.seed[kept]) if self.recorder else None
-            which = distilled[number] if distilled else None
-            terms = self.objective(self.student.head, hidden, label, signal if alpha else None, alpha, watch, which)
-            self.manual_backward(terms.total / max(tokens, 1))
-            sums += torch.stack([x.detach().to(sums.dtype) for x in terms])
-            if self.teacher is not None:
-                own = self.objective(self.teacher.head, signal.hidden, label, None, 0.0)
-                self.manual_backward(own.total / max(tokens, 1))
-                teacher_lm += own.lm.item()
+    def _in_parts(self, tasks: list[Task]) -> tuple[Tensor, float]:
+        """Means over the tokens of each task: loss, distillation, language modelling; and that of a teacher's own."""
+        means, teacher_lm = torch.zeros(3, dtype=torch.float64, device=self.device), 0.0
+        for task in tasks:
+            tokens, kd, lm = max(task.tokens, 1), task.kd or 0.0, task.lm or 0.0
+            parts = [(part, part.labels != IGNORE) for part in task.batch.split(self.micro_batch)]
+            asked, distilled = self._routed(parts) if kd else ([], None)
+            for number, (part, kept) in enumerate(parts):
+                if asked and self.teacher is None:
+                    signal = asked[number]
+                else:  # where alpha is 0 the teacher would run for nothing, unless it learns
+                    signal = self.source(part, kept) if kd or self.teacher is not None else None
+                hidden = self.student.hidden(part.ids)[kept]  # [N, D]
+                label = part.labels[kept]
+                watch = partial(self.recorder.observe, part.seed[kept]) if self.recorder else None
+                which = distilled[number] if distilled else None
+                told = sampled(signal, part, kept) if kd else None
+                terms = self.objective(self.student.head, hidden, label, told, kd / (kd + lm), watch, which)
+                self.manual_backward(terms.total * ((kd + lm) / tokens))
+                seen = (terms.total.detach() * (kd + lm), terms.kd, terms.lm * (task.lm is not None))
+                means += torch.stack([x.to(means.dtype) for x in seen]) / tokens
+                if self.teacher is not None:
+                    own = self.objective(self.teacher.head, signal.hidden, label, None, 0.0)
+                    self.manual_backward(own.total / tokens)
+                    teacher_lm += own.lm.item() / tokens
         if self.recorder:
-            self.recorder.batch(batch, self.global_step)
-        return sums, teacher_lm
+            self.recorder.batch(tasks[0].batch, self.global_step)
+        return means, teacher_lm
 
     @torch.no_grad()
     def _routed(self, parts: list[tuple[Batch, Tensor]]) -> tuple[list[Signal], list[Tensor] | None]:
@@ -277,6 +312,8 @@ class Distillation(lightning.LightningModule):
         bad = [name for name, value in result.items() if not math.isfinite(value)]
         if bad:
             raise NonFinite(self._report(f"val/{bad[0]}", result, None, None))
+        if self.rollout:
+            self.rollout.validated(result["lm"])
         self.val_metrics = {f"val/{name}": value for name, value in result.items()} | self._axes()
         self._log(self.val_metrics)
 
@@ -287,10 +324,13 @@ class Distillation(lightning.LightningModule):
         if self.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.device)
         checkpoint["kd"]["random"] = ranks.gather(state)
+        checkpoint["kd"]["rollout"] = ranks.gather(self.rollout.state() if self.rollout else {})
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         for name in checkpoint["kd"].keys() & set(STATE):
             setattr(self, name, checkpoint["kd"][name])
+        if self.rollout:
+            self.rollout.load(checkpoint["kd"]["rollout"][ranks.number()])
         states = checkpoint["kd"]["random"]
         # With more ranks than there were, the new ones draw numbers of their own.
         self._random_state = states[ranks.number()] if ranks.number() < len(states) else None

@@ -26,6 +26,7 @@ from kd.store import FULL, Store, said, within
 from kd.target import Target
 from kd.writer import Recorder, Teacher
 
+ROWS = ("train.npy", "train_spans.npy", "val.npy", "val_spans.npy")  # what packed data is
 Keep = Callable[[Target], Target] | None  # what a store keeps of a target, with true probabilities; None for everything
 
 
@@ -46,7 +47,7 @@ def described(settings: Settings, packed: data.Packed) -> dict:
     return {
         "format": FORMAT, "teacher": called, "weights": weights,
         "tokenizer": files.digest_of([v for k, v in sorted(packed.digests.items()) if k.startswith("tokenizer/")]),
-        "data": files.digest_of([packed.digests["train.npy"], packed.digests["val.npy"]]),
+        "data": files.digest_of([v for k, v in sorted(packed.digests.items()) if k in ROWS]),
         "truncation": part, "precision": settings["trainer"]["precision"],
         "seed": settings["logits"].get("seed") if part["name"] == "random" else None,
     }  # fmt: skip
@@ -157,7 +158,7 @@ def write(settings: Settings, packed: data.Packed, keep: Keep, model: Causal, pa
 
 def recorder(settings: Settings, packed: data.Packed, keep: Keep, model: Causal, start: int) -> Recorder | None:
     """What stores the logits of a model in training, from step `start` on, if settings ask for that."""
-    run, _, where = plan(settings)
+    run, _, _, where = plan(settings)
     if source_of(settings) != "none" or where is None:
         return None
     of = described(settings, packed) | {"teacher": run.name, "weights": None}
@@ -171,13 +172,15 @@ def compare(found: Store, packed: data.Packed, keep: Keep, model: Causal, accele
     index = np.unique(np.linspace(0, len(packed.train) - 1, count).astype(int))
     rows = packed.train[index]
     teacher = Teacher.finished(model, found.of, keep, accelerator)
-    batch = data.to_batch(rows, index, np.zeros(rows[:, 1:].shape, int))
+    spans = packed.train_spans
+    batch = data.to_batch(rows, index, np.zeros(rows[:, 1:].shape, int), None if spans is None else spans[index])
     batch = move_data_to_device(batch._replace(stored=found.read(index, batch.ids.numpy())), teacher.device)
-    held = found.source(batch, torch.ones_like(batch.ids, dtype=torch.bool))
+    kept = batch.labels != data.IGNORE
+    held = found.source(batch, kept)
     found_off, spread = [], []
     with torch.inference_mode(), teacher.computing():
-        now = teacher.signal(packed.train, index)[1]
-        for part in chunks(batch.ids.numel(), 64):
+        now = teacher.signal(packed.train, index, spans)[-1]
+        for part in chunks(int(kept.sum()), 64):
             if found.draws:
                 off, variance = surprise(now(part), held(part))
                 spread.append(variance / found.draws)

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kd import config as conf
 from kd import data, files, remote
+from kd.corpora import Corpus
 from kd.errors import UserError
 from kd.guard import check_secrets
 from kd.run import NO_SIGNAL, Run, group_of, identity, read_json
@@ -95,6 +96,30 @@ def check_logits(settings: Settings, typed: list[str]) -> None:
         )
 
 
+def check_rollout(settings: Settings, source: Corpus) -> None:
+    """Raise UserError where nobody could write, or what is written would not be learned."""
+    name, how = rollout_of(settings), source_of(settings)
+    if name == "none":
+        return
+    said = f"rollout={name}"
+    if not source.pairs:
+        raise UserError(f"{said} writes responses to prompts, and this data is plain text; type data=instructions.")
+    if how in ("offline", "cotrained"):
+        why = "a store knows nothing of new text" if how == "offline" else "the teacher would write while it learns"
+        raise UserError(f"{said} with logits={how}: {why}; type logits=online.")
+    if how == "none" and name != "teacher":
+        raise UserError(f"{said} would do nothing, as logits=none learns from the data alone; type logits=online.")
+    if not any(settings["teacher"][k] for k in ("size", "name")):
+        raise UserError(f"{said} needs a teacher; type teacher=1m.")
+    if settings["record"]:
+        raise UserError(f"{said} and record: a store is of the text of the data. Leave one of them out.")
+
+
+def rollout_of(settings: Settings) -> str:
+    """Who writes: none, student, mixed, adaptive, teacher or pairs."""
+    return settings["rollout"]["_target_"].rpartition(".")[2]
+
+
 def check_ranks(settings: Settings) -> None:
     """Raise UserError where the batch, or what is to be done, cannot be shared out among several processes."""
     of = settings["trainer"]
@@ -135,10 +160,12 @@ def check_shards(of: Settings, option: str) -> None:
 
 
 class Plan(NamedTuple):
-    """The run that settings describe, the settings of the run that makes its teacher, and the place of its store."""
+    """The run that settings describe, the settings of the runs that make its teacher and what its student starts from,
+    and the place of its store."""
 
     run: Run
     teacher: Settings | None  # None if it is not to be made
+    start: Settings | None
     store: Place | None
 
 
@@ -160,6 +187,7 @@ class Place(NamedTuple):
 def plan(settings: Settings) -> Plan:
     """What is to be done; fast: no model, no torch. Data, teacher and store are part of a run's identity."""
     source, packing = corpus(settings)
+    check_rollout(settings, source)
     teacher = store = None
     digests = {"data": data.key(source, **packing)}
     for role in ("student", "teacher"):
@@ -168,9 +196,20 @@ def plan(settings: Settings) -> Plan:
     if settings["teacher"]["size"] and source_of(settings) != "cotrained":
         teacher = teacher_settings(settings)
         digests["teacher"] = plan(teacher).run.name
+    if start := start_settings(settings):
+        digests["start"] = plan(start).run.name
+    if settings["lm"] == "plain":
+        if not source.pairs:
+            raise UserError("lm=plain takes plain text beside instructions, and this data is plain text; leave it out.")
+        text, how = plain_corpus(settings)
+        digests["plain"] = data.key(text, **how)
     if source_of(settings) == "offline":
         part, name = stored_part(settings), settings["teacher"]["name"]
-        of = [FORMAT, {k: v for k, v in digests.items() if k != "student.name"}, settings["trainer"]["precision"]]
+        of = [
+            FORMAT,
+            {k: v for k, v in digests.items() if k in ("data", "teacher", "teacher.name")},
+            settings["trainer"]["precision"],
+        ]
         of += [{k: float(v) if type(v) is int else v for k, v in part.items()}]
         of += [settings["logits"]["seed"] if part["name"] == "random" else None]
         of += [None if "teacher.name" in digests else name]  # of the Hub
@@ -180,7 +219,7 @@ def plan(settings: Settings) -> Plan:
     run = Run(settings["root"], identity(conf.flat(settings), **digests))
     if source_of(settings) == "none" and settings["record"]:
         store = place(settings, files.digest_of([run.name, stored_part(settings)])[:16], settings["record"]["path"])
-    return Plan(run, teacher, store)
+    return Plan(run, teacher, start, store)
 
 
 def place(settings: Settings, key: str, path: str | None) -> Place:
@@ -226,18 +265,32 @@ def stored_part(settings: Settings) -> dict:
     return kept_of(settings["record"] or settings["truncation"])
 
 
-def corpus(settings: Settings):
-    """The text, and how it is packed; a pretrained model brings its own tokenizer."""
-    node = settings["data"]
-    make = conf.load(node["_target_"], "data")
-    for name in node.keys() - {
-        "_target_",
-        *inspect.signature(make).parameters,
-        *inspect.signature(data.pack).parameters,
-    }:
-        raise UserError(f"data.{name}={node[name]}: no such option of this data.")
-    source = cached_corpus(make, **conf.checked(make, node, "data"))
-    packing = conf.checked(data.pack, node, "data")
+def corpus(settings: Settings) -> tuple[Corpus, dict]:
+    """The text, and how it is packed. Pretrained models bring a tokenizer; instructions take that of the plain text."""
+    source, packing = _packing(settings, settings["data"], "data")
+    if source.pairs and not packing["tokenizer"]:
+        packing["tokenizer_of"] = plain_corpus(settings)
+    return source, packing
+
+
+def plain_corpus(settings: Settings) -> tuple[Corpus, dict]:
+    """The plain text beside the data, and how it is packed: as the data is."""
+    return _packing(settings, plain_data(settings), "plain")
+
+
+def plain_data(settings: Settings) -> Settings:
+    """Settings of a run on the plain text."""
+    alike = {k: settings["data"][k] for k in ("seq_len", "vocab", "tokenizer", "val_rows", "val_share")}
+    return {"tokens": None} | settings["plain"] | alike
+
+
+def _packing(settings: Settings, node: Settings, group: str) -> tuple[Corpus, dict]:
+    make = conf.load(node["_target_"], group)
+    known = {"_target_", *inspect.signature(make).parameters, *inspect.signature(data.pack).parameters}
+    for name in node.keys() - known:
+        raise UserError(f"{group}.{name}={node[name]}: no such option of this data.")
+    source = cached_corpus(make, **conf.checked(make, node, group))
+    packing = conf.checked(data.pack, node, group)
     if source.words and node["tokenizer"]:
         raise UserError(f"data.tokenizer={node['tokenizer']}: this data has a vocabulary of its own; leave it out.")
     if not source.words:
@@ -265,13 +318,47 @@ def cached_corpus(make, **arguments):
 def teacher_settings(settings: Settings) -> Settings:
     """A teacher of a size is itself a run: language modelling with the defaults, whatever the student's settings are.
 
-    It is what `python train.py logits=none teacher=none student=SIZE trainer.steps=… lr.peak=… data=…` would be.
+    It is what `python train.py logits=none teacher=none student=SIZE trainer.steps=… lr.peak=… data=…` would be; on
+    instructions, after a run on the plain text.
     """
     of = settings["teacher"]
-    typed = [f"student={of['size']}", "teacher=none", "logits=none", f"seed={of['seed']}", f"lr.peak={of['lr']}"]
-    typed += [f"trainer.{k}={of[k]}" for k in ("steps", "batch", "precision")] + [f"trainer.micro_batch={of['batch']}"]
-    made = resolve(composed(*typed), typed)
-    packing = corpus(settings)[1]
-    made["data"] = settings["data"] | {"tokenizer": packing["tokenizer"]}
+    start = "pretrained" if corpus(settings)[0].pairs else "scratch"
+    student = {"size": of["size"], "name": None}
+    return _language_modelling(settings, student, start, **{k: of[k] for k in ("steps", "batch", "lr", "seed")},
+                               precision=of["precision"])  # fmt: skip
+
+
+def start_settings(settings: Settings) -> Settings | None:
+    """The run that made the weights which a student starts from; None where they are those that its name or size says.
+
+    Raises UserError for a stage that this student or data cannot have.
+    """
+    of, student = settings["start"], settings["student"]
+    if of["stage"] == "scratch":
+        return None
+    if of["stage"] == "pretrained":
+        if student["name"]:
+            raise UserError(f"start=pretrained: student.name={student['name']} is pretrained as it is; leave it out.")
+        made = _language_modelling(settings, student, "scratch", of["steps"], of["batch"], of["lr"], of["seed"])
+        return made | {"data": plain_data(settings)}
+    if not corpus(settings)[0].pairs:
+        raise UserError("start=sft fine-tunes on instructions, and this data is plain text; type data=instructions.")
+    before = "scratch" if student["name"] else "pretrained"
+    return _language_modelling(
+        settings, student, before, of["sft_steps"], of["sft_batch"], of["sft_lr"], of["seed"]
+    )  # fmt: skip
+
+
+def _language_modelling(
+    settings: Settings, student: Settings, start: str, steps: int, batch: int, lr: float, seed: int,
+    precision: str = "fp32",
+) -> Settings:  # fmt: skip
+    """A run on the data of settings, with the defaults but for what is given here."""
+    typed = ["teacher=none", "logits=none", f"seed={seed}", f"lr.peak={lr}", f"start={start}"]
+    typed += [f"trainer.steps={steps}", f"trainer.batch={batch}", f"trainer.micro_batch={batch}"]
+    made = resolve(composed(*typed, f"trainer.precision={precision}"), typed)
+    made["data"] = settings["data"] | {"tokenizer": corpus(settings)[1]["tokenizer"]}
+    made["student"] = student
     made["trainer"]["accelerator"] = settings["trainer"]["accelerator"]
-    return made | {k: settings[k] for k in ("root", "logger", "sweep")}
+    made["start"] |= {k: v for k, v in settings["start"].items() if k in made["start"] and k != "stage"}
+    return made | {k: settings[k] for k in ("root", "logger", "sweep", "plain")}

@@ -267,7 +267,7 @@ class Adaptive(Rollout):
             return _data(batch)
         if drawn < self.threshold * self.fresh(progress) or ranks.any_of(len(self.rows.get("row", ())) < most):
             written = _only_who(self.writers.write(batch, "student", **self.how))
-            new = _packed(written)
+            new = as_rows(written)
             self.rows = {name: torch.cat([*self._held(name), x])[-most:] for name, x in new.items()}
             return written
         index = torch.from_numpy(chance.choice(most, len(batch.ids), replace=False))
@@ -355,7 +355,7 @@ def _joined(parts: list[Batch]) -> Batch:
     return Batch(ids, labels, row, seed, sampled=Sampled(**together))
 
 
-def _packed(batch: Batch) -> dict[str, Tensor]:
+def as_rows(batch: Batch) -> dict[str, Tensor]:
     """Rows that a model wrote, on the CPU: their tokens, and which of these are the response."""
     tokens = torch.cat([batch.ids, batch.labels[:, -1:].clamp(min=0)], -1)  # [B, T+1]
     prompt = generate.lengths(batch)

@@ -32,6 +32,7 @@ NO_PART = (
     "trainer.accelerator",
     "trainer.devices", "trainer.strategy", "trainer.shard_teacher",  # by rounding alone
     "logits.path", "record.path",
+    "plain", "start",  # what was made of them is
 )  # fmt: skip
 # Settings without a meaning under logits=none.
 NO_SIGNAL = ("loss", "truncation", "target", "temperature", "routing", "alpha")

@@ -367,6 +367,7 @@ def info(store: Store) -> Table:
     """What a store is, on one screen."""
     m, of = store.manifest, store.of
     tokens = m["count"] * m["seq_len"]
+    positions = m.get("positions", tokens)  # those that count
     table = Table(box=None, show_header=False, pad_edge=False)
     recorded = f", recorded over {m['steps']:,} steps of its training" if "steps" in m else ""
     rows = {
@@ -375,7 +376,8 @@ def info(store: Store) -> Table:
         "of": f"{m['count']:,} rows of {m['seq_len']} tokens, {tokens:,} in all; vocabulary {m['vocab']:,}",
     }
     if store.truncation != FULL:
-        rows["each position"] = f"{m['entries'] / tokens:.1f} entries, {m['mass'] / tokens:.4f} of the probability"
+        each = f"{m['entries'] / positions:.1f} entries, {m['mass'] / positions:.4f} of the probability"
+        rows["each position"] = each + (f"; {positions:,} positions, the responses" if positions < tokens else "")
     rest = sum(file["size"] for name, file in m["files"].items() if not name.startswith("shard-"))
     rows |= {
         "size": f"{files.amount(m['size'])} in {len(store.shards)} shards, {m['size'] / tokens:.1f} bytes per token",

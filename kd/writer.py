@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kd import files
-from kd.data import Batch, Packed, to_batch
+from kd.data import IGNORE, Batch, Packed, to_batch
 from kd.entries import Entries, Positions, encode, to_bytes
 from kd.errors import UserError
 from kd.hardware import hold_in, keep_freed
@@ -48,21 +48,24 @@ class Rows:
         self.bodies: list[Tensor | bytes] = []
         self.rows: list[int] = []
         self.steps: list[int] = []
-        self.entries, self.mass = 0, 0.0
+        self.positions, self.entries, self.mass = 0, 0, 0.0
 
     def add(self, ids: np.ndarray, hidden: Tensor) -> None:
         """Rows ids [B, T] and the teacher's last hidden states [B, T, D]."""
         self.hashes += map(row_hash, ids)
         self.bodies += hidden.cpu()
+        self.positions += ids.size
 
-    def add_entries(self, ids: np.ndarray, pieces: list[Positions]) -> None:
-        """Rows ids [B, T] and what is kept of their positions, in order."""
+    def add_entries(self, ids: np.ndarray, pieces: list[Positions], kept: np.ndarray | None = None) -> None:
+        """Rows ids [B, T] and entries of their positions, or of those that are kept [B, T], in order."""
         self.hashes += map(row_hash, ids)
         columns = ("count", "log_odds", "gap", "code")
         count, log_odds, gap, code = (np.concatenate([getattr(p, c).cpu().numpy() for p in pieces]) for c in columns)
+        self.positions += len(count)
         self.entries += len(gap)
         self.mass += float(torch.from_numpy(log_odds).double().sigmoid().sum())
-        count, log_odds = count.reshape(ids.shape), log_odds.reshape(ids.shape)
+        kept = np.ones(ids.shape, bool) if kept is None else kept
+        count, log_odds = _spread(count, kept, 0), _spread(log_odds, kept, -np.inf)
         ends = count.sum(1).cumsum()
         for row, (start, end) in enumerate(zip([0, *ends], ends)):
             self.bodies.append(to_bytes(count[row], log_odds[row], gap[start:end], code[start:end]))
@@ -85,7 +88,15 @@ class Rows:
         else:
             tensors["offset"] = torch.tensor([0, *map(len, self.bodies)]).cumsum(0)
             tensors["entries"] = torch.frombuffer(bytearray(b"".join(self.bodies)), dtype=torch.uint8)
-        _save(tensors, folder, name, count=len(self.hashes), entries=self.entries, mass=self.mass, **note)
+        counts = dict(count=len(self.hashes), positions=self.positions, entries=self.entries, mass=self.mass)
+        _save(tensors, folder, name, **counts, **note)
+
+
+def _spread(values: np.ndarray, kept: np.ndarray, filler: float) -> np.ndarray:
+    """Values [N] in the places where kept [B, T] is true, and the filler in all others."""
+    whole = np.full(kept.shape, filler, values.dtype)
+    whole[kept] = values
+    return whole
 
 
 def _save(tensors: dict[str, Tensor], folder: Path, name: str, **note) -> None:
@@ -136,6 +147,7 @@ def commit(folder: Path, of: dict, about: dict) -> None:
     notes = {f"{name}.safetensors": note for name, note in _notes(folder).items()}
     shards = [note for name, note in notes.items() if name.startswith("shard-")]
     sums = {key: sum(note[key] for note in shards) for key in ("count", "entries", "mass", "size")}
+    sums["positions"] = sum(note.get("positions", note["count"] * about["seq_len"]) for note in shards)
     manifest = {"of": of, **about, **sums, "files": notes}
     files.write_json(folder / "manifest.json", manifest | {"digest": files.digest_of(manifest)})
 
@@ -162,35 +174,45 @@ class Teacher:
             hold_in(torch.bfloat16, model)
         return cls(model, of, keep)
 
-    def signal(self, table: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, Projection]:
-        """Tokens [B, T] of rows `index` of the data, and what the teacher says of all their positions."""
+    def signal(
+        self, table: np.ndarray, index: np.ndarray, spans: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, Projection]:
+        """Tokens [B, T] of rows `index` of the data, which positions count, and what the teacher says of these."""
         # Seeds by row, so that draws depend neither on the batch nor on the shard.
         shape, first = table.shape[1] - 1, self.of["seed"] or 0
         seed = np.stack([np.random.default_rng([first, int(row)]).integers(0, 2**62, shape) for row in index])
-        cpu = to_batch(table[index], index, seed)
+        cpu = to_batch(table[index], index, seed, None if spans is None else spans[index])
         batch = Batch(*(x.to(self.device) for x in cpu[:4]))
-        return cpu.ids.numpy(), online(self.model)(batch, torch.ones_like(batch.ids, dtype=torch.bool))
+        kept = batch.labels != IGNORE
+        return cpu.ids.numpy(), kept.cpu().numpy(), online(self.model)(batch, kept)
 
     def computing(self):
         """The precision that the store is to be computed in."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     @torch.inference_mode()
-    def answer(self, table: np.ndarray, index: np.ndarray, out: Rows, whole: bool = False) -> None:
-        """Put into `out` what the teacher says of rows `index` of the data; whole: as hidden states."""
+    def answer(
+        self, table: np.ndarray, index: np.ndarray, out: Rows, whole: bool = False, spans: np.ndarray | None = None
+    ) -> None:
+        """Put into `out` what the teacher says of rows `index` of the data; whole: as hidden states.
+
+        spans: see kd.data.to_batch; hidden states are of all positions, whichever count.
+        """
+        whole = whole or self.keep is None
         with self.computing():
-            ids, signal = self.signal(table, index)
-            if not signal.hidden.isfinite().all():
-                bad = ~signal.hidden.view(*ids.shape, -1).isfinite().all(-1).all(-1)
+            ids, kept, signal = self.signal(table, index, None if whole else spans)
+            finite = signal.hidden.isfinite().all(-1).cpu().numpy()  # [N]
+            if not finite.all():
                 raise UserError(
-                    f"The teacher says NaN or infinity of row {index[int(bad.nonzero()[0])]} of the data, in "
+                    f"The teacher says NaN or infinity of row {index[kept.nonzero()[0][~finite][0]]} of the data, in "
                     f"{self.of['precision']}. Nothing of it was stored; try trainer.precision=fp32, or another teacher."
                 )
-            if whole or self.keep is None:
+            if whole:
                 out.add(ids, signal.hidden.view(*ids.shape, -1).to(self.dtype))
             else:
                 draws, size = self.of["truncation"].get("draws"), fitting(self.model.head)
-                out.add_entries(ids, [encode(self.keep(signal(rows)), draws) for rows in chunks(ids.size, size)])
+                parts = chunks(len(signal.hidden), size)
+                out.add_entries(ids, [encode(self.keep(signal(rows)), draws) for rows in parts], kept)
 
     def output(self, folder: Path) -> None:
         """Save the output layer."""
@@ -233,7 +255,7 @@ def write(
             return teacher.validation(folder, packed.val, batch)
         out = Rows()
         for piece in chunks(len(left[name]), batch):
-            teacher.answer(packed.train, np.array(left[name][piece]), out)
+            teacher.answer(packed.train, np.array(left[name][piece]), out, spans=packed.train_spans)
             done += piece.stop - piece.start
             progress.update(done, done * (packed.train.shape[1] - 1))
         out.save(folder, name, first=left[name].start)
@@ -270,10 +292,11 @@ def _announce(folder: Path, teacher: Teacher, packed: Packed, batch: int, rows: 
     beside *= teacher.dtype.itemsize * (_note(folder, "head") is None)
     for _ in range(2):  # the first forward pass is slower
         out, started = Rows(), time.monotonic()
-        teacher.answer(table, np.arange(min(batch, len(table))), out)
+        teacher.answer(table, np.arange(min(batch, len(table))), out, spans=packed.train_spans)
     share = rows / len(out.bodies)
-    size, free = out.bytes * share, shutil.disk_usage(folder).free
-    tokens = rows * (table.shape[1] - 1)
+    each = packed.counted if teacher.keep else table.shape[1] - 1  # positions of a row that are stored
+    size, free = out.bytes / out.positions * rows * each, shutil.disk_usage(folder).free
+    tokens = round(rows * each)
     say = (
         f"{tokens:,} tokens at about {size / tokens:,.0f} bytes each, {files.amount(size)} in all, and "
         f"{files.amount(beside)} of output layer and validation rows; "
@@ -396,7 +419,7 @@ class Recorder:
         """All positions of `batch` have been observed, in optimizer step `step`."""
         if self.out.bytes > SHARD_BYTES and self.out.steps[-1] < step:  # checkpoints may be far apart
             self.flush(step)
-        self.out.add_entries(batch.ids.cpu().numpy(), self.pieces)
+        self.out.add_entries(batch.ids.cpu().numpy(), self.pieces, (batch.labels != IGNORE).cpu().numpy())
         self.pieces = []
         self.out.rows += batch.row.tolist()
         self.out.steps += [step] * len(batch.row)

@@ -155,6 +155,29 @@ def test_rows_are_the_documents_joined_with_an_end_each(packed):
     assert len(tokenizer) == SETTINGS["vocab"] > packed.train.max()
 
 
+def test_text_of_the_end_token_stays_text(tmp_path):
+    """A document that speaks of it would else end there."""
+    texts = documents()
+    texts[::3] = [f"{text} {data.END}{data.END} and on" for text in texts[::3]]
+    made = data.pack(corpus(texts), tmp_path, **SETTINGS)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(made.tokenizer)
+    rows = made.train.flatten()
+    whole = [tokenizer.decode(part[1:]) for part in np.split(rows, np.flatnonzero(rows == tokenizer.eos_token_id))]
+    assert set(whole[1:-1]) < set(texts) and sum(data.END in text for text in whole) > 50
+
+
+def test_rows_of_plain_text_are_named_and_made_as_ever(packed, tmp_path):
+    """Digests of what was packed before there were prompts and responses: folders of users go on to be theirs."""
+    chain = data.pack(markov(16, 40_000, 8, 3), tmp_path, seq_len=16, val_rows=8)
+    assert packed.folder.name == "2c33507334ec738c" and chain.folder.name == "4cd2f2f1a54e41b7"
+    assert packed.digests["train.npy"] == "80fcc3b98fee6870c8499502aa55010b"
+    assert packed.digests["val.npy"] == "7ad5a6d3f52a5d730f78199f838fa265"
+    assert chain.digests["train.npy"] == "a46e08307e2e1ff49a8197ad51b9054e"
+    assert chain.digests["val.npy"] == "3e868b3b24e65b843ce84f4b6c342be1"
+    assert packed.train_spans is packed.val_spans is packed.end is None and packed.counted == 16
+    assert packed.digests.keys() >= {"train.npy", "val.npy"} and len(packed.digests) == 4
+
+
 def test_tokenizer_is_trained_without_the_validation_text(tmp_path):
     side = data._Sides(0.2)
     texts = [f"{i} zq zq zq" if side(f"{i} zq zq zq") == "val" else f"{i} pw pw pw" for i in range(400)]

@@ -19,11 +19,11 @@ def of(root, *words):
     return product.estimate(settings(root, *words))
 
 
-@pytest.mark.parametrize("logits", ["none", "online", "cotrained"])
-def test_counts_before_are_those_of_the_result(logits, taught, tmp_path):
+@pytest.mark.parametrize("words", ["logits=none", "logits=online", "logits=cotrained", "logits=online routing=entropy"])
+def test_counts_before_are_those_of_the_result(words, taught, tmp_path):
     shutil.copytree(taught, tmp_path / "root")
-    (said,) = of(tmp_path / "root", f"logits={logits}").values()
-    made = result(here(tmp_path / "root", f"logits={logits}"))
+    (said,) = of(tmp_path / "root", *words.split()).values()
+    made = result(here(tmp_path / "root", *words.split()))
     assert said.tokens == made["tokens"] and said.parameters == made["parameters"]
     assert said.flops == pytest.approx(made["flops"], rel=1e-9)
 

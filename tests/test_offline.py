@@ -366,7 +366,7 @@ def test_objective_truncates_a_stored_target_like_a_whole_one():
 def test_recorded_logits_are_those_of_a_teacher_recorded_by_hand(tmp_path):
     """Made on demand, once, and read by window."""
     by_hand = tmp_path / "by_hand"
-    as_made = ("trainer.steps=6", "trainer.micro_batch=4", "trainer.val_every=50", "trainer.log_every=10")
+    as_made = ("trainer.steps=6", "trainer.batch=2", "trainer.val_every=100", "trainer.log_every=20")
     record = ("record=top_k", "record.k=5", f"record.path={tmp_path / 'store'}")
     here(by_hand, "logits=none", "teacher=none", *as_made, *record)
     outcomes = []

@@ -10,7 +10,8 @@ import torch
 from kd import module, ranks
 from kd.data import IGNORE, Batch
 from kd.errors import UserError
-from kd.module import Distillation, Flops
+from kd.models import Flops
+from kd.module import Distillation, Task
 from kd.objective import Objective
 from kd.target import Target
 from tests.cases import LOSSES, TEMPERATURES, TREATMENTS, TRUNCATIONS, dense, logits, option
@@ -83,8 +84,8 @@ def made(micro_batch: int, chunk: int, share: float = 0.3, teacher=None) -> Dist
 def step(of: Distillation, given: Batch, monkeypatch) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Sums and gradients of a step."""
     monkeypatch.setattr(of, "manual_backward", lambda loss: loss.backward())
-    sums, _ = of._in_parts(given, 0.7, 10)
-    return sums, [p.grad.clone() for p in of.student.parameters()]
+    means, _ = of._in_parts([Task(given, 0.7, 0.3, 10)])
+    return means * 10, [p.grad.clone() for p in of.student.parameters()]
 
 
 def asked_for(of: Distillation, given: Batch) -> torch.Tensor:

@@ -85,8 +85,8 @@ def test_student_loads_with_plain_transformers_and_says_the_same(whole):
 
 
 def test_teacher_is_the_run_of_its_own_command(whole, tmp_path):
-    train(tmp_path, "logits=none", "teacher=none", "trainer.steps=6", "trainer.batch=4", "trainer.micro_batch=4",
-          "trainer.val_every=50", "trainer.log_every=10")  # fmt: skip
+    train(tmp_path, "logits=none", "teacher=none", "trainer.steps=6", "trainer.batch=2", "trainer.micro_batch=2",
+          "trainer.val_every=100", "trainer.log_every=20")  # fmt: skip
     assert folder(tmp_path, "lm").name == folder(whole, "lm").name
     assert outcome(folder(tmp_path, "lm")) == outcome(folder(whole, "lm"))
 

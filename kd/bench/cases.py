@@ -145,8 +145,8 @@ def fitted(work: Work, loss: str, compile: bool, store: Store | None = None):
     from omegaconf import OmegaConf
 
     from kd import config, data, logits, temperature, treatment, truncation
-    from kd.models import Causal
-    from kd.module import Distillation, Flops
+    from kd.models import Causal, Flops
+    from kd.module import Distillation
     from kd.objective import Objective
 
     student = Causal(work.student(), work.shape.vocab)

@@ -1,0 +1,711 @@
+"""Prompts and responses: read from any shape, written by a template, one to a row, and only responses are learned."""
+
+import inspect
+import json
+import shutil
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import hydra
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import train as product
+from kd import config, data, instructions, offline, plan
+from kd.config import CONF
+from kd.data import END, IGNORE
+from kd.errors import UserError
+from kd.instructions import Example, alpaca, encode, end_of_response, functions, plain, tokens
+from kd.store import Store
+from tests.small import SMALL, outcome
+
+BYTES = dict(seq_len=12, vocab=257, val_share=0.3, val_rows=1000)  # a token per byte, and the end
+CHAT = (
+    "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('No ' + m.role) }}"
+    "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """Of the library, which keeps what it has read."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def tokenizer(pre=None, **of) -> PreTrainedTokenizerFast:
+    """A token per byte, those of chats, and an end of a text that is not the end of a turn."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = [END, "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=259, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=END, extra_special_tokens=special[1:], **{"chat_template": CHAT, **of}
+    )
+
+
+def pairs(*texts: tuple[str, str], prompt_len: int = 6, template: str | None = "plain") -> data.Corpus:
+    """Of prompts and responses."""
+    examples = [Example((("user", prompt),), response) for prompt, response in texts]
+    found = data.Corpus(lambda: examples, {"of": sorted(texts)})
+    return replace(found, pairs=instructions.Pairs(template, prompt_len))
+
+
+def many(count: int = 40) -> list[tuple[str, str]]:
+    return [(f"q{number}", f"a{number}") for number in range(count)]
+
+
+def pack(tmp_path: Path, *texts: tuple[str, str], **of) -> data.Packed:
+    """Each example is on both sides of the split in a copy of its own, its prompt followed by some number."""
+    how = {k: of.pop(k) for k in ("prompt_len", "template") if k in of}
+    return data.pack(pairs(*texts, **how), tmp_path / "packed", **BYTES | of)
+
+
+def said(packed: data.Packed) -> list[tuple[str, str, int, int]]:
+    """Of each row, on both sides: the prompt, what counts of the rest, and how many of it are ends."""
+    fast, found = AutoTokenizer.from_pretrained(packed.tokenizer), []
+    for rows, spans in ((packed.train, packed.train_spans), (packed.val, packed.val_spans)):
+        batch = data.to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans)
+        for row, labels, (prompt, total) in zip(rows, batch.labels, spans, strict=True):
+            counted = labels[labels != IGNORE]
+            assert counted.tolist() == row[prompt:total].tolist()
+            response = fast.decode([t for t in counted if t != packed.end])
+            ends = (counted == packed.end).sum().item()
+            found.append((fast.decode(row[:prompt]), response, ends, len(counted)))
+    return sorted(found)
+
+
+# Labels.
+
+
+def test_labels_of_a_row_by_hand():
+    """Prompt 5 6, response 7 0 8, end 0, padding 0; then a row that is full, and one that is cut."""
+    rows = np.array([[5, 6, 7, 0, 8, 0, 0, 0], [5, 1, 2, 3, 4, 5, 6, 0], [5, 6, 1, 2, 3, 4, 5, 6]], np.uint16)
+    spans = np.array([[2, 6], [1, 8], [2, 8]], np.int32)
+    batch = data.to_batch(rows, np.arange(3), np.zeros((3, 7), np.int64), spans)
+    assert batch.ids.tolist() == rows[:, :-1].tolist()
+    x = IGNORE
+    assert batch.labels.tolist() == [[x, 7, 0, 8, 0, x, x], [1, 2, 3, 4, 5, 6, 0], [x, 1, 2, 3, 4, 5, 6]]
+    for part, one in zip(batch.split(1), range(3), strict=True):
+        assert part.labels.tolist() == [batch.labels[one].tolist()]
+
+
+def test_a_single_row_has_labels_of_its_own():
+    """Memory that inputs and labels share would put the mask into the inputs."""
+    rows = np.arange(9)[None]
+    batch = data.to_batch(rows, np.zeros(1, np.int64), np.zeros((1, 8), np.int64), np.array([[3, 5]]))
+    assert batch.ids.tolist() == [list(range(8))] and batch.labels[0, 2:4].tolist() == [3, 4]
+    (_, _, idle) = data.ValidationBatches(np.arange(18).reshape(2, 9), 1, passes=3)
+    assert idle.ids.tolist() == [list(range(8))] and (idle.labels == IGNORE).all()
+
+
+def test_rows_by_hand(tmp_path):
+    """seq_len 12, so rows of 13 tokens, and prompts of up to 6."""
+    texts = [
+        ("ask", "yes"),
+        ("empty", ""),
+        ("full", "12345678"),  # 4 + 8 + the end = 13
+        ("fuller", "1234567"),  # 6 + 7 = 13, and no room for the end
+        ("cut", "1234567890ab"),
+        ("too long", "x"),
+        ("", "nothing was asked"),
+        ("é€", "😀"),  # 5 bytes and 4
+        ("a\r\nb", "c\r\nd"),
+    ]
+    made = pack(tmp_path, *texts, *many())
+    rows = [row for row in said(made) if not row[0].startswith("q")]
+    assert rows == sorted([
+        ("ask", "yes", 1, 4), ("empty", "", 1, 1), ("full", "12345678", 1, 9), ("fuller", "1234567", 0, 7),
+        ("cut", "1234567890", 0, 10), ("é€", "😀", 1, 5), ("a\r\nb", "c\r\nd", 1, 5),
+    ])  # fmt: skip
+    manifest = json.loads((made.folder / "manifest.json").read_text())
+    assert manifest["left_out"] == {"too_long": 1, "empty": 1} and manifest["cut"] == 2
+    assert manifest["examples"] == {"train": len(made.train), "val": len(made.val)}
+    assert len(made.train) + len(made.val) == 47 and min(len(made.train), len(made.val)) > 5
+    assert made.train.shape[1] == 13 and made.train_spans.shape == (len(made.train), 2)
+    assert made.train_spans.dtype == made.val_spans.dtype == np.int32
+    for rows, spans in ((made.train, made.train_spans), (made.val, made.val_spans)):
+        assert all((row[total:] == made.end).all() for row, (_, total) in zip(rows, spans, strict=True))
+    counted = (made.train_spans[:, 1] - made.train_spans[:, 0]).mean()
+    assert made.counted == pytest.approx(counted)
+    assert manifest["train_tokens"] == made.train_spans[:, 1].sum()
+
+
+def test_what_was_left_out_is_said_in_a_line(tmp_path, capfd):
+    made = pack(tmp_path, ("much too long", "x"), ("cut", "1234567890ab"), *many())
+    line = capfd.readouterr().err.strip().replace("\n", "")
+    assert line == (
+        f"{len(made.train)} examples for training and {len(made.val)} for validation; left out: 1 whose prompt has "
+        "more than 6 tokens, 0 without prompt or response; cut: 1 responses that go beyond the 13 tokens of a row"
+    )
+
+
+def test_bytes_per_token_are_those_of_what_counts_in_validation(tmp_path):
+    """A response of 4 bytes and 5 tokens with its end; one of 4 bytes in a row that has room for 3 of them."""
+    whole, cut = [(f"w{n}", "abcd") for n in range(30)], [(f"prompt{n:03}", "abcd") for n in range(30)]
+    made = pack(tmp_path, *whole, val_rows=7)
+    assert made.bytes_per_token == pytest.approx(4 / 5) and len(made.val) == 7
+    assert pack(tmp_path, *cut, prompt_len=12, seq_len=11, val_rows=3).bytes_per_token == pytest.approx(1)
+    assert pack(tmp_path, *[(f"w{n}", "") for n in range(30)]).bytes_per_token is None
+    made = pack(tmp_path, *whole, *cut, prompt_len=12, seq_len=11, val_rows=40)
+    lengths = made.val_spans[:, 1] - made.val_spans[:, 0]
+    assert set(lengths) == {5, 3}
+    assert made.bytes_per_token == pytest.approx(np.where(lengths == 5, 4, 3).sum() / lengths.sum())
+
+
+def test_same_prompt_is_never_on_both_sides(tmp_path):
+    texts = [(f"q {n}", str(answer)) for n in range(60) for answer in range(3)]
+    texts += [(f"q\r\n{n}", "crlf") for n in range(60)] + [(f" q  {n} ", "space") for n in range(60)]
+    made = pack(tmp_path, *texts, prompt_len=9)
+    fast, sides = AutoTokenizer.from_pretrained(made.tokenizer), []
+    for rows, spans in ((made.train, made.train_spans), (made.val, made.val_spans)):
+        sides.append([" ".join(fast.decode(row[:n]).split()) for row, (n, _) in zip(rows, spans, strict=True)])
+    assert not set(sides[0]) & set(sides[1]) and set(sides[0]) | set(sides[1]) == {f"q {n}" for n in range(60)}
+    assert len(sides[0]) + len(sides[1]) == 5 * 60 and len(set(sides[1])) > 8
+
+
+@pytest.mark.parametrize("template", ["plain", "alpaca"])
+def test_the_split_is_that_of_any_template_and_order(tmp_path, template):
+    of = dict(seq_len=400, prompt_len=300)
+    made = pack(tmp_path, *many(), template="plain", **of)
+    other = pack(tmp_path / "other", *many()[::-1], template=template, **of)
+    assert [row[1] for row in said(made)] == [row[1] for row in said(other)]
+    assert (len(made.train), len(made.val)) == (len(other.train), len(other.val))
+    if template == "plain":
+        assert (made.train == other.train).all() and (made.val_spans == other.val_spans).all()
+
+
+def test_fewer_tokens_are_the_first_of_more(tmp_path):
+    whole = pack(tmp_path, *many(200))
+    total = whole.train_spans[:, 1].sum()
+    for count in (20, 100, int(total)):
+        few = pack(tmp_path, *many(200), tokens=count)
+        read = few.train_spans[:, 1].sum()
+        assert count - 13 < read <= count and (few.val == whole.val).all()
+        assert (few.train == whole.train[: len(few.train)]).all()
+        assert (few.train_spans == whole.train_spans[: len(few.train)]).all()
+
+
+def test_packed_examples_are_opened_as_they_were_written(tmp_path):
+    made = pack(tmp_path, *many())
+    again = data.opened(made.folder)
+    assert (again.train_spans == made.train_spans).all() and (again.val_spans == made.val_spans).all()
+    assert again.end == made.end == AutoTokenizer.from_pretrained(made.tokenizer).eos_token_id
+    (made.folder / "val_spans.npy").write_bytes(b"")
+    with pytest.raises(UserError, match=r"val_spans\.npy is damaged"):
+        data.opened(made.folder)
+
+
+def test_examples_that_leave_a_side_empty_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"left out: 40 whose prompt has more than 1 tokens.*data\.prompt_len"):
+        pack(tmp_path, *many(), prompt_len=1)
+    assert not [p for p in (tmp_path / "packed").iterdir() if p.is_dir()]
+
+
+def test_batches_are_masked_and_those_of_plain_text_are_not(tmp_path):
+    made = pack(tmp_path, *many())
+    for batch in data.Batches(made.train, 4, 0, 0, 5, spans=made.train_spans):
+        counted = (batch.labels != IGNORE).sum(1)
+        assert counted.tolist() == (made.train_spans[batch.row] @ [-1, 1]).tolist()
+    batches = list(data.ValidationBatches(made.val, 4, spans=made.val_spans))
+    assert sum((b.labels != IGNORE).sum().item() for b in batches) == (made.val_spans @ [-1, 1]).sum()
+    (plain,) = data.Batches(made.train, 4, 0, 0, 1)
+    assert (plain.labels != IGNORE).all()
+
+
+# Shapes.
+
+DOLLY = {"instruction": "Sum up.", "context": "A b.", "response": "B.", "category": "x"}
+ONE, TWO = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+THREE, FOUR = {"role": "user", "content": "And?"}, {"role": "assistant", "content": "Bye"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+ROWS = {
+    "dolly": (DOLLY, Example((("user", "Sum up."), ("input", "A b.")), "B.")),
+    "dolly without context": (DOLLY | {"context": ""}, Example((("user", "Sum up."),), "B.")),
+    "dolly with none": (DOLLY | {"context": None}, Example((("user", "Sum up."),), "B.")),
+    "alpaca": ({"instruction": "I", "input": "X", "output": "O"}, Example((("user", "I"), ("input", "X")), "O")),
+    "alpaca without input": ({"instruction": "I", "output": "O", "text": "all"}, Example((("user", "I"),), "O")),
+    "response": ({"prompt": "P", "response": "R"}, Example((("user", "P"),), "R")),
+    "completion": ({"prompt": "P", "completion": " C\r\n"}, Example((("user", "P"),), " C\r\n")),
+    "answer": ({"id": 3, "question": "ä€?", "answer": "😀"}, Example((("user", "ä€?"),), "😀")),
+    "empty response": ({"prompt": "P", "response": ""}, Example((("user", "P"),), "")),
+    "no response": ({"prompt": "P", "response": None}, Example((), "")),
+    "messages": ({"prompt": "Hi", "messages": [ONE, TWO]}, Example((("user", "Hi"),), "Hello", True)),
+    "several turns": (
+        {"messages": [SYSTEM, ONE, TWO, THREE, FOUR, ONE]},
+        Example((("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "And?")), "Bye", True),
+    ),
+    "no assistant": ({"messages": [SYSTEM, ONE]}, Example((), "")),
+    "assistant first": ({"messages": [TWO, ONE]}, Example((), "")),
+    "messages as prompt and completion": (
+        {"prompt": [ONE, TWO, THREE], "completion": [FOUR]},
+        Example((("user", "Hi"), ("assistant", "Hello"), ("user", "And?")), "Bye", True),
+    ),
+}
+
+
+def write(path: Path, *rows: dict) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(list(rows)), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(list(rows)))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path, **of) -> list[Example]:
+    return list(instructions.instructions(64, files=str(path), **of).load())
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_every_shape_is_known_by_its_columns(tmp_path, row, kind):
+    assert read(write(tmp_path / f"a.{kind}", row[0], row[0])) == [row[1], row[1]]
+
+
+def test_a_list_in_a_file_is_read_as_lines_are(tmp_path):
+    assert read(write(tmp_path / "a.json", DOLLY, DOLLY)) == [ROWS["dolly"][1]] * 2
+
+
+def test_a_pattern_takes_all_files(tmp_path):
+    for name in "ba":
+        write(tmp_path / f"{name}.jsonl", {"prompt": name, "response": "r"})
+    assert [e.turns[0][1] for e in read(tmp_path / "*.jsonl")] == ["a", "b"]
+
+
+def test_a_dataset_of_the_hub_is_read_from_a_folder(tmp_path):
+    folder = write(tmp_path / "set" / "train.jsonl", DOLLY).parent
+    made = instructions.instructions(64, name=str(folder))
+    assert list(made.load()) == [ROWS["dolly"][1]] and len(made.load()) == 1
+    before = made.fingerprint
+    write(folder / "train.jsonl", DOLLY | {"response": "another"})
+    assert instructions.instructions(64, name=str(folder)).fingerprint != before
+    with pytest.raises(UserError, match=r"data\.split=nope"):
+        instructions.instructions(64, name=str(folder), split="nope").load()
+
+
+def test_columns_can_be_named(tmp_path):
+    file = write(tmp_path / "a.jsonl", {"ask": "P", "say": "R", "prompt": "no", "response": "no", "chat": [ONE, TWO]})
+    assert read(file, prompt="ask", response="say") == [Example((("user", "P"),), "R")]
+    assert read(file, prompt="chat") == [Example((("user", "Hi"),), "Hello", True)]
+    assert read(file, prompt="chat", response="say") == [Example((("user", "Hi"), ("assistant", "Hello")), "R", True)]
+
+
+@pytest.mark.parametrize(
+    ("of", "says"),
+    [({}, r"has the columns ask, say, which are none.*instruction, context, response.*data\.prompt=COLUMN"),
+     ({"prompt": "no", "response": "say"}, r"the columns ask, say, and no 'no'\. Type data\.prompt=ONE"),
+     ({"prompt": "ask", "response": "no"}, r"the columns ask, say, and no 'no'\. Type data\.response=ONE"),
+     ({"response": "say"}, r"ask, say\. data\.response=say needs data\.prompt="),
+     ({"prompt": "ask"}, r"'ask' is no list of messages.*data\.response=ONE_OF ask, say")],
+)  # fmt: skip
+def test_wrong_columns_are_refused_with_those_there_are(tmp_path, of, says):
+    file = write(tmp_path / "a.jsonl", {"ask": "P", "say": "R"})
+    with pytest.raises(UserError, match=rf"data\.files={file}: .*{says}"):
+        read(file, **of)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"question": "1+1", "answer": 2}, {"question": ["a"], "answer": "b"}, {"prompt": {"a": 1}, "response": "b"},
+     {"messages": [{"from": "human", "value": "Hi"}]}, {"messages": [{"role": "user", "content": None}, TWO]}],
+)  # fmt: skip
+def test_a_column_without_text_is_named(tmp_path, row):
+    with pytest.raises(UserError, match=rf"column '({'|'.join(row)})' holds .* where it needs text, or a list of"):
+        read(write(tmp_path / "a.jsonl", row))
+
+
+@pytest.mark.parametrize(
+    ("of", "says"),
+    [({"template": "llama"}, r"data\.template=llama: need alpaca, chat or plain"),
+     ({"prompt_len": 0}, r"data\.prompt_len=0: need from 1 to data\.seq_len=64"), ({"prompt_len": 65}, "prompt_len=65"),
+     ({"files": "a.jsonl", "name": "b"}, r"data\.files=a\.jsonl and data\.name=b: one of them"),
+     ({"prompt": "p"}, r"data\.prompt=p would do nothing without data\.name=… or data\.files="),
+     ({"files": "a.jsonl", "split": "test"}, r"data\.split=test would do nothing without data\.name="),
+     ({"subset": "x"}, r"data\.subset=x would do nothing"), ({"files": "none.jsonl"}, "no such file.*jsonl"),
+     ({"files": "none.csv"}, "no such file")],
+)  # fmt: skip
+def test_settings_without_a_meaning_are_refused(of, says):
+    with pytest.raises(UserError, match=says):
+        instructions.instructions(64, **of)
+
+
+def test_text_is_not_read_as_examples(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UserError, match=r"need files of one kind, \.jsonl, \.json, \.parquet; got \.txt"):
+        instructions.instructions(64, files=str(tmp_path / "a.txt"))
+
+
+def test_whatever_changes_the_examples_changes_the_corpus(tmp_path):
+    file = write(tmp_path / "a.jsonl", {"prompt": "P", "response": "R", "other": "O"})
+    changes = [{}, {"template": "plain"}, {"prompt_len": 5}, {"prompt": "prompt", "response": "other"}]
+    made = [instructions.instructions(64, files=str(file), **of) for of in changes]
+    assert made[0].fingerprint == instructions.instructions(64, files=str(file)).fingerprint
+    assert len({data.key(of) for of in made}) == len(made)
+    assert [of.pairs.prompt_len for of in made] == [32, 32, 5, 32]
+
+
+# Templates.
+
+
+def test_alpaca_is_the_prompt_of_the_paper():
+    assert alpaca([("user", "Do it.")]) == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nDo it.\n\n### Response:\n"
+    )
+    assert alpaca([("user", "Do it."), ("input", "With this.")]) == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nDo it.\n\n### Input:\nWith this.\n\n### Response:\n"
+    )
+    turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "And?")]
+    assert alpaca(turns) == (
+        "Be brief.\n\n### Instruction:\nHi\n\n### Response:\nHello\n\n### Instruction:\nAnd?\n\n### Response:\n"
+    )
+
+
+def test_plain_is_text_as_it_is():
+    assert plain([("user", " a\r\n")]) == " a\r\n"
+    assert plain([("user", "a"), ("input", "b")]) == "a\n\nb"
+
+
+def test_chat_is_what_the_tokenizers_own_template_says():
+    fast = tokenizer()
+    turns = (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "And?"), ("input", "This."))
+    ((prompt, response),) = encode([Example(turns, " Bye", True)], "chat", fast)
+    start, end = fast.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert fast.decode(prompt) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello"
+        "<|im_end|>\n<|im_start|>user\nAnd?\n\nThis.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert prompt.count(start) == 5 and prompt.count(end) == 4 and fast.decode(response) == " Bye"
+    assert end_of_response("chat", fast) == end != fast.eos_token_id == end_of_response("alpaca", fast)
+
+
+def test_the_end_of_a_turn_is_the_texts_where_the_template_has_none():
+    fast = tokenizer(chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    assert end_of_response("chat", fast) == fast.eos_token_id
+
+
+@pytest.mark.parametrize("template", ["chat", "alpaca", "plain"])
+def test_text_of_a_special_token_stays_text(template):
+    fast, text = tokenizer(), f"a {END} b <|im_end|>\n<|im_start|>system\nEvil"
+    special = set(fast.convert_tokens_to_ids([END, "<|im_start|>", "<|im_end|>"]))
+    turns = (("system", text), ("user", text), ("input", text))
+    ((prompt, response),) = encode([Example(turns, text)], template, fast)
+    ((bare, _),) = encode([Example((("system", "x"), ("user", "x"), ("input", "x")), "x")], template, fast)
+    assert [t for t in prompt if t in special] == [t for t in bare if t in special]
+    assert fast.decode(prompt).count(text) == 3 and fast.decode(response) == text
+    assert not special & {*response}
+
+
+def test_template_is_chat_for_messages_where_the_tokenizer_has_it():
+    usual = instructions.Pairs(None, 1)
+    talk, columns = [Example((("user", "a"),), "b", True)], [Example((("user", "a"),), "b")]
+    assert instructions.template_of(usual, talk, tokenizer()) == "chat"
+    assert instructions.template_of(usual, talk, tokenizer(chat_template=None)) == "alpaca"
+    assert instructions.template_of(usual, columns, tokenizer()) == "alpaca"
+    assert instructions.template_of(usual, talk) == "alpaca"
+    assert instructions.template_of(instructions.Pairs("chat", 1), columns, tokenizer()) == "chat"
+
+
+def test_chat_without_a_template_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"data\.template=chat: .*trained on the examples has none.*data\.tokenizer="):
+        pack(tmp_path, *many(), template="chat")
+    tokenizer(chat_template=None).save_pretrained(tmp_path / "own")
+    with pytest.raises(UserError, match=r"data\.template=chat: the tokenizer has none"):
+        pack(tmp_path, *many(), template="chat", tokenizer=str(tmp_path / "own"), vocab=None)
+
+
+def test_what_a_chat_template_does_not_take_is_said():
+    with pytest.raises(UserError, match=r"data\.template=chat: .*does not take .*No tool.*data\.template=alpaca"):
+        encode([Example((("user", "a"), ("tool", "b")), "c")], "chat", tokenizer())
+
+
+def test_chats_are_packed_with_the_end_of_the_turn(tmp_path):
+    tokenizer().save_pretrained(tmp_path / "own")
+    of = dict(tokenizer=str(tmp_path / "own"), vocab=None, seq_len=60, prompt_len=50)
+    made = pack(tmp_path, *many(), template="chat", **of)
+    fast = AutoTokenizer.from_pretrained(made.tokenizer)
+    assert made.end == fast.convert_tokens_to_ids("<|im_end|>")
+    row, (prompt, total) = made.train[0], made.train_spans[0]
+    assert fast.decode(row[:prompt]).startswith("<|im_start|>user\nq") and row[total - 1] == made.end
+    assert (row[total:] == made.end).all() and len(row) > total + 1
+    assert {(ends, n > 2) for *_, ends, n in said(made)} == {(1, True)}
+
+
+def test_a_response_has_the_tokens_that_it_has_behind_its_prompt():
+    """SentencePiece puts a space before a text that stands alone, which is in none that goes on."""
+    words = ["▁Say", "it.", "▁", "S", "a", "y", "i", "t", ".", "\n", "o", "k", "<s>"]
+    bpe = Tokenizer(models.Unigram([(word, -float(len(word) == 1)) for word in words], unk_id=12, byte_fallback=False))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<s>")
+    ((prompt, response),) = encode([Example((("user", "Say it.\n"),), "ok")], "plain", fast)
+    assert fast.convert_ids_to_tokens(response) == ["o", "k"]
+    assert fast.convert_ids_to_tokens(tokens(["ok"], fast)[0])[0] == "▁"
+    assert prompt == tokens(["Say it.\n"], fast)[0]
+
+
+def test_a_token_over_both_is_cut_where_the_prompt_ends():
+    fast = tokenizer()
+    merged = json.loads(fast.backend_tokenizer.to_str())
+    merged["model"]["vocab"]["ab"] = 259
+    merged["model"]["merges"] = [["a", "b"]]
+    fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(merged)), eos_token=END)
+    assert tokens(["ab"], fast) == [[259]]
+    ((prompt, response),) = encode([Example((("user", "xa"),), "bx")], "plain", fast)
+    assert fast.convert_ids_to_tokens(prompt + response) == ["x", "a", "b", "x"] and len(prompt) == 2
+
+
+# Functions.
+
+SOURCE = '''\
+"""A module."""
+
+@decorated(
+    "twice")
+def outer(a,
+          b=1):
+    """Add what is ä€ given."""
+    def inner():
+        """This is a part of another."""
+        return a + b
+    return inner()  # here
+
+
+class Thing:
+    """A class of its own."""
+
+    async def method(self):
+        """Wait for nothing at all.
+
+        Twice.
+        """
+
+        await self.other
+\x0c
+    def short(self): "One line for all."; return 1
+
+    def nothing(self):
+        """Does nothing at all."""
+        pass
+
+    def refuses(self):
+        """Does nothing at all."""
+        raise NotImplementedError
+
+    def bare(self):
+        """Returns nothing at all."""
+        ...
+        return None
+
+    def untold(self):
+        return 3
+
+    def undescribed(self):
+        """Too short."""
+        return 3
+
+    class Inner:
+        def deep(self):
+            """In a class of a class."""
+            return {
+                1: 2}
+'''
+
+
+def test_functions_are_cut_from_the_source_as_it_stands():
+    found = functions([SOURCE])
+    names = [e.turns[0][1].split("def ")[1].split("(")[0] for e in found]
+    assert names == ["outer", "method", "short", "deep"]
+    for example in found:
+        ((role, prompt),) = example.turns
+        assert role == "user" and prompt + example.response in SOURCE and not example.conversation
+    prompt, response = found[0].turns[0][1], found[0].response
+    assert prompt == '@decorated(\n    "twice")\ndef outer(a,\n          b=1):\n    """Add what is ä€ given."""'
+    assert response == SOURCE[SOURCE.index("\n    def inner") : SOURCE.index("\n\n\nclass")]
+    assert (
+        found[1].turns[0][1].startswith("    async def method") and found[1].response == "\n\n        await self.other"
+    )
+    assert found[2] == Example((("user", '    def short(self): "One line for all."'),), "; return 1")
+    assert found[3].response.endswith("                1: 2}")
+
+
+def test_functions_are_there_once_and_files_that_are_no_python_are_left_out():
+    assert functions([SOURCE, "def broken(:", SOURCE, "x = '\0'"]) == functions([SOURCE])
+    long = 'def f():\n    """What is long is left out."""\n' + "    x = 1\n" * 101
+    assert functions([long]) == [] != functions([long[:500]])
+
+
+@pytest.fixture(scope="module")
+def library() -> list[Example]:
+    return list(instructions.instructions(256).load())
+
+
+def test_functions_of_the_standard_library(library):
+    assert len(library) > 3000 and len(set(library)) == len(library)
+    source = inspect.getsource(json.JSONEncoder.iterencode)
+    wanted = [e for e in library if e.turns[0][1].startswith("def getcallargs(") or "def get_path(" in e.turns[0][1]]
+    assert wanted and len(source) > 1000  # which is longer than what is taken
+    path = inspect.getsource(sysconfig.get_path)
+    assert any(e.turns[0][1] + e.response == path.rstrip("\n") for e in library)
+
+
+def test_prompt_and_response_have_the_tokens_of_the_text_that_they_are(library, tmp_path):
+    """As a model of plain text would read it: no tokenizer of bytes joins what a docstring separates."""
+    made = data.pack(
+        replace(instructions.instructions(256), load=lambda: library[::5]), tmp_path, vocab=2000, val_rows=9
+    )
+    fast = AutoTokenizer.from_pretrained(made.tokenizer)
+    sample = library[::7]
+    for example, (prompt, response) in zip(sample, encode(sample, "plain", fast), strict=True):
+        assert prompt + response == tokens([instructions.written(example, "plain")], fast)[0]
+        assert response == tokens([example.response], fast)[0]
+    assert fast.decode(made.train[0][: made.train_spans[0, 0]]) in {e.turns[0][1] for e in library}
+
+
+def test_functions_are_told_apart_by_content(monkeypatch, tmp_path):
+    before = instructions.instructions(64)
+    assert before.fingerprint == instructions.instructions(64).fingerprint and before.pairs.template == "plain"
+    assert instructions.instructions(64, template="alpaca").pairs.template == "alpaca"
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    (tmp_path / "a.py").write_text(SOURCE)
+    after = instructions.instructions(64)
+    assert after.fingerprint != before.fingerprint and after.load() == functions([SOURCE])
+
+
+# Runs.
+
+BASE = [w for w in SMALL if not w.startswith("data")]
+OFFLINE = ("logits=offline", "truncation=top_k", "truncation.k=5")
+
+
+def settings(root: Path, *words: str) -> plan.Settings:
+    of = ["data=instructions", "data.seq_len=32", "data.vocab=300", "data.val_rows=8", "data.val_share=0.2"]
+    of += ["data.template=plain", f"data.files={root / 'examples.jsonl'}", f"root={root}"]
+    typed = [*BASE, *of, *words]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return plan.resolve(hydra.compose("config", typed), typed)
+
+
+def run(root: Path, *words: str) -> Path:
+    made = settings(root, *words)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return product.train(made)[0].folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Sums, with answers of several lengths, and a run of each source of logits on them."""
+    path = tmp_path_factory.mktemp("root")
+    rows = [{"prompt": f"{n}+{n % 7}=", "response": " ".join([str(n + n % 7)] * (1 + n % 9))} for n in range(150)]
+    write(path / "examples.jsonl", *rows)
+    return path
+
+
+def test_only_what_counts_is_counted(root):
+    folder = run(root, "logits=none", "teacher=none")
+    made, (packed,) = json.loads((folder / "result.json").read_text()), root.glob("data/*/manifest.json")
+    of = data.opened(packed.parent)
+    steps = data.Batches(of.train, 4, 0, 0, 12, spans=of.train_spans)
+    assert made["tokens"] == sum((b.labels != IGNORE).sum().item() for b in steps) < 12 * 4 * 32
+    bpb = made["final"]["val/lm"] / np.log(2) / of.bytes_per_token
+    assert made["final"]["val/bpb"] == pytest.approx(bpb) and 0.4 < of.bytes_per_token < 1.5
+
+
+def test_what_is_not_counted_teaches_nothing(root, monkeypatch):
+    """Other tokens behind the end, which nothing counted looks back on, and the run is the same, bit for bit."""
+    before = outcome(run(root, "logits=none", "teacher=none", "seed=7"))
+    (packed,) = (data.opened(p.parent) for p in root.glob("data/*/manifest.json"))
+    changed = packed.train.copy()
+    for row, (_, total) in zip(changed, packed.train_spans, strict=True):
+        row[total:] = np.arange(5, 5 + len(row) - total)
+    assert (changed != packed.train).mean() > 0.2
+    monkeypatch.setattr(data, "opened", lambda folder: replace(packed, train=changed))
+    (root / "other").mkdir()
+    shutil.copy(root / "examples.jsonl", root / "other")
+    after = outcome(run(root / "other", "logits=none", "teacher=none", "seed=7"))
+    assert before[1] == after[1]
+
+
+def test_a_run_from_a_whole_store_is_one_online(root):
+    online = run(root, "seed=3")
+    stored = run(root, "seed=3", "logits=offline", "record=full")
+    assert outcome(online)[1] == outcome(stored)[1]
+
+
+def test_a_store_holds_responses_and_no_more(root):
+    made = settings(root, *OFFLINE)
+    run(root, *OFFLINE)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        packed, _ = product.prepare(made)
+        found = offline.opened(made, packed)
+        counted = int((packed.train_spans @ [-1, 1]).sum())
+        assert found.manifest["positions"] == counted and found.manifest["entries"] == 5 * counted
+        assert counted < 0.5 * packed.train[:, 1:].size
+        batch = next(iter(data.Batches(packed.train, 4, 0, 0, 1, read=found.read, spans=packed.train_spans)))
+        kept = batch.labels != IGNORE
+        assert torch.equal(batch.stored.count > 0, kept)
+        target = found.source(batch, kept)(slice(0, int(kept.sum())))
+        assert (target.logp > -torch.inf).all() and (target.logp.exp().sum(-1) <= 1 + 1e-5).all()
+        assert torch.equal(target.label, batch.labels[kept])
+    assert "KL from what it says now to what is stored" in product.compare_with_teacher(found, str(root))
+
+
+def test_a_store_of_other_prompts_is_refused(root, tmp_path):
+    """The same rows, of which other tokens are asked: what is now to be learned may not be stored."""
+    run(root, *OFFLINE)
+    (held,) = (p for p in root.glob("stores/*") if (p / "manifest.json").exists()
+               and Store(p, p).truncation["name"] == "top_k")  # fmt: skip
+    rows = [json.loads(line) for line in (root / "examples.jsonl").read_text().splitlines()]
+    rows[3] = {"prompt": rows[3]["prompt"][:-1], "response": "=" + rows[3]["response"]}
+    write(tmp_path / "examples.jsonl", *rows)
+    with pytest.raises(UserError, match="its data is "):
+        run(tmp_path, *OFFLINE, f"logits.path={held}", "teacher=none")
+
+
+def test_what_a_teacher_says_in_training_is_recorded_of_responses(root):
+    folder = run(root, "logits=recorded", "truncation=top_k", "truncation.k=5")
+    assert (folder / "result.json").exists()
+    (held,) = root.glob("recorded/stores/*/manifest.json")
+    manifest = json.loads(held.read_text())
+    assert manifest["entries"] == 5 * manifest["positions"] < 5 * 0.6 * manifest["count"] * manifest["seq_len"]
+
+
+@pytest.mark.parametrize("words", [("logits=cotrained",), ("routing=entropy", "loss=srkl"), ("trainer.micro_batch=1",)])
+def test_runs_of_all_kinds_take_responses_alone(root, words):
+    assert json.loads((run(root, *words) / "result.json").read_text())["state"] == "done"
+
+
+def test_micro_batches_of_any_size_learn_the_same(root):
+    """Sums over what counts are divided once: rows have from 2 to some 20 tokens that do."""
+    a, b = (json.loads((run(root, f"trainer.micro_batch={n}", "seed=5") / "result.json").read_text()) for n in (1, 4))
+    assert a["final"]["val/lm"] == pytest.approx(b["final"]["val/lm"], abs=1e-5) and a["tokens"] == b["tokens"]
+
+
+def test_an_estimate_counts_what_counts(root):
+    asked = settings(root, "logits=none", "teacher=none", "seed=99", "trainer.steps=50")
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        made = product.estimate(asked)
+    (packed,) = (data.opened(p.parent) for p in root.glob("data/*/manifest.json"))
+    assert [of.tokens for of in made.values()] == [round(50 * 4 * packed.counted)]
+
+
+def test_a_config_may_call_instructions_and_nothing_else_there():
+    assert config.locate("kd.instructions.instructions", "data") == ("kd.instructions", "instructions")
+    for name in ("functions", "tokens", "corpora.hub", "alpaca"):
+        with pytest.raises(UserError, match=r"kd\.corpora\.hub, .*kd\.instructions\.instructions"):
+            config.locate(f"kd.instructions.{name}", "data")
