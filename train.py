@@ -275,7 +275,9 @@ class Parts:
         self.tokenizer = AutoTokenizer.from_pretrained(packed.tokenizer, trust_remote_code=False)
         vocab = len(self.tokenizer)
         logp = torch.linspace(0, 1, 2 * vocab).view(2, vocab).sin().log_softmax(-1)
-        target = Target(torch.zeros(2, dtype=torch.long), logp, seed=torch.zeros(2, dtype=torch.long))
+        known = {name: torch.ones(2) for name in self.rollout(None).gives} | self.route(lambda measure: torch.zeros(2))
+        zeros = torch.zeros(2, dtype=torch.long)
+        target = Target(zeros, logp, seed=zeros, sampled=known)
         if self.keep is not None:
             try:
                 self.keep(target)
@@ -293,7 +295,6 @@ class Parts:
             self.optim([{"params": [torch.nn.Parameter(torch.zeros(1))], "width": 1}])
         except (ValueError, TypeError) as error:
             raise UserError(f"optim: {error}.") from None
-        self.route(lambda: torch.zeros(2))
         for progress in (step / 100 for step in range(101)):
             if not 0 <= self.alpha(progress) <= 1:
                 raise UserError(

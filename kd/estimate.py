@@ -21,12 +21,12 @@ from kd.config import flat
 from kd.data import IGNORE, Batch, Packed, to_batch
 from kd.hardware import capacity, hold_in
 from kd.models import Causal, Cost
-from kd.objective import Objective, fitting
+from kd.objective import Objective, fitting, with_sample
 from kd.plan import Settings, source_of
 from kd.progress import clock, console
 from kd.remote import home
 from kd.run import part_of_outcome, peak_memory
-from kd.target import Target
+from kd.target import KNOWN_BY, Target
 from kd.writer import Rows, Teacher
 
 STARTS = 8.0  # seconds that a process takes to load what it needs
@@ -145,6 +145,7 @@ def _measure(settings: Settings, packed: Packed, objective: Objective, vocab: in
     batch = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans)
     batch = Batch(*(x.to(device) for x in batch[:4]))
     kept = batch.labels != IGNORE
+    known = {name: torch.ones(int(kept.sum()), device=device) for name in KNOWN_BY}
     source = {"online": logits.online, "cotrained": logits.cotrained}.get(how, logits.none)(teacher)
     if how == "offline":
         source = partial(_stored, torch.linspace(0, 1, vocab, device=device).sin().log_softmax(-1))
@@ -155,7 +156,8 @@ def _measure(settings: Settings, packed: Packed, objective: Objective, vocab: in
             signal = source(batch, kept) if source else None
             with watched():
                 hidden = student.hidden(batch.ids)[kept]
-            total = objective(student.head, hidden, batch.labels[kept], signal, 0.5 if signal else 0.0).total
+            told = with_sample(signal, known) if signal else None
+            total = objective(student.head, hidden, batch.labels[kept], told, 0.5 if signal else 0.0).total
             if how == "cotrained":
                 total = total + objective(teacher.head, signal.hidden, batch.labels[kept], None, 0.0).total
         return total

@@ -218,8 +218,6 @@ class Student(Rollout):
 
 
 class Teacher(Rollout):
-    gives = ("teacher", *OWN)
-
     def __init__(self, writers: Writers | None, **how):
         super().__init__(writers)
         self.how = how

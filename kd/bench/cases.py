@@ -248,7 +248,8 @@ def breakdown(work: Work) -> dict[str, dict[str, float]]:
     return {"parts": {part: seconds / counted for part, seconds in parts}}
 
 
-LOSSES = sorted(path.stem for path in (CONF / "loss").glob("*.yaml"))
+ON_SAMPLES = {"atkd", "distillm2", "minillm"}  # losses that ask what a rollout or a routing knows
+LOSSES = sorted({path.stem for path in (CONF / "loss").glob("*.yaml")} - ON_SAMPLES)
 CASES: dict[str, Callable[[Work], dict | None]] = {
     "lm": lm,
     "full": full,
