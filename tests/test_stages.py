@@ -28,7 +28,7 @@ def root(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def words(root):
     own = ("data=instructions", "data.seq_len=48", "data.val_rows=6", f"data.files={root / 'sums.jsonl'}")
     own += (
@@ -39,6 +39,12 @@ def words(root):
         f"plain.files={root / 'plain.txt'}",
     )
     return (*own, "trainer.steps=4", "trainer.val_every=4")
+
+
+@pytest.fixture(scope="module")
+def made(root, words):
+    """A student distilled after all stages, and a teacher."""
+    return here(root, *words, *SFT)
 
 
 def planned(of):
@@ -52,9 +58,8 @@ def before(of):
         return start_settings(of)
 
 
-def test_stages_are_runs_that_are_made_once(root, words):
+def test_stages_are_runs_that_are_made_once(root, words, made):
     """Language modelling on plain text, fine-tuning on instructions, distillation: each from the weights before."""
-    made = here(root, *words, *SFT)
     told = settings(root, *words, *SFT)
     sft = before(told)
     pretrained = before(sft)
@@ -155,13 +160,13 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_goes_on_where_it_was_killed(root, words, method, tmp_path):
+def test_every_method_goes_on_where_it_was_killed(root, words, made, method, tmp_path):
     """Bit for bit: what is written is a function of seed, step and weights, and of what a checkpoint keeps."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut):
         for name in ("data", *(p.name for p in root.glob("lm-100k-*"))):
             shutil.copytree(root / name, folder / name)
-    more = (*words, *METHODS[method], "trainer.steps=6", "trainer.checkpoint_every=1")
+    more = (*words, *SFT, *METHODS[method], "trainer.steps=6", "trainer.checkpoint_every=1")
     a = here(whole, *more)
     b = killed_at(4, cut, *more)
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
