@@ -70,7 +70,9 @@ def of_run(settings: Settings, packed: Packed, objective: Objective, vocab: int)
         _measured[key] = _measure(settings, packed, objective, vocab)
     step, of, seq_len, how = _measured[key], settings["trainer"], settings["data"]["seq_len"], source_of(settings)
     student, teacher = step.costs["student"], step.costs.get("teacher")
-    tokens = round(of["steps"] * of["batch"] * packed.counted)
+    positions = of["steps"] * of["batch"] * seq_len
+    beside = positions if settings["lm"] == "plain" else 0  # of plain text
+    tokens = round(of["steps"] * of["batch"] * packed.counted) + beside
     once = sum(models.step_flops(how, flat(settings)["routing"] != "none", student, teacher))
     seconds = None
     if step.micro_batch is not None:
@@ -80,11 +82,12 @@ def of_run(settings: Settings, packed: Packed, objective: Objective, vocab: int)
         looked = -(-of["steps"] // of["val_every"]) * packed.val[:, 1:].size / of["devices"]
         looked *= student.flops_per_token + (teacher.flops_per_token if teacher else 0)
         seconds += looked / once * step.micro_batch / (rows * seq_len)
+    flops = positions * once + beside * 3 * student.flops_per_token  # without those of what a rollout writes
     learned = student.parameters + (teacher.parameters if how == "cotrained" else 0)
     memory = held(step.costs, settings) + step.kept
     if ranks.device(of["accelerator"]).type == "cpu":
         memory += loaded
-    return Estimate(tokens, seconds, 4 * student.parameters, student.parameters, tokens * once, memory, 24 * learned)
+    return Estimate(tokens, seconds, 4 * student.parameters, student.parameters, flops, memory, 24 * learned)
 
 
 @cache

@@ -38,6 +38,7 @@ class Task(NamedTuple):
     kd: float | None
     lm: float | None
     tokens: int  # that are counted, on all ranks
+    positions: int  # that are computed, prompts and padding too
 
 
 class NonFinite(RuntimeError):
@@ -164,8 +165,8 @@ class Distillation(lightning.LightningModule):
         tokens = sum(t.tokens for t in tasks)
         self.tokens += tokens
         self.here += tokens
-        asked = sum(t.tokens for t in tasks if t.kd or self.teacher is not None)
-        self.flops += tokens * self.cost.student + asked * self.cost.teacher
+        asked = sum(t.positions for t in tasks if t.kd or self.teacher is not None)
+        self.flops += sum(t.positions for t in tasks) * self.cost.student + asked * self.cost.teacher
         self.train_metrics = {f"train/{k}": v for k, v in metrics.items()}
         self.train_metrics |= {"lr": self.lr(progress), **({"alpha": alpha} if self.source else {})}
         self.train_metrics |= self._axes()
@@ -173,14 +174,25 @@ class Distillation(lightning.LightningModule):
     def _tasks(self, batch: Batch, alpha: float) -> list[Task]:
         """What this step learns. Language modelling is never of what the student itself wrote."""
         beside, batch = batch.beside, batch._replace(beside=None)
-        told = self.rollout(batch, self.global_step, self._progress()) if self.rollout and alpha else batch
+        told = self._written(batch) if self.rollout and alpha else batch
         own = told.sampled is not None and ranks.any_of(bool(told.sampled.by_student.any()))
         if beside is None and not own:
             tasks = [(told, alpha, 1 - alpha)]
         else:
             tasks = [(told, alpha, None), (batch if beside is None else beside, None, 1 - alpha)]
             tasks = [task for task in tasks if task[1] or task[2]]
-        return [Task(*task, int(ranks.total((task[0].labels != IGNORE).sum()))) for task in tasks]
+        counts = [torch.tensor([(of.labels != IGNORE).sum(), of.labels.numel()]) for of, *_ in tasks]
+        return [Task(*task, *map(int, ranks.total(n))) for task, n in zip(tasks, counts, strict=True)]
+
+    def _written(self, batch: Batch) -> Batch:
+        """What the rollout makes of a batch; what its models read for that counts as compute."""
+        read = self.rollout.writers.read
+        before = dict(read)
+        told = self.rollout(batch, self.global_step, self._progress())
+        here = torch.tensor([float(read[name] - before[name]) for name in ("student", "teacher")])
+        student, teacher = ranks.total(here).tolist()
+        self.flops += student * self.cost.student / 3 + teacher * self.cost.teacher  # forward passes alone
+        return told
 
     def _gradients(self, tasks: list[Task]) -> tuple[Tensor, float]:
         """Gradients of a step, and the means of its losses. Out of memory, with half as many rows at once."""
@@ -263,7 +275,9 @@ class Distillation(lightning.LightningModule):
         return signals, [of | {k: v[number] for k, v in mine.items()} for number, of in enumerate(known)]
 
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
-        self.watch(self.global_step, self.here, f"loss {self.train_metrics['train/loss']:.3f}  ")
+        writers = self.rollout.writers if self.rollout else None
+        written = f"writes {writers.tokens / writers.seconds:,.0f} tokens/s  " if writers and writers.seconds else ""
+        self.watch(self.global_step, self.here, f"loss {self.train_metrics['train/loss']:.3f}  {written}")
         if self.global_step % self.log_every == 0:
             self._log(self.train_metrics)
         if self.global_step % self.val_every == 0 or self.global_step == self.steps:
