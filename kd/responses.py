@@ -11,6 +11,7 @@ q is the student and p the teacher.
 from __future__ import annotations
 
 import json
+import math
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -34,13 +35,12 @@ from kd.objective import chunks, fitting, log_probabilities
 from kd.progress import Steps
 from kd.remote import home
 from kd.rollout import as_rows
+from kd.run import EXACCERR, EXACCERR_LENGTH, RESPONSES
 from kd.signals import requests
 from kd.written import whole
 
 AT_ONCE = 64  # rows that are written together
-LENGTH = 16  # tokens up to which the one number for ExAccErr counts, as in the authors' log; the file has all lengths
 NGRAMS = (1, 2, 3, 4)
-FILE, CURVE = "responses.jsonl", "exaccerr.json"
 
 # Measures of text
 
@@ -172,7 +172,7 @@ class Responses(Callback):
     """Has a trained student respond to the prompts of the validation rows, and puts what comes of it into the run.
 
     samples: of each prompt. temperature, seed: of the draws. The measures become part of the module's `val_metrics`;
-    folder of the run gets FILE, and where there is a teacher CURVE. What the teacher writes is kept in the file `kept`
+    folder of the run gets the file RESPONSES, and where there is a teacher EXACCERR. What the teacher writes is kept in the file `kept`
     for other runs of it; not where that is None.
 
     It is called after the last step and while everything is still in its place: models, ranks, precision. The ranks
@@ -197,7 +197,9 @@ class Responses(Callback):
             gaps = [self._gap(module, teacher, text) for text in (own, theirs)] if teacher else []
         if ranks.number() == 0:
             module.val_metrics |= {f"val/{name}": value for name, value in self._result(own, theirs, gaps).items()}
-            module.val_metrics["val/perplexity"] = float(np.exp(module.val_metrics["val/lm"]))
+            for who in ("", "teacher_"):
+                if f"val/{who}lm" in module.val_metrics:
+                    module.val_metrics[f"val/{who}perplexity"] = math.exp(module.val_metrics[f"val/{who}lm"])
 
     def _of_teacher(self, teacher: Causal, sharded: bool) -> Written:
         """What the teacher writes: read, where it has been written before."""
@@ -282,9 +284,9 @@ class Responses(Callback):
                 line |= {"teacher": made.response, "teacher_rouge_l": made.rouge_l}
             result |= {f"on_policy_{name}": value for name, value in gaps[0].means().items()}
             curve = excess_error(*(gap.by_place[:, :2] for gap in gaps)).tolist()
-            result |= {"exaccerr": curve[LENGTH - 1]} if len(curve) >= LENGTH else {}
-            files.write_json(self.folder / CURVE, _curve(curve, gaps))
-        with files.atomic(self.folder / FILE) as temporary:
+            result |= {"exaccerr": curve[EXACCERR_LENGTH - 1]} if len(curve) >= EXACCERR_LENGTH else {}
+            files.write_json(self.folder / EXACCERR, _curve(curve, gaps))
+        with files.atomic(self.folder / RESPONSES) as temporary:
             text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
             temporary.write_text(text, encoding="utf-8", newline="")
         return result

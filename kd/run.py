@@ -36,6 +36,9 @@ NO_PART = (
 )  # fmt: skip
 # Settings without a meaning under logits=none.
 NO_SIGNAL = ("loss", "truncation", "target", "temperature", "routing", "alpha")
+# What a student writes to the prompts of the validation rows (kd/responses.py), and the curve of its ExAccErr.
+RESPONSES, EXACCERR = "responses.jsonl", "exaccerr.json"
+EXACCERR_LENGTH = 16  # tokens up to which one number for it counts, as in the log of MiniLLM's code
 SECRET = re.compile(r"key|token$|secret|passw|credential|jwt", re.IGNORECASE)
 
 
@@ -326,7 +329,7 @@ class Run:
         Under a URL it is done when all of it is there: raises UserError if that cannot be.
         """
         if self.remote:
-            self.remote.put("config.json", "metrics.jsonl", "student", "responses.jsonl", "exaccerr.json")
+            self.remote.put("config.json", "metrics.jsonl", "student", RESPONSES, EXACCERR)
             self.remote.write("result.json", result)
         files.write_json(self / "result.json", result)
         self._tidy()
