@@ -172,8 +172,8 @@ class Responses(Callback):
     """Has a trained student respond to the prompts of the validation rows, and puts what comes of it into the run.
 
     samples: of each prompt. temperature, seed: of the draws. The measures become part of the module's `val_metrics`;
-    folder of the run gets the file RESPONSES, and where there is a teacher EXACCERR. What the teacher writes is kept in the file `kept`
-    for other runs of it; not where that is None.
+    the folder of the run gets the file RESPONSES, and where there is a teacher EXACCERR. What the teacher writes is
+    kept in the file `kept` for other runs of it; not where that is None.
 
     It is called after the last step and while everything is still in its place: models, ranks, precision. The ranks
     share the rows. No state of it is in checkpoints: who was killed meanwhile begins again.

@@ -43,7 +43,8 @@ def change(row: Row) -> str:
 
 
 def markdown(name: str, question: str, answers: str, says: str, facts: dict[str, str], warnings: list[str],
-             table: list[Row], beside: list[Mark], entries: list[Entry], of: Goal, samples: list[Sample]) -> str:  # fmt: skip
+             table: list[Row], beside: list[Mark], entries: list[Entry], of: Goal,
+             samples: list[Sample]) -> str:  # fmt: skip
     """The report without its plots. What comes from files cannot be markup."""
     measures = columns([row.group for row in table], of)
     head = ["", of.title, "difference", "gap closed", *(title for title, _ in measures.values()), "seeds", "time"]
@@ -101,8 +102,8 @@ def text(cell: object) -> object:
 def as_csv(entries: list[Entry], table: list[Row], of: Goal) -> str:
     """A line per run: its state, all settings that vary, seed, all final measures, tokens, FLOPs, seconds, command.
 
-    difference is that of its loss, or of what else the sweep is judged by, to the baseline's of the same seed. Settings of a run that is not done are those that
-    were typed.
+    difference is that of its loss, or of what else the sweep is judged by, to the baseline's of the same seed. Settings
+    of a run that is not done are those that were typed.
     """
     runs = list({entry.folder: entry for entry in entries}.values())
     keys = dict.fromkeys(["logits"] if len({row.group.alone for row in table}) > 1 else [])

@@ -112,8 +112,8 @@ def page(name: str, entries: list[Entry], groups: list[Group], told: dict) -> st
     held_out = {tuple(r["config"].get(k) for k in ("data.val_rows", "data.seq_len")) for g in groups for r in g.results}
     return render(
         "report.html", {k: f for k, f in figures.items() if f}, name=name, **told, entries=entries, space=plots,
-        measures=columns(groups, told["of"]), several=any(len(g.runs) > 1 for g in groups), small={k: v for k, v in SMALL.items() if figures[k]},
-        held_out=sorted(held_out, key=str),
+        measures=columns(groups, told["of"]), several=any(len(g.runs) > 1 for g in groups),
+        small={k: v for k, v in SMALL.items() if figures[k]}, held_out=sorted(held_out, key=str),
     )  # fmt: skip
 
 

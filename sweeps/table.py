@@ -11,7 +11,7 @@ from kd.run import EXACCERR_LENGTH, model_name
 from sweeps.compare import LOSS, Goal, Group, Interval, baseline, closed, difference, goal, label, subset, varying
 
 MEASURES = {  # columns of the table: what they are called and what they mean
-    "val/rouge_l": ("rouge-l", "Rouge-L F1 of responses to held-out prompts, with a stemmer; papers print it times 100"),
+    "val/rouge_l": ("rouge-l", "Rouge-L F1 of responses to held-out prompts, stemmed; papers print it times 100"),
     "val/exact_match": ("exact", "share of responses that equal the reference but for white space"),
     "val/perplexity": ("perplexity", "of the references: the exponential of the loss"),
     "val/bpb": ("bits per byte", "the loss per byte of text, which can be compared where tokenizers differ"),
@@ -20,11 +20,11 @@ MEASURES = {  # columns of the table: what they are called and what they mean
     "val/acceptance": ("acceptance", "1 - total variation distance: how often speculative decoding keeps a token"),
     "val/agreement": ("agreement", "share of positions where student and teacher rank the same token first"),
     "val/ece": ("ece", "expected calibration error: mean |confidence - accuracy| over 15 bins; 0 is calibrated"),
-    "val/exaccerr": ("exaccerr", "excess accumulated error: how much further the student is from the teacher, by fkl over "
-                     f"the first {EXACCERR_LENGTH} tokens, after its own text than after the teacher's; 0: mistakes do not add up"),
+    "val/exaccerr": ("exaccerr", "excess accumulated error: how much further the student is from the teacher, by fkl "
+                     f"over the first {EXACCERR_LENGTH} tokens, after its own text than after the teacher's"),
     "val/on_policy_rkl": ("on-policy rkl", "KL(student || teacher) on text that the student wrote, nats per token"),
     "val/on_policy_tvd": ("on-policy tvd", "total variation distance between the two on that text"),
-    "val/on_policy_ece": ("on-policy ece", "calibration error on that text, where the teacher's distribution is the truth"),
+    "val/on_policy_ece": ("on-policy ece", "calibration error on that text, with the teacher's distribution as the truth"),
     "val/distinct_4": ("distinct-4", "distinct 4-grams of words in all responses together, as a share of all"),
     "val/response_length": ("length", "tokens of a response, without its end"),
     "val/ended": ("ended", "share of responses that end by themselves, and not because their row is full"),
