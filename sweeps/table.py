@@ -24,7 +24,7 @@ MEASURES = {  # columns of the table: what they are called and what they mean
                      f"over the first {EXACCERR_LENGTH} tokens, after its own text than after the teacher's"),
     "val/on_policy_rkl": ("on-policy rkl", "KL(student || teacher) on text that the student wrote, nats per token"),
     "val/on_policy_tvd": ("on-policy tvd", "total variation distance between the two on that text"),
-    "val/on_policy_ece": ("on-policy ece", "calibration error on that text, with the teacher's distribution as the truth"),
+    "val/on_policy_ece": ("on-policy ece", "calibration error there, with the teacher's distribution as the truth"),
     "val/distinct_4": ("distinct-4", "distinct 4-grams of words in all responses together, as a share of all"),
     "val/response_length": ("length", "tokens of a response, without its end"),
     "val/ended": ("ended", "share of responses that end by themselves, and not because their row is full"),
