@@ -321,7 +321,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     import lightning
     import torch
 
-    from kd import logits, models, offline, ranks, rollout, shards
+    from kd import logits, models, offline, ranks, responses, rollout, shards
     from kd.checkpoint import Checkpoints, DigestIO, newest
     from kd.hardware import out_of_memory, slowdown_in_bf16
     from kd.loggers import MetricsFile
@@ -379,10 +379,17 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
             model.model.base_model.compile()
     processes = ranks.lightning_arguments(of["devices"], "student" in sharded)
     processes["plugins"] = [DigestIO(), *processes["plugins"]]
+    callbacks = [Checkpoints(run / "checkpoints", of["checkpoint_every"], run.remote)]
+    if packed.val_spans is not None:
+        asked = settings["responses"]
+        kept = made.teacher and responses.kept(
+            settings["root"], packed, made.teacher, **asked, precision=of["precision"]
+        )
+        callbacks.append(responses.Responses(run.folder, packed, parts.tokenizer, kept, of["chunk"], **asked))
     trainer = lightning.Trainer(
         accelerator=of["accelerator"], **processes, precision=conf.PRECISIONS[of["precision"]],
         max_steps=of["steps"], max_epochs=-1, logger=loggers,
-        callbacks=[Checkpoints(run / "checkpoints", of["checkpoint_every"], run.remote)],
+        callbacks=callbacks,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=run.folder,
     )  # fmt: skip
     if first and of["precision"] == "bf16" and (slowdown := slowdown_in_bf16(trainer.strategy.root_device)) > 1.5:

@@ -180,6 +180,7 @@ PLAIN = {  # settings that no function takes as they are, and their types
     "student": {"size": str | None, "name": str | None},
     "teacher": {"size": str | None, "name": str | None, "steps": int, "batch": int, "lr": float, "seed": int,
                 "precision": str},
+    "responses": {"samples": int, "temperature": float, "seed": int},
     "trainer": {"steps": int, "tokens": int | None, "batch": int, "micro_batch": int, "clip": float,
                 "precision": str, "compile": bool, "chunk": int | None, "log_every": int, "val_every": int,
                 "checkpoint_every": int, "accelerator": str, "devices": int, "strategy": str,
@@ -203,9 +204,10 @@ def check_plain(settings: Node) -> None:
         if group == "record" and settings[group] is None:
             continue
         if not isinstance(settings.get(group), dict) or (group not in PLAIN and "_target_" not in settings[group]):
-            raise UserError(f"{group}: needs one of its options, as in {group}={next(_options(group))[0]}.")
+            option = next((f"{group}={name}" for name, _ in _options(group)), None)
+            raise UserError(f"{group}: needs {f'one of its options, as in {option}' if option else 'its settings'}.")
     for group, kinds in PLAIN.items():
-        node = settings[group] if group else {k: v for k, v in settings.items() if k not in GROUPS}
+        node = settings[group] if group else {k: v for k, v in settings.items() if k not in (*GROUPS, *PLAIN)}
         for name, value in node.items():
             option = f"{group}.{name}" if group else name
             if name not in kinds:
@@ -220,6 +222,11 @@ def check_plain(settings: Node) -> None:
             if type(value) in (int, float) and not least <= value < math.inf:
                 raise UserError(f"{option}={value}: need a number of at least {least}.")
     check_sweep(settings["sweep"])
+    of = settings["responses"]
+    if of["samples"] > 1 and of["temperature"] == 0:
+        raise UserError(
+            f"responses.samples={of['samples']}: with responses.temperature=0 they are all the same; take one."
+        )
     for role in ("student", "teacher"):
         node = settings[role]
         if node["size"] and node["name"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 from weakref import WeakSet
@@ -53,7 +53,7 @@ class Sampled(NamedTuple):
 def write(
     batch: Batch, end: int, seed: Tensor, student: Causal | None = None, teacher: Causal | None = None,
     share: float = 0.0, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
-    max_tokens: int | None = None,
+    max_tokens: int | None = None, watch: Callable[[int, int], None] = lambda done, tokens: None,
 ) -> Batch:  # fmt: skip
     """The batch with new responses to its prompts, and what is known of them in `sampled`.
 
@@ -63,8 +63,9 @@ def write(
 
     They are drawn from p~ = share * p + (1 - share) * q, or from the one model that is given, softened by `temperature`
     (0: always the most probable), then cut to top_k tokens, and these to the top_p of what they hold. seed [B]: of the
-    draws of each row. No gradient, and models in eval mode, whatever they were in. Raises UserError for a model that
-    says something else of a text when it reads it in parts.
+    draws of each row. No gradient, and models in eval mode, whatever they were in. watch is told after each step how
+    many rows are done and how many tokens were written. Raises UserError for a model that says something else of a text
+    when it reads it in parts.
     """
     length = batch.ids.shape[1]
     prompt = lengths(batch)  # [B]
@@ -76,6 +77,7 @@ def write(
     names = (*(("student", "importance") if student else ()), *(("teacher",) if teacher else ()))
     known = {name: torch.zeros(labels.shape, device=labels.device) for name in names}
     rows, count = (room > 0).nonzero()[:, 0], 0  # [b] those that are being written, and how many tokens each has got
+    written = 0
     with _reading(student, teacher, length) as readers:
         ids, positions, mask = _left_padded(tokens[rows], prompt[rows])
         while _going_on(len(rows), readers):
@@ -94,6 +96,8 @@ def write(
                 reader.keep(left)
             rows, ids, positions = rows[left], token[left], at[left, None] + 1
             mask = functional.pad(mask[left], (0, 1), value=True)
+            written += len(token)
+            watch(len(room) - len(rows), written)
     sampled = Sampled(**known, by_student=(labels != IGNORE).float() * (student is not None))
     return batch._replace(ids=tokens[:, :-1].contiguous(), labels=labels, stored=None, sampled=sampled)
 

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from kd import agent, files
-from kd.run import SECRET, About, read_metrics
+from kd.run import RESPONSES, SECRET, About, read_metrics
 
 
 class MetricsFile(Logger):
@@ -93,7 +93,7 @@ def wandb(folder: Path, about: About, project: str = "kd", entity: str | None = 
         run.define_metric(axis)
     for metrics in ("train/*", "val/*"):
         run.define_metric(metrics, step_metric="tokens")
-    view = WandbView(run)
+    view = WandbView(run, folder)
     for line in read_metrics(folder / "metrics.jsonl") if new else ():  # of before there was this W&B run
         step = line.pop("step")
         view.log_metrics(line, step)
@@ -152,14 +152,17 @@ def _id(folder: Path, about: About) -> tuple[str, bool]:
     return name, name != kept
 
 
+COLUMNS = ("row", "sample", "prompt", "reference", "teacher", "response", "teacher_rouge_l", "rouge_l", "ended")
+
+
 class WandbView(Logger):
-    """A W&B run as a Lightning logger."""
+    """A W&B run as a Lightning logger. folder: of the run of kd, where what its student wrote is found."""
 
     name = version = None
 
-    def __init__(self, run):
+    def __init__(self, run, folder: Path):
         super().__init__()
-        self.run = run
+        self.run, self.folder = run, folder
 
     def log_hyperparams(self, params, *args, **kwargs) -> None:
         """W&B was given the config when the run began."""
@@ -172,7 +175,18 @@ class WandbView(Logger):
         """Final metrics get names of their own, final/…: W&B's own summary does not say which step it is of."""
         if final:
             self._try(lambda: self.run.summary.update({f"final/{k.removeprefix('val/')}": v for k, v in final.items()}))
+            self._try(self._samples)
         self._try(lambda: self.run.finish(exit_code=0 if final else 1))
+
+    def _samples(self) -> None:
+        """A table of prompts with the reference, and what teacher and student wrote."""
+        import wandb
+
+        path = self.folder / RESPONSES
+        if path.exists():
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+            names = [name for name in COLUMNS if name in rows[0]]
+            self.run.log({"responses": wandb.Table(names, [[row[name] for name in names] for row in rows])})
 
     def _try(self, send: Callable[[], object]) -> None:
         """W&B may lose its process or its disk; the training goes on without it, and says so once."""

@@ -31,11 +31,23 @@ AGAINST_TEACHER: dict[str, Callable[[Tensor, Target], Tensor]] = {
 def calibration_bins(logp: Tensor, label: Tensor) -> Tensor:
     """Log-probabilities [N, V] -> [BINS, 3]: positions, sum of confidence, and correct ones, by confidence."""
     confidence, best = logp.max(-1)
-    confidence = confidence.exp().double()
-    index = (confidence * BINS).long().clamp(max=BINS - 1)
-    correct = (best == label).double()
-    sums = torch.zeros(BINS, 3, dtype=torch.float64, device=logp.device)
-    return sums.index_add_(0, index, torch.stack([torch.ones_like(correct), confidence, correct], -1))
+    return _binned(confidence.exp(), best == label)
+
+
+def bins_by_teacher(student: Tensor, target: Target) -> Tensor:
+    """The same where the truth is drawn from the teacher: the student's first choice is correct with its probability.
+
+    On text that the student itself wrote its own tokens are no truth: they are drawn as its confidence says.
+    """
+    confidence, best = student.max(-1)
+    return _binned(confidence.exp(), target.logp.gather(-1, best[:, None])[:, 0].exp())
+
+
+def _binned(confidence: Tensor, correct: Tensor) -> Tensor:
+    index = (confidence.double() * BINS).long().clamp(max=BINS - 1)
+    sums = torch.zeros(BINS, 3, dtype=torch.float64, device=confidence.device)
+    columns = torch.stack([torch.ones_like(confidence), confidence, correct.to(confidence)], -1)
+    return sums.index_add_(0, index, columns.double())
 
 
 def calibration_error(bins: Tensor) -> float:

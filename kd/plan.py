@@ -40,6 +40,10 @@ def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
         raise UserError(f"scale={settings['scale']}: only a sweep has scales; type sweeps=scaling, or leave it out.")
     check_logits(settings, typed)
     check_ranks(settings)
+    if settings["data"]["_target_"] != "kd.instructions.instructions":
+        for word in typed:
+            if group_of(word) == "responses":
+                raise UserError(f"{word} would do nothing: plain text asks for none; type data=instructions.")
     own = tokenizer_name(settings)
     if settings["data"]["_target_"] == "kd.corpora.markov":
         own = "the states of the chain"

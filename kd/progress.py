@@ -86,12 +86,23 @@ MEASURES = {
     "val/lm": "loss on held-out text, nats per token",
     "val/bpb": "the same in bits per byte",
     "val/teacher_lm": "loss of the teacher",
+    "val/perplexity": "perplexity of the references",
     "val/fkl": "KL(teacher || student), nats per token",
     "val/rkl": "KL(student || teacher), nats per token",
     "val/tvd": "total variation distance between the two",
     "val/agreement": "share of positions where both rank the same token first",
     "val/ece": "calibration error of the student",
     "val/teacher_ece": "calibration error of the teacher",
+    "val/rouge_l": "Rouge-L F1 of responses to held-out prompts",
+    "val/teacher_rouge_l": "that of the teacher's responses",
+    "val/exact_match": "share of responses that equal the reference, but for white space",
+    "val/distinct_4": "distinct 4-grams of words in all responses, as a share of all",
+    "val/response_length": "tokens of a response",
+    "val/ended": "share of responses that end by themselves",
+    "val/on_policy_rkl": "KL(student || teacher) on text that the student wrote",
+    "val/on_policy_tvd": "total variation distance there",
+    "val/on_policy_ece": "calibration error there, beside the teacher",
+    "val/exaccerr": "excess accumulated error, a share: 0 where mistakes do not add up",
 }
 
 

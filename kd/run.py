@@ -36,6 +36,9 @@ NO_PART = (
 )  # fmt: skip
 # Settings without a meaning under logits=none.
 NO_SIGNAL = ("loss", "truncation", "target", "temperature", "routing", "alpha")
+# What a student writes to the prompts of the validation rows (kd/responses.py), and the curve of its ExAccErr.
+RESPONSES, EXACCERR = "responses.jsonl", "exaccerr.json"
+EXACCERR_LENGTH = 16  # tokens up to which one number for it counts, as in the log of MiniLLM's code
 SECRET = re.compile(r"key|token$|secret|passw|credential|jwt", re.IGNORECASE)
 
 
@@ -46,6 +49,8 @@ def part_of_outcome(config: dict) -> dict:
     is treated is part of any.
     """
     without = (*NO_PART, *(NO_SIGNAL if config["logits"] == "none" else ()))
+    if config["data"] != "instructions":
+        without += ("responses",)
     if config["logits"] not in ("offline", "recorded"):  # recording changes nothing of what is learned
         without += ("record",)
     part = {k: v for k, v in config.items() if not below(k, without)}
@@ -178,6 +183,7 @@ class Run:
 
     config.json  resolved settings    metrics.jsonl  what was measured    checkpoints/  to resume from
     result.json  there only when the run is done    student/  the trained model    log.txt  what it said in a sweep
+    responses.jsonl, exaccerr.json  what it wrote to the prompts of the validation rows, see kd/responses.py
     state.json   what became of it: running and where, or how it ended
 
     Of a root under a URL it is the folder on this machine, and what counts is there.
@@ -340,7 +346,7 @@ class Run:
         Under a URL it is done when all of it is there: raises UserError if that cannot be.
         """
         if self.remote:
-            self.remote.put("config.json", "metrics.jsonl", "student")
+            self.remote.put("config.json", "metrics.jsonl", "student", RESPONSES, EXACCERR)
             self.remote.write("result.json", result)
         files.write_json(self / "result.json", result)
         self._tidy()

@@ -48,7 +48,7 @@ def _all_parts(packed: Packed, parts: Path, rollout, writers) -> tuple[np.ndarra
 
     parts.mkdir(exist_ok=True)
     paths = {start: parts / f"{start:09}.npz" for start in range(0, len(packed.train), AT_ONCE)}
-    missing = [start for start, path in paths.items() if not _whole(path)]
+    missing = [start for start, path in paths.items() if not whole(path)]
     if missing:
         given = writers()
         write = rollout(given)
@@ -67,7 +67,7 @@ def _all_parts(packed: Packed, parts: Path, rollout, writers) -> tuple[np.ndarra
     return tuple(np.concatenate([part[name] for part in found]) for name in ("tokens", "span"))
 
 
-def _whole(path: Path) -> bool:
+def whole(path: Path) -> bool:
     """Whether a part is there, as it was written."""
     if not path.exists():
         return False

@@ -15,7 +15,7 @@ from kd import files
 from kd.config import check_sweep
 from kd.errors import UserError
 from kd.remote import home, latest
-from kd.run import Run, below, part_of_outcome, read_metrics
+from kd.run import EXACCERR, RESPONSES, Run, below, part_of_outcome, read_json, read_metrics
 
 ALONE = "language modelling alone"
 ONE_SEED = "1 seed: no error bar, so a small difference may be chance"
@@ -33,6 +33,24 @@ NOUNS = {
     "loss": "losses", "student.size": "students", "teacher.size": "teachers", "truncation": "truncations",
     "temperature.tau": "temperatures", "alpha.peak": "shares of distillation", "lr.peak": "learning rates",
 }  # fmt: skip
+
+
+class Goal(NamedTuple):
+    """The measure that a sweep is judged by."""
+
+    key: str
+    title: str
+    unit: str  # behind a number
+    sign: int  # 1 where more is better, -1 where less is
+    better: str
+
+    @property
+    def of_teacher(self) -> str:
+        return self.key.replace("val/", "val/teacher_")
+
+
+LOSS = Goal("val/lm", "loss", "nats per token on held-out text", -1, "a lower loss on held-out text")
+ROUGE = Goal("val/rouge_l", "rouge-l", "Rouge-L on held-out prompts", 1, "a higher Rouge-L on held-out prompts")
 
 
 class Entry(NamedTuple):
@@ -74,7 +92,8 @@ def read(root: str | Path, line: dict) -> Entry:
         result, found = run.result(), run.state()
         if result is not None:
             state, says, result = "done", "", sound(result)
-            run.copy("metrics.jsonl")
+            for name in ("metrics.jsonl", *((RESPONSES, EXACCERR) if ROUGE.key in result["final"] else ())):
+                run.copy(name)
         elif found["state"] == "not begun":
             state, says = "missing", "not started yet"
         else:
@@ -106,6 +125,17 @@ def curve(group: Group) -> list[tuple[float, ...]]:
         found += [{x["step"]: [x[axis] for axis in axes] for x in lines if "val/lm" in x}]
     common = sorted(set.intersection(*map(set, found))) if found else []
     return [tuple(map(fmean, zip(*(steps[s] for steps in found)))) for s in common]
+
+
+def excess(group: Group) -> list[float]:
+    """The mean ExAccErr over length, as far as all seeds have one; nothing where a file is missing or damaged."""
+    found = []
+    for entry in group.runs.values():
+        try:
+            found.append([float(x) for x in (read_json(entry.folder / EXACCERR) or {})["exaccerr"]])
+        except (UserError, KeyError, TypeError, ValueError):
+            return []
+    return [mean for mean in map(fmean, zip(*found)) if math.isfinite(mean)]
 
 
 class Interval(NamedTuple):
@@ -142,7 +172,7 @@ class Group:
 
     @property
     def alone(self) -> bool:
-        return self.config["logits"] == "none"
+        return is_alone(self.config)
 
     @property
     def task(self) -> str:
@@ -162,21 +192,32 @@ class Group:
         return interval(self.of(measure).values())
 
 
+def is_alone(config: dict) -> bool:
+    """Whether a run learns nothing from a teacher, neither its distributions nor text that it wrote."""
+    return config["logits"] == "none" and config.get("rollout", "none") == "none"
+
+
+def goal(groups: list[Group]) -> Goal:
+    """Rouge-L where all runs wrote responses, as papers on instructions have it; else the loss."""
+    return ROUGE if groups and all(ROUGE.key in r["final"] for g in groups for r in g.results) else LOSS
+
+
 def grouped(entries: list[Entry]) -> list[Group]:
-    """Finished runs by what they differ in, the lowest loss first."""
+    """Finished runs by what they differ in, the best first."""
     runs: dict[str, dict[int, Entry]] = {}
     for entry in entries:
         if entry.result is not None:
             config = entry.result["config"]
             runs.setdefault(json.dumps(settings(config), sort_keys=True), {})[config["seed"]] = entry
     found = [(settings(next(iter(by_seed.values())).result["config"]), by_seed) for by_seed in runs.values()]
-    kinds = {alone: varying([c for c, _ in found if (c["logits"] == "none") is alone]) for alone in (True, False)}
+    kinds = {alone: varying([c for c, _ in found if is_alone(c) is alone]) for alone in (True, False)}
     groups = []
     for config, by_seed in found:
-        alone = config["logits"] == "none"
+        alone = is_alone(config)
         said = label(config, kinds[alone])
         groups.append(Group(f"{ALONE} {said}".strip() if alone else said or str(config.get("loss")), config, by_seed))
-    return sorted(groups, key=lambda g: g.mean().mean)
+    of = goal(groups)
+    return sorted(groups, key=lambda g: -of.sign * g.mean(of.key).mean)
 
 
 def settings(config: dict) -> dict:
@@ -213,9 +254,9 @@ def label(config: dict, keys: list[str]) -> str:
     return " ".join(words)
 
 
-def difference(group: Group, other: Group | None) -> Interval | None:
-    """Loss of group - other, seed by seed; None where they share no seed."""
-    a, b = group.of("val/lm"), other.of("val/lm") if other else {}
+def difference(group: Group, other: Group | None, measure: str = LOSS.key) -> Interval | None:
+    """Measure of group - other, seed by seed; None where they share no seed."""
+    a, b = group.of(measure), other.of(measure) if other else {}
     return interval(a[seed] - b[seed] for seed in a if seed in b)
 
 
@@ -224,78 +265,80 @@ def baseline(group: Group, groups: list[Group]) -> Group | None:
     return next((g for g in groups if g.alone and g.task == group.task and g.runs.keys() & group.runs.keys()), None)
 
 
-def shared(group: Group, other: Group | None) -> float:
-    """Mean loss of group, over the seeds that other has too if there is one."""
-    return fmean(loss for seed, loss in group.of("val/lm").items() if other is None or seed in other.runs)
+def shared(group: Group, other: Group | None, measure: str = LOSS.key) -> float:
+    """Mean of a measure of group, over the seeds that other has too if there is one."""
+    return fmean(value for seed, value in group.of(measure).items() if other is None or seed in other.runs)
 
 
-def closed(group: Group, base: Group | None) -> float | None:
+def closed(group: Group, base: Group | None, of: Goal = LOSS) -> float | None:
     """Share of the gap between language modelling alone and teacher that group closes, over the seeds of both."""
-    change, teacher = difference(group, base), group.mean("val/teacher_lm")
+    change, teacher = difference(group, base, of.key), group.mean(of.of_teacher)
     if change is None or teacher is None or group is base:
         return None
-    room = shared(base, group) - teacher.mean
-    return -change.mean / room if room > 0 else None
+    room = teacher.mean - shared(base, group, of.key)
+    return change.mean / room if of.sign * room > 0 else None
 
 
 def finding(groups: list[Group]) -> str:
     """What the sweep says, in one line, and how sure that is."""
-    rivals = [g for g in groups if not g.alone] or groups
+    of, rivals = goal(groups), [g for g in groups if not g.alone] or groups
     if not rivals[0].alone and len({g.task for g in groups}) > 1:
-        return over_tasks(groups)
-    changes = {g.label: difference(g, baseline(g, groups)) for g in rivals if not g.alone}
-    best = min(rivals, key=lambda g: change.mean if (change := changes.get(g.label)) else math.inf)
+        return over_tasks(groups, of)
+    changes = {g.label: difference(g, baseline(g, groups), of.key) for g in rivals if not g.alone}
+    gains = {name: of.sign * change.mean for name, change in changes.items() if change}
+    best = max(rivals, key=lambda g: gains.get(g.label, -math.inf))
     base, change = None if best.alone else baseline(best, groups), changes.get(best.label)
     digits = 4 if change and abs(change.mean) < 0.005 else 3
-    word = "lowest" if change and (change.mean >= 0 or change.noise) else "best"
+    first = "lowest" if of.sign < 0 else "highest"
+    word = first if change and (gains[best.label] <= 0 or change.noise) else "best"
     says = f"{best.label}: " if len(rivals) == 1 else f"of {count(rivals)}, {best.label} is {word}: "
-    says += f"{shared(best, base):.{digits}f} nats per token on held-out text"
+    says += f"{shared(best, base, of.key):.{digits}f} {of.unit}"
     if base is None:
-        mean, missing = best.mean(), "with its student, data, tokens and seed" if len(rivals) < len(groups) else ""
+        mean = best.mean(of.key)
+        missing = "with its student, data, tokens and seed" if len(rivals) < len(groups) else ""
         says += f" ({ONE_SEED})" if mean.half is None else f" ± {mean.half:.{digits}f} ({mean.n} seeds, 95% interval)"
         says += (
             "" if best.alone else f"; there is no run by {ALONE} {missing}".rstrip() + " to compare with (logits=none)"
         )
     else:
-        says += (
-            f" against {shared(base, best):.{digits}f} for {base.label}{verdict(change, closed(best, base), digits)}"
-        )
-    sure = [name for name, c in changes.items() if c and c.mean < 0 and c.half is not None and not c.noise]
-    tied = [g.label for g in rivals if g is not best and (d := difference(g, best)) and d.noise]
+        beside = f"{shared(base, best, of.key):.{digits}f} for {base.label}"
+        says += f" against {beside}{verdict(change, closed(best, base, of), digits, of)}"
+    sure = [name for name, c in changes.items() if c and gains[name] > 0 and c.half is not None and not c.noise]
+    tied = [g.label for g in rivals if g is not best and (d := difference(g, best, of.key)) and d.noise]
     tied = tied if len(tied) <= 3 else [*tied[:2], f"{len(tied) - 2} more"]
     says += f"; better beyond noise: {listed(sure)}" if sure and best.label not in sure else ""
     return says + (f"; {listed(tied)} cannot be told apart from {best.label}" if tied else "")
 
 
-def verdict(change: Interval, share: float | None, digits: int) -> str:
+def verdict(change: Interval, share: float | None, digits: int, of: Goal) -> str:
     """How the best differs from language modelling alone, with the interval or the lack of one."""
     gap = f", closing {share:.0%} of the gap to the teacher" if share is not None and share > 0 else ""
-    nothing = f": nothing here beats {ALONE}" if change.mean >= 0 else ""
+    nothing = f": nothing here beats {ALONE}" if of.sign * change.mean <= 0 else ""
     if change.half is None:
         return f"{nothing or gap} ({ONE_SEED})"
     size = f"{abs(change.mean):.{digits}f} ± {change.half:.{digits}f}"
     seeds = f"({change.n} seeds, paired, 95% interval)"
     if change.noise:
         return f", a difference of {size} {seeds}, which is within noise{nothing or ': no gain is shown'}"
-    return f", {size} {'higher' if nothing else 'lower'} {seeds}{nothing or gap}"
+    return f", {size} {'higher' if change.mean > 0 else 'lower'} {seeds}{nothing or gap}"
 
 
-def over_tasks(groups: list[Group]) -> str:
+def over_tasks(groups: list[Group], of: Goal) -> str:
     """The finding where student, data or tokens vary, so that losses are compared within each of these."""
     best: dict[str, Interval] = {}
     for group in groups:
-        change = None if group.alone else difference(group, baseline(group, groups))
-        if change and (group.task not in best or change.mean < best[group.task].mean):
+        change = None if group.alone else difference(group, baseline(group, groups), of.key)
+        if change and (group.task not in best or of.sign * (change.mean - best[group.task].mean) > 0):
             best[group.task] = change
     where = "settings of student, data and tokens"
     if not best:
         return f"{len({g.task for g in groups})} {where}, and in none of them a run by {ALONE} to compare with"
-    sure = sum(c.mean < 0 and not c.noise for c in best.values() if c.half is not None)
+    sure = sum(of.sign * c.mean > 0 and not c.noise for c in best.values() if c.half is not None)
     single = sum(c.half is None for c in best.values())
     how = f"; beyond noise in {sure} (paired over seeds, 95%)" if single < len(best) else f" ({ONE_SEED})"
     how += f", with 1 seed in {single}" if 0 < single < len(best) else ""
-    lower = f"in {sum(c.mean < 0 for c in best.values())} of {len(best)} {where}"
-    return f"{lower} the best distilled student has a lower loss on held-out text than {ALONE}{how}"
+    better = f"in {sum(of.sign * c.mean > 0 for c in best.values())} of {len(best)} {where}"
+    return f"{better} the best distilled student has {of.better} than {ALONE}{how}"
 
 
 def count(groups: list[Group]) -> str:

@@ -7,8 +7,9 @@ import io
 import re
 
 from kd.progress import clock, harmless
-from sweeps.compare import Entry, Group, settings, varying
-from sweeps.table import MEASURES, Mark, Row, number
+from sweeps.compare import Entry, Goal, settings, varying
+from sweeps.samples import Sample
+from sweeps.table import Mark, Row, columns, number
 
 SPECIAL = re.compile(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))")  # an _ within a word is none to Markdown
 
@@ -23,8 +24,9 @@ def line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def loss(row: Row) -> str:
-    mean = row.group.mean()
+def main(row: Row, of: Goal) -> str:
+    """The measure that the sweep is judged by, with its interval."""
+    mean = row.group.mean(of.key)
     return number(mean.mean) + ("" if mean.half is None else f" ± {number(mean.half)}")
 
 
@@ -41,20 +43,21 @@ def change(row: Row) -> str:
 
 
 def markdown(name: str, question: str, answers: str, says: str, facts: dict[str, str], warnings: list[str],
-             table: list[Row], beside: list[Mark], entries: list[Entry]) -> str:  # fmt: skip
+             table: list[Row], beside: list[Mark], entries: list[Entry], of: Goal,
+             samples: list[Sample]) -> str:  # fmt: skip
     """The report without its plots. What comes from files cannot be markup."""
-    measures = [k for k in MEASURES if any(row.group.of(k) for row in table)]
-    head = ["", "loss", "difference", "gap closed", *(MEASURES[k][0] for k in measures), "seeds", "time"]
+    measures = columns([row.group for row in table], of)
+    head = ["", of.title, "difference", "gap closed", *(title for title, _ in measures.values()), "seeds", "time"]
     lines = [line(head), line([":--"] + ["--:"] * (len(head) - 1))]
     for row in table:
         means = [row.group.mean(k) for k in measures]
         share = "–" if row.closed is None else f"{number(100 * row.closed, 0)}%"
         numbers = [number(mean and mean.mean, 3) for mean in means]
         ends = [str(len(row.group.runs)), clock(row.group.seconds)]
-        lines.append(line([plain(row.group.label), loss(row), change(row), share, *numbers, *ends]))
+        lines.append(line([plain(row.group.label), main(row, of), change(row), share, *numbers, *ends]))
     for mark in beside:
         numbers = [number(mark.values[k], 3) if k in mark.values else "" for k in measures]
-        lines.append(line([plain(mark.label), number(mark.values["val/lm"]), "", "", *numbers, "", ""]))
+        lines.append(line([plain(mark.label), number(mark.values.get(of.key)), "", "", *numbers, "", ""]))
     left = [entry for entry in entries if entry.state != "done"]
     commands = [harmless(entry.command).replace("\n", " ") for entry in entries]
     parts = [
@@ -62,14 +65,30 @@ def markdown(name: str, question: str, answers: str, says: str, facts: dict[str,
         f"Answers to: {plain(answers)}" if answers else "",
         "\n".join(f"- {plain(key)}: {plain(text)}" for key, text in facts.items()),
         "\n".join(f"- Beware: {plain(text)}" for text in warnings), "\n".join(lines),
-        "Losses are nats per token on held-out text, ± the 95% interval over seeds. A difference is to language "
-        "modelling alone with the same student, data and tokens, seed by seed; below 0 is better. Gap closed: share "
-        "of the way from there to the teacher.",
+        f"± is the 95% interval over seeds. {of.title.capitalize()}: {of.unit}. A difference is to language modelling "
+        f"alone with the same student, data and tokens, seed by seed; {'above' if of.sign > 0 else 'below'} 0 is "
+        "better. Gap closed: share of the way from there to the teacher.",
+        "\n".join(f"- {plain(title)}: {plain(means)}" for title, means in measures.values()),
+        *(side_by_side(sample) for sample in samples),
         "\n".join(["Not done, and not counted:", "", *(f"- {plain(' '.join(e.overrides))}: {plain(e.state)}, "
                   f"{plain(e.says)}" for e in left)]) if left else "",
         "\n".join(["<details><summary>Commands</summary>", "", "```sh", *commands, "```", "", "</details>"]),
     ]  # fmt: skip
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def fenced(text: str) -> str:
+    """Text as it is, line by line: between more backticks than it has in a row, so that no part of it is markup."""
+    most = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, most + 1)
+    return f"{fence}text\n{harmless(text)}\n{fence}"
+
+
+def side_by_side(sample: Sample) -> str:
+    """A prompt with its reference and all responses, folded away."""
+    parts = [f"**{plain(said.who)}**{f' (Rouge-L {said.rouge_l:.2f})' if said.rouge_l is not None else ''}\n\n"
+             f"{fenced(said.text)}" for said in sample.said]  # fmt: skip
+    return "\n\n".join([f"<details><summary>Sample, prompt {sample.number}</summary>", *parts, "</details>"])
 
 
 def text(cell: object) -> object:
@@ -80,11 +99,11 @@ def text(cell: object) -> object:
     return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
-def as_csv(entries: list[Entry], table: list[Row]) -> str:
+def as_csv(entries: list[Entry], table: list[Row], of: Goal) -> str:
     """A line per run: its state, all settings that vary, seed, all final measures, tokens, FLOPs, seconds, command.
 
-    difference is that of its loss to the baseline's of the same seed. Settings of a run that is not done are those that
-    were typed.
+    difference is that of its loss, or of what else the sweep is judged by, to the baseline's of the same seed. Settings
+    of a run that is not done are those that were typed.
     """
     runs = list({entry.folder: entry for entry in entries}.values())
     keys = dict.fromkeys(["logits"] if len({row.group.alone for row in table}) > 1 else [])
@@ -92,13 +111,13 @@ def as_csv(entries: list[Entry], table: list[Row]) -> str:
         keys |= dict.fromkeys(varying([row.group.config for row in table if row.group.alone is alone]))
     measures = sorted({k for e in runs if e.result for k in e.result["final"] if k.startswith("val/")})
     measures.sort(key="val/lm".__ne__)
-    of = {e.folder: row for row in table for e in row.group.runs.values()}
+    rows = {e.folder: row for row in table for e in row.group.runs.values()}
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["run", "state", "reason", "label", *keys, "seed", *measures, "difference", "tokens", "flops",
                      "seconds", "command"])  # fmt: skip
     for entry in runs:
-        row, result = of.get(entry.folder), entry.result
+        row, result = rows.get(entry.folder), entry.result
         if result is None:
             given = typed(entry)
             cells = [
@@ -116,7 +135,7 @@ def as_csv(entries: list[Entry], table: list[Row]) -> str:
             seed = result["config"]["seed"]
             cells = [row.group.label if row else "", *(config.get(k) for k in keys), seed]
             cells += [final.get(k) for k in measures]
-            cells += [paired(row, seed), *(result.get(k) for k in ("tokens", "flops", "seconds"))]
+            cells += [paired(row, seed, of), *(result.get(k) for k in ("tokens", "flops", "seconds"))]
         writer.writerow(map(text, [entry.folder.name, entry.state, entry.says, *cells, entry.command]))
     return out.getvalue()
 
@@ -127,12 +146,8 @@ def typed(entry: Entry) -> dict[str, str]:
     return words | {f"{role}.size": words[role] for role in ("student", "teacher") if role in words}
 
 
-def paired(row: Row | None, seed: int) -> float | None:
-    """Loss of one run minus that of the baseline with its seed."""
+def paired(row: Row | None, seed: int, of: Goal) -> float | None:
+    """What the sweep is judged by: of one run minus that of the baseline with its seed."""
     if row is None or row.base is None or row.base is row.group or seed not in row.base.runs:
         return None
-    return loss_of(row.group, seed) - loss_of(row.base, seed)
-
-
-def loss_of(group: Group, seed: int) -> float:
-    return group.of("val/lm")[seed]
+    return row.group.of(of.key)[seed] - row.base.of(of.key)[seed]

@@ -8,10 +8,12 @@ from html import escape
 
 import plotly.graph_objects as go
 
-from sweeps.compare import curve
+from sweeps.compare import curve, excess
 from sweeps.table import GREY, Mark, Row
 
 SMALL = {  # measures with a plot of their own
+    "val/on_policy_rkl": "on its own text; lower is closer to the teacher",
+    "val/exaccerr": "lower is less exposure bias",
     "val/fkl": "lower is closer to the teacher",
     "val/acceptance": "higher is closer to the teacher",
     "val/ece": "lower is better calibrated",
@@ -50,7 +52,7 @@ def dots(table: list[Row], measure: str, beside: Iterable[Mark] = (), width: int
     if not shown:
         return None
     labels = [folded(row.group.label, width) for row, _, _ in shown]
-    beside = sorted(beside, key=lambda mark: mark.values[measure])
+    beside = sorted((mark for mark in beside if measure in mark.values), key=lambda mark: mark.values[measure])
     top, tall = 18 * len(beside) + (48 if beside else 10), 14 + 17 * max(1 + text.count("<br>") for text in labels)
     plot = blank(tall * len(shown) + top + 40, margin={"l": 8, "r": 20, "t": top, "b": 30}, dragmode=False)
     plot.update_layout(showlegend=False)
@@ -117,3 +119,23 @@ def curves(table: list[Row], beside: Iterable[Mark]) -> go.Figure | None:
         choices[f"against {name}"] = [{"x": x}, {"xaxis.title.text": name, "xaxis.autorange": True}]
     plot.update_layout(updatemenus=switch(8, choices, "update"))
     return plot
+
+
+def exposure(table: list[Row]) -> go.Figure | None:
+    """ExAccErr over the length of a response, a line per group. None where no run has one."""
+    drawn = [(row, line) for row in table if (line := excess(row.group))]
+    if not drawn:
+        return None
+    legend = {"orientation": "h", "y": -0.17, "yanchor": "top", "x": 0}
+    plot = blank(430, margin={"l": 56, "r": 12, "t": 14, "b": 50}, hovermode="closest", legend=legend)
+    for row, line in drawn:
+        plot.add_scatter(
+            x=list(range(1, len(line) + 1)), y=line, name=escape(row.group.label), mode="lines",
+            line={"color": row.color, "width": 2, "dash": "dash" if row.group.alone else "solid"},
+            showlegend=row.group.alone or row.color != GREY,
+            hovertemplate=f"<b>{folded(row.group.label)}</b><br>%{{y:.1%}} at %{{x}} tokens<extra></extra>",
+        )  # fmt: skip
+    plot.add_hline(0, line={"color": GREY, "width": 1.2}, layer="below")
+    plot.update_yaxes(title="excess accumulated error", tickformat=".0%", zeroline=False)
+    plot.update_xaxes(title={"text": "tokens of a response", "standoff": 4}, zeroline=False)
+    return plot.update_layout(showlegend=True)

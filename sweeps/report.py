@@ -25,10 +25,11 @@ from kd.progress import clock, harmless
 from kd.remote import home, publish
 from kd.run import model_name
 from sweeps import shapes, space
-from sweeps.compare import Entry, Group, finding, grouped, listed, manifest, read, subset, varying
+from sweeps.compare import LOSS, Entry, Group, finding, goal, grouped, listed, manifest, read, subset, varying
 from sweeps.export import as_csv, markdown
-from sweeps.plots import SMALL, curves, dots
-from sweeps.table import MEASURES, Mark, marks, number, rows
+from sweeps.plots import SMALL, curves, dots, exposure
+from sweeps.samples import samples
+from sweeps.table import Mark, by_loss, columns, marks, number, rows
 
 
 def head(name: str) -> list[str]:
@@ -86,6 +87,10 @@ def warnings(groups: list[Group]) -> list[str]:
     texts = [json.loads(subset(g.config, "data")) for g in groups]
     if keys := [key for key in varying(texts) if key != "data.tokens"]:  # less text for training, the same held out
         says.append(f"Held-out text differs ({listed(keys)}): compare losses only where it is the same.")
+    if keys := varying([json.loads(subset(g.config, "responses")) for g in groups]):
+        says.append(
+            f"Responses were written in different ways ({listed(keys)}): compare them only where they were not."
+        )
     if len({frozenset(g.runs) for g in groups}) > 1:
         says.append("Rows differ in their seeds: compare by the paired difference rather than by the mean loss.")
     return says
@@ -94,20 +99,21 @@ def warnings(groups: list[Group]) -> list[str]:
 def page(name: str, entries: list[Entry], groups: list[Group], told: dict) -> str:
     """The report as HTML. told: the words that it shares with the Markdown."""
     table, beside = told["table"], told["beside"]
-    alone = [Mark(g.label, "dash", {"val/lm": g.mean().mean}) for g in groups if g.alone]
-    few = beside if len(beside) <= 3 else []
-    figures = {"loss": dots(table, "val/lm", few + (alone if len(alone) == 1 else [])), "curves": curves(table, few)}
+    few, losses = beside if len(beside) <= 3 else [], by_loss(table)
+    figures = {"curves": curves(table, few), "exposure": exposure(table)}
+    for of in dict.fromkeys((told["of"], LOSS)):
+        alone = [Mark(g.label, "dash", {of.key: g.mean(of.key).mean}) for g in groups if g.alone]
+        figures[of.title] = dots(table, of.key, few + (alone if len(alone) == 1 else []))
     figures |= {key: dots(table, key, width=16) for key in SMALL}
-    of = {"over": space.over(table), "heat": filter(None, [space.heat(table)]), "schedule": shapes.drawn(table)}
-    of["parallel"] = filter(None, [space.parallel(table)])
-    plots = {kind: {f"{kind}-{i}": plot for i, plot in enumerate(some)} for kind, some in of.items()}
+    kinds = {"over": space.over(losses), "heat": filter(None, [space.heat(losses)]), "schedule": shapes.drawn(losses)}
+    kinds["parallel"] = filter(None, [space.parallel(losses)])
+    plots = {kind: {f"{kind}-{i}": plot for i, plot in enumerate(some)} for kind, some in kinds.items()}
     figures |= {key: plot.figure for some in plots.values() for key, plot in some.items()}
     held_out = {tuple(r["config"].get(k) for k in ("data.val_rows", "data.seq_len")) for g in groups for r in g.results}
     return render(
         "report.html", {k: f for k, f in figures.items() if f}, name=name, **told, entries=entries, space=plots,
-        measures={k: v for k, v in MEASURES.items() if any(g.of(k) for g in groups)},
-        several=any(len(g.runs) > 1 for g in groups), small={k: v for k, v in SMALL.items() if figures[k]},
-        held_out=sorted(held_out, key=str),
+        measures=columns(groups, told["of"]), several=any(len(g.runs) > 1 for g in groups),
+        small={k: v for k, v in SMALL.items() if figures[k]}, held_out=sorted(held_out, key=str),
     )  # fmt: skip
 
 
@@ -136,11 +142,11 @@ def write(root: str | Path, name: str) -> tuple[Path, str]:
     told = {
         "question": question(name), "answers": answers_to(name), "says": says, "warnings": warnings(groups),
         "facts": facts(entries, [result for group in groups for result in group.results]),
-        "table": rows(groups), "beside": marks(groups),
+        "table": (table := rows(groups)), "beside": marks(groups), "of": goal(groups), "samples": samples(table),
     }  # fmt: skip
     written = {
         "html": page(name, entries, groups, told), "md": markdown(name, entries=entries, **told),
-        "csv": as_csv(entries, told["table"]),
+        "csv": as_csv(entries, table, told["of"]),
     }  # fmt: skip
     for kind, text in written.items():
         with files.atomic(home(root) / "sweeps" / f"{name}.{kind}") as temporary:

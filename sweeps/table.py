@@ -7,17 +7,28 @@ import math
 from statistics import fmean
 from typing import NamedTuple
 
-from kd.run import model_name
-from sweeps.compare import Group, Interval, baseline, closed, difference, label, subset, varying
+from kd.run import EXACCERR_LENGTH, model_name
+from sweeps.compare import LOSS, Goal, Group, Interval, baseline, closed, difference, goal, label, subset, varying
 
 MEASURES = {  # columns of the table: what they are called and what they mean
+    "val/rouge_l": ("rouge-l", "Rouge-L F1 of responses to held-out prompts, stemmed; papers print it times 100"),
+    "val/exact_match": ("exact", "share of responses that equal the reference but for white space"),
+    "val/perplexity": ("perplexity", "of the references: the exponential of the loss"),
     "val/bpb": ("bits per byte", "the loss per byte of text, which can be compared where tokenizers differ"),
     "val/fkl": ("fkl", "KL(teacher || student), nats per token; 0 is a perfect copy of the teacher"),
     "val/rkl": ("rkl", "KL(student || teacher), nats per token"),
     "val/acceptance": ("acceptance", "1 - total variation distance: how often speculative decoding keeps a token"),
     "val/agreement": ("agreement", "share of positions where student and teacher rank the same token first"),
     "val/ece": ("ece", "expected calibration error: mean |confidence - accuracy| over 15 bins; 0 is calibrated"),
-}
+    "val/exaccerr": ("exaccerr", "excess accumulated error: how much further the student is from the teacher, by fkl "
+                     f"over the first {EXACCERR_LENGTH} tokens, after its own text than after the teacher's"),
+    "val/on_policy_rkl": ("on-policy rkl", "KL(student || teacher) on text that the student wrote, nats per token"),
+    "val/on_policy_tvd": ("on-policy tvd", "total variation distance between the two on that text"),
+    "val/on_policy_ece": ("on-policy ece", "calibration error there, with the teacher's distribution as the truth"),
+    "val/distinct_4": ("distinct-4", "distinct 4-grams of words in all responses together, as a share of all"),
+    "val/response_length": ("length", "tokens of a response, without its end"),
+    "val/ended": ("ended", "share of responses that end by themselves, and not because their row is full"),
+}  # fmt: skip
 COLORS = ("#3b78d8", "#d9772f", "#2a9d78", "#b855a8", "#b0931f", "#cf4a5a", "#4f8fa3", "#8468d0", "#73892f", "#9c664a")
 GREY = "#8c929c"
 
@@ -41,13 +52,25 @@ class Mark(NamedTuple):
 
 
 def rows(groups: list[Group]) -> list[Row]:
-    """The table, best first; colors go to the lowest losses."""
-    colors, found = iter(COLORS), []
+    """The table, best first; colors go to the best."""
+    of, colors, found = goal(groups), iter(COLORS), []
     for group in groups:
         base = baseline(group, groups)
         color = GREY if group.alone else next(colors, GREY)
-        found.append(Row(group, base, difference(group, base), closed(group, base), color))
+        found.append(Row(group, base, difference(group, base, of.key), closed(group, base, of), color))
     return found
+
+
+def by_loss(table: list[Row]) -> list[Row]:
+    """The same rows, compared by their losses, the lowest first."""
+    found = [r._replace(change=difference(r.group, r.base), closed=closed(r.group, r.base)) for r in table]
+    return sorted(found, key=lambda row: row.group.mean().mean)
+
+
+def columns(groups: list[Group], of: Goal) -> dict[str, tuple[str, str]]:
+    """The columns beside that of the goal: those that any group has a value for, the loss first."""
+    loss = {LOSS.key: (LOSS.title, "mean negative log-likelihood of held-out text, nats per token")}
+    return {k: says for k, says in (loss | MEASURES).items() if k != of.key and any(g.of(k) for g in groups)}
 
 
 def marks(groups: list[Group]) -> list[Mark]:
@@ -59,8 +82,9 @@ def marks(groups: list[Group]) -> list[Mark]:
     keys, found = varying([json.loads(text) for text in taught]), []
     for text, members in taught.items():
         said = label(json.loads(text), keys) or str(model_name(members[0].config, "teacher"))
-        seen = {k: [v for g in members for v in g.of(f"val/teacher_{k}").values()] for k in ("lm", "ece")}
-        values = {f"val/{k}": fmean(v) for k, v in seen.items() if v}
+        own = {k: k.replace("val/", "val/teacher_") for k in (LOSS.key, *MEASURES)}
+        seen = {k: [v for g in members for v in g.of(name).values()] for k, name in own.items()}
+        values = {k: fmean(v) for k, v in seen.items() if v}
         if per_token := members[0].results[0].get("bytes_per_token"):
             values["val/bpb"] = values["val/lm"] / math.log(2) / per_token
         found.append(Mark(f"teacher {said.removeprefix('teacher=')}", "solid", values))

@@ -11,6 +11,8 @@ from plotly.offline import get_plotlyjs
 
 from kd.errors import UserError
 from sweeps import compare, report
+from sweeps.samples import samples
+from sweeps.table import rows
 
 CONFIG = {
     "seed": 0, "root": "runs", "sweep": None, "logger": "none", "data": "python", "data.seq_len": 256,
@@ -52,6 +54,22 @@ class Sweep:
                 "metrics.jsonl": "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 30',
             },
         )
+        return self
+
+    def wrote(self, method, seed, rouge, loss=2.5, curve=(0.0, 0.1), prompts=7, text="a", says=None, **config):
+        """A finished run on instructions, whose responses have this Rouge-L; two samples of each prompt."""
+        self.done(method, seed, loss, **{"data": "instructions", "responses.seed": 0} | config)
+        folder = self.root / f"run-{len(self.runs) - 1}"
+        result = json.loads((folder / "result.json").read_text())
+        result["final"] |= {"val/rouge_l": rouge, "val/teacher_rouge_l": 0.5, "val/exaccerr": 0.25}
+        lines = [
+            {"row": row, "sample": sample, "prompt": f"p{row}", "reference": f"r{row}", "rouge_l": rouge,
+             "response": f"{text}{row}.{sample}", "teacher": f"t{row}.{sample}", "teacher_rouge_l": 0.5} | (says or {})
+            for sample in (0, 1) for row in range(prompts)
+        ]  # fmt: skip
+        (folder / "result.json").write_text(json.dumps(result))
+        (folder / "responses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "exaccerr.json").write_text(json.dumps({"exaccerr": list(curve)}))
         return self
 
     def losses(self, **of):
@@ -282,3 +300,117 @@ def test_main_prints_one_line_and_the_root_comes_from_the_environment(sweep, cap
     assert report.main(["s"]) == 0
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and out.startswith(f"{sweep.root / 'sweeps' / 's.html'}: fkl: 2.300 nats per token")
+
+
+# Sweeps on instructions
+
+
+def test_numbers_of_a_table_of_responses_are_those_made_by_hand(sweep):
+    lm, fkl = [0.20, 0.22, 0.24], [0.30, 0.33, 0.33]
+    for seed in range(3):
+        sweep.wrote("lm", seed, lm[seed], 2.0).wrote("fkl", seed, fkl[seed], 2.4)
+    page, says = sweep.page()
+    change = [a - b for a, b in zip(fkl, lm)]
+    t = 0.95 / math.sqrt(2 * 0.975 * 0.025)
+    half, spread = (t * math.sqrt(statistics.variance(x) / 3) for x in (change, fkl))
+    share = sum(change) / (1.5 - sum(lm))
+    assert cells(page, "fkl")[1:5] == [
+        f"{sum(fkl) / 3:.4f} ± {spread:.4f}", f"+{sum(change) / 3:.4f} ± {half:.4f}", f"{100 * share:.0f}%", "2.400",
+    ]  # fmt: skip
+    assert 'class="good">+0.1000' in page and cells(page, "teacher 1m")[1].split()[0] == "0.5000"
+    assert page.index("Rouge-L on held-out prompts</h2>") < page.index("Loss on held-out text</h2>")
+    assert says.startswith("fkl: 0.320 Rouge-L on held-out prompts against 0.220 for language modelling alone, 0.100 ±")
+    assert "higher (3 seeds, paired, 95% interval), closing 36% of the gap to the teacher" in says
+    lines = (sweep.root / "sweeps" / "s.csv").read_text().splitlines()
+    assert float(lines[2].split(",")[lines[0].split(",").index("difference")]) == pytest.approx(0.1)
+
+
+def test_the_highest_rouge_l_comes_first_whatever_the_loss(sweep):
+    sweep.wrote("lm", 0, 0.2, 1.0).wrote("fkl", 0, 0.3, 3.0).wrote("rkl", 0, 0.1, 2.0)
+    assert [g.label for g in sweep.groups()] == ["fkl", compare.ALONE, "rkl"]
+    assert sweep.finding().startswith("of 2 losses, fkl is best: 0.300")
+    page, _ = sweep.page()
+    assert '"bad"' not in page and cells(page, "rkl")[2] == "−0.1000"
+
+
+def test_nothing_better_is_said_of_responses_too(sweep):
+    for seed in range(3):
+        sweep.wrote("lm", seed, 0.3 + seed / 1000).wrote("fkl", seed, 0.2)
+    says = sweep.finding()
+    assert "lower (3 seeds" in says and f"nothing here beats {compare.ALONE}" in says
+    assert 'class="bad">−0.1010' in sweep.page()[0]
+
+
+def test_over_tasks_the_better_rouge_l_counts(sweep):
+    for size, gain in (("100k", 0.1), ("1m", -0.1)):
+        for seed in range(3):
+            sweep.wrote("lm", seed, 0.3, **{"student.size": size})
+            sweep.wrote("fkl", seed, 0.3 + gain + seed / 1000, **{"student.size": size})
+    says = sweep.finding()
+    assert says.startswith("in 1 of 2 settings") and "a higher Rouge-L" in says and "beyond noise in 1" in says
+
+
+def test_a_run_without_responses_has_the_sweep_judged_by_loss(sweep):
+    says = sweep.wrote("lm", 0, 0.2, 2.5).wrote("fkl", 0, 0.3, 2.4).done("rkl", 0, 2.3, data="instructions")
+    assert says.finding().startswith("of 2 losses, rkl is best: 2.300 nats")
+
+
+def test_a_student_of_text_that_a_teacher_wrote_is_no_baseline(sweep):
+    sweep.wrote("lm", 0, 0.2).wrote("lm", 0, 0.4, rollout="teacher").wrote("fkl", 0, 0.3)
+    groups = {g.alone: g for g in sweep.groups()}
+    (best, *_), alone = sweep.groups(), groups[True]
+    assert not best.alone and compare.baseline(best, sweep.groups()).label == alone.label == compare.ALONE
+    assert "against 0.200 for" in sweep.finding()
+
+
+def test_excess_error_is_the_mean_as_far_as_all_seeds_have_one(sweep):
+    (group,) = sweep.wrote("fkl", 0, 0.3, curve=[0, 0.2, 0.4]).wrote("fkl", 1, 0.3, curve=[0, 0.4]).groups()
+    assert compare.excess(group) == pytest.approx([0, 0.3])
+    assert 'id="exposure"' in sweep.page()[0]
+    (sweep.root / "run-1" / "exaccerr.json").write_text("{")
+    assert compare.excess(group) == [] and 'id="exposure"' not in sweep.page()[0]
+
+
+def test_samples_stand_side_by_side_and_are_chosen_by_their_place(sweep):
+    sweep.wrote("lm", 0, 0.2, text="x").wrote("fkl", 1, 0.31, text="y").wrote("fkl", 0, 0.3, text="z")
+    found = samples(rows(sweep.groups()))
+    assert [s.number for s in found] == [1, 2, 3, 5, 6]  # of 7
+    assert [(x.who, x.text, x.rouge_l) for x in found[3].said] == [
+        ("prompt", "p4", None), ("reference", "r4", None), ("teacher 1m", "t4.0", 0.5), ("fkl", "z4.0", 0.3),
+        (compare.ALONE, "x4.0", 0.2),
+    ]  # fmt: skip
+    page, _ = sweep.page()
+    assert re.search(r"<pre>\s*z4\.0</pre>", page) and not re.search(r"<pre>\s*z3\.0</pre>", page)
+    markdown = (sweep.root / "sweeps" / "s.md").read_text()
+    assert "**teacher 1m** (Rouge-L 0.50)\n\n```text\nt4.0\n```" in markdown and "- rouge-l" not in markdown
+
+
+@pytest.mark.parametrize(
+    "says", [{"prompt": "other"}, {"response": 3}, {"row": "0"}, {"sample": None}, {"prompt": ["p"]}, []]
+)
+def test_what_was_asked_otherwise_or_is_damaged_is_no_sample(sweep, says):
+    sweep.wrote("lm", 0, 0.3).wrote("fkl", 0, 0.2)
+    if says == []:
+        (sweep.root / "run-1" / "responses.jsonl").write_text('{"row": 0')
+    else:
+        sweep.runs.pop()
+        sweep.wrote("fkl", 0, 0.2, says=says)
+    assert [x.who for x in samples(rows(sweep.groups()))[0].said[3:]] == [compare.ALONE]
+    sweep.page()
+
+
+def test_responses_that_were_drawn_otherwise_are_said_and_not_put_beside(sweep):
+    sweep.wrote("lm", 0, 0.3, **{"responses.temperature": 0.0}).wrote("fkl", 0, 0.2, **{"responses.temperature": 1.0})
+    assert "in different ways (responses.temperature)" in sweep.page()[0]
+    assert [x.who for x in samples(rows(sweep.groups()))[0].said[3:]] == [compare.ALONE]
+
+
+def test_nothing_in_a_response_is_markup(sweep):
+    evil = "</pre><script>alert(1)</script>\n````\n# head\x1b[2J\u202e"
+    sweep.wrote("lm", 0, 0.3, says={"response": evil, "prompt": evil, "teacher": evil, "rouge_l": "<b>"})
+    page, _ = sweep.page()
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
+    markdown = (sweep.root / "sweeps" / "s.md").read_text()
+    assert "\x1b" not in page + markdown and "\u202e" not in page + markdown
+    inside = markdown[markdown.index("`````text\n") :]  # a fence of five, since there is one of four within
+    assert inside.index("# head") < inside.index("\n`````\n", 5)

@@ -1,0 +1,320 @@
+"""What a trained model writes when it is asked: its responses to the prompts of the validation rows, and what they are
+worth.
+
+1. written    a sample of every row (or several), drawn with a seed of its own: whoever is asked gets the same draws
+2. the text   Rouge-L and exact match against the references, distinct n-grams, length
+3. the model  how far the student is from the teacher on its own text, and whether that grows with length: ExAccErr
+
+q is the student and p the teacher.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+import filelock
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from kd import files, generate, logits, losses, metrics, ranks
+from kd.data import IGNORE, Batch, Packed, ValidationBatches
+from kd.hardware import out_of_memory
+from kd.logits import Source
+from kd.models import Causal
+from kd.objective import chunks, fitting, log_probabilities
+from kd.progress import Steps
+from kd.remote import home
+from kd.rollout import as_rows
+from kd.run import EXACCERR, EXACCERR_LENGTH, RESPONSES
+from kd.signals import requests
+from kd.written import whole
+
+AT_ONCE = 64  # rows that are written together
+NGRAMS = (1, 2, 3, 4)
+
+# Measures of text
+
+
+def rouge_l(response: str, reference: str) -> float:
+    """Rouge-L F1 with a stemmer, of lower-case words of letters a-z and digits. Lin 2004; as MiniLLM evaluates."""
+    return _rouge().score(reference, response)["rougeL"].fmeasure
+
+
+@cache
+def _rouge():
+    from rouge_score.rouge_scorer import RougeScorer  # takes a second
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def exact_match(response: str, reference: str) -> bool:
+    """Whether two texts are the same but for white space."""
+    return response.split() == reference.split()
+
+
+def distinct(responses: Iterable[str], n: int) -> float:
+    """Distinct n-grams of words, all responses together, as a share of all; 0 where there is none.
+
+    Li et al. 2016, arXiv 1510.03055; with n = 4 the diversity of MiniLLM. Fewer responses have a larger share.
+    """
+    grams = [
+        tuple(words[i : i + n]) for text in responses for words in [text.split()] for i in range(len(words) - n + 1)
+    ]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+class Response(NamedTuple):
+    """A response as text, and what it is by itself."""
+
+    response: str
+    tokens: int  # without the one that ends it
+    ended: bool  # by itself, and not because its row was full
+    rouge_l: float
+    exact_match: bool
+
+
+def summary(responses: list[Response], samples: int) -> dict[str, float]:
+    """Means over all responses; distinct n-grams within each sample of all prompts, and then their mean."""
+    of_sample = np.array_split([r.response for r in responses], samples)
+    means = {
+        "rouge_l": fmean(r.rouge_l for r in responses),
+        "exact_match": fmean(r.exact_match for r in responses),
+        "response_length": fmean(r.tokens for r in responses),
+        "ended": fmean(r.ended for r in responses),
+    }
+    return means | {f"distinct_{n}": fmean(distinct(texts, n) for texts in of_sample) for n in NGRAMS}
+
+
+# Measures of the models
+
+
+def excess_error(own: Tensor, oracle: Tensor) -> Tensor:
+    """Excess accumulated error over the length l = 1 … L of a response [L], a share: (R(l) - l eps(l)) / (l eps(l)).
+
+    R(l) sums over t <= l the mean KL(p || q) of token t where the student wrote what is before it, and l eps(l) where
+    the teacher did. own, oracle [T, 2]: for each t how many responses there are with a token t, and the sum of their
+    KL. L is as far as both have one. It is 0 where mistakes do not add up, and papers print it in per cent.
+    Arora et al. 2022, arXiv 2204.01171; Gu et al. 2023, arXiv 2306.08543, section 3.3, where p is the teacher as here.
+    In MiniLLM's code a response that has ended counts as one without error; here it no longer counts.
+    """
+    both = int(((own[:, 0] > 0) & (oracle[:, 0] > 0)).long().cumprod(0).sum())
+    regret, expected = ((kl / count).cumsum(0) for count, kl in (x[:both].double().unbind(-1) for x in (own, oracle)))
+    return (regret - expected) / expected.clamp(min=1e-9)  # of a student that is its teacher, 0 / 0 is 0
+
+
+class Gap(NamedTuple):
+    """How far student and teacher are apart on some text."""
+
+    by_place: Tensor  # [T, 4] positions, and sums of KL(p || q), KL(q || p) and total variation, by token of a response
+    bins: Tensor  # [BINS, 3] of the student's confidence, where the teacher's distribution is the truth
+
+    def means(self) -> dict[str, float]:
+        """Over all tokens."""
+        count, _, rkl, tvd = self.by_place.sum(0).tolist()
+        return {"rkl": rkl / count, "tvd": tvd / count, "ece": metrics.calibration_error(self.bins)}
+
+
+@torch.no_grad()
+def gap(student: Causal, teacher: Source, batches: Iterable[Batch], length: int, chunk: int | None) -> Gap:
+    """How far student and teacher are apart at the counted positions of batches of `length` positions, on all ranks."""
+    device = next(student.parameters()).device
+    by_place = torch.zeros(length, 4, dtype=torch.float64, device=device)
+    bins = torch.zeros(metrics.BINS, 3, dtype=torch.float64, device=device)
+    for batch in batches:
+        batch = _moved(batch, device)
+        kept = batch.labels != IGNORE
+        place = (torch.arange(length, device=device) - generate.lengths(batch)[:, None] + 1)[kept]  # [N]
+        signal, hidden = teacher(batch, kept), student.hidden(batch.ids)[kept]
+        for rows in chunks(len(place), chunk or fitting(student.head)):
+            q, target = log_probabilities(student.head, hidden[rows]), signal(rows)
+            apart = [measure(q, target).double() for measure in (losses.fkl, losses.rkl, losses.tvd)]
+            by_place.index_add_(0, place[rows], torch.stack([torch.ones_like(apart[0]), *apart], -1))
+            bins += metrics.bins_by_teacher(q, target)
+    parts = ranks.gather((by_place.cpu(), bins.cpu()))
+    return Gap(*(sum(x) for x in zip(*parts, strict=True)))
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    return batch._replace(**{name: getattr(batch, name).to(device) for name in batch._fields[:4]})
+
+
+# Writing
+
+
+class Written(NamedTuple):
+    """Responses as rows of tokens: a sample of all validation rows, then the next."""
+
+    tokens: np.ndarray  # [S * R, T + 1]
+    span: np.ndarray  # [S * R, 2] tokens of the prompt, and all without padding
+
+
+def kept(root: str, packed: Packed, teacher: str, **how) -> Path:
+    """Where a teacher's responses to these validation rows are kept, once for all runs that ask alike.
+
+    teacher: its folder, or its name on the Hub. how: all else that they depend on.
+    """
+    asked = [packed.digests[f"{name}.npy"] for name in ("val", "val_spans")]
+    key = files.digest_of([asked, files.stamp(teacher) or teacher, how])[:16]
+    return home(root) / "responses" / f"{key}.npz"
+
+
+class Responses(Callback):
+    """Has a trained student respond to the prompts of the validation rows, and puts what comes of it into the run.
+
+    samples: of each prompt. temperature, seed: of the draws. The measures become part of the module's `val_metrics`;
+    the folder of the run gets the file RESPONSES, and where there is a teacher EXACCERR. What the teacher writes is
+    kept in the file `kept` for other runs of it; not where that is None.
+
+    It is called after the last step and while everything is still in its place: models, ranks, precision. The ranks
+    share the rows. No state of it is in checkpoints: who was killed meanwhile begins again.
+    """
+
+    def __init__(
+        self, folder: Path, packed: Packed, tokenizer, kept: Path | None, chunk: int | None = None, samples: int = 1,
+        temperature: float = 1.0, seed: int = 0,
+    ):  # fmt: skip
+        self.folder, self.packed, self.tokenizer, self.kept, self.chunk = folder, packed, tokenizer, kept, chunk
+        self.samples, self.temperature, self.seed, self.at_once = samples, temperature, seed, AT_ONCE
+
+    @torch.no_grad()
+    def on_fit_end(self, trainer, module) -> None:
+        """Everything, in order."""
+        module.eval()
+        teacher = module.outside[0] if module.outside else module.teacher
+        with trainer.precision_plugin.val_step_context():
+            own = self._write(module.student, "the student responds", bool(module.sharded))
+            theirs = self._of_teacher(teacher, bool(module.sharded)) if teacher else None
+            gaps = [self._gap(module, teacher, text) for text in (own, theirs)] if teacher else []
+        if ranks.number() == 0:
+            module.val_metrics |= {f"val/{name}": value for name, value in self._result(own, theirs, gaps).items()}
+            for who in ("", "teacher_"):
+                if f"val/{who}lm" in module.val_metrics:
+                    module.val_metrics[f"val/{who}perplexity"] = math.exp(module.val_metrics[f"val/{who}lm"])
+
+    def _of_teacher(self, teacher: Causal, sharded: bool) -> Written:
+        """What the teacher writes: read, where it has been written before."""
+        if self.kept is None:
+            return self._write(teacher, "the teacher responds", sharded)
+        self.kept.parent.mkdir(parents=True, exist_ok=True)
+        first = ranks.number() == 0
+        with filelock.FileLock(f"{self.kept}.lock") if first else nullcontext():
+            if ranks.any_of(first and whole(self.kept)):
+                with np.load(self.kept) as found:
+                    return Written(found["tokens"], found["span"])
+            written = self._write(teacher, "the teacher responds", sharded)
+            if first:
+                with files.atomic(self.kept) as temporary, open(temporary, "wb") as file:
+                    np.savez(file, **written._asdict())
+            return written
+
+    def _write(self, model: Causal, title: str, sharded: bool) -> Written:
+        """What a model writes, of all ranks."""
+        prompts = self._batches(self.packed.val, self.packed.val_spans, self.at_once, sharded, self.samples)
+        device = next(model.parameters()).device
+        progress = Steps(title, len(prompts.index), 0, "response", ranks.number() == 0)
+        rows, tokens = [], 0
+
+        def watch(done: int, more: int) -> None:
+            requests.end_if_asked()
+            progress.update(min(len(rows) + done, progress.steps), tokens + more)
+
+        try:
+            for batch in prompts:
+                seed = _seeds(batch.row, len(self.packed.val), self.seed)
+                for part in self._tried(model, _moved(batch, device), seed.to(device), watch, sharded):
+                    rows += list(zip(*(x.numpy() for x in (as_rows(part)[k] for k in Written._fields)), strict=True))
+                    tokens = int(sum(span[1] - span[0] for _, span in rows))
+        finally:
+            progress.stop()
+        everyone = [row for part in ranks.gather(rows[: len(prompts.index)]) for row in part]
+        return Written(*(np.stack(x) for x in zip(*everyone, strict=True)))
+
+    def _tried(self, model: Causal, batch: Batch, seed: Tensor, watch: Callable, sharded: bool) -> list[Batch]:
+        """A batch with responses; in halves where memory runs out, and those after it too."""
+        if len(seed) <= self.at_once:
+            try:
+                how = dict(temperature=self.temperature, watch=watch)
+                return [generate.write(batch, self.packed.end, seed, model, **how)]
+            except (RuntimeError, MemoryError, OSError) as error:
+                if len(seed) == 1 or sharded or not out_of_memory(error):
+                    raise
+                traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
+            self.at_once = -(-len(seed) // 2)
+        parts = zip(batch.split(self.at_once), seed.split(self.at_once), strict=True)
+        return [written for part in parts for written in self._tried(model, *part, watch, sharded)]
+
+    def _batches(
+        self, tokens: np.ndarray, spans: np.ndarray, rows: int, sharded: bool, samples: int = 1
+    ) -> ValidationBatches:
+        """This rank's share of rows, each so many times; as many batches as any rank has, where parts are shared."""
+        count = samples * len(tokens)
+        passes = -(-count // (rows * ranks.count())) if sharded else 0
+        every = np.tile(tokens, (samples, 1)), np.tile(spans, (samples, 1))
+        return ValidationBatches(every[0], rows, ranks.share(count), passes, every[1])
+
+    def _gap(self, module, teacher: Causal, text: Written) -> Gap:
+        batches = self._batches(*text, module.micro_batch, bool(module.sharded))
+        return gap(module.student, logits.online(teacher), batches, text.tokens.shape[1] - 1, self.chunk)
+
+    def _result(self, own: Written, theirs: Written | None, gaps: list[Gap]) -> dict[str, float]:
+        """Write the files, and say what was measured."""
+        says = [self._says(tokens, span) for tokens, span in zip(*own, strict=True)]
+        wanted = [self._says(*row) for row in zip(self.packed.val, self.packed.val_spans, strict=True)] * self.samples
+        responses = self._scored(own, wanted)
+        result = summary(responses, self.samples)
+        lines = [
+            {"row": i % len(self.packed.val), "sample": i // len(self.packed.val), "prompt": prompt,
+             "reference": reference, **made._asdict()}
+            for i, ((prompt, _), (_, reference), made) in enumerate(zip(says, wanted, responses, strict=True))
+        ]  # fmt: skip
+        if theirs:
+            taught = self._scored(theirs, wanted)
+            result |= {f"teacher_{name}": value for name, value in summary(taught, self.samples).items()}
+            for line, made in zip(lines, taught, strict=True):
+                line |= {"teacher": made.response, "teacher_rouge_l": made.rouge_l}
+            result |= {f"on_policy_{name}": value for name, value in gaps[0].means().items()}
+            curve = excess_error(*(gap.by_place[:, :2] for gap in gaps)).tolist()
+            result |= {"exaccerr": curve[EXACCERR_LENGTH - 1]} if len(curve) >= EXACCERR_LENGTH else {}
+            files.write_json(self.folder / EXACCERR, _curve(curve, gaps))
+        with files.atomic(self.folder / RESPONSES) as temporary:
+            text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+            temporary.write_text(text, encoding="utf-8", newline="")
+        return result
+
+    def _scored(self, written: Written, wanted: list[tuple[str, str]]) -> list[Response]:
+        found = []
+        for tokens, span, (_, reference) in zip(*written, wanted, strict=True):
+            text, ended = self._says(tokens, span)[1], bool(tokens[span[1] - 1] == self.packed.end)
+            length = int(span[1] - span[0]) - ended
+            found.append(Response(text, length, ended, rouge_l(text, reference), exact_match(text, reference)))
+        return found
+
+    def _says(self, tokens: np.ndarray, span: np.ndarray) -> tuple[str, str]:
+        """Prompt and response of a row, as text."""
+        parts = tokens[: span[0]], tokens[span[0] : span[1]]
+        how = [dict(skip_special_tokens=skip, clean_up_tokenization_spaces=False) for skip in (False, True)]
+        return tuple(self.tokenizer.decode(ids.tolist(), **of) for ids, of in zip(parts, how, strict=True))
+
+
+def _seeds(place: Tensor, rows: int, seed: int) -> Tensor:
+    """A seed for each of the responses at `place` [B], the same whoever writes them: of the sample and the row."""
+    drawn = [np.random.default_rng([seed, *divmod(int(i), rows)]).integers(2**62) for i in place]
+    return torch.tensor(drawn, dtype=torch.int64)
+
+
+def _curve(curve: list[float], gaps: list[Gap]) -> dict:
+    """ExAccErr over length, and what it is made of: mean KL(p || q) and number of responses, by token."""
+    of = [gap.by_place[: len(curve), :2] for gap in gaps]
+    made = {who: {"fkl": (x[:, 1] / x[:, 0]).tolist(), "responses": x[:, 0].long().tolist()}
+            for who, x in zip(("student", "teacher"), of, strict=True)}  # fmt: skip
+    return {"exaccerr": curve, **made}

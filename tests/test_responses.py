@@ -1,0 +1,365 @@
+"""What trained models write, and its measures: by hand, against plain loops, and in runs that are killed meanwhile."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+
+import hydra
+import numpy as np
+import pytest
+import torch
+
+import train as product
+from kd import data, generate, logits, metrics, plan, ranks, responses, run
+from kd.config import CONF
+from kd.data import ValidationBatches
+from kd.errors import UserError
+from kd.responses import Response, Responses, Written, distinct, exact_match, excess_error, gap, rouge_l, summary
+from kd.signals import Preempted
+from tests.cases import close
+from tests.small import ENVIRONMENT, SMALL, TRAIN, result
+from tests.test_generate import END, T, batch, model
+
+# Text
+
+
+def test_rouge_l_by_hand():
+    # 3 of 3 words and of 6 are in common, in order, if "cats" and "cat" are one word: F1 of 1 and 1/2.
+    assert rouge_l("Cat, sat; mat!", "the cats sat on the mat") == pytest.approx(2 / 3)
+    assert rouge_l("mat sat cat", "the cats sat on the mat") == pytest.approx(2 / 9)  # one after the other
+    assert rouge_l("a b", "a b") == 1 and rouge_l("", "a b") == rouge_l("...", "a b") == 0
+
+
+def test_exact_match_is_but_for_white_space():
+    assert exact_match(" return  x\n", "return x")
+    assert not exact_match("return X", "return x") and not exact_match("returnx", "return x")
+
+
+@pytest.mark.parametrize(
+    ("texts", "n", "expected"),
+    [(["a b a b"], 2, 2 / 3), (["a b", "a b"], 2, 1 / 2), (["a b", "b a"], 2, 1), (["a b", "b a"], 1, 1 / 2),
+     (["a b"], 3, 0), ([], 1, 0), (["a\nb c", "a b  d"], 2, 3 / 4)],
+)  # fmt: skip
+def test_distinct_by_hand(texts, n, expected):
+    """No n-gram reaches from one response into another."""
+    assert distinct(texts, n) == pytest.approx(expected)
+
+
+def test_summary_by_hand():
+    """Distinct n-grams are counted within a sample of all prompts: the second says the same again."""
+    of = [Response("a a b", 3, True, 0.5, False), Response("a b", 6, False, 1.0, True)]
+    got = summary(of + of, 2)
+    assert got == pytest.approx({
+        "rouge_l": 0.75, "exact_match": 0.5, "response_length": 4.5, "ended": 0.5,
+        "distinct_1": 2 / 5, "distinct_2": 2 / 3, "distinct_3": 1.0, "distinct_4": 0.0,
+    })  # fmt: skip
+
+
+# Excess accumulated error
+
+
+def test_excess_error_by_hand():
+    own = torch.tensor([[2, 2.0], [2, 4.0], [1, 3.0], [1, 5.0], [0, 0.0]])  # means 1, 2, 3, 5
+    oracle = torch.tensor([[4, 4.0], [2, 2.0], [2, 2.0], [0, 0.0], [0, 0.0]])  # means 1, 1, 1
+    # R = 1, 3, 6 and l eps(l) = 1, 2, 3; nothing is known of a fourth token.
+    close(excess_error(own, oracle), [0.0, 0.5, 1.0])
+    close(excess_error(oracle, own), [0.0, -1 / 3, -1 / 2])
+
+
+def test_a_student_that_is_its_teacher_has_no_excess_error():
+    own = torch.tensor([[2, 0.0], [2, 0.0], [0, 0.0]])
+    close(excess_error(own, own), [0.0, 0.0])
+    assert len(excess_error(own[2:], own)) == 0
+
+
+@cache
+def written() -> tuple[Written, data.Batch]:
+    """Responses of several lengths to prompts of several lengths, one row of which is full."""
+    prompts = [3, 1, 9, 5, 12]
+    made = generate.write(batch(prompts), END, torch.arange(5), model("llama", 0))
+    rows = responses.as_rows(made)
+    return Written(rows["tokens"].numpy(), rows["span"].numpy()), made
+
+
+def test_the_gap_is_what_plain_loops_say():
+    student, teacher = model("llama", 0).eval(), model("gpt2", 1).eval()
+    text, made = written()
+    by_place, bins = np.zeros((T, 4)), torch.zeros(metrics.BINS, 3, dtype=torch.float64)
+    with torch.no_grad():
+        q, p = (m.model(input_ids=made.ids).logits.double().log_softmax(-1) for m in (student, teacher))
+    for row, (prompt, end) in enumerate(text.span):
+        for place, at in enumerate(range(prompt - 1, end - 1)):  # the position that says token `at` + 1
+            a, b = q[row, at], p[row, at]
+            values = ((b.exp() * (b - a)).sum(), (a.exp() * (a - b)).sum(), (a.exp() - b.exp()).abs().sum() / 2)
+            by_place[place] += [1, *(x.item() for x in values)]
+            sure, best = a.exp().max(0)
+            bins[int(sure * metrics.BINS)] += torch.tensor([1, sure.item(), b[best].exp().item()])
+    assert by_place[0, 0] == 5 and 0 < by_place[6, 0] < 5  # some responses are shorter than others
+
+    for rows, chunk in ((5, None), (2, 3)):
+        of = ValidationBatches(text.tokens, rows, spans=text.span)
+        got = gap(student, logits.online(teacher), of, T, chunk)
+        close(got.by_place, by_place, rtol=1e-4)
+        close(got.bins, bins, rtol=1e-4)
+    means = got.means()
+    total = by_place.sum(0)
+    assert (means["rkl"], means["tvd"]) == pytest.approx((total[2] / total[0], total[3] / total[0]), rel=1e-4)
+    assert means["ece"] == pytest.approx(((bins[:, 2] - bins[:, 1]).abs().sum() / total[0]).item(), rel=1e-4)
+
+
+def test_a_student_that_is_its_teacher_has_no_gap():
+    same, (text, _) = model("llama", 0).eval(), written()
+    got = gap(same, logits.online(same), ValidationBatches(text.tokens, 5, spans=text.span), T, None)
+    assert list(got.means().values()) == pytest.approx([0, 0, 0], abs=1e-5)
+
+
+# Writing
+
+
+@dataclass
+class Prompts:
+    """What a callback needs of packed data."""
+
+    val: np.ndarray
+    val_spans: np.ndarray
+    end: int = END
+
+
+def asked(**how) -> Responses:
+    (text, _) = written()
+    return Responses(Path("nowhere"), Prompts(*text), None, None, **how)
+
+
+def test_samples_are_drawn_row_by_row_with_seeds_of_their_own():
+    writes, of = asked(samples=2, seed=7)._write(model(), "test", False), batch([3, 1, 9, 5, 12])
+    seed = [np.random.default_rng([7, sample, row]).integers(2**62) for sample in range(2) for row in range(5)]
+    for sample in range(2):
+        made = generate.write(of, END, torch.tensor(seed[5 * sample : 5 * sample + 5]), model())
+        rows = responses.as_rows(made)
+        assert (writes.tokens[5 * sample : 5 * sample + 5] == rows["tokens"].numpy()).all()
+        assert (writes.span[5 * sample : 5 * sample + 5] == rows["span"].numpy()).all()
+    assert (writes.tokens[:5] != writes.tokens[5:]).any()
+    assert (asked(samples=1, seed=8)._write(model(), "test", False).tokens != writes.tokens[:5]).any()
+
+
+def test_where_memory_runs_out_fewer_rows_are_written_at_once_and_the_same(monkeypatch):
+    one = asked(samples=3)
+    expected, write, tried = one._write(model(), "test", False), generate.write, []
+
+    def small(given, *args, **how):
+        tried.append(len(given.ids))
+        if len(given.ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return write(given, *args, **how)
+
+    monkeypatch.setattr(generate, "write", small)
+    monkeypatch.setattr(responses, "AT_ONCE", 5)
+    got = asked(samples=3)._write(model(), "test", False)
+    assert (got.tokens == expected.tokens).all() and (got.span == expected.span).all()
+    assert tried[:3] == [5, 3, 2] and 3 not in tried[2:] and 5 not in tried[1:]
+    monkeypatch.setattr(generate, "write", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("of another kind")))
+    with pytest.raises(RuntimeError, match="another kind"):
+        asked()._write(model(), "test", False)
+
+
+def test_ranks_share_the_rows_and_those_without_one_take_part(monkeypatch):
+    """Of models in shards all ranks must ask for as many batches as any, so some of them hold nothing that counts."""
+    expected, found = asked(samples=3)._write(model(), "test", False), []
+    for rank in range(4):
+        monkeypatch.setattr(ranks, "count", lambda: 4)
+        monkeypatch.setattr(ranks, "number", lambda rank=rank: rank)
+        monkeypatch.setattr(ranks, "any_of", lambda here: here)
+        monkeypatch.setattr(ranks, "gather", lambda value: [value])
+        one = asked(samples=3)
+        one.at_once = 1
+        assert len(one._batches(one.packed.val, one.packed.val_spans, 1, True, 3)) == 4
+        found.append(one._write(model(), "test", True))
+    assert [len(part.tokens) for part in found] == [4, 4, 4, 3]
+    assert (np.concatenate([part.tokens for part in found]) == expected.tokens).all()
+
+
+# Runs
+
+
+def words_of(root: Path, *words: str) -> list[str]:
+    """What is typed behind the small settings for a run on the examples of a root."""
+    return ["data=instructions", f"data.files={root / 'examples.jsonl'}", "data.seq_len=32", "data.vocab=300",
+            "data.val_rows=6", "data.val_share=0.2", "data.template=plain", "plain=text",
+            f"plain.files={root / 'plain.txt'}", "start=pretrained", "start.steps=4", *words]  # fmt: skip
+
+
+def settings(root: Path, *words: str) -> plan.Settings:
+    typed = [*(w for w in SMALL if not w.startswith("data")), *words_of(root, f"root={root}", *words)]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return plan.resolve(hydra.compose("config", typed), typed)
+
+
+def here(root: Path, *words: str) -> Path:
+    made = settings(root, *words)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return product.train(made)[0].folder
+
+
+def lines(folder: Path, name: str = "responses.jsonl") -> list[dict]:
+    with open(folder / name, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("root")
+    rows = [{"prompt": f"{n}+{n % 7}=", "response": " ".join([str(n + n % 7)] * (1 + n % 9))} for n in range(150)]
+    (path / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "plain.txt").write_text("\n\n".join(" ".join(map(str, range(n, n + 40))) for n in range(60)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def student(root) -> Path:
+    return here(root)
+
+
+def test_measures_of_a_run_are_those_of_its_file(root, student):
+    final, rows = result(student)["final"], lines(student)
+    (packed,) = (
+        p for p in map(data.opened, (p.parent for p in root.glob("data/*/manifest.json"))) if p.end is not None
+    )
+    examples = {row["prompt"]: row["response"] for row in lines(root, "examples.jsonl")}
+    assert [row["row"] for row in rows] == list(range(6)) == list(range(len(packed.val)))
+    for row in rows:
+        assert examples[row["prompt"]].startswith(row["reference"]) and row["reference"]
+        assert row["rouge_l"] == rouge_l(row["response"], row["reference"])
+        assert row["tokens"] <= 32 and (row["ended"] or row["tokens"] > 0)
+    for name in ("rouge_l", "exact_match", "ended"):
+        assert final[f"val/{name}"] == pytest.approx(fmean(row[name] for row in rows))
+    assert final["val/response_length"] == pytest.approx(fmean(row["tokens"] for row in rows))
+    assert final["val/distinct_4"] == pytest.approx(distinct([row["response"] for row in rows], 4))
+    assert final["val/teacher_rouge_l"] == pytest.approx(fmean(row["teacher_rouge_l"] for row in rows))
+    assert final["val/perplexity"] == pytest.approx(np.exp(final["val/lm"]))
+    curve = json.loads((student / "exaccerr.json").read_text())
+    assert final["val/exaccerr"] == curve["exaccerr"][15]
+    kl, oracle = (np.array(curve[who]["fkl"]).cumsum() for who in ("student", "teacher"))
+    assert curve["exaccerr"] == pytest.approx((kl - oracle) / oracle) and curve["exaccerr"][0] == 0
+
+
+def test_a_teachers_responses_are_those_of_its_own_run_and_written_once(root, student, monkeypatch):
+    """The same draws, weights and settings: what it writes for a student is what it wrote when it was made."""
+    (own,) = (p.parent for p in root.glob("lm-*/responses.jsonl"))
+    assert [row["response"] for row in lines(own)] == [row["teacher"] for row in lines(student)]
+    assert "teacher" not in lines(own)[0] and not (own / "exaccerr.json").exists()
+    assert "val/exaccerr" not in result(own)["final"]
+    write, asked = generate.write, []
+
+    def watched(*args, **how):
+        asked.append(args[3])
+        return write(*args, **how)
+
+    monkeypatch.setattr(generate, "write", watched)
+    again = here(root, "seed=1")
+    assert len(asked) == 1
+    assert [row["teacher"] for row in lines(again)] == [row["teacher"] for row in lines(student)]
+    assert [row["response"] for row in lines(again)] != [row["response"] for row in lines(student)]
+    (kept,) = root.glob("responses/*.npz")
+    damaged = bytearray(kept.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    kept.write_bytes(damaged)
+    assert [row["teacher"] for row in lines(here(root, "seed=2"))] == [row["teacher"] for row in lines(student)]
+    assert len(asked) == 3
+
+
+def test_other_settings_are_other_runs_and_have_responses_of_their_own(root, student):
+    folder = here(root, "responses.samples=2", "responses.seed=3")
+    rows = lines(folder)
+    assert folder != student and [(row["sample"], row["row"]) for row in rows] == [
+        (s, r) for s in (0, 1) for r in range(6)
+    ]
+    assert [row["reference"] for row in rows] == 2 * [row["reference"] for row in lines(student)]
+    assert len(list(root.glob("responses/*.npz"))) == 2 and len(list(root.glob("lm-*"))) == 2  # the same teacher
+    greedy = lines(here(root, "responses.temperature=0"))
+    assert [r["response"] for r in greedy] != [r["response"] for r in lines(student)]
+
+
+def test_a_run_that_is_ended_while_it_writes_goes_on_and_writes_the_same(root, student, monkeypatch, tmp_path):
+    shutil.copytree(root, tmp_path / "root")
+    other = tmp_path / "root" / student.name
+    shutil.rmtree(other)
+    words = (f"data.files={root / 'examples.jsonl'}", f"plain.files={root / 'plain.txt'}")
+    write = generate.write
+
+    def ended(*args, watch, **how):
+        watch(0, 1)
+        raise Preempted
+
+    monkeypatch.setattr(generate, "write", ended)
+    with pytest.raises(Preempted):
+        here(tmp_path / "root", *words)
+    assert run.Run(tmp_path / "root", student.name).state()["state"] == "preempted"
+    assert not (other / "result.json").exists() and not list(other.glob("*responses*")) and list(
+        other.glob("checkpoints/*"))  # fmt: skip
+    monkeypatch.setattr(generate, "write", write)
+    assert here(tmp_path / "root", *words) == other
+    for name in ("responses.jsonl", "exaccerr.json", "metrics.jsonl"):
+        assert (other / name).read_bytes() == (student / name).read_bytes(), name
+
+
+def test_a_signal_is_heeded_while_a_model_writes(monkeypatch):
+    monkeypatch.setattr(responses.requests, "pending", True)
+    with pytest.raises(Preempted):
+        asked()._write(model(), "test", False)
+
+
+def test_without_a_teacher_at_hand_the_text_alone_is_measured(root):
+    folder = here(root, "logits=offline", "truncation=top_k", "truncation.k=5")
+    final = result(folder)["final"]
+    assert "val/rouge_l" in final and "val/fkl" in final and "val/on_policy_tvd" not in final
+    assert "teacher" not in lines(folder)[0] and not (folder / "exaccerr.json").exists()
+
+
+def test_a_teacher_that_learns_writes_for_its_own_run_alone(root):
+    before = set(root.glob("responses/*.npz"))
+    folder = here(root, "logits=cotrained")
+    assert "val/exaccerr" in result(folder)["final"] and "teacher" in lines(folder)[0]
+    assert set(root.glob("responses/*.npz")) == before
+
+
+def test_plain_text_asks_for_no_responses_and_settings_of_them_are_refused(tmp_path):
+    from tests import small
+
+    folder = small.here(tmp_path, "teacher=none", "logits=none")
+    assert not (folder / "responses.jsonl").exists() and "val/rouge_l" not in result(folder)["final"]
+    config = result(folder)["config"]
+    assert "responses.seed" in config and not any(k.startswith("responses") for k in run.part_of_outcome(config))
+    with pytest.raises(UserError, match=r"responses\.samples=2 would do nothing"):
+        small.settings(tmp_path, "responses.samples=2")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(("responses.samples=2", "responses.temperature=0"), "all the same"), (("responses.samples=0",), "at least 1"),
+     (("responses.temperature=-1",), "at least 0"), (("++responses.greedy=true",), "no such option"),
+     (("~responses",), "responses: needs its settings")],
+)  # fmt: skip
+def test_settings_without_a_meaning_are_refused(root, words, says):
+    with pytest.raises(UserError, match=says):
+        settings(root, *words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_several_ranks_write_what_one_would(root, student, strategy, tmp_path):
+    shutil.copytree(root, tmp_path / "root")
+    other = tmp_path / "root" / student.name
+    shutil.rmtree(other)
+    small = [w for w in SMALL if not w.startswith("data")]
+    command = [sys.executable, str(TRAIN), *small, *words_of(root), f"root={tmp_path / 'root'}", f"trainer={strategy}"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    one, two = lines(student), lines(other)
+    assert [row["prompt"] for row in one] == [row["prompt"] for row in two]
+    assert [row["response"] for row in one] == [row["response"] for row in two]
+    assert result(student)["final"] == pytest.approx(result(other)["final"], rel=1e-2, abs=1e-4)
