@@ -504,13 +504,15 @@ COLORS = {DONE: "green", FAILED: "red", DIVERGED: "red", NO_MEMORY: "red"}
 
 
 def summary(name: str, jobs: Sequence[Job]) -> Table:
-    """All runs of a sweep: what became of each, its loss on held-out text, time, memory, and why it is not done."""
+    """All runs of a sweep: what became of each, its loss (and Rouge-L), time, memory, and why it is not done."""
     table = Table(title=f"sweep {name}", title_justify="left", pad_edge=False, box=None)
-    for column, justify in (("run", "left"), ("state", "left"), ("loss", "right"), ("time", "right"),
-                            ("memory", "right"), ("", "left")):  # fmt: skip
-        table.add_column(column, justify=justify)
-    for job in jobs:
-        state, result = job.run.state(), job.run.result()
+    results = [job.run.result() for job in jobs]
+    measures = {"loss": "val/lm", "rouge-l": "val/rouge_l"}
+    measures = {k: v for k, v in measures.items() if k == "loss" or any(v in r["final"] for r in results if r)}
+    for column in ("run", "state", *measures, "time", "memory", ""):
+        table.add_column(column, justify="left" if column in ("run", "state", "") else "right")
+    for job, result in zip(jobs, results, strict=True):
+        state = job.run.state()
         stands, why = state["state"], state["reason"]
         if stands == "not begun":
             why = "the same command starts it"
@@ -518,7 +520,7 @@ def summary(name: str, jobs: Sequence[Job]) -> Table:
             why = f"{why[:100]}  {job.log}"
         table.add_row(
             escape(job.said), f"[{COLORS.get(stands, 'yellow')}]{stands}[/]",
-            f"{result['final']['val/lm']:.4f}" if result else "",
+            *(f"{result['final'][key]:.4f}" if result and key in result["final"] else "" for key in measures.values()),
             clock(state["seconds"]) if "seconds" in state else "",
             files.amount(state["peak_memory"]) if "peak_memory" in state else "", f"[dim]{escape(why)}[/]",
         )  # fmt: skip

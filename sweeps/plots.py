@@ -127,7 +127,7 @@ def exposure(table: list[Row]) -> go.Figure | None:
     if not drawn:
         return None
     legend = {"orientation": "h", "y": -0.17, "yanchor": "top", "x": 0}
-    plot = blank(430, margin={"l": 56, "r": 12, "t": 14, "b": 50}, hovermode="closest", legend=legend)
+    plot = blank(430, margin={"l": 72, "r": 12, "t": 14, "b": 50}, hovermode="closest", legend=legend)
     for row, line in drawn:
         plot.add_scatter(
             x=list(range(1, len(line) + 1)), y=line, name=escape(row.group.label), mode="lines",
@@ -136,6 +136,6 @@ def exposure(table: list[Row]) -> go.Figure | None:
             hovertemplate=f"<b>{folded(row.group.label)}</b><br>%{{y:.1%}} at %{{x}} tokens<extra></extra>",
         )  # fmt: skip
     plot.add_hline(0, line={"color": GREY, "width": 1.2}, layer="below")
-    plot.update_yaxes(title="excess accumulated error", tickformat=".0%", zeroline=False)
+    plot.update_yaxes(title={"text": "excess accumulated error", "standoff": 8}, tickformat=".0%", zeroline=False)
     plot.update_xaxes(title={"text": "tokens of a response", "standoff": 4}, zeroline=False)
     return plot.update_layout(showlegend=True)

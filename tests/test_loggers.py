@@ -92,6 +92,20 @@ def two_views(root: Path) -> None:
             made.close({"val/lm": 2.0})
 
 
+def test_responses_become_a_table_in_wandb(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    line = {"row": 3, "sample": 0, "prompt": "p", "reference": "<b>r", "response": "s\nt", "tokens": 2, "rouge_l": 0.25}
+    text = json.dumps(line | {"ended": True, "exact_match": False, "response": "s\u2028t"}, ensure_ascii=False)
+    (tmp_path / "responses.jsonl").write_text(f"{json.dumps(line | {'ended': False})}\n{text}\n", encoding="utf-8")
+    (view,) = wandb(tmp_path, About("run", "name", None, "distil", [], {}))
+    view.log_metrics({"val/lm": 1.0}, 5)
+    view.close({"val/lm": 1.0})
+    (path,) = tmp_path.glob("wandb/offline-run-*/files/media/table/responses*.json")
+    table = json.loads(path.read_text())
+    assert table["columns"] == ["row", "sample", "prompt", "reference", "response", "rouge_l", "ended"]
+    assert table["data"] == [[3, 0, "p", "<b>r", "s\nt", 0.25, False], [3, 0, "p", "<b>r", "s\u2028t", 0.25, True]]
+
+
 def test_wandb_with_a_dead_network_trains_and_goes_offline(tmp_path):
     output = train(
         tmp_path, "logger=wandb", "trainer.steps=3", "teacher=none", "logits=none", WANDB_MODE="online",
