@@ -33,8 +33,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+from kd import agent, data, files, guard, sweep
 from kd import config as conf
-from kd import data, files, guard, sweep
 from kd.errors import UserError
 from kd.plan import (
     Settings,
@@ -67,6 +67,7 @@ def main(cfg: DictConfig) -> None:
         if settings["plan"]:
             return show_plan([settings], ["this run"], 1)
         run, result = train(settings, wait=settings["sweep"] is not None)
+        agent.tell(run, settings, result)
         show(run, result)
     except (UserError, PermissionError) as error:
         end_with(error)
@@ -92,7 +93,8 @@ def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
         from kd import offline
 
         if (record := recording(settings)) and not where.manifest().exists():
-            train(record)
+            with agent.hidden():
+                train(record)
         name, store = None, offline.stored(settings, packed, parts.keep, lambda: teacher_model(settings, parts))
         requests.end_if_asked()
     elif teacher:
@@ -187,7 +189,8 @@ def fit_as_rank(job: ranks.Job) -> None:
 
 def finished(model: Settings) -> str:
     """The folder of the model that these settings make, trained first if there is none."""
-    made, outcome = train(model)
+    with agent.hidden():  # which asked for the run that needs it
+        made, outcome = train(model)
     made.verify(outcome)
     requests.end_if_asked()
     return str(made / "student")
@@ -272,7 +275,9 @@ class Parts:
         self.tokenizer = AutoTokenizer.from_pretrained(packed.tokenizer, trust_remote_code=False)
         vocab = len(self.tokenizer)
         logp = torch.linspace(0, 1, 2 * vocab).view(2, vocab).sin().log_softmax(-1)
-        target = Target(torch.zeros(2, dtype=torch.long), logp, seed=torch.zeros(2, dtype=torch.long))
+        known = {name: torch.ones(2) for name in self.rollout(None).gives} | self.route(lambda measure: torch.zeros(2))
+        zeros = torch.zeros(2, dtype=torch.long)
+        target = Target(zeros, logp, seed=zeros, sampled=known)
         if self.keep is not None:
             try:
                 self.keep(target)
@@ -290,7 +295,6 @@ class Parts:
             self.optim([{"params": [torch.nn.Parameter(torch.zeros(1))], "width": 1}])
         except (ValueError, TypeError) as error:
             raise UserError(f"optim: {error}.") from None
-        self.route(lambda: torch.zeros(2))
         for progress in (step / 100 for step in range(101)):
             if not 0 <= self.alpha(progress) <= 1:
                 raise UserError(
@@ -350,7 +354,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
             f"{'fsdp' if checkpoint.is_dir() else 'ddp'}, or, to train anew, type:\n  rm -r {checkpoint.parent}"
         )
     start = int(checkpoint.stem.partition("-")[2]) if checkpoint else 0
-    told = about(run, flat, costs)
+    told = about(run, flat, {role: cost[:2] for role, cost in costs.items()})
     first = ranks.number() == 0
     loggers = [MetricsFile(run / "metrics.jsonl", start), *parts.logger(folder=run.folder, about=told)] if first else []
     progress = Steps(told.name, of["steps"], start, shown=first)
@@ -551,4 +555,8 @@ if __name__ == "__main__":
             guard.check_command_line(sys.argv[1:])
         except UserError as error:
             end_with(error)
-        main()
+        try:
+            main()
+        except Preempted:
+            agent.end()
+            raise

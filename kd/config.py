@@ -115,7 +115,7 @@ def check_types(function, settings: Node, path: str) -> None:
 GIVEN = (
     "student",
     "target",
-    "uncertainty",
+    "measured",
     "progress",
     "params",
     "origin",
@@ -291,7 +291,7 @@ GROUPS = {
     "target": "what becomes of a truncated target, before it is softened",
     "temperature": "how much to soften",
     "loss": "how student and teacher are compared, per position",
-    "routing": "which tokens are distilled; the others are learned by language modelling alone",
+    "routing": "which tokens are distilled, the others by language modelling alone; or which are hard, for loss=atkd",
     "rollout": "who writes the responses of data=instructions that are learned from",
     "alpha": "share of distillation over time; the rest is language modelling",
     "lr": "learning rate over time",

@@ -58,7 +58,7 @@ def standard_library() -> list[str]:
     skip = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
     files = [f for f in sorted(root.rglob("*.py")) if not skip & set(f.relative_to(root).parts)]
     if not files:
-        raise UserError(f"data=python: no source files in {root}. Choose other text, e.g. data=text data.files=my.txt.")
+        raise UserError(f"There are no source files in {root}. Choose other text, e.g. data=text data.files=my.txt.")
     return [f.read_text(encoding="utf-8", errors="replace") for f in files]
 
 
@@ -138,7 +138,8 @@ def hub_rows(name: str, subset: str | None, split: str, revision: str | None, st
             ) from error
         raise UserError(
             f"data.name={name}: could not be read from the Hugging Face Hub ({_first_line(error)}). Check the name "
-            "and the network; private sets need `hf auth login`. Local text: data=text data.files=my.txt."
+            "and the network; private sets need `hf auth login`. Local files: data=text data.files=my.txt, "
+            "or data=instructions data.files=my.jsonl."
         ) from error
 
 

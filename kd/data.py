@@ -286,8 +286,12 @@ def _ordered(corpus: Corpus):
     documents = corpus.load()
     if corpus.streaming:
         return documents
-    order = sorted(range(len(documents)), key=lambda i: xxhash.xxh3_64_intdigest(str(documents[i]).encode()))
+    order = sorted(range(len(documents)), key=lambda i: xxhash.xxh3_64_intdigest(_content(documents[i]).encode()))
     return _Reordered(documents, order)
+
+
+def _content(document: str | instructions.Example) -> str:
+    return document if isinstance(document, str) else str(document[:-1])
 
 
 class _Reordered:

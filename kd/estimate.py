@@ -21,12 +21,12 @@ from kd.config import flat
 from kd.data import IGNORE, Batch, Packed, to_batch
 from kd.hardware import capacity, hold_in
 from kd.models import Causal, Cost
-from kd.objective import Objective, fitting
+from kd.objective import Objective, fitting, with_sample
 from kd.plan import Settings, source_of
 from kd.progress import clock, console
 from kd.remote import home
 from kd.run import part_of_outcome, peak_memory
-from kd.target import Target
+from kd.target import KNOWN_BY, Target
 from kd.writer import Rows, Teacher
 
 STARTS = 8.0  # seconds that a process takes to load what it needs
@@ -70,7 +70,9 @@ def of_run(settings: Settings, packed: Packed, objective: Objective, vocab: int)
         _measured[key] = _measure(settings, packed, objective, vocab)
     step, of, seq_len, how = _measured[key], settings["trainer"], settings["data"]["seq_len"], source_of(settings)
     student, teacher = step.costs["student"], step.costs.get("teacher")
-    tokens = round(of["steps"] * of["batch"] * packed.counted)
+    positions = of["steps"] * of["batch"] * seq_len
+    beside = positions if settings["lm"] == "plain" else 0  # of plain text
+    tokens = round(of["steps"] * of["batch"] * packed.counted) + beside
     once = sum(models.step_flops(how, flat(settings)["routing"] != "none", student, teacher))
     seconds = None
     if step.micro_batch is not None:
@@ -80,11 +82,12 @@ def of_run(settings: Settings, packed: Packed, objective: Objective, vocab: int)
         looked = -(-of["steps"] // of["val_every"]) * packed.val[:, 1:].size / of["devices"]
         looked *= student.flops_per_token + (teacher.flops_per_token if teacher else 0)
         seconds += looked / once * step.micro_batch / (rows * seq_len)
+    flops = positions * once + beside * 3 * student.flops_per_token  # without those of what a rollout writes
     learned = student.parameters + (teacher.parameters if how == "cotrained" else 0)
     memory = held(step.costs, settings) + step.kept
     if ranks.device(of["accelerator"]).type == "cpu":
         memory += loaded
-    return Estimate(tokens, seconds, 4 * student.parameters, student.parameters, tokens * once, memory, 24 * learned)
+    return Estimate(tokens, seconds, 4 * student.parameters, student.parameters, flops, memory, 24 * learned)
 
 
 @cache
@@ -145,6 +148,7 @@ def _measure(settings: Settings, packed: Packed, objective: Objective, vocab: in
     batch = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans)
     batch = Batch(*(x.to(device) for x in batch[:4]))
     kept = batch.labels != IGNORE
+    known = {name: torch.ones(int(kept.sum()), device=device) for name in KNOWN_BY}
     source = {"online": logits.online, "cotrained": logits.cotrained}.get(how, logits.none)(teacher)
     if how == "offline":
         source = partial(_stored, torch.linspace(0, 1, vocab, device=device).sin().log_softmax(-1))
@@ -155,7 +159,8 @@ def _measure(settings: Settings, packed: Packed, objective: Objective, vocab: in
             signal = source(batch, kept) if source else None
             with watched():
                 hidden = student.hidden(batch.ids)[kept]
-            total = objective(student.head, hidden, batch.labels[kept], signal, 0.5 if signal else 0.0).total
+            told = with_sample(signal, known) if signal else None
+            total = objective(student.head, hidden, batch.labels[kept], told, 0.5 if signal else 0.0).total
             if how == "cotrained":
                 total = total + objective(teacher.head, signal.hidden, batch.labels[kept], None, 0.0).total
         return total

@@ -27,11 +27,12 @@ class Example(NamedTuple):
     turns: tuple[Turn, ...]  # none where there is nothing to learn
     response: str
     conversation: bool = False  # whether it was one, with roles, or columns of text
+    document: str = ""  # the whole that it is a part of, if it is
 
     @property
     def asked(self) -> str:
-        """The prompt without template and layout: examples with the same one are on the same side of the split."""
-        return " ".join(word for _, said in self.turns for word in said.split())
+        """What decides on the side of the split: the document, as in plain text, or the prompt without layout."""
+        return self.document or " ".join(word for _, said in self.turns for word in said.split())
 
 
 def instructions(
@@ -73,7 +74,7 @@ def instructions(
         load = partial(_examples, rows, prompt, response, f"data.files={files}")
     else:
         sources, template = corpora.standard_library(), template or "plain"
-        how |= dict(name="functions", version=1, template=template, content=corpora.digest_all(sources))
+        how |= dict(name="functions", version=2, template=template, content=corpora.digest_all(sources))
         load = partial(functions, sources)
     return Corpus(load, how, pairs=Pairs(template, prompt_len))
 
@@ -167,17 +168,18 @@ def _brief(value) -> str:
 
 # Functions
 
-MOST_ASKED, MOST_DONE = 600, 1000  # characters of a prompt and of a body: 9 of 10 and 8 of 10 have no more
+MOST_ASKED, MOST_DONE = 600, 1000  # characters of a prompt and of a body; some 9 of 10 have no more
 
 
 def functions(sources: Iterable[str]) -> list[Example]:
     """Functions and methods with a docstring, whose signature and docstring ask for the body, each once.
 
     Prompt and response together are whole lines of the source as they stand, so a model of source goes on with a
-    prompt as it would anywhere. Functions within functions are left out, since they are part of another's body, and so
-    are bodies that do nothing, or raise an error and nothing else.
+    prompt as it would anywhere. A function is on the side of the split that its file is on, so a student pre-trained on
+    data=python has not read what is measured on. Functions within functions are left out, since they are part of
+    another's body, and so are bodies that do nothing, or raise an error and nothing else.
     """
-    found: dict[Example, None] = {}
+    found: dict[tuple, Example] = {}
     for source in sources:
         try:
             with warnings.catch_warnings():
@@ -189,8 +191,8 @@ def functions(sources: Iterable[str]) -> list[Example]:
         for function in _defined(tree):
             example = _asked_for(function, lines)
             if example:
-                found[example] = None
-    return list(found)
+                found.setdefault(example[:2], example._replace(document=source))
+    return list(found.values())
 
 
 def _defined(node: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from kd import files
+from kd import agent, files
 from kd.run import RESPONSES, SECRET, About, read_metrics
 
 
@@ -84,40 +84,72 @@ def wandb(folder: Path, about: About, project: str = "kd", entity: str | None = 
 
     WANDB_MODE (online, offline, disabled) is obeyed. `wandb sync runs/*/wandb/offline-run-*` uploads later.
     """
-    import wandb
-
-    os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
-    settings = dict(
-        project=project, entity=entity, dir=str(folder), id=_id(folder, about), name=about.name, group=about.group,
+    name, new = _id(folder, about)
+    run = wandb_run(
+        project=project, entity=entity, dir=str(folder), id=name, name=about.name, group=about.group,
         job_type=about.job_type, tags=about.tags, config=about.config, resume="allow",
-        settings=wandb.Settings(silent=True, console="off", finish_timeout=60, x_disable_stats=True, disable_git=True),
     )  # fmt: skip
-    wandb.finish()  # the run of an earlier job in this process, if it died before its own finish
-    # W&B keeps all that SLURM says, which may hold the job's key; and of git the remote, which may hold a token.
-    hidden = {k: os.environ.pop(k) for k in list(os.environ) if k.startswith("SLURM_") and SECRET.search(k)}
-    try:
-        run = wandb.init(**settings, mode=mode)
-    except Exception as error:  # whatever is wrong with the network or the account, the training is worth more
-        warnings.warn(f"W&B is not reachable ({error}); this run is logged offline, to be sent with `wandb sync`.")
-        wandb.teardown()  # the failed try still holds the run's id
-        run = wandb.init(**settings, mode="offline")
-    finally:
-        os.environ.update(hidden)
     for axis in ("tokens", "flops"):
         run.define_metric(axis)
     for metrics in ("train/*", "val/*"):
         run.define_metric(metrics, step_metric="tokens")
-    return [WandbView(run, folder)]
+    view = WandbView(run, folder)
+    for line in read_metrics(folder / "metrics.jsonl") if new else ():  # of before there was this W&B run
+        step = line.pop("step")
+        view.log_metrics(line, step)
+    return [view]
 
 
-def _id(folder: Path, about: About) -> str:
-    """Chosen once for a folder: the same run goes on after a kill, and one made anew is a new run."""
+def wandb_run(**what):
+    """What wandb.init(**what) makes, and nothing that it should not hold; offline where it is not reachable."""
+    import wandb
+
+    _forget()  # a run that died before its own finish; and the environment is read anew
+    os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")
+    mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+    what["settings"] = wandb.Settings(
+        silent=True, console="off", finish_timeout=60, x_disable_stats=True, disable_git=True
+    )
+    # W&B keeps all that SLURM says, which may hold the job's key; and of git the remote, which may hold a token.
+    with agent.hidden([k for k in os.environ if k.startswith("SLURM_") and SECRET.search(k)]):
+        try:
+            return wandb.init(**what, mode=mode)
+        except Exception as error:  # whatever is wrong with the network or the account, the training is worth more
+            warnings.warn(f"W&B is not reachable ({error}); this run is logged offline, to be sent with `wandb sync`.")
+            _forget()  # the failed try still holds the run's id
+            return wandb.init(**what, mode="offline")
+
+
+def logged_in() -> bool:
+    """Whether there is a key of W&B's, which may not be valid; asks nobody for it, and says nothing."""
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True))
+    return wandb.login(prompt=False, verify=False)
+
+
+def _forget() -> None:
+    """End W&B's part of this process, whatever became of it."""
+    import wandb
+
+    try:
+        wandb.teardown()
+    except Exception as error:
+        warnings.warn(f"W&B's process had died ({error}); what it had not sent or written yet is lost to W&B.")
+
+
+def _id(folder: Path, about: About) -> tuple[str, bool]:
+    """Of the W&B run, and whether it is new to this folder: the agent's, if one asks, else the one it had before.
+
+    So the same run goes on after a kill, and one made anew is a new run.
+    """
     path = folder / "wandb-id"
-    if not path.exists():
+    kept = path.read_text() if path.exists() else None
+    name = agent.asked() or kept or f"{about.id}-{secrets.token_hex(3)}"
+    if name != kept:
         with files.atomic(path) as temporary:
-            temporary.write_text(f"{about.id}-{secrets.token_hex(3)}")
-    return path.read_text()
+            temporary.write_text(name)
+    return name, name != kept
 
 
 COLUMNS = ("row", "sample", "prompt", "reference", "teacher", "response", "teacher_rouge_l", "rouge_l", "ended")

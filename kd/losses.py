@@ -1,8 +1,9 @@
 """Every loss, side by side: (student log-probabilities [N, V], Target) -> nats per position [N].
 
 A loss is un-reduced and knows nothing of temperature, truncation, masks or chunks; these happen once, in
-kd/objective.py. Below p is the teacher and q the student, over the columns that the target keeps. To add a loss,
-write the function here and two lines in conf/loss/NAME.yaml.
+kd/objective.py. The last three ask for more of a position than two distributions, by Target.of_sample. Below p is the
+teacher and q the student, over the columns that the target keeps. To add a loss, write the function here and two lines
+in conf/loss/NAME.yaml.
 """
 
 import torch
@@ -123,6 +124,67 @@ def nll(student: Tensor, target: Target) -> Tensor:
     """
     q, p = target.pair(student)
     return -(p.exp() * q).sum(-1)
+
+
+def minillm(student: Tensor, target: Target, clip: float = 0.2, single_step: bool = True) -> Tensor:
+    """MiniLLM: policy gradient of what follows a token, and the exact rkl of the token itself, per position [N].
+
+    -min(rho A, clip(rho, 1 - clip, 1 + clip) A) + rkl, where rho = exp(log q(y) - log q_old(y)) * q_old(y) / p~(y) is
+    the student now over what y was drawn from, and A the advantage that the rollout has given the position; both terms
+    are a surrogate, whose gradient is meant and not its value. Gu et al. 2023, arXiv 2306.08543, section 2.2. Without
+    single_step, A has to tell of the token itself too (rollout.from_next=false). The student is to be at temperature 1.
+    Raises UserError for a negative clip, or on text that no rollout=mixed wrote.
+    """
+    check("loss.clip", clip, clip >= 0, "a number of at least 0, e.g. loss.clip=0.2")
+    old, advantage = target.of_sample("student"), target.of_sample("advantage")
+    log_q = student.gather(-1, target.label[:, None])[:, 0]
+    ratio = (log_q - old + target.of_sample("importance").log()).exp()
+    long = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    return long + rkl(student, target) if single_step else long
+
+
+def distillm2(student: Tensor, target: Target, beta: float = 1.0, alpha: float = 0.1) -> Tensor:
+    """DistiLLM-2: (2 - beta) skl on what the teacher wrote, beta srkl on what the student wrote, nats [N].
+
+    Ko et al. 2025, arXiv 2503.07067, where their code gives the student within the mixture of srkl no gradient;
+    here it has one. They average over the tokens of each response first; here a token counts as much as any other.
+    Raises UserError for beta outside [0, 2] or alpha outside [0, 1), or on text that no rollout=pairs wrote.
+    """
+    check("loss.beta", beta, 0 <= beta <= 2, "a number from 0 (skl alone) to 2 (srkl alone)")
+    by_student = target.of_sample("by_student") > 0
+    return torch.where(by_student, beta * srkl(student, target, alpha), (2 - beta) * skl(student, target, alpha))
+
+
+def atkd(student: Tensor, target: Target, share: float = 0.2) -> Tensor:
+    """ATKD: target and diversity terms on hard tokens, diversity alone on easy ones, nats times a weight [N].
+
+    Its mean over a step is share * mean of dkd over the easy tokens + (1 - share) * mean of (tkd + dkd) over the hard
+    ones, whatever the micro-batches: routing=uncertainty says which is which, and weighs them. Zhong et al. 2024,
+    arXiv 2402.11890, section 3; share is their lambda. Raises UserError for a share outside [0, 1].
+    """
+    check("loss.share", share, 0 <= share <= 1, "a share from 0 (hard tokens alone) to 1")
+    hard, weight = target.of_sample("hard") > 0, target.of_sample("weight")
+    tkd, dkd = _decoupled(student, target)
+    return weight * torch.where(hard, (1 - share) * (tkd + dkd), share * dkd)
+
+
+def _decoupled(student: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+    """tkd and dkd [N], nats, of which fkl = tkd + u * dkd, where u is the teacher's probability of all other tokens.
+
+    tkd is the KL of two outcomes, the true token or another; dkd is that among the others, renormalised on both sides.
+    The student's others are all of the vocabulary, the teacher's those that are kept. Where the true token itself is
+    dropped, what is known of it is in no column, and all of fkl is dkd. Zhao et al. 2022 (DKD), arXiv 2203.08679.
+    """
+    q, p = target.pair(student)  # [N, K]
+    true = torch.nn.functional.pad(target.is_label(), (0, q.shape[-1] - target.logp.shape[-1]))  # a rest is another
+    there, label = true.any(-1), target.label[:, None]
+    log_p, log_q = p.masked_fill(~true, FLOOR).amax(-1), student.gather(-1, label)[:, 0]
+    others_p = p.masked_fill(true, FLOOR).logsumexp(-1)  # log of their probability
+    others_q = student.scatter(-1, label, -torch.inf).logsumexp(-1)
+    tkd = log_p.exp() * (log_p - log_q) + others_p.exp() * (others_p - others_q)
+    within = (p - torch.where(there, others_p, 0)[:, None]).masked_fill(true | (p <= FLOOR), FLOOR)
+    dkd = within.exp() * (within - q + torch.where(there, others_q, 0)[:, None])
+    return torch.where(there, tkd, 0), dkd.sum(-1)
 
 
 def _reverse(q: Tensor, m: Tensor) -> Tensor:

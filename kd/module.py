@@ -6,7 +6,6 @@ import math
 import random
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,8 +19,9 @@ from kd.hardware import hold_in, keep_freed, out_of_memory
 from kd.logits import Source
 from kd.metrics import Measures
 from kd.models import Causal, Flops
-from kd.objective import Objective, Signal, chunks, fitting
+from kd.objective import Objective, Signal, chunks, fitting, with_sample
 from kd.progress import console
+from kd.target import Target
 
 if TYPE_CHECKING:
     from kd.rollout import Rollout
@@ -38,14 +38,7 @@ class Task(NamedTuple):
     kd: float | None
     lm: float | None
     tokens: int  # that are counted, on all ranks
-
-
-def sampled(signal: Signal, batch: Batch, kept: Tensor) -> Signal:
-    """The signal, whose targets say what is known of text that a model wrote."""
-    if batch.sampled is None:
-        return signal
-    known = batch.sampled.at(kept)
-    return lambda rows: replace(signal(rows), sampled={name: x[rows] for name, x in known.items()})
+    positions: int  # that are computed, prompts and padding too
 
 
 class NonFinite(RuntimeError):
@@ -59,7 +52,8 @@ class NonFinite(RuntimeError):
 class Distillation(lightning.LightningModule):
     """A student that learns alpha(t) * distillation + (1 - alpha(t)) * language modelling.
 
-    `route` says which tokens are distilled (kd/routing.py); the others are learned by language modelling alone.
+    `route` says which tokens are distilled, the others being learned by language modelling alone, or what else a loss
+    asks of each (kd/routing.py).
 
     The losses of an optimizer step are summed over all its micro-batches and divided once, by its counted tokens, so
     the split into micro-batches changes nothing. `source` gives the training signal (None: language modelling alone),
@@ -92,7 +86,7 @@ class Distillation(lightning.LightningModule):
         learns: bool = False,
         recorder: Recorder | None = None,
         sharded: tuple[str, ...] = (),
-        route: Callable[[Callable[[], Tensor]], Tensor | None] = routing.none,
+        route: Callable[[routing.Measured], dict[str, Tensor]] = routing.none,
         rollout: Rollout | None = None,
     ):
         super().__init__()
@@ -171,8 +165,8 @@ class Distillation(lightning.LightningModule):
         tokens = sum(t.tokens for t in tasks)
         self.tokens += tokens
         self.here += tokens
-        asked = sum(t.tokens for t in tasks if t.kd or self.teacher is not None)
-        self.flops += tokens * self.cost.student + asked * self.cost.teacher
+        asked = sum(t.positions for t in tasks if t.kd or self.teacher is not None)
+        self.flops += sum(t.positions for t in tasks) * self.cost.student + asked * self.cost.teacher
         self.train_metrics = {f"train/{k}": v for k, v in metrics.items()}
         self.train_metrics |= {"lr": self.lr(progress), **({"alpha": alpha} if self.source else {})}
         self.train_metrics |= self._axes()
@@ -180,14 +174,25 @@ class Distillation(lightning.LightningModule):
     def _tasks(self, batch: Batch, alpha: float) -> list[Task]:
         """What this step learns. Language modelling is never of what the student itself wrote."""
         beside, batch = batch.beside, batch._replace(beside=None)
-        told = self.rollout(batch, self.global_step, self._progress()) if self.rollout and alpha else batch
+        told = self._written(batch) if self.rollout and alpha else batch
         own = told.sampled is not None and ranks.any_of(bool(told.sampled.by_student.any()))
         if beside is None and not own:
             tasks = [(told, alpha, 1 - alpha)]
         else:
             tasks = [(told, alpha, None), (batch if beside is None else beside, None, 1 - alpha)]
             tasks = [task for task in tasks if task[1] or task[2]]
-        return [Task(*task, int(ranks.total((task[0].labels != IGNORE).sum()))) for task in tasks]
+        counts = [torch.tensor([(of.labels != IGNORE).sum(), of.labels.numel()]) for of, *_ in tasks]
+        return [Task(*task, *map(int, ranks.total(n))) for task, n in zip(tasks, counts, strict=True)]
+
+    def _written(self, batch: Batch) -> Batch:
+        """What the rollout makes of a batch; what its models read for that counts as compute."""
+        read = self.rollout.writers.read
+        before = dict(read)
+        told = self.rollout(batch, self.global_step, self._progress())
+        here = torch.tensor([float(read[name] - before[name]) for name in ("student", "teacher")])
+        student, teacher = ranks.total(here).tolist()
+        self.flops += student * self.cost.student / 3 + teacher * self.cost.teacher  # forward passes alone
+        return told
 
     def _gradients(self, tasks: list[Task]) -> tuple[Tensor, float]:
         """Gradients of a step, and the means of its losses. Out of memory, with half as many rows at once."""
@@ -219,7 +224,7 @@ class Distillation(lightning.LightningModule):
         for task in tasks:
             tokens, kd, lm = max(task.tokens, 1), task.kd or 0.0, task.lm or 0.0
             parts = [(part, part.labels != IGNORE) for part in task.batch.split(self.micro_batch)]
-            asked, distilled = self._routed(parts) if kd else ([], None)
+            asked, known = self._routed(parts) if kd else ([], [])
             for number, (part, kept) in enumerate(parts):
                 if asked and self.teacher is None:
                     signal = asked[number]
@@ -228,8 +233,8 @@ class Distillation(lightning.LightningModule):
                 hidden = self.student.hidden(part.ids)[kept]  # [N, D]
                 label = part.labels[kept]
                 watch = partial(self.recorder.observe, part.seed[kept]) if self.recorder else None
-                which = distilled[number] if distilled else None
-                told = sampled(signal, part, kept) if kd else None
+                which = known[number].pop("distilled", None) if kd else None
+                told = with_sample(signal, known[number]) if kd else None
                 terms = self.objective(self.student.head, hidden, label, told, kd / (kd + lm), watch, which)
                 self.manual_backward(terms.total * ((kd + lm) / tokens))
                 seen = (terms.total.detach() * (kd + lm), terms.kd, terms.lm * (task.lm is not None))
@@ -243,33 +248,36 @@ class Distillation(lightning.LightningModule):
         return means, teacher_lm
 
     @torch.no_grad()
-    def _routed(self, parts: list[tuple[Batch, Tensor]]) -> tuple[list[Signal], list[Tensor] | None]:
-        """The signals of micro-batches, as far as they were asked, and which of their counted positions to distil.
+    def _routed(self, parts: list[tuple[Batch, Tensor]]) -> tuple[list[Signal], list[dict[str, Tensor]]]:
+        """The signals of micro-batches, as far as they were asked, and what is known of their counted positions.
 
-        What to route is decided for the whole step, so the teacher is asked of all of it before the student learns. Its
-        signals are kept, but for those of a teacher that learns, which are made anew with what its gradient needs.
+        What a routing says is decided for the whole step, so the teacher is asked of all of it before the student
+        learns. Its signals are kept, but for those of a teacher that learns, which are made anew with what its gradient
+        needs.
         """
         signals: list[Signal] = []
         own: list[int] = []
 
-        def uncertainty() -> Tensor:
+        def measured(measure: Callable[[Target, int], Tensor]) -> Tensor:
             vocabulary, size = self.student.head.vocab, self.objective.chunk or fitting(self.student.head)
             found = []
             for part, kept in parts:
                 signals.append(self.source(part, kept))
-                found += [signals[-1](rows).entropy(vocabulary) for rows in chunks(int(kept.sum()), size)]
+                found += [measure(signals[-1](rows), vocabulary) for rows in chunks(int(kept.sum()), size)]
             everyone = ranks.gather(torch.cat(found).cpu())
             own.extend(map(len, everyone))
             return torch.cat(everyone)
 
-        distilled = self.route(uncertainty)
-        if distilled is None:
-            return signals, None
-        mine = distilled.split(own)[ranks.number()].to(self.device)
-        return signals, list(mine.split([int(kept.sum()) for _, kept in parts]))
+        said = self.route(measured)
+        counts = [int(kept.sum()) for _, kept in parts]
+        mine = {k: v.split(own)[ranks.number()].to(self.device).split(counts) for k, v in said.items()}
+        known = [part.sampled.at(kept) if part.sampled is not None else {} for part, kept in parts]
+        return signals, [of | {k: v[number] for k, v in mine.items()} for number, of in enumerate(known)]
 
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
-        self.watch(self.global_step, self.here, f"loss {self.train_metrics['train/loss']:.3f}  ")
+        writers = self.rollout.writers if self.rollout else None
+        written = f"writes {writers.tokens / writers.seconds:,.0f} tokens/s  " if writers and writers.seconds else ""
+        self.watch(self.global_step, self.here, f"loss {self.train_metrics['train/loss']:.3f}  {written}")
         if self.global_step % self.log_every == 0:
             self._log(self.train_metrics)
         if self.global_step % self.val_every == 0 or self.global_step == self.steps:

@@ -8,7 +8,7 @@ of width V outlives a chunk, for any loss, and no head product is computed twice
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,13 @@ from kd.target import Target
 from kd.temperature import Softening, soften
 
 Signal = Callable[[slice], Target]  # what a logits source answers for a batch: rows -> Target
+
+
+def with_sample(signal: Signal, known: dict[str, Tensor]) -> Signal:
+    """The signal, whose targets hold what is known of each position [N] beside the teacher's distribution."""
+    if not known:
+        return signal
+    return lambda rows: replace(signal(rows), sampled={name: x[rows] for name, x in known.items()})
 
 
 class Sums(NamedTuple):

@@ -114,9 +114,10 @@ def _measurable(settings: Settings, held: dict) -> None:
 
     The most probable tokens tell well enough where a teacher is sure to route by, and a few draws do not.
     """
-    if settings["routing"]["_target_"].rpartition(".")[2] != "none" and held["name"] == "random":
+    routing = settings["routing"]["_target_"].rpartition(".")[2]
+    if routing != "none" and held["name"] == "random":
         raise UserError(
-            f"routing=entropy is measured on what the teacher says, and the store holds {said(held)}, too little to "
+            f"routing={routing} is measured on what the teacher says, and the store holds {said(held)}, too little to "
             "tell where it is sure. Take a store of the most probable tokens (record=top_k; without logits.path), of "
             "everything (record=full), logits=online, or routing=none."
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ class Writers:
     rows: int | None = None
     tokens: int = 0  # written so far
     seconds: float = 0.0  # that it took
+    read: dict[str, int] = field(default_factory=lambda: {"student": 0, "teacher": 0})  # tokens, prompts too
 
     def write(self, batch: Batch, *names: str, **how) -> Batch:
         """What the student, the teacher, or the mixture of both write for a batch; how: see kd.generate.write."""
@@ -50,7 +51,10 @@ class Writers:
         parts = batch._replace(stored=None).split(self.rows or len(batch.ids))
         written = [generate.write(part, self.end, part.seed[:, 0] ^ salt, **models, **how) for part in parts]
         self.seconds += time.perf_counter() - start
-        self.tokens += sum(int((part.labels != IGNORE).sum()) for part in written)
+        new = sum(int((part.labels != IGNORE).sum()) for part in written)
+        self.tokens += new
+        for name in names:
+            self.read[name] += new + int(generate.lengths(batch).clamp(max=batch.ids.shape[1]).sum())
         return _joined(written)
 
     def chance(self, step: int) -> np.random.Generator:
@@ -218,8 +222,6 @@ class Student(Rollout):
 
 
 class Teacher(Rollout):
-    gives = ("teacher", *OWN)
-
     def __init__(self, writers: Writers | None, **how):
         super().__init__(writers)
         self.how = how

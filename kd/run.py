@@ -90,24 +90,41 @@ def model_name(config: dict, role: str) -> str | None:
     return str(name).rstrip("/").rpartition("/")[2] if name else None
 
 
-def about(run: Run, config: dict, costs: dict) -> About:
-    """What W&B and TensorBoard are told: a readable name, and the axes that people filter and plot by, as numbers."""
+# Settings that people filter, group and plot by; what is below them (alpha.peak) too.
+AXES = ("seed", "data.tokens", "logits", *NO_SIGNAL, "rollout", "lr", "optim")
+
+
+def axes(config: dict, sizes: dict[str, tuple[int, int]]) -> dict[str, str | int | float | bool]:
+    """What a dashboard is told of a flat config: a level deep, scalars alone, and alpha_peak for alpha.peak.
+
+    W&B does not find keys with a dot in filters and panels. sizes: role -> parameters, and those without embeddings.
+    Language modelling alone is the loss lm with an alpha_peak of 0, so that it has a place on both axes.
+    """
+    found = {k: config[k] for k in part_of_outcome(config) if below(k, AXES)}
+    found |= {"data": config["data"], "loss": method(config)}
+    found |= {role: model_name(config, role) for role in ("student", "teacher")}
+    for role, (parameters, non_embedding) in sizes.items():
+        found |= {f"{role}_params": parameters, f"{role}_params_non_embedding": non_embedding}
+    found["tokens"] = config["trainer.steps"] * config["trainer.batch"] * config["data.seq_len"]
+    if found["loss"] == "lm":
+        found["alpha_peak"] = 0.0
+    return {k.replace(".", "_"): v for k, v in found.items() if isinstance(v, str | int | float)}
+
+
+def sizes_of(result: dict) -> dict[str, tuple[int, int]]:
+    """The sizes that axes() asks for, of a run that is done."""
+    roles = {"student": "", "teacher": "teacher_"}
+    found = {role: tuple(result.get(f"{of}{k}") for k in ("parameters", "non_embedding")) for role, of in roles.items()}
+    return {role: counts for role, counts in found.items() if None not in counts}
+
+
+def about(run: Run, config: dict, sizes: dict[str, tuple[int, int]]) -> About:
+    """What W&B and TensorBoard are told: a readable name, what to group by, and the axes."""
     how = method(config)
-    axes = {"loss": how, "seed": config["seed"]}
-    if how == "lm":
-        axes["alpha"] = 0
-    else:
-        names = {"alpha": "alpha.peak", "tau": "temperature.tau", "k": "truncation.k", "p": "truncation.p"}
-        axes |= {axis: config.get(setting) for axis, setting in names.items()}
-    for role, cost in costs.items():
-        axes |= {f"{role}.params": cost.parameters, f"{role}.params_non_embedding": cost.non_embedding}
-    tokens = config["trainer.steps"] * config["trainer.batch"] * config["data.seq_len"]
-    axes |= {"tokens": tokens, "lr": config.get("lr.peak")}
-    axes |= {k: config[k] for k in ("data", "logits", "truncation", "target", "temperature", "routing") if k in config}
     named = [how, model_name(config, "student"), f"seed{config['seed']}"]
     kind = "distil" if how != "lm" else "lm" if model_name(config, "teacher") else "teacher"
     tags = [how, kind, str(config["data"])]
-    return About(run.name, " ".join(map(str, named)), config.get("sweep"), kind, tags, axes)
+    return About(run.name, " ".join(map(str, named)), config.get("sweep"), kind, tags, axes(config, sizes))
 
 
 @dataclass(frozen=True)

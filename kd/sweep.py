@@ -31,7 +31,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from kd import files, remote
+from kd import agent, files, remote
 from kd.config import check_sweep
 from kd.errors import UserError
 from kd.guard import check_words
@@ -177,6 +177,7 @@ class Runs(Launcher):
         name = of if isinstance(of, str) else (of or {}).get("name", "multirun")
         try:
             check_sweep(name)
+            agent.check_single()
             if self.config.plan:
                 type(self).show_plan(list(map(self._settings, job_overrides)), varying(job_overrides), self.at_once())
                 sys.exit()

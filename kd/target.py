@@ -17,6 +17,9 @@ from kd.errors import UserError
 # What pair() gives a column outside the support, on both sides: its exp is 0, as that of -inf, but 0 * FLOOR is no NaN.
 # Far below any log-probability, so that an improbable column is never taken for a dropped one.
 FLOOR = -1e9
+# What a loss can ask of each position, beside the distributions: kd.generate.Sampled, and what routings say.
+KNOWN_BY = dict.fromkeys(("student", "teacher", "importance", "advantage"), "rollout=mixed")
+KNOWN_BY |= {"by_student": "rollout=pairs", "hard": "routing=uncertainty", "weight": "routing=uncertainty"}
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -39,10 +42,22 @@ class Target:
     rest: bool = False  # one more column in pair(): all probability that is not in ids
     seed: Tensor | None = None  # [N]     a random number per position, for truncations that sample
     whole: bool = False  # no column is dropped, so pair() need not look
+    sampled: dict[str, Tensor] | None = None  # of each position [N], by name: see of_sample()
 
     def __getitem__(self, rows) -> Target:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.sampled is not None:
+            values["sampled"] = {name: x[rows] for name, x in self.sampled.items()}
         return Target(**{k: v[rows] if isinstance(v, Tensor) else v for k, v in values.items()})
+
+    def of_sample(self, name: str) -> Tensor:
+        """One of KNOWN_BY of each position [N]; raises UserError where it is not known, which says what gives it."""
+        if name not in (self.sampled or ()):
+            raise UserError(
+                f"This loss asks for {name} of each position, which nothing gives here: type {KNOWN_BY[name]} too, or "
+                "take another loss."
+            )
+        return self.sampled[name]
 
     def keep(self, logp: Tensor, columns: Tensor) -> Target:
         """The target cut to `columns` [N, K'] of this one with log-probabilities `logp` [N, K'], true as they were."""
@@ -91,6 +106,18 @@ class Target:
         if self.ids is None:
             return self.logp.gather(-1, label)[:, 0]
         return self.logp.masked_fill(self.ids != label, -math.inf).amax(-1)
+
+    def is_label(self) -> Tensor:
+        """Which column is the true token [N, K]; none where it is dropped."""
+        label = self.label[:, None]
+        if self.ids is None:
+            return torch.zeros_like(self.logp, dtype=torch.bool).scatter(-1, label, True) & (self.logp > -math.inf)
+        return (self.ids == label) & (self.logp > -math.inf)
+
+    def uncertainty(self) -> Tensor:
+        """The probability of all but the true token [N], exact where it is small; 1 where the true token is dropped."""
+        others = self.logp.masked_fill(self.is_label(), -math.inf).logsumexp(-1).exp()
+        return others if self.whole else others + self.left
 
     def with_label(self, mass: Tensor) -> Target:
         """`mass` [N] more probability on the true token, in a column of its own if it has none."""

@@ -111,6 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
         "pass, 2 per parameter where there are none; lines without a teacher are language modelling alone."
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help=columns)
+    parser.add_argument("--wandb", action="store_true", help="also keep it in Weights & Biases, with the runs")
     given = parser.parse_args(arguments)
     if (given.name is None) is (given.csv is None):
         parser.error("need the name of a sweep, or --csv FILE")
@@ -118,25 +119,31 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--bootstrap {given.bootstrap}: need 0 (no intervals) or more")
     try:
         if given.csv:
-            folder, name, points, notes = given.csv.parent, given.csv.stem, from_csv(given.csv), []
+            folder, name, entries, points, notes = given.csv.parent, given.csv.stem, [], from_csv(given.csv), []
         else:
             folder, name = home(given.root) / "sweeps", given.name
-            points, notes = of_sweep([read(given.root, line) for line in manifest(given.root, name)])
+            entries = [read(given.root, line) for line in manifest(given.root, name)]
+            points, notes = of_sweep(entries)
         if not points:
             raise UserError(" ".join([f"No run of {name} can be used.", *notes]))
         found = answers(name, points, notes, given.bootstrap, given.seed)
         path = write(folder, found, question(name) if given.name else "")
         for kind in ("html", "json") if given.name else ():
             publish(given.root, f"sweeps/{name}.fit.{kind}")
+        out = Console(highlight=False)
+        for made in table(found):
+            out.print(made, "")
+        for line in [*found.cannot, *(d for fit in found.fits for d in fit.doubts), *found.notes]:
+            out.print(f"- {line}", markup=False, soft_wrap=True)
+        print(harmless(f"{path}: {finding(found)}"))
+        if given.wandb:
+            from sweeps import dashboard
+
+            written = [path, path.with_suffix(".json"), folder / f"{name}.points.csv"]
+            print(harmless(f"W&B: {dashboard.keep(written, name, 'fit', finding(found), dashboard.place(entries))}"))
     except UserError as error:
         print(harmless(str(error)), file=sys.stderr)
         return 2
-    out = Console(highlight=False)
-    for made in table(found):
-        out.print(made, "")
-    for line in [*found.cannot, *(d for fit in found.fits for d in fit.doubts), *found.notes]:
-        out.print(f"- {line}", markup=False, soft_wrap=True)
-    print(harmless(f"{path}: {finding(found)}"))
     return 0
 
 

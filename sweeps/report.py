@@ -162,13 +162,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", help="of the sweep, as in python train.py sweeps=NAME")
     root = os.environ.get("KD_ROOT") or "runs"
     parser.add_argument("--root", default=root, help="folder or URL where runs are kept (default: $KD_ROOT, or runs)")
+    parser.add_argument("--wandb", action="store_true", help="also keep it in Weights & Biases, with the runs")
     given = parser.parse_args(arguments)
     try:
         path, says = write(given.root, given.name)
+        print(harmless(f"{path}: {says}"))
+        if given.wandb:
+            from sweeps import dashboard
+
+            entries = [read(given.root, line) for line in manifest(given.root, given.name)]
+            written = [path, path.with_suffix(".md"), path.with_suffix(".csv")]
+            print(harmless(f"W&B: {dashboard.keep(written, given.name, 'report', says, dashboard.place(entries))}"))
     except UserError as error:
         print(harmless(str(error)), file=sys.stderr)
         return 2
-    print(harmless(f"{path}: {says}"))
     return 0
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kd.config import CONF, build
 from kd.errors import UserError
-from kd.target import Target
+from kd.target import KNOWN_BY, Target
 
 N, V, K = 6, 17, 5
 
@@ -46,9 +46,23 @@ def logits(seed: int, rows: int = N, columns: int = V, dtype=torch.float64) -> T
 
 
 def dense(teacher: Tensor) -> Target:
-    """The target that a live teacher with these logits [N, V] gives."""
+    """The target that a live teacher with these logits [N, V] gives, with all that a loss can ask for beside it."""
     rows = torch.arange(len(teacher))
-    return Target(rows % teacher.shape[-1], teacher.log_softmax(-1), seed=1000 + rows)
+    label = rows % teacher.shape[-1]
+    return Target(label, teacher.log_softmax(-1), seed=1000 + rows, sampled=sample(len(rows), teacher.dtype))
+
+
+def sample(rows: int, dtype=torch.float64) -> dict[str, Tensor]:
+    """What could be known of so many positions: text by both, of both kinds, some of it better than was expected."""
+    place = torch.arange(rows, dtype=dtype)
+    known = {
+        "student": -1 - place.sin().square(),
+        "teacher": -1 - place.cos().square(),
+        "importance": 1 + place.sin() / 2,
+    }
+    known |= {"advantage": (3 * place).cos(), "by_student": place % 2, "hard": place // 2 % 2, "weight": 1 + place % 3}
+    assert known.keys() == KNOWN_BY.keys()
+    return known
 
 
 def shuffled(target: Target, columns: int) -> Target:

@@ -61,7 +61,8 @@ def outcome(path: Path) -> tuple[bytes, bytes]:
 
 def settings(root: Path, *words: str) -> Settings:
     """Of the tiny run with `words`, in `root`."""
-    typed = [*TINY, f"root={root}", *words]
+    own = any(word.startswith("data=") for word in words)
+    typed = [*(word for word in TINY if not (own and word.startswith("data"))), f"root={root}", *words]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return resolve(hydra.compose("config", typed), typed)
 

@@ -131,7 +131,7 @@ def test_data_settings_are_those_of_pack():
         ("truncation", "truncation", ["target"]),
         ("target", "treatment", ["target"]),
         ("temperature", "temperature", ["student", "target"]),
-        ("routing", "routing", ["uncertainty"]),
+        ("routing", "routing", ["measured"]),
         ("logits", "logits", ["origin"]),
         ("rollout", "rollout", ["writers"]),
         ("logger", "loggers", ["folder", "about"]),

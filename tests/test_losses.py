@@ -1,5 +1,6 @@
 import contextlib
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from kd import losses, truncation
 from kd.errors import UserError
+from kd.rollout import returns
 from kd.target import Target
 from kd.treatment import renormalise
 from tests.cases import (
@@ -27,7 +29,12 @@ from tests.cases import (
     without_some,
 )
 
-VARIANTS = every("loss", {}, {"beta": 0.1}, {"beta": 0.9}, {"mu": 0.0}, {"mu": 0.2}, {"mu": 0.9}, {"alpha": 0.5})
+VARIANTS = every(
+    "loss", {}, {"beta": 0.1}, {"beta": 0.9}, {"mu": 0.0}, {"mu": 0.2}, {"mu": 0.9}, {"alpha": 0.5}, {"share": 0.7},
+    {"clip": 10.0}, {"single_step": False},
+)  # fmt: skip
+# A policy gradient has no value that means anything.
+DIVERGENCES = {name: loss for name, loss in VARIANTS.items() if loss.func is not losses.minillm}
 
 
 def kl(p, q):
@@ -86,6 +93,9 @@ HAND = {
     "tvd": 0.25,
     "mse": 0.25 * math.log(3) ** 2,
     "nll": 0.5 * math.log(16 / 3),
+    "minillm": RKL - 0.25 * math.e,  # what was drawn had the log-probability -1, and the advantage 1
+    "distillm2": 0.5 * math.log(0.25 / (0.275 * 0.725)),  # skl, as it is not the student's
+    "atkd": 0.0,  # an easy token, with one other
 }
 
 
@@ -115,7 +125,7 @@ def test_equals_numpy(loss, form):
 
 
 @each("form", COMPLETE)
-@each("loss", VARIANTS)
+@each("loss", DIVERGENCES)
 def test_least_where_student_equals_teacher(loss, form):
     teacher = logits(1)
     value = on_logits(loss, form(teacher))
@@ -129,7 +139,7 @@ def test_least_where_student_equals_teacher(loss, form):
         assert (value(teacher + 0.01 * logits(seed)) > least).all()
 
 
-@each("loss", VARIANTS)
+@each("loss", DIVERGENCES)
 @pytest.mark.parametrize("k", [2, 5, V])
 def test_never_below_zero_after_a_truncation_that_renormalises(loss, k):
     target = renormalise(truncation.top_k(dense(logits(1)), k))
@@ -138,7 +148,7 @@ def test_never_below_zero_after_a_truncation_that_renormalises(loss, k):
 
 
 # mse compares differences of the kept logits, which say nothing of their mass.
-@each("loss", {name: loss for name, loss in VARIANTS.items() if loss.func is not losses.mse})
+@each("loss", {name: loss for name, loss in DIVERGENCES.items() if loss.func is not losses.mse})
 def test_truncation_does_not_pay_the_student_to_leave_the_kept_tokens(loss):
     target = renormalise(truncation.top_k(dense(logits(1)), 5))
     student = logits(2).requires_grad_()
@@ -169,7 +179,7 @@ def test_a_dropped_column_is_as_good_as_absent(loss, base, rest):
     for row in range(3):
         kept = whole.logp[row] > -torch.inf
         ids = torch.arange(V) if whole.ids is None else whole.ids[row]
-        short = Target(whole.label[row, None], whole.logp[row, kept][None], ids[kept][None], rest=whole.rest)
+        short = replace(whole[row : row + 1], logp=whole.logp[row, kept][None], ids=ids[kept][None])
         close(value[row], on_logits(loss, short)(student[row, None])[0])
         close(grad[row], gradient(on_logits(loss, short), student[row, None])[0])
 
@@ -267,10 +277,218 @@ def test_mse_counts_improbable_columns():
     close(on_logits(LOSSES["mse"], dense(teacher))(torch.zeros(1, 2, dtype=torch.float64)), [75.0**2])
 
 
+# MiniLLM
+
+
+def at_ratio(rho: float, advantage: float, clip: float = 0.2) -> tuple[float, float]:
+    """The long term of minillm, and its slope by log q(y), where rho is the ratio."""
+    target = dense(torch.zeros(1, 4, dtype=torch.float64))
+    student = torch.tensor([[0.4, 0.1, 0.2, 0.3]], dtype=torch.float64).log()
+    known = {"student": torch.full((1,), math.log(0.8)), "importance": torch.full((1,), 2 * rho)}
+    target = replace(target, sampled=known | {"advantage": torch.full((1,), advantage)})
+    loss = option("loss", "minillm", clip=clip, single_step=False)
+    (slopes,) = gradient(lambda log_q: loss(log_q, target), student)
+    assert not slopes[1:].any()  # of the true token alone
+    return loss(student, target).item(), slopes[0].item()
+
+
+@pytest.mark.parametrize(
+    ("rho", "advantage", "value", "steepness"),
+    [
+        (1.0, 2.0, -2.0, -2.0),
+        (1.1, 2.0, -2.2, -2.2),
+        (1.5, 2.0, -2.4, 0.0),  # better than expected, and likely enough by now
+        (0.5, 2.0, -1.0, -1.0),
+        (1.0, -2.0, 2.0, 2.0),
+        (1.5, -2.0, 3.0, 3.0),
+        (0.9, -2.0, 1.8, 1.8),
+        (0.5, -2.0, 1.6, 0.0),  # worse than expected, and unlikely enough by now
+        (0.0, -2.0, 1.6, 0.0),  # what the teacher drew, and the student never would have
+        (0.0, 2.0, 0.0, 0.0),
+        (1.5, 0.0, 0.0, 0.0),
+    ],
+)
+def test_the_ratio_is_clipped_worked_by_hand(rho, advantage, value, steepness):
+    assert at_ratio(rho, advantage) == pytest.approx((value, steepness), abs=1e-6)
+
+
+def test_at_ratio_1_the_gradient_is_that_of_the_return_and_of_rkl():
+    target, student = dense(logits(1)), logits(2)
+    log_q = student.log_softmax(-1).gather(-1, target.label[:, None])[:, 0]
+    target = replace(target, sampled=target.sampled | {"student": log_q, "importance": torch.ones(len(log_q))})
+    advantage = target.sampled["advantage"]
+    long = advantage[:, None] * (student.softmax(-1) - torch.nn.functional.one_hot(target.label, V))  # -A grad log q
+    close(gradient(on_logits(option("loss", "minillm", single_step=False), target), student), long)
+    whole = long + gradient(on_logits(LOSSES["rkl"], target), student)
+    close(gradient(on_logits(LOSSES["minillm"], target), student), whole)
+
+
+class Sequences:
+    """All sequences of 3 of 3 tokens, with a student and a teacher that are a table of logits by what came before."""
+
+    def __init__(self):
+        self.all = torch.cartesian_prod(*[torch.arange(3)] * 3)  # [27, 3]
+        before = [[tuple(row[:t]) for t in range(3)] for row in self.all.tolist()]
+        prefixes = sorted({prefix for row in before for prefix in row})
+        self.place = torch.tensor([[prefixes.index(prefix) for prefix in row] for row in before])  # [27, 3]
+        self.student, self.teacher = logits(1, len(prefixes), 3), logits(2, len(prefixes), 3)
+
+    def of_tokens(self, table: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of each token of each sequence [27, 3]."""
+        return table.log_softmax(-1)[self.place].gather(-1, self.all[..., None])[..., 0]
+
+    def expected_gradient(self, loss, from_next: bool) -> torch.Tensor:
+        """The mean, over what the student writes, of the gradients of the sums of minillm over tokens."""
+        log_q, log_p = self.of_tokens(self.student), self.of_tokens(self.teacher)
+        advantage = returns(log_p - log_q, torch.ones(27, 3), 1.0, False, from_next)
+        known = {"student": log_q, "importance": torch.ones_like(log_q), "advantage": advantage}
+        teacher = self.teacher.log_softmax(-1)[self.place].flatten(0, 1)
+        target = Target(self.all.flatten(), teacher, sampled={name: x.flatten() for name, x in known.items()})
+        chance = log_q.sum(-1).exp()
+
+        def mean(table: torch.Tensor) -> torch.Tensor:
+            value = loss(table.log_softmax(-1)[self.place].flatten(0, 1), target)
+            return (chance[:, None] * value.view(27, 3)).sum()
+
+        return gradient(mean, self.student)
+
+    def true_gradient(self) -> torch.Tensor:
+        """Of KL(student || teacher) over sequences."""
+        log_p = self.of_tokens(self.teacher).sum(-1)
+
+        def kl(table: torch.Tensor) -> torch.Tensor:
+            log_q = self.of_tokens(table).sum(-1)
+            return (log_q.exp() * (log_q - log_p)).sum()
+
+        return gradient(kl, self.student)
+
+
+def test_minillm_is_the_gradient_of_rkl_over_sequences():
+    """Exactly, over all that can be written: with the single step apart, and with the return alone."""
+    of = Sequences()
+    close(of.expected_gradient(LOSSES["minillm"], from_next=True), of.true_gradient())
+    alone = option("loss", "minillm", single_step=False)
+    close(of.expected_gradient(alone, from_next=False), of.true_gradient())
+    for loss, from_next in ((LOSSES["minillm"], False), (alone, True)):  # the other two count a step twice, or never
+        assert (of.expected_gradient(loss, from_next) - of.true_gradient()).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("share", [0.2, 0.9])
+def test_importance_makes_up_for_what_the_teacher_drew(share):
+    """For responses of one token exactly: E over p~ of w A grad log q is E over q of A grad log q."""
+    q, p = logits(1, 1), logits(2, 1)
+    mixture = share * p.softmax(-1) + (1 - share) * q.softmax(-1)
+    every = torch.arange(V)
+    reward = (p.log_softmax(-1) - q.log_softmax(-1))[0]
+    known = {"student": q.log_softmax(-1)[0], "importance": (q.softmax(-1) / mixture)[0], "advantage": reward}
+    target = Target(every, p.log_softmax(-1).expand(V, V), sampled=known)
+    loss = option("loss", "minillm", single_step=False, clip=1e9)
+    found = gradient(lambda z: mixture[0] * loss(z.log_softmax(-1).expand(V, V), target), q)
+    close(found, gradient(on_logits(LOSSES["rkl"], dense(p)), q))
+
+
+# DistiLLM-2
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 2.0])
+def test_distillm2_is_skl_of_the_teachers_text_and_srkl_of_the_students(beta):
+    target, student = dense(logits(1)), logits(2).log_softmax(-1)
+    skl, srkl = (option("loss", name, alpha=0.3)(student, target) for name in ("skl", "srkl"))
+    expected = torch.tensor([beta * srkl[n] if n % 2 else (2 - beta) * skl[n] for n in range(len(skl))])
+    close(option("loss", "distillm2", beta=beta, alpha=0.3)(student, target), expected)
+
+
+# ATKD
+
+
+THREE = [torch.tensor([x], dtype=torch.float64).log() for x in ([0.5, 0.25, 0.25], [0.25, 0.5, 0.25])]
+TKD, DKD = 0.5 * math.log(4 / 3), 0.5 * math.log(9 / 8)  # by hand, of the first token
+
+
+def test_target_and_diversity_terms_worked_by_hand():
+    target = dense(THREE[0])
+    tkd, dkd = losses._decoupled(THREE[1], target)
+    close(tkd, [TKD])
+    close(dkd, [DKD])
+    close(tkd + 0.5 * dkd, [0.25 * math.log(2)])  # fkl
+    for hard, expected in ((1.0, 0.8 * (TKD + DKD)), (0.0, 0.2 * DKD)):
+        told = replace(target, sampled={"hard": torch.tensor([hard]), "weight": torch.tensor([3.0])})
+        close(LOSSES["atkd"](THREE[1], told), [3 * expected])
+
+
+@each("form", FORMS)
+def test_fkl_is_the_target_term_and_the_others_share_of_the_diversity_term(form):
+    target, student = form(logits(1)), logits(2).log_softmax(-1)
+    tkd, dkd = losses._decoupled(student, target)
+    p = target.pair(student)[1].exp()
+    own = torch.cat([target.is_label(), torch.zeros(len(p), p.shape[1] - target.logp.shape[1]).bool()], -1)
+    others = torch.where(own.any(-1), (p * ~own).sum(-1), 1.0)
+    close(tkd + others * dkd, LOSSES["fkl"](student, target))
+    assert not tkd[~own.any(-1)].any()
+
+
+def test_terms_are_those_of_softmaxes_without_the_true_token():
+    """As in the authors' code, over a whole vocabulary."""
+    target, student = dense(logits(1)), logits(2)
+    tkd, dkd = losses._decoupled(student.log_softmax(-1), target)
+    for n, label in enumerate(target.label.tolist()):
+        p, q = target.logp[n].exp().numpy(), student[n].softmax(-1).numpy()
+        close(tkd[n], kl(np.array([p[label], 1 - p[label]]), np.array([q[label], 1 - q[label]])))
+        p, q = np.delete(target.logp[n].numpy(), label), np.delete(student[n].numpy(), label)
+        close(dkd[n], kl(np.exp(p) / np.exp(p).sum(), np.exp(q) / np.exp(q).sum()))
+
+
+@pytest.mark.parametrize(("teacher", "student"), [(100.0, 0.0), (0.0, 100.0), (100.0, 100.0), (100.0, -100.0)])
+def test_terms_of_a_sure_teacher_or_student_are_finite_and_have_gradients(teacher, student):
+    """In float32, where 1 - p of the true token is 0 to the last digit."""
+    at = torch.eye(1, V)
+    p, q = logits(1, 1, dtype=torch.float32) + teacher * at, logits(2, 1, dtype=torch.float32) + student * at
+    target = dense(p)
+    _, dkd = losses._decoupled(q.log_softmax(-1), target)
+    close(
+        dkd, losses._decoupled(logits(2, 1, dtype=torch.float32).log_softmax(-1), dense(p - teacher * at))[1], rtol=1e-3
+    )
+    slopes = gradient(lambda z: losses._decoupled(z.log_softmax(-1), target)[1], q)
+    assert slopes.isfinite().all() and slopes[:, 1:].abs().max() > 0.01
+    assert all(x.isfinite().all() for x in losses._decoupled(q.log_softmax(-1), target))
+
+
+def test_the_true_token_alone_is_all_target_term():
+    whole, student = dense(torch.eye(1, V).double() * 50), logits(2, 1).log_softmax(-1)
+    dropped = replace(whole, logp=whole.logp.masked_fill(torch.arange(V) > 0, -torch.inf))
+    for target in (truncation.top_k(whole, 1), dropped):
+        tkd, dkd = losses._decoupled(student, renormalise(target))
+        close(tkd, -student[:, 0])
+        close(dkd, [0.0])
+
+
+# What is asked for and not there
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "by"),
+    [
+        *(("minillm", missing, "rollout=mixed") for missing in ("student", "importance", "advantage")),
+        ("distillm2", "by_student", "rollout=pairs"),
+        *(("atkd", missing, "routing=uncertainty") for missing in ("hard", "weight")),
+    ],
+)
+def test_what_nothing_gives_is_asked_for_by_name(name, missing, by):
+    target, student = dense(logits(1)), logits(2).log_softmax(-1)
+    less = {k: v for k, v in target.sampled.items() if k != missing}
+    for known in (None, less):
+        with pytest.raises(UserError, match=rf"asks for \w+ .*: type {by} too"):
+            LOSSES[name](student, replace(target, sampled=known))
+    with pytest.raises(UserError, match=f"asks for {missing}"):
+        LOSSES[name](student, replace(target, sampled=less))
+
+
 @pytest.mark.parametrize(
     ("name", "setting", "value"),
     [("jsd", "beta", -0.1), ("jsd", "beta", 1.1), ("jsd", "beta", math.nan), ("akl", "mu", -0.1), ("akl", "mu", 1.5),
-     ("skl", "alpha", 1.0), ("skl", "alpha", -0.1), ("srkl", "alpha", 1.0), ("srkl", "alpha", -0.1)],
+     ("skl", "alpha", 1.0), ("skl", "alpha", -0.1), ("srkl", "alpha", 1.0), ("srkl", "alpha", -0.1),
+     ("minillm", "clip", -0.1), ("minillm", "clip", math.nan), ("distillm2", "beta", -0.1), ("distillm2", "beta", 2.1),
+     ("distillm2", "alpha", 1.0), ("atkd", "share", -0.1), ("atkd", "share", 1.1)],
 )  # fmt: skip
 def test_a_setting_without_meaning_is_refused_by_name(name, setting, value):
     loss = option("loss", name, **{setting: value})

@@ -24,6 +24,7 @@ from tests.cases import (
     each,
     logits,
     option,
+    sample,
     slope,
 )
 
@@ -356,7 +357,8 @@ def most_elements(total_of, rows: int = 600, columns: int = 64) -> float:
     seed = torch.arange(rows)
 
     def signal(rows):
-        return Target(label[rows], teacher(hidden[rows].detach()).log_softmax(-1).detach(), seed=seed[rows])
+        logp = teacher(hidden[rows].detach()).log_softmax(-1).detach()
+        return Target(label[rows], logp, seed=seed[rows], sampled=sample(len(logp), torch.float32))
 
     with Elements() as elements:
         total_of(head, hidden, label, signal).backward()

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd import module, ranks
+from kd import losses, module, ranks
 from kd.data import IGNORE, Batch
 from kd.errors import UserError
+from kd.generate import Sampled
 from kd.models import Flops
 from kd.module import Distillation, Task
 from kd.objective import Objective
@@ -26,18 +27,50 @@ ROWS, T, V = 6, 5, 17
 )
 def test_the_surest_go_first_by_hand(share, expected):
     """Of equals, the first in the batch."""
-    distilled = option("routing", "entropy", share=share)(lambda: torch.tensor([0.5, 0.1, 2.0, 0.0, 0.5]))
-    assert (~distilled).nonzero().flatten().tolist() == expected
+    said = option("routing", "entropy", share=share)(lambda measure: torch.tensor([0.5, 0.1, 2.0, 0.0, 0.5]))
+    assert said.keys() == {"distilled"}
+    assert (~said["distilled"]).nonzero().flatten().tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("found", "hard", "weight"),
+    [
+        ([0.1, 0.5, 0.3], [0, 1, 1], [3, 1.5, 1.5]),
+        ([0.1, 0.5, 0.3, 0.2], [0, 1, 1, 1], [4, 4 / 3, 4 / 3, 4 / 3]),  # of two in the middle the lower: 0.2
+        ([0.9, 0.1, 0.1, 0.1, 0.8, 0.7, 0.6], [1, 0, 0, 0, 1, 1, 1], [7 / 4, 7 / 3, 7 / 3, 7 / 3, 7 / 4, 7 / 4, 7 / 4]),
+        ([0.4, 0.4, 0.4], [1, 1, 1], [1, 1, 1]),  # none is easy
+        ([0.4], [1], [1]),
+        ([], [], []),
+    ],
+)
+def test_the_uncertain_are_hard_by_hand(found, hard, weight):
+    said = option("routing", "uncertainty")(lambda measure: torch.tensor(found))
+    assert said.keys() == {"hard", "weight"} and said["hard"].tolist() == hard
+    torch.testing.assert_close(said["weight"], torch.tensor(weight, dtype=torch.float32))
+
+
+def test_weights_make_one_mean_of_two():
+    found, value = torch.rand(101), torch.rand(101)
+    said = option("routing", "uncertainty")(lambda measure: found)
+    hard = found >= found.median()
+    means = value[hard].mean() + value[~hard].mean()
+    torch.testing.assert_close((value * said["weight"]).mean(), means)
+
+
+def test_what_is_measured_is_what_the_teacher_leaves_to_other_tokens():
+    asked = []
+    option("routing", "uncertainty")(lambda measure: (asked.append(measure(TEACHER, V)), torch.rand(3))[1])
+    torch.testing.assert_close(asked[0], 1 - TEACHER.of_label().exp())
 
 
 def test_none_asks_for_nothing():
-    assert option("routing", "none")(None) is None
+    assert option("routing", "none")(None) == {}
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
 def test_a_share_without_meaning_is_refused_by_name(share):
     with pytest.raises(UserError, match=rf"routing\.share={share}: need"):
-        option("routing", "entropy", share=share)(lambda: torch.zeros(3))
+        option("routing", "entropy", share=share)(lambda measure: torch.zeros(3))
 
 
 class Model(torch.nn.Module):
@@ -71,27 +104,27 @@ def source(part: Batch, kept: torch.Tensor):
     return lambda rows: Target(part.labels[kept][rows], TEACHER.logp[which[rows]], seed=part.seed[kept][rows])
 
 
-def made(micro_batch: int, chunk: int, share: float = 0.3, teacher=None) -> Distillation:
-    objective = Objective(LOSSES["fkl"], TRUNCATIONS["full"], TREATMENTS["renormalise"], TEMPERATURES["fixed"], chunk)
+def made(micro_batch: int, chunk: int, share: float = 0.3, teacher=None, loss="fkl", route=None) -> Distillation:
+    objective = Objective(LOSSES[loss], TRUNCATIONS["full"], TREATMENTS["renormalise"], TEMPERATURES["fixed"], chunk)
     student = Model()
     return Distillation(
         student, teacher, source, objective, lambda _: 0.7, lambda _: 0.1, None, steps=2, micro_batch=micro_batch,
         clip=0, log_every=1, val_every=1, validation=[], flops=Flops(0, 0),
-        route=option("routing", "entropy", share=share),
+        route=route or option("routing", "entropy", share=share),
     )  # fmt: skip
 
 
 def step(of: Distillation, given: Batch, monkeypatch) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Sums and gradients of a step."""
     monkeypatch.setattr(of, "manual_backward", lambda loss: loss.backward())
-    means, _ = of._in_parts([Task(given, 0.7, 0.3, 10)])
+    means, _ = of._in_parts([Task(given, 0.7, 0.3, 10, 10)])
     return means * 10, [p.grad.clone() for p in of.student.parameters()]
 
 
 def asked_for(of: Distillation, given: Batch) -> torch.Tensor:
     """Which of the counted positions are distilled."""
     parts = [(part, part.labels != IGNORE) for part in given.split(of.micro_batch)]
-    return torch.cat(of._routed(parts)[1])
+    return torch.cat([known["distilled"] for known in of._routed(parts)[1]])
 
 
 def expected(share: float) -> torch.Tensor:
@@ -116,6 +149,52 @@ def test_a_step_is_the_same_however_it_is_cut(micro_batch, chunk, monkeypatch):
     torch.testing.assert_close(sums, whole[0], rtol=1e-6, atol=1e-6)
     for a, b in zip(grads, whole[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+HARD = option("routing", "uncertainty")
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4, 6])
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_atkd_is_that_of_the_whole_step_however_it_is_cut(micro_batch, chunk, monkeypatch):
+    """share * mean of dkd over easy tokens + (1 - share) * mean of tkd + dkd over hard ones, times all of them."""
+    of, given = made(micro_batch, chunk, loss="atkd", route=HARD), batch()
+    sums, grads = step(of, given, monkeypatch)
+    whole = step(made(6, 100, loss="atkd", route=HARD), given, monkeypatch)
+    torch.testing.assert_close(sums, whole[0], rtol=1e-5, atol=1e-6)
+    for a, b in zip(grads, whole[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    kept = given.labels != IGNORE
+    student = of.student.head(of.student.hidden(given.ids[kept])).log_softmax(-1).double()
+    target = Target(given.labels[kept], TEACHER.logp[given.ids[kept]].double())
+    tkd, dkd = losses._decoupled(student, target)
+    unsure = 1 - target.of_label().exp()
+    hard = unsure >= unsure.median()
+    assert 0 < hard.sum() < len(hard)
+    mean = 0.2 * dkd[~hard].mean() + 0.8 * (tkd + dkd)[hard].mean()
+    torch.testing.assert_close(sums[1], (mean * len(hard)).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_atkd_of_each_micro_batch_would_be_another(monkeypatch):
+    given = batch()
+    whole = step(made(6, 100, loss="atkd", route=HARD), given, monkeypatch)[0][1]
+    parts = [step(made(2, 100, loss="atkd", route=HARD), part, monkeypatch)[0][1] for part in given.split(2)]
+    assert (sum(parts) - whole).abs() > 1e-3
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 6])
+def test_what_a_rollout_knows_reaches_the_loss(micro_batch, monkeypatch):
+    """Beside what the routing says, for the positions that count."""
+    by_student = (torch.arange(ROWS) % 2)[:, None].expand(ROWS, T).float()
+    given = batch()._replace(sampled=Sampled(by_student=by_student))
+    of = made(micro_batch, 7, loss="distillm2")
+    sums, _ = step(of, given, monkeypatch)
+    kept = given.labels != IGNORE
+    student = of.student.head(of.student.hidden(given.ids[kept])).log_softmax(-1).double()
+    target = Target(given.labels[kept], TEACHER.logp[given.ids[kept]].double())
+    both = [LOSSES[name](student, target) for name in ("skl", "srkl")]
+    kd = torch.where(by_student[kept] > 0, both[1], both[0])[expected(0.3)].sum()
+    torch.testing.assert_close(sums[1], kd.detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(6,), (3, 3), (4, 2), (1, 5)])
@@ -210,9 +289,9 @@ def test_a_store_of_a_part_routes_nearly_as_the_teacher(root):
         seen = []
 
         def spy(self, parts, seen=seen):
-            signals, distilled = real(self, parts)
-            seen.append(torch.cat(distilled))
-            return signals, distilled
+            signals, known = real(self, parts)
+            seen.append(torch.cat([of["distilled"] for of in known]))
+            return signals, known
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module.Distillation, "_routed", spy)
@@ -225,6 +304,20 @@ def test_a_store_of_a_part_routes_nearly_as_the_teacher(root):
 def test_a_store_of_draws_is_refused(root):
     with pytest.raises(UserError, match=r"routing=entropy is measured .* random draws=30, too little"):
         here(root, "logits=offline", "truncation=random", "truncation.draws=30", *ROUTED)
+
+
+def test_atkd_is_a_loss_and_a_routing(root):
+    run = here(root, "loss=atkd", "routing=uncertainty")
+    near(here(root, "loss=atkd", "routing=uncertainty", "trainer.micro_batch=1", "trainer.chunk=7"), run)
+    assert 0 < result(run)["final"]["val/fkl"] < result(here(root, "alpha.peak=0"))["final"]["val/fkl"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "by"), [("atkd", "routing=uncertainty"), ("distillm2", "rollout=pairs"), ("minillm", "rollout=mixed")]
+)
+def test_a_loss_that_is_not_told_what_it_asks_for_is_refused_before_anything_is_trained(root, loss, by):
+    with pytest.raises(UserError, match=f"type {by} too"):
+        here(root, f"loss={loss}")
 
 
 def test_a_teacher_that_learns_can_be_routed(root):

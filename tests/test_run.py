@@ -14,7 +14,7 @@ import filelock
 import pytest
 import torch
 
-from kd.run import Run
+from kd.run import Run, axes, sizes_of
 from kd.signals import Preempted, Requests
 from tests.small import folder, outcome, result, start, train
 
@@ -235,3 +235,33 @@ def test_a_damaged_state_is_said_and_stops_nothing(tmp_path):
     run.folder.mkdir()
     (run / "state.json").write_text("{")
     assert run.state()["state"] == "not begun" and "state.json is damaged" in run.state()["reason"]
+
+
+def test_axes_are_a_level_deep_without_dots_and_none_without_a_meaning():
+    config = {
+        "seed": 3, "data": "python", "data.seq_len": 256, "data.tokens": None, "logits": "online", "logits.path": "/x",
+        "student.size": "200k", "student.name": None, "teacher.size": None, "teacher.name": "a/big", "teacher.seed": 0,
+        "truncation": "top_k", "truncation.k": 50, "temperature": "fixed", "temperature.tau": 2.0, "loss": "jsd",
+        "loss.beta": 0.5, "alpha": "wsd", "alpha.peak": 0.9, "lr": "cosine", "lr.peak": 1e-3, "optim": "AdamW",
+        "optim.betas": [0.9, 0.95], "trainer.steps": 10, "trainer.batch": 4, "root": "runs", "rollout": "student",
+        "rollout.share": 0.5, "rollout.top_k": None,
+    }  # fmt: skip
+    sizes = {"student": (20, 10), "teacher": (200, 100)}
+    assert axes(config, sizes) == {
+        "seed": 3, "data": "python", "logits": "online", "student": "200k", "teacher": "big", "truncation": "top_k",
+        "truncation_k": 50, "temperature": "fixed", "temperature_tau": 2.0, "loss": "jsd", "loss_beta": 0.5,
+        "alpha": "wsd", "alpha_peak": 0.9, "lr": "cosine", "lr_peak": 1e-3, "optim": "AdamW", "tokens": 10240,
+        "rollout": "student", "rollout_share": 0.5,
+        "student_params": 20, "student_params_non_embedding": 10,
+        "teacher_params": 200, "teacher_params_non_embedding": 100,
+    }  # fmt: skip
+    alone = axes(config | {"logits": "none"}, {"student": (20, 10)})
+    assert alone["loss"] == "lm" and alone["alpha_peak"] == 0 and alone["lr_peak"] == 1e-3
+    assert not {"alpha", "temperature", "temperature_tau", "truncation", "loss_beta"} & alone.keys()
+
+
+def test_sizes_are_read_back_from_a_result():
+    result = {"parameters": 20, "non_embedding": 10, "teacher_parameters": None, "teacher_non_embedding": None}
+    assert sizes_of(result) == {"student": (20, 10)}
+    assert sizes_of(result | {"teacher_parameters": 200, "teacher_non_embedding": 100})["teacher"] == (200, 100)
+    assert sizes_of({"parameters": 20}) == {}  # of an earlier version

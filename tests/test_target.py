@@ -163,6 +163,32 @@ def test_entropy_of_a_sure_or_a_uniform_teacher():
 
 
 @each("form", FORMS)
+def test_uncertainty_is_what_is_left_to_other_tokens(form):
+    target = form(logits(1))
+    for label in (target.label, (target.label + 7) % V):
+        told = replace(target, label=label)
+        close(told.uncertainty(), 1 - probabilities(told).gather(-1, label[:, None])[:, 0])
+        close(told.is_label().sum(-1), (probabilities(told).gather(-1, label[:, None])[:, 0] > 0).long())
+
+
+def test_uncertainty_of_a_sure_teacher_is_exact():
+    """1 - p would be 0 in float32, and one token of which it is sure as good as another."""
+    target = dense(torch.tensor([[40.0, 0.0, 0.0], [60.0, 0.0, 0.0]]))
+    target = replace(target, label=torch.zeros(2, dtype=torch.long), whole=True)
+    close(target.uncertainty(), [2 * math.exp(-40), 2 * math.exp(-60)], rtol=1e-5, atol=0)
+    assert (1 - target.of_label().exp() == 0).all()
+
+
+def test_what_is_known_of_positions_goes_with_them():
+    target = dense(logits(1))
+    part = replace(target, ids=None).keep(*target.logp.topk(3))[torch.tensor([4, 1])]
+    assert part.of_sample("weight").tolist() == target.of_sample("weight")[[4, 1]].tolist()
+    assert target[1:3].soften(2.0).sampled.keys() == target.sampled.keys()
+    with pytest.raises(UserError, match=r"asks for hard of each position.* routing=uncertainty"):
+        replace(target, sampled=None).of_sample("hard")
+
+
+@each("form", FORMS)
 def test_probability_is_added_to_the_true_token_alone(form):
     target = form(logits(1))
     for label in (target.label, (target.label + 7) % V):

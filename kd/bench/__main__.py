@@ -92,6 +92,9 @@ def compare(folder: Path, names: list[str], shape: Shape, steps: int) -> None:
     for name, result in found.items():
         if "waited" in result:
             console.print(f"{name}: a step waits {1000 * result['waited']:.1f} ms for its batch.")
+        if name.startswith("on_policy") and "tokens_per_second" in found.get("trl_on_policy", {}):
+            theirs = found["trl_on_policy"]["tokens_per_second"]
+            console.print(f"{name}: {ratio(result['tokens_per_second'], theirs)} of trl_on_policy.")
         if name.startswith("write_") and "forward" in found:
             bare = found["forward"]["tokens_per_second"]
             console.print(f"{name}: {ratio(result['tokens_per_second'], bare)} of the teacher's bare forward pass.")

@@ -66,8 +66,11 @@ def full(work: Work) -> None:
     plainly(work, student, loss)
 
 
-def trl(work: Work, beta: float = 0.0) -> None:
-    """TRL's GKDTrainer on given text; beta=0 is its forward KL. Without checkpointing of activations, as all here."""
+def trl(work: Work, beta: float = 0.0, on_policy: bool = False) -> None:
+    """TRL's GKDTrainer on given text, or on text that the student writes; beta=0 is its forward KL.
+
+    Without checkpointing of activations, as all here.
+    """
     import torch
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -80,7 +83,9 @@ def trl(work: Work, beta: float = 0.0) -> None:
 
     def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
         ids = torch.tensor([row["input_ids"] for row in rows])
-        return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+        given = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+        prompts = ids[:, : ids.shape[1] // 2]
+        return given | {"prompts": prompts, "prompt_attention_mask": torch.ones_like(prompts)} if on_policy else given
 
     student, teacher = work.student(), work.teacher().to(work.dtype)
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +94,8 @@ def trl(work: Work, beta: float = 0.0) -> None:
             train_dataset=Dataset.from_dict({"input_ids": work.rows()[:, :-1].tolist()}),
             processing_class=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="<pad>"),
             args=GKDConfig(
-                folder, lmbda=0.0, beta=beta, per_device_train_batch_size=work.shape.batch, max_steps=work.steps,
+                folder, lmbda=float(on_policy), beta=beta, max_new_tokens=work.shape.seq_len // 2, temperature=1.0,
+                per_device_train_batch_size=work.shape.batch, max_steps=work.steps,
                 bf16=work.dtype == torch.bfloat16, use_cpu=work.device.type == "cpu", learning_rate=RATE,
                 max_grad_norm=CLIP, gradient_checkpointing=False, report_to="none", save_strategy="no",
                 disable_tqdm=True,
@@ -132,19 +138,20 @@ def liger(work: Work, beta: float = 0.0) -> None:
     plainly(work, student, loss)
 
 
-def online(work: Work, loss: str = "fkl", compile: bool = False) -> None:
+def online(work: Work, loss: str = "fkl", compile: bool = False, on_policy: bool = False) -> None:
     """kd with logits=online: its own module in Lightning's trainer, as train.py puts them together."""
-    trainer, module, batches = fitted(work, loss, compile)
+    trainer, module, batches = fitted(work, loss, compile, on_policy=on_policy)
     trainer.fit(module, batches)
 
 
-def fitted(work: Work, loss: str, compile: bool, store: Store | None = None):
-    """Trainer, module and batches; with a store, the teacher is what it holds."""
+def fitted(work: Work, loss: str, compile: bool, store: Store | None = None, on_policy: bool = False):
+    """Trainer, module and batches. store: what the teacher says. on_policy: the student writes half of each row."""
     import lightning
+    import numpy as np
     import torch
     from omegaconf import OmegaConf
 
-    from kd import config, data, logits, temperature, treatment, truncation
+    from kd import config, data, logits, rollout, temperature, treatment, truncation
     from kd.models import Causal, Flops
     from kd.module import Distillation
     from kd.objective import Objective
@@ -156,10 +163,11 @@ def fitted(work: Work, loss: str, compile: bool, store: Store | None = None):
     objective = Objective(compared, cut, treatment.renormalise, temperature.fixed, compile=compile)
     module = Distillation(
         student, teacher, store.source if store else logits.online(teacher), objective,
-        alpha=lambda progress: ALPHA, lr=lambda progress: RATE,
+        alpha=lambda progress: 1.0 if on_policy else ALPHA, lr=lambda progress: RATE,
         optimizer=partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.1),
         steps=work.steps, micro_batch=work.shape.batch, clip=CLIP, log_every=10, val_every=work.steps, validation=[],
         flops=Flops(0.0, 0.0), watch=work.tick,
+        rollout=rollout.student(rollout.Writers(student, teacher, work.shape.vocab - 1, 0), 1.0) if on_policy else None,
     )  # fmt: skip
     if compile:
         for model in (student, *module.outside):
@@ -168,8 +176,11 @@ def fitted(work: Work, loss: str, compile: bool, store: Store | None = None):
         accelerator="auto", devices=1, precision=PRECISIONS[work.shape.precision], max_steps=work.steps, max_epochs=-1,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
+    rows = work.rows()
+    half, end = work.shape.seq_len // 2, work.shape.seq_len  # as many tokens of a prompt as TRL has
+    spans = np.tile([half, end], (len(rows), 1)) if on_policy else None
     read = store.read if store else None
-    return trainer, module, data.Batches(work.rows(), work.shape.batch, 0, 0, work.steps, read=read)
+    return trainer, module, data.Batches(rows, work.shape.batch, 0, 0, work.steps, read=read, spans=spans)
 
 
 class Stopwatch:
@@ -237,13 +248,16 @@ def breakdown(work: Work) -> dict[str, dict[str, float]]:
     return {"parts": {part: seconds / counted for part, seconds in parts}}
 
 
-LOSSES = sorted(path.stem for path in (CONF / "loss").glob("*.yaml"))
+ON_SAMPLES = {"atkd", "distillm2", "minillm"}  # losses that ask what a rollout or a routing knows
+LOSSES = sorted({path.stem for path in (CONF / "loss").glob("*.yaml")} - ON_SAMPLES)
 CASES: dict[str, Callable[[Work], dict | None]] = {
     "lm": lm,
     "full": full,
     "trl": trl,
     **{f"online_{loss}": partial(online, loss=loss) for loss in LOSSES},
     "online_fkl_compiled": partial(online, compile=True),
+    "trl_on_policy": partial(trl, beta=0.5, on_policy=True),
+    "on_policy_jsd": partial(online, loss="jsd", on_policy=True),
     **{f"offline_{kept}": partial(offline.train, kept=kept) for kept in ("random", "top_50", "full")},
     "forward": offline.forward,
     **{f"write_{kept}": partial(offline.write, kept=kept) for kept in ("random", "top_50", "full")},

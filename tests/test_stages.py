@@ -1,0 +1,197 @@
+"""Runs that depend on others: what a student starts from, its teacher's responses, plain text beside instructions."""
+
+import json
+import shutil
+
+import hydra
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kd import data
+from kd.config import CONF
+from kd.errors import UserError
+from kd.plan import plan, start_settings
+from tests.small import here, settings
+
+SFT = ("start=sft", "start.steps=3", "start.batch=2", "start.sft_steps=3")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Fifty sums as instructions, some plain text, and a root of runs."""
+    folder = tmp_path_factory.mktemp("stages")
+    rows = [{"prompt": f"{a} plus {b} is", "response": f" {a + b}."} for a in range(10) for b in range(5)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "plain.txt").write_text("\n\n".join(f"Line {i} is about the sum of {i} and {i + 1}." for i in range(400)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def words(root):
+    own = ("data=instructions", "data.seq_len=48", "data.val_rows=6", f"data.files={root / 'sums.jsonl'}")
+    own += (
+        "data.template=plain",
+        "data.vocab=300",
+        "data.val_share=0.2",
+        "plain=text",
+        f"plain.files={root / 'plain.txt'}",
+    )
+    return (*own, "trainer.steps=4", "trainer.val_every=4")
+
+
+@pytest.fixture(scope="module")
+def made(root, words):
+    """A student distilled after all stages, and a teacher."""
+    return here(root, *words, *SFT)
+
+
+def planned(of):
+    """What a run depends on is composed when it is asked for."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return plan(of)
+
+
+def before(of):
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return start_settings(of)
+
+
+def test_stages_are_runs_that_are_made_once(root, words, made):
+    """Language modelling on plain text, fine-tuning on instructions, distillation: each from the weights before."""
+    told = settings(root, *words, *SFT)
+    sft = before(told)
+    pretrained = before(sft)
+    assert before(pretrained) is None
+    assert (
+        planned(sft).run.result()["config"]["data"] == "instructions"
+        and planned(sft).run.result()["config"]["logits"] == "none"
+    )
+    assert planned(pretrained).run.result()["config"]["data"] == "text"
+    assert planned(planned(told).teacher).start is not None  # the teacher was pretrained as well
+    tokenizers = {(run / "student" / "tokenizer.json").read_bytes() for run in root.glob("*-100k-*")}
+    assert len(tokenizers) == 1  # that of the plain text
+    times = {p: p.stat().st_mtime_ns for p in root.rglob("model.safetensors")}
+    here(root, *words, *SFT, "loss=rkl")
+    assert {p: p.stat().st_mtime_ns for p in times} == times and made != here(root, *words, *SFT, "loss=rkl")
+
+
+def test_a_student_starts_from_the_weights_of_its_stage(root, words):
+    """With a learning rate of 0 it stays where it starts."""
+    still = here(root, *words, *SFT, "lr.peak=0")
+    sft = planned(before(settings(root, *words, *SFT))).run.folder
+    a, b = (load_file(run / "student" / "model.safetensors") for run in (still, sft))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_stages_are_part_of_what_a_run_is(root, words):
+    names = {
+        planned(settings(root, *words, *more)).run.name
+        for more in ((), SFT, (*SFT, "start.sft_lr=1e-5"), (*SFT, "start.seed=1"), (*SFT, "lm=plain"))
+    }
+    assert len(names) == 5
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("rollout=student", "logits=none"), "logits=none learns from the data alone"),
+        (("rollout=student", "logits=offline"), "a store knows nothing of new text"),
+        (("rollout=teacher", "logits=none", "teacher=none"), "needs a teacher"),
+        (("rollout=student", "rollout.share=2"), "rollout.share=2"),
+    ],
+)
+def test_rollouts_that_cannot_be(root, words, more, says):
+    with pytest.raises(UserError, match=says):
+        here(root, *words, *more)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("rollout=student",), "type data=instructions"),
+        (("start=sft",), "type data=instructions"),
+        (("lm=plain",), "beside instructions"),
+    ],
+)
+def test_what_plain_text_cannot_have(tmp_path, more, says):
+    with pytest.raises(UserError, match=says):
+        here(tmp_path, *more)
+
+
+def test_what_a_teacher_wrote_is_written_once_and_learned_from(root, words):
+    """SeqKD: prompts as they are, responses of the teacher; a kill in between costs the part that was being written."""
+    here(root, *words, "logits=none", "rollout=teacher")
+    (folder,) = (p.parent for p in (root / "rollouts").glob("*/manifest.json"))
+    own = data.opened(next(p.parent for p in (root / "data").glob("*/train_spans.npy")))
+    written = data.opened(folder)
+    assert np.array_equal(written.val, own.val) and written.train.shape == own.train.shape
+    asked = own.train_spans[:, 0]
+    assert np.array_equal(written.train_spans[:, 0], asked)
+    for a, b, n in zip(own.train, written.train, asked, strict=True):
+        assert np.array_equal(a[:n], b[:n])
+    assert not np.array_equal(own.train, written.train)
+    assert not list((root / "rollouts").glob("*.parts"))
+    kept = (folder / "train.npy").read_bytes()
+    here(root, *words, "rollout=teacher")  # distilled on the same text
+    assert len(list((root / "rollouts").glob("*/manifest.json"))) == 1
+    shutil.rmtree(folder)
+    here(root, *words, "rollout=teacher", "loss=rkl")
+    assert (folder / "train.npy").read_bytes() == kept
+
+
+METHODS = {
+    "gkd": ("rollout=student", "rollout.share=0.5", "loss=jsd", "alpha.peak=1"),
+    "distillm": (
+        "rollout=adaptive",
+        "rollout.threshold=0.8",
+        "rollout.capacity=6",
+        "loss=srkl",
+        "lm=plain",
+        "alpha.peak=0.5",
+    ),
+    "minillm": ("rollout=mixed", "rollout.epochs=2", "loss=minillm", "lm=plain", "alpha.peak=0.5"),
+    "minillm_code": ("rollout=mixed_code", "loss=minillm", "alpha.peak=1"),
+    "distillm2": ("rollout=pairs", "loss=distillm2", "alpha.peak=1"),
+    "atkd": ("loss=atkd", "routing=uncertainty", "alpha.peak=1"),
+    "on_policy": ("rollout=student", "rollout.share=1", "loss=rkl", "alpha.peak=1"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_goes_on_where_it_was_killed(root, words, made, method, tmp_path):
+    """Bit for bit: what is written is a function of seed, step and weights, and of what a checkpoint keeps."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        for name in ("data", *(p.name for p in root.glob("lm-100k-*"))):
+            shutil.copytree(root / name, folder / name)
+    more = (*words, *SFT, *METHODS[method], "trainer.steps=6", "trainer.checkpoint_every=1")
+    a = here(whole, *more)
+    b = killed_at(4, cut, *more)
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    x, y = (load_file(run / "student" / "model.safetensors") for run in (a, b))
+    assert all(torch.equal(x[name], y[name]) for name in x)
+
+
+def killed_at(step, root, *words):
+    """The run, after a first try that ended at `step`."""
+    from kd import module
+
+    class Killed(BaseException):
+        pass
+
+    real = module.Distillation.training_step
+
+    def training_step(self, *args):
+        if self.global_step == step:
+            raise Killed
+        return real(self, *args)
+
+    module.Distillation.training_step = training_step
+    try:
+        with pytest.raises(Killed):
+            here(root, *words)
+    finally:
+        module.Distillation.training_step = real
+    return here(root, *words)
