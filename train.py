@@ -158,6 +158,8 @@ def show_plan(all_settings: list[Settings], said: list[str], at_once: float) -> 
         made |= {name: takes for name, takes in estimate(of).items() if name not in made}
     done = sum(plan(of).run.result() is not None for of in all_settings)
     estimates.show(made, names, done, all_settings[0], at_once)
+    if any(rollout_of(of) != "none" for of in all_settings):
+        console.print("Not counted: what rollouts write.")
 
 
 def fit_in_ranks(run: Run, settings: Settings, packed: data.Packed, made: Made) -> dict:
@@ -276,6 +278,9 @@ class Parts:
         vocab = len(self.tokenizer)
         logp = torch.linspace(0, 1, 2 * vocab).view(2, vocab).sin().log_softmax(-1)
         known = {name: torch.ones(2) for name in self.rollout(None).gives} | self.route(lambda measure: torch.zeros(2))
+        known |= {
+            name: torch.tensor([0.0, 1.0]) for name in ("by_student", "hard") if name in known
+        }  # one of each kind
         zeros = torch.zeros(2, dtype=torch.long)
         target = Target(zeros, logp, seed=zeros, sampled=known)
         if self.keep is not None:
@@ -302,6 +307,10 @@ class Parts:
                 )
             if not 0 <= self.lr(progress) < math.inf:
                 raise UserError(f"lr is {self.lr(progress)} at {progress:.0%} of the run: need a number of at least 0.")
+        if settings["lm"] == "plain" and all(self.alpha(step / 100) == 1 for step in range(101)):
+            raise UserError(
+                "lm=plain would do nothing, as alpha is 1 throughout; type alpha.peak=0.5, or leave it out."
+            )
 
 
 def check_tokenizers(settings: Settings, ours, teacher_name: str | None) -> None:
@@ -363,7 +372,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         packed.val, of["micro_batch"], ranks.share(len(packed.val)), passes, packed.val_spans
     )
     recorder = offline.recorder(settings, packed, parts.keep, student, start) if settings["record"] else None
-    writers = rollout.Writers(student, teacher, packed.end, settings["seed"])
+    writers = rollout.Writers(student, teacher, packed.end, settings["seed"], of["micro_batch"])
     module = Distillation(
         student, teacher, parts.logits(store or teacher), objective, parts.alpha, parts.lr, parts.optim,
         steps=of["steps"], micro_batch=of["micro_batch"], clip=of["clip"], log_every=of["log_every"],

@@ -74,7 +74,7 @@ def instructions(
         load = partial(_examples, rows, prompt, response, f"data.files={files}")
     else:
         sources, template = corpora.standard_library(), template or "plain"
-        how |= dict(name="functions", version=2, template=template, content=corpora.digest_all(sources))
+        how |= dict(name="functions", version=3, template=template, content=corpora.digest_all(sources))
         load = partial(functions, sources)
     return Corpus(load, how, pairs=Pairs(template, prompt_len))
 
@@ -179,7 +179,7 @@ def functions(sources: Iterable[str]) -> list[Example]:
     data=python has not read what is measured on. Functions within functions are left out, since they are part of
     another's body, and so are bodies that do nothing, or raise an error and nothing else.
     """
-    found: dict[tuple, Example] = {}
+    found: dict[tuple[Turn, ...], Example] = {}
     for source in sources:
         try:
             with warnings.catch_warnings():
@@ -191,7 +191,7 @@ def functions(sources: Iterable[str]) -> list[Example]:
         for function in _defined(tree):
             example = _asked_for(function, lines)
             if example:
-                found.setdefault(example[:2], example._replace(document=source))
+                found.setdefault(example.turns, example._replace(document=source))
     return list(found.values())
 
 

@@ -131,7 +131,8 @@ def minillm(student: Tensor, target: Target, clip: float = 0.2, single_step: boo
 
     -min(rho A, clip(rho, 1 - clip, 1 + clip) A) + rkl, where rho = exp(log q(y) - log q_old(y)) * q_old(y) / p~(y) is
     the student now over what y was drawn from, and A the advantage that the rollout has given the position; both terms
-    are a surrogate, whose gradient is meant and not its value. Gu et al. 2023, arXiv 2306.08543, section 2.2. Without
+    are a surrogate, whose gradient is meant and not its value. Gu et al. 2023, arXiv 2306.08543, section 2.2. There
+    both terms are weighed by q_old / p~; here, as in the authors' code, the exact one is as it is. Without
     single_step, A has to tell of the token itself too (rollout.from_next=false). The student is to be at temperature 1.
     Raises UserError for a negative clip, or on text that no rollout=mixed wrote.
     """

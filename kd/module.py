@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kd import ranks, routing, shards
 from kd.data import IGNORE, Batch
+from kd.errors import UserError
 from kd.hardware import hold_in, keep_freed, out_of_memory
 from kd.logits import Source
 from kd.metrics import Measures
@@ -137,6 +138,10 @@ class Distillation(lightning.LightningModule):
             keep_freed()
         for teacher in self.outside:
             teacher.to(self.device)
+
+    def on_train_start(self) -> None:
+        if self.rollout and self.rollout.looks_first and self.global_step == 0:
+            self.validate()
 
     def training_step(self, batch: Batch, index: int) -> None:
         progress = self._progress()
@@ -320,7 +325,7 @@ class Distillation(lightning.LightningModule):
         bad = [name for name, value in result.items() if not math.isfinite(value)]
         if bad:
             raise NonFinite(self._report(f"val/{bad[0]}", result, None, None))
-        if self.rollout:
+        if self.rollout and "lm" in result:
             self.rollout.validated(result["lm"])
         self.val_metrics = {f"val/{name}": value for name, value in result.items()} | self._axes()
         self._log(self.val_metrics)
@@ -338,7 +343,13 @@ class Distillation(lightning.LightningModule):
         for name in checkpoint["kd"].keys() & set(STATE):
             setattr(self, name, checkpoint["kd"][name])
         if self.rollout:
-            self.rollout.load(checkpoint["kd"]["rollout"][ranks.number()])
+            kept = checkpoint["kd"]["rollout"]
+            if len(kept) != ranks.count() and any(kept):
+                raise UserError(
+                    f"This run was saved by {len(kept)} processes, each of which keeps what it wrote; it cannot go on "
+                    f"with {ranks.count()}. Type trainer.devices={len(kept)}."
+                )
+            self.rollout.load(kept[min(ranks.number(), len(kept) - 1)])
         states = checkpoint["kd"]["random"]
         # With more ranks than there were, the new ones draw numbers of their own.
         self._random_state = states[ranks.number()] if ranks.number() < len(states) else None

@@ -103,6 +103,13 @@ def check_logits(settings: Settings, typed: list[str]) -> None:
 def check_rollout(settings: Settings, source: Corpus) -> None:
     """Raise UserError where nobody could write, or what is written would not be learned."""
     name, how = rollout_of(settings), source_of(settings)
+    if settings["lm"] == "plain" and how in ("none", "cotrained"):
+        why = "nothing of the instructions would be learned" if how == "none" else "the teacher learns from one text"
+        raise UserError(f"lm=plain with logits={how}: {why}; leave it out, or type logits=online.")
+    if settings["loss"]["_target_"] == "kd.losses.minillm" and how != "none":
+        of = settings["temperature"]
+        if of != {**of, "_target_": "kd.temperature.fixed", "tau": 1.0, "student_tau": 1.0}:
+            raise UserError("loss=minillm compares what was drawn at temperature 1; leave temperature out.")
     if name == "none":
         return
     said = f"rollout={name}"
@@ -115,6 +122,11 @@ def check_rollout(settings: Settings, source: Corpus) -> None:
         raise UserError(f"{said} would do nothing, as logits=none learns from the data alone; type logits=online.")
     if not any(settings["teacher"][k] for k in ("size", "name")):
         raise UserError(f"{said} needs a teacher; type teacher=1m.")
+    if settings["routing"]["_target_"] == "kd.routing.entropy" and name != "teacher":
+        raise UserError(
+            f"{said} with routing=entropy: tokens that are not distilled are learned as text, and this text is the "
+            "student's own. Leave routing out."
+        )
     if settings["record"]:
         raise UserError(f"{said} and record: a store is of the text of the data. Leave one of them out.")
 

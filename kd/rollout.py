@@ -69,6 +69,7 @@ class Rollout:
     """
 
     gives: tuple[str, ...] = ()
+    looks_first = False  # whether it is to be told of a validation before the first step
 
     def __init__(self, writers: Writers | None):
         self.writers = writers
@@ -138,11 +139,10 @@ def adaptive(
     """The student writes, or what it wrote is replayed, with a chance that rises as validation gets worse; else data.
 
     The chance starts at `threshold` and rises by 0.1 each time that the validation loss is at least `tolerance` nats
-    above the last loss that made it rise, at first the first validation. Of that chance, the share 1 - progress
+    above the last loss that made it rise, at first that before the first step. Of that chance, the share 1 - progress
     (replay=decreasing), 1/2 (constant) or progress (increasing) is for new text, and the rest for rows of the last
     `capacity` that the student wrote, once there are so many. Adaptive student-generated output and replay of Ko et al.
-    2024 (DistiLLM), arXiv 2402.03898, sections 3.2 and 3.3, as in their code, which validates before the first step
-    too. Raises UserError for what has no meaning.
+    2024 (DistiLLM), arXiv 2402.03898, sections 3.2 and 3.3, as in their code. Raises UserError for what has no meaning.
     """
     check("rollout.threshold", threshold, 0 <= threshold <= 1, "a chance from 0 to 1")
     check("rollout.tolerance", tolerance, tolerance >= 0, "a number of nats of at least 0")
@@ -253,6 +253,7 @@ class Adaptive(Rollout):
     """Its state: the threshold, the loss that made it rise, and rows that the student wrote, the oldest first."""
 
     gives = OWN
+    looks_first = True
 
     def __init__(self, writers: Writers | None, threshold: float, tolerance: float, capacity: int, replay: str, **how):
         super().__init__(writers)
@@ -292,7 +293,7 @@ class Adaptive(Rollout):
 
 
 class Mixed(Rollout):
-    """Its state: the batch that is being learned from, unless each is for one step."""
+    """Its state: the batch that is being learned from, and which of the runs of `epochs` steps it is for."""
 
     gives = Sampled._fields
 
@@ -304,13 +305,15 @@ class Mixed(Rollout):
         self.how, self.scale, self.clip, self.returned = how, scale, clip, returned
         self.whiten, self.epochs = whiten, epochs
         self.batch: Batch | None = None
+        self.round = -1
 
     def __call__(self, batch: Batch, step: int, progress: float) -> Batch:
-        if step % self.epochs == 0 or ranks.any_of(self.batch is None):
+        if step // self.epochs != self.round:
             written = self.writers.write(batch, "student", "teacher", **self.how)
             advantage = self._advantage(written.sampled, written.labels != IGNORE)
             self.batch = written._replace(sampled=written.sampled._replace(advantage=advantage))
-        return self.batch
+            self.round = step // self.epochs
+        return _on(batch.ids.device, self.batch)  # a checkpoint is loaded to the CPU
 
     def _advantage(self, sampled: Sampled, counted: Tensor) -> Tensor:
         reward = (sampled.teacher - sampled.student) / self.scale
@@ -323,11 +326,15 @@ class Mixed(Rollout):
         if self.epochs == 1 or self.batch is None:
             return {}
         given = {name: x.cpu() for name, x in self.batch._asdict().items() if isinstance(x, Tensor)}
-        return given | {"sampled": {name: x.cpu() for name, x in self.batch.sampled._asdict().items()}}
+        return given | {
+            "sampled": {name: x.cpu() for name, x in self.batch.sampled._asdict().items()},
+            "round": self.round,
+        }
 
     def load(self, state: dict) -> None:
         if state:
-            self.batch = Batch(**state | {"sampled": Sampled(**state["sampled"])})
+            given = {name: x for name, x in state.items() if name != "round"}
+            self.batch, self.round = Batch(**given | {"sampled": Sampled(**state["sampled"])}), state["round"]
 
 
 def _sampling(temperature: float, top_k: int | None, top_p: float, max_tokens: int | None) -> dict:
@@ -342,6 +349,12 @@ def _sampling(temperature: float, top_k: int | None, top_p: float, max_tokens: i
 def _data(batch: Batch) -> Batch:
     """A batch that is as it was, among others that the student wrote."""
     return batch._replace(sampled=Sampled(by_student=torch.zeros(batch.labels.shape, device=batch.labels.device)))
+
+
+def _on(device: torch.device, batch: Batch) -> Batch:
+    """The batch, and what is known of its text, on a device."""
+    moved = {name: x.to(device) for name, x in batch._asdict().items() if isinstance(x, Tensor)}
+    return batch._replace(**moved, sampled=Sampled(*(x.to(device) for x in batch.sampled)))
 
 
 def _only_who(batch: Batch) -> Batch:

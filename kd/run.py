@@ -54,7 +54,8 @@ def part_of_outcome(config: dict) -> dict:
     if config["logits"] not in ("offline", "recorded"):  # recording changes nothing of what is learned
         without += ("record",)
     part = {k: v for k, v in config.items() if not below(k, without)}
-    own = ("teacher.size", "teacher.name", *(["teacher.seed"] if config["logits"] == "cotrained" else []))
+    seeded = config["logits"] == "cotrained" or config.get("rollout") == "teacher"  # which draws with it
+    own = ("teacher.size", "teacher.name", *(["teacher.seed"] if seeded else []))
     part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in own}
     return {k: float(v) if type(v) is int else v for k, v in part.items()}  # tau=1 is tau=1.0
 

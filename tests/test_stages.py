@@ -100,6 +100,12 @@ def test_stages_are_part_of_what_a_run_is(root, words):
         (("rollout=student", "logits=offline"), "a store knows nothing of new text"),
         (("rollout=teacher", "logits=none", "teacher=none"), "needs a teacher"),
         (("rollout=student", "rollout.share=2"), "rollout.share=2"),
+        (("rollout=student", "routing=entropy"), "the student's own"),
+        (("lm=plain", "logits=none"), "nothing of the instructions"),
+        (("lm=plain", "alpha.peak=1"), "alpha is 1 throughout"),
+        (("lm=plain", "logits=cotrained"), "learns from one text"),
+        (("rollout=mixed", "loss=minillm", "temperature.tau=2"), "temperature 1"),
+        (("loss=minillm",), "rollout=mixed"),
     ],
 )
 def test_rollouts_that_cannot_be(root, words, more, says):
@@ -168,7 +174,7 @@ def test_every_method_goes_on_where_it_was_killed(root, words, made, method, tmp
             shutil.copytree(root / name, folder / name)
     more = (*words, *SFT, *METHODS[method], "trainer.steps=6", "trainer.checkpoint_every=1")
     a = here(whole, *more)
-    b = killed_at(4, cut, *more)
+    b = killed_at(5, cut, *more)
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
     x, y = (load_file(run / "student" / "model.safetensors") for run in (a, b))
     assert all(torch.equal(x[name], y[name]) for name in x)
