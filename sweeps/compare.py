@@ -17,7 +17,7 @@ from kd.errors import UserError
 from kd.remote import home, latest
 from kd.run import EXACCERR, RESPONSES, Run, below, part_of_outcome, read_json, read_metrics
 
-ALONE = "language modelling alone"
+ALONE, FINE_TUNED, OF_TEACHERS_TEXT = "language modelling alone", "SFT", "SeqKD"
 ONE_SEED = "1 seed: no error bar, so a small difference may be chance"
 # 97.5% quantile of Student's t for 1 to 30 degrees of freedom; more are given the last one, a little too wide.
 T = (
@@ -175,6 +175,11 @@ class Group:
         return is_alone(self.config)
 
     @property
+    def distilled(self) -> bool:
+        """Whether distributions of a teacher are learned, so that all axes have a meaning."""
+        return without_loss(self.config) is None
+
+    @property
     def task(self) -> str:
         """Student, data and number of tokens: where these agree, losses can be compared."""
         return subset(self.config, "data", "student", "trainer.steps", "trainer.batch")
@@ -197,6 +202,13 @@ def is_alone(config: dict) -> bool:
     return config["logits"] == "none" and config.get("rollout", "none") == "none"
 
 
+def without_loss(config: dict) -> str | None:
+    """What a run is called that compares no distributions; None where it does."""
+    if is_alone(config):
+        return FINE_TUNED if config["data"] == "instructions" else ALONE
+    return OF_TEACHERS_TEXT if config["logits"] == "none" else None
+
+
 def goal(groups: list[Group]) -> Goal:
     """Rouge-L where all runs wrote responses, as papers on instructions have it; else the loss."""
     return ROUGE if groups and all(ROUGE.key in r["final"] for g in groups for r in g.results) else LOSS
@@ -210,12 +222,12 @@ def grouped(entries: list[Entry]) -> list[Group]:
             config = entry.result["config"]
             runs.setdefault(json.dumps(settings(config), sort_keys=True), {})[config["seed"]] = entry
     found = [(settings(next(iter(by_seed.values())).result["config"]), by_seed) for by_seed in runs.values()]
-    kinds = {alone: varying([c for c, _ in found if is_alone(c) is alone]) for alone in (True, False)}
+    kinds = {k: varying([c for c, _ in found if without_loss(c) == k]) for k in {without_loss(c) for c, _ in found}}
     groups = []
     for config, by_seed in found:
-        alone = is_alone(config)
-        said = label(config, kinds[alone])
-        groups.append(Group(f"{ALONE} {said}".strip() if alone else said or str(config.get("loss")), config, by_seed))
+        kind = without_loss(config)
+        said = " ".join(filter(None, [kind, label(config, kinds[kind])]))
+        groups.append(Group(said or str(config.get("loss")), config, by_seed))
     of = goal(groups)
     return sorted(groups, key=lambda g: -of.sign * g.mean(of.key).mean)
 
@@ -249,7 +261,7 @@ def label(config: dict, keys: list[str]) -> str:
         value, sized = config.get(key), name in ("size", "name")
         if key in config and not (value is None and sized):
             said = value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value)
-            brief = axis if sized else name if axis in ("loss", "truncation", "temperature") else key
+            brief = axis if sized else name if axis in ("loss", "truncation", "temperature", "rollout") else key
             words.append(said if key in ("loss", "truncation") else f"{brief}={said}")
     return " ".join(words)
 
@@ -302,7 +314,7 @@ def finding(groups: list[Group]) -> str:
         )
     else:
         beside = f"{shared(base, best, of.key):.{digits}f} for {base.label}"
-        says += f" against {beside}{verdict(change, closed(best, base, of), digits, of)}"
+        says += f" against {beside}{verdict(change, closed(best, base, of), digits, of, without_loss(base.config))}"
     sure = [name for name, c in changes.items() if c and gains[name] > 0 and c.half is not None and not c.noise]
     tied = [g.label for g in rivals if g is not best and (d := difference(g, best, of.key)) and d.noise]
     tied = tied if len(tied) <= 3 else [*tied[:2], f"{len(tied) - 2} more"]
@@ -310,10 +322,10 @@ def finding(groups: list[Group]) -> str:
     return says + (f"; {listed(tied)} cannot be told apart from {best.label}" if tied else "")
 
 
-def verdict(change: Interval, share: float | None, digits: int, of: Goal) -> str:
+def verdict(change: Interval, share: float | None, digits: int, of: Goal, alone: str) -> str:
     """How the best differs from language modelling alone, with the interval or the lack of one."""
     gap = f", closing {share:.0%} of the gap to the teacher" if share is not None and share > 0 else ""
-    nothing = f": nothing here beats {ALONE}" if of.sign * change.mean <= 0 else ""
+    nothing = f": nothing here beats {alone}" if of.sign * change.mean <= 0 else ""
     if change.half is None:
         return f"{nothing or gap} ({ONE_SEED})"
     size = f"{abs(change.mean):.{digits}f} ± {change.half:.{digits}f}"

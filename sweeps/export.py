@@ -7,7 +7,7 @@ import io
 import re
 
 from kd.progress import clock, harmless
-from sweeps.compare import Entry, Goal, settings, varying
+from sweeps.compare import ALONE, Entry, Goal, settings, varying, without_loss
 from sweeps.samples import Sample
 from sweeps.table import Mark, Row, columns, number
 
@@ -47,6 +47,7 @@ def markdown(name: str, question: str, answers: str, says: str, facts: dict[str,
              samples: list[Sample]) -> str:  # fmt: skip
     """The report without its plots. What comes from files cannot be markup."""
     measures = columns([row.group for row in table], of)
+    baseline = next((without_loss(row.group.config) for row in table if row.group.alone), ALONE)
     head = ["", of.title, "difference", "gap closed", *(title for title, _ in measures.values()), "seeds", "time"]
     lines = [line(head), line([":--"] + ["--:"] * (len(head) - 1))]
     for row in table:
@@ -65,8 +66,8 @@ def markdown(name: str, question: str, answers: str, says: str, facts: dict[str,
         f"Answers to: {plain(answers)}" if answers else "",
         "\n".join(f"- {plain(key)}: {plain(text)}" for key, text in facts.items()),
         "\n".join(f"- Beware: {plain(text)}" for text in warnings), "\n".join(lines),
-        f"± is the 95% interval over seeds. {of.title.capitalize()}: {of.unit}. A difference is to language modelling "
-        f"alone with the same student, data and tokens, seed by seed; {'above' if of.sign > 0 else 'below'} 0 is "
+        f"± is the 95% interval over seeds. {of.title.capitalize()}: {of.unit}. A difference is to {baseline} "
+        f"with the same student, data and tokens, seed by seed; {'above' if of.sign > 0 else 'below'} 0 is "
         "better. Gap closed: share of the way from there to the teacher.",
         "\n".join(f"- {plain(title)}: {plain(means)}" for title, means in measures.values()),
         *(side_by_side(sample) for sample in samples),
@@ -106,9 +107,10 @@ def as_csv(entries: list[Entry], table: list[Row], of: Goal) -> str:
     of a run that is not done are those that were typed.
     """
     runs = list({entry.folder: entry for entry in entries}.values())
-    keys = dict.fromkeys(["logits"] if len({row.group.alone for row in table}) > 1 else [])
-    for alone in (False, True):
-        keys |= dict.fromkeys(varying([row.group.config for row in table if row.group.alone is alone]))
+    keys = dict.fromkeys(["logits"] if len({row.group.distilled for row in table}) > 1 else [])
+    configs = [row.group.config for row in table]
+    for kind in sorted({without_loss(config) for config in configs}, key=str):
+        keys |= dict.fromkeys(varying([config for config in configs if without_loss(config) == kind]))
     measures = sorted({k for e in runs if e.result for k in e.result["final"] if k.startswith("val/")})
     measures.sort(key="val/lm".__ne__)
     rows = {e.folder: row for row in table for e in row.group.runs.values()}

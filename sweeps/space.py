@@ -119,7 +119,7 @@ def sentence(*parts: str) -> str:
 
 def taught(table: list[Row]) -> list[Row]:
     """The distilled rows; of a sweep without any, all rows, compared to nothing."""
-    return [row for row in table if not row.group.alone] or [row._replace(base=None, change=None) for row in table]
+    return [row for row in table if row.group.distilled] or [row._replace(base=None, change=None) for row in table]
 
 
 def heat(table: list[Row]) -> Plot | None:

@@ -92,14 +92,14 @@ def two_views(root: Path) -> None:
             made.close({"val/lm": 2.0})
 
 
-def test_responses_become_a_table_in_wandb(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
+def test_responses_become_a_table_in_wandb(tmp_path):
     line = {"row": 3, "sample": 0, "prompt": "p", "reference": "<b>r", "response": "s\nt", "tokens": 2, "rouge_l": 0.25}
     text = json.dumps(line | {"ended": True, "exact_match": False, "response": "s\u2028t"}, ensure_ascii=False)
     (tmp_path / "responses.jsonl").write_text(f"{json.dumps(line | {'ended': False})}\n{text}\n", encoding="utf-8")
-    (view,) = wandb(tmp_path, About("run", "name", None, "distil", [], {}))
-    view.log_metrics({"val/lm": 1.0}, 5)
-    view.close({"val/lm": 1.0})
+    process = FORK.Process(target=view, args=(tmp_path, About("run", "name", None, "distil", [], {})))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
     (path,) = tmp_path.glob("wandb/offline-run-*/files/media/table/responses*.json")
     table = json.loads(path.read_text())
     assert table["columns"] == ["row", "sample", "prompt", "reference", "response", "rouge_l", "ended"]

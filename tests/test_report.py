@@ -319,7 +319,7 @@ def test_numbers_of_a_table_of_responses_are_those_made_by_hand(sweep):
     ]  # fmt: skip
     assert 'class="good">+0.1000' in page and cells(page, "teacher 1m")[1].split()[0] == "0.5000"
     assert page.index("Rouge-L on held-out prompts</h2>") < page.index("Loss on held-out text</h2>")
-    assert says.startswith("fkl: 0.320 Rouge-L on held-out prompts against 0.220 for language modelling alone, 0.100 ±")
+    assert says.startswith("fkl: 0.320 Rouge-L on held-out prompts against 0.220 for SFT, 0.100 ±")
     assert "higher (3 seeds, paired, 95% interval), closing 36% of the gap to the teacher" in says
     lines = (sweep.root / "sweeps" / "s.csv").read_text().splitlines()
     assert float(lines[2].split(",")[lines[0].split(",").index("difference")]) == pytest.approx(0.1)
@@ -327,7 +327,7 @@ def test_numbers_of_a_table_of_responses_are_those_made_by_hand(sweep):
 
 def test_the_highest_rouge_l_comes_first_whatever_the_loss(sweep):
     sweep.wrote("lm", 0, 0.2, 1.0).wrote("fkl", 0, 0.3, 3.0).wrote("rkl", 0, 0.1, 2.0)
-    assert [g.label for g in sweep.groups()] == ["fkl", compare.ALONE, "rkl"]
+    assert [g.label for g in sweep.groups()] == ["fkl", "SFT", "rkl"]
     assert sweep.finding().startswith("of 2 losses, fkl is best: 0.300")
     page, _ = sweep.page()
     assert '"bad"' not in page and cells(page, "rkl")[2] == "−0.1000"
@@ -337,7 +337,7 @@ def test_nothing_better_is_said_of_responses_too(sweep):
     for seed in range(3):
         sweep.wrote("lm", seed, 0.3 + seed / 1000).wrote("fkl", seed, 0.2)
     says = sweep.finding()
-    assert "lower (3 seeds" in says and f"nothing here beats {compare.ALONE}" in says
+    assert "lower (3 seeds" in says and "nothing here beats SFT" in says
     assert 'class="bad">−0.1010' in sweep.page()[0]
 
 
@@ -359,7 +359,8 @@ def test_a_student_of_text_that_a_teacher_wrote_is_no_baseline(sweep):
     sweep.wrote("lm", 0, 0.2).wrote("lm", 0, 0.4, rollout="teacher").wrote("fkl", 0, 0.3)
     groups = {g.alone: g for g in sweep.groups()}
     (best, *_), alone = sweep.groups(), groups[True]
-    assert not best.alone and compare.baseline(best, sweep.groups()).label == alone.label == compare.ALONE
+    assert [g.label for g in sweep.groups()] == ["SeqKD", "fkl", "SFT"]
+    assert not best.alone and compare.baseline(best, sweep.groups()).label == alone.label == "SFT"
     assert "against 0.200 for" in sweep.finding()
 
 
@@ -377,7 +378,7 @@ def test_samples_stand_side_by_side_and_are_chosen_by_their_place(sweep):
     assert [s.number for s in found] == [1, 2, 3, 5, 6]  # of 7
     assert [(x.who, x.text, x.rouge_l) for x in found[3].said] == [
         ("prompt", "p4", None), ("reference", "r4", None), ("teacher 1m", "t4.0", 0.5), ("fkl", "z4.0", 0.3),
-        (compare.ALONE, "x4.0", 0.2),
+        ("SFT", "x4.0", 0.2),
     ]  # fmt: skip
     page, _ = sweep.page()
     assert re.search(r"<pre>\s*z4\.0</pre>", page) and not re.search(r"<pre>\s*z3\.0</pre>", page)
@@ -395,14 +396,14 @@ def test_what_was_asked_otherwise_or_is_damaged_is_no_sample(sweep, says):
     else:
         sweep.runs.pop()
         sweep.wrote("fkl", 0, 0.2, says=says)
-    assert [x.who for x in samples(rows(sweep.groups()))[0].said[3:]] == [compare.ALONE]
+    assert [x.who for x in samples(rows(sweep.groups()))[0].said[3:]] == ["SFT"]
     sweep.page()
 
 
 def test_responses_that_were_drawn_otherwise_are_said_and_not_put_beside(sweep):
     sweep.wrote("lm", 0, 0.3, **{"responses.temperature": 0.0}).wrote("fkl", 0, 0.2, **{"responses.temperature": 1.0})
     assert "in different ways (responses.temperature)" in sweep.page()[0]
-    assert [x.who for x in samples(rows(sweep.groups()))[0].said[3:]] == [compare.ALONE]
+    assert [x.who for x in samples(rows(sweep.groups()))[0].said[3:]] == ["SFT"]
 
 
 def test_nothing_in_a_response_is_markup(sweep):
