@@ -85,6 +85,7 @@ def worked(tmp_path_factory) -> tuple[Path, dict]:
     return root, json.loads((root / "said").read_text())
 
 
+@pytest.mark.slow
 def test_run_of_an_agent_is_the_agents_run_and_its_teacher_is_not(worked):
     root, said = worked
     assert said == {"finished": 2, "failed": 0}  # the one that it stopped is no failure, several of which would end it
@@ -98,6 +99,7 @@ def test_run_of_an_agent_is_the_agents_run_and_its_teacher_is_not(worked):
     assert told["config"]["loss"] == "lm" and "lr.peak" not in told["config"]
 
 
+@pytest.mark.slow
 def test_stopped_run_goes_on_as_another_run_of_the_agent_which_has_all_of_its_steps(worked):
     root, _ = worked
     second, steps = logged(root, "second")
@@ -106,6 +108,7 @@ def test_stopped_run_goes_on_as_another_run_of_the_agent_which_has_all_of_its_st
     assert second["summary"]["val/lm"] == second["summary"]["final/lm"]
 
 
+@pytest.mark.slow
 def test_run_that_is_done_is_told_to_an_agent_that_asks_again(worked, monkeypatch):
     root, _ = worked
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -271,13 +271,20 @@ def has_no_memory(path: Path) -> Fault:
 @pytest.mark.parametrize(
     "make, number, stands, code, reason",
     [
-        (raises, None, "failed", 1, "RuntimeError: injected"),
-        (exits, None, "failed", 3, "SystemExit: 3"),
-        (stays, signal.SIGKILL, "failed", -9, "killed by SIGKILL"),
-        (stays, signal.SIGTERM, "preempted", 143, "asked to end at step 8 of 12"),
-        (has_no_memory, None, "out of memory", 2, "DefaultCPUAllocator"),
+        pytest.param(raises, None, "failed", 1, "RuntimeError: injected", id="raise"),
+        pytest.param(exits, None, "failed", 3, "SystemExit: 3", id="exit", marks=pytest.mark.slow),
+        pytest.param(stays, signal.SIGKILL, "failed", -9, "killed by SIGKILL", id="SIGKILL"),
+        pytest.param(
+            stays,
+            signal.SIGTERM,
+            "preempted",
+            143,
+            "asked to end at step 8 of 12",
+            id="SIGTERM",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(has_no_memory, None, "out of memory", 2, "DefaultCPUAllocator", id="memory"),
     ],
-    ids=["raise", "exit", "SIGKILL", "SIGTERM", "memory"],
 )
 def test_one_bad_run_of_six_leaves_the_others_and_alone_is_made_again(
     clean, root, tmp_path, make, number, stands, code, reason

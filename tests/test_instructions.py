@@ -660,6 +660,7 @@ def test_what_is_not_counted_teaches_nothing(root, monkeypatch):
     assert before[1] == after[1]
 
 
+@pytest.mark.slow
 def test_a_run_from_a_whole_store_is_one_online(root):
     online = run(root, "seed=3")
     stored = run(root, "seed=3", "logits=offline", "record=full")
@@ -694,6 +695,7 @@ def test_a_store_of_other_prompts_is_another(root):
             assert offline.described(made, other)["data"] != offline.described(made, packed)["data"]
 
 
+@pytest.mark.slow
 def test_what_a_teacher_says_in_training_is_recorded_of_responses(root):
     folder = run(root, "logits=recorded", "truncation=top_k", "truncation.k=5")
     assert (folder / "result.json").exists()

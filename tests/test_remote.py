@@ -73,6 +73,7 @@ def killed_after(process: subprocess.Popen, path: Path, step: int) -> None:
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_lost_is_followed_by_another_bit_for_bit(whole, there, cache, tmp_path):
     url = f"root=file://{there}"
     killed_after(start(tmp_path, url, "trainer.steps=12"), there, 6)

@@ -63,6 +63,7 @@ def test_killed_goes_on_with_the_same_trials(searched, tmp_path):
     assert trials(tmp_path) == trials(root)
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_a_search_is_made_by_the_same_command(searched, tmp_path):
     """Not replaced by another trial; the others go on."""
     root, _ = searched
