@@ -90,9 +90,13 @@ def test_every_run_of_every_sweep_composes(file):
             words = parser.parse_overrides(shlex.split(base) + shlex.split(line))
             jobs = BasicSweeper.split_arguments(words, None)[0]
             for job in (job for job in jobs if not {"seed=1", "seed=2"} & set(job)):  # which compose as seed=0 does
-                resolved(*job)
+                made = config.flat(resolved(*job))
+                group, _, name = ASKS.get(made["loss"], "loss=").partition("=")
+                assert made["logits"] == "none" or not name or made[group] == name
 
 
+# What a loss cannot do without.
+ASKS = {"minillm": "rollout=mixed", "distillm2": "rollout=pairs", "atkd": "routing=uncertainty"}
 NOT_AS_THE_FUNCTION = ("alpha", "lr", "optim", "data", "record")
 OTHER_VALUES = {"rollout=mixed_code": "mixed"}  # options that are another one's function
 
