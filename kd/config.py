@@ -112,19 +112,8 @@ def check_types(function, settings: Node, path: str) -> None:
 
 
 # Arguments that kd gives, never the config.
-GIVEN = (
-    "student",
-    "target",
-    "measured",
-    "progress",
-    "params",
-    "origin",
-    "writers",
-    "folder",
-    "about",
-    "corpus",
-    "cache",
-)
+GIVEN = ("student", "target", "measured", "progress", "params", "origin", "writers", "folder", "about", "corpus",
+         "cache")  # fmt: skip
 
 
 def _fits(value, hint) -> bool:

@@ -110,17 +110,25 @@ def pack(
     if tokenizer is None and not corpus.words and vocab < 257:
         raise UserError(f"data.vocab={vocab}: need at least 257, one token per byte and one for the end of a text.")
     settings |= {"tokenizer": tokenizer} if tokenizer else {"vocab": vocab}
-    folder = Path(cache) / key(corpus, **settings, tokenizer_of=tokenizer_of)
+
+    def make(temporary: Path) -> None:
+        if tokenizer_of:
+            settings["tokenizer"] = str(pack(tokenizer_of[0], cache, **tokenizer_of[1]).tokenizer)
+        temporary.mkdir(parents=True)
+        _write(temporary, corpus, **settings)
+
+    return once(Path(cache) / key(corpus, **settings, tokenizer_of=tokenizer_of), make)
+
+
+def once(folder: Path, make: Callable[[Path], None]) -> Packed:
+    """What is packed in a folder, filled by `make` under a temporary name where it is not there; one at a time."""
     if not (folder / "manifest.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{folder}.lock"):
             if not (folder / "manifest.json").exists():
-                if tokenizer_of:
-                    settings["tokenizer"] = str(pack(tokenizer_of[0], cache, **tokenizer_of[1]).tokenizer)
                 files.clear(folder.parent, folder.name)
                 with files.atomic(folder) as temporary:
-                    temporary.mkdir(parents=True)
-                    _write(temporary, corpus, **settings)
+                    make(temporary)
     return opened(folder)
 
 

@@ -106,6 +106,8 @@ def check_rollout(settings: Settings, source: Corpus) -> None:
     if settings["lm"] == "plain" and how in ("none", "cotrained"):
         why = "nothing of the instructions would be learned" if how == "none" else "the teacher learns from one text"
         raise UserError(f"lm=plain with logits={how}: {why}; leave it out, or type logits=online.")
+    if settings["lm"] == "plain" and not source.pairs:
+        raise UserError("lm=plain takes plain text beside instructions, and this data is plain text; leave it out.")
     if settings["loss"]["_target_"] == "kd.losses.minillm" and how != "none":
         of = settings["temperature"]
         if of != {**of, "_target_": "kd.temperature.fixed", "tau": 1.0, "student_tau": 1.0}:
@@ -215,17 +217,12 @@ def plan(settings: Settings) -> Plan:
     if start := start_settings(settings):
         digests["start"] = plan(start).run.name
     if settings["lm"] == "plain":
-        if not source.pairs:
-            raise UserError("lm=plain takes plain text beside instructions, and this data is plain text; leave it out.")
         text, how = plain_corpus(settings)
         digests["plain"] = data.key(text, **how)
     if source_of(settings) == "offline":
         part, name = stored_part(settings), settings["teacher"]["name"]
-        of = [
-            FORMAT,
-            {k: v for k, v in digests.items() if k in ("data", "teacher", "teacher.name")},
-            settings["trainer"]["precision"],
-        ]
+        told = {k: v for k, v in digests.items() if k in ("data", "teacher", "teacher.name")}
+        of = [FORMAT, told, settings["trainer"]["precision"]]
         of += [{k: float(v) if type(v) is int else v for k, v in part.items()}]
         of += [settings["logits"]["seed"] if part["name"] == "random" else None]
         of += [None if "teacher.name" in digests else name]  # of the Hub

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import filelock
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
@@ -37,7 +38,7 @@ from kd.remote import home
 from kd.rollout import as_rows
 from kd.run import EXACCERR, EXACCERR_LENGTH, RESPONSES
 from kd.signals import requests
-from kd.written import whole
+from kd.written import keep, whole
 
 AT_ONCE = 64  # rows that are written together
 NGRAMS = (1, 2, 3, 4)
@@ -131,7 +132,7 @@ def gap(student: Causal, teacher: Source, batches: Iterable[Batch], length: int,
     by_place = torch.zeros(length, 4, dtype=torch.float64, device=device)
     bins = torch.zeros(metrics.BINS, 3, dtype=torch.float64, device=device)
     for batch in batches:
-        batch = _moved(batch, device)
+        batch = move_data_to_device(batch, device)
         kept = batch.labels != IGNORE
         place = (torch.arange(length, device=device) - generate.lengths(batch)[:, None] + 1)[kept]  # [N]
         signal, hidden = teacher(batch, kept), student.hidden(batch.ids)[kept]
@@ -142,10 +143,6 @@ def gap(student: Causal, teacher: Source, batches: Iterable[Batch], length: int,
             bins += metrics.bins_by_teacher(q, target)
     parts = ranks.gather((by_place.cpu(), bins.cpu()))
     return Gap(*(sum(x) for x in zip(*parts, strict=True)))
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    return batch._replace(**{name: getattr(batch, name).to(device) for name in batch._fields[:4]})
 
 
 # Writing
@@ -213,8 +210,7 @@ class Responses(Callback):
                     return Written(found["tokens"], found["span"])
             written = self._write(teacher, "the teacher responds", sharded)
             if first:
-                with files.atomic(self.kept) as temporary, open(temporary, "wb") as file:
-                    np.savez(file, **written._asdict())
+                keep(self.kept, **written._asdict())
             return written
 
     def _write(self, model: Causal, title: str, sharded: bool) -> Written:
@@ -231,7 +227,7 @@ class Responses(Callback):
         try:
             for batch in prompts:
                 seed = _seeds(batch.row, len(self.packed.val), self.seed)
-                for part in self._tried(model, _moved(batch, device), seed.to(device), watch, sharded):
+                for part in self._tried(model, move_data_to_device(batch, device), seed.to(device), watch, sharded):
                     rows += list(zip(*(x.numpy() for x in (as_rows(part)[k] for k in Written._fields)), strict=True))
                     tokens = int(sum(span[1] - span[0] for _, span in rows))
         finally:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from kd import generate, ranks
@@ -313,7 +314,7 @@ class Mixed(Rollout):
             advantage = self._advantage(written.sampled, written.labels != IGNORE)
             self.batch = written._replace(sampled=written.sampled._replace(advantage=advantage))
             self.round = step // self.epochs
-        return _on(batch.ids.device, self.batch)  # a checkpoint is loaded to the CPU
+        return move_data_to_device(self.batch, batch.ids.device)  # a checkpoint is loaded to the CPU
 
     def _advantage(self, sampled: Sampled, counted: Tensor) -> Tensor:
         reward = (sampled.teacher - sampled.student) / self.scale
@@ -349,12 +350,6 @@ def _sampling(temperature: float, top_k: int | None, top_p: float, max_tokens: i
 def _data(batch: Batch) -> Batch:
     """A batch that is as it was, among others that the student wrote."""
     return batch._replace(sampled=Sampled(by_student=torch.zeros(batch.labels.shape, device=batch.labels.device)))
-
-
-def _on(device: torch.device, batch: Batch) -> Batch:
-    """The batch, and what is known of its text, on a device."""
-    moved = {name: x.to(device) for name, x in batch._asdict().items() if isinstance(x, Tensor)}
-    return batch._replace(**moved, sampled=Sampled(*(x.to(device) for x in batch.sampled)))
 
 
 def _only_who(batch: Batch) -> Batch:

@@ -11,8 +11,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import filelock
 import numpy as np
+from lightning.fabric.utilities import move_data_to_device
 
 from kd import data, files
 from kd.data import Packed
@@ -25,21 +25,20 @@ def by_teacher(
     packed: Packed, folder: Path, rollout: Callable[[Writers], Rollout], writers: Callable[[], Writers]
 ) -> Packed:
     """The packed examples with the teacher's responses for training, made in `folder` where they are not there yet."""
-    if not (folder / "manifest.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{folder}.lock"):
-            if not (folder / "manifest.json").exists():
-                files.clear(folder.parent, folder.name)
-                tokens, spans = _all_parts(packed, folder.with_name(f"{folder.name}.parts"), rollout, writers)
-                with files.atomic(folder) as temporary:
-                    shutil.copytree(packed.folder, temporary)
-                    np.save(temporary / "train.npy", tokens.astype(packed.train.dtype))
-                    np.save(temporary / "train_spans.npy", spans)
-                    about = json.loads((temporary / "manifest.json").read_text())
-                    about = {k: v for k, v in about.items() if k not in ("digest", "digests")}
-                    data.seal(temporary, about | {"train_tokens": int(spans[:, 1].sum()), "written": folder.name})
-        shutil.rmtree(folder.with_name(f"{folder.name}.parts"), ignore_errors=True)
-    return data.opened(folder)
+    parts = folder.with_name(f"{folder.name}.parts")
+
+    def make(temporary: Path) -> None:
+        tokens, spans = _all_parts(packed, parts, rollout, writers)
+        shutil.copytree(packed.folder, temporary)
+        np.save(temporary / "train.npy", tokens.astype(packed.train.dtype))
+        np.save(temporary / "train_spans.npy", spans)
+        about = json.loads((temporary / "manifest.json").read_text())
+        about = {k: v for k, v in about.items() if k not in ("digest", "digests")}
+        data.seal(temporary, about | {"train_tokens": int(spans[:, 1].sum()), "written": folder.name})
+
+    made = data.once(folder, make)
+    shutil.rmtree(parts, ignore_errors=True)
+    return made
 
 
 def _all_parts(packed: Packed, parts: Path, rollout, writers) -> tuple[np.ndarray, np.ndarray]:
@@ -57,18 +56,20 @@ def _all_parts(packed: Packed, parts: Path, rollout, writers) -> tuple[np.ndarra
             shape = (len(index), packed.train.shape[1] - 1)
             seed = np.random.default_rng([given.seed, start]).integers(0, 2**62, shape)
             batch = data.to_batch(packed.train[index], index, seed, packed.train_spans[index])
-            device = given.teacher.model.device
-            rows = as_rows(
-                write(batch._replace(**{k: getattr(batch, k).to(device) for k in batch._fields[:4]}), 0, 0.0)
-            )
-            with files.atomic(paths[start]) as temporary, open(temporary, "wb") as file:
-                np.savez(file, tokens=rows["tokens"].numpy(), span=rows["span"].numpy())
+            rows = as_rows(write(move_data_to_device(batch, given.teacher.model.device), 0, 0.0))
+            keep(paths[start], tokens=rows["tokens"].numpy(), span=rows["span"].numpy())
     found = [np.load(path) for path in paths.values()]
     return tuple(np.concatenate([part[name] for part in found]) for name in ("tokens", "span"))
 
 
+def keep(path: Path, **arrays: np.ndarray) -> None:
+    """Write arrays as an .npz file, whole or not at all."""
+    with files.atomic(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
 def whole(path: Path) -> bool:
-    """Whether a part is there, as it was written."""
+    """Whether what keep() wrote is there, as it was written."""
     if not path.exists():
         return False
     try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import os
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -65,6 +67,15 @@ class Entry(NamedTuple):
     @property
     def command(self) -> str:
         return shlex.join(["python", "train.py", *self.overrides])
+
+
+def parser(program: str, description: str, name: str | None = None) -> argparse.ArgumentParser:
+    """The arguments that all programs here take: a sweep's name ("?" where it may be left out) and the root."""
+    made = argparse.ArgumentParser(prog=f"python -m sweeps.{program}", description=description)
+    made.add_argument("name", nargs=name, help="of the sweep, as in python train.py sweeps=NAME")
+    root = os.environ.get("KD_ROOT") or "runs"
+    made.add_argument("--root", default=root, help="folder or URL where runs are kept (default: $KD_ROOT, or runs)")
+    return made
 
 
 def manifest(root: str | Path, name: str) -> list[dict]:

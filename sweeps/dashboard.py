@@ -6,7 +6,6 @@ sweeps.report and sweeps.fit write is kept there by their --wandb.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import sys
@@ -17,7 +16,7 @@ from kd.loggers import logged_in, wandb_run
 from kd.progress import harmless
 from kd.run import Run, axes, sizes_of
 from sweeps import report
-from sweeps.compare import Entry, manifest, read
+from sweeps.compare import Entry, manifest, parser, read
 from sweeps.table import MEASURES
 
 
@@ -145,13 +144,7 @@ def save(root: str | Path, name: str) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m sweeps.dashboard", description="A sweep as a saved view and a report in Weights & Biases."
-    )
-    parser.add_argument("name", help="of the sweep, as in python train.py sweeps=NAME")
-    root = os.environ.get("KD_ROOT") or "runs"
-    parser.add_argument("--root", default=root, help="folder or URL where runs are kept (default: $KD_ROOT, or runs)")
-    given = parser.parse_args(arguments)
+    given = parser("dashboard", "A sweep as a saved view and a report in Weights & Biases.").parse_args(arguments)
     try:
         addresses = save(given.root, given.name)
     except UserError as error:

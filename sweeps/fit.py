@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from kd.progress import harmless
 from kd.remote import home, publish
 from sweeps import curves
 from sweeps.answers import Answers, Fit, answers, published
-from sweeps.compare import manifest, read
+from sweeps.compare import manifest, parser, read
 from sweeps.contest import SCENARIOS, contests
 from sweeps.points import Point, from_csv, of_sweep, to_csv
 from sweeps.report import question
@@ -99,24 +97,21 @@ def write(folder: Path, found: Answers, asks: str = "") -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sweeps.fit", description="Scaling laws of a sweep or a CSV file.")
-    parser.add_argument("name", nargs="?", help="of the sweep, as in python train.py sweeps=NAME")
-    root = os.environ.get("KD_ROOT") or "runs"
-    parser.add_argument("--root", default=root, help="folder or URL where runs are kept (default: $KD_ROOT, or runs)")
-    parser.add_argument("--bootstrap", type=int, default=200, help="resamples to make intervals from (default: 200)")
-    parser.add_argument("--seed", type=int, default=0, help="of the resamples (default: 0)")
+    words = parser("fit", "Scaling laws of a sweep or a CSV file.", "?")
+    words.add_argument("--bootstrap", type=int, default=200, help="resamples to make intervals from (default: 200)")
+    words.add_argument("--seed", type=int, default=0, help="of the resamples (default: 0)")
     columns = (
         f"fit these points instead of a sweep; the answers are written beside it. Columns: {', '.join(Point._fields)}. "
         "Only parameters (without embeddings), tokens and loss (nats per token) are needed. FLOPs are of a forward "
         "pass, 2 per parameter where there are none; lines without a teacher are language modelling alone."
     )
-    parser.add_argument("--csv", type=Path, metavar="FILE", help=columns)
-    parser.add_argument("--wandb", action="store_true", help="also keep it in Weights & Biases, with the runs")
-    given = parser.parse_args(arguments)
+    words.add_argument("--csv", type=Path, metavar="FILE", help=columns)
+    words.add_argument("--wandb", action="store_true", help="also keep it in Weights & Biases, with the runs")
+    given = words.parse_args(arguments)
     if (given.name is None) is (given.csv is None):
-        parser.error("need the name of a sweep, or --csv FILE")
+        words.error("need the name of a sweep, or --csv FILE")
     if given.bootstrap < 0:
-        parser.error(f"--bootstrap {given.bootstrap}: need 0 (no intervals) or more")
+        words.error(f"--bootstrap {given.bootstrap}: need 0 (no intervals) or more")
     try:
         if given.csv:
             folder, name, entries, points, notes = given.csv.parent, given.csv.stem, [], from_csv(given.csv), []

@@ -89,19 +89,25 @@ def dots(table: list[Row], measure: str, beside: Iterable[Mark] = (), width: int
     return plot
 
 
+BELOW = {"orientation": "h", "y": -0.17, "yanchor": "top", "x": 0}  # a legend
+
+
+def line_of(row: Row) -> dict:
+    """How the line of a group is drawn and called."""
+    style = {"color": row.color, "width": 2, "dash": "dash" if row.group.alone else "solid"}
+    return {"name": escape(row.group.label), "line": style, "showlegend": row.group.alone or row.color != GREY}
+
+
 def curves(table: list[Row], beside: Iterable[Mark]) -> go.Figure | None:
     """Loss on held-out text against tokens or FLOPs, a line per group. None where nothing was measured on the way."""
     drawn = [(row, line) for row in table if (line := curve(row.group))]
     if not drawn:
         return None
-    legend = {"orientation": "h", "y": -0.17, "yanchor": "top", "x": 0}
-    plot = blank(500, margin={"l": 56, "r": 12, "t": 54, "b": 50}, hovermode="closest", legend=legend)
+    plot = blank(500, margin={"l": 56, "r": 12, "t": 54, "b": 50}, hovermode="closest", legend=BELOW)
     for row, line in drawn:
         tokens, _, loss = zip(*line)
         plot.add_scatter(
-            x=tokens, y=loss, name=escape(row.group.label), mode="lines+markers", marker={"size": 5},
-            line={"color": row.color, "width": 2, "dash": "dash" if row.group.alone else "solid"},
-            showlegend=row.group.alone or row.color != GREY,
+            x=tokens, y=loss, mode="lines+markers", marker={"size": 5}, **line_of(row),
             hovertemplate=f"<b>{folded(row.group.label)}</b><br>%{{y:.4f}} at %{{x:.4s}}<extra></extra>",
         )  # fmt: skip
     levels = [mark.values["val/lm"] for mark in beside]
@@ -126,13 +132,10 @@ def exposure(table: list[Row]) -> go.Figure | None:
     drawn = [(row, line) for row in table if (line := excess(row.group))]
     if not drawn:
         return None
-    legend = {"orientation": "h", "y": -0.17, "yanchor": "top", "x": 0}
-    plot = blank(430, margin={"l": 72, "r": 12, "t": 14, "b": 50}, hovermode="closest", legend=legend)
+    plot = blank(430, margin={"l": 72, "r": 12, "t": 14, "b": 50}, hovermode="closest", legend=BELOW)
     for row, line in drawn:
         plot.add_scatter(
-            x=list(range(1, len(line) + 1)), y=line, name=escape(row.group.label), mode="lines",
-            line={"color": row.color, "width": 2, "dash": "dash" if row.group.alone else "solid"},
-            showlegend=row.group.alone or row.color != GREY,
+            x=list(range(1, len(line) + 1)), y=line, mode="lines", **line_of(row),
             hovertemplate=f"<b>{folded(row.group.label)}</b><br>%{{y:.1%}} at %{{x}} tokens<extra></extra>",
         )  # fmt: skip
     plot.add_hline(0, line={"color": GREY, "width": 1.2}, layer="below")

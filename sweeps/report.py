@@ -5,9 +5,7 @@ The same numbers are in NAME.md, for a paper or an issue, and, a line per run, i
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shlex
 import sys
 from collections import Counter
@@ -25,7 +23,7 @@ from kd.progress import clock, harmless
 from kd.remote import home, publish
 from kd.run import model_name
 from sweeps import shapes, space
-from sweeps.compare import LOSS, Entry, Group, finding, goal, grouped, listed, manifest, read, subset, varying
+from sweeps.compare import LOSS, Entry, Group, finding, goal, grouped, listed, manifest, parser, read, subset, varying
 from sweeps.export import as_csv, markdown
 from sweeps.plots import SMALL, curves, dots, exposure
 from sweeps.samples import samples
@@ -156,14 +154,9 @@ def write(root: str | Path, name: str) -> tuple[Path, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m sweeps.report", description="A sweep as one page of HTML, as Markdown and as CSV."
-    )
-    parser.add_argument("name", help="of the sweep, as in python train.py sweeps=NAME")
-    root = os.environ.get("KD_ROOT") or "runs"
-    parser.add_argument("--root", default=root, help="folder or URL where runs are kept (default: $KD_ROOT, or runs)")
-    parser.add_argument("--wandb", action="store_true", help="also keep it in Weights & Biases, with the runs")
-    given = parser.parse_args(arguments)
+    words = parser("report", "A sweep as one page of HTML, as Markdown and as CSV.")
+    words.add_argument("--wandb", action="store_true", help="also keep it in Weights & Biases, with the runs")
+    given = words.parse_args(arguments)
     try:
         path, says = write(given.root, given.name)
         print(harmless(f"{path}: {says}"))

@@ -24,7 +24,8 @@ from kd.config import CONF
 from kd.data import END, IGNORE
 from kd.errors import UserError
 from kd.instructions import Example, alpaca, encode, end_of_response, functions, plain, tokens
-from tests.small import SMALL, outcome
+from tests import small
+from tests.small import outcome
 
 BYTES = dict(seq_len=12, vocab=257, val_share=0.3, val_rows=1000)  # a token per byte, and the end
 CHAT = (
@@ -603,22 +604,20 @@ def test_functions_are_told_apart_by_content(monkeypatch, tmp_path):
 
 # Runs.
 
-BASE = [w for w in SMALL if not w.startswith("data")]
 OFFLINE = ("logits=offline", "truncation=top_k", "truncation.k=5")
 
 
-def settings(root: Path, *words: str) -> plan.Settings:
+def words_of(root: Path, *words: str) -> list[str]:
     of = ["data=instructions", "data.seq_len=32", "data.vocab=300", "data.val_rows=8", "data.val_share=0.2"]
-    of += ["data.template=plain", f"data.files={root / 'examples.jsonl'}", f"root={root}"]
-    typed = [*BASE, *of, *words]
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return plan.resolve(hydra.compose("config", typed), typed)
+    return [*of, "data.template=plain", f"data.files={root / 'examples.jsonl'}", *words]
+
+
+def settings(root: Path, *words: str) -> plan.Settings:
+    return small.settings(root, *words_of(root, *words))
 
 
 def run(root: Path, *words: str) -> Path:
-    made = settings(root, *words)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return product.train(made)[0].folder
+    return small.here(root, *words_of(root, *words))
 
 
 @pytest.fixture(scope="module")

@@ -9,18 +9,16 @@ from functools import cache
 from pathlib import Path
 from statistics import fmean
 
-import hydra
 import numpy as np
 import pytest
 import torch
 
-import train as product
 from kd import data, generate, logits, metrics, plan, ranks, responses, run
-from kd.config import CONF
 from kd.data import ValidationBatches
 from kd.errors import UserError
 from kd.responses import Response, Responses, Written, distinct, exact_match, excess_error, gap, rouge_l, summary
 from kd.signals import Preempted
+from tests import small
 from tests.cases import close
 from tests.small import ENVIRONMENT, SMALL, TRAIN, result
 from tests.test_generate import END, T, batch, model
@@ -194,15 +192,11 @@ def words_of(root: Path, *words: str) -> list[str]:
 
 
 def settings(root: Path, *words: str) -> plan.Settings:
-    typed = [*(w for w in SMALL if not w.startswith("data")), *words_of(root, f"root={root}", *words)]
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return plan.resolve(hydra.compose("config", typed), typed)
+    return small.settings(root, *words_of(root, *words))
 
 
 def here(root: Path, *words: str) -> Path:
-    made = settings(root, *words)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return product.train(made)[0].folder
+    return small.here(root, *words_of(root, *words))
 
 
 def lines(folder: Path, name: str = "responses.jsonl") -> list[dict]:
@@ -355,8 +349,8 @@ def test_several_ranks_write_what_one_would(root, student, strategy, tmp_path):
     shutil.copytree(root, tmp_path / "root")
     other = tmp_path / "root" / student.name
     shutil.rmtree(other)
-    small = [w for w in SMALL if not w.startswith("data")]
-    command = [sys.executable, str(TRAIN), *small, *words_of(root), f"root={tmp_path / 'root'}", f"trainer={strategy}"]
+    base = [w for w in SMALL if not w.startswith("data")]
+    command = [sys.executable, str(TRAIN), *base, *words_of(root), f"root={tmp_path / 'root'}", f"trainer={strategy}"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     one, two = lines(student), lines(other)
