@@ -57,7 +57,8 @@ from kd.signals import ASKED, EXIT_CODE, PARENT, Preempted, received, requests
 class Lines(Sweeper):
     """Hydra's basic sweeper over several lines: a sweep is the union of what each of its `runs` would be after -m.
 
-    What was typed beside sweeps=NAME is added to every line. Without a sweep file there is one line: what was typed.
+    What was typed beside sweeps=NAME is added to every line, and a line may have a name that its runs go by in tables:
+    `- MiniLLM: rollout=mixed loss=minillm`. Without a sweep file there is one line: what was typed.
     A file may have `scales`, each with a `base` and `runs` of its own to add, of which scale=NAME takes one.
     How a signal is treated is left out of runs that have none, and runs that are then the same are one run.
     """
@@ -80,32 +81,35 @@ class Lines(Sweeper):
         base, lines = at_scale(of if isinstance(of, dict) else {"runs": [""]}, self.config.scale)
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         jobs: list[list[str]] = []
-        for line in lines:
+        names: list[str] = []
+        for name, line in lines:
             words = shlex.split(base) + shlex.split(line) + typed
             for job in BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]:
                 if "logits=none" in job:
                     job = [w for w in job if group_of(w) not in NO_SIGNAL]
                 if job not in jobs:
                     jobs.append(job)
+                    names.append(name)
         try:
             for job in jobs:
                 check_words(job)
         except UserError as error:
             end_with(error)
         self.validate_batch_is_legal(jobs)
-        returns = self.launcher.launch(jobs, initial_job_idx=0)
+        returns = self.launcher.launch(jobs, initial_job_idx=0, names=names)
         if any(r.status != JobStatus.COMPLETED for r in returns):
             sys.exit(1)
         return returns
 
 
-def at_scale(sweep: Mapping, scale: str) -> tuple[str, list[str]]:
-    """What all lines of a sweep begin with, and the lines; ends with an error where it has no such scale."""
+def at_scale(sweep: Mapping, scale: str) -> tuple[str, list[tuple[str, str]]]:
+    """What all lines of a sweep begin with, and name and words of each; ends with an error where it has no such scale."""
     scales = sweep.get("scales") or {"cpu": {}}
     if scale not in scales:
         end_with(UserError(f"scale={scale}: this sweep has {' and '.join(scales)}."))
     own = scales[scale]
-    return f"{sweep.get('base', '')} {own.get('base', '')}", [*sweep.get("runs", []), *own.get("runs", [])]
+    lines = [line if isinstance(line, Mapping) else {"": line} for of in (sweep, own) for line in of.get("runs", [])]
+    return f"{sweep.get('base', '')} {own.get('base', '')}", [pair for line in lines for pair in line.items()]
 
 
 Watch = Callable[[int, Run], str | None]  # which run of a batch -> why it is to end early
@@ -166,11 +170,12 @@ class Runs(Launcher):
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int, said: list[str] | None = None,
-        watch: Watch | None = None,
+        watch: Watch | None = None, names: list[str] | None = None,
     ) -> list[JobReturn]:  # fmt: skip
         """What became of all runs; with an initial_job_idx above 0, further ones of the same sweep.
 
-        said: what to call each run; without it, what sets it apart from the others.
+        said: what to call each run here; without it, what sets it apart from the others. names: of the lines of the
+        sweep that they are from, which reports go by too; empty for a line without.
         """
         requests.watch()
         of = self.config.sweep
@@ -179,7 +184,8 @@ class Runs(Launcher):
             check_sweep(name)
             agent.check_single()
             if self.config.plan:
-                type(self).show_plan(list(map(self._settings, job_overrides)), varying(job_overrides), self.at_once())
+                said = said or varying(job_overrides, names or ())
+                type(self).show_plan(list(map(self._settings, job_overrides)), said, self.at_once())
                 sys.exit()
             made = [self._run(job) for job in job_overrides]  # every config is checked before the first run starts
         except UserError as error:
@@ -187,20 +193,23 @@ class Runs(Launcher):
         requests.end_if_asked()
         path = remote.latest(self.config.root, f"sweeps/{name}.json")
         listed = (read_json(path) or {"runs": []})["runs"] if initial_job_idx else []
-        listed += [{"run": run.name, "overrides": list(j)} for (run, _), j in zip(made, job_overrides)]
+        names = names or [""] * len(made)
+        listed += [
+            {"run": run.name, "overrides": list(words)} | ({"name": line} if line else {})
+            for (run, _), words, line in zip(made, job_overrides, names, strict=True)
+        ]
         # Several lists of words may describe one run: tau=1 and tau=1.0.
         listed = list({line["run"]: line for line in reversed(listed)}.values())[::-1]
         files.write_json(path, {"name": name, "runs": listed})
         remote.publish(self.config.root, f"sweeps/{name}.json")
-        said = said or varying(job_overrides)
-        names, by_name = [run.name for run, _ in made], {}
+        said, order, by_name = said or varying(job_overrides, names), [run.name for run, _ in made], {}
         for (run, number), w, words in zip(made, job_overrides, said):
             by_name.setdefault(run.name, Job(run, [*w, f"sweep={name}"], words, number))
         jobs = list(by_name.values())
         try:
             pool = self.pool(name, jobs)
             pool.stop_on_failure = self.config.on_failure == "stop"
-            pool.watch = watch and (lambda run: watch(names.index(run.name), run))
+            pool.watch = watch and (lambda run: watch(order.index(run.name), run))
         except UserError as error:
             end_with(error)
         try:
@@ -212,7 +221,7 @@ class Runs(Launcher):
         if pool.asked:
             console.print("Asked to end. The same command goes on where it was.")
             raise Preempted
-        return [self._return(by_name[name]) for name in names]
+        return [self._return(by_name[name]) for name in order]
 
     def _settings(self, words: Sequence[str]) -> dict:
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(words))
@@ -494,10 +503,12 @@ def visible_devices() -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-def varying(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """What was typed for each run, without what all have in common."""
-    common = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
-    return [" ".join(w for w in job if w not in common) for job in jobs]
+def varying(jobs: Sequence[Sequence[str]], names: Sequence[str] = ()) -> list[str]:
+    """What was typed for each run, without what all have in common; in place of what all of one name have, the name."""
+    names = names or [""] * len(jobs)
+    alike = {name: set.intersection(*(set(j) for j, of in zip(jobs, names) if of == name)) for name in names if name}
+    alike[""] = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+    return [" ".join([*filter(None, [of]), *(w for w in j if w not in alike[of])]) for j, of in zip(jobs, names)]
 
 
 COLORS = {DONE: "green", FAILED: "red", DIVERGED: "red", NO_MEMORY: "red"}

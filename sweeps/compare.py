@@ -63,6 +63,7 @@ class Entry(NamedTuple):
     state: str  # as Run.state says, or missing, or damaged
     says: str
     result: dict | None
+    name: str | None = None  # of the line of the sweep that it is from
 
     @property
     def command(self) -> str:
@@ -86,7 +87,7 @@ def manifest(root: str | Path, name: str) -> list[dict]:
         runs = json.loads(path.read_text())["runs"]
         if not all(files.is_name(line["run"]) for line in runs):
             raise ValueError("a run that is no folder of this root")
-        return [{"run": line["run"], "overrides": [str(word) for word in line["overrides"]]} for line in runs]
+        return [line | {"overrides": [str(word) for word in line["overrides"]]} for line in runs]
     except FileNotFoundError:
         there = listed(sorted(p.stem for p in path.parent.glob("*.json"))) or "none yet"
         raise UserError(f"No sweep {name} in {path.parent.resolve()}. There: {there}. {again}") from None
@@ -113,7 +114,7 @@ def read(root: str | Path, line: dict) -> Entry:
         state, says, result = "damaged", str(error), None
     except (KeyError, TypeError, AttributeError):
         state, says, result = "damaged", f"not what a run writes; to run it anew, first rm -r {folder}", None
-    return Entry(folder, line["overrides"], state, says, result)
+    return Entry(folder, line["overrides"], state, says, result, line.get("name"))
 
 
 def sound(result: dict) -> dict:
@@ -226,17 +227,17 @@ def goal(groups: list[Group]) -> Goal:
 
 
 def grouped(entries: list[Entry]) -> list[Group]:
-    """Finished runs by what they differ in, the best first."""
+    """Finished runs by what they differ in, the best first, called what the sweep calls them and what it varies."""
     runs: dict[str, dict[int, Entry]] = {}
     for entry in entries:
         if entry.result is not None:
             config = entry.result["config"]
             runs.setdefault(json.dumps(settings(config), sort_keys=True), {})[config["seed"]] = entry
     found = [(settings(next(iter(by_seed.values())).result["config"]), by_seed) for by_seed in runs.values()]
-    kinds = {k: varying([c for c, _ in found if without_loss(c) == k]) for k in {without_loss(c) for c, _ in found}}
+    called = [next(iter(by_seed.values())).name or without_loss(config) for config, by_seed in found]
+    kinds = {k: varying([c for (c, _), of in zip(found, called) if of == k]) for k in called}
     groups = []
-    for config, by_seed in found:
-        kind = without_loss(config)
+    for (config, by_seed), kind in zip(found, called):
         said = " ".join(filter(None, [kind, label(config, kinds[kind])]))
         groups.append(Group(said or str(config.get("loss")), config, by_seed))
     of = goal(groups)

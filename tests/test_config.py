@@ -86,7 +86,7 @@ def test_every_run_of_every_sweep_composes(file):
     for scale in of.get("scales", ["cpu"]):
         base, lines = at_scale(of, scale)
         assert lines
-        for line in lines:
+        for _, line in lines:
             words = parser.parse_overrides(shlex.split(base) + shlex.split(line))
             jobs = BasicSweeper.split_arguments(words, None)[0]
             for job in (job for job in jobs if not {"seed=1", "seed=2"} & set(job)):  # which compose as seed=0 does

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from kd.sweep import at_scale
+from kd.sweep import at_scale, varying
+from sweeps.compare import ALONE, grouped, manifest, read
 from tests.small import folder, outcome, result, train
 
 
@@ -50,9 +51,21 @@ def test_sweep_file_is_a_union_of_lines_with_what_was_typed_added(tmp_path):
 def test_scale_adds_its_words_and_lines():
     scales = {"cpu": {"base": "data=python", "runs": ["student=100k"]}, "full": {"base": "trainer.batch=256"}}
     sweep = {"base": "seed=0,1", "runs": ["logits=none"], "scales": scales}
-    assert at_scale(sweep, "cpu") == ("seed=0,1 data=python", ["logits=none", "student=100k"])
-    assert at_scale(sweep, "full") == ("seed=0,1 trainer.batch=256", ["logits=none"])
-    assert at_scale({"runs": [""]}, "cpu")[1] == [""]
+    assert at_scale(sweep, "cpu") == ("seed=0,1 data=python", [("", "logits=none"), ("", "student=100k")])
+    assert at_scale(sweep, "full") == ("seed=0,1 trainer.batch=256", [("", "logits=none")])
+    assert at_scale({"runs": [""]}, "cpu")[1] == [("", "")]
+
+
+def test_a_line_has_a_name_that_its_runs_go_by(tmp_path):
+    assert at_scale({"runs": [{"plain": "logits=none"}]}, "cpu")[1] == [("plain", "logits=none")]
+    jobs = [["seed=0", "a=1"], ["seed=1", "a=1"], ["seed=0", "a=2"], ["seed=0", "a=1", "b=1"]]
+    assert varying(jobs, ["A", "A", "B", ""]) == ["A seed=0", "A seed=1", "B", "seed=0 a=1 b=1"]
+    output = train(tmp_path, "sweeps=best", "seed=0", "student=200k", "data.states=128", "trainer.steps=2")
+    runs = json.loads((tmp_path / "sweeps" / "best.json").read_text())["runs"]
+    names = [run.get("name") for run in runs]
+    assert names == [None, "plain distillation", "best of all"] and "  best of all  starts" in output
+    found = grouped([read(tmp_path, run) for run in manifest(tmp_path, "best")])
+    assert {group.label for group in found} == {ALONE, *names[1:]}
 
 
 def test_wrong_scale_names_those_there_are(tmp_path):
