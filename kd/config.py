@@ -305,7 +305,7 @@ def _options(group: str) -> Iterator[tuple[str, str]]:
         for name, size in SIZES.items():
             yield name, f"{size.layers} layers of width {size.hidden}, {size.parameters:,} parameters + embeddings"
     for file in sorted((SWEEPS if group == "sweeps" else CONF / group).glob("*.yaml")):
-        first = file.read_text().splitlines()[0]
+        first = next(line for line in file.read_text().splitlines() if not line.startswith("# @package"))
         if first.startswith("#"):
             yield file.stem, first[1:].strip()
         else:

@@ -12,7 +12,7 @@ from kd.errors import UserError
 
 
 def mup(
-    params: list[dict], base_width: int = 192, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
+    params: list[dict], base_width: int = 64, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
     weight_decay: float = 0.1,
 ) -> torch.optim.Optimizer:  # fmt: skip
     """AdamW whose learning rate carries over to other widths: times base_width / width in inner matrices.
@@ -21,7 +21,7 @@ def mup(
     What weight decay takes off per step stays as it is. Raises UserError for a base_width below 1.
     """
     if base_width < 1:
-        raise UserError(f"optim.base_width={base_width}: need a width of at least 1, e.g. 192, that of size 1m.")
+        raise UserError(f"optim.base_width={base_width}: need a width of at least 1, e.g. 64, that of size 100k.")
     groups = []
     for group in params:
         scale = base_width / group["width"] if group["width"] else 1.0

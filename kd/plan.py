@@ -369,6 +369,7 @@ def _language_modelling(
     """A run on the data of settings, with the defaults but for what is given here."""
     typed = ["teacher=none", "logits=none", f"seed={seed}", f"lr.peak={lr}", f"start={start}"]
     typed += [f"trainer.steps={steps}", f"trainer.batch={batch}", f"trainer.micro_batch={batch}"]
+    typed += ["optim=adamw"] if student["name"] else []  # as student=hub has it
     made = resolve(composed(*typed, f"trainer.precision={precision}"), typed)
     made["data"] = settings["data"] | {"tokenizer": corpus(settings)[1]["tokenizer"]}
     made["student"] = student

@@ -27,7 +27,7 @@ def test_width_divides_the_rate_of_inner_matrices_alone():
     made = groups("500k", mup)  # 128 wide
     inner, outer, vectors = made["layers.0.self_attn.q_proj.weight"], made["embed_tokens.weight"], made["norm.weight"] \
         if "norm.weight" in made else made["layers.0.input_layernorm.weight"]  # fmt: skip
-    assert inner["scale"] == 192 / 128 and outer["scale"] == vectors["scale"] == 1
+    assert inner["scale"] == 64 / 128 and outer["scale"] == vectors["scale"] == 1
     # The decay of a step is rate times decay: that of plain AdamW.
     assert inner["scale"] * inner["weight_decay"] == pytest.approx(0.1) and outer["weight_decay"] == 0.1
     assert vectors["weight_decay"] == 0
@@ -36,10 +36,10 @@ def test_width_divides_the_rate_of_inner_matrices_alone():
 def test_step_of_a_matrix_is_that_of_adamw_at_its_own_rate():
     weight = torch.arange(6.0).view(2, 3) / 7
     made = []
-    for make, lr, decay in ((mup, 0.01, 0.1), (torch.optim.AdamW, 0.01 * 192 / 64, 0.1 * 64 / 192)):
+    for make, lr, decay in ((mup, 0.01, 0.1), (torch.optim.AdamW, 0.01 * 64 / 192, 0.1 * 192 / 64)):
         p = torch.nn.Parameter(weight.clone())
         p.grad = torch.sin(torch.arange(6.0)).view(2, 3)
-        group = {"params": [p], "width": 64}
+        group = {"params": [p], "width": 192}
         optimizer = make([group], weight_decay=0.1) if make is mup else make([p], betas=(0.9, 0.95), weight_decay=decay)
         for g in optimizer.param_groups:
             g["lr"] = 0.01 * g["scale"] if make is mup else lr
@@ -57,6 +57,6 @@ def test_at_its_base_width_mup_is_adamw(tmp_path):
     words = ("logits=none", "teacher=none", "trainer.steps=6")
     plain, same, other = (
         here(tmp_path, *words, *more) / "student" / "model.safetensors"
-        for more in ([], ["optim=mup", "optim.base_width=64"], ["optim=mup"])  # 100k is 64 wide
+        for more in (["optim=adamw"], [], ["optim.base_width=192"])  # 100k is 64 wide
     )
     assert plain.read_bytes() == same.read_bytes() != other.read_bytes()
