@@ -103,7 +103,7 @@ class Lines(Sweeper):
 
 
 def at_scale(sweep: Mapping, scale: str) -> tuple[str, list[tuple[str, str]]]:
-    """What all lines of a sweep begin with, and name and words of each; ends with an error where it has no such scale."""
+    """What all lines begin with, and name and words of each; ends with an error where the sweep has no such scale."""
     scales = sweep.get("scales") or {"cpu": {}}
     if scale not in scales:
         end_with(UserError(f"scale={scale}: this sweep has {' and '.join(scales)}."))
