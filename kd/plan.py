@@ -40,10 +40,7 @@ def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
         raise UserError(f"scale={settings['scale']}: only a sweep has scales; type sweeps=scaling, or leave it out.")
     check_logits(settings, typed)
     check_ranks(settings)
-    if settings["data"]["_target_"] != "kd.instructions.instructions":
-        for word in typed:
-            if group_of(word) == "responses":
-                raise UserError(f"{word} would do nothing: plain text asks for none; type data=instructions.")
+    check_instructions(settings, typed)
     own = tokenizer_name(settings)
     if settings["data"]["_target_"] == "kd.corpora.markov":
         own = "the states of the chain"
@@ -98,6 +95,24 @@ def check_logits(settings: Settings, typed: list[str]) -> None:
             "record=full: a teacher in training has another output layer at each step, so its whole distributions "
             "would take a number per token of the vocabulary. Take record=top_p_k, or record=random."
         )
+
+
+# Of rollout=mixed: what the advantages are made with, which loss=minillm alone asks for.
+OF_RETURNS = ("scale", "clip", "gamma", "length_norm", "from_next", "whiten")
+
+
+def check_instructions(settings: Settings, typed: list[str]) -> None:
+    """Raise UserError for a word that was typed and needs instructions, or another loss, to have an effect."""
+    plain_text = settings["data"]["_target_"] != "kd.instructions.instructions"
+    loss = settings["loss"]["_target_"].rpartition(".")[2]
+    for word in typed:
+        if plain_text and group_of(word) in ("responses", "plain"):
+            raise UserError(f"{word} would do nothing beside plain text; type data=instructions, or leave it out.")
+        if loss != "minillm" and word.lstrip("+").partition("=")[0] in [f"rollout.{name}" for name in OF_RETURNS]:
+            raise UserError(f"{word} would do nothing with loss={loss}; type loss=minillm, or leave it out.")
+    if settings["routing"]["_target_"] == "kd.routing.uncertainty" and loss != "atkd":
+        raise UserError(f"routing=uncertainty tells loss=atkd which tokens are hard, and this is loss={loss}; type "
+                        "loss=atkd, or routing=none.")  # fmt: skip
 
 
 def check_rollout(settings: Settings, source: Corpus) -> None:

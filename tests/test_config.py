@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pickle
+import re
 import shlex
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def resolved(*words: str) -> dict:
     words = [*words, *(["logits=none"] if "teacher=none" in words else [])]
     words += ["truncation=top_k"] if "logits=recorded" in words else []
     words += ["logits=offline"] if any(w.startswith("record=") for w in words) else []
+    words += ["data=instructions"] if any(w.startswith("plain=") for w in words) else []
+    words += ["loss=atkd"] if "routing=uncertainty" in words and "loss=atkd" not in words else []
     words += ["truncation=top_k"] if {"target=rest", "target=leftover"} & {*words} else []
     composed = compose("config", words)
     for missing in OmegaConf.missing_keys(composed):
@@ -93,6 +96,21 @@ def test_every_run_of_every_sweep_composes(file):
                 made = config.flat(resolved(*job))
                 group, _, name = ASKS.get(made["loss"], "loss=").partition("=")
                 assert made["logits"] == "none" or not name or made[group] == name
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("plain=text plain.files=a.txt", "plain=text would do nothing beside plain text"),
+        ("responses.samples=2", "responses.samples=2 would do nothing beside plain text"),
+        ("data=instructions rollout=mixed rollout.gamma=0.9", "rollout.gamma=0.9 would do nothing with loss=fkl"),
+        ("routing=uncertainty", "tells loss=atkd which tokens are hard, and this is loss=fkl"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(words, says):
+    words = words.split()
+    with pytest.raises(UserError, match=re.escape(says)):
+        train.resolve(compose("config", words), words)
 
 
 # What a loss cannot do without.
