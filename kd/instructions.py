@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -318,6 +319,11 @@ def encode(examples: list[Example], template: str, tokenizer) -> list[tuple[list
     A prompt has the tokens that it has alone, a response those that it has behind it, if none reaches over both.
     """
     if template == "chat":
+        if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
+            raise UserError(
+                "data.template=chat: this transformers takes text that looks like a special token for one, so that a "
+                "prompt could end itself. Type pip install 'transformers>=5.23', or data.template=alpaca."
+            )
         responses = tokens([example.response for example in examples], tokenizer)
         return [(_chat(e.turns, tokenizer) if e.turns else [], r) for e, r in zip(examples, responses, strict=True)]
     texts = [WRITTEN[template](example.turns) if example.turns else "" for example in examples]

@@ -144,6 +144,8 @@ def check_rollout(settings: Settings, source: Corpus) -> None:
             f"{said} with routing=entropy: tokens that are not distilled are learned as text, and this text is the "
             "student's own. Leave routing out."
         )
+    if settings["rollout"].get("engine") == "vllm" and settings["trainer"]["devices"] > 1:
+        raise UserError("rollout.engine=vllm writes in one process; type trainer.devices=1, or rollout.engine=kd.")
     if settings["record"]:
         raise UserError(f"{said} and record: a store is of the text of the data. Leave one of them out.")
 

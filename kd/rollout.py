@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kd import generate, ranks
 from kd.data import IGNORE, Batch
+from kd.engine import Engine, check_installed
 from kd.errors import UserError, check
 from kd.generate import Sampled
 from kd.models import Causal
@@ -38,9 +39,13 @@ class Writers:
     tokens: int = 0  # written so far
     seconds: float = 0.0  # that it took
     read: dict[str, int] = field(default_factory=lambda: {"student": 0, "teacher": 0})  # tokens, prompts too
+    engines: dict[str, Engine] = field(default_factory=dict)
 
-    def write(self, batch: Batch, *names: str, **how) -> Batch:
-        """What the student, the teacher, or the mixture of both write for a batch; how: see kd.generate.write."""
+    def write(self, batch: Batch, *names: str, engine: str = "kd", **how) -> Batch:
+        """What the student, the teacher, or the mixture of both write for a batch; how: see kd.generate.write.
+
+        engine: kd, or for one of them vllm.
+        """
         models = {name: getattr(self, name) for name in names}
         if None in models.values():
             raise UserError(
@@ -49,8 +54,14 @@ class Writers:
             )
         start = time.perf_counter()
         salt = {"student": 1, "teacher": 2}[names[-1]] << 32  # the numbers as they are draw samples of the teacher
-        parts = batch._replace(stored=None).split(self.rows or len(batch.ids))
-        written = [generate.write(part, self.end, part.seed[:, 0] ^ salt, **models, **how) for part in parts]
+        if engine == "vllm":
+            (name,) = names
+            if name not in self.engines:
+                self.engines[name] = Engine(models[name], batch.ids.shape[1], learns=name == "student")
+            written = [self.engines[name].write(batch, self.end, batch.seed[:, 0] ^ salt, **how)]
+        else:
+            parts = batch._replace(stored=None).split(self.rows or len(batch.ids))
+            written = [generate.write(part, self.end, part.seed[:, 0] ^ salt, **models, **how) for part in parts]
         self.seconds += time.perf_counter() - start
         new = sum(int((part.labels != IGNORE).sum()) for part in written)
         self.tokens += new
@@ -97,7 +108,7 @@ def none(writers: Writers | None) -> Rollout:
 
 def student(
     writers: Writers | None, share: float = 0.5, temperature: float = 1.0, top_k: int | None = None,
-    top_p: float = 1.0, max_tokens: int | None = None,
+    top_p: float = 1.0, max_tokens: int | None = None, engine: str = "kd",
 ) -> Rollout:  # fmt: skip
     """The student writes a share of the batches, each as a whole, and the others are data.
 
@@ -106,36 +117,36 @@ def student(
     and here as below for what generate.write cannot take.
     """
     check("rollout.share", share, 0 <= share <= 1, "a share of the batches from 0 to 1")
-    return Student(writers, share, **_sampling(temperature, top_k, top_p, max_tokens))
+    return Student(writers, share, **_sampling(temperature, top_k, top_p, max_tokens, engine))
 
 
 def teacher(
     writers: Writers | None, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
-    max_tokens: int | None = None,
+    max_tokens: int | None = None, engine: str = "kd",
 ) -> Rollout:  # fmt: skip
     """The teacher writes every batch: sequence-level distillation, SeqKD. Kim & Rush 2016, arXiv 1606.07947.
 
     They take the teacher's best sequence by beam search; temperature=0 is the greedy one.
     """
-    return Teacher(writers, **_sampling(temperature, top_k, top_p, max_tokens))
+    return Teacher(writers, **_sampling(temperature, top_k, top_p, max_tokens, engine))
 
 
 def pairs(
     writers: Writers | None, temperature: float = 0.8, top_k: int | None = None, top_p: float = 1.0,
-    max_tokens: int | None = None,
+    max_tokens: int | None = None, engine: str = "kd",
 ) -> Rollout:  # fmt: skip
     """Teacher and student both answer every prompt, so the batch has twice the rows: first the teacher's.
 
     For loss=distillm2, Ko et al. 2025, arXiv 2503.07067, who have them written anew for each of a few rounds, not for
     each step.
     """
-    return Pairs(writers, **_sampling(temperature, top_k, top_p, max_tokens))
+    return Pairs(writers, **_sampling(temperature, top_k, top_p, max_tokens, engine))
 
 
 def adaptive(
     writers: Writers | None, threshold: float = 0.0, tolerance: float = 0.1, capacity: int = 1000,
     replay: str = "decreasing", temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
-    max_tokens: int | None = None,
+    max_tokens: int | None = None, engine: str = "kd",
 ) -> Rollout:  # fmt: skip
     """The student writes, or what it wrote is replayed, with a chance that rises as validation gets worse; else data.
 
@@ -149,7 +160,9 @@ def adaptive(
     check("rollout.tolerance", tolerance, tolerance >= 0, "a number of nats of at least 0")
     check("rollout.capacity", capacity, capacity >= 1, "at least 1 row, e.g. rollout.capacity=1000")
     check("rollout.replay", replay, replay in FRESH, f"one of {', '.join(FRESH)}")
-    return Adaptive(writers, threshold, tolerance, capacity, replay, **_sampling(temperature, top_k, top_p, max_tokens))
+    return Adaptive(
+        writers, threshold, tolerance, capacity, replay, **_sampling(temperature, top_k, top_p, max_tokens, engine)
+    )
 
 
 def mixed(
@@ -338,13 +351,18 @@ class Mixed(Rollout):
             self.batch, self.round = Batch(**given | {"sampled": Sampled(**state["sampled"])}), state["round"]
 
 
-def _sampling(temperature: float, top_k: int | None, top_p: float, max_tokens: int | None) -> dict:
-    """What generate.write is to be told, if it has a meaning."""
+def _sampling(
+    temperature: float, top_k: int | None, top_p: float, max_tokens: int | None, engine: str = "kd"
+) -> dict:  # fmt: skip
+    """What Writers.write is to be told, if it has a meaning."""
     check("rollout.temperature", temperature, 0 <= temperature < math.inf, "a number of at least 0, where 0 is greedy")
     check("rollout.top_k", top_k, top_k is None or top_k >= 1, "at least 1 token, or null for all")
     check("rollout.top_p", top_p, 0 < top_p <= 1, "a probability above 0 and at most 1")
     check("rollout.max_tokens", max_tokens, max_tokens is None or max_tokens >= 1, "at least 1 token, or null")
-    return dict(temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens)
+    check("rollout.engine", engine, engine in ("kd", "vllm"), "kd or vllm")
+    if engine == "vllm":
+        check_installed()
+    return dict(temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, engine=engine)
 
 
 def _data(batch: Batch) -> Batch:

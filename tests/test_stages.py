@@ -101,6 +101,7 @@ def test_stages_are_part_of_what_a_run_is(root, words):
         (("rollout=teacher", "logits=none", "teacher=none"), "needs a teacher"),
         (("rollout=student", "rollout.share=2"), "rollout.share=2"),
         (("rollout=student", "routing=entropy"), "the student's own"),
+        (("rollout=student", "rollout.engine=vllm", "trainer.devices=2"), "vllm writes in one process"),
         (("lm=plain", "logits=none"), "nothing of the instructions"),
         (("lm=plain", "alpha.peak=1"), "alpha is 1 throughout"),
         (("lm=plain", "logits=cotrained"), "learns from one text"),

@@ -1,0 +1,137 @@
+"""vLLM as the writer: what it is asked, what becomes of its answers, and that weights it did not take are noticed.
+
+Where vLLM itself is installed, the tests that need no new weights are of vLLM; its CPU build takes none.
+"""
+
+import importlib.util
+import sys
+import types
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+from kd import engine
+from kd.data import IGNORE
+from kd.errors import UserError
+from kd.generate import write
+from kd.models import Causal
+from kd.rollout import Writers
+from tests.cases import option
+from tests.test_generate import END, PROMPTS, T, V, batch, seeds
+
+INSTALLED = importlib.util.find_spec("vllm") is not None
+
+
+class Stub:
+    """What Engine uses of vllm.LLM: greedy, row by row, from the files that it is given."""
+
+    def __init__(self, folder: str, **how):
+        assert how["max_model_len"] == T + 1 and how["dtype"] == "float32"
+        self.folder = folder
+        self.load()
+
+    def load(self) -> None:
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(self.folder, use_safetensors=True).eval()
+
+    def collective_rpc(self, method: str) -> None:
+        assert method == "reload_weights"
+        self.load()
+
+    @torch.no_grad()
+    def generate(self, prompts: list[dict], asked: list, use_tqdm: bool) -> list:
+        answers = []
+        for prompt, how in zip(prompts, asked, strict=True):
+            tokens, chances = list(prompt["prompt_token_ids"]), []
+            size = len(tokens)
+            while len(tokens) - size < how.max_tokens and tokens[size:][-1:] != how.stop_token_ids:
+                logits = self.model(torch.tensor([tokens])).logits[0, -1]
+                logp = logits.log_softmax(-1)
+                for token, bias in (how.logit_bias or {}).items():
+                    logits[token] += bias
+                tokens.append(int(logits.argmax()))
+                chances.append({tokens[-1]: SimpleNamespace(logprob=float(logp[tokens[-1]]))})
+            answers.append(SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens[size:], logprobs=chances)]))
+        return answers
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    made = types.ModuleType("vllm")
+    made.LLM, made.SamplingParams = Stub, SimpleNamespace
+    made.__spec__ = importlib.util.spec_from_loader("vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", made)
+
+
+def model(seed: int, vocab: int = V) -> Causal:
+    """Of a shape that vLLM computes on a CPU too."""
+    torch.manual_seed(seed)
+    shape = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    made = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=V, **shape))
+    for parameter in made.parameters():
+        if parameter.ndim > 1:
+            parameter.data *= 5
+    return Causal(made, vocab)
+
+
+def same(ours, theirs) -> None:
+    assert torch.equal(ours.ids, theirs.ids) and torch.equal(ours.labels, theirs.labels)
+
+
+@pytest.mark.parametrize("vocab", [V, V - 20])
+@pytest.mark.parametrize("max_tokens", [None, 3])
+def test_what_it_writes_is_what_kd_writes(vocab, max_tokens, request):
+    if not INSTALLED:
+        request.getfixturevalue("stub")
+    made, given = model(0, vocab), batch(PROMPTS)
+    given.labels[1] = IGNORE  # a row without a response stays as it is
+    ours = engine.Engine(made, T, learns=False).write(given, END, seeds(6), temperature=0, max_tokens=max_tokens)
+    theirs = write(given, END, seeds(6), made, temperature=0, max_tokens=max_tokens)
+    same(ours, theirs)
+    assert not ours.sampled.by_student.any() and ours.sampled.student is None and ours.row is given.row
+
+
+@pytest.mark.skipif(not INSTALLED, reason="needs vLLM")
+def test_drawn_tokens_depend_on_the_row_and_its_seed_alone():
+    made, given = model(0), batch([4, 4, 4, 4])
+    given = given._replace(ids=given.ids[:1].expand(4, -1).clone())
+    writer = engine.Engine(made, T, learns=False)
+    drawn = writer.write(given, END, torch.tensor([1, 2, 1, 2**62])).ids[:, 4:]
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+    alone = writer.write(given.split(1).__next__(), END, torch.tensor([1])).ids[:, 4:]
+    assert torch.equal(alone[0], drawn[0])
+
+
+def test_a_student_writes_with_the_weights_it_has(stub):
+    made, given = model(0), batch(PROMPTS)
+    rollout = option("rollout", "student", share=1.0, temperature=0.0, engine="vllm")
+    rollout = rollout(Writers(made, None, end=END, seed=5))
+    before = rollout(given, 0, 0.0)
+    same(before, write(given, END, seeds(6), made, temperature=0))
+    assert torch.equal(before.sampled.by_student, (before.labels != IGNORE).float())
+    made.load_state_dict(model(1).state_dict())
+    after = rollout(given, 1, 0.0)
+    same(after, write(given, END, seeds(6), made, temperature=0))
+    assert not torch.equal(after.ids, before.ids) and rollout.writers.engines.keys() == {"student"}
+
+
+def test_weights_that_were_not_taken_are_noticed(stub, monkeypatch):
+    monkeypatch.setattr(Stub, "collective_rpc", lambda self, method: None)
+    made, given = model(0), batch(PROMPTS)
+    writer = engine.Engine(made, T, learns=True)
+    writer.write(given, END, seeds(6), temperature=0)
+    made.load_state_dict(model(1).state_dict())
+    with pytest.raises(UserError, match=r"did not take the weights.*rollout\.engine=kd"):
+        writer.write(given, END, seeds(6), temperature=0)
+
+
+@pytest.mark.skipif(INSTALLED, reason="needs no vLLM")
+def test_without_vllm_the_command_is_said():
+    with pytest.raises(UserError, match=r"pip install 'kd\[vllm\]'"):
+        option("rollout", "teacher", engine="vllm")(None)
+
+
+def test_an_engine_has_a_name():
+    with pytest.raises(UserError, match=r"rollout\.engine=sglang.*kd or vllm"):
+        option("rollout", "teacher", engine="sglang")(None)
