@@ -145,7 +145,7 @@ def estimate(settings: Settings) -> dict[str, Estimate]:
     elif stored and not where.manifest().exists():
         of = offline.described(settings, packed)
         made[f"store {where.folder.name}"] = estimates.of_store(settings, packed, parts.keep, vocab, of)
-    return made | {run.name: estimates.of_run(settings, packed, parts.objective, vocab)}
+    return made | {run.name: estimates.of_run(settings, packed, parts.objective, parts.rollout, vocab)}
 
 
 def show_plan(all_settings: list[Settings], said: list[str], at_once: float) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, partial
 from typing import NamedTuple
@@ -22,9 +23,10 @@ from kd.data import IGNORE, Batch, Packed, to_batch
 from kd.hardware import capacity, hold_in
 from kd.models import Causal, Cost
 from kd.objective import Objective, fitting, with_sample
-from kd.plan import Settings, source_of
+from kd.plan import Settings, rollout_of, source_of
 from kd.progress import clock, console
 from kd.remote import home
+from kd.rollout import Rollout, Writers
 from kd.run import part_of_outcome, peak_memory
 from kd.target import KNOWN_BY, Target
 from kd.writer import Rows, Teacher
@@ -55,34 +57,48 @@ class Step(NamedTuple):
     micro_batch: float | None = None  # seconds
     optimizer: float = 0.0  # seconds
     kept: int = 0  # bytes, for the backward pass
+    writing: float = 0.0  # seconds that a rollout takes for a micro-batch, whose responses never end
+    answering: float = 0.0  # seconds that the student does
+    wider: int = 1  # rows that a rollout makes of one
 
 
 _measured: dict[str, Step] = {}  # a sweep has many runs of one shape
 
 
-def of_run(settings: Settings, packed: Packed, objective: Objective, vocab: int) -> Estimate:
-    """Of a run whose data are packed. Its teacher may be still to be made; one of the same size tells as much."""
+def of_run(
+    settings: Settings, packed: Packed, objective: Objective, rollout: Callable[..., Rollout], vocab: int
+) -> Estimate:
+    """Of a run whose data are packed. Its teacher may be still to be made; one of the same size tells as much.
+
+    What is written is counted as long as it may be: models that have learned nothing do not end.
+    """
     shape = {k: v for k, v in part_of_outcome(flat(settings)).items() if not k.startswith(NO_SHAPE)}
     shape |= {k: settings["trainer"][k] for k in ("accelerator", "devices", "strategy")}
     key = json.dumps([shape, vocab], sort_keys=True)
     loaded = before_measuring()
     if key not in _measured:
-        _measured[key] = _measure(settings, packed, objective, vocab)
+        _measured[key] = _measure(settings, packed, objective, rollout, vocab)
     step, of, seq_len, how = _measured[key], settings["trainer"], settings["data"]["seq_len"], source_of(settings)
     student, teacher = step.costs["student"], step.costs.get("teacher")
-    positions = of["steps"] * of["batch"] * seq_len
-    beside = positions if settings["lm"] == "plain" else 0  # of plain text
-    tokens = round(of["steps"] * of["batch"] * packed.counted) + beside
+    rows = of["steps"] * of["batch"]
+    positions = rows * step.wider * seq_len
+    beside = rows * seq_len if settings["lm"] == "plain" else 0  # of plain text
+    tokens = round(rows * step.wider * packed.counted) + beside
     once = sum(models.step_flops(how, flat(settings)["routing"] != "none", student, teacher))
+    # All rows once by a teacher before training, or some of those of the steps.
+    once_only = rollout_of(settings) == "teacher"
+    written = len(packed.train) if once_only else rows * rollout(None).writes / of["devices"]
     seconds = None
     if step.micro_batch is not None:
-        rows = min(of["micro_batch"], of["batch"])
-        seconds = STARTS + of["steps"] * (-(-of["batch"] // of["devices"] // rows) * step.micro_batch + step.optimizer)
+        part = min(of["micro_batch"], of["batch"])
+        seconds = STARTS + of["steps"] * (-(-of["batch"] // of["devices"] // part) * step.micro_batch + step.optimizer)
         # A validation is forward passes alone, of the student and, if there is one, of the teacher.
         looked = -(-of["steps"] // of["val_every"]) * packed.val[:, 1:].size / of["devices"]
         looked *= student.flops_per_token + (teacher.flops_per_token if teacher else 0)
-        seconds += looked / once * step.micro_batch / (rows * seq_len)
-    flops = positions * once + beside * 3 * student.flops_per_token  # without those of what a rollout writes
+        seconds += looked / once * step.micro_batch / (part * step.wider * seq_len) + written / part * step.writing
+        if packed.val_spans is not None:
+            seconds += settings["responses"]["samples"] * len(packed.val) / part * step.answering
+    flops = positions * once + beside * 3 * student.flops_per_token  # without those of writing
     learned = student.parameters + (teacher.parameters if how == "cotrained" else 0)
     memory = held(step.costs, settings) + step.kept
     if ranks.device(of["accelerator"]).type == "cpu":
@@ -125,7 +141,9 @@ def _teacher(settings: Settings, vocab: int) -> Causal:
     return models.build(of["size"], of["name"], vocab, settings["data"]["seq_len"], "teacher.name")
 
 
-def _measure(settings: Settings, packed: Packed, objective: Objective, vocab: int) -> Step:
+def _measure(
+    settings: Settings, packed: Packed, objective: Objective, rollout: Callable[..., Rollout], vocab: int
+) -> Step:
     """Some steps of a run's own models, shapes and objective; values of weights do not matter here."""
     trainer, seq_len, how = settings["trainer"], settings["data"]["seq_len"], source_of(settings)
     device = ranks.device(trainer["accelerator"])
@@ -137,7 +155,8 @@ def _measure(settings: Settings, packed: Packed, objective: Objective, vocab: in
     if held(costs, settings) > 0.9 * capacity(device):
         return Step(costs)
     student = models.build(**settings["student"], vocab=vocab, seq_len=seq_len, option="student.name").to(device)
-    teacher = _teacher(settings, vocab) if how in ("online", "cotrained") else None
+    needed = how in ("online", "cotrained") or rollout_of(settings) == "teacher"
+    teacher = _teacher(settings, vocab) if needed else None
     half = trainer["precision"] == "bf16"
     if teacher:
         teacher.to(device).requires_grad_(how == "cotrained")
@@ -147,6 +166,14 @@ def _measure(settings: Settings, packed: Packed, objective: Objective, vocab: in
     spans = None if packed.train_spans is None else packed.train_spans[: len(rows)]
     batch = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans)
     batch = Batch(*(x.to(device) for x in batch[:4]))
+    writers = Writers(student, teacher, packed.end, 0)
+    writing = answering = 0.0
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        if spans is not None:
+            _, answering = _timed(device, lambda: writers.write(batch, "student"))
+        write = rollout(writers, **({"engine": "kd"} if "engine" in settings["rollout"] else {}))
+        if write.writes:
+            batch, writing = _timed(device, lambda: write.write(batch))
     kept = batch.labels != IGNORE
     known = {name: torch.ones(int(kept.sum()), device=device) for name in KNOWN_BY}
     source = {"online": logits.online, "cotrained": logits.cotrained}.get(how, logits.none)(teacher)
@@ -165,11 +192,6 @@ def _measure(settings: Settings, packed: Packed, objective: Objective, vocab: in
                 total = total + objective(teacher.head, signal.hidden, batch.labels[kept], None, 0.0).total
         return total
 
-    def clocked() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
     saved = {p.untyped_storage().data_ptr(): 0 for p in student.parameters()}
 
     def save(tensor: Tensor) -> Tensor:
@@ -178,15 +200,28 @@ def _measure(settings: Settings, packed: Packed, objective: Objective, vocab: in
 
     loss(lambda: torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor)).backward()
     wide = min(int(kept.sum()), objective.chunk or fitting(student.head)) * vocab * 4 * ALIVE
-    passes, steps, begun = [], [], clocked()
-    while len(passes) < 3 or clocked() - begun < PROBE:
-        start = clocked()
+    passes, steps, begun = [], [], _now(device)
+    while len(passes) < 3 or _now(device) - begun < PROBE:
+        start = _now(device)
         loss().backward()
-        between = clocked()
+        between = _now(device)
         optimizer.step()
         passes.append(between - start)
-        steps.append(clocked() - between)
-    return Step(costs, statistics.median(passes), statistics.median(steps), sum(saved.values()) + wide)
+        steps.append(_now(device) - between)
+    memory = sum(saved.values()) + wide
+    wider = len(batch.ids) // len(rows)
+    return Step(costs, statistics.median(passes), statistics.median(steps), memory, writing, answering, wider)
+
+
+def _timed(device: torch.device, work: Callable[[], Batch]) -> tuple[Batch, float]:
+    start = _now(device)
+    return work(), _now(device) - start
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _stored(logp: Tensor, batch: Batch, kept: Tensor):
@@ -225,6 +260,8 @@ def show(made: dict[str, Estimate], names: dict[str, str], done: int, settings: 
     if all(of.seconds for of in made.values()):
         says += f", about {clock(sum(of.seconds for of in made.values()))} one after another"
     says += f"; {files.amount(disk)} of disk at most, where {files.amount(free)} are free. Nothing was started."
+    if settings["data"]["_target_"] == "kd.instructions.instructions":
+        says += " Responses that models write are taken to be as long as they may be."
     console.print(says, markup=False, soft_wrap=True)
     for what, needed, has in (("memory", memory, capacity(device)), ("disk", disk, free)):
         if needed > has:

@@ -78,9 +78,11 @@ class Rollout:
     """The text of each step as it comes; others write some of it anew.
 
     `gives` names what a loss can ask of every position of the sample (see Sampled). `state` holds tensors and numbers.
+    write() is what is written anew for a batch, which happens at the share `writes` of the steps, at most.
     """
 
     gives: tuple[str, ...] = ()
+    writes = 0.0
     looks_first = False  # whether it is to be told of a validation before the first step
 
     def __init__(self, writers: Writers | None):
@@ -89,6 +91,10 @@ class Rollout:
     def __call__(self, batch: Batch, step: int, progress: float) -> Batch:
         """The batch of a step, at which the share `progress` of the run is done."""
         return batch
+
+    def write(self, batch: Batch) -> Batch:
+        """New responses to the prompts of a batch."""
+        raise NotImplementedError
 
     def validated(self, loss: float) -> None:
         """Told of each validation: the student's loss on the references, nats per token."""
@@ -227,31 +233,41 @@ class Student(Rollout):
 
     def __init__(self, writers: Writers | None, share: float, **how):
         super().__init__(writers)
-        self.share, self.how = share, how
+        self.writes, self.how = share, how
 
     def __call__(self, batch: Batch, step: int, progress: float) -> Batch:
-        if self.writers.chance(step).random() >= self.share:
-            return _data(batch)
+        return _data(batch) if self.writers.chance(step).random() >= self.writes else self.write(batch)
+
+    def write(self, batch: Batch) -> Batch:
         return _only_who(self.writers.write(batch, "student", **self.how))
 
 
 class Teacher(Rollout):
+    writes = 1.0
+
     def __init__(self, writers: Writers | None, **how):
         super().__init__(writers)
         self.how = how
 
     def __call__(self, batch: Batch, step: int, progress: float) -> Batch:
+        return self.write(batch)
+
+    def write(self, batch: Batch) -> Batch:
         return self.writers.write(batch, "teacher", **self.how)
 
 
 class Pairs(Rollout):
     gives = OWN
+    writes = 1.0
 
     def __init__(self, writers: Writers | None, **how):
         super().__init__(writers)
         self.how = how
 
     def __call__(self, batch: Batch, step: int, progress: float) -> Batch:
+        return self.write(batch)
+
+    def write(self, batch: Batch) -> Batch:
         written = [self.writers.write(batch, name, **self.how) for name in ("teacher", "student")]
         return _joined([_only_who(part) for part in written])
 
@@ -268,6 +284,7 @@ class Adaptive(Rollout):
 
     gives = OWN
     looks_first = True
+    writes = 1.0
 
     def __init__(self, writers: Writers | None, threshold: float, tolerance: float, capacity: int, replay: str, **how):
         super().__init__(writers)
@@ -283,12 +300,15 @@ class Adaptive(Rollout):
         if drawn >= self.threshold:
             return _data(batch)
         if drawn < self.threshold * self.fresh(progress) or ranks.any_of(len(self.rows.get("row", ())) < most):
-            written = _only_who(self.writers.write(batch, "student", **self.how))
+            written = self.write(batch)
             new = as_rows(written)
             self.rows = {name: torch.cat([*self._held(name), x])[-most:] for name, x in new.items()}
             return written
         index = torch.from_numpy(chance.choice(most, len(batch.ids), replace=False))
         return _unpacked({name: x[index] for name, x in self.rows.items()}, batch)
+
+    def write(self, batch: Batch) -> Batch:
+        return _only_who(self.writers.write(batch, "student", **self.how))
 
     def _held(self, name: str) -> list[Tensor]:
         return [self.rows[name]] if self.rows else []
@@ -317,17 +337,19 @@ class Mixed(Rollout):
     ):  # fmt: skip
         super().__init__(writers)
         self.how, self.scale, self.clip, self.returned = how, scale, clip, returned
-        self.whiten, self.epochs = whiten, epochs
+        self.whiten, self.epochs, self.writes = whiten, epochs, 1 / epochs
         self.batch: Batch | None = None
         self.round = -1
 
     def __call__(self, batch: Batch, step: int, progress: float) -> Batch:
         if step // self.epochs != self.round:
-            written = self.writers.write(batch, "student", "teacher", **self.how)
-            advantage = self._advantage(written.sampled, written.labels != IGNORE)
-            self.batch = written._replace(sampled=written.sampled._replace(advantage=advantage))
-            self.round = step // self.epochs
+            self.batch, self.round = self.write(batch), step // self.epochs
         return move_data_to_device(self.batch, batch.ids.device)  # a checkpoint is loaded to the CPU
+
+    def write(self, batch: Batch) -> Batch:
+        written = self.writers.write(batch, "student", "teacher", **self.how)
+        advantage = self._advantage(written.sampled, written.labels != IGNORE)
+        return written._replace(sampled=written.sampled._replace(advantage=advantage))
 
     def _advantage(self, sampled: Sampled, counted: Tensor) -> Tensor:
         reward = (sampled.teacher - sampled.student) / self.scale

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kd import data
+import train as product
+from kd import data, estimate
 from kd.config import CONF
 from kd.errors import UserError
 from kd.plan import plan, start_settings
@@ -91,6 +92,39 @@ def test_stages_are_part_of_what_a_run_is(root, words):
         for more in ((), SFT, (*SFT, "start.sft_lr=1e-5"), (*SFT, "start.seed=1"), (*SFT, "lm=plain"))
     }
     assert len(names) == 5
+
+
+def estimated(root, *more) -> estimate.Estimate:
+    """What plan=true says of the run itself."""
+    told = settings(root, *more)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return list(product.estimate(told).values())[-1]
+
+
+@pytest.mark.parametrize(
+    ("rollout", "written"),
+    # Micro-batches of 2 rows that are written: half of 10 steps of 4 rows, every other step, all, the 46 rows once.
+    [("none", 0), ("student", 10), ("mixed rollout.epochs=2", 10), ("pairs", 20), ("teacher logits=none", 23)],
+)
+def test_plan_counts_the_time_of_writing(rollout, written, root, words, monkeypatch):
+    costs = {role: estimate.Cost(10, 8, 0.001) for role in ("student", "teacher")}
+    step = estimate.Step(costs, micro_batch=0.0, writing=7.0, answering=5.0)
+    monkeypatch.setattr(estimate, "_measure", lambda *_: step)
+    monkeypatch.setattr(estimate, "_measured", {})
+    more = f"rollout={rollout} trainer.steps=10 trainer.batch=4 trainer.micro_batch=2 responses.samples=3 seed=7"
+    said = estimated(root, *words[:-2], *more.split())
+    # Four held-out prompts are answered three times, two at once.
+    assert said.seconds == pytest.approx(estimate.STARTS + 7 * written + 5 * 3 * 4 / 2)
+
+
+def test_plan_measures_writing_and_the_rows_it_makes(root, words, monkeypatch):
+    monkeypatch.setattr(estimate, "_measured", {})
+    monkeypatch.setattr(estimate, "PROBE", 0.0)
+    one = estimated(root, *words, "seed=7")
+    both = estimated(root, *words, "seed=7", "rollout=pairs", "loss=distillm2", "alpha.peak=1")
+    steps = [step for step in estimate._measured.values() if step.wider == 2]
+    assert len(steps) == 1 and steps[0].writing > 0 and steps[0].answering > 0
+    assert both.flops == pytest.approx(2 * one.flops) and abs(both.tokens - 2 * one.tokens) <= 1
 
 
 @pytest.mark.parametrize(
