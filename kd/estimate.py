@@ -20,7 +20,7 @@ from torch import Tensor
 from kd import files, logits, models, ranks
 from kd.config import flat
 from kd.data import IGNORE, Batch, Packed, to_batch
-from kd.hardware import capacity, hold_in
+from kd.hardware import capacity, hold_in, out_of_memory
 from kd.models import Causal, Cost
 from kd.objective import Objective, fitting, with_sample
 from kd.plan import Settings, rollout_of, source_of
@@ -54,6 +54,7 @@ class Step(NamedTuple):
     """What was measured of one shape; nothing where its models do not fit into memory."""
 
     costs: dict[str, Cost]
+    rows: int = 1  # of a micro-batch
     micro_batch: float | None = None  # seconds
     optimizer: float = 0.0  # seconds
     kept: int = 0  # bytes, for the backward pass
@@ -77,7 +78,7 @@ def of_run(
     key = json.dumps([shape, vocab], sort_keys=True)
     loaded = before_measuring()
     if key not in _measured:
-        _measured[key] = _measure(settings, packed, objective, rollout, vocab)
+        _measured[key] = _fitting(settings, packed, objective, rollout, vocab)
     step, of, seq_len, how = _measured[key], settings["trainer"], settings["data"]["seq_len"], source_of(settings)
     student, teacher = step.costs["student"], step.costs.get("teacher")
     rows = of["steps"] * of["batch"]
@@ -90,7 +91,7 @@ def of_run(
     written = len(packed.train) if once_only else rows * rollout(None).writes / of["devices"]
     seconds = None
     if step.micro_batch is not None:
-        part = min(of["micro_batch"], of["batch"])
+        part = step.rows
         seconds = STARTS + of["steps"] * (-(-of["batch"] // of["devices"] // part) * step.micro_batch + step.optimizer)
         # A validation is forward passes alone, of the student and, if there is one, of the teacher.
         looked = -(-of["steps"] // of["val_every"]) * packed.val[:, 1:].size / of["devices"]
@@ -115,8 +116,9 @@ def before_measuring() -> int:
 def held(costs: dict[str, Cost], settings: Settings) -> int:
     """Bytes of weights, and of gradients and AdamW's two moments of what learns."""
     half = settings["trainer"]["precision"] == "bf16"
-    each = {"cotrained": 16, "online": 2 if half else 4}.get(source_of(settings), 0)  # of a teacher that is loaded
-    return 16 * costs["student"].parameters + (each * costs["teacher"].parameters if each else 0)
+    # A teacher that is loaded; beside language modelling alone for the validation.
+    each = {"cotrained": 16, "offline": 0}.get(source_of(settings), 2 if half else 4)
+    return 16 * costs["student"].parameters + (each * costs["teacher"].parameters if "teacher" in costs else 0)
 
 
 def of_store(settings: Settings, packed: Packed, keep, vocab: int, described: dict) -> Estimate:
@@ -139,6 +141,17 @@ def of_store(settings: Settings, packed: Packed, keep, vocab: int, described: di
 def _teacher(settings: Settings, vocab: int) -> Causal:
     of = settings["teacher"]
     return models.build(of["size"], of["name"], vocab, settings["data"]["seq_len"], "teacher.name")
+
+
+def _fitting(settings: Settings, *of) -> Step:
+    """What is measured of as many rows at once as memory holds: a run halves them, too."""
+    rows = min(settings["trainer"]["micro_batch"], settings["trainer"]["batch"])
+    try:
+        return _measure(settings, *of)
+    except Exception as error:
+        if rows == 1 or not out_of_memory(error):
+            raise
+    return _fitting(settings | {"trainer": settings["trainer"] | {"micro_batch": rows // 2}}, *of)
 
 
 def _measure(
@@ -210,7 +223,8 @@ def _measure(
         steps.append(_now(device) - between)
     memory = sum(saved.values()) + wide
     wider = len(batch.ids) // len(rows)
-    return Step(costs, statistics.median(passes), statistics.median(steps), memory, writing, answering, wider)
+    times = statistics.median(passes), statistics.median(steps)
+    return Step(costs, len(rows), *times, memory, writing, answering, wider)
 
 
 def _timed(device: torch.device, work: Callable[[], Batch]) -> tuple[Batch, float]:

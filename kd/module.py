@@ -118,12 +118,14 @@ class Distillation(lightning.LightningModule):
             shards.shard({"student": self.student, "teacher": teacher}[role], self.trainer.strategy.root_device)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Weight decay on matrices alone, as usual for transformers; inner matrices with the width of their model."""
+        """Weight decay on matrices alone, as usual for transformers; inner matrices with the width of their model.
+
+        An output layer of its own is one of them, and one that is the embedding too is not.
+        """
         groups = []
         for causal in filter(None, (self.student, self.teacher)):  # a teacher that learns
             model = causal.model
             outer = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-            outer.add(id(model.get_output_embeddings().weight))
             kinds: dict[str, list[Tensor]] = {"inner": [], "outer": [], "vectors": []}
             for p in filter(lambda p: p.requires_grad, model.parameters()):
                 kinds["vectors" if p.ndim <= 1 else "outer" if id(p) in outer else "inner"].append(p)

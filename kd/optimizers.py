@@ -1,7 +1,7 @@
 """How a student is stepped, beside the optimizers of torch: (groups of parameters) -> optimizer.
 
-The module makes the groups and says of each `width`: of its model for inner matrices, None for embeddings, the output
-layer and vectors. A group's `scale` multiplies the learning rate of each step.
+The module makes the groups and says of each `width`: of its model for inner matrices and an output layer of its own,
+None for embeddings and vectors. A group's `scale` multiplies the learning rate of each step.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ def mup(
 ) -> torch.optim.Optimizer:  # fmt: skip
     """AdamW whose learning rate carries over to other widths: times base_width / width in inner matrices.
 
-    muP in its simple form: Wortsman et al. 2023, arXiv 2309.14322, section 3.2; Yang et al. 2022, arXiv 2203.03466.
-    What weight decay takes off per step stays as it is. Raises UserError for a base_width below 1.
+    muP in its simple form: Wortsman et al. 2023, arXiv 2309.14322, section 3.2; Yang et al. 2022, arXiv 2203.03466, who
+    also divide the logits of an output layer that is the embedding, which is not done here: seen to carry over from a
+    width of 64 to 192 (RESULTS.md), and to be tried anew at one of thousands. What weight decay takes off per step
+    stays as it is. Raises UserError for a base_width below 1.
     """
     if base_width < 1:
         raise UserError(f"optim.base_width={base_width}: need a width of at least 1, e.g. 64, that of size 100k.")

@@ -86,6 +86,11 @@ def check_logits(settings: Settings, typed: list[str]) -> None:
             f"{'drops none' if dropped == 'full' else 'is a sample that adds up to 1'}: leave it out, or take "
             "truncation=top_k, top_p or top_p_k."
         )
+    if how == "cotrained" and settings["teacher"]["name"] and settings["optim"]["_target_"] == "kd.optimizers.mup":
+        raise UserError(
+            "logits=cotrained has a pretrained teacher learn as the student does, and optim=mup is for sizes from "
+            "scratch: type optim=adamw lr.peak=1e-4."
+        )
     known = how == "none" or any(settings["teacher"].get(k) for k in ("size", "name"))
     if not known and not (how == "offline" and settings["logits"].get("path")):
         also = ", or logits.path=… to read a store, whoever wrote it" if how == "offline" else ""
@@ -373,9 +378,9 @@ def start_settings(settings: Settings) -> Settings | None:
         return made | {"data": plain_data(settings)}
     if not corpus(settings)[0].pairs:
         raise UserError("start=sft fine-tunes on instructions, and this data is plain text; type data=instructions.")
-    before = "scratch" if student["name"] else "pretrained"
+    before, rate = ("scratch", 1e-4) if student["name"] else ("pretrained", 1e-3)
     return _language_modelling(
-        settings, student, before, of["sft_steps"], of["sft_batch"], of["sft_lr"], of["seed"]
+        settings, student, before, of["sft_steps"], of["sft_batch"], of["sft_lr"] or rate, of["seed"]
     )  # fmt: skip
 
 

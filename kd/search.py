@@ -1,6 +1,6 @@
 """Search over continuous axes: a Hydra sweeper that asks Optuna which runs to make next, and ends hopeless ones early.
 
-python train.py -m hydra/sweeper=optuna lr.peak='tag(log,interval(1e-4,1e-2))' alpha.peak='interval(0,1)' loss=fkl,jsd
+python train.py -m hydra/sweeper=optuna lr.peak='tag(log,interval(1e-3,3e-2))' alpha.peak='interval(0,1)' loss=fkl,jsd
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Search(Sweeper):
             else:
                 fixed.append(override.input_line)
         if not space:
-            raise UserError("A search needs an axis: type e.g. lr.peak='tag(log,interval(1e-4,1e-2))'.")
+            raise UserError("A search needs an axis: type e.g. lr.peak='tag(log,interval(1e-3,3e-2))'.")
         return fixed, space
 
 

@@ -50,7 +50,7 @@ def std(student: Tensor, target: Target, tau: float = 0.5) -> Softening:
 
     In the place of AdaKD_SD of Peng et al. 2024, arXiv 2410.16215, table 3, whose formula is not known here. This is
     the teacher's side of Sun et al. 2024 (logit standardisation), arXiv 2403.01427: every target has logits of one
-    spread. Its student's side is left out, as that paper softens the teacher alone; normkd has both. Raises UserError
+    spread. Its student's side is left out, as Peng et al. soften the teacher alone; normkd has both. Raises UserError
     for tau not above 0.
     """
     _positive("temperature.tau", tau)

@@ -63,8 +63,10 @@ def of_sweep(entries: list[Entry]) -> tuple[list[Point], list[str]]:
     if left := len(entries) - len(done):
         notes.append(f"{left} of {len(entries)} runs are not done and not counted: python -m sweeps.report says why.")
     usable = [e for e in done if e.result["config"]["logits"] in ("none", "online", "offline")]
-    if cotrained := len(done) - len(usable):
-        notes.append(f"{cotrained} runs have a teacher that learns beside the student: no law here is of those.")
+    if learning := len(done) - len(usable):
+        notes.append(
+            f"{learning} runs have a teacher that still learns (cotrained, recorded): no law here is of those."
+        )
     old = [e for e in usable if not {"non_embedding", "flops_per_token"} <= e.result.keys()]
     if old:
         notes.append(
@@ -72,11 +74,13 @@ def of_sweep(entries: list[Entry]) -> tuple[list[Point], list[str]]:
             f"make them anew, type rm -r {' '.join(str(e.folder) for e in old)} and the command of the sweep again."
         )
     usable = [e for e in usable if e not in old]
-    for alone, kind in ((True, "by language modelling"), (False, "that learn from a teacher")):
-        configs = [e.result["config"] for e in usable if (e.result["config"]["logits"] == "none") is alone]
+    configs = [e.result["config"] for e in usable]
+    taught = [c for c in configs if c["logits"] != "none"]
+    alone = [c for c in configs if c["logits"] == "none"]
+    for configs, kind in ((alone, "by language modelling"), (taught, "that learn from a teacher")):
         if keys := [k for k in varying([settings(c) for c in configs]) if not below(k, KNOWN)]:
             notes.append(f"Runs {kind} also differ in {listed(keys)}, of which no law here knows: taken as noise.")
-    teachers = [json.loads(text) for text in sorted({subset(c, "teacher") for c in configs})]  # of those that have one
+    teachers = [json.loads(text) for text in sorted({subset(c, "teacher") for c in taught})]
     names = {model_name(teacher, "teacher") for teacher in teachers}
     keys = varying(teachers) if len(names) < len(teachers) else []
     again = [e for e in usable if e.result["tokens"] > e.result["train_rows"] * e.result["config"]["data.seq_len"]]

@@ -94,6 +94,8 @@ def test_every_run_of_every_sweep_composes(file):
             jobs = BasicSweeper.split_arguments(words, None)[0]
             for job in (job for job in jobs if not {"seed=1", "seed=2"} & set(job)):  # which compose as seed=0 does
                 made = config.flat(resolved(*job))
+                read = made["trainer.steps"] * made["trainer.batch"] * made["data.seq_len"]
+                assert made["data"] != "hub" or (made["data.tokens"] or read) >= read  # of new text
                 group, _, name = ASKS.get(made["loss"], "loss=").partition("=")
                 assert made["logits"] == "none" or not name or made[group] == name
 

@@ -2,10 +2,13 @@
 
 import shutil
 
+import hydra
 import pytest
+import torch
 
 import train as product
 from kd import estimate
+from kd.config import CONF
 from tests.small import here, result, settings, train, write
 
 
@@ -16,7 +19,9 @@ def quick(monkeypatch):
 
 def of(root, *words):
     product.quiet()
-    return product.estimate(settings(root, *words))
+    told = settings(root, *words)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return product.estimate(told)
 
 
 @pytest.mark.parametrize("words", ["logits=none", "logits=online", "logits=cotrained", "logits=online routing=entropy"])
@@ -47,12 +52,37 @@ def test_what_is_kept_for_the_backward_pass_grows_with_rows_and_the_rest_does_no
 
 
 def test_time_is_that_of_the_steps_measured(tmp_path, monkeypatch):
-    step = estimate.Step({"student": estimate.Cost(10, 8, 100.0)}, micro_batch=2.0, optimizer=0.5)
+    step = estimate.Step({"student": estimate.Cost(10, 8, 100.0)}, rows=2, micro_batch=2.0, optimizer=0.5)
     monkeypatch.setattr(estimate, "_measure", lambda *_: step)
     words = ("logits=none", "teacher=none", "trainer.steps=10", "trainer.batch=4", "trainer.micro_batch=2")
     (said,) = of(tmp_path, *words, "trainer.val_every=5", "seed=9").values()
     # 10 steps of two parts and an optimizer; 2 validations of 8 rows, of which 2 take a third of a part.
     assert said.seconds == pytest.approx(estimate.STARTS + 10 * (2 * 2.0 + 0.5) + 2 * 8 / 2 * 2.0 / 3)
+
+
+def test_rows_that_do_not_fit_are_halved_as_in_a_run(tmp_path, monkeypatch):
+    step = estimate.Step({"student": estimate.Cost(10, 8, 100.0)}, rows=1, micro_batch=2.0)
+    tried = []
+
+    def measure(settings, *_):
+        tried.append(settings["trainer"]["micro_batch"])
+        if len(tried) < 3:
+            raise torch.OutOfMemoryError
+        return step
+
+    monkeypatch.setattr(estimate, "_measure", measure)
+    words = ("logits=none", "teacher=none", "trainer.steps=10", "trainer.batch=4", "trainer.micro_batch=4", "seed=8")
+    (said,) = of(tmp_path, *words, "trainer.val_every=10").values()
+    assert tried == [4, 2, 1] and said.seconds == pytest.approx(estimate.STARTS + 10 * 4 * 2.0 + 8 / 3 * 2.0)
+
+
+def test_a_teacher_that_is_loaded_is_counted(tmp_path):
+    """To be compared with, beside language modelling alone, too; what reads a store has none."""
+    alone, beside, taught = (
+        list(of(tmp_path, *words, "trainer.steps=3").values())[-1].memory
+        for words in (("logits=none", "teacher=none"), ("logits=none", "teacher=10m"), ("logits=online", "teacher=10m"))
+    )
+    assert alone + 4 * 10_000_000 < beside < alone + 4 * 12_000_000 and beside <= taught
 
 
 def test_models_larger_than_memory_are_not_made(tmp_path, monkeypatch):

@@ -388,6 +388,13 @@ def settings_run(root: Path, *words: str):
         return plan(made).run.name
 
 
+def test_a_pretrained_teacher_does_not_learn_at_the_rates_of_sizes(tmp_path):
+    words = ("logits=cotrained", "teacher=hub", "teacher.name=org/model")
+    with pytest.raises(UserError, match=r"type optim=adamw lr\.peak=1e-4"):
+        settings(tmp_path, *words)
+    assert settings(tmp_path, *words, "optim=adamw", "lr.peak=1e-4")
+
+
 def test_cotrained_student_is_exported_without_its_teacher(cotrained, tmp_path):
     root, kept = cotrained
     saved = safetensors.torch.load_file(folder(root, "fkl") / "student" / "model.safetensors")

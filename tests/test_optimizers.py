@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kd import models
+from kd import models, sizes
 from kd.errors import UserError
 from kd.module import Distillation
 from kd.optimizers import mup
@@ -31,6 +31,18 @@ def test_width_divides_the_rate_of_inner_matrices_alone():
     # The decay of a step is rate times decay: that of plain AdamW.
     assert inner["scale"] * inner["weight_decay"] == pytest.approx(0.1) and outer["weight_decay"] == 0.1
     assert vectors["weight_decay"] == 0
+
+
+def test_an_output_layer_of_its_own_is_an_inner_matrix(monkeypatch):
+    monkeypatch.setitem(sizes.SIZES, "500k", sizes.SIZES["500k"]._replace(tied=False))
+    student = models.build("500k", None, 50, 8, "student.name")
+    module = Distillation(
+        student, None, None, None, None, None, mup, steps=1, micro_batch=1, clip=0, log_every=1, val_every=1,
+        validation=[], flops=None,
+    )  # fmt: skip
+    scales = {id(p): g["scale"] for g in module.configure_optimizers().param_groups for p in g["params"]}
+    assert scales[id(student.model.lm_head.weight)] == 64 / 128
+    assert scales[id(student.model.get_input_embeddings().weight)] == 1
 
 
 def test_step_of_a_matrix_is_that_of_adamw_at_its_own_rate():

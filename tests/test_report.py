@@ -118,6 +118,18 @@ def cells(page, label):
     raise AssertionError(f"no row {label}")
 
 
+def test_runs_of_teachers_and_starts_that_were_made_otherwise_are_rows_of_their_own(sweep):
+    for steps in (300, 1200):
+        for seed in (0, 1):
+            sweep.done("fkl", seed, 2.0 + seed / 10 + steps / 1e4, **{"teacher.steps": steps})
+            sweep.done("lm", seed, 3.0, **{"teacher.steps": steps})  # which learns from none
+    sweep.done("fkl", 0, 2.5, **{"teacher.steps": 300, "start": "pretrained", "start.steps": 7})
+    sweep.done("fkl", 0, 2.6, **{"teacher.steps": 300, "start": "pretrained", "start.steps": 9})
+    labels = {group.label: sorted(group.runs) for group in sweep.groups()}
+    assert len(labels) == 5 and sorted(map(len, labels.values())) == [1, 1, 2, 2, 2]
+    assert any("teacher.steps=300" in of for of in labels) and any("start.steps=9" in of for of in labels)
+
+
 def test_numbers_of_the_table_are_those_made_by_hand(sweep):
     lm, fkl = [2.50, 2.47, 2.44], [2.36, 2.30, 2.31]
     page, _ = sweep.losses(lm=lm, fkl=fkl).page()

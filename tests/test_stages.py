@@ -108,7 +108,7 @@ def estimated(root, *more) -> estimate.Estimate:
 )
 def test_plan_counts_the_time_of_writing(rollout, written, root, words, monkeypatch):
     costs = {role: estimate.Cost(10, 8, 0.001) for role in ("student", "teacher")}
-    step = estimate.Step(costs, micro_batch=0.0, writing=7.0, answering=5.0)
+    step = estimate.Step(costs, rows=2, micro_batch=0.0, writing=7.0, answering=5.0)
     monkeypatch.setattr(estimate, "_measure", lambda *_: step)
     monkeypatch.setattr(estimate, "_measured", {})
     more = f"rollout={rollout} trainer.steps=10 trainer.batch=4 trainer.micro_batch=2 responses.samples=3 seed=7"
