@@ -136,7 +136,8 @@ def estimate(settings: Settings) -> dict[str, Estimate]:
     run, teacher, start, where = plan(settings)
     if run.result() is not None:
         return {}
-    packed, parts = prepare(settings)
+    less, times = estimates.sampled(settings)
+    packed, parts = prepare(less)
     vocab, stored = len(parts.tokenizer), source_of(settings) == "offline"
     made = estimate(teacher) if teacher and not (stored and where.manifest().exists()) else {}
     made |= estimate(start) if start else {}
@@ -144,8 +145,8 @@ def estimate(settings: Settings) -> dict[str, Estimate]:
         made = {} if where.manifest().exists() else estimate(record)
     elif stored and not where.manifest().exists():
         of = offline.described(settings, packed)
-        made[f"store {where.folder.name}"] = estimates.of_store(settings, packed, parts.keep, vocab, of)
-    return made | {run.name: estimates.of_run(settings, packed, parts.objective, parts.rollout, vocab)}
+        made[f"store {where.folder.name}"] = estimates.of_store(settings, packed, times, parts.keep, vocab, of)
+    return made | {run.name: estimates.of_run(settings, packed, times, parts.objective, parts.rollout, vocab)}
 
 
 def show_plan(all_settings: list[Settings], said: list[str], at_once: float) -> None:

@@ -32,6 +32,7 @@ from kd.target import KNOWN_BY, Target
 from kd.writer import Rows, Teacher
 
 STARTS = 8.0  # seconds that a process takes to load what it needs
+SAMPLE = 1_000_000  # tokens that are enough to know a text by
 PROBE = 2.0  # seconds for a measurement, which has three steps at least
 ALIVE = 6  # tensors as wide as a chunk's logits at one time: logits, two distributions and what becomes of them
 # What the time of a step does not depend on.
@@ -66,10 +67,18 @@ class Step(NamedTuple):
 _measured: dict[str, Step] = {}  # a sweep has many runs of one shape
 
 
+def sampled(settings: Settings) -> tuple[Settings, float]:
+    """The settings with a sample of their text, which is packed in no time, and how many times as much is asked for."""
+    of = settings["data"]
+    if (of["tokens"] or 0) <= SAMPLE:
+        return settings, 1.0
+    return settings | {"data": of | {"tokens": SAMPLE}}, of["tokens"] / SAMPLE
+
+
 def of_run(
-    settings: Settings, packed: Packed, objective: Objective, rollout: Callable[..., Rollout], vocab: int
+    settings: Settings, packed: Packed, times: float, objective: Objective, rollout: Callable[..., Rollout], vocab: int
 ) -> Estimate:
-    """Of a run whose data are packed. Its teacher may be still to be made; one of the same size tells as much.
+    """Of a run on `times` as many rows as are packed. Its teacher may be still to be made; its size tells as much.
 
     What is written is counted as long as it may be: models that have learned nothing do not end.
     """
@@ -88,7 +97,7 @@ def of_run(
     once = sum(models.step_flops(how, flat(settings)["routing"] != "none", student, teacher))
     # All rows once by a teacher before training, or some of those of the steps.
     once_only = rollout_of(settings) == "teacher"
-    written = len(packed.train) if once_only else rows * rollout(None).writes / of["devices"]
+    written = len(packed.train) * times if once_only else rows * rollout(None).writes / of["devices"]
     seconds = None
     if step.micro_batch is not None:
         part = step.rows
@@ -121,8 +130,11 @@ def held(costs: dict[str, Cost], settings: Settings) -> int:
     return 16 * costs["student"].parameters + (each * costs["teacher"].parameters if "teacher" in costs else 0)
 
 
-def of_store(settings: Settings, packed: Packed, keep, vocab: int, described: dict) -> Estimate:
-    """Of writing the store that a run reads; of an untrained teacher, which a nucleus keeps more of than of any."""
+def of_store(settings: Settings, packed: Packed, times: float, keep, vocab: int, described: dict) -> Estimate:
+    """Of writing the store that a run reads, of `times` as many rows as are packed.
+
+    Of an untrained teacher, which a nucleus keeps more of than of any.
+    """
     of = settings["trainer"]
     model = _teacher(settings, vocab)
     teacher = Teacher.finished(model, described, keep, of["accelerator"])
@@ -130,8 +142,9 @@ def of_store(settings: Settings, packed: Packed, keep, vocab: int, described: di
         out, begun = Rows(), time.perf_counter()
         index = np.arange(min(of["micro_batch"], len(packed.train)))
         teacher.answer(packed.train, index, out, spans=packed.train_spans)
-    share = len(packed.train) / len(out.bodies)
-    tokens = round(len(packed.train) * packed.counted)
+    rows = len(packed.train) * times
+    share = rows / len(out.bodies)
+    tokens = round(rows * packed.counted)
     size = out.bytes * share if keep is None else out.bytes / out.positions * tokens
     output = model.head.output.weight
     beside = packed.val[:, 1:].size * output.shape[1] + (output.numel() if keep is None else 0)

@@ -3,6 +3,7 @@
 import shutil
 
 import hydra
+import numpy as np
 import pytest
 import torch
 
@@ -43,6 +44,17 @@ def test_disk_before_is_that_of_the_model_and_the_store(taught, tmp_path):
     weights = here(tmp_path / "root", *words) / "student" / "model.safetensors"
     assert run.disk == pytest.approx(weights.stat().st_size, rel=0.05)
     assert of(tmp_path / "root", *words) == {}
+
+
+def test_a_sample_of_much_text_tells_as_much(tmp_path, monkeypatch):
+    words = ("logits=offline", "truncation=top_k", "truncation.k=4", "teacher.steps=1", "data.tokens=20000")
+    *_, stored, run = of(tmp_path / "whole", *words).values()
+    monkeypatch.setattr(estimate, "SAMPLE", 2000)
+    *_, less, same = of(tmp_path / "sample", *words).values()
+    assert less.tokens == pytest.approx(stored.tokens, rel=0.02) and less.disk == pytest.approx(stored.disk, rel=0.1)
+    assert same.tokens == run.tokens and same.flops == run.flops
+    rows = [len(np.load(file)) for file in (tmp_path / "sample" / "data").glob("*/train.npy")]
+    assert max(rows) < 70
 
 
 def test_what_is_kept_for_the_backward_pass_grows_with_rows_and_the_rest_does_not(tmp_path):

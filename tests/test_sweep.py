@@ -1,13 +1,16 @@
 """Sweeps: a process per run, one failure takes no other run with it, the table says what became of each."""
 
 import json
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 
+from kd.config import SWEEPS
 from kd.sweep import at_scale, varying
+from sweeps import report
 from sweeps.compare import ALONE, grouped, manifest, read
-from tests.small import folder, outcome, result, train
+from tests.small import ENVIRONMENT, TRAIN, folder, outcome, result, train
 
 
 def test_multirun_makes_every_run_and_again_makes_none(tmp_path):
@@ -74,11 +77,37 @@ def test_wrong_scale_names_those_there_are(tmp_path):
     assert "only a sweep has scales" in train(tmp_path, "scale=full", code=2)
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (Path(__file__).parent.parent / "sweeps").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(p.stem for p in SWEEPS.glob("*.yaml")))
 def test_every_sweep_file_says_its_question_and_composes(name, tmp_path):
-    head = (Path(__file__).parent.parent / "sweeps" / f"{name}.yaml").read_text().splitlines()[0]
+    head = (SWEEPS / f"{name}.yaml").read_text().splitlines()[0]
     assert head.startswith("# ") and "?" in head and "runs" in head
     train(tmp_path, f"sweeps={name}", "--cfg=job")
+
+
+TINY = ["seed=0", "teacher.steps=2", "data.tokens=20000", "data.val_rows=4", "logger=none", "n_jobs=2"]
+SHORT = {  # what makes the runs of a sweep short; trainer.steps=2 for the others
+    "corpus_size": "trainer.tokens=1000",
+    "minillm": "trainer.steps=2 trainer.batch=2 start.steps=2 start.sft_steps=2 responses.samples=1",
+}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Where the data are made once."""
+    return tmp_path_factory.mktemp("sweeps")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(p.stem for p in SWEEPS.glob("*.yaml")))
+def test_a_tiny_version_of_every_sweep_runs_and_is_reported(name, shared):
+    words = [f"sweeps={name}", f"root={shared}", *TINY, *SHORT.get(name, "trainer.steps=2").split()]
+    done = subprocess.run([sys.executable, TRAIN, *words], env=ENVIRONMENT, cwd=shared, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = manifest(shared, name)
+    found = grouped([read(shared, line) for line in lines])
+    assert sum(len(group.runs) for group in found) == len(lines) > 1
+    page, says = report.write(shared, name)
+    assert page.exists() and says
 
 
 def test_words_that_describe_one_run_are_one_run(tmp_path):
