@@ -540,7 +540,7 @@ def compare_with_teacher(store: Store, root: str) -> str:
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{store.path}: its settings are not those of a run ({error!r}).") from None
         teacher, name = plan(settings).teacher, settings["teacher"]["name"]
-        if (teacher and not plan(teacher).run.result()) or (name and not Path(name).is_dir()):
+        if (teacher and not plan(teacher).run.result()) or (name and not teacher and not Path(name).is_dir()):
             return f"Its teacher {store.of['teacher']} is not in {root}, so no row was computed again."
         packed, parts = prepare(settings)
         return offline.compare(

@@ -168,7 +168,7 @@ PLAIN = {  # settings that no function takes as they are, and their types
               "sft_lr": float | None},
     "student": {"size": str | None, "name": str | None},
     "teacher": {"size": str | None, "name": str | None, "steps": int, "batch": int, "lr": float, "seed": int,
-                "precision": str},
+                "precision": str, "sft": bool},
     "responses": {"samples": int, "temperature": float, "seed": int},
     "trainer": {"steps": int, "tokens": int | None, "batch": int, "micro_batch": int, "clip": float,
                 "precision": str, "compile": bool, "chunk": int | None, "log_every": int, "val_every": int,

@@ -120,6 +120,23 @@ def check_instructions(settings: Settings, typed: list[str]) -> None:
                         "loss=atkd, or routing=none.")  # fmt: skip
 
 
+def check_teacher(settings: Settings, source: Corpus) -> None:
+    """Raise UserError where a teacher cannot be fine-tuned as asked."""
+    of = settings["teacher"]
+    if not of.get("sft"):
+        return
+    if not of["name"]:
+        raise UserError(
+            "teacher.sft=true needs a teacher by name: teacher=hub teacher.name=… (a size is always fine-tuned)."
+        )
+    if not source.pairs:
+        raise UserError(
+            "teacher.sft=true fine-tunes on instructions, and this data is plain text; type data=instructions."
+        )
+    if source_of(settings) == "cotrained":
+        raise UserError("teacher.sft=true with logits=cotrained: that teacher learns on the way; leave it out.")
+
+
 def check_rollout(settings: Settings, source: Corpus) -> None:
     """Raise UserError where nobody could write, or what is written would not be learned."""
     name, how = rollout_of(settings), source_of(settings)
@@ -233,7 +250,8 @@ def plan(settings: Settings) -> Plan:
     for role in ("student", "teacher"):
         if stamp := files.stamp(settings[role]["name"]):
             digests[f"{role}.name"] = stamp
-    if settings["teacher"]["size"] and source_of(settings) != "cotrained":
+    check_teacher(settings, source)
+    if (settings["teacher"]["size"] or settings["teacher"].get("sft")) and source_of(settings) != "cotrained":
         teacher = teacher_settings(settings)
         digests["teacher"] = plan(teacher).run.name
     if start := start_settings(settings):
@@ -354,11 +372,11 @@ def teacher_settings(settings: Settings) -> Settings:
     """A teacher of a size is itself a run: language modelling with the defaults, whatever the student's settings are.
 
     It is what `python train.py logits=none teacher=none student=SIZE trainer.steps=… lr.peak=… data=…` would be; on
-    instructions, after a run on the plain text.
+    instructions, after a run on the plain text. So is a named one with teacher.sft=true, from the weights it has.
     """
     of = settings["teacher"]
-    start = "pretrained" if corpus(settings)[0].pairs else "scratch"
-    student = {"size": of["size"], "name": None}
+    start = "pretrained" if of["size"] and corpus(settings)[0].pairs else "scratch"
+    student = {"size": of["size"], "name": of["name"]}
     return _language_modelling(settings, student, start, **{k: of[k] for k in ("steps", "batch", "lr", "seed")},
                                precision=of["precision"])  # fmt: skip
 

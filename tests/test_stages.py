@@ -86,6 +86,39 @@ def test_a_student_starts_from_the_weights_of_its_stage(root, words):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_named_teacher_is_fine_tuned_first_where_that_is_asked(root, words, made):
+    name = planned(before(before(settings(root, *words, *SFT)))).run.folder / "student"  # pretrained on plain text
+    own = [word for word in words if not word.startswith("data.vocab")]  # a model has a tokenizer of its own
+    named = (*own, "student=hub", f"student.name={name}", "teacher=hub", f"teacher.name={name}")
+    plain, tuned = here(root, *named), here(root, *named, "teacher.sft=true", "teacher.steps=5")
+    assert planned(settings(root, *named)).teacher is None and plain != tuned
+    told = planned(settings(root, *named, "teacher.sft=true", "teacher.steps=5")).teacher
+    stage = planned(told).run
+    of = stage.result()["config"]
+    assert (of["data"], of["logits"], of["trainer.steps"], of["student.name"]) == ("instructions", "none", 5, str(name))
+    assert (of["optim"], of["lr.peak"]) == ("AdamW", 1e-4)
+    a, b = (load_file(folder / "model.safetensors") for folder in (name, stage.folder / "student"))
+    assert not torch.equal(a["model.embed_tokens.weight"], b["model.embed_tokens.weight"])
+    finals = [json.loads((run / "result.json").read_text())["final"] for run in (plain, tuned, stage.folder)]
+    assert (
+        finals[1]["val/teacher_lm"] == pytest.approx(finals[2]["val/lm"]) != pytest.approx(finals[0]["val/teacher_lm"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("teacher=100k", "needs a teacher by name"),
+        ("teacher=hub teacher.name=x logits=cotrained optim=adamw", "learns on the way"),
+        ("teacher=hub teacher.name=x data=markov", "this data is plain text"),
+    ],
+)
+def test_a_teacher_that_cannot_be_fine_tuned_is_refused(more, says, root, words):
+    with pytest.raises(UserError, match=says):
+        given = [word for word in words if not word.startswith("data.vocab") and "data=markov" not in more]
+        planned(settings(root, *given, *more.split(), "teacher.sft=true"))
+
+
 def test_stages_are_part_of_what_a_run_is(root, words):
     names = {
         planned(settings(root, *words, *more)).run.name
