@@ -78,7 +78,8 @@ def marks(groups: list[Group]) -> list[Mark]:
     taught: dict[str, list[Group]] = {}
     for group in groups:
         if group.of("val/teacher_lm"):
-            taught.setdefault(subset(group.config, "teacher", "data"), []).append(group)
+            config = group.results[0]["config"]  # a group's own leaves out what its outcome does not depend on
+            taught.setdefault(subset(config, "teacher", "data"), []).append(group)
     keys, found = varying([json.loads(text) for text in taught]), []
     for text, members in taught.items():
         said = label(json.loads(text), keys) or str(model_name(members[0].config, "teacher"))

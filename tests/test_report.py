@@ -10,7 +10,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from kd.errors import UserError
-from sweeps import compare, report
+from sweeps import compare, report, table
 from sweeps.samples import samples
 from sweeps.table import rows
 
@@ -128,6 +128,18 @@ def test_runs_of_teachers_and_starts_that_were_made_otherwise_are_rows_of_their_
     labels = {group.label: sorted(group.runs) for group in sweep.groups()}
     assert len(labels) == 5 and sorted(map(len, labels.values())) == [1, 1, 2, 2, 2]
     assert any("teacher.steps=300" in of for of in labels) and any("start.steps=9" in of for of in labels)
+
+
+def test_a_teacher_has_one_row_whoever_learned_from_it(sweep):
+    made = {"teacher.steps": 300, "teacher.seed": 0}
+    sweep.done("fkl", 0, 2.0, **made).done("lm", 0, 2.5, rollout="teacher", **made).done("lm", 0, 3.0, **made)
+    assert len(sweep.groups()) == 3
+    assert [mark.label for mark in table.marks(sweep.groups())] == ["teacher 1m"]
+    sweep.done("fkl", 0, 2.0, **made | {"teacher.steps": 600})
+    assert [mark.label for mark in table.marks(sweep.groups())] == [
+        "teacher teacher.steps=600",
+        "teacher teacher.steps=300",
+    ]
 
 
 def test_numbers_of_the_table_are_those_made_by_hand(sweep):
