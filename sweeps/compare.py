@@ -247,7 +247,7 @@ def grouped(entries: list[Entry]) -> list[Group]:
 def settings(config: dict) -> dict:
     """What the outcome of a run depends on, but for the seed; of a teacher and a start also how they were made."""
     made = ("teacher",) if config["logits"] != "none" and (config["teacher.size"] or config.get("teacher.sft")) else ()
-    made += ("start", "plain") if config.get("start", "scratch") != "scratch" or config.get("lm") == "plain" else ()
+    made += ("start", "plain") if config["data"] == "instructions" else ()  # which has the tokenizer of the plain text
     return {k: v for k, v in config.items() if k != "seed" and below(k, made)} | {
         k: v for k, v in part_of_outcome(config).items() if k != "seed"
     }

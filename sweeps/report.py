@@ -58,6 +58,7 @@ def facts(entries: list[Entry], results: list[dict]) -> dict[str, str]:
             name, size = model_name(result["config"], role), result.get(parameters)
             yield f"{name} ({size:,} parameters)" if name and size else name
 
+    tokens = sorted({r.get("tokens", 0) for r in results})
     states = Counter({entry.folder: entry.state for entry in entries}.values())
     data = [[r["config"].get(k) for k in ("data", "data.name", "data.files")] for r in results]
     return {
@@ -66,7 +67,7 @@ def facts(entries: list[Entry], results: list[dict]) -> dict[str, str]:
         "data": said(" ".join(map(str, filter(None, words))) for words in data),
         "teacher": said(model("teacher", "teacher_parameters")),
         "student": said(model("student", "parameters")),
-        "tokens per run": said(f"{r.get('tokens', 0):,}" for r in results),
+        "tokens per run": said(f"{n:,}" for n in tokens) if len(tokens) < 5 else f"{tokens[0]:,} to {tokens[-1]:,}",
         "time": f"{clock(sum(r.get('seconds', 0) for r in results))} in all",
         "git": said(str(r["environment"]["git"] or "unknown") for r in results),
     }

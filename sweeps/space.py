@@ -361,7 +361,7 @@ def blended(share: float) -> str:
 def common(rows: list[Row], keys: list[str]) -> str:
     """What most of the best quarter of the rows share."""
     best = rows[: max(2, math.ceil(len(rows) / 4))]
-    often = Counter(named(row.group, key) for row in best for key in keys).most_common()
+    often = Counter(filter(None, (named(row.group, key) for row in best for key in keys))).most_common()
     same = [said for said, times in often if times == often[0][1]]
     return sentence(
         f"{often[0][1]} of the {len(best)} lowest of {len(rows)} have {' or '.join(same)}" if often[0][1] < len(best)

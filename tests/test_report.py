@@ -119,12 +119,13 @@ def cells(page, label):
 
 
 def test_runs_of_teachers_and_starts_that_were_made_otherwise_are_rows_of_their_own(sweep):
+    told = {"data": "instructions", "teacher.steps": 300}
     for steps in (300, 1200):
         for seed in (0, 1):
             sweep.done("fkl", seed, 2.0 + seed / 10 + steps / 1e4, **{"teacher.steps": steps})
             sweep.done("lm", seed, 3.0, **{"teacher.steps": steps})  # which learns from none
-    sweep.done("fkl", 0, 2.5, **{"teacher.steps": 300, "start": "pretrained", "start.steps": 7})
-    sweep.done("fkl", 0, 2.6, **{"teacher.steps": 300, "start": "pretrained", "start.steps": 9})
+    sweep.done("fkl", 0, 2.5, **{"start": "pretrained", "start.steps": 7, **told})
+    sweep.done("fkl", 0, 2.6, **{"start": "pretrained", "start.steps": 9, **told})
     labels = {group.label: sorted(group.runs) for group in sweep.groups()}
     assert len(labels) == 5 and sorted(map(len, labels.values())) == [1, 1, 2, 2, 2]
     assert any("teacher.steps=300" in of for of in labels) and any("start.steps=9" in of for of in labels)
