@@ -23,7 +23,7 @@ OFF = 0.1  # nats by which the two may differ on a token, in the mean: rounding 
 
 
 class Engine:
-    """A model in vLLM, which reads prompts and writes at most `length` + 1 tokens in all.
+    """A model in vLLM, which reads prompts and writes at most `length` + 1 tokens in all, or as many as it reads.
 
     learns: whether its weights change, so that they are given to vLLM before each batch. Raises UserError without vLLM.
     """
@@ -39,10 +39,13 @@ class Engine:
         device = weight.device.type
         half = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if half else weight.dtype
+        # The last token of a row is never read, but vLLM counts it among those that a model can read.
+        reads = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or length + 1
+        self.most = min(length + 1, reads)
         self._save()
         self.llm = LLM(
             self.folder.name, skip_tokenizer_init=True, dtype=str(dtype).removeprefix("torch."), seed=0,
-            max_model_len=length + 1, gpu_memory_utilization=SHARE, enable_prefix_caching=False,
+            max_model_len=self.most, gpu_memory_utilization=SHARE, enable_prefix_caching=False,
             enforce_eager=device == "cpu", generation_config="vllm", disable_log_stats=True,
         )  # fmt: skip
 
@@ -64,20 +67,20 @@ class Engine:
             self._save()
             self.llm.collective_rpc("reload_weights")
         length, prompt = batch.ids.shape[1], lengths(batch).tolist()
-        rows = [row for row, size in enumerate(prompt) if size <= length]
+        rows = [row for row, size in enumerate(prompt) if size < self.most]
         tokens = functional.pad(batch.ids, (0, 1), value=end).cpu()  # [B, T+1]
         labels = torch.full(batch.labels.shape, IGNORE)
         # What only pads the output layer is no token; kd.models.Head leaves it out.
         beyond = range(self.model.head.vocab, self.model.model.get_output_embeddings().weight.shape[0])
         how = dict(temperature=temperature, top_k=top_k or 0, top_p=top_p, stop_token_ids=[end], ignore_eos=True,
                    detokenize=False, logprobs=0, logit_bias=dict.fromkeys(beyond, -100.0) or None)  # fmt: skip
-        rooms = [min(length + 1 - prompt[row], max_tokens or length) for row in rows]
+        rooms = [min(self.most - prompt[row], max_tokens or length) for row in rows]
         asked = [SamplingParams(**how, max_tokens=room, seed=int(seed[row])) for row, room in zip(rows, rooms)]
         given = [{"prompt_token_ids": tokens[row, : prompt[row]].tolist()} for row in rows]
         written = [of.outputs[0] for of in self.llm.generate(given, asked, use_tqdm=False)] if rows else []
+        tokens[torch.arange(length + 1) >= lengths(batch).cpu()[:, None]] = end
         for row, of in zip(rows, written, strict=True):
             response = torch.tensor(of.token_ids)
-            tokens[row, prompt[row] :] = end
             tokens[row, prompt[row] : prompt[row] + len(response)] = response
             labels[row, prompt[row] - 1 : prompt[row] - 1 + len(response)] = response
         device = batch.ids.device

@@ -28,7 +28,7 @@ class Stub:
     """What Engine uses of vllm.LLM: greedy, row by row, from the files that it is given."""
 
     def __init__(self, folder: str, **how):
-        assert how["max_model_len"] == T + 1 and how["dtype"] == "float32"
+        assert how["max_model_len"] in (T, T + 1) and how["dtype"] == "float32"
         self.folder = folder
         self.load()
 
@@ -64,10 +64,11 @@ def stub(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", made)
 
 
-def model(seed: int, vocab: int = V) -> Causal:
+def model(seed: int, vocab: int = V, reads: int = 2048) -> Causal:
     """Of a shape that vLLM computes on a CPU too."""
     torch.manual_seed(seed)
     shape = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    shape["max_position_embeddings"] = reads
     made = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=V, **shape))
     for parameter in made.parameters():
         if parameter.ndim > 1:
@@ -90,6 +91,16 @@ def test_what_it_writes_is_what_kd_writes(vocab, max_tokens, request):
     theirs = write(given, END, seeds(6), made, temperature=0, max_tokens=max_tokens)
     same(ours, theirs)
     assert not ours.sampled.by_student.any() and ours.sampled.student is None and ours.row is given.row
+
+
+def test_a_model_that_reads_no_more_than_a_row_writes_all_but_its_last_token(request):
+    if not INSTALLED:
+        request.getfixturevalue("stub")
+    made, given = model(0, reads=T), batch(PROMPTS)
+    ours = engine.Engine(made, T, learns=False).write(given, END, seeds(6), temperature=0)
+    theirs = write(given, END, seeds(6), made, temperature=0)
+    theirs.labels[:, -1] = IGNORE
+    same(ours, theirs)
 
 
 @pytest.mark.skipif(not INSTALLED, reason="needs vLLM")
