@@ -122,7 +122,8 @@ def sound(result: dict) -> dict:
     final = {k: v for k, v in result["final"].items() if isinstance(v, int | float) and math.isfinite(v)}
     if "val/tvd" in final:
         final["val/acceptance"] = 1 - final["val/tvd"]
-    result = result | {"final": final}
+    # A setting that is no part of a run's name, and that earlier versions did not have.
+    result = result | {"final": final, "config": {"teacher.sft": False} | result["config"]}
     for part, keys in NEEDED.items():
         if missing := set(keys) - set(result[part]):
             raise KeyError(*missing)
