@@ -159,8 +159,6 @@ def show_plan(all_settings: list[Settings], said: list[str], at_once: float) -> 
         made |= {name: takes for name, takes in estimate(of).items() if name not in made}
     done = sum(plan(of).run.result() is not None for of in all_settings)
     estimates.show(made, names, done, all_settings[0], at_once)
-    if any(rollout_of(of) != "none" for of in all_settings):
-        console.print("Not counted: what rollouts write.")
 
 
 def fit_in_ranks(run: Run, settings: Settings, packed: data.Packed, made: Made) -> dict:

@@ -85,18 +85,22 @@ class Engine:
             labels[row, prompt[row] - 1 : prompt[row] - 1 + len(response)] = response
         device = batch.ids.device
         ids, labels = tokens[:, :-1].contiguous().to(device), labels.to(device)
-        if rows:
-            said = [said[token].logprob for token, said in zip(written[0].token_ids, written[0].logprobs, strict=True)]
-            self._compare(ids[rows[0]], labels[rows[0]], said)
+        if rows:  # the longest, which says most
+            row, of = max(zip(rows, written, strict=True), key=lambda pair: len(pair[1].token_ids))
+            said = [said[token].logprob for token, said in zip(of.token_ids, of.logprobs, strict=True)]
+            self._compare(ids[row], labels[row], said)
         by_student = (labels != IGNORE).float() * self.learns
         return batch._replace(ids=ids, labels=labels, stored=None, sampled=Sampled(by_student=by_student))
 
     def _compare(self, ids: Tensor, labels: Tensor, theirs: list[float]) -> None:
         """Raise UserError unless our model says of a row [T] what vLLM said when it wrote it."""
         training, kept = self.model.training, labels != IGNORE
-        self.model.eval()
-        ours = self.model.model(input_ids=ids[None], use_cache=False).logits[0, kept].float().log_softmax(-1)
-        self.model.train(training)
+        try:
+            self.model.eval()
+            ours = self.model.model(input_ids=ids[None], use_cache=False).logits[0, kept].float().log_softmax(-1)
+        finally:
+            self.model.train(training)
+            torch.clear_autocast_cache()  # as in kd.generate: what was cast here has no gradient
         ours = ours.gather(-1, labels[kept, None])[:, 0]
         off = (ours - torch.tensor(theirs, device=ids.device)).abs().mean().item()
         if not off < OFF:

@@ -288,7 +288,7 @@ def show(made: dict[str, Estimate], names: dict[str, str], done: int, settings: 
         says += f", about {clock(sum(of.seconds for of in made.values()))} one after another"
     says += f"; {files.amount(disk)} of disk at most, where {files.amount(free)} are free. Nothing was started."
     if settings["data"]["_target_"] == "kd.instructions.instructions":
-        says += " Responses that models write are taken to be as long as they may be."
+        says += " Responses that models write are taken to be as long as they may be, and count to the time alone."
     console.print(says, markup=False, soft_wrap=True)
     for what, needed, has in (("memory", memory, capacity(device)), ("disk", disk, free)):
         if needed > has:

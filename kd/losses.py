@@ -148,8 +148,10 @@ def distillm2(student: Tensor, target: Target, beta: float = 1.0, alpha: float =
     """DistiLLM-2: (2 - beta) skl on what the teacher wrote, beta srkl on what the student wrote, nats [N].
 
     Ko et al. 2025, arXiv 2503.07067, where their code gives the student within the mixture of srkl no gradient;
-    here it has one. They average over the tokens of each response first; here a token counts as much as any other.
-    Raises UserError for beta outside [0, 2] or alpha outside [0, 1), or on text that no rollout=pairs wrote.
+    here it has one. They average over the tokens of each response first and add both means; here a token counts as
+    much as any other, so that the whole is about half of theirs. Their code can also change beta over time and alpha by
+    response, and does not by default. Raises UserError for beta outside [0, 2] or alpha outside [0, 1), or on text of
+    which it is not known who wrote it (rollout=pairs says so).
     """
     check("loss.beta", beta, 0 <= beta <= 2, "a number from 0 (skl alone) to 2 (srkl alone)")
     by_student = target.of_sample("by_student") > 0

@@ -102,19 +102,23 @@ def check_logits(settings: Settings, typed: list[str]) -> None:
         )
 
 
-# Of rollout=mixed: what the advantages are made with, which loss=minillm alone asks for.
-OF_RETURNS = ("scale", "clip", "gamma", "length_norm", "from_next", "whiten")
-
-
 def check_instructions(settings: Settings, typed: list[str]) -> None:
-    """Raise UserError for a word that was typed and needs instructions, or another loss, to have an effect."""
+    """Raise UserError for a word that needs instructions to have an effect, and for what needs another loss."""
     plain_text = settings["data"]["_target_"] != "kd.instructions.instructions"
     loss = settings["loss"]["_target_"].rpartition(".")[2]
     for word in typed:
         if plain_text and group_of(word) in ("responses", "plain"):
             raise UserError(f"{word} would do nothing beside plain text; type data=instructions, or leave it out.")
-        if loss != "minillm" and word.lstrip("+").partition("=")[0] in [f"rollout.{name}" for name in OF_RETURNS]:
-            raise UserError(f"{word} would do nothing with loss={loss}; type loss=minillm, or leave it out.")
+    if rollout_of(settings) == "mixed" and loss != "minillm":
+        raise UserError(
+            f"rollout=mixed says what its text is worth to loss=minillm, and this is loss={loss}; type loss=minillm, "
+            "or rollout=student."
+        )
+    if loss == "minillm" and not settings["loss"]["single_step"] and settings["rollout"].get("from_next"):
+        raise UserError(
+            "loss.single_step=false: nothing would tell of a token itself, as its return begins with the next one; "
+            "type rollout.from_next=false."
+        )
     if settings["routing"]["_target_"] == "kd.routing.uncertainty" and loss != "atkd":
         raise UserError(f"routing=uncertainty tells loss=atkd which tokens are hard, and this is loss={loss}; type "
                         "loss=atkd, or routing=none.")  # fmt: skip

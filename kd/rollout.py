@@ -180,10 +180,11 @@ def mixed(
 
     Tokens are from teacher_share * p + (1 - teacher_share) * q. The advantage is the return (see `returns`) of rewards
     r_t / scale that are cut to [-clip, clip], and with `whiten` made to have mean 0 and variance 1. Each batch that is
-    written is learned from in `epochs` steps, one after the other; the data of all but the first go unread.
+    written is learned from in `epochs` steps, one after the other, with the prompts of the first.
 
     Gu et al. 2023 (MiniLLM), arXiv 2306.08543, section 2.2. The defaults are the paper's; rollout=mixed_code has the
-    values of the authors' code, from which this departs in three ways. There whitening is over all positions of a
+    values of the authors' code, from which this departs in four ways. There the plain text is learned from the teacher
+    too, half and half. There whitening is over all positions of a
     mini-batch, padding among them; here over those that count, in the whole step. There 256 rows are collected and gone
     over four times in mini-batches; here what is collected is one batch. There no 6 tokens may be written twice.
     Raises UserError for what has no meaning.

@@ -41,6 +41,9 @@ def resolved(*words: str) -> dict:
     words += ["truncation=top_k"] if "logits=recorded" in words else []
     words += ["logits=offline"] if any(w.startswith("record=") for w in words) else []
     words += ["data=instructions"] if any(w.startswith("plain=") for w in words) else []
+    words += (
+        ["loss=minillm"] if any(w.startswith("rollout=mixed") for w in words) and "loss=minillm" not in words else []
+    )
     words += ["loss=atkd"] if "routing=uncertainty" in words and "loss=atkd" not in words else []
     words += ["truncation=top_k"] if {"target=rest", "target=leftover"} & {*words} else []
     composed = compose("config", words)
@@ -105,7 +108,8 @@ def test_every_run_of_every_sweep_composes(file):
     [
         ("plain=text plain.files=a.txt", "plain=text would do nothing beside plain text"),
         ("responses.samples=2", "responses.samples=2 would do nothing beside plain text"),
-        ("data=instructions rollout=mixed rollout.gamma=0.9", "rollout.gamma=0.9 would do nothing with loss=fkl"),
+        ("data=instructions rollout=mixed", "rollout=mixed says what its text is worth to loss=minillm"),
+        ("data=instructions rollout=mixed loss=minillm loss.single_step=false", "type rollout.from_next=false"),
         ("routing=uncertainty", "tells loss=atkd which tokens are hard, and this is loss=fkl"),
     ],
 )

@@ -17,6 +17,7 @@ from kd.data import IGNORE
 from kd.errors import UserError
 from kd.generate import write
 from kd.models import Causal
+from kd.objective import log_probabilities
 from kd.rollout import Writers
 from tests.cases import option
 from tests.test_generate import END, PROMPTS, T, V, batch, seeds
@@ -28,7 +29,7 @@ class Stub:
     """What Engine uses of vllm.LLM: greedy, row by row, from the files that it is given."""
 
     def __init__(self, folder: str, **how):
-        assert how["max_model_len"] in (T, T + 1) and how["dtype"] == "float32"
+        assert how["max_model_len"] in (T, T + 1) and how["dtype"] in ("float32", "bfloat16")
         self.folder = folder
         self.load()
 
@@ -135,6 +136,20 @@ def test_weights_that_were_not_taken_are_noticed(stub, monkeypatch):
     made.load_state_dict(model(1).state_dict())
     with pytest.raises(UserError, match=r"did not take the weights.*rollout\.engine=kd"):
         writer.write(given, END, seeds(6), temperature=0)
+
+
+def test_a_step_under_autocast_still_learns(stub, monkeypatch):
+    monkeypatch.setattr(engine, "OFF", 10.0)  # the stub computes in float32
+    made, given, gradients = model(0).train(), batch(PROMPTS), []
+    for before in (False, True):
+        made.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            if before:
+                engine.Engine(made, T, learns=True).write(given, END, seeds(6), temperature=0)
+            log_probabilities(made.head, made.hidden(given.ids)).square().mean().backward()
+        gradients.append({name: p.grad for name, p in made.named_parameters()})
+    assert all(grad is not None and torch.equal(grad, gradients[0][name]) for name, grad in gradients[1].items())
+    assert made.training
 
 
 @pytest.mark.skipif(INSTALLED, reason="needs no vLLM")

@@ -137,7 +137,13 @@ def estimated(root, *more) -> estimate.Estimate:
 @pytest.mark.parametrize(
     ("rollout", "written"),
     # Micro-batches of 2 rows that are written: half of 10 steps of 4 rows, every other step, all, the 46 rows once.
-    [("none", 0), ("student", 10), ("mixed rollout.epochs=2", 10), ("pairs", 20), ("teacher logits=none", 23)],
+    [
+        ("none", 0),
+        ("student", 10),
+        ("mixed rollout.epochs=2 loss=minillm", 10),
+        ("pairs", 20),
+        ("teacher logits=none", 23),
+    ],
 )
 def test_plan_counts_the_time_of_writing(rollout, written, root, words, monkeypatch):
     costs = {role: estimate.Cost(10, 8, 0.001) for role in ("student", "teacher")}
