@@ -311,7 +311,7 @@ def test_a_store_in_bf16_is_read_by_a_run_in_fp32(root, tmp_path):
         whole = here(root, "logits=online", f"truncation={name}")
         assert result(run)["final"]["val/fkl"] == pytest.approx(result(whole)["final"]["val/fkl"], abs=0.01)
         assert result(run)["final"]["val/teacher_lm"] == pytest.approx(
-            result(whole)["final"]["val/teacher_lm"], abs=1e-3
+            result(whole)["final"]["val/teacher_lm"], abs=5e-3
         )
 
 

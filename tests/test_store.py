@@ -62,7 +62,7 @@ def times(path: Path) -> dict[str, int]:
 
 def flip(path: Path, place: float = 0.5) -> None:
     data = bytearray(path.read_bytes())
-    data[int(place * (len(data) - 1))] ^= 1
+    data[round(place * (len(data) - 1))] ^= 1
     path.write_bytes(data)
 
 
@@ -109,7 +109,10 @@ def test_damage_is_named_and_what_is_printed_mends_it_and_no_other_file(root, na
 @pytest.mark.parametrize("name", ["shard-00005.json", "head.json", "begun.json"])
 def test_damage_of_what_only_a_writer_reads_is_named_and_mended(root, name):
     path, before = only(root), content(only(root))
-    flip(path / name, 0.9 if name.startswith("shard") else 0.5)  # where no last digit of a number is
+    text = (path / name).read_bytes()
+    flip(
+        path / name, (text.index(b'":') - 1) / (len(text) - 1)
+    )  # in a name: the last digit of a number may say nothing
     said = refused(root)
     assert f"{path / name} is damaged" in said
     type_in(said)
