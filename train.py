@@ -297,7 +297,9 @@ class Parts:
             )
         try:
             self.optim([{"params": [torch.nn.Parameter(torch.zeros(1))], "width": 1}])
-        except (ValueError, TypeError) as error:
+        except UserError:
+            raise
+        except (ValueError, TypeError) as error:  # as torch says it
             raise UserError(f"optim: {error}.") from None
         for progress in (step / 100 for step in range(101)):
             if not 0 <= self.alpha(progress) <= 1:
