@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import train as product
-from kd import data, estimate
+from kd import data, estimate, written
 from kd.config import CONF
 from kd.errors import UserError
 from kd.plan import plan, start_settings
@@ -221,7 +221,41 @@ def test_what_a_teacher_wrote_is_written_once_and_learned_from(root, words):
     assert (folder / "train.npy").read_bytes() == kept
 
 
+def test_a_teacher_that_was_killed_while_it_wrote_goes_on(root, words, made, tmp_path, monkeypatch):
+    """What was written stays, a file that was torn is written again, and all of it is as if nothing had happened."""
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    for folder in (undisturbed, killed):
+        for name in ("data", *(p.name for p in root.glob("lm-100k-*"))):
+            shutil.copytree(root / name, folder / name)
+    monkeypatch.setattr(written, "AT_ONCE", 10)
+    more, real, kept = (*words, "logits=none", "rollout=teacher", "seed=3"), written.keep, []
+
+    def keep(path, **arrays):
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+        real(path, **arrays)
+        kept.append(path)
+
+    monkeypatch.setattr(written, "keep", keep)
+    with pytest.raises(KeyboardInterrupt):
+        here(killed, *more)
+    whole = [path.read_bytes() for path in kept]
+    kept[1].write_bytes(whole[1][:-50])
+    again = []
+    monkeypatch.setattr(written, "keep", lambda path, **arrays: (again.append(path), real(path, **arrays)))
+    here(killed, *more)
+    assert again[0] == kept[1] and len(again) == 3  # of five parts
+    monkeypatch.setattr(written, "keep", real)
+    here(undisturbed, *more)
+    (a,), (b,) = ([p.parent for p in (of / "rollouts").glob("*/manifest.json")] for of in (undisturbed, killed))
+    assert a.name == b.name and (a / "train.npy").read_bytes() == (b / "train.npy").read_bytes()
+
+
 METHODS = {
+    "sft": ("logits=none",),
+    "kd": ("alpha.peak=0.5",),
+    "seqkd": ("logits=none", "rollout=teacher"),
+    "akl": ("loss=akl", "alpha.peak=1"),
     "gkd": ("rollout=student", "rollout.share=0.5", "loss=jsd", "alpha.peak=1"),
     "distillm": (
         "rollout=adaptive",
