@@ -87,7 +87,7 @@ def test_every_sweep_file_says_its_question_and_composes(name, tmp_path):
 TINY = ["seed=0", "teacher.steps=2", "data.tokens=20000", "data.val_rows=4", "logger=none", "n_jobs=2"]
 SHORT = {  # what makes the runs of a sweep short; trainer.steps=2 for the others
     "corpus_size": "trainer.tokens=1000",
-    "minillm": "trainer.steps=2 trainer.batch=2 start.steps=2 start.sft_steps=2 responses.samples=1",
+    "minillm": "trainer.steps=2 trainer.batch=2 start=sft start.steps=2 start.sft_steps=2 responses.samples=1",
 }
 
 
