@@ -33,24 +33,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from kd import agent, data, files, guard, sweep
+from kd import agent, data, files, guard, packing, sweep
 from kd import config as conf
 from kd.errors import UserError
-from kd.plan import (
-    Settings,
-    check_shards,
-    corpus,
-    kept_of,
-    plain_corpus,
-    plan,
-    recording,
-    resolve,
-    rollout_of,
-    source_of,
-)
+from kd.identity import about
+from kd.plan import corpus, plain_corpus, plan, recording
 from kd.progress import Steps, console, end_with, show, track
 from kd.remote import home
-from kd.run import DIVERGED, FAILED, NO_MEMORY, PREEMPTED, Run, about, environment, export, peak_memory
+from kd.run import DIVERGED, FAILED, NO_MEMORY, PREEMPTED, Run, environment, export, peak_memory
+from kd.settings import Settings, check_shards, kept_of, name_of, resolve, source_of
 
 if TYPE_CHECKING:
     from kd import models, ranks
@@ -100,7 +91,7 @@ def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
     elif teacher:
         name = finished(teacher)
     check_tokenizers(settings, parts.tokenizer, name)
-    if rollout_of(settings) == "teacher":
+    if name_of(settings["rollout"]) == "teacher":
         packed = written_by_teacher(settings, packed, parts)
     made = Made(name, finished(start) if start else None, store, plain_text(settings))
     with run.lock(wait):
@@ -181,9 +172,9 @@ def fit_as_rank(job: ranks.Job) -> None:
     given, settings = job.given, job.given["settings"]
     if ranks.number():
         warnings.simplefilter("ignore")  # the first says it
-    packed = data.opened(Path(given["data"]))
+    packed = packing.opened(Path(given["data"]))
     store = Store(given["store"][0], Path(given["store"][1])) if given["store"] else None
-    plain = data.opened(Path(given["plain"])) if given["plain"] else None
+    plain = packing.opened(Path(given["plain"])) if given["plain"] else None
     run = ranks.Shared(settings["root"], given["run"], job)
     fit(run, settings, packed, Parts(settings, packed), Made(given["teacher"], given["start"], store, plain))
 
@@ -203,8 +194,8 @@ def prepare(settings: Settings) -> tuple[data.Packed, Parts]:
         from kd import ranks
 
         ranks.check_devices(settings["trainer"])
-    source, packing = corpus(settings)
-    packed = data.pack(source, home(settings["root"]) / "data", **packing)
+    source, how = corpus(settings)
+    packed = packing.pack(source, home(settings["root"]) / "data", **how)
     parts = Parts(settings, packed)
     if source_of(settings) == "offline":
         from kd import offline
@@ -217,8 +208,8 @@ def plain_text(settings: Settings) -> data.Packed | None:
     """The text of the language-modelling term, packed; None where it is the data's own."""
     if settings["lm"] != "plain":
         return None
-    source, packing = plain_corpus(settings)
-    return data.pack(source, home(settings["root"]) / "data", **packing)
+    source, how = plain_corpus(settings)
+    return packing.pack(source, home(settings["root"]) / "data", **how)
 
 
 def teacher_model(settings: Settings, parts: Parts) -> Causal:
@@ -364,7 +355,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
             f"{'fsdp' if checkpoint.is_dir() else 'ddp'}, or, to train anew, type:\n  rm -r {checkpoint.parent}"
         )
     start = int(checkpoint.stem.partition("-")[2]) if checkpoint else 0
-    told = about(run, flat, {role: cost[:2] for role, cost in costs.items()})
+    told = about(run.name, flat, {role: cost[:2] for role, cost in costs.items()})
     first = ranks.number() == 0
     loggers = [MetricsFile(run / "metrics.jsonl", start), *parts.logger(folder=run.folder, about=told)] if first else []
     progress = Steps(told.name, of["steps"], start, shown=first)
@@ -382,7 +373,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         bytes_per_token=packed.bytes_per_token, watch=progress.update,
         reference=store.reference if store else logits.online(teacher) if teacher else None, learns=how == "cotrained",
         recorder=recorder, sharded=sharded, route=parts.route,
-        rollout=None if rollout_of(settings) in ("none", "teacher") else parts.rollout(writers),
+        rollout=None if name_of(settings["rollout"]) in ("none", "teacher") else parts.rollout(writers),
     )  # fmt: skip
     if of["compile"]:
         for model in (student, *module.outside):

@@ -14,7 +14,9 @@ from contextlib import contextmanager
 
 from kd.config import build
 from kd.errors import UserError
-from kd.run import Run, about, sizes_of
+from kd.identity import about, sizes_of
+from kd.run import Run
+from kd.settings import name_of
 
 WANTED = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 
@@ -45,13 +47,13 @@ def check_single() -> None:
 
 def tell(run: Run, settings: dict, result: dict) -> None:
     """Tell the agent's W&B run what came out of a run that was done before, or by another process."""
-    if not asked() or settings["logger"]["_target_"] != "kd.loggers.wandb":
+    if not asked() or name_of(settings["logger"]) != "wandb":
         return
     kept = run.copy("wandb-id")
     if kept.exists() and kept.read_text() == asked():
         return  # it was told step by step
     run.copy("metrics.jsonl")
-    told = about(run, result["config"] | {"sweep": settings["sweep"]}, sizes_of(result))
+    told = about(run.name, result["config"] | {"sweep": settings["sweep"]}, sizes_of(result))
     for view in build(settings["logger"], "logger")(folder=run.folder, about=told):
         view.close(result["final"])
 

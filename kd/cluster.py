@@ -1,6 +1,6 @@
 """Sweeps on other machines: hydra/launcher=submitit_slurm and hydra/launcher=ray.
 
-What goes to a machine is words alone. There a run is a sweep of one, kd.sweep.Local, which says what became of it; the
+What goes to a machine is words alone. There a run is a sweep of one, kd.pool.Local, which says what became of it; the
 machine that the sweep was started on waits, shows how far it is, and speaks for runs that could not. All of them see
 the folder of the runs.
 """
@@ -27,11 +27,12 @@ from rich.console import Group
 from kd import config as conf
 from kd import files
 from kd.errors import UserError
+from kd.pool import Job, Local, Pool
 from kd.progress import console
 from kd.remote import home
 from kd.run import DONE, ENDS, FAILED, NO_MEMORY, PREEMPTED, Run, read_json
 from kd.signals import EXIT_CODE, requests
-from kd.sweep import Job, Local, Pool, Runs
+from kd.sweep import Runs
 
 HERE = Path(__file__).parent.parent
 SETTLE = 15  # seconds until what another machine wrote is surely seen here

@@ -11,11 +11,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kd.data import IGNORE, Batch
 from kd.errors import UserError
-from kd.generate import Sampled, lengths
+from kd.generate import Sampled, evaluated, prompts
 from kd.models import Causal
 
 SHARE = 0.3  # of a GPU's memory for vLLM's weights and cache; training takes the rest
@@ -25,11 +24,10 @@ OFF = 0.1  # nats by which the two may differ on a token, in the mean: rounding 
 class Engine:
     """A model in vLLM, which reads prompts and writes at most `length` + 1 tokens in all, or as many as it reads.
 
-    learns: whether its weights change, so that they are given to vLLM before each batch. Raises UserError without vLLM.
+    learns: whether its weights change, so that they are given to vLLM before each batch.
     """
 
     def __init__(self, model: Causal, length: int, learns: bool):
-        check_installed()
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm import LLM
 
@@ -66,19 +64,17 @@ class Engine:
         if self.learns:
             self._save()
             self.llm.collective_rpc("reload_weights")
-        length, prompt = batch.ids.shape[1], lengths(batch).tolist()
+        prompt, tokens = (x.cpu() for x in prompts(batch, end))
+        prompt, labels = prompt.tolist(), torch.full(batch.labels.shape, IGNORE)
         rows = [row for row, size in enumerate(prompt) if size < self.most]
-        tokens = functional.pad(batch.ids, (0, 1), value=end).cpu()  # [B, T+1]
-        labels = torch.full(batch.labels.shape, IGNORE)
         # What only pads the output layer is no token; kd.models.Head leaves it out.
         beyond = range(self.model.head.vocab, self.model.model.get_output_embeddings().weight.shape[0])
         how = dict(temperature=temperature, top_k=top_k or 0, top_p=top_p, stop_token_ids=[end], ignore_eos=True,
                    detokenize=False, logprobs=0, logit_bias=dict.fromkeys(beyond, -100.0) or None)  # fmt: skip
-        rooms = [min(self.most - prompt[row], max_tokens or length) for row in rows]
+        rooms = [min(self.most - prompt[row], max_tokens or self.most) for row in rows]
         asked = [SamplingParams(**how, max_tokens=room, seed=int(seed[row])) for row, room in zip(rows, rooms)]
         given = [{"prompt_token_ids": tokens[row, : prompt[row]].tolist()} for row in rows]
         written = [of.outputs[0] for of in self.llm.generate(given, asked, use_tqdm=False)] if rows else []
-        tokens[torch.arange(length + 1) >= lengths(batch).cpu()[:, None]] = end
         for row, of in zip(rows, written, strict=True):
             response = torch.tensor(of.token_ids)
             tokens[row, prompt[row] : prompt[row] + len(response)] = response
@@ -94,13 +90,9 @@ class Engine:
 
     def _compare(self, ids: Tensor, labels: Tensor, theirs: list[float]) -> None:
         """Raise UserError unless our model says of a row [T] what vLLM said when it wrote it."""
-        training, kept = self.model.training, labels != IGNORE
-        try:
-            self.model.eval()
+        kept = labels != IGNORE
+        with evaluated(self.model):
             ours = self.model.model(input_ids=ids[None], use_cache=False).logits[0, kept].float().log_softmax(-1)
-        finally:
-            self.model.train(training)
-            torch.clear_autocast_cache()  # as in kd.generate: what was cast here has no gradient
         ours = ours.gather(-1, labels[kept, None])[:, 0]
         off = (ours - torch.tensor(theirs, device=ids.device)).abs().mean().item()
         if not off < OFF:

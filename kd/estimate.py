@@ -21,13 +21,14 @@ from kd import files, logits, models, ranks
 from kd.config import flat
 from kd.data import IGNORE, Batch, Packed, to_batch
 from kd.hardware import capacity, hold_in, out_of_memory
+from kd.identity import part_of_outcome
 from kd.models import Causal, Cost
 from kd.objective import Objective, fitting, with_sample
-from kd.plan import Settings, rollout_of, source_of
 from kd.progress import clock, console
 from kd.remote import home
 from kd.rollout import Rollout, Writers
-from kd.run import part_of_outcome, peak_memory
+from kd.run import peak_memory
+from kd.settings import Settings, name_of, of_instructions, source_of
 from kd.target import KNOWN_BY, Target
 from kd.writer import Rows, Teacher
 
@@ -96,18 +97,21 @@ def of_run(
     tokens = round(rows * step.wider * packed.counted) + beside
     once = sum(models.step_flops(how, flat(settings)["routing"] != "none", student, teacher))
     # All rows once by a teacher before training, or some of those of the steps.
-    once_only = rollout_of(settings) == "teacher"
-    written = len(packed.train) * times if once_only else rows * rollout(None).writes / of["devices"]
+    if name_of(settings["rollout"]) == "teacher":
+        written = len(packed.train) * times
+    else:
+        written = rows * rollout(None).writes / of["devices"]
     seconds = None
     if step.micro_batch is not None:
-        part = step.rows
-        seconds = STARTS + of["steps"] * (-(-of["batch"] // of["devices"] // part) * step.micro_batch + step.optimizer)
+        parts = -(-of["batch"] // of["devices"] // step.rows)
+        seconds = STARTS + of["steps"] * (parts * step.micro_batch + step.optimizer)
         # A validation is forward passes alone, of the student and, if there is one, of the teacher.
         looked = -(-of["steps"] // of["val_every"]) * packed.val[:, 1:].size / of["devices"]
         looked *= student.flops_per_token + (teacher.flops_per_token if teacher else 0)
-        seconds += looked / once * step.micro_batch / (part * step.wider * seq_len) + written / part * step.writing
+        seconds += looked / once * step.micro_batch / (step.rows * step.wider * seq_len)
+        seconds += written / step.rows * step.writing
         if packed.val_spans is not None:
-            seconds += settings["responses"]["samples"] * len(packed.val) / part * step.answering
+            seconds += settings["responses"]["samples"] * len(packed.val) / step.rows * step.answering
     flops = positions * once + beside * 3 * student.flops_per_token  # without those of writing
     learned = student.parameters + (teacher.parameters if how == "cotrained" else 0)
     memory = held(step.costs, settings) + step.kept
@@ -181,7 +185,7 @@ def _measure(
     if held(costs, settings) > 0.9 * capacity(device):
         return Step(costs)
     student = models.build(**settings["student"], vocab=vocab, seq_len=seq_len, option="student.name").to(device)
-    needed = how in ("online", "cotrained") or rollout_of(settings) == "teacher"
+    needed = how in ("online", "cotrained") or name_of(settings["rollout"]) == "teacher"
     teacher = _teacher(settings, vocab) if needed else None
     half = trainer["precision"] == "bf16"
     if teacher:
@@ -234,10 +238,10 @@ def _measure(
         optimizer.step()
         passes.append(between - start)
         steps.append(_now(device) - between)
-    memory = sum(saved.values()) + wide
-    wider = len(batch.ids) // len(rows)
-    times = statistics.median(passes), statistics.median(steps)
-    return Step(costs, len(rows), *times, memory, writing, answering, wider)
+    return Step(
+        costs, len(rows), statistics.median(passes), statistics.median(steps), kept=sum(saved.values()) + wide,
+        writing=writing, answering=answering, wider=len(batch.ids) // len(rows),
+    )  # fmt: skip
 
 
 def _timed(device: torch.device, work: Callable[[], Batch]) -> tuple[Batch, float]:
@@ -287,7 +291,7 @@ def show(made: dict[str, Estimate], names: dict[str, str], done: int, settings: 
     if all(of.seconds for of in made.values()):
         says += f", about {clock(sum(of.seconds for of in made.values()))} one after another"
     says += f"; {files.amount(disk)} of disk at most, where {files.amount(free)} are free. Nothing was started."
-    if settings["data"]["_target_"] == "kd.instructions.instructions":
+    if of_instructions(settings):
         says += " Responses that models write are taken to be as long as they may be, and count to the time alone."
     console.print(says, markup=False, soft_wrap=True)
     for what, needed, has in (("memory", memory, capacity(device)), ("disk", disk, free)):

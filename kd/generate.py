@@ -68,11 +68,8 @@ def write(
     when it reads it in parts.
     """
     length = batch.ids.shape[1]
-    prompt = lengths(batch)  # [B]
+    prompt, tokens = prompts(batch, end)
     room = (length + 1 - prompt).clamp(0, max_tokens)  # [B] tokens that may be written
-    place = torch.arange(length + 1, device=prompt.device)
-    tokens = functional.pad(batch.ids, (0, 1), value=end)  # [B, T+1]
-    tokens = tokens.masked_fill(place >= prompt[:, None], end)
     labels, points = torch.full_like(batch.labels, IGNORE), uniform(seed, length)  # [B, T]
     names = (*(("student", "importance") if student else ()), *(("teacher",) if teacher else ()))
     known = {name: torch.zeros(labels.shape, device=labels.device) for name in names}
@@ -100,6 +97,12 @@ def write(
             watch(len(room) - len(rows), written)
     sampled = Sampled(**known, by_student=(labels != IGNORE).float() * (student is not None))
     return batch._replace(ids=tokens[:, :-1].contiguous(), labels=labels, stored=None, sampled=sampled)
+
+
+def prompts(batch: Batch, end: int) -> tuple[Tensor, Tensor]:
+    """How many tokens the prompt of each row has [B], and the rows [B, T+1] with `end` for all behind it."""
+    prompt, place = lengths(batch), torch.arange(batch.ids.shape[1] + 1, device=batch.ids.device)
+    return prompt, functional.pad(batch.ids, (0, 1), value=end).masked_fill(place >= prompt[:, None], end)
 
 
 def lengths(batch: Batch) -> Tensor:
@@ -137,15 +140,23 @@ class _Reader:
 def _reading(student: Causal | None, teacher: Causal | None, length: int) -> Iterator[dict[str, _Reader]]:
     """Readers of the models that are given, in eval mode for so long."""
     models = {name: model for name, model in (("student", student), ("teacher", teacher)) if model}
-    training = [model.training for model in models.values()]
+    with evaluated(*models.values()):
+        for model in models.values():
+            check(model, length)
+        yield {name: _Reader(model) for name, model in models.items()}
+
+
+@contextmanager
+def evaluated(*models: Causal) -> Iterator[None]:
+    """Models in eval mode, within a training step."""
+    training = [model.training for model in models]
     try:
+        for model in models:
+            model.eval()
         with torch.compiler.set_stance("force_eager"):  # what is compiled would be compiled anew for every length
-            for model in models.values():
-                model.eval()
-                check(model, length)
-            yield {name: _Reader(model) for name, model in models.items()}
+            yield
     finally:
-        for model, was in zip(models.values(), training, strict=True):
+        for model, was in zip(models, training, strict=True):
             model.train(was)
         torch.clear_autocast_cache()  # of weights cast without a gradient, which the training step would use
 

@@ -13,7 +13,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from kd import agent, files
-from kd.run import RESPONSES, SECRET, About, read_metrics
+from kd.identity import About
+from kd.run import RESPONSES, SECRET, read_metrics
 
 
 class MetricsFile(Logger):

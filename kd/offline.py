@@ -17,11 +17,13 @@ from kd import config as conf
 from kd import data, files, logits, models, writer
 from kd.entries import MOST_DRAWS
 from kd.errors import UserError
+from kd.identity import model_name
 from kd.models import Causal
 from kd.objective import chunks
-from kd.plan import FORMAT, Settings, composed, corpus, is_recorded, kept_of, plan, source_of, stored_part
+from kd.plan import FORMAT, composed, corpus, plan
 from kd.remote import Remote, is_url
-from kd.run import Run, alive, model_name, redacted, whereabouts
+from kd.run import Run, alive, redacted, whereabouts
+from kd.settings import Settings, is_recorded, kept_of, name_of, source_of, stored_part
 from kd.store import FULL, Store, said, within
 from kd.target import Target
 from kd.writer import Recorder, Teacher
@@ -114,14 +116,14 @@ def _measurable(settings: Settings, held: dict) -> None:
 
     The most probable tokens tell well enough where a teacher is sure to route by, and a few draws do not.
     """
-    routing = settings["routing"]["_target_"].rpartition(".")[2]
+    routing = name_of(settings["routing"])
     if routing != "none" and held["name"] == "random":
         raise UserError(
             f"routing={routing} is measured on what the teacher says, and the store holds {said(held)}, too little to "
             "tell where it is sure. Take a store of the most probable tokens (record=top_k; without logits.path), of "
             "everything (record=full), logits=online, or routing=none."
         )
-    name = settings["temperature"]["_target_"].rpartition(".")[2]
+    name = name_of(settings["temperature"])
     if name != "fixed" and held != FULL:
         raise UserError(
             f"temperature={name} is measured on the teacher's whole distribution, and the store holds {said(held)}. "

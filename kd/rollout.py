@@ -78,23 +78,23 @@ class Rollout:
     """The text of each step as it comes; others write some of it anew.
 
     `gives` names what a loss can ask of every position of the sample (see Sampled). `state` holds tensors and numbers.
-    write() is what is written anew for a batch, which happens at the share `writes` of the steps, at most.
+    write() is what is written anew for a batch, in the way `how`, at the share `writes` of the steps, at most.
     """
 
     gives: tuple[str, ...] = ()
     writes = 0.0
     looks_first = False  # whether it is to be told of a validation before the first step
 
-    def __init__(self, writers: Writers | None):
-        self.writers = writers
+    def __init__(self, writers: Writers | None, **how):
+        self.writers, self.how = writers, how
 
     def __call__(self, batch: Batch, step: int, progress: float) -> Batch:
         """The batch of a step, at which the share `progress` of the run is done."""
-        return batch
+        return self.write(batch)
 
     def write(self, batch: Batch) -> Batch:
-        """New responses to the prompts of a batch."""
-        raise NotImplementedError
+        """The batch with new responses, where there are any."""
+        return batch
 
     def validated(self, loss: float) -> None:
         """Told of each validation: the student's loss on the references, nats per token."""
@@ -184,10 +184,9 @@ def mixed(
 
     Gu et al. 2023 (MiniLLM), arXiv 2306.08543, section 2.2. The defaults are the paper's; rollout=mixed_code has the
     values of the authors' code, from which this departs in four ways. There the plain text is learned from the teacher
-    too, half and half. There whitening is over all positions of a
-    mini-batch, padding among them; here over those that count, in the whole step. There 256 rows are collected and gone
-    over four times in mini-batches; here what is collected is one batch. There no 6 tokens may be written twice.
-    Raises UserError for what has no meaning.
+    too, half and half. There whitening is over all positions of a mini-batch, padding among them; here over those that
+    count, in the whole step. There 256 rows are collected and gone over four times in mini-batches; here what is
+    collected is one batch. There no 6 tokens may be written twice. Raises UserError for what has no meaning.
     """
     check("rollout.teacher_share", teacher_share, 0 <= teacher_share <= 1, "a share from 0 to 1")
     check("rollout.scale", scale, scale > 0, "a number above 0")
@@ -233,8 +232,8 @@ class Student(Rollout):
     gives = OWN
 
     def __init__(self, writers: Writers | None, share: float, **how):
-        super().__init__(writers)
-        self.writes, self.how = share, how
+        super().__init__(writers, **how)
+        self.writes = share
 
     def __call__(self, batch: Batch, step: int, progress: float) -> Batch:
         return _data(batch) if self.writers.chance(step).random() >= self.writes else self.write(batch)
@@ -246,13 +245,6 @@ class Student(Rollout):
 class Teacher(Rollout):
     writes = 1.0
 
-    def __init__(self, writers: Writers | None, **how):
-        super().__init__(writers)
-        self.how = how
-
-    def __call__(self, batch: Batch, step: int, progress: float) -> Batch:
-        return self.write(batch)
-
     def write(self, batch: Batch) -> Batch:
         return self.writers.write(batch, "teacher", **self.how)
 
@@ -260,13 +252,6 @@ class Teacher(Rollout):
 class Pairs(Rollout):
     gives = OWN
     writes = 1.0
-
-    def __init__(self, writers: Writers | None, **how):
-        super().__init__(writers)
-        self.how = how
-
-    def __call__(self, batch: Batch, step: int, progress: float) -> Batch:
-        return self.write(batch)
 
     def write(self, batch: Batch) -> Batch:
         written = [self.writers.write(batch, name, **self.how) for name in ("teacher", "student")]
@@ -280,17 +265,14 @@ FRESH = {  # which share of what the student wrote is to be new, by the progress
 }
 
 
-class Adaptive(Rollout):
+class Adaptive(Student):
     """Its state: the threshold, the loss that made it rise, and rows that the student wrote, the oldest first."""
 
-    gives = OWN
     looks_first = True
-    writes = 1.0
 
     def __init__(self, writers: Writers | None, threshold: float, tolerance: float, capacity: int, replay: str, **how):
-        super().__init__(writers)
+        super().__init__(writers, 1.0, **how)
         self.threshold, self.tolerance, self.capacity, self.fresh = threshold, tolerance, capacity, FRESH[replay]
-        self.how = how
         self.reference: float | None = None
         self.rows: dict[str, Tensor] = {}
 
@@ -307,9 +289,6 @@ class Adaptive(Rollout):
             return written
         index = torch.from_numpy(chance.choice(most, len(batch.ids), replace=False))
         return _unpacked({name: x[index] for name, x in self.rows.items()}, batch)
-
-    def write(self, batch: Batch) -> Batch:
-        return _only_who(self.writers.write(batch, "student", **self.how))
 
     def _held(self, name: str) -> list[Tensor]:
         return [self.rows[name]] if self.rows else []
@@ -336,8 +315,8 @@ class Mixed(Rollout):
         self, writers: Writers | None, how: dict, scale: float, clip: float | None, returned: dict, whiten: bool,
         epochs: int,
     ):  # fmt: skip
-        super().__init__(writers)
-        self.how, self.scale, self.clip, self.returned = how, scale, clip, returned
+        super().__init__(writers, **how)
+        self.scale, self.clip, self.returned = scale, clip, returned
         self.whiten, self.epochs, self.writes = whiten, epochs, 1 / epochs
         self.batch: Batch | None = None
         self.round = -1

@@ -1,4 +1,4 @@
-"""A run is its config: identity, folder, lock, resume, result."""
+"""The folder of a run: its lock, its state, its result, and the student that comes out."""
 
 from __future__ import annotations
 
@@ -13,131 +13,22 @@ import socket
 import subprocess
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
-import xxhash
 
 from kd import files, remote
 from kd.errors import UserError
+from kd.identity import model_name
 from kd.progress import console
 from kd.signals import EXIT_CODE
 
-# What a run is called, where it is kept and how often it is saved change nothing of what comes out.
-NO_PART = (
-    "root", "scale", "sweep", "n_jobs", "on_failure", "plan", "logger", "trainer.checkpoint_every",
-    "trainer.accelerator",
-    "trainer.devices", "trainer.strategy", "trainer.shard_teacher",  # by rounding alone
-    "logits.path", "record.path",
-    "plain", "start",  # what was made of them is
-)  # fmt: skip
-# Settings without a meaning under logits=none.
-NO_SIGNAL = ("loss", "truncation", "target", "temperature", "routing", "alpha")
 # What a student writes to the prompts of the validation rows (kd/responses.py), and the curve of its ExAccErr.
 RESPONSES, EXACCERR = "responses.jsonl", "exaccerr.json"
 EXACCERR_LENGTH = 16  # tokens up to which one number for it counts, as in the log of MiniLLM's code
 SECRET = re.compile(r"key|token$|secret|passw|credential|jwt", re.IGNORECASE)
-
-
-def part_of_outcome(config: dict) -> dict:
-    """The settings of a flat config (kd.config.flat) that its outcome depends on.
-
-    How the teacher is made is part of the teacher's own run, and without a signal in training, nothing of how a signal
-    is treated is part of any.
-    """
-    without = (*NO_PART, *(NO_SIGNAL if config["logits"] == "none" else ()))
-    if config["data"] != "instructions":
-        without += ("responses",)
-    if config["logits"] not in ("offline", "recorded"):  # recording changes nothing of what is learned
-        without += ("record",)
-    part = {k: v for k, v in config.items() if not below(k, without)}
-    seeded = config["logits"] == "cotrained" or config.get("rollout") == "teacher"  # which draws with it
-    own = ("teacher.size", "teacher.name", *(["teacher.seed"] if seeded else []))
-    part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in own}
-    return {k: float(v) if type(v) is int else v for k, v in part.items()}  # tau=1 is tau=1.0
-
-
-def below(key: str, prefixes: Iterable[str]) -> bool:
-    """Whether a setting is one of prefixes or belongs to it: lr.peak to lr."""
-    return any(key == p or key.startswith(f"{p}.") for p in prefixes)
-
-
-def group_of(word: str) -> str:
-    """The config group that an override is about: loss for loss=akl, ++loss.mu=1 and ~loss."""
-    return word.lstrip("+~").partition("=")[0].partition(".")[0].partition("@")[0]
-
-
-def identity(config: dict, **digests) -> str:
-    """Name of a run's folder: what it is about, and a digest of all settings that change its outcome.
-
-    digests are those of the data, and the name of the teacher's run.
-    """
-    part = part_of_outcome(config)
-    digest = xxhash.xxh3_128_hexdigest(json.dumps([part, digests], sort_keys=True).encode())[:12]
-    return f"{method(config)}-{model_name(config, 'student')}-{digest}"
-
-
-def method(config: dict) -> str:
-    """The loss of a flat config, lm where there is no signal from a teacher."""
-    return "lm" if config["logits"] == "none" else config["loss"]
-
-
-def model_name(config: dict, role: str) -> str | None:
-    """Size, or last part of the name, of the student or teacher in a flat config."""
-    name = config[f"{role}.size"] or config[f"{role}.name"]
-    return str(name).rstrip("/").rpartition("/")[2] if name else None
-
-
-# Settings that people filter, group and plot by; what is below them (alpha.peak) too.
-AXES = ("seed", "data.tokens", "logits", *NO_SIGNAL, "rollout", "lr", "optim")
-
-
-def axes(config: dict, sizes: dict[str, tuple[int, int]]) -> dict[str, str | int | float | bool]:
-    """What a dashboard is told of a flat config: a level deep, scalars alone, and alpha_peak for alpha.peak.
-
-    W&B does not find keys with a dot in filters and panels. sizes: role -> parameters, and those without embeddings.
-    Language modelling alone is the loss lm with an alpha_peak of 0, so that it has a place on both axes.
-    """
-    found = {k: config[k] for k in part_of_outcome(config) if below(k, AXES)}
-    found |= {"data": config["data"], "loss": method(config)}
-    found |= {role: model_name(config, role) for role in ("student", "teacher")}
-    for role, (parameters, non_embedding) in sizes.items():
-        found |= {f"{role}_params": parameters, f"{role}_params_non_embedding": non_embedding}
-    found["tokens"] = config["trainer.steps"] * config["trainer.batch"] * config["data.seq_len"]
-    if found["loss"] == "lm":
-        found["alpha_peak"] = 0.0
-    return {k.replace(".", "_"): v for k, v in found.items() if isinstance(v, str | int | float)}
-
-
-def sizes_of(result: dict) -> dict[str, tuple[int, int]]:
-    """The sizes that axes() asks for, of a run that is done."""
-    roles = {"student": "", "teacher": "teacher_"}
-    found = {role: tuple(result.get(f"{of}{k}") for k in ("parameters", "non_embedding")) for role, of in roles.items()}
-    return {role: counts for role, counts in found.items() if None not in counts}
-
-
-def about(run: Run, config: dict, sizes: dict[str, tuple[int, int]]) -> About:
-    """What W&B and TensorBoard are told: a readable name, what to group by, and the axes."""
-    how = method(config)
-    named = [how, model_name(config, "student"), f"seed{config['seed']}"]
-    kind = "distil" if how != "lm" else "lm" if model_name(config, "teacher") else "teacher"
-    tags = [how, kind, str(config["data"])]
-    return About(run.name, " ".join(map(str, named)), config.get("sweep"), kind, tags, axes(config, sizes))
-
-
-@dataclass(frozen=True)
-class About:
-    """What a view of a run is told of it: shallow, with numeric axes, since dashboards filter by it."""
-
-    id: str
-    name: str
-    group: str | None
-    job_type: str
-    tags: list[str]
-    config: dict
 
 
 RUNNING, DONE, FAILED, DIVERGED, NO_MEMORY, PREEMPTED = (

@@ -21,9 +21,10 @@ from hydra.plugins.sweeper import Sweeper
 from kd.config import check_sweep
 from kd.errors import UserError
 from kd.guard import check_words
+from kd.identity import NO_PART, below
 from kd.progress import console, end_with
 from kd.remote import home
-from kd.run import NO_PART, Run, below, read_metrics
+from kd.run import Run, read_metrics
 
 MEASURE = "val/lm"  # what every run has, in nats per token
 

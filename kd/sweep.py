@@ -6,19 +6,11 @@ A process of its own means that a run that raises, exits or is killed takes no o
 from __future__ import annotations
 
 import importlib
-import os
 import shlex
-import signal
-import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
-from pathlib import Path
 
-import filelock
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -26,8 +18,6 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
-from rich.console import Group
-from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
@@ -35,23 +25,12 @@ from kd import agent, files, remote
 from kd.config import check_sweep
 from kd.errors import UserError
 from kd.guard import check_words
+from kd.identity import NO_SIGNAL, group_of
+from kd.pool import Job, Local, Pool, Watch, fitting, gpus, visible_devices
 from kd.progress import clock, console, end_with
-from kd.run import (
-    DIVERGED,
-    DONE,
-    ENDS,
-    FAILED,
-    NO_MEMORY,
-    NO_SIGNAL,
-    PREEMPTED,
-    RUNNING,
-    Run,
-    group_of,
-    killed_for_memory,
-    read_json,
-)
+from kd.run import DIVERGED, DONE, FAILED, NO_MEMORY, Run, read_json
 from kd.search import Search
-from kd.signals import ASKED, EXIT_CODE, PARENT, Preempted, received, requests
+from kd.signals import Preempted, requests
 
 
 class Lines(Sweeper):
@@ -112,36 +91,6 @@ def at_scale(sweep: Mapping, scale: str) -> tuple[str, list[tuple[str, str]]]:
     return f"{sweep.get('base', '')} {own.get('base', '')}", [pair for line in lines for pair in line.items()]
 
 
-Watch = Callable[[int, Run], str | None]  # which run of a batch -> why it is to end early
-
-
-@dataclass
-class Job:
-    """A run of a sweep, and what works on it."""
-
-    run: Run
-    words: list[str]
-    said: str  # what sets it apart from the others
-    gpus: int = 1  # it asks for
-    begun: float = 0.0  # 0 while it is queued
-    looked: float = 0.0
-    cut: str | None = None  # why it is ended early
-
-    @property
-    def log(self) -> Path:
-        return self.run / "log.txt"
-
-    def last_line(self) -> str:
-        """What the run said last, short of what it says to type, which is indented."""
-        try:
-            with open(self.log, "rb") as file:
-                file.seek(max(0, self.log.stat().st_size - 4096))
-                lines = [x.strip() for x in file.read().decode(errors="replace").splitlines() if x[:1].strip()]
-        except FileNotFoundError:
-            return ""
-        return lines[-1] if lines else ""
-
-
 class Runs(Launcher):
     """A process per run, on this machine or others, n_jobs at once; finished runs are not started again.
 
@@ -178,13 +127,14 @@ class Runs(Launcher):
         sweep that they are from, which reports go by too; empty for a line without.
         """
         requests.watch()
+        names = names or [""] * len(job_overrides)
+        said = said or varying(job_overrides, names)
         of = self.config.sweep
         name = of if isinstance(of, str) else (of or {}).get("name", "multirun")
         try:
             check_sweep(name)
             agent.check_single()
             if self.config.plan:
-                said = said or varying(job_overrides, names or ())
                 type(self).show_plan(list(map(self._settings, job_overrides)), said, self.at_once())
                 sys.exit()
             made = [self._run(job) for job in job_overrides]  # every config is checked before the first run starts
@@ -193,7 +143,6 @@ class Runs(Launcher):
         requests.end_if_asked()
         path = remote.latest(self.config.root, f"sweeps/{name}.json")
         listed = (read_json(path) or {"runs": []})["runs"] if initial_job_idx else []
-        names = names or [""] * len(made)
         listed += [
             {"run": run.name, "overrides": list(words)} | ({"name": line} if line else {})
             for (run, _), words, line in zip(made, job_overrides, names, strict=True)
@@ -202,7 +151,7 @@ class Runs(Launcher):
         listed = list({line["run"]: line for line in reversed(listed)}.values())[::-1]
         files.write_json(path, {"name": name, "runs": listed})
         remote.publish(self.config.root, f"sweeps/{name}.json")
-        said, order, by_name = said or varying(job_overrides, names), [run.name for run, _ in made], {}
+        order, by_name = [run.name for run, _ in made], {}
         for (run, number), w, words in zip(made, job_overrides, said):
             by_name.setdefault(run.name, Job(run, [*w, f"sweep={name}"], words, number))
         jobs = list(by_name.values())
@@ -268,244 +217,8 @@ class Processes(Runs):
         return Local(self.program, jobs, at_once, devices)
 
 
-class Pool:
-    """Has jobs done, some at once, until all have ended or it is asked to end.
-
-    What is done with a job is for each kind to say: start() one or more, tell which are over(), record() how one ended
-    that could not say so itself, and stop() them.
-    """
-
-    pause = 0.05  # seconds between looks
-
-    def __init__(self, jobs: list[Job], at_once: float):
-        self.jobs, self.at_once = jobs, at_once
-        self.watch: Callable[[Run], str | None] | None = None  # why a run is to end early
-        self.stop_on_failure, self.stopped = False, False
-        self.asked: list[str] = []  # signals received
-        self.running: list[Job] = []  # or queued elsewhere
-        self.waiting = [job for job in jobs if job.run.result() is None]
-        self.spent: list[float] = []
-
-    def start(self) -> None:
-        """Move from those that wait to those that run as many as there is room for."""
-        raise NotImplementedError
-
-    def over(self) -> list[Job]:
-        """Those of the running that have ended."""
-        raise NotImplementedError
-
-    def record(self, job: Job) -> dict:
-        """Make sure that a run that has ended is in one recorded state; what else is known of its end."""
-        raise NotImplementedError
-
-    def stop(self, jobs: list[Job], at_once: bool) -> None:
-        """Have jobs end, after a checkpoint or at once."""
-        raise NotImplementedError
-
-    def work(self) -> None:
-        """Until no job runs and none is to be started."""
-        for number, job in enumerate(self.jobs, 1):
-            if job not in (*self.waiting, *self.running):
-                self._say(job, "done before", number)
-        live = Live(get_renderable=self.board, console=console, transient=True, refresh_per_second=2)
-        heard = 0
-        with received(self._ask), live if console.is_terminal else nullcontext():
-            while self.running or (self.waiting and not self.stopped):
-                if self.waiting and not self.stopped:
-                    self.start()
-                time.sleep(self.pause)
-                if heard < len(self.asked):
-                    heard = len(self.asked)
-                    self.stop(self.running, heard > 1)
-                for job in self.over():
-                    self.running.remove(job)
-                    self._ended(job)
-                for job in self.running:
-                    self._look(job)
-
-    def _look(self, job: Job) -> None:
-        """End a run early where the search says so."""
-        if self.watch and not job.cut and not self.asked and time.monotonic() - job.looked > 1:
-            job.looked = time.monotonic()
-            job.cut = self.watch(job.run)
-            if job.cut:
-                self.stop([job], False)
-
-    def board(self) -> Group:
-        """What runs, and how far the sweep is."""
-        states = [job.run.state()["state"] for job in self.jobs if job not in self.running and job not in self.waiting]
-        done, queued = states.count(DONE), sum(not job.begun for job in self.running)
-        says = f"{done} done, {len(self.running) - queued} running, {len(states) - done} not done, "
-        says += f"{len(self.waiting) + queued} to come"
-        table = Table(box=None, show_header=False, pad_edge=False)
-        for job in filter(lambda job: job.begun, self.running):
-            table.add_row(escape(job.said), clock(time.monotonic() - job.begun), f"[dim]{escape(job.last_line())}[/]")
-        return Group(f"[bold]{says}{self._left()}[/]", table)
-
-    def _left(self) -> str:
-        if not self.spent:
-            return ""
-        left = len(self.waiting + self.running)
-        return f", about {clock(sum(self.spent) / len(self.spent) * left / min(self.at_once, max(1, left)))} left"
-
-    def _say(self, job: Job, what: str, number: int | None = None) -> None:
-        number = number or self.jobs.index(job) + 1
-        line = f"[bold]run {number} of {len(self.jobs)}[/]  {escape(job.said)}  [dim]{escape(what)}[/]"
-        console.print(line, soft_wrap=True)
-
-    def _ended(self, job: Job) -> None:
-        """Say in which state a run ended."""
-        try:
-            facts = self.record(job)
-            if job.cut and job.run.result() is None:
-                job.run.end(PREEMPTED, job.cut, **facts)
-        except (UserError, OSError) as error:  # on a full disk: the other runs may have what they need
-            facts = {"seconds": time.monotonic() - (job.begun or time.monotonic())}
-            self._say(job, f"How it ended could not be written: {error}")
-        state = job.run.state()
-        if state["state"] == DONE:
-            self.spent.append(facts["seconds"])
-        elif self.stop_on_failure and not job.cut:
-            self.stopped = True
-        self._say(job, f"{state['state']} after {clock(facts['seconds'])}  {state['reason']}")
-
-    def _ask(self, name: str) -> None:
-        """A signal asks the sweep to end: it is passed on, kindly once."""
-        self.asked.append(name)
-        self.stopped = True
-        if len(self.asked) == 1:
-            running = sum(bool(job.begun) for job in self.running)
-            console.print(f"{name}: {running} runs save a checkpoint; once more kills them.", markup=False)
-
-
-class Local(Pool):
-    """Does jobs as processes of this machine. devices: the GPUs to share out, as CUDA_VISIBLE_DEVICES names them."""
-
-    def __init__(self, program: str, jobs: list[Job], at_once: int, devices: list[str]):
-        super().__init__(jobs, at_once)
-        self.program, self.devices = program, devices
-        self.processes: dict[str, Process] = {}
-
-    def start(self) -> None:
-        while self.waiting and len(self.running) < self.at_once:
-            free = [job for job in self.waiting if self._room(job)]
-            if not free:
-                break
-            # First those that no other copy of the sweep works on.
-            job = next((job for job in free if job.run.state()["state"] != RUNNING), free[0])
-            self.waiting.remove(job)
-            try:
-                self._start(job)
-            except OSError as error:
-                self._say(job, f"could not be started: {error}")
-                self.stopped = self.stopped or self.stop_on_failure
-
-    def _room(self, job: Job) -> bool:
-        """Whether there are GPUs for a job: shared only where more runs were asked for than there are GPUs."""
-        free = len(self.devices) - sum(self._loads().values())
-        return free >= job.gpus or len(self.devices) < self.at_once or not self.running
-
-    def _loads(self) -> dict[str, int]:
-        """How many runs are on each GPU."""
-        used = [device for job in self.running for device in self.processes[job.run.name].devices]
-        return {device: used.count(device) for device in self.devices}
-
-    def _start(self, job: Job) -> None:
-        self._say(job, f"starts{self._left()}")
-        environment = os.environ | {PARENT: str(os.getpid())}
-        if self.at_once > 1:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            environment = {"OMP_NUM_THREADS": str(max(1, cores // min(self.at_once, len(self.jobs))))} | environment
-        loads = self._loads()
-        devices = sorted(self.devices, key=loads.get)[: job.gpus]
-        if self.devices:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-        job.run.folder.mkdir(parents=True, exist_ok=True)
-        job.begun, killed = time.monotonic(), killed_for_memory()
-        with open(job.log, "ab") as log:
-            # A session of its own: what a terminal sends to all is passed on by the sweep, once.
-            process = subprocess.Popen(
-                [sys.executable, self.program, *job.words], env=environment, start_new_session=True,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        self.processes[job.run.name] = Process(process, devices, killed)
-        self.running.append(job)
-
-    def over(self) -> list[Job]:
-        ended = []
-        for job in self.running:
-            of = self.processes[job.run.name]
-            pid, status, usage = os.wait4(of.process.pid, os.WNOHANG)
-            if pid:
-                of.process.returncode = os.waitstatus_to_exitcode(status)
-                of.memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-                ended.append(job)
-        return ended
-
-    def stop(self, jobs: list[Job], at_once: bool) -> None:
-        for job in jobs:  # not by send_signal(), which would reap a process that has just ended
-            os.kill(self.processes[job.run.name].process.pid, signal.SIGKILL if at_once else signal.SIGTERM)
-
-    def record(self, job: Job) -> dict:
-        of, state = self.processes[job.run.name], job.run.state()
-        seconds = round(time.monotonic() - job.begun, 2)
-        facts = {"exit_code": of.process.returncode, "seconds": seconds, "peak_memory": of.memory, "log": str(job.log)}
-        if state["state"] == RUNNING and state["pid"] != of.process.pid:
-            pass  # of another sweep, which says what becomes of it
-        elif state["state"] in ENDS and state["state"] != DONE and state.get("pid", of.process.pid) == of.process.pid:
-            job.run.end(**state | {k: facts[k] for k in ("exit_code", "log")})
-        elif state["state"] != DONE:
-            with suppress(filelock.Timeout), filelock.FileLock(job.run / ".lock", timeout=0):
-                job.run.end(*self._why(job, of), **facts)  # nobody works on it: not what another sweep began either
-        return facts
-
-    def _why(self, job: Job, of: Process) -> tuple[str, str]:
-        """State and reason of a run that could not say so itself."""
-        code = of.process.returncode
-        if code == EXIT_CODE or -code in ASKED:
-            return PREEMPTED, "asked to end before its first step; the same command starts it"
-        if len(self.asked) > 1 and code == -signal.SIGKILL:
-            return PREEMPTED, "asked to end at once; the same command goes on with it"
-        if code == -signal.SIGKILL and killed_for_memory() > of.killed:
-            return NO_MEMORY, "killed by the kernel, which had no memory left"
-        if code < 0:
-            return FAILED, f"killed by {signal.Signals(-code).name}"
-        return FAILED, job.last_line() or f"exit code {code}"
-
-
-@dataclass
-class Process:
-    """What works on a job on this machine."""
-
-    process: subprocess.Popen
-    devices: list[str]  # GPUs it may use
-    killed: int  # processes that the kernel had ended for want of memory when this one began
-    memory: int = 0  # the most it held, bytes
-
-
-def gpus(trainer: Mapping) -> int:
-    """How many GPUs a run with these settings asks for, where there are any."""
-    return 0 if trainer["accelerator"] == "cpu" else trainer["devices"]
-
-
-def fitting(devices: list[str], each: int) -> int:
-    """How many runs that ask for so many GPUs each fit on the devices without sharing one; at least one."""
-    return max(1, len(devices) // max(1, each))
-
-
-def visible_devices() -> list[str]:
-    """The GPUs that there are to share out, as CUDA_VISIBLE_DEVICES names them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [x for x in named.split(",") if x]
-    import torch
-
-    return [str(number) for number in range(torch.cuda.device_count())]
-
-
-def varying(jobs: Sequence[Sequence[str]], names: Sequence[str] = ()) -> list[str]:
+def varying(jobs: Sequence[Sequence[str]], names: Sequence[str]) -> list[str]:
     """What was typed for each run, without what all have in common; in place of what all of one name have, the name."""
-    names = names or [""] * len(jobs)
     alike = {name: set.intersection(*(set(j) for j, of in zip(jobs, names) if of == name)) for name in names if name}
     alike[""] = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
     return [" ".join([*filter(None, [of]), *(w for w in j if w not in alike[of])]) for j, of in zip(jobs, names)]

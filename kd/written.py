@@ -1,4 +1,4 @@
-"""Data whose responses a teacher wrote, once: rows like those of kd/data.py, in a folder of their own.
+"""Data whose responses a teacher wrote, once: rows like those of kd/packing.py, in a folder of their own.
 
 Sequence-level distillation, SeqKD: Kim & Rush 2016, arXiv 1606.07947. What is killed on the way goes on where it was.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from lightning.fabric.utilities import move_data_to_device
 
-from kd import data, files
+from kd import data, files, packing
 from kd.data import Packed
 from kd.rollout import Rollout, Writers, as_rows
 
@@ -34,9 +34,9 @@ def by_teacher(
         np.save(temporary / "train_spans.npy", spans)
         about = json.loads((temporary / "manifest.json").read_text())
         about = {k: v for k, v in about.items() if k not in ("digest", "digests")}
-        data.seal(temporary, about | {"train_tokens": int(spans[:, 1].sum()), "written": folder.name})
+        packing.seal(temporary, about | {"train_tokens": int(spans[:, 1].sum()), "written": folder.name})
 
-    made = data.once(folder, make)
+    made = packing.once(folder, make)
     shutil.rmtree(parts, ignore_errors=True)
     return made
 

@@ -8,10 +8,9 @@ import numpy as np
 
 from kd.progress import track
 from sweeps import laws
-from sweeps.compare import listed
+from sweeps.compare import amount, listed
 from sweeps.laws import DISTILLATION, POWER, SUPERVISED, Coefficients, Law, Problem
 from sweeps.points import Point, column, data
-from sweeps.table import amount
 
 
 @dataclass

@@ -16,8 +16,9 @@ from typing import NamedTuple
 from kd import files
 from kd.config import check_sweep
 from kd.errors import UserError
+from kd.identity import below, part_of_outcome
 from kd.remote import home, latest
-from kd.run import EXACCERR, RESPONSES, Run, below, part_of_outcome, read_json, read_metrics
+from kd.run import EXACCERR, RESPONSES, Run, read_json, read_metrics
 
 ALONE, FINE_TUNED, OF_TEACHERS_TEXT = "language modelling alone", "SFT", "SeqKD"
 ONE_SEED = "1 seed: no error bar, so a small difference may be chance"
@@ -249,9 +250,8 @@ def settings(config: dict) -> dict:
     """What the outcome of a run depends on, but for the seed; of a teacher and a start also how they were made."""
     made = ("teacher",) if config["logits"] != "none" and (config["teacher.size"] or config.get("teacher.sft")) else ()
     made += ("start", "plain") if config["data"] == "instructions" else ()  # which has the tokenizer of the plain text
-    return {k: v for k, v in config.items() if k != "seed" and below(k, made)} | {
-        k: v for k, v in part_of_outcome(config).items() if k != "seed"
-    }
+    own = {k: v for k, v in config.items() if below(k, made)}
+    return {k: v for k, v in (own | part_of_outcome(config)).items() if k != "seed"}
 
 
 def subset(config: dict, *prefixes: str) -> str:
@@ -271,7 +271,7 @@ def varying(configs: list[dict]) -> list[str]:
 
 
 def label(config: dict, keys: list[str]) -> str:
-    """akl, fkl tau=2, student=1m lr.peak=0.002: what a person would type, made short."""
+    """akl, fkl tau=2, student=1m lr.peak=0.002: what a person would type, made short; of steps, the tokens."""
     words = []
     for key in keys:
         axis, _, name = key.rpartition(".")
@@ -279,8 +279,18 @@ def label(config: dict, keys: list[str]) -> str:
         if key in config and not (value is None and sized):
             said = value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value)
             brief = axis if sized else name if axis in ("loss", "truncation", "temperature", "rollout") else key
+            if key == "trainer.steps" and config["data"] != "instructions":  # whose rows are not full
+                brief, said = "tokens", amount(value * config["trainer.batch"] * config["data.seq_len"])
             words.append(said if key in ("loss", "truncation") else f"{brief}={said}")
     return " ".join(words)
+
+
+def amount(value: float) -> str:
+    """85k, 1.2M, 3B, 4.5e+12"""
+    for bound, unit in ((1e3, ""), (1e6, "k"), (1e9, "M"), (1e12, "B")):
+        if value < 0.9995 * bound:
+            return f"{value / bound * 1e3:.3g}{unit}"
+    return f"{value:.2g}"
 
 
 def difference(group: Group, other: Group | None, measure: str = LOSS.key) -> Interval | None:

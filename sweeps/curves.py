@@ -13,11 +13,12 @@ import plotly.graph_objects as go
 
 from sweeps import laws
 from sweeps.answers import Answers, Fit, published
+from sweeps.compare import amount
 from sweeps.contest import SCENARIOS, Contest, contests, teachers
 from sweeps.plots import blank, padded, switch
 from sweeps.points import Point
 from sweeps.report import render
-from sweeps.table import COLORS, GREY, amount
+from sweeps.table import COLORS, GREY
 
 ALONE, TAUGHT = "#3b78d8", "#d9772f"
 HEAT = ("#3e4fb0", "#2f8fb5", "#3fa572", "#b0a02f", "#d9772f", "#c2344c")  # cold is little compute

@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 from kd.errors import UserError
+from kd.identity import axes, sizes_of
 from kd.loggers import logged_in, wandb_run
 from kd.progress import harmless
-from kd.run import Run, axes, sizes_of
+from kd.run import Run
 from sweeps import report
 from sweeps.compare import Entry, manifest, parser, read
 from sweeps.table import MEASURES

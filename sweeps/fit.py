@@ -15,11 +15,10 @@ from kd.progress import harmless
 from kd.remote import home, publish
 from sweeps import curves
 from sweeps.answers import Answers, Fit, answers, published
-from sweeps.compare import manifest, parser, read
+from sweeps.compare import amount, manifest, parser, read
 from sweeps.contest import SCENARIOS, contests
 from sweeps.points import Point, from_csv, of_sweep, to_csv
 from sweeps.report import question
-from sweeps.table import amount
 
 
 def table(found: Answers) -> list[Table]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from kd import files
 from kd.errors import UserError
-from kd.run import below, model_name
+from kd.identity import below, model_name
 from sweeps.compare import Entry, label, listed, settings, subset, varying
 from sweeps.laws import Data
 
@@ -77,8 +77,8 @@ def of_sweep(entries: list[Entry]) -> tuple[list[Point], list[str]]:
     configs = [e.result["config"] for e in usable]
     taught = [c for c in configs if c["logits"] != "none"]
     alone = [c for c in configs if c["logits"] == "none"]
-    for configs, kind in ((alone, "by language modelling"), (taught, "that learn from a teacher")):
-        if keys := [k for k in varying([settings(c) for c in configs]) if not below(k, KNOWN)]:
+    for some, kind in ((alone, "by language modelling"), (taught, "that learn from a teacher")):
+        if keys := [k for k in varying([settings(c) for c in some]) if not below(k, KNOWN)]:
             notes.append(f"Runs {kind} also differ in {listed(keys)}, of which no law here knows: taken as noise.")
     teachers = [json.loads(text) for text in sorted({subset(c, "teacher") for c in taught})]
     names = {model_name(teacher, "teacher") for teacher in teachers}

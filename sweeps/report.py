@@ -19,9 +19,9 @@ from plotly.offline import get_plotlyjs
 
 from kd import files
 from kd.errors import UserError
+from kd.identity import model_name
 from kd.progress import clock, harmless
 from kd.remote import home, publish
-from kd.run import model_name
 from sweeps import shapes, space
 from sweeps.compare import LOSS, Entry, Group, finding, goal, grouped, listed, manifest, parser, read, subset, varying
 from sweeps.export import as_csv, markdown

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from sweeps.compare import ALONE, Group, difference, label, listed, varying
+from sweeps.compare import ALONE, Group, amount, difference, label, listed, varying
 from sweeps.plots import blank, folded, padded
-from sweeps.table import COLORS, GREY, Row, amount, number
+from sweeps.table import COLORS, GREY, Row, number
 
 TITLES = {  # of axes, with their units
     "temperature.tau": "temperature τ", "alpha.peak": "share of distillation, α", "truncation.k": "k, tokens kept",
@@ -79,11 +79,6 @@ def ordered(rows: list[Row], key: str) -> list[str]:
     if all(type(n) is float for n in numbers.values()):
         return sorted(losses, key=numbers.get)
     return sorted(losses, key=lambda w: fmean(losses[w]))
-
-
-def named(group: Group, key: str) -> str:
-    """tau=0.5, student=1m, tokens=300k"""
-    return f"tokens={word(group, key)}" if key == "trainer.steps" else label(group.config, [key])
 
 
 def standing(rows: list[Row]) -> str:
@@ -282,8 +277,8 @@ def trend(key: str, series: dict[str, list[Row]]) -> str:
         return sentence(f"The difference to {ALONE} goes from {ends[0]} to {ends[1]} nats per token", standing(every))
     best = lowest(every)
     mean, on_par = best.group.mean(), tied(best, line if best in line else [])
-    at = listed([named(row.group, key) for row in on_par])
-    where = best.group.label if len(series) > 1 else named(best.group, key)
+    at = listed([label(row.group.config, [key]) for row in on_par])
+    where = best.group.label if len(series) > 1 else label(best.group.config, [key])
     says = f"Lowest at {where}: {number(mean.mean)}{plus(mean.half)} nats per token"
     return sentence(says, f"{at} cannot be told apart from it" if at else "", standing(every))
 
@@ -361,7 +356,7 @@ def blended(share: float) -> str:
 def common(rows: list[Row], keys: list[str]) -> str:
     """What most of the best quarter of the rows share."""
     best = rows[: max(2, math.ceil(len(rows) / 4))]
-    often = Counter(filter(None, (named(row.group, key) for row in best for key in keys))).most_common()
+    often = Counter(filter(None, (label(row.group.config, [key]) for row in best for key in keys))).most_common()
     same = [said for said, times in often if times == often[0][1]]
     return sentence(
         f"{often[0][1]} of the {len(best)} lowest of {len(rows)} have {' or '.join(same)}" if often[0][1] < len(best)

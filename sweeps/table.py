@@ -7,7 +7,8 @@ import math
 from statistics import fmean
 from typing import NamedTuple
 
-from kd.run import EXACCERR_LENGTH, model_name
+from kd.identity import model_name
+from kd.run import EXACCERR_LENGTH
 from sweeps.compare import LOSS, Goal, Group, Interval, baseline, closed, difference, goal, label, subset, varying
 
 MEASURES = {  # columns of the table: what they are called and what they mean
@@ -96,11 +97,3 @@ def marks(groups: list[Group]) -> list[Mark]:
 def number(value: float | None, digits: int = 4, sign: bool = False) -> str:
     """With a true minus sign; a dash where there is no value."""
     return "–" if value is None else f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
-
-
-def amount(value: float) -> str:
-    """85k, 1.2M, 3B, 4.5e+12"""
-    for bound, unit in ((1e3, ""), (1e6, "k"), (1e9, "M"), (1e12, "B")):
-        if value < 0.9995 * bound:
-            return f"{value / bound * 1e3:.3g}{unit}"
-    return f"{value:.2g}"

@@ -13,7 +13,7 @@ import hydra
 import train as product
 from kd import store
 from kd.config import CONF
-from kd.plan import Settings, resolve
+from kd.settings import Settings, resolve
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 SMALL = """data=markov data.tokens=20000 data.states=16 data.branching=4 data.seq_len=32 data.val_rows=8

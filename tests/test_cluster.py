@@ -20,8 +20,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from kd import cluster, ranks
 from kd.checkpoint import newest
 from kd.errors import UserError
+from kd.pool import Job, Local, fitting, gpus
 from kd.run import Run
-from kd.sweep import Job, Local, fitting, gpus
 from tests.small import ENVIRONMENT, outcome, start, train
 from tests.test_faults import STEP, Fault, ended, processes, runs, state, states, table, until
 

@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import train
-from kd import config, data, schedules
+from kd import config, packing, schedules
 from kd.errors import UserError
 from kd.sizes import SIZES
 from kd.sweep import at_scale
@@ -148,7 +148,7 @@ def test_yaml_of_a_corpus_has_every_parameter_with_its_default(node):
 
 
 def test_data_settings_are_those_of_pack():
-    given = {k: v for k, v in defaults(data.pack).items() if k != "tokenizer_of"}
+    given = {k: v for k, v in defaults(packing.pack).items() if k != "tokenizer_of"}
     assert OmegaConf.load(config.CONF / "config.yaml").data == given
 
 

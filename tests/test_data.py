@@ -15,7 +15,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from kd import config, data
+from kd import config, data, packing
 from kd.corpora import Corpus, markov
 from kd.errors import UserError
 
@@ -39,7 +39,7 @@ def rows_of_words(texts: list[str], **of) -> Corpus:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> data.Packed:
-    return data.pack(corpus(documents()), tmp_path_factory.mktemp("data"), **SETTINGS)
+    return packing.pack(corpus(documents()), tmp_path_factory.mktemp("data"), **SETTINGS)
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_validation_is_every_row_once_in_order(packed, size):
 def test_same_text_is_never_on_both_sides(tmp_path):
     rng = np.random.default_rng(0)
     texts = [" ".join(map(str, rng.permutation(9))) for _ in range(1000)]
-    made = data.pack(rows_of_words(texts * 3), tmp_path, seq_len=8, val_rows=10_000, val_share=0.1)
+    made = packing.pack(rows_of_words(texts * 3), tmp_path, seq_len=8, val_rows=10_000, val_share=0.1)
     train, val = ({tuple(row) for row in part} for part in (made.train, made.val))
     assert not train & val
     assert train | val == {tuple(map(int, t.split())) for t in texts}
@@ -140,7 +140,7 @@ def test_same_text_is_never_on_both_sides(tmp_path):
 
 def test_side_does_not_depend_on_the_other_documents(tmp_path):
     texts = [" ".join(t) for t in np.random.default_rng(0).permuted(np.tile(list("abcdefgh"), (400, 1)), axis=1)]
-    few, many = (data.pack(rows_of_words(t), tmp_path, seq_len=7, val_rows=1000) for t in (texts[:200], texts))
+    few, many = (packing.pack(rows_of_words(t), tmp_path, seq_len=7, val_rows=1000) for t in (texts[:200], texts))
     assert {tuple(r) for r in few.val} < {tuple(r) for r in many.val}
     assert {tuple(r) for r in few.train} < {tuple(r) for r in many.train}
 
@@ -149,7 +149,7 @@ def test_rows_are_the_documents_joined_with_an_end_each(packed):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(packed.tokenizer)
     end = tokenizer.eos_token_id
     text = tokenizer.decode(packed.train.flatten())
-    found = text.split(data.END)[:-1]  # the last one may be cut
+    found = text.split(packing.END)[:-1]  # the last one may be cut
     assert len(found) > 200 and set(found) < set(documents())
     assert end is not None and (packed.train == end).sum() >= len(found)
     assert len(tokenizer) == SETTINGS["vocab"] > packed.train.max()
@@ -158,17 +158,17 @@ def test_rows_are_the_documents_joined_with_an_end_each(packed):
 def test_text_of_the_end_token_stays_text(tmp_path):
     """A document that speaks of it would else end there."""
     texts = documents()
-    texts[::3] = [f"{text} {data.END}{data.END} and on" for text in texts[::3]]
-    made = data.pack(corpus(texts), tmp_path, **SETTINGS)
+    texts[::3] = [f"{text} {packing.END}{packing.END} and on" for text in texts[::3]]
+    made = packing.pack(corpus(texts), tmp_path, **SETTINGS)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(made.tokenizer)
     rows = made.train.flatten()
     whole = [tokenizer.decode(part[1:]) for part in np.split(rows, np.flatnonzero(rows == tokenizer.eos_token_id))]
-    assert set(whole[1:-1]) < set(texts) and sum(data.END in text for text in whole) > 50
+    assert set(whole[1:-1]) < set(texts) and sum(packing.END in text for text in whole) > 50
 
 
 def test_rows_of_plain_text_are_named_and_made_as_ever(packed, tmp_path):
     """Digests of what was packed before there were prompts and responses: folders of users go on to be theirs."""
-    chain = data.pack(markov(16, 40_000, 8, 3), tmp_path, seq_len=16, val_rows=8)
+    chain = packing.pack(markov(16, 40_000, 8, 3), tmp_path, seq_len=16, val_rows=8)
     assert packed.folder.name == "2c33507334ec738c" and chain.folder.name == "4cd2f2f1a54e41b7"
     assert packed.digests["train.npy"] == "80fcc3b98fee6870c8499502aa55010b"
     assert packed.digests["val.npy"] == "7ad5a6d3f52a5d730f78199f838fa265"
@@ -179,9 +179,9 @@ def test_rows_of_plain_text_are_named_and_made_as_ever(packed, tmp_path):
 
 
 def test_tokenizer_is_trained_without_the_validation_text(tmp_path):
-    side = data._Sides(0.2)
+    side = packing._Sides(0.2)
     texts = [f"{i} zq zq zq" if side(f"{i} zq zq zq") == "val" else f"{i} pw pw pw" for i in range(400)]
-    made = data.pack(corpus(texts), tmp_path, **SETTINGS)
+    made = packing.pack(corpus(texts), tmp_path, **SETTINGS)
     vocabulary = PreTrainedTokenizerFast.from_pretrained(made.tokenizer).get_vocab()
     assert "pw" in vocabulary and "zq" not in vocabulary
 
@@ -189,7 +189,7 @@ def test_tokenizer_is_trained_without_the_validation_text(tmp_path):
 def test_documents_are_shuffled_and_a_stream_is_not(tmp_path):
     texts = [f"{a} {b}" for a in range(20) for b in range(20)]
     for streaming in (True, False):
-        made = data.pack(rows_of_words(texts, streaming=streaming), tmp_path / str(streaming), seq_len=1)
+        made = packing.pack(rows_of_words(texts, streaming=streaming), tmp_path / str(streaming), seq_len=1)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(made.tokenizer)
         order = [texts.index(tokenizer.decode(row)) for row in made.train]
         assert (order == sorted(order)) == streaming
@@ -197,7 +197,7 @@ def test_documents_are_shuffled_and_a_stream_is_not(tmp_path):
 
 @pytest.mark.parametrize("tokens", [17, 100, 1000, 5000])
 def test_fewer_tokens_are_the_first_of_more(packed, tmp_path, tokens):
-    few = data.pack(corpus(documents()), tmp_path, tokens=tokens, **SETTINGS)
+    few = packing.pack(corpus(documents()), tmp_path, tokens=tokens, **SETTINGS)
     assert len(few.train) == tokens // 17
     assert (few.train == packed.train[: len(few.train)]).all()
     assert content(few.tokenizer) == content(packed.tokenizer)
@@ -206,7 +206,7 @@ def test_fewer_tokens_are_the_first_of_more(packed, tmp_path, tokens):
 def test_validation_is_the_same_for_any_amount_of_training_text(tmp_path):
     texts = documents(3000)
     settings = SETTINGS | {"val_share": 0.05}
-    few, many = (data.pack(corpus(texts), tmp_path, tokens=t, **settings) for t in (1000, None))
+    few, many = (packing.pack(corpus(texts), tmp_path, tokens=t, **settings) for t in (1000, None))
     assert (few.val == many.val).all() and few.bytes_per_token == many.bytes_per_token
 
 
@@ -215,7 +215,7 @@ def test_fewer_tokens_of_a_markov_chain_are_a_part_of_more(tmp_path):
         """As train.py does it: each function takes what it has a parameter for."""
         node = {"seq_len": 16, "states": 8, "branching": 3, "size": 40_000, "tokens": tokens, "val_rows": 8}
         source = markov(**config.checked(markov, node, "data"))
-        return data.pack(source, tmp_path, **config.checked(data.pack, node, "data"))
+        return packing.pack(source, tmp_path, **config.checked(packing.pack, node, "data"))
 
     few, many = made(10_000), made(20_000)
     assert {tuple(r) for r in few.train} < {tuple(r) for r in many.train}
@@ -224,7 +224,7 @@ def test_fewer_tokens_of_a_markov_chain_are_a_part_of_more(tmp_path):
 
 def test_rows_of_a_markov_chain_are_its_documents(tmp_path):
     chain = markov(16, 5000, 8, 3)
-    made = data.pack(chain, tmp_path, 16, tokens=5000, val_rows=10_000)
+    made = packing.pack(chain, tmp_path, 16, tokens=5000, val_rows=10_000)
     rows = sorted(map(tuple, np.concatenate([made.train, made.val]).tolist()))
     assert rows == sorted(tuple(int(w[1:]) for w in text.split()) for text in chain.load())
     assert made.entropy == chain.entropy and made.bytes_per_token is None
@@ -233,28 +233,28 @@ def test_rows_of_a_markov_chain_are_its_documents(tmp_path):
 def test_ids_above_65535_do_not_overflow(tmp_path):
     words = [f"w{i}" for i in range(70_000)]
     texts = [" ".join(words[i * 100 : (i + 1) * 100]) for i in range(700)]
-    made = data.pack(corpus(texts, words=words), tmp_path, seq_len=99, val_rows=1000)
+    made = packing.pack(corpus(texts, words=words), tmp_path, seq_len=99, val_rows=1000)
     assert sorted(np.concatenate([made.train, made.val]).flatten().tolist()) == list(range(70_000))
 
 
 @pytest.mark.parametrize(("text", "size"), [("{:04} plain ascii", 16), ("{:04} é€", 10)])
 def test_bytes_per_token_counts_utf8_bytes_and_ends(tmp_path, text, size):
     # A vocabulary of 257 is one token per byte, and one for the end of each document.
-    made = data.pack(corpus([text.format(i) for i in range(400)]), tmp_path, seq_len=8, vocab=257, val_share=0.2)
+    made = packing.pack(corpus([text.format(i) for i in range(400)]), tmp_path, seq_len=8, vocab=257, val_share=0.2)
     assert made.bytes_per_token == pytest.approx(size / (size + 1))
 
 
 def test_bytes_per_token_is_of_the_validation_text(tmp_path):
-    made = data.pack(corpus(documents()), tmp_path, seq_len=1, vocab=280, val_share=0.2, val_rows=1_000_000)
+    made = packing.pack(corpus(documents()), tmp_path, seq_len=1, vocab=280, val_share=0.2, val_rows=1_000_000)
     text = PreTrainedTokenizerFast.from_pretrained(made.tokenizer).decode(made.val.flatten())
-    assert made.bytes_per_token == pytest.approx(len(text.replace(data.END, "")) / made.val.size, rel=1e-3)
+    assert made.bytes_per_token == pytest.approx(len(text.replace(packing.END, "")) / made.val.size, rel=1e-3)
 
 
 # On disk
 
 
 def test_same_documents_give_the_same_bytes_in_any_order(packed, tmp_path):
-    again = data.pack(corpus(documents()[::-1]), tmp_path, **SETTINGS)
+    again = packing.pack(corpus(documents()[::-1]), tmp_path, **SETTINGS)
     assert again.folder.name == packed.folder.name and content(again.folder) == content(packed.folder)
 
 
@@ -262,37 +262,40 @@ def test_packed_data_is_not_made_again(packed, tmp_path):
     def never():
         raise AssertionError("was read again")
 
-    made = data.pack(Corpus(never, {"texts": sorted(documents())}), packed.folder.parent, **SETTINGS)
+    made = packing.pack(Corpus(never, {"texts": sorted(documents())}), packed.folder.parent, **SETTINGS)
     assert made.folder == packed.folder and (made.train == packed.train).all() and (made.val == packed.val).all()
 
 
 def test_whatever_changes_the_rows_changes_the_folder(packed, tmp_path):
     texts = documents()
-    folders = [packed.folder.name, data.pack(corpus([*texts[:-1], texts[-1] + "x"]), tmp_path, **SETTINGS).folder.name]
+    folders = [
+        packed.folder.name,
+        packing.pack(corpus([*texts[:-1], texts[-1] + "x"]), tmp_path, **SETTINGS).folder.name,
+    ]
     for change in ({"seq_len": 15}, {"vocab": 281}, {"val_rows": 4}, {"val_share": 0.3}, {"tokens": 2000}):
-        folders.append(data.pack(corpus(texts), tmp_path, **SETTINGS | change).folder.name)
+        folders.append(packing.pack(corpus(texts), tmp_path, **SETTINGS | change).folder.name)
     assert len(set(folders)) == len(folders) == 7
 
 
 def test_pretrained_tokenizer_is_used_and_adds_nothing_but_ends(packed, tmp_path):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(packed.tokenizer)
-    start = TemplateProcessing(single=f"{data.END} $A", special_tokens=[(data.END, tokenizer.eos_token_id)])
+    start = TemplateProcessing(single=f"{packing.END} $A", special_tokens=[(packing.END, tokenizer.eos_token_id)])
     tokenizer.backend_tokenizer.post_processor = start
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     assert len(tokenizer("a")["input_ids"]) == 2
     settings = {k: v for k, v in SETTINGS.items() if k != "vocab"}
-    made = data.pack(corpus(documents()), tmp_path, tokenizer=str(tmp_path / "tokenizer"), **settings)
+    made = packing.pack(corpus(documents()), tmp_path, tokenizer=str(tmp_path / "tokenizer"), **settings)
     assert (made.train == packed.train).all() and (made.val == packed.val).all()
     assert made.folder.name != packed.folder.name
 
 
 def test_changed_tokenizer_of_a_folder_gives_another_folder(packed, tmp_path):
     settings = {k: v for k, v in SETTINGS.items() if k != "vocab"} | {"tokenizer": str(tmp_path / "tokenizer")}
-    other = data.pack(corpus(documents(seed=1)), tmp_path, **SETTINGS)
+    other = packing.pack(corpus(documents(seed=1)), tmp_path, **SETTINGS)
     shutil.copytree(packed.tokenizer, tmp_path / "tokenizer")
-    before = data.pack(corpus(documents()), tmp_path, **settings)
+    before = packing.pack(corpus(documents()), tmp_path, **settings)
     shutil.copytree(other.tokenizer, tmp_path / "tokenizer", dirs_exist_ok=True)
-    assert data.pack(corpus(documents()), tmp_path, **settings).folder != before.folder
+    assert packing.pack(corpus(documents()), tmp_path, **settings).folder != before.folder
 
 
 def test_two_processes_at_once_make_it_once_and_agree(packed, tmp_path):
@@ -303,7 +306,7 @@ def test_two_processes_at_once_make_it_once_and_agree(packed, tmp_path):
         return documents()
 
     def work(name: str):
-        made = data.pack(Corpus(slow, {"texts": sorted(documents())}), tmp_path / "data", **SETTINGS)
+        made = packing.pack(Corpus(slow, {"texts": sorted(documents())}), tmp_path / "data", **SETTINGS)
         (tmp_path / name).write_text(str(made.train.sum()))
 
     processes = [FORK.Process(target=work, args=(name,)) for name in ("a", "b")]
@@ -327,16 +330,16 @@ def test_damaged_file_is_named(packed, cache, name, damage):
     if damage == "gone":
         file.unlink()
     with pytest.raises(UserError, match=f"{file} is damaged"):
-        data.pack(corpus(documents()), cache, **SETTINGS)
+        packing.pack(corpus(documents()), cache, **SETTINGS)
     file.write_bytes(whole)
-    data.pack(corpus(documents()), cache, **SETTINGS)
+    packing.pack(corpus(documents()), cache, **SETTINGS)
 
 
 def test_folder_without_a_manifest_is_made_anew(packed, cache):
     folder = cache / packed.folder.name
     (folder / "manifest.json").unlink()
     (folder / "val.npy").write_bytes(b"half")
-    data.pack(corpus(documents()), cache, **SETTINGS)
+    packing.pack(corpus(documents()), cache, **SETTINGS)
     assert content(folder) == content(packed.folder)
 
 
@@ -348,7 +351,7 @@ def test_damaged_manifest_is_named(packed, cache, damage):
     of = {k: v for k, v in json.loads(text).items() if k != "entropy"}
     file.write_text(cut.get(damage, json.dumps(of)))
     with pytest.raises(UserError, match=str(file)):
-        data.pack(corpus(documents()), cache, **SETTINGS)
+        packing.pack(corpus(documents()), cache, **SETTINGS)
 
 
 WHERE = pytest.mark.parametrize("where", ["_tokenizer", "_batches", "np.save", "files.write_json"])
@@ -361,12 +364,12 @@ def killed(*args, **more):
 @WHERE
 def test_killed_packing_is_made_again_whole(packed, tmp_path, monkeypatch, where):
     with monkeypatch.context() as patch:
-        patch.setattr(f"kd.data.{where}", killed)
-        process = FORK.Process(target=data.pack, args=(corpus(documents()), tmp_path), kwargs=SETTINGS)
+        patch.setattr(f"kd.packing.{where}", killed)
+        process = FORK.Process(target=packing.pack, args=(corpus(documents()), tmp_path), kwargs=SETTINGS)
         process.start()
         process.join()
     assert process.exitcode == -signal.SIGKILL and not (tmp_path / packed.folder.name).exists()
-    assert content(data.pack(corpus(documents()), tmp_path, **SETTINGS).folder) == content(packed.folder)
+    assert content(packing.pack(corpus(documents()), tmp_path, **SETTINGS).folder) == content(packed.folder)
 
 
 def test_killed_packing_leaves_nothing_for_ever(packed, tmp_path, monkeypatch):
@@ -380,9 +383,9 @@ def test_packing_that_fails_leaves_nothing(packed, tmp_path, monkeypatch, where,
     def fail(*args, **more):
         raise error
 
-    monkeypatch.setattr(f"kd.data.{where}", fail)
+    monkeypatch.setattr(f"kd.packing.{where}", fail)
     with pytest.raises(error):
-        data.pack(corpus(documents()), tmp_path, **SETTINGS)
+        packing.pack(corpus(documents()), tmp_path, **SETTINGS)
     assert not [p for p in tmp_path.iterdir() if p.suffix != ".lock"]
 
 
@@ -396,21 +399,21 @@ def test_packing_that_fails_leaves_nothing(packed, tmp_path, monkeypatch, where,
 )  # fmt: skip
 def test_setting_without_meaning_is_refused_by_name(tmp_path, setting):
     with pytest.raises(UserError, match=f"data.{next(iter(setting))}="):
-        data.pack(corpus(documents()), tmp_path, **SETTINGS | setting)
+        packing.pack(corpus(documents()), tmp_path, **SETTINGS | setting)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 16])
 def test_fewer_tokens_than_a_row_are_refused_by_name(tmp_path, tokens):
     with pytest.raises(UserError, match=rf"data\.tokens={tokens}"):
-        data.pack(corpus(documents()), tmp_path, tokens=tokens, **SETTINGS)
+        packing.pack(corpus(documents()), tmp_path, tokens=tokens, **SETTINGS)
 
 
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("texts", [[], ["short"], documents(1)])
 def test_text_too_short_for_a_row_on_each_side_is_refused(tmp_path, texts, streaming):
     with pytest.raises(UserError, match="one row needs 17"):
-        data.pack(corpus(texts, streaming=streaming), tmp_path, **SETTINGS)
+        packing.pack(corpus(texts, streaming=streaming), tmp_path, **SETTINGS)
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
 
 

@@ -503,7 +503,7 @@ def test_signal_before_training_ends_at_once(clean, tmp_path):
     packing = "def patch(module):\n    module.np.save = lambda *_: hold()\n"
     for name, fault in {
         "load": Fault(tmp_path / "load", "hydra", IMPORT),
-        "pack": Fault(tmp_path / "pack", "kd.data", packing),
+        "pack": Fault(tmp_path / "pack", "kd.packing", packing),
         "teach": Fault(tmp_path / "teach", "kd.module", STEP, AT=4, ACT="hold()"),
     }.items():
         process = start(root, "seed=0", **fault.environment)

@@ -19,11 +19,12 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import train as product
-from kd import config, corpora, data, instructions, offline, plan
+from kd import config, corpora, data, instructions, offline, packing, plan
 from kd.config import CONF
-from kd.data import END, IGNORE
+from kd.data import IGNORE
 from kd.errors import UserError
 from kd.instructions import Example, alpaca, encode, end_of_response, functions, plain, tokens
+from kd.packing import END
 from tests import small
 from tests.small import outcome
 
@@ -56,10 +57,10 @@ def tokenizer(pre=None, **of) -> PreTrainedTokenizerFast:
     )
 
 
-def pairs(*texts: tuple[str, str], prompt_len: int = 6, template: str | None = "plain") -> data.Corpus:
+def pairs(*texts: tuple[str, str], prompt_len: int = 6, template: str | None = "plain") -> corpora.Corpus:
     """Of prompts and responses."""
     examples = [Example((("user", prompt),), response) for prompt, response in texts]
-    found = data.Corpus(lambda: examples, {"of": sorted(texts)})
+    found = corpora.Corpus(lambda: examples, {"of": sorted(texts)})
     return replace(found, pairs=instructions.Pairs(template, prompt_len))
 
 
@@ -70,7 +71,7 @@ def many(count: int = 40) -> list[tuple[str, str]]:
 def pack(tmp_path: Path, *texts: tuple[str, str], **of) -> data.Packed:
     """Each example is on both sides of the split in a copy of its own, its prompt followed by some number."""
     how = {k: of.pop(k) for k in ("prompt_len", "template") if k in of}
-    return data.pack(pairs(*texts, **how), tmp_path / "packed", **BYTES | of)
+    return packing.pack(pairs(*texts, **how), tmp_path / "packed", **BYTES | of)
 
 
 def said(packed: data.Packed) -> list[tuple[str, str, int, int]]:
@@ -207,12 +208,12 @@ def test_fewer_tokens_are_the_first_of_more(tmp_path):
 
 def test_packed_examples_are_opened_as_they_were_written(tmp_path):
     made = pack(tmp_path, *many())
-    again = data.opened(made.folder)
+    again = packing.opened(made.folder)
     assert (again.train_spans == made.train_spans).all() and (again.val_spans == made.val_spans).all()
     assert again.end == made.end == AutoTokenizer.from_pretrained(made.tokenizer).eos_token_id
     (made.folder / "val_spans.npy").write_bytes(b"")
     with pytest.raises(UserError, match=r"val_spans\.npy is damaged"):
-        data.opened(made.folder)
+        packing.opened(made.folder)
 
 
 def test_examples_that_leave_a_side_empty_are_refused(tmp_path):
@@ -363,7 +364,7 @@ def test_whatever_changes_the_examples_changes_the_corpus(tmp_path):
     changes = [{}, {"template": "plain"}, {"prompt_len": 5}, {"prompt": "prompt", "response": "other"}]
     made = [instructions.instructions(64, files=str(file), **of) for of in changes]
     assert made[0].fingerprint == instructions.instructions(64, files=str(file)).fingerprint
-    assert len({data.key(of) for of in made}) == len(made)
+    assert len({packing.key(of) for of in made}) == len(made)
     assert [of.pairs.prompt_len for of in made] == [32, 32, 5, 32]
 
 
@@ -581,7 +582,7 @@ def test_functions_of_the_standard_library(library):
 
 def test_prompt_and_response_have_the_tokens_of_the_text_that_they_are(library, tmp_path):
     """As a model of plain text would read it: no tokenizer of bytes joins what a docstring separates."""
-    made = data.pack(replace(instructions.instructions(256), load=lambda: library), tmp_path, vocab=2000, val_rows=9)
+    made = packing.pack(replace(instructions.instructions(256), load=lambda: library), tmp_path, vocab=2000, val_rows=9)
     fast = AutoTokenizer.from_pretrained(made.tokenizer)
     sample = library[::3]
     for example, (prompt, response) in zip(sample, encode(sample, "plain", fast), strict=True):
@@ -592,7 +593,7 @@ def test_prompt_and_response_have_the_tokens_of_the_text_that_they_are(library, 
 
 def test_functions_are_on_the_side_of_their_file():
     """What is measured on was not read by a student that was pre-trained on the plain text."""
-    side = data._Sides(0.5)
+    side = packing._Sides(0.5)
     sources = [SOURCE.replace("twice", f"{i} times") for i in range(20)]
     sides = {source: side(source) for source in sources}
     assert set(sides.values()) == {"train", "val"}
@@ -639,7 +640,7 @@ def root(tmp_path_factory) -> Path:
 def test_only_what_counts_is_counted(root):
     folder = run(root, "logits=none", "teacher=none")
     made, (packed,) = json.loads((folder / "result.json").read_text()), root.glob("data/*/train_spans.npy")
-    of = data.opened(packed.parent)
+    of = packing.opened(packed.parent)
     steps = data.Batches(of.train, 4, 0, 0, 12, spans=of.train_spans)
     assert made["tokens"] == sum((b.labels != IGNORE).sum().item() for b in steps) < 12 * 4 * 32
     student = AutoModelForCausalLM.from_pretrained(folder / "student")
@@ -654,12 +655,12 @@ def test_only_what_counts_is_counted(root):
 def test_what_is_not_counted_teaches_nothing(root, monkeypatch):
     """Other tokens behind the end, which nothing counted looks back on, and the run is the same, bit for bit."""
     before = outcome(run(root, "logits=none", "teacher=none", "seed=7"))
-    (packed,) = (data.opened(p.parent) for p in root.glob("data/*/train_spans.npy"))
+    (packed,) = (packing.opened(p.parent) for p in root.glob("data/*/train_spans.npy"))
     changed = packed.train.copy()
     for row, (_, total) in zip(changed, packed.train_spans, strict=True):
         row[total:] = np.arange(5, 5 + len(row) - total)
     assert (changed != packed.train).mean() > 0.2
-    monkeypatch.setattr(data, "opened", lambda folder: replace(packed, train=changed))
+    monkeypatch.setattr(packing, "opened", lambda folder: replace(packed, train=changed))
     (root / "other").mkdir()
     shutil.copy(root / "examples.jsonl", root / "other")
     after = outcome(run(root / "other", "logits=none", "teacher=none", "seed=7"))
@@ -725,7 +726,7 @@ def test_an_estimate_counts_what_counts(root):
     asked = settings(root, "logits=none", "teacher=none", "seed=99", "trainer.steps=50")
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         made = product.estimate(asked)
-    (packed,) = (data.opened(p.parent) for p in root.glob("data/*/train_spans.npy"))
+    (packed,) = (packing.opened(p.parent) for p in root.glob("data/*/train_spans.npy"))
     assert [of.tokens for of in made.values()] == [round(50 * 4 * packed.counted)]
 
 

@@ -10,8 +10,9 @@ import time
 import warnings
 from pathlib import Path
 
+from kd.identity import About
 from kd.loggers import MetricsFile, wandb
-from kd.run import About, read_metrics
+from kd.run import read_metrics
 from tests.small import ENVIRONMENT, FORK, folder, result, train
 
 

@@ -306,13 +306,13 @@ def test_measures_of_a_student_are_those_it_has_online(root):
 
 def test_a_store_in_bf16_is_read_by_a_run_in_fp32(root, tmp_path):
     for name in ("full", "random"):
-        held = write(root, "trainer.precision=bf16", f"truncation={name}", f"logits.path={tmp_path / name}")
-        run = here(root, "logits=offline", f"truncation={name}", f"logits.path={held.path}")
-        whole = here(root, "logits=online", f"truncation={name}")
+        words = ("teacher.lr=4e-3", f"truncation={name}")  # a teacher that is not too sure to be told in bf16
+        held = write(root, *words, "trainer.precision=bf16", f"logits.path={tmp_path / name}")
+        run = here(root, *words, "logits=offline", f"logits.path={held.path}")
+        whole = here(root, *words, "logits=online")
         assert result(run)["final"]["val/fkl"] == pytest.approx(result(whole)["final"]["val/fkl"], abs=0.01)
-        assert result(run)["final"]["val/teacher_lm"] == pytest.approx(
-            result(whole)["final"]["val/teacher_lm"], abs=5e-3
-        )
+        teacher = [result(of)["final"]["val/teacher_lm"] for of in (run, whole)]
+        assert teacher[0] == pytest.approx(teacher[1], abs=1e-3)
 
 
 def test_runs_of_many_kinds_read_one_store(root, monkeypatch):

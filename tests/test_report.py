@@ -195,6 +195,15 @@ def test_labels_of_one_loss_of_sizes_and_of_what_is_no_part_of_a_run(sweep, tmp_
     assert {g.label for g in sizes.groups()} >= {"student=1m", f"{compare.ALONE} student=100k"}
 
 
+def test_labels_have_tokens_for_steps_but_where_rows_are_not_full(sweep, tmp_path):
+    sweep.done("fkl", 0, 2.5, **{"trainer.steps": 300}).done("fkl", 0, 2.4, **{"trainer.steps": 600})
+    assert [g.label for g in sweep.groups()] == ["tokens=2.46M", "tokens=1.23M"]  # 600 or 300 times 16 rows of 256
+    texts = Sweep(tmp_path / "texts")
+    for steps, rouge in ((300, 0.2), (600, 0.3)):
+        texts.wrote("fkl", 0, rouge, **{"trainer.steps": steps})
+    assert [g.label for g in texts.groups()] == ["trainer.steps=600", "trainer.steps=300"]
+
+
 def test_learning_curve_is_the_mean_at_the_steps_of_all_seeds(sweep):
     (group,) = sweep.losses(fkl=[2.0, 3.0]).groups()
     assert compare.curve(group) == [(s * 4096, s * 1e9, 2.5 + 300 - s) for s in (100, 200, 300)]

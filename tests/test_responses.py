@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd import data, generate, logits, metrics, plan, ranks, responses, run
+from kd import data, generate, logits, metrics, packing, plan, ranks, responses, run
 from kd.data import ValidationBatches
 from kd.errors import UserError
 from kd.responses import Response, Responses, Written, distinct, exact_match, excess_error, gap, rouge_l, summary
@@ -221,7 +221,7 @@ def student(root) -> Path:
 def test_measures_of_a_run_are_those_of_its_file(root, student):
     final, rows = result(student)["final"], lines(student)
     (packed,) = (
-        p for p in map(data.opened, (p.parent for p in root.glob("data/*/manifest.json"))) if p.end is not None
+        p for p in map(packing.opened, (p.parent for p in root.glob("data/*/manifest.json"))) if p.end is not None
     )
     examples = {row["prompt"]: row["response"] for row in lines(root, "examples.jsonl")}
     assert [row["row"] for row in rows] == list(range(6)) == list(range(len(packed.val)))

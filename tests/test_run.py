@@ -14,7 +14,8 @@ import filelock
 import pytest
 import torch
 
-from kd.run import Run, axes, sizes_of
+from kd.identity import axes, sizes_of
+from kd.run import Run
 from kd.signals import Preempted, Requests
 from tests.small import folder, outcome, result, start, train
 

@@ -22,7 +22,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from rich.table import Table
 
-from kd import checkpoint, config, data, files, guard, models, search, shards, store
+from kd import checkpoint, config, files, guard, models, packing, search, shards, store
 from kd.errors import UserError
 from kd.progress import Terminal
 from kd.run import Run
@@ -350,7 +350,7 @@ def test_packed_rows_that_are_a_pickle_are_not_read(root, canary):
     manifest["digests"]["train.npy"] = files.digest(path.parent / "train.npy")
     path.write_text(json.dumps(manifest | {"digest": files.digest_of(manifest)}))
     with pytest.raises(ValueError, match=r"allow_pickle|[Pp]ython objects"):
-        data.opened(path.parent)
+        packing.opened(path.parent)
 
 
 @pytest.mark.parametrize("name", ["config.json", "result.json", "state.json"])

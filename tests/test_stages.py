@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import train as product
-from kd import data, estimate, written
+from kd import estimate, packing, written
 from kd.config import CONF
 from kd.errors import UserError
 from kd.plan import plan, start_settings
@@ -204,8 +204,8 @@ def test_what_a_teacher_wrote_is_written_once_and_learned_from(root, words):
     """SeqKD: prompts as they are, responses of the teacher; a kill in between costs the part that was being written."""
     here(root, *words, "logits=none", "rollout=teacher")
     (folder,) = (p.parent for p in (root / "rollouts").glob("*/manifest.json"))
-    own = data.opened(next(p.parent for p in (root / "data").glob("*/train_spans.npy")))
-    written = data.opened(folder)
+    own = packing.opened(next(p.parent for p in (root / "data").glob("*/train_spans.npy")))
+    written = packing.opened(folder)
     assert np.array_equal(written.val, own.val) and written.train.shape == own.train.shape
     asked = own.train_spans[:, 0]
     assert np.array_equal(written.train_spans[:, 0], asked)

@@ -24,8 +24,9 @@ from kd import files, models, writer
 from kd import store as module
 from kd.config import CONF, typed
 from kd.errors import UserError
-from kd.plan import cached_corpus, plan, resolve
+from kd.plan import cached_corpus, plan
 from kd.progress import console
+from kd.settings import resolve
 from kd.store import Store, within
 from tests.small import SMALL, TOP, content, folder, here, outcome, result, train, type_in, write
 

@@ -1,0 +1,308 @@
+"""From a corpus to rows of tokens on disk.
+
+1. documents  in an order made from their content, so that files of one kind do not stand together; streams as they come
+2. split      a document belongs to validation if its hash says so: the same text never lands on both sides
+3. tokens     by a tokenizer trained on the spot, or the pretrained model's own
+4. rows       documents joined with an end-of-text token and cut into rows of T + 1 tokens, on disk, once, under a lock;
+              prompts with responses (kd/instructions.py): each a row of its own, [prompt, response, end], padded with
+              the end, and beside the rows where the prompt and all of it end
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import filelock
+import numpy as np
+import xxhash
+
+from kd import files, instructions
+from kd.corpora import Corpus
+from kd.data import Packed
+from kd.errors import UserError
+from kd.progress import console, track
+from kd.run import read_json
+
+FORMAT = 1  # of the packed rows; a new one makes new folders
+END = "<|endoftext|>"
+
+
+def key(corpus: Corpus, **settings) -> str:
+    """Name of the packed data: a digest of everything that its content depends on."""
+    content = files.stamp(settings.get("tokenizer"))
+    if of := settings.pop("tokenizer_of", None):
+        settings["tokenizer_of"] = key(of[0], **of[1])
+    return files.digest_of([FORMAT, corpus.fingerprint, settings, content])[:16]
+
+
+def pack(
+    corpus: Corpus, cache: Path, seq_len: int = 256, vocab: int = 1024, tokenizer: str | None = None,
+    tokens: int | None = None, val_rows: int = 64, val_share: float = 0.05,
+    tokenizer_of: tuple[Corpus, dict] | None = None,
+) -> Packed:  # fmt: skip
+    """The corpus as rows of seq_len + 1 tokens, made once and kept in `cache`.
+
+    vocab: size of the tokenizer to train, unless `tokenizer` names a pretrained one, or it is that of other text,
+    `tokenizer_of`, which is packed too. tokens: at most so many for training, padding not counted (a smaller amount is
+    a part of a larger one). Raises UserError for text too short for one row.
+    """
+    settings = dict(seq_len=seq_len, tokens=tokens, val_rows=val_rows, val_share=val_share)
+    for option, value in dict(seq_len=seq_len, val_rows=val_rows, tokens=tokens).items():
+        least = seq_len + 1 if option == "tokens" else 1
+        if value is not None and value < least:
+            raise UserError(f"data.{option}={value}: need at least {least}{', one row' if least > 1 else ''}.")
+    if not 0 < val_share < 1:
+        raise UserError(f"data.val_share={val_share}: need a share of the documents between 0 and 1, e.g. 0.05.")
+    if tokenizer is None and not corpus.words and vocab < 257:
+        raise UserError(f"data.vocab={vocab}: need at least 257, one token per byte and one for the end of a text.")
+    settings |= {"tokenizer": tokenizer} if tokenizer else {"vocab": vocab}
+
+    def make(temporary: Path) -> None:
+        if tokenizer_of:
+            settings["tokenizer"] = str(pack(tokenizer_of[0], cache, **tokenizer_of[1]).tokenizer)
+        temporary.mkdir(parents=True)
+        _write(temporary, corpus, **settings)
+
+    return once(Path(cache) / key(corpus, **settings, tokenizer_of=tokenizer_of), make)
+
+
+def once(folder: Path, make: Callable[[Path], None]) -> Packed:
+    """What is packed in a folder, filled by `make` under a temporary name where it is not there; one at a time."""
+    if not (folder / "manifest.json").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{folder}.lock"):
+            if not (folder / "manifest.json").exists():
+                files.clear(folder.parent, folder.name)
+                with files.atomic(folder) as temporary:
+                    make(temporary)
+    return opened(folder)
+
+
+def opened(folder: Path) -> Packed:
+    """What was packed into a folder; raises UserError if it is not what was written."""
+    again = f"Remove it and type the same command again:\n  rm -r {folder}"
+    manifest = read_json(folder / "manifest.json")
+    if manifest.pop("digest", None) != files.digest_of(manifest):
+        raise UserError(f"{folder / 'manifest.json'} is damaged: it is not what was written. {again}")
+    for name, expected in manifest["digests"].items():
+        if not (folder / name).exists() or files.digest(folder / name) != expected:
+            raise UserError(f"{folder / name} is damaged: it is not what was written. {again}")
+    train, val = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("train", "val"))
+    of = manifest["bytes_per_token"], manifest["entropy"], manifest["digests"]
+    if "end" not in manifest:
+        return Packed(folder, train, val, *of)
+    spans = (np.load(folder / f"{part}_spans.npy") for part in ("train", "val"))
+    return Packed(folder, train, val, *of, *spans, manifest["end"])
+
+
+def _write(
+    folder: Path, corpus: Corpus, seq_len: int, tokens: int | None, val_rows: int, val_share: float,
+    vocab: int | None = None, tokenizer: str | None = None,
+) -> None:  # fmt: skip
+    documents = _ordered(corpus)
+    sides = _Sides(val_share)
+    fast = _tokenizer(corpus, documents, sides, vocab, tokenizer)
+    fast.save_pretrained(folder / "tokenizer")
+    if fast.eos_token_id is None and not corpus.words:
+        raise UserError(f"data.tokenizer={tokenizer}: has no token for the end of a text, which separates documents.")
+    write = _write_examples if corpus.pairs else _write_text
+    about = write(folder, corpus, documents, sides, fast, seq_len, tokens or math.inf, val_rows)
+    seal(folder, {"source": corpus.fingerprint, "vocab": len(fast), "entropy": corpus.entropy, **about})
+
+
+def seal(folder: Path, about: dict) -> None:
+    """Write the manifest of packed rows: what is said of them, and the digests of all files."""
+    there = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "manifest.json")
+    manifest = about | {"digests": {str(p.relative_to(folder)): files.digest(p) for p in there}}
+    files.write_json(folder / "manifest.json", manifest | {"digest": files.digest_of(manifest)})
+
+
+def _write_text(
+    folder: Path, corpus: Corpus, documents: Iterable[str], sides: _Sides, fast, seq_len: int, tokens: float,
+    val_rows: int,
+) -> dict:  # fmt: skip
+    """Rows of documents that are joined, and what the manifest says of them."""
+    dtype = _dtype(fast)
+    count, size, bytes_seen = {"train": 0, "val": 0}, seq_len + 1, 0
+    # Of a stream the first validation rows, of a whole the same random ones, however much there is for training.
+    limit = {"train": tokens, "val": val_rows * size if corpus.streaming else math.inf}
+    end = [] if corpus.words else [fast.eos_token_id]
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+        out = {"train": train, "val": val}
+        for batch in _batches(documents, 256):
+            pairs = [(text, sides(text)) for text in batch]
+            pairs = [(text, side) for text, side in pairs if count[side] < limit[side]]
+            encoded = instructions.tokens([text for text, _ in pairs], fast)
+            for (text, side), ids in zip(pairs, encoded, strict=True):
+                if count[side] < limit[side]:
+                    np.array(ids + end, dtype).tofile(out[side])
+                    count[side] += len(ids) + len(end)
+                    bytes_seen += len(text.encode()) if side == "val" else 0
+            if all(count[side] >= limit[side] for side in count):
+                break
+    for side in ("train", "val"):
+        rows = int(min(count[side], limit[side] if side == "train" else math.inf)) // size
+        if rows == 0:
+            _too_short(count, size)
+        _save(folder, side, dtype, (rows, size), val_rows)
+    return {
+        "train_tokens": count["train"],
+        "bytes_per_token": None if corpus.words else bytes_seen / count["val"],
+    }
+
+
+def _write_examples(
+    folder: Path, corpus: Corpus, documents: Iterable[instructions.Example], sides: _Sides, fast, seq_len: int,
+    tokens: float, val_rows: int,
+) -> dict:  # fmt: skip
+    """Rows of one example each, their spans, and what the manifest says of them."""
+    template, most = instructions.template_of(corpus.pairs, documents, fast), corpus.pairs.prompt_len
+    end, size, dtype = instructions.end_of_response(template, fast), seq_len + 1, _dtype(fast)
+    spans: dict[str, list] = {"train": [], "val": []}
+    heard: list[float] = []  # bytes of the responses of validation, as far as rows hold them
+    read, cut, left_out = 0, 0, {"too_long": 0, "empty": 0}
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+        out = {"train": train, "val": val}
+        for batch in _batches(documents, 256):
+            for example, (prompt, response) in zip(batch, instructions.encode(batch, template, fast), strict=True):
+                if not 0 < len(prompt) <= most:
+                    left_out["too_long" if prompt else "empty"] += 1
+                    continue
+                side, row = sides(example), [*prompt, *response, end][:size]
+                if side == "train":
+                    read += len(row)
+                    if read > tokens:  # what comes later may be shorter, but less is to be a part of more
+                        continue
+                else:
+                    share = min(len(response), size - len(prompt)) / max(len(response), 1)
+                    heard.append(share * len(example.response.encode()))
+                np.array(row + [end] * (size - len(row)), dtype).tofile(out[side])
+                spans[side].append((len(prompt), len(row)))
+                cut += len(prompt) + len(response) + 1 > size
+    examples = {side: len(of) for side, of in spans.items()}
+    said = (
+        f"{examples['train']:,} examples for training and {examples['val']:,} for validation; left out: "
+        f"{left_out['too_long']:,} whose prompt has more than {most:,} tokens, {left_out['empty']:,} without prompt or "
+        f"response; cut: {cut:,} responses that go beyond the {size:,} tokens of a row"
+    )
+    if not all(examples.values()):
+        raise UserError(
+            f"{said}. Each side needs one: give more examples, longer rows (data.seq_len=, data.prompt_len=), or more "
+            "of them to validation (data.val_share=0.2)."
+        )
+    for side, of in spans.items():
+        taken = _save(folder, side, dtype, (len(of), size), val_rows)
+        table = np.array(of, np.int32)[taken]
+        np.save(folder / f"{side}_spans.npy", table)
+    console.print(said, soft_wrap=True)
+    learned = (table[:, 1] - table[:, 0]).sum()  # of the validation rows
+    return {
+        "train_tokens": sum(total for _, total in spans["train"]),
+        "bytes_per_token": float(np.array(heard)[taken].sum() / learned) or None,
+        "template": template, "end": end, "examples": examples, "left_out": left_out, "cut": cut,
+    }  # fmt: skip
+
+
+def _dtype(fast) -> type:
+    return np.uint16 if len(fast) <= 1 << 16 else np.uint32
+
+
+def _save(folder: Path, side: str, dtype: type, shape: tuple[int, int], val_rows: int) -> np.ndarray | slice:
+    """SIDE.bin as SIDE.npy, and which of its rows that takes."""
+    taken = slice(None)
+    if side == "val":  # a random part of the whole, so that one long document does not fill it
+        taken = np.sort(np.random.default_rng(0).permutation(shape[0])[:val_rows])
+    np.save(folder / f"{side}.npy", np.memmap(folder / f"{side}.bin", dtype, "r", shape=shape)[taken])
+    (folder / f"{side}.bin").unlink()
+    return taken
+
+
+def _too_short(count: dict[str, int], size: int):
+    raise UserError(
+        f"The text gives {count['train']:,} tokens for training and {count['val']:,} for validation, and one row needs "
+        f"{size:,}. Choose more text, shorter rows (data.seq_len=64), or more validation (data.val_share=0.2)."
+    )
+
+
+class _Sides:
+    """Which side of the split a document is on, by its content, of an example by what is asked."""
+
+    def __init__(self, val_share: float):
+        self.bound = val_share * 2**64
+
+    def __call__(self, document: str | instructions.Example) -> str:
+        text = document if isinstance(document, str) else document.asked
+        return "val" if xxhash.xxh3_64_intdigest(text.encode(), seed=1) < self.bound else "train"
+
+
+def _ordered(corpus: Corpus):
+    """All documents, shuffled by content; a stream stays as it is."""
+    documents = corpus.load()
+    if corpus.streaming:
+        return documents
+    order = sorted(range(len(documents)), key=lambda i: xxhash.xxh3_64_intdigest(_content(documents[i]).encode()))
+    return _Reordered(documents, order)
+
+
+def _content(document: str | instructions.Example) -> str:
+    return document if isinstance(document, str) else str(document[:-1])
+
+
+class _Reordered:
+    def __init__(self, documents, order: list[int]):
+        self.documents, self.order = documents, order
+
+    def __iter__(self) -> Iterator:
+        return (self.documents[i] for i in self.order)
+
+
+def _tokenizer(corpus: Corpus, documents: Iterable[str], sides: _Sides, vocab: int | None, name: str | None):
+    """The pretrained tokenizer `name`, one token per word, or byte-level BPE trained on up to 20 MB of the text."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if name and not corpus.words:
+        from kd.models import from_hub
+
+        return from_hub(AutoTokenizer, name, f"The tokenizer of {name}")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if corpus.words:
+        bpe = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*corpus.words, END])}, unk_token=END))
+        bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END)
+
+    template = instructions.template_of(corpus.pairs, documents) if corpus.pairs else None
+
+    def sample() -> Iterator[str]:
+        read = 0
+        for document in documents:
+            if read >= 20_000_000:
+                return
+            if sides(document) == "train":
+                text = document if template is None else instructions.written(document, template)
+                read += len(text)
+                yield text
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(sample(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END)
+
+
+def _batches(documents: Iterable, size: int) -> Iterator[list]:
+    """Lists of `size` documents, under a progress bar."""
+    batch = []
+    for document in track(documents, "reading text"):
+        batch.append(document)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
