@@ -174,11 +174,18 @@ def from_size(size: str, vocab: int, seq_len: int):
 
 
 def pretrained(name: str, option: str):
-    """The causal LM of that Hub name or folder, float32, from safetensors and without running its code."""
-    from transformers import AutoModelForCausalLM
+    """The causal LM of that Hub name or folder, float32, from safetensors and without running its code.
+
+    Without dropout, so that what it says in training is what it said when it wrote, as MiniLLM's ratio has it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from_hub(_Harmless, name, f"{option}={name}")
-    settings = dict(dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    config = from_hub(AutoConfig, name, f"{option}={name}")
+    for part in (config, config.get_text_config()):
+        for key in [k for k, v in vars(part).items() if "drop" in k and type(v) is float]:
+            setattr(part, key, 0.0)
+    settings = dict(config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     model, info = from_hub(AutoModelForCausalLM, name, f"{option}={name}", **settings)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

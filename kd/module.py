@@ -163,6 +163,8 @@ class Distillation(lightning.LightningModule):
         loss, kd, lm = means.tolist()
         metrics = {"loss": loss, **({"lm": lm} if any(t.lm is not None for t in tasks) else {})}
         metrics |= {**({"kd": kd} if alpha else {}), "grad_norm": norms[0]}
+        if self.rollout:
+            metrics["by_student"] = self._by_student(tasks[0])
         if self.teacher is not None:
             metrics |= {"teacher_lm": teacher_lm, "teacher_grad_norm": norms[1]}
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
@@ -200,6 +202,12 @@ class Distillation(lightning.LightningModule):
         student, teacher = ranks.total(here).tolist()
         self.flops += student * self.cost.student / 3 + teacher * self.cost.teacher  # forward passes alone
         return told
+
+    def _by_student(self, task: Task) -> float:
+        """Share of a task's tokens that the student wrote."""
+        sampled, counted = task.batch.sampled, task.batch.labels != IGNORE
+        here = torch.zeros(()) if sampled is None else sampled.by_student[counted].sum()
+        return ranks.total(here.double().to(self.device)).item() / max(task.tokens, 1)
 
     def _gradients(self, tasks: list[Task]) -> tuple[Tensor, float]:
         """Gradients of a step, and the means of its losses. Out of memory, with half as many rows at once."""

@@ -119,8 +119,9 @@ def student(
     """The student writes a share of the batches, each as a whole, and the others are data.
 
     On-policy distillation, GKD: Agarwal et al. 2023, arXiv 2306.13649, algorithm 1, where share is lambda. share=1 with
-    loss=rkl is what Thinking Machines 2025 call on-policy distillation. Raises UserError for a share outside [0, 1],
-    and here as below for what generate.write cannot take.
+    loss=rkl takes the reverse KL over the whole vocabulary; what Thinking Machines 2025 call on-policy distillation has
+    its estimate by the token that was drawn, as `mixed` with teacher_share=0 gamma=0 from_next=false length_norm=false.
+    Raises UserError for a share outside [0, 1], and here as below for what generate.write cannot take.
     """
     check("rollout.share", share, 0 <= share <= 1, "a share of the batches from 0 to 1")
     return Student(writers, share, **_sampling(temperature, top_k, top_p, max_tokens, engine))
@@ -279,7 +280,6 @@ class Adaptive(Student):
     def __call__(self, batch: Batch, step: int, progress: float) -> Batch:
         chance = self.writers.chance(step)
         drawn, most = chance.random(), -(-self.capacity // ranks.count())
-        check("rollout.capacity", self.capacity, len(batch.ids) <= most, f"at least a batch, {len(batch.ids)} rows")
         if drawn >= self.threshold:
             return _data(batch)
         if drawn < self.threshold * self.fresh(progress) or ranks.any_of(len(self.rows.get("row", ())) < most):

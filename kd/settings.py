@@ -7,7 +7,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kd import config as conf
 from kd.corpora import Corpus
-from kd.errors import UserError
+from kd.errors import UserError, check
 from kd.guard import check_secrets
 from kd.identity import NO_SIGNAL, group_of
 
@@ -100,6 +100,11 @@ def check_instructions(settings: Settings, typed: list[str]) -> None:
     for word in typed:
         if not of_instructions(settings) and group_of(word) in ("responses", "plain"):
             raise UserError(f"{word} would do nothing beside plain text; type data=instructions, or leave it out.")
+        if settings["student"]["name"] and word.startswith(("start.steps=", "start.batch=", "start.lr=")):
+            raise UserError(
+                f"{word} is of pretraining, and student.name={settings['student']['name']} is pretrained; leave it out."
+                " Of fine-tuning are start.sft_steps, start.sft_batch and start.sft_lr."
+            )
     if name_of(settings["rollout"]) == "mixed" and loss != "minillm":
         raise UserError(
             f"rollout=mixed says what its text is worth to loss=minillm, and this is loss={loss}; type loss=minillm, "
@@ -146,6 +151,9 @@ def check_rollout(settings: Settings, source: Corpus) -> None:
             raise UserError("loss=minillm compares what was drawn at temperature 1; leave temperature out.")
     if name == "none":
         return
+    if name == "adaptive":
+        least, most = settings["trainer"]["batch"], settings["rollout"]["capacity"]
+        check("rollout.capacity", most, most >= least, f"at least a batch, {least} rows")
     said = f"rollout={name}"
     if not source.pairs:
         raise UserError(f"{said} writes responses to prompts, and this data is plain text; type data=instructions.")

@@ -43,7 +43,7 @@ def by_teacher(
 
 def _all_parts(packed: Packed, parts: Path, rollout, writers) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [R, T + 1] and spans [R, 2] of all training rows, as far as they are not in files of `parts` yet."""
-    from kd.progress import track
+    from kd.progress import clock, console, track
 
     parts.mkdir(exist_ok=True)
     paths = {start: parts / f"{start:09}.npz" for start in range(0, len(packed.train), AT_ONCE)}
@@ -58,6 +58,8 @@ def _all_parts(packed: Packed, parts: Path, rollout, writers) -> tuple[np.ndarra
             batch = data.to_batch(packed.train[index], index, seed, packed.train_spans[index])
             rows = as_rows(write(move_data_to_device(batch, given.teacher.model.device), 0, 0.0))
             keep(paths[start], tokens=rows["tokens"].numpy(), span=rows["span"].numpy())
+        rate = given.tokens / given.seconds
+        console.print(f"The teacher wrote {given.tokens:,} tokens in {clock(given.seconds)}, {rate:,.0f} tokens/s.")
     found = [np.load(path) for path in paths.values()]
     return tuple(np.concatenate([part[name] for part in found]) for name in ("tokens", "span"))
 

@@ -48,6 +48,11 @@ class Goal(NamedTuple):
     better: str
 
     @property
+    def first(self) -> str:
+        """What the best one is called that may be best by chance."""
+        return "lowest" if self.sign < 0 else "highest"
+
+    @property
     def of_teacher(self) -> str:
         return self.key.replace("val/", "val/teacher_")
 
@@ -241,7 +246,8 @@ def grouped(entries: list[Entry]) -> list[Group]:
     groups = []
     for (config, by_seed), kind in zip(found, called):
         said = " ".join(filter(None, [kind, label(config, kinds[kind])]))
-        groups.append(Group(said or str(config.get("loss")), config, by_seed))
+        name = {"line": next(iter(by_seed.values())).name} if all(called) else {}
+        groups.append(Group(said or str(config.get("loss")), config | name, by_seed))
     of = goal(groups)
     return sorted(groups, key=lambda g: -of.sign * g.mean(of.key).mean)
 
@@ -250,8 +256,9 @@ def settings(config: dict) -> dict:
     """What the outcome of a run depends on, but for the seed; of a teacher and a start also how they were made."""
     made = ("teacher",) if config["logits"] != "none" and (config["teacher.size"] or config.get("teacher.sft")) else ()
     made += ("start", "plain") if config["data"] == "instructions" else ()  # which has the tokenizer of the plain text
-    own = {k: v for k, v in config.items() if below(k, made)}
-    return {k: v for k, v in (own | part_of_outcome(config)).items() if k != "seed"}
+    part = part_of_outcome(config)
+    own = {k: float(v) if type(v) is int else v for k, v in config.items() if below(k, made)}  # as in the other part
+    return {k: v for k, v in (own | part).items() if k != "seed"}
 
 
 def subset(config: dict, *prefixes: str) -> str:
@@ -260,14 +267,14 @@ def subset(config: dict, *prefixes: str) -> str:
 
 
 def varying(configs: list[dict]) -> list[str]:
-    """Settings that tell configs apart, the loss first; loss.mu only where it differs between runs of one loss."""
+    """Settings that tell configs apart, the name of their line or the loss first; loss.mu only within one loss."""
     keys = []
     for key in dict.fromkeys(k for c in configs for k in c):
         axis = key.partition(".")[0]
         values = {(c.get(axis) if axis != key else None, json.dumps(c.get(key), sort_keys=True)) for c in configs}
         if len(values) > len({choice for choice, _ in values}):
             keys.append(key)
-    return sorted(keys, key="loss".__ne__)
+    return sorted(keys, key=lambda key: ("line", "loss").index(key) if key in ("line", "loss") else 2)
 
 
 def label(config: dict, keys: list[str]) -> str:
@@ -276,12 +283,12 @@ def label(config: dict, keys: list[str]) -> str:
     for key in keys:
         axis, _, name = key.rpartition(".")
         value, sized = config.get(key), name in ("size", "name")
-        if key in config and not (value is None and sized):
+        if key in config and not (value is None and (sized or axis in keys)):
             said = value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value)
             brief = axis if sized else name if axis in ("loss", "truncation", "temperature", "rollout") else key
             if key == "trainer.steps" and config["data"] != "instructions":  # whose rows are not full
                 brief, said = "tokens", amount(value * config["trainer.batch"] * config["data.seq_len"])
-            words.append(said if key in ("loss", "truncation") else f"{brief}={said}")
+            words.append(said if key in ("loss", "truncation", "line") else f"{brief}={said}")
     return " ".join(words)
 
 
@@ -325,11 +332,13 @@ def finding(groups: list[Group]) -> str:
         return over_tasks(groups, of)
     changes = {g.label: difference(g, baseline(g, groups), of.key) for g in rivals if not g.alone}
     gains = {name: of.sign * change.mean for name, change in changes.items() if change}
-    best = max(rivals, key=lambda g: gains.get(g.label, -math.inf))
+    best = leader(rivals, of)
     base, change = None if best.alone else baseline(best, groups), changes.get(best.label)
     digits = 4 if change and abs(change.mean) < 0.005 else 3
-    first = "lowest" if of.sign < 0 else "highest"
-    word = first if change and (gains[best.label] <= 0 or change.noise) else "best"
+    behind = {g.label: d for g in rivals if g is not best and (d := difference(g, best, of.key))}
+    tied = [name for name, d in behind.items() if d.noise]
+    unsure = tied or any(c.half is None or c.noise for c in (change, *behind.values()) if c)
+    word = of.first if unsure or (change and gains[best.label] <= 0) else "best"
     says = f"{best.label}: " if len(rivals) == 1 else f"of {count(rivals)}, {best.label} is {word}: "
     says += f"{shared(best, base, of.key):.{digits}f} {of.unit}"
     if base is None:
@@ -343,10 +352,19 @@ def finding(groups: list[Group]) -> str:
         beside = f"{shared(base, best, of.key):.{digits}f} for {base.label}"
         says += f" against {beside}{verdict(change, closed(best, base, of), digits, of, without_loss(base.config))}"
     sure = [name for name, c in changes.items() if c and gains[name] > 0 and c.half is not None and not c.noise]
-    tied = [g.label for g in rivals if g is not best and (d := difference(g, best, of.key)) and d.noise]
     tied = tied if len(tied) <= 3 else [*tied[:2], f"{len(tied) - 2} more"]
     says += f"; better beyond noise: {listed(sure)}" if sure and best.label not in sure else ""
     return says + (f"; {listed(tied)} cannot be told apart from {best.label}" if tied else "")
+
+
+def leader(rivals: list[Group], of: Goal) -> Group:
+    """The one that no other is ahead of on the seeds that both have; those with most seeds are asked first."""
+    best, *others = sorted(rivals, key=lambda g: -len(g.runs))
+    for group in others:
+        change = difference(group, best, of.key)
+        if change and of.sign * change.mean > 0:
+            best = group
+    return best
 
 
 def verdict(change: Interval, share: float | None, digits: int, of: Goal, alone: str) -> str:
@@ -365,8 +383,11 @@ def verdict(change: Interval, share: float | None, digits: int, of: Goal, alone:
 def over_tasks(groups: list[Group], of: Goal) -> str:
     """The finding where student, data or tokens vary, so that losses are compared within each of these."""
     best: dict[str, Interval] = {}
+    taught: dict[str, list[Group]] = {}
     for group in groups:
         change = None if group.alone else difference(group, baseline(group, groups), of.key)
+        if change:
+            taught.setdefault(group.task, []).append(group)
         if change and (group.task not in best or of.sign * (change.mean - best[group.task].mean) > 0):
             best[group.task] = change
     where = "settings of student, data and tokens"
@@ -377,7 +398,21 @@ def over_tasks(groups: list[Group], of: Goal) -> str:
     how = f"; beyond noise in {sure} (paired over seeds, 95%)" if single < len(best) else f" ({ONE_SEED})"
     how += f", with 1 seed in {single}" if 0 < single < len(best) else ""
     better = f"in {sum(of.sign * c.mean > 0 for c in best.values())} of {len(best)} {where}"
-    return f"{better} the best distilled student has {of.better} than {ALONE}{how}"
+    return f"{better} the best distilled student has {of.better} than {ALONE}{how}{between(taught.values(), of)}"
+
+
+def between(tasks: Iterable[list[Group]], of: Goal) -> str:
+    """Which of the distilled come first on their tasks, and in how many of these that is beyond noise."""
+    firsts, sure = [], 0
+    for groups in tasks:
+        if len(groups) > 1:
+            best = leader(groups, of)
+            firsts.append(best.label)
+            sure += all((d := difference(g, best, of.key)) and not d.noise for g in groups if g is not best)
+    if not firsts:
+        return ""
+    named = firsts if len(firsts) <= 4 else [*firsts[:3], f"{len(firsts) - 3} more"]
+    return f"; {of.first} of those distilled: {listed(named)}; beyond noise of the next in {sure} of {len(firsts)}"
 
 
 def count(groups: list[Group]) -> str:

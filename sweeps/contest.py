@@ -58,11 +58,17 @@ def student_tokens(compute, flops: float, teacher: Teacher, scenario: Scenario):
 
     FLOPs = 3 F_S D_S + F_T (inference D_S + 3 training D_T), F a forward pass per token. arXiv 2502.08606, section 5.2.
     """
-    its = teacher.flops_per_token
-    if (scenario.inference and its is None) or (scenario.training and (its is None or teacher.tokens is None)):
+    if not known(teacher, scenario):
         return np.full_like(compute, np.nan)
+    its = teacher.flops_per_token
     left = compute - (3 * its * teacher.tokens if scenario.training else 0)
     return np.where(left > 0, left, np.nan) / (3 * flops + (its if scenario.inference else 0))
+
+
+def known(teacher: Teacher, scenario: Scenario) -> bool:
+    """Whether what counts of the teacher's cost is known."""
+    its = teacher.flops_per_token is not None
+    return (its or not scenario.inference) and ((its and teacher.tokens is not None) or not scenario.training)
 
 
 def gain(
@@ -93,6 +99,7 @@ class Contest(NamedTuple):
     gain: np.ndarray  # [n] nats, above 0 where distillation is better; NaN where it cannot be paid for
     low: np.ndarray  # [n] its 95% interval, from the bootstrap
     high: np.ndarray
+    known: bool = True  # whether the cost of a teacher is
 
     def ranges(self, sure: bool) -> list[tuple[float, float]]:
         """FLOPs between which distillation wins, by the fit or by its whole interval."""
@@ -101,7 +108,12 @@ class Contest(NamedTuple):
         return [(float(self.compute[a]), float(self.compute[b - 1])) for a, b in zip(edges[::2], edges[1::2])]
 
     def says(self, sure: bool = False) -> str:
-        """Where distillation wins: up to 1.2e12 FLOPs, or from … to …, everywhere or nowhere in the range shown."""
+        """Where distillation wins: up to 1.2e12 FLOPs, or from … to …, everywhere or nowhere in the range shown.
+
+        unknown where nothing tells: no teacher's cost, or for what is sure no bootstrap.
+        """
+        if not self.known or (sure and np.isnan(self.low).all() and not np.isnan(self.gain).all()):
+            return "unknown"
         words = []
         for low, high in self.ranges(sure):
             first, last = low == self.compute[0], high == self.compute[-1]
@@ -127,5 +139,6 @@ def contests(found: Answers) -> list[Contest]:
             drawn = np.stack([at(*pair) for pair in pairs] or [np.full_like(compute, np.nan)])
             low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
             line = at(found.supervised.coefficients, found.distillation.coefficients)
-            results.append(Contest(student[0], scenario, compute, line, low, high))
+            told = any(known(teacher, scenario) for teacher in among)
+            results.append(Contest(student[0], scenario, compute, line, low, high, told))
     return results

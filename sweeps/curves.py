@@ -257,7 +257,7 @@ def most_gained(found: Answers) -> str:
     of = [(gain, size, compute) for size, pairs in gains.items() for compute, gain in pairs]
     if not of:
         return ""
-    gain, size, compute = max(of)
+    gain, size, compute = max(of, key=lambda found: abs(found[0]))
     last, at = gains[size][-1][1], gains[size][-1][0]
     return (
         f"Measured, a free teacher changes the loss most for the student of {amount(size)} at {compute:.1e} FLOPs, by "

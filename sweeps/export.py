@@ -9,6 +9,7 @@ import re
 from kd.progress import clock, harmless
 from sweeps.compare import ALONE, Entry, Goal, settings, varying, without_loss
 from sweeps.samples import Sample
+from sweeps.space import TITLES, Plot
 from sweeps.table import Mark, Row, columns, number
 
 SPECIAL = re.compile(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))")  # an _ within a word is none to Markdown
@@ -44,8 +45,8 @@ def change(row: Row) -> str:
 
 def markdown(name: str, question: str, answers: str, says: str, facts: dict[str, str], warnings: list[str],
              table: list[Row], beside: list[Mark], entries: list[Entry], of: Goal,
-             samples: list[Sample]) -> str:  # fmt: skip
-    """The report without its plots. What comes from files cannot be markup."""
+             samples: list[Sample], space: dict[str, list[Plot]]) -> str:  # fmt: skip
+    """The report with what its plots say in their place. What comes from files cannot be markup."""
     measures = columns([row.group for row in table], of)
     baseline = next((without_loss(row.group.config) for row in table if row.group.alone), ALONE)
     head = ["", of.title, "difference", "gap closed", *(title for title, _ in measures.values()), "seeds", "time"]
@@ -59,6 +60,7 @@ def markdown(name: str, question: str, answers: str, says: str, facts: dict[str,
     for mark in beside:
         numbers = [number(mark.values[k], 3) if k in mark.values else "" for k in measures]
         lines.append(line([plain(mark.label), number(mark.values.get(of.key)), "", "", *numbers, "", ""]))
+    seen = [plot for some in space.values() for plot in some]
     left = [entry for entry in entries if entry.state != "done"]
     commands = [harmless(entry.command).replace("\n", " ") for entry in entries]
     parts = [
@@ -70,6 +72,8 @@ def markdown(name: str, question: str, answers: str, says: str, facts: dict[str,
         f"with the same student, data and tokens, seed by seed; {'above' if of.sign > 0 else 'below'} 0 is "
         "better. Gap closed: share of the way from there to the teacher.",
         "\n".join(f"- {plain(title)}: {plain(means)}" for title, means in measures.values()),
+        "\n".join(f"- {plain(TITLES.get(plot.title, plot.title))}: {plain(plot.says)}" for plot in seen),
+        "Intervals are of one row or difference each: the best of several looks better than it is.",
         *(side_by_side(sample) for sample in samples),
         "\n".join(["Not done, and not counted:", "", *(f"- {plain(' '.join(e.overrides))}: {plain(e.state)}, "
                   f"{plain(e.says)}" for e in left)]) if left else "",

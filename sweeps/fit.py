@@ -79,8 +79,10 @@ def finding(found: Answers) -> str:
     if made := contests(found):
         free, *_, both = made[: len(SCENARIOS)]
         says.append(
-            f"at equal FLOPs, a student of {amount(free.parameters)} parameters gains from a free teacher "
-            f"{free.says()}, and from one whose whole cost counts {both.says()}"
+            f"at equal FLOPs, {free.compute[0]:.1e} to {free.compute[-1]:.1e}, the smallest student, of "
+            f"{amount(free.parameters)} parameters, gains from a free teacher {free.says()} (surely: "
+            f"{free.says(sure=True)}), and from one whose whole cost counts {both.says()} (surely: "
+            f"{both.says(sure=True)})"
         )
     return "; ".join(says) or "nothing could be fitted: " + " ".join(found.cannot)
 

@@ -18,7 +18,7 @@ from sweeps.compare import Entry, label, listed, settings, subset, varying
 from sweeps.laws import Data
 
 # What the laws are about, or too small to say; runs that differ in anything else are told of.
-KNOWN = ("student", "teacher", "trainer.steps", "trainer.batch", "trainer.micro_batch", "data.tokens", "lr.peak")
+KNOWN = ("student", "teacher", "trainer.steps", "trainer.batch", "trainer.micro_batch", "data.tokens")
 
 
 class Point(NamedTuple):

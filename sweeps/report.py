@@ -104,13 +104,12 @@ def page(name: str, entries: list[Entry], groups: list[Group], told: dict) -> st
         alone = [Mark(g.label, "dash", {of.key: g.mean(of.key).mean}) for g in groups if g.alone]
         figures[of.title] = dots(table, of.key, few + (alone if len(alone) == 1 else []))
     figures |= {key: dots(table, key, width=16) for key in SMALL}
-    kinds = {"over": space.over(losses), "heat": filter(None, [space.heat(losses)]), "schedule": shapes.drawn(losses)}
-    kinds["parallel"] = filter(None, [space.parallel(losses)])
+    kinds = told["space"] | {"schedule": shapes.drawn(losses)}
     plots = {kind: {f"{kind}-{i}": plot for i, plot in enumerate(some)} for kind, some in kinds.items()}
     figures |= {key: plot.figure for some in plots.values() for key, plot in some.items()}
     held_out = {tuple(r["config"].get(k) for k in ("data.val_rows", "data.seq_len")) for g in groups for r in g.results}
     return render(
-        "report.html", {k: f for k, f in figures.items() if f}, name=name, **told, entries=entries, space=plots,
+        "report.html", {k: f for k, f in figures.items() if f}, name=name, **told | {"space": plots}, entries=entries,
         measures=columns(groups, told["of"]), several=any(len(g.runs) > 1 for g in groups),
         small={k: v for k, v in SMALL.items() if figures[k]}, held_out=sorted(held_out, key=str),
     )  # fmt: skip
@@ -138,10 +137,12 @@ def write(root: str | Path, name: str) -> tuple[Path, str]:
     states = {entry.folder: entry.state for entry in entries}
     left = sum(state != "done" for state in states.values())
     says = finding(groups) + (f" [{left} of {len(states)} runs are not done and not counted]" if left else "")
+    table = rows(groups)
     told = {
         "question": question(name), "answers": answers_to(name), "says": says, "warnings": warnings(groups),
         "facts": facts(entries, [result for group in groups for result in group.results]),
-        "table": (table := rows(groups)), "beside": marks(groups), "of": goal(groups), "samples": samples(table),
+        "table": table, "beside": marks(groups), "of": goal(groups), "samples": samples(table),
+        "space": space.plots(by_loss(table)),
     }  # fmt: skip
     written = {
         "html": page(name, entries, groups, told), "md": markdown(name, entries=entries, **told),

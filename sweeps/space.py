@@ -18,6 +18,7 @@ from sweeps.plots import blank, folded, padded
 from sweeps.table import COLORS, GREY, Row, number
 
 TITLES = {  # of axes, with their units
+    "line": "",
     "temperature.tau": "temperature τ", "alpha.peak": "share of distillation, α", "truncation.k": "k, tokens kept",
     "truncation.p": "p, probability kept", "truncation.draws": "tokens drawn per position",
     "lr.peak": "peak of the learning rate", "trainer.steps": "tokens trained on",
@@ -38,12 +39,11 @@ class Plot(NamedTuple):
 
 
 def axes(groups: list[Group]) -> list[str]:
-    """Settings that vary; of those that only vary together the first."""
+    """Settings that vary, but for those that one before them tells."""
     found: dict[str, list[str]] = {}
     for key in varying([group.config for group in groups]):
         column = [json.dumps(group.config.get(key), sort_keys=True) for group in groups]
-        sizes = ({len(set(column)), len(set(other)), len(set(zip(column, other)))} for other in found.values())
-        if all(len(size) > 1 for size in sizes):
+        if all(len(set(zip(column, other))) > len(set(other)) for other in found.values()):
             found[key] = column
     return list(found)
 
@@ -92,8 +92,10 @@ def standing(rows: list[Row]) -> str:
     sure = [change for change in changes if change.half is not None and not change.noise]
     worse, better = sum(c.mean > 0 for c in sure), sum(c.mean < 0 for c in sure)
     says = f"{better} of {len(changes)} are better than {ALONE} beyond noise, {worse} worse"
-    left = len(changes) - len(sure)
-    return f"{says}, and {left} within noise" if left else says
+    single = sum(change.half is None for change in changes)
+    within = len(changes) - len(sure) - single
+    says += f", and {within} within noise" if within else ""
+    return f"{says}; {single} with 1 seed give no error bar" if single else says
 
 
 def lowest(rows: list[Row]) -> Row:
@@ -276,7 +278,8 @@ def trend(key: str, series: dict[str, list[Row]]) -> str:
                 (line[0], line[-1])]  # fmt: skip
         return sentence(f"The difference to {ALONE} goes from {ends[0]} to {ends[1]} nats per token", standing(every))
     best = lowest(every)
-    mean, on_par = best.group.mean(), tied(best, line if best in line else [])
+    own = next(rows for rows in series.values() if best in rows)
+    mean, on_par = best.group.mean(), tied(best, own)
     at = listed([label(row.group.config, [key]) for row in on_par])
     where = best.group.label if len(series) > 1 else label(best.group.config, [key])
     says = f"Lowest at {where}: {number(mean.mean)}{plus(mean.half)} nats per token"
@@ -285,6 +288,11 @@ def trend(key: str, series: dict[str, list[Row]]) -> str:
 
 def plus(half: float | None) -> str:
     return "" if half is None else f" ± {number(half)}"
+
+
+def plots(table: list[Row]) -> dict[str, list[Plot]]:
+    """All plots of the axes, by kind; the best row of the table first."""
+    return {"over": over(table), "heat": [*filter(None, [heat(table)])], "parallel": [*filter(None, [parallel(table)])]}
 
 
 def parallel(table: list[Row]) -> Plot | None:

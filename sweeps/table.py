@@ -76,20 +76,21 @@ def columns(groups: list[Group], of: Goal) -> dict[str, tuple[str, str]]:
 
 def marks(groups: list[Group]) -> list[Mark]:
     """Teachers and, where it is known, the entropy of the data."""
-    taught: dict[str, list[Group]] = {}
+    taught: dict[tuple[str, str], list[Group]] = {}
     for group in groups:
         if group.of("val/teacher_lm"):
             config = group.results[0]["config"]  # a group's own leaves out what its outcome does not depend on
-            taught.setdefault(subset(config, "teacher", "data"), []).append(group)
-    keys, found = varying([json.loads(text) for text in taught]), []
-    for text, members in taught.items():
+            learns = ", cotrained" if config["logits"] == "cotrained" else ""
+            taught.setdefault((subset(config, "teacher", "data"), learns), []).append(group)
+    keys, found = varying([json.loads(text) for text, _ in taught]), []
+    for (text, learns), members in taught.items():
         said = label(json.loads(text), keys) or str(model_name(members[0].config, "teacher"))
         own = {k: k.replace("val/", "val/teacher_") for k in (LOSS.key, *MEASURES)}
         seen = {k: [v for g in members for v in g.of(name).values()] for k, name in own.items()}
         values = {k: fmean(v) for k, v in seen.items() if v}
         if per_token := members[0].results[0].get("bytes_per_token"):
             values["val/bpb"] = values["val/lm"] / math.log(2) / per_token
-        found.append(Mark(f"teacher {said.removeprefix('teacher=')}", "solid", values))
+        found.append(Mark(f"teacher {said.removeprefix('teacher=')}{learns}", "solid", values))
     floors = {result.get("entropy") for g in groups for result in g.results} - {None}
     return found + [Mark("entropy of the data", "dot", {"val/lm": floor}) for floor in sorted(floors)]
 

@@ -41,6 +41,11 @@ def test_disk_before_is_that_of_the_model_and_the_store(taught, tmp_path):
     made = write(tmp_path / "root", *words)
     size = sum(p.stat().st_size for p in made.folder.glob("*.safetensors"))
     assert stored.disk == pytest.approx(size, rel=0.2) and stored.tokens == 60 * 32
+    with_teacher, alone = (of(tmp_path / "root", f"logits={source}") for source in ("online", "none"))
+    (per_token,) = (
+        (a.flops - b.flops) / run.tokens for a, b in zip(with_teacher.values(), alone.values(), strict=True)
+    )
+    assert stored.flops == pytest.approx(60 * 32 * per_token)
     weights = here(tmp_path / "root", *words) / "student" / "model.safetensors"
     assert run.disk == pytest.approx(weights.stat().st_size, rel=0.05)
     assert of(tmp_path / "root", *words) == {}

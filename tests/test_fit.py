@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -216,6 +217,21 @@ def test_ranges_are_said():
     assert of.ranges(False) == [(1e9, 1e10)] and of.says() == "up to 1.0e+10 FLOPs" and of.says(sure=True) == "nowhere"
     assert of._replace(gain=-gains).says() == "from 1.0e+11 to 1.0e+11 FLOPs"
     assert of._replace(gain=np.ones(4)).says() == "everywhere"
+    nothing = np.full(4, np.nan)
+    assert of._replace(low=nothing, high=nothing).says(sure=True) == "unknown"  # no bootstrap
+    unpaid = of._replace(gain=nothing, low=nothing, high=nothing)
+    assert unpaid.says() == unpaid.says(sure=True) == "nowhere" and unpaid._replace(known=False).says() == "unknown"
+
+
+def test_a_teacher_of_unknown_cost_is_no_teacher_that_costs_too_much(found):
+    made = contest.contests(replace(found, points=[p._replace(teacher_tokens=None) for p in found.points]))
+    assert [of.known for of in made[:4]] == [True, True, False, False]
+    assert made[3].says() == made[3].says(sure=True) == "unknown" != made[1].says()
+
+
+def test_where_a_teacher_changes_most_it_may_hurt(monkeypatch, found):
+    monkeypatch.setattr(curves, "measured", lambda found, size: [(1e11, 0.01), (6e11, -0.5)])
+    assert "by +0.500 nats, and at 6.0e+11 FLOPs by +0.500" in curves.most_gained(found)
 
 
 def entries(sweep: Sweep) -> list[Entry]:

@@ -68,6 +68,15 @@ def saved(tmp_path_factory) -> Path:
     return folder
 
 
+def test_pretrained_models_have_no_dropout(saved):
+    """In train mode they say what they said when they wrote."""
+    assert CONFIGS["gpt2"].resid_pdrop == CONFIGS["opt"].dropout == 0.1
+    for name in ("gpt2", "opt"):
+        model = models.build(None, str(saved / name), V, T, "student.name").model
+        told = [mode().forward(IDS).logits for mode in (model.train, model.eval, model.train)]
+        assert torch.equal(told[0], told[1]) and torch.equal(told[0], told[2])
+
+
 @pytest.fixture
 def llama(saved, tmp_path) -> Path:
     """A copy of one, to be damaged."""

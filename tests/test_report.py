@@ -10,7 +10,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from kd.errors import UserError
-from sweeps import compare, report, table
+from sweeps import compare, report, space, table
 from sweeps.samples import samples
 from sweeps.table import rows
 
@@ -195,6 +195,20 @@ def test_labels_of_one_loss_of_sizes_and_of_what_is_no_part_of_a_run(sweep, tmp_
     assert {g.label for g in sizes.groups()} >= {"student=1m", f"{compare.ALONE} student=100k"}
 
 
+def test_labels_of_sources_say_nothing_that_is_alike_and_a_teacher_that_learns_is_another(sweep):
+    for source in ("online", "cotrained"):
+        sweep.done("fkl", 0, 2.4, logits=source, **{"teacher.seed": 0})
+    for window in (None, "early", "late"):
+        of = "recorded" if window else "offline"
+        sweep.done("fkl", 0, 2.3, logits=of, **{"teacher.seed": 0, "logits.window": window})
+    sources = {"logits=online", "logits=cotrained", "logits=offline"}
+    assert {g.label for g in sweep.groups()} == sources | {
+        f"logits=recorded logits.window={w}" for w in ("early", "late")
+    }
+    assert [mark.label for mark in table.marks(sweep.groups())].count("teacher 1m, cotrained") == 1
+    assert len(table.marks(sweep.groups())) == 2
+
+
 def test_labels_have_tokens_for_steps_but_where_rows_are_not_full(sweep, tmp_path):
     sweep.done("fkl", 0, 2.5, **{"trainer.steps": 300}).done("fkl", 0, 2.4, **{"trainer.steps": 600})
     assert [g.label for g in sweep.groups()] == ["tokens=2.46M", "tokens=1.23M"]  # 600 or 300 times 16 rows of 256
@@ -232,7 +246,7 @@ def test_failed_missing_unfinished_and_damaged_runs_are_listed_and_not_counted(s
 def test_one_seed_is_said_to_have_no_error_bar(sweep):
     says = sweep.losses(lm=[2.455], fkl=[2.33], akl=[2.31]).finding()
     assert says == (
-        "of 2 losses, akl is best: 2.310 nats per token on held-out text against 2.455 for language modelling alone, "
+        "of 2 losses, akl is lowest: 2.310 nats per token on held-out text against 2.455 for language modelling alone, "
         "closing 26% of the gap to the teacher (1 seed: no error bar, so a small difference may be chance)"
     )
 
@@ -241,9 +255,15 @@ def test_several_seeds_give_an_interval_and_name_what_is_as_good(sweep):
     says = sweep.losses(
         lm=[2.50, 2.47, 2.44], fkl=[2.31, 2.29, 2.26], akl=[2.31, 2.28, 2.25], tvd=[2.4, 2.38, 2.35]
     ).finding()
-    assert says.startswith("of 3 losses, akl is best: 2.280 nats per token on held-out text against 2.470 for")
+    assert says.startswith("of 3 losses, akl is lowest: 2.280 nats per token on held-out text against 2.470 for")
     assert re.search(r"0\.190 ± 0\.0\d\d lower \(3 seeds, paired, 95% interval\), closing 33% of the gap", says)
     assert says.endswith("; fkl cannot be told apart from akl")
+
+
+def test_one_of_fewer_seeds_leads_only_where_it_is_ahead_on_these(sweep):
+    sweep.losses(lm=[2.50, 2.47, 2.44], fkl=[2.30, 2.29, 2.26], akl=[2.31])
+    assert sweep.finding().startswith("of 2 losses, fkl is lowest: 2.283")  # akl has the larger gain, 0.19, on seed 0
+    assert sweep.done("rkl", 0, 2.29).finding().startswith("of 3 losses, rkl is lowest: 2.290")
 
 
 def test_within_noise_is_said(sweep):
@@ -268,6 +288,23 @@ def test_without_a_baseline_the_best_stands_alone(sweep, tmp_path):
     assert says.endswith("there is no run by language modelling alone to compare with (logits=none)")
     only = Sweep(tmp_path / "only").losses(lm=[2.3])
     assert only.finding().startswith(f"{compare.ALONE}: 2.300") and "compare" not in only.finding()
+
+
+def test_lines_that_go_by_a_name_are_compared_on_each_student(sweep):
+    for size, shift in (("100k", 0.0), ("200k", 0.2), ("1m", 0.1)):
+        for seed in range(3):
+            loss = 2.5 - shift + 0.01 * seed
+            sweep.done("lm", seed, loss, **{"student.size": size})
+            sweep.done("fkl", seed, loss - 0.1, **{"student.size": size, "alpha.peak": 0.5})
+            sweep.done("nll", seed, loss - 0.1 + shift * (1 + 0.1 * seed), **{"student.size": size})
+            sweep.runs[-2]["name"], sweep.runs[-1]["name"] = "best of all", "plain distillation"
+    says = sweep.finding()
+    assert "in 3 of 3 settings of student, data and tokens the best distilled student has a lower loss" in says
+    assert "; lowest of those distilled: best of all student=200k, best of all student=1m and best" in says
+    assert says.endswith("; beyond noise of the next in 2 of 3")
+    plot = space.heat(table.rows(sweep.groups()))
+    assert {t for t in plot.figure.layout.xaxis.ticktext + plot.figure.layout.yaxis.ticktext} == {
+        "best of all", "plain distillation", "100k", "200k", "1m"}  # fmt: skip
 
 
 def test_students_are_compared_with_their_like(sweep):
@@ -360,7 +397,7 @@ def test_numbers_of_a_table_of_responses_are_those_made_by_hand(sweep):
 def test_the_highest_rouge_l_comes_first_whatever_the_loss(sweep):
     sweep.wrote("lm", 0, 0.2, 1.0).wrote("fkl", 0, 0.3, 3.0).wrote("rkl", 0, 0.1, 2.0)
     assert [g.label for g in sweep.groups()] == ["fkl", "SFT", "rkl"]
-    assert sweep.finding().startswith("of 2 losses, fkl is best: 0.300")
+    assert sweep.finding().startswith("of 2 losses, fkl is highest: 0.300")
     page, _ = sweep.page()
     assert '"bad"' not in page and cells(page, "rkl")[2] == "−0.1000"
 
@@ -384,7 +421,7 @@ def test_over_tasks_the_better_rouge_l_counts(sweep):
 
 def test_a_run_without_responses_has_the_sweep_judged_by_loss(sweep):
     says = sweep.wrote("lm", 0, 0.2, 2.5).wrote("fkl", 0, 0.3, 2.4).done("rkl", 0, 2.3, data="instructions")
-    assert "rkl is best: 2.300 nats per token" in says.finding()
+    assert "rkl is lowest: 2.300 nats per token" in says.finding()
 
 
 def test_a_student_of_text_that_a_teacher_wrote_is_no_baseline(sweep):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd import data, generate, logits, metrics, packing, plan, ranks, responses, run
+from kd import data, generate, identity, logits, metrics, packing, plan, ranks, responses, run
 from kd.data import ValidationBatches
 from kd.errors import UserError
 from kd.responses import Response, Responses, Written, distinct, exact_match, excess_error, gap, rouge_l, summary
@@ -327,7 +327,7 @@ def test_plain_text_asks_for_no_responses_and_settings_of_them_are_refused(tmp_p
     folder = small.here(tmp_path, "teacher=none", "logits=none")
     assert not (folder / "responses.jsonl").exists() and "val/rouge_l" not in result(folder)["final"]
     config = result(folder)["config"]
-    assert "responses.seed" in config and not any(k.startswith("responses") for k in run.part_of_outcome(config))
+    assert "responses.seed" in config and not any(k.startswith("responses") for k in identity.part_of_outcome(config))
     with pytest.raises(UserError, match=r"responses\.samples=2 would do nothing"):
         small.settings(tmp_path, "responses.samples=2")
 

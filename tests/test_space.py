@@ -125,6 +125,18 @@ def test_line_says_where_the_loss_is_lowest_and_what_is_as_good(sweep):
     assert "tau=3 cannot be told apart from it" in space.over(table(sweep))[0].says
 
 
+def test_a_seed_alone_is_no_noise_and_ties_are_looked_for_on_the_line_of_the_lowest(sweep):
+    sweep.losses(lm=[2.5, 2.51, 2.52])
+    for k in (1, 2, 3, 4):
+        sweep.done("akl", 0, 2.6 - 0.01 * k, **{"truncation.k": k})
+    for k, by_seed in {1: [2.2, 2.25, 2.3], 2: [2.3, 2.2, 2.25], 3: [2.4, 2.41, 2.42]}.items():
+        for seed, loss in enumerate(by_seed):
+            sweep.done("fkl", seed, loss, **{"truncation.k": k})
+    (plot,) = space.over(table(sweep))
+    assert "k=2 cannot be told apart from it" in plot.says and "k=3" not in plot.says
+    assert "within noise" not in plot.says and plot.says.endswith("; 4 with 1 seed give no error bar.")
+
+
 def test_line_over_size_has_a_baseline_of_each_size(sweep):
     for size, loss in (("100k", 2.6), ("200k", 2.5), ("1m", 2.3)):
         sweep.done("lm", 0, loss, **{"student.size": size}).done("fkl", 0, loss - 0.1, **{"student.size": size})

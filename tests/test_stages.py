@@ -14,6 +14,7 @@ from kd import estimate, packing, written
 from kd.config import CONF
 from kd.errors import UserError
 from kd.plan import plan, start_settings
+from kd.run import read_metrics
 from tests.small import here, settings
 
 SFT = ("start=sft", "start.steps=3", "start.batch=2", "start.sft_steps=3")
@@ -173,6 +174,8 @@ def test_plan_measures_writing_and_the_rows_it_makes(root, words, monkeypatch):
         (("rollout=student", "logits=offline"), "a store knows nothing of new text"),
         (("rollout=teacher", "logits=none", "teacher=none"), "needs a teacher"),
         (("rollout=student", "rollout.share=2"), "rollout.share=2"),
+        (("rollout=adaptive", "rollout.capacity=3"), "rollout.capacity=3: need at least a batch, 4 rows"),
+        (("student=hub", "student.name=some", "start=sft", "start.steps=3"), "start.steps=3 is of pretraining"),
         (("rollout=student", "routing=entropy"), "the student's own"),
         (("rollout=student", "rollout.engine=vllm", "trainer.devices=2"), "vllm writes in one process"),
         (("lm=plain", "logits=none"), "nothing of the instructions"),
@@ -284,6 +287,10 @@ def test_every_method_goes_on_where_it_was_killed(root, words, made, method, tmp
     a = here(whole, *more)
     b = killed_at(5, cut, *more)
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    own = [x.get("train/by_student") for x in read_metrics(a / "metrics.jsonl") if "train/loss" in x]
+    shares = {"gkd": {0, 1}, "distillm": {0, 1}, "on_policy": {1}, "sft": {None}, "seqkd": {None}}
+    assert own and set(own) <= shares.get(method, set(own))
+    assert method != "distillm2" or all(0 < share < 1 for share in own)
     x, y = (load_file(run / "student" / "model.safetensors") for run in (a, b))
     assert all(torch.equal(x[name], y[name]) for name in x)
 

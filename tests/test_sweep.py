@@ -1,12 +1,15 @@
 """Sweeps: a process per run, one failure takes no other run with it, the table says what became of each."""
 
+import itertools
 import json
 import subprocess
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 
 from kd.config import SWEEPS
+from kd.identity import NO_SIGNAL, group_of
 from kd.sweep import at_scale, varying
 from sweeps import report
 from sweeps.compare import ALONE, grouped, manifest, read
@@ -77,10 +80,25 @@ def test_wrong_scale_names_those_there_are(tmp_path):
     assert "only a sweep has scales" in train(tmp_path, "scale=full", code=2)
 
 
+def jobs(sweep: dict) -> set[tuple[str, ...]]:
+    """The runs of a sweep on a CPU, multiplied out."""
+    base, lines = at_scale(sweep, "cpu")
+    made = set()
+    for _, line in lines:
+        words = dict(word.split("=", 1) for word in f"{base} {line}".split())
+        for values in itertools.product(*(value.split(",") for value in words.values())):
+            job = dict(zip(words, values, strict=True))
+            alone = job.get("logits") == "none"
+            made.add(tuple(sorted((k, v) for k, v in job.items() if not (alone and group_of(k) in NO_SIGNAL))))
+    return made
+
+
 @pytest.mark.parametrize("name", sorted(p.stem for p in SWEEPS.glob("*.yaml")))
 def test_every_sweep_file_says_its_question_and_composes(name, tmp_path):
-    head = (SWEEPS / f"{name}.yaml").read_text().splitlines()[0]
-    assert head.startswith("# ") and "?" in head and "runs" in head
+    path = SWEEPS / f"{name}.yaml"
+    head = path.read_text().splitlines()[0]
+    assert head.startswith("# ") and "?" in head
+    assert f"({len(jobs(OmegaConf.to_container(OmegaConf.load(path))))} runs" in head
     train(tmp_path, f"sweeps={name}", "--cfg=job")
 
 
