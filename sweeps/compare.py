@@ -21,6 +21,7 @@ from kd.remote import home, latest
 from kd.run import EXACCERR, RESPONSES, Run, read_json, read_metrics
 
 ALONE, FINE_TUNED, OF_TEACHERS_TEXT = "language modelling alone", "SFT", "SeqKD"
+TASKS = "settings of student, data and tokens"
 ONE_SEED = "1 seed: no error bar, so a small difference may be chance"
 # 97.5% quantile of Student's t for 1 to 30 degrees of freedom; more are given the last one, a little too wide.
 T = (
@@ -328,8 +329,11 @@ def closed(group: Group, base: Group | None, of: Goal = LOSS) -> float | None:
 def finding(groups: list[Group]) -> str:
     """What the sweep says, in one line, and how sure that is."""
     of, rivals = goal(groups), [g for g in groups if not g.alone] or groups
-    if not rivals[0].alone and len({g.task for g in groups}) > 1:
+    tasks = {task: [g for g in groups if g.task == task] for task in {g.task: None for g in groups}}
+    if not rivals[0].alone and len(tasks) > 1:
         return over_tasks(groups, of)
+    if len(tasks) > 1 and (firsts := between(tasks.values(), of, "at each")):
+        return f"{len(tasks)} {TASKS}{firsts}"
     changes = {g.label: difference(g, baseline(g, groups), of.key) for g in rivals if not g.alone}
     gains = {name: of.sign * change.mean for name, change in changes.items() if change}
     best = leader(rivals, of)
@@ -390,19 +394,19 @@ def over_tasks(groups: list[Group], of: Goal) -> str:
             taught.setdefault(group.task, []).append(group)
         if change and (group.task not in best or of.sign * (change.mean - best[group.task].mean) > 0):
             best[group.task] = change
-    where = "settings of student, data and tokens"
     if not best:
-        return f"{len({g.task for g in groups})} {where}, and in none of them a run by {ALONE} to compare with"
+        return f"{len({g.task for g in groups})} {TASKS}, and in none of them a run by {ALONE} to compare with"
     sure = sum(of.sign * c.mean > 0 and not c.noise for c in best.values() if c.half is not None)
     single = sum(c.half is None for c in best.values())
     how = f"; beyond noise in {sure} (paired over seeds, 95%)" if single < len(best) else f" ({ONE_SEED})"
     how += f", with 1 seed in {single}" if 0 < single < len(best) else ""
-    better = f"in {sum(of.sign * c.mean > 0 for c in best.values())} of {len(best)} {where}"
-    return f"{better} the best distilled student has {of.better} than {ALONE}{how}{between(taught.values(), of)}"
+    better = f"in {sum(of.sign * c.mean > 0 for c in best.values())} of {len(best)} {TASKS}"
+    firsts = between(taught.values(), of, "of those distilled")
+    return f"{better} the best distilled student has {of.better} than {ALONE}{how}{firsts}"
 
 
-def between(tasks: Iterable[list[Group]], of: Goal) -> str:
-    """Which of the distilled come first on their tasks, and in how many of these that is beyond noise."""
+def between(tasks: Iterable[list[Group]], of: Goal, who: str) -> str:
+    """Which groups come first on their tasks, and how often that is beyond noise; nothing where none has a rival."""
     firsts, sure = [], 0
     for groups in tasks:
         if len(groups) > 1:
@@ -412,7 +416,7 @@ def between(tasks: Iterable[list[Group]], of: Goal) -> str:
     if not firsts:
         return ""
     named = firsts if len(firsts) <= 4 else [*firsts[:3], f"{len(firsts) - 3} more"]
-    return f"; {of.first} of those distilled: {listed(named)}; beyond noise of the next in {sure} of {len(firsts)}"
+    return f"; {of.first} {who}: {listed(named)}; beyond noise of the next in {sure} of {len(firsts)}"
 
 
 def count(groups: list[Group]) -> str:

@@ -34,7 +34,7 @@ def table(found: Answers) -> list[Table]:
             bounds, known = fit.interval(name), published(fit).get(name)
             says = "not known from these runs" if name in fit.loose else ""
             if name == "E" and found.entropy:
-                says = f"known: {found.entropy:.4f}, the entropy of the data"
+                says = "; ".join(filter(None, [says, f"known: {found.entropy:.4f}, the entropy of the data"]))
             made[-1].add_row(name, f"{value:.4g}", f"{bounds[0]:.4g} … {bounds[1]:.4g}" if bounds else "–",
                              f"{known:g}" if known else "", f"[dim]{says}[/]")  # fmt: skip
     return made

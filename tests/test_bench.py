@@ -70,6 +70,12 @@ def test_a_missing_package_is_named_with_what_installs_it(name, monkeypatch):
 def test_a_case_that_fails_is_a_line_of_the_table():
     found = {"lm": {"case": "lm", "error": "out of memory"}}
     assert command.table(found).row_count == 1
+
+
+def test_what_a_student_writes_is_timed_beside_trl_on_such_text():
+    speeds = {"trl": 100.0, "trl_on_policy": 20.0, "online_fkl": 250.0, "on_policy_jsd": 60.0}
+    made = command.table({name: {"tokens_per_second": x, "peak_memory": 2**30 * x} for name, x in speeds.items()})
+    assert [*made.columns[3].cells] == ["1.00", "1.00", "2.50", "3.00"] == [*made.columns[6].cells]
     assert set(NEEDS) <= set(CASES | CUDA_CASES)
 
 

@@ -102,6 +102,10 @@ def test_planted_coefficients_are_in_their_intervals(found):
             low, high = of.interval(name)
             assert low <= value <= high, (of.law.name, name, value, of.interval(name))
     # Intervals that hold because they are endless would say nothing.
+    for of, most in ((found.supervised, 1.5), (found.distillation, 6.0)):
+        for name in of.law.names:
+            low, high = of.interval(name)
+            assert 0 < low < high < most * low, (of.law.name, name, low, high)
     low, high = found.supervised.interval("E")
     assert high - low < 0.1 and found.supervised.error < 0.005 and found.distillation.error < 0.005
     assert not found.supervised.loose and found.cannot == []

@@ -307,6 +307,20 @@ def test_lines_that_go_by_a_name_are_compared_on_each_student(sweep):
         "best of all", "plain distillation", "100k", "200k", "1m"}  # fmt: skip
 
 
+def test_rates_are_compared_at_each_size(sweep):
+    for size, shift in (("100k", 0.0), ("1m", 0.5)):
+        for rate, more in ((0.004, 0.1), (0.008, 0.0)):
+            for seed in range(3):
+                loss = 3.0 - shift + more + 0.01 * seed * (1 + more)
+                sweep.done("lm", seed, loss, **{"student.size": size, "lr.peak": rate})
+    says = sweep.finding()
+    name = f"{compare.ALONE} student="
+    assert says == (
+        f"2 settings of student, data and tokens; lowest at each: {name}1m lr.peak=0.008 and {name}100k lr.peak=0.008; "
+        "beyond noise of the next in 2 of 2"
+    )
+
+
 def test_students_are_compared_with_their_like(sweep):
     for size, gain in (("100k", 0.1), ("1m", -0.1)):
         for seed in range(3):
