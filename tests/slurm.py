@@ -26,7 +26,9 @@ def jobs():
         path = HERE / "jobs.json"
         found = json.loads(path.read_text()) if path.exists() else {}
         yield found
-        path.write_text(json.dumps(found, indent=1))
+        whole = path.with_suffix(".new")  # a test may read it at any time
+        whole.write_text(json.dumps(found, indent=1))
+        whole.replace(path)
 
 
 def sbatch(words: list[str]) -> None:
