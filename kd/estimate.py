@@ -139,8 +139,8 @@ def of_store(settings: Settings, packed: Packed, times: float, keep, vocab: int,
 
     Of an untrained teacher, which a nucleus keeps more of than of any.
     """
-    of, seq_len, role = settings["trainer"], settings["data"]["seq_len"], settings["teacher"]
-    model, cost = _teacher(settings, vocab), models.cost_of(role["size"], role["name"], vocab, seq_len, "teacher.name")
+    of, seq_len = settings["trainer"], settings["data"]["seq_len"]
+    model = _teacher(settings, vocab)
     teacher = Teacher.finished(model, described, keep, of["accelerator"])
     for _ in range(2):  # the first pass is slower
         out, begun = Rows(), time.perf_counter()
@@ -152,7 +152,8 @@ def of_store(settings: Settings, packed: Packed, times: float, keep, vocab: int,
     size = out.bytes * share if keep is None else out.bytes / out.positions * tokens
     output = model.head.output.weight
     beside = packed.val[:, 1:].size * output.shape[1] + (output.numel() if keep is None else 0)
-    seconds, flops = (time.perf_counter() - begun) * share, rows * seq_len * cost.flops_per_token
+    seconds = (time.perf_counter() - begun) * share
+    flops = rows * seq_len * models.cost(model.model, seq_len).flops_per_token
     return Estimate(tokens, seconds, int(size) + 4 * beside, flops=flops)
 
 

@@ -39,7 +39,12 @@ def part_of_outcome(config: dict) -> dict:
     seeded = config["logits"] == "cotrained" or config.get("rollout") == "teacher"  # which draws with it
     own = ("teacher.size", "teacher.name", *(["teacher.seed"] if seeded else []))
     part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in own}
-    return {k: float(v) if type(v) is int else v for k, v in part.items()}  # tau=1 is tau=1.0
+    return whole_as_float(part)
+
+
+def whole_as_float(config: dict) -> dict:
+    """A flat config with floats for whole numbers: tau=1 is tau=1.0."""
+    return {k: float(v) if type(v) is int else v for k, v in config.items()}
 
 
 def below(key: str, prefixes: Iterable[str]) -> bool:

@@ -40,6 +40,14 @@ class Task(NamedTuple):
     lm: float | None
     tokens: int  # that are counted, on all ranks
     positions: int  # that are computed, prompts and padding too
+    own: int  # of the tokens, written by the student
+
+
+def _counts(batch: Batch) -> list[int]:
+    """Of a batch here: tokens that are counted, positions, and of the tokens those that the student wrote."""
+    counted = batch.labels != IGNORE
+    own = 0 if batch.sampled is None else int(batch.sampled.by_student[counted].sum())
+    return [int(counted.sum()), counted.numel(), own]
 
 
 class NonFinite(RuntimeError):
@@ -164,7 +172,7 @@ class Distillation(lightning.LightningModule):
         metrics = {"loss": loss, **({"lm": lm} if any(t.lm is not None for t in tasks) else {})}
         metrics |= {**({"kd": kd} if alpha else {}), "grad_norm": norms[0]}
         if self.rollout:
-            metrics["by_student"] = self._by_student(tasks[0])
+            metrics["by_student"] = tasks[0].own / max(tasks[0].tokens, 1)
         if self.teacher is not None:
             metrics |= {"teacher_lm": teacher_lm, "teacher_grad_norm": norms[1]}
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
@@ -190,7 +198,7 @@ class Distillation(lightning.LightningModule):
         else:
             tasks = [(told, alpha, None), (batch if beside is None else beside, None, 1 - alpha)]
             tasks = [task for task in tasks if task[1] or task[2]]
-        counts = [torch.tensor([(of.labels != IGNORE).sum(), of.labels.numel()]) for of, *_ in tasks]
+        counts = [torch.tensor(_counts(of)) for of, *_ in tasks]
         return [Task(*task, *map(int, ranks.total(n))) for task, n in zip(tasks, counts, strict=True)]
 
     def _written(self, batch: Batch) -> Batch:
@@ -202,12 +210,6 @@ class Distillation(lightning.LightningModule):
         student, teacher = ranks.total(here).tolist()
         self.flops += student * self.cost.student / 3 + teacher * self.cost.teacher  # forward passes alone
         return told
-
-    def _by_student(self, task: Task) -> float:
-        """Share of a task's tokens that the student wrote."""
-        sampled, counted = task.batch.sampled, task.batch.labels != IGNORE
-        here = torch.zeros(()) if sampled is None else sampled.by_student[counted].sum()
-        return ranks.total(here.double().to(self.device)).item() / max(task.tokens, 1)
 
     def _gradients(self, tasks: list[Task]) -> tuple[Tensor, float]:
         """Gradients of a step, and the means of its losses. Out of memory, with half as many rows at once."""

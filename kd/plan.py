@@ -14,7 +14,7 @@ from kd import config as conf
 from kd import files, packing, remote
 from kd.corpora import Corpus
 from kd.errors import UserError
-from kd.identity import identity
+from kd.identity import identity, whole_as_float
 from kd.run import Run, read_json
 from kd.settings import (
     Settings,
@@ -77,7 +77,7 @@ def plan(settings: Settings) -> Plan:
         part, name = stored_part(settings), settings["teacher"]["name"]
         told = {k: v for k, v in digests.items() if k in ("data", "teacher", "teacher.name")}
         of = [FORMAT, told, settings["trainer"]["precision"]]
-        of += [{k: float(v) if type(v) is int else v for k, v in part.items()}]
+        of += [whole_as_float(part)]
         of += [settings["logits"]["seed"] if part["name"] == "random" else None]
         of += [None if "teacher.name" in digests else name]  # of the Hub
         made = recording(settings)

@@ -16,13 +16,11 @@ from typing import NamedTuple
 from kd import files
 from kd.config import check_sweep
 from kd.errors import UserError
-from kd.identity import below, part_of_outcome
+from kd.identity import below, part_of_outcome, whole_as_float
 from kd.remote import home, latest
 from kd.run import EXACCERR, RESPONSES, Run, read_json, read_metrics
 
 ALONE, FINE_TUNED, OF_TEACHERS_TEXT = "language modelling alone", "SFT", "SeqKD"
-TASKS = "settings of student, data and tokens"
-ONE_SEED = "1 seed: no error bar, so a small difference may be chance"
 # 97.5% quantile of Student's t for 1 to 30 degrees of freedom; more are given the last one, a little too wide.
 T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -33,10 +31,6 @@ NEEDED = {  # of a result; the rest may be missing
     "final": ("val/lm",),
     "environment": ("git",),
 }
-NOUNS = {
-    "loss": "losses", "student.size": "students", "teacher.size": "teachers", "truncation": "truncations",
-    "temperature.tau": "temperatures", "alpha.peak": "shares of distillation", "lr.peak": "learning rates",
-}  # fmt: skip
 
 
 class Goal(NamedTuple):
@@ -258,7 +252,7 @@ def settings(config: dict) -> dict:
     made = ("teacher",) if config["logits"] != "none" and (config["teacher.size"] or config.get("teacher.sft")) else ()
     made += ("start", "plain") if config["data"] == "instructions" else ()  # which has the tokenizer of the plain text
     part = part_of_outcome(config)
-    own = {k: float(v) if type(v) is int else v for k, v in config.items() if below(k, made)}  # as in the other part
+    own = whole_as_float({k: v for k, v in config.items() if below(k, made)})
     return {k: v for k, v in (own | part).items() if k != "seed"}
 
 
@@ -275,7 +269,7 @@ def varying(configs: list[dict]) -> list[str]:
         values = {(c.get(axis) if axis != key else None, json.dumps(c.get(key), sort_keys=True)) for c in configs}
         if len(values) > len({choice for choice, _ in values}):
             keys.append(key)
-    return sorted(keys, key=lambda key: ("line", "loss").index(key) if key in ("line", "loss") else 2)
+    return sorted(keys, key=lambda key: (key != "line", key != "loss"))
 
 
 def label(config: dict, keys: list[str]) -> str:
@@ -324,105 +318,6 @@ def closed(group: Group, base: Group | None, of: Goal = LOSS) -> float | None:
         return None
     room = teacher.mean - shared(base, group, of.key)
     return change.mean / room if of.sign * room > 0 else None
-
-
-def finding(groups: list[Group]) -> str:
-    """What the sweep says, in one line, and how sure that is."""
-    of, rivals = goal(groups), [g for g in groups if not g.alone] or groups
-    tasks = {task: [g for g in groups if g.task == task] for task in {g.task: None for g in groups}}
-    if not rivals[0].alone and len(tasks) > 1:
-        return over_tasks(groups, of)
-    if len(tasks) > 1 and (firsts := between(tasks.values(), of, "at each")):
-        return f"{len(tasks)} {TASKS}{firsts}"
-    changes = {g.label: difference(g, baseline(g, groups), of.key) for g in rivals if not g.alone}
-    gains = {name: of.sign * change.mean for name, change in changes.items() if change}
-    best = leader(rivals, of)
-    base, change = None if best.alone else baseline(best, groups), changes.get(best.label)
-    digits = 4 if change and abs(change.mean) < 0.005 else 3
-    behind = {g.label: d for g in rivals if g is not best and (d := difference(g, best, of.key))}
-    tied = [name for name, d in behind.items() if d.noise]
-    unsure = tied or any(c.half is None or c.noise for c in (change, *behind.values()) if c)
-    word = of.first if unsure or (change and gains[best.label] <= 0) else "best"
-    says = f"{best.label}: " if len(rivals) == 1 else f"of {count(rivals)}, {best.label} is {word}: "
-    says += f"{shared(best, base, of.key):.{digits}f} {of.unit}"
-    if base is None:
-        mean = best.mean(of.key)
-        missing = "with its student, data, tokens and seed" if len(rivals) < len(groups) else ""
-        says += f" ({ONE_SEED})" if mean.half is None else f" ± {mean.half:.{digits}f} ({mean.n} seeds, 95% interval)"
-        says += (
-            "" if best.alone else f"; there is no run by {ALONE} {missing}".rstrip() + " to compare with (logits=none)"
-        )
-    else:
-        beside = f"{shared(base, best, of.key):.{digits}f} for {base.label}"
-        says += f" against {beside}{verdict(change, closed(best, base, of), digits, of, without_loss(base.config))}"
-    sure = [name for name, c in changes.items() if c and gains[name] > 0 and c.half is not None and not c.noise]
-    tied = tied if len(tied) <= 3 else [*tied[:2], f"{len(tied) - 2} more"]
-    says += f"; better beyond noise: {listed(sure)}" if sure and best.label not in sure else ""
-    return says + (f"; {listed(tied)} cannot be told apart from {best.label}" if tied else "")
-
-
-def leader(rivals: list[Group], of: Goal) -> Group:
-    """The one that no other is ahead of on the seeds that both have; those with most seeds are asked first."""
-    best, *others = sorted(rivals, key=lambda g: -len(g.runs))
-    for group in others:
-        change = difference(group, best, of.key)
-        if change and of.sign * change.mean > 0:
-            best = group
-    return best
-
-
-def verdict(change: Interval, share: float | None, digits: int, of: Goal, alone: str) -> str:
-    """How the best differs from language modelling alone, with the interval or the lack of one."""
-    gap = f", closing {share:.0%} of the gap to the teacher" if share is not None and share > 0 else ""
-    nothing = f": nothing here beats {alone}" if of.sign * change.mean <= 0 else ""
-    if change.half is None:
-        return f"{nothing or gap} ({ONE_SEED})"
-    size = f"{abs(change.mean):.{digits}f} ± {change.half:.{digits}f}"
-    seeds = f"({change.n} seeds, paired, 95% interval)"
-    if change.noise:
-        return f", a difference of {size} {seeds}, which is within noise{nothing or ': no gain is shown'}"
-    return f", {size} {'higher' if change.mean > 0 else 'lower'} {seeds}{nothing or gap}"
-
-
-def over_tasks(groups: list[Group], of: Goal) -> str:
-    """The finding where student, data or tokens vary, so that losses are compared within each of these."""
-    best: dict[str, Interval] = {}
-    taught: dict[str, list[Group]] = {}
-    for group in groups:
-        change = None if group.alone else difference(group, baseline(group, groups), of.key)
-        if change:
-            taught.setdefault(group.task, []).append(group)
-        if change and (group.task not in best or of.sign * (change.mean - best[group.task].mean) > 0):
-            best[group.task] = change
-    if not best:
-        return f"{len({g.task for g in groups})} {TASKS}, and in none of them a run by {ALONE} to compare with"
-    sure = sum(of.sign * c.mean > 0 and not c.noise for c in best.values() if c.half is not None)
-    single = sum(c.half is None for c in best.values())
-    how = f"; beyond noise in {sure} (paired over seeds, 95%)" if single < len(best) else f" ({ONE_SEED})"
-    how += f", with 1 seed in {single}" if 0 < single < len(best) else ""
-    better = f"in {sum(of.sign * c.mean > 0 for c in best.values())} of {len(best)} {TASKS}"
-    firsts = between(taught.values(), of, "of those distilled")
-    return f"{better} the best distilled student has {of.better} than {ALONE}{how}{firsts}"
-
-
-def between(tasks: Iterable[list[Group]], of: Goal, who: str) -> str:
-    """Which groups come first on their tasks, and how often that is beyond noise; nothing where none has a rival."""
-    firsts, sure = [], 0
-    for groups in tasks:
-        if len(groups) > 1:
-            best = leader(groups, of)
-            firsts.append(best.label)
-            sure += all((d := difference(g, best, of.key)) and not d.noise for g in groups if g is not best)
-    if not firsts:
-        return ""
-    named = firsts if len(firsts) <= 4 else [*firsts[:3], f"{len(firsts) - 3} more"]
-    return f"; {of.first} {who}: {listed(named)}; beyond noise of the next in {sure} of {len(firsts)}"
-
-
-def count(groups: list[Group]) -> str:
-    """5 losses, or 8 settings where more than the loss varies."""
-    keys = varying([g.config for g in groups])
-    return f"{len(groups)} {NOUNS.get(keys[0], 'settings') if len(keys) == 1 else 'settings'}"
 
 
 def listed(words: list[str]) -> str:

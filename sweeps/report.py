@@ -23,8 +23,9 @@ from kd.identity import model_name
 from kd.progress import clock, harmless
 from kd.remote import home, publish
 from sweeps import shapes, space
-from sweeps.compare import LOSS, Entry, Group, finding, goal, grouped, listed, manifest, parser, read, subset, varying
+from sweeps.compare import LOSS, Entry, Group, goal, grouped, listed, manifest, parser, read, subset, varying
 from sweeps.export import as_csv, markdown
+from sweeps.finding import finding
 from sweeps.plots import SMALL, curves, dots, exposure
 from sweeps.samples import samples
 from sweeps.table import Mark, by_loss, columns, marks, number, rows

@@ -11,6 +11,7 @@ from plotly.offline import get_plotlyjs
 
 from kd.errors import UserError
 from sweeps import compare, report, space, table
+from sweeps.finding import finding
 from sweeps.samples import samples
 from sweeps.table import rows
 
@@ -91,7 +92,7 @@ class Sweep:
         return compare.grouped([compare.read(self.root, line) for line in self.runs])
 
     def finding(self):
-        return compare.finding(self.groups())
+        return finding(self.groups())
 
     def page(self):
         """The HTML without plotly's own code, and the line that is printed."""
@@ -319,6 +320,13 @@ def test_rates_are_compared_at_each_size(sweep):
         f"2 settings of student, data and tokens; lowest at each: {name}1m lr.peak=0.008 and {name}100k lr.peak=0.008; "
         "beyond noise of the next in 2 of 2"
     )
+
+
+def test_a_rate_that_leads_with_one_seed_is_not_beyond_noise(sweep):
+    for size in ("100k", "1m"):
+        for rate, loss in ((0.004, 2.6), (0.008, 2.5)):
+            sweep.done("lm", 0, loss, **{"student.size": size, "lr.peak": rate})
+    assert sweep.finding().endswith("; beyond noise of the next in 0 of 2")
 
 
 def test_students_are_compared_with_their_like(sweep):

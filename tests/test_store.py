@@ -111,9 +111,8 @@ def test_damage_is_named_and_what_is_printed_mends_it_and_no_other_file(root, na
 def test_damage_of_what_only_a_writer_reads_is_named_and_mended(root, name):
     path, before = only(root), content(only(root))
     text = (path / name).read_bytes()
-    flip(
-        path / name, (text.index(b'":') - 1) / (len(text) - 1)
-    )  # in a name: the last digit of a number may say nothing
+    # In a name: the last digit of a number may say nothing.
+    flip(path / name, (text.index(b'":') - 1) / (len(text) - 1))
     said = refused(root)
     assert f"{path / name} is damaged" in said
     type_in(said)

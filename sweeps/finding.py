@@ -1,0 +1,131 @@
+"""What a sweep says in one line, and how sure that is."""
+
+from __future__ import annotations
+
+from sweeps.compare import (
+    ALONE,
+    Goal,
+    Group,
+    Interval,
+    baseline,
+    closed,
+    difference,
+    goal,
+    listed,
+    shared,
+    varying,
+    without_loss,
+)
+
+TASKS = "settings of student, data and tokens"
+ONE_SEED = "1 seed: no error bar, so a small difference may be chance"
+NOUNS = {
+    "loss": "losses", "student.size": "students", "teacher.size": "teachers", "truncation": "truncations",
+    "temperature.tau": "temperatures", "alpha.peak": "shares of distillation", "lr.peak": "learning rates",
+}  # fmt: skip
+
+
+def finding(groups: list[Group]) -> str:
+    """What the sweep says, in one line, and how sure that is."""
+    of, rivals = goal(groups), [g for g in groups if not g.alone] or groups
+    tasks = by_task(groups)
+    if not rivals[0].alone and len(tasks) > 1:
+        return over_tasks(groups, of)
+    if len(tasks) > 1 and (firsts := between(tasks, of, "at each")):
+        return f"{len(tasks)} {TASKS}{firsts}"
+    changes = {g.label: difference(g, baseline(g, groups), of.key) for g in rivals if not g.alone}
+    gains = {name: of.sign * change.mean for name, change in changes.items() if change}
+    best = leader(rivals, of)
+    base, change = None if best.alone else baseline(best, groups), changes.get(best.label)
+    digits = 4 if change and abs(change.mean) < 0.005 else 3
+    behind = {g.label: d for g in rivals if g is not best and (d := difference(g, best, of.key))}
+    tied = [name for name, d in behind.items() if d.noise]
+    unsure = tied or any(c.half is None or c.noise for c in (change, *behind.values()) if c)
+    word = of.first if unsure or (change and gains[best.label] <= 0) else "best"
+    says = f"{best.label}: " if len(rivals) == 1 else f"of {count(rivals)}, {best.label} is {word}: "
+    says += f"{shared(best, base, of.key):.{digits}f} {of.unit}"
+    if base is None:
+        mean = best.mean(of.key)
+        missing = "with its student, data, tokens and seed" if len(rivals) < len(groups) else ""
+        says += f" ({ONE_SEED})" if mean.half is None else f" ± {mean.half:.{digits}f} ({mean.n} seeds, 95% interval)"
+        says += (
+            "" if best.alone else f"; there is no run by {ALONE} {missing}".rstrip() + " to compare with (logits=none)"
+        )
+    else:
+        beside = f"{shared(base, best, of.key):.{digits}f} for {base.label}"
+        says += f" against {beside}{verdict(change, closed(best, base, of), digits, of, without_loss(base.config))}"
+    sure = [name for name, c in changes.items() if c and gains[name] > 0 and c.half is not None and not c.noise]
+    tied = tied if len(tied) <= 3 else [*tied[:2], f"{len(tied) - 2} more"]
+    says += f"; better beyond noise: {listed(sure)}" if sure and best.label not in sure else ""
+    return says + (f"; {listed(tied)} cannot be told apart from {best.label}" if tied else "")
+
+
+def leader(rivals: list[Group], of: Goal) -> Group:
+    """The one that no other is ahead of on the seeds that both have; those with most seeds are asked first."""
+    best, *others = sorted(rivals, key=lambda g: -len(g.runs))
+    for group in others:
+        change = difference(group, best, of.key)
+        if change and of.sign * change.mean > 0:
+            best = group
+    return best
+
+
+def verdict(change: Interval, share: float | None, digits: int, of: Goal, alone: str) -> str:
+    """How the best differs from language modelling alone, with the interval or the lack of one."""
+    gap = f", closing {share:.0%} of the gap to the teacher" if share is not None and share > 0 else ""
+    nothing = f": nothing here beats {alone}" if of.sign * change.mean <= 0 else ""
+    if change.half is None:
+        return f"{nothing or gap} ({ONE_SEED})"
+    size = f"{abs(change.mean):.{digits}f} ± {change.half:.{digits}f}"
+    seeds = f"({change.n} seeds, paired, 95% interval)"
+    if change.noise:
+        return f", a difference of {size} {seeds}, which is within noise{nothing or ': no gain is shown'}"
+    return f", {size} {'higher' if change.mean > 0 else 'lower'} {seeds}{nothing or gap}"
+
+
+def over_tasks(groups: list[Group], of: Goal) -> str:
+    """The finding where student, data or tokens vary, so that losses are compared within each of these."""
+
+    def gain(group: Group) -> Interval | None:
+        return None if group.alone else difference(group, baseline(group, groups), of.key)
+
+    tasks = by_task([group for group in groups if gain(group)])
+    if not tasks:
+        return f"{len(by_task(groups))} {TASKS}, and in none of them a run by {ALONE} to compare with"
+    best = [max(map(gain, some), key=lambda change: of.sign * change.mean) for some in tasks]
+    sure = sum(of.sign * c.mean > 0 and not c.noise for c in best if c.half is not None)
+    single = sum(c.half is None for c in best)
+    how = f"; beyond noise in {sure} (paired over seeds, 95%)" if single < len(best) else f" ({ONE_SEED})"
+    how += f", with 1 seed in {single}" if 0 < single < len(best) else ""
+    better = f"in {sum(of.sign * c.mean > 0 for c in best)} of {len(best)} {TASKS}"
+    firsts = between(tasks, of, "of those distilled")
+    return f"{better} the best distilled student has {of.better} than {ALONE}{how}{firsts}"
+
+
+def by_task(groups: list[Group]) -> list[list[Group]]:
+    """Groups whose losses can be compared, together."""
+    found: dict[str, list[Group]] = {}
+    for group in groups:
+        found.setdefault(group.task, []).append(group)
+    return list(found.values())
+
+
+def between(tasks: list[list[Group]], of: Goal, who: str) -> str:
+    """Which groups come first on their tasks, and how often that is beyond noise; nothing where none has a rival."""
+    firsts, sure = [], 0
+    for groups in tasks:
+        if len(groups) > 1:
+            best = leader(groups, of)
+            firsts.append(best.label)
+            behind = [difference(g, best, of.key) for g in groups if g is not best]
+            sure += all(d and d.half is not None and not d.noise for d in behind)
+    if not firsts:
+        return ""
+    named = firsts if len(firsts) <= 4 else [*firsts[:3], f"{len(firsts) - 3} more"]
+    return f"; {of.first} {who}: {listed(named)}; beyond noise of the next in {sure} of {len(firsts)}"
+
+
+def count(groups: list[Group]) -> str:
+    """5 losses, or 8 settings where more than the loss varies."""
+    keys = varying([g.config for g in groups])
+    return f"{len(groups)} {NOUNS.get(keys[0], 'settings') if len(keys) == 1 else 'settings'}"
