@@ -117,7 +117,7 @@ def made(micro_batch: int, chunk: int, share: float = 0.3, teacher=None, loss="f
 def step(of: Distillation, given: Batch, monkeypatch) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Sums and gradients of a step."""
     monkeypatch.setattr(of, "manual_backward", lambda loss: loss.backward())
-    means, _ = of._in_parts([Task(given, 0.7, 0.3, 10, 10)])
+    means, _ = of._in_parts([Task(given, 0.7, 0.3, 10, 10, own=0)])
     return means * 10, [p.grad.clone() for p in of.student.parameters()]
 
 
