@@ -267,7 +267,8 @@ def register(**functions: Callable) -> None:
         package = sys.modules["hydra_plugins"] = types.ModuleType("hydra_plugins")
         package.__path__ = []
     package.kd = sys.modules["hydra_plugins.kd"] = sys.modules[__name__]
-    from kd.cluster import Ray, Slurm  # which are made of what is here
+    from kd.ray import Ray  # these are made of what is here
+    from kd.slurm import Slurm
 
     for plugin in (Search, Slurm, Ray):
         setattr(package.kd, plugin.__name__, plugin)

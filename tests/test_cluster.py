@@ -22,6 +22,7 @@ from kd.checkpoint import newest
 from kd.errors import UserError
 from kd.pool import Job, Local, fitting, gpus
 from kd.run import Run
+from kd.slurm import HERE
 from tests.small import ENVIRONMENT, outcome, start, train
 from tests.test_faults import STEP, Fault, ended, processes, runs, state, states, table, until
 
@@ -184,7 +185,7 @@ def test_what_slurm_refuses_is_said(root, slurm, tmp_path):
 def test_what_to_type_without_a_package(package, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"pip install 'kd\[{extra}\]'"):
-        cluster._needs(package, extra, "x")
+        cluster.needs(package, extra, "x")
 
 
 def test_lightning_does_not_take_a_job_of_slurm_for_its_own(monkeypatch):
@@ -199,11 +200,11 @@ NODE = """
 import os, signal, sys, time
 from pathlib import Path
 
-from kd import cluster
+from kd.slurm import SlurmTask
 
 folder = Path(sys.argv[1])
 signal.signal(signal.SIGUSR2, lambda *_: (folder / "requeued").touch() or sys.exit(1))  # submitit's
-cluster.SlurmTask(str(folder / "program.py"), str(folder), str(folder), "run", [], "run", 1)()
+SlurmTask(str(folder / "program.py"), str(folder), str(folder), "run", [], "run", 1)()
 """
 SAVES = """
 import signal, sys, time
@@ -218,7 +219,7 @@ time.sleep(60)
 @pytest.mark.parametrize("signals, saved, requeued", [("USR2", 1, 1), ("TERM USR2", 1, 1), ("TERM TERM", 0, 0)])
 def test_signals_on_the_node(signals, saved, requeued, tmp_path):
     (tmp_path / "program.py").write_text(SAVES)
-    environment = os.environ | {"PYTHONPATH": str(cluster.HERE)}
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
     process = subprocess.Popen([sys.executable, "-c", NODE, str(tmp_path)], env=environment)
     until(lambda: (tmp_path / "begun").exists())
     for name in signals.split():
