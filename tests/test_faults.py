@@ -273,7 +273,7 @@ def has_no_memory(path: Path) -> Fault:
     [
         pytest.param(raises, None, "failed", 1, "RuntimeError: injected", id="raise"),
         pytest.param(exits, None, "failed", 3, "SystemExit: 3", id="exit", marks=pytest.mark.slow),
-        pytest.param(stays, signal.SIGKILL, "failed", -9, "killed by SIGKILL", id="SIGKILL"),
+        pytest.param(stays, signal.SIGKILL, "failed", -9, "killed by SIGKILL", id="SIGKILL", marks=pytest.mark.slow),
         pytest.param(
             stays,
             signal.SIGTERM,
@@ -283,7 +283,9 @@ def has_no_memory(path: Path) -> Fault:
             id="SIGTERM",
             marks=pytest.mark.slow,
         ),
-        pytest.param(has_no_memory, None, "out of memory", 2, "DefaultCPUAllocator", id="memory"),
+        pytest.param(
+            has_no_memory, None, "out of memory", 2, "DefaultCPUAllocator", id="memory", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_one_bad_run_of_six_leaves_the_others_and_alone_is_made_again(
@@ -329,6 +331,7 @@ def test_stop_at_a_failure_starts_no_more(clean, root, tmp_path):
     same(root, clean, "seed=0")
 
 
+@pytest.mark.slow
 def test_full_disk_and_then_damaged_checkpoints_stop_one_run_of_a_sweep(clean, root, held):
     process = start(root, *PAIR, **held.environment)
     resource.prlimit(held.wait(process)[0], resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -398,7 +401,8 @@ def test_killed_sweep_leaves_no_run_behind_and_goes_on_where_it_was(clean, root,
     same(root, clean)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_sweep_killed_at_random_moments_makes_nothing_twice(clean, root, seed):
     rng = random.Random(seed)
     process = start(root, *PAIR)
@@ -455,6 +459,7 @@ def test_second_signal_to_a_sweep_ends_all_at_once(root, tmp_path):
     assert [row.split()[0] for row in table(output).values()] == ["preempted", "preempted", "not"]
 
 
+@pytest.mark.slow
 def test_signal_to_a_sweep_whose_runs_only_begin(root, tmp_path):
     fault = Fault(tmp_path / "fault", "hydra", IMPORT, only="seed=0")
     process = start(root, "-m", "n_jobs=1", "seed=0,1", **fault.environment)
@@ -496,6 +501,7 @@ def test_signal_in_training_saves_a_checkpoint_and_the_run_goes_on_bit_for_bit(c
     assert outcome(run) == outcome(runs(clean)["seed=0"])
 
 
+@pytest.mark.slow
 def test_signal_before_training_ends_at_once(clean, tmp_path):
     """While train.py is loaded, while data is packed, while the teacher learns."""
     root = tmp_path / "root"
@@ -519,6 +525,7 @@ def test_signal_before_training_ends_at_once(clean, tmp_path):
     assert outcome(folder(root, "fkl")) == outcome(runs(clean)["seed=0"])
 
 
+@pytest.mark.slow
 def test_signal_while_a_checkpoint_is_written_leaves_none_that_is_torn(clean, root, tmp_path):
     """One that ends the process, two that ask it to end at once, one that asks it to end."""
     for signals, number, being_written, left in (
@@ -571,6 +578,7 @@ def test_out_of_memory_goes_on_with_fewer_rows_and_the_same_numbers(root, tmp_pa
         assert close(lines(run, "val/"), lines(single, "val/"))  # validation takes as many rows as it was told
 
 
+@pytest.mark.slow
 def test_rows_at_once_are_kept_in_a_checkpoint(root, tmp_path):
     """Out of memory once, at step 4; one run is held at step 7, ended, and goes on where nothing is the matter."""
     words, other = ("seed=0", "trainer.micro_batch=4"), tmp_path / "other"
@@ -630,6 +638,7 @@ def test_changed_override_makes_new_runs_and_touches_no_old_file(clean, tmp_path
     assert times(root).items() >= before.items()
 
 
+@pytest.mark.slow
 def test_data_that_is_damaged_in_the_middle_of_a_sweep(clean, root, tmp_path):
     words = ("-m", "n_jobs=1", "seed=1,0")
     fault = Fault(tmp_path / "fault", "hydra", IMPORT, only="seed=0")

@@ -35,9 +35,9 @@ def test_run_in_a_sweep_equals_the_run_alone(tmp_path):
 
 
 def test_one_failed_run_leaves_the_others_and_the_exit_code_says_so(tmp_path):
-    output = train(tmp_path, "-m", "lr=constant", "lr.peak=1e30,1e-3,1e-4", "trainer.clip=0", "trainer.steps=4", code=1)
+    output = train(tmp_path, "-m", "lr=constant", "lr.peak=1e30,1e-3", "trainer.clip=0", "trainer.steps=4", code=1)
     states = [line.split()[1] for line in output.splitlines() if line.startswith("lr.peak=")]
-    assert states == ["diverged", "done", "done"]
+    assert states == ["diverged", "done"]
     assert "not finite" in output
 
 
@@ -69,7 +69,10 @@ def test_a_line_has_a_name_that_its_runs_go_by(tmp_path):
     output = train(tmp_path, "sweeps=best", "seed=0", "student=200k", "data.states=128", "trainer.steps=2")
     runs = json.loads((tmp_path / "sweeps" / "best.json").read_text())["runs"]
     names = [run.get("name") for run in runs]
-    assert names == [None, "plain distillation", "best of all"] and "  best of all  starts" in output
+    assert (
+        names == [None, "plain distillation", "best of all", "best of all at a temperature of 1"]
+        and "  best of all  starts" in output
+    )
     found = grouped([read(tmp_path, run) for run in manifest(tmp_path, "best")])
     assert {group.label for group in found} == {ALONE, *names[1:]}
 
@@ -94,12 +97,11 @@ def jobs(sweep: dict) -> set[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in SWEEPS.glob("*.yaml")))
-def test_every_sweep_file_says_its_question_and_composes(name, tmp_path):
+def test_every_sweep_file_says_its_question(name):
     path = SWEEPS / f"{name}.yaml"
     head = path.read_text().splitlines()[0]
     assert head.startswith("# ") and "?" in head
     assert f"({len(jobs(OmegaConf.to_container(OmegaConf.load(path))))} runs" in head
-    train(tmp_path, f"sweeps={name}", "--cfg=job")
 
 
 TINY = ["seed=0", "teacher.steps=2", "data.tokens=20000", "data.val_rows=4", "logger=none", "n_jobs=2"]
