@@ -218,16 +218,23 @@ def _most_probable(p: Tensor, mu: float) -> Tensor:
     """The first column of log-probabilities [N, K] and all whose running probability stays <= mu, as a mask [N, K].
 
     To sort a vocabulary costs more than all the rest of a step, so the bound is looked for instead: mass is counted in
-    bins of log-probability, then again within the bin that goes over mu. What is equal to the bound is out.
+    bins of log-probability, then again within the bin that goes over mu. Of equal columns the first ones are in.
     """
+    mu += 1e-6  # as sums of float32 that should be mu may be above it
     bins = 256  # three rounds over some 11 nats come to 1e-6 nats, the precision of float32 there
     high = p.amax(-1, keepdim=True)  # [N, 1]
+    inside = torch.zeros_like(high)  # mass above it
     beyond = (p.exp().sum(-1, keepdim=True) - mu).clamp(min=1e-30)
     low = (beyond / p.shape[-1]).log()  # the column that goes over mu is the first of those that share what is beyond
     for _ in range(3):
         width = (high - low).clamp(min=1e-6) / bins
         index = ((high - p) / width).clamp(0, bins).long()  # [N, K] 0: all that is known to be in; bins: below low
         running = p.new_zeros(len(p), bins + 1).scatter_add(-1, index, p.exp()).cumsum(-1)
-        high = high - width * (running <= mu).sum(-1, keepdim=True)
+        number = (running <= mu).sum(-1, keepdim=True)
+        inside = torch.where(number > 0, running.gather(-1, (number - 1).clamp(min=0)), inside)
+        high = high - width * number
         low = high - width
-    return (p > high).scatter(-1, p.argmax(-1, keepdim=True), True)
+    more = ((mu - inside) / high.exp()).floor()  # how many of the equal columns that go over mu together are in
+    more = torch.where(inside == 0, more.clamp(min=1), more)
+    equal = (p <= high) & (p >= low - 1e-6)
+    return (p > high) | (equal & (equal.cumsum(-1, dtype=torch.int32) <= more))

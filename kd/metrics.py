@@ -81,11 +81,15 @@ class Measures:
                 self._add("teacher_ece", calibration_bins(target.logp, label[rows]))
 
     def result(self) -> dict[str, float]:
-        """Means per token; `*ece` as a share in [0, 1]."""
-        return {
-            name: calibration_error(value) if name.endswith("ece") else value.item() / self.tokens
-            for name, value in self.sums.items()
-        }
+        """Means per token; `*accuracy`, the share of tokens that are the first choice, and `*ece` in [0, 1]."""
+        means = {}
+        for name, value in self.sums.items():
+            if name.endswith("ece"):
+                means[name.replace("ece", "accuracy")] = value[:, 2].sum().item() / self.tokens
+                means[name] = calibration_error(value)
+            else:
+                means[name] = value.item() / self.tokens
+        return means
 
     def add(self, tokens: int, sums: dict[str, Tensor]) -> None:
         """Add what another process has measured."""

@@ -40,10 +40,9 @@ def end_with(error: Exception) -> NoReturn:
 
 def track(items: Iterable, title: str) -> Iterator:
     """Yield items under a bar that counts them; silent where nobody watches."""
-    total = len(items) if hasattr(items, "__len__") else None
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        yield from progress.track(items, total=total, description=title)
+        yield from progress.track(items, description=title)
 
 
 def clock(seconds: float) -> str:
@@ -91,6 +90,8 @@ MEASURES = {
     "val/rkl": "KL(student || teacher), nats per token",
     "val/tvd": "total variation distance between the two",
     "val/agreement": "share of positions where both rank the same token first",
+    "val/accuracy": "share of held-out tokens that the student ranks first",
+    "val/teacher_accuracy": "that of the teacher",
     "val/ece": "calibration error of the student",
     "val/teacher_ece": "calibration error of the teacher",
     "val/rouge_l": "Rouge-L F1 of responses to held-out prompts",

@@ -17,6 +17,7 @@ from kd.errors import UserError
 # What pair() gives a column outside the support, on both sides: its exp is 0, as that of -inf, but 0 * FLOOR is no NaN.
 # Far below any log-probability, so that an improbable column is never taken for a dropped one.
 FLOOR = -1e9
+LEAST = -16.1  # of a teacher's rest: 1 minus the kept columns is no surer than 1e-7 in float32
 # What a loss can ask of each position, beside the distributions: kd.generate.Sampled, and what routings say.
 KNOWN_BY = dict.fromkeys(("student", "teacher", "importance", "advantage"), "rollout=mixed")
 KNOWN_BY |= {"by_student": "rollout=pairs", "hard": "routing=uncertainty", "weight": "routing=uncertainty"}
@@ -138,17 +139,26 @@ class Target:
         """
         if self.whole:
             return student, self.logp
-        vocabulary = student.shape[-1]
-        if self.ids is not None:
-            student = student.gather(-1, self.ids)  # [N, K]
-        dropped = self.logp == -math.inf
-        teacher = self.logp
+        dropped, p = self.logp == -math.inf, self.logp
+        q = student if self.ids is None else student.gather(-1, self.ids)  # [N, K]
         if self.rest:
-            covered = (~dropped).sum(-1, keepdim=True) == vocabulary  # [N, 1] nothing is left for the rest
-            student = torch.cat([student, _rest(student, dropped)], -1)  # [N, K+1]
-            teacher = torch.cat([teacher, _rest(teacher, dropped)], -1)
-            dropped = torch.cat([dropped, covered], -1)
-        return student.masked_fill(dropped, FLOOR), teacher.masked_fill(dropped, FLOOR)
+            # Where the student is sure, 1 - kept would be 0, and so its gradient: there the others are added up.
+            kept = self._kept(student.shape[-1])
+            others = student.masked_fill(kept, FLOOR).logsumexp(-1, keepdim=True)
+            of_p, of_q = _rest(p, dropped), _rest(q, dropped)
+            of_q = torch.where(of_q > math.log(1e-3), of_q, others)
+            of_q = torch.where(of_p > LEAST, of_q, of_q.clamp(min=LEAST))  # the teacher's rounding hides what is less
+            q, p = torch.cat([q, of_q], -1), torch.cat([p, of_p.clamp(min=LEAST)], -1)  # [N, K+1]
+            dropped = torch.cat([dropped, kept.all(-1, keepdim=True)], -1)  # or nothing is left for the rest
+        return q.masked_fill(dropped, FLOOR), p.masked_fill(dropped, FLOOR)
+
+    def _kept(self, vocabulary: int) -> Tensor:
+        """Which tokens are kept [N, V]."""
+        there = self.logp > -math.inf
+        if self.ids is None:
+            return there
+        of = there.new_zeros(len(there), vocabulary + 1)  # the last column takes what is dropped
+        return of.scatter(-1, self.ids.where(there, vocabulary), True)[:, :vocabulary]
 
 
 def _plus(logp: Tensor, mass: Tensor) -> Tensor:

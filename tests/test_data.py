@@ -15,7 +15,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from kd import config, data, packing
+from kd import config, corpora, data, packing
 from kd.corpora import Corpus, markov
 from kd.errors import UserError
 
@@ -193,6 +193,15 @@ def test_documents_are_shuffled_and_a_stream_is_not(tmp_path):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(made.tokenizer)
         order = [texts.index(tokenizer.decode(row)) for row in made.train]
         assert (order == sorted(order)) == streaming
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_set_of_the_hub_is_packed_with_its_length_unknown_too(tmp_path, streaming):
+    (tmp_path / "set").mkdir()
+    lines = (json.dumps({"text": text}) for text in documents())
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join(lines))
+    made = packing.pack(corpora.hub(str(tmp_path / "set"), streaming=streaming), tmp_path / "packed", **SETTINGS)
+    assert len(made.train) > 0 and len(made.val) > 0
 
 
 @pytest.mark.parametrize("tokens", [17, 100, 1000, 5000])

@@ -245,6 +245,31 @@ def test_head_of_akl_is_that_of_a_full_sort(mu):
         close(alone[0], on_logits(loss, dense(teacher))(student)[row])
 
 
+@pytest.mark.parametrize(
+    ("p", "mu", "head"),
+    [
+        ([0.25] * 4, 0.5, 2),
+        ([0.3, 0.2, 0.2, 0.15, 0.15], 0.5, 2),
+        ([0.2] * 5, 0.61, 3),
+        ([0.02] * 50, 0.5, 25),
+        ([0.22, 0.14, 0.06, 0.04, 0.04, *[0.02] * 25], 0.5, 5),  # 0.5 in decimals, above it in float32
+        ([0.6, 0.2, 0.2], 0.5, 1),
+    ],
+)
+def test_head_of_akl_takes_equal_tokens_until_mu(p, mu, head):
+    assert losses._most_probable(torch.tensor([p]).log(), mu).sum() == head
+    order = torch.randperm(len(p), generator=torch.Generator().manual_seed(0))
+    assert losses._most_probable(torch.tensor([p]).log()[:, order], mu).sum() == head
+
+
+def test_akl_of_equal_tokens_worked_by_hand():
+    # Head: the first two tokens, whose gaps are 0.15 and 0.05 of 0.4 in all, so both directions weigh the same.
+    p, q = torch.tensor([[0.25] * 4]), torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+    forward = 0.25 * sum(math.log(0.25 / x) for x in (0.1, 0.2, 0.3, 0.4))
+    backward = sum(x * math.log(x / 0.25) for x in (0.1, 0.2, 0.3, 0.4))
+    close(LOSSES["akl"](q.log(), dense(p.log())), [(forward + backward) / 2])
+
+
 def test_weights_of_akl_carry_no_gradient():
     teacher, student = peaked_and_flat()
     target = dense(teacher)

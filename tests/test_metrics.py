@@ -78,6 +78,8 @@ def test_measures_are_means_over_all_positions(validation):
         "fkl": functional.kl_div(student, target.logp, log_target=True, reduction="batchmean").item(),
         "rkl": functional.kl_div(target.logp, student, log_target=True, reduction="batchmean").item(),
         "tvd": losses.tvd(student, target).mean().item(),
+        "accuracy": (z.argmax(-1) == label).double().mean().item(),
+        "teacher_accuracy": (target.logp.argmax(-1) == label).double().mean().item(),
         "agreement": (z.argmax(-1) == target.logp.argmax(-1)).double().mean().item(),
     }
     result = measured(validation)
@@ -95,7 +97,7 @@ def test_without_a_teacher_only_the_student_is_measured(validation):
     measures = Measures(64)
     measures.update(head, hidden, label, None)
     whole = measured(validation)
-    assert measures.result() == pytest.approx({name: whole[name] for name in ("lm", "ece")})
+    assert measures.result() == pytest.approx({name: whole[name] for name in ("lm", "ece", "accuracy")})
 
 
 def test_a_student_that_is_its_teacher(validation):

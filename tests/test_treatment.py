@@ -56,6 +56,25 @@ def test_probabilities_worked_by_hand(name, label, expected):
     close(probabilities(TREATMENTS[name](cut(label)), 4), [expected])
 
 
+@pytest.mark.parametrize("form", ["sparse", "dense"])
+@pytest.mark.parametrize("margin", [2.0, 18.0, 25.0, 60.0])
+def test_a_rest_teaches_a_student_that_is_sure_of_what_is_kept(margin, form):
+    """d/dz of KL over (kept, rest): the student's share of the rest minus the teacher's, by the student within it."""
+    kept, left = 0.9, 0.1
+    z = torch.tensor([[margin, 0.0, 0.0, 0.0]], requires_grad=True)
+    if form == "sparse":
+        target = Target(torch.tensor([0]), torch.tensor([[kept]]).log(), torch.tensor([[0]]), rest=True)
+    else:
+        target = Target(torch.tensor([0]), torch.tensor([[kept, 0.0, 0.0, 0.0]]).log(), rest=True)
+    value = FKL(z.log_softmax(-1), target)
+    value.sum().backward()
+    q = torch.tensor([margin, 0, 0, 0], dtype=torch.float64).softmax(-1)
+    others = math.log(3) - margin - math.log1p(3 * math.exp(-margin))  # of the student, by logarithms
+    close(value, [kept * (math.log(kept) - q[0].log().item()) + left * (math.log(left) - others)], rtol=1e-5)
+    expected = q - torch.tensor([kept, *[left / 3] * 3], dtype=torch.float64)
+    torch.testing.assert_close(z.grad[0].double(), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_losses_worked_by_hand():
     q = torch.tensor([[0.25, 0.25, 0.25, 0.25]], dtype=torch.float64).log()
     expected = {
