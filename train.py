@@ -363,7 +363,9 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     validation = data.ValidationBatches(
         packed.val, of["micro_batch"], ranks.share(len(packed.val)), passes, packed.val_spans
     )
-    recorder = offline.recorder(settings, packed, parts.keep, student, start) if settings["record"] else None
+    recorder = None
+    if how == "none" and settings["record"]:
+        recorder = offline.recorder(settings, packed, parts.keep, student, start)
     writers = rollout.Writers(student, teacher, packed.end, settings["seed"], of["micro_batch"])
     module = Distillation(
         student, teacher, parts.logits(store or teacher), objective, parts.alpha, parts.lr, parts.optim,

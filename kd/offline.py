@@ -23,7 +23,7 @@ from kd.objective import chunks
 from kd.plan import FORMAT, composed, corpus, plan
 from kd.remote import Remote, is_url
 from kd.run import Run, alive, redacted, whereabouts
-from kd.settings import Settings, is_recorded, kept_of, name_of, source_of, stored_part
+from kd.settings import Settings, is_recorded, kept_of, name_of, stored_part
 from kd.store import FULL, Store, said, within
 from kd.target import Target
 from kd.writer import Recorder, Teacher
@@ -159,11 +159,9 @@ def write(settings: Settings, packed: data.Packed, keep: Keep, model: Causal, pa
     return opened(settings, packed)
 
 
-def recorder(settings: Settings, packed: data.Packed, keep: Keep, model: Causal, start: int) -> Recorder | None:
-    """What stores the logits of a model in training, from step `start` on, if settings ask for that."""
+def recorder(settings: Settings, packed: data.Packed, keep: Keep, model: Causal, start: int) -> Recorder:
+    """What stores the logits of a model in training, from step `start` on; settings ask for that."""
     run, _, _, where = plan(settings)
-    if source_of(settings) != "none" or where is None:
-        return None
     of = described(settings, packed) | {"teacher": run.name, "weights": None}
     url = where.path if "://" in where.path else None
     about = about_store(settings, packed, model, where.key)
