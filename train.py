@@ -35,7 +35,7 @@ from omegaconf import DictConfig
 
 from kd import agent, data, files, guard, packing, sweep
 from kd import config as conf
-from kd.errors import UserError
+from kd.errors import MISTAKES, UserError
 from kd.identity import about
 from kd.plan import corpus, plain_corpus, plan, recording
 from kd.progress import Steps, console, end_with, show, track
@@ -60,7 +60,7 @@ def main(cfg: DictConfig) -> None:
         run, result = train(settings, wait=settings["sweep"] is not None)
         agent.tell(run, settings, result)
         show(run, result)
-    except (UserError, PermissionError) as error:
+    except MISTAKES as error:
         end_with(error)
 
 
@@ -443,7 +443,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         raise
     except BaseException as error:
         full = isinstance(error, Exception) and out_of_memory(error)
-        code = error.code if isinstance(error, SystemExit) else 2 if full or isinstance(error, UserError) else 1
+        code = error.code if isinstance(error, SystemExit) else 2 if full or isinstance(error, MISTAKES) else 1
         where = run.end(NO_MEMORY if full else FAILED, f"{type(error).__name__}: {error}".splitlines()[0],
                         exit_code=code, traceback=traceback.format_exc())  # fmt: skip
         if full:

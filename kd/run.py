@@ -20,7 +20,7 @@ from pathlib import Path
 import filelock
 
 from kd import files, remote
-from kd.errors import UserError
+from kd.errors import MISTAKES, UserError
 from kd.identity import model_name
 from kd.progress import console
 from kd.signals import EXIT_CODE
@@ -185,7 +185,7 @@ class Run:
         except BaseException as error:
             said = self.state()
             if said["state"] == RUNNING or said.get("pid") != os.getpid():
-                code = error.code if isinstance(error, SystemExit) else 2 if isinstance(error, UserError) else 1
+                code = error.code if isinstance(error, SystemExit) else 2 if isinstance(error, MISTAKES) else 1
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 state = PREEMPTED if code == EXIT_CODE else NO_MEMORY if _no_memory(error) else FAILED
                 self.end(state, reason, exit_code=code, traceback=traceback.format_exc())

@@ -19,7 +19,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
 
 from kd.config import check_sweep
-from kd.errors import UserError
+from kd.errors import MISTAKES, UserError
 from kd.guard import check_words
 from kd.identity import NO_PART, below
 from kd.progress import console, end_with
@@ -50,16 +50,22 @@ class Search(Sweeper):
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         try:
-            optuna = _optuna()
-            if not isinstance(self.config.sweep, str | None):
-                raise UserError("A search makes runs of its own: leave sweeps= out, and name the search by sweep=NAME.")
-            check_sweep(self.config.sweep)
-            check_words(arguments)
-            fixed, space = self._space(optuna, arguments)
-            if self.launcher.at_once() == math.inf:
-                raise UserError("A search learns from trials that are done: type n_jobs=, how many to make at once.")
-        except UserError as error:
+            returns = self._search(arguments)
+        except MISTAKES as error:
             end_with(error)
+        if any(r.status != JobStatus.COMPLETED for r in returns):
+            sys.exit(1)
+        return returns
+
+    def _search(self, arguments: list[str]) -> list[JobReturn]:
+        optuna = _optuna()
+        if not isinstance(self.config.sweep, str | None):
+            raise UserError("A search makes runs of its own: leave sweeps= out, and name the search by sweep=NAME.")
+        check_sweep(self.config.sweep)
+        check_words(arguments)
+        fixed, space = self._space(optuna, arguments)
+        if self.launcher.at_once() == math.inf:
+            raise UserError("A search learns from trials that are done: type n_jobs=, how many to make at once.")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         name = self.config.sweep or "multirun"
         path = home(self.config.root) / "sweeps" / f"{name}.optuna"
@@ -70,10 +76,7 @@ class Search(Sweeper):
                 backend = optuna.storages.journal.JournalFileBackend(str(path))
                 storage = optuna.storages.JournalStorage(backend)
             study = optuna.create_study(storage=storage, study_name=asked_for(arguments), load_if_exists=True)
-            returns = self._work(optuna, study, fixed, space)
-        if any(r.status != JobStatus.COMPLETED for r in returns):
-            sys.exit(1)
-        return returns
+            return self._work(optuna, study, fixed, space)
 
     def _work(self, optuna, study, fixed: list[str], space: dict) -> list[JobReturn]:
         """What became of trials that are not done: failed ones are replaced, interrupted ones are for the next time."""
@@ -95,11 +98,8 @@ class Search(Sweeper):
                 study.sampler = optuna.samplers.TPESampler(seed=self.seed + made, constant_liar=True)
                 trials.append(study.ask(space))
             jobs = [[*fixed, *(f"{key}={value}" for key, value in trial.params.items())] for trial in trials]
-            try:
-                for job in jobs:
-                    check_words(job)
-            except UserError as error:
-                end_with(error)
+            for job in jobs:
+                check_words(job)
             self.validate_batch_is_legal(jobs)
             watched = Watched(optuna, trials) if self.prune else None
             said = [" ".join(job[len(fixed) :]) for job in jobs]

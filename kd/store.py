@@ -36,7 +36,7 @@ from kd import config as conf
 from kd import files, logits, truncation
 from kd.data import Batch
 from kd.entries import Entries, from_bytes
-from kd.errors import UserError
+from kd.errors import MISTAKES, UserError
 from kd.models import Head
 from kd.objective import Signal
 from kd.plan import FORMAT
@@ -432,7 +432,7 @@ def main() -> None:
             console.print(train.compare_with_teacher(store, given.root), soft_wrap=True)
         elif store:
             console.print(info(store))
-    except (UserError, PermissionError) as error:
+    except MISTAKES as error:
         end_with(error)
 
 

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from kd import agent, files, remote
 from kd.config import check_sweep
-from kd.errors import UserError
+from kd.errors import MISTAKES, UserError
 from kd.guard import check_words
 from kd.identity import NO_SIGNAL, group_of
 from kd.pool import Job, Local, Pool, Watch, fitting, gpus, visible_devices
@@ -129,20 +129,26 @@ class Runs(Launcher):
         requests.watch()
         names = names or [""] * len(job_overrides)
         said = said or varying(job_overrides, names)
+        try:
+            return self._launch(job_overrides, initial_job_idx > 0, said, watch, names)
+        except MISTAKES as error:
+            end_with(error)
+
+    def _launch(
+        self, job_overrides: Sequence[Sequence[str]], further: bool, said: list[str], watch: Watch | None,
+        names: list[str],
+    ) -> list[JobReturn]:  # fmt: skip
         of = self.config.sweep
         name = of if isinstance(of, str) else (of or {}).get("name", "multirun")
-        try:
-            check_sweep(name)
-            agent.check_single()
-            if self.config.plan:
-                type(self).show_plan(list(map(self._settings, job_overrides)), said, self.at_once())
-                sys.exit()
-            made = [self._run(job) for job in job_overrides]  # every config is checked before the first run starts
-        except UserError as error:
-            end_with(error)
+        check_sweep(name)
+        agent.check_single()
+        if self.config.plan:
+            type(self).show_plan(list(map(self._settings, job_overrides)), said, self.at_once())
+            sys.exit()
+        made = [self._run(job) for job in job_overrides]  # every config is checked before the first run starts
         requests.end_if_asked()
         path = remote.latest(self.config.root, f"sweeps/{name}.json")
-        listed = (read_json(path) or {"runs": []})["runs"] if initial_job_idx else []
+        listed = (read_json(path) or {"runs": []})["runs"] if further else []
         listed += [
             {"run": run.name, "overrides": list(words)} | ({"name": line} if line else {})
             for (run, _), words, line in zip(made, job_overrides, names, strict=True)
@@ -155,16 +161,11 @@ class Runs(Launcher):
         for (run, number), w, words in zip(made, job_overrides, said):
             by_name.setdefault(run.name, Job(run, [*w, f"sweep={name}"], words, number))
         jobs = list(by_name.values())
-        try:
-            pool = self.pool(name, jobs)
-            pool.stop_on_failure = self.config.on_failure == "stop"
-            pool.watch = watch and (lambda run: watch(order.index(run.name), run))
-        except UserError as error:
-            end_with(error)
+        pool = self.pool(name, jobs)
+        pool.stop_on_failure = self.config.on_failure == "stop"
+        pool.watch = watch and (lambda run: watch(order.index(run.name), run))
         try:
             pool.work()
-        except UserError as error:
-            end_with(error)
         finally:
             console.print(summary(name, jobs))
         if pool.asked:
