@@ -35,7 +35,7 @@ from omegaconf import DictConfig
 
 from kd import agent, data, files, guard, packing, sweep
 from kd import config as conf
-from kd.errors import MISTAKES, UserError
+from kd.errors import MISTAKES, UserError, for_people
 from kd.identity import about
 from kd.plan import corpus, plain_corpus, plan, recording
 from kd.progress import Steps, console, end_with, show, track
@@ -61,7 +61,7 @@ def main(cfg: DictConfig) -> None:
         agent.tell(run, settings, result)
         show(run, result)
     except MISTAKES as error:
-        end_with(error)
+        end_with(for_people(error))
 
 
 def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:

@@ -9,6 +9,13 @@ class UserError(ValueError):
 MISTAKES = (UserError, PermissionError, NotADirectoryError, FileExistsError)
 
 
+def for_people(error: Exception) -> UserError:
+    """One of MISTAKES with what to do about it."""
+    if isinstance(error, UserError):
+        return error
+    return UserError(f"{error}. Choose a folder that can be read and written, e.g. by root=/other/folder.")
+
+
 def check(option: str, got, good: bool, need: str) -> None:
     """Raise UserError unless the value that an option got is good."""
     if not good:

@@ -33,10 +33,8 @@ console = Terminal(stderr=True, highlight=False)
 
 
 def end_with(error: Exception) -> NoReturn:
-    """Say what a person can mend (kd.errors.MISTAKES), without a traceback, and exit with 2."""
-    place = isinstance(error, OSError)
-    mend = ". Choose a folder that can be read and written, e.g. by root=/other/folder." if place else ""
-    console.print(f"{error}{mend}", style="red", markup=False, soft_wrap=True)
+    """Say what a person can mend, without a traceback, and exit with 2."""
+    console.print(str(error), style="red", markup=False, soft_wrap=True)
     sys.exit(2)
 
 

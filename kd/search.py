@@ -19,7 +19,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
 
 from kd.config import check_sweep
-from kd.errors import MISTAKES, UserError
+from kd.errors import MISTAKES, UserError, for_people
 from kd.guard import check_words
 from kd.identity import NO_PART, below
 from kd.progress import console, end_with
@@ -52,7 +52,7 @@ class Search(Sweeper):
         try:
             returns = self._search(arguments)
         except MISTAKES as error:
-            end_with(error)
+            end_with(for_people(error))
         if any(r.status != JobStatus.COMPLETED for r in returns):
             sys.exit(1)
         return returns

@@ -36,7 +36,7 @@ from kd import config as conf
 from kd import files, logits, truncation
 from kd.data import Batch
 from kd.entries import Entries, from_bytes
-from kd.errors import MISTAKES, UserError
+from kd.errors import MISTAKES, UserError, for_people
 from kd.models import Head
 from kd.objective import Signal
 from kd.plan import FORMAT
@@ -433,7 +433,7 @@ def main() -> None:
         elif store:
             console.print(info(store))
     except MISTAKES as error:
-        end_with(error)
+        end_with(for_people(error))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from kd import agent, files, remote
 from kd.config import check_sweep
-from kd.errors import MISTAKES, UserError
+from kd.errors import MISTAKES, UserError, for_people
 from kd.guard import check_words
 from kd.identity import NO_SIGNAL, group_of
 from kd.pool import Job, Local, Pool, Watch, fitting, gpus, visible_devices
@@ -132,7 +132,7 @@ class Runs(Launcher):
         try:
             return self._launch(job_overrides, initial_job_idx > 0, said, watch, names)
         except MISTAKES as error:
-            end_with(error)
+            end_with(for_people(error))
 
     def _launch(
         self, job_overrides: Sequence[Sequence[str]], further: bool, said: list[str], watch: Watch | None,
