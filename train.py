@@ -78,6 +78,10 @@ def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
                 f"  {run.removal()}\nand the same command again."
             )
         return run, result
+    if settings["trainer"]["devices"] > 1:
+        from kd import ranks
+
+        ranks.check_devices(settings["trainer"])
     packed, parts = prepare(settings)
     name, store = settings["teacher"]["name"], None
     if source_of(settings) == "offline":
@@ -190,10 +194,6 @@ def finished(model: Settings) -> str:
 
 def prepare(settings: Settings) -> tuple[data.Packed, Parts]:
     """The data, packed, and the parts of the run, tried; all that can be wrong short of the models is found here."""
-    if settings["trainer"]["devices"] > 1:
-        from kd import ranks
-
-        ranks.check_devices(settings["trainer"])
     source, how = corpus(settings)
     packed = packing.pack(source, home(settings["root"]) / "data", **how)
     parts = Parts(settings, packed)

@@ -117,6 +117,9 @@ class Runs(Launcher):
         """What is to do the jobs of sweep `name`; raises UserError where it cannot."""
         raise NotImplementedError
 
+    def check_place(self, settings: dict) -> None:
+        """Raise UserError for a run that cannot be done where it is to be; of other machines nothing is known."""
+
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int, said: list[str] | None = None,
         watch: Watch | None = None, names: list[str] | None = None,
@@ -182,6 +185,7 @@ class Runs(Launcher):
         settings = self._settings(words)
         run = type(self).plan(settings).run
         if run.result() is None:
+            self.check_place(settings)
             type(self).prepare(settings)
         else:
             run.settle()
@@ -208,6 +212,12 @@ class Processes(Runs):
     """Runs on this machine, each with a share of its cores and GPUs."""
 
     __module__ = "hydra_plugins.kd"
+
+    def check_place(self, settings: dict) -> None:
+        if settings["trainer"]["devices"] > 1:
+            from kd import ranks  # and torch
+
+            ranks.check_devices(settings["trainer"])
 
     def at_once(self) -> int:
         return self.config.n_jobs or fitting(visible_devices(), gpus(self.config.trainer))
