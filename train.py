@@ -134,11 +134,11 @@ def estimate(settings: Settings) -> dict[str, Estimate]:
     less, times = estimates.sampled(settings)
     packed, parts = prepare(less)
     vocab, stored = len(parts.tokenizer), source_of(settings) == "offline"
-    made = estimate(teacher) if teacher and not (stored and where.manifest().exists()) else {}
+    record, there = recording(settings), stored and where.manifest().exists()
+    first = record or teacher
+    made = estimate(first) if first and not there else {}
     made |= estimate(start) if start else {}
-    if stored and (record := recording(settings)):
-        made = {} if where.manifest().exists() else estimate(record)
-    elif stored and not where.manifest().exists():
+    if stored and not there and not record:
         of = offline.described(settings, packed)
         made[f"store {where.folder.name}"] = estimates.of_store(settings, packed, times, parts.keep, vocab, of)
     return made | {run.name: estimates.of_run(settings, packed, times, parts.objective, parts.rollout, vocab)}
