@@ -92,6 +92,11 @@ class SlurmPool(Elsewhere):
         self.executor, self.path = executor, record
         self.looked, self.begun, self.complained = 0.0, time.monotonic(), False
         listed, left = self.queue(), read_json(record) or {}
+        if listed is None and any(job.run.name in left for job in self.waiting):
+            raise UserError(
+                "Whether jobs of this sweep are queued still cannot be known, and they would be queued once more. Type "
+                "the same command again when squeue answers."
+            )
         for job in list(self.waiting):
             number = left.get(job.run.name)
             if listed and number in listed and listed[number][0] not in OVER:

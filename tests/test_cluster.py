@@ -27,7 +27,7 @@ from kd.errors import UserError
 from kd.pool import Job, Local, fitting, gpus
 from kd.ray import Ray
 from kd.run import Run
-from kd.slurm import HERE
+from kd.slurm import HERE, SlurmPool
 from kd.sweep import Processes, Runs
 from tests.small import ENVIRONMENT, outcome, settings, start, train
 from tests.test_faults import STEP, Fault, ended, processes, runs, state, states, table, until
@@ -161,6 +161,16 @@ def test_second_signal_kills_and_a_killed_sweep_is_taken_up_again(made, root, sl
     held.go()
     train(root, *words, **slurm.environment)
     same(root, made)
+
+
+def test_nothing_is_queued_twice_while_slurm_does_not_answer(tmp_path, monkeypatch):
+    silent = subprocess.CompletedProcess([], 1, "", "Unable to contact slurm controller")
+    monkeypatch.setattr("kd.slurm.ask", lambda words: silent)
+    record, jobs = tmp_path / "jobs.json", [Job(Run(tmp_path, "run"), [], "run")]
+    assert SlurmPool("", jobs, 1, None, record).waiting == jobs  # of a new sweep none can be queued
+    record.write_text('{"run": "7_0"}')
+    with pytest.raises(UserError, match="when squeue answers"):
+        SlurmPool("", jobs, 1, None, record)
 
 
 @pytest.mark.slow
