@@ -23,7 +23,7 @@ from kd.objective import chunks
 from kd.plan import FORMAT, composed, corpus, plan
 from kd.remote import Remote, is_url
 from kd.run import Run, alive, redacted, whereabouts
-from kd.settings import Settings, is_recorded, kept_of, name_of, stored_part
+from kd.settings import Settings, is_recorded, kept_of, name_of, of_instructions, stored_part
 from kd.store import FULL, Store, said, within
 from kd.target import Target
 from kd.writer import Recorder, Teacher
@@ -76,12 +76,17 @@ def words_of(settings: Settings) -> str:
     teacher, part = settings["teacher"], stored_part(settings)
     typed = [f"data={conf.flat(settings)['data']}", f"truncation={part['name']}"]
     typed += [f"teacher={teacher['size'] or ('hub' if teacher['name'] else 'none')}"]
-    usual = conf.flat(OmegaConf.to_container(composed("logits=offline", *typed)))
-    own = {k: v for k, v in conf.flat(settings).items() if not k.startswith("truncation.")}
+    typed += [f"plain={name_of(settings['plain'])}"] if of_instructions(settings) else []
+    own = {k: v for k, v in conf.flat(settings).items() if not k.startswith(("truncation.", "start."))}
     own |= {f"truncation.{k}": v for k, v in part.items()}
+    made = plan(settings).teacher
+    if made and made["start"]["stage"] != "scratch" != settings["start"]["stage"]:  # it was pretrained as the student
+        typed.append(f"start={made['start']['stage']}")
+        own |= conf.flat({"start": made["start"]})
     if (tokenizer := corpus(settings)[1]["tokenizer"]) != teacher["name"]:  # a pretrained student's
         own["data.tokenizer"] = tokenizer
-    groups = ("data.", "teacher.", "truncation.", "logits.seed", "trainer.precision")
+    usual = conf.flat(OmegaConf.to_container(composed("logits=offline", *typed)))
+    groups = ("data.", "plain.", "start.", "teacher.", "truncation.", "logits.seed", "trainer.precision")
     own = {k: v for k, v in own.items() if k.startswith(groups) and k in usual and v != usual[k]}
     typed += [f"{k}={conf.typed(v)}" for k, v in own.items()]
     return shlex.join(typed)
