@@ -29,6 +29,7 @@ def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
         if word.startswith("~") and word.strip("~").partition("=")[0] not in (*conf.GROUPS, *conf.PLAIN):
             raise UserError(f"{word}: every setting is needed; type NAME=VALUE to change it.")
     conf.check_plain(settings)
+    settings["root"] = settings["root"].rstrip("/") or "/"  # one name for one place
     count_steps(settings, typed)
     check_secrets(f"{name}={value}" for name, value in conf.flat(settings).items())  # of the environment, too
     if settings["scale"] != "cpu":  # the runs of a sweep are not told of it

@@ -293,6 +293,11 @@ def test_what_is_looked_at_before_functions_are_loaded_is_checked_first(words):
         train.plan(train.resolve(compose("config", words), words))
 
 
+@pytest.mark.parametrize("root", ["s3://bucket/kd", "runs", "/"])
+def test_a_root_with_a_slash_at_its_end_is_the_same_place(root):
+    assert resolved(f"root={root}/")["root"] == resolved(f"root={root}")["root"] == root
+
+
 @pytest.mark.parametrize("word", ["optim.weight_decay=abc", "optim.betas=3", "optim.eps=null"])
 def test_setting_of_the_optimizer_of_another_type_is_refused_by_name(word):
     with pytest.raises(UserError, match=word.partition("=")[0]):
