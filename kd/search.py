@@ -188,8 +188,19 @@ class Watched:
 
 
 def axis(optuna, override: Override):
-    """The distribution of an override that sweeps: an interval, a range, or a choice."""
-    of = optuna.distributions
+    """The distribution of an override that sweeps: an interval, a range, or a choice.
+
+    Raises UserError for an interval or a range that is none.
+    """
+    try:
+        return _distribution(optuna.distributions, override)
+    except ValueError as error:  # Optuna's
+        raise UserError(
+            f"{override.input_line}: need the smaller number first, and with log one above 0 ({error})."
+        ) from None
+
+
+def _distribution(of, override: Override):
     value = override.value()
     if isinstance(value, IntervalSweep):
         if "int" in value.tags:
