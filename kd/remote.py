@@ -114,7 +114,7 @@ class Remote:
         self._seen.clear()
 
     def get(self, name: str) -> bool:
-        """Copy a file from there; whether there is one. Raises UserError for a name of a place outside of the folder."""
+        """Copy a file from there; whether there is one. Raises UserError for a name of a place outside."""
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise UserError(f"{self.url} names a file outside of itself, {name}; nothing was copied there.")
         with self._told("read"):

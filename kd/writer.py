@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import filelock
 import fsspec
@@ -285,18 +286,31 @@ def _cut(rows: int, size: int, teacher: Teacher) -> dict[str, range]:
     return {f"shard-{number:05}": range(first, min(first + each, rows)) for number, first in enumerate(starts)}
 
 
-def _announce(folder: Path, teacher: Teacher, packed: Packed, batch: int, rows: int) -> None:
-    """Say what is to be written and how long it takes, by the example of one batch; raises UserError without room."""
-    table, output = packed.train, teacher.model.head.output
+class Takes(NamedTuple):
+    """What rows of a store take."""
+
+    tokens: int  # that are stored
+    size: float  # bytes
+    beside: int  # bytes of the output layer and the validation rows
+    seconds: float
+
+
+def takes(teacher: Teacher, packed: Packed, batch: int, rows: float) -> Takes:
+    """What so many rows like those that are packed take, by the example of one batch."""
+    output, each = teacher.model.head.output, packed.counted if teacher.keep else packed.train.shape[1] - 1
     beside = sum(p.numel() for p in output.parameters()) + packed.val[:, 1:].size * output.weight.shape[1]
-    beside *= teacher.dtype.itemsize * (_note(folder, "head") is None)
     for _ in range(2):  # the first forward pass is slower
         out, started = Rows(), time.monotonic()
-        teacher.answer(table, np.arange(min(batch, len(table))), out, spans=packed.train_spans)
-    share = rows / len(out.bodies)
-    each = packed.counted if teacher.keep else table.shape[1] - 1  # positions of a row that are stored
-    size, free = out.bytes / out.positions * rows * each, shutil.disk_usage(folder).free
-    tokens = round(rows * each)
+        teacher.answer(packed.train, np.arange(min(batch, len(packed.train))), out, spans=packed.train_spans)
+    seconds, tokens = (time.monotonic() - started) / len(out.bodies) * rows, rows * each
+    return Takes(round(tokens), out.bytes / out.positions * tokens, beside * teacher.dtype.itemsize, seconds)
+
+
+def _announce(folder: Path, teacher: Teacher, packed: Packed, batch: int, rows: int) -> None:
+    """Say what is to be written and how long it takes; raises UserError without room."""
+    tokens, size, beside, seconds = takes(teacher, packed, batch, rows)
+    beside *= _note(folder, "head") is None
+    free = shutil.disk_usage(folder).free
     say = (
         f"{tokens:,} tokens at about {size / tokens:,.0f} bytes each, {files.amount(size)} in all, and "
         f"{files.amount(beside)} of output layer and validation rows; "
@@ -307,7 +321,7 @@ def _announce(folder: Path, teacher: Teacher, packed: Packed, batch: int, rows: 
             f"No room for the store: {say}. Keep less of each position (e.g. record=top_k record.k=20), take less text "
             "(data.tokens=…), or choose another disk with logits.path=…"
         )
-    console.print(f"Writing {say}; {clock((time.monotonic() - started) * share)} if no one helps.", soft_wrap=True)
+    console.print(f"Writing {say}; {clock(seconds)} if no one helps.", soft_wrap=True)
 
 
 @contextmanager
