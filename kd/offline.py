@@ -151,8 +151,10 @@ def stored(settings: Settings, packed: data.Packed, keep: Keep, teacher: Callabl
     return found
 
 
-def write(settings: Settings, packed: data.Packed, keep: Keep, model: Causal, part: tuple[int, int] = (1, 1)) -> Store:
-    """Write the store that settings describe, or a part of it that is to be merged with others, and open it."""
+def write(
+    settings: Settings, packed: data.Packed, keep: Keep, model: Causal, part: tuple[int, int] = (1, 1)
+) -> Store | None:
+    """Write the store that settings describe, and open it; None for a part, which is to be merged with others."""
     where, of = plan(settings).store, described(settings, packed)
     teacher = Teacher.finished(model, of, keep, settings["trainer"]["accelerator"])
     about = about_store(settings, packed, model, where.key)

@@ -145,7 +145,10 @@ class Run:
                 self.remote.tell(*(p.name for p in left if p.is_dir() or p.stat().st_mtime >= began))
 
     def begin(self, config: dict) -> None:
-        """Write the resolved config; how an earlier try ended is forgotten."""
+        """Make ready to work: the resolved config is written, and how an earlier try ended is forgotten.
+
+        What killed processes left half-written is removed, and a checkpoint that is further at the URL is copied here.
+        """
         for folder in (self.folder, self / "checkpoints"):
             files.clear(folder)
         if self.remote:

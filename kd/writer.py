@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kd import files
 from kd.data import IGNORE, Batch, Packed, to_batch
-from kd.entries import Entries, Positions, encode, to_bytes
+from kd.entries import Positions, encode, to_bytes
 from kd.errors import UserError
 from kd.hardware import hold_in, keep_freed
 from kd.logits import Projection, online
@@ -34,7 +34,7 @@ from kd.objective import chunks, fitting
 from kd.progress import Steps, clock, console, track
 from kd.remote import Remote
 from kd.run import read_json
-from kd.store import joined, quoted, row_hash, said
+from kd.store import quoted, row_hash, said
 from kd.target import Target
 
 SHARD_TOKENS, SHARD_BYTES = 1 << 20, 1 << 28  # a shard holds at most so many positions, or bytes of hidden states
@@ -57,15 +57,14 @@ class Rows:
         self.bodies += hidden.cpu()
         self.positions += ids.size
 
-    def add_entries(self, ids: np.ndarray, pieces: list[Positions], kept: np.ndarray | None = None) -> None:
-        """Rows ids [B, T] and entries of their positions, or of those that are kept [B, T], in order."""
+    def add_entries(self, ids: np.ndarray, pieces: list[Positions], kept: np.ndarray) -> None:
+        """Rows ids [B, T] and entries of those of their positions that are kept [B, T], in order."""
         self.hashes += map(row_hash, ids)
         columns = ("count", "log_odds", "gap", "code")
         count, log_odds, gap, code = (np.concatenate([getattr(p, c).cpu().numpy() for p in pieces]) for c in columns)
         self.positions += len(count)
         self.entries += len(gap)
         self.mass += float(torch.from_numpy(log_odds).double().sigmoid().sum())
-        kept = np.ones(ids.shape, bool) if kept is None else kept
         count, log_odds = _spread(count, kept, 0), _spread(log_odds, kept, -np.inf)
         ends = count.sum(1).cumsum()
         for row, (start, end) in enumerate(zip([0, *ends], ends)):
@@ -74,10 +73,6 @@ class Rows:
     @property
     def bytes(self) -> int:
         return sum(b.nbytes if isinstance(b, Tensor) else len(b) for b in self.bodies)
-
-    def all(self) -> Tensor | Entries:
-        """What a store would read."""
-        return joined(self.bodies)
 
     def save(self, folder: Path, name: str, **note) -> None:
         """As NAME.safetensors with a note."""

@@ -11,7 +11,7 @@ import torch
 
 import train as product
 from kd import data, models, store
-from kd.entries import STEP
+from kd.entries import STEP, from_bytes
 from kd.errors import UserError
 from kd.logits import Projection
 from kd.losses import akl
@@ -166,7 +166,7 @@ def stored(target: Target, name: str, **settings) -> Target:
     """A part of a target, as a store gives it back."""
     draws = settings.get("draws")
     kept = option("truncation", name, **settings)(target)
-    (found,) = read(written(kept, draws).all(), draws)
+    (found,) = read(from_bytes(written(kept, draws).bodies), draws)
     return replace(target, logp=found.logp, ids=found.ids)
 
 
