@@ -33,7 +33,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from kd import agent, data, files, guard, packing, sweep
+from kd import agent, data, files, guard, packing, plugins
 from kd import config as conf
 from kd.errors import MISTAKES, UserError, for_people
 from kd.identity import about
@@ -545,7 +545,7 @@ try:
     conf.register()
 except UserError as error:
     end_with(error)
-sweep.register(resolve=resolve, plan=plan, prepare=prepare, show_plan=show_plan)
+plugins.register(resolve=resolve, plan=plan, prepare=prepare, show_plan=show_plan)
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--rank"]:  # one of several processes of a run, started by kd.ranks

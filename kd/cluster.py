@@ -153,8 +153,6 @@ class Handed:
 class Away(Runs):
     """What launchers of runs on other machines share. parameters: of hydra.launcher, and what they may be."""
 
-    __module__ = "hydra_plugins.kd"
-
     def __init__(self, parameters: dict):
         self.parameters = {k: v for k, v in parameters.items() if k not in ("self", "__class__")}
 

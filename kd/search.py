@@ -14,9 +14,7 @@ from pathlib import Path
 import filelock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.plugins.sweeper import Sweeper
 
 from kd.config import check_sweep
 from kd.errors import MISTAKES, UserError, for_people
@@ -25,11 +23,12 @@ from kd.identity import NO_PART, below
 from kd.progress import console, end_with
 from kd.remote import home
 from kd.run import Run, read_metrics
+from kd.sweep import Multirun
 
 MEASURE = "val/lm"  # what every run has, in nats per token
 
 
-class Search(Sweeper):
+class Search(Multirun):
     """Trials until n_trials are done, as many at once as the launcher has processes.
 
     What has been tried is kept in sweeps/NAME.optuna beside the runs: the same command goes on, first with the trials
@@ -37,16 +36,8 @@ class Search(Sweeper):
     behind the median of the runs before it at the same step.
     """
 
-    __module__ = "hydra_plugins.kd"  # see kd.sweep.register
-
     def __init__(self, n_trials: int, seed: int, prune: bool):
         self.n_trials, self.seed, self.prune = n_trials, seed, prune
-
-    def setup(self, *, hydra_context, task_function, config) -> None:
-        self.hydra_context, self.config = hydra_context, config
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         try:

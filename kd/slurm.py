@@ -47,8 +47,6 @@ class SlurmTask(Task):
 class Slurm(Away):
     """A job of SLURM per run, in one array."""
 
-    __module__ = "hydra_plugins.kd"
-
     def __init__(
         self, partition: str | None, account: str | None, qos: str | None, constraint: str | None, timeout_min: int,
         max_num_timeout: int, signal_delay_s: int, cpus_per_task: int, mem_gb: float | None, gpus_per_node: int | None,
