@@ -7,7 +7,6 @@ writers share the work by taking shards that no other holds.
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import time
@@ -23,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kd import files
+from kd import files, ranks
 from kd.data import IGNORE, Batch, Packed, to_batch
 from kd.entries import Positions, encode, to_bytes
 from kd.errors import UserError
@@ -164,8 +163,7 @@ class Teacher:
     @classmethod
     def finished(cls, model: Causal, of: dict, keep: Callable[[Target], Target] | None, accelerator: str) -> Teacher:
         """One that learns no more, where and in the precision that training would ask it in."""
-        if accelerator != "cpu" and torch.cuda.is_available():
-            model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        model.to(ranks.device(accelerator))
         if of["precision"] == "bf16":
             hold_in(torch.bfloat16, model)
         return cls(model, of, keep)
@@ -376,12 +374,19 @@ def upload(folder: Path, url: str) -> None:
     try:
         system, root = fsspec.core.url_to_fs(url)
         system.makedirs(root, exist_ok=True)
-        for name in track([*manifest["files"], "manifest.json"], f"copying to {url}"):
+        remote = Remote(url, folder)
+        left = [name for name, note in manifest["files"].items() if not _is_sent(remote, name, note)]
+        for name in track([*left, "manifest.json"], f"copying to {url}"):
             system.put_file(str(folder / name), f"{root}/{name}")
     except Exception as error:  # every system has errors of its own
         raise UserError(
             f"The store is whole in {folder}, and could not be copied to {url}: {error}\nThe same command goes on."
         ) from error
+
+
+def _is_sent(there: Remote, name: str, note: dict) -> bool:
+    """Whether a file is at a URL already, where Recorder.send puts a note behind each."""
+    return there.read(f"{name.partition('.')[0]}.json") == note
 
 
 class Recorder:

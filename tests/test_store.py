@@ -26,6 +26,7 @@ from kd.config import CONF, typed
 from kd.errors import UserError
 from kd.plan import cached_corpus, plan
 from kd.progress import console
+from kd.remote import Remote
 from kd.settings import resolve
 from kd.store import Store, within
 from tests.small import SMALL, TOP, content, folder, here, outcome, result, train, type_in, write
@@ -609,6 +610,20 @@ def test_a_url_is_written_to_and_an_upload_that_was_cut_off_goes_on(root, monkey
     here(root, *OFFLINE, f"logits.path={url}", "teacher=none", "seed=1")  # from the URL alone
     with pytest.raises(UserError, match="could not be read"):
         here(root, *OFFLINE, "logits.path=nosuch://bucket/store")
+
+
+def test_an_upload_leaves_out_what_was_sent_while_it_was_recorded(root, monkeypatch):
+    url, folder, copied = f"memory://{root.name}/sent", only(root), []
+    there, system = Remote(url, folder), fsspec.filesystem("memory")
+    there.put(SHARDS[0], f"{SHARDS[0].partition('.')[0]}.json", SHARDS[1])  # one of them without a note
+    there.write(f"{SHARDS[1].partition('.')[0]}.json", {"digest": "of another one"})
+    put = type(system).put_file
+    monkeypatch.setattr(
+        type(system), "put_file", lambda self, a, b, **m: copied.append(Path(a).name) or put(self, a, b)
+    )
+    writer.upload(folder, url)
+    assert sorted([*copied, SHARDS[0]]) == sorted([p.name for p in folder.glob("*.safetensors")] + ["manifest.json"])
+    Store(url, root / "other").verify()
 
 
 def test_an_upload_replaces_no_other_store(root):
