@@ -57,9 +57,9 @@ def locate(target: str, path: str) -> tuple[str, str]:
     Imports nothing, so that what is refused has done nothing.
     """
     module, _, name = str(target).rpartition(".")
-    files = (CONF / path).glob("*.yaml") if path in MODULES else ()
+    options = (CONF / path).glob("*.yaml") if path in MODULES else ()
     modules = MODULES.get(path, "").split()
-    allowed = sorted({f"kd.{m}.{f.stem}" for f in files for m in modules if f.stem in _functions(m)})
+    allowed = sorted({f"kd.{m}.{f.stem}" for f in options for m in modules if f.stem in _functions(m)})
     allowed += CLASSES if path == "optim" else ()
     if target not in allowed:
         raise UserError(

@@ -41,7 +41,7 @@ from kd.models import Head
 from kd.objective import Signal
 from kd.plan import FORMAT
 from kd.progress import console, end_with, track
-from kd.remote import home
+from kd.remote import home, is_url
 from kd.run import read_json
 from kd.target import Target
 
@@ -298,11 +298,14 @@ class Store:
         """What writes this store, here."""
         if "words" not in self.manifest:
             return "python -m kd.store write and the words of the run that reads it"
-        words = [self.manifest["words"]]
-        if self.folder != self.cache / self.manifest.get("key", ""):
+        words, key, root = [self.manifest["words"]], self.manifest.get("key", ""), str(self.cache.parent)
+        under = self.path.removesuffix(f"/stores/{key}")
+        if is_url(under) and home(under) == self.cache.parent:
+            root = under
+        elif self.folder != self.cache / key:
             words.append(shlex.quote(f"logits.path={conf.typed(self.path)}"))
-        if str(self.cache.parent) != os.environ.get("KD_ROOT", "runs"):
-            words.append(shlex.quote(f"root={conf.typed(str(self.cache.parent))}"))
+        if root != os.environ.get("KD_ROOT", "runs"):
+            words.append(shlex.quote(f"root={conf.typed(root)}"))
         return f"python -m kd.store write {' '.join(words)}"
 
     def _other_tokens(self, row: int, part: str = "") -> UserError:
