@@ -33,9 +33,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from kd import agent, data, files, guard, packing, sweep
+from kd import agent, data, files, guard, packing, plugins
 from kd import config as conf
-from kd.errors import UserError
+from kd.errors import MISTAKES, UserError, for_people
 from kd.identity import about
 from kd.plan import corpus, plain_corpus, plan, recording
 from kd.progress import Steps, console, end_with, show, track
@@ -60,8 +60,8 @@ def main(cfg: DictConfig) -> None:
         run, result = train(settings, wait=settings["sweep"] is not None)
         agent.tell(run, settings, result)
         show(run, result)
-    except (UserError, PermissionError) as error:
-        end_with(error)
+    except MISTAKES as error:
+        end_with(for_people(error))
 
 
 def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
@@ -78,6 +78,10 @@ def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
                 f"  {run.removal()}\nand the same command again."
             )
         return run, result
+    if settings["trainer"]["devices"] > 1:
+        from kd import ranks
+
+        ranks.check_devices(settings["trainer"])
     packed, parts = prepare(settings)
     name, store = settings["teacher"]["name"], None
     if source_of(settings) == "offline":
@@ -130,11 +134,11 @@ def estimate(settings: Settings) -> dict[str, Estimate]:
     less, times = estimates.sampled(settings)
     packed, parts = prepare(less)
     vocab, stored = len(parts.tokenizer), source_of(settings) == "offline"
-    made = estimate(teacher) if teacher and not (stored and where.manifest().exists()) else {}
+    record, there = recording(settings), stored and where.manifest().exists()
+    first = record or teacher
+    made = estimate(first) if first and not there else {}
     made |= estimate(start) if start else {}
-    if stored and (record := recording(settings)):
-        made = {} if where.manifest().exists() else estimate(record)
-    elif stored and not where.manifest().exists():
+    if stored and not there and not record:
         of = offline.described(settings, packed)
         made[f"store {where.folder.name}"] = estimates.of_store(settings, packed, times, parts.keep, vocab, of)
     return made | {run.name: estimates.of_run(settings, packed, times, parts.objective, parts.rollout, vocab)}
@@ -190,10 +194,6 @@ def finished(model: Settings) -> str:
 
 def prepare(settings: Settings) -> tuple[data.Packed, Parts]:
     """The data, packed, and the parts of the run, tried; all that can be wrong short of the models is found here."""
-    if settings["trainer"]["devices"] > 1:
-        from kd import ranks
-
-        ranks.check_devices(settings["trainer"])
     source, how = corpus(settings)
     packed = packing.pack(source, home(settings["root"]) / "data", **how)
     parts = Parts(settings, packed)
@@ -363,7 +363,9 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     validation = data.ValidationBatches(
         packed.val, of["micro_batch"], ranks.share(len(packed.val)), passes, packed.val_spans
     )
-    recorder = offline.recorder(settings, packed, parts.keep, student, start) if settings["record"] else None
+    recorder = None
+    if how == "none" and settings["record"]:
+        recorder = offline.recorder(settings, packed, parts.keep, student, start)
     writers = rollout.Writers(student, teacher, packed.end, settings["seed"], of["micro_batch"])
     module = Distillation(
         student, teacher, parts.logits(store or teacher), objective, parts.alpha, parts.lr, parts.optim,
@@ -441,7 +443,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         raise
     except BaseException as error:
         full = isinstance(error, Exception) and out_of_memory(error)
-        code = error.code if isinstance(error, SystemExit) else 2 if full or isinstance(error, UserError) else 1
+        code = error.code if isinstance(error, SystemExit) else 2 if full or isinstance(error, MISTAKES) else 1
         where = run.end(NO_MEMORY if full else FAILED, f"{type(error).__name__}: {error}".splitlines()[0],
                         exit_code=code, traceback=traceback.format_exc())  # fmt: skip
         if full:
@@ -543,7 +545,7 @@ try:
     conf.register()
 except UserError as error:
     end_with(error)
-sweep.register(resolve=resolve, plan=plan, prepare=prepare, show_plan=show_plan)
+plugins.register(resolve=resolve, plan=plan, prepare=prepare, show_plan=show_plan)
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--rank"]:  # one of several processes of a run, started by kd.ranks

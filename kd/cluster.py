@@ -70,7 +70,7 @@ class OnNode(Local):
 
 
 class Elsewhere(Pool):
-    """What pools on other machines share: all jobs are handed over at once, and the scheduler has them wait."""
+    """What pools on other machines share: jobs are handed over, and the scheduler has them wait."""
 
     pause = 0.5
     task: type[Task] = Task
@@ -81,7 +81,7 @@ class Elsewhere(Pool):
         self.handed: dict[str, Handed] = {}
 
     def hand(self, job: Job) -> Task:
-        """Note that a job is handed over, and what is to be."""
+        """Move a job to those that run; what its node is to do."""
         job.run.folder.mkdir(parents=True, exist_ok=True)
         self.waiting.remove(job)
         self.running.append(job)
@@ -152,8 +152,6 @@ class Handed:
 
 class Away(Runs):
     """What launchers of runs on other machines share. parameters: of hydra.launcher, and what they may be."""
-
-    __module__ = "hydra_plugins.kd"
 
     def __init__(self, parameters: dict):
         self.parameters = {k: v for k, v in parameters.items() if k not in ("self", "__class__")}

@@ -57,9 +57,9 @@ def locate(target: str, path: str) -> tuple[str, str]:
     Imports nothing, so that what is refused has done nothing.
     """
     module, _, name = str(target).rpartition(".")
-    files = (CONF / path).glob("*.yaml") if path in MODULES else ()
+    options = (CONF / path).glob("*.yaml") if path in MODULES else ()
     modules = MODULES.get(path, "").split()
-    allowed = sorted({f"kd.{m}.{f.stem}" for f in files for m in modules if f.stem in _functions(m)})
+    allowed = sorted({f"kd.{m}.{f.stem}" for f in options for m in modules if f.stem in _functions(m)})
     allowed += CLASSES if path == "optim" else ()
     if target not in allowed:
         raise UserError(
@@ -107,8 +107,14 @@ def check_types(function, settings: Node, path: str) -> None:
         # What torch says of its types is too loose to check; its defaults tell, where they are not None.
         default = parameters[name].default
         hint = hints.get(name, float if type(default) is int else type(default))
-        if (name in hints or default is not None) and not _fits(value, hint):
-            raise UserError(f"{path}.{name}={value}: need {_say(hint)}, got {_got(value)}.")
+        if name in hints or default is not None:
+            check_type(f"{path}.{name}", value, hint)
+
+
+def check_type(option: str, value, hint) -> None:
+    """Raise UserError for a value of another type."""
+    if not _fits(value, hint):
+        raise UserError(f"{option}={value}: need {_say(hint)}, got {_got(value)}.")
 
 
 # Arguments that kd gives, never the config.
@@ -175,6 +181,12 @@ PLAIN = {  # settings that no function takes as they are, and their types
                 "checkpoint_every": int, "accelerator": str, "devices": int, "strategy": str,
                 "shard_teacher": bool | None},
 }  # fmt: skip
+EARLY = {  # settings that are looked at before the functions that take them are loaded, and torch with them
+    "data": {"seq_len": int},
+    "logits": {"path": str | None, "seed": int},
+    "record": {"path": str | None},
+    "rollout": {"capacity": int},
+}  # fmt: skip
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # as Lightning calls them
 CHOICES = {
     "strategy": ("auto", "ddp", "fsdp"),
@@ -201,15 +213,12 @@ def check_plain(settings: Node) -> None:
             option = f"{group}.{name}" if group else name
             if name not in kinds:
                 raise UserError(f"{option}={value}: no such option; there is {', '.join(kinds)}.")
-            if not _fits(value, kinds[name]):
-                raise UserError(f"{option}={value}: need {_say(kinds[name])}, got {_got(value)}.")
+            _check_value(option, value, kinds[name])
             if value not in CHOICES.get(name, (value,)):
                 raise UserError(f"{option}={value}: need one of {', '.join(filter(None, CHOICES[name]))}.")
-            if name == "seed" and not 0 <= value < 2**32:
-                raise UserError(f"{option}={value}: need a whole number from 0 to {2**32 - 1}.")
-            least = 1 if kinds[name] in (int, int | None) and name != "seed" else 0
-            if type(value) in (int, float) and not least <= value < math.inf:
-                raise UserError(f"{option}={value}: need a number of at least {least}.")
+    for group, kinds in EARLY.items():
+        for name in kinds.keys() & (settings[group] or {}).keys():
+            _check_value(f"{group}.{name}", settings[group][name], kinds[name])
     check_sweep(settings["sweep"])
     of = settings["responses"]
     if of["samples"] > 1 and of["temperature"] == 0:
@@ -226,6 +235,17 @@ def check_plain(settings: Node) -> None:
             raise UserError(
                 f"student.size={node['size']}: need a size, e.g. student=200k, or student=hub student.name=…."
             )
+
+
+def _check_value(option: str, value, kind) -> None:
+    """Raise UserError for a value of another type, or a number that none could have."""
+    check_type(option, value, kind)
+    seed = option.rpartition(".")[2] == "seed"
+    if seed and not 0 <= value < 2**32:
+        raise UserError(f"{option}={value}: need a whole number from 0 to {2**32 - 1}.")
+    least = 1 if kind in (int, int | None) and not seed else 0
+    if type(value) in (int, float) and not least <= value < math.inf:
+        raise UserError(f"{option}={value}: need a number of at least {least}.")
 
 
 def check_sweep(name: str | None) -> None:

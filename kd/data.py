@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,14 +75,9 @@ def rows_of_step(count: int, batch: int, seed: int, step: int) -> np.ndarray:
     return rows
 
 
-_kept: dict[tuple, np.ndarray] = {}
-
-
+@lru_cache(maxsize=4)  # two epochs may meet in a step, of the data and of the plain text beside it
 def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    if (count, seed, epoch) not in _kept:
-        _kept.clear()
-        _kept[count, seed, epoch] = np.random.default_rng([seed, epoch]).permutation(count)
-    return _kept[count, seed, epoch]
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 class Batches:

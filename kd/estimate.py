@@ -30,7 +30,7 @@ from kd.rollout import Rollout, Writers
 from kd.run import peak_memory
 from kd.settings import Settings, name_of, of_instructions, source_of
 from kd.target import KNOWN_BY, Target
-from kd.writer import Rows, Teacher
+from kd.writer import Teacher, takes
 
 STARTS = 8.0  # seconds that a process takes to load what it needs
 SAMPLE = 1_000_000  # tokens that are enough to know a text by
@@ -142,19 +142,10 @@ def of_store(settings: Settings, packed: Packed, times: float, keep, vocab: int,
     of, seq_len = settings["trainer"], settings["data"]["seq_len"]
     model = _teacher(settings, vocab)
     teacher = Teacher.finished(model, described, keep, of["accelerator"])
-    for _ in range(2):  # the first pass is slower
-        out, begun = Rows(), time.perf_counter()
-        index = np.arange(min(of["micro_batch"], len(packed.train)))
-        teacher.answer(packed.train, index, out, spans=packed.train_spans)
     rows = len(packed.train) * times
-    share = rows / len(out.bodies)
-    tokens = round(rows * packed.counted)
-    size = out.bytes * share if keep is None else out.bytes / out.positions * tokens
-    output = model.head.output.weight
-    beside = packed.val[:, 1:].size * output.shape[1] + (output.numel() if keep is None else 0)
-    seconds = (time.perf_counter() - begun) * share
     flops = rows * seq_len * models.cost(model.model, seq_len).flops_per_token
-    return Estimate(tokens, seconds, int(size) + 4 * beside, flops=flops)
+    tokens, size, beside, seconds = takes(teacher, packed, of["micro_batch"], rows)
+    return Estimate(tokens, seconds, int(size) + beside, flops=flops)
 
 
 def _teacher(settings: Settings, vocab: int) -> Causal:

@@ -60,7 +60,8 @@ def group_of(word: str) -> str:
 def identity(config: dict, **digests) -> str:
     """Name of a run's folder: what it is about, and a digest of all settings that change its outcome.
 
-    digests are those of the data, and the name of the teacher's run.
+    digests are those of the data, of plain text beside it, of local models and of the store, and the names of the runs
+    that make the teacher and what the student starts from.
     """
     part = part_of_outcome(config)
     digest = xxhash.xxh3_128_hexdigest(json.dumps([part, digests], sort_keys=True).encode())[:12]

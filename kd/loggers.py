@@ -20,13 +20,14 @@ from kd.run import RESPONSES, SECRET, read_metrics
 class MetricsFile(Logger):
     """One JSON object per line: `step` and what was measured after that many steps; nothing that depends on the clock.
 
-    On resume, lines after the checkpoint's step are cut off, as those steps are run again.
+    On resume, lines after the checkpoint's step are cut off, as those steps are run again; without a checkpoint all
+    are, of a validation before the first step too.
     """
 
     def __init__(self, path: Path, step: int):
         super().__init__()
         self.path = Path(path)
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
         with files.atomic(self.path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(self.path, "a")

@@ -356,7 +356,7 @@ class Distillation(lightning.LightningModule):
             setattr(self, name, checkpoint["kd"][name])
         if self.rollout:
             kept = checkpoint["kd"]["rollout"]
-            if len(kept) != ranks.count() and any(kept):
+            if len(kept) != ranks.count() and any(map(self.rollout.is_own, kept)):
                 raise UserError(
                     f"This run was saved by {len(kept)} processes, each of which keeps what it wrote; it cannot go on "
                     f"with {ranks.count()}. Type trainer.devices={len(kept)}."

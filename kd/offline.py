@@ -23,7 +23,7 @@ from kd.objective import chunks
 from kd.plan import FORMAT, composed, corpus, plan
 from kd.remote import Remote, is_url
 from kd.run import Run, alive, redacted, whereabouts
-from kd.settings import Settings, is_recorded, kept_of, name_of, source_of, stored_part
+from kd.settings import Settings, is_recorded, kept_of, name_of, of_instructions, stored_part
 from kd.store import FULL, Store, said, within
 from kd.target import Target
 from kd.writer import Recorder, Teacher
@@ -76,12 +76,17 @@ def words_of(settings: Settings) -> str:
     teacher, part = settings["teacher"], stored_part(settings)
     typed = [f"data={conf.flat(settings)['data']}", f"truncation={part['name']}"]
     typed += [f"teacher={teacher['size'] or ('hub' if teacher['name'] else 'none')}"]
-    usual = conf.flat(OmegaConf.to_container(composed("logits=offline", *typed)))
-    own = {k: v for k, v in conf.flat(settings).items() if not k.startswith("truncation.")}
+    typed += [f"plain={name_of(settings['plain'])}"] if of_instructions(settings) else []
+    own = {k: v for k, v in conf.flat(settings).items() if not k.startswith(("truncation.", "start."))}
     own |= {f"truncation.{k}": v for k, v in part.items()}
+    made = plan(settings).teacher
+    if made and made["start"]["stage"] != "scratch" != settings["start"]["stage"]:  # it was pretrained as the student
+        typed.append(f"start={made['start']['stage']}")
+        own |= conf.flat({"start": made["start"]})
     if (tokenizer := corpus(settings)[1]["tokenizer"]) != teacher["name"]:  # a pretrained student's
         own["data.tokenizer"] = tokenizer
-    groups = ("data.", "teacher.", "truncation.", "logits.seed", "trainer.precision")
+    usual = conf.flat(OmegaConf.to_container(composed("logits=offline", *typed)))
+    groups = ("data.", "plain.", "start.", "teacher.", "truncation.", "logits.seed", "trainer.precision")
     own = {k: v for k, v in own.items() if k.startswith(groups) and k in usual and v != usual[k]}
     typed += [f"{k}={conf.typed(v)}" for k, v in own.items()]
     return shlex.join(typed)
@@ -146,8 +151,10 @@ def stored(settings: Settings, packed: data.Packed, keep: Keep, teacher: Callabl
     return found
 
 
-def write(settings: Settings, packed: data.Packed, keep: Keep, model: Causal, part: tuple[int, int] = (1, 1)) -> Store:
-    """Write the store that settings describe, or a part of it that is to be merged with others, and open it."""
+def write(
+    settings: Settings, packed: data.Packed, keep: Keep, model: Causal, part: tuple[int, int] = (1, 1)
+) -> Store | None:
+    """Write the store that settings describe, and open it; None for a part, which is to be merged with others."""
     where, of = plan(settings).store, described(settings, packed)
     teacher = Teacher.finished(model, of, keep, settings["trainer"]["accelerator"])
     about = about_store(settings, packed, model, where.key)
@@ -159,11 +166,9 @@ def write(settings: Settings, packed: data.Packed, keep: Keep, model: Causal, pa
     return opened(settings, packed)
 
 
-def recorder(settings: Settings, packed: data.Packed, keep: Keep, model: Causal, start: int) -> Recorder | None:
-    """What stores the logits of a model in training, from step `start` on, if settings ask for that."""
+def recorder(settings: Settings, packed: data.Packed, keep: Keep, model: Causal, start: int) -> Recorder:
+    """What stores the logits of a model in training, from step `start` on; settings ask for that."""
     run, _, _, where = plan(settings)
-    if source_of(settings) != "none" or where is None:
-        return None
     of = described(settings, packed) | {"teacher": run.name, "weights": None}
     url = where.path if "://" in where.path else None
     about = about_store(settings, packed, model, where.key)

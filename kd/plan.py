@@ -159,7 +159,8 @@ def teacher_settings(settings: Settings) -> Settings:
     """A teacher of a size is itself a run: language modelling with the defaults, whatever the student's settings are.
 
     It is what `python train.py logits=none teacher=none student=SIZE trainer.steps=… lr.peak=… data=…` would be; on
-    instructions, after a run on the plain text. So is a named one with teacher.sft=true, from the weights it has.
+    instructions, after a run on the plain text, for which alone start.steps and its like are the student's too. So is
+    a named one with teacher.sft=true, from the weights it has.
     """
     of = settings["teacher"]
     start = "pretrained" if of["size"] and corpus(settings)[0].pairs else "scratch"

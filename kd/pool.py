@@ -1,4 +1,7 @@
-"""Runs of a sweep at work: some at once, on this machine, until all have ended or somebody asks to end."""
+"""Runs of a sweep at work, some at once, until all have ended or somebody asks to end: Pool, and Local on this machine.
+
+Those on other machines are in kd/cluster.py.
+"""
 
 from __future__ import annotations
 

@@ -16,8 +16,6 @@ from kd.signals import requests
 class Ray(Away):
     """A task of Ray per run. Dead nodes and workers cost no run: Ray has another one go on with it."""
 
-    __module__ = "hydra_plugins.kd"
-
     def __init__(self, address: str | None, num_cpus: float, num_gpus: float):
         super().__init__(locals())
 

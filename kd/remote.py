@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from kd import files
 from kd.errors import UserError
@@ -114,7 +114,9 @@ class Remote:
         self._seen.clear()
 
     def get(self, name: str) -> bool:
-        """Copy a file from there; whether there is one."""
+        """Copy a file from there; whether there is one. Raises UserError for a name of a place outside."""
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(f"{self.url} names a file outside of itself, {name}; nothing was copied there.")
         with self._told("read"):
             system, path = self._at
             try:

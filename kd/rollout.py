@@ -103,6 +103,10 @@ class Rollout:
         """What a checkpoint has to keep for load()."""
         return {}
 
+    def is_own(self, state: dict) -> bool:
+        """Whether a state() holds text that one rank alone has."""
+        return bool(state)
+
     def load(self, state: dict) -> None:
         """Go on from a state()."""
 
@@ -302,6 +306,9 @@ class Adaptive(Student):
     def state(self) -> dict:
         return {"threshold": self.threshold, "reference": self.reference, "rows": self.rows}
 
+    def is_own(self, state: dict) -> bool:
+        return bool(state["rows"])
+
     def load(self, state: dict) -> None:
         self.threshold, self.reference, self.rows = state["threshold"], state["reference"], dict(state["rows"])
 
@@ -379,7 +386,7 @@ def _only_who(batch: Batch) -> Batch:
 
 def _joined(parts: list[Batch]) -> Batch:
     """The rows of several batches, of whose samples the same is known."""
-    sampled = [part.sampled.at(...) for part in parts]
+    sampled = [{name: x for name, x in part.sampled._asdict().items() if x is not None} for part in parts]
     together = {name: torch.cat([part[name] for part in sampled]) for name in sampled[0]}
     ids, labels, row, seed = (torch.cat(x) for x in zip(*(part[:4] for part in parts), strict=True))
     return Batch(ids, labels, row, seed, sampled=Sampled(**together))

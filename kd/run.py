@@ -20,7 +20,7 @@ from pathlib import Path
 import filelock
 
 from kd import files, remote
-from kd.errors import UserError
+from kd.errors import MISTAKES, UserError
 from kd.identity import model_name
 from kd.progress import console
 from kd.signals import EXIT_CODE
@@ -145,7 +145,10 @@ class Run:
                 self.remote.tell(*(p.name for p in left if p.is_dir() or p.stat().st_mtime >= began))
 
     def begin(self, config: dict) -> None:
-        """Write the resolved config; how an earlier try ended is forgotten."""
+        """Make ready to work: the resolved config is written, and how an earlier try ended is forgotten.
+
+        What killed processes left half-written is removed, and a checkpoint that is further at the URL is copied here.
+        """
         for folder in (self.folder, self / "checkpoints"):
             files.clear(folder)
         if self.remote:
@@ -185,7 +188,7 @@ class Run:
         except BaseException as error:
             said = self.state()
             if said["state"] == RUNNING or said.get("pid") != os.getpid():
-                code = error.code if isinstance(error, SystemExit) else 2 if isinstance(error, UserError) else 1
+                code = error.code if isinstance(error, SystemExit) else 2 if isinstance(error, MISTAKES) else 1
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 state = PREEMPTED if code == EXIT_CODE else NO_MEMORY if _no_memory(error) else FAILED
                 self.end(state, reason, exit_code=code, traceback=traceback.format_exc())

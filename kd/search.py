@@ -14,22 +14,21 @@ from pathlib import Path
 import filelock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.plugins.sweeper import Sweeper
 
 from kd.config import check_sweep
-from kd.errors import UserError
+from kd.errors import MISTAKES, UserError, for_people
 from kd.guard import check_words
 from kd.identity import NO_PART, below
 from kd.progress import console, end_with
 from kd.remote import home
 from kd.run import Run, read_metrics
+from kd.sweep import Multirun
 
 MEASURE = "val/lm"  # what every run has, in nats per token
 
 
-class Search(Sweeper):
+class Search(Multirun):
     """Trials until n_trials are done, as many at once as the launcher has processes.
 
     What has been tried is kept in sweeps/NAME.optuna beside the runs: the same command goes on, first with the trials
@@ -37,29 +36,27 @@ class Search(Sweeper):
     behind the median of the runs before it at the same step.
     """
 
-    __module__ = "hydra_plugins.kd"  # see kd.sweep.register
-
     def __init__(self, n_trials: int, seed: int, prune: bool):
         self.n_trials, self.seed, self.prune = n_trials, seed, prune
 
-    def setup(self, *, hydra_context, task_function, config) -> None:
-        self.hydra_context, self.config = hydra_context, config
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
-
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         try:
-            optuna = _optuna()
-            if not isinstance(self.config.sweep, str | None):
-                raise UserError("A search makes runs of its own: leave sweeps= out, and name the search by sweep=NAME.")
-            check_sweep(self.config.sweep)
-            check_words(arguments)
-            fixed, space = self._space(optuna, arguments)
-            if self.launcher.at_once() == math.inf:
-                raise UserError("A search learns from trials that are done: type n_jobs=, how many to make at once.")
-        except UserError as error:
-            end_with(error)
+            returns = self._search(arguments)
+        except MISTAKES as error:
+            end_with(for_people(error))
+        if any(r.status != JobStatus.COMPLETED for r in returns):
+            sys.exit(1)
+        return returns
+
+    def _search(self, arguments: list[str]) -> list[JobReturn]:
+        optuna = _optuna()
+        if not isinstance(self.config.sweep, str | None):
+            raise UserError("A search makes runs of its own: leave sweeps= out, and name the search by sweep=NAME.")
+        check_sweep(self.config.sweep)
+        check_words(arguments)
+        fixed, space = self._space(optuna, arguments)
+        if self.launcher.at_once() == math.inf:
+            raise UserError("A search learns from trials that are done: type n_jobs=, how many to make at once.")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         name = self.config.sweep or "multirun"
         path = home(self.config.root) / "sweeps" / f"{name}.optuna"
@@ -70,10 +67,7 @@ class Search(Sweeper):
                 backend = optuna.storages.journal.JournalFileBackend(str(path))
                 storage = optuna.storages.JournalStorage(backend)
             study = optuna.create_study(storage=storage, study_name=asked_for(arguments), load_if_exists=True)
-            returns = self._work(optuna, study, fixed, space)
-        if any(r.status != JobStatus.COMPLETED for r in returns):
-            sys.exit(1)
-        return returns
+            return self._work(optuna, study, fixed, space)
 
     def _work(self, optuna, study, fixed: list[str], space: dict) -> list[JobReturn]:
         """What became of trials that are not done: failed ones are replaced, interrupted ones are for the next time."""
@@ -95,11 +89,8 @@ class Search(Sweeper):
                 study.sampler = optuna.samplers.TPESampler(seed=self.seed + made, constant_liar=True)
                 trials.append(study.ask(space))
             jobs = [[*fixed, *(f"{key}={value}" for key, value in trial.params.items())] for trial in trials]
-            try:
-                for job in jobs:
-                    check_words(job)
-            except UserError as error:
-                end_with(error)
+            for job in jobs:
+                check_words(job)
             self.validate_batch_is_legal(jobs)
             watched = Watched(optuna, trials) if self.prune else None
             said = [" ".join(job[len(fixed) :]) for job in jobs]
@@ -188,8 +179,19 @@ class Watched:
 
 
 def axis(optuna, override: Override):
-    """The distribution of an override that sweeps: an interval, a range, or a choice."""
-    of = optuna.distributions
+    """The distribution of an override that sweeps: an interval, a range, or a choice.
+
+    Raises UserError for an interval or a range that is none.
+    """
+    try:
+        return _distribution(optuna.distributions, override)
+    except ValueError as error:  # Optuna's
+        raise UserError(
+            f"{override.input_line}: need the smaller number first, and with log one above 0 ({error})."
+        ) from None
+
+
+def _distribution(of, override: Override):
     value = override.value()
     if isinstance(value, IntervalSweep):
         if "int" in value.tags:

@@ -25,7 +25,11 @@ def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
     except OmegaConfBaseException as error:
         raise UserError(str(error)) from None
     conf.check_targets(settings)
+    for word in typed:
+        if word.startswith("~") and word.strip("~").partition("=")[0] not in (*conf.GROUPS, *conf.PLAIN):
+            raise UserError(f"{word}: every setting is needed; type NAME=VALUE to change it.")
     conf.check_plain(settings)
+    settings["root"] = settings["root"].rstrip("/") or "/"  # one name for one place
     count_steps(settings, typed)
     check_secrets(f"{name}={value}" for name, value in conf.flat(settings).items())  # of the environment, too
     if settings["scale"] != "cpu":  # the runs of a sweep are not told of it
@@ -63,8 +67,6 @@ def check_logits(settings: Settings, typed: list[str]) -> None:
                 f"logits={how} stores nothing; {word} would do nothing: leave it out, or take logits=offline to read "
                 "what a store holds, or logits=none to record what a teacher says while it trains."
             )
-    if how == "offline" and not 0 <= settings["logits"]["seed"] < 2**32:
-        raise UserError(f"logits.seed={settings['logits']['seed']}: need a whole number from 0 to {2**32 - 1}.")
     if is_recorded(settings) and (not settings["teacher"]["size"] or stored_part(settings)["name"] == "full"):
         what = "truncation=full" if settings["teacher"]["size"] else f"teacher.size={settings['teacher']['size']}"
         raise UserError(

@@ -18,10 +18,6 @@ class Size(NamedTuple):
         attention = 2 * self.hidden * head * (self.heads + self.kv_heads)
         return self.layers * (attention + 3 * self.hidden * self.ffn + 2 * self.hidden) + self.hidden
 
-    def embeddings(self, vocab: int) -> int:
-        """Weights of embedding and output layer."""
-        return vocab * self.hidden * (1 if self.tied else 2)
-
 
 # Below 10m wide and shallow, which a CPU likes.
 SIZES = {

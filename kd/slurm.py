@@ -47,8 +47,6 @@ class SlurmTask(Task):
 class Slurm(Away):
     """A job of SLURM per run, in one array."""
 
-    __module__ = "hydra_plugins.kd"
-
     def __init__(
         self, partition: str | None, account: str | None, qos: str | None, constraint: str | None, timeout_min: int,
         max_num_timeout: int, signal_delay_s: int, cpus_per_task: int, mem_gb: float | None, gpus_per_node: int | None,
@@ -92,6 +90,11 @@ class SlurmPool(Elsewhere):
         self.executor, self.path = executor, record
         self.looked, self.begun, self.complained = 0.0, time.monotonic(), False
         listed, left = self.queue(), read_json(record) or {}
+        if listed is None and any(job.run.name in left for job in self.waiting):
+            raise UserError(
+                "Whether jobs of this sweep are queued still cannot be known, and they would be queued once more. Type "
+                "the same command again when squeue answers."
+            )
         for job in list(self.waiting):
             number = left.get(job.run.name)
             if listed and number in listed and listed[number][0] not in OVER:

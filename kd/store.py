@@ -36,12 +36,12 @@ from kd import config as conf
 from kd import files, logits, truncation
 from kd.data import Batch
 from kd.entries import Entries, from_bytes
-from kd.errors import UserError
+from kd.errors import MISTAKES, UserError, for_people
 from kd.models import Head
 from kd.objective import Signal
 from kd.plan import FORMAT
 from kd.progress import console, end_with, track
-from kd.remote import home
+from kd.remote import home, is_url
 from kd.run import read_json
 from kd.target import Target
 
@@ -298,11 +298,14 @@ class Store:
         """What writes this store, here."""
         if "words" not in self.manifest:
             return "python -m kd.store write and the words of the run that reads it"
-        words = [self.manifest["words"]]
-        if self.folder != self.cache / self.manifest.get("key", ""):
+        words, key, root = [self.manifest["words"]], self.manifest.get("key", ""), str(self.cache.parent)
+        under = self.path.removesuffix(f"/stores/{key}")
+        if is_url(under) and home(under) == self.cache.parent:
+            root = under
+        elif self.folder != self.cache / key:
             words.append(shlex.quote(f"logits.path={conf.typed(self.path)}"))
-        if str(self.cache.parent) != os.environ.get("KD_ROOT", "runs"):
-            words.append(shlex.quote(f"root={conf.typed(str(self.cache.parent))}"))
+        if root != os.environ.get("KD_ROOT", "runs"):
+            words.append(shlex.quote(f"root={conf.typed(root)}"))
         return f"python -m kd.store write {' '.join(words)}"
 
     def _other_tokens(self, row: int, part: str = "") -> UserError:
@@ -432,8 +435,8 @@ def main() -> None:
             console.print(train.compare_with_teacher(store, given.root), soft_wrap=True)
         elif store:
             console.print(info(store))
-    except (UserError, PermissionError) as error:
-        end_with(error)
+    except MISTAKES as error:
+        end_with(for_people(error))
 
 
 if __name__ == "__main__":

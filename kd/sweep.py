@@ -5,13 +5,10 @@ A process of its own means that a run that raises, exits or is killed takes no o
 
 from __future__ import annotations
 
-import importlib
 import shlex
 import sys
-import types
 from collections.abc import Callable, Mapping, Sequence
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
@@ -23,17 +20,26 @@ from rich.table import Table
 
 from kd import agent, files, remote
 from kd.config import check_sweep
-from kd.errors import UserError
+from kd.errors import MISTAKES, UserError, for_people
 from kd.guard import check_words
 from kd.identity import NO_SIGNAL, group_of
 from kd.pool import Job, Local, Pool, Watch, fitting, gpus, visible_devices
 from kd.progress import clock, console, end_with
 from kd.run import DIVERGED, DONE, FAILED, NO_MEMORY, Run, read_json
-from kd.search import Search
 from kd.signals import Preempted, requests
 
 
-class Lines(Sweeper):
+class Multirun(Sweeper):
+    """A sweeper that hands its jobs to the launcher."""
+
+    def setup(self, *, hydra_context, task_function, config) -> None:
+        self.hydra_context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+
+class Lines(Multirun):
     """Hydra's basic sweeper over several lines: a sweep is the union of what each of its `runs` would be after -m.
 
     What was typed beside sweeps=NAME is added to every line, and a line may have a name that its runs go by in tables:
@@ -41,14 +47,6 @@ class Lines(Sweeper):
     A file may have `scales`, each with a `base` and `runs` of its own to add, of which scale=NAME takes one.
     How a signal is treated is left out of runs that have none, and runs that are then the same are one run.
     """
-
-    __module__ = "hydra_plugins.kd"  # see register()
-
-    def setup(self, *, hydra_context, task_function, config) -> None:
-        self.hydra_context, self.config = hydra_context, config
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         # Hydra loads this module anew when it looks for plugins, so it is not to be imported before.
@@ -98,7 +96,6 @@ class Runs(Launcher):
     is passed on to the runs, which save a checkpoint; the second kills them.
     """
 
-    __module__ = "hydra_plugins.kd"
     # What train.py makes of a job: its settings, the run that they describe, and a trial of all its parts.
     resolve: Callable
     plan: Callable
@@ -117,6 +114,9 @@ class Runs(Launcher):
         """What is to do the jobs of sweep `name`; raises UserError where it cannot."""
         raise NotImplementedError
 
+    def check_place(self, settings: dict) -> None:
+        """Raise UserError for a run that cannot be done where it is to be; of other machines nothing is known."""
+
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int, said: list[str] | None = None,
         watch: Watch | None = None, names: list[str] | None = None,
@@ -129,20 +129,26 @@ class Runs(Launcher):
         requests.watch()
         names = names or [""] * len(job_overrides)
         said = said or varying(job_overrides, names)
+        try:
+            return self._launch(job_overrides, initial_job_idx > 0, said, watch, names)
+        except MISTAKES as error:
+            end_with(for_people(error))
+
+    def _launch(
+        self, job_overrides: Sequence[Sequence[str]], further: bool, said: list[str], watch: Watch | None,
+        names: list[str],
+    ) -> list[JobReturn]:  # fmt: skip
         of = self.config.sweep
         name = of if isinstance(of, str) else (of or {}).get("name", "multirun")
-        try:
-            check_sweep(name)
-            agent.check_single()
-            if self.config.plan:
-                type(self).show_plan(list(map(self._settings, job_overrides)), said, self.at_once())
-                sys.exit()
-            made = [self._run(job) for job in job_overrides]  # every config is checked before the first run starts
-        except UserError as error:
-            end_with(error)
+        check_sweep(name)
+        agent.check_single()
+        if self.config.plan:
+            type(self).show_plan(list(map(self._settings, job_overrides)), said, self.at_once())
+            sys.exit()
+        made = [self._run(job) for job in job_overrides]  # every config is checked before the first run starts
         requests.end_if_asked()
         path = remote.latest(self.config.root, f"sweeps/{name}.json")
-        listed = (read_json(path) or {"runs": []})["runs"] if initial_job_idx else []
+        listed = (read_json(path) or {"runs": []})["runs"] if further else []
         listed += [
             {"run": run.name, "overrides": list(words)} | ({"name": line} if line else {})
             for (run, _), words, line in zip(made, job_overrides, names, strict=True)
@@ -155,16 +161,11 @@ class Runs(Launcher):
         for (run, number), w, words in zip(made, job_overrides, said):
             by_name.setdefault(run.name, Job(run, [*w, f"sweep={name}"], words, number))
         jobs = list(by_name.values())
-        try:
-            pool = self.pool(name, jobs)
-            pool.stop_on_failure = self.config.on_failure == "stop"
-            pool.watch = watch and (lambda run: watch(order.index(run.name), run))
-        except UserError as error:
-            end_with(error)
+        pool = self.pool(name, jobs)
+        pool.stop_on_failure = self.config.on_failure == "stop"
+        pool.watch = watch and (lambda run: watch(order.index(run.name), run))
         try:
             pool.work()
-        except UserError as error:
-            end_with(error)
         finally:
             console.print(summary(name, jobs))
         if pool.asked:
@@ -181,6 +182,7 @@ class Runs(Launcher):
         settings = self._settings(words)
         run = type(self).plan(settings).run
         if run.result() is None:
+            self.check_place(settings)
             type(self).prepare(settings)
         else:
             run.settle()
@@ -206,7 +208,11 @@ class NotDone(UserError):
 class Processes(Runs):
     """Runs on this machine, each with a share of its cores and GPUs."""
 
-    __module__ = "hydra_plugins.kd"
+    def check_place(self, settings: dict) -> None:
+        if settings["trainer"]["devices"] > 1:
+            from kd import ranks  # and torch
+
+            ranks.check_devices(settings["trainer"])
 
     def at_once(self) -> int:
         return self.config.n_jobs or fitting(visible_devices(), gpus(self.config.trainer))
@@ -249,28 +255,3 @@ def summary(name: str, jobs: Sequence[Job]) -> Table:
             files.amount(state["peak_memory"]) if "peak_memory" in state else "", f"[dim]{escape(why)}[/]",
         )  # fmt: skip
     return table
-
-
-def register(**functions: Callable) -> None:
-    """Make both known to Hydra as hydra/launcher=processes and hydra/sweeper=lines."""
-    for name, function in functions.items():  # what train.py makes of a job
-        setattr(Runs, name, staticmethod(function))
-    store = ConfigStore.instance()
-    store.store(group="hydra/launcher", name="processes", node={"_target_": "hydra_plugins.kd.Processes"})
-    store.store(group="hydra/sweeper", name="lines", node={"_target_": "hydra_plugins.kd.Lines"})
-    search = {"_target_": "hydra_plugins.kd.Search", "n_trials": 20, "seed": 0, "prune": True}
-    store.store(group="hydra/sweeper", name="optuna", node=search)
-    # Hydra 1.3 takes plugins from the package hydra_plugins alone, so this module also goes by a name in it.
-    try:
-        package = importlib.import_module("hydra_plugins")
-    except ModuleNotFoundError:
-        package = sys.modules["hydra_plugins"] = types.ModuleType("hydra_plugins")
-        package.__path__ = []
-    package.kd = sys.modules["hydra_plugins.kd"] = sys.modules[__name__]
-    from kd.ray import Ray  # these are made of what is here
-    from kd.slurm import Slurm
-
-    for plugin in (Search, Slurm, Ray):
-        setattr(package.kd, plugin.__name__, plugin)
-    for plugin in (Processes, Lines, Search, Slurm, Ray):
-        Plugins.instance().register(plugin)

@@ -7,13 +7,13 @@ writers share the work by taking shards that no other holds.
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import filelock
 import fsspec
@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kd import files
+from kd import files, ranks
 from kd.data import IGNORE, Batch, Packed, to_batch
-from kd.entries import Entries, Positions, encode, to_bytes
+from kd.entries import Positions, encode, to_bytes
 from kd.errors import UserError
 from kd.hardware import hold_in, keep_freed
 from kd.logits import Projection, online
@@ -33,7 +33,7 @@ from kd.objective import chunks, fitting
 from kd.progress import Steps, clock, console, track
 from kd.remote import Remote
 from kd.run import read_json
-from kd.store import joined, quoted, row_hash, said
+from kd.store import quoted, row_hash, said
 from kd.target import Target
 
 SHARD_TOKENS, SHARD_BYTES = 1 << 20, 1 << 28  # a shard holds at most so many positions, or bytes of hidden states
@@ -56,15 +56,14 @@ class Rows:
         self.bodies += hidden.cpu()
         self.positions += ids.size
 
-    def add_entries(self, ids: np.ndarray, pieces: list[Positions], kept: np.ndarray | None = None) -> None:
-        """Rows ids [B, T] and entries of their positions, or of those that are kept [B, T], in order."""
+    def add_entries(self, ids: np.ndarray, pieces: list[Positions], kept: np.ndarray) -> None:
+        """Rows ids [B, T] and entries of those of their positions that are kept [B, T], in order."""
         self.hashes += map(row_hash, ids)
         columns = ("count", "log_odds", "gap", "code")
         count, log_odds, gap, code = (np.concatenate([getattr(p, c).cpu().numpy() for p in pieces]) for c in columns)
         self.positions += len(count)
         self.entries += len(gap)
         self.mass += float(torch.from_numpy(log_odds).double().sigmoid().sum())
-        kept = np.ones(ids.shape, bool) if kept is None else kept
         count, log_odds = _spread(count, kept, 0), _spread(log_odds, kept, -np.inf)
         ends = count.sum(1).cumsum()
         for row, (start, end) in enumerate(zip([0, *ends], ends)):
@@ -73,10 +72,6 @@ class Rows:
     @property
     def bytes(self) -> int:
         return sum(b.nbytes if isinstance(b, Tensor) else len(b) for b in self.bodies)
-
-    def all(self) -> Tensor | Entries:
-        """What a store would read."""
-        return joined(self.bodies)
 
     def save(self, folder: Path, name: str, **note) -> None:
         """As NAME.safetensors with a note."""
@@ -168,8 +163,7 @@ class Teacher:
     @classmethod
     def finished(cls, model: Causal, of: dict, keep: Callable[[Target], Target] | None, accelerator: str) -> Teacher:
         """One that learns no more, where and in the precision that training would ask it in."""
-        if accelerator != "cpu" and torch.cuda.is_available():
-            model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        model.to(ranks.device(accelerator))
         if of["precision"] == "bf16":
             hold_in(torch.bfloat16, model)
         return cls(model, of, keep)
@@ -285,18 +279,31 @@ def _cut(rows: int, size: int, teacher: Teacher) -> dict[str, range]:
     return {f"shard-{number:05}": range(first, min(first + each, rows)) for number, first in enumerate(starts)}
 
 
-def _announce(folder: Path, teacher: Teacher, packed: Packed, batch: int, rows: int) -> None:
-    """Say what is to be written and how long it takes, by the example of one batch; raises UserError without room."""
-    table, output = packed.train, teacher.model.head.output
+class Takes(NamedTuple):
+    """What rows of a store take."""
+
+    tokens: int  # that are stored
+    size: float  # bytes
+    beside: int  # bytes of the output layer and the validation rows
+    seconds: float
+
+
+def takes(teacher: Teacher, packed: Packed, batch: int, rows: float) -> Takes:
+    """What so many rows like those that are packed take, by the example of one batch."""
+    output, each = teacher.model.head.output, packed.counted if teacher.keep else packed.train.shape[1] - 1
     beside = sum(p.numel() for p in output.parameters()) + packed.val[:, 1:].size * output.weight.shape[1]
-    beside *= teacher.dtype.itemsize * (_note(folder, "head") is None)
     for _ in range(2):  # the first forward pass is slower
         out, started = Rows(), time.monotonic()
-        teacher.answer(table, np.arange(min(batch, len(table))), out, spans=packed.train_spans)
-    share = rows / len(out.bodies)
-    each = packed.counted if teacher.keep else table.shape[1] - 1  # positions of a row that are stored
-    size, free = out.bytes / out.positions * rows * each, shutil.disk_usage(folder).free
-    tokens = round(rows * each)
+        teacher.answer(packed.train, np.arange(min(batch, len(packed.train))), out, spans=packed.train_spans)
+    seconds, tokens = (time.monotonic() - started) / len(out.bodies) * rows, rows * each
+    return Takes(round(tokens), out.bytes / out.positions * tokens, beside * teacher.dtype.itemsize, seconds)
+
+
+def _announce(folder: Path, teacher: Teacher, packed: Packed, batch: int, rows: int) -> None:
+    """Say what is to be written and how long it takes; raises UserError without room."""
+    tokens, size, beside, seconds = takes(teacher, packed, batch, rows)
+    beside *= _note(folder, "head") is None
+    free = shutil.disk_usage(folder).free
     say = (
         f"{tokens:,} tokens at about {size / tokens:,.0f} bytes each, {files.amount(size)} in all, and "
         f"{files.amount(beside)} of output layer and validation rows; "
@@ -307,7 +314,7 @@ def _announce(folder: Path, teacher: Teacher, packed: Packed, batch: int, rows: 
             f"No room for the store: {say}. Keep less of each position (e.g. record=top_k record.k=20), take less text "
             "(data.tokens=…), or choose another disk with logits.path=…"
         )
-    console.print(f"Writing {say}; {clock((time.monotonic() - started) * share)} if no one helps.", soft_wrap=True)
+    console.print(f"Writing {say}; {clock(seconds)} if no one helps.", soft_wrap=True)
 
 
 @contextmanager
@@ -367,12 +374,19 @@ def upload(folder: Path, url: str) -> None:
     try:
         system, root = fsspec.core.url_to_fs(url)
         system.makedirs(root, exist_ok=True)
-        for name in track([*manifest["files"], "manifest.json"], f"copying to {url}"):
+        remote = Remote(url, folder)
+        left = [name for name, note in manifest["files"].items() if not _is_sent(remote, name, note)]
+        for name in track([*left, "manifest.json"], f"copying to {url}"):
             system.put_file(str(folder / name), f"{root}/{name}")
     except Exception as error:  # every system has errors of its own
         raise UserError(
             f"The store is whole in {folder}, and could not be copied to {url}: {error}\nThe same command goes on."
         ) from error
+
+
+def _is_sent(there: Remote, name: str, note: dict) -> bool:
+    """Whether a file is at a URL already, where Recorder.send puts a note behind each."""
+    return there.read(f"{name.partition('.')[0]}.json") == note
 
 
 class Recorder:

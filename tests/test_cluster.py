@@ -12,18 +12,24 @@ import sys
 import time
 from pathlib import Path
 
+import hydra
 import lightning
 import pytest
+import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+import train as product
 from kd import cluster, ranks
 from kd.checkpoint import newest
+from kd.config import CONF
 from kd.errors import UserError
 from kd.pool import Job, Local, fitting, gpus
+from kd.ray import Ray
 from kd.run import Run
-from kd.slurm import HERE
-from tests.small import ENVIRONMENT, outcome, start, train
+from kd.slurm import HERE, SlurmPool
+from kd.sweep import Processes, Runs
+from tests.small import ENVIRONMENT, outcome, settings, start, train
 from tests.test_faults import STEP, Fault, ended, processes, runs, state, states, table, until
 
 SLURM = ("-m", "hydra/launcher=submitit_slurm")
@@ -157,6 +163,16 @@ def test_second_signal_kills_and_a_killed_sweep_is_taken_up_again(made, root, sl
     same(root, made)
 
 
+def test_nothing_is_queued_twice_while_slurm_does_not_answer(tmp_path, monkeypatch):
+    silent = subprocess.CompletedProcess([], 1, "", "Unable to contact slurm controller")
+    monkeypatch.setattr("kd.slurm.ask", lambda words: silent)
+    record, jobs = tmp_path / "jobs.json", [Job(Run(tmp_path, "run"), [], "run")]
+    assert SlurmPool("", jobs, 1, None, record).waiting == jobs  # of a new sweep none can be queued
+    record.write_text('{"run": "7_0"}')
+    with pytest.raises(UserError, match="when squeue answers"):
+        SlurmPool("", jobs, 1, None, record)
+
+
 @pytest.mark.slow
 def test_failure_stops_what_is_queued(root, slurm, tmp_path):
     fault = Fault(tmp_path / "fault", "kd.module", STEP, only="seed=0", AT=7, ACT='fired(); raise RuntimeError("no")')
@@ -179,6 +195,19 @@ def test_what_slurm_refuses_is_said(root, slurm, tmp_path):
     assert "#SBATCH --gpus-per-node=2" in script.read_text()
     output = train(root, *SLURM, "seed=0", "hydra.launcher.timeout_min=long", code=2, **slurm.environment)
     assert "hydra.launcher.timeout_min=long: need a whole number" in output
+
+
+def test_devices_are_counted_where_a_run_is_done(tmp_path, monkeypatch):
+    """Not on the login node that a sweep is started on."""
+    monkeypatch.setattr(ranks, "processor", lambda accelerator: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    told = settings(tmp_path, "trainer.devices=4", "teacher.steps=1")
+    monkeypatch.setattr(Runs, "_settings", lambda self, words: told)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        assert Ray(None, 1, 4)._run([])[1] == 4
+        for work in (Processes()._run, lambda words: product.train(told)):
+            with pytest.raises(UserError, match=r"trainer\.devices=4: this machine has 1"):
+                work([])
 
 
 @pytest.mark.parametrize("package, extra", [("submitit", "slurm"), ("ray", "ray")])

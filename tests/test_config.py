@@ -280,6 +280,24 @@ def test_every_other_setting_is_checked_by_name_too(word):
         train.plan(resolved("data=markov", word))
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["rollout.capacity=null rollout=adaptive data=instructions", "logits.seed=null logits=offline",
+     "data.seq_len=null trainer.tokens=1000", "data.seq_len=0 trainer.tokens=1000", "logits.path=5 logits=offline",
+     "record.path=5 record=top_k logits=offline", "~teacher.steps", "~trainer.batch", "~root",
+     "~loss.single_step loss=minillm rollout=mixed data=instructions"],
+)  # fmt: skip
+def test_what_is_looked_at_before_functions_are_loaded_is_checked_first(words):
+    words = words.split()
+    with pytest.raises(UserError, match=f"^{words[0].partition('=')[0]}.*need"):
+        train.plan(train.resolve(compose("config", words), words))
+
+
+@pytest.mark.parametrize("root", ["s3://bucket/kd", "runs", "/"])
+def test_a_root_with_a_slash_at_its_end_is_the_same_place(root):
+    assert resolved(f"root={root}/")["root"] == resolved(f"root={root}")["root"] == root
+
+
 @pytest.mark.parametrize("word", ["optim.weight_decay=abc", "optim.betas=3", "optim.eps=null"])
 def test_setting_of_the_optimizer_of_another_type_is_refused_by_name(word):
     with pytest.raises(UserError, match=word.partition("=")[0]):

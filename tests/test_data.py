@@ -94,6 +94,13 @@ def test_every_epoch_has_every_row_once_in_a_new_order(batch):
     assert (np.concatenate(again[::-1]) == rows).all()
 
 
+def test_an_order_is_made_once_for_the_data_and_once_for_the_text_beside_it(packed):
+    data._permutation.cache_clear()
+    beside = data.Batches(packed.train[:50], batch=4, seed=1, start=0, steps=5)
+    assert len(list(data.Batches(packed.train[:60], batch=4, seed=1, start=0, steps=5, beside=beside))) == 5
+    assert data._permutation.cache_info().misses == 2
+
+
 def test_another_seed_is_another_order_and_other_random_numbers(packed):
     orders = {tuple(data.rows_of_step(100, 100, seed, 0)) for seed in range(20)}
     assert len(orders) == 20

@@ -44,7 +44,7 @@ def written(target: Target, draws: int | None = None, size: int = 5) -> Rows:
     """A target of ROWS x SIZE positions as rows of a shard, encoded `size` positions at a time."""
     out = Rows()
     pieces = [encode(target[rows], draws) for rows in chunks(ROWS * SIZE, size)]
-    out.add_entries(np.zeros((ROWS, SIZE), np.int64), pieces)
+    out.add_entries(np.zeros((ROWS, SIZE), np.int64), pieces, np.ones((ROWS, SIZE), bool))
     return out
 
 
@@ -79,7 +79,7 @@ def divergence(computed: dict[int, float], stored: dict[int, float]) -> float:
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 def test_ids_come_back_exactly_and_probabilities_to_half_a_step(vocabulary):
     target = sparse(vocabulary)
-    for before, after in zip(tables([target]), tables(read(written(target).all())), strict=True):
+    for before, after in zip(tables([target]), tables(read(from_bytes(written(target).bodies))), strict=True):
         assert before.keys() == after.keys()
         difference = np.array([after[i] - before[i] for i in before])
         # Each is off by half a step at most, and all of them together by what makes their sum right again.
@@ -88,7 +88,7 @@ def test_ids_come_back_exactly_and_probabilities_to_half_a_step(vocabulary):
 
 
 def test_ids_of_a_position_ascend():
-    for table in read(written(sparse(256_000)).all()):
+    for table in read(from_bytes(written(sparse(256_000)).bodies)):
         for ids, logp in zip(table.ids, table.logp, strict=True):
             assert (ids[logp > -math.inf].diff() > 0).all()
 
@@ -97,7 +97,7 @@ def test_ids_of_a_position_ascend():
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 def test_counts_of_a_sample_come_back_exactly(vocabulary, draws):
     target = option("truncation", "random", draws=draws)(heavy(ROWS * SIZE, vocabulary))
-    before, after = tables([target]), tables(read(written(target, draws).all(), draws))
+    before, after = tables([target]), tables(read(from_bytes(written(target, draws).bodies), draws))
     assert [t.keys() for t in before] == [t.keys() for t in after]
     for a, b in zip(before, after, strict=True):
         assert [round(draws * math.exp(a[i])) for i in a] == [round(draws * math.exp(b[i])) for i in a]
@@ -108,7 +108,7 @@ def test_as_many_draws_as_a_count_can_hold():
     count = ROWS * SIZE
     logp = torch.tensor([[1.0, 0.0]]).log().expand(count, 2)
     certain = Target(torch.zeros(count, dtype=torch.long), logp, seed=torch.arange(count))
-    entries = written(option("truncation", "random", draws=MOST_DRAWS)(certain), MOST_DRAWS).all()
+    entries = from_bytes(written(option("truncation", "random", draws=MOST_DRAWS)(certain), MOST_DRAWS).bodies)
     assert (entries.code == MOST_DRAWS).all() and tables(read(entries, MOST_DRAWS)) == [{0: 0.0}] * count
 
 
@@ -118,23 +118,25 @@ def test_mass_is_right_at_both_ends(mass):
     count = ROWS * SIZE
     logp = torch.randn(count, 3, generator=torch.Generator().manual_seed(1)).double().log_softmax(-1) + math.log(mass)
     target = Target(torch.zeros(count, dtype=torch.long), logp, torch.tensor([[5, 3, 4]]).expand(count, 3))
-    log_odds = written(target).all().log_odds.double()
+    log_odds = from_bytes(written(target).bodies).log_odds.double()
     assert log_odds.sigmoid().numpy() == pytest.approx(mass, rel=0.005)
     assert (-log_odds).sigmoid().numpy() == pytest.approx(1 - mass, rel=0.005)
-    assert read(written(target).all())[0].logp.double().exp().sum(-1).numpy() == pytest.approx(mass, rel=0.005)
+    assert read(from_bytes(written(target).bodies))[0].logp.double().exp().sum(-1).numpy() == pytest.approx(
+        mass, rel=0.005
+    )
 
 
 @pytest.mark.parametrize("vocabulary", [17, 5_000])
 def test_whole_support_has_all_the_mass(vocabulary):
     target = option("truncation", "top_k", k=vocabulary)(heavy(ROWS * SIZE, vocabulary))
-    (stored,) = read(written(target).all())
+    (stored,) = read(from_bytes(written(target).bodies))
     assert stored.logp.double().exp().sum(-1).numpy() == pytest.approx(1, abs=1e-5)
     assert (stored.ids.sort(-1).values == torch.arange(vocabulary)).all()
 
 
 def test_one_entry_in_a_position():
     target = option("truncation", "top_k", k=1)(heavy(ROWS * SIZE, 151_936))
-    (stored,) = read(written(target).all())
+    (stored,) = read(from_bytes(written(target).bodies))
     assert (stored.ids == target.ids).all() and stored.ids.shape == (ROWS * SIZE, 1)
     assert stored.logp.exp().numpy() == pytest.approx(target.logp.exp().numpy(), rel=2e-3)
 
@@ -142,7 +144,7 @@ def test_one_entry_in_a_position():
 def test_improbable_entries_stay_apart_from_dropped_ones():
     logp = torch.tensor([[-1e-9, -1000.0, -5000.0, -math.inf]]).expand(ROWS * SIZE, 4)
     target = Target(torch.zeros(ROWS * SIZE, dtype=torch.long), logp, torch.tensor([[9, 1, 5, 2]]).expand(logp.shape))
-    for table in tables(read(written(target).all())):
+    for table in tables(read(from_bytes(written(target).bodies))):
         assert table.keys() == {1, 5, 9}
         assert table[1] == pytest.approx(-1000, abs=STEP) and table[5] < table[1]
 
@@ -155,19 +157,19 @@ def test_chunks_of_writing_and_reading_change_nothing(draws):
     whole = written(target, draws, ROWS * SIZE)
     for size in (1, 3, SIZE, 31):
         assert written(target, draws, size).bodies == whole.bodies
-        assert same(tables(read(whole.all(), draws, size)), tables(read(whole.all(), draws)))
+        assert same(tables(read(from_bytes(whole.bodies), draws, size)), tables(read(from_bytes(whole.bodies), draws)))
 
 
 @pytest.mark.parametrize("rows", [1, 3, ROWS, 9])
 def test_split_is_the_same_rows(rows):
-    entries = written(sparse(300)).all()
+    entries = from_bytes(written(sparse(300)).bodies)
     parts = entries.split(rows)
     assert [len(p.count) for p in parts] == [len(p) for p in torch.arange(ROWS).split(rows)]
     assert same([t for p in parts for t in tables(read(p))], tables(read(entries)))
 
 
 def test_positions_are_picked_in_order():
-    entries = written(sparse(300)).all()
+    entries = from_bytes(written(sparse(300)).bodies)
     kept = torch.rand(ROWS, SIZE, generator=torch.Generator().manual_seed(2)) < 0.4
     zeros = torch.zeros(int(kept.sum()), dtype=torch.long)
     picked = entries.at(kept).target(slice(None), zeros, zeros, None)
@@ -177,7 +179,9 @@ def test_positions_are_picked_in_order():
 
 def test_rows_are_read_one_by_one_as_all_at_once():
     out = written(sparse(256_000))
-    assert same([t for body in out.bodies for t in tables(read(from_bytes([body])))], tables(read(out.all())))
+    assert same(
+        [t for body in out.bodies for t in tables(read(from_bytes([body])))], tables(read(from_bytes(out.bodies)))
+    )
 
 
 TRUNCATIONS = {
@@ -193,7 +197,7 @@ TRUNCATIONS = {
 def test_what_is_stored_is_what_was_computed_to_a_ten_thousandth_of_a_nat(name, slope):
     kind, settings = TRUNCATIONS[name]
     target = option("truncation", kind, **settings)(heavy(ROWS * SIZE, 32_768, slope))
-    pairs = list(zip(tables([target]), tables(read(written(target).all())), strict=True))
+    pairs = list(zip(tables([target]), tables(read(from_bytes(written(target).bodies))), strict=True))
     found = np.array([divergence(*pair) for pair in pairs])
     assert found.mean() < 1e-4 and found.max() < 2e-4
     shifted = [divergence(a, {i: x - 0.02 for i, x in b.items()}) for a, b in pairs]
@@ -209,7 +213,7 @@ def test_bytes_per_token(name, most, vocabulary):
     draws = 50 if name == "random" else None
     kept = option("truncation", name)(target) if draws else option("truncation", name, k=50)(target)
     out = Rows()
-    out.add_entries(np.zeros((rows, size), np.int64), [encode(kept, draws)])
+    out.add_entries(np.zeros((rows, size), np.int64), [encode(kept, draws)], np.ones((rows, size), bool))
     entries = out.entries / (rows * size)
     assert 10 < entries < 14 if draws else entries == 50
     assert out.bytes / (rows * size) <= most

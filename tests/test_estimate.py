@@ -51,6 +51,15 @@ def test_disk_before_is_that_of_the_model_and_the_store(taught, tmp_path):
     assert of(tmp_path / "root", *words) == {}
 
 
+@pytest.mark.parametrize("words", [("truncation=top_k", "truncation.k=1"), ("truncation=full",)], ids=lambda w: w[0])
+def test_disk_of_a_store_is_that_of_its_output_layer_too(tmp_path, words):
+    """In the precision that it is stored in, whatever is kept."""
+    words = ("data.states=400", "teacher.steps=1", "trainer.precision=bf16", *words)
+    stored = next(said for name, said in of(tmp_path, "logits=offline", *words).items() if name.startswith("store"))
+    size = sum(p.stat().st_size for p in write(tmp_path, *words).folder.glob("*.safetensors"))
+    assert stored.disk == pytest.approx(size, rel=0.05)
+
+
 def test_a_sample_of_much_text_tells_as_much(tmp_path, monkeypatch):
     words = ("logits=offline", "truncation=top_k", "truncation.k=4", "teacher.steps=1", "data.tokens=20000")
     *_, stored, run = of(tmp_path / "whole", *words).values()

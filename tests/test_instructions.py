@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shlex
 import shutil
 import sysconfig
 from dataclasses import replace
@@ -25,6 +26,7 @@ from kd.data import IGNORE
 from kd.errors import UserError
 from kd.instructions import Example, alpaca, encode, end_of_response, functions, plain, tokens
 from kd.packing import END
+from kd.settings import resolve
 from tests import small
 from tests.small import outcome
 
@@ -690,6 +692,18 @@ def test_a_store_holds_responses_and_no_more(root):
         assert (target.logp > -torch.inf).all() and (target.logp.exp().sum(-1) <= 1 + 1e-5).all()
         assert torch.equal(target.label, batch.labels[kept])
     assert "KL from what it says now to what is stored" in product.compare_with_teacher(found, str(root))
+
+
+@pytest.mark.parametrize("start", [(), ("start=pretrained",), ("start=sft", "start.sft_steps=2")])
+def test_the_words_of_a_store_describe_that_store(root, start):
+    """They name what decides the tokenizer, and how the teacher was pretrained."""
+    (root / "plain.txt").write_text("A line of text.\n\n" * 9)
+    more = (*start, *(["start.steps=7", "start.lr=1e-3"] if start else []))
+    made = settings(root, *OFFLINE, *more, "plain=text", f"plain.files={root / 'plain.txt'}")
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        words = ["logits=offline", *shlex.split(offline.words_of(made)), f"root={root}"]
+        again = resolve(hydra.compose("config", words), words)
+        assert plan.plan(again).store.key == plan.plan(made).store.key
 
 
 def test_a_store_of_other_prompts_is_another(root):

@@ -25,6 +25,16 @@ def test_metrics_file_cuts_what_comes_after_the_checkpoint_and_a_torn_line(tmp_p
     assert [(x["step"], x["a"]) for x in read_metrics(path)] == [(1, 1.0), (2, 2.0), (3, 9.0)]
 
 
+def test_what_was_measured_before_the_first_step_is_there_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for step, lines in ((0, [0]), (0, [0, 3]), (3, [0, 3])):  # killed before its first checkpoint, and after
+        log = MetricsFile(path, step=step)
+        for number in lines if not step else ():
+            log.log_metrics({"a": 1.0}, step=number)
+        log.close(None)
+        assert [x["step"] for x in read_metrics(path)] == lines
+
+
 def inspect(path: Path) -> dict:
     """Config, summary, … of an offline W&B run, read by W&B's own tool."""
     command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--summary", "--json", str(path)]

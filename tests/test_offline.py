@@ -11,11 +11,12 @@ import torch
 
 import train as product
 from kd import data, models, store
-from kd.entries import STEP
+from kd.entries import STEP, from_bytes
 from kd.errors import UserError
 from kd.logits import Projection
 from kd.losses import akl
 from kd.objective import Objective
+from kd.plan import composed
 from kd.target import Target
 from kd.treatment import renormalise
 from kd.truncation import fewer
@@ -165,7 +166,7 @@ def stored(target: Target, name: str, **settings) -> Target:
     """A part of a target, as a store gives it back."""
     draws = settings.get("draws")
     kept = option("truncation", name, **settings)(target)
-    (found,) = read(written(kept, draws).all(), draws)
+    (found,) = read(from_bytes(written(kept, draws).bodies), draws)
     return replace(target, logp=found.logp, ids=found.ids)
 
 
@@ -324,6 +325,15 @@ def test_runs_of_many_kinds_read_one_store(root, monkeypatch):
         assert result(here(root, "logits=offline", "record=full", "trainer.steps=2", *kind))["state"] == "done"
     assert {p: p.stat().st_mtime_ns for p in path.iterdir()} == before
     assert len(list(root.glob("*/result.json"))) == 1 + len(kinds)
+
+
+def test_a_rank_composes_no_config(root, monkeypatch):
+    """It is given settings, and Hydra is not there; what a store is to hold is asked of who writes it alone."""
+    given, fit = [], product.fit
+    monkeypatch.setattr(product, "fit", lambda *of: given.append(of) or {})
+    here(root, "logits=offline", "record=top_k", "record.k=5", "trainer.steps=2", *TOP)
+    composed.cache_clear()
+    assert fit(*given[0])["state"] == "done"
 
 
 def test_a_run_with_a_store_costs_no_flops_of_a_teacher(root):

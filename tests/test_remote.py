@@ -126,6 +126,16 @@ def test_checkpoint_and_metrics_belong_together_and_a_damaged_one_is_passed_over
         run.pull_checkpoint(-1)
 
 
+@pytest.mark.parametrize("name", ["../evil", "checkpoints/../../evil", "{root}/evil"])
+def test_a_note_that_names_another_place_is_refused(cache, tmp_path, name):
+    run, objects = pushed(tmp_path / "there", cache)
+    (tmp_path / "there" / "evil").write_text("evil")
+    (objects / "step-00000099.json").write_text(json.dumps({"files": {name.format(root=tmp_path): ""}, "digest": ""}))
+    with pytest.raises(UserError, match="evil; nothing was copied"):
+        run.pull_checkpoint(-1)
+    assert [p for p in tmp_path.rglob("evil") if p.parent != tmp_path / "there"] == []
+
+
 def test_checkpoint_in_shards_is_a_folder_there_too(cache, tmp_path):
     run = Remote(f"file://{tmp_path}/there", cache / "run")
     path = run.folder / "checkpoints" / "step-00000003.ckpt"

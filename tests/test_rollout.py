@@ -2,6 +2,8 @@
 
 import io
 import threading
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from kd import generate, ranks, rollout
 from kd.data import IGNORE, Batch
 from kd.errors import UserError
+from kd.module import Distillation
 from kd.rollout import Writers, returns, whiten
 from tests.cases import close, each, option, settings
 from tests.test_generate import END, T, batch, model, whole
@@ -420,6 +423,19 @@ def test_without_a_share_of_the_teacher_the_student_writes_alone(models):
     kept = found.labels != IGNORE
     close(found.sampled.importance[kept], torch.ones(int(kept.sum())), rtol=1e-5)
     assert found.sampled.teacher[kept].any()
+
+
+def test_another_number_of_ranks_goes_on_where_none_has_text_of_its_own(models):
+    asked = made(models, "adaptive", threshold=1.0, capacity=8)
+    asked.validated(2.5)
+    before = asked.state()
+    going = SimpleNamespace(rollout=made(models, "adaptive"))
+    load = partial(Distillation.on_load_checkpoint, going)
+    load({"kd": {"rollout": [before, before], "random": [None]}})
+    assert going.rollout.reference == 2.5 and going.rollout.threshold == 1.0
+    asked(data(), 0, 0.0)
+    with pytest.raises(UserError, match=r"saved by 2 processes.* Type trainer\.devices=2"):
+        load({"kd": {"rollout": [before, asked.state()], "random": [None]}})
 
 
 @pytest.mark.parametrize(

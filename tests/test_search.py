@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -99,6 +100,12 @@ def test_a_search_without_an_axis_says_what_one_is(tmp_path):
     assert "needs an axis" in train(tmp_path, "-m", "hydra/sweeper=optuna", "loss=fkl", code=2)
 
 
+def test_a_root_that_is_no_folder_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    output = train(tmp_path, *WORDS, f"root={tmp_path / 'file'}", code=2)
+    assert "root=/other/folder" in output and "Traceback" not in output
+
+
 def test_what_to_type_without_optuna(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match=r"pip install 'kd\[optuna\]'"):
@@ -117,6 +124,12 @@ def test_what_to_type_without_optuna(monkeypatch):
 )
 def test_axes_are_those_of_hydra(typed, expected):
     assert axis(optuna, OverridesParser.create().parse_override(typed)) == expected
+
+
+@pytest.mark.parametrize("typed", ["x=tag(log,interval(0,1e-2))", "x=interval(1,0)", "x=tag(int,log,interval(0,8))"])
+def test_an_interval_that_is_none_is_named(typed):
+    with pytest.raises(UserError, match=f"^{re.escape(typed)}: need the smaller number first, and with log one above"):
+        axis(optuna, OverridesParser.create().parse_override(typed))
 
 
 def test_a_run_behind_the_median_of_the_others_is_ended(tmp_path):

@@ -13,7 +13,7 @@ import train as product
 from kd import estimate, packing, written
 from kd.config import CONF
 from kd.errors import UserError
-from kd.plan import plan, start_settings
+from kd.plan import plan, recording, start_settings
 from kd.run import read_metrics
 from tests.small import here, settings
 
@@ -155,6 +155,19 @@ def test_plan_counts_the_time_of_writing(rollout, written, root, words, monkeypa
     said = estimated(root, *words[:-2], *more.split())
     # Four held-out prompts are answered three times, two at once.
     assert said.seconds == pytest.approx(estimate.STARTS + 7 * written + 5 * 3 * 4 / 2)
+
+
+def test_plan_names_all_that_is_made_first_for_recorded_logits(root, words, monkeypatch):
+    """The teacher's recorded run in place of the teacher, and what the student starts from beside it."""
+    step = estimate.Step({role: estimate.Cost(10, 8, 0.001) for role in ("student", "teacher")}, micro_batch=0.0)
+    monkeypatch.setattr(estimate, "_measure", lambda *_: step)
+    monkeypatch.setattr(estimate, "_measured", {})
+    told = settings(root, *words, *SFT, "start.seed=5", "teacher.seed=5", "logits=recorded", "truncation=top_k")
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        before, record = start_settings(told), recording(told)
+        made = [*(plan(start_settings(of)).run.name for of in (record, before)), plan(record).run.name]
+        made += [plan(before).run.name, plan(told).run.name]
+        assert product.estimate(told).keys() == {*made}
 
 
 def test_plan_measures_writing_and_the_rows_it_makes(root, words, monkeypatch):

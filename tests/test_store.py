@@ -26,6 +26,7 @@ from kd.config import CONF, typed
 from kd.errors import UserError
 from kd.plan import cached_corpus, plan
 from kd.progress import console
+from kd.remote import Remote, home
 from kd.settings import resolve
 from kd.store import Store, within
 from tests.small import SMALL, TOP, content, folder, here, outcome, result, train, type_in, write
@@ -609,6 +610,33 @@ def test_a_url_is_written_to_and_an_upload_that_was_cut_off_goes_on(root, monkey
     here(root, *OFFLINE, f"logits.path={url}", "teacher=none", "seed=1")  # from the URL alone
     with pytest.raises(UserError, match="could not be read"):
         here(root, *OFFLINE, "logits.path=nosuch://bucket/store")
+
+
+def test_a_store_of_a_root_under_a_url_is_written_under_that_url(root, monkeypatch, tmp_path):
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
+    url = f"memory://{root.name}/kd"
+    cache = home(url) / "stores"
+    path = f"{url}/stores/{only(root).name}"
+    files.local(path, cache).mkdir(parents=True)
+    shutil.copy(only(root) / "begun.json", files.local(path, cache))
+    with pytest.raises(UserError, match="There is no store") as caught:
+        Store(path, cache)
+    words = str(caught.value).split()
+    assert f"root={url}" in words and not any("cache" in word or "logits.path" in word for word in words)
+
+
+def test_an_upload_leaves_out_what_was_sent_while_it_was_recorded(root, monkeypatch):
+    url, folder, copied = f"memory://{root.name}/sent", only(root), []
+    there, system = Remote(url, folder), fsspec.filesystem("memory")
+    there.put(SHARDS[0], f"{SHARDS[0].partition('.')[0]}.json", SHARDS[1])  # one of them without a note
+    there.write(f"{SHARDS[1].partition('.')[0]}.json", {"digest": "of another one"})
+    put = type(system).put_file
+    monkeypatch.setattr(
+        type(system), "put_file", lambda self, a, b, **m: copied.append(Path(a).name) or put(self, a, b)
+    )
+    writer.upload(folder, url)
+    assert sorted([*copied, SHARDS[0]]) == sorted([p.name for p in folder.glob("*.safetensors")] + ["manifest.json"])
+    Store(url, root / "other").verify()
 
 
 def test_an_upload_replaces_no_other_store(root):

@@ -46,6 +46,13 @@ def test_wrong_config_stops_a_sweep_before_its_first_run(tmp_path):
     assert "truncation.k=abc" in output and not list(tmp_path.glob("fkl*"))
 
 
+@pytest.mark.parametrize("words", [(), ("-m", "seed=0,1")])
+def test_a_root_that_is_no_folder_is_said_with_what_to_type(tmp_path, words):
+    (tmp_path / "file").touch()
+    output = train(tmp_path, *words, f"root={tmp_path / 'file'}", code=2)
+    assert f"{tmp_path}/file" in output and "root=/other/folder" in output and "Traceback" not in output
+
+
 def test_sweep_file_is_a_union_of_lines_with_what_was_typed_added(tmp_path):
     output = train(tmp_path, "sweeps=demo", "trainer.steps=2", "temperature.tau=2")
     manifest = json.loads((tmp_path / "sweeps" / "demo.json").read_text())
