@@ -10,7 +10,7 @@ from kd.progress import track
 from sweeps import laws
 from sweeps.compare import amount, listed
 from sweeps.laws import DISTILLATION, POWER, SUPERVISED, Coefficients, Law, Problem
-from sweeps.points import Point, column, data
+from sweeps.points import Point, column, data, numbered
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Fit:
     of: str  # which runs
     points: list[Point]
     coefficients: Coefficients
-    samples: list[Coefficients]  # from runs drawn with replacement
+    samples: list[Coefficients]  # from settings drawn with replacement
     held: np.ndarray  # which runs `part` was fitted without [n]
     part: Coefficients | None  # from the others; None where too few would be left
     errors: np.ndarray  # log predicted - log measured, of held-out runs by `part`, of others by `coefficients` [n]
@@ -54,7 +54,7 @@ def fitted(
 
     alone: the supervised law, for the distillation law. axis: what a power law is over.
     """
-    every, number = data(points), len(points)
+    every, settings = data(points), numbered(points)
     if law is POWER:
         every = every._replace(n=column(points, axis))
 
@@ -84,7 +84,7 @@ def fitted(
     for draw in track(range(draws), f"bootstrap, {law.name} law"):
         again = problem(slice(None), alone.samples[draw]) if alone else whole
         # From the grid too: else a draw hardly leaves the valley that the whole ended in, and intervals are too narrow.
-        found = again.optima(misfits, laws.resampled(number, rng), optima[:2], tries=4)
+        found = again.optima(misfits, laws.resampled(settings, rng), optima[:2], tries=4)
         samples.append(again.coefficients(found[0]))
     fit = Fit(law, of, points, best, samples, held, part, errors)
     gaps = np.abs(np.array(whole.bounds) - optima[0][:, None]).min(1)

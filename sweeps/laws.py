@@ -231,9 +231,15 @@ def huber(residual: np.ndarray, delta: float = DELTA) -> tuple[np.ndarray, np.nd
     return value, np.clip(residual / delta, -1, 1)
 
 
-def resampled(count: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each of `count` runs is drawn, with replacement, as weights that add up to 1 [count]."""
-    return rng.multinomial(count, np.full(count, 1 / count)) / count
+def resampled(settings: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """How often each run is drawn, as weights that add up to 1 [n]; settings: the number of its setting [n].
+
+    Settings are drawn, with replacement, each with all its seeds: what a law misses in a setting all its seeds share,
+    so that runs drawn one by one would make intervals too narrow.
+    """
+    count = settings.max() + 1
+    weights = rng.multinomial(count, np.full(count, 1 / count))[settings]
+    return weights / weights.sum()
 
 
 def held_out(compute: np.ndarray, least: int) -> np.ndarray:

@@ -56,6 +56,12 @@ def data(points: list[Point]) -> Data:
     return Data(column(points, "parameters"), column(points, "tokens"), column(points, "loss"), teacher)
 
 
+def numbered(points: list[Point]) -> np.ndarray:
+    """The number of each run's setting, N, D and teacher: runs that share it differ in the seed alone [n]."""
+    numbers: dict[tuple, int] = {}
+    return np.array([numbers.setdefault((p.parameters, p.tokens, p.teacher), len(numbers)) for p in points], int)
+
+
 def of_sweep(entries: list[Entry]) -> tuple[list[Point], list[str]]:
     """The finished runs of a sweep as points, and what there is to say of those that are none."""
     entries = list({e.folder: e for e in entries}.values())

@@ -25,6 +25,13 @@ SIZES, AMOUNTS = (1e5, 3e5, 1e6, 3e6), (1e5, 4e5, 1.6e6, 6.4e6, 2.56e7)
 TEACHERS = {"tiny": (1e5, 1e5), "small": (1e5, 2e6), "medium": (1e6, 8e6), "large": (1e7, 1e8)}
 
 
+def repeated(alone: list[Point], offset: float, noise: float, seed: int, seeds: int = 3) -> list[Point]:
+    """Runs of several seeds: noise of their own, and an offset that all seeds of a setting share."""
+    rng = np.random.default_rng(seed)
+    shifts = [(p, offset * rng.normal()) for p in alone]
+    return [p._replace(loss=p.loss * math.exp(shift + noise * rng.normal())) for p, shift in shifts for _ in range(seeds)]
+
+
 def planted(noise: float, seed: int = 0, taught: bool = True) -> list[Point]:
     """Runs whose losses are those of the two laws, but for noise in their logarithms."""
     rng = np.random.default_rng(seed)
@@ -124,6 +131,26 @@ def test_intervals_narrow_with_noise_and_one_seed_gives_one_answer():
 
     assert width(0.0005) < width(0.005) / 3
     assert width(0.001) == width(0.001) != width(0.001, seed=1)
+
+
+def test_seeds_of_one_setting_are_drawn_together():
+    alone = planted(0.002, taught=False)
+    once, thrice = (answers.fitted(POWER, "", some, 40, 0, axis="tokens") for some in (alone, 3 * alone))
+    for name in POWER.names:  # the same runs three times tell no more
+        assert thrice.interval(name) == pytest.approx(once.interval(name), rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_intervals_cover_what_is_planted_where_seeds_share_an_offset(monkeypatch, seed):
+    some = repeated(planted(0, taught=False), offset=0.005, noise=0.0005, seed=seed)
+
+    def missed():
+        of = answers.fitted(SUPERVISED, "", some, 20, 0)
+        return [k for k, true in ALONE.items() if not of.interval(k)[0] <= true <= of.interval(k)[1]]
+
+    assert not missed()
+    monkeypatch.setattr(answers, "numbered", lambda points: np.arange(len(points)))  # as if no run shared anything
+    assert missed()
 
 
 def test_held_out_runs_are_the_largest_and_are_not_seen(found):
