@@ -9,7 +9,7 @@ import numpy as np
 from kd.progress import track
 from sweeps import laws
 from sweeps.compare import amount, listed
-from sweeps.laws import DISTILLATION, POWER, SUPERVISED, Coefficients, Law, Problem
+from sweeps.laws import DISTILLATION, POWER, SUPERVISED, Coefficients, LackOfFit, Law, Problem
 from sweeps.points import Point, column, data, numbered
 
 
@@ -25,12 +25,30 @@ class Fit:
     held: np.ndarray  # which runs `part` was fitted without [n]
     part: Coefficients | None  # from the others; None where too few would be left
     errors: np.ndarray  # log predicted - log measured, of held-out runs by `part`, of others by `coefficients` [n]
+    straight: float | None  # the error on held-out runs of a law that is linear in logarithms
+    lack: LackOfFit | None  # where seeds repeat
     doubts: list[str] = field(default_factory=list)
 
     @property
     def error(self) -> float | None:
         """Mean of |predicted / measured - 1| over held-out runs."""
         return float(np.abs(np.expm1(self.errors[self.held])).mean()) if self.held.any() else None
+
+    @property
+    def beside(self) -> str:
+        """The error on held-out runs, beside that of the plainest law."""
+        return f"{self.error:.2%}, where a straight line in logarithms is off by {self.straight:.2%}"
+
+    @property
+    def holds(self) -> str:
+        """Whether it holds within the noise of seeds; empty where no setting has several."""
+        if self.lack is None:
+            return ""
+        test = f"(lack of fit: F({self.lack.freedom[0]}, {self.lack.freedom[1]}) = {self.lack.f:.2g}, "
+        test += "p < 0.0001)" if self.lack.p < 1e-4 else f"p = {self.lack.p:.2g})"
+        if self.lack.noise:
+            return f"holds within the noise of seeds {test}"
+        return f"misses the means of settings by more than the noise of seeds {test}"
 
     def interval(self, name: str) -> tuple[float, float] | None:
         """95%, from the bootstrap."""
@@ -86,7 +104,13 @@ def fitted(
         # From the grid too: else a draw hardly leaves the valley that the whole ended in, and intervals are too narrow.
         found = again.optima(misfits, laws.resampled(settings, rng), optima[:2], tries=4)
         samples.append(again.coefficients(found[0]))
-    fit = Fit(law, of, points, best, samples, held, part, errors)
+    lines = [every.n] if law is POWER else [every.n, every.d, *([every.teacher_loss] if alone else [])]
+    off = laws.straight(np.log(lines), np.log(every.loss), ~held) - np.log(every.loss)
+    plain = float(np.abs(np.expm1(off[held])).mean()) if held.any() else None
+    _, least = whole.solve(optima[0], np.full(len(points), 1 / len(points)), delta=1.0)  # least squares
+    residuals = law.log(least, whole.inputs)[0] - whole.loss
+    lack = laws.lack_of_fit(residuals, settings, len(law.names))
+    fit = Fit(law, of, points, best, samples, held, part, errors, plain, lack)
     gaps = np.abs(np.array(whole.bounds) - optima[0][:, None]).min(1)
     fit.doubts = doubts(fit, [k for k, gap in zip(law.names, gaps) if gap < 1e-3])
     return fit

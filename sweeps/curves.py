@@ -317,7 +317,8 @@ def page(found: Answers, says: str, question: str = "") -> str:
     figures, captions = {}, {}
     if main:
         figures["agreement"] = agreement(main)
-        off = [f"{f.error:.1%} by the {f.law.name} law on {f.held.sum()} runs" for f in main if f.error is not None]
+        off = [f"{f.error:.2%} by the {f.law.name} law on {f.held.sum()} runs (straight line: {f.straight:.2%})"
+               for f in main if f.error is not None]  # fmt: skip
         captions["agreement"] = "No run was held out: too few would be left."
         if off:
             captions["agreement"] = f"The largest runs, which the fit had not seen, are missed by {', '.join(off)}."

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from kd import files
@@ -21,23 +20,31 @@ from sweeps.points import Point, from_csv, of_sweep, to_csv
 from sweeps.report import question
 
 
-def table(found: Answers) -> list[Table]:
-    """Coefficients with their intervals, a table per law."""
-    made = []
-    for fit in found.fits:
-        held = f"; off by {fit.error:.2%} on the {fit.held.sum()} largest, held out" if fit.error is not None else ""
-        title = f"{fit.law.name} law {fit.of}".rstrip() + f": {fit.law.formula}  ({len(fit.points)} runs{held})"
-        made.append(Table(title=escape(title), title_justify="left", box=None, pad_edge=False))
-        for name in ("", "value", "95% interval", "published", ""):
-            made[-1].add_column(name, justify="left" if not name else "right")
-        for name, value in fit.coefficients.items():
-            bounds, known = fit.interval(name), published(fit).get(name)
-            says = "not known from these runs" if name in fit.loose else ""
-            if name == "E" and found.entropy:
-                says = "; ".join(filter(None, [says, f"known: {found.entropy:.4f}, the entropy of the data"]))
-            made[-1].add_row(name, f"{value:.4g}", f"{bounds[0]:.4g} … {bounds[1]:.4g}" if bounds else "–",
-                             f"{known:g}" if known else "", f"[dim]{says}[/]")  # fmt: skip
+def table(fit: Fit, entropy: float | None) -> Table:
+    """Coefficients with their intervals."""
+    made = Table(box=None, pad_edge=False)
+    for name in ("", "value", "95% interval", "published", ""):
+        made.add_column(name, justify="left" if not name else "right")
+    for name, value in fit.coefficients.items():
+        bounds, known = fit.interval(name), published(fit).get(name)
+        says = "not known from these runs" if name in fit.loose else ""
+        if name == "E" and entropy:
+            says = "; ".join(filter(None, [says, f"known: {entropy:.4f}, the entropy of the data"]))
+        made.add_row(name, f"{value:.4g}", f"{bounds[0]:.4g} … {bounds[1]:.4g}" if bounds else "–",
+                     f"{known:g}" if known else "", f"[dim]{says}[/]")  # fmt: skip
     return made
+
+
+def show(found: Answers, out: Console) -> None:
+    """Print every law: what it is, its coefficients, and how well it holds."""
+    for fit in found.fits:
+        title = f"{fit.law.name} law {fit.of}".rstrip() + f": {fit.law.formula}  ({len(fit.points)} runs)"
+        off = f"off on the {fit.held.sum()} largest runs, held out, by {fit.beside}" if fit.error is not None else ""
+        out.print(title, style="bold", markup=False, soft_wrap=True)
+        out.print(table(fit, found.entropy))
+        out.print("\n".join(filter(None, [off, fit.holds])), "", markup=False, soft_wrap=True, sep="\n")
+    for line in [*found.cannot, *(d for fit in found.fits for d in fit.doubts), *found.notes]:
+        out.print(f"- {line}", markup=False, soft_wrap=True)
 
 
 def as_json(found: Answers) -> dict:
@@ -50,7 +57,9 @@ def as_json(found: Answers) -> dict:
         }
         held = [p.run for p, out in zip(fit.points, fit.held) if out]
         return {"law": fit.law.name, "formula": fit.law.formula, "of": fit.of, "runs": len(fit.points),
-                "coefficients": values, "held_out": {"runs": held, "mean_error": fit.error, "coefficients": fit.part},
+                "coefficients": values, "held_out": {"runs": held, "mean_error": fit.error,
+                "mean_error_of_a_straight_line": fit.straight, "coefficients": fit.part},
+                "lack_of_fit": fit.lack and fit.lack._asdict(),
                 "doubts": fit.doubts}  # fmt: skip
 
     return {
@@ -75,7 +84,8 @@ def finding(found: Answers) -> str:
     for fit in (found.supervised, found.distillation):
         if fit and fit.error is not None:
             unseen = f"the {fit.held.sum()} largest runs, which it had not seen"
-            says.append(f"the {fit.law.name} law is off by {fit.error:.1%} on {unseen}")
+            says.append(f"the {fit.law.name} law is off on {unseen}, by {fit.beside}")
+            says[-1] += f", and {fit.holds}" if fit.holds else ""
     if made := contests(found):
         free, *_, both = made[: len(SCENARIOS)]
         says.append(
@@ -126,11 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
         path = write(folder, found, question(name) if given.name else "")
         for kind in ("html", "json") if given.name else ():
             publish(given.root, f"sweeps/{name}.fit.{kind}")
-        out = Console(highlight=False)
-        for made in table(found):
-            out.print(made, "")
-        for line in [*found.cannot, *(d for fit in found.fits for d in fit.doubts), *found.notes]:
-            out.print(f"- {line}", markup=False, soft_wrap=True)
+        show(found, Console(highlight=False))
         print(harmless(f"{path}: {finding(found)}"))
         if given.wandb:
             from sweeps import dashboard

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize
+from scipy.stats import f as f_distribution
 
 Coefficients = dict[str, float]
 Inputs = tuple[np.ndarray, ...]  # what a law is a function of, each [n]
@@ -253,3 +254,39 @@ def held_out(compute: np.ndarray, least: int) -> np.ndarray:
         if mask.sum() >= SHARE * len(compute):
             return mask if (~mask).sum() >= least else np.zeros(len(compute), bool)
     return np.zeros(len(compute), bool)
+
+
+def straight(inputs: np.ndarray, log_loss: np.ndarray, fitted: np.ndarray) -> np.ndarray:
+    """log L by the plainest law, linear in logarithms and fitted by least squares: what a law has to be better than [n].
+
+    inputs: logarithms [K, n]. fitted: which runs it is fitted to [n].
+    """
+    terms = np.stack([np.ones(inputs.shape[1]), *inputs], 1)
+    return terms @ np.linalg.lstsq(terms[fitted], log_loss[fitted], rcond=None)[0]
+
+
+class LackOfFit(NamedTuple):
+    """The F test of whether a law misses the means of settings by more than the seeds of a setting differ."""
+
+    f: float
+    freedom: tuple[int, int]
+    p: float  # how often noise alone would give so large an F
+
+    @property
+    def noise(self) -> bool:
+        return self.p >= 0.05
+
+
+def lack_of_fit(residuals: np.ndarray, settings: np.ndarray, coefficients: int) -> LackOfFit | None:
+    """Of the residuals of a fit by least squares [n]; None where no setting has several seeds, or too few settings.
+
+    settings: the number of the setting of each run [n]. Draper and Smith, Applied Regression Analysis, section 2.1.
+    """
+    counts = np.bincount(settings)
+    means = np.bincount(settings, residuals) / counts
+    pure, lack = ((residuals - means[settings]) ** 2).sum(), (counts * means**2).sum()
+    freedom = (len(counts) - coefficients, len(residuals) - len(counts))
+    if min(freedom) < 1 or pure == 0:
+        return None
+    f = float(lack / freedom[0] / (pure / freedom[1]))
+    return LackOfFit(f, freedom, float(f_distribution.sf(f, *freedom)))

@@ -165,6 +165,35 @@ def test_held_out_runs_are_the_largest_and_are_not_seen(found):
     assert answers.fitted(SUPERVISED, "", alone, draws=0, seed=0).coefficients == of.part
 
 
+def test_lack_of_fit_by_hand():
+    residuals, settings = np.array([0.1, 0.3, -0.1, 0.1, 0.0, 0.2]), np.array([0, 0, 1, 1, 2, 2])
+    # Means 0.2, 0 and 0.1: 2 (0.04 + 0.01) / 2 against 6 * 0.01 / 3. P(F(2, 3) > f) = (1 + 2 f / 3)^(-3/2).
+    got = laws.lack_of_fit(residuals, settings, 1)
+    assert got.f == pytest.approx(2.5) and got.freedom == (2, 3)
+    assert got.p == pytest.approx((1 + 5 / 3) ** -1.5) and got.noise
+    assert laws.lack_of_fit(residuals, np.arange(6), 1) is None  # one seed each
+    assert laws.lack_of_fit(residuals, settings, 3) is None
+
+
+def test_a_law_that_misses_settings_is_said_to_and_one_that_holds_is_too():
+    exact = planted(0, taught=False)
+    holds, misses = (
+        answers.fitted(SUPERVISED, "", repeated(exact, offset, 0.002, seed=0), 0, 0) for offset in (0.0, 0.01)
+    )
+    assert holds.lack.freedom == (20 - 6, 40) and holds.lack.p > 0.1 and "within the noise of seeds" in holds.holds
+    assert misses.lack.p < 1e-4 and "by more than the noise of seeds (lack of fit: F(14, 40) =" in misses.holds
+    assert answers.fitted(SUPERVISED, "", exact, 0, 0).holds == ""
+
+
+def test_a_straight_line_in_logarithms_stands_beside_the_error(found):
+    n, d = np.log([1e5, 1e6, 1e5, 1e6, 1e7]), np.log([1e6, 1e6, 1e7, 1e7, 1e8])
+    loss, seen = 2 - 0.1 * n - 0.05 * d, np.array([True] * 4 + [False])
+    assert laws.straight(np.stack([n, d]), loss, seen) == pytest.approx(loss)
+    of = found.supervised
+    assert of.error < of.straight < 0.2 and f"straight line in logarithms is off by {of.straight:.2%}" in of.beside
+    assert of.beside in fit.finding(found)
+
+
 def test_runs_of_equal_compute_are_held_out_together():
     compute = np.array([1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 8.0, 8.0 + 1e-9])
     assert laws.held_out(compute, 2).tolist() == [False] * 6 + [True] * 2
