@@ -10,7 +10,7 @@ from kd.progress import track
 from sweeps import laws
 from sweeps.compare import amount, listed
 from sweeps.laws import DISTILLATION, POWER, SUPERVISED, Coefficients, LackOfFit, Law, Problem
-from sweeps.points import Point, column, data, numbered
+from sweeps.points import Point, column, data, numbered, settings_of
 
 
 @dataclass
@@ -72,7 +72,7 @@ def fitted(
 
     alone: the supervised law, for the distillation law. axis: what a power law is over.
     """
-    every, settings = data(points), numbered(points)
+    every, settings, seeds = data(points), settings_of(points), numbered(p.seed for p in points)
     if law is POWER:
         every = every._replace(n=column(points, axis))
 
@@ -109,7 +109,7 @@ def fitted(
     plain = float(np.abs(np.expm1(off[held])).mean()) if held.any() else None
     _, least = whole.solve(optima[0], np.full(len(points), 1 / len(points)), delta=1.0)  # least squares
     residuals = law.log(least, whole.inputs)[0] - whole.loss
-    lack = laws.lack_of_fit(residuals, settings, len(law.names))
+    lack = laws.lack_of_fit(residuals, settings, seeds, len(law.names))
     fit = Fit(law, of, points, best, samples, held, part, errors, plain, lack)
     gaps = np.abs(np.array(whole.bounds) - optima[0][:, None]).min(1)
     fit.doubts = doubts(fit, [k for k, gap in zip(law.names, gaps) if gap < 1e-3])

@@ -277,16 +277,21 @@ class LackOfFit(NamedTuple):
         return self.p >= 0.05
 
 
-def lack_of_fit(residuals: np.ndarray, settings: np.ndarray, coefficients: int) -> LackOfFit | None:
+def lack_of_fit(
+    residuals: np.ndarray, settings: np.ndarray, seeds: np.ndarray, coefficients: int
+) -> LackOfFit | None:
     """Of the residuals of a fit by least squares [n]; None where no setting has several seeds, or too few settings.
 
-    settings: the number of the setting of each run [n]. Draper and Smith, Applied Regression Analysis, section 2.1.
+    settings, seeds: their numbers, of each run [n]. A shift that all runs of a seed share is no noise of the means, and is
+    taken out. Draper and Smith, Applied Regression Analysis, section 2.1.
     """
-    counts = np.bincount(settings)
-    means = np.bincount(settings, residuals) / counts
-    pure, lack = ((residuals - means[settings]) ** 2).sum(), (counts * means**2).sum()
-    freedom = (len(counts) - coefficients, len(residuals) - len(counts))
-    if min(freedom) < 1 or pure == 0:
+    of_settings, of_seeds = (np.eye(x.max() + 1)[x] for x in (settings, seeds))
+    terms = np.concatenate([of_settings, of_seeds - of_seeds.mean(0)], 1)
+    found, _, rank, _ = np.linalg.lstsq(terms, residuals, rcond=None)
+    means = found[: settings.max() + 1]
+    pure, lack = ((residuals - terms @ found) ** 2).sum(), (of_settings.sum(0) * means**2).sum()
+    freedom = (len(means) - coefficients, len(residuals) - int(rank))
+    if min(freedom) < 1 or pure < 1e-12 * lack:
         return None
     f = float(lack / freedom[0] / (pure / freedom[1]))
     return LackOfFit(f, freedom, float(f_distribution.sf(f, *freedom)))

@@ -149,7 +149,7 @@ def test_intervals_cover_what_is_planted_where_seeds_share_an_offset(monkeypatch
         return [k for k, true in ALONE.items() if not of.interval(k)[0] <= true <= of.interval(k)[1]]
 
     assert not missed()
-    monkeypatch.setattr(answers, "numbered", lambda points: np.arange(len(points)))  # as if no run shared anything
+    monkeypatch.setattr(answers, "settings_of", lambda points: np.arange(len(points)))  # as if no run shared anything
     assert missed()
 
 
@@ -168,11 +168,19 @@ def test_held_out_runs_are_the_largest_and_are_not_seen(found):
 def test_lack_of_fit_by_hand():
     residuals, settings = np.array([0.1, 0.3, -0.1, 0.1, 0.0, 0.2]), np.array([0, 0, 1, 1, 2, 2])
     # Means 0.2, 0 and 0.1: 2 (0.04 + 0.01) / 2 against 6 * 0.01 / 3. P(F(2, 3) > f) = (1 + 2 f / 3)^(-3/2).
-    got = laws.lack_of_fit(residuals, settings, 1)
+    got = laws.lack_of_fit(residuals, settings, np.zeros(6, int), 1)
     assert got.f == pytest.approx(2.5) and got.freedom == (2, 3)
     assert got.p == pytest.approx((1 + 5 / 3) ** -1.5) and got.noise
-    assert laws.lack_of_fit(residuals, np.arange(6), 1) is None  # one seed each
-    assert laws.lack_of_fit(residuals, settings, 3) is None
+    assert laws.lack_of_fit(residuals, np.arange(6), np.zeros(6, int), 1) is None  # one seed each
+    assert laws.lack_of_fit(residuals, settings, np.zeros(6, int), 3) is None
+    # A shift that all runs of a seed share changes nothing, whatever it is: half the differences of the two seeds of a
+    # setting are 0.1, 0.1 and 0.07, and what is left are these without their mean, with 2 degrees of freedom.
+    seeds, uneven = np.array([0, 1] * 3), residuals + np.array([0, 0, 0, 0, 0, -0.06])
+    shifted = laws.lack_of_fit(uneven + np.array([-0.25, 0.25] * 3), settings, seeds, 1)
+    halves = np.array([0.1, 0.1, 0.07])
+    pure = 2 * ((halves - halves.mean()) ** 2).sum() / 2
+    means = np.array([0.2, 0.0, 0.07])
+    assert shifted.freedom == (2, 2) and shifted.f == pytest.approx((2 * means**2).sum() / 2 / pure)
 
 
 def test_a_law_that_misses_settings_is_said_to_and_one_that_holds_is_too():
@@ -322,7 +330,7 @@ def test_points_of_a_sweep_are_its_results(tmp_path):
     got, notes = points.of_sweep(entries(sweep))
     assert len(got) == len(some)
     for p, q in zip(some, got):
-        assert q._replace(run=p.run, teacher_tokens=p.teacher_tokens, entropy=None) == p
+        assert q._replace(run=p.run, teacher_tokens=p.teacher_tokens, entropy=None, seed=None) == p and q.seed == "0"
     assert got[1].teacher_tokens == int(some[1].teacher_tokens / 1024) * 4 * 256
     assert "1 of 32 runs are not done" in notes[0] and "1 runs are of an earlier version" in notes[1]
 
