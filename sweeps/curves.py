@@ -186,18 +186,22 @@ def winners(found: Answers, made: list[Contest]) -> go.Figure:
     plot = canvas(520, buttons=True)
     sizes, groups, ranges = sorted({c.parameters for c in made}), [], []
     seen = [gain for size in sizes for _, gain in measured(found, size)]
-    most = max(p.compute for p in found.points)
     for scenario in SCENARIOS:
         first = len(plot.data)
         for size, color in zip(sizes, (*COLORS, *(GREY for _ in sizes))):
             (of,) = [c for c in made if c.parameters == size and c.scenario == scenario]
-            sure = np.where((of.low > 0) | (of.high < 0), of.gain, np.nan)
+            sure, beyond = (of.low > 0) | (of.high < 0), of.compute > of.measured
             name, says = f"student of {amount(size)}", "%{y:+.4f} nats at %{x:.2e} FLOPs"
-            for y, dash, more in ((of.gain, "dot", False), (sure, "solid", True)):
+            for where, dash, what in (
+                (beyond, "dot", ", extrapolated"),
+                (~beyond, "dash", ""),
+                (sure & ~beyond, "solid", ""),
+            ):
                 plot.add_scatter(
-                    x=of.compute, y=y, mode="lines", name=name, legendgroup=name, showlegend=more,
-                    visible=scenario == SCENARIOS[0], line={"color": color, "width": 2.2, "dash": dash},
-                    hovertemplate=f"<b>{name}</b><br>{says}<extra></extra>",
+                    x=of.compute, y=np.where(where, of.gain, np.nan), mode="lines", name=name, legendgroup=name,
+                    showlegend=dash == "solid", visible=scenario == SCENARIOS[0],
+                    line={"color": color, "width": 2.2, "dash": dash},
+                    hovertemplate=f"<b>{name}{what}</b><br>{says}<extra></extra>",
                 )  # fmt: skip
             pairs = measured(found, size) if scenario == SCENARIOS[0] else []
             plot.add_scatter(
@@ -211,7 +215,6 @@ def winners(found: Answers, made: list[Contest]) -> go.Figure:
         high, low = max(float(np.nanmax(gains)), 0.01), float(np.nanmin(gains))
         ranges.append(padded([max(low, -1.5 * high), high]))
     plot.add_hline(0, line={"color": GREY, "width": 1.4})
-    plot.add_vline(most, line={"color": GREY, "width": 1.4, "dash": "dot"})
     labels = ["free teacher", "+ inference", "+ training", "+ both"]
     plot.update_layout(updatemenus=chosen(labels, groups, ranges, 0))
     plot = axes(plot, "FLOPs", "gain over language modelling, nats")

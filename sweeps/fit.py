@@ -15,7 +15,7 @@ from kd.remote import home, publish
 from sweeps import curves
 from sweeps.answers import Answers, Fit, answers, published
 from sweeps.compare import amount, manifest, parser, read
-from sweeps.contest import SCENARIOS, contests
+from sweeps.contest import SCENARIOS, Contest, contests
 from sweeps.points import Point, from_csv, of_sweep, to_csv
 from sweeps.report import question
 
@@ -66,8 +66,8 @@ def as_json(found: Answers) -> dict:
         "name": found.name, "entropy": found.entropy, "fits": [one(fit) for fit in found.fits],
         "cannot": found.cannot, "notes": found.notes,
         "distillation_wins": [
-            {"parameters": c.parameters, "teacher": c.scenario.label, "flops": c.ranges(False), "sure": c.ranges(True)}
-            for c in contests(found)
+            {"parameters": c.parameters, "teacher": c.scenario.label, "flops": c.ranges(False), "sure": c.ranges(True),
+             "measured_up_to": c.measured} for c in contests(found)
         ],
     }  # fmt: skip
 
@@ -89,12 +89,17 @@ def finding(found: Answers) -> str:
     if made := contests(found):
         free, *_, both = made[: len(SCENARIOS)]
         says.append(
-            f"at equal FLOPs, {free.compute[0]:.1e} to {free.compute[-1]:.1e}, the smallest student, of "
-            f"{amount(free.parameters)} parameters, gains from a free teacher {free.says()} (surely: "
-            f"{free.says(sure=True)}), and from one whose whole cost counts {both.says()} (surely: "
-            f"{both.says(sure=True)})"
+            f"at equal FLOPs, {free.compute[0]:.1e} to {free.compute[-1]:.1e}, distillation from a free teacher beats "
+            f"language modelling for the smallest student, of {amount(free.parameters)} parameters, {wins(free)}"
         )
+        says.append(f"where all that the teacher cost counts, it does so {wins(both)}")
     return "; ".join(says) or "nothing could be fitted: " + " ".join(found.cannot)
+
+
+def wins(contest: Contest) -> str:
+    """Where distillation wins, and where beyond noise, in one breath."""
+    likely, sure = contest.says(), contest.says(sure=True)
+    return likely if likely == sure else f"{likely} (beyond noise: {sure})"
 
 
 def write(folder: Path, found: Answers, asks: str = "") -> Path:

@@ -257,7 +257,7 @@ def held_out(compute: np.ndarray, least: int) -> np.ndarray:
 
 
 def straight(inputs: np.ndarray, log_loss: np.ndarray, fitted: np.ndarray) -> np.ndarray:
-    """log L by the plainest law, linear in logarithms and fitted by least squares: what a law has to be better than [n].
+    """log L by the plainest law, linear in logarithms: what another law has to be better than [n].
 
     inputs: logarithms [K, n]. fitted: which runs it is fitted to [n].
     """
@@ -277,13 +277,11 @@ class LackOfFit(NamedTuple):
         return self.p >= 0.05
 
 
-def lack_of_fit(
-    residuals: np.ndarray, settings: np.ndarray, seeds: np.ndarray, coefficients: int
-) -> LackOfFit | None:
+def lack_of_fit(residuals: np.ndarray, settings: np.ndarray, seeds: np.ndarray, coefficients: int) -> LackOfFit | None:
     """Of the residuals of a fit by least squares [n]; None where no setting has several seeds, or too few settings.
 
-    settings, seeds: their numbers, of each run [n]. A shift that all runs of a seed share is no noise of the means, and is
-    taken out. Draper and Smith, Applied Regression Analysis, section 2.1.
+    settings, seeds: their numbers, of each run [n]. A shift that all runs of a seed share is taken out.
+    Draper and Smith, Applied Regression Analysis, section 2.1.
     """
     of_settings, of_seeds = (np.eye(x.max() + 1)[x] for x in (settings, seeds))
     terms = np.concatenate([of_settings, of_seeds - of_seeds.mean(0)], 1)

@@ -29,7 +29,9 @@ def repeated(alone: list[Point], offset: float, noise: float, seed: int, seeds: 
     """Runs of several seeds: noise of their own, and an offset that all seeds of a setting share."""
     rng = np.random.default_rng(seed)
     shifts = [(p, offset * rng.normal()) for p in alone]
-    return [p._replace(loss=p.loss * math.exp(shift + noise * rng.normal())) for p, shift in shifts for _ in range(seeds)]
+    return [
+        p._replace(loss=p.loss * math.exp(shift + noise * rng.normal())) for p, shift in shifts for _ in range(seeds)
+    ]
 
 
 def planted(noise: float, seed: int = 0, taught: bool = True) -> list[Point]:
@@ -289,6 +291,47 @@ def test_ranges_are_said():
     assert of._replace(low=nothing, high=nothing).says(sure=True) == "unknown"  # no bootstrap
     unpaid = of._replace(gain=nothing, low=nothing, high=nothing)
     assert unpaid.says() == unpaid.says(sure=True) == "nowhere" and unpaid._replace(known=False).says() == "unknown"
+
+
+def test_what_is_won_beyond_what_was_measured_is_called_extrapolated():
+    compute, gains = np.array([1e9, 1e10, 1e11, 1e12]), np.array([0.1, 0.1, 0.1, -0.1])
+    of = contest.Contest(1e6, contest.SCENARIOS[0], compute, gains, gains - 0.2, gains, measured=5e10)
+    assert of.says() == "as far as measured (5.0e+10 FLOPs), extrapolated up to 1.0e+11"
+    assert of.says(sure=True) == "nowhere"
+    assert of._replace(gain=np.ones(4)).says() == "as far as measured (5.0e+10 FLOPs), extrapolated everywhere beyond"
+    assert of._replace(gain=-gains).says() == (
+        "nowhere as far as measured (5.0e+10 FLOPs) and extrapolated from 1.0e+12 FLOPs on"
+    )
+    late = of._replace(gain=np.array([-1, 1, 1, -1]))
+    assert late.says() == "from 1.0e+10 FLOPs as far as measured (5.0e+10 FLOPs), extrapolated up to 1.0e+11"
+    assert of._replace(measured=1e11).says() == "up to 1.0e+11 FLOPs"
+
+
+def test_where_distillation_wins_is_said_in_words_that_do_not_contradict(found):
+    compute, gains = np.array([1e9, 1e10]), np.array([-0.1, -0.1])
+    nowhere = contest.Contest(1e6, contest.SCENARIOS[0], compute, gains, gains - 0.1, gains + 0.1)
+    assert fit.wins(nowhere) == "nowhere"
+    assert fit.wins(nowhere._replace(gain=-gains)) == "everywhere (beyond noise: nowhere)"
+    says = fit.finding(found)
+    assert "distillation from a free teacher beats language modelling for the smallest student, of 100k" in says
+    assert (
+        "where all that the teacher cost counts, it does so nowhere as far as measured" in says and "surely" not in says
+    )
+
+
+def test_a_student_was_measured_as_far_as_it_was_run_both_ways(found):
+    own = Point("t", 1e5, 1e6, 2.0, 5.0, "t", 1.9, 1e6, teacher_tokens=2e6, teacher_flops_per_token=10.0)
+    # 3 * 5 * 1e6; the teacher reads as much, and was trained on 2e6 tokens.
+    assert [contest.cost(own, s) for s in contest.SCENARIOS] == [1.5e7, 2.5e7, 1.5e7 + 6e7, 2.5e7 + 6e7]
+    assert contest.cost(own._replace(teacher_tokens=None), contest.SCENARIOS[2]) == 0
+    short = [p for p in found.points if not p.teacher or p.parameters > SIZES[0] or p.tokens < AMOUNTS[-1]]
+    free, *_, others = [c for c in contest.contests(replace(found, points=short)) if c.scenario == contest.SCENARIOS[0]]
+    assert free.measured == 6 * SIZES[0] * AMOUNTS[-2] and others.measured == 6 * SIZES[-1] * AMOUNTS[-1]
+    figure = curves.winners(replace(found, points=short), contest.contests(replace(found, points=short)))
+    dotted, dashed, solid = figure.data[:3]
+    assert dotted.line.dash == "dot" and np.nanmin(dotted.x[~np.isnan(dotted.y)]) > free.measured
+    for line in (dashed, solid):
+        assert np.nanmax(line.x[~np.isnan(line.y)]) <= free.measured
 
 
 def test_a_teacher_of_unknown_cost_is_no_teacher_that_costs_too_much(found):
