@@ -89,7 +89,7 @@ def standing(rows: list[Row]) -> str:
     if all(change.half is None for change in changes):
         lower = sum(change.mean < 0 for change in changes)
         return f"{lower} of {len(changes)} are lower than {ALONE}, with 1 seed, which gives no error bar"
-    sure = [change for change in changes if change.half is not None and not change.noise]
+    sure = [change for change in changes if change.sure]
     worse, better = sum(c.mean > 0 for c in sure), sum(c.mean < 0 for c in sure)
     says = f"{better} of {len(changes)} are better than {ALONE} beyond noise, {worse} worse"
     single = sum(change.half is None for change in changes)
