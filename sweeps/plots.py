@@ -28,8 +28,9 @@ def blank(height: int, **layout) -> go.Figure:
 
 
 def folded(text: str, width: int = 24) -> str:
-    """A label for a plot: short lines, and no markup of its own."""
-    return "<br>".join(map(escape, textwrap.wrap(text, width)))
+    """A label for a plot: short lines, which may break behind _ too, and no markup of its own."""
+    parts = textwrap.wrap(text.replace("_", "_\u200b "), width)
+    return "<br>".join(escape(part.replace("\u200b ", "").replace("\u200b", "")) for part in parts)
 
 
 def switch(above: int, choices: dict[str, list], method: str) -> list[dict]:
@@ -77,10 +78,13 @@ def dots(table: list[Row], measure: str, beside: Iterable[Mark] = (), width: int
     plot.update_xaxes(range=whole, zeroline=False, fixedrange=True, nticks=6 if width > 20 else 4, tickangle=0)
     plot.update_yaxes(range=[len(shown) - 0.5, -0.5], tickvals=list(range(len(shown))), ticktext=labels)
     plot.update_yaxes(automargin=True, showgrid=False, zeroline=False, fixedrange=True, ticklabelstandoff=8)
+    beyond = 7 * max(len(line) for text in labels for line in text.split("<br>"))
     for level, mark in enumerate(beside):
         x = mark.values[measure]
         place = {"x": x, "y": 1, "yref": "paper", "yshift": 18 * level, "yanchor": "bottom"}
-        place["xanchor"] = "right" if x > sum(whole) / 2 else "left"
+        # To the side with more room in a narrow window, where the plot has some 200 pixels and its labels stand beside.
+        share = (x - whole[0]) / (whole[1] - whole[0])
+        place["xanchor"] = "right" if 200 * share + beyond > 200 * (1 - share) else "left"
         plot.add_vline(x, line={"color": GREY, "width": 1.6, "dash": mark.dash}, layer="below")
         plot.add_annotation(text=f"{escape(mark.label)} {x:.3f}", showarrow=False, font={"size": 12}, **place)
     if beside:

@@ -387,9 +387,7 @@ def test_rates_are_compared_at_each_size(sweep):
     assert says == "lr.peak=0.008 is lowest for all 2 students; ahead of the next beyond noise in 2 of 2"
     for seed in range(3):
         sweep.done("lm", seed, 2.8 + 0.02 * seed, **{"student.size": "100k", "lr.peak": 0.002})
-    assert sweep.finding().startswith(
-        "lowest is lr.peak=0.008 for student=1m and lr.peak=0.002 for student=100k; ahead"
-    )
+    assert sweep.finding().startswith("lowest is lr.peak=0.008 for student=1m, lr.peak=0.002 for student=100k; ahead")
 
 
 def test_a_rate_that_leads_with_one_seed_is_not_beyond_noise(sweep):
