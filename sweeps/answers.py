@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +12,8 @@ from sweeps import laws
 from sweeps.compare import amount, listed
 from sweeps.laws import DISTILLATION, POWER, SUPERVISED, Coefficients, LackOfFit, Law, Problem
 from sweeps.points import Point, column, data, numbered, settings_of
+
+BESIDE = 1.01  # as a factor: this near to an end of what was searched, a coefficient is at it
 
 
 @dataclass
@@ -27,6 +30,7 @@ class Fit:
     errors: np.ndarray  # log predicted - log measured, of held-out runs by `part`, of others by `coefficients` [n]
     straight: float | None  # the error on held-out runs of a law that is linear in logarithms
     lack: LackOfFit | None  # where seeds repeat
+    bounds: dict[str, tuple[float, float]]  # of what was searched, in the units of the law; not of A, B and C
     doubts: list[str] = field(default_factory=list)
 
     @property
@@ -55,14 +59,32 @@ class Fit:
         values = [sample[name] for sample in self.samples]
         return tuple(float(x) for x in np.quantile(values, [0.025, 0.975])) if values else None
 
+    def at(self, name: str, value: float) -> str:
+        """≤ or ≥ where a value lies at an end of what was searched, within 1%: the truth may lie beyond."""
+        low, high = self.bounds.get(name, (0.0, math.inf))
+        return "≤ " if value <= low * BESIDE else "≥ " if value >= high / BESIDE else ""
+
+    def says(self, name: str) -> str:
+        """The value, as far as it is one."""
+        value = self.coefficients[name]
+        return f"{self.at(name, value)}{value:.4g}"
+
+    def spans(self, name: str) -> str:
+        """The 95% interval, as far as it has ends."""
+        ends = self.interval(name)
+        return " to ".join(f"{self.at(name, end)}{end:.4g}" for end in ends) if ends else "–"
+
+    @property
+    def stuck(self) -> list[str]:
+        """Coefficients whose value is an end of what was searched."""
+        return [name for name, value in self.coefficients.items() if self.at(name, value)]
+
     @property
     def loose(self) -> list[str]:
-        """Coefficients that the runs do not tell: their intervals span more than an order of magnitude.
-
-        A and B are the terms at one parameter and one token, so they are loose where their exponents are barely so.
-        """
-        bounds = {name: self.interval(name) for name in self.law.names} if self.samples else {}
-        return [k for k, (low, high) in bounds.items() if high > low * laws.LOOSE ** (4 if k in "ABC" else 1)]
+        """Coefficients that the runs do not tell: stuck, or of an interval that is wide or has an end that is none."""
+        ends = {name: self.interval(name) for name in self.law.names} if self.samples else {}
+        wide = [k for k, (low, high) in ends.items() if high > low * laws.LOOSE or self.at(k, low) or self.at(k, high)]
+        return [name for name in self.law.names if name in wide or name in self.stuck]
 
 
 def fitted(
@@ -110,14 +132,15 @@ def fitted(
     _, least = whole.solve(optima[0], np.full(len(points), 1 / len(points)), delta=1.0)  # least squares
     residuals = law.log(least, whole.inputs)[0] - whole.loss
     lack = laws.lack_of_fit(residuals, settings, seeds, len(law.names))
-    fit = Fit(law, of, points, best, samples, held, part, errors, plain, lack)
-    gaps = np.abs(np.array(whole.bounds) - optima[0][:, None]).min(1)
-    fit.doubts = doubts(fit, [k for k, gap in zip(law.names, gaps) if gap < 1e-3])
+    # A, B and C are searched in other units, which depend on the exponents, and far from their bounds.
+    bounds = {k: tuple(np.exp(ends).tolist()) for k, ends in zip(law.names, whole.bounds) if k not in "ABC"}
+    fit = Fit(law, of, points, best, samples, held, part, errors, plain, lack, bounds)
+    fit.doubts = doubts(fit)
     return fit
 
 
-def doubts(fit: Fit, stuck: list[str]) -> list[str]:
-    """What the runs cannot tell of the coefficients. stuck: those at a bound of what was searched."""
+def doubts(fit: Fit) -> list[str]:
+    """What the runs cannot tell of the coefficients."""
     of, found = fit.law.name + (f" law ({fit.of})" if fit.of else " law"), []
     if fit.law is not POWER:
         for name, what in (("parameters", "student sizes"), ("tokens", "numbers of tokens")):
@@ -131,13 +154,13 @@ def doubts(fit: Fit, stuck: list[str]) -> list[str]:
             found.append(f"{better} students are better than their teacher, which the {of} does not allow for.")
     if len(fit.points) < 2 * len(fit.law.names):
         found.append(f"{len(fit.points)} runs are few for the {len(fit.law.names)} coefficients of the {of}.")
-    if loose := [k for k in fit.loose if k not in stuck]:
+    if loose := [k for k in fit.loose if k not in fit.stuck]:
         found.append(
-            f"{listed(loose)} of the {of} cannot be told from these runs: the interval spans orders of magnitude. What "
-            "the law predicts within the range of the runs may still hold."
+            f"{listed(loose)} of the {of} cannot be told from these runs: the interval spans more than a factor of "
+            f"{laws.LOOSE:g} or ends where the search did. What the law predicts within the range of the runs may still hold."
         )
-    if stuck:
-        found.append(f"{listed(stuck)} of the {of} ran to the end of what was searched: these runs do not tell it.")
+    if fit.stuck:
+        found.append(f"{listed(fit.stuck)} of the {of} ran to the end of what was searched: these runs do not tell it.")
     if not fit.held.any():
         found.append(f"No run was held out from the {of}: too few would be left to fit it.")
     return found

@@ -25,13 +25,13 @@ def table(fit: Fit, entropy: float | None) -> Table:
     made = Table(box=None, pad_edge=False)
     for name in ("", "value", "95% interval", "published", ""):
         made.add_column(name, justify="left" if not name else "right")
-    for name, value in fit.coefficients.items():
-        bounds, known = fit.interval(name), published(fit).get(name)
+    for name in fit.coefficients:
+        known = published(fit).get(name)
         says = "not known from these runs" if name in fit.loose else ""
         if name == "E" and entropy:
             says = "; ".join(filter(None, [says, f"known: {entropy:.4f}, the entropy of the data"]))
-        made.add_row(name, f"{value:.4g}", f"{bounds[0]:.4g} … {bounds[1]:.4g}" if bounds else "–",
-                     f"{known:g}" if known else "", f"[dim]{says}[/]")  # fmt: skip
+        paper = f"{known:g}" if known else ""
+        made.add_row(name, fit.says(name), fit.spans(name), paper, f"[dim]{says}[/]")
     return made
 
 
@@ -52,7 +52,12 @@ def as_json(found: Answers) -> dict:
 
     def one(fit: Fit) -> dict:
         values = {
-            k: {"value": v, "interval": fit.interval(k), "published": published(fit).get(k)}
+            k: {
+                "value": v,
+                "interval": fit.interval(k),
+                "published": published(fit).get(k),
+                "known": k not in fit.loose,
+            }
             for k, v in fit.coefficients.items()
         }
         held = [p.run for p, out in zip(fit.points, fit.held) if out]
@@ -76,10 +81,10 @@ def finding(found: Answers) -> str:
     """What the fits say, in one line."""
     says = []
     if fit := found.supervised:
-        bounds, known = fit.interval("E"), found.entropy
+        known = found.entropy
         sure = f"is {fit.coefficients['E']:.3f}" if "E" not in fit.loose else "cannot be told from these runs"
         says.append(f"the irreducible loss of language modelling {sure}")
-        says[-1] += f" ({bounds[0]:.3f} to {bounds[1]:.3f})" if bounds else ""
+        says[-1] += f" ({fit.spans('E')})" if fit.samples else ""
         says[-1] += f", where the entropy of the data is {known:.3f}" if known else ""
     for fit in (found.supervised, found.distillation):
         if fit and fit.error is not None:

@@ -236,6 +236,26 @@ def test_a_coefficient_that_runs_do_not_tell_is_said():
     assert of.coefficients["E"] == pytest.approx(ALONE["E"], rel=0.02)
 
 
+def test_ends_of_what_was_searched_are_no_values(found):
+    of = replace(found.distillation, coefficients=found.distillation.coefficients | {"gamma": 4.97, "f1": 0.01004})
+    assert (of.says("gamma"), of.says("f1")) == ("≥ 4.97", "≤ 0.01004") and of.stuck == ["gamma", "f1"]
+    assert {"gamma", "f1"} <= set(of.loose) and any("gamma and f1" in line for line in answers.doubts(of))
+    of.samples = [s | {"alpha": 5.0 if i % 2 else 0.8} for i, s in enumerate(of.samples)]
+    assert of.spans("alpha") == "0.8 to ≥ 5" and "≥" not in of.spans("beta") and "alpha" in of.loose
+    page = curves.page(replace(found, distillation=of), "x")
+    assert '<td class="bad">≥ 4.97</td>' in page and '<span class="bad">' in page
+    # E is counted in units of the least loss: 0.3 % above its bound is at it.
+    least = min(p.loss for p in found.supervised.points)
+    at_end = replace(found.supervised, coefficients=found.supervised.coefficients | {"E": 1.003e-3 * least})
+    assert at_end.stuck == ["E"] and not found.supervised.stuck
+
+
+@pytest.mark.parametrize("name", ["A", "alpha"])
+def test_what_spans_more_than_an_order_of_magnitude_is_not_known(found, name):
+    of = replace(found.supervised, samples=[s | {name: 0.37 * 1.2**i} for i, s in enumerate(found.supervised.samples)])
+    assert of.loose == [name]
+
+
 def test_power_law_over_one_axis(found):
     of = found.powers["tokens"]
     assert {p.parameters for p in of.points} == {max(SIZES)} and len(of.points) == len(AMOUNTS)

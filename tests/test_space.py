@@ -103,7 +103,7 @@ def test_labels_of_axes_have_room(sweep):
             for peak in (0.5, 0.9):
                 sweep.done("fkl", 0, 2.0 + peak, **{"alpha": alpha, "temperature": temperature, "alpha.peak": peak})
     plot = space.parallel(table(sweep))
-    assert plot.figure.layout.margin.l >= 7 * len("linear_increasing")
+    assert plot.figure.layout.margin.l > 7 * len("increasing")
     near = dots(table(sweep), "val/lm", [table_.Mark("language modelling alone", "dash", {"val/lm": 2.9})])
     (level,) = [a for a in near.layout.annotations if "alone" in a.text]
     assert level.xanchor == "right"  # in a narrow window there is more room over the labels on the left
