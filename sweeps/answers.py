@@ -157,7 +157,8 @@ def doubts(fit: Fit) -> list[str]:
     if loose := [k for k in fit.loose if k not in fit.stuck]:
         found.append(
             f"{listed(loose)} of the {of} cannot be told from these runs: the interval spans more than a factor of "
-            f"{laws.LOOSE:g} or ends where the search did. What the law predicts within the range of the runs may still hold."
+            f"{laws.LOOSE:g} or ends where the search did. What the law predicts within the range of the runs may still "
+            "hold."
         )
     if fit.stuck:
         found.append(f"{listed(fit.stuck)} of the {of} ran to the end of what was searched: these runs do not tell it.")
