@@ -48,11 +48,16 @@ class Fit:
         """Whether it holds within the noise of seeds; empty where no setting has several."""
         if self.lack is None:
             return ""
-        test = f"(lack of fit: F({self.lack.freedom[0]}, {self.lack.freedom[1]}) = {self.lack.f:.2g}, "
-        test += "p < 0.0001)" if self.lack.p < 1e-4 else f"p = {self.lack.p:.2g})"
-        if self.lack.noise:
-            return f"holds within the noise of seeds {test}"
-        return f"misses the means of settings by more than the noise of seeds {test}"
+        held = "holds within" if self.lack.noise else "misses the means of settings by more than"
+        return f"{held} the noise of seeds"
+
+    @property
+    def test(self) -> str:
+        """The same with the numbers of the test."""
+        if self.lack is None:
+            return ""
+        size = "p < 0.0001" if self.lack.p < 1e-4 else f"p = {self.lack.p:.2g}"
+        return f"{self.holds} (lack of fit: F({', '.join(map(str, self.lack.freedom))}) = {self.lack.f:.2g}, {size})"
 
     def interval(self, name: str) -> tuple[float, float] | None:
         """95%, from the bootstrap."""
@@ -157,8 +162,8 @@ def doubts(fit: Fit) -> list[str]:
     if loose := [k for k in fit.loose if k not in fit.stuck]:
         found.append(
             f"{listed(loose)} of the {of} cannot be told from these runs: the interval spans more than a factor of "
-            f"{laws.LOOSE:g} or ends where the search did. What the law predicts within the range of the runs may still "
-            "hold."
+            f"{laws.LOOSE:g} or ends where the search did. What the law predicts within the range of the runs may "
+            "still hold."
         )
     if fit.stuck:
         found.append(f"{listed(fit.stuck)} of the {of} ran to the end of what was searched: these runs do not tell it.")

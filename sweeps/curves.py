@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 
 from sweeps import laws
 from sweeps.answers import Answers, Fit, published
-from sweeps.compare import amount
+from sweeps.compare import amount, interval, listed
 from sweeps.contest import SCENARIOS, Contest, contests, teachers
 from sweeps.plots import blank, padded, switch
 from sweeps.points import Point
@@ -268,6 +268,32 @@ def most_gained(found: Answers) -> str:
     )
 
 
+def last_gains(found: Answers) -> str:
+    """What a free teacher gave each student with most compute, seed by seed: whether a crossing was measured at all."""
+    words, lost = [], False
+    for size in sorted({p.parameters for p in found.taught}):
+        both = {p.tokens for p in found.taught if p.parameters == size}
+        both &= {p.tokens for p in found.alone if p.parameters == size}
+        if not both:
+            continue
+        here = [p for p in found.points if (p.parameters, p.tokens) == (size, max(both))]
+        alone = {p.seed: p.loss for p in here if p.teacher is None}
+        taught: dict[str, dict] = {}
+        for p in here:
+            if p.teacher is not None:
+                taught.setdefault(p.teacher, {})[p.seed] = p.loss
+        best = min(taught.values(), key=lambda losses: fmean(losses.values()))
+        gain = interval(alone[seed] - best[seed] for seed in alone if seed in best)
+        if gain:
+            lost = lost or gain.mean <= 0
+            noise = f" ± {gain.half:.3f}{', within noise' if gain.noise else ''}" if gain.half is not None else ""
+            words.append(f"{gain.mean:+.3f}{noise} (N = {amount(size)}, {here[0].compute:.1e} FLOPs)")
+    if not words:
+        return ""
+    crossing = "" if lost else ": no crossing was measured, so those below are what the laws say"
+    return f"With most compute measured, a free teacher gains {listed(words)} nats{crossing}."
+
+
 def one_axis(axis: str, fit: Fit, entropy: float | None) -> go.Figure:
     """A power law with its 95% band, and its runs."""
     title = {"tokens": "D, tokens", "parameters": "N, without embeddings", "compute": "training FLOPs"}[axis]
@@ -330,7 +356,7 @@ def page(found: Answers, says: str, question: str = "") -> str:
         captions["isoflop"] = f"Language modelling alone at equal compute: {best}."
     if found.distillation:
         figures["students"], captions["students"] = students(found), best_measured(found)
-        figures["winners"], captions["winners"] = winners(found, made), most_gained(found)
+        figures["winners"], captions["winners"] = winners(found, made), f"{most_gained(found)} {last_gains(found)}"
     figures |= {f"power-{axis}": one_axis(axis, fit, found.entropy) for axis, fit in found.powers.items()}
     return render(
         "fit.html", figures, name=found.name, question=question, says=says, facts=facts(found), found=found,

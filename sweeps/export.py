@@ -52,33 +52,26 @@ def share(row: Row, footnote: bool) -> str:
 
 def markdown(name: str, question: str, answers: str, says: str, facts: dict[str, str], warnings: list[str],
              table: list[Row], beside: list[Mark], entries: list[Entry], of: Goal,
-             samples: list[Sample], space: dict[str, list[Plot]], task: str, ranked: bool, caveats: list[str],
-             measures: dict[str, tuple[str, str]], same: dict[str, str], footnote: bool) -> str:  # fmt: skip
+             samples: list[Sample], space: dict[str, list[Plot]], task: str, ranked: bool, gaps: bool, footnote: bool,
+             caveats: list[str], measures: dict[str, tuple[str, str]], same: dict[str, str]) -> str:  # fmt: skip
     """The report with what its plots say in their place. What comes from files cannot be markup."""
     baseline = next((without_loss(row.group.config) for row in table if row.group.alone), ALONE)
-    head = [
-        "",
-        of.title,
-        "difference",
-        *(["to the first"] if ranked else []),
-        "gap closed",
-        *(title for title, _ in measures.values()),
-        "seeds",
-        "time",
-    ]
+    titles = ["difference", *(["to the first"] if ranked else []), *(["gap closed"] if gaps else [])]
+    head = ["", of.title, *titles, *(title for title, _ in measures.values()), "seeds", "time"]
     lines = [line(head), line([":--"] + ["--:"] * (len(head) - 1))]
     for row in table:
         means = [row.group.mean(k) for k in measures]
-        differences = ["baseline" if row.base is row.group else change(row.change)]
-        differences += ["first" if row.first is row.group else change(row.behind)] if ranked else []
-        numbers = [number(mean and mean.mean, 3) for mean in means]
+        compared = {
+            "difference": "baseline" if row.base is row.group else change(row.change),
+            "to the first": "first" if row.first is row.group else change(row.behind),
+            "gap closed": share(row, footnote),
+        }
+        numbers = [compared[title] for title in titles] + [number(mean and mean.mean, 3) for mean in means]
         ends = [str(len(row.group.runs)), clock(row.group.seconds)]
-        lines.append(line([plain(row.group.label), main(row, of), *differences, share(row, footnote), *numbers, *ends]))
+        lines.append(line([plain(row.group.label), main(row, of), *numbers, *ends]))
     for mark in beside:
-        numbers = [number(mark.values[k], 3) if k in mark.values else "" for k in measures]
-        lines.append(
-            line([plain(mark.label), number(mark.values.get(of.key)), *("" for _ in differences), "", *numbers, "", ""])
-        )
+        numbers = ["" for _ in titles] + [number(mark.values[k], 3) if k in mark.values else "" for k in measures]
+        lines.append(line([plain(mark.label), number(mark.values.get(of.key)), *numbers, "", ""]))
     seen = [plot for some in space.values() for plot in some]
     left = [entry for entry in entries if entry.state != "done"]
     commands = [harmless(entry.command).replace("\n", " ") for entry in entries]
@@ -90,7 +83,7 @@ def markdown(name: str, question: str, answers: str, says: str, facts: dict[str,
         f"± is the 95% interval over seeds. {of.title.capitalize()}: {of.unit}. A difference is to {baseline} "
         f"with the same {task}, seed by seed; {'above' if of.sign > 0 else 'below'} 0 is better. "
         + ("To the first: difference to the row that leads among those with the same task. " if ranked else "")
-        + "Gap closed: share of the way from the baseline to the row's teacher."
+        + ("Gap closed: share of the way from the baseline to the row's teacher." if gaps else "")
         + (" † Its own teacher, which was trained along with it and is another than that of the other rows."
            if footnote else ""),
         f"The same in all rows: {', '.join(f'{title} {value}' for title, value in same.items())}." if same else "",

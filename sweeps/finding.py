@@ -142,7 +142,7 @@ def between(tasks: list[list[Group]], of: Goal, who: str = "") -> str:
     every = f"all {len(tasks)} {NOUNS.get(keys[0], 'settings') if len(keys) == 1 else f'settings of {task_of(groups)}'}"
     few = len(tasks) <= 4
     said = [f"{name} for {listed(at) if few else f'{len(at)} of {len(tasks)}'}" for name, at in firsts.items()]
-    says = f"{next(iter(firsts))} is {of.first} for {every}" if len(firsts) == 1 else f"{of.first} is {', '.join(said)}"
+    says = f"{of.first} for {every} is {next(iter(firsts))}" if len(firsts) == 1 else f"{of.first} is {', '.join(said)}"
     return f"{who}{says}; ahead of the next beyond noise in {sure} of {len(tasks)}"
 
 

@@ -42,7 +42,7 @@ def show(found: Answers, out: Console) -> None:
         off = f"off on the {fit.held.sum()} largest runs, held out, by {fit.beside}" if fit.error is not None else ""
         out.print(title, style="bold", markup=False, soft_wrap=True)
         out.print(table(fit, found.entropy))
-        out.print("\n".join(filter(None, [off, fit.holds])), "", markup=False, soft_wrap=True, sep="\n")
+        out.print("\n".join(filter(None, [off, fit.test])), "", markup=False, soft_wrap=True, sep="\n")
     for line in [*found.cannot, *(d for fit in found.fits for d in fit.doubts), *found.notes]:
         out.print(f"- {line}", markup=False, soft_wrap=True)
 
@@ -84,7 +84,7 @@ def finding(found: Answers) -> str:
         known = found.entropy
         sure = f"is {fit.coefficients['E']:.3f}" if "E" not in fit.loose else "cannot be told from these runs"
         says.append(f"the irreducible loss of language modelling {sure}")
-        says[-1] += f" ({fit.spans('E')})" if fit.samples else ""
+        says[-1] += f" ({fit.spans('E')})" if fit.samples and "E" not in fit.loose else ""
         says[-1] += f", where the entropy of the data is {known:.3f}" if known else ""
     for fit in (found.supervised, found.distillation):
         if fit and fit.error is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable
 from html import escape
@@ -27,10 +28,14 @@ def blank(height: int, **layout) -> go.Figure:
     return go.Figure(layout=go.Layout(height=height, **style, **layout))
 
 
+MARK = "\u200b "  # where a word may break: a space that is told from those of the text
+
+
 def folded(text: str, width: int = 24) -> str:
-    """A label for a plot: short lines, which may break behind _ too, and no markup of its own."""
-    parts = textwrap.wrap(text.replace("_", "_\u200b "), width)
-    return "<br>".join(escape(part.replace("\u200b ", "").replace("\u200b", "")) for part in parts)
+    """A label for a plot: short lines, and no markup of its own. Words too long for a line break behind _ and =."""
+    words = [re.sub(r"(?<=[_=])(?=.)", MARK, word) if len(word) > width else word for word in text.split()]
+    lines = textwrap.wrap(" ".join(words), width)
+    return "<br>".join(escape(line.replace(MARK, "").replace(MARK[0], "")) for line in lines)
 
 
 def switch(above: int, choices: dict[str, list], method: str) -> list[dict]:
@@ -99,7 +104,7 @@ BELOW = {"orientation": "h", "y": -0.17, "yanchor": "top", "x": 0}  # a legend
 def line_of(row: Row) -> dict:
     """How the line of a group is drawn and called."""
     style = {"color": row.color, "width": 2, "dash": "dash" if row.group.alone else "solid"}
-    return {"name": escape(row.group.label), "line": style, "showlegend": row.group.alone or row.color != GREY}
+    return {"name": folded(row.group.label, 40), "line": style, "showlegend": row.group.alone or row.color != GREY}
 
 
 def curves(table: list[Row], beside: Iterable[Mark]) -> go.Figure | None:

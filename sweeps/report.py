@@ -192,7 +192,7 @@ def write(root: str | Path, name: str) -> tuple[Path, str]:
         "question": question(name), "answers": answers_to(name), "says": says, "warnings": warnings(groups),
         "facts": facts(entries, [result for group in groups for result in group.results]),
         "table": table, "beside": beside, "of": of, "samples": samples(table), "space": space.plots(by_loss(table)),
-        "task": task_of(groups), "ranked": ranked(table),
+        "task": task_of(groups), "ranked": ranked(table), "gaps": any(row.closed for row in table),
         "measures": {k: says for k, says in measures.items() if k not in same},
         "same": {measures[k][0]: value for k, value in same.items()}, "caveats": caveats(groups, table, beside),
         "footnote": 0 < sum(row.own_teacher for row in table if row.closed) < sum(bool(row.closed) for row in table),

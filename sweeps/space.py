@@ -183,7 +183,7 @@ def heat(table: list[Row]) -> Plot | None:
         )
     dotted = "no cell is" if not alike else "a dotted frame and ≈ mark cells"
     within = (
-        f"{dotted} within noise of {ALONE if paired else 'the lowest beside' if len(tasks) > 1 else 'the lowest'}"
+        f"{dotted} within noise of {ALONE if paired else 'that lowest' if len(tasks) > 1 else 'the lowest'}"
         if best.group.mean().half
         else ""
     )
@@ -339,7 +339,7 @@ def parallel(table: list[Row]) -> Plot | None:
     low, high = min(losses), max(losses)
     shares = [(loss - low) / (high - low or 1) for loss in losses]
     at = [[height[i] for height, _ in heights] + [0.02 + 0.96 * shares[i]] for i in range(len(rows))]
-    longest = max(len(part) for said in heights[0][1] for part in folded(said, 18).split("<br>"))
+    longest = max(len(part) for said in heights[0][1] for part in folded(said, 14).split("<br>"))
     plot = blank(
         430, margin={"l": max(64, 7 * longest + 12), "r": 70, "t": 46, "b": 16}, dragmode=False, hovermode="closest"
     )
@@ -357,7 +357,7 @@ def parallel(table: list[Row]) -> Plot | None:
     ticks = [(i, y, said, "right") for i, (_, marks) in enumerate(heights) for said, y in marks.items()]
     ticks += [(len(keys), 0.02 + 0.96 * share, number(low + share * (high - low), 3), "left") for share in (0, 0.5, 1)]
     for i, y, said, side in ticks:
-        plot.add_annotation(x=i, y=y, text=folded(said, 18), showarrow=False, xanchor=side, font={"size": 12},
+        plot.add_annotation(x=i, y=y, text=folded(said, 14), showarrow=False, xanchor=side, font={"size": 12},
                             xshift=-5 if side == "right" else 5, bgcolor="rgba(255, 255, 255, 0.8)")  # fmt: skip
     plot.update_xaxes(visible=False, range=[-0.05, len(keys) + 0.05], fixedrange=True)
     plot.update_yaxes(visible=False, range=[0, 1], fixedrange=True)

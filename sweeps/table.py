@@ -75,8 +75,9 @@ def rows(groups: list[Group]) -> list[Row]:
 
 
 def ranked(table: list[Row]) -> bool:
-    """Whether some task has rows enough that the difference to its first says more than that to the baseline."""
-    return max(Counter(row.group.task for row in table).values()) > 2
+    """Whether the difference to the first of a task says more, of some row, than that to the baseline."""
+    counts = Counter(row.group.task for row in table)
+    return any(counts[row.group.task] > 2 and row.first is not row.base for row in table)
 
 
 def by_loss(table: list[Row]) -> list[Row]:
@@ -88,11 +89,13 @@ def by_loss(table: list[Row]) -> list[Row]:
 def columns(groups: list[Group], of: Goal) -> dict[str, tuple[str, str]]:
     """The columns beside that of the goal, the loss first: those that any group has a value for and that tell more.
 
-    Perplexity is the exponential of the loss, and bits per byte are a multiple of it where all have one tokenizer.
+    Perplexity is the exponential of the loss, and bits per byte are a multiple of it where all have one tokenizer; of
+    the distances on the student's own text one is enough. All are in the CSV.
     """
     loss = {LOSS.key: (LOSS.title, "mean negative log-likelihood of held-out text, nats per token")}
     tokenizers = {result.get("bytes_per_token") for g in groups for result in g.results}
-    told = {of.key, "val/perplexity", *(["val/bpb"] if len(tokenizers) == 1 else [])}
+    told = {of.key, "val/perplexity", "val/on_policy_tvd", "val/on_policy_ece"}
+    told |= {"val/bpb"} if len(tokenizers) == 1 else set()
     return {k: says for k, says in (loss | MEASURES).items() if k not in told and any(g.of(k) for g in groups)}
 
 

@@ -370,7 +370,7 @@ def test_lines_that_go_by_a_name_are_compared_on_each_student(sweep):
             sweep.runs[-2]["name"], sweep.runs[-1]["name"] = "best of all", "plain distillation"
     says = sweep.finding()
     assert "in 3 of 3 settings of student, data and tokens the best distilled student has a lower loss" in says
-    firsts = "; of those distilled, best of all is lowest for all 3 students; ahead of the next beyond noise in 2 of 3"
+    firsts = "; of those distilled, lowest for all 3 students is best of all; ahead of the next beyond noise in 2 of 3"
     assert says.endswith(firsts)
     plot = space.heat(table.rows(sweep.groups()))
     assert {t for t in plot.figure.layout.xaxis.ticktext + plot.figure.layout.yaxis.ticktext} == {
@@ -382,11 +382,13 @@ def test_rates_are_compared_at_each_size(sweep):
         for rate, more in ((0.004, 0.1), (0.008, 0.0)):
             for seed in range(3):
                 loss = 3.0 - shift + more + 0.01 * seed * (1 + more)
-                sweep.done("lm", seed, loss, **{"student.size": size, "lr.peak": rate})
+                sweep.done("lm", seed, loss, **{"student.size": size, "lr.peak": rate, "teacher.size": None})
     says = sweep.finding()
-    assert says == "lr.peak=0.008 is lowest for all 2 students; ahead of the next beyond noise in 2 of 2"
+    head = cells(sweep.page()[0], "")
+    assert "gap closed" not in head and "to the first" not in head  # no teacher, and the first is the baseline
+    assert says == "lowest for all 2 students is lr.peak=0.008; ahead of the next beyond noise in 2 of 2"
     for seed in range(3):
-        sweep.done("lm", seed, 2.8 + 0.02 * seed, **{"student.size": "100k", "lr.peak": 0.002})
+        sweep.done("lm", seed, 2.8 + 0.02 * seed, **{"student.size": "100k", "lr.peak": 0.002, "teacher.size": None})
     assert sweep.finding().startswith("lowest is lr.peak=0.008 for student=1m, lr.peak=0.002 for student=100k; ahead")
 
 
