@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,8 +10,10 @@ import numpy as np
 from kd.progress import track
 from sweeps import laws
 from sweeps.compare import amount, listed
-from sweeps.laws import DISTILLATION, POWER, SUPERVISED, Coefficients, Law, Problem
-from sweeps.points import Point, column, data
+from sweeps.laws import DISTILLATION, POWER, SUPERVISED, Coefficients, LackOfFit, Law, Problem
+from sweeps.points import Point, column, data, numbered, settings_of
+
+BESIDE = 1.01  # as a factor: this near to an end of what was searched, a coefficient is at it
 
 
 @dataclass
@@ -21,10 +24,13 @@ class Fit:
     of: str  # which runs
     points: list[Point]
     coefficients: Coefficients
-    samples: list[Coefficients]  # from runs drawn with replacement
+    samples: list[Coefficients]  # from settings drawn with replacement
     held: np.ndarray  # which runs `part` was fitted without [n]
     part: Coefficients | None  # from the others; None where too few would be left
     errors: np.ndarray  # log predicted - log measured, of held-out runs by `part`, of others by `coefficients` [n]
+    straight: float | None  # the error on held-out runs of a law that is linear in logarithms
+    lack: LackOfFit | None  # where seeds repeat
+    bounds: dict[str, tuple[float, float]]  # of what was searched, in the units of the law; not of A, B and C
     doubts: list[str] = field(default_factory=list)
 
     @property
@@ -32,19 +38,58 @@ class Fit:
         """Mean of |predicted / measured - 1| over held-out runs."""
         return float(np.abs(np.expm1(self.errors[self.held])).mean()) if self.held.any() else None
 
+    @property
+    def beside(self) -> str:
+        """The error on held-out runs, beside that of the plainest law."""
+        return f"{self.error:.2%}, where a straight line in logarithms is off by {self.straight:.2%}"
+
+    @property
+    def holds(self) -> str:
+        """Whether it holds within the noise of seeds; empty where no setting has several."""
+        if self.lack is None:
+            return ""
+        held = "holds within" if self.lack.noise else "misses the means of settings by more than"
+        return f"{held} the noise of seeds"
+
+    @property
+    def test(self) -> str:
+        """The same with the numbers of the test."""
+        if self.lack is None:
+            return ""
+        size = "p < 0.0001" if self.lack.p < 1e-4 else f"p = {self.lack.p:.2g}"
+        return f"{self.holds} (lack of fit: F({', '.join(map(str, self.lack.freedom))}) = {self.lack.f:.2g}, {size})"
+
     def interval(self, name: str) -> tuple[float, float] | None:
         """95%, from the bootstrap."""
         values = [sample[name] for sample in self.samples]
         return tuple(float(x) for x in np.quantile(values, [0.025, 0.975])) if values else None
 
+    def at(self, name: str, value: float) -> str:
+        """≤ or ≥ where a value lies at an end of what was searched, within 1%: the truth may lie beyond."""
+        low, high = self.bounds.get(name, (0.0, math.inf))
+        return "≤ " if value <= low * BESIDE else "≥ " if value >= high / BESIDE else ""
+
+    def says(self, name: str) -> str:
+        """The value, as far as it is one."""
+        value = self.coefficients[name]
+        return f"{self.at(name, value)}{value:.4g}"
+
+    def spans(self, name: str) -> str:
+        """The 95% interval, as far as it has ends."""
+        ends = self.interval(name)
+        return " to ".join(f"{self.at(name, end)}{end:.4g}" for end in ends) if ends else "–"
+
+    @property
+    def stuck(self) -> list[str]:
+        """Coefficients whose value is an end of what was searched."""
+        return [name for name, value in self.coefficients.items() if self.at(name, value)]
+
     @property
     def loose(self) -> list[str]:
-        """Coefficients that the runs do not tell: their intervals span more than an order of magnitude.
-
-        A and B are the terms at one parameter and one token, so they are loose where their exponents are barely so.
-        """
-        bounds = {name: self.interval(name) for name in self.law.names} if self.samples else {}
-        return [k for k, (low, high) in bounds.items() if high > low * laws.LOOSE ** (4 if k in "ABC" else 1)]
+        """Coefficients that the runs do not tell: stuck, or of an interval that is wide or has an end that is none."""
+        ends = {name: self.interval(name) for name in self.law.names} if self.samples else {}
+        wide = [k for k, (low, high) in ends.items() if high > low * laws.LOOSE or self.at(k, low) or self.at(k, high)]
+        return [name for name in self.law.names if name in wide or name in self.stuck]
 
 
 def fitted(
@@ -54,7 +99,7 @@ def fitted(
 
     alone: the supervised law, for the distillation law. axis: what a power law is over.
     """
-    every, number = data(points), len(points)
+    every, settings, seeds = data(points), settings_of(points), numbered(p.seed for p in points)
     if law is POWER:
         every = every._replace(n=column(points, axis))
 
@@ -84,16 +129,23 @@ def fitted(
     for draw in track(range(draws), f"bootstrap, {law.name} law"):
         again = problem(slice(None), alone.samples[draw]) if alone else whole
         # From the grid too: else a draw hardly leaves the valley that the whole ended in, and intervals are too narrow.
-        found = again.optima(misfits, laws.resampled(number, rng), optima[:2], tries=4)
+        found = again.optima(misfits, laws.resampled(settings, rng), optima[:2], tries=4)
         samples.append(again.coefficients(found[0]))
-    fit = Fit(law, of, points, best, samples, held, part, errors)
-    gaps = np.abs(np.array(whole.bounds) - optima[0][:, None]).min(1)
-    fit.doubts = doubts(fit, [k for k, gap in zip(law.names, gaps) if gap < 1e-3])
+    lines = [every.n] if law is POWER else [every.n, every.d, *([every.teacher_loss] if alone else [])]
+    off = laws.straight(np.log(lines), np.log(every.loss), ~held) - np.log(every.loss)
+    plain = float(np.abs(np.expm1(off[held])).mean()) if held.any() else None
+    _, least = whole.solve(optima[0], np.full(len(points), 1 / len(points)), delta=1.0)  # least squares
+    residuals = law.log(least, whole.inputs)[0] - whole.loss
+    lack = laws.lack_of_fit(residuals, settings, seeds, len(law.names))
+    # A, B and C are searched in other units, which depend on the exponents, and far from their bounds.
+    bounds = {k: tuple(np.exp(ends).tolist()) for k, ends in zip(law.names, whole.bounds) if k not in "ABC"}
+    fit = Fit(law, of, points, best, samples, held, part, errors, plain, lack, bounds)
+    fit.doubts = doubts(fit)
     return fit
 
 
-def doubts(fit: Fit, stuck: list[str]) -> list[str]:
-    """What the runs cannot tell of the coefficients. stuck: those at a bound of what was searched."""
+def doubts(fit: Fit) -> list[str]:
+    """What the runs cannot tell of the coefficients."""
     of, found = fit.law.name + (f" law ({fit.of})" if fit.of else " law"), []
     if fit.law is not POWER:
         for name, what in (("parameters", "student sizes"), ("tokens", "numbers of tokens")):
@@ -107,13 +159,14 @@ def doubts(fit: Fit, stuck: list[str]) -> list[str]:
             found.append(f"{better} students are better than their teacher, which the {of} does not allow for.")
     if len(fit.points) < 2 * len(fit.law.names):
         found.append(f"{len(fit.points)} runs are few for the {len(fit.law.names)} coefficients of the {of}.")
-    if loose := [k for k in fit.loose if k not in stuck]:
+    if loose := [k for k in fit.loose if k not in fit.stuck]:
         found.append(
-            f"{listed(loose)} of the {of} cannot be told from these runs: the interval spans orders of magnitude. What "
-            "the law predicts within the range of the runs may still hold."
+            f"{listed(loose)} of the {of} cannot be told from these runs: the interval spans more than a factor of "
+            f"{laws.LOOSE:g} or ends where the search did. What the law predicts within the range of the runs may "
+            "still hold."
         )
-    if stuck:
-        found.append(f"{listed(stuck)} of the {of} ran to the end of what was searched: these runs do not tell it.")
+    if fit.stuck:
+        found.append(f"{listed(fit.stuck)} of the {of} ran to the end of what was searched: these runs do not tell it.")
     if not fit.held.any():
         found.append(f"No run was held out from the {of}: too few would be left to fit it.")
     return found

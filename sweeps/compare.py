@@ -20,6 +20,7 @@ from kd.identity import below, part_of_outcome, whole_as_float
 from kd.remote import home, latest
 from kd.run import EXACCERR, RESPONSES, Run, read_json, read_metrics
 
+TASK = ("data", "student", "trainer.steps", "trainer.batch")  # where these agree, losses can be compared
 ALONE, FINE_TUNED, OF_TEACHERS_TEXT = "language modelling alone", "SFT", "SeqKD"
 # 97.5% quantile of Student's t for 1 to 30 degrees of freedom; more are given the last one, a little too wide.
 T = (
@@ -164,6 +165,11 @@ class Interval(NamedTuple):
         """Whether 0 is inside."""
         return self.half is not None and abs(self.mean) <= self.half
 
+    @property
+    def sure(self) -> bool:
+        """Whether 0 is outside, which one seed cannot tell."""
+        return self.half is not None and not self.noise
+
 
 def interval(values: Iterable[float]) -> Interval | None:
     """Mean and 95% t interval; None of nothing."""
@@ -195,8 +201,8 @@ class Group:
 
     @property
     def task(self) -> str:
-        """Student, data and number of tokens: where these agree, losses can be compared."""
-        return subset(self.config, "data", "student", "trainer.steps", "trainer.batch")
+        """Student, data and steps, so of full rows the tokens."""
+        return subset(self.config, *TASK)
 
     @property
     def seconds(self) -> float:
@@ -214,6 +220,11 @@ class Group:
 def is_alone(config: dict) -> bool:
     """Whether a run learns nothing from a teacher, neither its distributions nor text that it wrote."""
     return config["logits"] == "none" and config.get("rollout", "none") == "none"
+
+
+def task_of(groups: list[Group]) -> str:
+    """What rows of one task share, in words; rows of instructions are not full, so that tokens may differ."""
+    return f"student, data and {'steps' if any(g.config['data'] == 'instructions' for g in groups) else 'tokens'}"
 
 
 def without_loss(config: dict) -> str | None:
@@ -302,7 +313,7 @@ def difference(group: Group, other: Group | None, measure: str = LOSS.key) -> In
 
 
 def baseline(group: Group, groups: list[Group]) -> Group | None:
-    """Language modelling alone on the same student, data and tokens, at its best; it shares a seed with group."""
+    """Language modelling alone on the same task, at its best; it shares a seed with group."""
     return next((g for g in groups if g.alone and g.task == group.task and g.runs.keys() & group.runs.keys()), None)
 
 
@@ -311,13 +322,22 @@ def shared(group: Group, other: Group | None, measure: str = LOSS.key) -> float:
     return fmean(value for seed, value in group.of(measure).items() if other is None or seed in other.runs)
 
 
-def closed(group: Group, base: Group | None, of: Goal = LOSS) -> float | None:
-    """Share of the gap between language modelling alone and teacher that group closes, over the seeds of both."""
-    change, teacher = difference(group, base, of.key), group.mean(of.of_teacher)
-    if change is None or teacher is None or group is base:
+def closed(group: Group, base: Group | None, of: Goal = LOSS) -> Interval | None:
+    """Share of the gap between language modelling alone and its teacher that group closes, over the seeds of all three.
+
+    A ratio of means, with the interval of a ratio: that of change - share * gap, seed by seed, over the mean gap
+    (Cochran, Sampling Techniques, chapter 6).
+    """
+    if base is None or group is base:
         return None
-    room = teacher.mean - shared(base, group, of.key)
-    return change.mean / room if of.sign * room > 0 else None
+    own, alone, teacher = group.of(of.key), base.of(of.key), group.of(of.of_teacher)
+    seeds = own.keys() & alone.keys() & teacher.keys()
+    changes, gaps = [own[s] - alone[s] for s in seeds], [teacher[s] - alone[s] for s in seeds]
+    if not seeds or of.sign * fmean(gaps) <= 0:
+        return None
+    share = fmean(changes) / fmean(gaps)
+    spread = interval((change - share * gap) / fmean(gaps) for change, gap in zip(changes, gaps))
+    return spread._replace(mean=share)
 
 
 def listed(words: list[str]) -> str:

@@ -99,6 +99,7 @@ class Contest(NamedTuple):
     gain: np.ndarray  # [n] nats, above 0 where distillation is better; NaN where it cannot be paid for
     low: np.ndarray  # [n] its 95% interval, from the bootstrap
     high: np.ndarray
+    measured: float = np.inf  # the most FLOPs at which it was run both ways; beyond, the laws are extrapolated
     known: bool = True  # whether the cost of a teacher is
 
     def ranges(self, sure: bool) -> list[tuple[float, float]]:
@@ -108,18 +109,45 @@ class Contest(NamedTuple):
         return [(float(self.compute[a]), float(self.compute[b - 1])) for a, b in zip(edges[::2], edges[1::2])]
 
     def says(self, sure: bool = False) -> str:
-        """Where distillation wins: up to 1.2e12 FLOPs, or from … to …, everywhere or nowhere in the range shown.
+        """Where distillation wins, and whether that was measured or is what the law says beyond.
 
         unknown where nothing tells: no teacher's cost, or for what is sure no bootstrap.
         """
         if not self.known or (sure and np.isnan(self.low).all() and not np.isnan(self.gain).all()):
             return "unknown"
-        words = []
-        for low, high in self.ranges(sure):
-            first, last = low == self.compute[0], high == self.compute[-1]
-            words.append("everywhere" if first and last else f"up to {high:.1e} FLOPs" if first else
-                         f"from {low:.1e} FLOPs on" if last else f"from {low:.1e} to {high:.1e} FLOPs")  # fmt: skip
+        won = self.ranges(sure)
+        words = [self.span(*range_) for range_ in won]
+        if won and won[0][0] > self.measured:
+            words.insert(0, f"nowhere as far as measured ({self.measured:.1e} FLOPs)")
         return " and ".join(words) or "nowhere"
+
+    def span(self, low: float, high: float) -> str:
+        """up to 1.2e+12 FLOPs, from … to …, or everywhere in the range shown; what no run tells is called so."""
+        first, last = low == self.compute[0], high == self.compute[-1]
+        if low > self.measured:
+            return f"extrapolated from {low:.1e} FLOPs " + ("on" if last else f"to {high:.1e}")
+        if high <= self.measured:
+            return ("everywhere" if first and last else f"up to {high:.1e} FLOPs" if first else
+                    f"from {low:.1e} FLOPs on" if last else f"from {low:.1e} to {high:.1e} FLOPs")  # fmt: skip
+        start = "" if first else f"from {low:.1e} FLOPs "
+        end = "everywhere beyond" if last else f"up to {high:.1e}"
+        return f"{start}as far as measured ({self.measured:.1e} FLOPs), extrapolated {end}"
+
+
+def reach(found: Answers, size: float, scenario: Scenario) -> float:
+    """The most FLOPs at which a student was distilled, with what counts of its teacher, and was also trained alone."""
+    alone = max((p.compute for p in found.alone if p.parameters == size), default=0.0)
+    return min(alone, max((cost(p, scenario) for p in found.taught if p.parameters == size), default=0.0))
+
+
+def cost(p: Point, scenario: Scenario) -> float:
+    """FLOPs of a distilled run; 0 where what counts of its teacher is not known."""
+    teacher = Teacher(p.teacher, p.teacher_loss, p.teacher_parameters, p.teacher_tokens, p.teacher_flops_per_token)
+    if not known(teacher, scenario):
+        return 0.0
+    its = teacher.flops_per_token
+    return p.compute + (its * p.tokens if scenario.inference else 0) + (
+        3 * its * teacher.tokens if scenario.training else 0)  # fmt: skip
 
 
 def contests(found: Answers) -> list[Contest]:
@@ -140,5 +168,6 @@ def contests(found: Answers) -> list[Contest]:
             low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
             line = at(found.supervised.coefficients, found.distillation.coefficients)
             told = any(known(teacher, scenario) for teacher in among)
-            results.append(Contest(student[0], scenario, compute, line, low, high, told))
+            most_measured = reach(found, student[0], scenario)
+            results.append(Contest(student[0], scenario, compute, line, low, high, most_measured, told))
     return results

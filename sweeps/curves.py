@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 
 from sweeps import laws
 from sweeps.answers import Answers, Fit, published
-from sweeps.compare import amount
+from sweeps.compare import amount, interval, listed
 from sweeps.contest import SCENARIOS, Contest, contests, teachers
 from sweeps.plots import blank, padded, switch
 from sweeps.points import Point
@@ -186,18 +186,22 @@ def winners(found: Answers, made: list[Contest]) -> go.Figure:
     plot = canvas(520, buttons=True)
     sizes, groups, ranges = sorted({c.parameters for c in made}), [], []
     seen = [gain for size in sizes for _, gain in measured(found, size)]
-    most = max(p.compute for p in found.points)
     for scenario in SCENARIOS:
         first = len(plot.data)
         for size, color in zip(sizes, (*COLORS, *(GREY for _ in sizes))):
             (of,) = [c for c in made if c.parameters == size and c.scenario == scenario]
-            sure = np.where((of.low > 0) | (of.high < 0), of.gain, np.nan)
+            sure, beyond = (of.low > 0) | (of.high < 0), of.compute > of.measured
             name, says = f"student of {amount(size)}", "%{y:+.4f} nats at %{x:.2e} FLOPs"
-            for y, dash, more in ((of.gain, "dot", False), (sure, "solid", True)):
+            for where, dash, what in (
+                (beyond, "dot", ", extrapolated"),
+                (~beyond, "dash", ""),
+                (sure & ~beyond, "solid", ""),
+            ):
                 plot.add_scatter(
-                    x=of.compute, y=y, mode="lines", name=name, legendgroup=name, showlegend=more,
-                    visible=scenario == SCENARIOS[0], line={"color": color, "width": 2.2, "dash": dash},
-                    hovertemplate=f"<b>{name}</b><br>{says}<extra></extra>",
+                    x=of.compute, y=np.where(where, of.gain, np.nan), mode="lines", name=name, legendgroup=name,
+                    showlegend=dash == "solid", visible=scenario == SCENARIOS[0],
+                    line={"color": color, "width": 2.2, "dash": dash},
+                    hovertemplate=f"<b>{name}{what}</b><br>{says}<extra></extra>",
                 )  # fmt: skip
             pairs = measured(found, size) if scenario == SCENARIOS[0] else []
             plot.add_scatter(
@@ -211,7 +215,6 @@ def winners(found: Answers, made: list[Contest]) -> go.Figure:
         high, low = max(float(np.nanmax(gains)), 0.01), float(np.nanmin(gains))
         ranges.append(padded([max(low, -1.5 * high), high]))
     plot.add_hline(0, line={"color": GREY, "width": 1.4})
-    plot.add_vline(most, line={"color": GREY, "width": 1.4, "dash": "dot"})
     labels = ["free teacher", "+ inference", "+ training", "+ both"]
     plot.update_layout(updatemenus=chosen(labels, groups, ranges, 0))
     plot = axes(plot, "FLOPs", "gain over language modelling, nats")
@@ -263,6 +266,32 @@ def most_gained(found: Answers) -> str:
         f"Measured, a free teacher changes the loss most for the student of {amount(size)} at {compute:.1e} FLOPs, by "
         f"{-gain:+.3f} nats, and at {at:.1e} FLOPs by {-last:+.3f}."
     )
+
+
+def last_gains(found: Answers) -> str:
+    """What a free teacher gave each student with most compute, seed by seed: whether a crossing was measured at all."""
+    words, lost = [], False
+    for size in sorted({p.parameters for p in found.taught}):
+        both = {p.tokens for p in found.taught if p.parameters == size}
+        both &= {p.tokens for p in found.alone if p.parameters == size}
+        if not both:
+            continue
+        here = [p for p in found.points if (p.parameters, p.tokens) == (size, max(both))]
+        alone = {p.seed: p.loss for p in here if p.teacher is None}
+        taught: dict[str, dict] = {}
+        for p in here:
+            if p.teacher is not None:
+                taught.setdefault(p.teacher, {})[p.seed] = p.loss
+        best = min(taught.values(), key=lambda losses: fmean(losses.values()))
+        gain = interval(alone[seed] - best[seed] for seed in alone if seed in best)
+        if gain:
+            lost = lost or gain.mean <= 0
+            noise = f" ± {gain.half:.3f}{', within noise' if gain.noise else ''}" if gain.half is not None else ""
+            words.append(f"{gain.mean:+.3f}{noise} (N = {amount(size)}, {here[0].compute:.1e} FLOPs)")
+    if not words:
+        return ""
+    crossing = "" if lost else ": no crossing was measured, so those below are what the laws say"
+    return f"With most compute measured, a free teacher gains {listed(words)} nats{crossing}."
 
 
 def one_axis(axis: str, fit: Fit, entropy: float | None) -> go.Figure:
@@ -317,7 +346,8 @@ def page(found: Answers, says: str, question: str = "") -> str:
     figures, captions = {}, {}
     if main:
         figures["agreement"] = agreement(main)
-        off = [f"{f.error:.1%} by the {f.law.name} law on {f.held.sum()} runs" for f in main if f.error is not None]
+        off = [f"{f.error:.2%} by the {f.law.name} law on {f.held.sum()} runs (straight line: {f.straight:.2%})"
+               for f in main if f.error is not None]  # fmt: skip
         captions["agreement"] = "No run was held out: too few would be left."
         if off:
             captions["agreement"] = f"The largest runs, which the fit had not seen, are missed by {', '.join(off)}."
@@ -326,7 +356,7 @@ def page(found: Answers, says: str, question: str = "") -> str:
         captions["isoflop"] = f"Language modelling alone at equal compute: {best}."
     if found.distillation:
         figures["students"], captions["students"] = students(found), best_measured(found)
-        figures["winners"], captions["winners"] = winners(found, made), most_gained(found)
+        figures["winners"], captions["winners"] = winners(found, made), f"{most_gained(found)} {last_gains(found)}"
     figures |= {f"power-{axis}": one_axis(axis, fit, found.entropy) for axis, fit in found.powers.items()}
     return render(
         "fit.html", figures, name=found.name, question=question, says=says, facts=facts(found), found=found,

@@ -17,7 +17,7 @@ from kd.loggers import logged_in, wandb_run
 from kd.progress import harmless
 from kd.run import Run
 from sweeps import report
-from sweeps.compare import Entry, manifest, parser, read
+from sweeps.compare import Entry, Goal, goal, grouped, manifest, parser, read
 from sweeps.table import MEASURES
 
 
@@ -71,51 +71,56 @@ def ids(root: str | Path, entries: list[Entry]) -> list[str]:
     return found
 
 
-def panels(keys: list[str]) -> list:
-    """What is plotted: the axes and the loss that they end in; losses on the way, a line per value of the first."""
+def final(of: Goal) -> str:
+    """What W&B calls the measure that a sweep is judged by, at the end of a run."""
+    return of.key.replace("val/", "final/")
+
+
+def panels(keys: list[str], of: Goal) -> list:
+    """What is plotted: the axes and the measure that they end in; losses on the way, a line per value of the first."""
     import wandb_workspaces.reports.v2 as wr
 
     columns = [wr.ParallelCoordinatesPlotColumn(wr.Config(key), log=key.endswith("_params") or None) for key in keys]
-    columns.append(wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric("final/lm")))
+    columns.append(wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(final(of))))
     by = wr.Config(keys[0]) if keys else None
     what, wide = "loss on held-out text", wr.Layout(w=24, h=9)
     curves = [
         wr.LinePlot(f"{what} over {x}", x, ["val/lm"], groupby=by, title_y="nats per token", max_runs_to_show=100)
         for x in ("tokens", "flops")
     ]
-    return [wr.ParallelCoordinatesPlot(columns, title=f"axes and final {what}", layout=wide), *curves]
+    return [wr.ParallelCoordinatesPlot(columns, title=f"axes and final {of.title}", layout=wide), *curves]
 
 
-def columns(keys: list[str]) -> list[str]:
-    """Of the table: the axes, and what a run ends in."""
-    finals = ["final/lm", *(key.replace("val/", "final/") for key in MEASURES if key != "val/acceptance")]
-    return [*(f"config:{key}.value" for key in keys), *(f"summary:{key}" for key in finals)]
+def columns(keys: list[str], of: Goal) -> list[str]:
+    """Of the table: the axes, and what a run ends in, that by which the sweep is judged first."""
+    finals = [final(of), "final/lm", *(key.replace("val/", "final/") for key in MEASURES if key != "val/acceptance")]
+    return [*(f"config:{key}.value" for key in keys), *(f"summary:{key}" for key in dict.fromkeys(finals))]
 
 
-def view(name: str, keys: list[str], runs: list[str], where: dict[str, str]):
-    """The saved view of the project: these runs, the lowest loss first."""
+def view(name: str, keys: list[str], runs: list[str], where: dict[str, str], of: Goal):
+    """The saved view of the project: these runs, the best first."""
     import wandb_workspaces.workspaces as ws
     from wandb_workspaces import expr
 
-    of = ws.RunsetSettings(
-        filters=expr.And(expr.Metric("ID").isin(runs)), pinned_columns=columns(keys),
-        order=[expr.Ordering(expr.Summary("final/lm"), ascending=True)],
+    shown = ws.RunsetSettings(
+        filters=expr.And(expr.Metric("ID").isin(runs)), pinned_columns=columns(keys, of),
+        order=[expr.Ordering(expr.Summary(final(of)), ascending=of.sign < 0)],
     )  # fmt: skip
-    sections = [ws.Section(name, panels=panels(keys), is_open=True)]
+    sections = [ws.Section(name, panels=panels(keys, of), is_open=True)]
     most = ws.WorkspaceSettings(max_runs=100)
-    return ws.Workspace(**where, name=f"kd {name}", sections=sections, runset_settings=of, settings=most)
+    return ws.Workspace(**where, name=f"kd {name}", sections=sections, runset_settings=shown, settings=most)
 
 
-def document(name: str, keys: list[str], runs: list[str], where: dict[str, str], says: str, text: str):
+def document(name: str, keys: list[str], runs: list[str], where: dict[str, str], of: Goal, says: str, text: str):
     """The report in W&B: the Markdown of sweeps.report, and panels over these runs."""
     import wandb_workspaces.reports.v2 as wr
     from wandb_workspaces import expr
 
-    of = wr.Runset(
-        **where, name=name, filters=expr.And(expr.Metric("ID").isin(runs)), pinned_columns=columns(keys),
-        order=[wr.OrderBy(wr.SummaryMetric("final/lm"), ascending=True)],
+    shown = wr.Runset(
+        **where, name=name, filters=expr.And(expr.Metric("ID").isin(runs)), pinned_columns=columns(keys, of),
+        order=[wr.OrderBy(wr.SummaryMetric(final(of)), ascending=of.sign < 0)],
     )  # fmt: skip
-    blocks = [wr.MarkdownBlock(text), wr.PanelGrid(runsets=[of], panels=panels(keys))]
+    blocks = [wr.MarkdownBlock(text), wr.PanelGrid(runsets=[shown], panels=panels(keys, of))]
     return wr.Report(**where, title=f"kd {name}"[:128], description=says, blocks=blocks)
 
 
@@ -134,11 +139,11 @@ def save(root: str | Path, name: str) -> list[str]:
             f"wandb login, and the same command again. The report of this machine is {page}."
         )
     entries = [read(root, line) for line in manifest(root, name)]
-    keys, runs, where = shown(entries), ids(root, entries), place(entries)
+    keys, runs, where, of = shown(entries), ids(root, entries), place(entries), goal(grouped(entries))
     try:
         where["entity"] = where["entity"] or wandb.Api().default_entity
         text = page.with_suffix(".md").read_text(encoding="utf-8")
-        both = view(name, keys, runs, where), document(name, keys, runs, where, says, text)
+        both = view(name, keys, runs, where, of), document(name, keys, runs, where, of, says, text)
         return [made.save().url for made in both]
     except (wandb.Error, ValueError, OSError) as error:
         raise UserError(f"W&B did not take it ({error}). The report of this machine is {page}.") from None

@@ -7,10 +7,10 @@ import io
 import re
 
 from kd.progress import clock, harmless
-from sweeps.compare import ALONE, Entry, Goal, settings, varying, without_loss
+from sweeps.compare import ALONE, Entry, Goal, Group, Interval, settings, varying, without_loss
 from sweeps.samples import Sample
 from sweeps.space import TITLES, Plot
-from sweeps.table import Mark, Row, columns, number
+from sweeps.table import Mark, Row, number
 
 SPECIAL = re.compile(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))")  # an _ within a word is none to Markdown
 
@@ -31,35 +31,47 @@ def main(row: Row, of: Goal) -> str:
     return number(mean.mean) + ("" if mean.half is None else f" ± {number(mean.half)}")
 
 
-def change(row: Row) -> str:
-    """The paired difference to the baseline, with its interval, and whether that is within noise."""
-    if row.base is row.group:
-        return "baseline"
-    if row.change is None:
+def change(value: Interval | None) -> str:
+    """A paired difference, with its interval, and whether that is within noise."""
+    if value is None:
         return "–"
-    says = number(row.change.mean, 4, True)
-    if row.change.half is not None:
-        says += f" ± {number(row.change.half)}" + (" (within noise)" if row.change.noise else "")
+    says = number(value.mean, 4, True)
+    if value.half is not None:
+        says += f" ± {number(value.half)}" + (" (within noise)" if value.noise else "")
     return says
+
+
+def share(row: Row, footnote: bool) -> str:
+    """Of the gap to the teacher, with its interval; † where that is another teacher than the others'."""
+    if row.closed is None:
+        return "–"
+    says = f"{number(100 * row.closed.mean, 0)}%"
+    says += f" ± {number(100 * row.closed.half, 0)}%" if row.closed.half is not None else ""
+    return says + (" †" if footnote and row.own_teacher else "")
 
 
 def markdown(name: str, question: str, answers: str, says: str, facts: dict[str, str], warnings: list[str],
              table: list[Row], beside: list[Mark], entries: list[Entry], of: Goal,
-             samples: list[Sample], space: dict[str, list[Plot]]) -> str:  # fmt: skip
+             samples: list[Sample], space: dict[str, list[Plot]], task: str, ranked: bool, gaps: bool, footnote: bool,
+             caveats: list[str], measures: dict[str, tuple[str, str]], same: dict[str, str]) -> str:  # fmt: skip
     """The report with what its plots say in their place. What comes from files cannot be markup."""
-    measures = columns([row.group for row in table], of)
     baseline = next((without_loss(row.group.config) for row in table if row.group.alone), ALONE)
-    head = ["", of.title, "difference", "gap closed", *(title for title, _ in measures.values()), "seeds", "time"]
+    titles = ["difference", *(["to the first"] if ranked else []), *(["gap closed"] if gaps else [])]
+    head = ["", of.title, *titles, *(title for title, _ in measures.values()), "seeds", "time"]
     lines = [line(head), line([":--"] + ["--:"] * (len(head) - 1))]
     for row in table:
         means = [row.group.mean(k) for k in measures]
-        share = "–" if row.closed is None else f"{number(100 * row.closed, 0)}%"
-        numbers = [number(mean and mean.mean, 3) for mean in means]
+        compared = {
+            "difference": "baseline" if row.base is row.group else change(row.change),
+            "to the first": "first" if row.first is row.group else change(row.behind),
+            "gap closed": share(row, footnote),
+        }
+        numbers = [compared[title] for title in titles] + [number(mean and mean.mean, 3) for mean in means]
         ends = [str(len(row.group.runs)), clock(row.group.seconds)]
-        lines.append(line([plain(row.group.label), main(row, of), change(row), share, *numbers, *ends]))
+        lines.append(line([plain(row.group.label), main(row, of), *numbers, *ends]))
     for mark in beside:
-        numbers = [number(mark.values[k], 3) if k in mark.values else "" for k in measures]
-        lines.append(line([plain(mark.label), number(mark.values.get(of.key)), "", "", *numbers, "", ""]))
+        numbers = ["" for _ in titles] + [number(mark.values[k], 3) if k in mark.values else "" for k in measures]
+        lines.append(line([plain(mark.label), number(mark.values.get(of.key)), *numbers, "", ""]))
     seen = [plot for some in space.values() for plot in some]
     left = [entry for entry in entries if entry.state != "done"]
     commands = [harmless(entry.command).replace("\n", " ") for entry in entries]
@@ -69,11 +81,15 @@ def markdown(name: str, question: str, answers: str, says: str, facts: dict[str,
         "\n".join(f"- {plain(key)}: {plain(text)}" for key, text in facts.items()),
         "\n".join(f"- Beware: {plain(text)}" for text in warnings), "\n".join(lines),
         f"± is the 95% interval over seeds. {of.title.capitalize()}: {of.unit}. A difference is to {baseline} "
-        f"with the same student, data and tokens, seed by seed; {'above' if of.sign > 0 else 'below'} 0 is "
-        "better. Gap closed: share of the way from there to the teacher.",
+        f"with the same {task}, seed by seed; {'above' if of.sign > 0 else 'below'} 0 is better. "
+        + ("To the first: difference to the row that leads among those with the same task. " if ranked else "")
+        + ("Gap closed: share of the way from the baseline to the row's teacher." if gaps else "")
+        + (" † Its own teacher, which was trained along with it and is another than that of the other rows."
+           if footnote else ""),
+        f"The same in all rows: {', '.join(f'{title} {value}' for title, value in same.items())}." if same else "",
         "\n".join(f"- {plain(title)}: {plain(means)}" for title, means in measures.values()),
         "\n".join(f"- {plain(TITLES.get(plot.title, plot.title))}: {plain(plot.says)}" for plot in seen),
-        "Intervals are of one row or difference each: the best of several looks better than it is.",
+        " ".join(["Intervals are of one row each: the best of several looks better than it is.", *caveats]),
         *(side_by_side(sample) for sample in samples),
         "\n".join(["Not done, and not counted:", "", *(f"- {plain(' '.join(e.overrides))}: {plain(e.state)}, "
                   f"{plain(e.says)}" for e in left)]) if left else "",
@@ -107,8 +123,8 @@ def text(cell: object) -> object:
 def as_csv(entries: list[Entry], table: list[Row], of: Goal) -> str:
     """A line per run: its state, all settings that vary, seed, all final measures, tokens, FLOPs, seconds, command.
 
-    difference is that of its loss, or of what else the sweep is judged by, to the baseline's of the same seed. Settings
-    of a run that is not done are those that were typed.
+    difference and to_the_first are of its loss, or of what else the sweep is judged by, to the run of the same seed of
+    the baseline and of the row that leads its task. Settings of a run that is not done are those that were typed.
     """
     runs = list({entry.folder: entry for entry in entries}.values())
     keys = dict.fromkeys(["logits"] if len({row.group.distilled for row in table}) > 1 else [])
@@ -120,28 +136,22 @@ def as_csv(entries: list[Entry], table: list[Row], of: Goal) -> str:
     rows = {e.folder: row for row in table for e in row.group.runs.values()}
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["run", "state", "reason", "label", *keys, "seed", *measures, "difference", "tokens", "flops",
-                     "seconds", "command"])  # fmt: skip
+    writer.writerow(["run", "state", "reason", "label", *keys, "seed", *measures, "difference", "to_the_first",
+                     "tokens", "flops", "seconds", "command"])  # fmt: skip
     for entry in runs:
         row, result = rows.get(entry.folder), entry.result
         if result is None:
             given = typed(entry)
-            cells = [
-                "",
-                *(given.get(k, "") for k in keys),
-                given.get("seed", ""),
-                *("" for _ in measures),
-                "",
-                "",
-                "",
-                "",
-            ]
+            cells = ["", *(given.get(k, "") for k in keys), given.get("seed", ""), *[""] * (len(measures) + 5)]
         else:
             config, final = settings(result["config"]), result["final"]
             seed = result["config"]["seed"]
             cells = [row.group.label if row else "", *(config.get(k) for k in keys), seed]
             cells += [final.get(k) for k in measures]
-            cells += [paired(row, seed, of), *(result.get(k) for k in ("tokens", "flops", "seconds"))]
+            cells += [
+                paired(row.group, other, seed, of) if row else None for other in (row and row.base, row and row.first)
+            ]
+            cells += [result.get(k) for k in ("tokens", "flops", "seconds")]
         writer.writerow(map(text, [entry.folder.name, entry.state, entry.says, *cells, entry.command]))
     return out.getvalue()
 
@@ -152,8 +162,8 @@ def typed(entry: Entry) -> dict[str, str]:
     return words | {f"{role}.size": words[role] for role in ("student", "teacher") if role in words}
 
 
-def paired(row: Row | None, seed: int, of: Goal) -> float | None:
-    """What the sweep is judged by: of one run minus that of the baseline with its seed."""
-    if row is None or row.base is None or row.base is row.group or seed not in row.base.runs:
+def paired(group: Group, other: Group | None, seed: int, of: Goal) -> float | None:
+    """What the sweep is judged by: of one run minus that of the other with its seed."""
+    if other is None or other is group or seed not in other.runs:
         return None
-    return row.group.of(of.key)[seed] - row.base.of(of.key)[seed]
+    return group.of(of.key)[seed] - other.of(of.key)[seed]

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from kd import files
@@ -16,28 +15,36 @@ from kd.remote import home, publish
 from sweeps import curves
 from sweeps.answers import Answers, Fit, answers, published
 from sweeps.compare import amount, manifest, parser, read
-from sweeps.contest import SCENARIOS, contests
+from sweeps.contest import SCENARIOS, Contest, contests
 from sweeps.points import Point, from_csv, of_sweep, to_csv
 from sweeps.report import question
 
 
-def table(found: Answers) -> list[Table]:
-    """Coefficients with their intervals, a table per law."""
-    made = []
-    for fit in found.fits:
-        held = f"; off by {fit.error:.2%} on the {fit.held.sum()} largest, held out" if fit.error is not None else ""
-        title = f"{fit.law.name} law {fit.of}".rstrip() + f": {fit.law.formula}  ({len(fit.points)} runs{held})"
-        made.append(Table(title=escape(title), title_justify="left", box=None, pad_edge=False))
-        for name in ("", "value", "95% interval", "published", ""):
-            made[-1].add_column(name, justify="left" if not name else "right")
-        for name, value in fit.coefficients.items():
-            bounds, known = fit.interval(name), published(fit).get(name)
-            says = "not known from these runs" if name in fit.loose else ""
-            if name == "E" and found.entropy:
-                says = "; ".join(filter(None, [says, f"known: {found.entropy:.4f}, the entropy of the data"]))
-            made[-1].add_row(name, f"{value:.4g}", f"{bounds[0]:.4g} … {bounds[1]:.4g}" if bounds else "–",
-                             f"{known:g}" if known else "", f"[dim]{says}[/]")  # fmt: skip
+def table(fit: Fit, entropy: float | None) -> Table:
+    """Coefficients with their intervals."""
+    made = Table(box=None, pad_edge=False)
+    for name in ("", "value", "95% interval", "published", ""):
+        made.add_column(name, justify="left" if not name else "right")
+    for name in fit.coefficients:
+        known = published(fit).get(name)
+        says = "not known from these runs" if name in fit.loose else ""
+        if name == "E" and entropy:
+            says = "; ".join(filter(None, [says, f"known: {entropy:.4f}, the entropy of the data"]))
+        paper = f"{known:g}" if known else ""
+        made.add_row(name, fit.says(name), fit.spans(name), paper, f"[dim]{says}[/]")
     return made
+
+
+def show(found: Answers, out: Console) -> None:
+    """Print every law: what it is, its coefficients, and how well it holds."""
+    for fit in found.fits:
+        title = f"{fit.law.name} law {fit.of}".rstrip() + f": {fit.law.formula}  ({len(fit.points)} runs)"
+        off = f"off on the {fit.held.sum()} largest runs, held out, by {fit.beside}" if fit.error is not None else ""
+        out.print(title, style="bold", markup=False, soft_wrap=True)
+        out.print(table(fit, found.entropy))
+        out.print("\n".join(filter(None, [off, fit.test])), "", markup=False, soft_wrap=True, sep="\n")
+    for line in [*found.cannot, *(d for fit in found.fits for d in fit.doubts), *found.notes]:
+        out.print(f"- {line}", markup=False, soft_wrap=True)
 
 
 def as_json(found: Answers) -> dict:
@@ -45,20 +52,27 @@ def as_json(found: Answers) -> dict:
 
     def one(fit: Fit) -> dict:
         values = {
-            k: {"value": v, "interval": fit.interval(k), "published": published(fit).get(k)}
+            k: {
+                "value": v,
+                "interval": fit.interval(k),
+                "published": published(fit).get(k),
+                "known": k not in fit.loose,
+            }
             for k, v in fit.coefficients.items()
         }
         held = [p.run for p, out in zip(fit.points, fit.held) if out]
         return {"law": fit.law.name, "formula": fit.law.formula, "of": fit.of, "runs": len(fit.points),
-                "coefficients": values, "held_out": {"runs": held, "mean_error": fit.error, "coefficients": fit.part},
+                "coefficients": values, "held_out": {"runs": held, "mean_error": fit.error,
+                "mean_error_of_a_straight_line": fit.straight, "coefficients": fit.part},
+                "lack_of_fit": fit.lack and fit.lack._asdict(),
                 "doubts": fit.doubts}  # fmt: skip
 
     return {
         "name": found.name, "entropy": found.entropy, "fits": [one(fit) for fit in found.fits],
         "cannot": found.cannot, "notes": found.notes,
         "distillation_wins": [
-            {"parameters": c.parameters, "teacher": c.scenario.label, "flops": c.ranges(False), "sure": c.ranges(True)}
-            for c in contests(found)
+            {"parameters": c.parameters, "teacher": c.scenario.label, "flops": c.ranges(False), "sure": c.ranges(True),
+             "measured_up_to": c.measured} for c in contests(found)
         ],
     }  # fmt: skip
 
@@ -67,24 +81,30 @@ def finding(found: Answers) -> str:
     """What the fits say, in one line."""
     says = []
     if fit := found.supervised:
-        bounds, known = fit.interval("E"), found.entropy
+        known = found.entropy
         sure = f"is {fit.coefficients['E']:.3f}" if "E" not in fit.loose else "cannot be told from these runs"
         says.append(f"the irreducible loss of language modelling {sure}")
-        says[-1] += f" ({bounds[0]:.3f} to {bounds[1]:.3f})" if bounds else ""
+        says[-1] += f" ({fit.spans('E')})" if fit.samples and "E" not in fit.loose else ""
         says[-1] += f", where the entropy of the data is {known:.3f}" if known else ""
     for fit in (found.supervised, found.distillation):
         if fit and fit.error is not None:
             unseen = f"the {fit.held.sum()} largest runs, which it had not seen"
-            says.append(f"the {fit.law.name} law is off by {fit.error:.1%} on {unseen}")
+            says.append(f"the {fit.law.name} law is off on {unseen}, by {fit.beside}")
+            says[-1] += f", and {fit.holds}" if fit.holds else ""
     if made := contests(found):
         free, *_, both = made[: len(SCENARIOS)]
         says.append(
-            f"at equal FLOPs, {free.compute[0]:.1e} to {free.compute[-1]:.1e}, the smallest student, of "
-            f"{amount(free.parameters)} parameters, gains from a free teacher {free.says()} (surely: "
-            f"{free.says(sure=True)}), and from one whose whole cost counts {both.says()} (surely: "
-            f"{both.says(sure=True)})"
+            f"at equal FLOPs, {free.compute[0]:.1e} to {free.compute[-1]:.1e}, distillation from a free teacher beats "
+            f"language modelling for the smallest student, of {amount(free.parameters)} parameters, {wins(free)}"
         )
+        says.append(f"where all that the teacher cost counts, it does so {wins(both)}")
     return "; ".join(says) or "nothing could be fitted: " + " ".join(found.cannot)
+
+
+def wins(contest: Contest) -> str:
+    """Where distillation wins, and where beyond noise, in one breath."""
+    likely, sure = contest.says(), contest.says(sure=True)
+    return likely if likely == sure else f"{likely} (beyond noise: {sure})"
 
 
 def write(folder: Path, found: Answers, asks: str = "") -> Path:
@@ -126,11 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
         path = write(folder, found, question(name) if given.name else "")
         for kind in ("html", "json") if given.name else ():
             publish(given.root, f"sweeps/{name}.fit.{kind}")
-        out = Console(highlight=False)
-        for made in table(found):
-            out.print(made, "")
-        for line in [*found.cannot, *(d for fit in found.fits for d in fit.doubts), *found.notes]:
-            out.print(f"- {line}", markup=False, soft_wrap=True)
+        show(found, Console(highlight=False))
         print(harmless(f"{path}: {finding(found)}"))
         if given.wandb:
             from sweeps import dashboard

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize
+from scipy.stats import f as f_distribution
 
 Coefficients = dict[str, float]
 Inputs = tuple[np.ndarray, ...]  # what a law is a function of, each [n]
@@ -231,9 +232,15 @@ def huber(residual: np.ndarray, delta: float = DELTA) -> tuple[np.ndarray, np.nd
     return value, np.clip(residual / delta, -1, 1)
 
 
-def resampled(count: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each of `count` runs is drawn, with replacement, as weights that add up to 1 [count]."""
-    return rng.multinomial(count, np.full(count, 1 / count)) / count
+def resampled(settings: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """How often each run is drawn, as weights that add up to 1 [n]; settings: the number of its setting [n].
+
+    Settings are drawn, with replacement, each with all its seeds: what a law misses in a setting all its seeds share,
+    so that runs drawn one by one would make intervals too narrow.
+    """
+    count = settings.max() + 1
+    weights = rng.multinomial(count, np.full(count, 1 / count))[settings]
+    return weights / weights.sum()
 
 
 def held_out(compute: np.ndarray, least: int) -> np.ndarray:
@@ -247,3 +254,42 @@ def held_out(compute: np.ndarray, least: int) -> np.ndarray:
         if mask.sum() >= SHARE * len(compute):
             return mask if (~mask).sum() >= least else np.zeros(len(compute), bool)
     return np.zeros(len(compute), bool)
+
+
+def straight(inputs: np.ndarray, log_loss: np.ndarray, fitted: np.ndarray) -> np.ndarray:
+    """log L by the plainest law, linear in logarithms: what another law has to be better than [n].
+
+    inputs: logarithms [K, n]. fitted: which runs it is fitted to [n].
+    """
+    terms = np.stack([np.ones(inputs.shape[1]), *inputs], 1)
+    return terms @ np.linalg.lstsq(terms[fitted], log_loss[fitted], rcond=None)[0]
+
+
+class LackOfFit(NamedTuple):
+    """The F test of whether a law misses the means of settings by more than the seeds of a setting differ."""
+
+    f: float
+    freedom: tuple[int, int]
+    p: float  # how often noise alone would give so large an F
+
+    @property
+    def noise(self) -> bool:
+        return self.p >= 0.05
+
+
+def lack_of_fit(residuals: np.ndarray, settings: np.ndarray, seeds: np.ndarray, coefficients: int) -> LackOfFit | None:
+    """Of the residuals of a fit by least squares [n]; None where no setting has several seeds, or too few settings.
+
+    settings, seeds: their numbers, of each run [n]. A shift that all runs of a seed share is taken out.
+    Draper and Smith, Applied Regression Analysis, section 2.1.
+    """
+    of_settings, of_seeds = (np.eye(x.max() + 1)[x] for x in (settings, seeds))
+    terms = np.concatenate([of_settings, of_seeds - of_seeds.mean(0)], 1)
+    found, _, rank, _ = np.linalg.lstsq(terms, residuals, rcond=None)
+    means = found[: settings.max() + 1]
+    pure, lack = ((residuals - terms @ found) ** 2).sum(), (of_settings.sum(0) * means**2).sum()
+    freedom = (len(means) - coefficients, len(residuals) - int(rank))
+    if min(freedom) < 1 or pure < 1e-12 * lack:
+        return None
+    f = float(lack / freedom[0] / (pure / freedom[1]))
+    return LackOfFit(f, freedom, float(f_distribution.sf(f, *freedom)))

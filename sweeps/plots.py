@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable
 from html import escape
@@ -27,9 +28,14 @@ def blank(height: int, **layout) -> go.Figure:
     return go.Figure(layout=go.Layout(height=height, **style, **layout))
 
 
+MARK = "\u200b "  # where a word may break: a space that is told from those of the text
+
+
 def folded(text: str, width: int = 24) -> str:
-    """A label for a plot: short lines, and no markup of its own."""
-    return "<br>".join(map(escape, textwrap.wrap(text, width)))
+    """A label for a plot: short lines, and no markup of its own. Words too long for a line break behind _ and =."""
+    words = [re.sub(r"(?<=[_=])(?=.)", MARK, word) if len(word) > width else word for word in text.split()]
+    lines = textwrap.wrap(" ".join(words), width)
+    return "<br>".join(escape(line.replace(MARK, "").replace(MARK[0], "")) for line in lines)
 
 
 def switch(above: int, choices: dict[str, list], method: str) -> list[dict]:
@@ -77,10 +83,13 @@ def dots(table: list[Row], measure: str, beside: Iterable[Mark] = (), width: int
     plot.update_xaxes(range=whole, zeroline=False, fixedrange=True, nticks=6 if width > 20 else 4, tickangle=0)
     plot.update_yaxes(range=[len(shown) - 0.5, -0.5], tickvals=list(range(len(shown))), ticktext=labels)
     plot.update_yaxes(automargin=True, showgrid=False, zeroline=False, fixedrange=True, ticklabelstandoff=8)
+    beyond = 7 * max(len(line) for text in labels for line in text.split("<br>"))
     for level, mark in enumerate(beside):
         x = mark.values[measure]
         place = {"x": x, "y": 1, "yref": "paper", "yshift": 18 * level, "yanchor": "bottom"}
-        place["xanchor"] = "right" if x > sum(whole) / 2 else "left"
+        # To the side with more room in a narrow window, where the plot has some 200 pixels and its labels stand beside.
+        share = (x - whole[0]) / (whole[1] - whole[0])
+        place["xanchor"] = "right" if 200 * share + beyond > 200 * (1 - share) else "left"
         plot.add_vline(x, line={"color": GREY, "width": 1.6, "dash": mark.dash}, layer="below")
         plot.add_annotation(text=f"{escape(mark.label)} {x:.3f}", showarrow=False, font={"size": 12}, **place)
     if beside:
@@ -95,7 +104,7 @@ BELOW = {"orientation": "h", "y": -0.17, "yanchor": "top", "x": 0}  # a legend
 def line_of(row: Row) -> dict:
     """How the line of a group is drawn and called."""
     style = {"color": row.color, "width": 2, "dash": "dash" if row.group.alone else "solid"}
-    return {"name": escape(row.group.label), "line": style, "showlegend": row.group.alone or row.color != GREY}
+    return {"name": folded(row.group.label, 40), "line": style, "showlegend": row.group.alone or row.color != GREY}
 
 
 def curves(table: list[Row], beside: Iterable[Mark]) -> go.Figure | None:

@@ -35,6 +35,7 @@ class Point(NamedTuple):
     teacher_tokens: float | None = None  # that the teacher was trained on
     teacher_flops_per_token: float | None = None
     entropy: float | None = None  # the lowest loss there can be, where it is known
+    seed: str | None = None
 
     @property
     def compute(self) -> float:
@@ -43,7 +44,7 @@ class Point(NamedTuple):
 
 
 NEEDED = ("parameters", "tokens", "loss")
-TEXT = ("run", "teacher")
+TEXT = ("run", "teacher", "seed")
 
 
 def column(points: Iterable[Point], name: str) -> np.ndarray:
@@ -54,6 +55,17 @@ def data(points: list[Point]) -> Data:
     """What a law is fitted to; with the teacher's loss if there are teachers."""
     teacher = column(points, "teacher_loss") if points and points[0].teacher_loss is not None else None
     return Data(column(points, "parameters"), column(points, "tokens"), column(points, "loss"), teacher)
+
+
+def settings_of(points: list[Point]) -> np.ndarray:
+    """The number of each run's setting, N, D and teacher: runs that share it differ in the seed alone [n]."""
+    return numbered((p.parameters, p.tokens, p.teacher) for p in points)
+
+
+def numbered(values: Iterable) -> np.ndarray:
+    """A number for each value, the same for those that are alike [n]."""
+    numbers: dict = {}
+    return np.array([numbers.setdefault(value, len(numbers)) for value in values], int)
 
 
 def of_sweep(entries: list[Entry]) -> tuple[list[Point], list[str]]:
@@ -93,15 +105,16 @@ def point(run: str, result: dict, teacher_keys: list[str]) -> Point:
     """What the laws are fitted to, of a result."""
     config = result["config"]
     of = (result["non_embedding"], result["tokens"], result["final"]["val/lm"], result["flops_per_token"])
+    own = {"entropy": result["entropy"], "seed": str(config["seed"])}
     if config["logits"] == "none":
-        return Point(run, *of, entropy=result["entropy"])
+        return Point(run, *of, **own)
     said = label(json.loads(subset(config, "teacher")), teacher_keys) or str(model_name(config, "teacher"))
     trained = None
     if config["teacher.size"]:
         trained = config["teacher.steps"] * config["teacher.batch"] * config["data.seq_len"]
     return Point(
         run, *of, said.removeprefix("teacher=").replace("teacher.", ""), result["final"]["val/teacher_lm"],
-        result["teacher_non_embedding"], trained, result["teacher_flops_per_token"], result["entropy"],
+        result["teacher_non_embedding"], trained, result["teacher_flops_per_token"], **own,
     )  # fmt: skip
 
 

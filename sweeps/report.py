@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import takewhile
 from pathlib import Path
+from statistics import fmean
 
 import jinja2
 import plotly.graph_objects as go
@@ -23,12 +24,26 @@ from kd.identity import model_name
 from kd.progress import clock, harmless
 from kd.remote import home, publish
 from sweeps import shapes, space
-from sweeps.compare import LOSS, Entry, Group, goal, grouped, listed, manifest, parser, read, subset, varying
+from sweeps.compare import (
+    LOSS,
+    Entry,
+    Group,
+    amount,
+    goal,
+    grouped,
+    listed,
+    manifest,
+    parser,
+    read,
+    subset,
+    task_of,
+    varying,
+)
 from sweeps.export import as_csv, markdown
-from sweeps.finding import finding
+from sweeps.finding import by_task, finding
 from sweeps.plots import SMALL, curves, dots, exposure
 from sweeps.samples import samples
-from sweeps.table import Mark, by_loss, columns, marks, number, rows
+from sweeps.table import MEASURES, Mark, Row, alike, by_loss, columns, marks, number, ranked, rows
 
 
 def head(name: str) -> list[str]:
@@ -91,9 +106,42 @@ def warnings(groups: list[Group]) -> list[str]:
         says.append(
             f"Responses were written in different ways ({listed(keys)}): compare them only where they were not."
         )
+    for some in by_task(groups):
+        tokens = {g.label: fmean(r.get("tokens", 0) for r in g.results) for g in some}
+        least, most = min(tokens, key=tokens.get), max(tokens, key=tokens.get)
+        if tokens[most] > 1.05 * tokens[least]:
+            says.append(
+                f"Rows learn from different numbers of tokens in the same steps, {amount(tokens[least])} ({least}) to "
+                f"{amount(tokens[most])} ({most}): a row that is better may be so because it learned from more."
+            )
+            break
     if len({frozenset(g.runs) for g in groups}) > 1:
         says.append("Rows differ in their seeds: compare by the paired difference rather than by the mean loss.")
     return says
+
+
+def caveats(groups: list[Group], table: list[Row], beside: list[Mark]) -> list[str]:
+    """What the intervals do not know of, with the numbers of this sweep."""
+    found, configs = [], [result["config"] for g in groups for result in g.results]
+    for count, length in sorted({(c.get("data.val_rows"), c.get("data.seq_len")) for c in configs}, key=str):
+        if count and length:
+            most = "at most " if configs[0]["data"] == "instructions" else ""
+            found.append(
+                f"The held-out text has {count} rows of {most}{length} tokens, {most}{count * length:,} in all."
+            )
+    teachers = sum(mark.dash == "solid" for mark in beside)
+    if teachers == 1:
+        found.append("One teacher was used, trained once: with another one the order of the rows may be another.")
+    elif teachers:
+        found.append(f"{teachers} teachers were used, each trained once.")
+    tests = sum(d is not None and d.half is not None for row in table for d in (
+        row.change if row.base is not row.group else None, row.behind if ranked(table) else None))  # fmt: skip
+    if tests > 1:
+        found.append(
+            f"{tests} differences have intervals of 95% each, not corrected for their number: if none were real, "
+            f"about {max(1, round(0.05 * tests))} would still look beyond noise."
+        )
+    return found
 
 
 def page(name: str, entries: list[Entry], groups: list[Group], told: dict) -> str:
@@ -108,11 +156,10 @@ def page(name: str, entries: list[Entry], groups: list[Group], told: dict) -> st
     kinds = told["space"] | {"schedule": shapes.drawn(losses)}
     plots = {kind: {f"{kind}-{i}": plot for i, plot in enumerate(some)} for kind, some in kinds.items()}
     figures |= {key: plot.figure for some in plots.values() for key, plot in some.items()}
-    held_out = {tuple(r["config"].get(k) for k in ("data.val_rows", "data.seq_len")) for g in groups for r in g.results}
     return render(
         "report.html", {k: f for k, f in figures.items() if f}, name=name, **told | {"space": plots}, entries=entries,
-        measures=columns(groups, told["of"]), several=any(len(g.runs) > 1 for g in groups),
-        small={k: v for k, v in SMALL.items() if figures[k]}, held_out=sorted(held_out, key=str),
+        several=any(len(g.runs) > 1 for g in groups), small={k: v for k, v in SMALL.items() if figures[k]},
+        titles={k: title for k, (title, _) in MEASURES.items()},
     )  # fmt: skip
 
 
@@ -138,16 +185,21 @@ def write(root: str | Path, name: str) -> tuple[Path, str]:
     states = {entry.folder: entry.state for entry in entries}
     left = sum(state != "done" for state in states.values())
     says = finding(groups) + (f" [{left} of {len(states)} runs are not done and not counted]" if left else "")
-    table = rows(groups)
+    table, beside, of = rows(groups), marks(groups), goal(groups)
+    measures = columns(groups, of)
+    same = alike(groups, measures, beside)
     told = {
         "question": question(name), "answers": answers_to(name), "says": says, "warnings": warnings(groups),
         "facts": facts(entries, [result for group in groups for result in group.results]),
-        "table": table, "beside": marks(groups), "of": goal(groups), "samples": samples(table),
-        "space": space.plots(by_loss(table)),
+        "table": table, "beside": beside, "of": of, "samples": samples(table), "space": space.plots(by_loss(table)),
+        "task": task_of(groups), "ranked": ranked(table), "gaps": any(row.closed for row in table),
+        "measures": {k: says for k, says in measures.items() if k not in same},
+        "same": {measures[k][0]: value for k, value in same.items()}, "caveats": caveats(groups, table, beside),
+        "footnote": 0 < sum(row.own_teacher for row in table if row.closed) < sum(bool(row.closed) for row in table),
     }  # fmt: skip
     written = {
         "html": page(name, entries, groups, told), "md": markdown(name, entries=entries, **told),
-        "csv": as_csv(entries, table, told["of"]),
+        "csv": as_csv(entries, table, of),
     }  # fmt: skip
     for kind, text in written.items():
         with files.atomic(home(root) / "sweeps" / f"{name}.{kind}") as temporary:

@@ -20,13 +20,13 @@ SHAPES = {name: f for name, f in vars(schedules).items() if inspect.isfunction(f
 
 
 def drawn(table: list[Row]) -> list[Plot]:
-    """The schedules themselves, a plot for each kind, where those of the share of distillation or of the rate vary."""
+    """The schedules of the share of distillation and of the rate, a plot for each kind, where the kind varies."""
     made = []
     for role, title in ROLES.items():
         rows = taught(table) if role == "alpha" else table
         kinds = [[r.group.config for r in rows if r.group.alone is alone] for alone in (False, True)]
         keys = [k for k in dict.fromkeys(k for some in kinds for k in varying(some)) if below(k, [role])]
-        if not keys:
+        if role not in keys:
             continue
         found: dict[str, dict[str, list[Row]]] = {}
         for row in rows:

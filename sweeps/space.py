@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from sweeps.compare import ALONE, Group, amount, difference, label, listed, varying
+from sweeps.compare import ALONE, LOSS, Group, amount, difference, label, listed, task_of, varying
+from sweeps.finding import between, by_task
 from sweeps.plots import blank, folded, padded
 from sweeps.table import COLORS, GREY, Row, number
 
@@ -89,7 +90,7 @@ def standing(rows: list[Row]) -> str:
     if all(change.half is None for change in changes):
         lower = sum(change.mean < 0 for change in changes)
         return f"{lower} of {len(changes)} are lower than {ALONE}, with 1 seed, which gives no error bar"
-    sure = [change for change in changes if change.half is not None and not change.noise]
+    sure = [change for change in changes if change.sure]
     worse, better = sum(c.mean > 0 for c in sure), sum(c.mean < 0 for c in sure)
     says = f"{better} of {len(changes)} are better than {ALONE} beyond noise, {worse} worse"
     single = sum(change.half is None for change in changes)
@@ -107,6 +108,19 @@ def lowest(rows: list[Row]) -> Row:
 def tied(best: Row, rows: Iterable[Row]) -> list[Row]:
     """The others that cannot be told apart from the best."""
     return [r for r in rows if r is not best and (d := difference(r.group, best.group)) and d.noise]
+
+
+def by_task_of(rows: list[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.group.task, []).append(row)
+    return found
+
+
+def firsts(rows: list[Row]) -> str:
+    """Which rows have the lowest loss of their tasks, where there are several and no baselines to compare with."""
+    tasks = by_task([row.group for row in rows])
+    return between(tasks, LOSS) if len(tasks) > 1 and not all(row.change for row in rows) else ""
 
 
 def sentence(*parts: str) -> str:
@@ -132,10 +146,13 @@ def heat(table: list[Row]) -> Plot | None:
         return None
     paired = all(row.change for row in rows)
     best = lowest(rows)
+    tasks = by_task_of(rows)  # across which losses cannot be compared
+    bests = {task: lowest(some) for task, some in tasks.items()}
     alike = [row.group.label for row in rows if row.change.noise] if paired else [
-        row.group.label for row in tied(best, rows)]  # fmt: skip
+        row.group.label for task, some in tasks.items() for row in tied(bests[task], some)]  # fmt: skip
     plot = blank(66 * len(y) + 130, margin={"l": 10, "r": 10, "t": 8, "b": 92}, dragmode=False)
-    grid = [[shown(cells.get((i, j)), paired) for i in x] for j in y]
+    levels = {task: best.group.mean().mean for task, best in bests.items()} if len(tasks) > 1 else {}
+    grid = [[shown(cells.get((i, j)), paired, levels) for i in x] for j in y]
     known = [z for line in grid for z in line if z is not None]
     furthest = max(map(abs, known)) or 1
     plot.add_heatmap(
@@ -154,14 +171,22 @@ def heat(table: list[Row]) -> Plot | None:
             plot.add_shape(type="rect", x0=i - 0.46, x1=i + 0.46, y0=j - 0.43, y1=j + 0.43,
                            line={"color": GREY, "width": 1.6, "dash": "dot"})  # fmt: skip
     for axis, key, words in ((plot.update_xaxes, across, x), (plot.update_yaxes, down, y)):
-        axis(title=titled(TITLES.get(key, key)), tickvals=list(range(len(words))), ticks="",
+        axis(title=titled(short(key)), tickvals=list(range(len(words))), ticks="",
              ticktext=[folded(w, 18) for w in words], fixedrange=True, showgrid=False, zeroline=False,
              automargin=True, tickangle=0)  # fmt: skip
     plot.update_yaxes(range=[len(y) - 0.5, -0.5])
     mean = best.change.mean if paired else best.group.mean().mean
     says = f"Lowest with {best.group.label}, {number(mean, 4, paired)} nats per token"
+    if not paired and len(tasks) > 1:
+        says = (
+            f"{firsts(rows)}; colours are of the loss above the lowest of the same {task_of([r.group for r in rows])}"
+        )
     dotted = "no cell is" if not alike else "a dotted frame and ≈ mark cells"
-    within = f"{dotted} within noise of {ALONE if paired else 'the lowest'}" if best.group.mean().half else ""
+    within = (
+        f"{dotted} within noise of {ALONE if paired else 'that lowest' if len(tasks) > 1 else 'the lowest'}"
+        if best.group.mean().half
+        else ""
+    )
     missing = len(x) * len(y) - len(cells)
     absent = f"{missing} cell{'s' * (missing > 1)} without a finished run" if missing else ""
     return Plot(plot, unit(paired), sentence(says, standing(rows), within, absent), 88 * (len(x) + 1))
@@ -179,8 +204,11 @@ def rgba(color: tuple[int, int, int], share: float) -> str:
     return f"rgba({', '.join(map(str, color))}, {share})"
 
 
-def shown(row: Row | None, paired: bool) -> float | None:
-    return None if row is None else row.change.mean if paired else row.group.mean().mean
+def shown(row: Row | None, paired: bool, levels: dict[str, float]) -> float | None:
+    """What gives a cell its colour; levels: the lowest losses of tasks, where these differ."""
+    if row is None or paired:
+        return row and row.change.mean
+    return row.group.mean().mean - levels.get(row.group.task, 0.0)
 
 
 def cell(row: Row | None, paired: bool, alike: bool) -> str:
@@ -277,6 +305,8 @@ def trend(key: str, series: dict[str, list[Row]]) -> str:
         ends = [f"{number(r.change.mean, 4, True)}{plus(r.change.half)} at {word(r.group, key)}" for r in
                 (line[0], line[-1])]  # fmt: skip
         return sentence(f"The difference to {ALONE} goes from {ends[0]} to {ends[1]} nats per token", standing(every))
+    if said := firsts(every):
+        return sentence(said, standing(every))
     best = lowest(every)
     own = next(rows for rows in series.values() if best in rows)
     mean, on_par = best.group.mean(), tied(best, own)
@@ -309,7 +339,10 @@ def parallel(table: list[Row]) -> Plot | None:
     low, high = min(losses), max(losses)
     shares = [(loss - low) / (high - low or 1) for loss in losses]
     at = [[height[i] for height, _ in heights] + [0.02 + 0.96 * shares[i]] for i in range(len(rows))]
-    plot = blank(430, margin={"l": 64, "r": 70, "t": 46, "b": 16}, dragmode=False, hovermode="closest")
+    longest = max(len(part) for said in heights[0][1] for part in folded(said, 14).split("<br>"))
+    plot = blank(
+        430, margin={"l": max(64, 7 * longest + 12), "r": 70, "t": 46, "b": 16}, dragmode=False, hovermode="closest"
+    )
     for row, y, share in reversed(list(zip(rows, at, shares))):  # the lowest on top
         loss = row.group.mean()
         plot.add_scatter(
@@ -324,7 +357,7 @@ def parallel(table: list[Row]) -> Plot | None:
     ticks = [(i, y, said, "right") for i, (_, marks) in enumerate(heights) for said, y in marks.items()]
     ticks += [(len(keys), 0.02 + 0.96 * share, number(low + share * (high - low), 3), "left") for share in (0, 0.5, 1)]
     for i, y, said, side in ticks:
-        plot.add_annotation(x=i, y=y, text=folded(said, 18), showarrow=False, xanchor=side, font={"size": 12},
+        plot.add_annotation(x=i, y=y, text=folded(said, 14), showarrow=False, xanchor=side, font={"size": 12},
                             xshift=-5 if side == "right" else 5, bgcolor="rgba(255, 255, 255, 0.8)")  # fmt: skip
     plot.update_xaxes(visible=False, range=[-0.05, len(keys) + 0.05], fixedrange=True)
     plot.update_yaxes(visible=False, range=[0, 1], fixedrange=True)
@@ -362,7 +395,9 @@ def blended(share: float) -> str:
 
 
 def common(rows: list[Row], keys: list[str]) -> str:
-    """What most of the best quarter of the rows share."""
+    """What most of the best quarter of the rows share, where their losses can be compared."""
+    if said := firsts(rows):
+        return sentence(said, standing(rows))
     best = rows[: max(2, math.ceil(len(rows) / 4))]
     often = Counter(filter(None, (label(row.group.config, [key]) for row in best for key in keys))).most_common()
     same = [said for said, times in often if times == often[0][1]]

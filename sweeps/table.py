@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
+from collections.abc import Iterable
 from statistics import fmean
 from typing import NamedTuple
 
 from kd.identity import model_name
 from kd.run import EXACCERR_LENGTH
 from sweeps.compare import LOSS, Goal, Group, Interval, baseline, closed, difference, goal, label, subset, varying
+from sweeps.finding import by_task, leader
 
 MEASURES = {  # columns of the table: what they are called and what they mean
     "val/rouge_l": ("rouge-l", "Rouge-L F1 of responses to held-out prompts, stemmed; papers print it times 100"),
@@ -40,8 +43,15 @@ class Row(NamedTuple):
     group: Group
     base: Group | None
     change: Interval | None
-    closed: float | None
+    closed: Interval | None
+    first: Group  # that leads its task
+    behind: Interval | None  # difference to that one
     color: str
+
+    @property
+    def own_teacher(self) -> bool:
+        """Whether its teacher was trained along with it, so that no other row has the same."""
+        return self.group.config["logits"] == "cotrained"
 
 
 class Mark(NamedTuple):
@@ -55,11 +65,19 @@ class Mark(NamedTuple):
 def rows(groups: list[Group]) -> list[Row]:
     """The table, best first; colors go to the best."""
     of, colors, found = goal(groups), iter(COLORS), []
+    firsts = {some[0].task: leader(some, of) for some in by_task(groups)}
     for group in groups:
-        base = baseline(group, groups)
+        base, first = baseline(group, groups), firsts[group.task]
         color = GREY if group.alone else next(colors, GREY)
-        found.append(Row(group, base, difference(group, base, of.key), closed(group, base, of), color))
+        behind = None if group is first else difference(group, first, of.key)
+        found.append(Row(group, base, difference(group, base, of.key), closed(group, base, of), first, behind, color))
     return found
+
+
+def ranked(table: list[Row]) -> bool:
+    """Whether the difference to the first of a task says more, of some row, than that to the baseline."""
+    counts = Counter(row.group.task for row in table)
+    return any(counts[row.group.task] > 2 and row.first is not row.base for row in table)
 
 
 def by_loss(table: list[Row]) -> list[Row]:
@@ -69,9 +87,27 @@ def by_loss(table: list[Row]) -> list[Row]:
 
 
 def columns(groups: list[Group], of: Goal) -> dict[str, tuple[str, str]]:
-    """The columns beside that of the goal: those that any group has a value for, the loss first."""
+    """The columns beside that of the goal, the loss first: those that any group has a value for and that tell more.
+
+    Perplexity is the exponential of the loss, and bits per byte are a multiple of it where all have one tokenizer; of
+    the distances on the student's own text one is enough. All are in the CSV.
+    """
     loss = {LOSS.key: (LOSS.title, "mean negative log-likelihood of held-out text, nats per token")}
-    return {k: says for k, says in (loss | MEASURES).items() if k != of.key and any(g.of(k) for g in groups)}
+    tokenizers = {result.get("bytes_per_token") for g in groups for result in g.results}
+    told = {of.key, "val/perplexity", "val/on_policy_tvd", "val/on_policy_ece"}
+    told |= {"val/bpb"} if len(tokenizers) == 1 else set()
+    return {k: says for k, says in (loss | MEASURES).items() if k not in told and any(g.of(k) for g in groups)}
+
+
+def alike(groups: list[Group], measures: Iterable[str], beside: list[Mark]) -> dict[str, str]:
+    """Measures that are the same, as shown, wherever they were measured, and of what value."""
+    shown = {}
+    for key in measures if len(groups) > 1 else ():
+        values = [mean.mean for g in groups if (mean := g.mean(key))] + [
+            m.values[key] for m in beside if key in m.values
+        ]
+        shown[key] = {number(value, 3) for value in values}
+    return {key: of.pop() for key, of in shown.items() if len(of) == 1}
 
 
 def marks(groups: list[Group]) -> list[Mark]:

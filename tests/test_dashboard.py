@@ -133,6 +133,20 @@ def test_view_and_report_are_saved_and_are_of_these_runs(sweep):
         ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("of", "key", "ascending"), [(compare.LOSS, "lm", True), (compare.ROUGE, "rouge_l", False)])
+def test_view_and_report_go_by_what_the_sweep_is_judged_by(of, key, ascending):
+    where = {"entity": "me", "project": "mine"}
+    view = dashboard.view("s", ["loss"], ["a"], where, of)
+    document = dashboard.document("s", ["loss"], ["a"], where, of, "says", "text")
+    (runs,) = document.blocks[1].runsets
+    for order in (view.runset_settings.order[0], runs.order[0]):
+        name = getattr(order, "item", None) or order.name
+        assert (name.name, order.ascending) == (f"final/{key}", ascending)
+    assert view.runset_settings.pinned_columns[1:3] == ["config:loss.value", f"summary:final/{key}"]
+    for panels in (view.sections[0].panels, document.blocks[1].panels):
+        assert panels[0].columns[-1].metric.name == f"final/{key}"
+
+
 def test_without_an_account_it_says_what_to_type(sweep):
     code, output = typed(sweep.root, dashboard.main, "s", "--root", str(sweep.root))
     assert code == 2 and "wandb login" in output and "sweeps/s.html" in output, output

@@ -25,6 +25,15 @@ SIZES, AMOUNTS = (1e5, 3e5, 1e6, 3e6), (1e5, 4e5, 1.6e6, 6.4e6, 2.56e7)
 TEACHERS = {"tiny": (1e5, 1e5), "small": (1e5, 2e6), "medium": (1e6, 8e6), "large": (1e7, 1e8)}
 
 
+def repeated(alone: list[Point], offset: float, noise: float, seed: int, seeds: int = 3) -> list[Point]:
+    """Runs of several seeds: noise of their own, and an offset that all seeds of a setting share."""
+    rng = np.random.default_rng(seed)
+    shifts = [(p, offset * rng.normal()) for p in alone]
+    return [
+        p._replace(loss=p.loss * math.exp(shift + noise * rng.normal())) for p, shift in shifts for _ in range(seeds)
+    ]
+
+
 def planted(noise: float, seed: int = 0, taught: bool = True) -> list[Point]:
     """Runs whose losses are those of the two laws, but for noise in their logarithms."""
     rng = np.random.default_rng(seed)
@@ -126,6 +135,26 @@ def test_intervals_narrow_with_noise_and_one_seed_gives_one_answer():
     assert width(0.001) == width(0.001) != width(0.001, seed=1)
 
 
+def test_seeds_of_one_setting_are_drawn_together():
+    alone = planted(0.002, taught=False)
+    once, thrice = (answers.fitted(POWER, "", some, 40, 0, axis="tokens") for some in (alone, 3 * alone))
+    for name in POWER.names:  # the same runs three times tell no more
+        assert thrice.interval(name) == pytest.approx(once.interval(name), rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_intervals_cover_what_is_planted_where_seeds_share_an_offset(monkeypatch, seed):
+    some = repeated(planted(0, taught=False), offset=0.005, noise=0.0005, seed=seed)
+
+    def missed():
+        of = answers.fitted(SUPERVISED, "", some, 20, 0)
+        return [k for k, true in ALONE.items() if not of.interval(k)[0] <= true <= of.interval(k)[1]]
+
+    assert not missed()
+    monkeypatch.setattr(answers, "settings_of", lambda points: np.arange(len(points)))  # as if no run shared anything
+    assert missed()
+
+
 def test_held_out_runs_are_the_largest_and_are_not_seen(found):
     of = found.supervised
     compute = points.column(of.points, "compute")
@@ -136,6 +165,45 @@ def test_held_out_runs_are_the_largest_and_are_not_seen(found):
     assert again.part == of.part and again.error == pytest.approx(0.5, abs=0.01)
     alone = [p for p, out in zip(of.points, of.held) if not out]
     assert answers.fitted(SUPERVISED, "", alone, draws=0, seed=0).coefficients == of.part
+
+
+def test_lack_of_fit_by_hand():
+    residuals, settings = np.array([0.1, 0.3, -0.1, 0.1, 0.0, 0.2]), np.array([0, 0, 1, 1, 2, 2])
+    # Means 0.2, 0 and 0.1: 2 (0.04 + 0.01) / 2 against 6 * 0.01 / 3. P(F(2, 3) > f) = (1 + 2 f / 3)^(-3/2).
+    got = laws.lack_of_fit(residuals, settings, np.zeros(6, int), 1)
+    assert got.f == pytest.approx(2.5) and got.freedom == (2, 3)
+    assert got.p == pytest.approx((1 + 5 / 3) ** -1.5) and got.noise
+    assert laws.lack_of_fit(residuals, np.arange(6), np.zeros(6, int), 1) is None  # one seed each
+    assert laws.lack_of_fit(residuals, settings, np.zeros(6, int), 3) is None
+    # A shift that all runs of a seed share changes nothing, whatever it is: half the differences of the two seeds of a
+    # setting are 0.1, 0.1 and 0.07, and what is left are these without their mean, with 2 degrees of freedom.
+    seeds, uneven = np.array([0, 1] * 3), residuals + np.array([0, 0, 0, 0, 0, -0.06])
+    shifted = laws.lack_of_fit(uneven + np.array([-0.25, 0.25] * 3), settings, seeds, 1)
+    halves = np.array([0.1, 0.1, 0.07])
+    pure = 2 * ((halves - halves.mean()) ** 2).sum() / 2
+    means = np.array([0.2, 0.0, 0.07])
+    assert shifted.freedom == (2, 2) and shifted.f == pytest.approx((2 * means**2).sum() / 2 / pure)
+
+
+def test_a_law_that_misses_settings_is_said_to_and_one_that_holds_is_too():
+    exact = planted(0, taught=False)
+    holds, misses = (
+        answers.fitted(SUPERVISED, "", repeated(exact, offset, 0.002, seed=0), 0, 0) for offset in (0.0, 0.01)
+    )
+    assert (
+        holds.lack.freedom == (20 - 6, 40) and holds.lack.p > 0.1 and holds.holds == "holds within the noise of seeds"
+    )
+    assert misses.lack.p < 1e-4 and "by more than the noise of seeds (lack of fit: F(14, 40) =" in misses.test
+    assert answers.fitted(SUPERVISED, "", exact, 0, 0).holds == ""
+
+
+def test_a_straight_line_in_logarithms_stands_beside_the_error(found):
+    n, d = np.log([1e5, 1e6, 1e5, 1e6, 1e7]), np.log([1e6, 1e6, 1e7, 1e7, 1e8])
+    loss, seen = 2 - 0.1 * n - 0.05 * d, np.array([True] * 4 + [False])
+    assert laws.straight(np.stack([n, d]), loss, seen) == pytest.approx(loss)
+    of = found.supervised
+    assert of.error < of.straight < 0.2 and f"straight line in logarithms is off by {of.straight:.2%}" in of.beside
+    assert of.beside in fit.finding(found)
 
 
 def test_runs_of_equal_compute_are_held_out_together():
@@ -168,6 +236,26 @@ def test_a_coefficient_that_runs_do_not_tell_is_said():
     assert "cannot be told" in fit.finding(answers.Answers("x", some, [], supervised=of))
     assert of.loose and any("alpha" in line and "cannot be told" in line for line in of.doubts), of.doubts
     assert of.coefficients["E"] == pytest.approx(ALONE["E"], rel=0.02)
+
+
+def test_ends_of_what_was_searched_are_no_values(found):
+    of = replace(found.distillation, coefficients=found.distillation.coefficients | {"gamma": 4.97, "f1": 0.01004})
+    assert (of.says("gamma"), of.says("f1")) == ("≥ 4.97", "≤ 0.01004") and of.stuck == ["gamma", "f1"]
+    assert {"gamma", "f1"} <= set(of.loose) and any("gamma and f1" in line for line in answers.doubts(of))
+    of.samples = [s | {"alpha": 5.0 if i % 2 else 0.8} for i, s in enumerate(of.samples)]
+    assert of.spans("alpha") == "0.8 to ≥ 5" and "≥" not in of.spans("beta") and "alpha" in of.loose
+    page = curves.page(replace(found, distillation=of), "x")
+    assert '<td class="bad">≥ 4.97</td>' in page and '<span class="bad">' in page
+    # E is counted in units of the least loss: 0.3 % above its bound is at it.
+    least = min(p.loss for p in found.supervised.points)
+    at_end = replace(found.supervised, coefficients=found.supervised.coefficients | {"E": 1.003e-3 * least})
+    assert at_end.stuck == ["E"] and not found.supervised.stuck
+
+
+@pytest.mark.parametrize("name", ["A", "alpha"])
+def test_what_spans_more_than_an_order_of_magnitude_is_not_known(found, name):
+    of = replace(found.supervised, samples=[s | {name: 0.37 * 1.2**i} for i, s in enumerate(found.supervised.samples)])
+    assert of.loose == [name]
 
 
 def test_power_law_over_one_axis(found):
@@ -227,6 +315,62 @@ def test_ranges_are_said():
     assert unpaid.says() == unpaid.says(sure=True) == "nowhere" and unpaid._replace(known=False).says() == "unknown"
 
 
+def test_what_is_won_beyond_what_was_measured_is_called_extrapolated():
+    compute, gains = np.array([1e9, 1e10, 1e11, 1e12]), np.array([0.1, 0.1, 0.1, -0.1])
+    of = contest.Contest(1e6, contest.SCENARIOS[0], compute, gains, gains - 0.2, gains, measured=5e10)
+    assert of.says() == "as far as measured (5.0e+10 FLOPs), extrapolated up to 1.0e+11"
+    assert of.says(sure=True) == "nowhere"
+    assert of._replace(gain=np.ones(4)).says() == "as far as measured (5.0e+10 FLOPs), extrapolated everywhere beyond"
+    assert of._replace(gain=-gains).says() == (
+        "nowhere as far as measured (5.0e+10 FLOPs) and extrapolated from 1.0e+12 FLOPs on"
+    )
+    late = of._replace(gain=np.array([-1, 1, 1, -1]))
+    assert late.says() == "from 1.0e+10 FLOPs as far as measured (5.0e+10 FLOPs), extrapolated up to 1.0e+11"
+    assert of._replace(measured=1e11).says() == "up to 1.0e+11 FLOPs"
+
+
+def test_where_distillation_wins_is_said_in_words_that_do_not_contradict(found):
+    compute, gains = np.array([1e9, 1e10]), np.array([-0.1, -0.1])
+    nowhere = contest.Contest(1e6, contest.SCENARIOS[0], compute, gains, gains - 0.1, gains + 0.1)
+    assert fit.wins(nowhere) == "nowhere"
+    assert fit.wins(nowhere._replace(gain=-gains)) == "everywhere (beyond noise: nowhere)"
+    says = fit.finding(found)
+    assert "distillation from a free teacher beats language modelling for the smallest student, of 100k" in says
+    assert (
+        "where all that the teacher cost counts, it does so nowhere as far as measured" in says and "surely" not in says
+    )
+
+
+def test_gains_with_most_compute_are_paired_and_said_beside_the_laws(found):
+    def of(seed, loss, teacher=None, tokens=2e6):
+        own = (teacher, 1.9, 1e6, 1e6, 2e6) if teacher else ()
+        return Point(f"{teacher}-{seed}", 1e5, tokens, loss, 2e5, *own)._replace(seed=seed)
+
+    alone = [of("0", 3.0), of("1", 3.2), of("0", 2.8, tokens=4e6)]
+    taught = [of("0", 2.9, "big"), of("1", 3.1, "big"), of("0", 2.95, "small"), of("1", 3.3, "small")]
+    says = curves.last_gains(replace(found, points=[*alone, *taught]))
+    assert says.startswith("With most compute measured, a free teacher gains +0.100 ± 0.000 (N = 100k, 1.2e+12 FLOPs)")
+    assert "no crossing was measured" in says
+    worse = [p._replace(loss=p.loss + (0.15 if p.seed == "0" else 0.1)) for p in taught]
+    says = curves.last_gains(replace(found, points=[*alone, *worse]))
+    assert "gains -0.025 ± 0.318, within noise (N" in says and "crossing" not in says
+
+
+def test_a_student_was_measured_as_far_as_it_was_run_both_ways(found):
+    own = Point("t", 1e5, 1e6, 2.0, 5.0, "t", 1.9, 1e6, teacher_tokens=2e6, teacher_flops_per_token=10.0)
+    # 3 * 5 * 1e6; the teacher reads as much, and was trained on 2e6 tokens.
+    assert [contest.cost(own, s) for s in contest.SCENARIOS] == [1.5e7, 2.5e7, 1.5e7 + 6e7, 2.5e7 + 6e7]
+    assert contest.cost(own._replace(teacher_tokens=None), contest.SCENARIOS[2]) == 0
+    short = [p for p in found.points if not p.teacher or p.parameters > SIZES[0] or p.tokens < AMOUNTS[-1]]
+    free, *_, others = [c for c in contest.contests(replace(found, points=short)) if c.scenario == contest.SCENARIOS[0]]
+    assert free.measured == 6 * SIZES[0] * AMOUNTS[-2] and others.measured == 6 * SIZES[-1] * AMOUNTS[-1]
+    figure = curves.winners(replace(found, points=short), contest.contests(replace(found, points=short)))
+    dotted, dashed, solid = figure.data[:3]
+    assert dotted.line.dash == "dot" and np.nanmin(dotted.x[~np.isnan(dotted.y)]) > free.measured
+    for line in (dashed, solid):
+        assert np.nanmax(line.x[~np.isnan(line.y)]) <= free.measured
+
+
 def test_a_teacher_of_unknown_cost_is_no_teacher_that_costs_too_much(found):
     made = contest.contests(replace(found, points=[p._replace(teacher_tokens=None) for p in found.points]))
     assert [of.known for of in made[:4]] == [True, True, False, False]
@@ -266,7 +410,7 @@ def test_points_of_a_sweep_are_its_results(tmp_path):
     got, notes = points.of_sweep(entries(sweep))
     assert len(got) == len(some)
     for p, q in zip(some, got):
-        assert q._replace(run=p.run, teacher_tokens=p.teacher_tokens, entropy=None) == p
+        assert q._replace(run=p.run, teacher_tokens=p.teacher_tokens, entropy=None, seed=None) == p and q.seed == "0"
     assert got[1].teacher_tokens == int(some[1].teacher_tokens / 1024) * 4 * 256
     assert "1 of 32 runs are not done" in notes[0] and "1 runs are of an earlier version" in notes[1]
 

@@ -35,9 +35,11 @@ class Sweep:
         """A finished run with this loss on held-out text; method lm is language modelling alone."""
         of = {"logits": "none"} if method == "lm" else {"loss": method} | PARTS.get(method, {})
         config = CONFIG | of | {"seed": seed} | config
+        far = 0.1 if method == "lm" else 0.0
         final = {
-            "val/lm": loss, "val/bpb": loss / math.log(2) / 3, "val/fkl": 0.4, "val/rkl": 0.5, "val/tvd": 0.25,
-            "val/agreement": 0.625, "val/ece": 0.0321, "val/teacher_lm": TEACHER, "val/teacher_ece": 0.0123,
+            "val/lm": loss, "val/bpb": loss / math.log(2) / 3, "val/fkl": 0.4 + far, "val/rkl": 0.5 + far,
+            "val/tvd": 0.25 + far, "val/agreement": 0.625 - far, "val/ece": 0.0321,
+            "val/teacher_lm": TEACHER, "val/teacher_ece": 0.0123,
         }  # fmt: skip
         if config["teacher.size"] is None:
             final = {k: final[k] for k in ("val/lm", "val/bpb", "val/ece")}
@@ -151,13 +153,50 @@ def test_numbers_of_the_table_are_those_made_by_hand(sweep):
     half = t * math.sqrt(statistics.variance(change) / 3)
     spread = t * math.sqrt(statistics.variance(fkl) / 3)
     share = (sum(lm) - sum(fkl)) / (sum(lm) - 3 * TEACHER)
+    left = [(c - share * (TEACHER - base)) / (TEACHER - sum(lm) / 3) for c, base in zip(change, lm)]
+    about = t * math.sqrt(statistics.variance(left) / 3)
     assert cells(page, "fkl") == [
-        "fkl", f"{sum(fkl) / 3:.4f} ± {spread:.4f}", f"−{-sum(change) / 3:.4f} ± {half:.4f}", f"{100 * share:.0f}%",
-        f"{sum(fkl) / 3 / math.log(2) / 3:.3f}", "0.400", "0.500", "0.750", "0.625", "0.032", "3", "1:00",
+        "fkl", f"{sum(fkl) / 3:.4f} ± {spread:.4f}", f"−{-sum(change) / 3:.4f} ± {half:.4f}",
+        f"{100 * share:.0f}% ± {100 * about:.0f}%", "0.400", "0.500", "0.750", "0.625", "0.032", "3", "1:00",
     ]  # fmt: skip
     assert cells(page, compare.ALONE)[2:4] == ["baseline", "–"]
     teacher = cells(page, "teacher 1m")
-    assert (teacher[1].split()[0], teacher[4], teacher[9]) == ("1.9000", f"{TEACHER / math.log(2) / 3:.3f}", "0.012")
+    assert (teacher[1].split()[0], teacher[8]) == ("1.9000", "0.012")
+
+
+def test_difference_to_the_first_is_paired_and_stands_where_rows_have_rivals(sweep):
+    sweep.losses(lm=[2.50, 2.47, 2.44], fkl=[2.36, 2.30, 2.31], rkl=[2.41, 2.36, 2.37], jsd=[2.35, 2.33, 2.31])
+    page, _ = sweep.page()
+    half = 0.95 / math.sqrt(2 * 0.975 * 0.025) * statistics.stdev([0.05, 0.06, 0.06]) / math.sqrt(3)
+    assert cells(page, "")[3] == "to the first"
+    assert [cells(page, name)[3] for name in ("fkl", "rkl")] == ["first", f"+{0.17 / 3:.4f} ± {half:.4f}"]
+    assert cells(page, "jsd")[3].endswith("within noise") and cells(page, compare.ALONE)[3].startswith("+0.1467 ±")
+    assert "to the first" in (sweep.root / "sweeps" / "s.md").read_text()
+    lines = (sweep.root / "sweeps" / "s.csv").read_text().splitlines()
+    at = lines[0].split(",").index("to_the_first")
+    assert [float(line.split(",")[at]) for line in lines[7:10]] == pytest.approx([0.05, 0.06, 0.06])
+    assert "5 differences" not in page and "6 differences have intervals of 95% each" in page
+    assert "16,384 in all" in page and "One teacher was used" in page
+
+
+def test_columns_that_tell_nothing_are_no_columns(sweep):
+    page, _ = sweep.losses(lm=[2.5, 2.6], fkl=[2.4, 2.5]).page()
+    assert "bits per byte" not in page and cells(page, "")[4:7] == ["fkl", "rkl", "acceptance"]
+    found = sweep.groups()
+    measures = table.columns(found, compare.LOSS)
+    assert table.alike(found, measures, []) == {"val/ece": "0.032"}  # of the students; the teacher's is another
+    assert table.alike(found, measures, table.marks(found)) == {}
+    other = json.loads((sweep.root / "run-0" / "result.json").read_text()) | {"bytes_per_token": 4.0}
+    (sweep.root / "run-0" / "result.json").write_text(json.dumps(other))
+    assert "val/bpb" in table.columns(sweep.groups(), compare.LOSS)  # losses of two tokenizers cannot be compared
+
+
+def test_a_gap_to_another_teacher_has_a_footnote(sweep):
+    for source in ("online", "cotrained"):
+        sweep.done("fkl", 0, 2.4, logits=source)
+    page, _ = sweep.done("lm", 0, 2.5).page()
+    assert cells(page, "logits=cotrained")[4] == "17% †" and cells(page, "logits=online")[4] == "17%"
+    assert "† Of the way to another teacher" in page and " † Its own" in (sweep.root / "sweeps" / "s.md").read_text()
 
 
 @pytest.mark.parametrize(("n", "t"), [(2, 12.7062), (5, 2.7764), (31, 2.0423), (100, 2.0423)])
@@ -175,8 +214,26 @@ def test_difference_is_paired_over_the_seeds_that_both_have(sweep):
     change = compare.difference(groups["fkl"], groups[compare.ALONE])
     # The seeds differ by 1, their differences by 0.1: pairing is what makes the interval narrow.
     assert change.n == 2 and change.mean == pytest.approx(-0.15) and change.half < 1
-    assert compare.closed(groups["fkl"], groups[compare.ALONE]) == pytest.approx(0.15 / (3 - TEACHER))
+    assert compare.closed(groups["fkl"], groups[compare.ALONE]).mean == pytest.approx(0.15 / (3 - TEACHER))
     assert "Rows differ in their seeds" in sweep.page()[0]
+
+
+def test_the_gap_is_closed_over_the_seeds_of_all_and_has_an_interval(sweep):
+    for seed, loss in ((1, 3.0), (2, 3.2)):
+        sweep.done("lm", seed, loss)
+    for seed, loss, teacher in ((1, 2.8, 2.5), (2, 2.9, 2.5), (3, 2.7, 2.2)):
+        sweep.done("fkl", seed, loss)
+        path = sweep.root / sweep.runs[-1]["run"] / "result.json"
+        result = json.loads(path.read_text())
+        result["final"]["val/teacher_lm"] = teacher
+        path.write_text(json.dumps(result))
+    groups = {g.label: g for g in sweep.groups()}
+    share = compare.closed(groups["fkl"], groups[compare.ALONE])
+    # (0.2 + 0.3) / (0.5 + 0.7); what is left of the changes, 0.2 - 0.5 share and 0.3 - 0.7 share, over the mean gap 0.6
+    left = [(0.2 - 0.5 * 5 / 12) / 0.6, (0.3 - 0.7 * 5 / 12) / 0.6]
+    assert share.mean == pytest.approx(5 / 12) and share.n == 2
+    assert share.half == pytest.approx(12.706 * statistics.stdev(left) / math.sqrt(2))
+    assert compare.closed(groups[compare.ALONE], groups[compare.ALONE]) is None
 
 
 def test_labels_say_what_varies_and_no_more(sweep):
@@ -257,14 +314,26 @@ def test_several_seeds_give_an_interval_and_name_what_is_as_good(sweep):
         lm=[2.50, 2.47, 2.44], fkl=[2.31, 2.29, 2.26], akl=[2.31, 2.28, 2.25], tvd=[2.4, 2.38, 2.35]
     ).finding()
     assert says.startswith("of 3 losses, akl is lowest: 2.280 nats per token on held-out text against 2.470 for")
-    assert re.search(r"0\.190 ± 0\.0\d\d lower \(3 seeds, paired, 95% interval\), closing 33% of the gap", says)
+    assert re.search(r"0\.190 ± 0\.0\d\d lower \(3 seeds, paired, 95% interval\), closing 33% ± 4% of the gap", says)
     assert says.endswith("; fkl cannot be told apart from akl")
 
 
-def test_one_of_fewer_seeds_leads_only_where_it_is_ahead_on_these(sweep):
+def test_one_of_fewer_seeds_is_named_where_it_is_ahead_on_these(sweep):
     sweep.losses(lm=[2.50, 2.47, 2.44], fkl=[2.30, 2.29, 2.26], akl=[2.31])
     assert sweep.finding().startswith("of 2 losses, fkl is lowest: 2.283")  # akl has the larger gain, 0.19, on seed 0
-    assert sweep.done("rkl", 0, 2.29).finding().startswith("of 3 losses, rkl is lowest: 2.290")
+    says = sweep.done("rkl", 0, 2.29).finding()
+    assert says.startswith("of 3 losses, fkl is lowest: 2.283")  # rkl is ahead of it on seed 0, which may be luck
+    assert says.endswith("; ahead of it on 1 seed, which may be chance: rkl")
+
+
+def test_one_of_fewer_seeds_leads_where_it_is_ahead_beyond_noise(sweep):
+    sweep.losses(fkl=[2.30, 2.29, 2.31, 2.28], akl=[2.20, 2.19, 2.21])
+    assert sweep.finding().startswith("of 2 losses, akl is best")
+
+
+def test_a_seed_alone_leads_nothing_that_has_several(sweep):
+    sweep.losses(lm=[2.5] * 3, fkl=[2.30, 2.29, 2.31], akl=[2.2999])
+    assert sweep.finding().startswith("of 2 losses, fkl is lowest: 2.300")
 
 
 def test_within_noise_is_said(sweep):
@@ -301,8 +370,8 @@ def test_lines_that_go_by_a_name_are_compared_on_each_student(sweep):
             sweep.runs[-2]["name"], sweep.runs[-1]["name"] = "best of all", "plain distillation"
     says = sweep.finding()
     assert "in 3 of 3 settings of student, data and tokens the best distilled student has a lower loss" in says
-    assert "; lowest of those distilled: best of all student=200k, best of all student=1m and best" in says
-    assert says.endswith("; beyond noise of the next in 2 of 3")
+    firsts = "; of those distilled, lowest for all 3 students is best of all; ahead of the next beyond noise in 2 of 3"
+    assert says.endswith(firsts)
     plot = space.heat(table.rows(sweep.groups()))
     assert {t for t in plot.figure.layout.xaxis.ticktext + plot.figure.layout.yaxis.ticktext} == {
         "best of all", "plain distillation", "100k", "200k", "1m"}  # fmt: skip
@@ -313,20 +382,21 @@ def test_rates_are_compared_at_each_size(sweep):
         for rate, more in ((0.004, 0.1), (0.008, 0.0)):
             for seed in range(3):
                 loss = 3.0 - shift + more + 0.01 * seed * (1 + more)
-                sweep.done("lm", seed, loss, **{"student.size": size, "lr.peak": rate})
+                sweep.done("lm", seed, loss, **{"student.size": size, "lr.peak": rate, "teacher.size": None})
     says = sweep.finding()
-    name = f"{compare.ALONE} student="
-    assert says == (
-        f"2 settings of student, data and tokens; lowest at each: {name}1m lr.peak=0.008 and {name}100k lr.peak=0.008; "
-        "beyond noise of the next in 2 of 2"
-    )
+    head = cells(sweep.page()[0], "")
+    assert "gap closed" not in head and "to the first" not in head  # no teacher, and the first is the baseline
+    assert says == "lowest for all 2 students is lr.peak=0.008; ahead of the next beyond noise in 2 of 2"
+    for seed in range(3):
+        sweep.done("lm", seed, 2.8 + 0.02 * seed, **{"student.size": "100k", "lr.peak": 0.002, "teacher.size": None})
+    assert sweep.finding().startswith("lowest is lr.peak=0.008 for student=1m, lr.peak=0.002 for student=100k; ahead")
 
 
 def test_a_rate_that_leads_with_one_seed_is_not_beyond_noise(sweep):
     for size in ("100k", "1m"):
         for rate, loss in ((0.004, 2.6), (0.008, 2.5)):
             sweep.done("lm", 0, loss, **{"student.size": size, "lr.peak": rate})
-    assert sweep.finding().endswith("; beyond noise of the next in 0 of 2")
+    assert sweep.finding().endswith("; ahead of the next beyond noise in 0 of 2")
 
 
 def test_students_are_compared_with_their_like(sweep):
@@ -405,13 +475,16 @@ def test_numbers_of_a_table_of_responses_are_those_made_by_hand(sweep):
     t = 0.95 / math.sqrt(2 * 0.975 * 0.025)
     half, spread = (t * math.sqrt(statistics.variance(x) / 3) for x in (change, fkl))
     share = sum(change) / (1.5 - sum(lm))
+    left = [(c - share * (0.5 - base)) / (0.5 - sum(lm) / 3) for c, base in zip(change, lm)]
+    about = t * math.sqrt(statistics.variance(left) / 3)
     assert cells(page, "fkl")[1:5] == [
-        f"{sum(fkl) / 3:.4f} ± {spread:.4f}", f"+{sum(change) / 3:.4f} ± {half:.4f}", f"{100 * share:.0f}%", "2.400",
+        f"{sum(fkl) / 3:.4f} ± {spread:.4f}", f"+{sum(change) / 3:.4f} ± {half:.4f}",
+        f"{100 * share:.0f}% ± {100 * about:.0f}%", "2.400",
     ]  # fmt: skip
     assert 'class="good">+0.1000' in page and cells(page, "teacher 1m")[1].split()[0] == "0.5000"
     assert page.index("Rouge-L on held-out prompts</h2>") < page.index("Loss on held-out text</h2>")
     assert says.startswith("fkl: 0.320 Rouge-L on held-out prompts against 0.220 for SFT, 0.100 ±")
-    assert "higher (3 seeds, paired, 95% interval), closing 36% of the gap to the teacher" in says
+    assert "higher (3 seeds, paired, 95% interval), closing 36% ± 8% of the gap to the teacher" in says
     lines = (sweep.root / "sweeps" / "s.csv").read_text().splitlines()
     assert float(lines[2].split(",")[lines[0].split(",").index("difference")]) == pytest.approx(0.1)
 
@@ -453,6 +526,18 @@ def test_a_student_of_text_that_a_teacher_wrote_is_no_baseline(sweep):
     assert [g.label for g in sweep.groups()] == ["SeqKD", "fkl", "SFT"]
     assert not best.alone and compare.baseline(best, sweep.groups()).label == alone.label == "SFT"
     assert "against 0.200 for" in sweep.finding()
+
+
+def test_rows_that_learned_from_more_tokens_in_the_same_steps_are_warned_of(sweep):
+    sweep.wrote("lm", 0, 0.2).wrote("fkl", 0, 0.3)
+    page, _ = sweep.page()
+    assert "The same in all rows: ece 0.032" not in page and "The same in all rows: exaccerr 0.250." in page
+    assert "different numbers of tokens" not in page and "with the same student, data and steps, seed by seed" in page
+    path = sweep.root / "run-1" / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokens": 3_000_000}))
+    page, _ = sweep.page()
+    assert "different numbers of tokens in the same steps, 1.23M (SFT) to 3M (fkl): a row that is better may" in page
+    assert "student, data and tokens" not in page + (sweep.root / "sweeps" / "s.md").read_text()
 
 
 def test_excess_error_is_the_mean_as_far_as_all_seeds_have_one(sweep):

@@ -10,6 +10,8 @@ import pytest
 from markdown_it import MarkdownIt
 
 from sweeps import compare, export, report, shapes, space
+from sweeps import table as table_
+from sweeps.plots import dots, folded
 from sweeps.table import rows
 from tests.test_report import TEACHER, Sweep, cells
 
@@ -74,6 +76,43 @@ def test_heat_map_without_a_baseline_is_of_the_loss(sweep):
     plot = space.heat(table(sweep))
     assert sorted(map(list, plot.figure.data[0].z)) == [[2.1, 2.2], [2.3, 2.4]] and plot.title.startswith("loss")
     assert not plot.figure.layout.shapes and "noise" not in plot.says
+
+
+def test_losses_of_different_students_are_not_compared(sweep):
+    for size, shift in (("100k", 0.0), ("1m", 0.5)):
+        for rate, more in ((0.002, 0.2), (0.004, 0.1), (0.008, 0.0)):
+            for seed in range(3):
+                wide = 0.3 if (size, rate) == ("1m", 0.004) else 0.01 * (1 + more)
+                sweep.done(
+                    "lm", seed, 3.0 - shift + more + wide * (seed - 1), **{"student.size": size, "lr.peak": rate}
+                )
+    plot = space.heat(table(sweep))
+    z = sorted(z for line in plot.figure.data[0].z for z in line)
+    assert z[:2] == [0, 0] and z[2] < 0.2  # above the lowest of the same student
+    assert plot.says.startswith(
+        "Lowest for all 2 students is lr.peak=0.008; ahead of the next beyond noise in 1 of 2; colours are of the loss "
+        "above the lowest of the same student, data and tokens"
+    )
+    framed = [a for a in plot.figure.layout.annotations if "≈" in a.text]
+    assert len(framed) == 1 and "Lowest at" not in " ".join(p.says for p in space.over(table(sweep)))
+    assert plot.figure.layout.xaxis.title.text == "student" or plot.figure.layout.yaxis.title.text == "student"
+
+
+def test_labels_of_axes_have_room(sweep):
+    assert folded("linear_decreasing", 12) == "linear_<br>decreasing"
+    assert folded("random target=renormalise", 15) == "random target=<br>renormalise"
+    assert folded("alpha top_k k=3", 10) == "alpha<br>top_k k=3"  # what fits a line is not broken
+    for temperature in ("linear_increasing", "fixed"):
+        for alpha in ("wsd", "constant"):
+            for peak in (0.5, 0.9):
+                sweep.done("fkl", 0, 2.0 + peak, **{"alpha": alpha, "temperature": temperature, "alpha.peak": peak})
+    plot = space.parallel(table(sweep))
+    assert plot.figure.layout.margin.l > 7 * len("increasing")
+    near = dots(table(sweep), "val/lm", [table_.Mark("language modelling alone", "dash", {"val/lm": 2.9})])
+    (level,) = [a for a in near.layout.annotations if "alone" in a.text]
+    assert level.xanchor == "right"  # in a narrow window there is more room over the labels on the left
+    far = dots(table(sweep), "val/lm", [table_.Mark("teacher 1m", "solid", {"val/lm": 1.0})])
+    assert [a.xanchor for a in far.layout.annotations if "teacher" in a.text] == ["left"]
 
 
 def test_heat_map_needs_two_axes_that_are_crossed(sweep, tmp_path):
@@ -218,6 +257,8 @@ def test_a_schedule_that_is_not_known_is_said_and_not_drawn(sweep, alpha):
 
 def test_no_schedules_where_none_vary(sweep):
     assert not shapes.drawn(table(sweep.losses(lm=[2.5], fkl=[2.4])))
+    # One kind of schedule at two peaks: that is no other schedule.
+    assert not shapes.drawn(table(sweep.done("rkl", 0, 2.4, **{"alpha.peak": 0.5})))
 
 
 def read(sweep, kind):
@@ -260,7 +301,7 @@ def test_csv_has_a_line_per_run_with_what_was_measured(sweep):
     assert [line["difference"] for line in lines[:2]] == ["", ""]
     assert [float(line["difference"]) for line in lines[2:5]] == pytest.approx([-0.14, -0.16, -0.1])
     assert (lines[3]["tokens"], lines[3]["flops"], lines[3]["seconds"]) == ("1228800", "1000000000000.0", "60.0")
-    assert float(lines[0]["val/acceptance"]) == 0.75 and float(lines[0]["val/ece"]) == 0.0321
+    assert float(lines[2]["val/acceptance"]) == 0.75 and float(lines[0]["val/ece"]) == 0.0321
     assert lines[5]["reason"] == "not finite" and lines[5]["val/lm"] == ""
     assert lines[5]["command"] == "python train.py student=1m temperature.tau=4 seed=7"
 
