@@ -23,6 +23,7 @@ MEASURES = {  # columns of the table: what they are called and what they mean
     "val/rkl": ("rkl", "KL(student || teacher), nats per token"),
     "val/acceptance": ("acceptance", "1 - total variation distance: how often speculative decoding keeps a token"),
     "val/agreement": ("agreement", "share of positions where student and teacher rank the same token first"),
+    "val/accuracy": ("accuracy", "share of held-out tokens that the student ranks first"),
     "val/ece": ("ece", "expected calibration error: mean |confidence - accuracy| over 15 bins; 0 is calibrated"),
     "val/exaccerr": ("exaccerr", "excess accumulated error: how much further the student is from the teacher, by fkl "
                      f"over the first {EXACCERR_LENGTH} tokens, after its own text than after the teacher's"),
