@@ -13,7 +13,6 @@ import math
 import os
 import re
 import sys
-import traceback
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +39,7 @@ from kd.identity import about
 from kd.plan import corpus, plain_corpus, plan, recording
 from kd.progress import Steps, console, end_with, show, track
 from kd.remote import home
-from kd.run import DIVERGED, FAILED, NO_MEMORY, PREEMPTED, Run, environment, export, peak_memory
+from kd.run import DIVERGED, PREEMPTED, Run, environment, export, peak_memory
 from kd.settings import Settings, check_shards, kept_of, name_of, resolve, source_of
 
 if TYPE_CHECKING:
@@ -398,7 +397,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     if first and of["precision"] == "bf16" and (slowdown := slowdown_in_bf16(trainer.strategy.root_device)) > 1.5:
         console.print(f"This processor has no arithmetic for bf16: a product takes {slowdown:.0f} times as long as in "
                       "fp32. trainer.precision=fp32 is faster here.", soft_wrap=True)  # fmt: skip
-    final = None
+    final = None  # until all of the run is done
     try:
         order = of["batch"], settings["seed"], start, of["steps"]
         mine = ranks.share(of["batch"])
@@ -412,7 +411,6 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         weights = shards.weights(student) if "student" in sharded else None
         if not first:
             return {}
-        final = module.val_metrics
         result = {
             "state": "done", "run": run.name, "config": flat, "environment": environment(),
             "parameters": costs["student"].parameters, "non_embedding": costs["student"].non_embedding,
@@ -421,7 +419,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
             "train_rows": len(packed.train if among is None else among),
             "entropy": packed.entropy, "bytes_per_token": packed.bytes_per_token,
             "tokens": module.tokens, "flops": module.flops, "seconds": round(module.seconds, 2),
-            "peak_memory": memory, "micro_batch": module.micro_batch, "final": final,
+            "peak_memory": memory, "micro_batch": module.micro_batch, "final": module.val_metrics,
         }  # fmt: skip
         if recorder:
             recorder.finish(student, packed.val, of["micro_batch"], of["steps"])
@@ -431,26 +429,25 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         export(run, student.model, parts.tokenizer, settings, result)
         result["weights"] = run.weights()
         run.finish(result)
+        final = module.val_metrics
         return result
     except NonFinite as error:
-        where = run.end(DIVERGED, str(error), exit_code=2, **error.report)
-        raise UserError(f"{told.name}: {error}. Not counted as a result; what is known of it is in {where}.") from None
+        path = run.end(DIVERGED, str(error), exit_code=2, **error.report)
+        raise UserError(f"{told.name}: {error}. Not counted as a result; what is known of it is in {path}.") from None
     except Preempted as error:
-        where = f"asked to end at step {module.global_step} of {of['steps']}; the same command goes on with it"
-        run.end(PREEMPTED, where, exit_code=error.code)
+        reason = f"asked to end at step {module.global_step} of {of['steps']}; the same command goes on with it"
+        run.end(PREEMPTED, reason, exit_code=error.code)
         if first:
-            console.print(f"{told.name}: {where}", markup=False, soft_wrap=True)
+            console.print(f"{told.name}: {reason}", markup=False, soft_wrap=True)
         raise
     except BaseException as error:
         full = isinstance(error, Exception) and out_of_memory(error)
-        code = error.code if isinstance(error, SystemExit) else 2 if full or isinstance(error, MISTAKES) else 1
-        where = run.end(NO_MEMORY if full else FAILED, f"{type(error).__name__}: {error}".splitlines()[0],
-                        exit_code=code, traceback=traceback.format_exc())  # fmt: skip
+        path = run.failed(error, told=full)
         if full:
             raise UserError(
                 f"{told.name} ran out of memory at step {module.global_step}, with {module.micro_batch} rows at once: "
                 f"{error}\nTake trainer.chunk={max(1, (parts.objective.chunk or 256) // 2)}, a smaller model, or "
-                f"data.seq_len={seq_len // 2}. What is known of it is in {where}."
+                f"data.seq_len={seq_len // 2}. What is known of it is in {path}."
             ) from None
         raise
     finally:

@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import filelock
@@ -161,7 +162,7 @@ class Away(Runs):
         plain = {k: v for k, v in self.parameters.items() if k != "additional_parameters"}
         conf.check_types(type(self).__init__, plain, "hydra.launcher")
 
-    def at_once(self) -> float:
+    def at_once(self, asked: Sequence[int]) -> float:
         return self.config.n_jobs or math.inf
 
 

@@ -16,16 +16,7 @@ from kd.corpora import Corpus
 from kd.errors import UserError
 from kd.identity import identity, whole_as_float
 from kd.run import Run, read_json
-from kd.settings import (
-    Settings,
-    check_rollout,
-    check_teacher,
-    is_recorded,
-    resolve,
-    source_of,
-    stored_part,
-    tokenizer_name,
-)
+from kd.settings import Settings, is_recorded, resolve, source_of, stored_part, tokenizer_name
 
 FORMAT = 1  # of stores
 
@@ -58,13 +49,11 @@ class Place(NamedTuple):
 def plan(settings: Settings) -> Plan:
     """What is to be done; fast: no model, no torch. Data, teacher and store are part of a run's identity."""
     source, how = corpus(settings)
-    check_rollout(settings, source)
     teacher = store = None
     digests = {"data": packing.key(source, **how)}
     for role in ("student", "teacher"):
         if stamp := files.stamp(settings[role]["name"]):
             digests[f"{role}.name"] = stamp
-    check_teacher(settings, source)
     if (settings["teacher"]["size"] or settings["teacher"].get("sft")) and source_of(settings) != "cotrained":
         teacher = teacher_settings(settings)
         digests["teacher"] = plan(teacher).run.name

@@ -36,7 +36,7 @@ class Ray(Away):
             if address is None:
                 raise UserError(f"{said} Type hydra.launcher.num_cpus=, or num_gpus=.")
             console.print(f"{said} The runs wait for one that has.", soft_wrap=True)
-        return RayPool(self.program, jobs, self.at_once(), ray, each)
+        return RayPool(self.program, jobs, self.at_once([job.gpus for job in jobs]), ray, each)
 
     def _connect(self, ray, address: str | None) -> None:
         started = {"include_dashboard": False, "object_store_memory": 10**8} if address is None else {}

@@ -188,11 +188,15 @@ class Run:
         except BaseException as error:
             said = self.state()
             if said["state"] == RUNNING or said.get("pid") != os.getpid():
-                code = error.code if isinstance(error, SystemExit) else 2 if isinstance(error, MISTAKES) else 1
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                state = PREEMPTED if code == EXIT_CODE else NO_MEMORY if _no_memory(error) else FAILED
-                self.end(state, reason, exit_code=code, traceback=traceback.format_exc())
+                self.failed(error)
             raise
+
+    def failed(self, error: BaseException, told: bool = False) -> Path:
+        """Write that an error, which is being handled, ended the work; told: it is explained, as a mistake is."""
+        code = error.code if isinstance(error, SystemExit) else 2 if told or isinstance(error, MISTAKES) else 1
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        state = PREEMPTED if code == EXIT_CODE else NO_MEMORY if _no_memory(error) else FAILED
+        return self.end(state, reason, exit_code=code, traceback=traceback.format_exc())
 
     def state(self) -> dict:
         """What became of the run, as {"state": …, "reason": …, …}: one of ENDS, running, stale or not begun."""

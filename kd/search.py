@@ -20,6 +20,7 @@ from kd.config import check_sweep
 from kd.errors import MISTAKES, UserError, for_people
 from kd.guard import check_words
 from kd.identity import NO_PART, below
+from kd.pool import gpus
 from kd.progress import console, end_with
 from kd.remote import home
 from kd.run import Run, read_metrics
@@ -55,7 +56,7 @@ class Search(Multirun):
         check_sweep(self.config.sweep)
         check_words(arguments)
         fixed, space = self._space(optuna, arguments)
-        if self.launcher.at_once() == math.inf:
+        if self._at_once() == math.inf:
             raise UserError("A search learns from trials that are done: type n_jobs=, how many to make at once.")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         name = self.config.sweep or "multirun"
@@ -68,6 +69,10 @@ class Search(Multirun):
                 storage = optuna.storages.JournalStorage(backend)
             study = optuna.create_study(storage=storage, study_name=asked_for(arguments), load_if_exists=True)
             return self._work(optuna, study, fixed, space)
+
+    def _at_once(self) -> float:
+        """How many trials to make at a time."""
+        return self.launcher.at_once([gpus(self.config.trainer)])
 
     def _work(self, optuna, study, fixed: list[str], space: dict) -> list[JobReturn]:
         """What became of trials that are not done: failed ones are replaced, interrupted ones are for the next time."""
@@ -83,7 +88,7 @@ class Search(Multirun):
                 break
             under_way = [t for t in study.trials if t.state == states.RUNNING and t.number not in interrupted]
             trials = [optuna.trial.Trial(study, t._trial_id) for t in under_way[:left]]
-            while len(trials) < min(left, max(1, self.launcher.at_once())):
+            while len(trials) < min(left, max(1, self._at_once())):
                 # A sampler of its own for each: what it asks for depends on what was tried, not on interruptions.
                 made = sum(t.params.keys() == space.keys() for t in study.trials)
                 study.sampler = optuna.samplers.TPESampler(seed=self.seed + made, constant_liar=True)

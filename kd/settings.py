@@ -6,7 +6,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kd import config as conf
-from kd.corpora import Corpus
 from kd.errors import UserError, check
 from kd.guard import check_secrets
 from kd.identity import NO_SIGNAL, group_of
@@ -37,6 +36,10 @@ def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
     check_logits(settings, typed)
     check_ranks(settings)
     check_instructions(settings, typed)
+    check_loss(settings)
+    check_lm(settings)
+    check_teacher(settings)
+    check_rollout(settings)
     own = tokenizer_name(settings)
     if name_of(settings["data"]) == "markov":
         own = "the states of the chain"
@@ -97,8 +100,7 @@ def check_logits(settings: Settings, typed: list[str]) -> None:
 
 
 def check_instructions(settings: Settings, typed: list[str]) -> None:
-    """Raise UserError for a word that needs instructions to have an effect, and for what needs another loss."""
-    loss = name_of(settings["loss"])
+    """Raise UserError for a word that needs instructions, or a student of a size, to have an effect."""
     for word in typed:
         if not of_instructions(settings) and group_of(word) in ("responses", "plain"):
             raise UserError(f"{word} would do nothing beside plain text; type data=instructions, or leave it out.")
@@ -107,22 +109,35 @@ def check_instructions(settings: Settings, typed: list[str]) -> None:
                 f"{word} is of pretraining, and student.name={settings['student']['name']} is pretrained; leave it out."
                 " Of fine-tuning are start.sft_steps, start.sft_batch and start.sft_lr."
             )
-    if name_of(settings["rollout"]) == "mixed" and loss != "minillm":
-        raise UserError(
-            f"rollout=mixed says what its text is worth to loss=minillm, and this is loss={loss}; type loss=minillm, "
-            "or rollout=student."
-        )
+
+
+def check_loss(settings: Settings) -> None:
+    """Raise UserError where a loss is not told what it asks for, or something is told to a loss that does not ask."""
+    loss, tau = name_of(settings["loss"]), settings["temperature"]
     if loss == "minillm" and not settings["loss"]["single_step"] and settings["rollout"].get("from_next"):
         raise UserError(
             "loss.single_step=false: nothing would tell of a token itself, as its return begins with the next one; "
             "type rollout.from_next=false."
         )
+    as_drawn = name_of(tau) == "fixed" and tau["tau"] == tau["student_tau"] == 1
+    if loss == "minillm" and source_of(settings) != "none" and not as_drawn:
+        raise UserError("loss=minillm compares what was drawn at temperature 1; leave temperature out.")
     if name_of(settings["routing"]) == "uncertainty" and loss != "atkd":
         raise UserError(f"routing=uncertainty tells loss=atkd which tokens are hard, and this is loss={loss}; type "
                         "loss=atkd, or routing=none.")  # fmt: skip
 
 
-def check_teacher(settings: Settings, source: Corpus) -> None:
+def check_lm(settings: Settings) -> None:
+    """Raise UserError where there is no plain text beside what is distilled."""
+    how = source_of(settings)
+    if settings["lm"] == "plain" and how in ("none", "cotrained"):
+        why = "nothing of the instructions would be learned" if how == "none" else "the teacher learns from one text"
+        raise UserError(f"lm=plain with logits={how}: {why}; leave it out, or type logits=online.")
+    if settings["lm"] == "plain" and not of_instructions(settings):
+        raise UserError("lm=plain takes plain text beside instructions, and this data is plain text; leave it out.")
+
+
+def check_teacher(settings: Settings) -> None:
     """Raise UserError where a teacher cannot be fine-tuned as asked."""
     of = settings["teacher"]
     if not of.get("sft"):
@@ -131,7 +146,7 @@ def check_teacher(settings: Settings, source: Corpus) -> None:
         raise UserError(
             "teacher.sft=true needs a teacher by name: teacher=hub teacher.name=… (a size is always fine-tuned)."
         )
-    if not source.pairs:
+    if not of_instructions(settings):
         raise UserError(
             "teacher.sft=true fine-tunes on instructions, and this data is plain text; type data=instructions."
         )
@@ -139,25 +154,21 @@ def check_teacher(settings: Settings, source: Corpus) -> None:
         raise UserError("teacher.sft=true with logits=cotrained: that teacher learns on the way; leave it out.")
 
 
-def check_rollout(settings: Settings, source: Corpus) -> None:
+def check_rollout(settings: Settings) -> None:
     """Raise UserError where nobody could write, or what is written would not be learned."""
-    name, how = name_of(settings["rollout"]), source_of(settings)
-    if settings["lm"] == "plain" and how in ("none", "cotrained"):
-        why = "nothing of the instructions would be learned" if how == "none" else "the teacher learns from one text"
-        raise UserError(f"lm=plain with logits={how}: {why}; leave it out, or type logits=online.")
-    if settings["lm"] == "plain" and not source.pairs:
-        raise UserError("lm=plain takes plain text beside instructions, and this data is plain text; leave it out.")
-    if name_of(settings["loss"]) == "minillm" and how != "none":
-        of = settings["temperature"]
-        if name_of(of) != "fixed" or not of["tau"] == of["student_tau"] == 1:
-            raise UserError("loss=minillm compares what was drawn at temperature 1; leave temperature out.")
+    name, how, loss = name_of(settings["rollout"]), source_of(settings), name_of(settings["loss"])
     if name == "none":
         return
+    if name == "mixed" and loss != "minillm":
+        raise UserError(
+            f"rollout=mixed says what its text is worth to loss=minillm, and this is loss={loss}; type loss=minillm, "
+            "or rollout=student."
+        )
     if name == "adaptive":
         least, most = settings["trainer"]["batch"], settings["rollout"]["capacity"]
         check("rollout.capacity", most, most >= least, f"at least a batch, {least} rows")
     said = f"rollout={name}"
-    if not source.pairs:
+    if not of_instructions(settings):
         raise UserError(f"{said} writes responses to prompts, and this data is plain text; type data=instructions.")
     if how in ("offline", "cotrained"):
         why = "a store knows nothing of new text" if how == "offline" else "the teacher would write while it learns"

@@ -74,7 +74,8 @@ class Slurm(Away):
             # kd may be a checkout that is not installed.
             setup=[f"export PYTHONPATH={shlex.quote(str(HERE))}${{PYTHONPATH:+:$PYTHONPATH}}"], **of,
         )  # fmt: skip
-        return SlurmPool(self.program, jobs, self.at_once(), executor, folder / "jobs.json")
+        at_once = self.at_once([job.gpus for job in jobs])
+        return SlurmPool(self.program, jobs, at_once, executor, folder / "jobs.json")
 
 
 class SlurmPool(Elsewhere):

@@ -109,6 +109,8 @@ class Store:
         self._checked: set[str] = set()
         self._open: dict[str, _Shard] = {}
         self._head: Head | None = None
+        self._rows: np.ndarray | None = None  # of a store that was recorded in training: those of the window, ascending
+        self._places: np.ndarray | None = None  # and the number of the shard of each, and its place there
         if "://" not in self.path:
             for name in manifest["files"]:
                 self._size(name)
@@ -243,6 +245,8 @@ class Store:
 
     def _place(self, row: int) -> tuple[str, int]:
         if "steps" in self.manifest:
+            if self._rows is None:  # no window was picked
+                self.pick(None)
             number, place = self._places[np.searchsorted(self._rows, row)]
             return self.shards[number], place
         number = int(np.searchsorted(self.first, row, side="right")) - 1

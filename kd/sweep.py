@@ -106,8 +106,8 @@ class Runs(Launcher):
         self.hydra_context, self.config = hydra_context, config
         self.program = sys.modules[task_function.__module__].__file__
 
-    def at_once(self) -> float:
-        """How many runs there are at a time, at most."""
+    def at_once(self, asked: Sequence[int]) -> float:
+        """How many runs there are at a time, at most; asked: how many GPUs each of them asks for."""
         raise NotImplementedError
 
     def pool(self, name: str, jobs: list[Job]) -> Pool:
@@ -143,7 +143,8 @@ class Runs(Launcher):
         check_sweep(name)
         agent.check_single()
         if self.config.plan:
-            type(self).show_plan(list(map(self._settings, job_overrides)), said, self.at_once())
+            told = [self._settings(job) for job in job_overrides]
+            type(self).show_plan(told, said, self.at_once([gpus(of["trainer"]) for of in told]))
             sys.exit()
         made = [self._run(job) for job in job_overrides]  # every config is checked before the first run starts
         requests.end_if_asked()
@@ -214,13 +215,11 @@ class Processes(Runs):
 
             ranks.check_devices(settings["trainer"])
 
-    def at_once(self) -> int:
-        return self.config.n_jobs or fitting(visible_devices(), gpus(self.config.trainer))
+    def at_once(self, asked: Sequence[int]) -> int:
+        return self.config.n_jobs or fitting(visible_devices(), min(asked, default=1))
 
     def pool(self, name: str, jobs: list[Job]) -> Pool:
-        devices = visible_devices()
-        at_once = self.config.n_jobs or fitting(devices, min((job.gpus for job in jobs), default=1))
-        return Local(self.program, jobs, at_once, devices)
+        return Local(self.program, jobs, self.at_once([job.gpus for job in jobs]), visible_devices())
 
 
 def varying(jobs: Sequence[Sequence[str]], names: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ submitit is real and SLURM is not (tests/slurm.py); Ray is real, with several no
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ import pytest
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from omegaconf import OmegaConf
 
 import train as product
 from kd import cluster, ranks
@@ -341,6 +343,17 @@ def test_every_run_has_the_gpus_it_asks_for(asks, n_jobs, devices, most, tmp_pat
     if at_once <= len(devices):
         used = [[device for span in together for device in span[2]] for together in at]
         assert all(len(devices) == len(set(devices)) for devices in used)
+
+
+def test_as_many_runs_as_fit_by_what_they_ask_for(monkeypatch):
+    """Not by what stands in the config that their words change."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    here, there = Processes(), Ray(None, 1, 0)
+    here.config = there.config = OmegaConf.create({"n_jobs": None, "trainer": {"accelerator": "auto", "devices": 1}})
+    assert [here.at_once(asked) for asked in ([1, 1], [2, 2], [4, 2], [])] == [4, 2, 2, 4]
+    assert there.at_once([1]) == math.inf
+    here.config.n_jobs = 3
+    assert here.at_once([2]) == 3
 
 
 def test_runs_on_a_processor_ask_for_no_gpu():

@@ -40,7 +40,7 @@ def resolved(*words: str) -> dict:
     words = [*words, *(["logits=none"] if "teacher=none" in words else [])]
     words += ["truncation=top_k"] if "logits=recorded" in words else []
     words += ["logits=offline"] if any(w.startswith("record=") for w in words) else []
-    words += ["data=instructions"] if any(w.startswith("plain=") for w in words) else []
+    words += ["data=instructions"] if any(w.startswith(("plain=", "rollout=")) for w in words) else []
     words += (
         ["loss=minillm"] if any(w.startswith("rollout=mixed") for w in words) and "loss=minillm" not in words else []
     )

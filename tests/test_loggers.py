@@ -10,10 +10,13 @@ import time
 import warnings
 from pathlib import Path
 
+import pytest
+
+import train as product
 from kd.identity import About
 from kd.loggers import MetricsFile, wandb
 from kd.run import read_metrics
-from tests.small import ENVIRONMENT, FORK, folder, result, train
+from tests.small import ENVIRONMENT, FORK, folder, here, result, train
 
 
 def test_metrics_file_cuts_what_comes_after_the_checkpoint_and_a_torn_line(tmp_path):
@@ -33,6 +36,17 @@ def test_what_was_measured_before_the_first_step_is_there_once(tmp_path):
             log.log_metrics({"a": 1.0}, step=number)
         log.close(None)
         assert [x["step"] for x in read_metrics(path)] == lines
+
+
+def test_no_view_is_told_that_a_run_is_done_whose_student_could_not_be_written(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(MetricsFile, "close", lambda self, final: told.append(final))
+    monkeypatch.setattr(product, "export", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        here(tmp_path, "logits=none", "teacher=none", "trainer.steps=1")
+    state = json.loads((folder(tmp_path, "lm") / "state.json").read_text())
+    assert told == [None] and state["state"] == "failed" and state["exit_code"] == 1
+    assert state["reason"].startswith("ZeroDivisionError") and "Traceback" in state["traceback"]
 
 
 def inspect(path: Path) -> dict:

@@ -387,6 +387,10 @@ def test_recorded_logits_are_those_of_a_teacher_recorded_by_hand(tmp_path):
         assert weights(a) == weights(b)
         outcomes.append(weights(a))
     assert outcomes[0] != outcomes[1]
+    held = store.Store(tmp_path / "store", tmp_path)
+    index = held._shard(held.shards[-1]).rows[-2:]
+    ids = np.load(next((by_hand / "data").glob("*/train.npy")))[index, :-1]
+    assert held.read(index, ids).count.shape == (2, 32)  # of the whole training where no window was picked
     assert len(list((tmp_path / "a" / "recorded" / "stores").glob("*/manifest.json"))) == 1
     assert not (tmp_path / "a" / "stores").exists() and not list((tmp_path / "a").glob("lm*"))
 
