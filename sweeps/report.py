@@ -131,9 +131,9 @@ def caveats(groups: list[Group], table: list[Row], beside: list[Mark], ranked: b
             )
     teachers = sum(mark.dash == "solid" for mark in beside)
     if teachers == 1:
-        found.append("One teacher was used, trained once: with another one the order of the rows may be another.")
+        found.append("One teacher was used: with another one the order of the rows may be another.")
     elif teachers:
-        found.append(f"{teachers} teachers were used, each trained once.")
+        found.append(f"{teachers} teachers were used: with others the order of the rows may be another.")
     tests = sum(d is not None and d.half is not None for row in table for d in (
         row.change if row.base is not row.group else None, row.behind if ranked else None))  # fmt: skip
     if tests > 1:
