@@ -290,7 +290,7 @@ def last_gains(found: Answers) -> str:
             words.append(f"{gain.mean:+.3f}{noise} (N = {amount(size)}, {here[0].compute:.1e} FLOPs)")
     if not words:
         return ""
-    crossing = "" if lost else ": no crossing was measured, so those below are what the laws say"
+    crossing = "" if lost else ": no crossing was measured, and those below are what the laws say"
     return f"With most compute measured, a free teacher gains {listed(words)} nats{crossing}."
 
 

@@ -10,7 +10,7 @@ from kd.progress import clock, harmless
 from sweeps.compare import ALONE, Entry, Goal, Group, Interval, settings, varying, without_loss
 from sweeps.samples import Sample
 from sweeps.space import TITLES, Plot
-from sweeps.table import Mark, Row, number
+from sweeps.table import Columns, Mark, Row, number
 
 SPECIAL = re.compile(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))")  # an _ within a word is none to Markdown
 
@@ -52,12 +52,13 @@ def share(row: Row, footnote: bool) -> str:
 
 def markdown(name: str, question: str, answers: str, says: str, facts: dict[str, str], warnings: list[str],
              table: list[Row], beside: list[Mark], entries: list[Entry], of: Goal,
-             samples: list[Sample], space: dict[str, list[Plot]], task: str, ranked: bool, gaps: bool, footnote: bool,
-             caveats: list[str], measures: dict[str, tuple[str, str]], same: dict[str, str]) -> str:  # fmt: skip
+             samples: list[Sample], space: dict[str, list[Plot]], task: str, columns: Columns,
+             caveats: list[str]) -> str:  # fmt: skip
     """The report with what its plots say in their place. What comes from files cannot be markup."""
     baseline = next((without_loss(row.group.config) for row in table if row.group.alone), ALONE)
+    measures, same, ranked, gaps, footnote, seeds = columns
     titles = ["difference", *(["to the first"] if ranked else []), *(["gap closed"] if gaps else [])]
-    head = ["", of.title, *titles, *(title for title, _ in measures.values()), "seeds", "time"]
+    head = ["", of.title, *titles, *(title for title, _ in measures.values()), *([] if seeds else ["seeds"]), "time"]
     lines = [line(head), line([":--"] + ["--:"] * (len(head) - 1))]
     for row in table:
         means = [row.group.mean(k) for k in measures]
@@ -67,11 +68,11 @@ def markdown(name: str, question: str, answers: str, says: str, facts: dict[str,
             "gap closed": share(row, footnote),
         }
         numbers = [compared[title] for title in titles] + [number(mean and mean.mean, 3) for mean in means]
-        ends = [str(len(row.group.runs)), clock(row.group.seconds)]
+        ends = [*([] if seeds else [str(len(row.group.runs))]), clock(row.group.seconds)]
         lines.append(line([plain(row.group.label), main(row, of), *numbers, *ends]))
     for mark in beside:
         numbers = ["" for _ in titles] + [number(mark.values[k], 3) if k in mark.values else "" for k in measures]
-        lines.append(line([plain(mark.label), number(mark.values.get(of.key)), *numbers, "", ""]))
+        lines.append(line([plain(mark.label), number(mark.values.get(of.key)), *numbers, *([] if seeds else [""]), ""]))
     seen = [plot for some in space.values() for plot in some]
     left = [entry for entry in entries if entry.state != "done"]
     commands = [harmless(entry.command).replace("\n", " ") for entry in entries]
@@ -80,7 +81,8 @@ def markdown(name: str, question: str, answers: str, says: str, facts: dict[str,
         f"Answers to: {plain(answers)}" if answers else "",
         "\n".join(f"- {plain(key)}: {plain(text)}" for key, text in facts.items()),
         "\n".join(f"- Beware: {plain(text)}" for text in warnings), "\n".join(lines),
-        f"± is the 95% interval over seeds. {of.title.capitalize()}: {of.unit}. A difference is to {baseline} "
+        (f"{seeds} seed{'s' * (seeds > 1)} each. " if seeds else "")
+        + f"± is the 95% interval over seeds. {of.title.capitalize()}: {of.unit}. A difference is to {baseline} "
         f"with the same {task}, seed by seed; {'above' if of.sign > 0 else 'below'} 0 is better. "
         + ("To the first: difference to the row that leads among those with the same task. " if ranked else "")
         + ("Gap closed: share of the way from the baseline to the row's teacher." if gaps else "")

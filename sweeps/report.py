@@ -43,7 +43,7 @@ from sweeps.export import as_csv, markdown
 from sweeps.finding import by_task, finding
 from sweeps.plots import SMALL, curves, dots, exposure
 from sweeps.samples import samples
-from sweeps.table import MEASURES, Mark, Row, alike, by_loss, columns, marks, number, ranked, rows
+from sweeps.table import MEASURES, Mark, Row, by_loss, columns, marks, number, rows
 
 
 def head(name: str) -> list[str]:
@@ -120,7 +120,7 @@ def warnings(groups: list[Group]) -> list[str]:
     return says
 
 
-def caveats(groups: list[Group], table: list[Row], beside: list[Mark]) -> list[str]:
+def caveats(groups: list[Group], table: list[Row], beside: list[Mark], ranked: bool) -> list[str]:
     """What the intervals do not know of, with the numbers of this sweep."""
     found, configs = [], [result["config"] for g in groups for result in g.results]
     for count, length in sorted({(c.get("data.val_rows"), c.get("data.seq_len")) for c in configs}, key=str):
@@ -131,11 +131,11 @@ def caveats(groups: list[Group], table: list[Row], beside: list[Mark]) -> list[s
             )
     teachers = sum(mark.dash == "solid" for mark in beside)
     if teachers == 1:
-        found.append("One teacher was used, trained once: with another one the order of the rows may be another.")
+        found.append("One teacher was used: with another one the order of the rows may be another.")
     elif teachers:
-        found.append(f"{teachers} teachers were used, each trained once.")
+        found.append(f"{teachers} teachers were used: with others the order of the rows may be another.")
     tests = sum(d is not None and d.half is not None for row in table for d in (
-        row.change if row.base is not row.group else None, row.behind if ranked(table) else None))  # fmt: skip
+        row.change if row.base is not row.group else None, row.behind if ranked else None))  # fmt: skip
     if tests > 1:
         found.append(
             f"{tests} differences have intervals of 95% each, not corrected for their number: if none were real, "
@@ -157,7 +157,8 @@ def page(name: str, entries: list[Entry], groups: list[Group], told: dict) -> st
     plots = {kind: {f"{kind}-{i}": plot for i, plot in enumerate(some)} for kind, some in kinds.items()}
     figures |= {key: plot.figure for some in plots.values() for key, plot in some.items()}
     return render(
-        "report.html", {k: f for k, f in figures.items() if f}, name=name, **told | {"space": plots}, entries=entries,
+        "report.html", {k: f for k, f in figures.items() if f}, name=name, entries=entries,
+        **told | told["columns"]._asdict() | {"space": plots},
         several=any(len(g.runs) > 1 for g in groups), small={k: v for k, v in SMALL.items() if figures[k]},
         titles={k: title for k, (title, _) in MEASURES.items()},
     )  # fmt: skip
@@ -186,16 +187,12 @@ def write(root: str | Path, name: str) -> tuple[Path, str]:
     left = sum(state != "done" for state in states.values())
     says = finding(groups) + (f" [{left} of {len(states)} runs are not done and not counted]" if left else "")
     table, beside, of = rows(groups), marks(groups), goal(groups)
-    measures = columns(groups, of)
-    same = alike(groups, measures, beside)
+    shown = columns(table, of, beside)
     told = {
         "question": question(name), "answers": answers_to(name), "says": says, "warnings": warnings(groups),
         "facts": facts(entries, [result for group in groups for result in group.results]),
         "table": table, "beside": beside, "of": of, "samples": samples(table), "space": space.plots(by_loss(table)),
-        "task": task_of(groups), "ranked": ranked(table), "gaps": any(row.closed for row in table),
-        "measures": {k: says for k, says in measures.items() if k not in same},
-        "same": {measures[k][0]: value for k, value in same.items()}, "caveats": caveats(groups, table, beside),
-        "footnote": 0 < sum(row.own_teacher for row in table if row.closed) < sum(bool(row.closed) for row in table),
+        "task": task_of(groups), "columns": shown, "caveats": caveats(groups, table, beside, shown.ranked),
     }  # fmt: skip
     written = {
         "html": page(name, entries, groups, told), "md": markdown(name, entries=entries, **told),

@@ -63,22 +63,27 @@ class Mark(NamedTuple):
     values: dict[str, float]
 
 
+class Columns(NamedTuple):
+    """Which columns the table has, and what is said under it instead."""
+
+    measures: dict[str, tuple[str, str]]  # titles and meanings
+    same: dict[str, str]  # titles of measures that are the same in all rows, and their value
+    ranked: bool  # whether the difference to the first of a task says more, of some row, than that to the baseline
+    gaps: bool
+    footnote: bool  # whether some gaps are those to another teacher
+    seeds: int | None  # of all rows; None where they differ
+
+
 def rows(groups: list[Group]) -> list[Row]:
     """The table, best first; colors go to the best."""
     of, colors, found = goal(groups), iter(COLORS), []
-    firsts = {some[0].task: leader(some, of) for some in by_task(groups)}
+    firsts, mixed = {some[0].task: leader(some, of) for some in by_task(groups)}, any(not g.alone for g in groups)
     for group in groups:
         base, first = baseline(group, groups), firsts[group.task]
-        color = GREY if group.alone else next(colors, GREY)
+        color = GREY if group.alone and mixed else next(colors, GREY)
         behind = None if group is first else difference(group, first, of.key)
         found.append(Row(group, base, difference(group, base, of.key), closed(group, base, of), first, behind, color))
     return found
-
-
-def ranked(table: list[Row]) -> bool:
-    """Whether the difference to the first of a task says more, of some row, than that to the baseline."""
-    counts = Counter(row.group.task for row in table)
-    return any(counts[row.group.task] > 2 and row.first is not row.base for row in table)
 
 
 def by_loss(table: list[Row]) -> list[Row]:
@@ -87,8 +92,25 @@ def by_loss(table: list[Row]) -> list[Row]:
     return sorted(found, key=lambda row: row.group.mean().mean)
 
 
-def columns(groups: list[Group], of: Goal) -> dict[str, tuple[str, str]]:
-    """The columns beside that of the goal, the loss first: those that any group has a value for and that tell more.
+def columns(table: list[Row], of: Goal, beside: list[Mark]) -> Columns:
+    """Only those that tell something of these rows."""
+    groups, closed_ = [row.group for row in table], [row for row in table if row.closed]
+    found = measures(groups, of)
+    same = alike(groups, found, beside)
+    counts = Counter(group.task for group in groups)
+    seeds = {len(group.runs) for group in groups}
+    return Columns(
+        {k: says for k, says in found.items() if k not in same},
+        {found[k][0]: value for k, value in same.items()},
+        any(counts[row.group.task] > 2 and row.first is not row.base for row in table),
+        bool(closed_),
+        0 < sum(row.own_teacher for row in closed_) < len(closed_),
+        seeds.pop() if len(seeds) == 1 else None,
+    )
+
+
+def measures(groups: list[Group], of: Goal) -> dict[str, tuple[str, str]]:
+    """Those beside the goal that any group has a value for and that tell more, the loss first.
 
     Perplexity is the exponential of the loss, and bits per byte are a multiple of it where all have one tokenizer; of
     the distances on the student's own text one is enough. All are in the CSV.
@@ -100,14 +122,12 @@ def columns(groups: list[Group], of: Goal) -> dict[str, tuple[str, str]]:
     return {k: says for k, says in (loss | MEASURES).items() if k not in told and any(g.of(k) for g in groups)}
 
 
-def alike(groups: list[Group], measures: Iterable[str], beside: list[Mark]) -> dict[str, str]:
+def alike(groups: list[Group], keys: Iterable[str], beside: list[Mark]) -> dict[str, str]:
     """Measures that are the same, as shown, wherever they were measured, and of what value."""
     shown = {}
-    for key in measures if len(groups) > 1 else ():
-        values = [mean.mean for g in groups if (mean := g.mean(key))] + [
-            m.values[key] for m in beside if key in m.values
-        ]
-        shown[key] = {number(value, 3) for value in values}
+    for key in keys if len(groups) > 1 else ():
+        values = [mean.mean for g in groups if (mean := g.mean(key))]
+        shown[key] = {number(value, 3) for value in (*values, *(m.values[key] for m in beside if key in m.values))}
     return {key: of.pop() for key, of in shown.items() if len(of) == 1}
 
 
