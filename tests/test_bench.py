@@ -24,6 +24,7 @@ def bench(folder, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow
 def test_prints_a_table_and_writes_the_numbers(tmp_path):
     done = bench(tmp_path, "only=lm,online_fkl,breakdown", "shape=tiny", "steps=2")
     assert done.returncode == 0, done.stderr

@@ -386,6 +386,7 @@ def test_the_count_of_elements_sees_logits_in_one_piece_or_in_many():
     assert most_elements(lambda *inputs: sum(whole(*inputs, rows) for rows in chunks(600, 6))) > 1
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager():
     head, hidden, label, target = case()
     cut, leftover, distilled = TRUNCATIONS["top_k-k=5"], TREATMENTS["leftover"], torch.arange(ROWS) % 3 > 0

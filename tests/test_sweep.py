@@ -69,10 +69,14 @@ def test_scale_adds_its_words_and_lines():
     assert at_scale({"runs": [""]}, "cpu")[1] == [("", "")]
 
 
-def test_a_line_has_a_name_that_its_runs_go_by(tmp_path):
+def test_a_line_has_a_name():
     assert at_scale({"runs": [{"plain": "logits=none"}]}, "cpu")[1] == [("plain", "logits=none")]
     jobs = [["seed=0", "a=1"], ["seed=1", "a=1"], ["seed=0", "a=2"], ["seed=0", "a=1", "b=1"]]
     assert varying(jobs, ["A", "A", "B", ""]) == ["A seed=0", "A seed=1", "B", "seed=0 a=1 b=1"]
+
+
+@pytest.mark.slow
+def test_runs_of_a_line_go_by_its_name(tmp_path):
     output = train(tmp_path, "sweeps=best", "seed=0", "student=200k", "data.states=128", "trainer.steps=2")
     runs = json.loads((tmp_path / "sweeps" / "best.json").read_text())["runs"]
     names = [run.get("name") for run in runs]
