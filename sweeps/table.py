@@ -110,15 +110,13 @@ def columns(table: list[Row], of: Goal, beside: list[Mark]) -> Columns:
 
 
 def measures(groups: list[Group], of: Goal) -> dict[str, tuple[str, str]]:
-    """Those beside the goal that any group has a value for and that tell more, the loss first.
+    """Those beside the goal that any group has a value for, the loss first.
 
-    Perplexity is the exponential of the loss, and bits per byte are a multiple of it where all have one tokenizer; of
-    the distances on the student's own text one is enough. All are in the CSV.
+    Bits per byte, a multiple of the loss where all have one tokenizer, are then in the CSV alone.
     """
     loss = {LOSS.key: (LOSS.title, "mean negative log-likelihood of held-out text, nats per token")}
     tokenizers = {result.get("bytes_per_token") for g in groups for result in g.results}
-    told = {of.key, "val/perplexity", "val/on_policy_tvd", "val/on_policy_ece"}
-    told |= {"val/bpb"} if len(tokenizers) == 1 else set()
+    told = {of.key} | ({"val/bpb"} if len(tokenizers) == 1 else set())
     return {k: says for k, says in (loss | MEASURES).items() if k not in told and any(g.of(k) for g in groups)}
 
 
