@@ -39,6 +39,7 @@ def test_prints_a_table_and_writes_the_numbers(tmp_path):
         assert word in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_every_case_trains_as_many_steps_as_asked(name):
     result = measure(name, TINY, 2)

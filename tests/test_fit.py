@@ -125,6 +125,7 @@ def test_without_noise_the_coefficients_are_those_planted():
     assert of.coefficients == pytest.approx(ALONE, rel=0.01) and of.error < 1e-4 and of.interval("E") is None
 
 
+@pytest.mark.slow
 def test_intervals_narrow_with_noise_and_one_seed_gives_one_answer():
     def width(noise, seed=0):
         of = answers.fitted(SUPERVISED, "", planted(noise, taught=False), draws=20, seed=seed)

@@ -141,6 +141,7 @@ def test_a_tiny_version_of_every_sweep_runs_and_is_reported(name, shared):
     assert page.exists() and says
 
 
+@pytest.mark.slow
 def test_words_that_describe_one_run_are_one_run(tmp_path):
     words = ("temperature.tau=1,1.0", "trainer.checkpoint_every=3,6", "teacher.steps=2", "trainer.steps=2", "n_jobs=2")
     output = train(tmp_path, "-m", *words)
@@ -148,6 +149,7 @@ def test_words_that_describe_one_run_are_one_run(tmp_path):
     assert len(json.loads((tmp_path / "sweeps" / "multirun.json").read_text())["runs"]) == 1
 
 
+@pytest.mark.slow
 def test_what_a_kill_after_the_result_left_is_done_by_the_same_command(tmp_path):
     words = ("logits=none", "teacher=none", "trainer.steps=2")
     train(tmp_path, *words)
