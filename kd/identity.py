@@ -17,6 +17,10 @@ NO_PART = (
     "plain", "start",  # what was made of them is
 )  # fmt: skip
 
+# Options that are newer than the names of existing runs. One that has the value given here is left out of the name, so
+# that adding it renames no run. A default that changes must rename: it does not belong here.
+NEUTRAL: dict[str, object] = {}
+
 # Settings without a meaning under logits=none.
 NO_SIGNAL = ("loss", "truncation", "target", "temperature", "routing", "alpha")
 
@@ -35,7 +39,7 @@ def part_of_outcome(config: dict) -> dict:
         without += ("responses",)
     if config["logits"] not in ("offline", "recorded"):  # recording changes nothing of what is learned
         without += ("record",)
-    part = {k: v for k, v in config.items() if not below(k, without)}
+    part = {k: v for k, v in config.items() if not below(k, without) and not (k in NEUTRAL and v == NEUTRAL[k])}
     seeded = config["logits"] == "cotrained" or config.get("rollout") == "teacher"  # which draws with it
     own = ("teacher.size", "teacher.name", *(["teacher.seed"] if seeded else []))
     part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in own}
