@@ -82,12 +82,13 @@ def test_what_a_student_writes_is_timed_beside_trl_on_such_text():
 
 
 def test_memory_is_measured_around_a_shape_and_drawn(tmp_path, monkeypatch):
-    def apart(case: str, shape: Shape, steps: int) -> dict:
-        return {"case": case, "peak_memory": shape.tokens * shape.vocab}
+    def measured(cases: list[tuple[str, Shape, int]], on_gpu: bool):
+        for case, shape, _ in cases:
+            yield {"case": case, "peak_memory": shape.tokens * shape.vocab}
 
-    monkeypatch.setattr(memory, "apart", apart)
+    monkeypatch.setattr(memory, "measured", measured)
     monkeypatch.setattr(memory, "available", lambda: 48 * TINY.tokens * TINY.vocab)
-    memory.write(tmp_path, TINY)
+    memory.write(tmp_path, TINY, False)
     found = json.loads((tmp_path / "memory.json").read_text())
     tried = {case: sum(r["case"] == case and "error" not in r for r in found) for case in memory.SHOWN}
     assert tried["online_fkl"] > tried["full"] > 0

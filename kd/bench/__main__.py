@@ -19,7 +19,7 @@ from rich.table import Table
 from kd import files
 from kd.bench import memory
 from kd.bench.cases import CASES, CUDA_CASES, NEEDS
-from kd.bench.work import GIB, SHAPES, Shape, apart
+from kd.bench.work import GIB, SHAPES, Shape, measured
 from kd.config import PRECISIONS
 from kd.errors import UserError
 from kd.progress import console, end_with
@@ -46,10 +46,11 @@ def main(words: list[str]) -> None:
     folder = Path(given.get("root") or os.environ.get("KD_ROOT") or "runs") / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     if plain:
-        memory.write(folder, replace(SHAPES["tiny" if shape == "tiny" else "memory"], precision=precision))
+        middle = "tiny" if shape == "tiny" else "gpu_memory" if on_gpu else "memory"
+        memory.write(folder, replace(SHAPES[middle], precision=precision), on_gpu)
     else:
         check(names)
-        compare(folder, names, replace(SHAPES[shape], precision=precision), int(steps))
+        compare(folder, names, replace(SHAPES[shape], precision=precision), int(steps), on_gpu)
 
 
 def computes_in_bf16() -> bool:
@@ -78,13 +79,15 @@ def check(names: list[str]) -> None:
             )
 
 
-def compare(folder: Path, names: list[str], shape: Shape, steps: int) -> None:
-    """Measure the cases in turn and print a table; all numbers go to speed.json."""
+def compare(folder: Path, names: list[str], shape: Shape, steps: int, on_gpu: bool) -> None:
+    """Measure the cases in turn and print a table; all numbers go to speed.json as soon as they are there."""
     found = {}
-    for name in names:
-        with console.status(f"{name} ({len(found) + 1} of {len(names)})"):
-            found[name] = apart(name, shape, steps)
-        files.write_json(folder / "speed.json", found)
+    with console.status("") as status:
+        results = measured([(name, shape, steps) for name in names], on_gpu)
+        for name in names:
+            status.update(f"{name} ({len(found) + 1} of {len(names)})")
+            found[name] = next(results)
+            files.write_json(folder / "speed.json", found)
     console.print(table(found), width=110)
     for result in found.values():
         if parts := result.get("parts"):

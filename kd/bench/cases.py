@@ -84,7 +84,7 @@ def trl(work: Work, beta: float = 0.0, on_policy: bool = False) -> None:
     def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
         ids = torch.tensor([row["input_ids"] for row in rows])
         given = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-        prompts = ids[:, : ids.shape[1] // 2]
+        prompts = ids[:, : -work.shape.response_len]
         return given | {"prompts": prompts, "prompt_attention_mask": torch.ones_like(prompts)} if on_policy else given
 
     student, teacher = work.student(), work.teacher().to(work.dtype)
@@ -94,7 +94,7 @@ def trl(work: Work, beta: float = 0.0, on_policy: bool = False) -> None:
             train_dataset=Dataset.from_dict({"input_ids": work.rows()[:, :-1].tolist()}),
             processing_class=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="<pad>"),
             args=GKDConfig(
-                folder, lmbda=float(on_policy), beta=beta, max_new_tokens=work.shape.seq_len // 2, temperature=1.0,
+                folder, lmbda=float(on_policy), beta=beta, max_new_tokens=work.shape.response_len, temperature=1.0,
                 per_device_train_batch_size=work.shape.batch, max_steps=work.steps,
                 bf16=work.dtype == torch.bfloat16, use_cpu=work.device.type == "cpu", learning_rate=RATE,
                 max_grad_norm=CLIP, gradient_checkpointing=False, report_to="none", save_strategy="no",
@@ -145,7 +145,7 @@ def online(work: Work, loss: str = "fkl", compile: bool = False, on_policy: bool
 
 
 def fitted(work: Work, loss: str, compile: bool, store: Store | None = None, on_policy: bool = False):
-    """Trainer, module and batches. store: what the teacher says. on_policy: the student writes half of each row."""
+    """Trainer, module and batches. store: what the teacher says. on_policy: the student writes the end of each row."""
     import lightning
     import numpy as np
     import torch
@@ -177,8 +177,8 @@ def fitted(work: Work, loss: str, compile: bool, store: Store | None = None, on_
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     rows = work.rows()
-    half, end = work.shape.seq_len // 2, work.shape.seq_len  # as many tokens of a prompt as TRL has
-    spans = np.tile([half, end], (len(rows), 1)) if on_policy else None
+    prompt = work.shape.seq_len - work.shape.response_len  # as many tokens as TRL has
+    spans = np.tile([prompt, work.shape.seq_len], (len(rows), 1)) if on_policy else None
     read = store.read if store else None
     return trainer, module, data.Batches(rows, work.shape.batch, 0, 0, work.steps, read=read, spans=spans)
 
@@ -265,7 +265,8 @@ CASES: dict[str, Callable[[Work], dict | None]] = {
     "breakdown": breakdown,
 }
 CUDA_CASES = {
-    "online_jsd_compiled": partial(online, loss="jsd", compile=True),
+    **{f"online_{loss}_compiled": partial(online, loss=loss, compile=True) for loss in ("rkl", "jsd", "akl")},
+    "offline_top_50_compiled": partial(offline.train, kept="top_50", compile=True),
     "trl_jsd": partial(trl, beta=0.5),
     "trl_tiled": trl_tiled,
     "trl_tiled_jsd": partial(trl_tiled, beta=0.5),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kd import files
-from kd.bench.work import GIB, Shape, apart
+from kd.bench.work import GIB, Shape, measured
 from kd.progress import console
 
 SHOWN = {"online_fkl": "kd", "full": "all logits at once"}
@@ -15,23 +15,28 @@ TITLES = {"batch": "rows per step", "seq_len": "tokens per row", "vocab": "token
 BUFFERS = 12  # of float32 logits, that the obvious loop holds at once
 
 
-def write(folder: Path, middle: Shape) -> None:
+def write(folder: Path, middle: Shape, on_gpu: bool) -> None:
     """Measure around the shape `middle`, one size at a time; numbers go to memory.json and a plot to memory.html."""
     shapes = {size: [replace(middle, **{size: int(f * getattr(middle, size))}) for f in factors]
               for size, factors in FACTORS.items()}  # fmt: skip
-    asked = list(dict.fromkeys((case, shape) for line in shapes.values() for shape in line for case in SHOWN))
+    asked = list(dict.fromkeys((case, shape) for case in SHOWN for line in shapes.values() for shape in line))
+    room = available()
     found: dict[tuple[str, Shape], dict] = {}
     for case, shape in asked:
-        with console.status(f"{case}, {described(shape)} ({len(found) + 1} of {len(asked)})"):
-            needed = BUFFERS * 4 * shape.tokens * shape.vocab if case == "full" else 0
-            if needed > available():
-                result = {"case": case, "error": f"not tried: needs some {needed / GIB:.0f} GiB"}
-            else:
-                result = apart(case, shape, 1)
-        found[case, shape] = result
+        needed = BUFFERS * 4 * shape.tokens * shape.vocab if case == "full" else 0
+        if needed > room:
+            found[case, shape] = {"case": case, "error": f"not tried: needs some {needed / GIB:.0f} GiB"}
+    tried = [key for key in asked if key not in found]
+    with console.status("") as status:
+        results = measured([(case, shape, 1) for case, shape in tried], on_gpu)
+        for case, shape in tried:
+            status.update(f"{case}, {described(shape)} ({len(found) + 1} of {len(asked)})")
+            found[case, shape] = next(results)
+    for case, shape in asked:
+        result = found[case, shape]
         says = result.get("error") or f"{result['peak_memory'] / GIB:.2f} GiB"
         console.print(f"{case:<11} {described(shape)}: {says}")
-    files.write_json(folder / "memory.json", list(found.values()))
+    files.write_json(folder / "memory.json", [found[key] for key in asked])
     (folder / "memory.html").write_text(page(middle, shapes, found), encoding="utf-8")
     console.print(folder / "memory.html")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import statistics
 import tempfile
@@ -52,12 +53,12 @@ def write(work: Work, kept: str) -> None:
             work.tick()
 
 
-def train(work: Work, kept: str) -> dict[str, float]:
+def train(work: Work, kept: str, compile: bool = False) -> dict[str, float]:
     """kd with logits=offline and fkl; also the seconds that a step waits for its batch."""
     from kd.bench.cases import fitted
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer, module, batches = fitted(work, "fkl", False, stored(Path(folder), work.shape, kept))
+        trainer, module, batches = fitted(work, "fkl", compile, stored(Path(folder), work.shape, kept))
         waits = Waits(batches)
         trainer.fit(module, waits)
     return {"waited": statistics.median(waits.seconds)}
@@ -123,11 +124,19 @@ def asked(work: Work, kept: str) -> Teacher:
 
 
 def stored(folder: Path, shape: Shape, kept: str) -> Store:
-    """A store of the case's rows, written by another process, so that the teacher's memory is not counted."""
-    process = multiprocessing.get_context("spawn").Process(target=_write_all, args=(folder, shape, kept))
-    process.start()
-    process.join()
+    """A store of the case's rows, without the memory of its teacher: on a CPU another process writes it."""
+    import torch
+
     from kd.store import Store
+
+    if torch.cuda.is_available():
+        _write_all(folder, shape, kept)
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        process = multiprocessing.get_context("spawn").Process(target=_write_all, args=(folder, shape, kept))
+        process.start()
+        process.join()
 
     return Store(folder, folder)
 

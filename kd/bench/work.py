@@ -1,7 +1,12 @@
-"""What is measured with: shapes, fresh models, random ids and a clock; each case in a process of its own."""
+"""What is measured with: shapes, fresh models, random ids and a clock.
+
+On a CPU each case runs in a process of its own, since memory is that of a process. On a GPU memory is counted by torch,
+so the cases of one library share a process, which saves its start.
+"""
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -9,8 +14,11 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +28,7 @@ from kd.sizes import Size
 WARM_UP = 3  # steps that are not counted: first allocations, compilation
 GIB = 2**30
 ROUNDS = 8  # steps that the rows last for
-HEAD = 512  # rows of the products that the limit is measured with
+HEAD = 512  # on a CPU, rows of the products that the limit is measured with
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class Shape:
     vocab: int
     batch: int  # rows per step
     seq_len: int
+    response_len: int  # of a row, tokens that the student writes in the cases that are on-policy
     precision: str = "bf16"  # or fp32
 
     @property
@@ -38,10 +47,12 @@ class Shape:
 
 
 SHAPES = {
-    "cpu": Shape(Size(512, 8, 8, 8, 1376), Size(256, 4, 8, 8, 640), 32_768, 8, 512),
-    "gpu": Shape(Size(1536, 28, 12, 2, 8960), Size(896, 24, 14, 2, 4864), 151_936, 8, 1024),  # 1.5B to 0.5B, as Qwen2.5
-    "tiny": Shape(Size(32, 2, 2, 2, 64), Size(16, 2, 2, 2, 32), 512, 2, 32),
-    "memory": Shape(Size(64, 2, 2, 2, 128), Size(64, 2, 2, 2, 128), 32_768, 4, 256),
+    "cpu": Shape(Size(512, 8, 8, 8, 1376), Size(256, 4, 8, 8, 640), 32_768, 8, 512, 256),
+    # 1.5B to 0.5B, as Qwen2.5
+    "gpu": Shape(Size(1536, 28, 12, 2, 8960), Size(896, 24, 14, 2, 4864), 151_936, 8, 1024, 64),
+    "tiny": Shape(Size(32, 2, 2, 2, 64), Size(16, 2, 2, 2, 32), 512, 2, 32, 16),
+    "memory": Shape(Size(64, 2, 2, 2, 128), Size(64, 2, 2, 2, 128), 32_768, 4, 256, 128),
+    "gpu_memory": Shape(Size(512, 8, 8, 8, 1376), Size(256, 4, 8, 8, 640), 131_072, 8, 512, 256),
 }
 
 
@@ -114,14 +125,15 @@ class Work:
 
         flops = sum(passes * cost(model, self.shape.seq_len).flops_per_token for model, passes in self.models)
         done = spent = 0.0
+        rows = HEAD if self.device.type == "cpu" else self.shape.tokens
         for model, passes in self.models:
-            for layer in model.modules():
-                if isinstance(layer, torch.nn.Linear):
-                    x = torch.randn(HEAD, layer.in_features, device=self.device, dtype=self.dtype)
-                    weight = layer.weight.detach().to(self.dtype).t()
-                    out = torch.empty(HEAD, layer.out_features, device=self.device, dtype=self.dtype)
-                    spent += passes * fastest(partial(torch.mm, x, weight, out=out), self.device)
-                    done += passes * 2 * x.numel() * layer.out_features
+            linear = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+            for (outputs, inputs), count in Counter(weight.shape for weight in linear).items():
+                x = torch.randn(rows, inputs, device=self.device, dtype=self.dtype)
+                weight = torch.randn(outputs, inputs, device=self.device, dtype=self.dtype).t()
+                out = torch.empty(rows, outputs, device=self.device, dtype=self.dtype)
+                spent += passes * count * fastest(partial(torch.mm, x, weight, out=out), self.device)
+                done += passes * count * 2 * rows * inputs * outputs
         return flops * self.shape.tokens * spent / done
 
 
@@ -149,6 +161,8 @@ def measure(name: str, shape: Shape, steps: int) -> dict:
 
     quiet()
     work = Work(shape, steps + WARM_UP)
+    if work.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     also = (CASES | CUDA_CASES)[name](work) or {}
     memory = peak_memory()  # before the limit is measured, which takes some itself
     steps = list(itertools.pairwise(work.ticks))[WARM_UP - 1 :]
@@ -162,15 +176,39 @@ def measure(name: str, shape: Shape, steps: int) -> dict:
     }  # fmt: skip
 
 
-def apart(name: str, shape: Shape, steps: int) -> dict:
-    """The same in a process of its own, so that its memory is that of the case alone; an error as `error`."""
-    command = [sys.executable, "-m", "kd.bench.work", json.dumps([name, asdict(shape), steps])]
-    # As train.py has it, and for all cases alike: threads that wait sleep.
-    done = subprocess.run(command, capture_output=True, text=True, env={"OMP_WAIT_POLICY": "PASSIVE"} | os.environ)
-    if done.returncode:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        return {"case": name, "shape": asdict(shape), "error": said[-1] if said else f"exit code {done.returncode}"}
-    return json.loads(done.stdout.splitlines()[-1])
+Case = tuple[str, Shape, int]  # name, shape, and steps that are counted
+
+
+def measured(cases: Iterable[Case], on_gpu: bool) -> Iterator[dict]:
+    """The result of each case in turn, as soon as it is there; an error as `error`."""
+    from kd.bench.cases import NEEDS
+
+    numbered = enumerate(cases)
+    for _, group in itertools.groupby(numbered, lambda item: NEEDS.get(item[1][0]) if on_gpu else item[0]):
+        yield from _in_a_process([case for _, case in group])
+
+
+def _in_a_process(cases: list[Case]) -> Iterator[dict]:
+    """Results of cases that share a process. Where it dies, that is an error of the case, and a new one goes on."""
+    # Waiting threads sleep, as train.py has it, and for all cases alike.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+    while cases:
+        words = [[name, asdict(shape), steps] for name, shape, steps in cases]
+        command = [sys.executable, "-m", "kd.bench.work", json.dumps(words)]
+        done = 0
+        with tempfile.TemporaryFile("w+") as log:
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as process:
+                for line in process.stdout:
+                    done += 1
+                    yield json.loads(line)
+            log.seek(0)
+            lines = [line.strip() for line in log if line.strip()]
+        if done < len(cases):
+            name, shape, _ = cases[done]
+            reason = lines[-1] if lines else f"exit code {process.returncode}"
+            yield {"case": name, "shape": asdict(shape), "error": reason}
+            done += 1
+        cases = cases[done:]
 
 
 def processor() -> str:
@@ -181,7 +219,25 @@ def processor() -> str:
     return f"{next(named, platform.machine())}, {os.cpu_count()} cores"
 
 
+def main(cases: list) -> None:
+    """Measure cases in this process, a line of JSON for each."""
+    import torch
+
+    out, sys.stdout = sys.stdout, sys.stderr  # libraries print too
+    for name, fields, steps in cases:
+        sizes = {role: Size(*fields[role]) for role in ("teacher", "student")}
+        try:
+            result = measure(name, Shape(**fields | sizes), steps)
+        except Exception as error:  # that of one case ends no other
+            traceback.print_exc()
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            result = {"case": name, "shape": fields, "error": reason}
+        print(json.dumps(result), file=out, flush=True)
+        gc.collect()
+        torch.compiler.reset()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 if __name__ == "__main__":
-    name, shape, steps = json.loads(sys.argv[1])
-    sizes = {role: Size(*shape[role]) for role in ("teacher", "student")}
-    print(json.dumps(measure(name, Shape(**shape | sizes), steps)))
+    main(json.loads(sys.argv[1]))
