@@ -378,7 +378,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     )  # fmt: skip
     if of["compile"]:
         for model in (student, *module.outside):
-            model.model.base_model.compile()
+            model.compile_layers()
     processes = ranks.lightning_arguments(of["devices"], "student" in sharded)
     processes["plugins"] = [DigestIO(), *processes["plugins"]]
     callbacks = [Checkpoints(run / "checkpoints", of["checkpoint_every"], run.remote)]

@@ -177,7 +177,7 @@ PLAIN = {  # settings that no function takes as they are, and their types
                 "precision": str, "sft": bool},
     "responses": {"samples": int, "temperature": float, "seed": int},
     "trainer": {"steps": int, "tokens": int | None, "batch": int, "micro_batch": int, "clip": float,
-                "precision": str, "compile": bool, "chunk": int | None, "log_every": int, "val_every": int,
+                "precision": str, "compile": bool | None, "chunk": int | None, "log_every": int, "val_every": int,
                 "checkpoint_every": int, "accelerator": str, "devices": int, "strategy": str,
                 "shard_teacher": bool | None},
 }  # fmt: skip

@@ -43,6 +43,7 @@ def part_of_outcome(config: dict) -> dict:
     seeded = config["logits"] == "cotrained" or config.get("rollout") == "teacher"  # which draws with it
     own = ("teacher.size", "teacher.name", *(["teacher.seed"] if seeded else []))
     part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in own}
+    part["trainer.compile"] = bool(part.get("trainer.compile"))  # null came later than the names that say false
     return whole_as_float(part)
 
 

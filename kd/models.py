@@ -58,6 +58,13 @@ class Causal(nn.Module):
         """ids [B, T] -> last hidden states [B, T, D]. cache: what is to be said of tokens that were read before."""
         return self.model.base_model(input_ids=ids, **{"use_cache": False} | cache).last_hidden_state
 
+    def compile_layers(self) -> None:
+        """Compile each layer by itself: they are alike, so one is compiled, where a whole body takes a minute."""
+        for module in self.model.modules():
+            if isinstance(module, nn.ModuleList):
+                for layer in module:
+                    layer.compile()
+
     def check(self, option: str) -> None:
         """Raise UserError unless head(hidden(x)) is what the model itself says, so that no scale or cap is missed."""
         device = next(self.model.parameters()).device

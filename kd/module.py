@@ -131,6 +131,7 @@ class Distillation(lightning.LightningModule):
         An output layer of its own is one of them, and one that is the embedding too is not.
         """
         groups = []
+        fused = {"fused": True} if self.device.type == "cuda" else {}  # one kernel for all of it
         for causal in filter(None, (self.student, self.teacher)):  # a teacher that learns
             model = causal.model
             outer = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
@@ -140,7 +141,7 @@ class Distillation(lightning.LightningModule):
             groups.append({"params": kinds["inner"], "width": model.config.get_text_config().hidden_size})
             groups.append({"params": kinds["outer"], "width": None})
             groups.append({"params": kinds["vectors"], "width": None, "weight_decay": 0.0})
-        return self.optimizer([group for group in groups if group["params"]])
+        return self.optimizer([group | fused for group in groups if group["params"]])
 
     def on_fit_start(self) -> None:
         self.train()  # a pretrained model comes in eval mode, and Lightning leaves it there

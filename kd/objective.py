@@ -13,7 +13,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from torch.func import functional_call
 
+from kd.progress import console
 from kd.target import Target
 from kd.temperature import Softening, soften
 
@@ -40,7 +43,8 @@ class Objective:
     """How a student is compared with its teacher, `chunk` positions at a time.
 
     chunk: None takes as many as `fitting` says; it changes nothing but time, memory and rounding. compile: make loss
-    and gradient of a chunk's logits one kernel by torch.compile, which needs a C++ compiler and some ten seconds once.
+    and gradient of a chunk's logits one kernel by torch.compile, which needs a C++ compiler and some ten seconds once;
+    None does so on a GPU, and goes on without where that fails.
     """
 
     loss: Callable[[Tensor, Target], Tensor]
@@ -48,16 +52,17 @@ class Objective:
     treatment: Callable[[Target], Target]
     temperature: Callable[[Tensor, Target], Softening]
     chunk: int | None = None
-    compile: bool = False
+    compile: bool | None = False
 
-    def distance(self, student: Tensor, target: Target) -> Tensor:
+    def distance(self, student: Tensor, target: Target, truncated: Target | None = None) -> Tensor:
         """The distillation loss per position [N] for student log-probabilities [N, V].
 
-        Order: truncate, say where the dropped probability goes, then soften.
+        Order: truncate (unless `truncated` is there already), say where the dropped probability goes, then soften. The
+        temperature is of the whole target.
         """
         softening = self.temperature(student, target)
-        target = self.treatment(self.truncation(target)).soften(softening.teacher)
-        return softening.weight * self.loss(soften(student, softening.student), target)
+        kept = self.treatment(truncated or self.truncation(target)).soften(softening.teacher)
+        return softening.weight * self.loss(soften(student, softening.student), kept)
 
     def __call__(
         self, head: torch.nn.Module, hidden: Tensor, label: Tensor, signal: Signal | None, alpha: float,
@@ -72,12 +77,13 @@ class Objective:
         return Sums(*_Chunked.apply(self, head, label, signal, alpha, watch, distilled, hidden, *parameters))
 
     def slope(
-        self, logits: Tensor, label: Tensor, target: Target | None, alpha: Tensor, distilled: Tensor | None = None
-    ) -> tuple[Tensor, Sums]:
+        self, logits: Tensor, label: Tensor, target: Target | None, alpha: Tensor, distilled: Tensor | None = None,
+        truncated: Target | None = None,
+    ) -> tuple[Tensor, Sums]:  # fmt: skip
         """The gradient of `total` with respect to the student's logits [n, V], and the sums."""
 
         def distillation(student: Tensor) -> tuple[Tensor, Tensor]:
-            kd = self.distance(student, target)
+            kd = self.distance(student, target, truncated)
             kd = (kd if distilled is None else torch.where(distilled, kd, 0)).sum()
             return alpha * kd, kd
 
@@ -113,26 +119,69 @@ def fitting(head: torch.nn.Module) -> int:
     return max(64, budget // (4 * len(output)))
 
 
+def _compiled(objective: Objective) -> Callable:
+    """Compiled `slope`. Where compiling is a default, what torch cannot compile is computed as it is."""
+    compiled = torch.compile(objective.slope)
+    if objective.compile:
+        return compiled
+
+    def slope(*arguments) -> tuple[Tensor, Sums]:
+        if not _compiled.failed:
+            try:
+                return compiled(*arguments)
+            except TorchDynamoException as error:
+                _compiled.failed = True
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                console.print(
+                    f"torch.compile failed, so the loss is slower and takes more memory than it could: {reason}\n"
+                    "trainer.compile=false leaves it out; trainer.compile=true shows all of the error.",
+                    markup=False, soft_wrap=True,
+                )  # fmt: skip
+        return objective.slope(*arguments)
+
+    return slope
+
+
+_compiled.failed = False  # in this process; said once
+
+
+def _cast(head: torch.nn.Module, device: str) -> dict[str, Tensor]:
+    """The head's parameters in the dtype that autocast computes in, as leaves of their own.
+
+    Cast once instead of with every chunk, they get their gradients in that dtype, which are added up in float32.
+    """
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return {
+        name: p if dtype is None else p.detach().to(dtype).requires_grad_(p.requires_grad)
+        for name, p in head.named_parameters()
+    }
+
+
 class _Chunked(torch.autograd.Function):
     """Objective over all chunks: forward already makes the gradients, backward only scales them."""
 
     @staticmethod
     def forward(ctx, objective: Objective, head, label, signal, alpha, watch, distilled, hidden, *parameters):
-        slope = torch.compile(objective.slope) if objective.compile else objective.slope
+        compiles = hidden.is_cuda if objective.compile is None else objective.compile
+        slope = _compiled(objective) if compiles else objective.slope
         alpha = torch.tensor(alpha, device=hidden.device)  # a number would be compiled in, and anew when it changes
         hidden_grad = torch.empty_like(hidden)
         parameter_grads = [torch.zeros_like(p) for p in parameters]
+        weights = _cast(head, hidden.device.type)
+        learned = [w for w in weights.values() if w.requires_grad]
         sums = torch.zeros(3, device=hidden.device, dtype=torch.float64)
         for rows in chunks(len(hidden), objective.chunk or fitting(head)):
             target = signal(rows) if signal is not None else None
+            # Not within what is compiled: how many columns a top-p keeps is seen when it is computed.
+            truncated = None if target is None else objective.truncation(target)
             with torch.enable_grad():
                 piece = hidden[rows].detach().requires_grad_()
-                logits = head(piece)  # [n, V]
+                logits = functional_call(head, weights, (piece,))  # [n, V]
             if watch is not None:
                 watch(rows, logits.detach())
             which = distilled[rows] if distilled is not None else None
-            logits_grad, values = slope(logits.detach(), label[rows], target, alpha, which)
-            hidden_grad[rows], *parts = torch.autograd.grad(logits, (piece, *parameters), logits_grad)
+            logits_grad, values = slope(logits.detach(), label[rows], target, alpha, which, truncated)
+            hidden_grad[rows], *parts = torch.autograd.grad(logits, (piece, *learned), logits_grad)
             for whole, part in zip(parameter_grads, parts, strict=True):
                 whole += part
             sums += torch.stack(values)

@@ -25,7 +25,7 @@ def plainly(work: Work, student, loss_of: Callable) -> None:
     """A training loop in plain PyTorch, as a good user writes it."""
     import torch
 
-    optimizer = torch.optim.AdamW(student.parameters(), lr=RATE)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, fused=work.device.type == "cuda")
     for ids, labels in work.batches():
         with work.autocast():
             loss = loss_of(ids, labels)
@@ -160,7 +160,7 @@ def fitted(work: Work, loss: str, compile: bool, store: Store | None = None, on_
     teacher = Causal(work.teacher(), work.shape.vocab) if store is None else None
     cut = truncation.full if store is None else store.as_asked(store.truncation, truncation.full)
     compared = config.build(OmegaConf.to_container(OmegaConf.load(CONF / "loss" / f"{loss}.yaml")), "loss")
-    objective = Objective(compared, cut, treatment.renormalise, temperature.fixed, compile=compile)
+    objective = Objective(compared, cut, treatment.renormalise, temperature.fixed, compile=compile or None)
     module = Distillation(
         student, teacher, store.source if store else logits.online(teacher), objective,
         alpha=lambda progress: 1.0 if on_policy else ALPHA, lr=lambda progress: RATE,
@@ -171,7 +171,7 @@ def fitted(work: Work, loss: str, compile: bool, store: Store | None = None, on_
     )  # fmt: skip
     if compile:
         for model in (student, *module.outside):
-            model.model.base_model.compile()
+            model.compile_layers()
     trainer = lightning.Trainer(
         accelerator="auto", devices=1, precision=PRECISIONS[work.shape.precision], max_steps=work.steps, max_epochs=-1,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
