@@ -183,8 +183,11 @@ def measured(cases: Iterable[Case], on_gpu: bool) -> Iterator[dict]:
     """The result of each case in turn, as soon as it is there; an error as `error`."""
     from kd.bench.cases import NEEDS
 
-    numbered = enumerate(cases)
-    for _, group in itertools.groupby(numbered, lambda item: NEEDS.get(item[1][0]) if on_gpu else item[0]):
+    def process(item: tuple[int, Case]):
+        number, (name, *_) = item
+        return NEEDS.get(name) if on_gpu and name != "breakdown" else number  # breakdown leaves its clocks behind
+
+    for _, group in itertools.groupby(enumerate(cases), process):
         yield from _in_a_process([case for _, case in group])
 
 
