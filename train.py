@@ -422,6 +422,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
             "peak_memory": memory, "micro_batch": module.micro_batch, "final": module.val_metrics,
         }  # fmt: skip
         if recorder:
+            student.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
             recorder.finish(student, packed.val, of["micro_batch"], of["steps"])
         if weights:
             student = made.student(settings, vocab)

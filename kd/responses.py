@@ -184,8 +184,8 @@ class Responses(Callback):
         self.samples, self.temperature, self.seed, self.at_once = samples, temperature, seed, AT_ONCE
 
     @torch.no_grad()
-    def on_fit_end(self, trainer, module) -> None:
-        """Everything, in order."""
+    def on_train_end(self, trainer, module) -> None:
+        """Everything, in order. Not at the end of fit: Lightning moves the student to the CPU before that."""
         module.eval()
         teacher = module.outside[0] if module.outside else module.teacher
         with trainer.precision_plugin.val_step_context():

@@ -12,6 +12,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.strategies import Strategy
 
 from kd import data, generate, identity, logits, metrics, packing, plan, ranks, responses, run
 from kd.data import ValidationBatches
@@ -299,6 +300,17 @@ def test_a_run_that_is_ended_while_it_writes_goes_on_and_writes_the_same(root, s
     assert here(tmp_path / "root", *words) == other
     for name in ("responses.jsonl", "exaccerr.json", "metrics.jsonl"):
         assert (other / name).read_bytes() == (student / name).read_bytes(), name
+
+
+def test_responses_are_written_before_the_student_leaves_its_device(root, student, monkeypatch, tmp_path):
+    """Lightning moves the student to the CPU when fit ends, where a teacher on a GPU would not be beside it."""
+    shutil.copytree(root, tmp_path / "root")
+    shutil.rmtree(tmp_path / "root" / student.name)
+    order, write, teardown = [], Responses._write, Strategy.teardown
+    monkeypatch.setattr(Responses, "_write", lambda *given: (order.append("write"), write(*given))[1])
+    monkeypatch.setattr(Strategy, "teardown", lambda self: (order.append("teardown"), teardown(self))[1])
+    here(tmp_path / "root", f"data.files={root / 'examples.jsonl'}", f"plain.files={root / 'plain.txt'}")
+    assert order == ["write", "teardown"]
 
 
 def test_a_signal_is_heeded_while_a_model_writes(monkeypatch):
