@@ -41,6 +41,7 @@ from kd.progress import Steps, console, end_with, show, track
 from kd.remote import home
 from kd.run import DIVERGED, PREEMPTED, Run, environment, export, peak_memory
 from kd.settings import Settings, check_shards, kept_of, name_of, resolve, source_of
+from kd.tokenizer import load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
     from kd import models, ranks
@@ -132,7 +133,7 @@ def estimate(settings: Settings) -> dict[str, Estimate]:
         return {}
     less, times = estimates.sampled(settings)
     packed, parts = prepare(less)
-    vocab, stored = len(parts.tokenizer), source_of(settings) == "offline"
+    vocab, stored = vocabulary_size(parts.tokenizer), source_of(settings) == "offline"
     record, there = recording(settings), stored and where.manifest().exists()
     first = record or teacher
     made = estimate(first) if first and not there else {}
@@ -221,7 +222,7 @@ def teacher_model(settings: Settings, parts: Parts) -> Causal:
     if name is None:
         raise UserError(f"There is no store at {where.path}, and teacher=none cannot write one.")
     check_tokenizers(settings, parts.tokenizer, name)
-    return models.build(None, name, len(parts.tokenizer), settings["data"]["seq_len"], "teacher.name")
+    return models.build(None, name, vocabulary_size(parts.tokenizer), settings["data"]["seq_len"], "teacher.name")
 
 
 def written_by_teacher(settings: Settings, packed: data.Packed, parts: Parts) -> data.Packed:
@@ -264,7 +265,7 @@ class Parts:
             made["loss"], made["truncation"], made["target"], made["temperature"], trainer["chunk"], trainer["compile"]
         )
         self.tokenizer = AutoTokenizer.from_pretrained(packed.tokenizer, trust_remote_code=False)
-        vocab = len(self.tokenizer)
+        vocab = vocabulary_size(self.tokenizer)
         logp = torch.linspace(0, 1, 2 * vocab).view(2, vocab).sin().log_softmax(-1)
         known = {name: torch.ones(2) for name in self.rollout(None).gives} | self.route(lambda measure: torch.zeros(2))
         known |= {
@@ -306,13 +307,11 @@ class Parts:
 
 def check_tokenizers(settings: Settings, ours, teacher_name: str | None) -> None:
     """Raise UserError unless pretrained models use the tokenizer of the data."""
-    from transformers import AutoTokenizer
-
     from kd import models
 
     for option, name in (("student.name", settings["student"]["name"]), ("teacher.name", teacher_name)):
         if name:
-            theirs = models.from_hub(AutoTokenizer, name, f"The tokenizer of {option}={name}")
+            theirs = load_tokenizer(name, f"The tokenizer of {option}={name}")
             models.same_vocabulary(ours, theirs, f"{option}={name}")
 
 
@@ -330,7 +329,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     quiet()
     of, flat = settings["trainer"], conf.flat(settings)
     lightning.seed_everything(settings["seed"], verbose=False)
-    seq_len, vocab = settings["data"]["seq_len"], len(parts.tokenizer)
+    seq_len, vocab = settings["data"]["seq_len"], vocabulary_size(parts.tokenizer)
     student, teacher_name, store = made.student(settings, vocab), made.teacher, made.store
     costs = {"student": models.cost(student.model, seq_len)}
     how, teacher, among, objective = source_of(settings), None, None, parts.objective
@@ -360,7 +359,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     progress = Steps(told.name, of["steps"], start, shown=first)
     passes = -(-len(packed.val) // (of["micro_batch"] * ranks.count())) if sharded else 0
     validation = data.ValidationBatches(
-        packed.val, of["micro_batch"], ranks.share(len(packed.val)), passes, packed.val_spans
+        packed.val, of["micro_batch"], ranks.share(len(packed.val)), passes, packed.val_spans, packed.boundary
     )
     recorder = None
     if how == "none" and settings["record"]:
@@ -401,9 +400,17 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     try:
         order = of["batch"], settings["seed"], start, of["steps"]
         mine = ranks.share(of["batch"])
-        beside = data.Batches(made.plain.train, *order, part=mine) if made.plain else None
+        plain = made.plain
+        beside = data.Batches(plain.train, *order, part=mine, boundary=plain.boundary) if plain else None
         batches = data.Batches(
-            packed.train, *order, among, store.read if store else None, mine, packed.train_spans, beside
+            packed.train,
+            *order,
+            among,
+            store.read if store else None,
+            mine,
+            packed.train_spans,
+            beside,
+            packed.boundary,
         )
         with requests.in_steps():
             trainer.fit(module, batches, ckpt_path=checkpoint)

@@ -187,7 +187,7 @@ def _measure(
             hold_in(torch.bfloat16, teacher)
     rows = packed.train[: min(trainer["micro_batch"], trainer["batch"])]
     spans = None if packed.train_spans is None else packed.train_spans[: len(rows)]
-    batch = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans)
+    batch = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans, packed.boundary)
     batch = Batch(*(x.to(device) for x in batch[:4]))
     writers = Writers(student, teacher, packed.end, 0)
     writing = answering = 0.0

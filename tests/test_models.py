@@ -1,6 +1,7 @@
 """Models of a size or a name: counted right, their heads are their own, and what does not fit is refused by name."""
 
 import json
+import random
 import shutil
 import socket
 from pathlib import Path
@@ -10,11 +11,16 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedTokenizerFast
 
 from kd import corpora, models
 from kd.errors import UserError
 from kd.sizes import SIZES, STUDENTS
+from tests.small import here
 
 V, T = 90, 32
 SHAPE = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
@@ -318,3 +324,22 @@ def test_name_that_is_nowhere_is_refused_at_once_and_says_what_to_do(calls, name
 def test_folder_needs_no_network(calls, saved):
     build(saved / "llama")
     assert not calls
+
+
+def text_and_tokenizer(folder: Path, vocab: dict[str, int] | None = None) -> tuple[Path, Path]:
+    """A file of text, and a folder with a tokenizer of its words; vocab: more tokens."""
+    words = [f"w{n}" for n in range(40)]
+    ids = {word: n for n, word in enumerate(["<unk>", "</s>", *words])} | (vocab or {})
+    fast = Tokenizer(WordLevel(ids, unk_token="<unk>"))
+    fast.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>", unk_token="<unk>").save_pretrained(folder / "tok")
+    lines = (" ".join(random.Random(n).choices(words, k=40)) for n in range(200))
+    (folder / "text.txt").write_text("\n\n".join(lines))
+    return folder / "text.txt", folder / "tok"
+
+
+def test_ids_with_holes_are_trained(tmp_path):
+    text, name = text_and_tokenizer(tmp_path, {"w39": 500, "far": 777})
+    words = f"data=text data.files={text} data.seq_len=32 data.val_rows=4 data.tokenizer={name} data.field=text"
+    folder = here(tmp_path / "runs", *words.split(), "logits=none", "teacher=none", "trainer.steps=2")
+    assert json.loads((folder / "student" / "config.json").read_text())["vocab_size"] == 778
