@@ -433,7 +433,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         if weights:
             student = made.student(settings, vocab)
             student.load_state_dict(weights)
-        export(run, student.model, parts.tokenizer, settings, result)
+        export(run, student.model, parts.tokenizer, row_ends(settings, packed, parts.tokenizer), settings, result)
         result["weights"] = run.weights()
         run.finish(result)
         final = module.val_metrics
@@ -461,6 +461,16 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         progress.stop()
         for logger in loggers:
             logger.close(final)
+
+
+def row_ends(settings: Settings, packed: data.Packed, tokenizer) -> list[int]:
+    """Return the tokens that end a response or a text in the rows of a run; none where rows have no end."""
+    ends = [packed.end]
+    if packed.end is None:
+        ends = [] if corpus(settings)[0].words else [tokenizer.eos_token_id]
+    if settings["lm"] == "plain":
+        ends.append(tokenizer.eos_token_id)
+    return list(dict.fromkeys(ends))
 
 
 def in_shards(settings: Settings, costs: dict[str, models.Cost], teacher: Causal | None) -> tuple[str, ...]:

@@ -363,8 +363,11 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 """
 
 
-def export(run: Run, model, tokenizer, config: dict, result: dict) -> None:
-    """The student with its tokenizer and a model card, for plain transformers."""
+def export(run: Run, model, tokenizer, ends: list[int], config: dict, result: dict) -> None:
+    """Write the student with its tokenizer and a model card, for plain transformers.
+
+    ends: tokens that ended rows in training, at which generate() is to stop; whatever the model named before is left.
+    """
     flat = result["config"]
     how = "by language modelling alone"
     if flat["logits"] != "none":
@@ -375,6 +378,9 @@ def export(run: Run, model, tokenizer, config: dict, result: dict) -> None:
         name=run.name, student=model_name(flat, "student"), parameters=result["parameters"], tokens=result["tokens"],
         data=flat["data"], how=how, measures=measures, git=result["environment"]["git"],
     )  # fmt: skip
+    eos = ends[0] if len(ends) == 1 else ends or None
+    for settings in filter(None, (model.config, model.config.get_text_config(), model.generation_config)):
+        settings.eos_token_id = eos
     with files.atomic(run / "student") as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -343,3 +343,49 @@ def test_ids_with_holes_are_trained(tmp_path):
     words = f"data=text data.files={text} data.seq_len=32 data.val_rows=4 data.tokenizer={name} data.field=text"
     folder = here(tmp_path / "runs", *words.split(), "logits=none", "teacher=none", "trainer.steps=2")
     assert json.loads((folder / "student" / "config.json").read_text())["vocab_size"] == 778
+
+
+# The end in what is exported
+
+CHAT = (
+    "{% for m in messages %}<user>{{ m.content }}<turn>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def ends(folder: Path) -> tuple:
+    """What config.json and generation_config.json name, and what plain transformers loads."""
+    files = [json.loads((folder / "student" / f"{name}.json").read_text()) for name in ("config", "generation_config")]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder / "student")
+    values = [*(file.get("eos_token_id") for file in files), loaded.generation_config.eos_token_id]
+    assert values[0] == values[1] == values[2]
+    return values[0]
+
+
+@pytest.mark.parametrize(("data", "expected"), [("chat", 43), ("plain", [43, 1]), ("alpaca", 1), ("text", 1)])
+def test_exported_student_ends_as_rows_did_in_training(tmp_path, data, expected):
+    """A base model whose config names another end than its rows have."""
+    text, name = text_and_tokenizer(tmp_path, {"<user>": 42, "<turn>": 43, "<assistant>": 44})
+    fast = PreTrainedTokenizerFast.from_pretrained(name, chat_template=CHAT)
+    fast.add_special_tokens({"additional_special_tokens": ["<user>", "<turn>", "<assistant>"]})
+    fast.save_pretrained(tmp_path / "base")
+    config = transformers.LlamaConfig(**GATED | {"vocab_size": 45}, eos_token_id=7, bos_token_id=3)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    rows = [{"prompt": f"w{n % 40} w{n // 40}", "response": f"w{n % 7}"} for n in range(80)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    base = tmp_path / "base"
+    words = f"data.tokenizer={base} data.seq_len=64 data.val_rows=2 trainer.steps=1 optim=adamw "
+    if data == "text":  # of a size, whose fresh config names 0
+        words += f"data=text data.files={text} student=100k"
+    else:
+        words += f"data=instructions data.files={tmp_path / 'a.jsonl'} student=hub student.name={base}"
+        words += " data.template=alpaca data.prompt_len=50" if data == "alpaca" else " data.template=chat"
+    if data == "plain":
+        words += f" lm=plain plain=text plain.files={text} alpha.peak=0.5 teacher=hub teacher.name={base}"
+    else:
+        words += " logits=none teacher=none"
+    folder = here(tmp_path / "runs", *words.split())
+    assert ends(folder) == expected
+
+
+def test_rows_without_an_end_name_none(tmp_path):
+    assert ends(here(tmp_path, "logits=none", "teacher=none", "trainer.steps=1")) is None
