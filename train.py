@@ -320,7 +320,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     import lightning
     import torch
 
-    from kd import logits, models, offline, ranks, responses, rollout, shards
+    from kd import generate, logits, models, offline, ranks, responses, rollout, shards
     from kd.checkpoint import Checkpoints, DigestIO, newest
     from kd.hardware import out_of_memory, slowdown_in_bf16
     from kd.loggers import MetricsFile
@@ -344,6 +344,9 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
             torch.manual_seed(settings["teacher"]["seed"])
             teacher = models.build(size, teacher_name, vocab, seq_len, "teacher.name")
         costs["teacher"] = models.cost(teacher.model, seq_len)
+    if packed.val_spans is not None:  # they respond to prompts when training has ended
+        for model in filter(None, (student, teacher)):
+            generate.check_cache(model)
     sharded = in_shards(settings, costs, teacher)
     run.begin(settings)
     checkpoint = ranks.gather(newest(run / "checkpoints") if ranks.number() == 0 else None)[0]
@@ -421,6 +424,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         result = {
             "state": "done", "run": run.name, "config": flat, "environment": environment(),
             "parameters": costs["student"].parameters, "non_embedding": costs["student"].non_embedding,
+            "active_parameters": costs["student"].active_parameters,
             "flops_per_token": costs["student"].flops_per_token,
             **{f"teacher_{k}": getattr(costs.get("teacher"), k, None) for k in models.Cost._fields},
             "train_rows": len(packed.train if among is None else among),

@@ -107,6 +107,11 @@ def sizes_of(result: dict) -> dict[str, tuple[int, int]]:
     return {role: counts for role, counts in found.items() if None not in counts}
 
 
+def size_text(parameters: int, active: int | None) -> str:
+    """A number of parameters, and how many of them a token uses where that is fewer."""
+    return f"{parameters:,} parameters" + (f", {active:,} of them active" if active not in (None, parameters) else "")
+
+
 def about(name: str, config: dict, sizes: dict[str, tuple[int, int]]) -> About:
     """What W&B and TensorBoard are told: a readable name, what to group by, and the axes."""
     how = method(config)

@@ -21,7 +21,7 @@ import filelock
 
 from kd import files, remote
 from kd.errors import MISTAKES, UserError
-from kd.identity import model_name
+from kd.identity import model_name, size_text
 from kd.progress import console
 from kd.signals import EXIT_CODE
 
@@ -346,7 +346,7 @@ tags: [knowledge-distillation]
 ---
 # {name}
 
-A {student} student, {parameters:,} parameters, trained on {tokens:,} tokens of `{data}` {how}.
+A {student} student, {parameters}, trained on {tokens:,} tokens of `{data}` {how}.
 
 | measure, on held-out text | value |
 |---|---|
@@ -375,7 +375,8 @@ def export(run: Run, model, tokenizer, ends: list[int], config: dict, result: di
         how = f"from {of} with the loss `{flat['loss']}`"
     measures = "\n".join(f"| {k.removeprefix('val/')} | {v:.4f} |" for k, v in result["final"].items() if "/" in k)
     card = MODEL_CARD.format(
-        name=run.name, student=model_name(flat, "student"), parameters=result["parameters"], tokens=result["tokens"],
+        name=run.name, student=model_name(flat, "student"), tokens=result["tokens"],
+        parameters=size_text(result["parameters"], result["active_parameters"]),
         data=flat["data"], how=how, measures=measures, git=result["environment"]["git"],
     )  # fmt: skip
     eos = ends[0] if len(ends) == 1 else ends or None

@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
-from kd import corpora, models
+from kd import corpora, generate, identity, models
 from kd.errors import UserError
 from kd.sizes import SIZES, STUDENTS
 from tests.small import here
@@ -39,6 +39,32 @@ CONFIGS = {
     "opt": transformers.OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=16),
     "pythia": transformers.GPTNeoXConfig(**SHAPE, intermediate_size=48),
     "phi": transformers.PhiConfig(**SHAPE, intermediate_size=48),
+}
+SPARSE = SHAPE | dict(num_key_value_heads=4)
+FEW = dict(num_experts_per_tok=2, moe_intermediate_size=24)
+MIXTURES = {  # each names its experts in another way; total and active are of 8 experts of which a token uses 2
+    "mixtral": transformers.MixtralConfig(**GATED, num_local_experts=8, num_experts_per_tok=2),
+    "qwen2_moe": transformers.Qwen2MoeConfig(**GATED, num_experts=8, **FEW, shared_expert_intermediate_size=16),
+    "granite": transformers.GraniteMoeSharedConfig(
+        **GATED, num_local_experts=8, num_experts_per_tok=2, shared_intermediate_size=16
+    ),
+    "deepseek_v3": transformers.DeepseekV3Config(
+        **SPARSE, n_routed_experts=8, **FEW, n_group=2, topk_group=1, n_shared_experts=1, first_k_dense_replace=1,
+        q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, intermediate_size=48,
+    ),
+    "ernie": transformers.Ernie4_5_MoeConfig(**GATED, moe_num_experts=8, moe_k=2, moe_intermediate_size=24),
+    "hunyuan": transformers.HunYuanMoEV1Config(**GATED, num_experts=8, moe_topk=[2, 2], head_dim=8),
+    "jetmoe": transformers.JetMoeConfig(
+        vocab_size=V, hidden_size=32, num_hidden_layers=2, num_key_value_heads=2, kv_channels=8, intermediate_size=48,
+        num_local_experts=8, num_experts_per_tok=2,
+    ),
+}  # fmt: skip
+NO_ATTENTION = {
+    "mamba": transformers.MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "mamba2": transformers.Mamba2Config(
+        vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4, num_heads=8, head_dim=8, n_groups=1
+    ),
+    "rwkv": transformers.RwkvConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, context_length=64),
 }
 every_model = pytest.mark.parametrize("name", CONFIGS)
 IDS = torch.arange(2 * T).view(2, T) * 7 % 80
@@ -152,6 +178,60 @@ def test_flops_are_those_of_a_forward_pass(name):
     width = config.num_attention_heads * (getattr(config, "head_dim", None) or 8)
     unseen = 4 * config.num_hidden_layers * width * T / 2
     assert models.cost(model, T).flops_per_token == pytest.approx(counter.get_total_flops() / T - unseen, rel=0.05)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_flops_and_active_parameters_of_a_mixture_are_of_the_experts_that_a_token_uses(name):
+    config = MIXTURES[name]
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.set_experts_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(IDS[:1], use_cache=False)
+    cost, unseen = models.cost(model, T), models.cost(model, T).flops_per_token - models.cost(model, 0).flops_per_token
+    assert cost.flops_per_token == pytest.approx(counter.get_total_flops() / T - unseen, rel=0.05)
+    assert cost.parameters == sum(p.numel() for p in model.parameters())
+    parts = [p for n, p in model.named_parameters() if ".experts." in n]
+    if name != "jetmoe":  # where some of the attention is experts too
+        assert cost.active_parameters == cost.parameters - sum(p.numel() * 6 // 8 for p in parts)
+    assert cost.active_parameters < cost.parameters
+    dense = transformers.LlamaForCausalLM(CONFIGS["llama"])
+    assert models.cost(dense, T).active_parameters == models.cost(dense, T).parameters
+
+
+def test_a_mixture_of_the_shape_of_mixtral_costs_what_its_paper_says():
+    """47 billion parameters, of which a token uses 13. Jiang et al. 2024, arXiv 2401.04088, table 1."""
+    with torch.device("meta"):
+        cost = models.cost(transformers.MixtralForCausalLM(transformers.MixtralConfig()), 256)
+    assert (cost.parameters, cost.active_parameters) == (46_702_792_704, 12_879_925_248)
+    assert cost.flops_per_token == pytest.approx(2.6e10, rel=0.03)
+
+
+def test_a_mixture_whose_experts_are_not_known_is_refused(monkeypatch):
+    model = transformers.MixtralForCausalLM(MIXTURES["mixtral"])
+    monkeypatch.setattr(models, "EXPERTS_PER_TOKEN", ("another_name",))
+    with pytest.raises(UserError, match=r"MixtralForCausalLM has experts in model\.layers\.0\.mlp\.experts, and"):
+        models.cost(model, T)
+
+
+def test_a_size_in_words_names_the_active_part_of_a_mixture_alone():
+    assert identity.size_text(1000, 1000) == identity.size_text(1000, None) == "1,000 parameters"
+    assert identity.size_text(1000, 100) == "1,000 parameters, 100 of them active"
+
+
+@pytest.mark.parametrize("name", NO_ATTENTION)
+def test_models_without_attention_are_read_and_counted(tmp_path, name):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(NO_ATTENTION[name]).eval()
+    model.save_pretrained(tmp_path)
+    causal = build(tmp_path).eval()
+    with torch.no_grad():
+        expected = model(input_ids=IDS, use_cache=False).logits
+        torch.testing.assert_close(causal.head(causal.hidden(IDS)), expected, rtol=1e-4, atol=1e-5)
+    cost = models.cost(causal.model, T)
+    assert cost.flops_per_token == models.cost(causal.model, 10 * T).flops_per_token
+    assert cost.flops_per_token == pytest.approx(2 * (cost.non_embedding + V * 32))
+    with pytest.raises(UserError, match="cannot read a text piece by piece"):
+        generate.check_cache(causal)
 
 
 def test_position_embeddings_are_embeddings():
