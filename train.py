@@ -133,6 +133,7 @@ def estimate(settings: Settings) -> dict[str, Estimate]:
         return {}
     less, times = estimates.sampled(settings)
     packed, parts = prepare(less)
+    check_tokenizers(settings, parts.tokenizer, settings["teacher"]["name"])
     vocab, stored = vocabulary_size(parts.tokenizer), source_of(settings) == "offline"
     record, there = recording(settings), stored and where.manifest().exists()
     first = record or teacher
@@ -312,7 +313,8 @@ def check_tokenizers(settings: Settings, ours, teacher_name: str | None) -> None
     for option, name in (("student.name", settings["student"]["name"]), ("teacher.name", teacher_name)):
         if name:
             theirs = load_tokenizer(name, f"The tokenizer of {option}={name}")
-            models.same_vocabulary(ours, theirs, f"{option}={name}")
+            models.same_vocabulary(ours, theirs, f"{option}={name}", settings["token_names"] == "any")
+            models.check_rows(theirs, name, option)
 
 
 def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: Made) -> dict:
@@ -323,7 +325,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     from kd import generate, logits, models, offline, ranks, responses, rollout, shards
     from kd.checkpoint import Checkpoints, DigestIO, newest
     from kd.hardware import out_of_memory, slowdown_in_bf16
-    from kd.loggers import MetricsFile
+    from kd.loggers import MetricsFile, views
     from kd.module import Distillation, NonFinite
 
     quiet()
@@ -358,7 +360,8 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     start = int(checkpoint.stem.partition("-")[2]) if checkpoint else 0
     told = about(run.name, flat, {role: cost[:2] for role, cost in costs.items()})
     first = ranks.number() == 0
-    loggers = [MetricsFile(run / "metrics.jsonl", start), *parts.logger(folder=run.folder, about=told)] if first else []
+    loggers = [MetricsFile(run / "metrics.jsonl", start)] if first else []
+    loggers += views(parts.logger, run.folder, told) if first else []
     progress = Steps(told.name, of["steps"], start, shown=first)
     passes = -(-len(packed.val) // (of["micro_batch"] * ranks.count())) if sharded else 0
     validation = data.ValidationBatches(

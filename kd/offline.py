@@ -86,7 +86,7 @@ def words_of(settings: Settings) -> str:
     if (tokenizer := corpus(settings)[1]["tokenizer"]) != teacher["name"]:  # a pretrained student's
         own["data.tokenizer"] = tokenizer
     usual = conf.flat(OmegaConf.to_container(composed("logits=offline", *typed)))
-    groups = ("data.", "plain.", "start.", "teacher.", "truncation.", "logits.seed", "trainer.precision")
+    groups = ("token_names", "data.", "plain.", "start.", "teacher.", "truncation.", "logits.seed", "trainer.precision")
     own = {k: v for k, v in own.items() if k.startswith(groups) and k in usual and v != usual[k]}
     typed += [f"{k}={conf.typed(v)}" for k, v in own.items()]
     return shlex.join(typed)

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
 from kd import files
 from kd.errors import UserError
 
+FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
 
 def load_tokenizer(name: str, label: str):
-    """Return the tokenizer of a Hub name or a folder; `label` names it in errors."""
+    """Return the tokenizer of a Hub name or a folder; `label` names it in errors.
+
+    An adapter without a tokenizer has that of its model.
+    """
     from transformers import AutoTokenizer
 
-    from kd.models import from_hub
+    from kd.models import adapter_base, from_hub
 
-    return from_hub(AutoTokenizer, name, label)
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / file).exists() for file in FILES):
+        name = adapter_base(name, label) or name
+    try:
+        return from_hub(AutoTokenizer, name, label)
+    except UserError as error:
+        if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+            raise UserError(
+                f"{label} could not be loaded: {name} has a tokenizer.model and no tokenizer.json, and that format "
+                "needs two more packages. Type pip install sentencepiece protobuf, and the same command again."
+            ) from error
+        raise
 
 
 def vocabulary_size(tokenizer) -> int:

@@ -1,9 +1,14 @@
 """Models of a size or a name: counted right, their heads are their own, and what does not fit is refused by name."""
 
+import importlib.util
 import json
 import random
+import shlex
 import shutil
 import socket
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -19,8 +24,10 @@ from transformers import PreTrainedTokenizerFast
 
 from kd import corpora, generate, identity, models
 from kd.errors import UserError
+from kd.plan import plan
 from kd.sizes import SIZES, STUDENTS
-from tests.small import here
+from kd.tokenizer import load_tokenizer
+from tests.small import here, settings
 
 V, T = 90, 32
 SHAPE = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
@@ -414,6 +421,7 @@ def text_and_tokenizer(folder: Path, vocab: dict[str, int] | None = None) -> tup
     fast.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>", unk_token="<unk>").save_pretrained(folder / "tok")
     lines = (" ".join(random.Random(n).choices(words, k=40)) for n in range(200))
+    folder.mkdir(exist_ok=True)
     (folder / "text.txt").write_text("\n\n".join(lines))
     return folder / "text.txt", folder / "tok"
 
@@ -469,3 +477,213 @@ def test_exported_student_ends_as_rows_did_in_training(tmp_path, data, expected)
 
 def test_rows_without_an_end_name_none(tmp_path):
     assert ends(here(tmp_path, "logits=none", "teacher=none", "trainer.steps=1")) is None
+
+
+# Checkpoints that are no plain models
+
+QUANTISED = {
+    "gptq": {"bits": 4, "group_size": 128},
+    "awq": {"bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+    "bitsandbytes": {"load_in_4bit": True},
+    "compressed-tensors": {"format": "pack-quantized", "config_groups": {}},
+    "fp8": {"weight_block_size": [16, 16]},
+    "mxfp4": {},
+    "a-new-one": {},
+}
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+@pytest.mark.parametrize("make", [models.build, models.cost_of])
+def test_quantised_weights_are_refused_by_name(llama, method, make):
+    config = json.loads((llama / "config.json").read_text())
+    config["quantization_config"] = QUANTISED[method] | {"quant_method": method}
+    (llama / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match=rf"^teacher\.name={llama}: its weights are quantised \({method}\).*\n  python -c"
+    ):
+        make(None, str(llama), V, T, "teacher.name")
+
+
+class Odd(Exception):
+    """Of a library."""
+
+
+@pytest.mark.parametrize("error", [ImportError("needs x"), AttributeError("no y"), KeyError("z"), Odd("strange\nmore")])
+def test_whatever_a_library_raises_while_it_loads_is_one_screen(saved, monkeypatch, error):
+    def fail(*args, **more):
+        raise error
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(UserError, match=f"could not be loaded.*{type(error).__name__}") as caught:
+        build(saved / "llama")
+    assert len(str(caught.value).splitlines()) == 2
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(UserError, match=f"The tokenizer could not be loaded.*{type(error).__name__}"):
+        load_tokenizer(str(saved / "llama"), "The tokenizer")
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", fail)
+    with pytest.raises(UserError, match=f"could not be loaded.*{type(error).__name__}"):
+        models.cost_of(None, str(saved / "llama"), V, T, "teacher.name")
+
+
+def test_a_model_that_is_not_run_as_others_are_is_refused(saved, monkeypatch):
+    monkeypatch.setattr(models.Causal, "hidden", lambda self, ids: ids.no_such_thing)
+    with pytest.raises(UserError, match=r"^teacher\.name: LlamaForCausalLM could not be run.*AttributeError"):
+        build(saved / "llama")
+
+
+def test_a_model_without_a_cache_is_refused_before_it_trains_on_instructions(tmp_path):
+    _, name = text_and_tokenizer(tmp_path)
+    torch.manual_seed(0)
+    transformers.MambaForCausalLM(NO_ATTENTION["mamba"]).save_pretrained(name)
+    rows = [{"prompt": f"w{n % 40} w{n // 40}", "response": f"w{n % 7}"} for n in range(80)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = f"data=instructions data.files={tmp_path / 'a.jsonl'} data.template=plain student=hub student.name={name}"
+    words += " data.seq_len=16 data.val_rows=2 logits=none teacher=none optim=adamw trainer.steps=3"
+    with pytest.raises(UserError, match=r"MambaForCausalLM cannot read a text piece by piece"):
+        here(tmp_path / "runs", *words.split())
+    assert not list((tmp_path / "runs").glob("*/metrics.jsonl"))
+
+
+# Adapters
+
+
+@pytest.fixture
+def adapter(saved, tmp_path) -> Path:
+    """A folder as PEFT writes it, of the model llama."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(saved / "llama"), "r": 2,
+             "lora_alpha": 4, "target_modules": ["q_proj"]}  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    generator = torch.Generator().manual_seed(0)
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    shapes = {"A": (2, 32), "B": (32, 2)}
+    weights = {name.format(n, k): torch.randn(shapes[k], generator=generator) for n in range(2) for k in shapes}
+    save_file(weights, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_an_adapter_without_peft_says_what_to_install(adapter, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=rf"^teacher\.name={adapter}: this is an adapter.*pip install 'kd\[peft\]'"):
+        build(adapter)
+
+
+def test_an_adapter_is_merged_into_its_model(saved, adapter, monkeypatch):
+    """With PEFT, or with something that does for this one adapter what PEFT would."""
+    weights = load_file(adapter / "adapter_model.safetensors")
+    expected = build(saved / "llama")
+    with torch.no_grad():
+        for n, layer in enumerate(expected.model.model.layers):
+            name = f"base_model.model.model.layers.{n}.self_attn.q_proj.lora_"
+            layer.self_attn.q_proj.weight += 2 * weights[f"{name}B.weight"] @ weights[f"{name}A.weight"]  # alpha / r
+
+    class Merged:
+        base_model = property(lambda self: self)
+
+        def merge_and_unload(self, safe_merge):
+            return expected.model
+
+    if not importlib.util.find_spec("peft"):
+        fake = types.SimpleNamespace(PeftModel=types.SimpleNamespace(from_pretrained=lambda model, name: Merged()))
+        monkeypatch.setitem(sys.modules, "peft", fake)
+    found = build(adapter)
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(IDS).logits, expected.model(IDS).logits, rtol=1e-4, atol=1e-5)
+    assert all(p.requires_grad for p in found.parameters())
+    assert models.cost_of(None, str(adapter), V, T, "teacher.name") == models.cost(expected.model, T)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda f: shutil.copy(f.parent / "llama" / "config.json", f), r"holds a whole model.*and an adapter"),
+        (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "adapter_model.safetensors, and"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "does not name the model that it belongs to"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "does not name the model that it belongs to"),
+        (
+            lambda f: (f / "adapter_config.json").write_text('{"base_model_name_or_path": "/no/folder"}'),
+            "base_model_name_or_path=/no/folder could not be loaded",
+        ),
+    ],
+    ids=["beside", "pickle", "nameless", "damaged", "gone"],
+)
+def test_an_adapter_that_cannot_be_merged_is_refused(adapter, llama, change, says):
+    change(adapter)
+    with pytest.raises(UserError, match=rf"^teacher\.name={adapter}.*{says}"):
+        build(adapter)
+
+
+def test_an_adapter_without_a_tokenizer_has_that_of_its_model(adapter, tmp_path):
+    _, name = text_and_tokenizer(tmp_path)
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(name)}))
+    assert load_tokenizer(str(adapter), "teacher").get_vocab()["w3"] == 5
+    _, own = text_and_tokenizer(tmp_path / "more", {"new": 42})
+    shutil.copytree(own, adapter, dirs_exist_ok=True)
+    assert load_tokenizer(str(adapter), "teacher").get_vocab()["new"] == 42
+
+
+# Tokenizers
+
+
+def test_a_tokenizer_model_alone_says_what_to_install(llama, monkeypatch):
+    (llama / "tokenizer.model").write_bytes(b"a model of SentencePiece")
+    with pytest.raises(UserError, match=r"no tokenizer\.json.*pip install sentencepiece protobuf"):
+        load_tokenizer(str(llama), "The tokenizer")
+
+
+def words_as_tokens(*names: str, special: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({name: n for n, name in enumerate(names)})))
+    fast.add_special_tokens({"additional_special_tokens": list(special)})
+    return fast
+
+
+def test_renamed_special_tokens_are_named_and_accepted_where_that_is_typed():
+    ours, theirs = words_as_tokens("a", "b", special=("<end>",)), words_as_tokens("a", "b", special=("<turn>",))
+    says = r"id 2 is '<end>' in the data's and '<turn>' in its.*ids are the same.*token_names=any"
+    with pytest.raises(UserError, match=says):
+        models.same_vocabulary(ours, theirs, "teacher.name=x")
+    models.same_vocabulary(ours, theirs, "teacher.name=x", by_ids=True)
+
+
+@pytest.mark.parametrize("theirs", [("a", "c"), ("b", "a"), ("a",), ("a", "b", "c")])
+def test_other_tokens_and_other_ids_are_refused_whatever_is_typed(theirs):
+    ours, other = words_as_tokens("a", "b", special=("<end>",)), words_as_tokens(*theirs, special=("<end>",))
+    for by_ids in (False, True):
+        with pytest.raises(
+            UserError, match=r"id \d is .* in the data's and .*Choose a teacher and a student of one fam"
+        ):
+            models.same_vocabulary(ours, other, "teacher.name=x", by_ids)
+
+
+def test_a_tokenizer_larger_than_its_model_says_which_tokens_and_how_to_give_them_rows(llama):
+    fast = words_as_tokens(*(f"w{n}" for n in range(V)), special=("<pad>", "<image>"))
+    fast.save_pretrained(llama)
+    with pytest.raises(UserError, match=r"2 tokens beyond the 90.*<pad> \(90\), <image> \(91\)") as caught:
+        models.check_rows(fast, str(llama), "student.name")
+    (line,) = (line for line in str(caught.value).splitlines() if line.startswith("  python"))
+    words = shlex.split(line.replace("NEW_FOLDER", str(llama.parent / "new")))
+    subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True)
+    models.check_rows(fast, str(llama.parent / "new"), "student.name")
+    assert build(llama.parent / "new", vocab=92).head.output.weight.shape[0] == 92
+
+
+def test_token_names_are_compared_as_typed(tmp_path):
+    """A student whose special token has another name than the data's; the run has the same name either way."""
+    text, name = text_and_tokenizer(tmp_path)
+    shutil.copytree(name, tmp_path / "own")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        path = tmp_path / "own" / file
+        path.write_text(path.read_text().replace("</s>", "<end>"))
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**GATED | {"vocab_size": 42})
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "own")
+    words = (
+        f"data=text data.files={text} data.seq_len=32 data.val_rows=2 data.tokenizer={name} logits=none teacher=none"
+    )
+    words += f" student=hub student.name={tmp_path / 'own'} optim=adamw trainer.steps=1"
+    with pytest.raises(UserError, match=r"id 1 is '</s>' in the data's and '<end>' in its.*token_names=any"):
+        here(tmp_path / "runs", *words.split())
+    folder = here(tmp_path / "runs", *words.split(), "token_names=any")
+    assert (folder / "result.json").exists()
+    assert plan(settings(tmp_path / "runs", *words.split())).run.folder == folder
