@@ -36,7 +36,7 @@ def test_rouge_l_by_hand():
 SCRIPTS = {
     "chinese": ("北京是首都", "南京是首都", 4 / 5),
     "japanese": ("東京タワーです", "東京タワーだ", 2 * 5 / (7 + 6)),
-    "thai": ("สวัสดีครับ", "สวัสดีค่ะ", 2 * 5 / (7 + 6)),
+    "thai": ("สวัสดีครับ", "สวัสดีค่ะ", 2 * 4 / (7 + 6)),
     "khmer": ("សួស្តី", "សួស្តី", 1),
     "korean": ("안녕하세요 반가워요", "안녕하세요 오늘", 1 / 2),
     "russian": ("Привет, мир!", "привет мир и я", 2 * 2 / (2 + 4)),
@@ -68,11 +68,11 @@ def test_rouge_l_of_latin_text_is_that_of_rouge_score():
         "Cats running, the CAFÉ’s 10 µ",
         "Ÿ é à",
     ]
-    texts += [f"{a} {b}" for a in corpora.standard_library()[:30] for b in [""] if len(a) < 3000]
-    for one in texts[:2] + texts[3:]:
+    texts += [text for text in corpora.standard_library()[:40] if len(text) < 3000]
+    for one in texts:
+        assert responses._words(one) == one.split()
         for other in texts[:5]:
             assert rouge_l(one, other) == scorer.score(other, one)["rougeL"].fmeasure
-            assert responses._words(one) == one.split()
 
 
 def test_exact_match_is_but_for_white_space():
@@ -84,7 +84,7 @@ def test_exact_match_is_but_for_white_space():
     ("texts", "n", "expected"),
     [(["a b a b"], 2, 2 / 3), (["a b", "a b"], 2, 1 / 2), (["a b", "b a"], 2, 1), (["a b", "b a"], 1, 1 / 2),
      (["a b"], 3, 0), ([], 1, 0), (["a\nb c", "a b  d"], 2, 3 / 4),
-     (["北京北京"], 1, 1 / 2), (["北京 ok北京"], 2, 1), (["北京北京"], 2, 2 / 3), (["да да"], 1, 1 / 2)],
+     (["北京北京"], 1, 1 / 2), (["北京 ok北京"], 2, 3 / 4), (["北京北京"], 2, 2 / 3), (["да да"], 1, 1 / 2)],
 )  # fmt: skip
 def test_distinct_by_hand(texts, n, expected):
     """No n-gram reaches from one response into another."""
