@@ -247,7 +247,6 @@ class Parts:
 
     def __init__(self, settings: Settings, packed: data.Packed):
         import torch
-        from transformers import AutoTokenizer
 
         from kd.objective import Objective
         from kd.target import Target
@@ -265,7 +264,7 @@ class Parts:
         self.objective = Objective(
             made["loss"], made["truncation"], made["target"], made["temperature"], trainer["chunk"], trainer["compile"]
         )
-        self.tokenizer = AutoTokenizer.from_pretrained(packed.tokenizer, trust_remote_code=False)
+        self.tokenizer = load_tokenizer(str(packed.tokenizer), "The tokenizer of the packed data")
         vocab = vocabulary_size(self.tokenizer)
         logp = torch.linspace(0, 1, 2 * vocab).view(2, vocab).sin().log_softmax(-1)
         known = {name: torch.ones(2) for name in self.rollout(None).gives} | self.route(lambda measure: torch.zeros(2))

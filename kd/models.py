@@ -253,6 +253,8 @@ def pretrained(name: str, option: str):
     for part in (config, config.get_text_config()):
         for key in [k for k, v in vars(part).items() if "drop" in k and type(v) is float]:
             setattr(part, key, 0.0)
+        if getattr(part, "rescale_every", None):  # RWKV halves weights in place whenever it is in eval mode
+            part.rescale_every = 0
     settings = dict(config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     model, info = from_hub(AutoModelForCausalLM, name, f"{option}={name}", **settings)
     if info["missing_keys"]:

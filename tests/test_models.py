@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import random
 import shlex
 import shutil
@@ -19,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
-from kd import corpora, generate, identity, models
+from kd import corpora, generate, identity, models, packing
 from kd.errors import UserError
 from kd.plan import plan
 from kd.sizes import SIZES, STUDENTS
@@ -71,7 +73,7 @@ NO_ATTENTION = {
     "mamba2": transformers.Mamba2Config(
         vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4, num_heads=8, head_dim=8, n_groups=1
     ),
-    "rwkv": transformers.RwkvConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, context_length=64),
+    "rwkv": transformers.RwkvConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, rescale_every=1),
 }
 every_model = pytest.mark.parametrize("name", CONFIGS)
 IDS = torch.arange(2 * T).view(2, T) * 7 % 80
@@ -228,12 +230,14 @@ def test_a_size_in_words_names_the_active_part_of_a_mixture_alone():
 @pytest.mark.parametrize("name", NO_ATTENTION)
 def test_models_without_attention_are_read_and_counted(tmp_path, name):
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(NO_ATTENTION[name]).eval()
+    model = transformers.AutoModelForCausalLM.from_config(NO_ATTENTION[name]).train()  # none has dropout
     model.save_pretrained(tmp_path)
     causal = build(tmp_path).eval()
     with torch.no_grad():
         expected = model(input_ids=IDS, use_cache=False).logits
         torch.testing.assert_close(causal.head(causal.hidden(IDS)), expected, rtol=1e-4, atol=1e-5)
+    saved = load_file(tmp_path / "model.safetensors")  # reading changes no weights, as RWKV's own code does
+    assert all(torch.equal(value, saved[key]) for key, value in causal.model.state_dict().items() if key in saved)
     cost = models.cost(causal.model, T)
     assert cost.flops_per_token == models.cost(causal.model, 10 * T).flops_per_token
     assert cost.flops_per_token == pytest.approx(2 * (cost.non_embedding + V * 32))
@@ -431,6 +435,36 @@ def test_ids_with_holes_are_trained(tmp_path):
     words = f"data=text data.files={text} data.seq_len=32 data.val_rows=4 data.tokenizer={name} data.field=text"
     folder = here(tmp_path / "runs", *words.split(), "logits=none", "teacher=none", "trainer.steps=2")
     assert json.loads((folder / "student" / "config.json").read_text())["vocab_size"] == 778
+
+
+def test_a_student_without_attention_learns_from_a_mixture_with_a_bos(tmp_path):
+    text, name = text_and_tokenizer(tmp_path, {"<s>": 42})
+    fast = PreTrainedTokenizerFast.from_pretrained(name, bos_token="<s>")
+    fast.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 42)])
+    for role, config in (("student", NO_ATTENTION["mamba"]), ("teacher", MIXTURES["mixtral"])):
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / role)
+        fast.save_pretrained(tmp_path / role)
+    words = f"data=text data.files={text} data.seq_len=32 data.val_rows=4 trainer.steps=2 optim=adamw"
+    words += f" student=hub student.name={tmp_path / 'student'} teacher=hub teacher.name={tmp_path / 'teacher'}"
+    folder = here(tmp_path / "runs", *words.split())
+    result = json.loads((folder / "result.json").read_text())
+    assert result["active_parameters"] == result["parameters"]
+    assert result["teacher_active_parameters"] < result["teacher_parameters"]
+    (data,) = (packing.opened(path) for path in (tmp_path / "runs" / "data").iterdir() if path.is_dir())
+    assert (data.val[:, 0] == 42).all() and (data.val[:, 1:] == 42).any() and data.boundary == (1, 42)
+    # The loss of plain transformers, on all labels but those in front of a text.
+    rows, student = torch.from_numpy(data.val.astype(int)), folder / "student"
+    model = transformers.AutoModelForCausalLM.from_pretrained(student).eval()
+    labels = rows[:, 1:].masked_fill(rows[:, 1:] == 42, -100)
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(rows[:, :-1]).logits[..., :43].flatten(0, 1), labels.flatten())
+    assert result["final"]["val/lm"] == pytest.approx(loss.item(), rel=1e-4)
+    bpb = loss.item() / math.log(2) / result["bytes_per_token"]
+    assert result["final"]["val/bpb"] == pytest.approx(bpb, rel=1e-4)
+    # A store of it holds the positions that count.
+    offline = here(tmp_path / "runs", *words.split(), "logits=offline", "truncation=top_k", "truncation.k=5")
+    assert json.loads((offline / "result.json").read_text())["final"]["val/lm"] > 0
 
 
 # The end in what is exported
