@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import random
 import shlex
 import shutil
@@ -24,7 +25,7 @@ from tokenizers.processors import TemplateProcessing
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
-from kd import corpora, generate, identity, models, packing
+from kd import corpora, files, generate, identity, models, packing
 from kd.errors import UserError
 from kd.plan import plan
 from kd.sizes import SIZES, STUDENTS
@@ -646,6 +647,21 @@ def test_an_adapter_that_cannot_be_merged_is_refused(adapter, llama, change, say
     change(adapter)
     with pytest.raises(UserError, match=rf"^teacher\.name={adapter}.*{says}"):
         build(adapter)
+
+
+def test_an_adapter_is_another_one_when_its_model_changes(adapter, llama):
+    def stamp(base: str) -> str:
+        path, before = adapter / "adapter_config.json", os.stat(adapter / "adapter_config.json")
+        path.write_text(json.dumps({"base_model_name_or_path": base}))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return files.stamp(str(adapter))
+
+    first = stamp(str(llama))
+    assert stamp(str(llama)) == first
+    (llama / "model.safetensors").touch()
+    assert stamp(str(llama)) != first
+    (adapter / "adapter_config.json").write_text("{")
+    assert files.stamp(str(adapter))
 
 
 def test_an_adapter_without_a_tokenizer_has_that_of_its_model(adapter, tmp_path):
