@@ -41,6 +41,7 @@ from kd.progress import Steps, console, end_with, show, track
 from kd.remote import home
 from kd.run import DIVERGED, PREEMPTED, Run, environment, export, peak_memory
 from kd.settings import Settings, check_shards, kept_of, name_of, resolve, source_of
+from kd.tokenizer import load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
     from kd import models, ranks
@@ -132,7 +133,8 @@ def estimate(settings: Settings) -> dict[str, Estimate]:
         return {}
     less, times = estimates.sampled(settings)
     packed, parts = prepare(less)
-    vocab, stored = len(parts.tokenizer), source_of(settings) == "offline"
+    check_tokenizers(settings, parts.tokenizer, settings["teacher"]["name"])
+    vocab, stored = vocabulary_size(parts.tokenizer), source_of(settings) == "offline"
     record, there = recording(settings), stored and where.manifest().exists()
     first = record or teacher
     made = estimate(first) if first and not there else {}
@@ -221,7 +223,7 @@ def teacher_model(settings: Settings, parts: Parts) -> Causal:
     if name is None:
         raise UserError(f"There is no store at {where.path}, and teacher=none cannot write one.")
     check_tokenizers(settings, parts.tokenizer, name)
-    return models.build(None, name, len(parts.tokenizer), settings["data"]["seq_len"], "teacher.name")
+    return models.build(None, name, vocabulary_size(parts.tokenizer), settings["data"]["seq_len"], "teacher.name")
 
 
 def written_by_teacher(settings: Settings, packed: data.Packed, parts: Parts) -> data.Packed:
@@ -245,7 +247,6 @@ class Parts:
 
     def __init__(self, settings: Settings, packed: data.Packed):
         import torch
-        from transformers import AutoTokenizer
 
         from kd.objective import Objective
         from kd.target import Target
@@ -263,8 +264,8 @@ class Parts:
         self.objective = Objective(
             made["loss"], made["truncation"], made["target"], made["temperature"], trainer["chunk"], trainer["compile"]
         )
-        self.tokenizer = AutoTokenizer.from_pretrained(packed.tokenizer, trust_remote_code=False)
-        vocab = len(self.tokenizer)
+        self.tokenizer = load_tokenizer(str(packed.tokenizer), "The tokenizer of the packed data")
+        vocab = vocabulary_size(self.tokenizer)
         logp = torch.linspace(0, 1, 2 * vocab).view(2, vocab).sin().log_softmax(-1)
         known = {name: torch.ones(2) for name in self.rollout(None).gives} | self.route(lambda measure: torch.zeros(2))
         known |= {
@@ -306,14 +307,13 @@ class Parts:
 
 def check_tokenizers(settings: Settings, ours, teacher_name: str | None) -> None:
     """Raise UserError unless pretrained models use the tokenizer of the data."""
-    from transformers import AutoTokenizer
-
     from kd import models
 
     for option, name in (("student.name", settings["student"]["name"]), ("teacher.name", teacher_name)):
         if name:
-            theirs = models.from_hub(AutoTokenizer, name, f"The tokenizer of {option}={name}")
-            models.same_vocabulary(ours, theirs, f"{option}={name}")
+            theirs = load_tokenizer(name, f"The tokenizer of {option}={name}")
+            models.same_vocabulary(ours, theirs, f"{option}={name}", settings["token_names"] == "any")
+            models.check_rows(theirs, name, option)
 
 
 def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: Made) -> dict:
@@ -321,16 +321,16 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     import lightning
     import torch
 
-    from kd import logits, models, offline, ranks, responses, rollout, shards
+    from kd import generate, logits, models, offline, ranks, responses, rollout, shards
     from kd.checkpoint import Checkpoints, DigestIO, newest
     from kd.hardware import out_of_memory, slowdown_in_bf16
-    from kd.loggers import MetricsFile
+    from kd.loggers import MetricsFile, views
     from kd.module import Distillation, NonFinite
 
     quiet()
     of, flat = settings["trainer"], conf.flat(settings)
     lightning.seed_everything(settings["seed"], verbose=False)
-    seq_len, vocab = settings["data"]["seq_len"], len(parts.tokenizer)
+    seq_len, vocab = settings["data"]["seq_len"], vocabulary_size(parts.tokenizer)
     student, teacher_name, store = made.student(settings, vocab), made.teacher, made.store
     costs = {"student": models.cost(student.model, seq_len)}
     how, teacher, among, objective = source_of(settings), None, None, parts.objective
@@ -345,6 +345,9 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
             torch.manual_seed(settings["teacher"]["seed"])
             teacher = models.build(size, teacher_name, vocab, seq_len, "teacher.name")
         costs["teacher"] = models.cost(teacher.model, seq_len)
+    if packed.val_spans is not None:  # they respond to prompts when training has ended
+        for model in filter(None, (student, teacher)):
+            generate.check_cache(model)
     sharded = in_shards(settings, costs, teacher)
     run.begin(settings)
     checkpoint = ranks.gather(newest(run / "checkpoints") if ranks.number() == 0 else None)[0]
@@ -356,11 +359,12 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     start = int(checkpoint.stem.partition("-")[2]) if checkpoint else 0
     told = about(run.name, flat, {role: cost[:2] for role, cost in costs.items()})
     first = ranks.number() == 0
-    loggers = [MetricsFile(run / "metrics.jsonl", start), *parts.logger(folder=run.folder, about=told)] if first else []
+    loggers = [MetricsFile(run / "metrics.jsonl", start)] if first else []
+    loggers += views(parts.logger, run.folder, told) if first else []
     progress = Steps(told.name, of["steps"], start, shown=first)
     passes = -(-len(packed.val) // (of["micro_batch"] * ranks.count())) if sharded else 0
     validation = data.ValidationBatches(
-        packed.val, of["micro_batch"], ranks.share(len(packed.val)), passes, packed.val_spans
+        packed.val, of["micro_batch"], ranks.share(len(packed.val)), passes, packed.val_spans, packed.boundary
     )
     recorder = None
     if how == "none" and settings["record"]:
@@ -401,9 +405,17 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     try:
         order = of["batch"], settings["seed"], start, of["steps"]
         mine = ranks.share(of["batch"])
-        beside = data.Batches(made.plain.train, *order, part=mine) if made.plain else None
+        plain = made.plain
+        beside = data.Batches(plain.train, *order, part=mine, boundary=plain.boundary) if plain else None
         batches = data.Batches(
-            packed.train, *order, among, store.read if store else None, mine, packed.train_spans, beside
+            packed.train,
+            *order,
+            among,
+            store.read if store else None,
+            mine,
+            packed.train_spans,
+            beside,
+            packed.boundary,
         )
         with requests.in_steps():
             trainer.fit(module, batches, ckpt_path=checkpoint)
@@ -414,6 +426,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         result = {
             "state": "done", "run": run.name, "config": flat, "environment": environment(),
             "parameters": costs["student"].parameters, "non_embedding": costs["student"].non_embedding,
+            "active_parameters": costs["student"].active_parameters,
             "flops_per_token": costs["student"].flops_per_token,
             **{f"teacher_{k}": getattr(costs.get("teacher"), k, None) for k in models.Cost._fields},
             "train_rows": len(packed.train if among is None else among),
@@ -427,7 +440,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         if weights:
             student = made.student(settings, vocab)
             student.load_state_dict(weights)
-        export(run, student.model, parts.tokenizer, settings, result)
+        export(run, student.model, parts.tokenizer, row_ends(settings, packed, parts.tokenizer), settings, result)
         result["weights"] = run.weights()
         run.finish(result)
         final = module.val_metrics
@@ -455,6 +468,16 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         progress.stop()
         for logger in loggers:
             logger.close(final)
+
+
+def row_ends(settings: Settings, packed: data.Packed, tokenizer) -> list[int]:
+    """Return the tokens that end a response or a text in the rows of a run; none where rows have no end."""
+    ends = [packed.end]
+    if packed.end is None:
+        ends = [] if corpus(settings)[0].words else [tokenizer.eos_token_id]
+    if settings["lm"] == "plain":
+        ends.append(tokenizer.eos_token_id)
+    return list(dict.fromkeys(ends))
 
 
 def in_shards(settings: Settings, costs: dict[str, models.Cost], teacher: Causal | None) -> tuple[str, ...]:

@@ -52,9 +52,11 @@ def tell(run: Run, settings: dict, result: dict) -> None:
     kept = run.copy("wandb-id")
     if kept.exists() and kept.read_text() == asked():
         return  # it was told step by step
+    from kd.loggers import views  # which takes a second, and imports this
+
     run.copy("metrics.jsonl")
     told = about(run.name, result["config"] | {"sweep": settings["sweep"]}, sizes_of(result))
-    for view in build(settings["logger"], "logger")(folder=run.folder, about=told):
+    for view in views(build(settings["logger"], "logger"), run.folder, told):
         view.close(result["final"])
 
 

@@ -133,11 +133,9 @@ def hub_rows(name: str, subset: str | None, split: str, revision: str | None, st
         return datasets.load_dataset(name, subset, split=split, revision=revision, streaming=streaming)
     except Exception as error:  # of many kinds, from several libraries
         if isinstance(error, ValueError) or Path(name).is_dir():
-            raise UserError(
-                f"data.name={name} data.subset={subset} data.split={split}: {_first_line(error)}"
-            ) from error
+            raise UserError(f"data.name={name} data.subset={subset} data.split={split}: {first_line(error)}") from error
         raise UserError(
-            f"data.name={name}: could not be read from the Hugging Face Hub ({_first_line(error)}). Check the name "
+            f"data.name={name}: could not be read from the Hugging Face Hub ({first_line(error)}). Check the name "
             "and the network; private sets need `hf auth login`. Local files: data=text data.files=my.txt, "
             "or data=instructions data.files=my.jsonl."
         ) from error
@@ -213,7 +211,7 @@ def local_rows(files: str, paths: list[Path], builder: str, **how):
         return datasets.load_dataset(builder, data_files=[str(p) for p in paths], split="train", **how)
     except Exception as error:  # pyarrow and datasets have many
         cause = error.__cause__ or error
-        raise UserError(f"data.files={files}: could not be read as {builder}: {_first_line(cause)}") from error
+        raise UserError(f"data.files={files}: could not be read as {builder}: {first_line(cause)}") from error
 
 
 def stamps(paths: list[Path]) -> list:
@@ -262,7 +260,7 @@ class Documents:
         try:
             yield from self.rows
         except Exception as error:  # a stream finds damage, or loses its network, on the way
-            raise UserError(f"{self.option}: could not be read: {_first_line(error.__cause__ or error)}") from error
+            raise UserError(f"{self.option}: could not be read: {first_line(error.__cause__ or error)}") from error
 
 
 def digest_all(documents: Iterable[str]) -> str:
@@ -273,5 +271,5 @@ def digest_all(documents: Iterable[str]) -> str:
     return state.hexdigest()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)

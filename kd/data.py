@@ -8,14 +8,18 @@ a padding of ends hides no end.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IGNORE = -100  # label of a position that is not counted
 
@@ -52,6 +56,7 @@ class Packed:
     train_spans: np.ndarray | None = None  # [R, 2] int32
     val_spans: np.ndarray | None = None  # [R', 2] int32
     end: int | None = None  # the token that ends a response
+    boundary: tuple[int, ...] = ()  # tokens between two plain texts: the end of one, then those in front of the next
 
     @property
     def tokenizer(self) -> Path:
@@ -61,8 +66,17 @@ class Packed:
     def counted(self) -> float:
         """Tokens of a training row that are learned, in the mean."""
         if self.train_spans is None:
-            return self.train.shape[1] - 1
+            return self.train.shape[1] - 1 - float(between(self.train, self.boundary).sum(-1).mean())
         return float((self.train_spans[:, 1] - self.train_spans[:, 0]).mean())
+
+
+def between(rows: np.ndarray | Tensor, boundary: Sequence[int]) -> np.ndarray | Tensor:
+    """Return which labels of rows [B, T + 1] are tokens that a tokenizer puts in front of a text, [B, T]."""
+    found = rows[:, 1:] != rows[:, 1:]
+    for number, (before, token) in enumerate(pairwise(boundary)):
+        start = 1 if number == 0 else 0  # a row begins with such a token, and with no end
+        found[:, start:] |= (rows[:, start:-1] == before) & (rows[:, start + 1 :] == token)
+    return found
 
 
 def rows_of_step(count: int, batch: int, seed: int, step: int) -> np.ndarray:
@@ -85,16 +99,19 @@ class Batches:
 
     among: which rows to take; None for all of them. read: what a store holds of rows (index [B], ids [B, T]). Batches
     are made ahead of their use, in a thread, so that no step waits for a disk. part: which rows of every batch. spans:
-    of the rows [R, 2], where not all of them counts. beside: batches of plain text that go with these.
+    of the rows [R, 2], where not all of them counts. beside: batches of plain text that go with these. boundary: see
+    to_batch().
     """
 
     def __init__(
         self, rows: np.ndarray, batch: int, seed: int, start: int, steps: int,
         among: np.ndarray | None = None, read: Callable[[np.ndarray, np.ndarray], object] | None = None,
         part: slice = slice(None), spans: np.ndarray | None = None, beside: Batches | None = None,
+        boundary: Sequence[int] = (),
     ):  # fmt: skip
         self.rows, self.batch, self.seed, self.start, self.steps = rows, batch, seed, start, steps
         self.among, self.read, self.part, self.spans, self.beside = among, read, part, spans, beside
+        self.boundary = boundary
 
     def __iter__(self) -> Iterator[Batch]:
         return ahead(map(self._make, range(self.start, self.steps)))
@@ -107,7 +124,8 @@ class Batches:
         shape = (self.batch, self.rows.shape[1] - 1)
         seed = np.random.default_rng([self.seed, step, 1]).integers(0, 2**62, shape)[self.part]
         index = index[self.part]
-        batch = to_batch(self.rows[index], index, seed, None if self.spans is None else self.spans[index])
+        spans = None if self.spans is None else self.spans[index]
+        batch = to_batch(self.rows[index], index, seed, spans, self.boundary)
         if self.read is not None:
             batch = batch._replace(stored=self.read(index, batch.ids.numpy()))
         return batch if self.beside is None else batch._replace(beside=self.beside._make(step))
@@ -125,13 +143,15 @@ def ahead(items: Iterator, count: int = 2) -> Iterator:
 
 class ValidationBatches:
     """The validation rows, in order, `batch` at a time. part: which of them. passes: at least so many batches, where
-    those without a row have one that does not count. spans: of the rows [R, 2], where not all of them counts.
+    those without a row have one that does not count. spans: of the rows [R, 2], where not all of them counts. boundary:
+    see to_batch().
     """
 
     def __init__(
-        self, rows: np.ndarray, batch: int, part: slice = slice(None), passes: int = 0, spans: np.ndarray | None = None
-    ):
-        self.rows, self.batch, self.spans = rows, batch, spans
+        self, rows: np.ndarray, batch: int, part: slice = slice(None), passes: int = 0, spans: np.ndarray | None = None,
+        boundary: Sequence[int] = (),
+    ):  # fmt: skip
+        self.rows, self.batch, self.spans, self.boundary = rows, batch, spans, boundary
         self.index, self.passes = np.arange(len(rows))[part], passes
 
     def __len__(self) -> int:
@@ -147,13 +167,18 @@ class ValidationBatches:
 
     def _make(self, index: np.ndarray) -> Batch:
         seed = np.zeros((len(index), self.rows.shape[1] - 1), np.int64)
-        return to_batch(self.rows[index], index, seed, None if self.spans is None else self.spans[index])
+        spans = None if self.spans is None else self.spans[index]
+        return to_batch(self.rows[index], index, seed, spans, self.boundary)
 
 
-def to_batch(rows: np.ndarray, index: np.ndarray, seed: np.ndarray, spans: np.ndarray | None = None) -> Batch:
+def to_batch(
+    rows: np.ndarray, index: np.ndarray, seed: np.ndarray, spans: np.ndarray | None = None,
+    boundary: Sequence[int] = (),
+) -> Batch:  # fmt: skip
     """Rows [B, T + 1] and a random number per position [B, T] -> Batch; inputs and labels are shifted only here.
 
-    spans [B, 2]: tokens of the prompt, and all that are no padding; what is not between them does not count.
+    spans [B, 2]: tokens of the prompt, and all that are no padding; what is not between them does not count. boundary:
+    tokens between two texts, of which the first, the end, counts, and those that a tokenizer puts behind it do not.
     """
     import torch
 
@@ -163,4 +188,5 @@ def to_batch(rows: np.ndarray, index: np.ndarray, seed: np.ndarray, spans: np.nd
         first, end = torch.from_numpy(spans.astype(np.int64)).T[..., None]  # [B, 1]
         place = torch.arange(1, tokens.shape[1])  # of a label in its row
         labels[(place < first) | (place >= end)] = IGNORE
+    labels[between(tokens, boundary)] = IGNORE
     return Batch(tokens[:, :-1].contiguous(), labels, torch.from_numpy(index), torch.from_numpy(seed))

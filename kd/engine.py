@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
+from kd.corpora import first_line
 from kd.data import IGNORE, Batch
 from kd.errors import UserError
 from kd.generate import Sampled, evaluated, prompts
@@ -41,11 +42,17 @@ class Engine:
         reads = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or length + 1
         self.most = min(length + 1, reads)
         self._save()
-        self.llm = LLM(
-            self.folder.name, skip_tokenizer_init=True, dtype=str(dtype).removeprefix("torch."), seed=0,
-            max_model_len=self.most, gpu_memory_utilization=SHARE, enable_prefix_caching=False,
-            enforce_eager=device == "cpu", generation_config="vllm", disable_log_stats=True,
-        )  # fmt: skip
+        try:
+            self.llm = LLM(
+                self.folder.name, skip_tokenizer_init=True, dtype=str(dtype).removeprefix("torch."), seed=0,
+                max_model_len=self.most, gpu_memory_utilization=SHARE, enable_prefix_caching=False,
+                enforce_eager=device == "cpu", generation_config="vllm", disable_log_stats=True,
+            )  # fmt: skip
+        except Exception as error:  # of many kinds
+            raise UserError(
+                f"rollout.engine=vllm: vLLM could not load {type(model.model).__name__} ({type(error).__name__}: "
+                f"{first_line(error)}). Type rollout.engine=kd."
+            ) from error
 
     def _save(self) -> None:
         self.model.model.save_pretrained(self.folder.name, safe_serialization=True)

@@ -21,7 +21,7 @@ from kd import files, logits, models, ranks
 from kd.config import flat
 from kd.data import IGNORE, Batch, Packed, to_batch
 from kd.hardware import capacity, hold_in, out_of_memory
-from kd.identity import part_of_outcome
+from kd.identity import part_of_outcome, size_text
 from kd.models import Causal, Cost
 from kd.objective import Objective, fitting, with_sample
 from kd.progress import clock, console
@@ -50,6 +50,7 @@ class Estimate(NamedTuple):
     flops: float | None = None
     memory: int | None = None  # bytes
     beside: int = 0  # bytes on disk as well, while it runs: two checkpoints
+    active: int | None = None  # parameters that a token uses
 
 
 class Step(NamedTuple):
@@ -117,7 +118,8 @@ def of_run(
     memory = held(step.costs, settings) + step.kept
     if ranks.device(of["accelerator"]).type == "cpu":
         memory += loaded
-    return Estimate(tokens, seconds, 4 * student.parameters, student.parameters, flops, memory, 24 * learned)
+    disk, active = 4 * student.parameters, student.active_parameters
+    return Estimate(tokens, seconds, disk, student.parameters, flops, memory, 24 * learned, active)
 
 
 @cache
@@ -187,7 +189,7 @@ def _measure(
             hold_in(torch.bfloat16, teacher)
     rows = packed.train[: min(trainer["micro_batch"], trainer["batch"])]
     spans = None if packed.train_spans is None else packed.train_spans[: len(rows)]
-    batch = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans)
+    batch = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans, packed.boundary)
     batch = Batch(*(x.to(device) for x in batch[:4]))
     writers = Writers(student, teacher, packed.end, 0)
     writing = answering = 0.0
@@ -267,8 +269,9 @@ def show(made: dict[str, Estimate], names: dict[str, str], done: int, settings: 
     for column in ("parameters", "tokens", "FLOPs", "time", "memory", "disk"):
         table.add_column(column, justify="right")
     for name, of in made.items():
+        size = of.parameters and size_text(of.parameters, of.active).replace(" parameters", "")
         takes = (
-            of.parameters and f"{of.parameters:,}", f"{of.tokens:,}", of.flops and f"{of.flops:.1e}",
+            size, f"{of.tokens:,}", of.flops and f"{of.flops:.1e}",
             of.seconds and clock(of.seconds), of.memory and files.amount(of.memory), files.amount(of.disk),
         )  # fmt: skip
         table.add_row(escape(names.get(name, name)), *(amount or "–" for amount in takes))

@@ -9,7 +9,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import xxhash
@@ -109,11 +109,17 @@ def digest_of(value) -> str:
 
 
 def stamp(name: str | None) -> str | None:
-    """Names, sizes and times of the files of a local folder, as a digest; None where `name` is no folder."""
+    """Names, sizes and times of the files of a local folder, as a digest; None where `name` is no folder.
+
+    Of an adapter, those of the folder of its base model too.
+    """
     if not name or not Path(name).is_dir():
         return None
     found = sorted(p for p in Path(name).rglob("*") if p.is_file())
     described = [[str(p.relative_to(name)), p.stat().st_size, p.stat().st_mtime_ns] for p in found]
+    with suppress(OSError, ValueError, AttributeError):  # no adapter, or one that is refused when it is loaded
+        base = stamp(json.loads((Path(name) / "adapter_config.json").read_text()).get("base_model_name_or_path"))
+        described += [["base", base]] if base else []
     return digest_of(described)
 
 

@@ -178,9 +178,8 @@ def check(model: Causal, length: int) -> None:
     ids, positions, mask = _left_padded(text.expand(2, -1), size)
     with torch.autocast(weight.device.type, enabled=False):
         whole = log_probabilities(model.head, model.hidden(text)[0, size - 1])  # [2, V]
+        check_cache(model)
         reader, start = _Reader(model), 0
-        if "past_key_values" not in reader.takes:
-            raise UserError(_unreadable(model, "it has no past_key_values"))
         for end in range(length - min(3, int(size[1]) - 1), length + 1):
             parts = reader(ids[:, start:end], positions[:, start:end], mask[:, :end])
             start = end
@@ -191,10 +190,16 @@ def check(model: Causal, length: int) -> None:
     _checked.add(model)
 
 
+def check_cache(model: Causal) -> None:
+    """Raise UserError for a model that keeps no keys and values, as a state-space model."""
+    if "past_key_values" not in inspect.signature(model.model.base_model.forward).parameters:
+        raise UserError(_unreadable(model, "it has no past_key_values"))
+
+
 def _unreadable(model: Causal, why: str) -> str:
     return (
         f"{type(model.model).__name__} cannot read a text piece by piece as kd does it, with a cache and padding on "
-        f"the left: {why}. So it can write none here; take rollout=none, or another model."
+        f"the left: {why}. So it can write none here: take another model, or plain text (data=text) without a rollout."
     )
 
 

@@ -10,7 +10,7 @@ import xxhash
 
 # What a run is called, where it is kept and how often it is saved change nothing of what comes out.
 NO_PART = (
-    "root", "scale", "sweep", "n_jobs", "on_failure", "plan", "logger", "trainer.checkpoint_every",
+    "root", "scale", "sweep", "n_jobs", "on_failure", "plan", "token_names", "logger", "trainer.checkpoint_every",
     "trainer.accelerator",
     "trainer.devices", "trainer.strategy", "trainer.shard_teacher",  # by rounding alone
     "logits.path", "record.path",
@@ -106,6 +106,11 @@ def sizes_of(result: dict) -> dict[str, tuple[int, int]]:
     roles = {"student": "", "teacher": "teacher_"}
     found = {role: tuple(result.get(f"{of}{k}") for k in ("parameters", "non_embedding")) for role, of in roles.items()}
     return {role: counts for role, counts in found.items() if None not in counts}
+
+
+def size_text(parameters: int, active: int | None) -> str:
+    """A number of parameters, and how many of them a token uses where that is fewer."""
+    return f"{parameters:,} parameters" + (f", {active:,} of them active" if active not in (None, parameters) else "")
 
 
 def about(name: str, config: dict, sizes: dict[str, tuple[int, int]]) -> About:

@@ -18,6 +18,7 @@ from kd import corpora
 from kd import files as on_disk
 from kd.corpora import Corpus, Documents, Pairs
 from kd.errors import UserError
+from kd.tokenizer import bos_of
 
 Turn = tuple[str, str]  # role (system, user, input, assistant, …) and what was said
 
@@ -316,7 +317,8 @@ def tokens(texts: list[str], tokenizer) -> list[list[int]]:
 def encode(examples: list[Example], template: str, tokenizer) -> list[tuple[list[int], list[int]]]:
     """Tokens of the prompt and of the response of each example, without what ends it; none where there is no prompt.
 
-    A prompt has the tokens that it has alone, a response those that it has behind it, if none reaches over both.
+    A prompt has the tokens that it has alone, with those that the tokenizer puts in front of a text; a chat template
+    writes its own. A response has those that it has behind the prompt, if none reaches over both.
     """
     if template == "chat":
         if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
@@ -327,12 +329,13 @@ def encode(examples: list[Example], template: str, tokenizer) -> list[tuple[list
         responses = tokens([example.response for example in examples], tokenizer)
         return [(_chat(e.turns, tokenizer) if e.turns else [], r) for e, r in zip(examples, responses, strict=True)]
     texts = [WRITTEN[template](example.turns) if example.turns else "" for example in examples]
-    prompts = tokens(texts, tokenizer)
+    bos, prompts = bos_of(tokenizer), tokens(texts, tokenizer)
     wholes = tokens([text + example.response for text, example in zip(texts, examples, strict=True)], tokenizer)
     pairs = []
     for example, prompt, whole in zip(examples, prompts, wholes, strict=True):
         joined = whole[: len(prompt)] == prompt  # alone, a response may begin otherwise: SentencePiece adds a space
-        pairs.append((prompt, whole[len(prompt) :] if joined else tokens([example.response], tokenizer)[0]))
+        response = whole[len(prompt) :] if joined else tokens([example.response], tokenizer)[0]
+        pairs.append((bos + prompt if prompt else [], response))
     return pairs
 
 

@@ -13,6 +13,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from kd import agent, files
+from kd.corpora import first_line
+from kd.errors import MISTAKES, UserError
 from kd.identity import About
 from kd.run import RESPONSES, SECRET, read_metrics
 
@@ -58,6 +60,28 @@ class MetricsFile(Logger):
                 raise
 
 
+def views(make: Callable[..., list[Logger]], folder: Path, about: About) -> list[Logger]:
+    """The loggers that a config asks for, started; raises UserError for whatever their library raises."""
+    try:
+        return make(folder=folder, about=about)
+    except MISTAKES:
+        raise
+    except Exception as error:
+        name = getattr(make, "func", make).__name__
+        raise UserError(f"logger={name} did not start: {_reason(error)}. Mend that, or type logger=none.") from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error says in one line; of W&B's settings, which variables of the environment they come from."""
+    if type(error).__name__ != "ValidationError":  # of pydantic
+        return f"{type(error).__name__}: {first_line(error)}"
+    wrong = []
+    for item in error.errors():
+        option = f"WANDB_{'_'.join(map(str, item['loc'])).upper()}"
+        wrong.append(f"{option}={os.environ.get(option, item['input'])}: {item['msg']}")
+    return "; ".join(wrong)
+
+
 def none(folder: Path, about: About) -> list[Logger]:
     """No view beside metrics.jsonl."""
     return []
@@ -68,8 +92,6 @@ def tensorboard(folder: Path, about: About) -> list[Logger]:
     try:
         import tensorboard  # noqa: F401
     except ModuleNotFoundError as error:
-        from kd.errors import UserError
-
         raise UserError("logger=tensorboard needs TensorBoard: pip install 'kd[tensorboard]'.") from error
     from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -105,6 +127,7 @@ def wandb(folder: Path, about: About, project: str = "kd", entity: str | None = 
 def wandb_run(**what):
     """What wandb.init(**what) makes, and nothing that it should not hold; offline where it is not reachable."""
     import wandb
+    from pydantic import ValidationError  # which W&B needs
 
     _forget()  # a run that died before its own finish; and the environment is read anew
     os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")
@@ -116,6 +139,8 @@ def wandb_run(**what):
     with agent.hidden([k for k in os.environ if k.startswith("SLURM_") and SECRET.search(k)]):
         try:
             return wandb.init(**what, mode=mode)
+        except ValidationError:  # a mistyped variable, which offline is no cure for
+            raise
         except Exception as error:  # whatever is wrong with the network or the account, the training is worth more
             warnings.warn(f"W&B is not reachable ({error}); this run is logged offline, to be sent with `wandb sync`.")
             _forget()  # the failed try still holds the run's id

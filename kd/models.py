@@ -6,16 +6,19 @@ logits over the vocabulary that teacher and student share.
 
 from __future__ import annotations
 
+import json
+import shlex
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from kd.corpora import offline_unless_reachable
+from kd.corpora import first_line, offline_unless_reachable
 from kd.errors import UserError
+from kd.hardware import out_of_memory
 from kd.sizes import SIZES
 
 
@@ -72,9 +75,17 @@ class Causal(nn.Module):
         ids = torch.arange(min(16, positions), device=device)[None] % self.head.vocab
         training = self.model.training
         self.model.eval()
-        with torch.no_grad():
-            whole = self.model(input_ids=ids, use_cache=False).logits[..., : self.head.vocab].float()
-            ours = self.head(self.hidden(ids)).float()
+        try:
+            with torch.no_grad():
+                whole = self.model(input_ids=ids, use_cache=False).logits[..., : self.head.vocab].float()
+                ours = self.head(self.hidden(ids)).float()
+        except Exception as error:  # models differ in what they take and return
+            if out_of_memory(error):
+                raise
+            raise UserError(
+                f"{option}: {type(self.model).__name__} could not be run as a body and an output layer "
+                f"({type(error).__name__}: {first_line(error)}). Choose another model."
+            ) from error
         self.model.train(training)
         tolerance = 1e-4 if whole.dtype == next(self.model.parameters()).dtype else 0.05
         off = ((whole - ours).abs().max() / whole.abs().max().clamp(min=1)).item()
@@ -87,12 +98,13 @@ class Causal(nn.Module):
 
 
 class Cost(NamedTuple):
-    """What a model costs: parameters, those without embeddings, forward FLOPs per token; output: of the last layer."""
+    """Size of a model, and its forward FLOPs per token."""
 
     parameters: int
     non_embedding: int
     flops_per_token: float
-    output: int = 0
+    output: int = 0  # parameters of the output layer
+    active_parameters: int | None = None  # that a token uses, fewer in a mixture of experts; None: not known
 
 
 class Flops(NamedTuple):
@@ -116,26 +128,80 @@ def cost(model, seq_len: int) -> Cost:
     """Parameters and forward FLOPs per token: 2 per weight of every matrix, and 4 T D per layer for attention.
 
     Kaplan et al. 2020, arXiv 2001.08361, section 2.1, with the output layer counted; attention is over T/2 on average.
+    Of a mixture of experts, FLOPs are those of the experts that a token is sent to. The scan of a state-space layer is
+    not counted.
     """
     config = model.config.get_text_config()
     output = model.get_output_embeddings().weight
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}  # of tokens and positions
     total = sum(p.numel() for p in model.parameters())
     inner = total - sum(w.numel() for w in embeddings | {output})
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * head * seq_len / 2
-    return Cost(total, inner, 2 * (inner + output.numel()) + attention, output.numel())
+    idle = sum(round(p.numel() * (1 - share)) for module, share in experts(model) for p in module.parameters())
+    heads = getattr(config, "num_attention_heads", None) or 0  # none in a state-space model
+    head = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    key, value = getattr(config, "qk_head_dim", None) or head, getattr(config, "v_head_dim", None) or head  # DeepSeek
+    attention = 2 * attention_layers(config) * heads * (key + value) * seq_len / 2
+    return Cost(total, inner, 2 * (inner - idle + output.numel()) + attention, output.numel(), total - idle)
+
+
+# How configs call the number of experts, and how many of them a token is sent to.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "moe_k", "top_k",
+)  # fmt: skip
+
+
+def experts(model) -> Iterator[tuple[nn.Module, float]]:
+    """Modules that hold the routed experts of a layer, and the share of them that a token is sent to."""
+    config, inside = model.config.get_text_config(), ()
+    for name, module in model.named_modules():
+        path, _, own = name.rpartition(".")
+        routed = own == "experts" or (type(module).__name__.endswith("Experts") and "shared" not in own)
+        if not routed or name.startswith(inside):
+            continue
+        inside = (*inside, f"{name}.")  # modules within belong to it
+        parent = model.get_submodule(path)
+        places = (module, parent, *parent.children(), config, getattr(config, "ffn_config", None))
+        count = _first_number(places, EXPERTS)
+        chosen = _first_number((config, getattr(config, "ffn_config", None), *places), EXPERTS_PER_TOKEN)
+        if not count or not chosen:
+            raise UserError(
+                f"{type(model).__name__} has experts in {name}, and its config does not say as one that kd knows how "
+                "many there are and how many of them a token uses. Choose another model, or add the names to EXPERTS "
+                "and EXPERTS_PER_TOKEN in kd/models.py."
+            )
+        yield module, min(1.0, chosen / count)
+
+
+def _first_number(places: Iterable, names: Iterable[str]) -> float | None:
+    for place in places:
+        for name in names:
+            value = getattr(place, name, None)
+            if isinstance(value, list) and value:  # one for each layer
+                value = sum(value) / len(value)
+            if type(value) in (int, float):
+                return value
+    return None
+
+
+def attention_layers(config) -> int:
+    """How many layers have attention over all earlier tokens."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    if not kinds:
+        return config.num_hidden_layers
+    other = ("mamba", "linear", "conv", "recurrent", "moe", "mlp")
+    return sum(not any(word in kind for word in other) for kind in kinds)
 
 
 def cost_of(size: str | None, name: str | None, vocab: int, seq_len: int, option: str) -> Cost:
     """The cost of a model of build(), from its shape alone: no weights are made or read."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     with torch.device("meta"):
         if size:
             return cost(from_size(size, vocab, seq_len), seq_len)
-        config = from_hub(AutoConfig, name, f"{option}={name}")
-        return cost(AutoModelForCausalLM.from_config(config, trust_remote_code=False), seq_len)
+        base = adapter_base(name, option)
+        config = config_of(base, f"{option}={name} {BASE}") if base else config_of(name, option)
+        model = from_hub(_FromConfig, name, f"{option}={name}", config=config)
+        return cost(model, seq_len)
 
 
 def build(size: str | None, name: str | None, vocab: int, seq_len: int, option: str) -> Causal:
@@ -183,15 +249,19 @@ def from_size(size: str, vocab: int, seq_len: int):
 def pretrained(name: str, option: str):
     """The causal LM of that Hub name or folder, float32, from safetensors and without running its code.
 
-    Without dropout, so that what it says in training is what it said when it wrote, as MiniLLM's ratio has it.
+    Without dropout, so that what it says in training is what it said when it wrote, as MiniLLM's ratio has it. An
+    adapter of PEFT, such as LoRA, is merged into the model that it was trained on.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    from_hub(_Harmless, name, f"{option}={name}")
-    config = from_hub(AutoConfig, name, f"{option}={name}")
+    if base := adapter_base(name, option):
+        return with_adapter(pretrained(base, f"{option}={name} {BASE}"), name, option)
+    config = config_of(name, option)
     for part in (config, config.get_text_config()):
         for key in [k for k, v in vars(part).items() if "drop" in k and type(v) is float]:
             setattr(part, key, 0.0)
+        if getattr(part, "rescale_every", None):  # RWKV halves weights in place whenever it is in eval mode
+            part.rescale_every = 0
     settings = dict(config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     model, info = from_hub(AutoModelForCausalLM, name, f"{option}={name}", **settings)
     if info["missing_keys"]:
@@ -201,6 +271,97 @@ def pretrained(name: str, option: str):
             "which would be left random. Download it again, or choose another."
         )
     return model
+
+
+def config_of(name: str, option: str):
+    """The config of that Hub name or folder; raises UserError where it asks for code, or for quantised weights."""
+    from transformers import AutoConfig
+
+    from_hub(_Harmless, name, f"{option}={name}")
+    config = from_hub(AutoConfig, name, f"{option}={name}")
+    for part in (config, config.get_text_config()):
+        quantisation = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
+        if quantisation:
+            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+            raise UserError(
+                f"{option}={name}: its weights are quantised ({getattr(method, 'value', method) or 'unknown method'}), "
+                "and kd needs those in floating point. Give the model that it was quantised from, which its model card "
+                "names; or, with the packages of that method and a place for the new folder, type:\n"
+                "  python -c 'import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+                "name, new = sys.argv[1:]; M.from_pretrained(name).dequantize().save_pretrained(new); "
+                f"T.from_pretrained(name).save_pretrained(new)' {shlex.quote(name)} NEW_FOLDER"
+            )
+    return config
+
+
+ADAPTER, BASE = "adapter_config.json", "base_model_name_or_path"
+
+
+def adapter_base(name: str, option: str) -> str | None:
+    """The model that an adapter of PEFT was trained on, by its Hub name or folder; None for a whole model."""
+    path = from_hub(_File, name, f"{option}={name}", file=ADAPTER)
+    if path is None:
+        return None
+    if from_hub(_File, name, f"{option}={name}", file="config.json") is not None:
+        raise UserError(
+            f"{option}={name}: holds a whole model (config.json) and an adapter ({ADAPTER}), and only one of them can "
+            "be meant. Keep the adapter in a folder of its own, or remove it where it is merged into the model already."
+        )
+    try:
+        base = json.loads(Path(path).read_text(encoding="utf-8")).get(BASE)
+    except (ValueError, AttributeError):
+        base = None
+    if not base or not isinstance(base, str):
+        raise UserError(
+            f"{option}={name}: its {ADAPTER} does not name the model that it belongs to. Type that model's name or "
+            f"folder there, as {BASE}."
+        )
+    return base
+
+
+def with_adapter(model, name: str, option: str):
+    """The model with the adapter of that Hub name or folder merged into its weights; raises UserError without PEFT."""
+    if from_hub(_File, name, f"{option}={name}", file="adapter_model.safetensors") is None:
+        raise UserError(
+            f"{option}={name}: an adapter needs its weights in adapter_model.safetensors, and has no such file."
+        )
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise UserError(
+            f"{option}={name}: this is an adapter, and merging it into its model needs PEFT. Type "
+            "pip install 'kd[peft]', or give a folder where it is merged."
+        ) from error
+
+    class Merged:
+        @staticmethod
+        def from_pretrained(name: str, trust_remote_code: bool):
+            adapted = PeftModel.from_pretrained(model, name)
+            if not hasattr(adapted.base_model, "merge_and_unload"):
+                raise ValueError(
+                    f"{adapted.active_peft_config.peft_type.value} changes no weights, so it cannot be merged"
+                )
+            return adapted.merge_and_unload(safe_merge=True)
+
+    return from_hub(Merged, name, f"{option}={name}").requires_grad_(True)
+
+
+class _FromConfig:
+    @staticmethod
+    def from_pretrained(name: str, config, **settings):
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_config(config, **settings)
+
+
+class _File:
+    @staticmethod
+    def from_pretrained(name: str, file: str, **settings) -> str | None:
+        """Where a file of a folder or of the Hub is on this machine; None if there is none of that name."""
+        from transformers.utils import cached_file
+
+        how = dict(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+        return cached_file(name, file, **how)
 
 
 class _Harmless:
@@ -226,8 +387,12 @@ def from_hub(auto, name: str, what: str, **settings):
         offline_unless_reachable()
     try:
         return auto.from_pretrained(name, trust_remote_code=False, **settings)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    except UserError:
+        raise
+    except Exception as error:  # of several libraries, and of packages that they lack
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if not isinstance(error, OSError | ValueError | RuntimeError):
+            reason = f"{type(error).__name__}: {reason}"
         where = "in that folder" if folder else "it is no folder here, and the Hub did not give it"
         raise UserError(
             f"{what} could not be loaded ({where}): {reason}\n"
@@ -241,13 +406,51 @@ def revision(name: str) -> str | None:
     return Path(found).parent.name if isinstance(found, str) else None
 
 
-def same_vocabulary(ours, theirs, option: str) -> None:
-    """Raise UserError unless two tokenizers give every token the same id."""
+def same_vocabulary(ours, theirs, option: str, by_ids: bool = False) -> None:
+    """Raise UserError unless two tokenizers give every token the same id.
+
+    by_ids: special and added tokens may have other names, if the ids are the same ones.
+    """
     a, b = ours.get_vocab(), theirs.get_vocab()
-    if a != b:
-        differing = sum(a.get(token) != index for token, index in b.items()) + len(a.keys() - b.keys())
-        raise UserError(
-            f"{option}: its tokenizer has {len(b):,} tokens and the data's {len(a):,}; {differing:,} of them differ. "
+    if a == b:
+        return
+    by_id = [{index: token for token, index in vocabulary.items()} for vocabulary in (a, b)]
+    added = {index for of in (ours, theirs) for index in getattr(of, "added_tokens_decoder", {})}
+    differ = sorted(index for index in by_id[0].keys() | by_id[1].keys() if by_id[0].get(index) != by_id[1].get(index))
+    renamed = by_id[0].keys() == by_id[1].keys() and added.issuperset(differ)
+    if by_ids and renamed:
+        return
+    count = sum(a.get(token) != index for token, index in b.items()) + len(a.keys() - b.keys())
+    shown = [[repr(names[index]) if index in names else "no token" for names in by_id] for index in differ[:3]]
+    examples = [f"{index:,} is {one} in the data's and {other} in its" for index, (one, other) in zip(differ, shown)]
+    if renamed:
+        advice = (
+            "The ids are the same, and only special or added tokens have other names. If they mean the same, type "
+            "token_names=any."
+        )
+    else:
+        advice = (
             "Distillation compares the same ids on both sides, so all must share one tokenizer. Choose a teacher and a "
             "student of one family, or a size from scratch (student=200k), which takes the teacher's tokenizer."
         )
+    raise UserError(
+        f"{option}: its tokenizer has {len(b):,} tokens and the data's {len(a):,}; {count:,} of them differ "
+        f"(id {'; id '.join(examples)}{'; …' if len(differ) > 3 else ''}). {advice}"
+    )
+
+
+def check_rows(tokenizer, name: str, option: str) -> None:
+    """Raise UserError where the model of a Hub name or folder has no row for some tokens of its own tokenizer."""
+    rows = config_of(adapter_base(name, option) or name, option).get_text_config().vocab_size
+    beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
+    if not beyond:
+        return
+    shown = ", ".join(f"{token} ({index:,})" for index, token in beyond[:5]) + (", …" if len(beyond) > 5 else "")
+    raise UserError(
+        f"{option}={name}: its tokenizer has {len(beyond):,} tokens beyond the {rows:,} that the model knows: {shown}. "
+        f"The model needs a row for each. Type this once, and then {option}=NEW_FOLDER:\n"
+        "  python -c 'import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        "name, new = sys.argv[1:]; m, t = M.from_pretrained(name), T.from_pretrained(name); "
+        "m.resize_token_embeddings(max(t.get_vocab().values()) + 1); m.save_pretrained(new); t.save_pretrained(new)' "
+        f"{shlex.quote(name)} NEW_FOLDER"
+    )

@@ -86,7 +86,7 @@ def words_of(settings: Settings) -> str:
     if (tokenizer := corpus(settings)[1]["tokenizer"]) != teacher["name"]:  # a pretrained student's
         own["data.tokenizer"] = tokenizer
     usual = conf.flat(OmegaConf.to_container(composed("logits=offline", *typed)))
-    groups = ("data.", "plain.", "start.", "teacher.", "truncation.", "logits.seed", "trainer.precision")
+    groups = ("token_names", "data.", "plain.", "start.", "teacher.", "truncation.", "logits.seed", "trainer.precision")
     own = {k: v for k, v in own.items() if k.startswith(groups) and k in usual and v != usual[k]}
     typed += [f"{k}={conf.typed(v)}" for k, v in own.items()]
     return shlex.join(typed)
@@ -181,13 +181,14 @@ def compare(found: Store, packed: data.Packed, keep: Keep, model: Causal, accele
     rows = packed.train[index]
     teacher = Teacher.finished(model, found.of, keep, accelerator)
     spans = packed.train_spans
-    batch = data.to_batch(rows, index, np.zeros(rows[:, 1:].shape, int), None if spans is None else spans[index])
+    seed = np.zeros(rows[:, 1:].shape, int)
+    batch = data.to_batch(rows, index, seed, None if spans is None else spans[index], packed.boundary)
     batch = move_data_to_device(batch._replace(stored=found.read(index, batch.ids.numpy())), teacher.device)
     kept = batch.labels != data.IGNORE
     held = found.source(batch, kept)
     found_off, spread = [], []
     with torch.inference_mode(), teacher.computing():
-        now = teacher.signal(packed.train, index, spans)[-1]
+        now = teacher.signal(packed.train, index, spans, packed.boundary)[-1]
         for part in chunks(int(kept.sum()), 64):
             if found.draws:
                 off, variance = surprise(now(part), held(part))

@@ -20,10 +20,11 @@ import xxhash
 
 from kd import files, instructions
 from kd.corpora import Corpus
-from kd.data import Packed
+from kd.data import Packed, between
 from kd.errors import UserError
 from kd.progress import console, track
 from kd.run import read_json
+from kd.tokenizer import bos_by_name, bos_of, byte_counts, load_tokenizer, vocabulary_size
 
 FORMAT = 1  # of the packed rows; a new one makes new folders
 END = "<|endoftext|>"
@@ -31,7 +32,9 @@ END = "<|endoftext|>"
 
 def key(corpus: Corpus, **settings) -> str:
     """Name of the packed data: a digest of everything that its content depends on."""
-    content = files.stamp(settings.get("tokenizer"))
+    content, name = files.stamp(settings.get("tokenizer")), settings.get("tokenizer")
+    if name and not (corpus.pairs and corpus.pairs.template == "chat") and (bos := bos_by_name(name)):
+        settings["bos"] = bos
     if of := settings.pop("tokenizer_of", None):
         settings["tokenizer_of"] = key(of[0], **of[1])
     return files.digest_of([FORMAT, corpus.fingerprint, settings, content])[:16]
@@ -65,7 +68,16 @@ def pack(
         temporary.mkdir(parents=True)
         _write(temporary, corpus, **settings)
 
-    return once(Path(cache) / key(corpus, **settings, tokenizer_of=tokenizer_of), make)
+    packed = once(Path(cache) / key(corpus, **settings, tokenizer_of=tokenizer_of), make)
+    known = corpus.words or corpus.pairs or read_json(packed.folder / "manifest.json").get("measured_bytes")
+    if not known:  # packed before the bytes of the measured rows were counted
+        console.print(
+            "Bits per byte of this data may be off by some per cent, as they are from before the bytes of the rows "
+            f"that are measured were counted. To count them, remove the data, which is then packed anew:\n"
+            f"  rm -r {packed.folder}",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+    return packed
 
 
 def once(folder: Path, make: Callable[[Path], None]) -> Packed:
@@ -92,7 +104,7 @@ def opened(folder: Path) -> Packed:
     train, val = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("train", "val"))
     of = manifest["bytes_per_token"], manifest["entropy"], manifest["digests"]
     if "end" not in manifest:
-        return Packed(folder, train, val, *of)
+        return Packed(folder, train, val, *of, boundary=tuple(manifest.get("boundary", ())))
     spans = (np.load(folder / f"{part}_spans.npy") for part in ("train", "val"))
     return Packed(folder, train, val, *of, *spans, manifest["end"])
 
@@ -109,7 +121,8 @@ def _write(
         raise UserError(f"data.tokenizer={tokenizer}: has no token for the end of a text, which separates documents.")
     write = _write_examples if corpus.pairs else _write_text
     about = write(folder, corpus, documents, sides, fast, seq_len, tokens or math.inf, val_rows)
-    seal(folder, {"source": corpus.fingerprint, "vocab": len(fast), "entropy": corpus.entropy, **about})
+    about |= {"source": corpus.fingerprint, "vocab": vocabulary_size(fast), "entropy": corpus.entropy}
+    seal(folder, about)
 
 
 def seal(folder: Path, about: dict) -> None:
@@ -125,11 +138,14 @@ def _write_text(
 ) -> dict:  # fmt: skip
     """Rows of documents that are joined, and what the manifest says of them."""
     dtype = _dtype(fast)
-    count, size, bytes_seen = {"train": 0, "val": 0}, seq_len + 1, 0
+    count, size = {"train": 0, "val": 0}, seq_len + 1
     # Of a stream the first validation rows, of a whole the same random ones, however much there is for training.
     limit = {"train": tokens, "val": val_rows * size if corpus.streaming else math.inf}
-    end = [] if corpus.words else [fast.eos_token_id]
-    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+    end, bos = ([], []) if corpus.words else ([fast.eos_token_id], _announced_bos(fast, seq_len))
+    with (
+        open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val,
+        open(folder / "val_bytes.bin", "wb") as val_bytes,
+    ):  # fmt: skip
         out = {"train": train, "val": val}
         for batch in _batches(documents, 256):
             pairs = [(text, sides(text)) for text in batch]
@@ -137,20 +153,61 @@ def _write_text(
             encoded = instructions.tokens([text for text, _ in pairs], fast)
             for (text, side), ids in zip(pairs, encoded, strict=True):
                 if count[side] < limit[side]:
-                    np.array(ids + end, dtype).tofile(out[side])
-                    count[side] += len(ids) + len(end)
-                    bytes_seen += len(text.encode()) if side == "val" else 0
+                    place = count[side] % size
+                    row = _with_bos(ids + end, bos, place, size)
+                    np.array(row, dtype).tofile(out[side])
+                    count[side] += len(row)
+                    if side == "val" and not corpus.words:
+                        counts = [*byte_counts(text, ids, fast), *(0 for _ in end)]
+                        np.array(_with_bos(counts, [0 for _ in bos], place, size), np.float32).tofile(val_bytes)
             if all(count[side] >= limit[side] for side in count):
                 break
     for side in ("train", "val"):
         rows = int(min(count[side], limit[side] if side == "train" else math.inf)) // size
         if rows == 0:
             _too_short(count, size)
-        _save(folder, side, dtype, (rows, size), val_rows)
-    return {
-        "train_tokens": count["train"],
-        "bytes_per_token": None if corpus.words else bytes_seen / count["val"],
-    }
+        taken = _save(folder, side, dtype, (rows, size), val_rows)
+    about = {"train_tokens": count["train"], "bytes_per_token": None}
+    if not corpus.words:  # of the tokens that are measured: all but the first of a row, and those in front of a text
+        measured = np.memmap(folder / "val_bytes.bin", np.float32, "r", shape=(rows, size))[taken, 1:]
+        boundary = (*end, *bos)
+        learned = measured.size - between(np.load(folder / "val.npy"), boundary).sum()
+        about |= {"bytes_per_token": float(measured.sum(dtype=np.float64) / learned) or None, "measured_bytes": True}
+        about |= {"boundary": boundary} if bos else {}
+    (folder / "val_bytes.bin").unlink()
+    return about
+
+
+def _announced_bos(fast, seq_len: int) -> list[int]:
+    """The tokens that the tokenizer puts in front of a text, of which one line is printed."""
+    bos = bos_of(fast)
+    if len(bos) > seq_len:
+        raise UserError(f"data.seq_len={seq_len}: the tokenizer puts {len(bos)} tokens in front of a text; need more.")
+    if bos:
+        names = " ".join(fast.convert_ids_to_tokens(bos))
+        console.print(
+            f"The tokenizer puts {names} in front of a text: here too, it is read and not learned.",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+    return bos
+
+
+def _with_bos(tokens: list, bos: list, place: int, size: int) -> list:
+    """A document with bos in front of it, and in front of all of it that begins a row.
+
+    place: where in a row of `size` tokens the document begins. Every row then begins with bos, as a text of its own
+    would.
+    """
+    if not bos:
+        return tokens
+    row, start = list(bos[: size - place]) if place else [], 0
+    while start < len(tokens):
+        if (place + len(row)) % size == 0:
+            row += bos
+        room = size - (place + len(row)) % size
+        row += tokens[start : start + room]
+        start += room
+    return row
 
 
 def _write_examples(
@@ -160,6 +217,8 @@ def _write_examples(
     """Rows of one example each, their spans, and what the manifest says of them."""
     template, most = instructions.template_of(corpus.pairs, documents, fast), corpus.pairs.prompt_len
     end, size, dtype = instructions.end_of_response(template, fast), seq_len + 1, _dtype(fast)
+    if template != "chat":
+        _announced_bos(fast, seq_len)
     spans: dict[str, list] = {"train": [], "val": []}
     heard: list[float] = []  # bytes of the responses of validation, as far as rows hold them
     read, cut, left_out = 0, 0, {"too_long": 0, "empty": 0}
@@ -176,8 +235,7 @@ def _write_examples(
                     if read > tokens:  # what comes later may be shorter, but less is to be a part of more
                         continue
                 else:
-                    share = min(len(response), size - len(prompt)) / max(len(response), 1)
-                    heard.append(share * len(example.response.encode()))
+                    heard.append(byte_counts(example.response, response, fast)[: size - len(prompt)].sum())
                 np.array(row + [end] * (size - len(row)), dtype).tofile(out[side])
                 spans[side].append((len(prompt), len(row)))
                 cut += len(prompt) + len(response) + 1 > size
@@ -206,7 +264,7 @@ def _write_examples(
 
 
 def _dtype(fast) -> type:
-    return np.uint16 if len(fast) <= 1 << 16 else np.uint32
+    return np.uint16 if vocabulary_size(fast) <= 1 << 16 else np.uint32
 
 
 def _save(folder: Path, side: str, dtype: type, shape: tuple[int, int], val_rows: int) -> np.ndarray | slice:
@@ -260,12 +318,10 @@ class _Reordered:
 
 def _tokenizer(corpus: Corpus, documents: Iterable[str], sides: _Sides, vocab: int | None, name: str | None):
     """The pretrained tokenizer `name`, one token per word, or byte-level BPE trained on up to 20 MB of the text."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     if name and not corpus.words:
-        from kd.models import from_hub
-
-        return from_hub(AutoTokenizer, name, f"The tokenizer of {name}")
+        return load_tokenizer(name, f"The tokenizer of {name}")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if corpus.words:

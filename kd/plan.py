@@ -192,4 +192,4 @@ def _language_modelling(
     made["student"] = student
     made["trainer"]["accelerator"] = settings["trainer"]["accelerator"]
     made["start"] |= {k: v for k, v in settings["start"].items() if k in made["start"] and k != "stage"}
-    return made | {k: settings[k] for k in ("root", "logger", "sweep", "plain")}
+    return made | {k: settings[k] for k in ("root", "logger", "sweep", "plain", "token_names")}

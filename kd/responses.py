@@ -18,10 +18,12 @@ from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import filelock
 import numpy as np
+import regex
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
@@ -47,7 +49,7 @@ NGRAMS = (1, 2, 3, 4)
 
 
 def rouge_l(response: str, reference: str) -> float:
-    """Rouge-L F1 with a stemmer, of lower-case words of letters a-z and digits. Lin 2004; as MiniLLM evaluates."""
+    """Rouge-L F1, with the words of rouge_words(). Lin 2004; MiniLLM evaluates by the same on text in Latin letters."""
     return _rouge().score(reference, response)["rougeL"].fmeasure
 
 
@@ -55,7 +57,36 @@ def rouge_l(response: str, reference: str) -> float:
 def _rouge():
     from rouge_score.rouge_scorer import RougeScorer  # takes a second
 
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    return RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=rouge_words))
+
+
+# Scripts that put no space between words, and the prolonged sound mark of Japanese, which belongs to none.
+UNSPACED = (
+    r"[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Bopomofo}\p{Yi}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Javanese}\p{Balinese}"
+    r"\p{Tai_Le}\p{New_Tai_Lue}\p{Tai_Tham}\p{Tai_Viet}]\p{M}*"
+)
+SPACED = r"[[\p{L}\p{M}\p{Nd}]--[\p{Latin}\p{Common}\p{Inherited}]]"  # of all other scripts than Latin
+PART = regex.compile(rf"{UNSPACED}|(?:(?!{UNSPACED}).)+", regex.DOTALL)
+WORD = regex.compile(
+    rf"[a-z0-9]+|{UNSPACED}|(?:{SPACED}|(?<={SPACED}\p{{M}}*)\p{{M}})+|[[\p{{Nd}}--[0-9]]Ａ-Ｚａ-ｚ]+", regex.V1
+)
+
+
+def rouge_words(text: str) -> list[str]:
+    """Return the tokens that Rouge counts: of letters a-z and digits as rouge_score makes and stems them.
+
+    rouge_score drops all other characters, so that text of another script would score 0. Here a word of such a script
+    is a token too, and where a script puts no space between words, each of its characters is.
+    """
+    words = WORD.findall(text.lower())
+    return [_stemmer().stem(word) if len(word) > 3 and word.isascii() else word for word in words]
+
+
+@cache
+def _stemmer():
+    from nltk.stem.porter import PorterStemmer
+
+    return PorterStemmer()
 
 
 def exact_match(response: str, reference: str) -> bool:
@@ -66,12 +97,18 @@ def exact_match(response: str, reference: str) -> bool:
 def distinct(responses: Iterable[str], n: int) -> float:
     """Distinct n-grams of words, all responses together, as a share of all; 0 where there is none.
 
+    Words are what white space separates; of a script without spaces between words, each character is one.
+
     Li et al. 2016, arXiv 1510.03055; with n = 4 the diversity of MiniLLM. Fewer responses have a larger share.
     """
     grams = [
-        tuple(words[i : i + n]) for text in responses for words in [text.split()] for i in range(len(words) - n + 1)
+        tuple(words[i : i + n]) for text in responses for words in [_words(text)] for i in range(len(words) - n + 1)
     ]
     return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _words(text: str) -> list[str]:
+    return [part for word in text.split() for part in PART.findall(word)]
 
 
 class Response(NamedTuple):

@@ -21,7 +21,7 @@ import filelock
 
 from kd import files, remote
 from kd.errors import MISTAKES, UserError
-from kd.identity import model_name
+from kd.identity import model_name, size_text
 from kd.progress import console
 from kd.signals import EXIT_CODE
 
@@ -346,7 +346,7 @@ tags: [knowledge-distillation]
 ---
 # {name}
 
-A {student} student, {parameters:,} parameters, trained on {tokens:,} tokens of `{data}` {how}.
+A {student} student, {parameters}, trained on {tokens:,} tokens of `{data}` {how}.
 
 | measure, on held-out text | value |
 |---|---|
@@ -363,8 +363,11 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 """
 
 
-def export(run: Run, model, tokenizer, config: dict, result: dict) -> None:
-    """The student with its tokenizer and a model card, for plain transformers."""
+def export(run: Run, model, tokenizer, ends: list[int], config: dict, result: dict) -> None:
+    """Write the student with its tokenizer and a model card, for plain transformers.
+
+    ends: tokens that ended rows in training, at which generate() is to stop; whatever the model named before is left.
+    """
     flat = result["config"]
     how = "by language modelling alone"
     if flat["logits"] != "none":
@@ -372,9 +375,13 @@ def export(run: Run, model, tokenizer, config: dict, result: dict) -> None:
         how = f"from {of} with the loss `{flat['loss']}`"
     measures = "\n".join(f"| {k.removeprefix('val/')} | {v:.4f} |" for k, v in result["final"].items() if "/" in k)
     card = MODEL_CARD.format(
-        name=run.name, student=model_name(flat, "student"), parameters=result["parameters"], tokens=result["tokens"],
+        name=run.name, student=model_name(flat, "student"), tokens=result["tokens"],
+        parameters=size_text(result["parameters"], result["active_parameters"]),
         data=flat["data"], how=how, measures=measures, git=result["environment"]["git"],
     )  # fmt: skip
+    eos = ends[0] if len(ends) == 1 else ends or None
+    for settings in filter(None, (model.config, model.config.get_text_config(), model.generation_config)):
+        settings.eos_token_id = eos
     with files.atomic(run / "student") as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -169,13 +169,13 @@ class Teacher:
         return cls(model, of, keep)
 
     def signal(
-        self, table: np.ndarray, index: np.ndarray, spans: np.ndarray | None = None
+        self, table: np.ndarray, index: np.ndarray, spans: np.ndarray | None = None, boundary: Sequence[int] = ()
     ) -> tuple[np.ndarray, np.ndarray, Projection]:
         """Tokens [B, T] of rows `index` of the data, which positions count, and what the teacher says of these."""
         # Seeds by row, so that draws depend neither on the batch nor on the shard.
         shape, first = table.shape[1] - 1, self.of["seed"] or 0
         seed = np.stack([np.random.default_rng([first, int(row)]).integers(0, 2**62, shape) for row in index])
-        cpu = to_batch(table[index], index, seed, None if spans is None else spans[index])
+        cpu = to_batch(table[index], index, seed, None if spans is None else spans[index], boundary)
         batch = Batch(*(x.to(self.device) for x in cpu[:4]))
         kept = batch.labels != IGNORE
         return cpu.ids.numpy(), kept.cpu().numpy(), online(self.model)(batch, kept)
@@ -186,15 +186,16 @@ class Teacher:
 
     @torch.inference_mode()
     def answer(
-        self, table: np.ndarray, index: np.ndarray, out: Rows, whole: bool = False, spans: np.ndarray | None = None
-    ) -> None:
+        self, table: np.ndarray, index: np.ndarray, out: Rows, whole: bool = False, spans: np.ndarray | None = None,
+        boundary: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         """Put into `out` what the teacher says of rows `index` of the data; whole: as hidden states.
 
-        spans: see kd.data.to_batch; hidden states are of all positions, whichever count.
+        spans, boundary: see kd.data.to_batch; hidden states are of all positions, whichever count.
         """
         whole = whole or self.keep is None
         with self.computing():
-            ids, kept, signal = self.signal(table, index, None if whole else spans)
+            ids, kept, signal = self.signal(table, index, *((None, ()) if whole else (spans, boundary)))
             finite = signal.hidden.isfinite().all(-1).cpu().numpy()  # [N]
             if not finite.all():
                 raise UserError(
@@ -249,7 +250,8 @@ def write(
             return teacher.validation(folder, packed.val, batch)
         out = Rows()
         for piece in chunks(len(left[name]), batch):
-            teacher.answer(packed.train, np.array(left[name][piece]), out, spans=packed.train_spans)
+            index = np.array(left[name][piece])
+            teacher.answer(packed.train, index, out, spans=packed.train_spans, boundary=packed.boundary)
             done += piece.stop - piece.start
             progress.update(done, done * (packed.train.shape[1] - 1))
         out.save(folder, name, first=left[name].start)
@@ -294,7 +296,8 @@ def takes(teacher: Teacher, packed: Packed, batch: int, rows: float) -> Takes:
     beside = sum(p.numel() for p in output.parameters()) + packed.val[:, 1:].size * output.weight.shape[1]
     for _ in range(2):  # the first forward pass is slower
         out, started = Rows(), time.monotonic()
-        teacher.answer(packed.train, np.arange(min(batch, len(packed.train))), out, spans=packed.train_spans)
+        index = np.arange(min(batch, len(packed.train)))
+        teacher.answer(packed.train, index, out, spans=packed.train_spans, boundary=packed.boundary)
     seconds, tokens = (time.monotonic() - started) / len(out.bodies) * rows, rows * each
     return Takes(round(tokens), out.bytes / out.positions * tokens, beside * teacher.dtype.itemsize, seconds)
 

@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs
 
 from kd import files
 from kd.errors import UserError
-from kd.identity import model_name
+from kd.identity import model_name, size_text
 from kd.progress import clock, harmless
 from kd.remote import home, publish
 from sweeps import shapes, space
@@ -69,10 +69,11 @@ def facts(entries: list[Entry], results: list[dict]) -> dict[str, str]:
     def said(values: Iterable[str | None]) -> str:
         return " / ".join(dict.fromkeys(filter(None, values))) or "none"
 
-    def model(role: str, parameters: str) -> Iterable[str | None]:
+    def model(role: str, prefix: str) -> Iterable[str | None]:
         for result in results:
-            name, size = model_name(result["config"], role), result.get(parameters)
-            yield f"{name} ({size:,} parameters)" if name and size else name
+            name, size = model_name(result["config"], role), result.get(f"{prefix}parameters")
+            active = result.get(f"{prefix}active_parameters")
+            yield f"{name} ({size_text(size, active)})" if name and size else name
 
     tokens = sorted({r.get("tokens", 0) for r in results})
     states = Counter({entry.folder: entry.state for entry in entries}.values())
@@ -81,8 +82,8 @@ def facts(entries: list[Entry], results: list[dict]) -> dict[str, str]:
         "runs": ", ".join(f"{number} {state}" for state, number in states.items()),
         "seeds": listed([str(seed) for seed in sorted({r["config"]["seed"] for r in results})]),
         "data": said(" ".join(map(str, filter(None, words))) for words in data),
-        "teacher": said(model("teacher", "teacher_parameters")),
-        "student": said(model("student", "parameters")),
+        "teacher": said(model("teacher", "teacher_")),
+        "student": said(model("student", "")),
         "tokens per run": said(f"{n:,}" for n in tokens) if len(tokens) < 5 else f"{tokens[0]:,} to {tokens[-1]:,}",
         "time": f"{clock(sum(r.get('seconds', 0) for r in results))} in all",
         "git": said(str(r["environment"]["git"] or "unknown") for r in results),

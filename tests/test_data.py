@@ -7,20 +7,24 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from kd import config, corpora, data, packing
-from kd.corpora import Corpus, markov
+from kd import config, corpora, data, packing, tokenizer
+from kd.corpora import Corpus, Pairs, markov
 from kd.errors import UserError
 
 SETTINGS = dict(seq_len=16, vocab=280, val_rows=5, val_share=0.2)
+NO_VOCAB = {k: v for k, v in SETTINGS.items() if k != "vocab"}  # for a pretrained tokenizer
 FORK = multiprocessing.get_context("fork")
+BOS = pytest.mark.parametrize("bos", [("<s>",), ("[gMASK]", "<sop>"), (packing.END,)], ids=["one", "two", "end"])
 
 
 def documents(count: int = 300, seed: int = 0) -> list[str]:
@@ -253,17 +257,60 @@ def test_ids_above_65535_do_not_overflow(tmp_path):
     assert sorted(np.concatenate([made.train, made.val]).flatten().tolist()) == list(range(70_000))
 
 
-@pytest.mark.parametrize(("text", "size"), [("{:04} plain ascii", 16), ("{:04} é€", 10)])
-def test_bytes_per_token_counts_utf8_bytes_and_ends(tmp_path, text, size):
-    # A vocabulary of 257 is one token per byte, and one for the end of each document.
-    made = packing.pack(corpus([text.format(i) for i in range(400)]), tmp_path, seq_len=8, vocab=257, val_share=0.2)
-    assert made.bytes_per_token == pytest.approx(size / (size + 1))
+def measured(made: data.Packed) -> float:
+    """Bytes per learned token of the validation rows, by the bytes that the tokens of a byte-level tokenizer are."""
+    fast = PreTrainedTokenizerFast.from_pretrained(made.tokenizer)
+    size = {id: len(token) for token, id in fast.get_vocab().items()} | {id: 0 for id in fast.all_special_ids}
+    labels = [t for b in data.ValidationBatches(made.val, 1, boundary=made.boundary) for t in b.labels[0].tolist()]
+    labels = [label for label in labels if label != data.IGNORE]
+    return sum(size[label] for label in labels) / len(labels)
 
 
-def test_bytes_per_token_is_of_the_validation_text(tmp_path):
-    made = packing.pack(corpus(documents()), tmp_path, seq_len=1, vocab=280, val_share=0.2, val_rows=1_000_000)
-    text = PreTrainedTokenizerFast.from_pretrained(made.tokenizer).decode(made.val.flatten())
-    assert made.bytes_per_token == pytest.approx(len(text.replace(packing.END, "")) / made.val.size, rel=1e-3)
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+@pytest.mark.parametrize("text", ["{:04} plain ascii", "{:04} é€😀 \n\n  x  ", "日本語 {:04}"])
+def test_bytes_per_token_are_of_the_rows_that_are_measured(tmp_path, text, rows):
+    # A vocabulary of 257 is one token per byte, and one for the end of each document; rows cut characters in two.
+    texts = [text.format(i) + "z" * (i % 7) for i in range(400)]
+    made = packing.pack(corpus(texts), tmp_path, seq_len=8, vocab=257, val_share=0.2, val_rows=rows)
+    assert made.bytes_per_token == pytest.approx(measured(made))
+    ends = (made.val[:, 1:] == 0).mean()
+    assert made.bytes_per_token == pytest.approx(1 - ends)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+def test_bytes_per_token_of_longer_tokens(packed, tmp_path, rows, streaming):
+    how = dict(seq_len=16, vocab=400, val_share=0.2, val_rows=rows)
+    made = packing.pack(corpus(documents(), streaming=streaming), tmp_path, **how)
+    assert made.bytes_per_token == pytest.approx(measured(made), rel=1e-6)
+
+
+@BOS
+def test_bytes_per_token_with_a_bos(packed, tmp_path, bos):
+    name = tokenizer_with(tmp_path / "tokenizer", packed, *bos)
+    made = packing.pack(corpus(documents()), tmp_path, tokenizer=name, **NO_VOCAB)
+    assert made.bytes_per_token == pytest.approx(measured(made), rel=1e-6)
+
+
+def test_data_from_before_bytes_were_counted_is_said_to_be(cache, packed, capsys):
+    packing.pack(corpus(documents()), cache, **SETTINGS)
+    assert "Bits per byte" not in capsys.readouterr().err
+    manifest = json.loads((cache / packed.folder.name / "manifest.json").read_text())
+    packing.seal(
+        cache / packed.folder.name, {k: v for k, v in manifest.items() if k not in ("measured_bytes", "digest")}
+    )
+    packing.pack(corpus(documents()), cache, **SETTINGS)
+    assert f"packed anew:\n  rm -r {cache / packed.folder.name}" in capsys.readouterr().err
+
+
+def test_bytes_per_token_of_a_text_that_is_normalised(packed, tmp_path):
+    """What a tokenizer drops, and what it does not tell the place of, are bytes of the text all the same."""
+    fast = PreTrainedTokenizerFast.from_pretrained(packed.tokenizer)
+    text = "  A  b \n"
+    counts = tokenizer.byte_counts(text, fast(text)["input_ids"], fast)
+    assert counts.sum() == len(text) and counts.tolist() == [1] * len(text)
+    assert tokenizer.byte_counts(text, [1, 2], fast).tolist() == [4, 4]  # ids that are not its own
+    assert tokenizer.byte_counts("", [], fast).tolist() == []
 
 
 # On disk
@@ -293,16 +340,97 @@ def test_whatever_changes_the_rows_changes_the_folder(packed, tmp_path):
     assert len(set(folders)) == len(folders) == 7
 
 
-def test_pretrained_tokenizer_is_used_and_adds_nothing_but_ends(packed, tmp_path):
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(packed.tokenizer)
-    start = TemplateProcessing(single=f"{packing.END} $A", special_tokens=[(packing.END, tokenizer.eos_token_id)])
-    tokenizer.backend_tokenizer.post_processor = start
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    assert len(tokenizer("a")["input_ids"]) == 2
-    settings = {k: v for k, v in SETTINGS.items() if k != "vocab"}
-    made = packing.pack(corpus(documents()), tmp_path, tokenizer=str(tmp_path / "tokenizer"), **settings)
-    assert (made.train == packed.train).all() and (made.val == packed.val).all()
-    assert made.folder.name != packed.folder.name
+def tokenizer_with(folder: Path, packed: data.Packed, *bos: str) -> str:
+    """The folder of the trained tokenizer, with `bos` in front of every text; the end is the last new token."""
+    fast = PreTrainedTokenizerFast.from_pretrained(packed.tokenizer)
+    fast.add_special_tokens({"additional_special_tokens": [t for t in bos if t != packing.END]})
+    if bos:
+        special = [(t, fast.convert_tokens_to_ids(t)) for t in bos]
+        fast.backend_tokenizer.post_processor = TemplateProcessing(single=f"{' '.join(bos)} $A", special_tokens=special)
+    fast.save_pretrained(folder)
+    assert len(fast("a")["input_ids"]) == 1 + len(bos)
+    return str(folder)
+
+
+def test_pretrained_tokenizer_without_a_bos_adds_nothing_but_ends(packed, tmp_path, capsys):
+    name = tokenizer_with(tmp_path / "tokenizer", packed)
+    made = packing.pack(corpus(documents()), tmp_path, tokenizer=name, **NO_VOCAB)
+    assert (made.train == packed.train).all() and (made.val == packed.val).all() and made.boundary == ()
+    assert made.folder.name != packed.folder.name and "in front of a text" not in capsys.readouterr().err
+
+
+@BOS
+def test_every_text_and_every_row_begins_as_the_tokenizer_has_it_and_that_is_not_learned(packed, tmp_path, capsys, bos):
+    name = tokenizer_with(tmp_path / "tokenizer", packed, *bos)
+    made = packing.pack(corpus(documents()), tmp_path, tokenizer=name, **NO_VOCAB)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"puts {' '.join(bos)} in front of a text" in said and "not learned" in said
+    fast = PreTrainedTokenizerFast.from_pretrained(name)
+    ids, end = fast.convert_tokens_to_ids(list(bos)), fast.eos_token_id
+    learned, texts = [], set(documents())
+    for row in made.train.tolist():
+        batch = data.to_batch(np.array([row]), np.zeros(1, int), np.zeros((1, 16), int), boundary=made.boundary)
+        assert row[: len(ids)] == ids  # as a text of its own
+        expected, place = [data.IGNORE] * (len(ids) - 1) + row[len(ids) :], len(ids)
+        while end in row[place:]:  # by hand: behind an end is what is put in front of the next text
+            place = row.index(end, place) + 1
+            assert row[place : place + len(ids)] == ids[: len(row) - place]
+            for put in range(place, min(place + len(ids), len(row))):
+                expected[put - 1] = data.IGNORE
+            place += len(ids)
+        assert batch.labels[0].tolist() == expected
+        learned += [label for label in expected if label != data.IGNORE]
+    # Without what is put in front, the text is whole and ends as ever.
+    found = fast.decode(learned).split(packing.END)[1:-1]
+    assert len(found) > 200 and set(found) <= texts
+    assert made.counted == pytest.approx(len(learned) / len(made.train))
+
+
+def test_batches_leave_out_what_stands_in_front_of_a_text():
+    rows = np.array(
+        [[8, 5, 9, 8, 6, 7], [8, 9, 5, 8, 6, 9]]
+    )  # 9 ends, 8 begins; the second 8 of the last row is a text's
+    expected = [[5, 9, data.IGNORE, 6, 7], [9, 5, 8, 6, 9]]
+    for batches in (data.Batches(rows, 2, 0, 0, 1, boundary=(9, 8)), data.ValidationBatches(rows, 2, boundary=(9, 8))):
+        (batch,) = batches
+        assert batch.labels.tolist() == [expected[row] for row in batch.row]
+    (twice,) = data.ValidationBatches(np.array([[8, 7, 9, 8, 7, 5]]), 1, boundary=(9, 8, 7))
+    assert twice.labels.tolist() == [[data.IGNORE, 9, data.IGNORE, data.IGNORE, 5]]
+    assert data.Packed(Path(), rows, rows, None, None, {}, boundary=(9, 8)).counted == 4.5
+
+
+def test_only_a_tokenizer_with_a_bos_names_its_data_anew(packed, tmp_path, monkeypatch):
+    from kd import tokenizer as module
+
+    source, chat = corpus(documents()), replace(corpus(documents()), pairs=Pairs("chat", 4))
+    for bos, same in (((), True), (("<s>",), False)):
+        name = tokenizer_with(tmp_path / str(len(bos)), packed, *bos)
+        names = [packing.key(source, tokenizer=name), packing.key(chat, tokenizer=name)]
+        with monkeypatch.context() as patch:
+            patch.setattr(packing, "bos_by_name", lambda name: [])
+            before = [packing.key(source, tokenizer=name), packing.key(chat, tokenizer=name)]
+        assert (names[0] == before[0]) == same and names[1] == before[1]
+    assert module.bos_by_name("/no/folder") == []
+
+
+def test_a_row_that_a_bos_fills_is_refused(packed, tmp_path):
+    name = tokenizer_with(tmp_path / "tokenizer", packed, "[gMASK]", "<sop>")
+    with pytest.raises(UserError, match=r"data\.seq_len=1: the tokenizer puts 2 tokens"):
+        packing.pack(corpus(documents()), tmp_path, tokenizer=name, **NO_VOCAB | {"seq_len": 1})
+
+
+def test_ids_with_holes_are_no_smaller_vocabulary(packed, tmp_path):
+    """As where tokens were taken out, or added behind a padding: the largest id counts, and not how many there are."""
+    fast = PreTrainedTokenizerFast.from_pretrained(packed.tokenizer)
+    state = json.loads(fast.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    vocabulary["w"] = 70_000
+    changed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token=packing.END)
+    changed.save_pretrained(tmp_path / "tokenizer")
+    made = packing.pack(corpus(documents()), tmp_path, tokenizer=str(tmp_path / "tokenizer"), **NO_VOCAB)
+    assert tokenizer.vocabulary_size(changed) == 70_001 > len(changed)
+    assert json.loads((made.folder / "manifest.json").read_text())["vocab"] == 70_001
+    assert made.train.dtype == np.uint32 and made.train.max() == 70_000
 
 
 def test_changed_tokenizer_of_a_folder_gives_another_folder(packed, tmp_path):

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -166,6 +167,49 @@ def test_bytes_per_token_are_those_of_what_counts_in_validation(tmp_path):
     lengths = made.val_spans[:, 1] - made.val_spans[:, 0]
     assert set(lengths) == {5, 3}
     assert made.bytes_per_token == pytest.approx(np.where(lengths == 5, 4, 3).sum() / lengths.sum())
+
+
+def test_bytes_of_a_response_that_is_cut_are_those_of_its_part(tmp_path):
+    """Tokens of 1 byte first, of 3 bytes then: an even share would count 2 for each."""
+    made = pack(tmp_path, *[(f"p{n:02}", "aaaa" + 4 * "é") for n in range(30)], seq_len=8)
+    assert {tuple(span) for span in made.val_spans} == {(3, 9)}
+    assert made.bytes_per_token == pytest.approx(1)  # 4 letters, and one é of two tokens
+    fast = tokenizer()
+    fast.add_tokens(["wwwwwwww"])
+    fast.save_pretrained(tmp_path / "own")
+    of = dict(seq_len=8, tokenizer=str(tmp_path / "own"), vocab=None)
+    made = pack(tmp_path, *[(f"p{n:02}", "wwwwwwww" + 8 * "a") for n in range(30)], **of)
+    assert made.bytes_per_token == pytest.approx((8 + 5) / 6)
+
+
+@pytest.mark.parametrize(("bos", "before"), [(None, []), ("<s>", ["<s>"]), ("[gMASK]<sop>", ["[gMASK]", "<sop>"])])
+def test_prompts_of_text_begin_as_the_tokenizer_has_it_and_chats_as_their_template(tmp_path, bos, before):
+    fast = tokenizer()
+    fast.add_special_tokens({"additional_special_tokens": before})
+    if before:
+        special = [(token, fast.convert_tokens_to_ids(token)) for token in before]
+        single = f"{' '.join(before)} $A"
+        fast.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
+    ids, example = fast.convert_tokens_to_ids(before), Example((("user", "ask"),), "say")
+    for template, text in (("plain", "ask"), ("alpaca", alpaca(example.turns))):
+        ((prompt, response),) = encode([example], template, fast)
+        assert prompt == ids + tokens([text], fast)[0] == fast(text)["input_ids"]
+        assert response == tokens(["say"], fast)[0]
+        assert encode([Example((), "")], template, fast) == [([], [])]
+    ((prompt, _),) = encode([example], "chat", fast)
+    assert fast.decode(prompt) == "<|im_start|>user\nask<|im_end|>\n<|im_start|>assistant\n"
+    fast.save_pretrained(tmp_path / "own")
+    made = pack(tmp_path, *many(), prompt_len=3 + len(ids), tokenizer=str(tmp_path / "own"), vocab=None)
+    assert {tuple(row[: len(ids)]) for row in made.train.tolist()} == {tuple(ids)}
+    # The prompt has them, so that they are read and not learned, and count to its length.
+    assert set(made.train_spans[:, 0] - len(ids)) == {2, 3}
+    batch = data.to_batch(
+        made.train, np.arange(len(made.train)), np.zeros(made.train[:, 1:].shape, int), made.train_spans
+    )
+    assert not np.isin(batch.labels, ids).any()
+    if ids:
+        few = pack(tmp_path / "few", *many(), prompt_len=2 + len(ids), tokenizer=str(tmp_path / "own"), vocab=None)
+        assert set(few.train_spans[:, 0] - len(ids)) == {2}
 
 
 def test_validation_rows_keep_their_spans(tmp_path):

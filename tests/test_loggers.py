@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 import train as product
+from kd.errors import UserError
 from kd.identity import About
-from kd.loggers import MetricsFile, wandb
+from kd.loggers import MetricsFile, views, wandb
 from kd.run import read_metrics
 from tests.small import ENVIRONMENT, FORK, folder, here, result, train
 
@@ -47,6 +48,42 @@ def test_no_view_is_told_that_a_run_is_done_whose_student_could_not_be_written(t
     state = json.loads((folder(tmp_path, "lm") / "state.json").read_text())
     assert told == [None] and state["state"] == "failed" and state["exit_code"] == 1
     assert state["reason"].startswith("ZeroDivisionError") and "Traceback" in state["traceback"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("WANDB_MODE", "onlin", "'online', 'offline'"),
+        ("WANDB_MODE", "OFFLINE", "'online', 'offline'"),
+        ("WANDB_BASE_URL", "nonsense", "a valid URL"),
+        ("WANDB_INIT_TIMEOUT", "abc", "a valid number"),
+        ("WANDB_CONSOLE", "loud", "Input should be"),
+    ],
+)
+def test_a_mistyped_variable_of_wandb_is_one_line_that_names_it(tmp_path, monkeypatch, variable, value, says):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"^logger=wandb did not start: {variable}={value}: .*{says}") as caught:
+        views(wandb, tmp_path, About("a", "a", None, "lm", [], {}))
+    assert len(str(caught.value).splitlines()) == 1 and "type logger=none" in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [ImportError("no part"), AttributeError("no y"), ValueError("bad\nmore")])
+def test_whatever_a_logger_raises_when_it_starts_is_one_line(tmp_path, error):
+    def odd(folder, about):
+        raise error
+
+    said = rf"^logger=odd did not start: {type(error).__name__}: \w+"
+    with pytest.raises(UserError, match=said) as caught:
+        views(odd, tmp_path, None)
+    assert len(str(caught.value).splitlines()) == 1
+
+    def mistake(folder, about):
+        raise UserError("needs a package")
+
+    with pytest.raises(UserError, match=r"^needs a package$"):
+        views(mistake, tmp_path, None)
 
 
 def inspect(path: Path) -> dict:

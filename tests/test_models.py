@@ -1,8 +1,16 @@
 """Models of a size or a name: counted right, their heads are their own, and what does not fit is refused by name."""
 
+import importlib.util
 import json
+import math
+import os
+import random
+import shlex
 import shutil
 import socket
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -10,11 +18,19 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedTokenizerFast
 
-from kd import corpora, models
+from kd import corpora, files, generate, identity, models, packing
 from kd.errors import UserError
+from kd.plan import plan
 from kd.sizes import SIZES, STUDENTS
+from kd.tokenizer import load_tokenizer
+from tests.small import here, settings
 
 V, T = 90, 32
 SHAPE = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
@@ -33,6 +49,32 @@ CONFIGS = {
     "opt": transformers.OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=16),
     "pythia": transformers.GPTNeoXConfig(**SHAPE, intermediate_size=48),
     "phi": transformers.PhiConfig(**SHAPE, intermediate_size=48),
+}
+SPARSE = SHAPE | dict(num_key_value_heads=4)
+FEW = dict(num_experts_per_tok=2, moe_intermediate_size=24)
+MIXTURES = {  # each names its experts in another way; total and active are of 8 experts of which a token uses 2
+    "mixtral": transformers.MixtralConfig(**GATED, num_local_experts=8, num_experts_per_tok=2),
+    "qwen2_moe": transformers.Qwen2MoeConfig(**GATED, num_experts=8, **FEW, shared_expert_intermediate_size=16),
+    "granite": transformers.GraniteMoeSharedConfig(
+        **GATED, num_local_experts=8, num_experts_per_tok=2, shared_intermediate_size=16
+    ),
+    "deepseek_v3": transformers.DeepseekV3Config(
+        **SPARSE, n_routed_experts=8, **FEW, n_group=2, topk_group=1, n_shared_experts=1, first_k_dense_replace=1,
+        q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, intermediate_size=48,
+    ),
+    "ernie": transformers.Ernie4_5_MoeConfig(**GATED, moe_num_experts=8, moe_k=2, moe_intermediate_size=24),
+    "hunyuan": transformers.HunYuanMoEV1Config(**GATED, num_experts=8, moe_topk=[2, 2], head_dim=8),
+    "jetmoe": transformers.JetMoeConfig(
+        vocab_size=V, hidden_size=32, num_hidden_layers=2, num_key_value_heads=2, kv_channels=8, intermediate_size=48,
+        num_local_experts=8, num_experts_per_tok=2,
+    ),
+}  # fmt: skip
+NO_ATTENTION = {
+    "mamba": transformers.MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "mamba2": transformers.Mamba2Config(
+        vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4, num_heads=8, head_dim=8, n_groups=1
+    ),
+    "rwkv": transformers.RwkvConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, rescale_every=1),
 }
 every_model = pytest.mark.parametrize("name", CONFIGS)
 IDS = torch.arange(2 * T).view(2, T) * 7 % 80
@@ -146,6 +188,62 @@ def test_flops_are_those_of_a_forward_pass(name):
     width = config.num_attention_heads * (getattr(config, "head_dim", None) or 8)
     unseen = 4 * config.num_hidden_layers * width * T / 2
     assert models.cost(model, T).flops_per_token == pytest.approx(counter.get_total_flops() / T - unseen, rel=0.05)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_flops_and_active_parameters_of_a_mixture_are_of_the_experts_that_a_token_uses(name):
+    config = MIXTURES[name]
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.set_experts_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(IDS[:1], use_cache=False)
+    cost, unseen = models.cost(model, T), models.cost(model, T).flops_per_token - models.cost(model, 0).flops_per_token
+    assert cost.flops_per_token == pytest.approx(counter.get_total_flops() / T - unseen, rel=0.05)
+    assert cost.parameters == sum(p.numel() for p in model.parameters())
+    parts = [p for n, p in model.named_parameters() if ".experts." in n]
+    if name != "jetmoe":  # where some of the attention is experts too
+        assert cost.active_parameters == cost.parameters - sum(p.numel() * 6 // 8 for p in parts)
+    assert cost.active_parameters < cost.parameters
+    dense = transformers.LlamaForCausalLM(CONFIGS["llama"])
+    assert models.cost(dense, T).active_parameters == models.cost(dense, T).parameters
+
+
+def test_a_mixture_of_the_shape_of_mixtral_costs_what_its_paper_says():
+    """47 billion parameters, of which a token uses 13. Jiang et al. 2024, arXiv 2401.04088, table 1."""
+    with torch.device("meta"):
+        cost = models.cost(transformers.MixtralForCausalLM(transformers.MixtralConfig()), 256)
+    assert (cost.parameters, cost.active_parameters) == (46_702_792_704, 12_879_925_248)
+    assert cost.flops_per_token == pytest.approx(2.6e10, rel=0.03)
+
+
+def test_a_mixture_whose_experts_are_not_known_is_refused(monkeypatch):
+    model = transformers.MixtralForCausalLM(MIXTURES["mixtral"])
+    monkeypatch.setattr(models, "EXPERTS_PER_TOKEN", ("another_name",))
+    with pytest.raises(UserError, match=r"MixtralForCausalLM has experts in model\.layers\.0\.mlp\.experts, and"):
+        models.cost(model, T)
+
+
+def test_a_size_in_words_names_the_active_part_of_a_mixture_alone():
+    assert identity.size_text(1000, 1000) == identity.size_text(1000, None) == "1,000 parameters"
+    assert identity.size_text(1000, 100) == "1,000 parameters, 100 of them active"
+
+
+@pytest.mark.parametrize("name", NO_ATTENTION)
+def test_models_without_attention_are_read_and_counted(tmp_path, name):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(NO_ATTENTION[name]).train()  # none has dropout
+    model.save_pretrained(tmp_path)
+    causal = build(tmp_path).eval()
+    with torch.no_grad():
+        expected = model(input_ids=IDS, use_cache=False).logits
+        torch.testing.assert_close(causal.head(causal.hidden(IDS)), expected, rtol=1e-4, atol=1e-5)
+    saved = load_file(tmp_path / "model.safetensors")  # reading changes no weights, as RWKV's own code does
+    assert all(torch.equal(value, saved[key]) for key, value in causal.model.state_dict().items() if key in saved)
+    cost = models.cost(causal.model, T)
+    assert cost.flops_per_token == models.cost(causal.model, 10 * T).flops_per_token
+    assert cost.flops_per_token == pytest.approx(2 * (cost.non_embedding + V * 32))
+    with pytest.raises(UserError, match="cannot read a text piece by piece"):
+        generate.check_cache(causal)
 
 
 def test_position_embeddings_are_embeddings():
@@ -318,3 +416,324 @@ def test_name_that_is_nowhere_is_refused_at_once_and_says_what_to_do(calls, name
 def test_folder_needs_no_network(calls, saved):
     build(saved / "llama")
     assert not calls
+
+
+def text_and_tokenizer(folder: Path, vocab: dict[str, int] | None = None) -> tuple[Path, Path]:
+    """A file of text, and a folder with a tokenizer of its words; vocab: more tokens."""
+    words = [f"w{n}" for n in range(40)]
+    ids = {word: n for n, word in enumerate(["<unk>", "</s>", *words])} | (vocab or {})
+    fast = Tokenizer(WordLevel(ids, unk_token="<unk>"))
+    fast.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>", unk_token="<unk>").save_pretrained(folder / "tok")
+    lines = (" ".join(random.Random(n).choices(words, k=40)) for n in range(200))
+    folder.mkdir(exist_ok=True)
+    (folder / "text.txt").write_text("\n\n".join(lines))
+    return folder / "text.txt", folder / "tok"
+
+
+def test_ids_with_holes_are_trained(tmp_path):
+    text, name = text_and_tokenizer(tmp_path, {"w39": 500, "far": 777})
+    words = f"data=text data.files={text} data.seq_len=32 data.val_rows=4 data.tokenizer={name} data.field=text"
+    folder = here(tmp_path / "runs", *words.split(), "logits=none", "teacher=none", "trainer.steps=2")
+    assert json.loads((folder / "student" / "config.json").read_text())["vocab_size"] == 778
+
+
+def test_a_student_without_attention_learns_from_a_mixture_with_a_bos(tmp_path):
+    text, name = text_and_tokenizer(tmp_path, {"<s>": 42})
+    fast = PreTrainedTokenizerFast.from_pretrained(name, bos_token="<s>")
+    fast.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 42)])
+    for role, config in (("student", NO_ATTENTION["mamba"]), ("teacher", MIXTURES["mixtral"])):
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / role)
+        fast.save_pretrained(tmp_path / role)
+    words = f"data=text data.files={text} data.seq_len=32 data.val_rows=4 trainer.steps=2 optim=adamw"
+    words += f" student=hub student.name={tmp_path / 'student'} teacher=hub teacher.name={tmp_path / 'teacher'}"
+    folder = here(tmp_path / "runs", *words.split())
+    result = json.loads((folder / "result.json").read_text())
+    assert result["active_parameters"] == result["parameters"]
+    assert result["teacher_active_parameters"] < result["teacher_parameters"]
+    (data,) = (packing.opened(path) for path in (tmp_path / "runs" / "data").iterdir() if path.is_dir())
+    assert (data.val[:, 0] == 42).all() and (data.val[:, 1:] == 42).any() and data.boundary == (1, 42)
+    # The loss of plain transformers, on all labels but those in front of a text.
+    rows, student = torch.from_numpy(data.val.astype(int)), folder / "student"
+    model = transformers.AutoModelForCausalLM.from_pretrained(student).eval()
+    labels = rows[:, 1:].masked_fill(rows[:, 1:] == 42, -100)
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(rows[:, :-1]).logits[..., :43].flatten(0, 1), labels.flatten())
+    assert result["final"]["val/lm"] == pytest.approx(loss.item(), rel=1e-4)
+    bpb = loss.item() / math.log(2) / result["bytes_per_token"]
+    assert result["final"]["val/bpb"] == pytest.approx(bpb, rel=1e-4)
+    # A store of it holds the positions that count.
+    offline = here(tmp_path / "runs", *words.split(), "logits=offline", "truncation=top_k", "truncation.k=5")
+    assert json.loads((offline / "result.json").read_text())["final"]["val/lm"] > 0
+
+
+# The end in what is exported
+
+CHAT = (
+    "{% for m in messages %}<user>{{ m.content }}<turn>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def ends(folder: Path) -> tuple:
+    """What config.json and generation_config.json name, and what plain transformers loads."""
+    files = [json.loads((folder / "student" / f"{name}.json").read_text()) for name in ("config", "generation_config")]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder / "student")
+    values = [*(file.get("eos_token_id") for file in files), loaded.generation_config.eos_token_id]
+    assert values[0] == values[1] == values[2]
+    return values[0]
+
+
+@pytest.mark.parametrize(("data", "expected"), [("chat", 43), ("plain", [43, 1]), ("alpaca", 1), ("text", 1)])
+def test_exported_student_ends_as_rows_did_in_training(tmp_path, data, expected):
+    """A base model whose config names another end than its rows have."""
+    text, name = text_and_tokenizer(tmp_path, {"<user>": 42, "<turn>": 43, "<assistant>": 44})
+    fast = PreTrainedTokenizerFast.from_pretrained(name, chat_template=CHAT)
+    fast.add_special_tokens({"additional_special_tokens": ["<user>", "<turn>", "<assistant>"]})
+    fast.save_pretrained(tmp_path / "base")
+    config = transformers.LlamaConfig(**GATED | {"vocab_size": 45}, eos_token_id=7, bos_token_id=3)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    rows = [{"prompt": f"w{n % 40} w{n // 40}", "response": f"w{n % 7}"} for n in range(80)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    base = tmp_path / "base"
+    words = f"data.tokenizer={base} data.seq_len=64 data.val_rows=2 trainer.steps=1 optim=adamw "
+    if data == "text":  # of a size, whose fresh config names 0
+        words += f"data=text data.files={text} student=100k"
+    else:
+        words += f"data=instructions data.files={tmp_path / 'a.jsonl'} student=hub student.name={base}"
+        words += " data.template=alpaca data.prompt_len=50" if data == "alpaca" else " data.template=chat"
+    if data == "plain":
+        words += f" lm=plain plain=text plain.files={text} alpha.peak=0.5 teacher=hub teacher.name={base}"
+    else:
+        words += " logits=none teacher=none"
+    folder = here(tmp_path / "runs", *words.split())
+    assert ends(folder) == expected
+
+
+def test_rows_without_an_end_name_none(tmp_path):
+    assert ends(here(tmp_path, "logits=none", "teacher=none", "trainer.steps=1")) is None
+
+
+# Checkpoints that are no plain models
+
+QUANTISED = {
+    "gptq": {"bits": 4, "group_size": 128},
+    "awq": {"bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+    "bitsandbytes": {"load_in_4bit": True},
+    "compressed-tensors": {"format": "pack-quantized", "config_groups": {}},
+    "fp8": {"weight_block_size": [16, 16]},
+    "mxfp4": {},
+    "a-new-one": {},
+}
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+@pytest.mark.parametrize("make", [models.build, models.cost_of])
+def test_quantised_weights_are_refused_by_name(llama, method, make):
+    config = json.loads((llama / "config.json").read_text())
+    config["quantization_config"] = QUANTISED[method] | {"quant_method": method}
+    (llama / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match=rf"^teacher\.name={llama}: its weights are quantised \({method}\).*\n  python -c"
+    ):
+        make(None, str(llama), V, T, "teacher.name")
+
+
+class Odd(Exception):
+    """Of a library."""
+
+
+@pytest.mark.parametrize("error", [ImportError("needs x"), AttributeError("no y"), KeyError("z"), Odd("strange\nmore")])
+def test_whatever_a_library_raises_while_it_loads_is_one_screen(saved, monkeypatch, error):
+    def fail(*args, **more):
+        raise error
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(UserError, match=f"could not be loaded.*{type(error).__name__}") as caught:
+        build(saved / "llama")
+    assert len(str(caught.value).splitlines()) == 2
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(UserError, match=f"The tokenizer could not be loaded.*{type(error).__name__}"):
+        load_tokenizer(str(saved / "llama"), "The tokenizer")
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", fail)
+    with pytest.raises(UserError, match=f"could not be loaded.*{type(error).__name__}"):
+        models.cost_of(None, str(saved / "llama"), V, T, "teacher.name")
+
+
+def test_a_model_that_is_not_run_as_others_are_is_refused(saved, monkeypatch):
+    monkeypatch.setattr(models.Causal, "hidden", lambda self, ids: ids.no_such_thing)
+    with pytest.raises(UserError, match=r"^teacher\.name: LlamaForCausalLM could not be run.*AttributeError"):
+        build(saved / "llama")
+
+
+def test_a_model_without_a_cache_is_refused_before_it_trains_on_instructions(tmp_path):
+    _, name = text_and_tokenizer(tmp_path)
+    torch.manual_seed(0)
+    transformers.MambaForCausalLM(NO_ATTENTION["mamba"]).save_pretrained(name)
+    rows = [{"prompt": f"w{n % 40} w{n // 40}", "response": f"w{n % 7}"} for n in range(80)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = f"data=instructions data.files={tmp_path / 'a.jsonl'} data.template=plain student=hub student.name={name}"
+    words += " data.seq_len=16 data.val_rows=2 logits=none teacher=none optim=adamw trainer.steps=3"
+    with pytest.raises(UserError, match=r"MambaForCausalLM cannot read a text piece by piece"):
+        here(tmp_path / "runs", *words.split())
+    assert not list((tmp_path / "runs").glob("*/metrics.jsonl"))
+
+
+# Adapters
+
+
+@pytest.fixture
+def adapter(saved, tmp_path) -> Path:
+    """A folder as PEFT writes it, of the model llama."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(saved / "llama"), "r": 2,
+             "lora_alpha": 4, "target_modules": ["q_proj"]}  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    generator = torch.Generator().manual_seed(0)
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    shapes = {"A": (2, 32), "B": (32, 2)}
+    weights = {name.format(n, k): torch.randn(shapes[k], generator=generator) for n in range(2) for k in shapes}
+    save_file(weights, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_an_adapter_without_peft_says_what_to_install(adapter, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=rf"^teacher\.name={adapter}: this is an adapter.*pip install 'kd\[peft\]'"):
+        build(adapter)
+
+
+def test_an_adapter_is_merged_into_its_model(saved, adapter, monkeypatch):
+    """With PEFT, or with something that does for this one adapter what PEFT would."""
+    weights = load_file(adapter / "adapter_model.safetensors")
+    expected = build(saved / "llama")
+    with torch.no_grad():
+        for n, layer in enumerate(expected.model.model.layers):
+            name = f"base_model.model.model.layers.{n}.self_attn.q_proj.lora_"
+            layer.self_attn.q_proj.weight += 2 * weights[f"{name}B.weight"] @ weights[f"{name}A.weight"]  # alpha / r
+
+    class Merged:
+        base_model = property(lambda self: self)
+
+        def merge_and_unload(self, safe_merge):
+            return expected.model
+
+    if not importlib.util.find_spec("peft"):
+        fake = types.SimpleNamespace(PeftModel=types.SimpleNamespace(from_pretrained=lambda model, name: Merged()))
+        monkeypatch.setitem(sys.modules, "peft", fake)
+    found = build(adapter)
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(IDS).logits, expected.model(IDS).logits, rtol=1e-4, atol=1e-5)
+    assert all(p.requires_grad for p in found.parameters())
+    assert models.cost_of(None, str(adapter), V, T, "teacher.name") == models.cost(expected.model, T)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda f: shutil.copy(f.parent / "llama" / "config.json", f), r"holds a whole model.*and an adapter"),
+        (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "adapter_model.safetensors, and"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "does not name the model that it belongs to"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "does not name the model that it belongs to"),
+        (
+            lambda f: (f / "adapter_config.json").write_text('{"base_model_name_or_path": "/no/folder"}'),
+            "base_model_name_or_path=/no/folder could not be loaded",
+        ),
+    ],
+    ids=["beside", "pickle", "nameless", "damaged", "gone"],
+)
+def test_an_adapter_that_cannot_be_merged_is_refused(adapter, llama, change, says):
+    change(adapter)
+    with pytest.raises(UserError, match=rf"^teacher\.name={adapter}.*{says}"):
+        build(adapter)
+
+
+def test_an_adapter_is_another_one_when_its_model_changes(adapter, llama):
+    def stamp(base: str) -> str:
+        path, before = adapter / "adapter_config.json", os.stat(adapter / "adapter_config.json")
+        path.write_text(json.dumps({"base_model_name_or_path": base}))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return files.stamp(str(adapter))
+
+    first = stamp(str(llama))
+    assert stamp(str(llama)) == first
+    (llama / "model.safetensors").touch()
+    assert stamp(str(llama)) != first
+    (adapter / "adapter_config.json").write_text("{")
+    assert files.stamp(str(adapter))
+
+
+def test_an_adapter_without_a_tokenizer_has_that_of_its_model(adapter, tmp_path):
+    _, name = text_and_tokenizer(tmp_path)
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(name)}))
+    assert load_tokenizer(str(adapter), "teacher").get_vocab()["w3"] == 5
+    _, own = text_and_tokenizer(tmp_path / "more", {"new": 42})
+    shutil.copytree(own, adapter, dirs_exist_ok=True)
+    assert load_tokenizer(str(adapter), "teacher").get_vocab()["new"] == 42
+
+
+# Tokenizers
+
+
+def test_a_tokenizer_model_alone_says_what_to_install(llama, monkeypatch):
+    (llama / "tokenizer.model").write_bytes(b"a model of SentencePiece")
+    with pytest.raises(UserError, match=r"no tokenizer\.json.*pip install sentencepiece protobuf"):
+        load_tokenizer(str(llama), "The tokenizer")
+
+
+def words_as_tokens(*names: str, special: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({name: n for n, name in enumerate(names)})))
+    fast.add_special_tokens({"additional_special_tokens": list(special)})
+    return fast
+
+
+def test_renamed_special_tokens_are_named_and_accepted_where_that_is_typed():
+    ours, theirs = words_as_tokens("a", "b", special=("<end>",)), words_as_tokens("a", "b", special=("<turn>",))
+    says = r"id 2 is '<end>' in the data's and '<turn>' in its.*ids are the same.*token_names=any"
+    with pytest.raises(UserError, match=says):
+        models.same_vocabulary(ours, theirs, "teacher.name=x")
+    models.same_vocabulary(ours, theirs, "teacher.name=x", by_ids=True)
+
+
+@pytest.mark.parametrize("theirs", [("a", "c"), ("b", "a"), ("a",), ("a", "b", "c")])
+def test_other_tokens_and_other_ids_are_refused_whatever_is_typed(theirs):
+    ours, other = words_as_tokens("a", "b", special=("<end>",)), words_as_tokens(*theirs, special=("<end>",))
+    for by_ids in (False, True):
+        with pytest.raises(
+            UserError, match=r"id \d is .* in the data's and .*Choose a teacher and a student of one fam"
+        ):
+            models.same_vocabulary(ours, other, "teacher.name=x", by_ids)
+
+
+def test_a_tokenizer_larger_than_its_model_says_which_tokens_and_how_to_give_them_rows(llama):
+    fast = words_as_tokens(*(f"w{n}" for n in range(V)), special=("<pad>", "<image>"))
+    fast.save_pretrained(llama)
+    with pytest.raises(UserError, match=r"2 tokens beyond the 90.*<pad> \(90\), <image> \(91\)") as caught:
+        models.check_rows(fast, str(llama), "student.name")
+    (line,) = (line for line in str(caught.value).splitlines() if line.startswith("  python"))
+    words = shlex.split(line.replace("NEW_FOLDER", str(llama.parent / "new")))
+    subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True)
+    models.check_rows(fast, str(llama.parent / "new"), "student.name")
+    assert build(llama.parent / "new", vocab=92).head.output.weight.shape[0] == 92
+
+
+def test_token_names_are_compared_as_typed(tmp_path):
+    """A student whose special token has another name than the data's; the run has the same name either way."""
+    text, name = text_and_tokenizer(tmp_path)
+    shutil.copytree(name, tmp_path / "own")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        path = tmp_path / "own" / file
+        path.write_text(path.read_text().replace("</s>", "<end>"))
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**GATED | {"vocab_size": 42})
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "own")
+    words = (
+        f"data=text data.files={text} data.seq_len=32 data.val_rows=2 data.tokenizer={name} logits=none teacher=none"
+    )
+    words += f" student=hub student.name={tmp_path / 'own'} optim=adamw trainer.steps=1"
+    with pytest.raises(UserError, match=r"id 1 is '</s>' in the data's and '<end>' in its.*token_names=any"):
+        here(tmp_path / "runs", *words.split())
+    folder = here(tmp_path / "runs", *words.split(), "token_names=any")
+    assert (folder / "result.json").exists()
+    assert plan(settings(tmp_path / "runs", *words.split())).run.folder == folder

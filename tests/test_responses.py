@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import Strategy
 
-from kd import data, generate, identity, logits, metrics, packing, plan, ranks, responses, run
+from kd import corpora, data, generate, identity, logits, metrics, packing, plan, ranks, responses, run
 from kd.data import ValidationBatches
 from kd.errors import UserError
 from kd.responses import Response, Responses, Written, distinct, exact_match, excess_error, gap, rouge_l, summary
@@ -34,6 +34,48 @@ def test_rouge_l_by_hand():
     assert rouge_l("a b", "a b") == 1 and rouge_l("", "a b") == rouge_l("...", "a b") == 0
 
 
+SCRIPTS = {
+    "chinese": ("北京是首都", "南京是首都", 4 / 5),
+    "japanese": ("東京タワーです", "東京タワーだ", 2 * 5 / (7 + 6)),
+    "thai": ("สวัสดีครับ", "สวัสดีค่ะ", 2 * 4 / (7 + 6)),
+    "khmer": ("សួស្តី", "សួស្តី", 1),
+    "korean": ("안녕하세요 반가워요", "안녕하세요 오늘", 1 / 2),
+    "russian": ("Привет, мир!", "привет мир и я", 2 * 2 / (2 + 4)),
+    "greek": ("Καλημέρα κόσμε", "καλημέρα", 2 / 3),
+    "hindi": ("नमस्ते दुनिया", "नमस्ते", 2 / 3),
+    "arabic": ("السلام عليكم ١٢", "السلام ١٢", 4 / 5),
+    "hebrew": ("שלום עולם", "עולם", 2 / 3),
+    "georgian": ("გამარჯობა მსოფლიო", "მსოფლიო", 2 / 3),
+    "full width": ("ＡＢＣ １２", "ＡＢＣ", 2 / 3),
+    "mixed": ("用Python写cats", "用 python 写 cat", 1),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_rouge_l_counts_every_script(name):
+    response, reference, expected = SCRIPTS[name]
+    assert rouge_l(response, reference) == pytest.approx(expected)
+    assert rouge_l(response, response) == rouge_l(reference, reference) == 1
+    assert rouge_l(response, "") == rouge_l("", reference) == rouge_l(response, "other words") == 0
+
+
+def test_rouge_l_of_latin_text_is_that_of_rouge_score():
+    """As papers print it; what it drops of letters with accents, symbols and other alphabets' signs stays dropped."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    texts = [
+        "Café don’t — “naïve” 5 µm 10² ½ №5 😀 Straße İstanbul ﬁne a\x1cb",
+        "Cats running, the CAFÉ’s 10 µ",
+        "Ÿ é à",
+    ]
+    texts += [text for text in corpora.standard_library()[:40] if len(text) < 3000]
+    for one in texts:
+        assert responses._words(one) == one.split()
+        for other in texts[:5]:
+            assert rouge_l(one, other) == scorer.score(other, one)["rougeL"].fmeasure
+
+
 def test_exact_match_is_but_for_white_space():
     assert exact_match(" return  x\n", "return x")
     assert not exact_match("return X", "return x") and not exact_match("returnx", "return x")
@@ -42,7 +84,8 @@ def test_exact_match_is_but_for_white_space():
 @pytest.mark.parametrize(
     ("texts", "n", "expected"),
     [(["a b a b"], 2, 2 / 3), (["a b", "a b"], 2, 1 / 2), (["a b", "b a"], 2, 1), (["a b", "b a"], 1, 1 / 2),
-     (["a b"], 3, 0), ([], 1, 0), (["a\nb c", "a b  d"], 2, 3 / 4)],
+     (["a b"], 3, 0), ([], 1, 0), (["a\nb c", "a b  d"], 2, 3 / 4),
+     (["北京北京"], 1, 1 / 2), (["北京 ok北京"], 2, 3 / 4), (["北京北京"], 2, 2 / 3), (["да да"], 1, 1 / 2)],
 )  # fmt: skip
 def test_distinct_by_hand(texts, n, expected):
     """No n-gram reaches from one response into another."""
