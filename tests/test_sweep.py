@@ -9,8 +9,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from kd.config import SWEEPS
+from kd.errors import UserError
 from kd.identity import NO_SIGNAL, group_of
-from kd.sweep import at_scale, varying
+from kd.sweep import Processes, at_scale, varying
 from sweeps import report
 from sweeps.compare import ALONE, grouped, manifest, read
 from tests.small import ENVIRONMENT, TRAIN, folder, outcome, result, train
@@ -160,3 +161,26 @@ def test_what_a_kill_after_the_result_left_is_done_by_the_same_command(tmp_path)
         (run / "state.json").write_text(json.dumps(clean | {"state": "running"}))
         train(tmp_path, *command)
         assert json.loads((run / "state.json").read_text())["state"] == "done" and not (run / "checkpoints").exists()
+
+
+def test_all_runs_that_cannot_be_made_are_named_with_what_to_type_for_the_others():
+    jobs = [[f"loss={loss}", f"seed={seed}"] for loss in ("fkl", "minillm", "tvd", "atkd") for seed in (0, 1)]
+
+    def make(job):
+        if job[0] in ("loss=minillm", "loss=atkd"):
+            raise UserError(f"{job[0]} needs more.")
+        return job
+
+    launcher = Processes.__new__(Processes)
+    said = [" ".join(job) for job in jobs]
+    with pytest.raises(UserError) as error:
+        launcher._each(make, jobs, said)
+    lines = str(error.value).splitlines()
+    assert lines[1:] == [
+        "  loss=minillm seed=0 and 1 more: loss=minillm needs more.",
+        "  loss=atkd seed=0 and 1 more: loss=atkd needs more.",
+        "To leave them out, type loss=fkl,tvd.",
+    ]
+    with pytest.raises(UserError, match=r"^loss=atkd needs more\.$"):
+        launcher._each(make, jobs[-2:], said[-2:])
+    assert launcher._each(make, jobs[:2], said) == jobs[:2]
