@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kd.progress import track
+from kd.progress import console, track
 from sweeps import laws
 from sweeps.compare import amount, listed
 from sweeps.laws import DISTILLATION, POWER, SUPERVISED, Coefficients, LackOfFit, Law, Problem
@@ -132,6 +132,7 @@ def fitted(
 
     alone: the supervised law, for the distillation law. axis: what a power law is over.
     """
+    console.print(f"fitting the {law.name} law{of and f' {of}'} to {len(points)} runs", markup=False, soft_wrap=True)
     every, settings, seeds = data(points), settings_of(points), numbered(p.seed for p in points)
     if law is POWER:
         every = every._replace(n=column(points, axis))
@@ -159,7 +160,7 @@ def fitted(
         part = rest.coefficients(rest.optima(rest.misfits())[0])
         errors[held] = (np.log(predict(part, base)) - np.log(every.loss))[held]
     rng, samples = np.random.default_rng(seed), []
-    for draw in track(range(draws), f"bootstrap, {law.name} law"):
+    for draw in track(range(draws), f"bootstrap of the {law.name} law{of and f' {of}'}"):
         again = problem(slice(None), alone.samples[draw]) if alone else whole
         # From the grid too: else a draw hardly leaves the valley that the whole ended in, and intervals are too narrow.
         found = again.optima(misfits, laws.resampled(settings, rng), optima[:2], tries=4)
