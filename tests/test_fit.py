@@ -82,6 +82,35 @@ def test_distillation_in_the_limits():
     assert worse == pytest.approx(50.0, rel=1e-3) and math.isfinite(worse)
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda text: b"\xef\xbb\xbf" + text.encode(),  # as spreadsheets save "CSV UTF-8"
+        lambda text: text.encode() + b"\n\n  \n,,,,\n",
+        lambda text: text.replace("\n", "\r\n").encode() + b"\r\n",
+        lambda text: ("\n" + text.replace("parameters,tokens", " parameters , tokens")).encode(),
+    ],
+    ids=["mark", "blank-end", "windows", "spaces"],
+)
+def test_csv_of_a_spreadsheet_is_read(tmp_path, written):
+    path = tmp_path / "p.csv"
+    path.write_bytes(written("parameters,tokens,loss,seed\n1e6,2e6,2.5,0\n1e6,4e6,2.25,1\n"))
+    assert [(p.parameters, p.tokens, p.loss, p.seed) for p in points.from_csv(path)] == [
+        (1e6, 2e6, 2.5, "0"), (1e6, 4e6, 2.25, "1"),
+    ]  # fmt: skip
+    path.write_bytes(written("parameters,tokens,loss,seed\n\n1e6,2e6,x,0\n"))
+    number = 4 if path.read_bytes().startswith(b"\n") else 3
+    with pytest.raises(UserError, match=f"line {number}: "):
+        points.from_csv(path)
+
+
+def test_csv_with_other_separators_is_refused_with_what_is_needed(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text("parameters;tokens;loss\n1e6;2e6;2,5\n")
+    with pytest.raises(UserError, match=r"lacks .* separated by ';' here; needed are commas"):
+        points.from_csv(path)
+
+
 @pytest.mark.parametrize("law", [POWER, SUPERVISED, DISTILLATION], ids=lambda law: law.name)
 def test_gradient_is_the_finite_difference_and_the_fitted_form_is_the_written_one(law):
     rng = np.random.default_rng(0)
