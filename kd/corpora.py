@@ -129,6 +129,7 @@ def hub_rows(name: str, subset: str | None, split: str, revision: str | None, st
         offline_unless_reachable()
     import datasets
 
+    on_disk.check_cache(datasets.config.HF_DATASETS_CACHE, "HF_HOME")
     try:
         return datasets.load_dataset(name, subset, split=split, revision=revision, streaming=streaming)
     except Exception as error:  # of many kinds, from several libraries
@@ -207,6 +208,7 @@ def local_rows(files: str, paths: list[Path], builder: str, **how):
     """What local_files() found, read as `datasets` does; raises UserError, naming the option, if it cannot be."""
     import datasets
 
+    on_disk.check_cache(datasets.config.HF_DATASETS_CACHE, "HF_HOME")
     try:
         return datasets.load_dataset(builder, data_files=[str(p) for p in paths], split="train", **how)
     except Exception as error:  # pyarrow and datasets have many

@@ -24,7 +24,7 @@ from kd.hardware import capacity, hold_in, out_of_memory
 from kd.identity import part_of_outcome, size_text
 from kd.models import Causal, Cost
 from kd.objective import Objective, fitting, with_sample
-from kd.progress import clock, console
+from kd.progress import Terminal, clock, console
 from kd.remote import home
 from kd.rollout import Rollout, Writers
 from kd.run import peak_memory
@@ -256,6 +256,43 @@ def _stored(logp: Tensor, batch: Batch, kept: Tensor):
     return lambda rows: Target(label[rows], logp.expand(len(label[rows]), -1), seed=seed[rows], whole=True)
 
 
+COLUMNS = ("parameters", "tokens", "FLOPs", "time", "memory", "disk")
+LEAST = ("parameters", "tokens", "disk", "memory")  # columns that a narrow terminal goes without, the first one first
+
+
+def print_rows(rows: dict[str, list[str]]) -> None:
+    """Print a table with a line for each run; a narrow terminal gets shorter names and fewer columns."""
+    short = dict(zip(shortened(list(rows)), rows.values(), strict=True))
+    tries = [(rows, ()), *((short, LEAST[:count]) for count in range(len(LEAST) + 1))]
+    for named, left_out in tries:
+        table = Table(box=None, pad_edge=False)
+        table.add_column("run", no_wrap=True)
+        shown = [number for number, column in enumerate(COLUMNS) if column not in left_out]
+        for number in shown:
+            table.add_column(COLUMNS[number], justify="right", no_wrap=True)
+        for name, amounts in named.items():
+            table.add_row(escape(name), *(amounts[number] for number in shown))
+        width = console.measure(table, options=console.options.update(width=10_000)).maximum
+        if not console.is_terminal:  # no width to keep to
+            Terminal(stderr=True, highlight=False, width=width).print(table)
+            return
+        if width <= console.width:
+            break
+    console.print(table)
+
+
+def shortened(names: list[str]) -> list[str]:
+    """Names of runs without words whose key has one value in all that have it, as long as no two become the same."""
+    values: dict[str, set[str]] = {}
+    for name in names:
+        for word in name.split(" "):
+            values.setdefault(word.partition("=")[0], set()).add(word)
+    short = [
+        " ".join(w for w in name.split(" ") if "=" not in w or len(values[w.partition("=")[0]]) > 1) for name in names
+    ]
+    return short if len({*short}) == len(names) and all(short) else names
+
+
 def show(made: dict[str, Estimate], names: dict[str, str], done: int, settings: Settings, at_once: float) -> None:
     """A line for each of `made` (name of its folder -> estimate), called as `names` say, and what all take together.
 
@@ -264,18 +301,15 @@ def show(made: dict[str, Estimate], names: dict[str, str], done: int, settings: 
     if not made:
         console.print("Nothing is left to do.")
         return
-    table = Table(box=None, pad_edge=False)
-    table.add_column("run")
-    for column in ("parameters", "tokens", "FLOPs", "time", "memory", "disk"):
-        table.add_column(column, justify="right")
+    rows = {}
     for name, of in made.items():
         size = of.parameters and size_text(of.parameters, of.active).replace(" parameters", "")
         takes = (
             size, f"{of.tokens:,}", of.flops and f"{of.flops:.1e}",
             of.seconds and clock(of.seconds), of.memory and files.amount(of.memory), files.amount(of.disk),
         )  # fmt: skip
-        table.add_row(escape(names.get(name, name)), *(amount or "–" for amount in takes))
-    console.print(table)
+        rows[names.get(name, name)] = [amount or "–" for amount in takes]
+    print_rows(dict(zip(shortened(list(rows)), rows.values(), strict=True)))
     root, device = home(settings["root"]).resolve(), ranks.device(settings["trainer"]["accelerator"])
     there = next(folder for folder in (root, *root.parents) if folder.exists())
     at_once = min(at_once, len(made))

@@ -166,3 +166,18 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_cache(folder: str | Path, variable: str) -> None:
+    """Raise UserError for a cache folder that cannot be written; variable: of the environment, which names it."""
+    reason = None
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(folder, os.W_OK | os.X_OK) else "Permission denied"
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise UserError(
+            f"{folder}: {reason}. Copies of what is read are kept in this folder, so it has to be writable. Choose "
+            f"another in the environment: type {variable}=/other/folder before the command."
+        )

@@ -14,6 +14,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from kd import overrides
 from kd.config import GROUPS
 from kd.errors import UserError
 from kd.run import SECRET
@@ -35,10 +36,14 @@ def check_command_line(words: list[str]) -> None:
         if getattr(given, switch) is not None:
             raise UserError(f"--{switch.replace('_', '-')}={getattr(given, switch)}: kd reads no config but its own.")
     check_words(given.overrides)
+    several = ("sweeps=", "hydra.mode=", "hydra/sweeper=")
+    if not given.multirun and not any(word.startswith(several) for word in given.overrides):
+        overrides.check_single(given.overrides)
 
 
 def check_words(words: Iterable[str]) -> None:
-    """Raise UserError for an override that holds a secret, or that has Hydra call or read what is not kd's."""
+    """Raise UserError for an override that holds a secret, that has Hydra call or read what is not kd's, or that
+    names no option of its group."""
     words = list(words)
     check_secrets(words)
     parser = OverridesParser.create()
@@ -56,6 +61,7 @@ def check_words(words: Iterable[str]) -> None:
             raise UserError(f"{word}: not something a config may call.")
         if (key in GROUPS or "/" in key) and re.search(r"[/\\{]|\.\.", value):
             raise UserError(f"{word}: need the name of an option, and no path; type --help to see them.")
+    overrides.check_groups(words)
 
 
 def check_secrets(words: Iterable[str]) -> None:

@@ -14,6 +14,7 @@ NO_PART = (
     "trainer.accelerator",
     "trainer.devices", "trainer.strategy", "trainer.shard_teacher",  # by rounding alone
     "logits.path", "record.path",
+    "truncation.biased",  # accepted or refused, the draws are the same
     "plain", "start",  # what was made of them is
 )  # fmt: skip
 

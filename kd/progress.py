@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import NoReturn
 
 from rich.console import Console
@@ -38,11 +38,28 @@ def end_with(error: Exception) -> NoReturn:
     sys.exit(2)
 
 
+QUIET = 10.0  # seconds between two lines where nobody watches a bar
+
+
 def track(items: Iterable, title: str) -> Iterator:
-    """Yield items under a bar that counts them; silent where nobody watches."""
+    """Yield items under a bar that counts them; without a terminal, print a line now and then."""
+    if not console.is_terminal:
+        yield from _lines(items, title)
+        return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         yield from progress.track(items, description=title)
+
+
+def _lines(items: Iterable, title: str) -> Iterator:
+    total = f"/{len(items)}" if isinstance(items, Sized) else ""
+    begun = time.monotonic()
+    printed = begun - 0.8 * QUIET  # the first line comes soon
+    for number, item in enumerate(items):
+        if time.monotonic() - printed > QUIET:
+            printed = time.monotonic()
+            print(f"{title}  {number}{total}  {clock(printed - begun)}", file=sys.stderr, flush=True)
+        yield item
 
 
 def clock(seconds: float) -> str:

@@ -24,11 +24,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kd.errors import MISTAKES, UserError, for_people
+from kd.launchers import OWN
 from kd.run import DONE, FAILED, NO_MEMORY, PREEMPTED, Run, killed_for_memory
 from kd.signals import EXIT_CODE, Preempted, requests
 
@@ -118,6 +120,7 @@ def lightning_arguments(devices: int, sharded: bool) -> dict:
     # Named, so that none is detected: within a job of SLURM, say, Lightning would ask for as many tasks as ranks, and
     # requeue the job itself.
     alone = [LightningEnvironment()]
+    rank_zero_only.rank = number()  # whatever the environment said when Lightning was loaded
     if count() == 1:
         return {"devices": 1, "plugins": alone}
     strategy = Sharded(count()) if sharded else Replicas()
@@ -201,8 +204,7 @@ def launch(program: str, run: Run, job: dict, ranks: int) -> None:
     try:
         for rank in range(ranks):
             threads = str(max(1, (os.cpu_count() or 1) // ranks))
-            environment = {"OMP_NUM_THREADS": threads} | os.environ | {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-            environment.pop("GROUP_RANK", None)
+            environment = {"OMP_NUM_THREADS": threads} | os.environ | {OWN: str(rank)}
             command = [sys.executable, program, WORD, f"{rank}/{ranks}", str(server.port)]
             # In sessions of their own, so that Ctrl-C reaches this process alone, which ends them.
             processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True))

@@ -35,7 +35,10 @@ def is_url(root: str | Path) -> bool:
 def home(root: str | Path) -> Path:
     """The folder of a root on this machine: the root itself, or of a URL a folder in $KD_CACHE or ~/.cache/kd."""
     cache = os.environ.get("KD_CACHE") or Path.home() / ".cache" / "kd"
-    return files.local(str(root).rstrip("/"), Path(cache)) if is_url(root) else Path(root)
+    if not is_url(root):
+        return Path(root)
+    files.check_cache(cache, "KD_CACHE")
+    return files.local(str(root).rstrip("/"), Path(cache))
 
 
 def latest(root: str | Path, name: str) -> Path:

@@ -37,6 +37,7 @@ def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
     check_ranks(settings)
     check_instructions(settings, typed)
     check_loss(settings)
+    check_sampling(settings)
     check_lm(settings)
     check_teacher(settings)
     check_rollout(settings)
@@ -125,6 +126,49 @@ def check_loss(settings: Settings) -> None:
     if name_of(settings["routing"]) == "uncertainty" and loss != "atkd":
         raise UserError(f"routing=uncertainty tells loss=atkd which tokens are hard, and this is loss={loss}; type "
                         "loss=atkd, or routing=none.")  # fmt: skip
+
+
+# Where the gradient is linear in the teacher's probabilities: options, with the settings that make them so.
+LINEAR = {
+    "loss": {"fkl": {}, "nll": {}, "jsd": {"beta": 0}, "akl": {"mu": 1}, "skl": {"alpha": 0},
+             "distillm2": {"alpha": 0, "beta": 0}},
+    "temperature": {"fixed": {"tau": 1}, "entropy": {"tau": 1, "theta": 0}, "wttm": {"tau": 1}},
+    "target": {"renormalise": {}},
+}  # fmt: skip
+
+
+def is_unbiased(settings: Settings) -> bool:
+    """Whether the gradient on a random sample of the teacher's tokens has the mean of that on the whole teacher.
+
+    The sample's mean is the teacher, so the gradient has to be linear in the teacher's probabilities.
+    """
+    return not _not_linear(settings)
+
+
+def _not_linear(settings: Settings) -> list[str]:
+    """The words for what makes the gradient not linear in the teacher's probabilities."""
+    if name_of(settings["loss"]) == "minillm" and not settings["loss"]["single_step"]:
+        return []  # does not read the distribution
+    words = []
+    for group, options in LINEAR.items():
+        node, name = settings[group], name_of(settings[group])
+        others = [f"{group}.{k}={node[k]}" for k, value in options.get(name, {}).items() if node[k] != value]
+        if others or name not in options:
+            words += [f"{group}={name}", *others]
+    return words
+
+
+def check_sampling(settings: Settings) -> None:
+    """Raise UserError for a random sample of the teacher's tokens whose gradient is biased, unless that is accepted."""
+    cut = settings["truncation"]
+    if source_of(settings) == "none" or name_of(cut) != "random" or cut["biased"] or is_unbiased(settings):
+        return
+    raise UserError(
+        f"truncation=random with {' '.join(_not_linear(settings))}: the gradient is biased, as it is not linear in the "
+        "teacher's probabilities, so its mean over the draws is not that of the whole teacher. Unbiased are loss=fkl "
+        "and loss=nll at temperature.tau=1 with target=renormalise. Take one of these, or truncation=top_p_k, or type "
+        "truncation.biased=true to train on the biased gradient."
+    )
 
 
 def check_lm(settings: Settings) -> None:
@@ -249,8 +293,8 @@ def is_recorded(settings: Settings) -> bool:
 
 
 def kept_of(node: Settings) -> dict:
-    """A truncation as {"name": …, setting: value}, without where it is recorded."""
-    settings = {k: v for k, v in node.items() if k not in ("_target_", "_partial_", "path")}
+    """A truncation as {"name": …, setting: value}; not where it is recorded, nor what is accepted of losses."""
+    settings = {k: v for k, v in node.items() if k not in ("_target_", "_partial_", "path", "biased")}
     return {"name": name_of(node), **settings}
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
@@ -143,10 +144,10 @@ class Runs(Launcher):
         check_sweep(name)
         agent.check_single()
         if self.config.plan:
-            told = [self._settings(job) for job in job_overrides]
+            told = self._each(self._settings, job_overrides, said)
             type(self).show_plan(told, said, self.at_once([gpus(of["trainer"]) for of in told]))
             sys.exit()
-        made = [self._run(job) for job in job_overrides]  # every config is checked before the first run starts
+        made = self._each(self._run, job_overrides, said)  # every config is checked before the first run starts
         requests.end_if_asked()
         path = remote.latest(self.config.root, f"sweeps/{name}.json")
         listed = (read_json(path) or {"runs": []})["runs"] if further else []
@@ -174,6 +175,20 @@ class Runs(Launcher):
             raise Preempted
         return [self._return(by_name[name]) for name in order]
 
+    def _each(self, make: Callable, jobs: Sequence[Sequence[str]], said: Sequence[str]) -> list:
+        """`make` of each job's words; raises UserError that names all jobs of which nothing can be made, and why."""
+        made, wrong = [], {}
+        for number, job in enumerate(jobs):
+            try:
+                made.append(make(job))
+            except (UserError, HydraException) as error:
+                wrong[number] = str(error)
+        if not wrong:
+            return made
+        if len(set(wrong.values())) == 1 and len(wrong) == len(jobs):
+            raise UserError(wrong[0])
+        raise UserError(refused(jobs, said, wrong))
+
     def _settings(self, words: Sequence[str]) -> dict:
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(words))
         return type(self).resolve(cfg, list(words))
@@ -194,6 +209,25 @@ class Runs(Launcher):
         if result is not None:
             return JobReturn(overrides=job.words, status=JobStatus.COMPLETED, _return_value=result["final"]["val/lm"])
         return JobReturn(overrides=job.words, status=JobStatus.FAILED, _return_value=NotDone(job.run))
+
+
+def refused(jobs: Sequence[Sequence[str]], said: Sequence[str], wrong: Mapping[int, str]) -> str:
+    """Why some of the jobs cannot be done, and what to type for all others; wrong: number of a job -> reason."""
+    by_reason: dict[str, list[int]] = {}
+    for number, reason in wrong.items():
+        by_reason.setdefault(reason, []).append(number)
+    lines = [f"{len(wrong)} of {len(jobs)} runs cannot be made, so none is started:"]
+    for reason, numbers in by_reason.items():
+        others = f" and {len(numbers) - 1} more" if numbers[1:] else ""
+        lines.append(f"  {said[numbers[0]] or shlex.join(jobs[numbers[0]])}{others}: {reason}")
+    for key in dict.fromkeys(word.partition("=")[0] for job in jobs for word in job):
+        values = [next((w.partition("=")[2] for w in job if w.startswith(f"{key}=")), None) for job in jobs]
+        bad = {value for number, value in enumerate(values) if number in wrong}
+        good = list(dict.fromkeys(value for number, value in enumerate(values) if number not in wrong))
+        if good and None not in good and bad.isdisjoint(good):
+            lines.append(f"To leave them out, type {key}={','.join(good)}.")
+            break
+    return "\n".join(lines)
 
 
 class NotDone(UserError):

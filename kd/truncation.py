@@ -49,12 +49,16 @@ def top_p_k(target: Target, p: float = 0.95, k: int = 50) -> Target:
     return target.keep(nucleus(logp, p), columns)
 
 
-def random(target: Target, draws: int = 50) -> Target:
+def random(target: Target, draws: int = 50, biased: bool = False) -> Target:
     """`draws` tokens drawn from the teacher with replacement; the target is count / draws, whose mean is the teacher.
 
-    Unbiased where top_k is not: Anshumann et al. 2025, arXiv 2503.16870, section 4. The draws are a function of
-    `target.seed`, so they depend neither on chunk or batch size nor on where a run was resumed. Raises UserError for
-    draws below 1.
+    Unbiased where top_k is not: Anshumann et al. 2025, arXiv 2503.16870, section 4. So is the gradient of a loss that
+    is linear in the teacher's probabilities: of fkl and nll, at temperature.tau=1 with target=renormalise. Through any
+    other loss, temperature or target, the mean over the draws is the gradient for another teacher; `biased` accepts
+    that, and changes nothing else (kd.settings.is_unbiased has the rule).
+
+    The draws are a function of `target.seed`, so they depend neither on chunk or batch size nor on where a run was
+    resumed. Raises UserError for draws below 1.
     """
     if draws < 1:
         raise UserError(f"truncation.draws={draws}: need at least 1 draw, e.g. truncation.draws=50.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kd.progress import track
+from kd.progress import console, track
 from sweeps import laws
 from sweeps.compare import amount, listed
 from sweeps.laws import DISTILLATION, POWER, SUPERVISED, Coefficients, LackOfFit, Law, Problem
@@ -30,6 +30,7 @@ class Fit:
     errors: np.ndarray  # log predicted - log measured, of held-out runs by `part`, of others by `coefficients` [n]
     straight: float | None  # the error on held-out runs of a law that is linear in logarithms
     lack: LackOfFit | None  # where seeds repeat
+    settings: int  # different inputs of the law; further runs repeat one with another seed
     bounds: dict[str, tuple[float, float]]  # of what was searched, in the units of the law; not of A, B and C
     doubts: list[str] = field(default_factory=list)
 
@@ -85,11 +86,43 @@ class Fit:
         return [name for name, value in self.coefficients.items() if self.at(name, value)]
 
     @property
+    def thin(self) -> dict[str, str]:
+        """Coefficients about an axis that has fewer than the 3 values that an exponent needs, and what there are."""
+        if self.law is POWER:
+            return {}
+        axes = {"parameters": ("student sizes", "A alpha"), "tokens": ("numbers of tokens", "B beta"),
+                "teacher_loss": ("teachers", "c0 c1 f1 d1")}  # fmt: skip
+        found = {}
+        for axis, (what, names) in axes.items():
+            count = len({getattr(p, axis) for p in self.points})
+            if count < 3 and (axis != "teacher_loss" or self.law is DISTILLATION):
+                names = names.split() + (["E"] if self.law is SUPERVISED else [])  # what is left where no term is
+                found |= {name: f"{count} {what}" for name in names if name not in found}
+        return found
+
+    @property
+    def limits(self) -> list[str]:
+        """What there is too little of for this law, whatever the intervals say."""
+        of = self.law.name + (f" law ({self.of})" if self.of else " law")
+        found = [
+            f"The {of} is fitted to {few}: an exponent needs at least 3."
+            if "teachers" not in few
+            else f"{few}: c0, c1, f1 and d1, which are about them, need at least 3."
+            for few in dict.fromkeys(self.thin.values())
+        ]
+        if self.settings < 2 * len(self.law.names):
+            repeats = f", of {len(self.points)} runs," if len(self.points) > self.settings else ""
+            found.append(
+                f"{self.settings} settings{repeats} are few for the {len(self.law.names)} coefficients of the {of}."
+            )
+        return found
+
+    @property
     def loose(self) -> list[str]:
-        """Coefficients that the runs do not tell: stuck, or of an interval that is wide or has an end that is none."""
+        """Coefficients that the runs do not tell: stuck, thin, or of an interval that is wide or has no end."""
         ends = {name: self.interval(name) for name in self.law.names} if self.samples else {}
         wide = [k for k, (low, high) in ends.items() if high > low * laws.LOOSE or self.at(k, low) or self.at(k, high)]
-        return [name for name in self.law.names if name in wide or name in self.stuck]
+        return [name for name in self.law.names if name in wide or name in self.stuck or name in self.thin]
 
 
 def fitted(
@@ -99,6 +132,7 @@ def fitted(
 
     alone: the supervised law, for the distillation law. axis: what a power law is over.
     """
+    console.print(f"fitting the {law.name} law{of and f' {of}'} to {len(points)} runs", markup=False, soft_wrap=True)
     every, settings, seeds = data(points), settings_of(points), numbered(p.seed for p in points)
     if law is POWER:
         every = every._replace(n=column(points, axis))
@@ -118,7 +152,7 @@ def fitted(
     optima = whole.optima(misfits)
     best = whole.coefficients(optima[0])
     errors = np.log(predict(best, alone and alone.coefficients)) - np.log(every.loss)
-    held = laws.held_out(column(points, "compute"), len(law.names) + 1)
+    held = laws.held_out(column(points, "compute"), settings, len(law.names) + 1)
     part = None
     if held.any():
         base = alone and (alone.part or alone.coefficients)
@@ -126,7 +160,7 @@ def fitted(
         part = rest.coefficients(rest.optima(rest.misfits())[0])
         errors[held] = (np.log(predict(part, base)) - np.log(every.loss))[held]
     rng, samples = np.random.default_rng(seed), []
-    for draw in track(range(draws), f"bootstrap, {law.name} law"):
+    for draw in track(range(draws), f"bootstrap of the {law.name} law{of and f' {of}'}"):
         again = problem(slice(None), alone.samples[draw]) if alone else whole
         # From the grid too: else a draw hardly leaves the valley that the whole ended in, and intervals are too narrow.
         found = again.optima(misfits, laws.resampled(settings, rng), optima[:2], tries=4)
@@ -139,27 +173,18 @@ def fitted(
     lack = laws.lack_of_fit(residuals, settings, seeds, len(law.names))
     # A, B and C are searched in other units, which depend on the exponents, and far from their bounds.
     bounds = {k: tuple(np.exp(ends).tolist()) for k, ends in zip(law.names, whole.bounds) if k not in "ABC"}
-    fit = Fit(law, of, points, best, samples, held, part, errors, plain, lack, bounds)
+    count = len(np.unique(every.n if law is POWER else settings))
+    fit = Fit(law, of, points, best, samples, held, part, errors, plain, lack, count, bounds)
     fit.doubts = doubts(fit)
     return fit
 
 
 def doubts(fit: Fit) -> list[str]:
     """What the runs cannot tell of the coefficients."""
-    of, found = fit.law.name + (f" law ({fit.of})" if fit.of else " law"), []
-    if fit.law is not POWER:
-        for name, what in (("parameters", "student sizes"), ("tokens", "numbers of tokens")):
-            if (distinct := len(np.unique(column(fit.points, name)))) < 3:
-                found.append(f"The {of} is fitted to {distinct} {what}: an exponent needs at least 3.")
-    if fit.law is DISTILLATION:
-        teachers = len({p.teacher_loss for p in fit.points})
-        if teachers < 3:
-            found.append(f"{teachers} teachers: c0, c1, f1 and d1, which are about them, need at least 3.")
-        if better := sum(p.loss < p.teacher_loss for p in fit.points):
-            found.append(f"{better} students are better than their teacher, which the {of} does not allow for.")
-    if len(fit.points) < 2 * len(fit.law.names):
-        found.append(f"{len(fit.points)} runs are few for the {len(fit.law.names)} coefficients of the {of}.")
-    if loose := [k for k in fit.loose if k not in fit.stuck]:
+    of, found = fit.law.name + (f" law ({fit.of})" if fit.of else " law"), fit.limits
+    if fit.law is DISTILLATION and (better := sum(p.loss < p.teacher_loss for p in fit.points)):
+        found.append(f"{better} students are better than their teacher, which the {of} does not allow for.")
+    if loose := [k for k in fit.loose if k not in fit.stuck and k not in fit.thin]:
         found.append(
             f"{listed(loose)} of the {of} cannot be told from these runs: the interval spans more than a factor of "
             f"{laws.LOOSE:g} or ends where the search did. What the law predicts within the range of the runs may "
@@ -206,11 +231,13 @@ class Answers:
 def lacks(points: list[Point], law: Law) -> str:
     """Why a law of N and D cannot be fitted to these runs; empty if it can."""
     sizes, amounts = (len(np.unique(column(points, k))) for k in ("parameters", "tokens"))
-    if len(points) > len(law.names) and sizes > 1 and amounts > 1:
+    settings = len(np.unique(settings_of(points)))
+    if settings > len(law.names) and sizes > 1 and amounts > 1:
         return ""
     return (
-        f"{len(law.names)} coefficients need at least {len(law.names) + 1} runs of at least 2 student sizes and 2 "
-        f"numbers of tokens; there are {len(points)} runs, {sizes} sizes and {amounts} numbers of tokens"
+        f"{len(law.names)} coefficients need at least {len(law.names) + 1} settings of at least 2 student sizes and 2 "
+        f"numbers of tokens; there are {settings} settings in {len(points)} runs, {sizes} sizes and {amounts} numbers "
+        "of tokens"
     )
 
 

@@ -98,6 +98,8 @@ def finding(found: Answers) -> str:
             f"language modelling for the smallest student, of {amount(free.parameters)} parameters, {wins(free)}"
         )
         says.append(f"where all that the teacher cost counts, it does so {wins(both)}")
+    limits = [limit for fit in (found.supervised, found.distillation) if fit for limit in fit.limits]
+    says += [f"but {limit[0].lower()}{limit[1:].rstrip('.')}" for limit in limits]
     return "; ".join(says) or "nothing could be fitted: " + " ".join(found.cannot)
 
 

@@ -243,16 +243,17 @@ def resampled(settings: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return weights / weights.sum()
 
 
-def held_out(compute: np.ndarray, least: int) -> np.ndarray:
-    """Which runs are the largest by compute, a share of at least SHARE; none unless `least` others are left [n].
+def held_out(compute: np.ndarray, settings: np.ndarray, least: int) -> np.ndarray:
+    """Which runs are the largest by compute, a share of at least SHARE; none unless `least` settings are left [n].
 
-    Runs of the same compute, such as seeds of one setting, stand on the same side.
+    Runs of the same compute, such as seeds of one setting, stand on the same side. settings: the number of each run's
+    setting [n].
     """
     rounded = np.array([float(f"{x:.4g}") for x in compute])
     for bound in np.unique(rounded)[::-1]:
         mask = rounded >= bound
         if mask.sum() >= SHARE * len(compute):
-            return mask if (~mask).sum() >= least else np.zeros(len(compute), bool)
+            return mask if len(np.unique(settings[~mask])) >= least else np.zeros(len(compute), bool)
     return np.zeros(len(compute), bool)
 
 

@@ -121,17 +121,21 @@ def point(run: str, result: dict, teacher_keys: list[str]) -> Point:
 def from_csv(path: Path) -> list[Point]:
     """Points from a CSV file with the columns of Point; raises UserError for one that is none."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file))
+        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin a file with a mark
+            reader = csv.reader(file)
+            rows = [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--csv {path}: cannot be read: {error}") from None
-    columns = set(lines[0]) if lines else set()
-    if missing := set(NEEDED) - columns:
+    columns = [name.strip() for name in rows[0][1]] if rows else []
+    if missing := set(NEEDED) - set(columns):
+        split = next((mark for mark in ";\t" if any(mark in name for name in columns)), None)
         raise UserError(
             f"--csv {path}: lacks {listed(sorted(missing))}. Its columns are to be {', '.join(Point._fields)}; run and "
             "those after loss may be left out or empty."
+            + (f" They are separated by {split!r} here; needed are commas, and a point in numbers." if split else "")
         )
-    return [from_line(line, number, f"--csv {path}, line {number}") for number, line in enumerate(lines, 2)]
+    lines = [(number, dict(zip(columns, row))) for number, row in rows[1:]]
+    return [from_line(line, number, f"--csv {path}, line {number}") for number, line in lines]
 
 
 def from_line(line: dict[str, str], number: int, where: str) -> Point:

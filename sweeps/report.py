@@ -140,7 +140,7 @@ def caveats(groups: list[Group], table: list[Row], beside: list[Mark], ranked: b
     if tests > 1:
         found.append(
             f"{tests} differences have intervals of 95% each, not corrected for their number: if none were real, "
-            f"about {max(1, round(0.05 * tests))} would still look beyond noise."
+            f"about {0.05 * tests:.2g} would still look beyond noise."
         )
     return found
 

@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import train
-from kd import config, packing, schedules
+from kd import config, guard, overrides, packing, schedules
 from kd.errors import UserError
 from kd.sizes import SIZES
 from kd.sweep import at_scale
@@ -132,7 +132,8 @@ def test_yaml_and_signature_have_the_same_defaults(option):
 
 
 def test_every_truncation_can_be_recorded_and_keeps_the_same_by_default():
-    assert settings("record") == {name: {**node, "path": None} for name, node in settings("truncation").items()}
+    kept = {n: {k: v for k, v in node.items() if k != "biased"} for n, node in settings("truncation").items()}
+    assert settings("record") == {name: {**node, "path": None} for name, node in kept.items()}
 
 
 @each("node", {k: v for k, v in CALLABLE.items() if k.startswith(("alpha=", "lr="))})
@@ -462,3 +463,92 @@ def test_a_number_of_tokens_is_a_number_of_steps():
         resolved("trainer.tokens=9", "trainer.steps=3")
     with pytest.raises(UserError, match=r"trainer\.tokens=0: need a number of at least 1"):
         resolved("trainer.tokens=0")
+
+
+# A group takes the name of one option, and settings that this option has.
+
+
+@each("group", {group: group for group in GROUPS})
+def test_options_have_the_settings_that_hydra_composes(group):
+    for name, own in overrides.options(group).items():
+        words = [f"{group}={name}", *(["data=instructions"] if group in ("plain", "rollout") else [])]
+        composed = OmegaConf.to_container(compose("config", words)[group])
+        assert own.keys() == {k for k in composed if k not in overrides.NOTES}, name
+
+
+REFUSED = {
+    # A list, of which Hydra would take the last option.
+    "loss=[fkl,rkl]": "type -m loss=fkl,rkl.",
+    "temperature=[normkd,fixed]": "type -m temperature=normkd,fixed.",
+    "loss=[fkl]": "type -m loss=fkl.",
+    "loss=[fkl,rkl],[jsd]": "type -m loss=fkl,rkl,jsd.",
+    "trainer=[debug,ddp]": "type -m trainer=debug,ddp.",
+    "student=[100k,200k]": "type -m student=100k,200k.",
+    "lr=[1e-3,1e-2]": "type -m lr.peak=1e-3,1e-2.",
+    "logger=[wandb,tensorboard]": "choose one of wandb,tensorboard.",
+    "sweeps=[loss,demo]": "choose one of loss,demo.",
+    "sweeps=loss,demo": "type sweeps=loss,",
+    "hydra/launcher=[processes,slurm]": "choose one of processes,slurm.",
+    # A number, which is meant for a setting.
+    "temperature=2": "type temperature.tau=2.",
+    "lr=1e-3": "type lr.peak=1e-3.",
+    "lr=1e-3,3e-3": "type lr.peak=1e-3,3e-3.",
+    "alpha=0.5": "type alpha.peak=0.5.",
+    "truncation=50": "type truncation=top_k truncation.k=50, or truncation=random truncation.draws=50.",
+    "truncation=0.9": "type truncation=top_p truncation.p=0.9.",
+    "truncation=full,50": "type truncation=top_k truncation.k=50,",
+    "record=20": "type record=top_k record.k=20,",
+    "target=0.7": "type target=revise target.eta=0.7.",
+    "routing=0.3": "type routing=entropy routing.share=0.3.",
+    "loss=0.3": "loss=jsd loss.beta=0.3",
+    "student=5": "choose one of 100k,",
+    # A setting of another option, or of another group.
+    "truncation.k=50": "truncation=full has no k; type truncation=top_k truncation.k=50",
+    "truncation=full truncation.k=50": "truncation=full has no k; type truncation=top_k truncation.k=50",
+    "+truncation.k=50": "type truncation=top_k truncation.k=50",
+    "truncation.p=0.9": "type truncation=top_p truncation.p=0.9",
+    "loss.mu=0.3": "type loss=akl loss.mu=0.3.",
+    "alpha.decay=0.3": "type alpha=wsd alpha.decay=0.3.",
+    "record.k=5": "type record=top_k record.k=5",
+    "start.steps=5": "type start=pretrained start.steps=5",
+    "student=hub optim.base_width=5": "optim=adamw has no base_width; type optim=mup optim.base_width=5.",
+    "optim.lr=1e-3": "type lr.peak=1e-3.",
+    "trainer.stepz=5": "type trainer.steps=5.",
+    "responses.sample=5": "type responses.samples=5.",
+    "batch=16": "type trainer.batch=16",
+    "tau=2": "type temperature.tau=2.",
+    "k=50": "type truncation=top_k truncation.k=50",
+    "seeds=1": "type seed=1.",
+    # A name that no option has.
+    "loss=forward_kl": "choose one of akl, atkd,",
+    "loss=tvdd": "type loss=tvd,",
+    "student=gpt2": "student=hub student.name=gpt2.",
+    "+loss=rkl": "type loss=rkl, without the +.",
+}
+
+
+@each("words", {words: words.split() for words in REFUSED})
+def test_what_is_meant_for_a_setting_is_refused_with_what_to_type(words):
+    with pytest.raises(UserError, match=f"^{re.escape(words[-1])}: .*{re.escape(REFUSED[' '.join(words)])}"):
+        guard.check_words(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["loss=fkl,rkl", "loss=glob(*)", "loss=choice(fkl,rkl)", "truncation=full,top_k truncation.k=5",
+     "sweeps=loss truncation.k=5", "truncation=top_k truncation.k=range(1,9)", "student=hub optim.weight_decay=0",
+     "+optim.amsgrad=true", "optim=mup student=hub optim.base_width=5", "data=text data.files=[a.txt,b.txt]",
+     "plain=text plain.files=a.txt", "record=null", "hydra/launcher=slurm", "hydra.launcher.minutes=5",
+     "temperature.tau=0.5,2", "logits.window=[0.5,1.0] logits=recorded", "responses.samples=2", "sweep=mine",
+     "lr.peak=tag(log,interval(1e-3,3e-2))", "~record"],
+)  # fmt: skip
+def test_what_hydra_understands_is_left_to_it(words):
+    guard.check_words(words.split())
+
+
+def test_several_values_need_a_sweep():
+    for words in (["loss=fkl,rkl"], ["loss=glob(*)"], ["temperature.tau=1,2"]):
+        with pytest.raises(UserError, match=f"^{re.escape(words[0])}: .* type -m"):
+            guard.check_command_line(words)
+        guard.check_command_line(["-m", *words])
+        guard.check_command_line(["sweeps=demo", *words])

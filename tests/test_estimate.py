@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import train as product
-from kd import estimate
+from kd import estimate, progress
 from kd.config import CONF
+from kd.progress import Terminal
 from tests.small import here, result, settings, train, write
 
 
@@ -126,3 +127,44 @@ def test_sweep_says_what_is_missing_and_starts_nothing(tmp_path):
     assert done == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"}
     assert not (tmp_path / "sweeps").exists() and len(list(tmp_path.glob("lm*/state.json"))) == 1
     assert "Nothing is left to do" in train(tmp_path, *words[:3], "plan=true")
+
+
+ROWS = {
+    **{f"logits=none teacher=none student={n} trainer.steps=800": ["319,968", "409,600", "9.1e+11", "1:20", "834 MB",
+                                                                   "1.3 MB"] for n in ("100k", "200k")},
+    **{f"alpha.peak=1 student=500k teacher={n} teacher.steps=400 trainer.steps={k}": ["715,648", "204,800", "1.5e+12",
+       "12:50:00", "853 MB", "2.9 MB"] for n in ("500k", "1m") for k in (100, 200)},
+    "lm-200k-e33c05c6f406": ["319,968", "204,800", "4.5e+11", "0:50", "834 MB", "1.3 MB"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [72, 80, 200, None])
+def test_a_plan_has_one_line_for_each_run_however_narrow_the_terminal(width, monkeypatch, capsys):
+    if width:
+        there = Terminal(force_terminal=True, width=width, color_system=None, highlight=False)
+        monkeypatch.setattr(estimate, "console", there)
+    estimate.print_rows(ROWS)
+    printed = capsys.readouterr()
+    lines = (printed.out if width else printed.err).rstrip().splitlines()
+    assert len(lines) == 1 + len(ROWS)
+    for line, (name, amounts) in zip(lines[1:], ROWS.items(), strict=True):
+        assert amounts[2] in line and amounts[3] in line  # FLOPs and time
+        assert width in (72, 80) or (name in line and all(amount in line for amount in amounts))
+    assert len({line.split("  ")[0] for line in lines}) == len(lines)
+
+
+def test_names_are_shortened_where_they_stay_different():
+    names = ["a=1 b=1 c=1", "a=1 b=2 c=1", "b=1 d=1"]
+    assert estimate.shortened(names) == names  # the first and the last would both be b=1
+    assert estimate.shortened(["a=1 b=1 c=1", "a=1 b=2 c=2"]) == ["b=1 c=1", "b=2 c=2"]
+    assert estimate.shortened(["a=1"]) == ["a=1"] and estimate.shortened(["lm-1", "lm-2 a=1"]) == ["lm-1", "lm-2"]
+
+
+@pytest.mark.parametrize("items", [[1, 2, 3], iter([1, 2, 3])], ids=["counted", "not counted"])
+def test_long_work_says_where_it_is_where_there_is_no_terminal(items, monkeypatch, capsys):
+    ticks = iter(range(0, 1000, 6))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(ticks)))
+    assert list(progress.track(items, "measuring")) == [1, 2, 3]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("measuring  ") for line in lines)
+    assert ("/3" in lines[0]) is isinstance(items, list)

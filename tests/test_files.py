@@ -8,12 +8,13 @@ import resource
 import signal
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from kd import files
+from kd import corpora, files, remote
 from kd.checkpoint import DigestIO
 from kd.errors import UserError
 
@@ -207,3 +208,17 @@ def test_digest_reads_all_of_a_large_file(tmp_path):
             f.write(b"\1")
         found.add(files.digest(file))
     assert len(found) == 6
+
+
+@pytest.mark.parametrize("folder", ["a file", "below a file", "/proc/kd"])
+def test_a_cache_that_cannot_be_written_is_said_with_what_to_type(tmp_path, monkeypatch, folder):
+    (tmp_path / "file").write_text("")
+    cache = {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "kd"}.get(folder, folder)
+    monkeypatch.setenv("KD_CACHE", str(cache))
+    with pytest.raises(UserError, match=f"^{cache}: .*type KD_CACHE=/other/folder"):
+        remote.home("memory://bucket/runs")
+    assert remote.home(tmp_path) == tmp_path
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    with pytest.raises(UserError, match=f"^{cache}: .*type HF_HOME=/other/folder"):
+        list(corpora.text(str(tmp_path / "a.txt")).load())

@@ -82,6 +82,35 @@ def test_distillation_in_the_limits():
     assert worse == pytest.approx(50.0, rel=1e-3) and math.isfinite(worse)
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda text: b"\xef\xbb\xbf" + text.encode(),  # as spreadsheets save "CSV UTF-8"
+        lambda text: text.encode() + b"\n\n  \n,,,,\n",
+        lambda text: text.replace("\n", "\r\n").encode() + b"\r\n",
+        lambda text: ("\n" + text.replace("parameters,tokens", " parameters , tokens")).encode(),
+    ],
+    ids=["mark", "blank-end", "windows", "spaces"],
+)
+def test_csv_of_a_spreadsheet_is_read(tmp_path, written):
+    path = tmp_path / "p.csv"
+    path.write_bytes(written("parameters,tokens,loss,seed\n1e6,2e6,2.5,0\n1e6,4e6,2.25,1\n"))
+    assert [(p.parameters, p.tokens, p.loss, p.seed) for p in points.from_csv(path)] == [
+        (1e6, 2e6, 2.5, "0"), (1e6, 4e6, 2.25, "1"),
+    ]  # fmt: skip
+    path.write_bytes(written("parameters,tokens,loss,seed\n\n1e6,2e6,x,0\n"))
+    number = 4 if path.read_bytes().startswith(b"\n") else 3
+    with pytest.raises(UserError, match=f"line {number}: "):
+        points.from_csv(path)
+
+
+def test_csv_with_other_separators_is_refused_with_what_is_needed(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text("parameters;tokens;loss\n1e6;2e6;2,5\n")
+    with pytest.raises(UserError, match=r"lacks .* separated by ';' here; needed are commas"):
+        points.from_csv(path)
+
+
 @pytest.mark.parametrize("law", [POWER, SUPERVISED, DISTILLATION], ids=lambda law: law.name)
 def test_gradient_is_the_finite_difference_and_the_fitted_form_is_the_written_one(law):
     rng = np.random.default_rng(0)
@@ -209,8 +238,10 @@ def test_a_straight_line_in_logarithms_stands_beside_the_error(found):
 
 def test_runs_of_equal_compute_are_held_out_together():
     compute = np.array([1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 8.0, 8.0 + 1e-9])
-    assert laws.held_out(compute, 2).tolist() == [False] * 6 + [True] * 2
-    assert not laws.held_out(compute, 7).any()  # too few would be left
+    each, pairs = np.arange(8), np.arange(8) // 2
+    assert laws.held_out(compute, each, 2).tolist() == [False] * 6 + [True] * 2
+    assert not laws.held_out(compute, each, 7).any()  # too few would be left
+    assert laws.held_out(compute, pairs, 3).any() and not laws.held_out(compute, pairs, 4).any()
 
 
 def test_what_cannot_be_fitted_is_said():
@@ -218,11 +249,39 @@ def test_what_cannot_be_fitted_is_said():
     only = answers.answers("x", alone, [], draws=0, seed=0)
     assert only.supervised and only.distillation is None and "no run learns from a teacher" in only.cannot[0]
     one = answers.answers("x", [p for p in alone if p.parameters == 1e6], [], draws=0, seed=0)
-    assert one.supervised is None and "5 runs, 1 sizes" in one.cannot[0] and set(one.powers) >= {"tokens"}
+    assert one.supervised is None and "5 settings in 5 runs, 1 sizes" in one.cannot[0] and set(one.powers) >= {"tokens"}
     taught = [p for p in planted(0.001) if p.teacher in (None, "large")]
     assert "2 teachers" in " ".join(answers.answers("x", taught, [], draws=0, seed=0).cannot)
     nothing = answers.answers("x", alone[:2], [], draws=0, seed=0)
     assert nothing.fits == [] and fit.finding(nothing).startswith("nothing could be fitted")
+
+
+@pytest.mark.parametrize(("sizes", "amounts"), [(SIZES[:2], AMOUNTS[:2]), (SIZES[:2], AMOUNTS[:3])])
+def test_a_law_needs_more_settings_than_coefficients_however_often_each_was_run(sizes, amounts):
+    some = [p for p in planted(0.0, taught=False) if p.parameters in sizes and p.tokens in amounts]
+    runs = [p._replace(seed=str(seed), loss=p.loss + 0.001 * seed) for p in some for seed in range(4)]
+    found = answers.answers("x", runs, [], draws=5, seed=0)
+    assert found.supervised is None and found.distillation is None
+    said = f"at least 7 settings of at least 2 student sizes .* there are {len(some)} settings in {len(runs)} runs"
+    assert re.search(said, found.cannot[0])
+    headline = fit.finding(found)
+    assert headline.startswith("nothing could be fitted") and "irreducible loss" not in headline
+    # So do the settings that a teacher's students have, and those that are left where the largest are held out.
+    taught = [p for p in planted(0.0) if p.teacher and p.parameters in sizes and p.tokens in amounts[:2]]
+    assert answers.lacks([p._replace(seed=str(seed)) for p in taught[:9] for seed in range(4)], DISTILLATION)
+
+
+def test_the_headline_says_what_the_doubts_say():
+    some = [p for p in planted(0.001, taught=False) if p.parameters in SIZES[:2]]
+    found = answers.answers("x", some, [], draws=10, seed=0)
+    of, headline = found.supervised, fit.finding(found)
+    assert {"E", "A", "alpha"} <= set(of.loose) and not {"B", "beta"} & set(of.thin)
+    assert "irreducible loss of language modelling cannot be told from these runs" in headline
+    assert "but the supervised law is fitted to 2 student sizes: an exponent needs at least 3" in headline
+    assert "but 10 settings are few for the 6 coefficients of the supervised law" in headline
+    assert set(of.limits) <= set(of.doubts)
+    coefficients = fit.as_json(found)["fits"][0]["coefficients"]
+    assert not coefficients["E"]["known"] and not coefficients["alpha"]["known"]
 
 
 def test_a_coefficient_that_runs_do_not_tell_is_said():

@@ -342,6 +342,14 @@ def test_within_noise_is_said(sweep):
     assert "which is within noise: no gain is shown" in says and "closing" not in says and "best" not in says
 
 
+@pytest.mark.parametrize("methods", [("fkl", "rkl"), ("fkl", "rkl", "jsd", "akl", "tvd", "skl")])
+def test_as_many_differences_look_real_by_chance_as_5_percent_are(sweep, methods):
+    losses = {name: [2.4 + 0.01 * number, 2.41, 2.39] for number, name in enumerate(methods)}
+    page, _ = sweep.losses(lm=[2.5, 2.52, 2.49], **losses).page()
+    count, chance = re.search(r"(\d+) differences have intervals.*about ([\d.]+) would still look", page).groups()
+    assert int(count) == 2 * len(methods) and float(chance) == pytest.approx(0.05 * int(count), rel=0.02)
+
+
 def test_a_sure_gain_behind_an_unsure_one_is_named(sweep):
     says = sweep.losses(lm=[2.5, 2.5, 2.5], fkl=[1.95, 2.6, 2.6], rkl=[2.45, 2.44, 2.46]).finding()
     assert "fkl is lowest" in says and "within noise" in says and "better beyond noise: rkl" in says

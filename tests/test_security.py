@@ -22,7 +22,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from rich.table import Table
 
-from kd import checkpoint, config, files, guard, models, packing, search, shards, store
+from kd import checkpoint, config, files, guard, models, overrides, packing, search, shards, store
 from kd.errors import UserError
 from kd.progress import Terminal
 from kd.run import Run
@@ -546,5 +546,6 @@ def test_secret_in_a_file_of_a_sweep_is_refused(canary, monkeypatch):
      "hydra/launcher=submitit_slurm", "+hydra.launcher.additional_parameters.account=x", "hydra.sweeper.n_trials=3",
      "lr.peak='tag(log,interval(1e-4,1e-2))'", "seed=${trainer.steps}"],
 )  # fmt: skip
-def test_ordinary_word_is_no_secret_and_not_hostile(word):
-    guard.check_command_line([word.replace("'", "") if "(" in word else word])
+def test_ordinary_word_is_no_secret_and_not_hostile(word, monkeypatch):
+    monkeypatch.setattr(overrides, "check_groups", lambda words: None)  # most ask for an option that has them
+    guard.check_command_line(["-m", word.replace("'", "") if "(" in word else word])

@@ -2,15 +2,18 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 from omegaconf import OmegaConf
 
+from kd import models
 from kd.config import SWEEPS
+from kd.errors import UserError
 from kd.identity import NO_SIGNAL, group_of
-from kd.sweep import at_scale, varying
+from kd.sweep import Processes, at_scale, varying
 from sweeps import report
 from sweeps.compare import ALONE, grouped, manifest, read
 from tests.small import ENVIRONMENT, TRAIN, folder, outcome, result, train
@@ -94,9 +97,9 @@ def test_wrong_scale_names_those_there_are(tmp_path):
     assert "only a sweep has scales" in train(tmp_path, "scale=full", code=2)
 
 
-def jobs(sweep: dict) -> set[tuple[str, ...]]:
-    """The runs of a sweep on a CPU, multiplied out."""
-    base, lines = at_scale(sweep, "cpu")
+def jobs(sweep: dict, scale: str = "cpu") -> set[tuple[str, ...]]:
+    """The runs of a sweep, multiplied out."""
+    base, lines = at_scale(sweep, scale)
     made = set()
     for _, line in lines:
         words = dict(word.split("=", 1) for word in f"{base} {line}".split())
@@ -160,3 +163,46 @@ def test_what_a_kill_after_the_result_left_is_done_by_the_same_command(tmp_path)
         (run / "state.json").write_text(json.dumps(clean | {"state": "running"}))
         train(tmp_path, *command)
         assert json.loads((run / "state.json").read_text())["state"] == "done" and not (run / "checkpoints").exists()
+
+
+def test_all_runs_that_cannot_be_made_are_named_with_what_to_type_for_the_others():
+    jobs = [[f"loss={loss}", f"seed={seed}"] for loss in ("fkl", "minillm", "tvd", "atkd") for seed in (0, 1)]
+
+    def make(job):
+        if job[0] in ("loss=minillm", "loss=atkd"):
+            raise UserError(f"{job[0]} needs more.")
+        return job
+
+    launcher = Processes.__new__(Processes)
+    said = [" ".join(job) for job in jobs]
+    with pytest.raises(UserError) as error:
+        launcher._each(make, jobs, said)
+    lines = str(error.value).splitlines()
+    assert lines[1:] == [
+        "  loss=minillm seed=0 and 1 more: loss=minillm needs more.",
+        "  loss=atkd seed=0 and 1 more: loss=atkd needs more.",
+        "To leave them out, type loss=fkl,tvd.",
+    ]
+    with pytest.raises(UserError, match=r"^loss=atkd needs more\.$"):
+        launcher._each(make, jobs[-2:], said[-2:])
+    assert launcher._each(make, jobs[:2], said) == jobs[:2]
+
+
+@pytest.mark.parametrize("scale", ["cpu", "full"])
+def test_the_head_of_the_scaling_sweep_says_the_flops_of_its_runs(scale):
+    path = SWEEPS / "scaling.yaml"
+    total, teachers = 0.0, {}
+    for pairs in jobs(OmegaConf.to_container(OmegaConf.load(path)), scale):
+        job = {"data.seq_len": 256, "data.vocab": 1024, "trainer.batch": 2, "teacher.batch": 2} | dict(pairs)
+        length, batch = int(job["data.seq_len"]), int(job["trainer.batch"])
+        student, teacher = (
+            None if job[role] == "none" else models.cost_of(job[role], None, int(job["data.vocab"]), length, role)
+            for role in ("student", "teacher")
+        )
+        flops = sum(models.step_flops(job.get("logits", "online"), False, student, teacher))
+        total += flops * int(job["trainer.steps"]) * batch * length
+        if teacher and scale == "full":  # on a CPU they are runs of the sweep
+            own = int(job["teacher.steps"]) * int(job["teacher.batch"]) * length
+            teachers[job["teacher"]] = 3 * teacher.flops_per_token * own
+    said = float(re.search(rf"\({scale}: .*?([\d.]+e\d+) FLOPs", path.read_text())[1])
+    assert said == pytest.approx(total + sum(teachers.values()), rel=0.05)

@@ -1,11 +1,17 @@
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hydra import initialize_config_dir
 
 from kd import truncation
+from kd.config import CONF, build
 from kd.errors import UserError
+from kd.objective import Objective
+from kd.plan import plan
+from kd.settings import is_unbiased
 from kd.target import Target
 from kd.treatment import renormalise
 from kd.truncation import uniform
@@ -22,9 +28,11 @@ from tests.cases import (
     logits,
     option,
     probabilities,
+    settings,
     shuffled,
     without_some,
 )
+from tests.small import settings as typed
 
 ODDS = 1e-6  # of a correct sampler failing a test here, if the seeds were not fixed
 
@@ -294,3 +302,77 @@ def test_draws_from_many_columns_are_those_of_one_running_sum(columns):
     expected = torch.searchsorted(ends, points * ends[:, -1:], right=True)
     found = truncation.drawn(probability, points)
     assert torch.equal(found, expected) and (probability.gather(-1, found) > 0).all()
+
+
+# Which gradients a sample leaves unbiased: all possible draws, weighed by their probabilities, against the rule.
+
+DRAWS = torch.tensor(list(itertools.product(range(4), repeat=3)))  # [64, 3], of 4 tokens
+
+
+def nodes(group: str, *changes: dict) -> dict[str, dict]:
+    """Each option of a group, and once more with each of the changes to settings that it has."""
+    found = {}
+    for name, node in settings(group).items():
+        for change in ({}, *changes):
+            new = {k: v for k, v in change.items() if k in node}
+            found["-".join([name, *(f"{k}={v}" for k, v in new.items())])] = node | new
+    return found
+
+
+LOSS_NODES = nodes(
+    "loss", {"beta": 0.0, "alpha": 0.0, "mu": 1.0, "single_step": False, "share": 0.0, "clip": 0.0},
+    {"beta": 1.0, "mu": 0.0, "share": 1.0}, {"alpha": 0.0}, {"beta": 0.0},
+)  # fmt: skip
+TEMPERATURE_NODES = nodes(
+    "temperature", {"tau": 1.0}, {"student_tau": 2.0, "tau2": True}, {"tau": 2.0}, {"tau": 1.0, "theta": 0.0}
+)
+
+
+def gradients(objective: Objective, student: torch.Tensor, target: Target) -> torch.Tensor:
+    return gradient(lambda z: objective.distance(z.log_softmax(-1), target), student)
+
+
+@each("loss", LOSS_NODES)
+def test_unbiased_is_what_has_the_gradient_of_the_whole_teacher_in_the_mean(loss):
+    student, teacher = logits(1, columns=4), logits(2, columns=4)
+    rows = torch.arange(N).repeat_interleave(len(DRAWS))
+    draws = DRAWS.repeat(N, 1)
+    one = replace(dense(teacher), label=torch.arange(N) % 4, whole=True)
+    weight = teacher.log_softmax(-1)[rows].gather(-1, draws).sum(-1).exp()[:, None]
+    makes = build(loss, "loss")
+    for (a, temperature), (b, target) in itertools.product(TEMPERATURE_NODES.items(), nodes("target").items()):
+        if b in ("rest", "leftover"):
+            continue  # refused with a sample
+        ways = build(target, "target"), build(temperature, "temperature")
+        whole = gradients(Objective(makes, truncation.full, *ways), student, one)
+        sampled = Objective(makes, lambda target: truncation._sampled(target, draws), *ways)
+        mean = (weight * gradients(sampled, student[rows], one[rows])).view(N, len(DRAWS), 4).sum(1)
+        unbiased = torch.allclose(mean, whole, rtol=1e-9, atol=1e-12)
+        assert unbiased == is_unbiased({"loss": loss, "temperature": temperature, "target": target}), (a, b)
+
+
+@pytest.mark.parametrize("source", ["logits=online", "logits=offline", "logits=recorded", "logits=cotrained"])
+@pytest.mark.parametrize(
+    "words", ["loss=rkl", "loss=jsd alpha.peak=0.3", "temperature.tau=2", "target=revise", "loss=nll temperature=std"]
+)
+def test_a_biased_sample_is_refused_unless_it_is_accepted(tmp_path, source, words):
+    words = [source, "truncation=random", *words.split()]
+    with pytest.raises(UserError, match=r"biased.*type truncation\.biased=true") as error:
+        typed(tmp_path, *words)
+    group = {"temperature.tau=2": "temperature=fixed", "loss=nll": "temperature=std"}.get(words[2], words[2])
+    assert str(error.value).startswith(f"truncation=random with {group}")
+    typed(tmp_path, *words, "truncation.biased=true")
+
+
+def test_accepting_a_bias_changes_neither_names_nor_stores(tmp_path):
+    for source in ("logits=online", "logits=offline", "logits=recorded"):
+        words = [source, "truncation=random", "truncation.draws=9"]
+        usual, accepted = typed(tmp_path, *words), typed(tmp_path, *words, "truncation.biased=true")
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            assert plan(usual).run.name == plan(accepted).run.name and plan(usual).store == plan(accepted).store
+
+
+def test_an_unbiased_sample_and_one_that_nothing_reads_are_not_refused(tmp_path):
+    for words in (["loss=nll"], ["temperature.student_tau=2"], ["loss=jsd", "loss.beta=0"], ["alpha.peak=0.5"]):
+        typed(tmp_path, "truncation=random", *words)
+    typed(tmp_path, "logits=none", "record=random")
