@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +52,8 @@ class Packed:
     train_spans: np.ndarray | None = None  # [R, 2] int32
     val_spans: np.ndarray | None = None  # [R', 2] int32
     end: int | None = None  # the token that ends a response
+    counts: dict = field(default_factory=dict)  # of what was read and what became of it; none in older folders
+    template: str | None = None  # of prompts with responses
 
     @property
     def tokenizer(self) -> Path:
@@ -63,6 +65,37 @@ class Packed:
         if self.train_spans is None:
             return self.train.shape[1] - 1
         return float((self.train_spans[:, 1] - self.train_spans[:, 0]).mean())
+
+
+REASONS = {  # of what is left out or not learned
+    "empty": "empty", "no_prompt": "without a prompt", "no_response": "without a response",
+    "prompt_too_long": "with a prompt beyond data.prompt_len", "weight": "of weight 0", 
+    "label": "labelled as not wanted", "limit": "beyond data.tokens",
+}  # fmt: skip
+
+
+def in_words(counts: dict) -> str:
+    """The counts of packed data as a line; without those that are 0."""
+    if not counts:
+        return ""
+    used, kind = counts["used"], counts["unit"]
+    parts = [f"{counts['read']:,} {kind} read, {used['train']:,} for training and {used['val']:,} for validation"]
+    if counts["left_out"]:
+        parts += ["left out: " + ", ".join(f"{n:,} {REASONS[k]}" for k, n in counts["left_out"].items())]
+    if counts["cut"]:
+        parts += [f"cut: {counts['cut']:,} responses that are longer than their row"]
+    if counts["unlearned"]:
+        turns = [f"{n:,} {'earlier' if k == 'earlier' else REASONS[k]}" for k, n in counts["unlearned"].items()]
+        hint = " (data.turns=all learns the earlier ones)" if "earlier" in counts["unlearned"] else ""
+        parts += [f"not learned: turns of the assistant, {', '.join(turns)}{hint}"]
+    if counts["unused"]:
+        parts += ["not used: " + ", ".join(f"{name} in {n:,}" for name, n in counts["unused"].items())]
+    if counts["special_as_text"]:
+        parts += [f"{counts['special_as_text']:,} {kind} hold special tokens of the tokenizer, written out and read as "
+                  "text (data.special=tokens reads them as tokens)"]  # fmt: skip
+    if counts["prompts_only"]:
+        parts += [f"{counts['prompts_only']:,} prompts without a response, for a rollout that writes them all"]
+    return "; ".join(parts)
 
 
 def rows_of_step(count: int, batch: int, seed: int, step: int) -> np.ndarray:

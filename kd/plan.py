@@ -114,7 +114,7 @@ def plain_corpus(settings: Settings) -> tuple[Corpus, dict]:
 
 def plain_data(settings: Settings) -> Settings:
     """Settings of a run on the plain text."""
-    alike = {k: settings["data"][k] for k in ("seq_len", "vocab", "tokenizer", "val_rows", "val_share")}
+    alike = {k: settings["data"][k] for k in ("seq_len", "vocab", "tokenizer", "val_rows", "val_share", "special")}
     return {"tokens": None} | settings["plain"] | alike
 
 
