@@ -201,6 +201,8 @@ def local_files(files: str, kinds: dict[str, str]) -> tuple[list[Path], str]:
     if not paths:
         example = f"\"data.files='text/*{next(iter(kinds))}'\""
         raise UserError(f"{option}: no such file. Type a path or a quoted pattern, e.g. {example}.")
+    for path in filter(is_saved, paths):
+        raise UserError(f"{option}: {path} is a folder of save_to_disk. Type data.name={path}, and no data.files.")
     kind = {kinds.get(p.suffix) for p in paths}
     if len(kind) > 1 or None in kind:
         found = ", ".join(sorted({p.suffix or "no ending" for p in paths}))

@@ -179,6 +179,8 @@ def _write_examples(
     """Write rows of one response each, and their spans, and return the manifest's entries about them."""
     most, date, written_out = corpus.pairs.prompt_len, corpus.pairs.date, templates.holds_special(fast)
     template = templates.template_of(corpus.pairs, documents, fast)
+    if date and template != "chat":
+        raise UserError(f"data.date={date} would do nothing with data.template={template}: leave it out.")
     end, size, dtype = templates.end_of_response(template, fast, date), seq_len + 1, _dtype(fast)
     spans: dict[str, list] = {"train": [], "val": []}
     heard: list[float] = []  # bytes of the responses of validation, as far as rows hold them

@@ -85,7 +85,7 @@ class JsonRows:
                     try:
                         row = _parsed(line)
                     except ValueError as error:
-                        raise ValueError(f"{path}, line {number}: {error}") from error
+                        raise ValueError(f"{path}, line {number}: {error}") from None
                     columns |= dict.fromkeys(self._row(row, f"{path}, line {number}"))
                     self.spans.append((self.text.tell() - len(line), self.text.tell()))
             self.spans = np.array(self.spans, np.int64).reshape(-1, 2)
@@ -137,7 +137,7 @@ def _loaded(builder: str, paths: list[Path], **how):
     return datasets.load_dataset(builder, data_files=names, split="train", **how)
 
 
-def is_saved(name: str) -> bool:
+def is_saved(name: str | Path) -> bool:
     """True for a folder that was written by save_to_disk() of datasets."""
     return any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
 

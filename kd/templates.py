@@ -140,7 +140,7 @@ def _tools_are_lost(template: str) -> UserError:
     )
 
 
-MARK = "kd0answer0kd"  # in place of an answer, to see where the template puts it
+MARK = "09182736455463728190"  # in place of an answer, to see where the template puts it
 
 
 class Chat:
