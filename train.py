@@ -417,7 +417,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
             "flops_per_token": costs["student"].flops_per_token,
             **{f"teacher_{k}": getattr(costs.get("teacher"), k, None) for k in models.Cost._fields},
             "train_rows": len(packed.train if among is None else among),
-            "entropy": packed.entropy, "bytes_per_token": packed.bytes_per_token,
+            "data": packed.counts, "entropy": packed.entropy, "bytes_per_token": packed.bytes_per_token,
             "tokens": module.tokens, "flops": module.flops, "seconds": round(module.seconds, 2),
             "peak_memory": memory, "micro_batch": module.micro_batch, "final": module.val_metrics,
         }  # fmt: skip
@@ -513,6 +513,20 @@ def write_store(words: list[str]) -> Store | None:
             console.print(f"Part {share[0]} of {share[1]} is in {folder}. When all parts are on one disk, type\n"
                           f"  python -m kd.store merge STORE {folder} …", soft_wrap=True)  # fmt: skip
         return found
+
+
+def pack_data(words: list[str]) -> tuple[Settings, data.Packed]:
+    """The settings of `python train.py WORDS`, and its data, packed."""
+    guard.check_words(words)
+    with hydra.initialize_config_dir(str(conf.CONF), version_base="1.3"):
+        try:
+            cfg = hydra.compose("config", words)
+        except HydraException as error:
+            raise UserError(str(error)) from None
+        settings = resolve(cfg, words)
+        quiet()
+        source, how = corpus(settings)
+        return settings, packing.pack(source, home(settings["root"]) / "data", **how)
 
 
 def compare_with_teacher(store: Store, root: str) -> str:

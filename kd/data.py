@@ -1,5 +1,7 @@
 """Rows of tokens as batches.
 
+python -m kd.data show [the words of train.py]   pack the data of such a run, and print some rows of it
+
 Which rows form step s is a pure function of (seed, s): runs with one seed see the same batches, and a resumed run goes
 on where it was. The shift happens here, once: labels[t] is the token after ids[t]; and the mask, once: by position, so
 a padding of ends hides no end.
@@ -7,6 +9,8 @@ a padding of ends hides no end.
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from kd.errors import UserError
 
 IGNORE = -100  # label of a position that is not counted
 
@@ -197,3 +203,37 @@ def to_batch(rows: np.ndarray, index: np.ndarray, seed: np.ndarray, spans: np.nd
         place = torch.arange(1, tokens.shape[1])  # of a label in its row
         labels[(place < first) | (place >= end)] = IGNORE
     return Batch(tokens[:, :-1].contiguous(), labels, torch.from_numpy(index), torch.from_numpy(seed))
+
+
+def main() -> None:
+    """The command line."""
+    about = (
+        "pack the data of python train.py WORDS and print a few rows: what is prompt, what is learned, what is not used"
+    )
+    parser = argparse.ArgumentParser(prog="python -m kd.data")
+    command = parser.add_subparsers(dest="command", required=True).add_parser("show", help=about, description=about)
+    command.add_argument("words", nargs="*", help="as for train.py, and rows=3 for another number of rows")
+    command.add_argument("--json", action="store_true", help="text, ids, labels (-100: not learned) and counts")
+    given = parser.parse_args(sorted(sys.argv[1:], key="--json".__eq__))  # argparse takes no option between words
+    from kd.errors import MISTAKES, for_people
+    from kd.progress import end_with
+
+    try:
+        import train
+        from kd import preview
+
+        rows = next((word for word in reversed(given.words) if word.startswith("rows=")), "rows=3")
+        if not rows.removeprefix("rows=").isdecimal():
+            raise UserError(f"{rows}: need a number of rows, e.g. rows=3.")
+        settings, packed = train.pack_data([word for word in given.words if not word.startswith("rows=")])
+        of = packed, preview.tokenizer_of(packed), int(rows.removeprefix("rows=")), settings["data"].get("date")
+        if given.json:
+            print(preview.as_json(*of))
+        else:
+            preview.show(*of)
+    except MISTAKES as error:
+        end_with(for_people(error))
+
+
+if __name__ == "__main__":
+    main()

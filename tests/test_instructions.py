@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import xxhash
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -262,6 +263,26 @@ def test_batches_are_masked_and_those_of_plain_text_are_not(tmp_path):
     assert sum((b.labels != IGNORE).sum().item() for b in batches) == (made.val_spans @ [-1, 1]).sum()
     (plain,) = data.Batches(made.train, 4, 0, 0, 1)
     assert (plain.labels != IGNORE).all()
+
+
+def test_rows_of_examples_are_made_as_ever(tmp_path):
+    """Digests of what was packed before there were turns and keys."""
+    texts = [(f"q {n}\n{'é' * (n % 4)}", f"a{n} " * (n % 5 + 1)) for n in range(60)]
+    made = pack(tmp_path, *texts, prompt_len=200, seq_len=220)
+    assert made.folder.name == "41dd29beccf34bd8"
+    parts = (made.train, made.val, made.train_spans, made.val_spans)
+    assert xxhash.xxh3_64_hexdigest(b"".join(part.tobytes() for part in parts)) == "d8cefce7008a0a5e"
+
+
+def test_equal_examples_are_apart(tmp_path):
+    made = pack(tmp_path, *many(), *[("same", "x")] * 40)
+    same = [row[0] == "same" for row in said_in_order(made)]
+    assert sum(same) in (0, 40) and sum(a and b for a, b in zip(same, same[1:], strict=False)) < 35
+
+
+def said_in_order(packed: data.Packed) -> list[tuple[str, str]]:
+    fast = AutoTokenizer.from_pretrained(packed.tokenizer)
+    return [(fast.decode(row[:p]), fast.decode(row[p:n])) for row, (p, n) in zip(packed.train, packed.train_spans)]
 
 
 # Shapes.
