@@ -40,7 +40,7 @@ from kd.plan import corpus, plain_corpus, plan, recording
 from kd.progress import Steps, console, end_with, show, track
 from kd.remote import home
 from kd.run import DIVERGED, PREEMPTED, Run, environment, export, peak_memory
-from kd.settings import Settings, check_shards, kept_of, name_of, resolve, source_of
+from kd.settings import Settings, check_prompts_only, check_shards, kept_of, name_of, resolve, source_of
 
 if TYPE_CHECKING:
     from kd import models, ranks
@@ -94,8 +94,7 @@ def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
     elif teacher:
         name = finished(teacher)
     check_tokenizers(settings, parts.tokenizer, name)
-    if name_of(settings["rollout"]) == "teacher":
-        packed = written_by_teacher(settings, packed, parts)
+    packed = written_by_teacher(settings, packed, parts)
     made = Made(name, finished(start) if start else None, store, plain_text(settings))
     with run.lock(wait):
         if result := run.result():
@@ -196,6 +195,8 @@ def prepare(settings: Settings) -> tuple[data.Packed, Parts]:
     source, how = corpus(settings)
     packed = packing.pack(source, home(settings["root"]) / "data", **how)
     parts = Parts(settings, packed)
+    if packed.prompts_only:
+        check_prompts_only(settings, any(parts.alpha(step / 100) < 1 for step in range(101)))
     if source_of(settings) == "offline":
         from kd import offline
 
@@ -225,19 +226,23 @@ def teacher_model(settings: Settings, parts: Parts) -> Causal:
 
 
 def written_by_teacher(settings: Settings, packed: data.Packed, parts: Parts) -> data.Packed:
-    """The data with the teacher's responses, which it writes once."""
+    """The data with what the teacher writes, once: all responses for rollout=teacher, references that are missing."""
     from kd import ranks, rollout, written
 
+    writes = name_of(settings["rollout"]) == "teacher"
+    sides = (*(["train"] if writes else []), *(["val"] if packed.prompts_only else []))
+    if not sides:
+        return packed
     of = plan(settings)
     who = of.teacher and plan(of.teacher).run.name, files.stamp(settings["teacher"]["name"]), settings["teacher"]
-    key = files.digest_of([packed.folder.name, settings["rollout"], who])[:16]
-    folder = home(settings["root"]) / "rollouts" / key
+    made = [packed.folder.name, settings["rollout"] if writes else None, who, *([sides] if packed.prompts_only else [])]
+    folder = home(settings["root"]) / "rollouts" / files.digest_of(made)[:16]
 
     def writers() -> rollout.Writers:
         model = teacher_model(settings, parts).to(ranks.device(settings["trainer"]["accelerator"]))
         return rollout.Writers(None, model, packed.end, settings["teacher"]["seed"])
 
-    return written.by_teacher(packed, folder, parts.rollout, writers)
+    return written.by_teacher(packed, folder, parts.rollout if writes else rollout.teacher, writers, sides)
 
 
 class Parts:

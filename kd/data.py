@@ -66,6 +66,11 @@ class Packed:
         return self.folder / "tokenizer"
 
     @property
+    def prompts_only(self) -> bool:
+        """True for prompts without responses."""
+        return bool(self.counts.get("prompts_only"))
+
+    @property
     def counted(self) -> float:
         """Tokens of a training row that are learned, in the mean."""
         if self.train_spans is None:

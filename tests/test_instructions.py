@@ -1,6 +1,7 @@
 """Prompts and responses: read from any shape, written by a template, one to a row, and only responses are learned."""
 
 import inspect
+import itertools
 import json
 import shlex
 import shutil
@@ -22,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import train as product
-from kd import config, corpora, data, instructions, offline, packing, plan, templates
+from kd import config, corpora, data, instructions, offline, packing, plan, progress, templates
 from kd.config import CONF
 from kd.data import IGNORE
 from kd.errors import UserError
@@ -277,7 +278,7 @@ def test_rows_of_examples_are_made_as_ever(tmp_path):
 def test_equal_examples_are_apart(tmp_path):
     made = pack(tmp_path, *many(), *[("same", "x")] * 40)
     same = [row[0] == "same" for row in said_in_order(made)]
-    assert sum(same) in (0, 40) and sum(a and b for a, b in zip(same, same[1:], strict=False)) < 35
+    assert sum(same) == 40 and sum(map(all, itertools.pairwise(same))) < 35
 
 
 def said_in_order(packed: data.Packed) -> list[tuple[str, str]]:
@@ -801,6 +802,60 @@ def test_an_estimate_counts_what_counts(root):
         made = product.estimate(asked)
     (packed,) = (packing.opened(p.parent) for p in root.glob("data/*/train_spans.npy"))
     assert [of.tokens for of in made.values()] == [round(50 * 4 * packed.counted)]
+
+
+ON_POLICY = ("rollout=student", "rollout.share=1", "alpha.peak=1", "loss=rkl")
+
+
+@pytest.mark.parametrize("kind", ["text", "messages"])
+@pytest.mark.parametrize("words", [ON_POLICY, ("rollout=teacher", "logits=none")], ids=["student", "teacher"])
+def test_prompts_alone_are_for_rollouts_that_write_all_responses(root, tmp_path, words, kind):
+    teacher = run(root, "logits=none", "teacher=none") / "student"
+    texts = [f"{n}+{n % 7}=" for n in range(60)]
+    prompts = texts if kind == "text" else [[{"role": "user", "content": text}] for text in texts]
+    file = write(tmp_path / "prompts.jsonl", *({"prompt": prompt} for prompt in prompts))
+    named = (f"data.files={file}", "teacher=hub", f"teacher.name={teacher}", "data.val_rows=4")
+    of = [word for word in words_of(root) if not word.startswith(("data.vocab", "data.files"))]
+    folder = small.here(tmp_path, *of, *named, *words, "trainer.steps=2", "trainer.val_every=2")
+    result = json.loads((folder / "result.json").read_text())
+    assert result["data"]["prompts_only"] == 60 and "left_out" in result["data"]
+    assert 0 < result["final"]["val/lm"] < 20
+    (written,) = (packing.opened(p.parent) for p in tmp_path.glob("rollouts/*/manifest.json"))
+    lengths = written.val_spans[:, 1] - written.val_spans[:, 0]
+    assert len(written.val) == 4 and lengths.max() > 1  # the teacher's responses are the references
+    assert ((written.train_spans @ [-1, 1]).max() > 1) == ("rollout=teacher" in words)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), "prompts and no responses, and rollout=none learns from the data.*rollout.share=1"),
+        (("rollout=student",), "rollout=student rollout.share=0.5 learns from the data"),
+        (("rollout=adaptive",), "rollout=adaptive learns from the data"),
+        (("rollout=student", "rollout.share=1"), "alpha is below 1.*alpha.peak=1, or lm=plain"),
+        (ON_POLICY, "teacher.size=100k is fine-tuned on responses.*teacher.name=NAME"),
+    ],
+)
+def test_prompts_alone_are_refused_where_responses_are_learned(tmp_path, words, says):
+    file = write(tmp_path / "prompts.jsonl", *({"prompt": f"{n}="} for n in range(60)))
+    of = [word for word in words_of(tmp_path) if not word.startswith("data.files")]
+    made = small.settings(tmp_path, *of, f"data.files={file}", *words)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(UserError, match=says):
+        product.prepare(made)
+
+
+def test_a_result_has_what_became_of_all_rows(root, tmp_path, capsys):
+    rows = [json.loads(line) for line in (root / "examples.jsonl").read_text().splitlines()]
+    rows = [row | {"response": "", "tag": "t"} if n % 5 == 0 else row for n, row in enumerate(rows)]
+    write(tmp_path / "examples.jsonl", *rows)
+    folder = run(tmp_path, "logits=none", "teacher=none", "trainer.steps=1")
+    result = json.loads((folder / "result.json").read_text())
+    counts = result["data"]
+    assert counts["read"] == 150 == sum(counts["used"].values()) + sum(counts["left_out"].values())
+    assert counts["left_out"]["no_response"] == 30 and counts["unused"] == {"column tag": 30}
+    progress.show(product.Run(str(tmp_path), folder.name), result)
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "Data: 150 examples read" in shown and "30 without a response" in shown and "column tag in 30" in shown
 
 
 def test_a_config_may_call_instructions_and_nothing_else_there():
