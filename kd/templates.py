@@ -13,6 +13,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from kd.corpora import Pairs
@@ -85,19 +86,21 @@ def encode(examples: Sequence[Example], template: str, tokenizer, special: bool 
     special: special tokens that are written out in the examples are read as tokens. date: see Chat. A prompt has the
     tokens that it has alone, a response those that it has behind it, if none reaches over both.
     """
+    rows = [(example, *row) for example in examples for row in example.rows()]
     if template == "chat":
         chat = Chat(tokenizer, special, date)
-        return [[chat.row(example, *row) for row in example.rows()] for example in examples]
-    rows = [(example, *row) for example in examples for row in example.rows()]
-    keys = [_unwritten(template, example, [*before, answer]) for example, before, answer in rows]
-    prompts = [WRITTEN[template](before) for _, before, _ in rows]
-    answers = [answer.content for *_, answer in rows]
-    whole = tokens([p + a for p, a in zip(prompts, answers, strict=True)], tokenizer, special)
+        texts, unused = [chat.split(*row) for row in rows], [chat.unused(*row) for row in rows]
+        ids, alone, bare = chat.ids, chat.ids_behind, chat.bare
+    else:
+        texts = [(WRITTEN[template](before), answer.content) for _, before, answer in rows]
+        unused = [_unwritten(template, *row) for row in rows]
+        ids, bare = partial(tokens, tokenizer=tokenizer, special=special), str
+        alone = lambda text: ids([text])[0]  # noqa: E731
     made = []
-    for ids, both, answer, unused in zip(tokens(prompts, tokenizer, special), whole, answers, keys, strict=True):
-        joined = both[: len(ids)] == ids  # alone, a response may begin otherwise: SentencePiece adds a space
-        response = both[len(ids) :] if joined else tokens([answer], tokenizer, special)[0]
-        made.append(Row(ids, response, answer, unused))
+    prompts, wholes = ids([prompt for prompt, _ in texts]), ids([prompt + response for prompt, response in texts])
+    for prompt, whole, (_, response), keys in zip(prompts, wholes, texts, unused, strict=True):
+        joined = whole[: len(prompt)] == prompt  # alone, a response may begin otherwise: SentencePiece adds a space
+        made.append(Row(prompt, whole[len(prompt) :] if joined else alone(response), bare(response), keys))
     taken = iter(made)
     return [[next(taken) for _ in example.rows()] for example in examples]
 
@@ -123,8 +126,9 @@ def holds_special(tokenizer) -> re.Pattern:
 CALLS = ("tool_calls", "function_call")
 
 
-def _unwritten(template: str, example: Example, turns: Sequence[Turn]) -> tuple[str, ...]:
+def _unwritten(template: str, example: Example, before: Sequence[Turn], answer: Turn) -> tuple[str, ...]:
     """Names of the keys of messages, for a template that writes none; raises UserError for tools."""
+    turns = [*before, answer]
     if example.tools or any(key in turn.keys for turn in turns for key in CALLS):
         raise _tools_are_lost(template)
     options = ["column chat_template_kwargs"] if example.options else []
@@ -170,21 +174,13 @@ class Chat:
         """The token that ends a response."""
         return self.tokenizer.convert_tokens_to_ids(self.text_end) if self.text_end else self.tokenizer.eos_token_id
 
-    def row(self, example: Example, before: Sequence[Turn], answer: Turn) -> Row:
-        """One learned turn, in tokens; raises UserError where they could not be what the template writes."""
-        messages = _messages(before)
-        last = {"role": "assistant", "content": answer.content, **answer.keys}
-        prompt, response = self.split(messages, last, example)
-        ids = self._ids(prompt)
-        both = self._ids(prompt + response)
-        joined = both[: len(ids)] == ids
-        unused = self._unused([*messages, last], example)
-        return Row(ids, both[len(ids) :] if joined else self._ids(response, behind=True), self._bare(response), unused)
+    def split(self, example: Example, before: Sequence[Turn], answer: Turn) -> tuple[str, str]:
+        """Prompt and response as the template writes them, without the end; with marks around what is not special.
 
-    def split(self, messages: list[dict], last: dict, example: Example) -> tuple[str, str]:
-        """Prompt and response as the template writes them, without the end; with marks around what is not special."""
+        Raises UserError, with both texts, where they cannot be the beginning of the whole conversation.
+        """
         more = self._marked({"tools": list(example.tools) or None, **example.options}, self.control)
-        asked = self._marked(messages, self.control)
+        asked = self._marked(_messages(before), self.control)
         opening = self._rendered(asked, add_generation_prompt=True, **more)
         if example.prompt_only:
             return opening, ""
@@ -192,7 +188,7 @@ class Chat:
         head, found, tail = placed.rpartition(MARK)
         if not found or MARK in head:
             raise self._differs("does not write the answer as it is", opening, placed)
-        whole = self._rendered([*asked, self._marked(last, self.in_answers)], **more)
+        whole = self._rendered([*asked, *self._marked(_messages([answer]), self.in_answers)], **more)
         start = next((text for text in (head, opening) if whole.startswith(text)), None)
         if start is None or not start.startswith(opening):
             raise self._differs("begins an answer otherwise than it asks for one", opening, whole)
@@ -221,15 +217,21 @@ class Chat:
         """A value with marks around what looks like a token of the template, so that it stays text."""
         return value if self.special else self.utils.mark_control_tokens(value, pattern)
 
-    def _bare(self, text: str) -> str:
+    def bare(self, text: str) -> str:
+        """A text without marks."""
         return text.replace(self.utils._CONTROL_TOKEN_START, "").replace(self.utils._CONTROL_TOKEN_END, "")
 
-    def _ids(self, text: str, behind: bool = False) -> list[int]:
-        """Tokens of a text with marks; behind: as they are after other text."""
-        if behind:
-            line = self._ids("\n")
-            ids = self._ids(f"\n{text}")
-            return ids[len(line) :] if ids[: len(line)] == line else self._ids(text)
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of texts with marks."""
+        plain = iter(tokens([text for text in texts if self.bare(text) == text], self.tokenizer, special=True))
+        return [next(plain) if self.bare(text) == text else self._ids_marked(text) for text in texts]
+
+    def ids_behind(self, text: str) -> list[int]:
+        """Tokens of a text as it is behind another."""
+        line, both = self.ids(["\n", f"\n{text}"])
+        return both[len(line) :] if both[: len(line)] == line else self.ids([text])[0]
+
+    def _ids_marked(self, text: str) -> list[int]:
         try:
             return self.utils.encode_marked_chat(self.tokenizer, text)
         except ValueError as error:
@@ -247,7 +249,7 @@ class Chat:
             render = self.tokenizer.apply_chat_template
             text = render(_calls(messages), tools=tools, tokenize=False, **how)
             for form in ("object", "text"):
-                if not _is_mangled(messages, self._bare(text)):
+                if not _is_mangled(messages, self.bare(text)):
                     break
                 text = render(_calls(messages, form), tools=tools, tokenize=False, **how)
             return text
@@ -268,8 +270,9 @@ class Chat:
             )
         return datetime.datetime.fromisoformat(self.date).strftime(form)
 
-    def _unused(self, messages: list[dict], example: Example) -> tuple[str, ...]:
-        """Keys of messages, and tools, that change nothing of the text; raises UserError for tools and calls."""
+    def unused(self, example: Example, before: Sequence[Turn], answer: Turn) -> tuple[str, ...]:
+        """Keys of messages and options that change nothing of the text; raises UserError for tools and their calls."""
+        messages = _messages([*before, answer])
         names = {key for message in messages for key in message} - {"role", "content"}
         if not names and not example.tools and not example.options:
             return ()
@@ -291,7 +294,7 @@ class Chat:
     def _differs(self, why: str, opening: str, whole: str) -> UserError:
         return UserError(
             f"data.template=chat: the tokenizer's chat template {why}, so no row can be what it writes.\n"
-            f"With the prompt alone it writes: {self._bare(opening)!r}\nWith the answer: {self._bare(whole)!r}\n"
+            f"With the prompt alone it writes: {self.bare(opening)!r}\nWith the answer: {self.bare(whole)!r}\n"
             "Take data.template=alpaca, a tokenizer with another chat template (data.tokenizer=FOLDER), or leave such "
             "examples out."
         )
