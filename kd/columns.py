@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from kd.errors import UserError
 from kd.examples import Example, Turn
-from kd.tables import Documents
+from kd.tables import Documents, kind_of
 
 
 class Shape(NamedTuple):
@@ -34,7 +34,7 @@ SHAPES = (
     Shape("prompt", None, None),
 )
 SYSTEM, HISTORY, TOOLS, OPTIONS, WEIGHT, LABEL = (
-    ("system", "system_prompt"), "history", "tools", "chat_template_kwargs", "weight", "label"
+    ("system", "system_prompt"), "history", ("tools", "functions"), "chat_template_kwargs", "weight", "label"
 )  # fmt: skip
 ROLES = {
     "human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatbot": "assistant",
@@ -53,7 +53,7 @@ class Reader:
 
     def __init__(self, shape: Shape, learn: str, option: str):
         self.shape, self.learn, self.option = shape, learn, option
-        self.used = {*filter(None, shape), *SYSTEM, HISTORY, TOOLS, OPTIONS, WEIGHT, LABEL}
+        self.used = {*filter(None, shape), *SYSTEM, HISTORY, *TOOLS, OPTIONS, WEIGHT, LABEL}
 
     def __call__(self, row: dict) -> Example:
         """The example in a row; one without turns where there is nothing to learn."""
@@ -138,7 +138,7 @@ class Reader:
         if isinstance(value, str):
             return [Turn(role, value, learned=role == "assistant")], False
         if (messages := messages_in(value)) is None:
-            what = type(value).__name__
+            what = kind_of(value)
             wrong = value[0] if isinstance(value, list) and value else None
             raise self._refused(column, f"a list with {_brief(wrong)}" if wrong is not None else what)
         return [self._turn(message, column, unused) for message in messages], True
@@ -186,17 +186,21 @@ class Reader:
         return [turn for ask, say in pairs for turn in (Turn("user", ask), Turn("assistant", say, learned=True))]
 
     def _tools(self, row: dict) -> tuple:
-        value = row.get(TOOLS) if TOOLS not in self.shape else None
-        if not _is_there(value):
-            return ()
-        try:
-            tools = json.loads(value) if isinstance(value, str) else value
-            tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
-        except (ValueError, TypeError):
-            tools = [None]
-        if not all(isinstance(tool, dict) for tool in tools):
-            raise self._refused(TOOLS, _brief(value), "a list of objects, each the schema of a function")
-        return tuple(map(_without_null, tools))
+        """Schemas of functions; those in a column `functions` are bare."""
+        found: list[dict] = []
+        for column in TOOLS:
+            value = row.get(column) if column not in self.shape else None
+            if not _is_there(value):
+                continue
+            try:
+                tools = json.loads(value) if isinstance(value, str) else value
+                tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
+            except (ValueError, TypeError):
+                tools = [None]
+            if not all(isinstance(tool, dict) for tool in tools):
+                raise self._refused(column, _brief(value), "a list of objects, each the schema of a function")
+            found += [tool if column == "tools" else {"type": "function", "function": tool} for tool in tools]
+        return tuple(map(_without_null, found))
 
     def _options(self, row: dict) -> dict:
         value = row.get(OPTIONS)

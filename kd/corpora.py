@@ -20,7 +20,7 @@ import xxhash
 
 from kd import files as on_disk
 from kd.errors import UserError
-from kd.tables import Documents, Joined, first_line, is_saved, local_tables, saved_rows
+from kd.tables import Documents, Joined, first_line, is_saved, kind_of, local_tables, saved_rows
 
 
 class Pairs(NamedTuple):
@@ -144,7 +144,10 @@ def hub_rows(name: str, subset: str | None, split: str, revision: str | None, st
         return datasets.load_dataset(name, subset, split=split, revision=revision, streaming=streaming)
     except Exception as error:  # of many kinds, from several libraries
         if isinstance(error, ValueError) or Path(name).is_dir():
-            raise UserError(f"data.name={name} data.subset={subset} data.split={split}: {first_line(error)}") from error
+            files = f" Columns may differ between files of data.files='{name}/*.jsonl'." if Path(name).is_dir() else ""
+            raise UserError(
+                f"data.name={name} data.subset={subset} data.split={split}: {first_line(error)}{files}"
+            ) from error
         raise UserError(
             f"data.name={name}: could not be read from the Hugging Face Hub ({first_line(error)}). Check the name "
             "and the network; private sets need `hf auth login`. Local files: data=text data.files=my.txt, "
@@ -237,7 +240,7 @@ def _column(rows, field: str, option: str) -> Documents:
     def text(row: dict) -> str:
         if not isinstance(value := row.get(field), str):
             raise UserError(
-                f"{option}: column {field!r} holds {type(value).__name__} where it needs text. "
+                f"{option}: column {field!r} holds {kind_of(value)} where it needs text. "
                 "Type data.field=ANOTHER, or leave such rows out of the file."
             )
         return value

@@ -35,6 +35,8 @@ END = "<|endoftext|>"
 def key(corpus: Corpus, **settings) -> str:
     """Name of the packed data: a digest of everything that its content depends on."""
     content = files.stamp(settings.get("tokenizer"))
+    if settings.get("special") == "text":  # an option that is newer than many folders
+        del settings["special"]
     if of := settings.pop("tokenizer_of", None):
         settings["tokenizer_of"] = key(of[0], **of[1])
     return files.digest_of([FORMAT, corpus.fingerprint, settings, content])[:16]
@@ -65,7 +67,7 @@ def pack(
         raise UserError(f"data.special={special}: need text or tokens.")
     if special == "tokens" and corpus.words:
         raise UserError("data.special=tokens: this data has a vocabulary of its own; leave it out.")
-    settings |= {} if special == "text" else {"special": special}
+    settings["special"] = special
     settings |= {"tokenizer": tokenizer} if tokenizer else {"vocab": vocab}
 
     def make(temporary: Path) -> None:

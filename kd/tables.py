@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import glob
 import json
 import mmap
@@ -157,6 +158,13 @@ def saved_rows(name: str, subset: str | None, split: str, revision: str | None, 
     elif split != "train":
         raise ValueError("it has no splits; leave data.split out")
     return rows.to_iterable_dataset() if streaming else rows
+
+
+def kind_of(value) -> str:
+    """The kind of a value, for a message to people."""
+    if isinstance(value, datetime.date | datetime.time):
+        return f"{type(value).__name__} (a .jsonl file that is named by data.files= is read without guesses of dates)"
+    return type(value).__name__
 
 
 def first_line(error: BaseException) -> str:

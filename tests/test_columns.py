@@ -5,6 +5,7 @@ import json
 import datasets
 import pytest
 
+from kd import corpora, instructions
 from kd.errors import UserError
 from kd.examples import Example
 from tests.test_instructions import FOUR, ONE, SYSTEM, THREE, TWO, Short, cache, load, short, write  # noqa: F401
@@ -197,6 +198,11 @@ def test_tools_and_calls_are_kept(tmp_path, tools):
         assert made.tools == (TOOL,) and made.turns[1].learned and made.turns[1].keys == {"tool_calls": [CALL]}
 
 
+def test_functions_are_tools(tmp_path):
+    made = first(tmp_path, {"messages": [ONE, TWO], "functions": [TOOL["function"]]})
+    assert made.tools == (TOOL,) and not made.unused
+
+
 def test_what_tables_fill_in_is_not_there(tmp_path):
     """A Parquet file has the keys of all rows in each row."""
     messages = [ONE, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
@@ -240,6 +246,15 @@ def test_text_of_dates_alone_is_text(tmp_path, text):
     assert load(write(tmp_path / "c.json", *rows))[0].turns[1].content == text
 
 
+def test_what_a_folder_cannot_hold_is_said_with_what_can_be_typed(tmp_path):
+    folder = write(tmp_path / "set" / "a.jsonl", *[{"question": "When?", "answer": "2020-01-31"}] * 3).parent
+    with pytest.raises(UserError, match=r"holds datetime \(a \.jsonl file that is named by data\.files="):
+        list(instructions.instructions(64, name=str(folder)).load())
+    write(folder / "b.jsonl", {"question": {"a": 1}, "other": [3]})
+    with pytest.raises(UserError, match=rf"data\.name={folder}.*data\.files='{folder}/\*\.jsonl'"):
+        list(instructions.instructions(64, name=str(folder)).load())
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
 @pytest.mark.parametrize("name", ["a[1]", "a[x-z]*", "[1]/a", "what?"])
 def test_names_with_signs_of_patterns(tmp_path, name, kind):
@@ -253,8 +268,6 @@ def test_names_with_signs_of_patterns(tmp_path, name, kind):
 
 @pytest.mark.parametrize("parts", [False, True])
 def test_a_folder_of_save_to_disk_is_read(tmp_path, parts):
-    from kd import corpora, instructions
-
     rows = datasets.Dataset.from_list([{"prompt": "P", "response": "R", "text": "T"}])
     (datasets.DatasetDict({"train": rows, "other": rows}) if parts else rows).save_to_disk(tmp_path / "saved")
     name = str(tmp_path / "saved")

@@ -199,6 +199,12 @@ def test_the_standard_library_has_another_name_where_its_rows_are_others(monkeyp
         assert corpora.python().fingerprint["version"] == corpora.ROWS
 
 
+def test_the_usual_value_of_a_new_option_is_no_part_of_a_name(packed):
+    assert packing.key(corpus(documents()), **SETTINGS, tokens=None, tokenizer_of=None) == packed.folder.name
+    assert packing.key(corpus(documents()), **SETTINGS, tokens=None, special="text") == packed.folder.name
+    assert packing.key(corpus(documents()), **SETTINGS, tokens=None, special="tokens") != packed.folder.name
+
+
 def test_special_tokens_in_text_are_counted_or_read(tmp_path, capfd):
     texts = [f"{text}{packing.END}more" for text in documents(200)] + documents(100, 1)
     made = packing.pack(corpus(texts), tmp_path, **SETTINGS)
