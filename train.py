@@ -40,7 +40,7 @@ from kd.plan import corpus, plain_corpus, plan, recording
 from kd.progress import Steps, console, end_with, show, track
 from kd.remote import home
 from kd.run import DIVERGED, PREEMPTED, Run, environment, export, peak_memory
-from kd.settings import Settings, check_shards, kept_of, name_of, resolve, source_of
+from kd.settings import Settings, check_prompts_only, check_shards, kept_of, name_of, resolve, source_of
 from kd.tokenizer import load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
@@ -95,8 +95,7 @@ def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
     elif teacher:
         name = finished(teacher)
     check_tokenizers(settings, parts.tokenizer, name)
-    if name_of(settings["rollout"]) == "teacher":
-        packed = written_by_teacher(settings, packed, parts)
+    packed = written_by_teacher(settings, packed, parts)
     made = Made(name, finished(start) if start else None, store, plain_text(settings))
     with run.lock(wait):
         if result := run.result():
@@ -198,6 +197,8 @@ def prepare(settings: Settings) -> tuple[data.Packed, Parts]:
     source, how = corpus(settings)
     packed = packing.pack(source, home(settings["root"]) / "data", **how)
     parts = Parts(settings, packed)
+    if packed.prompts_only:
+        check_prompts_only(settings, any(parts.alpha(step / 100) < 1 for step in range(101)))
     if source_of(settings) == "offline":
         from kd import offline
 
@@ -227,19 +228,23 @@ def teacher_model(settings: Settings, parts: Parts) -> Causal:
 
 
 def written_by_teacher(settings: Settings, packed: data.Packed, parts: Parts) -> data.Packed:
-    """The data with the teacher's responses, which it writes once."""
+    """The data with what the teacher writes, once: all responses for rollout=teacher, references that are missing."""
     from kd import ranks, rollout, written
 
+    writes = name_of(settings["rollout"]) == "teacher"
+    sides = (*(["train"] if writes else []), *(["val"] if packed.prompts_only else []))
+    if not sides:
+        return packed
     of = plan(settings)
     who = of.teacher and plan(of.teacher).run.name, files.stamp(settings["teacher"]["name"]), settings["teacher"]
-    key = files.digest_of([packed.folder.name, settings["rollout"], who])[:16]
-    folder = home(settings["root"]) / "rollouts" / key
+    made = [packed.folder.name, settings["rollout"] if writes else None, who, *([sides] if packed.prompts_only else [])]
+    folder = home(settings["root"]) / "rollouts" / files.digest_of(made)[:16]
 
     def writers() -> rollout.Writers:
         model = teacher_model(settings, parts).to(ranks.device(settings["trainer"]["accelerator"]))
         return rollout.Writers(None, model, packed.end, settings["teacher"]["seed"])
 
-    return written.by_teacher(packed, folder, parts.rollout, writers)
+    return written.by_teacher(packed, folder, parts.rollout if writes else rollout.teacher, writers, sides)
 
 
 class Parts:
@@ -430,7 +435,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
             "flops_per_token": costs["student"].flops_per_token,
             **{f"teacher_{k}": getattr(costs.get("teacher"), k, None) for k in models.Cost._fields},
             "train_rows": len(packed.train if among is None else among),
-            "entropy": packed.entropy, "bytes_per_token": packed.bytes_per_token,
+            "data": packed.counts, "entropy": packed.entropy, "bytes_per_token": packed.bytes_per_token,
             "tokens": module.tokens, "flops": module.flops, "seconds": round(module.seconds, 2),
             "peak_memory": memory, "micro_batch": module.micro_batch, "final": module.val_metrics,
         }  # fmt: skip
@@ -537,6 +542,20 @@ def write_store(words: list[str]) -> Store | None:
             console.print(f"Part {share[0]} of {share[1]} is in {folder}. When all parts are on one disk, type\n"
                           f"  python -m kd.store merge STORE {folder} …", soft_wrap=True)  # fmt: skip
         return found
+
+
+def pack_data(words: list[str]) -> tuple[Settings, data.Packed]:
+    """The settings of `python train.py WORDS`, and its data, packed."""
+    guard.check_words(words)
+    with hydra.initialize_config_dir(str(conf.CONF), version_base="1.3"):
+        try:
+            cfg = hydra.compose("config", words)
+        except HydraException as error:
+            raise UserError(str(error)) from None
+        settings = resolve(cfg, words)
+        quiet()
+        source, how = corpus(settings)
+        return settings, packing.pack(source, home(settings["root"]) / "data", **how)
 
 
 def compare_with_teacher(store: Store, root: str) -> str:

@@ -9,24 +9,26 @@ import sys
 import sysconfig
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
 from kd import files as on_disk
-from kd.errors import UserError
+from kd.errors import UserError, first_line
+from kd.tables import Documents, Joined, is_saved, kind_of, local_tables, saved_rows
 
 
 class Pairs(NamedTuple):
-    """How prompts and responses become rows: see kd/instructions.py."""
+    """How prompts and responses become rows: see kd/templates.py."""
 
     template: str | None  # None takes what is usual for the documents and the tokenizer
     prompt_len: int  # tokens; a longer prompt is left out
+    date: str | None = None  # in place of today, for chat templates that write it
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Corpus:
 
     entropy: nats per token that no model can beat, where it is known. words: the whole vocabulary, where words are the
     tokens and documents are rows as they stand; else a tokenizer is used and documents are joined. pairs: where
-    documents are no text but prompts with responses (kd.instructions.Example), each a row of its own.
+    documents are no text but prompts with responses (kd.examples.Example), each a row of its own.
     """
 
     load: Callable[[], Sequence | Iterable]
@@ -46,10 +48,16 @@ class Corpus:
     pairs: Pairs | None = None
 
 
+ROWS = 2  # since empty documents are left out, and equal ones no longer lie side by side
+
+
 def python() -> Corpus:
     """The source of the Python standard library on this machine: some 600 files, 11 MB; one file is one document."""
     documents = standard_library()
-    return Corpus(lambda: documents, {"name": "python", "content": digest_all(documents)})
+    fingerprint = {"name": "python", "content": digest_all(documents)}
+    if len(set(documents)) < len(documents) or not all(map(str.strip, documents)):
+        fingerprint["version"] = ROWS
+    return Corpus(lambda: documents, fingerprint)
 
 
 def standard_library() -> list[str]:
@@ -118,6 +126,7 @@ def hub(
     if not name:
         raise UserError("data=hub needs the name of a dataset, e.g. data.name=roneneldan/TinyStories.")
     fingerprint = dict(name=name, subset=subset, split=split, field=field, revision=revision, streaming=streaming)
+    fingerprint["version"] = ROWS
     if stamp := on_disk.stamp(name):
         fingerprint["content"] = stamp
     return Corpus(load, fingerprint, streaming=streaming)
@@ -131,10 +140,15 @@ def hub_rows(name: str, subset: str | None, split: str, revision: str | None, st
 
     on_disk.check_cache(datasets.config.HF_DATASETS_CACHE, "HF_HOME")
     try:
+        if is_saved(name):
+            return saved_rows(name, subset, split, revision, streaming)
         return datasets.load_dataset(name, subset, split=split, revision=revision, streaming=streaming)
     except Exception as error:  # of many kinds, from several libraries
         if isinstance(error, ValueError) or Path(name).is_dir():
-            raise UserError(f"data.name={name} data.subset={subset} data.split={split}: {first_line(error)}") from error
+            files = f" Columns may differ between files of data.files='{name}/*.jsonl'." if Path(name).is_dir() else ""
+            raise UserError(
+                f"data.name={name} data.subset={subset} data.split={split}: {first_line(error)}{files}"
+            ) from error
         raise UserError(
             f"data.name={name}: could not be read from the Hugging Face Hub ({first_line(error)}). Check the name "
             "and the network; private sets need `hf auth login`. Local files: data=text data.files=my.txt, "
@@ -169,9 +183,13 @@ def text(files: str, field: str = "text", sample_by: str = "paragraph") -> Corpu
         raise UserError(f"data.sample_by={sample_by}: need paragraph, line or document.")
     paths, builder = local_files(files, {".txt": "text", ".md": "text"} | TABLES)
     extra = {"sample_by": sample_by} if builder == "text" else {}
-    fingerprint = dict(field=field, sample_by=sample_by, files=stamps(paths))
-    option = f"data.files={files}"
-    return Corpus(lambda: _column(local_rows(files, paths, builder, **extra), field, option), fingerprint)
+    fingerprint = dict(field=field, sample_by=sample_by, files=stamps(paths), version=ROWS)
+
+    def load() -> Joined:
+        tables = local_tables(files, paths, builder, **extra)
+        return Joined([_column(rows, field, f"data.files={files}") for rows in tables])
+
+    return Corpus(load, fingerprint)
 
 
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `datasets` reads files of columns as
@@ -183,10 +201,12 @@ def local_files(files: str, kinds: dict[str, str]) -> tuple[list[Path], str]:
     Raises UserError, naming the file, where there is none, or one of another kind, or without text.
     """
     option = f"data.files={files}"
-    paths = sorted(Path(p) for p in glob.glob(str(files), recursive=True)) if files else []
+    paths = _matching(str(files)) if files else []
     if not paths:
         example = f"\"data.files='text/*{next(iter(kinds))}'\""
         raise UserError(f"{option}: no such file. Type a path or a quoted pattern, e.g. {example}.")
+    for path in filter(is_saved, paths):
+        raise UserError(f"{option}: {path} is a folder of save_to_disk. Type data.name={path}, and no data.files.")
     kind = {kinds.get(p.suffix) for p in paths}
     if len(kind) > 1 or None in kind:
         found = ", ".join(sorted({p.suffix or "no ending" for p in paths}))
@@ -204,16 +224,12 @@ def local_files(files: str, kinds: dict[str, str]) -> tuple[list[Path], str]:
     return paths, builder
 
 
-def local_rows(files: str, paths: list[Path], builder: str, **how):
-    """What local_files() found, read as `datasets` does; raises UserError, naming the option, if it cannot be."""
-    import datasets
-
-    on_disk.check_cache(datasets.config.HF_DATASETS_CACHE, "HF_HOME")
-    try:
-        return datasets.load_dataset(builder, data_files=[str(p) for p in paths], split="train", **how)
-    except Exception as error:  # pyarrow and datasets have many
-        cause = error.__cause__ or error
-        raise UserError(f"data.files={files}: could not be read as {builder}: {first_line(cause)}") from error
+def _matching(files: str) -> list[Path]:
+    """Files of a path or pattern: brackets are part of a name where there is such a file."""
+    if Path(files).exists():
+        return [Path(files)]
+    names = glob.glob(files, recursive=True) or glob.glob(files.replace("[", "[[]"), recursive=True)
+    return sorted(map(Path, names))
 
 
 def stamps(paths: list[Path]) -> list:
@@ -223,12 +239,12 @@ def stamps(paths: list[Path]) -> list:
 
 def _column(rows, field: str, option: str) -> Documents:
     def text(row: dict) -> str:
-        if not isinstance(row[field], str):
+        if not isinstance(value := row.get(field), str):
             raise UserError(
-                f"{option}: column {field!r} holds {type(row[field]).__name__} where it needs text. "
+                f"{option}: column {field!r} holds {kind_of(value)} where it needs text. "
                 "Type data.field=ANOTHER, or leave such rows out of the file."
             )
-        return row[field]
+        return value
 
     texts = Documents(rows, text, option)
     if field not in texts.columns:
@@ -238,40 +254,9 @@ def _column(rows, field: str, option: str) -> Documents:
     return texts
 
 
-class Documents:
-    """What `make` makes of each row of a `datasets` set: iterable, and indexable where the set is."""
-
-    def __init__(self, rows, make: Callable[[dict], Any], option: str):
-        self.rows, self.make, self.option = rows, make, option
-        self.columns = rows.column_names or list(self.first())
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def first(self) -> dict:
-        """The first row, {} if there is none."""
-        return next(self._read(), {})
-
-    def __iter__(self) -> Iterator:
-        return map(self.make, self._read())
-
-    def __getitem__(self, index: int):
-        return self.make(self.rows[index])
-
-    def _read(self) -> Iterator[dict]:
-        try:
-            yield from self.rows
-        except Exception as error:  # a stream finds damage, or loses its network, on the way
-            raise UserError(f"{self.option}: could not be read: {first_line(error.__cause__ or error)}") from error
-
-
 def digest_all(documents: Iterable[str]) -> str:
     """xxh3-128 of texts in their order."""
     state = xxhash.xxh3_128()
     for document in documents:
         state.update(document.encode() + b"\0")
     return state.hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

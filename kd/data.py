@@ -1,5 +1,7 @@
 """Rows of tokens as batches.
 
+python -m kd.data show [the words of train.py]   pack the data of such a run, and print some rows of it
+
 Which rows form step s is a pure function of (seed, s): runs with one seed see the same batches, and a resumed run goes
 on where it was. The shift happens here, once: labels[t] is the token after ids[t]; and the mask, once: by position, so
 a padding of ends hides no end.
@@ -7,16 +9,20 @@ a padding of ends hides no end.
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from kd.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,10 +63,17 @@ class Packed:
     val_spans: np.ndarray | None = None  # [R', 2] int32
     end: int | None = None  # the token that ends a response
     boundary: tuple[int, ...] = ()  # tokens between two plain texts: the end of one, then those in front of the next
+    counts: dict = field(default_factory=dict)  # of what was read and what became of it; none in older folders
+    template: str | None = None  # of prompts with responses
 
     @property
     def tokenizer(self) -> Path:
         return self.folder / "tokenizer"
+
+    @property
+    def prompts_only(self) -> bool:
+        """True for prompts without responses."""
+        return bool(self.counts.get("prompts_only"))
 
     @property
     def counted(self) -> float:
@@ -77,6 +90,37 @@ def between(rows: np.ndarray | Tensor, boundary: Sequence[int]) -> np.ndarray | 
         start = 1 if number == 0 else 0  # a row begins with such a token, and with no end
         found[:, start:] |= (rows[:, start:-1] == before) & (rows[:, start + 1 :] == token)
     return found
+
+
+REASONS = {  # of what is left out or not learned
+    "empty": "empty", "no_prompt": "without a prompt", "no_response": "without a response",
+    "prompt_too_long": "with a prompt beyond data.prompt_len", "weight": "of weight 0", 
+    "label": "labelled as not wanted", "limit": "beyond data.tokens",
+}  # fmt: skip
+
+
+def in_words(counts: dict) -> str:
+    """The counts of packed data as a line; without those that are 0."""
+    if not counts:
+        return ""
+    used, kind = counts["used"], counts["unit"]
+    parts = [f"{counts['read']:,} {kind} read, {used['train']:,} for training and {used['val']:,} for validation"]
+    if counts["left_out"]:
+        parts += ["left out: " + ", ".join(f"{n:,} {REASONS[k]}" for k, n in counts["left_out"].items())]
+    if counts["cut"]:
+        parts += [f"cut: {counts['cut']:,} responses that are longer than their row"]
+    if counts["unlearned"]:
+        turns = [f"{n:,} {'earlier' if k == 'earlier' else REASONS[k]}" for k, n in counts["unlearned"].items()]
+        hint = " (data.turns=all learns the earlier ones)" if "earlier" in counts["unlearned"] else ""
+        parts += [f"not learned: turns of the assistant, {', '.join(turns)}{hint}"]
+    if counts["unused"]:
+        parts += ["not used: " + ", ".join(f"{name} in {n:,}" for name, n in counts["unused"].items())]
+    if counts["special_as_text"]:
+        parts += [f"{counts['special_as_text']:,} {kind} hold special tokens of the tokenizer, written out and read as "
+                  "text (data.special=tokens reads them as tokens)"]  # fmt: skip
+    if counts["prompts_only"]:
+        parts += [f"{counts['prompts_only']:,} prompts without a response, for a rollout that writes them all"]
+    return "; ".join(parts)
 
 
 def rows_of_step(count: int, batch: int, seed: int, step: int) -> np.ndarray:
@@ -190,3 +234,37 @@ def to_batch(
         labels[(place < first) | (place >= end)] = IGNORE
     labels[between(tokens, boundary)] = IGNORE
     return Batch(tokens[:, :-1].contiguous(), labels, torch.from_numpy(index), torch.from_numpy(seed))
+
+
+def main() -> None:
+    """The command line."""
+    about = (
+        "pack the data of python train.py WORDS and print a few rows: what is prompt, what is learned, what is not used"
+    )
+    parser = argparse.ArgumentParser(prog="python -m kd.data")
+    command = parser.add_subparsers(dest="command", required=True).add_parser("show", help=about, description=about)
+    command.add_argument("words", nargs="*", help="as for train.py, and rows=3 for another number of rows")
+    command.add_argument("--json", action="store_true", help="text, ids, labels (-100: not learned) and counts")
+    given = parser.parse_args(sorted(sys.argv[1:], key="--json".__eq__))  # argparse takes no option between words
+    from kd.errors import MISTAKES, for_people
+    from kd.progress import end_with
+
+    try:
+        import train
+        from kd import preview
+
+        rows = next((word for word in reversed(given.words) if word.startswith("rows=")), "rows=3")
+        if not rows.removeprefix("rows=").isdecimal():
+            raise UserError(f"{rows}: need a number of rows, e.g. rows=3.")
+        settings, packed = train.pack_data([word for word in given.words if not word.startswith("rows=")])
+        of = packed, preview.tokenizer_of(packed), int(rows.removeprefix("rows=")), settings["data"].get("date")
+        if given.json:
+            print(preview.as_json(*of))
+        else:
+            preview.show(*of)
+    except MISTAKES as error:
+        end_with(for_people(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -12,9 +12,8 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from kd.corpora import first_line
 from kd.data import IGNORE, Batch
-from kd.errors import UserError
+from kd.errors import UserError, first_line
 from kd.generate import Sampled, evaluated, prompts
 from kd.models import Causal
 

@@ -20,3 +20,8 @@ def check(option: str, got, good: bool, need: str) -> None:
     """Raise UserError unless the value that an option got is good."""
     if not good:
         raise UserError(f"{option}={got}: need {need}.")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -20,7 +20,7 @@ NO_PART = (
 
 # Options that are newer than the names of existing runs. One that has the value given here is left out of the name, so
 # that adding it renames no run. A default that changes must rename: it does not belong here.
-NEUTRAL: dict[str, object] = {}
+NEUTRAL: dict[str, object] = {"data.special": "text", "data.turns": "last", "data.date": None}
 
 # Settings without a meaning under logits=none.
 NO_SIGNAL = ("loss", "truncation", "target", "temperature", "routing", "alpha")

@@ -13,8 +13,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from kd import agent, files
-from kd.corpora import first_line
-from kd.errors import MISTAKES, UserError
+from kd.errors import MISTAKES, UserError, first_line
 from kd.identity import About
 from kd.run import RESPONSES, SECRET, read_metrics
 

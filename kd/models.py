@@ -16,8 +16,8 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
-from kd.corpora import first_line, offline_unless_reachable
-from kd.errors import UserError
+from kd.corpora import offline_unless_reachable
+from kd.errors import UserError, first_line
 from kd.hardware import out_of_memory
 from kd.sizes import SIZES
 

@@ -4,13 +4,15 @@
 2. split      a document belongs to validation if its hash says so: the same text never lands on both sides
 3. tokens     by a tokenizer trained on the spot, or the pretrained model's own
 4. rows       documents joined with an end-of-text token and cut into rows of T + 1 tokens, on disk, once, under a lock;
-              prompts with responses (kd/instructions.py): each a row of its own, [prompt, response, end], padded with
+              prompts with responses (kd/templates.py): each a row of its own, [prompt, response, end], padded with
               the end, and beside the rows where the prompt and all of it end
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -18,10 +20,11 @@ import filelock
 import numpy as np
 import xxhash
 
-from kd import files, instructions
+from kd import files, templates
 from kd.corpora import Corpus
-from kd.data import Packed, between
+from kd.data import Packed, between, in_words
 from kd.errors import UserError
+from kd.examples import Example
 from kd.progress import console, track
 from kd.run import read_json
 from kd.tokenizer import bos_by_name, bos_of, byte_counts, load_tokenizer, vocabulary_size
@@ -33,6 +36,8 @@ END = "<|endoftext|>"
 def key(corpus: Corpus, **settings) -> str:
     """Name of the packed data: a digest of everything that its content depends on."""
     content, name = files.stamp(settings.get("tokenizer")), settings.get("tokenizer")
+    if settings.get("special") == "text":  # an option that is newer than many folders
+        del settings["special"]
     if name and not (corpus.pairs and corpus.pairs.template == "chat") and (bos := bos_by_name(name)):
         settings["bos"] = bos
     if of := settings.pop("tokenizer_of", None):
@@ -43,13 +48,14 @@ def key(corpus: Corpus, **settings) -> str:
 def pack(
     corpus: Corpus, cache: Path, seq_len: int = 256, vocab: int = 1024, tokenizer: str | None = None,
     tokens: int | None = None, val_rows: int = 64, val_share: float = 0.05,
-    tokenizer_of: tuple[Corpus, dict] | None = None,
+    tokenizer_of: tuple[Corpus, dict] | None = None, special: str = "text",
 ) -> Packed:  # fmt: skip
     """The corpus as rows of seq_len + 1 tokens, made once and kept in `cache`.
 
     vocab: size of the tokenizer to train, unless `tokenizer` names a pretrained one, or it is that of other text,
     `tokenizer_of`, which is packed too. tokens: at most so many for training, padding not counted (a smaller amount is
-    a part of a larger one). Raises UserError for text too short for one row.
+    a part of a larger one). special: special tokens that are written out in the text are read as text, or as tokens.
+    Raises UserError for text too short for one row.
     """
     settings = dict(seq_len=seq_len, tokens=tokens, val_rows=val_rows, val_share=val_share)
     for option, value in dict(seq_len=seq_len, val_rows=val_rows, tokens=tokens).items():
@@ -60,6 +66,11 @@ def pack(
         raise UserError(f"data.val_share={val_share}: need a share of the documents between 0 and 1, e.g. 0.05.")
     if tokenizer is None and not corpus.words and vocab < 257:
         raise UserError(f"data.vocab={vocab}: need at least 257, one token per byte and one for the end of a text.")
+    if special not in ("text", "tokens"):
+        raise UserError(f"data.special={special}: need text or tokens.")
+    if special == "tokens" and corpus.words:
+        raise UserError("data.special=tokens: this data has a vocabulary of its own; leave it out.")
+    settings["special"] = special
     settings |= {"tokenizer": tokenizer} if tokenizer else {"vocab": vocab}
 
     def make(temporary: Path) -> None:
@@ -103,15 +114,16 @@ def opened(folder: Path) -> Packed:
             raise UserError(f"{folder / name} is damaged: it is not what was written. {again}")
     train, val = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("train", "val"))
     of = manifest["bytes_per_token"], manifest["entropy"], manifest["digests"]
+    counts = manifest.get("counts", {})
     if "end" not in manifest:
-        return Packed(folder, train, val, *of, boundary=tuple(manifest.get("boundary", ())))
+        return Packed(folder, train, val, *of, counts=counts, boundary=tuple(manifest.get("boundary", ())))
     spans = (np.load(folder / f"{part}_spans.npy") for part in ("train", "val"))
-    return Packed(folder, train, val, *of, *spans, manifest["end"])
+    return Packed(folder, train, val, *of, *spans, manifest["end"], counts, manifest["template"])
 
 
 def _write(
     folder: Path, corpus: Corpus, seq_len: int, tokens: int | None, val_rows: int, val_share: float,
-    vocab: int | None = None, tokenizer: str | None = None,
+    vocab: int | None = None, tokenizer: str | None = None, special: str = "text",
 ) -> None:  # fmt: skip
     documents = _ordered(corpus)
     sides = _Sides(val_share)
@@ -120,7 +132,9 @@ def _write(
     if fast.eos_token_id is None and not corpus.words:
         raise UserError(f"data.tokenizer={tokenizer}: has no token for the end of a text, which separates documents.")
     write = _write_examples if corpus.pairs else _write_text
-    about = write(folder, corpus, documents, sides, fast, seq_len, tokens or math.inf, val_rows)
+    about = write(folder, corpus, documents, sides, fast, seq_len, tokens or math.inf, val_rows, special == "tokens")
+    if corpus.pairs or about["counts"]["left_out"].keys() - {"limit"} or about["counts"]["special_as_text"]:
+        console.print(in_words(about["counts"]), soft_wrap=True, markup=False)
     about |= {"source": corpus.fingerprint, "vocab": vocabulary_size(fast), "entropy": corpus.entropy}
     seal(folder, about)
 
@@ -134,10 +148,10 @@ def seal(folder: Path, about: dict) -> None:
 
 def _write_text(
     folder: Path, corpus: Corpus, documents: Iterable[str], sides: _Sides, fast, seq_len: int, tokens: float,
-    val_rows: int,
+    val_rows: int, special: bool,
 ) -> dict:  # fmt: skip
-    """Rows of documents that are joined, and what the manifest says of them."""
-    dtype = _dtype(fast)
+    """Write rows of documents that are joined, and return the manifest's entries about them."""
+    dtype, counts, written_out = _dtype(fast), Counts("documents"), templates.holds_special(fast)
     count, size = {"train": 0, "val": 0}, seq_len + 1
     # Of a stream the first validation rows, of a whole the same random ones, however much there is for training.
     limit = {"train": tokens, "val": val_rows * size if corpus.streaming else math.inf}
@@ -148,26 +162,32 @@ def _write_text(
     ):  # fmt: skip
         out = {"train": train, "val": val}
         for batch in _batches(documents, 256):
-            pairs = [(text, sides(text)) for text in batch]
+            counts.read += len(batch)
+            pairs = [(text, sides(text)) for text in batch if text.strip()]
+            counts.left_out["empty"] += len(batch) - len(pairs)
             pairs = [(text, side) for text, side in pairs if count[side] < limit[side]]
-            encoded = instructions.tokens([text for text, _ in pairs], fast)
+            encoded = templates.tokens([text for text, _ in pairs], fast, special)
             for (text, side), ids in zip(pairs, encoded, strict=True):
                 if count[side] < limit[side]:
+                    counts.used[side] += 1
+                    counts.special_as_text += not (special or corpus.words) and bool(written_out.search(text))
                     place = count[side] % size
                     row = _with_bos(ids + end, bos, place, size)
                     np.array(row, dtype).tofile(out[side])
                     count[side] += len(row)
                     if side == "val" and not corpus.words:
-                        counts = [*byte_counts(text, ids, fast), *(0 for _ in end)]
-                        np.array(_with_bos(counts, [0 for _ in bos], place, size), np.float32).tofile(val_bytes)
+                        spread = [*byte_counts(text, ids, fast), *(0 for _ in end)]
+                        np.array(_with_bos(spread, [0 for _ in bos], place, size), np.float32).tofile(val_bytes)
             if all(count[side] >= limit[side] for side in count):
                 break
     for side in ("train", "val"):
         rows = int(min(count[side], limit[side] if side == "train" else math.inf)) // size
         if rows == 0:
             _too_short(count, size)
+        counts.rows[side] = min(rows, val_rows) if side == "val" else rows
         taken = _save(folder, side, dtype, (rows, size), val_rows)
-    about = {"train_tokens": count["train"], "bytes_per_token": None}
+    counts.left_out["limit"] = counts.read - sum(counts.used.values()) - counts.left_out["empty"]
+    about = {"counts": counts.as_dict(), "train_tokens": count["train"], "bytes_per_token": None}
     if not corpus.words:  # of the tokens that are measured: all but the first of a row, and those in front of a text
         measured = np.memmap(folder / "val_bytes.bin", np.float32, "r", shape=(rows, size))[taken, 1:]
         boundary = (*end, *bos)
@@ -211,56 +231,85 @@ def _with_bos(tokens: list, bos: list, place: int, size: int) -> list:
 
 
 def _write_examples(
-    folder: Path, corpus: Corpus, documents: Iterable[instructions.Example], sides: _Sides, fast, seq_len: int,
-    tokens: float, val_rows: int,
+    folder: Path, corpus: Corpus, documents: Iterable[Example], sides: _Sides, fast, seq_len: int, tokens: float,
+    val_rows: int, special: bool,
 ) -> dict:  # fmt: skip
-    """Rows of one example each, their spans, and what the manifest says of them."""
-    template, most = instructions.template_of(corpus.pairs, documents, fast), corpus.pairs.prompt_len
-    end, size, dtype = instructions.end_of_response(template, fast), seq_len + 1, _dtype(fast)
+    """Write rows of one response each, and their spans, and return the manifest's entries about them."""
+    most, date, written_out = corpus.pairs.prompt_len, corpus.pairs.date, templates.holds_special(fast)
+    template = templates.template_of(corpus.pairs, documents, fast)
+    if date and template != "chat":
+        raise UserError(f"data.date={date} would do nothing with data.template={template}: leave it out.")
     if template != "chat":
         _announced_bos(fast, seq_len)
+    end, size, dtype = templates.end_of_response(template, fast, date), seq_len + 1, _dtype(fast)
     spans: dict[str, list] = {"train": [], "val": []}
     heard: list[float] = []  # bytes of the responses of validation, as far as rows hold them
-    read, cut, left_out = 0, 0, {"too_long": 0, "empty": 0}
+    counts, read = Counts("examples"), 0
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         out = {"train": train, "val": val}
         for batch in _batches(documents, 256):
-            for example, (prompt, response) in zip(batch, instructions.encode(batch, template, fast), strict=True):
-                if not 0 < len(prompt) <= most:
-                    left_out["too_long" if prompt else "empty"] += 1
-                    continue
-                side, row = sides(example), [*prompt, *response, end][:size]
-                if side == "train":
-                    read += len(row)
-                    if read > tokens:  # what comes later may be shorter, but less is to be a part of more
+            for example, rows in zip(batch, templates.encode(batch, template, fast, special, date), strict=True):
+                counts.add(example, rows, None if special else written_out)
+                for prompt, response, text, _ in rows:
+                    if not 0 < len(prompt) <= most or not (response or example.prompt_only):
+                        reason = "prompt_too_long" if response or example.prompt_only else "no_response"
+                        counts.left_out[reason if prompt else "no_prompt"] += 1
                         continue
-                else:
-                    heard.append(byte_counts(example.response, response, fast)[: size - len(prompt)].sum())
-                np.array(row + [end] * (size - len(row)), dtype).tofile(out[side])
-                spans[side].append((len(prompt), len(row)))
-                cut += len(prompt) + len(response) + 1 > size
-    examples = {side: len(of) for side, of in spans.items()}
-    said = (
-        f"{examples['train']:,} examples for training and {examples['val']:,} for validation; left out: "
-        f"{left_out['too_long']:,} whose prompt has more than {most:,} tokens, {left_out['empty']:,} without prompt or "
-        f"response; cut: {cut:,} responses that go beyond the {size:,} tokens of a row"
-    )
-    if not all(examples.values()):
+                    side, whole = sides(example), [*prompt, *response, *([end] if response[-1:] != [end] else [])]
+                    row = whole[:size]
+                    if side == "train":
+                        read += len(row)
+                        if read > tokens:  # what comes later may be shorter, but less is to be a part of more
+                            counts.left_out["limit"] += 1
+                            continue
+                    else:
+                        heard.append(byte_counts(text, response, fast)[: size - len(prompt)].sum())
+                    np.array(row + [end] * (size - len(row)), dtype).tofile(out[side])
+                    spans[side].append((len(prompt), len(row)))
+                    counts.cut += len(whole) > size
+    counts.used = {side: len(of) for side, of in spans.items()}
+    counts.rows = counts.used | {"val": min(len(spans["val"]), val_rows)}
+    if not all(counts.used.values()):
         raise UserError(
-            f"{said}. Each side needs one: give more examples, longer rows (data.seq_len=, data.prompt_len=), or more "
-            "of them to validation (data.val_share=0.2)."
+            f"{in_words(counts.as_dict())}. Each side needs one: give more examples, longer rows (data.seq_len=, "
+            "data.prompt_len=), or more of them to validation (data.val_share=0.2)."
         )
     for side, of in spans.items():
         taken = _save(folder, side, dtype, (len(of), size), val_rows)
         table = np.array(of, np.int32)[taken]
         np.save(folder / f"{side}_spans.npy", table)
-    console.print(said, soft_wrap=True)
     learned = (table[:, 1] - table[:, 0]).sum()  # of the validation rows
     return {
         "train_tokens": sum(total for _, total in spans["train"]),
         "bytes_per_token": float(np.array(heard)[taken].sum() / learned) or None,
-        "template": template, "end": end, "examples": examples, "left_out": left_out, "cut": cut,
+        "template": template, "end": end, "counts": counts.as_dict(),
     }  # fmt: skip
+
+
+class Counts:
+    """Numbers of what was read and what became of it. unit: of what is read, documents or examples."""
+
+    def __init__(self, unit: str):
+        self.unit, self.read, self.cut, self.special_as_text, self.prompts_only = unit, 0, 0, 0, 0
+        self.used, self.rows = {"train": 0, "val": 0}, {"train": 0, "val": 0}
+        self.left_out: Counter[str] = Counter()  # by reason
+        self.unlearned: Counter[str] = Counter()  # turns of the assistant, by reason
+        self.unused: Counter[str] = Counter()  # columns and keys, by name
+
+    def add(self, example: Example, rows: list[templates.Row], written_out: re.Pattern | None) -> None:
+        """Count an example. written_out: finds special tokens that are read as text; None where they are tokens."""
+        self.read += 1
+        self.unused.update(dict.fromkeys([*example.unused, *(name for row in rows for name in row.unused)], 1))
+        self.unlearned.update(example.unlearned)
+        if example.left_out:
+            self.left_out[example.left_out] += 1
+        self.prompts_only += example.prompt_only
+        self.special_as_text += bool(written_out and any(written_out.search(turn.content) for turn in example.turns))
+
+    def as_dict(self) -> dict:
+        """For a manifest, without reasons and names that have none."""
+        return {name: {k: n for k, n in value.items() if n or name in ("used", "rows")} if isinstance(value, dict)
+                else value for name, value in vars(self).items()}  # fmt: skip
 
 
 def _dtype(fast) -> type:
@@ -290,7 +339,7 @@ class _Sides:
     def __init__(self, val_share: float):
         self.bound = val_share * 2**64
 
-    def __call__(self, document: str | instructions.Example) -> str:
+    def __call__(self, document: str | Example) -> str:
         text = document if isinstance(document, str) else document.asked
         return "val" if xxhash.xxh3_64_intdigest(text.encode(), seed=1) < self.bound else "train"
 
@@ -300,12 +349,15 @@ def _ordered(corpus: Corpus):
     documents = corpus.load()
     if corpus.streaming:
         return documents
-    order = sorted(range(len(documents)), key=lambda i: xxhash.xxh3_64_intdigest(_content(documents[i]).encode()))
-    return _Reordered(documents, order)
-
-
-def _content(document: str | instructions.Example) -> str:
-    return document if isinstance(document, str) else str(document[:-1])
+    digests, again = [], Counter()
+    for document in documents:
+        text = (document if isinstance(document, str) else document.content).encode()
+        digest = xxhash.xxh3_64_intdigest(text)
+        if not corpus.words:  # whose rows are documents
+            again[digest] += 1
+        # The first of equal documents where it would be alone, the others elsewhere.
+        digests.append(xxhash.xxh3_64_intdigest(text, seed=again[digest] - 1) if again[digest] > 1 else digest)
+    return _Reordered(documents, sorted(range(len(documents)), key=digests.__getitem__))
 
 
 class _Reordered:
@@ -329,7 +381,7 @@ def _tokenizer(corpus: Corpus, documents: Iterable[str], sides: _Sides, vocab: i
         bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END)
 
-    template = instructions.template_of(corpus.pairs, documents) if corpus.pairs else None
+    template = templates.template_of(corpus.pairs, documents) if corpus.pairs else None
 
     def sample() -> Iterator[str]:
         read = 0
@@ -337,7 +389,7 @@ def _tokenizer(corpus: Corpus, documents: Iterable[str], sides: _Sides, vocab: i
             if read >= 20_000_000:
                 return
             if sides(document) == "train":
-                text = document if template is None else instructions.written(document, template)
+                text = document if template is None else templates.written(document, template)
                 read += len(text)
                 yield text
 

@@ -114,7 +114,8 @@ def plain_corpus(settings: Settings) -> tuple[Corpus, dict]:
 
 def plain_data(settings: Settings) -> Settings:
     """Settings of a run on the plain text."""
-    alike = {k: settings["data"][k] for k in ("seq_len", "vocab", "tokenizer", "val_rows", "val_share")}
+    shared = ("seq_len", "vocab", "tokenizer", "val_rows", "val_share", "special")
+    alike = {k: settings["data"][k] for k in shared if k in settings["data"]}  # a store of before has no special
     return {"tokens": None} | settings["plain"] | alike
 
 

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from kd.data import in_words
+
 # What would move the cursor, rename the window, fill the clipboard or reverse text, were it said by a file or a log.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -124,6 +126,9 @@ MEASURES = {
 }
 
 
+NOT_ALL = ("left_out", "cut", "unlearned", "unused", "special_as_text", "prompts_only")  # counts that a run's table has
+
+
 def show(run, result: dict) -> None:
     """What came out of a run, as a table."""
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -134,4 +139,7 @@ def show(run, result: dict) -> None:
         table.add_row("entropy", f"{result['entropy']:.4f}", "[dim]loss of a perfect model of this data[/]")
     spent = f"{result['tokens']:,} tokens in {clock(result['seconds'])}, {result['flops']:.2e} FLOPs"
     console.print(table)
+    counts = result.get("data") or {}
+    if any(counts.get(name) for name in NOT_ALL):
+        console.print(f"Data: {in_words(counts)}.", markup=False, soft_wrap=True)
     console.print(f"{spent}. All of it: {run.where}", highlight=False, soft_wrap=True)

@@ -232,6 +232,31 @@ def check_rollout(settings: Settings) -> None:
         raise UserError(f"{said} and record: a store is of the text of the data. Leave one of them out.")
 
 
+def check_prompts_only(settings: Settings, learns_data: bool) -> None:
+    """Raise UserError unless a rollout writes all responses. learns_data: whether alpha is ever below 1."""
+    name, rollout = name_of(settings["rollout"]), settings["rollout"]
+    missing = "This data has prompts and no responses"
+    if name not in ("teacher", "pairs", "mixed") and not (name == "student" and rollout["share"] == 1):
+        got = f"rollout={name}" + (f" rollout.share={rollout['share']}" if name == "student" else "")
+        raise UserError(
+            f"{missing}, and {got} learns from the data: need a rollout that writes them all. Type rollout=student "
+            "rollout.share=1 alpha.peak=1, or rollout=teacher. If there is a column of responses, name it: "
+            "data.prompt=COLUMN data.response=COLUMN."
+        )
+    if name != "teacher" and learns_data and settings["lm"] == "data":
+        raise UserError(
+            f"{missing}, and alpha is below 1, so some would be learned as text: type alpha.peak=1, or lm=plain."
+        )
+    stage = settings["start"]["stage"] == "sft"
+    if stage or settings["teacher"]["size"] or settings["teacher"].get("sft"):
+        what = "start=sft" if stage else f"teacher.size={settings['teacher']['size']}"
+        what = what if stage or settings["teacher"]["size"] else "teacher.sft=true"
+        raise UserError(
+            f"{missing}, and {what} is fine-tuned on responses. Type teacher=hub teacher.name=NAME_OR_FOLDER, and "
+            "start=scratch or start=pretrained."
+        )
+
+
 def check_ranks(settings: Settings) -> None:
     """Raise UserError where the batch, or what is to be done, cannot be shared out among several processes."""
     of = settings["trainer"]

@@ -9,6 +9,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +23,25 @@ AT_ONCE = 64  # rows that are written together, and kept in a file
 
 
 def by_teacher(
-    packed: Packed, folder: Path, rollout: Callable[[Writers], Rollout], writers: Callable[[], Writers]
-) -> Packed:
-    """The packed examples with the teacher's responses for training, made in `folder` where they are not there yet."""
+    packed: Packed, folder: Path, rollout: Callable[[Writers], Rollout], writers: Callable[[], Writers],
+    sides: tuple[str, ...] = ("train",),
+) -> Packed:  # fmt: skip
+    """The packed examples with the teacher's responses, made in `folder` where they are not there yet.
+
+    sides: those that get them, train, val or both.
+    """
     parts = folder.with_name(f"{folder.name}.parts")
 
     def make(temporary: Path) -> None:
-        tokens, spans = _all_parts(packed, parts, rollout, writers)
+        given = cache(writers)
+        written = {side: _all_parts(packed, side, parts, rollout, given) for side in sides}
         shutil.copytree(packed.folder, temporary)
-        np.save(temporary / "train.npy", tokens.astype(packed.train.dtype))
-        np.save(temporary / "train_spans.npy", spans)
+        for side, (tokens, spans) in written.items():
+            np.save(temporary / f"{side}.npy", tokens.astype(packed.train.dtype))
+            np.save(temporary / f"{side}_spans.npy", spans)
         about = json.loads((temporary / "manifest.json").read_text())
         about = {k: v for k, v in about.items() if k not in ("digest", "digests")}
+        spans = written["train"][1] if "train" in sides else packed.train_spans
         packing.seal(temporary, about | {"train_tokens": int(spans[:, 1].sum()), "written": folder.name})
 
     made = packing.once(folder, make)
@@ -41,25 +49,27 @@ def by_teacher(
     return made
 
 
-def _all_parts(packed: Packed, parts: Path, rollout, writers) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [R, T + 1] and spans [R, 2] of all training rows, as far as they are not in files of `parts` yet."""
+def _all_parts(packed: Packed, side: str, parts: Path, rollout, writers) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [R, T + 1] and spans [R, 2] of all rows of a side, as far as they are not in files of `parts` yet."""
     from kd.progress import clock, console, track
 
     parts.mkdir(exist_ok=True)
-    paths = {start: parts / f"{start:09}.npz" for start in range(0, len(packed.train), AT_ONCE)}
+    rows, asked = (packed.train, packed.train_spans) if side == "train" else (packed.val, packed.val_spans)
+    name, salt = ("", []) if side == "train" else ("val-", [1])
+    paths = {start: parts / f"{name}{start:09}.npz" for start in range(0, len(rows), AT_ONCE)}
     missing = [start for start, path in paths.items() if not whole(path)]
     if missing:
         given = writers()
-        write = rollout(given)
+        write, before = rollout(given), (given.tokens, given.seconds)
         for start in track(missing, "the teacher writes"):
-            index = np.arange(start, min(start + AT_ONCE, len(packed.train)))
-            shape = (len(index), packed.train.shape[1] - 1)
-            seed = np.random.default_rng([given.seed, start]).integers(0, 2**62, shape)
-            batch = data.to_batch(packed.train[index], index, seed, packed.train_spans[index])
-            rows = as_rows(write(move_data_to_device(batch, given.teacher.model.device), 0, 0.0))
-            keep(paths[start], tokens=rows["tokens"].numpy(), span=rows["span"].numpy())
-        rate = given.tokens / given.seconds
-        console.print(f"The teacher wrote {given.tokens:,} tokens in {clock(given.seconds)}, {rate:,.0f} tokens/s.")
+            index = np.arange(start, min(start + AT_ONCE, len(rows)))
+            shape = (len(index), rows.shape[1] - 1)
+            seed = np.random.default_rng([given.seed, start, *salt]).integers(0, 2**62, shape)
+            batch = data.to_batch(rows[index], index, seed, asked[index])
+            new = as_rows(write(move_data_to_device(batch, given.teacher.model.device), 0, 0.0))
+            keep(paths[start], tokens=new["tokens"].numpy(), span=new["span"].numpy())
+        tokens, seconds = given.tokens - before[0], given.seconds - before[1]
+        console.print(f"The teacher wrote {tokens:,} tokens in {clock(seconds)}, {tokens / seconds:,.0f} tokens/s.")
     found = [np.load(path) for path in paths.values()]
     return tuple(np.concatenate([part[name] for part in found]) for name in ("tokens", "span"))
 

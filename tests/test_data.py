@@ -177,6 +177,51 @@ def test_text_of_the_end_token_stays_text(tmp_path):
     assert set(whole[1:-1]) < set(texts) and sum(packing.END in text for text in whole) > 50
 
 
+def test_empty_documents_are_left_out_and_equal_ones_apart(tmp_path, capfd):
+    """Lines of an encyclopedia as rows: four in ten are empty, and headings come again and again."""
+    heading = next(f" = {n} = \n" for n in range(99) if packing._Sides(0.2)(f" = {n} = \n") == "train")
+    texts = [x for n in range(100) for x in ("", f" text {n} of its own \n", heading, " \n")]
+    made = packing.pack(corpus(texts), tmp_path, **SETTINGS | {"seq_len": 8})
+    assert made.counts["read"] == 400 and made.counts["left_out"] == {"empty": 200}
+    assert sum(made.counts["used"].values()) == 200 and not made.counts["special_as_text"]
+    assert "400 documents read" in (line := capfd.readouterr().err) and "left out: 200 empty" in line
+    fast = PreTrainedTokenizerFast.from_pretrained(made.tokenizer)
+    rows, end = made.train.flatten(), fast.eos_token_id
+    assert not ((rows[1:] == end) & (rows[:-1] == end)).any()
+    found = fast.decode(rows).split(packing.END)
+    same = np.array([text == heading for text in found])
+    assert same.sum() >= 99 and (same[1:] & same[:-1]).sum() < 0.8 * same.sum()
+    again = packing.pack(corpus(texts[::-1]), tmp_path / "other", **SETTINGS | {"seq_len": 8})
+    assert (again.train == made.train).all() and (again.val == made.val).all()
+
+
+def test_the_standard_library_has_another_name_where_its_rows_are_others(monkeypatch):
+    monkeypatch.setattr(corpora, "standard_library", lambda: ["a = 1", "b = 2"])
+    assert set(corpora.python().fingerprint) == {"name", "content"}
+    for texts in (["a = 1", "a = 1"], ["a = 1", " "]):
+        monkeypatch.setattr(corpora, "standard_library", lambda texts=texts: texts)
+        assert corpora.python().fingerprint["version"] == corpora.ROWS
+
+
+def test_the_usual_value_of_a_new_option_is_no_part_of_a_name(packed):
+    assert packing.key(corpus(documents()), **SETTINGS, tokens=None, tokenizer_of=None) == packed.folder.name
+    assert packing.key(corpus(documents()), **SETTINGS, tokens=None, special="text") == packed.folder.name
+    assert packing.key(corpus(documents()), **SETTINGS, tokens=None, special="tokens") != packed.folder.name
+
+
+def test_special_tokens_in_text_are_counted_or_read(tmp_path, capfd):
+    texts = [f"{text}{packing.END}more" for text in documents(200)] + documents(100, 1)
+    made = packing.pack(corpus(texts), tmp_path, **SETTINGS)
+    assert made.counts["special_as_text"] == 200
+    assert "200 documents hold special tokens" in (line := capfd.readouterr().err) and "data.special=tokens" in line
+    other = packing.pack(corpus(texts), tmp_path, **SETTINGS, special="tokens")
+    end = PreTrainedTokenizerFast.from_pretrained(other.tokenizer).eos_token_id
+    ends = [int((made.flatten() == end).sum()) for made in (made.train, other.train)]
+    assert ends[1] > 1.4 * ends[0] and other.counts["special_as_text"] == 0 and other.folder != made.folder
+    with pytest.raises(UserError, match=r"data\.special=tokens: this data has a vocabulary of its own"):
+        packing.pack(markov(16, 9999, 8, 3), tmp_path, seq_len=16, special="tokens")
+
+
 def test_rows_of_plain_text_are_named_and_made_as_ever(packed, tmp_path):
     """Digests of what was packed before there were prompts and responses: folders of users go on to be theirs."""
     chain = packing.pack(markov(16, 40_000, 8, 3), tmp_path, seq_len=16, val_rows=8)

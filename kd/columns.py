@@ -1,0 +1,311 @@
+"""Rows of a table as examples, whatever the columns are called.
+
+What belongs to an example is used: system prompts, history, tools, weights of 0 and 1. Other columns, and keys of
+messages that no template reads, are counted by name. What would change the meaning and cannot be used is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from kd.errors import UserError
+from kd.examples import Example, Turn
+from kd.tables import Documents, kind_of
+
+
+class Shape(NamedTuple):
+    """Names of columns; without a response the prompt is a whole conversation, or all that there is."""
+
+    prompt: str
+    input: str | None
+    response: str | None
+
+
+SHAPES = (
+    Shape("messages", None, None),
+    Shape("conversations", None, None),  # ShareGPT
+    Shape("instruction", "context", "response"),  # Dolly
+    Shape("instruction", "input", "output"),  # Alpaca
+    Shape("prompt", None, "response"),
+    Shape("prompt", None, "completion"),
+    Shape("question", None, "answer"),
+    Shape("prompt", None, None),
+)
+SYSTEM, HISTORY, TOOLS, OPTIONS, WEIGHT, LABEL = (
+    ("system", "system_prompt"), "history", ("tools", "functions"), "chat_template_kwargs", "weight", "label"
+)  # fmt: skip
+ROLES = {
+    "human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatbot": "assistant",
+    "ai": "assistant",
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool", "function", "ipython")},
+}  # fmt: skip
+# Keys of a message that decide if it is learned, and the value for yes.
+LEARNED = {"weight": True, "loss_weight": True, "loss": True, "train": True, "trainable": True, "mask": False,
+           "masked": False}  # fmt: skip
+
+MESSAGES = "text, or a list of messages with role and content"
+
+
+class Reader:
+    """Reads the rows of one table. learn: last or all of the assistant's turns."""
+
+    def __init__(self, shape: Shape, learn: str, option: str):
+        self.shape, self.learn, self.option = shape, learn, option
+        self.used = {*filter(None, shape), *SYSTEM, HISTORY, *TOOLS, OPTIONS, WEIGHT, LABEL}
+
+    def __call__(self, row: dict) -> Example:
+        """The example in a row; one without turns where there is nothing to learn."""
+        shape = self.shape
+        unused = [f"column {name}" for name, value in row.items() if name not in self.used and _is_there(value)]
+        turns, are_messages = self._conversation(row, unused)
+        if reason := self._excluded(row, unused):
+            return Example((), left_out=reason, unused=tuple(unused))
+        answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
+        if shape.response and answers and answers[-1] < len(turns) - 1:
+            answers = []  # the response has no turn of the assistant
+        first = answers[0] if answers else len(turns)
+        if not any(turn.content.strip() for turn in turns[:first] if turn.role != "system"):
+            return Example((), left_out="no_prompt", unused=tuple(unused))
+        if shape == SHAPES[-1] and turns[-1].role != "assistant":
+            answer = Turn("assistant", "", learned=True)
+            return Example((*turns, answer), are_messages, tools=self._tools(row), options=self._options(row),
+                           unused=tuple(unused), prompt_only=True)  # fmt: skip
+        full = [place for place in answers if turns[place].learned and _says(turns[place])]
+        if not full or (self.learn == "last" and not _says(turns[max(p for p in answers if turns[p].learned)])):
+            weighted = answers and not any(turns[place].learned for place in answers)
+            return Example((), left_out="weight" if weighted else "no_response", unused=tuple(unused))
+        learned = full if self.learn == "all" else full[-1:]
+        unused += ["turns after the last that is learned"] if learned[-1] < len(turns) - 1 else []
+        weights = sum(not turns[place].learned for place in answers)
+        empty = sum(turns[place].learned and not _says(turns[place]) for place in answers)
+        unlearned = {"weight": weights, "empty": empty, "earlier": len(answers) - weights - empty - len(learned)}
+        return Example(
+            tuple(turn._replace(learned=place in learned) for place, turn in enumerate(turns[: learned[-1] + 1])),
+            are_messages, tools=self._tools(row), options=self._options(row),
+            opening=first if self.learn == "all" else None,
+            unlearned={name: count for name, count in unlearned.items() if count}, unused=tuple(unused),
+        )  # fmt: skip
+
+    def _conversation(self, row: dict, unused: list[str]) -> tuple[list[Turn], bool]:
+        """All turns of a row, with those of its further columns, and whether the prompt was a list of messages."""
+        shape = self.shape
+        if shape.response is None or all(messages_in(row.get(c)) for c in (shape.prompt, shape.response)):
+            row = row | {c: messages_in(row.get(c)) or row.get(c) for c in (shape.prompt, shape.response) if c}
+        asked, are_messages = self._turns(row, shape.prompt, "user", unused)
+        if shape.input:
+            asked += [turn for turn in self._turns(row, shape.input, "input", unused)[0] if turn.content.strip()]
+        if shape.response:
+            answer, _ = self._turns(row, shape.response, "assistant", unused)
+            if any(turn.role in ("user", "system", "developer") for turn in answer):
+                asked, answer = self._whole(asked, answer)
+            turns = asked + (answer or [Turn("user", "")])
+        else:
+            turns = asked
+        history = self._history(row, unused)
+        systems = [row[name] for name in SYSTEM if _is_there(row.get(name)) and name not in shape]
+        for text in systems:
+            if not isinstance(text, str):
+                raise self._refused("system", type(text).__name__, "text")
+        start = sum(turn.role == "system" for turn in turns[:1])
+        if systems and start and [turns[0].content] != systems:
+            raise UserError(
+                f"{self.option}: a system prompt in a column ({_brief(systems[0])}) and another in the messages "
+                f"({_brief(turns[0].content)}). Keep one of them."
+            )
+        systems = [] if start else systems
+        return [*(Turn("system", text) for text in systems), *turns[:start], *history, *turns[start:]], are_messages
+
+    def _whole(self, asked: list[Turn], answer: list[Turn]) -> tuple[list[Turn], list[Turn]]:
+        """A conversation in the response's column, which has to begin with the prompt."""
+        head = [turn for turn in answer if turn.role != "system"][: sum(turn.role != "system" for turn in asked)]
+        same = [(t.role, t.content.strip()) for t in head]
+        if same != [("user" if t.role == "input" else t.role, t.content.strip()) for t in asked if t.role != "system"]:
+            raise UserError(
+                f"{self.option}: column {self.shape.response!r} holds turns of the user, and does not begin with "
+                f"column {self.shape.prompt!r}: {_brief([list(t[:2]) for t in answer])}. To learn from it alone, type "
+                f"data.prompt={self.shape.response} and leave data.response out."
+            )
+        systems = [] if any(turn.role == "system" for turn in answer) else [t for t in asked if t.role == "system"]
+        return systems, answer
+
+    def _turns(self, row: dict, column: str, role: str, unused: list[str]) -> tuple[list[Turn], bool]:
+        """Turns in a column, and whether it was a list of messages: text is one turn of `role`, null is none."""
+        value = row.get(column)
+        if value is None:
+            return [], False
+        if isinstance(value, str):
+            return [Turn(role, value, learned=role == "assistant")], False
+        if (messages := messages_in(value)) is None:
+            what = kind_of(value)
+            wrong = value[0] if isinstance(value, list) and value else None
+            raise self._refused(column, f"a list with {_brief(wrong)}" if wrong is not None else what)
+        return [self._turn(message, column, unused) for message in messages], True
+
+    def _turn(self, message: Mapping, column: str, unused: list[str]) -> Turn:
+        keys = {key: value for key, value in message.items() if value is not None}
+        written = str(keys.pop("role", None) or keys.pop("from", None))
+        role = ROLES.get(written.lower())
+        if role is None:
+            raise UserError(
+                f"{self.option}: column {column!r} has a message of the role {written!r}; known are "
+                f"{', '.join(ROLES)}. Rename it, or leave such rows out."
+            )
+        calls = keys.get("tool_calls") or keys.get("function_call")
+        content = keys.pop("content", keys.pop("value", "" if calls else None))
+        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+            content = "".join(part["text"] for part in content)
+        if not isinstance(content, str):
+            raise self._refused(column, f"a list with {_brief(dict(message))}")
+        learned = True
+        for key, yes in LEARNED.items():
+            if key in keys:
+                value = keys.pop(key)
+                if not isinstance(value, int | float) or value not in (0, 1):
+                    raise UserError(
+                        f"{self.option}: {key}={value} in a message, and a turn is learned as a whole or not at all: "
+                        "need 0 or 1. Leave that key out, or such rows."
+                    )
+                learned = learned and bool(value) == yes
+        if role != "assistant" and learned and any(LEARNED.get(key) and message.get(key) for key in message):
+            unused.append("weight of turns that are not the assistant's")
+        keys = {key: _without_null(value) for key, value in keys.items() if _is_there(value)}
+        return Turn(role, content, keys, learned and role == "assistant")
+
+    def _history(self, row: dict, unused: list[str]) -> list[Turn]:
+        """Earlier turns: a list of [question, answer], or of messages."""
+        value = row.get(HISTORY)
+        if HISTORY in self.shape or not _is_there(value):
+            return []
+        if messages_in(value) is not None:
+            return self._turns(row, HISTORY, "user", unused)[0]
+        pairs = value if isinstance(value, list) else [None]
+        if not all(isinstance(p, list) and len(p) == 2 and all(isinstance(t, str) for t in p) for p in pairs):
+            raise self._refused(HISTORY, _brief(value), "a list of [question, answer]")
+        return [turn for ask, say in pairs for turn in (Turn("user", ask), Turn("assistant", say, learned=True))]
+
+    def _tools(self, row: dict) -> tuple:
+        """Schemas of functions; those in a column `functions` are bare."""
+        found: list[dict] = []
+        for column in TOOLS:
+            value = row.get(column) if column not in self.shape else None
+            if not _is_there(value):
+                continue
+            try:
+                tools = json.loads(value) if isinstance(value, str) else value
+                tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
+            except (ValueError, TypeError):
+                tools = [None]
+            if not all(isinstance(tool, dict) for tool in tools):
+                raise self._refused(column, _brief(value), "a list of objects, each the schema of a function")
+            found += [tool if column == "tools" else {"type": "function", "function": tool} for tool in tools]
+        return tuple(map(_without_null, found))
+
+    def _options(self, row: dict) -> dict:
+        value = row.get(OPTIONS)
+        if not _is_there(value):
+            return {}
+        try:
+            options = json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            options = None
+        if not isinstance(options, dict):
+            raise self._refused(OPTIONS, _brief(value), "an object")
+        return {key: option for key, option in options.items() if option is not None}
+
+    def _excluded(self, row: dict, unused: list[str]) -> str:
+        """The reason why a whole row is not to be learned, if its weight or its label says so."""
+        weight, label = (row.get(name) if name not in self.shape else None for name in (WEIGHT, LABEL))
+        if isinstance(weight, int | float) and weight not in (0, 1):
+            raise UserError(
+                f"{self.option}: column {WEIGHT!r} holds {weight}, and a row is learned as a whole or not at all: need "
+                "0 or 1. Leave that column out, or rename it."
+            )
+        if isinstance(label, bool) and not label:  # of KTO: a completion that is not wanted
+            return "label"
+        unused += [f"column {name}" for name, value, kind in ((WEIGHT, weight, int | float), (LABEL, label, bool))
+                   if _is_there(value) and not isinstance(value, kind)]  # fmt: skip
+        return "weight" if weight == 0 and not isinstance(weight, str) else ""
+
+    def _refused(self, column: str, got: str, need: str = MESSAGES) -> UserError:
+        return UserError(
+            f"{self.option}: column {column!r} holds {got} where it needs {need}. "
+            "Name others with data.prompt= and data.response=, or leave such rows out."
+        )
+
+
+def examples(rows, prompt: str | None, response: str | None, learn: str, option: str) -> Documents:
+    """Examples of a table; raises UserError, with the columns that there are, where none are known."""
+    columns = Documents(rows, dict, option).columns
+    shape = _shape(columns, prompt, response, option)
+    documents = Documents(rows, Reader(shape, learn, option), option)
+    value = documents.first().get(shape.prompt)
+    if shape.response is None and shape not in SHAPES[-1:] and value is not None and messages_in(value) is None:
+        raise UserError(
+            f"{option}: column {shape.prompt!r} is no list of messages with role and content, so the response is "
+            f"elsewhere: type data.response=ONE_OF {', '.join(columns)}. Prompts alone need a column called prompt."
+        )
+    return documents
+
+
+def _shape(columns: list[str], prompt: str | None, response: str | None, option: str) -> Shape:
+    there = f"{option}: it has the columns {', '.join(columns)}"
+    if response and not prompt:
+        raise UserError(f"{there}. data.response={response} needs data.prompt=ONE_OF_THEM too.")
+    for name, column in (("prompt", prompt), ("response", response)):
+        if column and column not in columns:
+            raise UserError(f"{there}, and no {column!r}. Type data.{name}=ONE_OF_THEM.")
+    if prompt:
+        inputs = (shape.input for shape in SHAPES if shape.prompt == prompt and shape.input != response)
+        return Shape(prompt, next((name for name in inputs if name in columns), None), response)
+    for shape in SHAPES:
+        if shape.prompt in columns and shape.response in (None, *columns):
+            return shape._replace(input=shape.input if shape.input in columns else None)
+    known = "; ".join(", ".join(filter(None, shape)) for shape in SHAPES)
+    raise UserError(f"{there}, which are none of the shapes that are known ({known}). Say which ones to take: "
+                    "data.prompt=COLUMN data.response=COLUMN.")  # fmt: skip
+
+
+def messages_in(value) -> list[dict] | None:
+    """The messages in a value: a list of them, one, a dict of lists, or one of these as JSON; None for others."""
+    if isinstance(value, str):
+        if value.lstrip()[:1] not in ("[", "{"):
+            return None
+        try:
+            return messages_in(json.loads(value))
+        except ValueError:
+            return None
+    if isinstance(value, dict):
+        lists = [column for column in value.values() if isinstance(column, list)]
+        if lists and len(lists) == len(value) and len({*map(len, lists)}) == 1:
+            value = [dict(zip(value, message, strict=True)) for message in zip(*lists, strict=True)]
+        else:
+            value = [value]
+    good = isinstance(value, list) and all(
+        isinstance(message, dict) and any(isinstance(message.get(key), str) for key in ("role", "from"))
+        and message.keys() & {"content", "value", "tool_calls", "function_call"}
+        for message in value
+    )  # fmt: skip
+    return value if good else None
+
+
+def _says(turn: Turn) -> bool:
+    """True where a turn has text, or a call of a tool."""
+    return bool(turn.content.strip() or turn.keys.get("tool_calls") or turn.keys.get("function_call"))
+
+
+def _is_there(value) -> bool:
+    return value is not None and value not in ("", [], {})
+
+
+def _without_null(value):
+    """A value without the null entries that tables put in where rows have different keys."""
+    if isinstance(value, dict):
+        return {key: _without_null(entry) for key, entry in value.items() if entry is not None}
+    return [_without_null(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _brief(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"

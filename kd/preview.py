@@ -1,0 +1,95 @@
+"""A look at packed data: a few rows as a model reads them, and what became of all that was read."""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+import numpy as np
+from rich.text import Text
+from transformers import AutoTokenizer
+
+from kd import templates
+from kd.data import IGNORE, Packed, in_words
+from kd.examples import Turn
+from kd.progress import Terminal, harmless
+
+COLOURS = {"prompt": "cyan", "learned": "green"}
+
+
+class Shown(NamedTuple):
+    """A row of training, without padding. Here labels stand under their own tokens, without a shift."""
+
+    row: int
+    text: str
+    prompt: str
+    learned: str
+    ids: list[int]
+    labels: list[int]
+
+
+def shown(packed: Packed, tokenizer, count: int) -> list[Shown]:
+    """The first rows of training."""
+    found = []
+    for row in range(min(count, len(packed.train))):
+        ids = packed.train[row].tolist()
+        prompt, total = (0, len(ids)) if packed.train_spans is None else packed.train_spans[row].tolist()
+        ids = ids[:total]
+        texts = (tokenizer.decode(part) for part in (ids, ids[:prompt], ids[prompt:]))
+        found.append(Shown(row, *texts, ids, [IGNORE] * prompt + ids[prompt:]))
+    return found
+
+
+def layout(packed: Packed, tokenizer, date: str | None = None) -> dict[str, str]:
+    """Where a template puts a prompt {user} and a response {assistant}: its parts in their order; {} for plain text."""
+    if packed.template is None:
+        return {}
+    if packed.template != "chat":
+        prompt, inserted = templates.WRITTEN[packed.template]([Turn("user", "{user}")]), ""
+    else:
+        prompt, inserted, _ = templates.Chat(tokenizer, date=date).layout()
+    return {"prompt": prompt, "inserted": inserted, "learned": "{assistant}", "end": tokenizer.decode([packed.end])}
+
+
+def as_json(packed: Packed, tokenizer, count: int, date: str | None = None) -> str:
+    """Rows, counts and the template, for programs."""
+    about = {"folder": str(packed.folder), "template": packed.template, "layout": layout(packed, tokenizer, date)}
+    about |= {"counts": packed.counts, "train_rows": len(packed.train), "val_rows": len(packed.val)}
+    rows = [row._asdict() for row in shown(packed, tokenizer, count)]
+    return json.dumps(about | {"rows": rows}, ensure_ascii=False, indent=1)
+
+
+def show(packed: Packed, tokenizer, count: int, date: str | None = None) -> None:
+    """Print rows, counts and the template, for people."""
+    out = Terminal(highlight=False)
+    special = np.array(sorted(i for i, token in tokenizer.added_tokens_decoder.items() if token.special))
+
+    def part(ids: list[int], kind: str) -> None:
+        out.print(Text(f"{kind}, {len(ids):,} tokens", "dim"))
+        text = Text(style=COLOURS[kind])
+        borders = np.flatnonzero(np.diff(np.isin(ids, special))) + 1
+        for piece in np.split(np.array(ids, int), borders):
+            text.append(harmless(tokenizer.decode(piece)), "reverse" if np.isin(piece, special).any() else "")
+        out.print(text, soft_wrap=True)
+
+    for row in shown(packed, tokenizer, count):
+        prompt = sum(label == IGNORE for label in row.labels)
+        out.print(Text(f"row {row.row} of {len(packed.train):,}", "bold"))
+        if prompt:
+            part(row.ids[:prompt], "prompt")
+        part(row.ids[prompt:], "learned")
+        out.print()
+    if parts := layout(packed, tokenizer, date):
+        out.print(Text(f"template {packed.template}", "bold"))
+        for name, text in parts.items():
+            if text:
+                out.print(Text(f"{name:<9}{harmless(text)!r}", COLOURS.get(name, "")), soft_wrap=True)
+        out.print()
+    unknown = "Not known of this folder, which an earlier version packed."
+    out.print(Text(in_words(packed.counts) or unknown), soft_wrap=True)
+    out.print(Text(str(packed.folder), "dim"), soft_wrap=True)
+
+
+def tokenizer_of(packed: Packed):
+    """The tokenizer of packed data."""
+    return AutoTokenizer.from_pretrained(packed.tokenizer, trust_remote_code=False)

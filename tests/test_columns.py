@@ -1,0 +1,294 @@
+"""What belongs to an example is used, refused or counted, whatever its columns and keys are called."""
+
+import json
+
+import datasets
+import pytest
+
+from kd import corpora, instructions
+from kd.errors import UserError
+from kd.examples import Example
+from tests.test_instructions import FOUR, ONE, SYSTEM, THREE, TWO, Short, cache, load, short, write  # noqa: F401
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def first(tmp_path, *rows: dict, kind: str = "jsonl", **of) -> Example:
+    return load(write(tmp_path / f"a.{kind}", *rows), **of)[0]
+
+
+def roles(example: Example) -> list[tuple[str, str]]:
+    return [(turn.role, turn.content) for turn in example.turns]
+
+
+# Columns
+
+
+def test_system_and_history_are_turns(tmp_path):
+    row = {"instruction": "And?", "input": "x", "output": "C", "system": "Be brief.", "history": [["A?", "B"]]}
+    made = first(tmp_path, row)
+    want = [("system", "Be brief."), ("user", "A?"), ("assistant", "B"), ("user", "And?"), ("input", "x")]
+    assert short(made) == Short(tuple(want), "C") and made.unlearned == {"earlier": 1} and not made.unused
+    assert [turn.learned for turn in first(tmp_path, row, turns="all").turns] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
+    other = {"system_prompt": "Be brief.", "question": "Q", "response": "R", "history": [ONE, TWO]}
+    made = first(tmp_path, other, prompt="question", response="response")
+    assert roles(made)[:3] == [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello")]
+    assert first(tmp_path, row | {"system": "", "history": []}).turns[0].role == "user"
+
+
+def test_a_system_prompt_beside_messages_is_there_once(tmp_path):
+    made = first(tmp_path, {"messages": [ONE, TWO], "system": "Be brief."})
+    assert roles(made) == [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello")]
+    assert roles(first(tmp_path, {"messages": [SYSTEM, ONE, TWO], "system": "Be brief."})) == roles(made)
+    with pytest.raises(UserError, match=r"a system prompt in a column .'No.'. and another in the messages"):
+        first(tmp_path, {"messages": [SYSTEM, ONE, TWO], "system": "No."})
+
+
+@pytest.mark.parametrize(
+    "prompt", ["Hi", " Hi\n", [ONE], [SYSTEM, ONE]], ids=["text", "text with space", "messages", "with system"]
+)
+def test_a_whole_conversation_beside_its_prompt_is_read_once(tmp_path, prompt):
+    row = {"prompt": prompt, "chosen": [ONE, TWO], "rejected": [ONE, FOUR], "score": 8.0}
+    made = first(tmp_path, row, prompt="prompt", response="chosen")
+    system = [("system", "Be brief.")] if prompt == [SYSTEM, ONE] else []
+    assert roles(made) == [*system, ("user", "Hi"), ("assistant", "Hello")]
+    assert made.unused == ("column rejected", "column score")
+
+
+def test_several_turns_beside_a_prompt(tmp_path):
+    row = {"prompt": "Hi", "chosen": [SYSTEM, ONE, TWO, THREE, FOUR]}
+    assert len(first(tmp_path, row, prompt="prompt", response="chosen").turns) == 5
+    with pytest.raises(UserError, match=r"'chosen' holds turns of the user, .*does not begin with column 'prompt'"):
+        first(tmp_path, row | {"prompt": "Other"}, prompt="prompt", response="chosen")
+
+
+def test_an_input_is_used_where_its_instruction_is_named(tmp_path):
+    row = {"instruction": "I", "input": "X", "output": "O", "better": "B"}
+    made = first(tmp_path, row, prompt="instruction", response="better")
+    assert short(made) == Short((("user", "I"), ("input", "X")), "B") and made.unused == ("column output",)
+
+
+def test_weights_and_labels_of_rows(tmp_path):
+    row = {"prompt": "P", "completion": "C"}
+    for name, bad, good, reason in (("weight", 0, 1, "weight"), ("label", False, True, "label")):
+        assert first(tmp_path, row | {name: bad}).left_out == reason
+        assert short(first(tmp_path, row | {name: good})) == Short((("user", "P"),), "C")
+    with pytest.raises(UserError, match=r"column 'weight' holds 0\.5, and a row is learned as a whole or not at all"):
+        first(tmp_path, row | {"weight": 0.5})
+    assert first(tmp_path, row | {"label": "sports"}).unused == ("column label",)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("system", 3), ("history", "text"), ("history", [["a"]]), ("tools", "no json"), ("tools", [3]),
+     ("chat_template_kwargs", "x")],
+)  # fmt: skip
+def test_a_column_of_an_example_that_cannot_be_read_is_refused_by_name(tmp_path, column, value):
+    with pytest.raises(UserError, match=f"column '{column}' holds"):
+        first(tmp_path, {"prompt": "P", "response": "R", column: value})
+
+
+def test_columns_that_nothing_reads_are_named(tmp_path):
+    row = {"instruction": "I", "output": "O", "category": "x", "text": "all", "empty": None, "none": ""}
+    assert first(tmp_path, row).unused == ("column category", "column text")
+
+
+# Messages
+
+
+def test_weight_decides_which_turn_is_learned(tmp_path):
+    turns = [ONE, TWO | {"weight": 1}, THREE, FOUR | {"weight": 0}]
+    for learn in ("last", "all"):
+        made = first(tmp_path, {"messages": turns}, turns=learn)
+        assert roles(made) == [("user", "Hi"), ("assistant", "Hello")] and made.turns[1].learned
+        assert made.unlearned == {"weight": 1} and made.unused == ("turns after the last that is learned",)
+    assert first(tmp_path, {"messages": [ONE, TWO | {"weight": 0}]}).left_out == "weight"
+
+
+@pytest.mark.parametrize(
+    "no", [{"weight": 0}, {"weight": False}, {"train": False}, {"trainable": 0}, {"loss": False}, {"masked": True},
+           {"mask": 1}, {"loss_weight": 0.0}],
+)  # fmt: skip
+def test_other_keys_that_say_so(tmp_path, no):
+    ((key, value),) = no.items()
+    assert first(tmp_path, {"messages": [ONE, TWO | no, THREE, FOUR]}, turns="all").unlearned == {"weight": 1}
+    assert first(tmp_path, {"messages": [ONE, TWO | {key: not value}]}).turns[1].learned
+    with pytest.raises(UserError, match=f"{key}=0.5 in a message"):
+        first(tmp_path, {"messages": [ONE, TWO | {key: 0.5}]})
+
+
+def test_a_weight_of_others_turns_is_counted(tmp_path):
+    made = first(tmp_path, {"messages": [ONE | {"weight": 1}, TWO]})
+    assert made.unused == ("weight of turns that are not the assistant's",)
+    assert not first(tmp_path, {"messages": [ONE | {"weight": 0}, TWO]}).unused
+
+
+@pytest.mark.parametrize("learn", ["last", "all"])
+def test_turns_that_are_learned(tmp_path, learn):
+    made = first(tmp_path, {"messages": [ONE, TWO, THREE, FOUR, ONE]}, turns=learn)
+    assert [turn.learned for turn in made.turns] == [False, learn == "all", False, True]
+    assert made.unlearned == ({} if learn == "all" else {"earlier": 1})
+    assert [len(before) for before, _ in made.rows()] == ([1, 3] if learn == "all" else [3])
+    assert made.asked == ("Hi" if learn == "all" else "Hi Hello And?")
+
+
+def test_empty_turns_are_not_learned(tmp_path):
+    empty = FOUR | {"content": " \n"}
+    assert first(tmp_path, {"messages": [ONE, TWO, THREE, empty]}).left_out == "no_response"
+    made = first(tmp_path, {"messages": [ONE, TWO, THREE, empty]}, turns="all")
+    assert made.unlearned == {"empty": 1} and [turn.learned for turn in made.turns] == [False, True]
+    assert first(tmp_path, {"instruction": "I", "output": " "}).left_out == "no_response"
+    assert first(tmp_path, {"instruction": " ", "output": "O"}).left_out == "no_prompt"
+
+
+@pytest.mark.parametrize("role", ["gpt", "model", "bot", "Assistant", "ai", "chatbot"])
+def test_roles_of_other_names(tmp_path, role):
+    made = first(tmp_path, {"messages": [{"role": "human", "content": "Hi"}, {"role": role, "content": "Hello"}]})
+    assert roles(made) == [("user", "Hi"), ("assistant", "Hello")]
+    made = first(tmp_path, {"conversations": [{"from": "human", "value": "Hi"}, {"from": role, "value": "Hello"}]})
+    assert roles(made) == [("user", "Hi"), ("assistant", "Hello")]
+
+
+@pytest.mark.parametrize("messages", [[ONE, {"role": "narrator", "content": "x"}, TWO], [ONE, TWO | {"role": "g"}]])
+def test_other_roles_are_refused_by_name(tmp_path, messages):
+    with pytest.raises(UserError, match=r"'messages' has a message of the role '(narrator|g)'; known are human, gpt"):
+        first(tmp_path, {"messages": messages})
+
+
+LISTS = {"role": ["user", "assistant"], "content": ["Hi", "Hello"]}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "value", [LISTS, json.dumps([ONE, TWO]), json.dumps(LISTS)], ids=["lists", "JSON", "JSON lists"]
+)
+def test_messages_in_other_forms(tmp_path, value, kind):
+    assert roles(first(tmp_path, {"messages": value}, kind=kind)) == [("user", "Hi"), ("assistant", "Hello")]
+    made = first(tmp_path, {"prompt": json.dumps([ONE]), "completion": json.dumps([TWO])}, kind=kind)
+    assert roles(made) == [("user", "Hi"), ("assistant", "Hello")]
+
+
+def test_text_that_is_json_stays_text(tmp_path):
+    asked = json.dumps([ONE, TWO])
+    made = first(tmp_path, {"instruction": "Count these.", "input": "[]", "output": asked})
+    assert short(made) == Short((("user", "Count these."), ("input", "[]")), asked)
+    assert short(first(tmp_path, {"prompt": asked, "response": "R"})) == Short((("user", asked),), "R")
+
+
+def test_content_in_parts(tmp_path):
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    assert roles(first(tmp_path, {"messages": [ONE, TWO | {"content": parts}]}))[1] == ("assistant", "Hello")
+    with pytest.raises(UserError, match="column 'messages' holds a list with"):
+        first(tmp_path, {"messages": [ONE | {"content": [{"type": "image", "url": "x"}]}, TWO]})
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), [json.dumps(TOOL)]])
+def test_tools_and_calls_are_kept(tmp_path, tools):
+    messages = [ONE, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    for row in ({"messages": messages, "tools": tools}, {"messages": json.dumps(messages), "tools": tools}):
+        made = first(tmp_path, row)
+        assert made.tools == (TOOL,) and made.turns[1].learned and made.turns[1].keys == {"tool_calls": [CALL]}
+
+
+def test_functions_are_tools(tmp_path):
+    made = first(tmp_path, {"messages": [ONE, TWO], "functions": [TOOL["function"]]})
+    assert made.tools == (TOOL,) and not made.unused
+
+
+def test_what_tables_fill_in_is_not_there(tmp_path):
+    """A Parquet file has the keys of all rows in each row."""
+    messages = [ONE, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    rows = [
+        {"messages": messages, "tools": [TOOL]},
+        {"messages": [ONE, TWO | {"name": "n"}], "tools": [TOOL | {"x": 1}]},
+    ]
+    made, other = load(write(tmp_path / "a.parquet", *rows))
+    assert made.tools == (TOOL,) and made.turns[1].keys == {"tool_calls": [CALL]} and not made.turns[0].keys
+    assert other.turns[1].keys == {"name": "n"} and not other.unused
+
+
+# Files
+
+
+def test_prompts_alone(tmp_path):
+    for prompt in ("Hi", [ONE], [ONE, TWO, THREE]):
+        made = first(tmp_path, {"prompt": prompt, "id": 3})
+        assert made.prompt_only and made.turns[-1][:2] == ("assistant", "") and made.turns[0].content == "Hi"
+        assert made.unused == ("column id",)
+    assert not first(tmp_path, {"prompt": [ONE, TWO]}).prompt_only
+
+
+def test_columns_may_differ_between_files_and_rows(tmp_path):
+    write(tmp_path / "a.jsonl", {"prompt": "P", "response": "R", "n": 1}, {"prompt": "Q", "response": "S", "n": "x"})
+    write(tmp_path / "b.jsonl", {"instruction": "I", "output": "O"})
+    write(tmp_path / "c.jsonl", {"messages": [ONE, TWO]})
+    made = load(tmp_path / "*.jsonl")
+    assert [e.turns[0].content for e in made] == ["P", "Q", "I", "Hi"]
+    write(tmp_path / "a.parquet", {"prompt": "P", "response": "R", "n": 1})
+    write(tmp_path / "b.parquet", {"prompt": "I", "response": "O", "n": "x", "m": 1.5})
+    assert [e.turns[0].content for e in load(tmp_path / "*.parquet")] == ["P", "I"]
+
+
+@pytest.mark.parametrize("text", ["2020-01-31", "2020-01-31T10:00:00", "2020-01-31 10:00:00", "10:00"])
+def test_text_of_dates_alone_is_text(tmp_path, text):
+    rows = [{"question": "When?", "answer": text}] * 3
+    assert {e.turns[1].content for e in load(write(tmp_path / "a.jsonl", *rows))} == {text}
+    rows = [{"messages": [ONE, TWO | {"content": text}]}] * 3
+    assert {e.turns[1].content for e in load(write(tmp_path / "b.jsonl", *rows))} == {text}
+    assert load(write(tmp_path / "c.json", *rows))[0].turns[1].content == text
+
+
+def test_what_a_folder_cannot_hold_is_said_with_what_can_be_typed(tmp_path):
+    folder = write(tmp_path / "set" / "a.jsonl", *[{"question": "When?", "answer": "2020-01-31"}] * 3).parent
+    with pytest.raises(UserError, match=r"holds datetime \(a \.jsonl file that is named by data\.files="):
+        list(instructions.instructions(64, name=str(folder)).load())
+    write(folder / "b.jsonl", {"question": {"a": 1}, "other": [3]})
+    with pytest.raises(UserError, match=rf"data\.name={folder}.*data\.files='{folder}/\*\.jsonl'"):
+        list(instructions.instructions(64, name=str(folder)).load())
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize("name", ["a[1]", "a[x-z]*", "[1]/a", "what?"])
+def test_names_with_signs_of_patterns(tmp_path, name, kind):
+    path = tmp_path / f"{name}.{kind}"
+    path.parent.mkdir(exist_ok=True)
+    write(path, {"prompt": "P", "response": "R"})
+    assert short(load(path)[0]) == Short((("user", "P"),), "R")
+    if name == "[1]/a":
+        assert len(load(path.parent / "*")) == 1
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_folder_of_save_to_disk_is_read(tmp_path, parts):
+    rows = datasets.Dataset.from_list([{"prompt": "P", "response": "R", "text": "T"}])
+    (datasets.DatasetDict({"train": rows, "other": rows}) if parts else rows).save_to_disk(tmp_path / "saved")
+    name = str(tmp_path / "saved")
+    assert short(instructions.instructions(64, name=name).load()[0]) == Short((("user", "P"),), "R")
+    for streaming in (True, False):
+        assert list(corpora.hub(name, streaming=streaming).load()) == ["T"]
+    if parts:
+        assert len(instructions.instructions(64, name=name, split="other").load()) == 1
+    for wrong in ({"split": "nope"}, {"subset": "x"}, {"revision": "x"}):
+        with pytest.raises(UserError, match=f"data.name={name}.*data.{next(iter(wrong))}"):
+            instructions.instructions(64, name=name, **wrong).load()
+    with pytest.raises(UserError, match=rf"is a folder of save_to_disk.*data\.name={name}"):
+        instructions.instructions(64, files=name).load()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [('{"prompt": "P"}\n{"prom', "line 2"), ('{"prompt": "P"}\n[1]', "line 2: list, and each row must be an object"),
+     ("[1]", "row 1: int"), ('{"prompt": "\\ud800", "response": "x"}', "surrogates")],
+)  # fmt: skip
+def test_a_line_that_is_no_row_is_named(tmp_path, text, says):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(UserError, match=f"data.files=.*could not be read as json: .*{says}"):
+        load(tmp_path / "a.jsonl")

@@ -1,0 +1,89 @@
+"""python -m kd.data show: what is prompt, what is learned and what became of all that was read."""
+
+import json
+import sys
+
+import pytest
+
+from kd import data, preview
+from kd.data import IGNORE
+from tests.small import SMALL
+from tests.test_instructions import cache as cache
+from tests.test_instructions import tokenizer, write
+from tests.test_templates import THINK
+
+MESSAGES = [{"role": "user", "content": "Say 1"}, {"role": "assistant", "content": "one", "weight": 1, "id": "x"}]
+
+
+@pytest.fixture
+def words(tmp_path) -> list[str]:
+    rows = [{"messages": MESSAGES, "tag": "t"}] + [
+        {"messages": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": "x" if n % 3 else ""}]}
+        for n in range(2, 60)
+    ]
+    file = write(tmp_path / "chats.jsonl", *rows)
+    tokenizer(chat_template=THINK).save_pretrained(tmp_path / "own")
+    return ["data=instructions", f"data.files={file}", f"data.tokenizer={tmp_path / 'own'}", "data.seq_len=120",
+            f"root={tmp_path}", "data.val_share=0.3"]  # fmt: skip
+
+
+def shown(monkeypatch, capsys, *words: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["kd.data", "show", *words])
+    data.main()
+    return capsys.readouterr().out
+
+
+def test_rows_counts_and_template_as_json(monkeypatch, capsys, words):
+    made = json.loads(shown(monkeypatch, capsys, "--json", *words, "rows=2"))
+    counts = made["counts"]
+    assert len(made["rows"]) == 2 and made["template"] == "chat"
+    assert counts["read"] == 59 and counts["left_out"] == {"no_response": 19}
+    assert counts["unused"] == {"column tag": 1, "key id": 1}
+    assert made["layout"] == {
+        "prompt": "<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n", "inserted": "<think>\n\n</think>\n\n",
+        "learned": "{assistant}", "end": "<|im_end|>",
+    }  # fmt: skip
+    fast = tokenizer()
+    for row in made["rows"]:
+        assert len(row["ids"]) == len(row["labels"]) and fast.decode(row["ids"]) == row["text"]
+        learned = [label for label in row["labels"] if label != IGNORE]
+        assert row["labels"][-len(learned) :] == learned == row["ids"][-len(learned) :]
+        assert fast.decode(learned) == row["learned"] in ("x<|im_end|>", "one<|im_end|>")
+        assert row["prompt"].endswith("<think>\n\n</think>\n\n") and row["prompt"] + row["learned"] == row["text"]
+
+
+def test_people_see_the_same(monkeypatch, capsys, words):
+    text = shown(monkeypatch, capsys, *words)
+    assert text.count("row ") == 3 and text.count("learned, 2 tokens") >= 2
+    assert "template chat" in text and "inserted '<think>" in text and "19 without a response" in text
+    monkeypatch.setattr(preview, "Terminal", lambda **how: preview_terminal(**how))
+    text = shown(monkeypatch, capsys, *words, "rows=1")
+    assert "\x1b[36m" in text and "\x1b[32m" in text and "\x1b[7;32m<|im_end|>" in text
+
+
+def preview_terminal(**how):
+    from kd.progress import Terminal
+
+    return Terminal(force_terminal=True, color_system="standard", **how)
+
+
+def test_plain_text_is_learned_as_a_whole(monkeypatch, capsys, tmp_path):
+    given = [word for word in SMALL if word.startswith("data")]
+    made = json.loads(shown(monkeypatch, capsys, *given, f"root={tmp_path}", "--json"))
+    assert made["layout"] == {} and made["counts"]["unit"] == "documents"
+    assert all(row["ids"] == row["labels"] and not row["prompt"] for row in made["rows"])
+
+
+@pytest.mark.parametrize("word", ["rows=x", "data.files=none.jsonl", "nope=1"])
+def test_mistakes_are_one_line(monkeypatch, capsys, words, word):
+    with pytest.raises(SystemExit) as error:
+        shown(monkeypatch, capsys, *words, word)
+    assert error.value.code == 2 and word.partition("=")[0] in capsys.readouterr().err
+
+
+def test_what_a_file_holds_does_not_steer_the_terminal(monkeypatch, capsys, tmp_path):
+    rows = [{"prompt": f"{n}\x1b[2J", "response": "[/b]\x07y"} for n in range(40)]
+    file = write(tmp_path / "a.jsonl", *rows)
+    text = shown(monkeypatch, capsys, "data=instructions", f"data.files={file}", f"root={tmp_path}", "data.seq_len=64",
+                 "data.template=plain", "data.val_share=0.3")  # fmt: skip
+    assert "\x1b[2J" not in text and "\x07" not in text and "[/b]" in text
