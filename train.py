@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sys
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -32,14 +33,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from kd import agent, data, files, guard, packing, plugins
+from kd import agent, data, files, guard, packing, plugins, provenance
 from kd import config as conf
 from kd.errors import MISTAKES, UserError, for_people
 from kd.identity import about
 from kd.plan import corpus, plain_corpus, plan, recording
 from kd.progress import Steps, console, end_with, show, track
 from kd.remote import home
-from kd.run import DIVERGED, PREEMPTED, Run, environment, export, peak_memory
+from kd.run import DIVERGED, PREEMPTED, Run, check_student, environment, export, peak_memory
 from kd.settings import Settings, check_shards, kept_of, name_of, resolve, source_of
 
 if TYPE_CHECKING:
@@ -56,19 +57,40 @@ def main(cfg: DictConfig) -> None:
         settings = resolve(cfg, HydraConfig.get().overrides.task)
         if settings["plan"]:
             return show_plan([settings], ["this run"], 1)
-        run, result = train(settings, wait=settings["sweep"] is not None)
+        run, result, before = shown(settings)
         agent.tell(run, settings, result)
-        show(run, result)
+        notes = [provenance.done_before(result), *provenance.doubts(result)] if before else []
+        show(run, result, [f"{note[0].upper()}{note[1:]}." for note in notes])
     except MISTAKES as error:
         end_with(for_people(error))
 
 
-def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
+def shown(settings: Settings) -> Outcome:
+    """The run that a person asked for; if it was done before, its files are checked, as far as they are here."""
+    outcome = train(settings, wait=settings["sweep"] is not None)
+    if outcome.before and not outcome.run.remote:
+        outcome.run.check(outcome.result)
+    return outcome
+
+
+class Outcome(NamedTuple):
+    """A run and its result; before: whether it was done already, so that this command trained nothing."""
+
+    run: Run
+    result: dict
+    before: bool
+
+
+def train(settings: Settings, wait: bool = True) -> Outcome:
     """The result of a run: read if it is done, resumed if it was begun; its teacher is made first if there is none.
 
-    wait: for another process that works on the same run, instead of raising UserError.
+    wait: for another process that works on the same run, instead of raising UserError. With force=true what is done is
+    removed, and made anew.
     """
     run, teacher, start, where = plan(settings)
+    if settings["force"] and run.is_done():
+        with run.lock(wait):
+            run.discard()
     if result := run.result():
         run.settle()
         if where and not where.manifest().exists() and source_of(settings) == "none":
@@ -76,12 +98,14 @@ def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
                 f"{run.name} is done, and nothing was recorded. To train it once more and record it, type:\n"
                 f"  {run.removal()}\nand the same command again."
             )
-        return run, result
+        return Outcome(run, result, before=True)
     if settings["trainer"]["devices"] > 1:
         from kd import ranks
 
         ranks.check_devices(settings["trainer"])
     packed, parts = prepare(settings)
+    for model in (settings["student"]["name"], settings["teacher"]["name"], settings["data"]["tokenizer"]):
+        check_student(model)
     name, store = settings["teacher"]["name"], None
     if source_of(settings) == "offline":
         from kd import offline
@@ -99,11 +123,11 @@ def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
     made = Made(name, finished(start) if start else None, store, plain_text(settings))
     with run.lock(wait):
         if result := run.result():
-            return run, result
+            return Outcome(run, result, before=True)
         with run.recorded():
             if settings["trainer"]["devices"] > 1:
-                return run, fit_in_ranks(run, settings, packed, made)
-            return run, fit(run, settings, packed, parts, made)
+                return Outcome(run, fit_in_ranks(run, settings, packed, made), before=False)
+            return Outcome(run, fit(run, settings, packed, parts, made), before=False)
 
 
 class Made(NamedTuple):
@@ -185,8 +209,13 @@ def fit_as_rank(job: ranks.Job) -> None:
 def finished(model: Settings) -> str:
     """The folder of the model that these settings make, trained first if there is none."""
     with agent.hidden():  # which asked for the run that needs it
-        made, outcome = train(model)
-    made.verify(outcome)
+        made, result, before = train(model)
+    made.check(result, "student")
+    if before and (changed := provenance.changes(result)):
+        console.print(
+            f"{made.name}, which this run needs, is old: the code of {', '.join(changed)} has changed since. To make "
+            "it anew, type its own command with force=true.", markup=False, soft_wrap=True,
+        )  # fmt: skip
     requests.end_if_asked()
     return str(made / "student")
 
@@ -412,7 +441,8 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         if not first:
             return {}
         result = {
-            "state": "done", "run": run.name, "config": flat, "environment": environment(),
+            "state": "done", "run": run.name, "date": time.strftime("%Y-%m-%d %H:%M:%S"), "config": flat,
+            "environment": environment(), "sources": provenance.sources(flat),
             "parameters": costs["student"].parameters, "non_embedding": costs["student"].non_embedding,
             "flops_per_token": costs["student"].flops_per_token,
             **{f"teacher_{k}": getattr(costs.get("teacher"), k, None) for k in models.Cost._fields},
@@ -427,8 +457,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
             student = made.student(settings, vocab)
             student.load_state_dict(weights)
         export(run, student.model, parts.tokenizer, settings, result)
-        result["weights"] = run.weights()
-        run.finish(result)
+        result = run.finish(result)
         final = module.val_metrics
         return result
     except NonFinite as error:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from kd.config import build
 from kd.errors import UserError
 from kd.identity import about, sizes_of
-from kd.run import Run
+from kd.run import RESPONSES, Run
 from kd.settings import name_of
 
 WANTED = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
@@ -53,6 +53,7 @@ def tell(run: Run, settings: dict, result: dict) -> None:
     if kept.exists() and kept.read_text() == asked():
         return  # it was told step by step
     run.copy("metrics.jsonl")
+    run.check(result, "metrics.jsonl", RESPONSES)
     told = about(run.name, result["config"] | {"sweep": settings["sweep"]}, sizes_of(result))
     for view in build(settings["logger"], "logger")(folder=run.folder, about=told):
         view.close(result["final"])

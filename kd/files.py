@@ -29,15 +29,15 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in [p for p in temporary.rglob("*") if p.is_file()] or [temporary]:
-            _sync(file)
+            sync(file)
         aside = path.with_name(f".{path.name}.old.tmp")
         if temporary.is_dir() and path.is_dir():
             os.replace(path, aside)  # a folder cannot be replaced by another in one step
         os.replace(temporary, path)
-        _sync(path.parent)
-        _remove(aside)
+        sync(path.parent)
+        remove(aside)
     except BaseException as error:
-        _remove(temporary)
+        remove(temporary)
         if is_full(error, path):
             raise disk_full(path) from error
         raise
@@ -62,10 +62,11 @@ def is_full(error: BaseException, path: Path) -> bool:
 def clear(folder: Path, name: str = "*") -> None:
     """Remove what killed processes left of files that were to be `name`; only for who holds the lock of the folder."""
     for temporary in Path(folder).glob(f".{name}.*.tmp"):
-        _remove(temporary)
+        remove(temporary)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there."""
     shutil.rmtree(path, ignore_errors=True)
     if not path.is_dir():
         path.unlink(missing_ok=True)
@@ -154,7 +155,8 @@ def is_name(text: str) -> bool:
     return re.fullmatch(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*", text) is not None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from kd.errors import UserError
 from kd.progress import clock, console
+from kd.provenance import done_before, doubts
 from kd.run import DONE, ENDS, FAILED, NO_MEMORY, PREEMPTED, RUNNING, Run, killed_for_memory
 from kd.signals import ASKED, EXIT_CODE, PARENT, received
 
@@ -94,7 +95,8 @@ class Pool:
         """Until no job runs and none is to be started."""
         for number, job in enumerate(self.jobs, 1):
             if job not in (*self.waiting, *self.running):
-                self._say(job, "done before", number)
+                result = job.run.result()
+                self._say(job, "; ".join([done_before(result), *doubts(result)]), number)
         live = Live(get_renderable=self.board, console=console, transient=True, refresh_per_second=2)
         heard = 0
         with received(self._ask), live if console.is_terminal else nullcontext():

@@ -107,8 +107,10 @@ MEASURES = {
 }
 
 
-def show(run, result: dict) -> None:
-    """What came out of a run, as a table."""
+def show(run, result: dict, notes: Iterable[str] = ()) -> None:
+    """The result of a run, as a table under notes on it."""
+    for note in notes:
+        console.print(note, style="yellow", markup=False, soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, meaning in MEASURES.items():
         if name in result["final"]:

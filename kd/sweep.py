@@ -25,7 +25,8 @@ from kd.guard import check_words
 from kd.identity import NO_SIGNAL, group_of
 from kd.pool import Job, Local, Pool, Watch, fitting, gpus, visible_devices
 from kd.progress import clock, console, end_with
-from kd.run import DIVERGED, DONE, FAILED, NO_MEMORY, Run, read_json
+from kd.provenance import doubts
+from kd.run import DIVERGED, DONE, FAILED, NO_MEMORY, SEALED, Run, read_json
 from kd.signals import Preempted, requests
 
 
@@ -146,8 +147,15 @@ class Runs(Launcher):
             told = [self._settings(job) for job in job_overrides]
             type(self).show_plan(told, said, self.at_once([gpus(of["trainer"]) for of in told]))
             sys.exit()
+        # Done here, once: runs that are started again on the way go on where they were.
+        job_overrides = [[word for word in job if word.partition("=")[0] != "force"] for job in job_overrides]
         made = [self._run(job) for job in job_overrides]  # every config is checked before the first run starts
         requests.end_if_asked()
+        if self.config.force:
+            for run in {run.name: run for run, _ in made}.values():
+                if run.is_done():
+                    with run.lock(wait=True):
+                        run.discard()
         path = remote.latest(self.config.root, f"sweeps/{name}.json")
         listed = (read_json(path) or {"runs": []})["runs"] if further else []
         listed += [
@@ -170,7 +178,8 @@ class Runs(Launcher):
         finally:
             console.print(summary(name, jobs))
         if pool.asked:
-            console.print("Asked to end. The same command goes on where it was.")
+            without = ", without force=true," if self.config.force else ""
+            console.print(f"Asked to end. The same command{without} goes on where it was.")
             raise Preempted
         return [self._return(by_name[name]) for name in order]
 
@@ -182,11 +191,13 @@ class Runs(Launcher):
         """The run that the words describe, and how many GPUs it asks for."""
         settings = self._settings(words)
         run = type(self).plan(settings).run
-        if run.result() is None:
+        if self.config.force or (result := run.result()) is None:
             self.check_place(settings)
             type(self).prepare(settings)
         else:
             run.settle()
+            if not run.remote:
+                run.check(result, *(name for name in SEALED if name != "student"))
         return run, gpus(settings["trainer"])
 
     def _return(self, job: Job) -> JobReturn:
@@ -243,7 +254,9 @@ def summary(name: str, jobs: Sequence[Job]) -> Table:
     for job, result in zip(jobs, results, strict=True):
         state = job.run.state()
         stands, why = state["state"], state["reason"]
-        if stands == "not begun":
+        if stands == DONE:
+            why = "; ".join(doubts(result))
+        elif stands == "not begun":
             why = "the same command starts it"
         elif stands in (FAILED, DIVERGED, NO_MEMORY):
             why = f"{why[:100]}  {job.log}"

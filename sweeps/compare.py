@@ -18,7 +18,7 @@ from kd.config import check_sweep
 from kd.errors import UserError
 from kd.identity import below, part_of_outcome, whole_as_float
 from kd.remote import home, latest
-from kd.run import EXACCERR, RESPONSES, Run, read_json, read_metrics
+from kd.run import EXACCERR, RESPONSES, Run, is_sealed, read_json, read_metrics
 
 TASK = ("data", "student", "trainer.steps", "trainer.batch")  # where these agree, losses can be compared
 ALONE, FINE_TUNED, OF_TEACHERS_TEXT = "language modelling alone", "SFT", "SeqKD"
@@ -106,8 +106,11 @@ def read(root: str | Path, line: dict) -> Entry:
         result, found = run.result(), run.state()
         if result is not None:
             state, says, result = "done", "", sound(result)
-            for name in ("metrics.jsonl", *((RESPONSES, EXACCERR) if ROUGE.key in result["final"] else ())):
+            names = ("metrics.jsonl", *((RESPONSES, EXACCERR) if ROUGE.key in result["final"] else ()))
+            for name in names:
                 run.copy(name)
+            if is_sealed(result):
+                run.check(result, *names)
         elif found["state"] == "not begun":
             state, says = "missing", "not started yet"
         else:

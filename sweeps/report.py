@@ -22,6 +22,7 @@ from kd import files
 from kd.errors import UserError
 from kd.identity import model_name
 from kd.progress import clock, harmless
+from kd.provenance import doubts_of_many
 from kd.remote import home, publish
 from sweeps import shapes, space
 from sweeps.compare import (
@@ -91,7 +92,8 @@ def facts(entries: list[Entry], results: list[dict]) -> dict[str, str]:
 
 def warnings(groups: list[Group]) -> list[str]:
     """Why rows of the table may not be comparable."""
-    environments, says = [result["environment"] for g in groups for result in g.results], []
+    environments = [result["environment"] for g in groups for result in g.results]
+    says = doubts_of_many(result for g in groups for result in g.results)
     for key in dict.fromkeys(k for e in environments for k in e):
         seen = Counter(str(e.get(key) or "unknown") for e in environments)
         if len(seen) > 1:

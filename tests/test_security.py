@@ -358,7 +358,10 @@ def test_hostile_json_of_a_teachers_run_calls_nothing(name, root):
     made = folder(root, "lm") / name
     content = json.loads(made.read_text())
     hostile = {"_target_": "evil.Boom", "_partial_": False}
-    made.write_text(json.dumps(content | {"loss": hostile, "config": content.get("config", {}) | {"loss": hostile}}))
+    content |= {"loss": hostile, "config": content.get("config", {}) | {"loss": hostile}}
+    if name == "result.json":  # a digest is no secret
+        content["digest"] = files.digest_of({k: v for k, v in content.items() if k != "digest"})
+    made.write_text(json.dumps(content))
     here(root, "trainer.steps=1")
 
 
