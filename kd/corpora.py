@@ -130,7 +130,9 @@ def hub_rows(name: str, subset: str | None, split: str, revision: str | None, st
     import datasets
 
     try:
-        return datasets.load_dataset(name, subset, split=split, revision=revision, streaming=streaming)
+        cache = _cache_of(content) if (content := on_disk.stamp(name)) else None
+        how = dict(split=split, revision=revision, streaming=streaming, cache_dir=cache)
+        return datasets.load_dataset(name, subset, **how)
     except Exception as error:  # of many kinds, from several libraries
         if isinstance(error, ValueError) or Path(name).is_dir():
             raise UserError(
@@ -210,6 +212,7 @@ def local_rows(files: str, paths: list[Path], builder: str, **how):
     import datasets
 
     try:
+        how["cache_dir"] = _cache_of(stamps(paths))
         return datasets.load_dataset(builder, data_files=[str(p) for p in paths], split="train", **how)
     except Exception as error:  # pyarrow and datasets have many
         cause = error.__cause__ or error
@@ -217,8 +220,15 @@ def local_rows(files: str, paths: list[Path], builder: str, **how):
 
 
 def stamps(paths: list[Path]) -> list:
-    """Names, sizes and times of files."""
-    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+    """Names of files, and digests of their content."""
+    return [[str(p), on_disk.known_digest(p)] for p in paths]
+
+
+def _cache_of(content: str | list) -> str:
+    """Where `datasets` is to keep what it reads of local files; by itself it knows them by name and mtime alone."""
+    import datasets
+
+    return f"{datasets.config.HF_DATASETS_CACHE}/kd-{on_disk.digest_of(content)[:16]}"
 
 
 def _column(rows, field: str, option: str) -> Documents:

@@ -7,9 +7,10 @@ import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import xxhash
@@ -110,12 +111,53 @@ def digest_of(value) -> str:
 
 
 def stamp(name: str | None) -> str | None:
-    """Names, sizes and times of the files of a local folder, as a digest; None where `name` is no folder."""
+    """Digest of the content of a local folder, names and bytes of its files; None where `name` is no folder.
+
+    Hidden files are left out: tools keep notes of their own in them, such as when something was downloaded.
+    """
     if not name or not Path(name).is_dir():
         return None
     found = sorted(p for p in Path(name).rglob("*") if p.is_file())
-    described = [[str(p.relative_to(name)), p.stat().st_size, p.stat().st_mtime_ns] for p in found]
-    return digest_of(described)
+    found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(name).parts)]
+    return digest_of([[str(p.relative_to(name)), known_digest(p)] for p in found])
+
+
+LARGE = 1 << 20  # bytes of a file whose digest is kept
+SETTLED = 2  # seconds after a change, before which another one may leave the same times behind
+
+
+def known_digest(path: Path) -> str:
+    """digest(), kept for large files: the same path, inode, size, mtime and ctime is the same content.
+
+    A program that restores the mtime of what it has changed moves the ctime, which none can set.
+    """
+    path = Path(path).absolute()
+    before = _state(path)
+    if before["size"] < LARGE:
+        return digest(path)
+    kept = cache() / "digests" / f"{xxhash.xxh3_128_hexdigest(str(path).encode())}.json"
+    try:
+        known = json.loads(kept.read_text())
+        if known["file"] == before:
+            return str(known["digest"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or damaged
+        pass
+    made = digest(path)
+    if _state(path) == before and before["ctime"] < time.time_ns() - SETTLED * 10**9:
+        with suppress(OSError, UserError):  # it is a convenience
+            write_json(kept, {"file": before, "digest": made})
+    return made
+
+
+def _state(path: Path) -> dict[str, str | int]:
+    """What changes with the content of a file."""
+    of = path.stat()
+    return {"path": str(path), "inode": of.st_ino, "size": of.st_size, "mtime": of.st_mtime_ns, "ctime": of.st_ctime_ns}
+
+
+def cache() -> Path:
+    """The folder of what kd keeps beside roots: $KD_CACHE, or ~/.cache/kd."""
+    return Path(os.environ.get("KD_CACHE") or "~/.cache/kd").expanduser()
 
 
 def local(path: str | Path, cache: Path) -> Path:

@@ -34,8 +34,7 @@ def is_url(root: str | Path) -> bool:
 
 def home(root: str | Path) -> Path:
     """The folder of a root on this machine: the root itself, or of a URL a folder in $KD_CACHE or ~/.cache/kd."""
-    cache = os.environ.get("KD_CACHE") or Path.home() / ".cache" / "kd"
-    return files.local(str(root).rstrip("/"), Path(cache)) if is_url(root) else Path(root)
+    return files.local(str(root).rstrip("/"), files.cache()) if is_url(root) else Path(root)
 
 
 def latest(root: str | Path, name: str) -> Path:
