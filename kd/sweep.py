@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -22,7 +23,7 @@ from kd import agent, files, remote
 from kd.config import check_sweep
 from kd.errors import MISTAKES, UserError, for_people
 from kd.guard import check_words
-from kd.identity import NO_SIGNAL, group_of
+from kd.identity import NO_PART, NO_SIGNAL, below, group_of
 from kd.pool import Job, Local, Pool, Watch, fitting, gpus, visible_devices
 from kd.progress import clock, console, end_with
 from kd.provenance import doubts
@@ -39,6 +40,16 @@ class Multirun(Sweeper):
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
+    def name_from(self, arguments: Sequence[str]) -> None:
+        """Give a sweep without a name one that is its words', so that its list is no other sweep's."""
+        if self.config.sweep is None:
+            self.config.sweep = f"multirun-{files.digest_of(asked_for(arguments))[:8]}"
+
+
+def asked_for(arguments: Sequence[str]) -> str:
+    """All that was typed, but for what changes nothing of what comes out."""
+    return str(sorted(word for word in arguments if not below(word.lstrip("+~").partition("=")[0], NO_PART)))
+
 
 class Lines(Multirun):
     """Hydra's basic sweeper over several lines: a sweep is the union of what each of its `runs` would be after -m.
@@ -53,6 +64,7 @@ class Lines(Multirun):
         # Hydra loads this module anew when it looks for plugins, so it is not to be imported before.
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
+        self.name_from(arguments)
         typed = [a for a in arguments if not a.startswith(("sweeps=", "scale="))]
         # Lines as they stand: what they refer to is said by the config of each run.
         of = OmegaConf.to_container(self.config)["sweep"]
@@ -140,7 +152,7 @@ class Runs(Launcher):
         names: list[str],
     ) -> list[JobReturn]:  # fmt: skip
         of = self.config.sweep
-        name = of if isinstance(of, str) else (of or {}).get("name", "multirun")
+        name = of if isinstance(of, str) else of["name"]
         check_sweep(name)
         agent.check_single()
         if self.config.plan:
@@ -157,13 +169,20 @@ class Runs(Launcher):
                     with run.lock(wait=True):
                         run.discard()
         path = remote.latest(self.config.root, f"sweeps/{name}.json")
-        listed = (read_json(path) or {"runs": []})["runs"] if further else []
+        before = _listed(path)
+        listed = before if further else []
         listed += [
             {"run": run.name, "overrides": list(words)} | ({"name": line} if line else {})
             for (run, _), words, line in zip(made, job_overrides, names, strict=True)
         ]
         # Several lists of words may describe one run: tau=1 and tau=1.0.
         listed = list({line["run"]: line for line in reversed(listed)}.values())[::-1]
+        if gone := {line["run"] for line in before} - {line["run"] for line in listed}:
+            console.print(
+                f"{path} lists what this command makes. Of the runs that it listed before, {len(gone)} are of another "
+                "command: they stay where they are. To keep both lists, give one a name of its own, e.g. sweep=mine.",
+                markup=False, soft_wrap=True,
+            )  # fmt: skip
         files.write_json(path, {"name": name, "runs": listed})
         remote.publish(self.config.root, f"sweeps/{name}.json")
         order, by_name = [run.name for run, _ in made], {}
@@ -205,6 +224,15 @@ class Runs(Launcher):
         if result is not None:
             return JobReturn(overrides=job.words, status=JobStatus.COMPLETED, _return_value=result["final"]["val/lm"])
         return JobReturn(overrides=job.words, status=JobStatus.FAILED, _return_value=NotDone(job.run))
+
+
+def _listed(path: Path) -> list[dict]:
+    """The runs that the list of a sweep has so far; none of a list that is damaged, as it is written anew."""
+    try:
+        runs = (read_json(path) or {"runs": []})["runs"]
+        return runs if all(isinstance(line["run"], str) for line in runs) else []
+    except (UserError, KeyError, TypeError):
+        return []
 
 
 class NotDone(UserError):

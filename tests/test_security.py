@@ -27,7 +27,7 @@ from kd.errors import UserError
 from kd.progress import Terminal
 from kd.run import Run
 from sweeps import report
-from tests.small import FORK, SMALL, TINY, TRAIN, folder, here, train
+from tests.small import FORK, SMALL, TINY, TRAIN, folder, here, listed, train
 
 
 class Payload:
@@ -427,7 +427,8 @@ def test_words_of_a_search_that_come_from_its_journal_are_checked(hostile):
 
     (hostile / "runs" / "sweeps").mkdir(parents=True)
     words = [*SMALL, f"root={hostile / 'runs'}"]
-    journal = optuna.storages.journal.JournalFileBackend(str(hostile / "runs" / "sweeps" / "multirun.optuna"))
+    name = f"multirun-{files.digest_of(search.asked_for([*words, 'seed=1,2']))[:8]}"
+    journal = optuna.storages.journal.JournalFileBackend(str(hostile / "runs" / "sweeps" / f"{name}.optuna"))
     made = optuna.create_study(
         storage=optuna.storages.JournalStorage(journal), study_name=search.asked_for([*words, "seed=1,2"])
     )
@@ -504,7 +505,7 @@ def test_secrets_of_the_environment_are_in_no_file(tmp_path):
     )
     (root / ".git" / "config").write_bytes(git_config)
     seen = [p for p in tmp_path.rglob("*") if p.is_file()]
-    assert {"log.txt", "config.json", "multirun.json", "state.json"} <= {p.name for p in seen}
+    assert {"log.txt", "config.json", listed(root).name, "state.json"} <= {p.name for p in seen}
     assert any(p.suffix == ".wandb" for p in seen) and any("tfevents" in p.name for p in seen)
     assert [str(p) for p in seen if SECRET.encode() in contents(p)] == []
 
