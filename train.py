@@ -214,7 +214,7 @@ def finished(model: Settings) -> str:
     if before and (changed := provenance.changes(result)):
         console.print(
             f"{made.name}, which this run needs, is old: the code of {', '.join(changed)} has changed since. To make "
-            "it anew, type its own command with force=true.", markup=False, soft_wrap=True,
+            "it anew, type its own command with force=true.", soft_wrap=True,
         )  # fmt: skip
     requests.end_if_asked()
     return str(made / "student")
@@ -467,7 +467,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         reason = f"asked to end at step {module.global_step} of {of['steps']}; the same command goes on with it"
         run.end(PREEMPTED, reason, exit_code=error.code)
         if first:
-            console.print(f"{told.name}: {reason}", markup=False, soft_wrap=True)
+            console.print(f"{told.name}: {reason}", soft_wrap=True)
         raise
     except BaseException as error:
         full = isinstance(error, Exception) and out_of_memory(error)
@@ -519,6 +519,7 @@ def write_store(words: list[str]) -> Store | None:
     """What `python -m kd.store write` does; None for one part of several."""
     from kd import offline
 
+    words = files.expanded_words(words)
     guard.check_words(words)
     part = next((word for word in words if word.startswith("part=")), "part=1/1")
     numbers = re.fullmatch(r"part=(\d+)/(\d+)", part)
@@ -581,6 +582,7 @@ if __name__ == "__main__":
     else:
         end_with_parent()
         try:
+            sys.argv[1:] = files.expanded_words(sys.argv[1:])
             guard.check_command_line(sys.argv[1:])
         except UserError as error:
             end_with(error)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -271,7 +270,7 @@ def show(made: dict[str, Estimate], names: dict[str, str], done: int, settings: 
             of.parameters and f"{of.parameters:,}", f"{of.tokens:,}", of.flops and f"{of.flops:.1e}",
             of.seconds and clock(of.seconds), of.memory and files.amount(of.memory), files.amount(of.disk),
         )  # fmt: skip
-        table.add_row(escape(names.get(name, name)), *(amount or "–" for amount in takes))
+        table.add_row(names.get(name, name), *(amount or "–" for amount in takes))
     console.print(table)
     root, device = home(settings["root"]).resolve(), ranks.device(settings["trainer"]["accelerator"])
     there = next(folder for folder in (root, *root.parents) if folder.exists())
@@ -286,8 +285,8 @@ def show(made: dict[str, Estimate], names: dict[str, str], done: int, settings: 
     says += f"; {files.amount(disk)} of disk at most, where {files.amount(free)} are free. Nothing was started."
     if of_instructions(settings):
         says += " Responses that models write are taken to be as long as they may be, and count to the time alone."
-    console.print(says, markup=False, soft_wrap=True)
+    console.print(says, soft_wrap=True)
     for what, needed, has in (("memory", memory, capacity(device)), ("disk", disk, free)):
         if needed > has:
             text = f"That needs {files.amount(needed)} of {what}, and there are {files.amount(has)}."
-            console.print(text, style="red", markup=False, soft_wrap=True)
+            console.print(text, style="red", soft_wrap=True)

@@ -157,7 +157,23 @@ def _state(path: Path) -> dict[str, str | int]:
 
 def cache() -> Path:
     """The folder of what kd keeps beside roots: $KD_CACHE, or ~/.cache/kd."""
-    return Path(os.environ.get("KD_CACHE") or "~/.cache/kd").expanduser()
+    return Path(expanded(os.environ.get("KD_CACHE") or "~/.cache/kd"))
+
+
+def expanded(path: str) -> str:
+    """A path whose ~ or ~user at the start is replaced by that home folder, as a shell does outside of quotes.
+
+    Raises UserError where there is no such home folder, rather than make a folder of that name.
+    """
+    whole = os.path.expanduser(path)
+    if whole.startswith("~"):
+        raise UserError(f"{path}: there is no home folder for {whole.partition('/')[0]}. Type the whole path.")
+    return whole
+
+
+def expanded_words(words: list[str]) -> list[str]:
+    """The overrides of a command line with ~ expanded where it stands without quotes, which Hydra cannot read."""
+    return [re.sub(r"(?<=[=,(\[])~[\w.-]*(?=[/,)\]]|$)", lambda found: expanded(found[0]), word) for word in words]
 
 
 def local(path: str | Path, cache: Path) -> Path:

@@ -23,10 +23,18 @@ def harmless(text: str) -> str:
 
 
 class Terminal(Console):
-    """A console that lets no text but its own steer the terminal."""
+    """A console that shows text as it is: no text steers the terminal, and none is markup or the name of an emoji."""
+
+    def __init__(self, **how):
+        super().__init__(**{"markup": False, "emoji": False} | how)
 
     def render_str(self, text: str, **how) -> Text:
         return super().render_str(harmless(text), **how)
+
+
+def styled(text: str, style: str) -> Text:
+    """Text in a style, as rich calls it."""
+    return Text(harmless(text), style)
 
 
 console = Terminal(stderr=True, highlight=False)
@@ -34,15 +42,15 @@ console = Terminal(stderr=True, highlight=False)
 
 def end_with(error: Exception) -> NoReturn:
     """Say what a person can mend, without a traceback, and exit with 2."""
-    console.print(str(error), style="red", markup=False, soft_wrap=True)
+    console.print(str(error), style="red", soft_wrap=True)
     sys.exit(2)
 
 
 def track(items: Iterable, title: str) -> Iterator:
     """Yield items under a bar that counts them; silent where nobody watches."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        yield from progress.track(items, description=title)
+        yield from progress.track(items, description=harmless(title))
 
 
 def clock(seconds: float) -> str:
@@ -59,10 +67,10 @@ class Steps:
         self.steps, self.start, self.title, self.unit, self.shown = steps, start, title, unit, shown
         self.begun, self.printed = time.monotonic(), 0.0
         self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
-            TextColumn("{task.fields[say]}"), console=console, transient=True, refresh_per_second=4,
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=30), MofNCompleteColumn(),
+            TextColumn("{task.fields[say]}", markup=False), console=console, transient=True, refresh_per_second=4,
         )  # fmt: skip
-        self.task = self.bar.add_task(title, total=steps, completed=start, say="")
+        self.task = self.bar.add_task(harmless(title), total=steps, completed=start, say="")
         if console.is_terminal and shown:
             self.bar.start()
 
@@ -110,13 +118,13 @@ MEASURES = {
 def show(run, result: dict, notes: Iterable[str] = ()) -> None:
     """The result of a run, as a table under notes on it."""
     for note in notes:
-        console.print(note, style="yellow", markup=False, soft_wrap=True)
+        console.print(note, style="yellow", soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, meaning in MEASURES.items():
         if name in result["final"]:
-            table.add_row(name.removeprefix("val/"), f"{result['final'][name]:.4f}", f"[dim]{meaning}[/]")
+            table.add_row(name.removeprefix("val/"), f"{result['final'][name]:.4f}", styled(meaning, "dim"))
     if result["entropy"] is not None:
-        table.add_row("entropy", f"{result['entropy']:.4f}", "[dim]loss of a perfect model of this data[/]")
+        table.add_row("entropy", f"{result['entropy']:.4f}", styled("loss of a perfect model of this data", "dim"))
     spent = f"{result['tokens']:,} tokens in {clock(result['seconds'])}, {result['flops']:.2e} FLOPs"
     console.print(table)
     console.print(f"{spent}. All of it: {run.where}", highlight=False, soft_wrap=True)

@@ -281,7 +281,7 @@ class Remote:
                 raise UserError(f"{used}. Wait for it to end: the same command then shows its result.")
             if not said:
                 until = "waiting for it" if patient else f"it is taken over if that says nothing for {EXPIRES} seconds"
-                console.print(f"{used}; {until}.", markup=False, soft_wrap=True)
+                console.print(f"{used}; {until}.", soft_wrap=True)
             said = True
             time.sleep(POLL)
         ended = threading.Event()

@@ -20,7 +20,7 @@ from pathlib import Path
 import filelock
 
 from kd import files, remote
-from kd.errors import MISTAKES, UserError
+from kd.errors import UserError, is_mistake
 from kd.identity import model_name
 from kd.progress import console
 from kd.signals import EXIT_CODE
@@ -148,7 +148,7 @@ class Run:
             )
             if not wait:
                 raise UserError(f"{used}. Wait for it to end: the same command then shows its result.") from None
-            console.print(f"{used}; waiting for it.", markup=False, soft_wrap=True)
+            console.print(f"{used}; waiting for it.", soft_wrap=True)
             lock.acquire()
         try:
             with self._beyond_this_machine(wait):
@@ -220,7 +220,7 @@ class Run:
 
     def failed(self, error: BaseException, told: bool = False) -> Path:
         """Write that an error, which is being handled, ended the work; told: it is explained, as a mistake is."""
-        code = error.code if isinstance(error, SystemExit) else 2 if told or isinstance(error, MISTAKES) else 1
+        code = error.code if isinstance(error, SystemExit) else 2 if told or is_mistake(error) else 1
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         state = PREEMPTED if code == EXIT_CODE else NO_MEMORY if _no_memory(error) else FAILED
         return self.end(state, reason, exit_code=code, traceback=traceback.format_exc())
@@ -313,7 +313,8 @@ class Run:
         except UserError:
             state = None
         if not self.remote and (state != DONE or (self / "checkpoints").exists()):
-            with suppress(filelock.Timeout), filelock.FileLock(self / ".lock", timeout=0):
+            # Of a root that is read alone, nothing can be tidied.
+            with suppress(filelock.Timeout, OSError), filelock.FileLock(self / ".lock", timeout=0):
                 self._tidy()
 
     def _tidy(self) -> None:

@@ -16,7 +16,6 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
-from rich.markup import escape
 from rich.table import Table
 
 from kd import agent, files, remote
@@ -25,7 +24,7 @@ from kd.errors import MISTAKES, UserError, for_people
 from kd.guard import check_words
 from kd.identity import NO_PART, NO_SIGNAL, below, group_of
 from kd.pool import Job, Local, Pool, Watch, fitting, gpus, visible_devices
-from kd.progress import clock, console, end_with
+from kd.progress import clock, console, end_with, styled
 from kd.provenance import doubts
 from kd.run import DIVERGED, DONE, FAILED, NO_MEMORY, SEALED, Run, read_json
 from kd.signals import Preempted, requests
@@ -116,6 +115,7 @@ class Runs(Launcher):
     show_plan: Callable
 
     def setup(self, *, hydra_context, task_function, config) -> None:
+        config.root = files.expanded(config.root)  # the settings of a run are expanded when they are resolved
         self.hydra_context, self.config = hydra_context, config
         self.program = sys.modules[task_function.__module__].__file__
 
@@ -181,10 +181,11 @@ class Runs(Launcher):
             console.print(
                 f"{path} lists what this command makes. Of the runs that it listed before, {len(gone)} are of another "
                 "command: they stay where they are. To keep both lists, give one a name of its own, e.g. sweep=mine.",
-                markup=False, soft_wrap=True,
+                soft_wrap=True,
             )  # fmt: skip
-        files.write_json(path, {"name": name, "runs": listed})
-        remote.publish(self.config.root, f"sweeps/{name}.json")
+        if listed != before:  # a sweep that is done may be in a root that is read alone
+            files.write_json(path, {"name": name, "runs": listed})
+            remote.publish(self.config.root, f"sweeps/{name}.json")
         order, by_name = [run.name for run, _ in made], {}
         for (run, number), w, words in zip(made, job_overrides, said):
             by_name.setdefault(run.name, Job(run, [*w, f"sweep={name}"], words, number))
@@ -289,9 +290,9 @@ def summary(name: str, jobs: Sequence[Job]) -> Table:
         elif stands in (FAILED, DIVERGED, NO_MEMORY):
             why = f"{why[:100]}  {job.log}"
         table.add_row(
-            escape(job.said), f"[{COLORS.get(stands, 'yellow')}]{stands}[/]",
+            job.said, styled(stands, COLORS.get(stands, "yellow")),
             *(f"{result['final'][key]:.4f}" if result and key in result["final"] else "" for key in measures.values()),
             clock(state["seconds"]) if "seconds" in state else "",
-            files.amount(state["peak_memory"]) if "peak_memory" in state else "", f"[dim]{escape(why)}[/]",
+            files.amount(state["peak_memory"]) if "peak_memory" in state else "", styled(why, "dim"),
         )  # fmt: skip
     return table

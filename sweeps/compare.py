@@ -72,12 +72,22 @@ class Entry(NamedTuple):
         return shlex.join(["python", "train.py", *self.overrides])
 
 
+def a_path(text: str) -> str:
+    """A path on a command line, for argparse."""
+    try:
+        return files.expanded(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parser(program: str, description: str, name: str | None = None) -> argparse.ArgumentParser:
     """The arguments that all programs here take: a sweep's name ("?" where it may be left out) and the root."""
     made = argparse.ArgumentParser(prog=f"python -m sweeps.{program}", description=description)
     made.add_argument("name", nargs=name, help="of the sweep, as in python train.py sweeps=NAME")
     root = os.environ.get("KD_ROOT") or "runs"
-    made.add_argument("--root", default=root, help="folder or URL where runs are kept (default: $KD_ROOT, or runs)")
+    made.add_argument(
+        "--root", default=root, type=a_path, help="folder or URL where runs are kept (default: $KD_ROOT, or runs)"
+    )
     return made
 
 

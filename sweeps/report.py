@@ -19,7 +19,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from kd import files
-from kd.errors import UserError
+from kd.errors import MISTAKES, UserError, for_people
 from kd.identity import model_name
 from kd.progress import clock, harmless
 from kd.provenance import doubts_of_many
@@ -220,8 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
             entries = [read(given.root, line) for line in manifest(given.root, given.name)]
             written = [path, path.with_suffix(".md"), path.with_suffix(".csv")]
             print(harmless(f"W&B: {dashboard.keep(written, given.name, 'report', says, dashboard.place(entries))}"))
-    except UserError as error:
-        print(harmless(str(error)), file=sys.stderr)
+    except MISTAKES as error:
+        print(harmless(str(for_people(error))), file=sys.stderr)
         return 2
     return 0
 

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from kd import checkpoint, config, files, guard, models, packing, search, shards, store
 from kd.errors import UserError
-from kd.progress import Terminal
+from kd.progress import Terminal, styled
 from kd.run import Run
 from sweeps import report
 from tests.small import FORK, SMALL, TINY, TRAIN, folder, here, listed, train
@@ -448,7 +448,7 @@ def test_no_text_steers_the_terminal(tmp_path):
     console = Terminal(file=out, force_terminal=False, width=200)
     table = Table(title=f"t{CONTROL}")
     table.add_column(f"h{CONTROL}")
-    table.add_row(f"[dim]{CONTROL}cell[/]")
+    table.add_row(styled(f"{CONTROL}cell", "dim"))
     for thing in (f"a{CONTROL}b", table):
         console.print(thing)
     console.print(f"c{CONTROL}d", markup=False, soft_wrap=True)
