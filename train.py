@@ -41,7 +41,7 @@ from kd.plan import corpus, plain_corpus, plan, recording
 from kd.progress import Steps, console, end_with, show, track
 from kd.remote import home
 from kd.run import DIVERGED, PREEMPTED, Run, check_student, environment, export, peak_memory
-from kd.settings import Settings, check_shards, kept_of, name_of, resolve, source_of
+from kd.settings import Settings, check_shards, is_pretrained, kept_of, name_of, resolve, source_of
 
 if TYPE_CHECKING:
     from kd import models, ranks
@@ -404,6 +404,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         reference=store.reference if store else logits.online(teacher) if teacher else None, learns=how == "cotrained",
         recorder=recorder, sharded=sharded, route=parts.route,
         rollout=None if name_of(settings["rollout"]) in ("none", "teacher") else parts.rollout(writers),
+        validates_first=is_pretrained(settings),
     )  # fmt: skip
     if of["compile"]:
         for model in (student, *module.outside):
@@ -449,7 +450,8 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
             "train_rows": len(packed.train if among is None else among),
             "entropy": packed.entropy, "bytes_per_token": packed.bytes_per_token,
             "tokens": module.tokens, "flops": module.flops, "seconds": round(module.seconds, 2),
-            "peak_memory": memory, "micro_batch": module.micro_batch, "final": module.val_metrics,
+            "peak_memory": memory, "micro_batch": module.micro_batch, "initial": module.initial_metrics or None,
+            "final": module.val_metrics,
         }  # fmt: skip
         if recorder:
             recorder.finish(student, packed.val, of["micro_batch"], of["steps"])

@@ -27,7 +27,7 @@ from kd.progress import clock, console
 from kd.remote import home
 from kd.rollout import Rollout, Writers
 from kd.run import peak_memory
-from kd.settings import Settings, name_of, of_instructions, source_of
+from kd.settings import Settings, is_pretrained, name_of, of_instructions, source_of
 from kd.target import KNOWN_BY, Target
 from kd.writer import Teacher, takes
 
@@ -105,7 +105,7 @@ def of_run(
         parts = -(-of["batch"] // of["devices"] // step.rows)
         seconds = STARTS + of["steps"] * (parts * step.micro_batch + step.optimizer)
         # A validation is forward passes alone, of the student and, if there is one, of the teacher.
-        looked = -(-of["steps"] // of["val_every"]) * packed.val[:, 1:].size / of["devices"]
+        looked = (-(-of["steps"] // of["val_every"]) + is_pretrained(settings)) * packed.val[:, 1:].size / of["devices"]
         looked *= student.flops_per_token + (teacher.flops_per_token if teacher else 0)
         seconds += looked / once * step.micro_batch / (step.rows * step.wider * seq_len)
         seconds += written / step.rows * step.writing

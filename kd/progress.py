@@ -119,12 +119,18 @@ def show(run, result: dict, notes: Iterable[str] = ()) -> None:
     """The result of a run, as a table under notes on it."""
     for note in notes:
         console.print(note, style="yellow", soft_wrap=True)
-    table = Table(box=None, show_header=False, pad_edge=False)
+    spent = f"{result['tokens']:,} tokens in {clock(result['seconds'])}, {result['flops']:.2e} FLOPs"
+    console.print(measures(result))
+    console.print(f"{spent}. All of it: {run.where}", highlight=False, soft_wrap=True)
+
+
+def measures(result: dict) -> Table:
+    """The measures of a result, with what they mean, and what they were before training if that was measured."""
+    table, initial = Table(box=None, show_header=False, pad_edge=False), result.get("initial") or {}
     for name, meaning in MEASURES.items():
         if name in result["final"]:
+            meaning += f"; before training {initial[name]:.4f}" if name in initial else ""
             table.add_row(name.removeprefix("val/"), f"{result['final'][name]:.4f}", styled(meaning, "dim"))
     if result["entropy"] is not None:
         table.add_row("entropy", f"{result['entropy']:.4f}", styled("loss of a perfect model of this data", "dim"))
-    spent = f"{result['tokens']:,} tokens in {clock(result['seconds'])}, {result['flops']:.2e} FLOPs"
-    console.print(table)
-    console.print(f"{spent}. All of it: {run.where}", highlight=False, soft_wrap=True)
+    return table

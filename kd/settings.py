@@ -253,6 +253,11 @@ def of_instructions(settings: Settings) -> bool:
     return name_of(settings["data"]) == "instructions"
 
 
+def is_pretrained(settings: Settings) -> bool:
+    """Whether the student starts from weights that were trained before, so that its loss before training is of use."""
+    return bool(settings["student"]["name"]) or settings["start"]["stage"] != "scratch"
+
+
 def source_of(settings: Settings) -> str:
     """none, online, cotrained or offline, from which recorded differs only in how its store is made."""
     name = name_of(settings["logits"])
