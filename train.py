@@ -152,7 +152,7 @@ def estimate(settings: Settings) -> dict[str, Estimate]:
     from kd import offline
 
     run, teacher, start, where = plan(settings)
-    if run.result() is not None:
+    if run.result() is not None and not settings["force"]:
         return {}
     less, times = estimates.sampled(settings)
     packed, parts = prepare(less)
@@ -175,7 +175,7 @@ def show_plan(all_settings: list[Settings], said: list[str], at_once: float) -> 
     made, names = {}, {plan(of).run.name: words for of, words in zip(all_settings, said, strict=True)}
     for of in track(all_settings, "measuring steps"):
         made |= {name: takes for name, takes in estimate(of).items() if name not in made}
-    done = sum(plan(of).run.result() is not None for of in all_settings)
+    done = sum(plan(of).run.result() is not None and not of["force"] for of in all_settings)
     estimates.show(made, names, done, all_settings[0], at_once)
 
 
@@ -249,6 +249,7 @@ def teacher_model(settings: Settings, parts: Parts) -> Causal:
     name = finished(teacher) if teacher else settings["teacher"]["name"]
     if name is None:
         raise UserError(f"There is no store at {where.path}, and teacher=none cannot write one.")
+    check_student(settings["teacher"]["name"])
     check_tokenizers(settings, parts.tokenizer, name)
     return models.build(None, name, len(parts.tokenizer), settings["data"]["seq_len"], "teacher.name")
 
@@ -358,6 +359,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
 
     quiet()
     of, flat = settings["trainer"], conf.flat(settings)
+    code = {"environment": environment(), "sources": provenance.sources(flat)}  # before anybody edits it
     lightning.seed_everything(settings["seed"], verbose=False)
     seq_len, vocab = settings["data"]["seq_len"], len(parts.tokenizer)
     student, teacher_name, store = made.student(settings, vocab), made.teacher, made.store
@@ -442,8 +444,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         if not first:
             return {}
         result = {
-            "state": "done", "run": run.name, "date": time.strftime("%Y-%m-%d %H:%M:%S"), "config": flat,
-            "environment": environment(), "sources": provenance.sources(flat),
+            "state": "done", "run": run.name, "date": time.strftime("%Y-%m-%d %H:%M:%S"), "config": flat, **code,
             "parameters": costs["student"].parameters, "non_embedding": costs["student"].non_embedding,
             "flops_per_token": costs["student"].flops_per_token,
             **{f"teacher_{k}": getattr(costs.get("teacher"), k, None) for k in models.Cost._fields},

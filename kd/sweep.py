@@ -72,7 +72,7 @@ class Lines(Multirun):
         jobs: list[list[str]] = []
         names: list[str] = []
         for name, line in lines:
-            words = shlex.split(base) + shlex.split(line) + typed
+            words = files.expanded_words(shlex.split(base) + shlex.split(line)) + typed
             for job in BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]:
                 if "logits=none" in job:
                     job = [w for w in job if group_of(w) not in NO_SIGNAL]

@@ -242,6 +242,16 @@ def test_a_result_of_other_code_is_shown_as_old_with_what_changed(made, root, co
     assert doubt.partition(": ")[2].partition(" has")[0] in provenance.doubts_of_many([shown])[0]
 
 
+def test_code_that_is_edited_while_a_run_trains_is_not_taken_for_its_own(made, root, code, monkeypatch):
+    from kd.module import Distillation
+
+    module, old, new, said = REAL["the function"]
+    monkeypatch.setattr(Distillation, "on_train_end", lambda self: code(module, (old, new)))
+    outcome = json.loads((here(root, *RUN, "seed=7") / "result.json").read_text())
+    assert outcome["sources"]["loss"] == result(made)["sources"]["loss"]
+    assert provenance.changes(outcome) == said
+
+
 def test_a_function_that_only_moved_to_another_module_is_the_same(made, code):
     source = (provenance.PACKAGE / "schedules.py").read_text()
     start = source.index("def _warm(")
