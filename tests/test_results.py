@@ -11,6 +11,7 @@ import train as product
 from kd import files, provenance
 from kd.config import CONF
 from kd.errors import UserError
+from kd.run import Run
 from sweeps.compare import read
 from tests.small import folder, here, settings, train
 
@@ -158,6 +159,32 @@ def test_results_from_before_the_seals_are_accepted_and_marked(root, capsys):
     flip(folder(root, "lm") / "student" / "model.safetensors")
     with pytest.raises(UserError, match=r"student is damaged: model\.safetensors"):
         here(root, *RUN, "loss=tvd")
+
+
+def test_what_is_damaged_under_a_url_is_said_and_a_damaged_copy_is_fetched_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
+    there = tmp_path / "there"
+    words = (*RUN, f"root=file://{there}", "logits=none", "teacher=none")
+    run = here(tmp_path, *words)  # its copy on this machine
+    kept = there / run.name / "student"
+    assert files.digest(kept / "config.json") == files.digest(run / "student" / "config.json")
+    of = Run(f"file://{there}", run.name)
+    flip(run / "student" / "config.json")
+    of.check(of.result(), "student")
+    assert (run / "student" / "config.json").read_bytes() == (kept / "config.json").read_bytes()
+    shutil.rmtree(run / "student")
+    of.check(of.result(), "student")
+    flip(kept / "config.json")
+    shutil.rmtree(run / "student")
+    with pytest.raises(UserError, match=r"student is damaged: config\.json"):
+        of.check(of.result(), "student")
+    edit(there / run.name / "result.json", '"val/lm": ', '"val/lm": 1')
+    with pytest.raises(UserError, match=r"result\.json is damaged"):
+        Run(f"file://{there}", run.name).result()
+    (kept / "config.json").write_text("{}")
+    assert here(tmp_path, *words, "force=true") == run  # made anew, whatever was wrong with it
+    of = Run(f"file://{there}", run.name)
+    of.check(of.result())
 
 
 # The code that a result was made by.
