@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sys
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -32,15 +33,24 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from kd import agent, data, files, guard, packing, plugins
+from kd import agent, data, files, guard, packing, plugins, provenance
 from kd import config as conf
 from kd.errors import MISTAKES, UserError, for_people
 from kd.identity import about
 from kd.plan import corpus, plain_corpus, plan, recording
 from kd.progress import Steps, console, end_with, show, track
 from kd.remote import home
-from kd.run import DIVERGED, PREEMPTED, Run, environment, export, peak_memory
-from kd.settings import Settings, check_prompts_only, check_shards, kept_of, name_of, resolve, source_of
+from kd.run import DIVERGED, PREEMPTED, Run, check_student, environment, export, peak_memory
+from kd.settings import (
+    Settings,
+    check_prompts_only,
+    check_shards,
+    is_pretrained,
+    kept_of,
+    name_of,
+    resolve,
+    source_of,
+)
 from kd.tokenizer import load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
@@ -57,19 +67,40 @@ def main(cfg: DictConfig) -> None:
         settings = resolve(cfg, HydraConfig.get().overrides.task)
         if settings["plan"]:
             return show_plan([settings], ["this run"], 1)
-        run, result = train(settings, wait=settings["sweep"] is not None)
+        run, result, before = shown(settings)
         agent.tell(run, settings, result)
-        show(run, result)
+        notes = [provenance.done_before(result), *provenance.doubts(result)] if before else []
+        show(run, result, [f"{note[0].upper()}{note[1:]}." for note in notes])
     except MISTAKES as error:
         end_with(for_people(error))
 
 
-def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
+def shown(settings: Settings) -> Outcome:
+    """The run that a person asked for; if it was done before, its files are checked, as far as they are here."""
+    outcome = train(settings, wait=settings["sweep"] is not None)
+    if outcome.before and not outcome.run.remote:
+        outcome.run.check(outcome.result)
+    return outcome
+
+
+class Outcome(NamedTuple):
+    """A run and its result; before: whether it was done already, so that this command trained nothing."""
+
+    run: Run
+    result: dict
+    before: bool
+
+
+def train(settings: Settings, wait: bool = True) -> Outcome:
     """The result of a run: read if it is done, resumed if it was begun; its teacher is made first if there is none.
 
-    wait: for another process that works on the same run, instead of raising UserError.
+    wait: for another process that works on the same run, instead of raising UserError. With force=true what is done is
+    removed, and made anew.
     """
     run, teacher, start, where = plan(settings)
+    if settings["force"] and run.is_done():
+        with run.lock(wait):
+            run.discard()
     if result := run.result():
         run.settle()
         if where and not where.manifest().exists() and source_of(settings) == "none":
@@ -77,12 +108,14 @@ def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
                 f"{run.name} is done, and nothing was recorded. To train it once more and record it, type:\n"
                 f"  {run.removal()}\nand the same command again."
             )
-        return run, result
+        return Outcome(run, result, before=True)
     if settings["trainer"]["devices"] > 1:
         from kd import ranks
 
         ranks.check_devices(settings["trainer"])
     packed, parts = prepare(settings)
+    for model in (settings["student"]["name"], settings["teacher"]["name"], settings["data"]["tokenizer"]):
+        check_student(model)
     name, store = settings["teacher"]["name"], None
     if source_of(settings) == "offline":
         from kd import offline
@@ -99,11 +132,11 @@ def train(settings: Settings, wait: bool = True) -> tuple[Run, dict]:
     made = Made(name, finished(start) if start else None, store, plain_text(settings))
     with run.lock(wait):
         if result := run.result():
-            return run, result
+            return Outcome(run, result, before=True)
         with run.recorded():
             if settings["trainer"]["devices"] > 1:
-                return run, fit_in_ranks(run, settings, packed, made)
-            return run, fit(run, settings, packed, parts, made)
+                return Outcome(run, fit_in_ranks(run, settings, packed, made), before=False)
+            return Outcome(run, fit(run, settings, packed, parts, made), before=False)
 
 
 class Made(NamedTuple):
@@ -128,7 +161,7 @@ def estimate(settings: Settings) -> dict[str, Estimate]:
     from kd import offline
 
     run, teacher, start, where = plan(settings)
-    if run.result() is not None:
+    if run.result() is not None and not settings["force"]:
         return {}
     less, times = estimates.sampled(settings)
     packed, parts = prepare(less)
@@ -152,7 +185,7 @@ def show_plan(all_settings: list[Settings], said: list[str], at_once: float) -> 
     made, names = {}, {plan(of).run.name: words for of, words in zip(all_settings, said, strict=True)}
     for of in track(all_settings, "measuring steps"):
         made |= {name: takes for name, takes in estimate(of).items() if name not in made}
-    done = sum(plan(of).run.result() is not None for of in all_settings)
+    done = sum(plan(of).run.result() is not None and not of["force"] for of in all_settings)
     estimates.show(made, names, done, all_settings[0], at_once)
 
 
@@ -186,8 +219,13 @@ def fit_as_rank(job: ranks.Job) -> None:
 def finished(model: Settings) -> str:
     """The folder of the model that these settings make, trained first if there is none."""
     with agent.hidden():  # which asked for the run that needs it
-        made, outcome = train(model)
-    made.verify(outcome)
+        made, result, before = train(model)
+    made.check(result, "student")
+    if before and (changed := provenance.changes(result)):
+        console.print(
+            f"{made.name}, which this run needs, is old: the code of {', '.join(changed)} has changed since. To make "
+            "it anew, type its own command with force=true.", soft_wrap=True,
+        )  # fmt: skip
     requests.end_if_asked()
     return str(made / "student")
 
@@ -223,6 +261,7 @@ def teacher_model(settings: Settings, parts: Parts) -> Causal:
     name = finished(teacher) if teacher else settings["teacher"]["name"]
     if name is None:
         raise UserError(f"There is no store at {where.path}, and teacher=none cannot write one.")
+    check_student(settings["teacher"]["name"])
     check_tokenizers(settings, parts.tokenizer, name)
     return models.build(None, name, vocabulary_size(parts.tokenizer), settings["data"]["seq_len"], "teacher.name")
 
@@ -334,6 +373,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
 
     quiet()
     of, flat = settings["trainer"], conf.flat(settings)
+    code = {"environment": environment(), "sources": provenance.sources(flat)}  # before anybody edits it
     lightning.seed_everything(settings["seed"], verbose=False)
     seq_len, vocab = settings["data"]["seq_len"], vocabulary_size(parts.tokenizer)
     student, teacher_name, store = made.student(settings, vocab), made.teacher, made.store
@@ -384,6 +424,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         reference=store.reference if store else logits.online(teacher) if teacher else None, learns=how == "cotrained",
         recorder=recorder, sharded=sharded, route=parts.route,
         rollout=None if name_of(settings["rollout"]) in ("none", "teacher") else parts.rollout(writers),
+        validates_first=is_pretrained(settings),
     )  # fmt: skip
     if of["compile"]:
         for model in (student, *module.outside):
@@ -429,7 +470,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         if not first:
             return {}
         result = {
-            "state": "done", "run": run.name, "config": flat, "environment": environment(),
+            "state": "done", "run": run.name, "date": time.strftime("%Y-%m-%d %H:%M:%S"), "config": flat, **code,
             "parameters": costs["student"].parameters, "non_embedding": costs["student"].non_embedding,
             "active_parameters": costs["student"].active_parameters,
             "flops_per_token": costs["student"].flops_per_token,
@@ -437,7 +478,8 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
             "train_rows": len(packed.train if among is None else among),
             "data": packed.counts, "entropy": packed.entropy, "bytes_per_token": packed.bytes_per_token,
             "tokens": module.tokens, "flops": module.flops, "seconds": round(module.seconds, 2),
-            "peak_memory": memory, "micro_batch": module.micro_batch, "final": module.val_metrics,
+            "peak_memory": memory, "micro_batch": module.micro_batch, "initial": module.initial_metrics or None,
+            "final": module.val_metrics,
         }  # fmt: skip
         if recorder:
             student.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
@@ -446,8 +488,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
             student = made.student(settings, vocab)
             student.load_state_dict(weights)
         export(run, student.model, parts.tokenizer, row_ends(settings, packed, parts.tokenizer), settings, result)
-        result["weights"] = run.weights()
-        run.finish(result)
+        result = run.finish(result)
         final = module.val_metrics
         return result
     except NonFinite as error:
@@ -457,7 +498,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         reason = f"asked to end at step {module.global_step} of {of['steps']}; the same command goes on with it"
         run.end(PREEMPTED, reason, exit_code=error.code)
         if first:
-            console.print(f"{told.name}: {reason}", markup=False, soft_wrap=True)
+            console.print(f"{told.name}: {reason}", soft_wrap=True)
         raise
     except BaseException as error:
         full = isinstance(error, Exception) and out_of_memory(error)
@@ -519,6 +560,7 @@ def write_store(words: list[str]) -> Store | None:
     """What `python -m kd.store write` does; None for one part of several."""
     from kd import offline
 
+    words = files.expanded_words(words)
     guard.check_words(words)
     part = next((word for word in words if word.startswith("part=")), "part=1/1")
     numbers = re.fullmatch(r"part=(\d+)/(\d+)", part)
@@ -595,6 +637,7 @@ if __name__ == "__main__":
     else:
         end_with_parent()
         try:
+            sys.argv[1:] = files.expanded_words(sys.argv[1:])
             guard.check_command_line(sys.argv[1:])
         except UserError as error:
             end_with(error)

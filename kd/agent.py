@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from kd.config import build
 from kd.errors import UserError
 from kd.identity import about, sizes_of
-from kd.run import Run
+from kd.run import RESPONSES, Run
 from kd.settings import name_of
 
 WANTED = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
@@ -55,6 +55,7 @@ def tell(run: Run, settings: dict, result: dict) -> None:
     from kd.loggers import views  # which takes a second, and imports this
 
     run.copy("metrics.jsonl")
+    run.check(result, "metrics.jsonl", RESPONSES)
     told = about(run.name, result["config"] | {"sweep": settings["sweep"]}, sizes_of(result))
     for view in views(build(settings["logger"], "logger"), run.folder, told):
         view.close(result["final"])

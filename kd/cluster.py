@@ -22,6 +22,7 @@ from rich.console import Group
 from kd import config as conf
 from kd.errors import UserError
 from kd.pool import Job, Local, Pool
+from kd.progress import styled
 from kd.run import DONE, ENDS, PREEMPTED, Run
 from kd.signals import requests
 from kd.sweep import Runs
@@ -135,7 +136,7 @@ class Elsewhere(Pool):
 
     def board(self) -> Group:
         waits = Counter(self.of(job).waits for job in self.running if not job.begun)
-        lines = [f"[dim]{number} queued: {why}[/]" for why, number in waits.items() if why]
+        lines = [styled(f"{number} queued: {why}", "dim") for why, number in waits.items() if why]
         return Group(super().board(), *lines)
 
 

@@ -169,7 +169,7 @@ def checked(function, node: Node, path: str) -> Node:
 
 PLAIN = {  # settings that no function takes as they are, and their types
     "": {"seed": int, "root": str, "scale": str, "sweep": str | None, "n_jobs": int | None, "on_failure": str,
-         "plan": bool, "lm": str, "token_names": str},
+         "plan": bool, "force": bool, "lm": str, "token_names": str},
     "start": {"stage": str, "steps": int, "batch": int, "lr": float, "seed": int, "sft_steps": int, "sft_batch": int,
               "sft_lr": float | None},
     "student": {"size": str | None, "name": str | None},

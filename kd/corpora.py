@@ -20,7 +20,7 @@ import xxhash
 
 from kd import files as on_disk
 from kd.errors import UserError, first_line
-from kd.tables import Documents, Joined, is_saved, kind_of, local_tables, saved_rows
+from kd.tables import Documents, Joined, cache_of, is_saved, kind_of, local_tables, saved_rows, stamps
 
 
 class Pairs(NamedTuple):
@@ -142,7 +142,9 @@ def hub_rows(name: str, subset: str | None, split: str, revision: str | None, st
     try:
         if is_saved(name):
             return saved_rows(name, subset, split, revision, streaming)
-        return datasets.load_dataset(name, subset, split=split, revision=revision, streaming=streaming)
+        cache = cache_of(content) if (content := on_disk.stamp(name)) else None
+        how = dict(split=split, revision=revision, streaming=streaming, cache_dir=cache)
+        return datasets.load_dataset(name, subset, **how)
     except Exception as error:  # of many kinds, from several libraries
         if isinstance(error, ValueError) or Path(name).is_dir():
             files = f" Columns may differ between files of data.files='{name}/*.jsonl'." if Path(name).is_dir() else ""
@@ -230,11 +232,6 @@ def _matching(files: str) -> list[Path]:
         return [Path(files)]
     names = glob.glob(files, recursive=True) or glob.glob(files.replace("[", "[[]"), recursive=True)
     return sorted(map(Path, names))
-
-
-def stamps(paths: list[Path]) -> list:
-    """Names, sizes and times of files."""
-    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
 
 
 def _column(rows, field: str, option: str) -> Documents:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from kd.progress import Terminal, clock, console
 from kd.remote import home
 from kd.rollout import Rollout, Writers
 from kd.run import peak_memory
-from kd.settings import Settings, name_of, of_instructions, source_of
+from kd.settings import Settings, is_pretrained, name_of, of_instructions, source_of
 from kd.target import KNOWN_BY, Target
 from kd.writer import Teacher, takes
 
@@ -107,7 +106,7 @@ def of_run(
         parts = -(-of["batch"] // of["devices"] // step.rows)
         seconds = STARTS + of["steps"] * (parts * step.micro_batch + step.optimizer)
         # A validation is forward passes alone, of the student and, if there is one, of the teacher.
-        looked = -(-of["steps"] // of["val_every"]) * packed.val[:, 1:].size / of["devices"]
+        looked = (-(-of["steps"] // of["val_every"]) + is_pretrained(settings)) * packed.val[:, 1:].size / of["devices"]
         looked *= student.flops_per_token + (teacher.flops_per_token if teacher else 0)
         seconds += looked / once * step.micro_batch / (step.rows * step.wider * seq_len)
         seconds += written / step.rows * step.writing
@@ -271,7 +270,7 @@ def print_rows(rows: dict[str, list[str]]) -> None:
         for number in shown:
             table.add_column(COLUMNS[number], justify="right", no_wrap=True)
         for name, amounts in named.items():
-            table.add_row(escape(name), *(amounts[number] for number in shown))
+            table.add_row(name, *(amounts[number] for number in shown))
         width = console.measure(table, options=console.options.update(width=10_000)).maximum
         if not console.is_terminal:  # no width to keep to
             Terminal(stderr=True, highlight=False, width=width).print(table)
@@ -323,8 +322,8 @@ def show(made: dict[str, Estimate], names: dict[str, str], done: int, settings: 
     says += f"; {files.amount(disk)} of disk at most, where {files.amount(free)} are free. Nothing was started."
     if of_instructions(settings):
         says += " Responses that models write are taken to be as long as they may be, and count to the time alone."
-    console.print(says, markup=False, soft_wrap=True)
+    console.print(says, soft_wrap=True)
     for what, needed, has in (("memory", memory, capacity(device)), ("disk", disk, free)):
         if needed > has:
             text = f"That needs {files.amount(needed)} of {what}, and there are {files.amount(has)}."
-            console.print(text, style="red", markup=False, soft_wrap=True)
+            console.print(text, style="red", soft_wrap=True)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,15 +30,15 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in [p for p in temporary.rglob("*") if p.is_file()] or [temporary]:
-            _sync(file)
+            sync(file)
         aside = path.with_name(f".{path.name}.old.tmp")
         if temporary.is_dir() and path.is_dir():
             os.replace(path, aside)  # a folder cannot be replaced by another in one step
         os.replace(temporary, path)
-        _sync(path.parent)
-        _remove(aside)
+        sync(path.parent)
+        remove(aside)
     except BaseException as error:
-        _remove(temporary)
+        remove(temporary)
         if is_full(error, path):
             raise disk_full(path) from error
         raise
@@ -62,10 +63,11 @@ def is_full(error: BaseException, path: Path) -> bool:
 def clear(folder: Path, name: str = "*") -> None:
     """Remove what killed processes left of files that were to be `name`; only for who holds the lock of the folder."""
     for temporary in Path(folder).glob(f".{name}.*.tmp"):
-        _remove(temporary)
+        remove(temporary)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there."""
     shutil.rmtree(path, ignore_errors=True)
     if not path.is_dir():
         path.unlink(missing_ok=True)
@@ -109,18 +111,74 @@ def digest_of(value) -> str:
 
 
 def stamp(name: str | None) -> str | None:
-    """Names, sizes and times of the files of a local folder, as a digest; None where `name` is no folder.
+    """Digest of the content of a local folder, names and bytes of its files; None where `name` is no folder.
 
-    Of an adapter, those of the folder of its base model too.
+    Hidden files are left out: tools keep notes of their own in them, such as when something was downloaded. Of an
+    adapter, the folder of its base model counts too.
     """
     if not name or not Path(name).is_dir():
         return None
     found = sorted(p for p in Path(name).rglob("*") if p.is_file())
-    described = [[str(p.relative_to(name)), p.stat().st_size, p.stat().st_mtime_ns] for p in found]
+    found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(name).parts)]
+    described = [[str(p.relative_to(name)), known_digest(p)] for p in found]
     with suppress(OSError, ValueError, AttributeError):  # no adapter, or one that is refused when it is loaded
         base = stamp(json.loads((Path(name) / "adapter_config.json").read_text()).get("base_model_name_or_path"))
         described += [["base", base]] if base else []
     return digest_of(described)
+
+
+LARGE = 1 << 20  # bytes of a file whose digest is kept
+SETTLED = 2  # seconds after a change, before which another one may leave the same times behind
+
+
+def known_digest(path: Path) -> str:
+    """digest(), kept for large files: the same path, inode, size, mtime and ctime is the same content.
+
+    A program that restores the mtime of what it has changed moves the ctime, which none can set.
+    """
+    path = Path(path).absolute()
+    before = _state(path)
+    if before["size"] < LARGE:
+        return digest(path)
+    kept = cache() / "digests" / f"{xxhash.xxh3_128_hexdigest(str(path).encode())}.json"
+    try:
+        known = json.loads(kept.read_text())
+        if known["file"] == before:
+            return str(known["digest"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or damaged
+        pass
+    made = digest(path)
+    if _state(path) == before and before["ctime"] < time.time_ns() - SETTLED * 10**9:
+        with suppress(OSError, UserError):  # it is a convenience
+            write_json(kept, {"file": before, "digest": made})
+    return made
+
+
+def _state(path: Path) -> dict[str, str | int]:
+    """What changes with the content of a file."""
+    of = path.stat()
+    return {"path": str(path), "inode": of.st_ino, "size": of.st_size, "mtime": of.st_mtime_ns, "ctime": of.st_ctime_ns}
+
+
+def cache() -> Path:
+    """The folder of what kd keeps beside roots: $KD_CACHE, or ~/.cache/kd."""
+    return Path(expanded(os.environ.get("KD_CACHE") or "~/.cache/kd"))
+
+
+def expanded(path: str) -> str:
+    """A path whose ~ or ~user at the start is replaced by that home folder, as a shell does outside of quotes.
+
+    Raises UserError where there is no such home folder, rather than make a folder of that name.
+    """
+    whole = os.path.expanduser(path)
+    if whole.startswith("~"):
+        raise UserError(f"{path}: there is no home folder for {whole.partition('/')[0]}. Type the whole path.")
+    return whole
+
+
+def expanded_words(words: list[str]) -> list[str]:
+    """The overrides of a command line with ~ expanded where it stands without quotes, which Hydra cannot read."""
+    return [re.sub(r"(?<=[=,(\[])~[\w.-]*(?=[/,)\]]|$)", lambda found: expanded(found[0]), word) for word in words]
 
 
 def local(path: str | Path, cache: Path) -> Path:
@@ -160,7 +218,8 @@ def is_name(text: str) -> bool:
     return re.fullmatch(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*", text) is not None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

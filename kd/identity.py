@@ -10,7 +10,8 @@ import xxhash
 
 # What a run is called, where it is kept and how often it is saved change nothing of what comes out.
 NO_PART = (
-    "root", "scale", "sweep", "n_jobs", "on_failure", "plan", "token_names", "logger", "trainer.checkpoint_every",
+    "root", "scale", "sweep", "n_jobs", "on_failure", "plan", "force", "token_names", "logger",
+    "trainer.checkpoint_every",
     "trainer.accelerator",
     "trainer.devices", "trainer.strategy", "trainer.shard_teacher",  # by rounding alone
     "logits.path", "record.path",

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kd.writer import Recorder
 
 # What a checkpoint keeps of a run.
-STATE = ("tokens", "flops", "seconds", "micro_batch", "train_metrics", "val_metrics")
+STATE = ("tokens", "flops", "seconds", "micro_batch", "train_metrics", "val_metrics", "initial_metrics")
 
 
 class Task(NamedTuple):
@@ -69,6 +69,7 @@ class Distillation(lightning.LightningModule):
     `reference` what validation measures against. A finished `teacher` is kept out of the module tree: it is neither
     saved, nor trained, nor put in train mode; one that `learns` is part of it, and learns by language modelling.
     `rollout` says who writes the text that is distilled.
+    `validates_first`: also before the first step, for a student that is not random.
     `recorder` is shown what the student says of each batch. `sharded`: which of student and teacher the ranks hold
     parts of, where there are several.
     """
@@ -97,6 +98,7 @@ class Distillation(lightning.LightningModule):
         sharded: tuple[str, ...] = (),
         route: Callable[[routing.Measured], dict[str, Tensor]] = routing.none,
         rollout: Rollout | None = None,
+        validates_first: bool = False,
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -109,11 +111,13 @@ class Distillation(lightning.LightningModule):
         self.log_every, self.val_every, self.validation = log_every, val_every, validation
         self.route, self.routes = route, getattr(route, "func", route) is not routing.none
         self.rollout = rollout
+        self.validates_first = validates_first or (rollout is not None and rollout.looks_first)
         self.cost, self.bytes_per_token, self.watch = flops, bytes_per_token, watch
         self.tokens, self.flops, self.here = 0, 0.0, 0
         self.seconds = 0.0
         self.train_metrics: dict[str, float] = {}
         self.val_metrics: dict[str, float] = {}
+        self.initial_metrics: dict[str, float] = {}  # of the validation before the first step, if there was one
         self._random_state: dict | None = None
 
     def configure_model(self) -> None:
@@ -151,8 +155,9 @@ class Distillation(lightning.LightningModule):
             teacher.to(self.device)
 
     def on_train_start(self) -> None:
-        if self.rollout and self.rollout.looks_first and self.global_step == 0:
+        if self.validates_first and self.global_step == 0:
             self.validate()
+            self.initial_metrics = dict(self.val_metrics)
 
     def training_step(self, batch: Batch, index: int) -> None:
         progress = self._progress()

@@ -18,11 +18,12 @@ from pathlib import Path
 import filelock
 from rich.console import Group
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from kd.errors import UserError
-from kd.progress import clock, console
+from kd.progress import clock, console, harmless, styled
+from kd.provenance import done_before, doubts
 from kd.run import DONE, ENDS, FAILED, NO_MEMORY, PREEMPTED, RUNNING, Run, killed_for_memory
 from kd.signals import ASKED, EXIT_CODE, PARENT, received
 
@@ -94,7 +95,8 @@ class Pool:
         """Until no job runs and none is to be started."""
         for number, job in enumerate(self.jobs, 1):
             if job not in (*self.waiting, *self.running):
-                self._say(job, "done before", number)
+                result = job.run.result()
+                self._say(job, "; ".join([done_before(result), *doubts(result)]), number)
         live = Live(get_renderable=self.board, console=console, transient=True, refresh_per_second=2)
         heard = 0
         with received(self._ask), live if console.is_terminal else nullcontext():
@@ -127,8 +129,8 @@ class Pool:
         says += f"{len(self.waiting) + queued} to come"
         table = Table(box=None, show_header=False, pad_edge=False)
         for job in filter(lambda job: job.begun, self.running):
-            table.add_row(escape(job.said), clock(time.monotonic() - job.begun), f"[dim]{escape(job.last_line())}[/]")
-        return Group(f"[bold]{says}{self._left()}[/]", table)
+            table.add_row(job.said, clock(time.monotonic() - job.begun), styled(job.last_line(), "dim"))
+        return Group(styled(f"{says}{self._left()}", "bold"), table)
 
     def _left(self) -> str:
         if not self.spent:
@@ -138,7 +140,9 @@ class Pool:
 
     def _say(self, job: Job, what: str, number: int | None = None) -> None:
         number = number or self.jobs.index(job) + 1
-        line = f"[bold]run {number} of {len(self.jobs)}[/]  {escape(job.said)}  [dim]{escape(what)}[/]"
+        line = Text.assemble(
+            (f"run {number} of {len(self.jobs)}", "bold"), f"  {harmless(job.said)}  ", (harmless(what), "dim")
+        )
         console.print(line, soft_wrap=True)
 
     def _ended(self, job: Job) -> None:
@@ -163,7 +167,7 @@ class Pool:
         self.stopped = True
         if len(self.asked) == 1:
             running = sum(bool(job.begun) for job in self.running)
-            console.print(f"{name}: {running} runs save a checkpoint; once more kills them.", markup=False)
+            console.print(f"{name}: {running} runs save a checkpoint; once more kills them.")
 
 
 class Local(Pool):

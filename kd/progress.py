@@ -25,10 +25,18 @@ def harmless(text: str) -> str:
 
 
 class Terminal(Console):
-    """A console that lets no text but its own steer the terminal."""
+    """A console that shows text as it is: no text steers the terminal, and none is markup or the name of an emoji."""
+
+    def __init__(self, **how):
+        super().__init__(**{"markup": False, "emoji": False} | how)
 
     def render_str(self, text: str, **how) -> Text:
         return super().render_str(harmless(text), **how)
+
+
+def styled(text: str, style: str) -> Text:
+    """Text in a style, as rich calls it."""
+    return Text(harmless(text), style)
 
 
 console = Terminal(stderr=True, highlight=False)
@@ -36,7 +44,7 @@ console = Terminal(stderr=True, highlight=False)
 
 def end_with(error: Exception) -> NoReturn:
     """Say what a person can mend, without a traceback, and exit with 2."""
-    console.print(str(error), style="red", markup=False, soft_wrap=True)
+    console.print(str(error), style="red", soft_wrap=True)
     sys.exit(2)
 
 
@@ -48,9 +56,9 @@ def track(items: Iterable, title: str) -> Iterator:
     if not console.is_terminal:
         yield from _lines(items, title)
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        yield from progress.track(items, description=title)
+        yield from progress.track(items, description=harmless(title))
 
 
 def _lines(items: Iterable, title: str) -> Iterator:
@@ -78,10 +86,10 @@ class Steps:
         self.steps, self.start, self.title, self.unit, self.shown = steps, start, title, unit, shown
         self.begun, self.printed = time.monotonic(), 0.0
         self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
-            TextColumn("{task.fields[say]}"), console=console, transient=True, refresh_per_second=4,
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=30), MofNCompleteColumn(),
+            TextColumn("{task.fields[say]}", markup=False), console=console, transient=True, refresh_per_second=4,
         )  # fmt: skip
-        self.task = self.bar.add_task(title, total=steps, completed=start, say="")
+        self.task = self.bar.add_task(harmless(title), total=steps, completed=start, say="")
         if console.is_terminal and shown:
             self.bar.start()
 
@@ -129,17 +137,25 @@ MEASURES = {
 NOT_ALL = ("left_out", "cut", "unlearned", "unused", "special_as_text", "prompts_only")  # counts that a run's table has
 
 
-def show(run, result: dict) -> None:
-    """What came out of a run, as a table."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, meaning in MEASURES.items():
-        if name in result["final"]:
-            table.add_row(name.removeprefix("val/"), f"{result['final'][name]:.4f}", f"[dim]{meaning}[/]")
-    if result["entropy"] is not None:
-        table.add_row("entropy", f"{result['entropy']:.4f}", "[dim]loss of a perfect model of this data[/]")
+def show(run, result: dict, notes: Iterable[str] = ()) -> None:
+    """The result of a run, as a table under notes on it."""
+    for note in notes:
+        console.print(note, style="yellow", soft_wrap=True)
     spent = f"{result['tokens']:,} tokens in {clock(result['seconds'])}, {result['flops']:.2e} FLOPs"
-    console.print(table)
+    console.print(measures(result))
     counts = result.get("data") or {}
     if any(counts.get(name) for name in NOT_ALL):
-        console.print(f"Data: {in_words(counts)}.", markup=False, soft_wrap=True)
+        console.print(f"Data: {in_words(counts)}.", soft_wrap=True)
     console.print(f"{spent}. All of it: {run.where}", highlight=False, soft_wrap=True)
+
+
+def measures(result: dict) -> Table:
+    """The measures of a result, with what they mean, and what they were before training if that was measured."""
+    table, initial = Table(box=None, show_header=False, pad_edge=False), result.get("initial") or {}
+    for name, meaning in MEASURES.items():
+        if name in result["final"]:
+            meaning += f"; before training {initial[name]:.4f}" if name in initial else ""
+            table.add_row(name.removeprefix("val/"), f"{result['final'][name]:.4f}", styled(meaning, "dim"))
+    if result["entropy"] is not None:
+        table.add_row("entropy", f"{result['entropy']:.4f}", styled("loss of a perfect model of this data", "dim"))
+    return table

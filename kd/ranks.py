@@ -29,7 +29,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from kd.errors import MISTAKES, UserError, for_people
+from kd.errors import UserError, for_people, is_mistake
 from kd.launchers import OWN
 from kd.run import DONE, FAILED, NO_MEMORY, PREEMPTED, Run, killed_for_memory
 from kd.signals import EXIT_CODE, Preempted, requests
@@ -173,10 +173,10 @@ def work(words: list[str], fit) -> None:
     job = Job(*words)
     try:
         fit(job)
-    except MISTAKES as error:
-        job.tell("said", str(for_people(error)))
-        sys.exit(2)
     except Exception as error:  # the process that started this one prints it, if it was the first
+        if is_mistake(error):
+            job.tell("said", str(for_people(error)))
+            sys.exit(2)
         reason = f"{type(error).__name__}: {error}"
         job.tell("end", {"state": FAILED, "reason": reason, "traceback": traceback.format_exc()})
         sys.exit(1)

@@ -34,11 +34,11 @@ def is_url(root: str | Path) -> bool:
 
 def home(root: str | Path) -> Path:
     """The folder of a root on this machine: the root itself, or of a URL a folder in $KD_CACHE or ~/.cache/kd."""
-    cache = os.environ.get("KD_CACHE") or Path.home() / ".cache" / "kd"
     if not is_url(root):
         return Path(root)
+    cache = files.cache()
     files.check_cache(cache, "KD_CACHE")
-    return files.local(str(root).rstrip("/"), Path(cache))
+    return files.local(str(root).rstrip("/"), cache)
 
 
 def latest(root: str | Path, name: str) -> Path:
@@ -285,7 +285,7 @@ class Remote:
                 raise UserError(f"{used}. Wait for it to end: the same command then shows its result.")
             if not said:
                 until = "waiting for it" if patient else f"it is taken over if that says nothing for {EXPIRES} seconds"
-                console.print(f"{used}; {until}.", markup=False, soft_wrap=True)
+                console.print(f"{used}; {until}.", soft_wrap=True)
             said = True
             time.sleep(POLL)
         ended = threading.Event()

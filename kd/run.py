@@ -13,14 +13,14 @@ import socket
 import subprocess
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
 
 from kd import files, remote
-from kd.errors import MISTAKES, UserError
+from kd.errors import UserError, is_mistake
 from kd.identity import model_name, size_text
 from kd.progress import console
 from kd.signals import EXIT_CODE
@@ -28,6 +28,8 @@ from kd.signals import EXIT_CODE
 # What a student writes to the prompts of the validation rows (kd/responses.py), and the curve of its ExAccErr.
 RESPONSES, EXACCERR = "responses.jsonl", "exaccerr.json"
 EXACCERR_LENGTH = 16  # tokens up to which one number for it counts, as in the log of MiniLLM's code
+# What result.json keeps digests of, beside its own; folders with all that is in them.
+SEALED = ("config.json", "metrics.jsonl", RESPONSES, EXACCERR, "student")
 SECRET = re.compile(r"key|token$|secret|passw|credential|jwt", re.IGNORECASE)
 
 
@@ -74,7 +76,8 @@ class Run:
     """The folder of one run.
 
     config.json  resolved settings    metrics.jsonl  what was measured    checkpoints/  to resume from
-    result.json  there only when the run is done    student/  the trained model    log.txt  what it said in a sweep
+    result.json  there only when the run is done, with digests of the other files and of itself
+    student/  the trained model    log.txt  what it said in a sweep
     responses.jsonl, exaccerr.json  what it wrote to the prompts of the validation rows, see kd/responses.py
     state.json   what became of it: running and where, or how it ended
 
@@ -103,8 +106,32 @@ class Run:
         return self / name
 
     def result(self) -> dict | None:
-        """What came out, or None if the run is not done."""
-        return self.remote.now_and_then("result.json") if self.remote else read_json(self / "result.json")
+        """The result, or None if the run is not done; raises UserError if it is not what was written."""
+        found = self.remote.now_and_then("result.json") if self.remote else read_json(self / "result.json")
+        if found is not None and not _is_whole(found):
+            raise UserError(
+                f"{self.where}/result.json is damaged: it is not what was written. To make the run anew, remove it and "
+                f"type the same command again:\n  {self.removal()}"
+            )
+        return found
+
+    def is_done(self) -> bool:
+        """Whether there is a result, damaged or not."""
+        try:
+            return self.result() is not None
+        except UserError:
+            return True
+
+    def discard(self) -> None:
+        """Remove all that the run has written, the result first; only for who holds the lock."""
+        if self.remote:
+            self.remote.remove("result.json")
+            self.remote.remove(*{name.partition("/")[0] for name in self.remote.names()} - {"lease.json"})
+            self.remote.forget()
+        (self / "result.json").unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if path.name != ".lock":
+                files.remove(path)
 
     @contextmanager
     def lock(self, wait: bool) -> Iterator[None]:
@@ -121,7 +148,7 @@ class Run:
             )
             if not wait:
                 raise UserError(f"{used}. Wait for it to end: the same command then shows its result.") from None
-            console.print(f"{used}; waiting for it.", markup=False, soft_wrap=True)
+            console.print(f"{used}; waiting for it.", soft_wrap=True)
             lock.acquire()
         try:
             with self._beyond_this_machine(wait):
@@ -193,7 +220,7 @@ class Run:
 
     def failed(self, error: BaseException, told: bool = False) -> Path:
         """Write that an error, which is being handled, ended the work; told: it is explained, as a mistake is."""
-        code = error.code if isinstance(error, SystemExit) else 2 if told or isinstance(error, MISTAKES) else 1
+        code = error.code if isinstance(error, SystemExit) else 2 if told or is_mistake(error) else 1
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         state = PREEMPTED if code == EXIT_CODE else NO_MEMORY if _no_memory(error) else FAILED
         return self.end(state, reason, exit_code=code, traceback=traceback.format_exc())
@@ -220,16 +247,40 @@ class Run:
         """Digests of the trained model's weights."""
         return {p.name: files.digest(p) for p in sorted((self / "student").glob("*.safetensors"))}
 
-    def verify(self, result: dict) -> None:
-        """Raise UserError if the trained model is not the one that the result was written for."""
-        if self.remote and self.weights() != result["weights"]:
-            for name in self.remote.names("student"):
+    def check(self, result: dict, *names: str) -> None:
+        """Raise UserError if files or folders are not as they were when the run ended; without names, all of SEALED.
+
+        Of a run that was done before there were seals, weights alone can be checked.
+        """
+        names, sealed = names or SEALED, is_sealed(result)
+        kept = result["files"] if sealed else {f"student/{k}": v for k, v in result.get("weights", {}).items()}
+        kept = {name: digest for name, digest in kept.items() if name.partition("/")[0] in names}
+        found = self._digests(names)
+        if self.remote and not kept.items() <= found.items():
+            for name in kept if sealed else self.remote.names("student"):
                 self.remote.get(name)
-        if self.weights() != result["weights"]:
+            found = self._digests(names)
+        if not sealed:
+            found = {name: digest for name, digest in found.items() if name in kept}
+        for name, digest in kept.items():
+            if found.get(name) != digest:
+                first, _, inner = name.partition("/")
+                state = "not what was written" if name in found else "gone"
+                raise UserError(
+                    f"{self.where}/{first} is damaged: {inner or 'it'} is {state}. To make the run anew, remove it and "
+                    f"type the same command again:\n  {self.removal()}"
+                )
+        if strange := sorted(found.keys() - kept.keys()):
             raise UserError(
-                f"{self.where}/student is damaged: its weights are not those that were written. To train it anew, "
-                f"remove it and type the same command again:\n  {self.removal()}"
+                f"{self.where}/{strange[0]} was not written by the run, and could change what is loaded from there. "
+                "Move it elsewhere."
             )
+
+    def _digests(self, names: Iterable[str]) -> dict[str, str]:
+        """Digests of files, and of all files in folders, by their names in this folder; hidden ones are left out."""
+        there = [p for name in names for p in (self / name, *(self / name).rglob("*")) if p.is_file()]
+        there = sorted(p.relative_to(self.folder) for p in there)
+        return {p.as_posix(): files.digest(self / p) for p in there if not any(x[0] == "." for x in p.parts)}
 
     def removal(self) -> str:
         """What to type to have the run made anew."""
@@ -239,16 +290,21 @@ class Run:
         program = f"from kd.remote import Remote; Remote({self.remote.url!r}, None).remove('')"
         return f"{shlex.join(['python', '-c', program])}\n  {shlex.join(['rm', '-rf', str(self.folder)])}"
 
-    def finish(self, result: dict) -> None:
-        """Write the result, which makes the run done, and drop the checkpoints that nothing needs any more.
+    def finish(self, result: dict) -> dict:
+        """Write the result, sealed, which makes the run done, and drop the checkpoints that nothing needs any more.
 
-        Under a URL it is done when all of it is there: raises UserError if that cannot be.
+        Under a URL it is done when all of it is there: raises UserError if that cannot be. Returns what was written.
         """
+        if (self / "metrics.jsonl").exists():  # the others were synced when they were written
+            files.sync(self / "metrics.jsonl")
+        result = result | {"weights": self.weights(), "files": self._digests(SEALED)}
+        result["digest"] = _own_digest(result)
         if self.remote:
             self.remote.put("config.json", "metrics.jsonl", "student", RESPONSES, EXACCERR)
             self.remote.write("result.json", result)
         files.write_json(self / "result.json", result)
         self._tidy()
+        return result
 
     def settle(self) -> None:
         """Of a run that is done: do what a kill just after it was done left undone."""
@@ -257,7 +313,8 @@ class Run:
         except UserError:
             state = None
         if not self.remote and (state != DONE or (self / "checkpoints").exists()):
-            with suppress(filelock.Timeout), filelock.FileLock(self / ".lock", timeout=0):
+            # Of a root that is read alone, nothing can be tidied.
+            with suppress(filelock.Timeout, OSError), filelock.FileLock(self / ".lock", timeout=0):
                 self._tidy()
 
     def _tidy(self) -> None:
@@ -265,6 +322,29 @@ class Run:
         shutil.rmtree(self / "checkpoints", ignore_errors=True)
         if self.remote:
             self.remote.remove("checkpoints")
+
+
+def is_sealed(result: dict) -> bool:
+    """Whether a result has digests; those of earlier versions of kd have none."""
+    return "digest" in result or "files" in result
+
+
+def _is_whole(result) -> bool:
+    """Whether a result is what was written, as far as its digest tells."""
+    return isinstance(result, dict) and (not is_sealed(result) or result.get("digest") == _own_digest(result))
+
+
+def _own_digest(result: dict) -> str:
+    return files.digest_of({k: v for k, v in result.items() if k != "digest"})
+
+
+def check_student(name: str | None) -> None:
+    """Raise UserError for a folder that is the student of a finished run, and not as it was when the run ended."""
+    folder = Path(name or "").absolute()
+    if folder.name == "student" and folder.is_dir():
+        run = Run(folder.parent.parent, folder.parent.name)
+        if (result := run.result()) is not None:
+            run.check(result, "student")
 
 
 def _no_memory(error: BaseException) -> bool:

@@ -19,12 +19,11 @@ from hydra.core.utils import JobReturn, JobStatus
 from kd.config import check_sweep
 from kd.errors import MISTAKES, UserError, for_people
 from kd.guard import check_words
-from kd.identity import NO_PART, below
 from kd.pool import gpus
 from kd.progress import console, end_with
 from kd.remote import home
 from kd.run import Run, read_metrics
-from kd.sweep import Multirun
+from kd.sweep import Multirun, asked_for
 
 MEASURE = "val/lm"  # what every run has, in nats per token
 
@@ -54,13 +53,13 @@ class Search(Multirun):
         if not isinstance(self.config.sweep, str | None):
             raise UserError("A search makes runs of its own: leave sweeps= out, and name the search by sweep=NAME.")
         check_sweep(self.config.sweep)
+        self.name_from(arguments)
         check_words(arguments)
         fixed, space = self._space(optuna, arguments)
         if self._at_once() == math.inf:
             raise UserError("A search learns from trials that are done: type n_jobs=, how many to make at once.")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        name = self.config.sweep or "multirun"
-        path = home(self.config.root) / "sweeps" / f"{name}.optuna"
+        path = home(self.config.root) / "sweeps" / f"{self.config.sweep}.optuna"
         path.parent.mkdir(parents=True, exist_ok=True)
         with alone(path.with_suffix(".search")):
             storage = optuna.storages.InMemoryStorage()  # for plan=true, which leaves nothing behind
@@ -153,11 +152,6 @@ def alone(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def asked_for(arguments: list[str]) -> str:
-    """The name of a study: all that was typed, but for what changes nothing of what comes out."""
-    return str(sorted(word for word in arguments if not below(word.lstrip("+~").partition("=")[0], NO_PART)))
 
 
 class Watched:

@@ -6,6 +6,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kd import config as conf
+from kd import files
 from kd.errors import UserError, check
 from kd.guard import check_secrets
 from kd.identity import NO_SIGNAL, group_of
@@ -23,6 +24,7 @@ def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
         settings = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(str(error)) from None
+    expand_paths(settings)
     conf.check_targets(settings)
     for word in typed:
         if word.startswith("~") and word.strip("~").partition("=")[0] not in (*conf.GROUPS, *conf.PLAIN):
@@ -47,6 +49,20 @@ def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
     if own and any(word.lstrip("+").startswith("data.vocab=") for word in typed):
         raise UserError(f"data.vocab would do nothing: no tokenizer is trained, since there is {own}. Leave it out.")
     return settings
+
+
+PATHS = ("root", "path", "files", "name", "tokenizer")  # what settings are called that are paths, or may be
+
+
+def expand_paths(node: Settings) -> None:
+    """Replace ~ by the home folder in all settings that may be paths, in place."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            expand_paths(value)
+        elif key in PATHS:
+            several = isinstance(value, list)
+            found = [files.expanded(x) if isinstance(x, str) else x for x in (value if several else [value])]
+            node[key] = found if several else found[0]
 
 
 def count_steps(settings: Settings, typed: list[str]) -> None:
@@ -304,6 +320,11 @@ def name_of(node: Settings) -> str:
 def of_instructions(settings: Settings) -> bool:
     """Whether the text is prompts and responses."""
     return name_of(settings["data"]) == "instructions"
+
+
+def is_pretrained(settings: Settings) -> bool:
+    """Whether the student starts from weights that were trained before, so that its loss before training is of use."""
+    return bool(settings["student"]["name"]) or settings["start"]["stage"] != "scratch"
 
 
 def source_of(settings: Settings) -> str:

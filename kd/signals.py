@@ -64,7 +64,7 @@ class Requests:
         from kd.progress import console
 
         name = signal.Signals(number).name
-        console.print(f"{name}: a checkpoint is saved at the next step; once more ends at once.", markup=False)
+        console.print(f"{name}: a checkpoint is saved at the next step; once more ends at once.")
 
 
 requests = Requests()

@@ -137,7 +137,7 @@ class SlurmPool(Elsewhere):
         answer = ask(words)
         if answer.returncode:
             if not self.complained:
-                console.print(f"SLURM does not answer: {answer.stderr.strip()}", markup=False, soft_wrap=True)
+                console.print(f"SLURM does not answer: {answer.stderr.strip()}", soft_wrap=True)
             self.complained = True
             return None
         self.complained = False

@@ -40,7 +40,7 @@ from kd.errors import MISTAKES, UserError, for_people
 from kd.models import Head
 from kd.objective import Signal
 from kd.plan import FORMAT
-from kd.progress import console, end_with, track
+from kd.progress import console, end_with, styled, track
 from kd.remote import home, is_url
 from kd.run import read_json
 from kd.target import Target
@@ -308,7 +308,7 @@ class Store:
             root = under
         elif self.folder != self.cache / key:
             words.append(shlex.quote(f"logits.path={conf.typed(self.path)}"))
-        if root != os.environ.get("KD_ROOT", "runs"):
+        if root != files.expanded(os.environ.get("KD_ROOT", "runs")):
             words.append(shlex.quote(f"root={conf.typed(root)}"))
         return f"python -m kd.store write {' '.join(words)}"
 
@@ -393,7 +393,7 @@ def info(store: Store) -> Table:
         "at": store.path,
     }
     for name, value in rows.items():
-        table.add_row(f"[dim]{name}[/]", value)
+        table.add_row(styled(name, "dim"), value)
     return table
 
 
@@ -417,6 +417,8 @@ def main() -> None:
     from kd import writer
 
     try:
+        for name in {"path", "root"} & vars(given).keys():
+            setattr(given, name, files.expanded(getattr(given, name)))
         if given.command == "write":
             import train
 
@@ -427,7 +429,7 @@ def main() -> None:
                     raise UserError(
                         f"{path}: merge joins folders. Copy the parts here, merge them, and copy the store."
                     )
-            writer.merge(Path(given.path), [Path(p) for p in given.part])
+            writer.merge(Path(given.path), [Path(files.expanded(p)) for p in given.part])
             store = Store(given.path, Path())
         else:
             store = Store(given.path, home(given.root) / "stores")

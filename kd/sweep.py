@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -16,17 +17,17 @@ from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
-from rich.markup import escape
 from rich.table import Table
 
 from kd import agent, files, remote
 from kd.config import check_sweep
 from kd.errors import MISTAKES, UserError, for_people
 from kd.guard import check_words
-from kd.identity import NO_SIGNAL, group_of
+from kd.identity import NO_PART, NO_SIGNAL, below, group_of
 from kd.pool import Job, Local, Pool, Watch, fitting, gpus, visible_devices
-from kd.progress import clock, console, end_with
-from kd.run import DIVERGED, DONE, FAILED, NO_MEMORY, Run, read_json
+from kd.progress import clock, console, end_with, styled
+from kd.provenance import doubts
+from kd.run import DIVERGED, DONE, FAILED, NO_MEMORY, SEALED, Run, read_json
 from kd.signals import Preempted, requests
 
 
@@ -38,6 +39,16 @@ class Multirun(Sweeper):
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+
+    def name_from(self, arguments: Sequence[str]) -> None:
+        """Give a sweep without a name one that is its words', so that its list is no other sweep's."""
+        if self.config.sweep is None:
+            self.config.sweep = f"multirun-{files.digest_of(asked_for(arguments))[:8]}"
+
+
+def asked_for(arguments: Sequence[str]) -> str:
+    """All that was typed, but for what changes nothing of what comes out."""
+    return str(sorted(word for word in arguments if not below(word.lstrip("+~").partition("=")[0], NO_PART)))
 
 
 class Lines(Multirun):
@@ -53,6 +64,7 @@ class Lines(Multirun):
         # Hydra loads this module anew when it looks for plugins, so it is not to be imported before.
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
+        self.name_from(arguments)
         typed = [a for a in arguments if not a.startswith(("sweeps=", "scale="))]
         # Lines as they stand: what they refer to is said by the config of each run.
         of = OmegaConf.to_container(self.config)["sweep"]
@@ -61,7 +73,7 @@ class Lines(Multirun):
         jobs: list[list[str]] = []
         names: list[str] = []
         for name, line in lines:
-            words = shlex.split(base) + shlex.split(line) + typed
+            words = files.expanded_words(shlex.split(base) + shlex.split(line)) + typed
             for job in BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]:
                 if "logits=none" in job:
                     job = [w for w in job if group_of(w) not in NO_SIGNAL]
@@ -104,6 +116,7 @@ class Runs(Launcher):
     show_plan: Callable
 
     def setup(self, *, hydra_context, task_function, config) -> None:
+        config.root = files.expanded(config.root)  # the settings of a run are expanded when they are resolved
         self.hydra_context, self.config = hydra_context, config
         self.program = sys.modules[task_function.__module__].__file__
 
@@ -140,25 +153,40 @@ class Runs(Launcher):
         names: list[str],
     ) -> list[JobReturn]:  # fmt: skip
         of = self.config.sweep
-        name = of if isinstance(of, str) else (of or {}).get("name", "multirun")
+        name = of if isinstance(of, str) else of["name"]
         check_sweep(name)
         agent.check_single()
         if self.config.plan:
             told = self._each(self._settings, job_overrides, said)
             type(self).show_plan(told, said, self.at_once([gpus(of["trainer"]) for of in told]))
             sys.exit()
+        # Done here, once: runs that are started again on the way go on where they were.
+        job_overrides = [[word for word in job if word.partition("=")[0] != "force"] for job in job_overrides]
         made = self._each(self._run, job_overrides, said)  # every config is checked before the first run starts
         requests.end_if_asked()
+        if self.config.force:
+            for run in {run.name: run for run, _ in made}.values():
+                if run.is_done():
+                    with run.lock(wait=True):
+                        run.discard()
         path = remote.latest(self.config.root, f"sweeps/{name}.json")
-        listed = (read_json(path) or {"runs": []})["runs"] if further else []
+        before = _listed(path)
+        listed = before if further else []
         listed += [
             {"run": run.name, "overrides": list(words)} | ({"name": line} if line else {})
             for (run, _), words, line in zip(made, job_overrides, names, strict=True)
         ]
         # Several lists of words may describe one run: tau=1 and tau=1.0.
         listed = list({line["run"]: line for line in reversed(listed)}.values())[::-1]
-        files.write_json(path, {"name": name, "runs": listed})
-        remote.publish(self.config.root, f"sweeps/{name}.json")
+        if gone := {line["run"] for line in before} - {line["run"] for line in listed}:
+            console.print(
+                f"{path} lists what this command makes. Of the runs that it listed before, {len(gone)} are of another "
+                "command: they stay where they are. To keep both lists, give one a name of its own, e.g. sweep=mine.",
+                soft_wrap=True,
+            )  # fmt: skip
+        if listed != before:  # a sweep that is done may be in a root that is read alone
+            files.write_json(path, {"name": name, "runs": listed})
+            remote.publish(self.config.root, f"sweeps/{name}.json")
         order, by_name = [run.name for run, _ in made], {}
         for (run, number), w, words in zip(made, job_overrides, said):
             by_name.setdefault(run.name, Job(run, [*w, f"sweep={name}"], words, number))
@@ -171,7 +199,8 @@ class Runs(Launcher):
         finally:
             console.print(summary(name, jobs))
         if pool.asked:
-            console.print("Asked to end. The same command goes on where it was.")
+            without = ", without force=true," if self.config.force else ""
+            console.print(f"Asked to end. The same command{without} goes on where it was.")
             raise Preempted
         return [self._return(by_name[name]) for name in order]
 
@@ -197,11 +226,13 @@ class Runs(Launcher):
         """The run that the words describe, and how many GPUs it asks for."""
         settings = self._settings(words)
         run = type(self).plan(settings).run
-        if run.result() is None:
+        if self.config.force or (result := run.result()) is None:
             self.check_place(settings)
             type(self).prepare(settings)
         else:
             run.settle()
+            if not run.remote:
+                run.check(result, *(name for name in SEALED if name != "student"))
         return run, gpus(settings["trainer"])
 
     def _return(self, job: Job) -> JobReturn:
@@ -228,6 +259,15 @@ def refused(jobs: Sequence[Sequence[str]], said: Sequence[str], wrong: Mapping[i
             lines.append(f"To leave them out, type {key}={','.join(good)}.")
             break
     return "\n".join(lines)
+
+
+def _listed(path: Path) -> list[dict]:
+    """The runs that the list of a sweep has so far; none of a list that is damaged, as it is written anew."""
+    try:
+        runs = (read_json(path) or {"runs": []})["runs"]
+        return runs if all(isinstance(line["run"], str) for line in runs) else []
+    except (UserError, KeyError, TypeError):
+        return []
 
 
 class NotDone(UserError):
@@ -277,14 +317,16 @@ def summary(name: str, jobs: Sequence[Job]) -> Table:
     for job, result in zip(jobs, results, strict=True):
         state = job.run.state()
         stands, why = state["state"], state["reason"]
-        if stands == "not begun":
+        if stands == DONE:
+            why = "; ".join(doubts(result))
+        elif stands == "not begun":
             why = "the same command starts it"
         elif stands in (FAILED, DIVERGED, NO_MEMORY):
             why = f"{why[:100]}  {job.log}"
         table.add_row(
-            escape(job.said), f"[{COLORS.get(stands, 'yellow')}]{stands}[/]",
+            job.said, styled(stands, COLORS.get(stands, "yellow")),
             *(f"{result['final'][key]:.4f}" if result and key in result["final"] else "" for key in measures.values()),
             clock(state["seconds"]) if "seconds" in state else "",
-            files.amount(state["peak_memory"]) if "peak_memory" in state else "", f"[dim]{escape(why)}[/]",
+            files.amount(state["peak_memory"]) if "peak_memory" in state else "", styled(why, "dim"),
         )  # fmt: skip
     return table

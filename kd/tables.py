@@ -136,9 +136,21 @@ def _loaded(builder: str, paths: list[Path], **how):
     import datasets
 
     on_disk.check_cache(datasets.config.HF_DATASETS_CACHE, "HF_HOME")
-
     names = [glob.escape(str(path)) for path in paths]  # of files, where datasets expects patterns
-    return datasets.load_dataset(builder, data_files=names, split="train", **how)
+    cache = cache_of(stamps(paths))
+    return datasets.load_dataset(builder, data_files=names, split="train", cache_dir=cache, **how)
+
+
+def stamps(paths: list[Path]) -> list:
+    """Return the names of files, and digests of their content."""
+    return [[str(p), on_disk.known_digest(p)] for p in paths]
+
+
+def cache_of(content: str | list) -> str:
+    """Return where `datasets` is to keep what it reads of local files; it knows them by name and mtime alone."""
+    import datasets
+
+    return f"{datasets.config.HF_DATASETS_CACHE}/kd-{on_disk.digest_of(content)[:16]}"
 
 
 def is_saved(name: str | Path) -> bool:

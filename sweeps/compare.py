@@ -18,7 +18,7 @@ from kd.config import check_sweep
 from kd.errors import UserError
 from kd.identity import below, part_of_outcome, whole_as_float
 from kd.remote import home, latest
-from kd.run import EXACCERR, RESPONSES, Run, read_json, read_metrics
+from kd.run import EXACCERR, RESPONSES, Run, is_sealed, read_json, read_metrics
 
 TASK = ("data", "student", "trainer.steps", "trainer.batch")  # where these agree, losses can be compared
 ALONE, FINE_TUNED, OF_TEACHERS_TEXT = "language modelling alone", "SFT", "SeqKD"
@@ -72,12 +72,22 @@ class Entry(NamedTuple):
         return shlex.join(["python", "train.py", *self.overrides])
 
 
+def a_path(text: str) -> str:
+    """A path on a command line, for argparse."""
+    try:
+        return files.expanded(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parser(program: str, description: str, name: str | None = None) -> argparse.ArgumentParser:
     """The arguments that all programs here take: a sweep's name ("?" where it may be left out) and the root."""
     made = argparse.ArgumentParser(prog=f"python -m sweeps.{program}", description=description)
     made.add_argument("name", nargs=name, help="of the sweep, as in python train.py sweeps=NAME")
     root = os.environ.get("KD_ROOT") or "runs"
-    made.add_argument("--root", default=root, help="folder or URL where runs are kept (default: $KD_ROOT, or runs)")
+    made.add_argument(
+        "--root", default=root, type=a_path, help="folder or URL where runs are kept (default: $KD_ROOT, or runs)"
+    )
     return made
 
 
@@ -106,8 +116,11 @@ def read(root: str | Path, line: dict) -> Entry:
         result, found = run.result(), run.state()
         if result is not None:
             state, says, result = "done", "", sound(result)
-            for name in ("metrics.jsonl", *((RESPONSES, EXACCERR) if ROUGE.key in result["final"] else ())):
+            names = ("metrics.jsonl", *((RESPONSES, EXACCERR) if ROUGE.key in result["final"] else ()))
+            for name in names:
                 run.copy(name)
+            if is_sealed(result):
+                run.check(result, *names)
         elif found["state"] == "not begun":
             state, says = "missing", "not started yet"
         else:

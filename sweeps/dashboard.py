@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from kd.errors import UserError
+from kd.errors import MISTAKES, UserError, for_people
 from kd.identity import axes, sizes_of
 from kd.loggers import logged_in, wandb_run
 from kd.progress import harmless
@@ -153,8 +153,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser("dashboard", "A sweep as a saved view and a report in Weights & Biases.").parse_args(arguments)
     try:
         addresses = save(given.root, given.name)
-    except UserError as error:
-        print(harmless(str(error)), file=sys.stderr)
+    except MISTAKES as error:
+        print(harmless(str(for_people(error))), file=sys.stderr)
         return 2
     print(harmless("\n".join(addresses)))
     return 0

@@ -5,16 +5,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from kd import files
-from kd.errors import UserError
-from kd.progress import harmless
+from kd.errors import MISTAKES, UserError, for_people
+from kd.progress import Terminal, harmless, styled
 from kd.remote import home, publish
 from sweeps import curves
 from sweeps.answers import Answers, Fit, answers, published
-from sweeps.compare import amount, manifest, parser, read
+from sweeps.compare import a_path, amount, manifest, parser, read
 from sweeps.contest import SCENARIOS, Contest, contests
 from sweeps.points import Point, from_csv, of_sweep, to_csv
 from sweeps.report import question
@@ -31,20 +30,20 @@ def table(fit: Fit, entropy: float | None) -> Table:
         if name == "E" and entropy:
             says = "; ".join(filter(None, [says, f"known: {entropy:.4f}, the entropy of the data"]))
         paper = f"{known:g}" if known else ""
-        made.add_row(name, fit.says(name), fit.spans(name), paper, f"[dim]{says}[/]")
+        made.add_row(name, fit.says(name), fit.spans(name), paper, styled(says, "dim"))
     return made
 
 
-def show(found: Answers, out: Console) -> None:
+def show(found: Answers, out: Terminal) -> None:
     """Print every law: what it is, its coefficients, and how well it holds."""
     for fit in found.fits:
         title = f"{fit.law.name} law {fit.of}".rstrip() + f": {fit.law.formula}  ({len(fit.points)} runs)"
         off = f"off on the {fit.held.sum()} largest runs, held out, by {fit.beside}" if fit.error is not None else ""
-        out.print(title, style="bold", markup=False, soft_wrap=True)
+        out.print(title, style="bold", soft_wrap=True)
         out.print(table(fit, found.entropy))
-        out.print("\n".join(filter(None, [off, fit.test])), "", markup=False, soft_wrap=True, sep="\n")
+        out.print("\n".join(filter(None, [off, fit.test])), "", soft_wrap=True, sep="\n")
     for line in [*found.cannot, *(d for fit in found.fits for d in fit.doubts), *found.notes]:
-        out.print(f"- {line}", markup=False, soft_wrap=True)
+        out.print(f"- {line}", soft_wrap=True)
 
 
 def as_json(found: Answers) -> dict:
@@ -128,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
         "Only parameters (without embeddings), tokens and loss (nats per token) are needed. FLOPs are of a forward "
         "pass, 2 per parameter where there are none; lines without a teacher are language modelling alone."
     )
-    words.add_argument("--csv", type=Path, metavar="FILE", help=columns)
+    words.add_argument("--csv", type=lambda text: Path(a_path(text)), metavar="FILE", help=columns)
     words.add_argument("--wandb", action="store_true", help="also keep it in Weights & Biases, with the runs")
     given = words.parse_args(arguments)
     if (given.name is None) is (given.csv is None):
@@ -148,15 +147,15 @@ def main(arguments: list[str] | None = None) -> int:
         path = write(folder, found, question(name) if given.name else "")
         for kind in ("html", "json") if given.name else ():
             publish(given.root, f"sweeps/{name}.fit.{kind}")
-        show(found, Console(highlight=False))
+        show(found, Terminal(highlight=False))
         print(harmless(f"{path}: {finding(found)}"))
         if given.wandb:
             from sweeps import dashboard
 
             written = [path, path.with_suffix(".json"), folder / f"{name}.points.csv"]
             print(harmless(f"W&B: {dashboard.keep(written, name, 'fit', finding(found), dashboard.place(entries))}"))
-    except UserError as error:
-        print(harmless(str(error)), file=sys.stderr)
+    except MISTAKES as error:
+        print(harmless(str(for_people(error))), file=sys.stderr)
         return 2
     return 0
 

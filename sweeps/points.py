@@ -14,6 +14,7 @@ import numpy as np
 from kd import files
 from kd.errors import UserError
 from kd.identity import below, model_name
+from kd.provenance import doubts_of_many
 from sweeps.compare import Entry, label, listed, settings, subset, varying
 from sweeps.laws import Data
 
@@ -86,6 +87,7 @@ def of_sweep(entries: list[Entry]) -> tuple[list[Point], list[str]]:
             f"make them anew, type rm -r {' '.join(str(e.folder) for e in old)} and the command of the sweep again."
         )
     usable = [e for e in usable if e not in old]
+    notes += doubts_of_many(e.result for e in usable)
     configs = [e.result["config"] for e in usable]
     taught = [c for c in configs if c["logits"] != "none"]
     alone = [c for c in configs if c["logits"] == "none"]

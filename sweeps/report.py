@@ -19,9 +19,10 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from kd import files
-from kd.errors import UserError
+from kd.errors import MISTAKES, UserError, for_people
 from kd.identity import model_name, size_text
 from kd.progress import clock, harmless
+from kd.provenance import doubts_of_many
 from kd.remote import home, publish
 from sweeps import shapes, space
 from sweeps.compare import (
@@ -92,7 +93,8 @@ def facts(entries: list[Entry], results: list[dict]) -> dict[str, str]:
 
 def warnings(groups: list[Group]) -> list[str]:
     """Why rows of the table may not be comparable."""
-    environments, says = [result["environment"] for g in groups for result in g.results], []
+    environments = [result["environment"] for g in groups for result in g.results]
+    says = doubts_of_many(result for g in groups for result in g.results)
     for key in dict.fromkeys(k for e in environments for k in e):
         seen = Counter(str(e.get(key) or "unknown") for e in environments)
         if len(seen) > 1:
@@ -219,8 +221,8 @@ def main(arguments: list[str] | None = None) -> int:
             entries = [read(given.root, line) for line in manifest(given.root, given.name)]
             written = [path, path.with_suffix(".md"), path.with_suffix(".csv")]
             print(harmless(f"W&B: {dashboard.keep(written, given.name, 'report', says, dashboard.place(entries))}"))
-    except UserError as error:
-        print(harmless(str(error)), file=sys.stderr)
+    except MISTAKES as error:
+        print(harmless(str(for_people(error))), file=sys.stderr)
         return 2
     return 0
 

@@ -50,6 +50,11 @@ def folder(root: Path, start: str) -> Path:
     return found
 
 
+def listed(root: Path) -> Path:
+    """The list of the sweep without a name that was started last in a root."""
+    return max((root / "sweeps").glob("multirun-*.json"), key=lambda path: path.stat().st_mtime_ns)
+
+
 def result(path: Path) -> dict:
     return json.loads((path / "result.json").read_text())
 

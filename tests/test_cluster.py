@@ -193,7 +193,7 @@ def test_what_slurm_refuses_is_said(root, slurm, tmp_path):
     words = (*SLURM, "seed=0", "hydra.launcher.partition=nowhere", "hydra.launcher.gpus_per_node=2")
     output = train(root, *words, code=2, **slurm.environment)
     assert "invalid partition specified: nowhere" in output and "Traceback" not in output
-    (script,) = (root / "sweeps" / "multirun.slurm").glob(".submission_file_*")
+    (script,) = (root / "sweeps").glob("multirun-*.slurm/.submission_file_*")
     assert "#SBATCH --gpus-per-node=2" in script.read_text()
     output = train(root, *SLURM, "seed=0", "hydra.launcher.timeout_min=long", code=2, **slurm.environment)
     assert "hydra.launcher.timeout_min=long: need a whole number" in output

@@ -21,7 +21,7 @@ import pytest
 from kd import files
 from kd.checkpoint import newest
 from kd.run import Run
-from tests.small import content, folder, outcome, result, start, train, type_in
+from tests.small import content, folder, listed, outcome, result, start, train, type_in
 
 pytestmark = pytest.mark.fault
 
@@ -183,7 +183,7 @@ def processes(root: Path) -> list[int]:
 
 def runs(root: Path) -> dict[str, Path]:
     """The folders of a sweep's runs, by their seeds."""
-    manifest = json.loads((root / "sweeps" / "multirun.json").read_text())
+    manifest = json.loads(listed(root).read_text())
     return {next(w for w in r["overrides"] if w.startswith("seed=")): root / r["run"] for r in manifest["runs"]}
 
 

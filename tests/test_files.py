@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -222,3 +223,70 @@ def test_a_cache_that_cannot_be_written_is_said_with_what_to_type(tmp_path, monk
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     with pytest.raises(UserError, match=f"^{cache}: .*type HF_HOME=/other/folder"):
         list(corpora.text(str(tmp_path / "a.txt")).load())
+
+
+# Content of what is known by its path.
+
+
+def rewrite(path: Path, content: bytes) -> None:
+    """Change a file as a copy with preserved times does: the same size and mtime."""
+    old = path.stat()
+    assert len(content) == old.st_size
+    path.write_bytes(content)
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch) -> Path:
+    """A folder with a large file and small ones; a change is taken to be old at once."""
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "SETTLED", -1)
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "weights").write_bytes(bytes(files.LARGE))
+    (folder / "config.json").write_bytes(b"12")
+    (folder / "sub" / "x").write_bytes(b"34")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["weights", "config.json", "sub/x"])
+def test_an_edit_of_the_same_size_and_time_changes_the_stamp_and_a_new_time_does_not(model, name):
+    path = model / name
+    before, content = files.stamp(str(model)), path.read_bytes()
+    os.utime(path, ns=(1, 1))
+    assert files.stamp(str(model)) == before
+    rewrite(path, content[:-1] + b"\1")
+    changed = files.stamp(str(model))
+    assert changed != before
+    rewrite(path, content)
+    assert files.stamp(str(model)) == before
+    path.rename(path.with_name("other"))
+    assert files.stamp(str(model)) not in (before, changed)
+
+
+def test_a_stamp_is_of_visible_files_wherever_they_are(model, tmp_path):
+    before = files.stamp(str(model))
+    shutil.copytree(model, tmp_path / "copy")
+    (tmp_path / "copy" / ".cache").mkdir()
+    (tmp_path / "copy" / ".cache" / "note").write_text("downloaded today")
+    assert files.stamp(str(tmp_path / "copy")) == before
+    assert files.stamp(str(model / "config.json")) is files.stamp("a/name") is files.stamp(None) is None
+
+
+def test_large_files_are_read_once(model, monkeypatch):
+    real, read = files.digest, []
+    monkeypatch.setattr(files, "digest", lambda path: (read.append(Path(path).name), real(path))[1])
+    one = files.stamp(str(model))
+    assert files.stamp(str(model)) == one and read.count("weights") == 1
+    (note,) = (model.parent / "cache" / "digests").iterdir()
+    note.write_text("[]")
+    assert files.stamp(str(model)) == one and read.count("weights") == 2
+    monkeypatch.setattr(files, "SETTLED", 3600)  # changed just now: it could change once more within a clock tick
+    (model / "weights").write_bytes(bytes(files.LARGE))
+    assert files.stamp(str(model)) == one == files.stamp(str(model)) and read.count("weights") == 4
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(model, monkeypatch):
+    (model.parent / "file").touch()
+    monkeypatch.setenv("KD_CACHE", str(model.parent / "file" / "cache"))
+    assert files.stamp(str(model)) == files.stamp(str(model))

@@ -1,7 +1,14 @@
 """Names of runs."""
 
-from kd import identity
-from kd.config import flat
+import os
+from pathlib import Path
+
+import hydra
+import pytest
+
+from kd import corpora, identity, instructions, packing
+from kd.config import CONF, flat
+from kd.plan import cached_corpus, plan
 from tests.small import settings
 
 
@@ -11,3 +18,60 @@ def test_an_option_with_its_neutral_value_renames_nothing(tmp_path, monkeypatch)
     monkeypatch.setattr(identity, "NEUTRAL", identity.NEUTRAL | {"trainer.new": None})
     assert identity.identity(config | {"trainer.new": None}) == name
     assert identity.identity(config | {"trainer.new": 1}) != name
+
+
+def edit(path: Path, old: bytes, new: bytes) -> None:
+    """Change a file and leave its size and time as they were."""
+    times, content = path.stat(), path.read_bytes()
+    assert old in content and len(old) == len(new)
+    path.write_bytes(content.replace(old, new))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def name_of(root: Path, *words: str) -> str:
+    cached_corpus.cache_clear()  # as in a process of its own
+    made = settings(root, *words)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return plan(made).run.name
+
+
+def test_the_name_of_a_run_is_of_what_is_in_the_models_it_is_given_by_path(tmp_path):
+    model, text = tmp_path / "model", tmp_path / "text.txt"
+    model.mkdir()
+    (model / "config.json").write_text('{"rms_norm_eps": 0.5}')
+    text.write_text("aaa\n\nbbb")
+    words = ("data=text", f"data.files={text}", "student=hub", f"student.name={model}", "teacher=none", "logits=none")
+    before = name_of(tmp_path, *words)
+    for path in (model / "config.json", text):
+        os.utime(path, ns=(1, 1))
+    assert name_of(tmp_path, *words) == before
+    edit(model / "config.json", b"0.5", b"0.6")
+    assert name_of(tmp_path, *words) != before
+    edit(model / "config.json", b"0.6", b"0.5")
+    assert name_of(tmp_path, *words) == before
+    edit(text, b"aaa", b"ccc")
+    assert name_of(tmp_path, *words) != before
+
+
+TABLE = '{"prompt": "a", "response": "old", "text": "old"}\n'
+READ = {
+    "text": lambda path: corpora.text(str(path)),
+    "instructions": lambda path: instructions.instructions(32, files=str(path)),
+    "a folder": lambda path: corpora.hub(str(path.parent), streaming=False),
+    "a folder of instructions": lambda path: instructions.instructions(32, name=str(path.parent)),
+}
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_text_that_was_edited_is_read_anew_though_its_size_and_time_are_the_same(tmp_path, kind):
+    (tmp_path / "set").mkdir()
+    path = tmp_path / "set" / "train.jsonl"
+    path.write_text(TABLE)
+    keys, rows = [], []
+    for new in (b"old", b"new"):
+        edit(path, b"old", new)
+        corpus = READ[kind](path)
+        keys.append(packing.key(corpus))
+        rows.append(str(list(corpus.load())))
+    assert keys[0] != keys[1]
+    assert "old" in rows[0] and "old" not in rows[1] and "new" in rows[1]

@@ -17,7 +17,7 @@ from kd import remote
 from kd.errors import UserError
 from kd.remote import Remote
 from kd.run import Run, alive, boot, whereabouts
-from tests.small import ENVIRONMENT, TRAIN, folder, here, outcome, settings, start, train
+from tests.small import ENVIRONMENT, TRAIN, folder, here, listed, outcome, settings, start, train
 
 
 class Broken(LocalFileSystem):
@@ -202,15 +202,16 @@ def test_what_is_recorded_goes_on_on_another_machine(cache, tmp_path):
 def test_sweep_and_report_at_a_url(there, cache, tmp_path):
     url = f"file://{there}"
     train(tmp_path, "-m", f"root={url}", "seed=0,1", "trainer.steps=3")
-    assert len(json.loads((there / "sweeps" / "multirun.json").read_text())["runs"]) == 2
+    assert len(json.loads(listed(there).read_text())["runs"]) == 2
     shutil.rmtree(cache)
     again = train(tmp_path, "-m", f"root={url}", "seed=0,1", "trainer.steps=3")
     assert again.count("done before") == 2
     shutil.rmtree(cache)
-    command = [sys.executable, "-m", "sweeps.report", "multirun", "--root", url]
+    name = listed(there).stem
+    command = [sys.executable, "-m", "sweeps.report", name, "--root", url]
     said = subprocess.run(command, env=ENVIRONMENT, cwd=TRAIN.parent, capture_output=True, text=True)
     assert said.returncode == 0 and "2 seeds" in said.stdout, said.stderr
-    assert "multirun" in (there / "sweeps" / "multirun.html").read_text()
+    assert name in (there / "sweeps" / f"{name}.html").read_text()
 
 
 def other(**about) -> dict:

@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from kd import search
 from kd.errors import UserError
 from kd.search import Watched, axis
-from tests.small import result, start, train
+from tests.small import listed, result, start, train
 
 optuna = pytest.importorskip("optuna")
 AXES = ("lr.peak=tag(log,interval(1e-4,1e-2))", "loss=fkl,rkl")
@@ -29,8 +29,8 @@ def searched(tmp_path_factory):
 
 def trials(root) -> dict[str, tuple[tuple[str, ...], float]]:
     """What was tried, and what came out."""
-    listed = json.loads((root / "sweeps" / "multirun.json").read_text())["runs"]
-    words = {line["run"]: tuple(w for w in line["overrides"] if w[:3] in ("lr.", "los")) for line in listed}
+    lines = json.loads(listed(root).read_text())["runs"]
+    words = {line["run"]: tuple(w for w in line["overrides"] if w[:3] in ("lr.", "los")) for line in lines}
     return {run: (axes, result(root / run)["final"]["val/lm"]) for run, axes in words.items()}
 
 

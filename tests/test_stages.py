@@ -1,5 +1,6 @@
 """Runs that depend on others: what a student starts from, its teacher's responses, plain text beside instructions."""
 
+import io
 import json
 import shutil
 
@@ -10,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 import train as product
-from kd import estimate, packing, written
+from kd import estimate, packing, progress, written
 from kd.config import CONF
 from kd.errors import UserError
 from kd.plan import plan, recording, start_settings
 from kd.run import read_metrics
+from sweeps import compare
 from tests.small import here, settings
 
 SFT = ("start=sft", "start.steps=3", "start.batch=2", "start.sft_steps=3")
@@ -85,6 +87,25 @@ def test_a_student_starts_from_the_weights_of_its_stage(root, words):
     sft = planned(before(settings(root, *words, *SFT))).run.folder
     a, b = (load_file(run / "student" / "model.safetensors") for run in (still, sft))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_student_that_is_not_random_is_validated_before_its_first_step(root, words, made):
+    stage = planned(before(settings(root, *words, *SFT))).run
+    outcome, rows = json.loads((made / "result.json").read_text()), read_metrics(made / "metrics.jsonl")
+    (first,) = (row for row in rows if row["step"] == 0)
+    assert rows[0] == first == outcome["initial"] | {"step": 0}
+    assert (first["tokens"], first["flops"]) == (0, 0) and first["val/teacher_lm"] == outcome["final"]["val/teacher_lm"]
+    assert first["val/lm"] == pytest.approx(stage.result()["final"]["val/lm"], abs=1e-5) != outcome["final"]["val/lm"]
+    (group,) = compare.grouped([compare.read(root, {"run": made.name, "overrides": []})])
+    assert compare.curve(group)[0] == (0, 0, first["val/lm"])
+    text = io.StringIO()
+    progress.Terminal(file=text, width=200).print(progress.measures(outcome))
+    assert f"before training {first['val/lm']:.4f}" in text.getvalue()
+
+
+def test_a_random_student_is_not_validated_before_its_first_step(root, words, made):
+    stage = planned(before(before(settings(root, *words, *SFT)))).run
+    assert stage.result()["initial"] is None and min(row["step"] for row in read_metrics(stage / "metrics.jsonl")) > 0
 
 
 def test_a_named_teacher_is_fine_tuned_first_where_that_is_asked(root, words, made):
@@ -300,6 +321,8 @@ def test_every_method_goes_on_where_it_was_killed(root, words, made, method, tmp
     a = here(whole, *more)
     b = killed_at(5, cut, *more)
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    one, two = (json.loads((run / "result.json").read_text())["initial"] for run in (a, b))
+    assert one == two and one["val/lm"]
     own = [x.get("train/by_student") for x in read_metrics(a / "metrics.jsonl") if "train/loss" in x]
     shares = {"gkd": {0, 1}, "distillm": {0, 1}, "on_policy": {1}, "sft": {None}, "seqkd": {None}}
     assert own and set(own) <= shares.get(method, set(own))

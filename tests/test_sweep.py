@@ -13,20 +13,38 @@ from kd import models
 from kd.config import SWEEPS
 from kd.errors import UserError
 from kd.identity import NO_SIGNAL, group_of
-from kd.sweep import Processes, at_scale, varying
+from kd.sweep import Processes, asked_for, at_scale, varying
 from sweeps import report
 from sweeps.compare import ALONE, grouped, manifest, read
-from tests.small import ENVIRONMENT, TRAIN, folder, outcome, result, train
+from tests.small import ENVIRONMENT, TRAIN, folder, listed, outcome, result, train
 
 
 def test_multirun_makes_every_run_and_again_makes_none(tmp_path):
     output = train(tmp_path, "-m", "logits=none,online", "loss=fkl,tvd", "trainer.steps=3")
-    manifest = json.loads((tmp_path / "sweeps" / "multirun.json").read_text())
+    manifest = json.loads(listed(tmp_path).read_text())
     # Without a signal the loss is no part of a run: three runs, not four.
     assert len(manifest["runs"]) == 3 and "run 3 of 3" in output
     assert all(result(tmp_path / r["run"])["state"] == "done" for r in manifest["runs"])
     again = train(tmp_path, "-m", "logits=none,online", "loss=fkl,tvd", "trainer.steps=3")
     assert again.count("done before") == 3
+
+
+def test_two_sweeps_without_a_name_keep_a_list_each(tmp_path):
+    words = ("logits=none", "teacher=none", "trainer.steps=2")
+    train(tmp_path, "-m", *words, "seed=0,1")
+    first = listed(tmp_path)
+    kept = first.read_text()
+    output = train(tmp_path, "-m", *words, "seed=1,2")
+    second = listed(tmp_path)
+    assert first != second and first.read_text() == kept and f"sweep {second.stem}" in output
+    assert "another command" not in output
+    again = train(tmp_path, "-m", *words, "seed=1,2", f"sweep={first.stem}").replace("\n", "")  # which asks for it
+    assert f"{first} lists what this command makes" in again and "1 are of another command" in again
+
+
+def test_the_words_of_a_sweep_name_it_whatever_their_order():
+    words = ["seed=0,1", "loss=fkl", "n_jobs=2", "force=true", "root=/x", "logger=none"]
+    assert asked_for(words) == asked_for(["loss=fkl", "seed=0,1"]) != asked_for(["loss=fkl", "seed=0,2"])
 
 
 def test_run_in_a_sweep_equals_the_run_alone(tmp_path):
@@ -149,7 +167,7 @@ def test_words_that_describe_one_run_are_one_run(tmp_path):
     words = ("temperature.tau=1,1.0", "trainer.checkpoint_every=3,6", "teacher.steps=2", "trainer.steps=2", "n_jobs=2")
     output = train(tmp_path, "-m", *words)
     assert output.count("starts") == 1 and "run 1 of 1" in output
-    assert len(json.loads((tmp_path / "sweeps" / "multirun.json").read_text())["runs"]) == 1
+    assert len(json.loads(listed(tmp_path).read_text())["runs"]) == 1
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ def test_killed_anywhere_goes_on_with_what_is_missing(root, clean, moment):
     """Within the writing of the file of that number: begun, and each of the others with its note, then the manifest."""
 
     def die(_: int) -> None:
-        real, count = files._sync, 0
+        real, count = files.sync, 0
 
         def sync(path: Path) -> None:
             nonlocal count
@@ -101,7 +101,7 @@ def test_killed_anywhere_goes_on_with_what_is_missing(root, clean, moment):
                 os.kill(os.getpid(), signal.SIGKILL)
             real(path)
 
-        files._sync = sync
+        files.sync = sync
         write(root, *TOP)
 
     assert at_once(1, die) == [-signal.SIGKILL]

@@ -1,0 +1,129 @@
+"""The code that a result was made by: digests of the source of each chosen component, and what has changed since.
+
+A component is what a group of the config names: loss=akl, lr=cosine. Comments, docstrings, layout and place do not
+count: a digest is of the syntax tree. Nothing is imported, source files are parsed.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+from kd import files
+from kd.config import MODULES
+from kd.identity import part_of_outcome
+from kd.run import is_sealed
+
+PACKAGE = Path(__file__).parent
+
+
+def sources(config: dict) -> dict[str, dict[str, str]]:
+    """Digests of the source behind a flat config: group -> name -> digest, of its function and what that uses.
+
+    What it uses is followed within its own module, through functions, classes and constants. Components of other
+    libraries (optim=adamw) have versions instead, in the result's environment.
+    """
+    chosen = {group: _module(group, config.get(group)) for group in MODULES if group in part_of_outcome(config)}
+    return {
+        group: {name: _digest(module, name) for name in sorted(_used(module, config.get(group)))}
+        for group, module in chosen.items()
+        if module
+    }
+
+
+def changes(result: dict) -> list[str]:
+    """The components of a result whose source is not what it was, in words: "loss=akl (akl, _gap)"."""
+    found, config = [], result["config"]
+    for group, kept in result.get("sources", {}).items():
+        module = _module(group, config.get(group))
+        changed = [name for name, digest in kept.items() if not module or _digest(module, name) != digest]
+        if changed:
+            found.append(f"{group}={config.get(group)} ({', '.join(changed)})")
+    return found
+
+
+def done_before(result: dict) -> str:
+    """When a result was made that is there already, and by which revision of kd."""
+    date, revision = result.get("date"), result["environment"].get("git")
+    return f"done before, {f'on {date}' if date else 'at an unknown time'}, git revision {revision or 'unknown'}"
+
+
+def doubts(result: dict) -> list[str]:
+    """Why a result may not be what this code would make of the same settings, and what to type."""
+    found = []
+    if not is_sealed(result):
+        found.append("made before results were sealed: neither damage nor a change of code would be noticed")
+    if changed := changes(result):
+        found.append(f"old: the code of {', '.join(changed)} has changed since; force=true makes the run anew")
+    return found
+
+
+def doubts_of_many(results: Iterable[dict]) -> list[str]:
+    """The same of the results of a sweep, in sentences."""
+    results = list(results)
+    said, count = [], len(results)
+    if unsealed := sum(not is_sealed(result) for result in results):
+        said.append(f"{unsealed} of {count} runs were made before results were sealed: damage would not be noticed.")
+    if old := [changed for result in results if (changed := changes(result))]:
+        which = ", ".join(sorted({component for changed in old for component in changed}))
+        said.append(
+            f"{len(old)} of {count} runs are old: the code of {which} has changed since. force=true makes them anew."
+        )
+    return said
+
+
+def _module(group: str, name: str | None) -> str | None:
+    """The module of kd that defines a component; None for one of another library."""
+    return next((module for module in MODULES.get(group, "").split() if name in _definitions(module)), None)
+
+
+@cache
+def _definitions(module: str) -> dict[str, list[ast.stmt] | tuple[str, str]]:
+    """What a module defines at its top level, by name: statements, or module and name of what it imports from kd."""
+    found: dict[str, list[ast.stmt] | tuple[str, str]] = {}
+    for node in ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found[node.name] = [node]
+        elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for name in {x.id for target in targets for x in ast.walk(target) if isinstance(x, ast.Name)}:
+                found[name] = [*(old if isinstance(old := found.get(name), list) else []), node]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kd."):
+            found |= {x.asname or x.name: (node.module.removeprefix("kd."), x.name) for x in node.names}
+    return found
+
+
+@cache
+def _used(module: str, name: str) -> frozenset[str]:
+    """A name of a module and all names of the same module that its definition uses, directly or not."""
+    found, left = set(), [name]
+    while left:
+        one = left.pop()
+        definition = _definitions(module).get(one)
+        if one not in found and isinstance(definition, list):
+            found.add(one)
+            left += [x.id for node in definition for x in ast.walk(node) if isinstance(x, ast.Name)]
+    return frozenset(found)
+
+
+@cache
+def _digest(module: str, name: str) -> str | None:
+    """Digest of a definition, also where it has moved to a module that this one imports it from; None if it is gone."""
+    definition = _definitions(module).get(name)
+    if isinstance(definition, tuple):
+        return _digest(*definition) if (PACKAGE / f"{definition[0].replace('.', '/')}.py").exists() else None
+    return definition and files.digest_of([_plain(node) for node in definition])[:16]
+
+
+def _plain(node):
+    """A syntax tree as nested lists without docstrings, places and empty fields, which versions of Python differ in."""
+    if isinstance(node, list):
+        return [_plain(x) for x in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = {name: value for name, value in ast.iter_fields(node) if value not in (None, [])}
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+        fields["body"] = node.body[1:]
+    return [type(node).__name__, {name: _plain(value) for name, value in fields.items()}]

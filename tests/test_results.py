@@ -1,0 +1,347 @@
+"""A result that is there: sealed with the files beside it, dated, and shown as old where the code has changed since."""
+
+import json
+import shutil
+from pathlib import Path
+
+import hydra
+import pytest
+
+import train as product
+from kd import files, provenance
+from kd.config import CONF
+from kd.errors import UserError
+from kd.run import Run
+from sweeps.compare import read
+from tests.small import folder, here, settings, train
+
+RUN = ("trainer.steps=2", "teacher.steps=2")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A root with a student and its teacher."""
+    root = tmp_path_factory.mktemp("made")
+    here(root, *RUN)
+    return root
+
+
+@pytest.fixture
+def root(made, tmp_path) -> Path:
+    shutil.copytree(made, tmp_path / "root")
+    return tmp_path / "root"
+
+
+def show(root: Path, *words: str) -> product.Outcome:
+    """What a command on the run does, in this process, up to where its table is printed."""
+    given = settings(root, *RUN, *words)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return product.shown(given)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def unseal(run: Path) -> None:
+    """Make a result one of a version that kept digests of weights alone."""
+    path = run / "result.json"
+    result = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("digest", "files", "sources", "date")}
+    path.write_text(json.dumps(result))
+
+
+def test_every_file_of_a_run_is_sealed(made):
+    for run in (folder(made, "fkl"), folder(made, "lm")):
+        result = json.loads((run / "result.json").read_text())
+        written = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file() and p.name[0] != "."}
+        assert result["files"].keys() == written - {"result.json", "state.json"}
+        assert all(files.digest(run / name) == digest for name, digest in result["files"].items())
+        assert result["digest"] == files.digest_of({k: v for k, v in result.items() if k != "digest"})
+
+
+def names(root: Path) -> list[str]:
+    run = folder(root, "fkl")
+    return [
+        p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file() and p.name not in (".lock", "state.json")
+    ]
+
+
+def test_any_damage_to_a_run_is_said_when_it_is_shown_again(root):
+    show(root)
+    run = folder(root, "fkl")
+    for name in names(root):
+        whole = (run / name).read_bytes()
+        flip(run / name)
+        with pytest.raises(UserError, match=f"{name.partition('/')[0]} is damaged") as caught:
+            show(root)
+        assert name.rpartition("/")[2] in str(caught.value) and f"rm -r {run}" in str(caught.value)
+        (run / name).unlink()
+        if name != "result.json":
+            with pytest.raises(UserError, match="is gone"):
+                show(root)
+        (run / name).write_bytes(whole)
+    show(root)
+
+
+def test_a_digit_of_a_result_counts_and_its_layout_does_not(root):
+    path = folder(root, "fkl") / "result.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result))
+    assert show(root).result["final"] == result["final"]
+    for key in ("digest", "files"):  # a damaged name of a seal is no result of before
+        path.write_text(json.dumps({(f"x{k}" if k == key else k): v for k, v in result.items()}))
+        with pytest.raises(UserError, match=r"result\.json is damaged"):
+            show(root)
+    result["final"]["val/lm"] += 0.001
+    path.write_text(json.dumps(result))
+    with pytest.raises(UserError, match=r"result\.json is damaged"):
+        show(root)
+    entry = read(root, {"run": path.parent.name, "overrides": []})
+    assert entry.state == "damaged" and entry.result is None
+
+
+def test_a_report_checks_the_metrics_that_it_draws(root):
+    run = folder(root, "fkl")
+    line = {"run": run.name, "overrides": []}
+    assert read(root, line).state == "done"
+    edit(run / "metrics.jsonl", '"val/lm": ', '"val/lm": 1')
+    entry = read(root, line)
+    assert entry.state == "damaged" and "metrics.jsonl is damaged" in entry.says
+
+
+CONFIGS = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "kd.json", "README.md"]
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "model.safetensors"])
+def test_a_damaged_teacher_is_not_used_whatever_of_it_is_damaged(root, name):
+    teacher = folder(root, "lm")
+    flip(teacher / "student" / name)
+    with pytest.raises(UserError, match=f"{teacher}/student is damaged: {name} is not what was written"):
+        here(root, *RUN, "loss=rkl")
+
+
+def test_a_file_beside_a_students_own_is_said_and_hidden_ones_are_not(root):
+    student = folder(root, "lm") / "student"
+    (student / ".DS_Store").write_text("x")
+    here(root, *RUN, "loss=rkl")
+    (student / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"adapter_config\.json was not written by the run"):
+        here(root, *RUN, "loss=tvd")
+
+
+def test_a_student_that_is_loaded_by_its_path_is_checked(root):
+    student = folder(root, "lm") / "student"
+    words = ("student=hub", f"student.name={student}", "data=text", "data.seq_len=32", "data.val_rows=4")
+    (root / "text.txt").write_text("\n\n".join(f"s1 s2 s{i}" for i in range(400)))
+    edit(student / "config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5')
+    with pytest.raises(UserError, match=r"student is damaged: config\.json"):
+        here(root, *RUN, *words, f"data.files={root / 'text.txt'}", "data.val_share=0.2", "teacher=none", "logits=none")
+
+
+def test_results_from_before_the_seals_are_accepted_and_marked(root, capsys):
+    for run in (folder(root, "fkl"), folder(root, "lm")):
+        unseal(run)
+    run, result, before = show(root)
+    assert before and provenance.doubts(result) == [
+        "made before results were sealed: neither damage nor a change of code would be noticed"
+    ]
+    assert read(root, {"run": run.name, "overrides": []}).state == "done"
+    assert provenance.doubts_of_many([result]) and not provenance.doubts_of_many([])
+    here(root, *RUN, "loss=rkl")  # which learns from the teacher of before
+    flip(folder(root, "lm") / "student" / "model.safetensors")
+    with pytest.raises(UserError, match=r"student is damaged: model\.safetensors"):
+        here(root, *RUN, "loss=tvd")
+
+
+def test_what_is_damaged_under_a_url_is_said_and_a_damaged_copy_is_fetched_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
+    there = tmp_path / "there"
+    words = (*RUN, f"root=file://{there}", "logits=none", "teacher=none")
+    run = here(tmp_path, *words)  # its copy on this machine
+    kept = there / run.name / "student"
+    assert files.digest(kept / "config.json") == files.digest(run / "student" / "config.json")
+    of = Run(f"file://{there}", run.name)
+    flip(run / "student" / "config.json")
+    of.check(of.result(), "student")
+    assert (run / "student" / "config.json").read_bytes() == (kept / "config.json").read_bytes()
+    shutil.rmtree(run / "student")
+    of.check(of.result(), "student")
+    flip(kept / "config.json")
+    shutil.rmtree(run / "student")
+    with pytest.raises(UserError, match=r"student is damaged: config\.json"):
+        of.check(of.result(), "student")
+    edit(there / run.name / "result.json", '"val/lm": ', '"val/lm": 1')
+    with pytest.raises(UserError, match=r"result\.json is damaged"):
+        Run(f"file://{there}", run.name).result()
+    (kept / "config.json").write_text("{}")
+    assert here(tmp_path, *words, "force=true") == run  # made anew, whatever was wrong with it
+    of = Run(f"file://{there}", run.name)
+    of.check(of.result())
+
+
+# The code that a result was made by.
+
+
+@pytest.fixture
+def code(tmp_path, monkeypatch):
+    """Edits a copy of the package's sources, which is then taken to be what runs."""
+    shutil.copytree(provenance.PACKAGE, tmp_path / "kd", ignore=shutil.ignore_patterns("__pycache__"))
+    cached = (provenance._definitions, provenance._used, provenance._digest)
+
+    def forget() -> None:
+        for function in cached:
+            function.cache_clear()
+
+    def change(module: str, *pairs: tuple[str, str]) -> None:
+        for old, new in pairs:
+            edit(tmp_path / "kd" / f"{module}.py", old, new)
+        forget()
+
+    forget()
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "kd")
+    yield change
+    forget()
+
+
+def result(root: Path, name: str = "fkl") -> dict:
+    return json.loads((folder(root, name) / "result.json").read_text())
+
+
+def test_a_result_says_which_components_it_was_made_by(made):
+    student, teacher = result(made), result(made, "lm")
+    assert student["sources"]["loss"].keys() == {"fkl"}
+    assert {"loss", "truncation", "target", "alpha", "lr", "optim", "data", "logits"} <= student["sources"].keys()
+    assert not {"logger", "plain", "record"} & student["sources"].keys()
+    assert not {"loss", "truncation", "alpha"} & teacher["sources"].keys()  # without a meaning there
+    assert provenance.changes(student) == provenance.changes(teacher) == []
+
+
+COSMETIC = {
+    "a comment": ("losses", "change of sign", "change of its sign"),
+    "a docstring": ("losses", "Forward KL(p || q), nats [N].", "Forward KL(p || q)."),
+    "layout": ("losses", "-(p.exp() * (q - p)).sum(-1)  #", "(\n        -(p.exp() * (q - p)).sum(-1)\n    )  #"),
+    "another loss": ("losses", "return _reverse(q, p)", "return 2 * _reverse(q, p)"),
+    "place": ("losses", "def fkl(", "def first():\n    pass\n\n\ndef fkl("),
+}
+
+
+@pytest.mark.parametrize("kind", COSMETIC)
+def test_what_changes_nothing_that_is_computed_makes_no_result_old(made, code, kind):
+    module, *change = COSMETIC[kind]
+    code(module, change)
+    assert provenance.changes(result(made)) == []
+
+
+REAL = {
+    "the function": ("losses", "-(p.exp() * (q - p))", "-2 * (p.exp() * (q - p))", ["loss=fkl (fkl)"]),
+    "a constant": (
+        "schedules",
+        "return 1.0 if progress",
+        "return 1.5 if progress",
+        ["alpha=constant (_warm)", "lr=cosine (_warm)"],
+    ),
+    "a helper": (
+        "schedules",
+        "progress / warmup",
+        "progress / warmup**2",
+        ["alpha=constant (_warm)", "lr=cosine (_warm)"],
+    ),
+    "its name": ("losses", "def fkl(", "def other(", ["loss=fkl (fkl)"]),
+}
+
+
+@pytest.mark.parametrize("kind", REAL)
+def test_a_result_of_other_code_is_shown_as_old_with_what_changed(made, root, code, kind):
+    module, old, new, said = REAL[kind]
+    code(module, (old, new))
+    _, shown, before = show(root)
+    assert before and provenance.changes(shown) == said
+    (doubt,) = provenance.doubts(shown)
+    assert doubt.startswith(f"old: the code of {', '.join(said)} has changed") and "force=true" in doubt
+    assert doubt.partition(": ")[2].partition(" has")[0] in provenance.doubts_of_many([shown])[0]
+
+
+def test_code_that_is_edited_while_a_run_trains_is_not_taken_for_its_own(made, root, code, monkeypatch):
+    from kd.module import Distillation
+
+    module, old, new, said = REAL["the function"]
+    monkeypatch.setattr(Distillation, "on_train_end", lambda self: code(module, (old, new)))
+    outcome = json.loads((here(root, *RUN, "seed=7") / "result.json").read_text())
+    assert outcome["sources"]["loss"] == result(made)["sources"]["loss"]
+    assert provenance.changes(outcome) == said
+
+
+def test_a_function_that_only_moved_to_another_module_is_the_same(made, code):
+    source = (provenance.PACKAGE / "schedules.py").read_text()
+    start = source.index("def _warm(")
+    helper = source[start : source.index("\n\n\n", start)]
+    (provenance.PACKAGE / "warming.py").write_text(f"# Moved.\n{helper}\n")
+    code("schedules", (helper, ""), ("from kd.errors", "from kd.warming import _warm\nfrom kd.errors"))
+    assert provenance.changes(result(made)) == []
+
+
+def test_a_run_that_was_there_says_when_and_by_which_revision(root):
+    run, shown, before = show(root)
+    assert before
+    words = provenance.done_before(shown)
+    assert words == f"done before, on {shown['date']}, git revision {shown['environment']['git'] or 'unknown'}"
+    made = here(root, *RUN, "seed=5")
+    assert made != run.folder and not provenance.doubts(json.loads((made / "result.json").read_text()))
+
+
+def test_force_makes_a_run_anew(root):
+    run = folder(root, "fkl")
+    (run / "wandb-id").write_text("old")
+    before, number = result(root), (run / "result.json").stat().st_ino
+    outcome = show(root, "force=true")
+    assert not outcome.before and outcome.run.folder == run
+    assert outcome.result["final"] == before["final"] and not (run / "wandb-id").exists()
+    assert (run / "result.json").stat().st_ino != number
+    outcome.run.check(outcome.result)
+    for name in ("result.json", "student/config.json"):  # whatever was wrong with it
+        flip(run / name)
+        show(root, "force=true")
+        show(root)
+
+
+def test_force_leaves_what_a_killed_run_had_done(root, monkeypatch):
+    """It removes what is done, once: a run that is then interrupted goes on from its checkpoint."""
+    from kd.module import Distillation
+
+    class Killed(BaseException):
+        pass
+
+    real, steps = Distillation.training_step, []
+
+    def step(self, *args):
+        steps.append(self.global_step)
+        if steps.count(4) == 1 and self.global_step == 4:
+            raise Killed
+        return real(self, *args)
+
+    words = ("trainer.steps=6", "trainer.checkpoint_every=1")
+    run = here(root, *RUN, *words)
+    monkeypatch.setattr(Distillation, "training_step", step)
+    with pytest.raises(Killed):
+        here(root, *RUN, *words, "force=true")
+    assert not (run / "result.json").exists()
+    here(root, *RUN, *words, "force=true")
+    assert steps == [0, 1, 2, 3, 4, 4, 5]
+
+
+def test_a_sweep_says_what_was_done_before_and_makes_it_anew_on_request(root):
+    words = ("-m", *RUN, "data.tokens=2000", "seed=0,1")
+    assert train(root, *words).count("done before, on ") == 1
+    again = train(root, *words)
+    assert again.count("done before, on ") == again.count(", git revision ") == 2 and "starts" not in again
+    forced = train(root, *words, "force=true")
+    assert "done before" not in forced and forced.count("starts") == 2
+    assert "force" not in json.loads(next((root / "sweeps").glob("*.json")).read_text())["runs"][0]["overrides"]
