@@ -23,7 +23,7 @@ from kd import config as conf
 from kd.errors import UserError
 from kd.pool import Job, Local, Pool
 from kd.run import DONE, ENDS, PREEMPTED, Run
-from kd.signals import requests
+from kd.signals import received
 from kd.sweep import Runs
 
 SETTLE = 15  # seconds until what another machine wrote is surely seen here
@@ -42,23 +42,30 @@ class Task:
     gpus: int
 
     def __call__(self) -> list[str]:
-        """The names of the signals that asked it to end."""
-        requests.watch()
-        os.chdir(self.folder)
-        job = Job(Run(self.root, self.run), self.words, self.said, self.gpus)
-        job.run.folder.mkdir(parents=True, exist_ok=True)
-        with open(job.log, "a") as log:
-            log.write(f"on {socket.gethostname()}\n")
-        pool = OnNode(self.program, [job], 1, devices=[])  # whatever GPUs the scheduler gave are its own
-        pool.work()
-        return pool.heard
+        """Do the run; return the names of the signals that asked it to end."""
+        early: list[str] = []
+        with received(early.append):
+            os.chdir(self.folder)
+            job = Job(Run(self.root, self.run), self.words, self.said, self.gpus)
+            job.run.folder.mkdir(parents=True, exist_ok=True)
+            with open(job.log, "a") as log:
+                log.write(f"on {socket.gethostname()}\n")
+            pool = OnNode(self.program, [job], 1, devices=[])  # the scheduler has shared out the GPUs
+            for name in early:
+                pool._ask(name)
+            pool.work()
+        return [*pool.heard, *early]
 
     def done(self) -> bool:
         return Run(self.root, self.run).result() is not None
 
 
 class OnNode(Local):
-    """SLURM may send SIGUSR2 after SIGTERM and mean one thing by both, so it is never the second that kills."""
+    """A pool of one run on a node.
+
+    SLURM may send SIGUSR2 and SIGTERM, in any order, for one reason, and ends by itself what takes too long. Only a
+    signal other than SIGUSR2 that comes twice, as from a second Ctrl-C, has the run killed here.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -66,7 +73,9 @@ class OnNode(Local):
 
     def _ask(self, name: str) -> None:
         self.heard.append(name)
-        if not self.asked or name != "SIGUSR2":
+        if self.asked == ["SIGUSR2"] != [name]:
+            self.asked = [name]
+        elif not self.asked or name != "SIGUSR2":
             super()._ask(name)
 
 

@@ -24,7 +24,7 @@ from rich.table import Table
 from kd.errors import UserError
 from kd.progress import clock, console
 from kd.run import DONE, ENDS, FAILED, NO_MEMORY, PREEMPTED, RUNNING, Run, killed_for_memory
-from kd.signals import ASKED, EXIT_CODE, PARENT, received
+from kd.signals import ASKED, EXIT_CODE, PARENT, SAME, received
 
 Watch = Callable[[int, Run], str | None]  # which run of a batch -> why it is to end early
 
@@ -69,7 +69,8 @@ class Pool:
         self.jobs, self.at_once = jobs, at_once
         self.watch: Callable[[Run], str | None] | None = None  # why a run is to end early
         self.stop_on_failure, self.stopped = False, False
-        self.asked: list[str] = []  # signals received
+        self.asked: list[str] = []  # signals received, but for those at the same moment as the one before
+        self.asked_at = 0.0
         self.running: list[Job] = []  # or queued elsewhere
         self.waiting = [job for job in jobs if job.run.result() is None]
         self.spent: list[float] = []
@@ -158,7 +159,10 @@ class Pool:
         self._say(job, f"{state['state']} after {clock(facts['seconds'])}  {state['reason']}")
 
     def _ask(self, name: str) -> None:
-        """A signal asks the sweep to end: it is passed on, kindly once."""
+        """Take a signal that asks the sweep to end, to be passed on by work()."""
+        if self.asked and time.monotonic() - self.asked_at < SAME:
+            return
+        self.asked_at = time.monotonic()
         self.asked.append(name)
         self.stopped = True
         if len(self.asked) == 1:
