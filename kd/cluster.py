@@ -95,7 +95,7 @@ class Elsewhere(Pool):
         job.run.folder.mkdir(parents=True, exist_ok=True)
         self.waiting.remove(job)
         self.running.append(job)
-        self.handed[job.run.name] = Handed(self._size(job), job.run.state())
+        self.handed[job.run.name] = Handed(self._size(job), job.look())
         words = [*job.words, f"root={conf.typed(job.run.root)}"]  # an environment variable may say another one there
         return self.task(self.program, os.getcwd(), job.run.root, job.run.name, words, job.said, job.gpus)
 
@@ -121,22 +121,24 @@ class Elsewhere(Pool):
             elif of.why:
                 # It may take a while until what it wrote last is seen here.
                 of.since = of.since or time.monotonic()
-                if self._said(job) or time.monotonic() - of.since > SETTLE:
+                state = job.look()
+                if state is None:  # the URL of the run is away, for its node perhaps too
+                    of.since = time.monotonic()
+                elif self._said(job, state) or time.monotonic() - of.since > SETTLE:
                     ended.append(job)
             else:
                 of.since = 0.0
         return ended
 
-    def _said(self, job: Job) -> bool:
+    def _said(self, job: Job, state: dict) -> bool:
         """Whether the run said itself how it ended, since it was handed over; done is done whoever did it."""
-        state = job.run.state()
         return state["state"] == DONE or (state["state"] in ENDS and state != self.of(job).before)
 
     def record(self, job: Job) -> dict:
         of = self.of(job)
         begun = job.begun or time.monotonic()
         facts = {"seconds": round(time.monotonic() - begun, 2), "peak_memory": None, "log": str(job.log)}
-        if not self._said(job):
+        if not self._said(job, job.run.state()):
             why = (PREEMPTED, "asked to end; the same command goes on with it") if self.asked else of.why
             with contextlib.suppress(filelock.Timeout), filelock.FileLock(job.run / ".lock", timeout=0):
                 job.run.end(*why, **facts)  # nobody works on it: not what another sweep began either
@@ -153,7 +155,7 @@ class Handed:
     """A job that a scheduler was given."""
 
     log: int  # bytes of its log at that time
-    before: dict  # its state then
+    before: dict | None  # its state then, None where its URL did not answer
     number: object = None  # what the scheduler calls it
     waits: str = ""  # for what, while it is queued
     why: tuple[str, str] | None = None  # state and reason of a run that is over and did not say so itself

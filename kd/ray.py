@@ -64,7 +64,9 @@ class RayPool(Elsewhere):
 
     def start(self) -> None:
         while self.waiting and len(self.running) < self.at_once:
-            job = self.waiting[0]
+            job = self._next(self.waiting[:])
+            if job is None:
+                break
             task = self.hand(job)
             self.of(job).number = self.perform.remote(task)
             self.of(job).waits = "Ray has no room for it yet"

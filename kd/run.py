@@ -13,6 +13,7 @@ import socket
 import subprocess
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +29,7 @@ from kd.signals import EXIT_CODE
 # What a student writes to the prompts of the validation rows (kd/responses.py), and the curve of its ExAccErr.
 RESPONSES, EXACCERR = "responses.jsonl", "exaccerr.json"
 EXACCERR_LENGTH = 16  # tokens up to which one number for it counts, as in the log of MiniLLM's code
+CLAIM = "claim.lock"  # file that says which sweep is about to start the run; not copied with the others
 SECRET = re.compile(r"key|token$|secret|passw|credential|jwt", re.IGNORECASE)
 
 
@@ -102,9 +104,49 @@ class Run:
             self.remote.get(name)
         return self / name
 
-    def result(self) -> dict | None:
-        """What came out, or None if the run is not done."""
-        return self.remote.now_and_then("result.json") if self.remote else read_json(self / "result.json")
+    def result(self, wait: float | None = None) -> dict | None:
+        """What came out, or None if the run is not done. wait: seconds for a URL that is away, see kd.remote."""
+        return self.remote.now_and_then("result.json", wait) if self.remote else read_json(self / "result.json")
+
+    def claim(self) -> bool:
+        """Announce that this process will start the run; whether no other one that is there still has done so.
+
+        That is for copies of a sweep to share its runs, no lock.
+        """
+        me = whereabouts()
+        if self.remote:
+            if self.remote.create(CLAIM, me, wait=0):
+                return True
+            owner = self.remote.read(CLAIM, wait=0)
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(self / CLAIM, "x") as file:
+                    json.dump(me, file)
+                return True
+            except FileExistsError:
+                owner = self._claimed_by()
+        if owner is None or (not _same_process(owner, me) and alive(owner)):
+            return False
+        if self.remote:
+            self.remote.write(CLAIM, me, wait=0)
+        else:
+            files.write_json(self / CLAIM, me)
+        return True
+
+    def _claimed_by(self) -> dict | None:
+        try:
+            return read_json(self / CLAIM)
+        except UserError:  # it is being written
+            return None
+
+    def release(self) -> None:
+        """Withdraw this process's claim."""
+        with suppress(UserError, OSError):
+            if not self.remote and _same_process(self._claimed_by() or {}, whereabouts()):
+                (self / CLAIM).unlink()
+            if self.remote and _same_process(self.remote.read(CLAIM, wait=0) or {}, whereabouts()):
+                self.remote.remove(CLAIM, wait=0)
 
     @contextmanager
     def lock(self, wait: bool) -> Iterator[None]:
@@ -186,10 +228,17 @@ class Run:
         try:
             yield
         except BaseException as error:
-            said = self.state()
-            if said["state"] == RUNNING or said.get("pid") != os.getpid():
+            if not self._ended_here():
                 self.failed(error)
             raise
+
+    def _ended_here(self) -> bool:
+        """Whether this process wrote how its work ended; asks no URL, which may be what failed."""
+        try:
+            last = read_json(self / "state.json") or {}
+        except UserError:
+            return False
+        return last.get("state") != RUNNING and last.get("pid") == os.getpid()
 
     def failed(self, error: BaseException, told: bool = False) -> Path:
         """Write that an error, which is being handled, ended the work; told: it is explained, as a mistake is."""
@@ -198,16 +247,16 @@ class Run:
         state = PREEMPTED if code == EXIT_CODE else NO_MEMORY if _no_memory(error) else FAILED
         return self.end(state, reason, exit_code=code, traceback=traceback.format_exc())
 
-    def state(self) -> dict:
+    def state(self, wait: float | None = None) -> dict:
         """What became of the run, as {"state": …, "reason": …, …}: one of ENDS, running, stale or not begun."""
-        if (result := self.result()) is not None:
+        if (result := self.result(wait)) is not None:
             return {"state": DONE, "reason": "", **{k: v for k, v in result.items() if k in ("seconds", "peak_memory")}}
         try:
             found = read_json(self / "state.json")
         except UserError as error:
             return {"state": "not begun", "reason": f"{error}".partition(". ")[0] + "; the same command begins it anew"}
         if self.remote and not (found and found["state"] == RUNNING and alive(found)):
-            there = self.remote.now_and_then("state.json")
+            there = self.remote.now_and_then("state.json", wait)
             found = found if found and there and _same_process(found, there) else there or found
         if found is None:
             return {"state": "not begun", "reason": ""}
@@ -245,8 +294,14 @@ class Run:
         Under a URL it is done when all of it is there: raises UserError if that cannot be.
         """
         if self.remote:
-            self.remote.put("config.json", "metrics.jsonl", "student", RESPONSES, EXACCERR)
-            self.remote.write("result.json", result)
+            try:
+                self.remote.put("config.json", "metrics.jsonl", "student", RESPONSES, EXACCERR)
+                self.remote.write("result.json", result)
+            except remote.Unreachable as error:
+                raise UserError(
+                    f"{error} The student is in {self.folder}, and the run is done once it is there too: type the "
+                    "same command again, on this machine, when the URL answers."
+                ) from None
         files.write_json(self / "result.json", result)
         self._tidy()
 
@@ -264,7 +319,10 @@ class Run:
         self.end(DONE, exit_code=0)
         shutil.rmtree(self / "checkpoints", ignore_errors=True)
         if self.remote:
-            self.remote.remove("checkpoints")
+            try:
+                self.remote.remove("checkpoints", wait=remote.SOON)
+            except UserError as error:
+                warnings.warn(f"{error} The run is done; its checkpoints there are of no use any more.")
 
 
 def _no_memory(error: BaseException) -> bool:

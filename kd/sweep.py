@@ -23,7 +23,7 @@ from kd.config import check_sweep
 from kd.errors import MISTAKES, UserError, for_people
 from kd.guard import check_words
 from kd.identity import NO_SIGNAL, group_of
-from kd.pool import Job, Local, Pool, Watch, fitting, gpus, visible_devices
+from kd.pool import UNKNOWN, Job, Local, Pool, Watch, fitting, gpus, visible_devices
 from kd.progress import clock, console, end_with
 from kd.run import DIVERGED, DONE, FAILED, NO_MEMORY, Run, read_json
 from kd.signals import Preempted, requests
@@ -190,20 +190,27 @@ class Runs(Launcher):
         return run, gpus(settings["trainer"])
 
     def _return(self, job: Job) -> JobReturn:
-        result = job.run.result()
+        result, state = outcome(job)
         if result is not None:
             return JobReturn(overrides=job.words, status=JobStatus.COMPLETED, _return_value=result["final"]["val/lm"])
-        return JobReturn(overrides=job.words, status=JobStatus.FAILED, _return_value=NotDone(job.run))
+        return JobReturn(overrides=job.words, status=JobStatus.FAILED, _return_value=NotDone(job.run, state))
 
 
 class NotDone(UserError):
     """A run of a sweep is not done. again: whether the same command may end otherwise, since it was interrupted."""
 
-    def __init__(self, run: Run):
-        state = run.state()
+    def __init__(self, run: Run, state: dict):
         super().__init__(f"{run.name} is not done: {state['reason']}")
         killed = (state.get("exit_code") or 0) < 0
         self.again = killed or state["state"] not in (FAILED, DIVERGED)
+
+
+def outcome(job: Job) -> tuple[dict | None, dict]:
+    """Result and state of a run, as far as its URL answers."""
+    try:
+        return job.run.result(wait=0), job.run.state(wait=0)
+    except UserError as error:
+        return None, job.state or {"state": UNKNOWN, "reason": str(error)}
 
 
 class Processes(Runs):
@@ -235,13 +242,12 @@ COLORS = {DONE: "green", FAILED: "red", DIVERGED: "red", NO_MEMORY: "red"}
 def summary(name: str, jobs: Sequence[Job]) -> Table:
     """All runs of a sweep: what became of each, its loss (and Rouge-L), time, memory, and why it is not done."""
     table = Table(title=f"sweep {name}", title_justify="left", pad_edge=False, box=None)
-    results = [job.run.result() for job in jobs]
+    results, states = zip(*map(outcome, jobs), strict=True) if jobs else ((), ())
     measures = {"loss": "val/lm", "rouge-l": "val/rouge_l"}
     measures = {k: v for k, v in measures.items() if k == "loss" or any(v in r["final"] for r in results if r)}
     for column in ("run", "state", *measures, "time", "memory", ""):
         table.add_column(column, justify="left" if column in ("run", "state", "") else "right")
-    for job, result in zip(jobs, results, strict=True):
-        state = job.run.state()
+    for job, result, state in zip(jobs, results, states, strict=True):
         stands, why = state["state"], state["reason"]
         if stands == "not begun":
             why = "the same command starts it"
