@@ -324,7 +324,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     from kd import logits, models, offline, ranks, responses, rollout, shards
     from kd.checkpoint import Checkpoints, DigestIO, newest
     from kd.hardware import out_of_memory, slowdown_in_bf16
-    from kd.loggers import MetricsFile
+    from kd.loggers import MetricsFile, Performance
     from kd.module import Distillation, NonFinite
 
     quiet()
@@ -354,7 +354,8 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
             f"{'fsdp' if checkpoint.is_dir() else 'ddp'}, or, to train anew, type:\n  rm -r {checkpoint.parent}"
         )
     start = int(checkpoint.stem.partition("-")[2]) if checkpoint else 0
-    told = about(run.name, flat, {role: cost[:2] for role, cost in costs.items()})
+    here = environment()
+    told = about(run.name, flat, {role: cost[:2] for role, cost in costs.items()}, here["git"])
     first = ranks.number() == 0
     loggers = [MetricsFile(run / "metrics.jsonl", start), *parts.logger(folder=run.folder, about=told)] if first else []
     progress = Steps(told.name, of["steps"], start, shown=first)
@@ -381,7 +382,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
             model.model.base_model.compile()
     processes = ranks.lightning_arguments(of["devices"], "student" in sharded)
     processes["plugins"] = [DigestIO(), *processes["plugins"]]
-    callbacks = [Checkpoints(run / "checkpoints", of["checkpoint_every"], run.remote)]
+    callbacks = [Checkpoints(run / "checkpoints", of["checkpoint_every"], run.remote), Performance(of["log_every"])]
     if packed.val_spans is not None:
         asked = settings["responses"]
         kept = made.teacher and responses.kept(
@@ -412,7 +413,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         if not first:
             return {}
         result = {
-            "state": "done", "run": run.name, "config": flat, "environment": environment(),
+            "state": "done", "run": run.name, "config": flat, "environment": here,
             "parameters": costs["student"].parameters, "non_embedding": costs["student"].non_embedding,
             "flops_per_token": costs["student"].flops_per_token,
             **{f"teacher_{k}": getattr(costs.get("teacher"), k, None) for k in models.Cost._fields},

@@ -53,7 +53,8 @@ def tell(run: Run, settings: dict, result: dict) -> None:
     if kept.exists() and kept.read_text() == asked():
         return  # it was told step by step
     run.copy("metrics.jsonl")
-    told = about(run.name, result["config"] | {"sweep": settings["sweep"]}, sizes_of(result))
+    git = result.get("environment", {}).get("git")
+    told = about(run.name, result["config"] | {"sweep": settings["sweep"]}, sizes_of(result), git)
     for view in build(settings["logger"], "logger")(folder=run.folder, about=told):
         view.close(result["final"])
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -26,6 +26,7 @@ from kd.identity import NO_SIGNAL, group_of
 from kd.pool import UNKNOWN, Job, Local, Pool, Watch, fitting, gpus, visible_devices
 from kd.progress import clock, console, end_with
 from kd.run import DIVERGED, DONE, FAILED, NO_MEMORY, Run, read_json
+from kd.settings import name_of
 from kd.signals import Preempted, requests
 
 
@@ -101,6 +102,7 @@ class Runs(Launcher):
     plan: Callable
     prepare: Callable
     show_plan: Callable
+    here = False  # whether runs are done on this machine
 
     def setup(self, *, hydra_context, task_function, config) -> None:
         self.hydra_context, self.config = hydra_context, config
@@ -152,16 +154,17 @@ class Runs(Launcher):
         listed = (read_json(path) or {"runs": []})["runs"] if further else []
         listed += [
             {"run": run.name, "overrides": list(words)} | ({"name": line} if line else {})
-            for (run, _), words, line in zip(made, job_overrides, names, strict=True)
+            for (run, *_), words, line in zip(made, job_overrides, names, strict=True)
         ]
         # Several lists of words may describe one run: tau=1 and tau=1.0.
         listed = list({line["run"]: line for line in reversed(listed)}.values())[::-1]
         files.write_json(path, {"name": name, "runs": listed})
         remote.publish(self.config.root, f"sweeps/{name}.json")
-        order, by_name = [run.name for run, _ in made], {}
-        for (run, number), w, words in zip(made, job_overrides, said):
+        order, by_name = [run.name for run, *_ in made], {}
+        for (run, number, _), w, words in zip(made, job_overrides, said):
             by_name.setdefault(run.name, Job(run, [*w, f"sweep={name}"], words, number))
         jobs = list(by_name.values())
+        self._prepare_wandb(name, {run.name: run for run, _, logger in made if logger == "wandb"}.values())
         pool = self.pool(name, jobs)
         pool.stop_on_failure = self.config.on_failure == "stop"
         pool.watch = watch and (lambda run: watch(order.index(run.name), run))
@@ -178,8 +181,26 @@ class Runs(Launcher):
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(words))
         return type(self).resolve(cfg, list(words))
 
-    def _run(self, words: Sequence[str]) -> tuple[Run, int]:
-        """The run that the words describe, and how many GPUs it asks for."""
+    def _prepare_wandb(self, name: str, runs: Iterable[Run]) -> None:
+        """Ask W&B's server once for all runs, and put those that were made outside of any sweep into this one's group.
+
+        Whether other machines reach the server is not known here.
+        """
+        results = [(run, run.result()) for run in runs]
+        alone = [(run, result) for run, result in results if result and not result["config"].get("sweep")]
+        asks = self.here and any(result is None for _, result in results)
+        if asks or alone:
+            from kd import loggers  # and Lightning, which a sweep that is done has no use for
+
+            if asks:
+                loggers.wandb_mode()
+            joined = sum(loggers.join(run, result, name) for run, result in alone)
+            if joined:
+                loggers.forget()
+                console.print(f"{joined} runs that were made before are in the group {name} of W&B now.", markup=False)
+
+    def _run(self, words: Sequence[str]) -> tuple[Run, int, str]:
+        """The run that the words describe, how many GPUs it asks for, and where it is logged."""
         settings = self._settings(words)
         run = type(self).plan(settings).run
         if run.result() is None:
@@ -187,7 +208,7 @@ class Runs(Launcher):
             type(self).prepare(settings)
         else:
             run.settle()
-        return run, gpus(settings["trainer"])
+        return run, gpus(settings["trainer"]), name_of(settings["logger"])
 
     def _return(self, job: Job) -> JobReturn:
         result, state = outcome(job)
@@ -215,6 +236,8 @@ def outcome(job: Job) -> tuple[dict | None, dict]:
 
 class Processes(Runs):
     """Runs on this machine, each with a share of its cores and GPUs."""
+
+    here = True
 
     def check_place(self, settings: dict) -> None:
         if settings["trainer"]["devices"] > 1:
