@@ -360,6 +360,7 @@ def test_node_of_ray_that_dies_costs_a_sweep_no_run(made, root, nodes, held):
     held.go()
     output = ended(process, 0, seconds=250)
     assert states(root) == {f"seed={n}": "done" for n in range(8)} and not processes(root)
+    assert "raylet" not in output
     assert all(row.startswith("done") for row in table(output).values())
     assert (runs(root)["seed=0"] / "log.txt").read_text().count("on ") >= 2  # on one node, and then on another
     for seed in ("seed=0", "seed=1"):
