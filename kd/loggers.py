@@ -190,8 +190,7 @@ def wandb_run(**what):
             if mode == "offline":
                 raise
             warnings.warn(f"W&B is not reachable ({error}); this run is logged offline, to be sent with `wandb sync`.")
-            forget()  # the failed try still holds the run's id
-            os.environ[ANSWER] = "offline"
+            _stay_offline()  # the failed try still holds the run's id
             return wandb.init(**what, mode="offline")
 
 
@@ -204,12 +203,18 @@ def wandb_mode() -> str:
     if mode != "online":
         return mode
     if ANSWER not in os.environ:
-        why = silent_server()
-        os.environ[ANSWER] = "offline" if why else "online"
-        if why:
+        os.environ[ANSWER] = "online"
+        if why := silent_server():
+            _stay_offline()
             says = f"W&B does not answer ({why}); runs are logged offline, to be sent with `wandb sync`."
             console.print(says, markup=False, soft_wrap=True)
     return os.environ[ANSWER]
+
+
+def _stay_offline() -> None:
+    """Have W&B ask no server any more, in this process and those that it starts."""
+    os.environ[ANSWER] = os.environ["WANDB_MODE"] = "offline"  # the second for what W&B sends of itself
+    forget()
 
 
 def silent_server() -> str | None:

@@ -307,6 +307,7 @@ def test_a_sweep_asks_wandb_for_all_of_its_runs(online, tmp_path):
     Processes()._prepare_wandb("s", runs)
     assert asked == [1] and os.environ[loggers.ANSWER] == "offline"  # which its runs inherit
     del os.environ[loggers.ANSWER]
+    os.environ["WANDB_MODE"] = "online"
     Ray(None, 1, 0)._prepare_wandb("s", runs)  # other machines may reach it, or not
     Processes()._prepare_wandb("s", [])
     assert asked == [1]
