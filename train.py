@@ -368,7 +368,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     from kd import generate, logits, models, offline, ranks, responses, rollout, shards
     from kd.checkpoint import Checkpoints, DigestIO, newest
     from kd.hardware import out_of_memory, slowdown_in_bf16
-    from kd.loggers import MetricsFile, views
+    from kd.loggers import MetricsFile, Performance, views
     from kd.module import Distillation, NonFinite
 
     quiet()
@@ -402,7 +402,8 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
             f"{'fsdp' if checkpoint.is_dir() else 'ddp'}, or, to train anew, type:\n  rm -r {checkpoint.parent}"
         )
     start = int(checkpoint.stem.partition("-")[2]) if checkpoint else 0
-    told = about(run.name, flat, {role: cost[:2] for role, cost in costs.items()})
+    git = code["environment"]["git"]
+    told = about(run.name, flat, {role: cost[:2] for role, cost in costs.items()}, git)
     first = ranks.number() == 0
     loggers = [MetricsFile(run / "metrics.jsonl", start)] if first else []
     loggers += views(parts.logger, run.folder, told) if first else []
@@ -431,7 +432,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
             model.compile_layers()
     processes = ranks.lightning_arguments(of["devices"], "student" in sharded)
     processes["plugins"] = [DigestIO(), *processes["plugins"]]
-    callbacks = [Checkpoints(run / "checkpoints", of["checkpoint_every"], run.remote)]
+    callbacks = [Checkpoints(run / "checkpoints", of["checkpoint_every"], run.remote), Performance(of["log_every"])]
     if packed.val_spans is not None:
         asked = settings["responses"]
         kept = made.teacher and responses.kept(

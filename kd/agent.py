@@ -56,7 +56,8 @@ def tell(run: Run, settings: dict, result: dict) -> None:
 
     run.copy("metrics.jsonl")
     run.check(result, "metrics.jsonl", RESPONSES)
-    told = about(run.name, result["config"] | {"sweep": settings["sweep"]}, sizes_of(result))
+    git = result.get("environment", {}).get("git")
+    told = about(run.name, result["config"] | {"sweep": settings["sweep"]}, sizes_of(result), git)
     for view in views(build(settings["logger"], "logger"), run.folder, told):
         view.close(result["final"])
 

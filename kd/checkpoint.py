@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 
 from kd import files, ranks
 from kd.errors import UserError
-from kd.remote import Remote, step_of
+from kd.remote import SOON, Remote, step_of
 from kd.signals import Preempted, requests
 
 KEPT = 2  # newest checkpoints: one to resume from, one in case it is damaged
@@ -143,7 +143,8 @@ class Checkpoints(Callback):
             trainer.save_checkpoint(path)
             if self.remote and ranks.number() == 0:
                 first = module.recorder.send if module.recorder else None
-                self.remote.send_checkpoint(path, first, getattr(trainer.strategy, "writing", None))
+                wait = SOON if asked else 0
+                self.remote.send_checkpoint(path, first, getattr(trainer.strategy, "writing", None), wait)
             for old in steps(self.folder)[KEPT:]:
                 trainer.strategy.remove_checkpoint(old)
         if asked:  # also where it was resumed at this very step, and there is nothing new to save

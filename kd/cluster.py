@@ -24,7 +24,7 @@ from kd.errors import UserError
 from kd.pool import Job, Local, Pool
 from kd.progress import styled
 from kd.run import DONE, ENDS, PREEMPTED, Run
-from kd.signals import requests
+from kd.signals import received
 from kd.sweep import Runs
 
 SETTLE = 15  # seconds until what another machine wrote is surely seen here
@@ -43,23 +43,30 @@ class Task:
     gpus: int
 
     def __call__(self) -> list[str]:
-        """The names of the signals that asked it to end."""
-        requests.watch()
-        os.chdir(self.folder)
-        job = Job(Run(self.root, self.run), self.words, self.said, self.gpus)
-        job.run.folder.mkdir(parents=True, exist_ok=True)
-        with open(job.log, "a") as log:
-            log.write(f"on {socket.gethostname()}\n")
-        pool = OnNode(self.program, [job], 1, devices=[])  # whatever GPUs the scheduler gave are its own
-        pool.work()
-        return pool.heard
+        """Do the run; return the names of the signals that asked it to end."""
+        early: list[str] = []
+        with received(early.append):
+            os.chdir(self.folder)
+            job = Job(Run(self.root, self.run), self.words, self.said, self.gpus)
+            job.run.folder.mkdir(parents=True, exist_ok=True)
+            with open(job.log, "a") as log:
+                log.write(f"on {socket.gethostname()}\n")
+            pool = OnNode(self.program, [job], 1, devices=[])  # the scheduler has shared out the GPUs
+            for name in early:
+                pool._ask(name)
+            pool.work()
+        return [*pool.heard, *early]
 
     def done(self) -> bool:
         return Run(self.root, self.run).result() is not None
 
 
 class OnNode(Local):
-    """SLURM may send SIGUSR2 after SIGTERM and mean one thing by both, so it is never the second that kills."""
+    """A pool of one run on a node.
+
+    SLURM may send SIGUSR2 and SIGTERM, in any order, for one reason, and ends by itself what takes too long. Only a
+    signal other than SIGUSR2 that comes twice, as from a second Ctrl-C, has the run killed here.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -67,7 +74,9 @@ class OnNode(Local):
 
     def _ask(self, name: str) -> None:
         self.heard.append(name)
-        if not self.asked or name != "SIGUSR2":
+        if self.asked == ["SIGUSR2"] != [name]:
+            self.asked = [name]
+        elif not self.asked or name != "SIGUSR2":
             super()._ask(name)
 
 
@@ -87,7 +96,7 @@ class Elsewhere(Pool):
         job.run.folder.mkdir(parents=True, exist_ok=True)
         self.waiting.remove(job)
         self.running.append(job)
-        self.handed[job.run.name] = Handed(self._size(job), job.run.state())
+        self.handed[job.run.name] = Handed(self._size(job), job.look())
         words = [*job.words, f"root={conf.typed(job.run.root)}"]  # an environment variable may say another one there
         return self.task(self.program, os.getcwd(), job.run.root, job.run.name, words, job.said, job.gpus)
 
@@ -113,22 +122,24 @@ class Elsewhere(Pool):
             elif of.why:
                 # It may take a while until what it wrote last is seen here.
                 of.since = of.since or time.monotonic()
-                if self._said(job) or time.monotonic() - of.since > SETTLE:
+                state = job.look()
+                if state is None:  # the URL of the run is away, for its node perhaps too
+                    of.since = time.monotonic()
+                elif self._said(job, state) or time.monotonic() - of.since > SETTLE:
                     ended.append(job)
             else:
                 of.since = 0.0
         return ended
 
-    def _said(self, job: Job) -> bool:
+    def _said(self, job: Job, state: dict) -> bool:
         """Whether the run said itself how it ended, since it was handed over; done is done whoever did it."""
-        state = job.run.state()
         return state["state"] == DONE or (state["state"] in ENDS and state != self.of(job).before)
 
     def record(self, job: Job) -> dict:
         of = self.of(job)
         begun = job.begun or time.monotonic()
         facts = {"seconds": round(time.monotonic() - begun, 2), "peak_memory": None, "log": str(job.log)}
-        if not self._said(job):
+        if not self._said(job, job.run.state()):
             why = (PREEMPTED, "asked to end; the same command goes on with it") if self.asked else of.why
             with contextlib.suppress(filelock.Timeout), filelock.FileLock(job.run / ".lock", timeout=0):
                 job.run.end(*why, **facts)  # nobody works on it: not what another sweep began either
@@ -145,7 +156,7 @@ class Handed:
     """A job that a scheduler was given."""
 
     log: int  # bytes of its log at that time
-    before: dict  # its state then
+    before: dict | None  # its state then, None where its URL did not answer
     number: object = None  # what the scheduler calls it
     waits: str = ""  # for what, while it is queued
     why: tuple[str, str] | None = None  # state and reason of a run that is over and did not say so itself

@@ -195,21 +195,9 @@ def fetch(path: str, folder: Path, name: str) -> Path:
         return folder / name
     copy = folder / ("fetched.json" if name == "manifest.json" else name)
     if name == "manifest.json" or not copy.exists():
-        try:
-            import fsspec
+        from kd.remote import Remote  # which needs this module
 
-            system, root = fsspec.core.url_to_fs(path)
-            if system.exists(f"{root}/{name}"):
-                with atomic(copy) as temporary:
-                    system.get_file(f"{root}/{name}", str(temporary))
-            elif name == "manifest.json":
-                copy.unlink(missing_ok=True)
-        except UserError:
-            raise
-        except ImportError as error:  # fsspec says which package
-            raise UserError(f"{path}/{name} could not be read: {error}, with pip install.") from error
-        except Exception as error:  # every system has errors of its own
-            raise UserError(f"{path}/{name} could not be read: {error}") from error
+        Remote(path, folder).get(name, to=copy)
     return copy
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import xxhash
 
@@ -28,6 +28,14 @@ NO_SIGNAL = ("loss", "truncation", "target", "temperature", "routing", "alpha")
 
 # Settings that people filter, group and plot by; what is below them (alpha.peak) too.
 AXES = ("seed", "data.tokens", "logits", *NO_SIGNAL, "rollout", "lr", "optim")
+# More of them, and what dashboards call them. The history of a run has a number `lr` and a number `alpha`, so the names
+# of their schedules are called otherwise.
+CALLED = {
+    "trainer.steps": "steps", "trainer.batch": "batch", "trainer.micro_batch": "micro_batch",
+    "trainer.precision": "precision", "data.seq_len": "seq_len", "data.name": "data_name", "data.files": "data_files",
+    "lr": "lr_schedule", "alpha": "alpha_schedule",
+}  # fmt: skip
+TEACHING = {f"teacher.{name}": f"teacher_{name}" for name in ("steps", "batch", "lr", "seed", "precision")}
 
 
 def part_of_outcome(config: dict) -> dict:
@@ -87,13 +95,18 @@ def model_name(config: dict, role: str) -> str | None:
 
 
 def axes(config: dict, sizes: dict[str, tuple[int, int]]) -> dict[str, str | int | float | bool]:
-    """What a dashboard is told of a flat config: a level deep, scalars alone, and alpha_peak for alpha.peak.
+    """Return what a dashboard shows of a flat config: a level deep, scalars alone, and alpha_peak for alpha.peak.
 
     W&B does not find keys with a dot in filters and panels. sizes: role -> parameters, and those without embeddings.
     Language modelling alone is the loss lm with an alpha_peak of 0, so that it has a place on both axes.
     """
-    found = {k: config[k] for k in part_of_outcome(config) if below(k, AXES)}
+    called = CALLED | (TEACHING if trains_teacher(config) else {})
+    part = part_of_outcome(config)
+    keys = [k for k in config if (k in part and (below(k, AXES) or k in CALLED)) or (k in called and k in TEACHING)]
+    found = {called.get(k, k): config[k] for k in keys}
     found |= {"data": config["data"], "loss": method(config)}
+    if isinstance(found.get("data_files"), list):
+        found["data_files"] = " ".join(map(str, found["data_files"]))
     found |= {role: model_name(config, role) for role in ("student", "teacher")}
     for role, (parameters, non_embedding) in sizes.items():
         found |= {f"{role}_params": parameters, f"{role}_params_non_embedding": non_embedding}
@@ -101,6 +114,25 @@ def axes(config: dict, sizes: dict[str, tuple[int, int]]) -> dict[str, str | int
     if found["loss"] == "lm":
         found["alpha_peak"] = 0.0
     return {k.replace(".", "_"): v for k, v in found.items() if isinstance(v, str | int | float)}
+
+
+def trains_teacher(config: dict) -> bool:
+    """Whether the teacher's own training settings have an effect."""
+    learns_from = config["logits"] not in ("none", "cotrained") or config.get("rollout") == "teacher"
+    return learns_from and bool(config["teacher.size"] or config.get("teacher.sft"))
+
+
+def nested(config: dict) -> dict:
+    """Return a flat config as settings of groups, the option of a group as its `option`: {"lr": {"peak": …}}."""
+    groups = {key.partition(".")[0] for key in config if "." in key}
+    out: dict = {group: {} for group in groups}
+    for key, value in config.items():
+        group, _, name = key.partition(".")
+        if group in groups:
+            out[group][name.replace(".", "_") or "option"] = value
+        else:
+            out[key] = value
+    return out
 
 
 def sizes_of(result: dict) -> dict[str, tuple[int, int]]:
@@ -115,18 +147,37 @@ def size_text(parameters: int, active: int | None) -> str:
     return f"{parameters:,} parameters" + (f", {active:,} of them active" if active not in (None, parameters) else "")
 
 
-def about(name: str, config: dict, sizes: dict[str, tuple[int, int]]) -> About:
-    """What W&B and TensorBoard are told: a readable name, what to group by, and the axes."""
+def about(name: str, config: dict, sizes: dict[str, tuple[int, int]], git: str | None = None) -> About:
+    """Return what W&B and TensorBoard show of a run: a readable name, what to group by, the axes and all settings.
+
+    git: revision of the code, as kd.run.environment() has it.
+    """
     how = method(config)
-    named = [how, model_name(config, "student"), f"seed{config['seed']}"]
     kind = "distil" if how != "lm" else "lm" if model_name(config, "teacher") else "teacher"
     tags = [how, kind, str(config["data"])]
-    return About(name, " ".join(map(str, named)), config.get("sweep"), kind, tags, axes(config, sizes))
+    shown = axes(config, sizes) | ({"git": git} if git else {})
+    return About(name, readable(name, config), config.get("sweep"), kind, tags, shown, nested(config))
+
+
+def readable(name: str, config: dict) -> str:
+    """Return a name for tables and legends: what people vary most, and of the run's own name what makes it unique."""
+    parts = [method(config), model_name(config, "student"), f"lr{config['lr.peak']:g}" if "lr.peak" in config else None]
+    if config["logits"] != "none":
+        tau, kept = config.get("temperature.tau"), config["truncation"]
+        parts += [
+            f"from {model_name(config, 'teacher')}" if model_name(config, "teacher") else None,
+            f"alpha{config['alpha.peak']:g}" if "alpha.peak" in config else None,
+            f"tau{tau:g}" if tau not in (None, 1) else None,
+            kept if kept != "full" else None,
+            config["rollout"] if config["rollout"] != "none" else None,
+        ]
+    parts += [f"seed{config['seed']}", name.rpartition("-")[2][:4]]
+    return " ".join(str(part) for part in parts if part)
 
 
 @dataclass(frozen=True)
 class About:
-    """What a view of a run is told of it: shallow, with numeric axes, since dashboards filter by it."""
+    """Description of a run for its views: shallow axes, since dashboards filter by them, and all settings beside."""
 
     id: str
     name: str
@@ -134,3 +185,4 @@ class About:
     job_type: str
     tags: list[str]
     config: dict
+    settings: dict = field(default_factory=dict)

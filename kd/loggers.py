@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from kd import agent, files
 from kd.errors import MISTAKES, UserError, first_line
-from kd.identity import About
-from kd.run import RESPONSES, SECRET, read_metrics
+from kd.identity import About, about, sizes_of
+from kd.progress import console
+from kd.run import RESPONSES, SECRET, Run, peak_memory, read_metrics, redacted
+
+ANSWER = "KD_WANDB"  # environment variable: online or offline, as W&B's server answered when it was asked
+WAIT = 10  # seconds for W&B's server to answer
+PERFORMANCE = "perf"  # metrics that depend on the clock
 
 
 class MetricsFile(Logger):
@@ -81,6 +88,36 @@ def _reason(error: Exception) -> str:
     return "; ".join(wrong)
 
 
+class Performance(Callback):
+    """Logs time per step, throughput and memory at each `every` steps, to views alone: metrics.jsonl has no clock.
+
+    A step is from its batch to its update, without validation and checkpoints.
+    """
+
+    def __init__(self, every: int):
+        self.every = every
+        self.begun, self.spent, self.steps, self.tokens = 0.0, 0.0, 0, 0
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        self.begun = time.perf_counter()
+        if not self.steps:
+            self.tokens = module.tokens
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.spent += time.perf_counter() - self.begun
+        self.steps += 1
+        if trainer.global_step % self.every == 0:
+            measured = {
+                "tokens_per_second": (module.tokens - self.tokens) / max(self.spent, 1e-9),
+                "seconds_per_step": self.spent / self.steps,
+                "peak_memory_gb": peak_memory() / 1e9,
+            }
+            for logger in trainer.loggers:
+                if not isinstance(logger, MetricsFile):
+                    logger.log_metrics({f"{PERFORMANCE}/{k}": v for k, v in measured.items()}, step=trainer.global_step)
+            self.spent, self.steps = 0.0, 0
+
+
 def none(folder: Path, about: About) -> list[Logger]:
     """No view beside metrics.jsonl."""
     return []
@@ -107,14 +144,11 @@ def wandb(folder: Path, about: About, project: str = "kd", entity: str | None = 
 
     WANDB_MODE (online, offline, disabled) is obeyed. `wandb sync runs/*/wandb/offline-run-*` uploads later.
     """
-    name, new = _id(folder, about)
-    run = wandb_run(
-        project=project, entity=entity, dir=str(folder), id=name, name=about.name, group=about.group,
-        job_type=about.job_type, tags=about.tags, config=about.config, resume="allow",
-    )  # fmt: skip
+    _, new = _id(folder, about)
+    run = _begin(folder, about, project, entity)
     for axis in ("tokens", "flops"):
         run.define_metric(axis)
-    for metrics in ("train/*", "val/*"):
+    for metrics in ("train/*", "val/*", f"{PERFORMANCE}/*"):
         run.define_metric(metrics, step_metric="tokens")
     view = WandbView(run, folder)
     for line in read_metrics(folder / "metrics.jsonl") if new else ():  # of before there was this W&B run
@@ -123,14 +157,50 @@ def wandb(folder: Path, about: About, project: str = "kd", entity: str | None = 
     return [view]
 
 
+def _begin(folder: Path, about: About, project: str, entity: str | None):
+    """Begin the W&B run of a run, or go on with it."""
+    return wandb_run(
+        project=project, entity=entity, dir=str(folder), id=_id(folder, about)[0], name=about.name, group=about.group,
+        job_type=about.job_type, tags=about.tags, config=about.config | {"settings": redacted(about.settings)},
+        resume="allow",
+    )  # fmt: skip
+
+
+def join(run: Run, result: dict, group: str) -> bool:
+    """Put the W&B run of a run that was made outside of any sweep into a group; whether it had one and was put there.
+
+    Its summary is sent once more with that, and no step.
+    """
+    config, note = result["config"], run / "wandb-group"
+    if config.get("logger") != "wandb" or config.get("sweep") or os.environ.get("WANDB_MODE") == "disabled":
+        return False
+    if run.copy("wandb-group").exists() or not run.copy("wandb-id").exists():
+        return False
+    of = about(run.name, config | {"sweep": group}, sizes_of(result), result.get("environment", {}).get("git"))
+    view = WandbView(
+        _begin(run.folder, of, config.get("logger.project", "kd"), config.get("logger.entity")), run.folder
+    )
+    run.copy("metrics.jsonl")
+    last: dict[str, float] = {}
+    for line in read_metrics(run / "metrics.jsonl"):
+        last |= line
+    last.pop("step", None)
+    view.summarise(last)
+    view.close(result["final"], responses=False)
+    note.write_text(group)
+    if run.remote:
+        run.remote.tell("wandb-group")
+    return True
+
+
 def wandb_run(**what):
     """What wandb.init(**what) makes, and nothing that it should not hold; offline where it is not reachable."""
     import wandb
     from pydantic import ValidationError  # which W&B needs
 
-    _forget()  # a run that died before its own finish; and the environment is read anew
+    forget()  # a run that died before its own finish; and the environment is read anew
     os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")
-    mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+    mode = wandb_mode()
     what["settings"] = wandb.Settings(
         silent=True, console="off", finish_timeout=60, x_disable_stats=True, disable_git=True
     )
@@ -141,9 +211,53 @@ def wandb_run(**what):
         except ValidationError:  # a mistyped variable, which offline is no cure for
             raise
         except Exception as error:  # whatever is wrong with the network or the account, the training is worth more
+            if mode == "offline":
+                raise
             warnings.warn(f"W&B is not reachable ({error}); this run is logged offline, to be sent with `wandb sync`.")
-            _forget()  # the failed try still holds the run's id
+            _stay_offline()  # the failed try still holds the run's id
             return wandb.init(**what, mode="offline")
+
+
+def wandb_mode() -> str:
+    """Return what to begin W&B runs as: WANDB_MODE, else offline without a key or where the server does not answer.
+
+    The server is asked once: the answer is kept in the environment, for the runs that a sweep starts too.
+    """
+    mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+    if mode != "online":
+        return mode
+    if ANSWER not in os.environ:
+        os.environ[ANSWER] = "online"
+        if why := silent_server():
+            _stay_offline()
+            says = f"W&B does not answer ({why}); runs are logged offline, to be sent with `wandb sync`."
+            console.print(says, markup=False, soft_wrap=True)
+    return os.environ[ANSWER]
+
+
+def _stay_offline() -> None:
+    """Have W&B ask no server any more, in this process and those that it starts."""
+    os.environ[ANSWER] = os.environ["WANDB_MODE"] = "offline"  # the second for what W&B sends of itself
+    forget()
+
+
+def silent_server() -> str | None:
+    """Return why W&B's server is taken not to answer, None where it answers, whatever it says."""
+    import requests
+    import wandb
+
+    known = wandb.setup(wandb.Settings(silent=True)).settings
+    proxies = {kind: proxy for kind in ("http", "https") if (proxy := getattr(known, f"{kind}_proxy", None))}
+    try:
+        reply = requests.post(
+            f"{known.base_url.rstrip('/')}/graphql", json={"query": "query Viewer { viewer { id } }"},
+            timeout=WAIT, proxies=proxies or None,
+        )  # fmt: skip
+    except requests.exceptions.SSLError:
+        return None  # W&B may know other certificates
+    except (requests.exceptions.RequestException, OSError) as error:
+        return f"{known.base_url}: {type(error).__name__}"
+    return f"{known.base_url}: HTTP status {reply.status_code}" if reply.status_code >= 500 else None
 
 
 def logged_in() -> bool:
@@ -154,7 +268,7 @@ def logged_in() -> bool:
     return wandb.login(prompt=False, verify=False)
 
 
-def _forget() -> None:
+def forget() -> None:
     """End W&B's part of this process, whatever became of it."""
     import wandb
 
@@ -197,12 +311,17 @@ class WandbView(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self._try(lambda: self.run.log(metrics, step=step))
 
-    def close(self, final: dict[str, float] | None) -> None:
+    def close(self, final: dict[str, float] | None, responses: bool = True) -> None:
         """Final metrics get names of their own, final/…: W&B's own summary does not say which step it is of."""
         if final:
-            self._try(lambda: self.run.summary.update({f"final/{k.removeprefix('val/')}": v for k, v in final.items()}))
+            self.summarise({f"final/{k.removeprefix('val/')}": v for k, v in final.items()})
+        if final and responses:
             self._try(self._samples)
         self._try(lambda: self.run.finish(exit_code=0 if final else 1))
+
+    def summarise(self, values: dict[str, float]) -> None:
+        """Add values to the summary of the run."""
+        self._try(lambda: self.run.summary.update(values))
 
     def _samples(self) -> None:
         """A table of prompts with the reference, and what teacher and student wrote."""

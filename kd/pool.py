@@ -9,10 +9,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import filelock
@@ -25,8 +26,9 @@ from kd.errors import UserError
 from kd.progress import clock, console, harmless, styled
 from kd.provenance import done_before, doubts
 from kd.run import DONE, ENDS, FAILED, NO_MEMORY, PREEMPTED, RUNNING, Run, killed_for_memory
-from kd.signals import ASKED, EXIT_CODE, PARENT, received
+from kd.signals import ASKED, EXIT_CODE, PARENT, SAME, received
 
+UNKNOWN = "unknown"  # state of a run whose URL does not answer
 Watch = Callable[[int, Run], str | None]  # which run of a batch -> why it is to end early
 
 
@@ -41,6 +43,15 @@ class Job:
     begun: float = 0.0  # 0 while it is queued
     looked: float = 0.0
     cut: str | None = None  # why it is ended early
+    facts: dict = field(default_factory=dict)  # of its end: exit code, seconds, …
+    state: dict | None = None  # after its end, as it was read last
+
+    def look(self) -> dict | None:
+        """State of the run, None where its URL does not answer now."""
+        try:
+            return self.run.state(wait=0)
+        except UserError:
+            return None
 
     @property
     def log(self) -> Path:
@@ -70,8 +81,10 @@ class Pool:
         self.jobs, self.at_once = jobs, at_once
         self.watch: Callable[[Run], str | None] | None = None  # why a run is to end early
         self.stop_on_failure, self.stopped = False, False
-        self.asked: list[str] = []  # signals received
+        self.asked: list[str] = []  # signals received, but for those at the same moment as the one before
+        self.asked_at = 0.0
         self.running: list[Job] = []  # or queued elsewhere
+        self.endings: list[Ending] = []  # of jobs that have ended, not yet recorded
         self.waiting = [job for job in jobs if job.run.result() is None]
         self.spent: list[float] = []
 
@@ -95,13 +108,14 @@ class Pool:
         """Until no job runs and none is to be started."""
         for number, job in enumerate(self.jobs, 1):
             if job not in (*self.waiting, *self.running):
+                job.state = {"state": DONE, "reason": ""}
                 result = job.run.result()
                 self._say(job, "; ".join([done_before(result), *doubts(result)]), number)
         live = Live(get_renderable=self.board, console=console, transient=True, refresh_per_second=2)
         heard = 0
         with received(self._ask), live if console.is_terminal else nullcontext():
-            while self.running or (self.waiting and not self.stopped):
-                if self.waiting and not self.stopped:
+            while self.running or self.endings or (self.waiting and not self.stopped):
+                if self.waiting and not self.stopped and not (self.stop_on_failure and self.endings):
                     self.start()
                 time.sleep(self.pause)
                 if heard < len(self.asked):
@@ -109,9 +123,44 @@ class Pool:
                     self.stop(self.running, heard > 1)
                 for job in self.over():
                     self.running.remove(job)
-                    self._ended(job)
+                    self.endings.append(Ending(job, self._record))
+                for ending in list(self.endings):
+                    if ending.over():
+                        self.endings.remove(ending)
+                        self._ended(ending.job)
+                    elif self.asked and not self.running and ending.waits():
+                        self.endings.remove(ending)
+                        self._say(ending.job, f"has ended; how is not known, as {ending.job.run.where} does not answer")
+                    elif ending.waits() and not ending.said:
+                        ending.said = True
+                        self._say(ending.job, f"has ended; how is recorded when {ending.job.run.where} answers")
                 for job in self.running:
                     self._look(job)
+
+    def _next(self, free: list[Job]) -> Job | None:
+        """Choose the first run that no other copy of the sweep works on or has claimed, so that copies share the runs.
+
+        Of what is left when there is none, the process of the run waits for the other copy, or takes over if that is
+        gone. Runs that another copy has done are dropped; None if all are.
+        """
+        taken = []
+        for job in free:
+            state = (job.look() or {}).get("state")
+            if state == DONE:
+                self.waiting.remove(job)
+                job.state = {"state": DONE, "reason": ""}
+                self._say(job, "done by another process")
+            elif state != RUNNING and self._claim(job):
+                return job
+            else:
+                taken.append((state == RUNNING, job))
+        return min(taken, key=lambda pair: pair[0])[1] if taken else None
+
+    def _claim(self, job: Job) -> bool:
+        try:
+            return job.run.claim()
+        except (UserError, OSError):  # a claim is for speed alone: the lock of the run counts
+            return True
 
     def _look(self, job: Job) -> None:
         """End a run early where the search says so."""
@@ -123,10 +172,12 @@ class Pool:
 
     def board(self) -> Group:
         """What runs, and how far the sweep is."""
-        states = [job.run.state()["state"] for job in self.jobs if job not in self.running and job not in self.waiting]
-        done, queued = states.count(DONE), sum(not job.begun for job in self.running)
-        says = f"{done} done, {len(self.running) - queued} running, {len(states) - done} not done, "
+        ended = [job for job in self.jobs if job.state]
+        done, queued = sum(j.state["state"] == DONE for j in ended), sum(not job.begun for job in self.running)
+        says = f"{done} done, {len(self.running) - queued} running, {len(ended) - done} not done, "
         says += f"{len(self.waiting) + queued} to come"
+        if self.endings:
+            says += f", {len(self.endings)} ended, to be recorded"
         table = Table(box=None, show_header=False, pad_edge=False)
         for job in filter(lambda job: job.begun, self.running):
             table.add_row(job.said, clock(time.monotonic() - job.begun), styled(job.last_line(), "dim"))
@@ -145,29 +196,62 @@ class Pool:
         )
         console.print(line, soft_wrap=True)
 
+    def _record(self, job: Job) -> None:
+        """Record how a run ended, and read its state; waits for a URL that is away."""
+        begun = job.begun or time.monotonic()
+        job.facts = {"seconds": time.monotonic() - begun}
+        job.facts = self.record(job)
+        if job.cut and job.run.result() is None:
+            job.run.end(PREEMPTED, job.cut, **job.facts)
+        job.run.release()
+
     def _ended(self, job: Job) -> None:
         """Say in which state a run ended."""
-        try:
-            facts = self.record(job)
-            if job.cut and job.run.result() is None:
-                job.run.end(PREEMPTED, job.cut, **facts)
-        except (UserError, OSError) as error:  # on a full disk: the other runs may have what they need
-            facts = {"seconds": time.monotonic() - (job.begun or time.monotonic())}
-            self._say(job, f"How it ended could not be written: {error}")
-        state = job.run.state()
-        if state["state"] == DONE:
-            self.spent.append(facts["seconds"])
+        if job.state["state"] == DONE:
+            self.spent.append(job.facts["seconds"])
         elif self.stop_on_failure and not job.cut:
             self.stopped = True
-        self._say(job, f"{state['state']} after {clock(facts['seconds'])}  {state['reason']}")
+        self._say(job, f"{job.state['state']} after {clock(job.facts['seconds'])}  {job.state['reason']}")
 
     def _ask(self, name: str) -> None:
-        """A signal asks the sweep to end: it is passed on, kindly once."""
+        """Take a signal that asks the sweep to end, to be passed on by work()."""
+        if self.asked and time.monotonic() - self.asked_at < SAME:
+            return
+        self.asked_at = time.monotonic()
         self.asked.append(name)
         self.stopped = True
         if len(self.asked) == 1:
             running = sum(bool(job.begun) for job in self.running)
             console.print(f"{name}: {running} runs save a checkpoint; once more kills them.")
+
+
+class Ending:
+    """The end of a job while it is recorded: of a run under a URL in a thread, since the URL may not answer."""
+
+    def __init__(self, job: Job, record: Callable[[Job], None]):
+        self.job, self.record, self.said = job, record, False
+        self.begun, self.thread = time.monotonic(), None
+        if job.run.remote:
+            self.thread = threading.Thread(target=self._work, daemon=True)
+            self.thread.start()
+        else:
+            self._work()
+
+    def _work(self) -> None:
+        try:
+            self.record(self.job)
+            self.job.state = self.job.run.state()
+        except (UserError, OSError) as error:  # on a full disk, too: the other runs may have what they need
+            reason = f"How it ended could not be recorded: {error}"
+            self.job.state = self.job.look() or {"state": UNKNOWN}
+            self.job.state |= {"reason": reason}
+
+    def over(self) -> bool:
+        return self.job.state is not None
+
+    def waits(self) -> bool:
+        """Whether it takes so long that the URL must be away."""
+        return not self.over() and time.monotonic() - self.begun > 5
 
 
 class Local(Pool):
@@ -183,8 +267,9 @@ class Local(Pool):
             free = [job for job in self.waiting if self._room(job)]
             if not free:
                 break
-            # First those that no other copy of the sweep works on.
-            job = next((job for job in free if job.run.state()["state"] != RUNNING), free[0])
+            job = self._next(free)
+            if job is None:
+                continue
             self.waiting.remove(job)
             try:
                 self._start(job)

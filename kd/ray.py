@@ -45,6 +45,8 @@ class Ray(Away):
                 host, _, port = address.rpartition(":")
                 socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **started)
+            # What a raylet says of workers that died goes to the driver nevertheless, and Ray has no option for it.
+            ray._private.worker._worker_logs_enabled = False
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"hydra.launcher.address={address}: no Ray cluster answers there ({error}). Type HOST:PORT as "
@@ -64,7 +66,9 @@ class RayPool(Elsewhere):
 
     def start(self) -> None:
         while self.waiting and len(self.running) < self.at_once:
-            job = self.waiting[0]
+            job = self._next(self.waiting[:])
+            if job is None:
+                break
             task = self.hand(job)
             self.of(job).number = self.perform.remote(task)
             self.of(job).waits = "Ray has no room for it yet"

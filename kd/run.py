@@ -13,6 +13,7 @@ import socket
 import subprocess
 import time
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,7 @@ RESPONSES, EXACCERR = "responses.jsonl", "exaccerr.json"
 EXACCERR_LENGTH = 16  # tokens up to which one number for it counts, as in the log of MiniLLM's code
 # What result.json keeps digests of, beside its own; folders with all that is in them.
 SEALED = ("config.json", "metrics.jsonl", RESPONSES, EXACCERR, "student")
+CLAIM = "claim.lock"  # file that says which sweep is about to start the run; not copied with the others
 SECRET = re.compile(r"key|token$|secret|passw|credential|jwt", re.IGNORECASE)
 
 
@@ -105,9 +107,12 @@ class Run:
             self.remote.get(name)
         return self / name
 
-    def result(self) -> dict | None:
-        """The result, or None if the run is not done; raises UserError if it is not what was written."""
-        found = self.remote.now_and_then("result.json") if self.remote else read_json(self / "result.json")
+    def result(self, wait: float | None = None) -> dict | None:
+        """The result, or None if the run is not done; raises UserError if it is not what was written.
+
+        wait: seconds for a URL that is away, see kd.remote.
+        """
+        found = self.remote.now_and_then("result.json", wait) if self.remote else read_json(self / "result.json")
         if found is not None and not _is_whole(found):
             raise UserError(
                 f"{self.where}/result.json is damaged: it is not what was written. To make the run anew, remove it and "
@@ -126,12 +131,52 @@ class Run:
         """Remove all that the run has written, the result first; only for who holds the lock."""
         if self.remote:
             self.remote.remove("result.json")
-            self.remote.remove(*{name.partition("/")[0] for name in self.remote.names()} - {"lease.json"})
+            self.remote.remove(*{name.partition("/")[0] for name in self.remote.names()} - {"lease.json", CLAIM})
             self.remote.forget()
         (self / "result.json").unlink(missing_ok=True)
         for path in self.folder.iterdir():
-            if path.name != ".lock":
+            if path.name not in (".lock", CLAIM):
                 files.remove(path)
+
+    def claim(self) -> bool:
+        """Announce that this process will start the run; whether no other one that is there still has done so.
+
+        That is for copies of a sweep to share its runs, no lock.
+        """
+        me = whereabouts()
+        if self.remote:
+            if self.remote.create(CLAIM, me, wait=0):
+                return True
+            owner = self.remote.read(CLAIM, wait=0)
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(self / CLAIM, "x") as file:
+                    json.dump(me, file)
+                return True
+            except FileExistsError:
+                owner = self._claimed_by()
+        if owner is None or (not _same_process(owner, me) and alive(owner)):
+            return False
+        if self.remote:
+            self.remote.write(CLAIM, me, wait=0)
+        else:
+            files.write_json(self / CLAIM, me)
+        return True
+
+    def _claimed_by(self) -> dict | None:
+        try:
+            return read_json(self / CLAIM)
+        except UserError:  # it is being written
+            return None
+
+    def release(self) -> None:
+        """Withdraw this process's claim."""
+        with suppress(UserError, OSError):
+            if not self.remote and _same_process(self._claimed_by() or {}, whereabouts()):
+                (self / CLAIM).unlink()
+            if self.remote and _same_process(self.remote.read(CLAIM, wait=0) or {}, whereabouts()):
+                self.remote.remove(CLAIM, wait=0)
 
     @contextmanager
     def lock(self, wait: bool) -> Iterator[None]:
@@ -213,10 +258,17 @@ class Run:
         try:
             yield
         except BaseException as error:
-            said = self.state()
-            if said["state"] == RUNNING or said.get("pid") != os.getpid():
+            if not self._ended_here():
                 self.failed(error)
             raise
+
+    def _ended_here(self) -> bool:
+        """Whether this process wrote how its work ended; asks no URL, which may be what failed."""
+        try:
+            last = read_json(self / "state.json") or {}
+        except UserError:
+            return False
+        return last.get("state") != RUNNING and last.get("pid") == os.getpid()
 
     def failed(self, error: BaseException, told: bool = False) -> Path:
         """Write that an error, which is being handled, ended the work; told: it is explained, as a mistake is."""
@@ -225,16 +277,16 @@ class Run:
         state = PREEMPTED if code == EXIT_CODE else NO_MEMORY if _no_memory(error) else FAILED
         return self.end(state, reason, exit_code=code, traceback=traceback.format_exc())
 
-    def state(self) -> dict:
+    def state(self, wait: float | None = None) -> dict:
         """What became of the run, as {"state": …, "reason": …, …}: one of ENDS, running, stale or not begun."""
-        if (result := self.result()) is not None:
+        if (result := self.result(wait)) is not None:
             return {"state": DONE, "reason": "", **{k: v for k, v in result.items() if k in ("seconds", "peak_memory")}}
         try:
             found = read_json(self / "state.json")
         except UserError as error:
             return {"state": "not begun", "reason": f"{error}".partition(". ")[0] + "; the same command begins it anew"}
         if self.remote and not (found and found["state"] == RUNNING and alive(found)):
-            there = self.remote.now_and_then("state.json")
+            there = self.remote.now_and_then("state.json", wait)
             found = found if found and there and _same_process(found, there) else there or found
         if found is None:
             return {"state": "not begun", "reason": ""}
@@ -300,8 +352,14 @@ class Run:
         result = result | {"weights": self.weights(), "files": self._digests(SEALED)}
         result["digest"] = _own_digest(result)
         if self.remote:
-            self.remote.put("config.json", "metrics.jsonl", "student", RESPONSES, EXACCERR)
-            self.remote.write("result.json", result)
+            try:
+                self.remote.put("config.json", "metrics.jsonl", "student", RESPONSES, EXACCERR)
+                self.remote.write("result.json", result)
+            except remote.Unreachable as error:
+                raise UserError(
+                    f"{error} The student is in {self.folder}, and the run is done once it is there too: type the "
+                    "same command again, on this machine, when the URL answers."
+                ) from None
         files.write_json(self / "result.json", result)
         self._tidy()
         return result
@@ -321,7 +379,10 @@ class Run:
         self.end(DONE, exit_code=0)
         shutil.rmtree(self / "checkpoints", ignore_errors=True)
         if self.remote:
-            self.remote.remove("checkpoints")
+            try:
+                self.remote.remove("checkpoints", wait=remote.SOON)
+            except UserError as error:
+                warnings.warn(f"{error} The run is done; its checkpoints there are of no use any more.")
 
 
 def is_sealed(result: dict) -> bool:

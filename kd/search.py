@@ -158,7 +158,9 @@ class Watched:
     """Looks at the runs of some trials as they go, and says which are to end early."""
 
     def __init__(self, optuna, trials: list):
-        self.trials, self.seen = trials, [0] * len(trials)
+        # Of a trial that was interrupted, Optuna knows the steps up to there.
+        known = {t.number: t.intermediate_values for t in trials[0].study.trials} if trials else {}
+        self.trials, self.seen = trials, [max(known[trial.number], default=0) for trial in trials]
         self.pruned: set[int] = set()
         pruner = optuna.pruners.MedianPruner(n_startup_trials=5)
         for trial in trials:

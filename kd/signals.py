@@ -1,6 +1,9 @@
 """Signals that ask a process to end: SIGTERM, SIGINT and SIGUSR2, as schedulers and people send them.
 
-The first lets a training run save a checkpoint at its next step, so that nothing is lost; a second ends at once.
+The first lets a training run save a checkpoint at its next step, so that nothing is lost; a second ends at once. One
+request may arrive by two ways: SLURM signals every process of a job step, and `timeout` a process and then its group.
+So signals at the same moment are one request. A run that a sweep started is ended at once by the sweep alone, with
+SIGKILL: it takes all signals for the same request.
 """
 
 from __future__ import annotations
@@ -9,12 +12,14 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 
 ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 EXIT_CODE = 143  # of a process that was asked to end, whichever signal it was
 PARENT = "KD_PARENT"  # environment variable: the process that a run must not outlive
+SAME = 0.1  # seconds in which signals are one request
 
 
 class Preempted(SystemExit):
@@ -30,6 +35,8 @@ class Requests:
     def __init__(self):
         self.pending = False  # a run is to save a checkpoint at its next step, and to raise Preempted
         self.told = False  # by the process that started this one, whose signals alone count
+        self.in_sweep = PARENT in os.environ  # whether a sweep started this process
+        self._first = 0.0  # time at which the first signal was answered
         self._in_steps = False
 
     def watch(self) -> None:
@@ -59,12 +66,16 @@ class Requests:
 
     def _received(self, number: int, frame) -> None:
         again, self.pending = self.pending, True  # Python loses what is raised within a callback of its own
+        if again and (self.in_sweep or time.monotonic() - self._first < SAME):
+            return
         if again or not self._in_steps:
+            self._first = time.monotonic()
             raise Preempted
         from kd.progress import console
 
-        name = signal.Signals(number).name
-        console.print(f"{name}: a checkpoint is saved at the next step; once more ends at once.")
+        also = "" if self.in_sweep else "; once more ends at once"
+        console.print(f"{signal.Signals(number).name}: a checkpoint is saved at the next step{also}.")
+        self._first = time.monotonic()  # after what took its time: a second signal may have come meanwhile
 
 
 requests = Requests()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,10 +24,11 @@ from kd.config import check_sweep
 from kd.errors import MISTAKES, UserError, for_people
 from kd.guard import check_words
 from kd.identity import NO_PART, NO_SIGNAL, below, group_of
-from kd.pool import Job, Local, Pool, Watch, fitting, gpus, visible_devices
+from kd.pool import UNKNOWN, Job, Local, Pool, Watch, fitting, gpus, visible_devices
 from kd.progress import clock, console, end_with, styled
 from kd.provenance import doubts
 from kd.run import DIVERGED, DONE, FAILED, NO_MEMORY, SEALED, Run, read_json
+from kd.settings import name_of
 from kd.signals import Preempted, requests
 
 
@@ -114,6 +115,7 @@ class Runs(Launcher):
     plan: Callable
     prepare: Callable
     show_plan: Callable
+    here = False  # whether runs are done on this machine
 
     def setup(self, *, hydra_context, task_function, config) -> None:
         config.root = files.expanded(config.root)  # the settings of a run are expanded when they are resolved
@@ -165,7 +167,7 @@ class Runs(Launcher):
         made = self._each(self._run, job_overrides, said)  # every config is checked before the first run starts
         requests.end_if_asked()
         if self.config.force:
-            for run in {run.name: run for run, _ in made}.values():
+            for run in {run.name: run for run, *_ in made}.values():
                 if run.is_done():
                     with run.lock(wait=True):
                         run.discard()
@@ -174,7 +176,7 @@ class Runs(Launcher):
         listed = before if further else []
         listed += [
             {"run": run.name, "overrides": list(words)} | ({"name": line} if line else {})
-            for (run, _), words, line in zip(made, job_overrides, names, strict=True)
+            for (run, *_), words, line in zip(made, job_overrides, names, strict=True)
         ]
         # Several lists of words may describe one run: tau=1 and tau=1.0.
         listed = list({line["run"]: line for line in reversed(listed)}.values())[::-1]
@@ -187,10 +189,11 @@ class Runs(Launcher):
         if listed != before:  # a sweep that is done may be in a root that is read alone
             files.write_json(path, {"name": name, "runs": listed})
             remote.publish(self.config.root, f"sweeps/{name}.json")
-        order, by_name = [run.name for run, _ in made], {}
-        for (run, number), w, words in zip(made, job_overrides, said):
+        order, by_name = [run.name for run, *_ in made], {}
+        for (run, number, _), w, words in zip(made, job_overrides, said):
             by_name.setdefault(run.name, Job(run, [*w, f"sweep={name}"], words, number))
         jobs = list(by_name.values())
+        self._prepare_wandb(name, {run.name: run for run, _, logger in made if logger == "wandb"}.values())
         pool = self.pool(name, jobs)
         pool.stop_on_failure = self.config.on_failure == "stop"
         pool.watch = watch and (lambda run: watch(order.index(run.name), run))
@@ -222,8 +225,26 @@ class Runs(Launcher):
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(words))
         return type(self).resolve(cfg, list(words))
 
-    def _run(self, words: Sequence[str]) -> tuple[Run, int]:
-        """The run that the words describe, and how many GPUs it asks for."""
+    def _prepare_wandb(self, name: str, runs: Iterable[Run]) -> None:
+        """Ask W&B's server once for all runs, and put those that were made outside of any sweep into this one's group.
+
+        Whether other machines reach the server is not known here.
+        """
+        results = [(run, run.result()) for run in runs]
+        alone = [(run, result) for run, result in results if result and not result["config"].get("sweep")]
+        asks = self.here and any(result is None for _, result in results)
+        if asks or alone:
+            from kd import loggers  # and Lightning, which a sweep that is done has no use for
+
+            if asks:
+                loggers.wandb_mode()
+            joined = sum(loggers.join(run, result, name) for run, result in alone)
+            if joined:
+                loggers.forget()
+                console.print(f"{joined} runs that were made before are in the group {name} of W&B now.", markup=False)
+
+    def _run(self, words: Sequence[str]) -> tuple[Run, int, str]:
+        """The run that the words describe, how many GPUs it asks for, and where it is logged."""
         settings = self._settings(words)
         run = type(self).plan(settings).run
         if self.config.force or (result := run.result()) is None:
@@ -233,13 +254,13 @@ class Runs(Launcher):
             run.settle()
             if not run.remote:
                 run.check(result, *(name for name in SEALED if name != "student"))
-        return run, gpus(settings["trainer"])
+        return run, gpus(settings["trainer"]), name_of(settings["logger"])
 
     def _return(self, job: Job) -> JobReturn:
-        result = job.run.result()
+        result, state = outcome(job)
         if result is not None:
             return JobReturn(overrides=job.words, status=JobStatus.COMPLETED, _return_value=result["final"]["val/lm"])
-        return JobReturn(overrides=job.words, status=JobStatus.FAILED, _return_value=NotDone(job.run))
+        return JobReturn(overrides=job.words, status=JobStatus.FAILED, _return_value=NotDone(job.run, state))
 
 
 def refused(jobs: Sequence[Sequence[str]], said: Sequence[str], wrong: Mapping[int, str]) -> str:
@@ -273,15 +294,24 @@ def _listed(path: Path) -> list[dict]:
 class NotDone(UserError):
     """A run of a sweep is not done. again: whether the same command may end otherwise, since it was interrupted."""
 
-    def __init__(self, run: Run):
-        state = run.state()
+    def __init__(self, run: Run, state: dict):
         super().__init__(f"{run.name} is not done: {state['reason']}")
         killed = (state.get("exit_code") or 0) < 0
         self.again = killed or state["state"] not in (FAILED, DIVERGED)
 
 
+def outcome(job: Job) -> tuple[dict | None, dict]:
+    """Result and state of a run, as far as its URL answers."""
+    try:
+        return job.run.result(wait=0), job.run.state(wait=0)
+    except UserError as error:
+        return None, job.state or {"state": UNKNOWN, "reason": str(error)}
+
+
 class Processes(Runs):
     """Runs on this machine, each with a share of its cores and GPUs."""
+
+    here = True
 
     def check_place(self, settings: dict) -> None:
         if settings["trainer"]["devices"] > 1:
@@ -309,13 +339,12 @@ COLORS = {DONE: "green", FAILED: "red", DIVERGED: "red", NO_MEMORY: "red"}
 def summary(name: str, jobs: Sequence[Job]) -> Table:
     """All runs of a sweep: what became of each, its loss (and Rouge-L), time, memory, and why it is not done."""
     table = Table(title=f"sweep {name}", title_justify="left", pad_edge=False, box=None)
-    results = [job.run.result() for job in jobs]
+    results, states = zip(*map(outcome, jobs), strict=True) if jobs else ((), ())
     measures = {"loss": "val/lm", "rouge-l": "val/rouge_l"}
     measures = {k: v for k, v in measures.items() if k == "loss" or any(v in r["final"] for r in results if r)}
     for column in ("run", "state", *measures, "time", "memory", ""):
         table.add_column(column, justify="left" if column in ("run", "state", "") else "right")
-    for job, result in zip(jobs, results, strict=True):
-        state = job.run.state()
+    for job, result, state in zip(jobs, results, states, strict=True):
         stands, why = state["state"], state["reason"]
         if stands == DONE:
             why = "; ".join(doubts(result))

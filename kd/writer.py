@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import filelock
-import fsspec
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -374,16 +373,14 @@ def upload(folder: Path, url: str) -> None:
                         f"{folder}.")  # fmt: skip
     if there:
         return  # another machine was first
+    remote = Remote(url, folder)
     try:
-        system, root = fsspec.core.url_to_fs(url)
-        system.makedirs(root, exist_ok=True)
-        remote = Remote(url, folder)
         left = [name for name, note in manifest["files"].items() if not _is_sent(remote, name, note)]
         for name in track([*left, "manifest.json"], f"copying to {url}"):
-            system.put_file(str(folder / name), f"{root}/{name}")
-    except Exception as error:  # every system has errors of its own
+            remote.put(name)
+    except UserError as error:
         raise UserError(
-            f"The store is whole in {folder}, and could not be copied to {url}: {error}\nThe same command goes on."
+            f"The store is whole in {folder}, and could not be copied: {error}\nThe same command goes on."
         ) from error
 
 
@@ -457,13 +454,16 @@ class Recorder:
                 if written and files.digest(self.folder / f"{name}.safetensors") == written["digest"]:
                     files.write_json(self.folder / note, written)
 
-    def send(self) -> None:
-        """Copy the shards that were written to the URL, so that another machine can go on with them."""
+    def send(self, wait: float) -> None:
+        """Copy the shards that were written to the URL, so that another machine can go on with them.
+
+        wait: seconds for a URL that is away, see kd.remote.
+        """
         if not self.url:
             return
         there = Remote(self.url, self.folder)
         for name in sorted(_notes(self.folder).keys() - self.there):
-            there.put(f"{name}.safetensors", f"{name}.json")
+            there.put(f"{name}.safetensors", f"{name}.json", wait=wait)
             self.there.add(name)
 
     def finish(self, model: Causal, validation: np.ndarray, batch: int, steps: int) -> None:

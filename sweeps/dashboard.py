@@ -58,7 +58,8 @@ def shown(entries: list[Entry]) -> list[str]:
     values: dict[str, set] = {}
     for key, value in ((k, v) for of in told for k, v in of.items()):
         values.setdefault(key, set()).add(value)
-    other = ("seed", "student", "teacher", "student_params_non_embedding", "teacher_params_non_embedding")
+    other = ("seed", "teacher_seed", "student", "teacher", "student_params_non_embedding")
+    other += ("teacher_params_non_embedding", "micro_batch", "steps")  # tokens say it
     return sorted((k for k in values if len(values[k]) > 1 and k not in other), key=lambda k: (-len(values[k]), k))
 
 

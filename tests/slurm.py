@@ -1,5 +1,7 @@
 """A SLURM of one machine, for tests: the commands that kd and submitit type, as `python slurm.py COMMAND …`.
 
+As slurmstepd does, it signals every process of a job's step, in whatever session, and not the batch script.
+
 Jobs and their states are in a file of a folder, $SLURM_FAKE; sbatch leaves a process behind that starts them, as many
 of an array at once as it says. What a test wants to go wrong it does to that file and to the processes.
 """
@@ -94,7 +96,17 @@ def srun(words: list[str]) -> None:
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     with jobs() as found:
         found[name]["pid"] = os.getpid()
-    os.execvp(words[0], words)
+    os.execvpe(words[0], words, os.environ | {"SLURM_STEP": name})
+
+
+def step(name: str) -> list[int]:
+    """All processes of a job's step."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if f"SLURM_STEP={name}".encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return sorted(found)
 
 
 def scancel(words: list[str]) -> None:
@@ -105,8 +117,9 @@ def scancel(words: list[str]) -> None:
             if of["state"] == "PENDING" and "signal" not in flags:
                 of["state"] = "CANCELLED"
             elif of["state"] == "RUNNING" and "state" not in flags and "pid" in of:
-                with suppress(ProcessLookupError):
-                    os.kill(of["pid"], signal.Signals[f"SIG{flags.get('signal', 'TERM')}"])
+                for pid in step(name):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.Signals[f"SIG{flags.get('signal', 'TERM')}"])
                 if "signal" not in flags:
                     of["state"] = "CANCELLED"
 

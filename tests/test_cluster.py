@@ -63,6 +63,11 @@ class Slurm:
             path.chmod(0o755)
         self.environment = {"SLURM_FAKE": str(folder), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
 
+    def signal(self, name: str, job: str) -> None:
+        """Signal a job's step, as SLURM does before it ends a job."""
+        words = [self.folder / "bin" / "scancel", f"--signal={name}", job]
+        subprocess.run(words, env=os.environ | self.environment, check=True)
+
     def jobs(self) -> dict[str, dict]:
         return json.loads((self.folder / "jobs.json").read_text())
 
@@ -99,7 +104,7 @@ def asked(root: Path) -> bool:
 def test_preempted_job_is_requeued_and_ends_bit_for_bit(made, root, slurm, held):
     process = start(root, *SLURM, "n_jobs=2", "seed=0,1", **held.environment, **slurm.environment)
     held.wait(process)
-    os.kill(slurm.jobs()["1_0"]["pid"], signal.SIGUSR2)  # as SLURM does before it ends a job
+    slurm.signal("USR2", "1_0")
     until(lambda: asked(root))
     held.go()
     output = ended(process, 0)
@@ -247,7 +252,10 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("signals, saved, requeued", [("USR2", 1, 1), ("TERM USR2", 1, 1), ("TERM TERM", 0, 0)])
+@pytest.mark.parametrize(
+    "signals, saved, requeued",
+    [("USR2", 1, 1), ("TERM USR2", 1, 1), ("USR2 TERM", 1, 1), ("TERM TERM", 0, 0), ("USR2 TERM TERM", 0, 1)],
+)
 def test_signals_on_the_node(signals, saved, requeued, tmp_path):
     (tmp_path / "program.py").write_text(SAVES)
     environment = os.environ | {"PYTHONPATH": str(HERE)}
@@ -258,6 +266,60 @@ def test_signals_on_the_node(signals, saved, requeued, tmp_path):
         time.sleep(0.3)
     assert process.wait(30) == (1 if requeued else 143)
     assert ((tmp_path / "saved").exists(), (tmp_path / "requeued").exists()) == (saved, requeued)
+
+
+STEPS = """
+import sys, time
+from pathlib import Path
+
+from kd.signals import requests
+
+requests.watch()
+with requests.in_steps():
+    Path(sys.argv[1], "begun").touch()
+    for _ in range(300):
+        time.sleep(0.01)
+        if Path(sys.argv[1], "go").exists():
+            Path(sys.argv[1], "saved" if requests.pending else "done").touch()
+            break
+"""
+
+
+@pytest.mark.parametrize(
+    "in_sweep, signals, saved",
+    [
+        (True, "USR2 TERM", True),  # of SLURM, and what its sweep passes on
+        (True, "TERM pause TERM", True),
+        (True, "INT pause USR2 pause TERM", True),
+        (False, "TERM TERM", True),  # of `timeout`, and of SLURM to a command of several processes
+        (False, "USR2 TERM", True),
+        (False, "TERM pause TERM", False),  # of a person
+        (False, "INT pause INT", False),
+    ],
+)
+def test_one_request_that_comes_by_several_ways_is_one(in_sweep, signals, saved, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(HERE)} | ({"KD_PARENT": str(os.getpid())} if in_sweep else {})
+    process = subprocess.Popen([sys.executable, "-c", STEPS, str(tmp_path)], env=environment)
+    until(lambda: (tmp_path / "begun").exists())
+    for name in signals.split():
+        if name == "pause":
+            time.sleep(0.3)
+        else:
+            process.send_signal(signal.Signals[f"SIG{name}"])
+    time.sleep(0.05)
+    (tmp_path / "go").touch()
+    assert process.wait(30) == (0 if saved else 143)
+    assert (tmp_path / "saved").exists() == saved
+
+
+def test_a_sweep_takes_signals_at_one_moment_for_one_request():
+    pool = Local("", [], 1, [])
+    for name in ("SIGTERM", "SIGTERM", "SIGUSR2"):
+        pool._ask(name)
+    assert len(pool.asked) == 1
+    time.sleep(0.15)
+    pool._ask("SIGTERM")
+    assert len(pool.asked) == 2
 
 
 # Ray
@@ -298,6 +360,7 @@ def test_node_of_ray_that_dies_costs_a_sweep_no_run(made, root, nodes, held):
     held.go()
     output = ended(process, 0, seconds=250)
     assert states(root) == {f"seed={n}": "done" for n in range(8)} and not processes(root)
+    assert "raylet" not in output
     assert all(row.startswith("done") for row in table(output).values())
     assert (runs(root)["seed=0"] / "log.txt").read_text().count("on ") >= 2  # on one node, and then on another
     for seed in ("seed=0", "seed=1"):

@@ -1,23 +1,33 @@
 """metrics.jsonl is the truth; W&B and TensorBoard are views that can fail without harm."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import train as product
+from kd import loggers
+from kd.config import flat
 from kd.errors import UserError
-from kd.identity import About
-from kd.loggers import MetricsFile, views, wandb
-from kd.run import read_metrics
-from tests.small import ENVIRONMENT, FORK, folder, here, result, train
+from kd.files import write_json
+from kd.identity import About, about
+from kd.loggers import MetricsFile, join, views, wandb
+from kd.ray import Ray
+from kd.run import Run, read_metrics
+from kd.sweep import Processes
+from tests.small import ENVIRONMENT, FORK, folder, here, result, settings, train
+from tests.wandb_server import serving
 
 
 def test_metrics_file_cuts_what_comes_after_the_checkpoint_and_a_torn_line(tmp_path):
@@ -86,10 +96,18 @@ def test_whatever_a_logger_raises_when_it_starts_is_one_line(tmp_path, error):
         views(mistake, tmp_path, None)
 
 
+def inspected(path: Path, *how: str) -> str:
+    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", *how, str(path)]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
+
+
 def inspect(path: Path) -> dict:
     """Config, summary, … of an offline W&B run, read by W&B's own tool."""
-    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--summary", "--json", str(path)]
-    return json.loads(subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout)
+    return json.loads(inspected(path, "--summary"))
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in inspected(path).splitlines()]
 
 
 def test_wandb_without_a_key_is_offline_shallow_and_one_run_per_run(tmp_path):
@@ -99,8 +117,12 @@ def test_wandb_without_a_key_is_offline_shallow_and_one_run_per_run(tmp_path):
     said = inspect(offline)
     assert run.name in said["run_id"] and said["summary"]["final/lm"] == result(run)["final"]["val/lm"]
     assert said["config"].keys() >= {"student_params", "teacher_params", "tokens", "loss", "alpha_peak", "seed"}
+    whole = said["config"].pop("settings")
+    assert whole["trainer"]["batch"] == 4 and whole["lr"]["option"] == "cosine"
     for key, value in said["config"].items():
         assert "." not in key and isinstance(value, str | int | float), key
+    assert {"perf/tokens_per_second", "perf/seconds_per_step", "perf/peak_memory_gb"} <= said["summary"].keys()
+    assert "perf" not in (run / "metrics.jsonl").read_text()  # which does not depend on the clock
     raw = b"".join(p.read_bytes() for p in offline.glob("*.wandb"))
     assert b"trial" in raw and b"distil" in raw
 
@@ -177,9 +199,155 @@ def test_wandb_with_a_dead_network_trains_and_goes_offline(tmp_path):
     assert result(folder(tmp_path, "lm"))["state"] == "done"
 
 
-def test_tensorboard_writes_event_files(tmp_path):
-    train(tmp_path, "logger=tensorboard", "trainer.steps=3", "teacher=none", "logits=none")
-    assert list(folder(tmp_path, "lm").glob("tensorboard/events*"))
+def test_tensorboard_shows_metrics_and_how_fast_they_come(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = here(tmp_path, "logger=tensorboard", "trainer.steps=3", "teacher=none", "logits=none")
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert {"train/lm", "val/lm", "perf/tokens_per_second", "perf/seconds_per_step"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("perf/tokens_per_second")] == [1, 2, 3]
+    speed, pace = (events.Scalars(f"perf/{k}")[-1].value for k in ("tokens_per_second", "seconds_per_step"))
+    assert speed * pace == pytest.approx(4 * 32, rel=0.01)  # tokens of a step
+
+
+def description(tmp_path: Path, *words: str, name: str = "fkl-100k-0123456789ab") -> About:
+    return about(name, flat(settings(tmp_path, *words)), {}, "abcd+")
+
+
+def test_dashboards_are_given_what_a_run_was_made_with(tmp_path):
+    shown = description(tmp_path, "trainer.precision=bf16", "lr=wsd").config
+    expected = {
+        "batch": 4, "micro_batch": 2, "steps": 12, "precision": "bf16", "seq_len": 32, "data": "markov", "git": "abcd+",
+        "teacher_steps": 6, "teacher_lr": 8e-3, "teacher_batch": 2, "lr_schedule": "wsd", "lr_peak": 8e-3,
+        "alpha_schedule": "constant", "alpha_peak": 0.9, "temperature_tau": 1.0, "tokens": 12 * 4 * 32,
+    }  # fmt: skip
+    assert {key: shown.get(key) for key in expected} == expected
+    files = description(tmp_path, "data=instructions", "data.files=[a.jsonl,b.jsonl]").config
+    assert files["data_files"] == "a.jsonl b.jsonl"
+    assert description(tmp_path, "data=hub", "data.name=me/text").config["data_name"] == "me/text"
+    alone = description(tmp_path, "logits=none", "teacher=none").config
+    assert alone["alpha_peak"] == 0.0 and not alone.keys() & {"alpha_schedule", "teacher_steps"}
+    named = description(tmp_path, "teacher=hub", "teacher.name=me/model", "student=100k", "optim=adamw").config
+    assert "teacher_steps" not in named  # it was trained elsewhere
+    whole = description(tmp_path, "loss=akl", "loss.mu=0.25").settings
+    assert whole["loss"] == {"option": "akl", "mu": 0.25} and whole["trainer"]["log_every"] == 1
+
+
+def test_no_key_is_a_word_in_the_config_and_a_number_in_the_history(tmp_path):
+    run = here(tmp_path, "trainer.steps=2")
+    history = {key for line in read_metrics(run / "metrics.jsonl") for key in line}
+    assert {"lr", "alpha"} <= history  # as before
+    shown = description(tmp_path).config
+    assert not [key for key in history & shown.keys() if isinstance(shown[key], str)]
+
+
+def test_runs_that_differ_have_names_that_do(tmp_path):
+    axes = ("lr.peak=0.01", "lr.peak=0.02", "temperature.tau=2", "alpha.peak=0.5", "truncation=top_k", "teacher=200k")
+    names = [description(tmp_path, word).name for word in axes]
+    assert len(set(names)) == len(names)
+    assert names[0] == "fkl 100k lr0.01 from 100k alpha0.9 seed0 0123" and " tau2 " in names[2]
+    assert description(tmp_path, name="fkl-100k-ffff56789012").name != description(tmp_path).name
+
+
+def joined(root: Path, name: str) -> None:
+    os.environ |= {"WANDB_MODE": "offline", "HOME": str(root)}
+    run = Run(root, name)
+    wandb(run.folder, About(name, name, None, "distil", ["fkl"], {"loss": "fkl"}))[0].close({"val/lm": 2.6})
+    (root / "joined").write_text(str([join(run, run.result(), group) for group in ("first", "second")]))
+
+
+def test_run_that_was_made_before_its_sweep_gets_into_the_group(tmp_path):
+    config = flat(settings(tmp_path)) | {"logger": "wandb", "logger.project": "mine", "logger.entity": None}
+    run = Run(tmp_path, "fkl-100k-0123456789ab")
+    write_json(run / "result.json", {"config": config, "final": {"val/lm": 2.6}, "environment": {"git": "abcd"}})
+    (run / "metrics.jsonl").write_text('{"step": 1, "train/lm": 3.0}\n{"step": 2, "val/lm": 2.6}\n')
+    process = FORK.Process(target=joined, args=(tmp_path, run.name))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0 and (tmp_path / "joined").read_text() == "[True, False]"
+    _, second = sorted(run.folder.glob("wandb/offline-run-*"))
+    (about_it,) = (line["run"] for line in records(second) if line["type"] == "run")
+    assert about_it["run_group"] == "first" and about_it["project"] == "mine" and about_it["run_id"] == wandb_id(run)
+    summary = inspect(second)["summary"]
+    assert (summary["train/lm"], summary["val/lm"], summary["final/lm"]) == (3.0, 2.6, 2.6)
+    assert not [line for line in records(second) if line["type"] == "history"]  # which it has already
+
+
+def wandb_id(run: Run) -> str:
+    return (run / "wandb-id").read_text()
+
+
+def test_a_run_of_another_sweep_stays_in_its_group(tmp_path):
+    config = flat(settings(tmp_path)) | {"logger": "wandb", "sweep": "theirs"}
+    run = Run(tmp_path, "run")
+    run.folder.mkdir()
+    (run / "wandb-id").write_text("theirs")
+    assert not join(run, {"config": config, "final": {}}, "mine")
+    assert not join(run, {"config": config | {"sweep": None, "logger": "none"}, "final": {}}, "mine")
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[tuple[str, list]]:
+    """A server that accepts and never answers: its address, and who has come."""
+    came, server = [], socket.create_server(("127.0.0.1", 0))
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                came.append(server.accept()[0])
+
+    threading.Thread(target=accept, daemon=True).start()
+    yield f"http://127.0.0.1:{server.getsockname()[1]}", came
+    server.close()
+
+
+@pytest.fixture
+def online(monkeypatch):
+    monkeypatch.delenv(loggers.ANSWER, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(loggers, "WAIT", 0.5)
+    yield monkeypatch
+    os.environ.pop(loggers.ANSWER, None)
+
+
+def answered(address: str, path: Path) -> None:
+    os.environ |= {"WANDB_BASE_URL": address}
+    began = time.monotonic()
+    modes = [loggers.wandb_mode(), loggers.wandb_mode()]
+    path.write_text(json.dumps([*modes, os.environ[loggers.ANSWER], time.monotonic() - began]))
+
+
+def test_a_server_of_wandb_that_never_answers_is_asked_once(online, tmp_path):
+    with silent() as (address, came):
+        process = FORK.Process(target=answered, args=(address, tmp_path / "answer"))
+        process.start()
+        process.join(60)
+        assert len(came) == 1
+    *modes, seconds = json.loads((tmp_path / "answer").read_text())
+    assert modes == ["offline"] * 3 and seconds < 20
+
+
+def test_a_server_of_wandb_that_answers_is_taken(online, tmp_path):
+    with serving() as (environment, _):
+        process = FORK.Process(target=answered, args=(environment["WANDB_BASE_URL"], tmp_path / "answer"))
+        process.start()
+        process.join(60)
+    assert json.loads((tmp_path / "answer").read_text())[:3] == ["online"] * 3
+
+
+def test_a_sweep_asks_wandb_for_all_of_its_runs(online, tmp_path):
+    asked = []
+    online.setattr(loggers, "silent_server", lambda: asked.append(1) or "no answer")
+    runs = [Run(tmp_path, name) for name in "ab"]
+    Processes()._prepare_wandb("s", runs)
+    assert asked == [1] and os.environ[loggers.ANSWER] == "offline"  # which its runs inherit
+    del os.environ[loggers.ANSWER]
+    os.environ["WANDB_MODE"] = "online"
+    Ray(None, 1, 0)._prepare_wandb("s", runs)  # other machines may reach it, or not
+    Processes()._prepare_wandb("s", [])
+    assert asked == [1]
 
 
 def test_a_failed_run_is_a_failed_run_in_wandb(tmp_path):

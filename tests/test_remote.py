@@ -1,5 +1,6 @@
 """A root under a URL: what counts is there, and a machine that is lost loses nothing that had arrived."""
 
+import io
 import json
 import os
 import shutil
@@ -12,12 +13,15 @@ from pathlib import Path
 import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
+from rich.console import Console
 
-from kd import remote
+from kd import cluster, remote
 from kd.errors import UserError
+from kd.pool import Job, Local
 from kd.remote import Remote
 from kd.run import Run, alive, boot, whereabouts
-from tests.small import ENVIRONMENT, TRAIN, folder, here, listed, outcome, settings, start, train
+from kd.sweep import summary
+from tests.small import ENVIRONMENT, FORK, TRAIN, folder, here, listed, outcome, settings, start, train
 
 
 class Broken(LocalFileSystem):
@@ -271,3 +275,271 @@ def test_urls_that_cannot_be(cache, tmp_path, root, says):
 def test_a_folder_is_no_url(tmp_path):
     made = settings(tmp_path)
     assert remote.home(made["root"]) == tmp_path and Run(tmp_path, "x").remote is None
+
+
+class Away(LocalFileSystem):
+    """A folder behind a network that is gone until a time."""
+
+    protocol = "away"
+    until = 0.0
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return LocalFileSystem._strip_protocol(str(path).removeprefix("away://"))
+
+    @classmethod
+    def go(cls, seconds: float) -> None:
+        cls.until = time.monotonic() + seconds
+
+
+def _fails_while_away(name: str):
+    def method(self, *args, **kwargs):
+        if time.monotonic() < Away.until:
+            raise OSError("the network is gone")
+        return getattr(LocalFileSystem, name)(self, *args, **kwargs)
+
+    return method
+
+
+for name in ("cat_file", "get_file", "put_file", "pipe_file", "find", "exists", "rm", "makedirs"):
+    setattr(Away, name, _fails_while_away(name))
+fsspec.register_implementation("away", Away, clobber=True)
+
+
+@pytest.fixture
+def away(cache, monkeypatch, tmp_path) -> str:
+    monkeypatch.setattr(remote, "PAUSES", (0.05, 0.1))
+    monkeypatch.setattr(Away, "until", 0.0)
+    remote._outages.clear()
+    return f"away://{tmp_path}/there"
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda there: there.write("other.json", {"a": 1}),
+        lambda there: there.read("one.json")["a"] == 1,
+        lambda there: there.get("one.json"),
+        lambda there: there.names() == ["one.json"],
+        lambda there: there.put("one.json"),
+        lambda there: there.create("two.json", {}),
+        lambda there: there.remove("one.json"),
+    ],
+)
+def test_what_is_asked_of_a_url_that_is_away_is_asked_again(away, tmp_path, capsys, ask):
+    there = Remote(away, tmp_path / "copy")
+    there.write("one.json", {"a": 1})
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "one.json").write_text('{"a": 1}')
+    Away.go(0.4)
+    assert ask(there) in (None, True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("(OSError: the network is gone). It is tried again for 10:00.") == 1 and "answers again" in said
+
+
+def test_a_url_is_asked_once_where_nothing_waits_and_not_for_ever(away, tmp_path, monkeypatch):
+    there = Remote(away, tmp_path / "copy")
+    Away.go(1000)
+    for wait, least, most in ((0, 0, 0.3), (0.5, 0.3, 1.5), (None, 0, 0.3)):  # the last one, as it was away so long
+        monkeypatch.setattr(remote, "PATIENCE", 0.4)
+        began = time.monotonic()
+        with pytest.raises(remote.Unreachable, match=r"could not be read"):
+            there.read("one.json", wait)
+        assert least <= time.monotonic() - began < most
+
+
+def test_what_can_never_be_written_is_given_up_although_the_rest_is_reached(away, tmp_path, monkeypatch):
+    there = Remote(away, tmp_path / "copy")
+    monkeypatch.setattr(remote, "PATIENCE", 0.5)
+
+    def too_large() -> None:
+        there.write("small.json", {})
+        raise OSError("too large")
+
+    with pytest.raises(remote.Unreachable, match="too large"):
+        remote.patiently(away, "written", too_large)
+
+
+def test_a_run_that_ends_while_its_url_is_away_is_done(away, tmp_path):
+    words = ("teacher=none", "logits=none", f"root={away}")
+    real = Run.finish
+
+    def finish(self, result):
+        Away.go(1)
+        real(self, result)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "finish", finish)
+        made = here(tmp_path, *words)
+    assert json.loads((tmp_path / "there" / made.name / "result.json").read_text())["state"] == "done"
+    assert json.loads((tmp_path / "there" / made.name / "state.json").read_text())["state"] == "done"
+    assert not (tmp_path / "there" / made.name / "checkpoints").exists()
+
+
+def test_why_a_run_failed_is_not_lost_in_an_outage(away, tmp_path, monkeypatch):
+    run = Run(away, "run")
+    run.folder.mkdir(parents=True)
+    monkeypatch.setattr(remote, "SOON", 0)
+    run.begin({})
+    Away.go(1000)
+    with pytest.warns(UserWarning), pytest.raises(ZeroDivisionError), run.recorded():
+        1 / 0  # noqa: B018
+    assert json.loads((run / "state.json").read_text())["reason"] == "ZeroDivisionError: division by zero"
+
+
+def test_training_does_not_wait_for_a_checkpoint_to_arrive_and_the_next_one_makes_up_for_it(away, tmp_path):
+    run = Remote(f"{away}/run", tmp_path / "copy")
+    (run.folder / "checkpoints").mkdir(parents=True)
+    (run.folder / "metrics.jsonl").write_text('{"step": 3}\n')
+    began = time.monotonic()
+    for step, seconds in ((3, 0.2), (6, 0)):
+        path = run.folder / "checkpoints" / f"step-{step:08}.ckpt"
+        path.write_bytes(b"x")
+        path.with_suffix(".xxh3").write_text("digest")
+        Away.go(seconds)
+        run.send_checkpoint(path, None, None)
+        if step == 3:
+            with pytest.warns(UserWarning, match="the next one is copied again"):
+                run.finish_sending()
+            assert time.monotonic() - began < 0.2
+            time.sleep(0.25)
+    run.finish_sending()
+    assert "checkpoints/step-00000006.json" in run.names()
+
+
+def test_no_lease_is_taken_over_for_an_outage(away, tmp_path, monkeypatch):
+    """Its holder could not renew it either."""
+    monkeypatch.setattr(remote, "EXPIRES", 0.6)
+    monkeypatch.setattr(remote, "RENEWED", 0.3)
+    run = Remote(f"{away}/run", tmp_path / "copy")
+    run.write("lease.json", other())
+    real, reads = Remote.read, []
+
+    def read(self, *args):
+        reads.append(time.monotonic())
+        if len(reads) == 2:
+            Away.go(1)
+        if len(reads) == 4:  # it has been away, and the holder comes back
+            self.write("lease.json", other(beat=1))
+        if len(reads) > 5:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(Remote, "read", read)
+    with pytest.raises(KeyboardInterrupt), run.lease(whereabouts(), alive, patient=True):
+        raise AssertionError
+    assert real(run, "lease.json")["id"] == "other"
+
+
+def test_a_lease_whose_writing_was_not_answered_is_ones_own(away, tmp_path, monkeypatch):
+    real = Remote.create
+
+    def create(self, *args):
+        real(self, *args)
+        return False
+
+    monkeypatch.setattr(Remote, "create", create)
+    with Remote(f"{away}/run", tmp_path / "copy").lease(whereabouts(), alive, patient=False):
+        pass
+
+
+PROGRAM = """
+import json, sys, time
+from pathlib import Path
+
+run, seconds = Path(sys.argv[1]), float(sys.argv[2])
+print("begins", flush=True)
+time.sleep(seconds)
+run.mkdir(parents=True, exist_ok=True)
+(run / "result.json").write_text(json.dumps({"final": {"val/lm": 1.0}, "seconds": seconds}))
+"""
+
+
+def jobs_at(root: str, folder: Path, *seconds: float) -> list[Job]:
+    (folder / "program.py").write_text(PROGRAM)
+    return [
+        Job(Run(root, f"run{n}"), [str(folder / "there" / f"run{n}"), str(s)], f"{n}") for n, s in enumerate(seconds)
+    ]
+
+
+def test_an_outage_at_the_end_of_a_run_ends_no_other_and_stops_no_sweep(away, tmp_path, monkeypatch, capsys):
+    jobs = jobs_at(away, tmp_path, 0.2, 2.5, 0.2, 0.2)
+    pool = Local(str(tmp_path / "program.py"), jobs, 2, [])
+    real = pool.over
+
+    def over():
+        ended = real()
+        if ended and not Away.until:
+            Away.go(1.5)
+        return ended
+
+    pool.over = over
+    pool.work()
+    assert [job.state["state"] for job in jobs] == ["done"] * 4
+    table = Console(file=io.StringIO(), width=200)
+    table.print(summary("s", jobs))
+    assert table.file.getvalue().count("done") == 4
+
+
+def test_a_run_whose_end_cannot_be_read_is_unknown_and_the_table_says_so(away, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "PATIENCE", 0.3)
+    jobs = jobs_at(away, tmp_path, 0.1, 0.1)
+    pool = Local(str(tmp_path / "program.py"), jobs, 2, [])
+    Away.go(1000)
+    pool.work()
+    table = Console(file=io.StringIO(), width=200)
+    table.print(summary("s", jobs))
+    assert table.file.getvalue().count("unknown") == 2 and "could not be read" in table.file.getvalue()
+
+
+def test_a_scheduler_is_not_taken_at_its_word_while_the_url_is_away(away, tmp_path, monkeypatch):
+    """The run may have said itself what became of it."""
+    monkeypatch.setattr(cluster, "SETTLE", 0.2)
+    monkeypatch.setattr(remote, "ASK_AGAIN", 0)
+    (job,) = jobs_at(away, tmp_path, 0)
+    pool = cluster.Elsewhere("", [job], 1)
+    pool.hand(job)
+    pool.of(job).why = ("failed", "SLURM says COMPLETED")
+    Away.go(0.6)
+    began = time.monotonic()
+    while not pool.over():
+        assert time.monotonic() - began < 5
+        if time.monotonic() - began > 0.4:
+            there = tmp_path / "there" / "run0"
+            there.mkdir(parents=True, exist_ok=True)
+            (there / "result.json").write_text("{}")
+    assert time.monotonic() - began > 0.5 and job.run.state()["state"] == "done"
+
+
+def copy_of_a_sweep(root: str, folder: Path, count: int) -> None:
+    jobs = jobs_at(root, folder, *[0.7] * count)
+    Local(str(folder / "program.py"), jobs, 1, []).work()
+
+
+@pytest.mark.parametrize("url", [False, True])
+def test_two_copies_of_a_sweep_share_its_runs(cache, tmp_path, url):
+    root = f"file://{tmp_path}/there" if url else str(tmp_path / "there")
+    both = [FORK.Process(target=copy_of_a_sweep, args=(root, tmp_path, 6)) for _ in range(2)]
+    began = time.monotonic()
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+    logs = [path.read_text() for path in sorted((cache if url else tmp_path).rglob("log.txt"))]
+    assert len(logs) == 6 and sum(log.count("begins") for log in logs) <= 7  # the last one by who has nothing else
+    assert time.monotonic() - began < 0.9 * 6 * 0.7 + 1
+    assert not list(tmp_path.rglob("claim.lock"))
+
+
+def test_a_claim_of_a_process_that_is_gone_is_none(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    run = Run(tmp_path, "run")
+    assert run.claim() and run.claim()
+    (run / "claim.lock").write_text(json.dumps(whereabouts() | {"pid": os.getppid()}))
+    assert not run.claim()
+    (run / "claim.lock").write_text(json.dumps(whereabouts() | {"pid": gone.pid}))
+    assert run.claim()
+    run.release()
+    assert not (run / "claim.lock").exists()

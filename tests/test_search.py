@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from kd import search
 from kd.errors import UserError
+from kd.run import Run
 from kd.search import Watched, axis
 from tests.small import listed, result, start, train
 
@@ -145,3 +146,16 @@ def test_a_run_behind_the_median_of_the_others_is_ended(tmp_path):
         said = watched(number, tmp_path)
         assert bool(said) == ended and (not ended or "pruned: val/lm 2.5000 at step 10" in said)
     assert watched.pruned == {watched.trials[1].number}
+
+
+def test_trial_that_goes_on_reports_no_step_twice(tmp_path, recwarn):
+    """Optuna warns of each that it knows."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
+    trial = study.ask()
+    run = Run(tmp_path, "run")
+    run.folder.mkdir()
+    for steps in ((5, 10), (5, 10, 15)):  # before it was interrupted, and after
+        lines = [json.dumps({"step": step, "val/lm": 2.0}) + "\n" for step in steps]
+        (run / "metrics.jsonl").write_text("".join(lines))
+        Watched(optuna, [trial])(0, run)
+    assert study.trials[0].intermediate_values.keys() == {5, 10, 15} and not recwarn.list

@@ -599,7 +599,8 @@ def test_a_url_is_written_to_and_an_upload_that_was_cut_off_goes_on(root, monkey
     shutil.rmtree(root / "stores")
     with monkeypatch.context() as patch:
         patch.setattr(type(system), "put_file", fail)
-        with pytest.raises(UserError, match="the network is gone\\nThe same command goes on"):
+        patch.setattr("kd.remote.PATIENCE", 0)
+        with pytest.raises(UserError, match=r"the network is gone.*\nThe same command goes on"):
             here(root, *OFFLINE, f"logits.path={url}")
     assert not system.exists(f"{url}/manifest.json")
     made = times(only(root))
