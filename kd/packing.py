@@ -118,7 +118,7 @@ def opened(folder: Path) -> Packed:
     if "end" not in manifest:
         return Packed(folder, train, val, *of, counts=counts, boundary=tuple(manifest.get("boundary", ())))
     spans = (np.load(folder / f"{part}_spans.npy") for part in ("train", "val"))
-    return Packed(folder, train, val, *of, *spans, manifest["end"], counts, manifest["template"])
+    return Packed(folder, train, val, *of, *spans, manifest["end"], counts=counts, template=manifest["template"])
 
 
 def _write(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
 from rich.console import Console
@@ -62,7 +62,10 @@ def track(items: Iterable, title: str) -> Iterator:
 
 
 def _lines(items: Iterable, title: str) -> Iterator:
-    total = f"/{len(items)}" if isinstance(items, Sized) else ""
+    try:
+        total = f"/{len(items)}"
+    except TypeError:  # a stream, whose length nobody knows
+        total = ""
     begun = time.monotonic()
     printed = begun - 0.8 * QUIET  # the first line comes soon
     for number, item in enumerate(items):

@@ -221,13 +221,12 @@ def test_prompts_of_text_begin_as_the_tokenizer_has_it_and_chats_as_their_templa
         special = [(token, fast.convert_tokens_to_ids(token)) for token in before]
         single = f"{' '.join(before)} $A"
         fast.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
-    ids, example = fast.convert_tokens_to_ids(before), Example((("user", "ask"),), "say")
-    for template, text in (("plain", "ask"), ("alpaca", alpaca(example.turns))):
-        ((prompt, response),) = encode([example], template, fast)
+    ids, example = fast.convert_tokens_to_ids(before), Example.from_texts(("user", "ask"), response="say")
+    for template, text in (("plain", "ask"), ("alpaca", alpaca(example.turns[:-1]))):
+        (((prompt, response, *_),),) = encode([example], template, fast)
         assert prompt == ids + tokens([text], fast)[0] == fast(text)["input_ids"]
         assert response == tokens(["say"], fast)[0]
-        assert encode([Example((), "")], template, fast) == [([], [])]
-    ((prompt, _),) = encode([example], "chat", fast)
+    (((prompt, *_),),) = encode([example], "chat", fast)
     assert fast.decode(prompt) == "<|im_start|>user\nask<|im_end|>\n<|im_start|>assistant\n"
     fast.save_pretrained(tmp_path / "own")
     made = pack(tmp_path, *many(), prompt_len=3 + len(ids), tokenizer=str(tmp_path / "own"), vocab=None)
