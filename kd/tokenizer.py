@@ -52,15 +52,15 @@ def bos_of(tokenizer) -> list[int]:
 
 def bos_by_name(name: str) -> list[int]:
     """Return bos_of() for a Hub name or a folder; nothing if that cannot be loaded, which packing then reports."""
-    return _bos_by_name(name, files.stamp(name))
+    try:
+        return _bos_by_name(name, files.stamp(name))
+    except UserError:  # not cached, so that a network that comes back counts
+        return []
 
 
 @cache
 def _bos_by_name(name: str, stamp: str | None) -> list[int]:
-    try:
-        return bos_of(load_tokenizer(name, f"The tokenizer of {name}"))
-    except UserError:
-        return []
+    return bos_of(load_tokenizer(name, f"The tokenizer of {name}"))
 
 
 def byte_counts(text: str, ids: list[int], tokenizer) -> np.ndarray:
