@@ -89,7 +89,7 @@ class Reader:
         )  # fmt: skip
 
     def _conversation(self, row: dict, unused: list[str]) -> tuple[list[Turn], bool]:
-        """All turns of a row, with those of its further columns, and whether the prompt was a list of messages."""
+        """All turns of a row, with those of its further columns, and whether any were messages with roles."""
         shape = self.shape
         if shape.response is None or all(messages_in(row.get(c)) for c in (shape.prompt, shape.response)):
             row = row | {c: messages_in(row.get(c)) or row.get(c) for c in (shape.prompt, shape.response) if c}
@@ -97,7 +97,8 @@ class Reader:
         if shape.input:
             asked += [turn for turn in self._turns(row, shape.input, "input", unused)[0] if turn.content.strip()]
         if shape.response:
-            answer, _ = self._turns(row, shape.response, "assistant", unused)
+            answer, is_list = self._turns(row, shape.response, "assistant", unused)
+            are_messages = are_messages or is_list
             if any(turn.role in ("user", "system", "developer") for turn in answer):
                 asked, answer = self._whole(asked, answer)
             turns = asked + (answer or [Turn("user", "")])

@@ -116,8 +116,8 @@ def in_words(counts: dict) -> str:
     if counts["unused"]:
         parts += ["not used: " + ", ".join(f"{name} in {n:,}" for name, n in counts["unused"].items())]
     if counts["special_as_text"]:
-        parts += [f"{counts['special_as_text']:,} {kind} hold special tokens of the tokenizer, written out and read as "
-                  "text (data.special=tokens reads them as tokens)"]  # fmt: skip
+        parts += [f"{counts['special_as_text']:,} {kind} hold special tokens, written out and read as text "
+                  "(data.special=tokens reads those of the tokenizer as tokens)"]  # fmt: skip
     if counts["prompts_only"]:
         parts += [f"{counts['prompts_only']:,} prompts without a response, for a rollout that writes them all"]
     return "; ".join(parts)

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -151,7 +150,7 @@ def _write_text(
     val_rows: int, special: bool,
 ) -> dict:  # fmt: skip
     """Write rows of documents that are joined, and return the manifest's entries about them."""
-    dtype, counts, written_out = _dtype(fast), Counts("documents"), templates.holds_special(fast)
+    dtype, counts, as_text = _dtype(fast), Counts("documents"), templates.special_as_text(fast, special)
     count, size = {"train": 0, "val": 0}, seq_len + 1
     # Of a stream the first validation rows, of a whole the same random ones, however much there is for training.
     limit = {"train": tokens, "val": val_rows * size if corpus.streaming else math.inf}
@@ -170,7 +169,7 @@ def _write_text(
             for (text, side), ids in zip(pairs, encoded, strict=True):
                 if count[side] < limit[side]:
                     counts.used[side] += 1
-                    counts.special_as_text += not (special or corpus.words) and bool(written_out.search(text))
+                    counts.special_as_text += not corpus.words and as_text(text)
                     place = count[side] % size
                     row = _with_bos(ids + end, bos, place, size)
                     np.array(row, dtype).tofile(out[side])
@@ -235,7 +234,7 @@ def _write_examples(
     val_rows: int, special: bool,
 ) -> dict:  # fmt: skip
     """Write rows of one response each, and their spans, and return the manifest's entries about them."""
-    most, date, written_out = corpus.pairs.prompt_len, corpus.pairs.date, templates.holds_special(fast)
+    most, date, as_text = corpus.pairs.prompt_len, corpus.pairs.date, templates.special_as_text(fast, special)
     template = templates.template_of(corpus.pairs, documents, fast)
     if date and template != "chat":
         raise UserError(f"data.date={date} would do nothing with data.template={template}: leave it out.")
@@ -249,7 +248,7 @@ def _write_examples(
         out = {"train": train, "val": val}
         for batch in _batches(documents, 256):
             for example, rows in zip(batch, templates.encode(batch, template, fast, special, date), strict=True):
-                counts.add(example, rows, None if special else written_out)
+                counts.add(example, rows, as_text)
                 for prompt, response, text, _ in rows:
                     if not 0 < len(prompt) <= most or not (response or example.prompt_only):
                         reason = "prompt_too_long" if response or example.prompt_only else "no_response"
@@ -296,15 +295,15 @@ class Counts:
         self.unlearned: Counter[str] = Counter()  # turns of the assistant, by reason
         self.unused: Counter[str] = Counter()  # columns and keys, by name
 
-    def add(self, example: Example, rows: list[templates.Row], written_out: re.Pattern | None) -> None:
-        """Count an example. written_out: finds special tokens that are read as text; None where they are tokens."""
+    def add(self, example: Example, rows: list[templates.Row], as_text: Callable[[str], bool]) -> None:
+        """Count an example. as_text: see kd.templates.special_as_text."""
         self.read += 1
         self.unused.update(dict.fromkeys([*example.unused, *(name for row in rows for name in row.unused)], 1))
         self.unlearned.update(example.unlearned)
         if example.left_out:
             self.left_out[example.left_out] += 1
         self.prompts_only += example.prompt_only
-        self.special_as_text += bool(written_out and any(written_out.search(turn.content) for turn in example.turns))
+        self.special_as_text += any(as_text(turn.content) for turn in example.turns)
 
     def as_dict(self) -> dict:
         """For a manifest, without reasons and names that have none."""

@@ -137,7 +137,7 @@ MEASURES = {
 }
 
 
-NOT_ALL = ("left_out", "cut", "unlearned", "unused", "special_as_text", "prompts_only")  # counts that a run's table has
+NOT_ALL = ("cut", "unlearned", "unused", "special_as_text", "prompts_only")  # counts that a run's table has
 
 
 def show(run, result: dict, notes: Iterable[str] = ()) -> None:
@@ -147,7 +147,7 @@ def show(run, result: dict, notes: Iterable[str] = ()) -> None:
     spent = f"{result['tokens']:,} tokens in {clock(result['seconds'])}, {result['flops']:.2e} FLOPs"
     console.print(measures(result))
     counts = result.get("data") or {}
-    if any(counts.get(name) for name in NOT_ALL):
+    if counts.get("left_out", {}).keys() - {"limit"} or any(counts.get(name) for name in NOT_ALL):
         console.print(f"Data: {in_words(counts)}.", soft_wrap=True)
     console.print(f"{spent}. All of it: {run.where}", highlight=False, soft_wrap=True)
 

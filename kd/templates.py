@@ -12,7 +12,7 @@ import datetime
 import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -120,10 +120,15 @@ def end_of_response(template: str, tokenizer, date: str | None = None) -> int | 
     return Chat(tokenizer, date=date).end if template == "chat" else tokenizer.eos_token_id
 
 
-def holds_special(tokenizer) -> re.Pattern:
-    """Pattern of the special tokens of a tokenizer, as they are written out."""
-    names = sorted({t.content for t in tokenizer.added_tokens_decoder.values() if t.special}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names)) or "(?!)")
+def special_as_text(tokenizer, special: bool) -> Callable[[str], bool]:
+    """Return a function that is true for texts with special tokens, written out, that are not read as tokens.
+
+    They are those of the tokenizer, unless special is true, and what has the form of others: <|word|>.
+    """
+    known = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    longest = sorted(known, key=len, reverse=True)
+    pattern = re.compile("|".join([*map(re.escape, longest), r"<\|\w+\|>"]))
+    return lambda text: any(not (special and name in known) for name in pattern.findall(text))
 
 
 CALLS = ("tool_calls", "function_call")

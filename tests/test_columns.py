@@ -60,7 +60,7 @@ def test_a_whole_conversation_beside_its_prompt_is_read_once(tmp_path, prompt):
     made = first(tmp_path, row, prompt="prompt", response="chosen")
     system = [("system", "Be brief.")] if prompt == [SYSTEM, ONE] else []
     assert roles(made) == [*system, ("user", "Hi"), ("assistant", "Hello")]
-    assert made.unused == ("column rejected", "column score")
+    assert made.unused == ("column rejected", "column score") and made.conversation
 
 
 def test_several_turns_beside_a_prompt(tmp_path):

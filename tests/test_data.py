@@ -218,6 +218,9 @@ def test_special_tokens_in_text_are_counted_or_read(tmp_path, capfd):
     end = PreTrainedTokenizerFast.from_pretrained(other.tokenizer).eos_token_id
     ends = [int((made.flatten() == end).sum()) for made in (made.train, other.train)]
     assert ends[1] > 1.4 * ends[0] and other.counts["special_as_text"] == 0 and other.folder != made.folder
+    texts = [f"<|im_start|>user {text}<|im_end|>" for text in documents(200)]
+    for special in ("text", "tokens"):  # of another tokenizer
+        assert packing.pack(corpus(texts), tmp_path, **SETTINGS, special=special).counts["special_as_text"] == 200
     with pytest.raises(UserError, match=r"data\.special=tokens: this data has a vocabulary of its own"):
         packing.pack(markov(16, 9999, 8, 3), tmp_path, seq_len=16, special="tokens")
 
