@@ -29,7 +29,7 @@ from kd.progress import console
 from kd.remote import Remote, home
 from kd.settings import resolve
 from kd.store import Store, within
-from tests.small import SMALL, TOP, content, folder, here, outcome, result, train, type_in, write
+from tests.small import SMALL, TOP, content, folder, here, outcome, put_result, result, train, type_in, write
 
 OFFLINE = ("logits=offline", *TOP)
 
@@ -340,13 +340,13 @@ def test_other_weights_of_the_teacher_are_refused(root):
     made = result(folder(root, "lm"))
     assert made["weights"] == {"model.safetensors": files.digest(weights)}
     made["weights"] = {"model.safetensors": "0" * 32}
-    (folder(root, "lm") / "result.json").write_text(json.dumps(made))
+    put_result(folder(root, "lm"), made)
     said = refused(root)
     assert "its weights is model.safetensors=" in said
     (folder(root, "lm") / "student" / "model.safetensors").write_bytes(weights.read_bytes())
     made["weights"] = {"model.safetensors": files.digest(weights)}
     type_in(said)  # removes the store
-    (folder(root, "lm") / "result.json").write_text(json.dumps(made))
+    put_result(folder(root, "lm"), made)
     here(root, *OFFLINE)
 
 
