@@ -448,6 +448,12 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     if first and of["precision"] == "bf16" and (slowdown := slowdown_in_bf16(trainer.strategy.root_device)) > 1.5:
         console.print(f"This processor has no arithmetic for bf16: a product takes {slowdown:.0f} times as long as in "
                       "fp32. trainer.precision=fp32 is faster here.", soft_wrap=True)  # fmt: skip
+    rows = len(packed.train if among is None else among)
+    for text, there in (("data", rows), ("plain text", len(made.plain.train) if made.plain else of["batch"])):
+        if first and of["batch"] > there:
+            console.print(f"A batch of {of['batch']:,} rows is larger than the {text}, of {there:,} rows: each step "
+                          f"reads some of them more than once. Type trainer.batch={there}, or take more text.",
+                          markup=False, soft_wrap=True)  # fmt: skip
     final = None  # until all of the run is done
     try:
         order = of["batch"], settings["seed"], start, of["steps"]
@@ -476,8 +482,8 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
             "active_parameters": costs["student"].active_parameters,
             "flops_per_token": costs["student"].flops_per_token,
             **{f"teacher_{k}": getattr(costs.get("teacher"), k, None) for k in models.Cost._fields},
-            "train_rows": len(packed.train if among is None else among),
-            "data": packed.counts, "entropy": packed.entropy, "bytes_per_token": packed.bytes_per_token,
+            "train_rows": rows, "data": packed.counts,
+            "entropy": packed.entropy, "bytes_per_token": packed.bytes_per_token,
             "tokens": module.tokens, "flops": module.flops, "seconds": round(module.seconds, 2),
             "peak_memory": memory, "micro_batch": module.micro_batch, "initial": module.initial_metrics or None,
             "final": module.val_metrics,
@@ -562,12 +568,13 @@ def write_store(words: list[str]) -> Store | None:
     from kd import offline
 
     words = files.expanded_words(words)
-    guard.check_words(words)
+    guard.check_secrets(words)
     part = next((word for word in words if word.startswith("part=")), "part=1/1")
     numbers = re.fullmatch(r"part=(\d+)/(\d+)", part)
     if not numbers or not 1 <= int(numbers[1]) <= int(numbers[2]):
         raise UserError(f"{part}: need which part of how many, e.g. part=1/2.")
     words = [word for word in words if word != part]
+    guard.check_words(["logits=offline", *words])
     with hydra.initialize_config_dir(str(conf.CONF), version_base="1.3"):
         try:
             cfg = hydra.compose("config", ["logits=offline", *words])

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -120,36 +121,51 @@ class Checkpoints(Callback):
     def __init__(self, folder: Path, every: int, remote: Remote | None = None):
         self.folder, self.every, self.remote = Path(folder), every, remote
         self.begun = time.monotonic()
-        self.resumed_at = -1
+        self.resumed_at = self.saved_at = -1
 
     def on_train_start(self, trainer, module) -> None:
         self.begun = time.monotonic()
         self.resumed_at = trainer.global_step
         requests.watch()  # Lightning has put handlers of its own in their place
+        module.end_at_last_step = partial(self._end, trainer, module)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
         asked = ranks.any_of(requests.pending)
         if trainer.global_step == self.resumed_at:
             module.restore_random_state()
         elif trainer.global_step % self.every == 0 or asked:
-            now = time.monotonic()
-            module.seconds += now - self.begun
-            self.begun = now
-            for logger in trainer.loggers:
-                logger.save()  # what was measured before a checkpoint is not measured again
-            if module.recorder:
-                module.recorder.flush(trainer.global_step)
-            path = self.folder / f"step-{trainer.global_step:08}.ckpt"
-            trainer.save_checkpoint(path)
-            if self.remote and ranks.number() == 0:
-                first = module.recorder.send if module.recorder else None
-                wait = SOON if asked else 0
-                self.remote.send_checkpoint(path, first, getattr(trainer.strategy, "writing", None), wait)
-            for old in steps(self.folder)[KEPT:]:
-                trainer.strategy.remove_checkpoint(old)
+            self._save(trainer, module, SOON if asked else 0)
         if asked:  # also where it was resumed at this very step, and there is nothing new to save
             self._finish(trainer)
             raise Preempted
+
+    def _end(self, trainer, module) -> None:
+        """Save the state at the start of a step that was left in its midst, and end."""
+        if trainer.global_step not in (self.resumed_at, self.saved_at):
+            progress = trainer.fit_loop.epoch_loop.batch_progress
+            for counts in (progress.current, progress.total):
+                counts.started = counts.ready - 1  # as before the step
+            self._save(trainer, module, SOON)
+        self._finish(trainer)
+        raise Preempted
+
+    def _save(self, trainer, module, wait: float) -> None:
+        """Save a checkpoint. wait: seconds for a URL that is away."""
+        now = time.monotonic()
+        module.seconds += now - self.begun
+        self.begun = now
+        for logger in trainer.loggers:
+            logger.save()  # what was measured before a checkpoint is not measured again
+        if module.recorder:
+            module.recorder.flush(trainer.global_step)
+        path = self.folder / f"step-{trainer.global_step:08}.ckpt"
+        trainer.save_checkpoint(path)
+        if self.remote and ranks.number() == 0:
+            first = module.recorder.send if module.recorder else None
+            self.remote.send_checkpoint(path, first, getattr(trainer.strategy, "writing", None), wait)
+        for old in steps(self.folder)[KEPT:]:
+            trainer.strategy.remove_checkpoint(old)
+        self.saved_at = trainer.global_step
 
     def on_train_end(self, trainer, module) -> None:
         self._finish(trainer)

@@ -36,7 +36,7 @@ def check_command_line(words: list[str]) -> None:
         if getattr(given, switch) is not None:
             raise UserError(f"--{switch.replace('_', '-')}={getattr(given, switch)}: kd reads no config but its own.")
     check_words(given.overrides)
-    several = ("sweeps=", "hydra.mode=", "hydra/sweeper=")
+    several = ("sweeps=", "hydra.mode=")
     if not given.multirun and not any(word.startswith(several) for word in given.overrides):
         overrides.check_single(given.overrides)
 

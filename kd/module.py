@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -22,6 +23,7 @@ from kd.metrics import Measures
 from kd.models import Causal, Flops
 from kd.objective import Objective, Signal, chunks, fitting, with_sample
 from kd.progress import console
+from kd.signals import Stopped, requests
 from kd.target import Target
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 # What a checkpoint keeps of a run.
 STATE = ("tokens", "flops", "seconds", "micro_batch", "train_metrics", "val_metrics", "initial_metrics")
+LONG = 10.0  # seconds after which a step is shown by its micro-batches
 
 
 class Task(NamedTuple):
@@ -115,6 +118,7 @@ class Distillation(lightning.LightningModule):
         self.cost, self.bytes_per_token, self.watch = flops, bytes_per_token, watch
         self.tokens, self.flops, self.here = 0, 0.0, 0
         self.seconds = 0.0
+        self.end_at_last_step: Callable[[], None] | None = None  # set by kd.checkpoint.Checkpoints; raises Preempted
         self.train_metrics: dict[str, float] = {}
         self.val_metrics: dict[str, float] = {}
         self.initial_metrics: dict[str, float] = {}  # of the validation before the first step, if there was one
@@ -160,13 +164,19 @@ class Distillation(lightning.LightningModule):
             self.initial_metrics = dict(self.val_metrics)
 
     def training_step(self, batch: Batch, index: int) -> None:
+        before, stopped = self._state(), False
         progress = self._progress()
         alpha = self.alpha(progress) if self.source is not None else 0.0
         optimizer = self.optimizers()
         for group in optimizer.param_groups:
             group["lr"] = self.lr(progress) * group.get("scale", 1.0)
-        tasks = self._tasks(batch, alpha)
-        means, teacher_lm = self._gradients(tasks)
+        try:
+            tasks = self._tasks(batch, alpha)
+            means, teacher_lm = self._gradients(tasks)
+        except Stopped:
+            stopped = True
+        if ranks.any_of(stopped):
+            self._abandon(before)
         models = [self.student, *([self.teacher] if self.teacher is not None else [])]
         means = ranks.total(means)
         if self.teacher is not None:
@@ -194,6 +204,33 @@ class Distillation(lightning.LightningModule):
         self.train_metrics |= {"lr": self.lr(progress), **({"alpha": alpha} if self.source else {})}
         self.train_metrics |= self._axes()
 
+    def _state(self) -> dict:
+        """What changes within a step before the weights do."""
+        rollout = self.rollout.state() if self.rollout else {}
+        rates = [group["lr"] for group in self.optimizers().param_groups]
+        return {"random": self._random_states(), "flops": self.flops, "rollout": rollout, "lr": rates}
+
+    def _abandon(self, before: dict) -> None:
+        """Go back to the start of a step, and have it saved: the last whole step is where the run goes on."""
+        self.optimizers().zero_grad(set_to_none=True)
+        for group, rate in zip(self.optimizers().param_groups, before["lr"], strict=True):
+            group["lr"] = rate
+        if self.recorder:
+            self.recorder.pieces.clear()
+        if self.rollout:
+            self.rollout.load(before["rollout"])
+        self.flops, self._random_state = before["flops"], before["random"]
+        self.restore_random_state()
+        self.end_at_last_step()
+
+    def _stop_if_asked(self) -> None:
+        """Between two micro-batches: raise Stopped where this process was asked to end.
+
+        Ranks agree on it after their micro-batches, but for models in shards, of which each pass needs all ranks.
+        """
+        if ranks.any_of(requests.pending) if self.sharded else requests.pending:
+            raise Stopped
+
     def _tasks(self, batch: Batch, alpha: float) -> list[Task]:
         """What this step learns. Language modelling is never of what the student itself wrote."""
         beside, batch = batch.beside, batch._replace(beside=None)
@@ -209,8 +246,10 @@ class Distillation(lightning.LightningModule):
 
     def _written(self, batch: Batch) -> Batch:
         """What the rollout makes of a batch; what its models read for that counts as compute."""
-        read = self.rollout.writers.read
-        before = dict(read)
+        writers = self.rollout.writers
+        read, before = writers.read, dict(writers.read)
+        if ranks.count() == 1:
+            writers.between = self._stop_if_asked
         told = self.rollout(batch, self.global_step, self._progress())
         here = torch.tensor([float(read[name] - before[name]) for name in ("student", "teacher")])
         student, teacher = ranks.total(here).tolist()
@@ -244,11 +283,18 @@ class Distillation(lightning.LightningModule):
     def _in_parts(self, tasks: list[Task]) -> tuple[Tensor, float]:
         """Means over the tokens of each task: loss, distillation, language modelling; and that of a teacher's own."""
         means, teacher_lm = torch.zeros(3, dtype=torch.float64, device=self.device), 0.0
+        begun, done = time.monotonic(), 0
+        count = sum(-(-len(task.batch.ids) // self.micro_batch) for task in tasks)
         for task in tasks:
             tokens, kd, lm = max(task.tokens, 1), task.kd or 0.0, task.lm or 0.0
             parts = [(part, part.labels != IGNORE) for part in task.batch.split(self.micro_batch)]
             asked, known = self._routed(parts) if kd else ([], [])
             for number, (part, kept) in enumerate(parts):
+                if done:
+                    self._stop_if_asked()
+                    if time.monotonic() - begun > LONG:
+                        self.watch(self.global_step, self.here, f"micro-batch {done}/{count}  ")
+                done += 1
                 if asked and self.teacher is None:
                     signal = asked[number]
                 else:  # where alpha is 0 the teacher would run for nothing, unless it learns
@@ -351,11 +397,14 @@ class Distillation(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Only plain containers and tensors, so that it loads with weights_only=True."""
         checkpoint["kd"] = {name: getattr(self, name) for name in STATE}
+        checkpoint["kd"]["random"] = ranks.gather(self._random_states())
+        checkpoint["kd"]["rollout"] = ranks.gather(self.rollout.state() if self.rollout else {})
+
+    def _random_states(self) -> dict:
         state = {"torch": torch.get_rng_state(), "python": random.getstate()}
         if self.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.device)
-        checkpoint["kd"]["random"] = ranks.gather(state)
-        checkpoint["kd"]["rollout"] = ranks.gather(self.rollout.state() if self.rollout else {})
+        return state
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         for name in checkpoint["kd"].keys() & set(STATE):

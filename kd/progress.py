@@ -99,8 +99,9 @@ class Steps:
     def update(self, step: int, tokens: int, also: str = "") -> None:
         """So many steps are done; tokens of them in this process."""
         spent = time.monotonic() - self.begun
-        left = spent / max(1, step - self.start) * (self.steps - step)
-        say = f"{also}{tokens / max(spent, 1e-9):,.0f} tokens/s  {clock(left)} left"
+        say = f"{also}{tokens / max(spent, 1e-9):,.0f} tokens/s"
+        if step > self.start:
+            say += f"  {clock(spent / (step - self.start) * (self.steps - step))} left"
         self.bar.update(self.task, completed=step, say=say)
         if self.shown and not console.is_terminal and (time.monotonic() - self.printed > 10 or step == self.steps):
             self.printed = time.monotonic()

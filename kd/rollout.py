@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,6 +41,7 @@ class Writers:
     seconds: float = 0.0  # that it took
     read: dict[str, int] = field(default_factory=lambda: {"student": 0, "teacher": 0})  # tokens, prompts too
     engines: dict[str, Engine] = field(default_factory=dict)
+    between: Callable[[], None] = lambda: None  # called before each `rows`
 
     def write(self, batch: Batch, *names: str, engine: str = "kd", **how) -> Batch:
         """What the student, the teacher, or the mixture of both write for a batch; how: see kd.generate.write.
@@ -61,7 +63,10 @@ class Writers:
             written = [self.engines[name].write(batch, self.end, batch.seed[:, 0] ^ salt, **how)]
         else:
             parts = batch._replace(stored=None).split(self.rows or len(batch.ids))
-            written = [generate.write(part, self.end, part.seed[:, 0] ^ salt, **models, **how) for part in parts]
+            written = []
+            for part in parts:
+                self.between()
+                written.append(generate.write(part, self.end, part.seed[:, 0] ^ salt, **models, **how))
         self.seconds += time.perf_counter() - start
         new = sum(int((part.labels != IGNORE).sum()) for part in written)
         self.tokens += new
@@ -358,6 +363,8 @@ class Mixed(Rollout):
         if state:
             given = {name: x for name, x in state.items() if name != "round"}
             self.batch, self.round = Batch(**given | {"sampled": Sampled(**state["sampled"])}), state["round"]
+        else:
+            self.batch, self.round = None, -1
 
 
 def _sampling(

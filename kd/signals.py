@@ -29,6 +29,10 @@ class Preempted(SystemExit):
         super().__init__(EXIT_CODE)
 
 
+class Stopped(Exception):
+    """An optimizer step was left between two micro-batches, since the process was asked to end."""
+
+
 class Requests:
     """What this process was asked by signals."""
 

@@ -144,7 +144,7 @@ def test_signals_to_a_sweep_reach_its_jobs(root, slurm, held):
     held.go()
     output = ended(process, 143)
     assert states(root) == {"seed=0": "preempted", "seed=1": "not begun"} and not processes(root)
-    assert newest(runs(root)["seed=0"] / "checkpoints").stem == "step-00000008"
+    assert newest(runs(root)["seed=0"] / "checkpoints").stem == "step-00000007"
     assert table(output)["seed=1"].startswith("not begun") and "The same command goes on" in output
 
 

@@ -552,3 +552,21 @@ def test_several_values_need_a_sweep():
             guard.check_command_line(words)
         guard.check_command_line(["-m", *words])
         guard.check_command_line(["sweeps=demo", *words])
+
+
+def documented() -> list[str]:
+    """The commands that documents show, without what the shell does with them."""
+    root = config.CONF.parent
+    files = [root / "README.md", root / "RESULTS.md", *root.glob("docs/*.md"), *root.glob("kd/*.py"), root / "train.py"]
+    pattern = re.compile(r"^[\s`]*(?:\w+=\S+ )*python (?:train\.py|-m kd\.store write) ([^`\n]*)", re.MULTILINE)
+    found = {match[1] for file in files for match in pattern.finditer(re.sub(r"\\\n\s*", " ", file.read_text()))}
+    return sorted(re.split(r"\s#|&&|\s{3,}|[;|]", line)[0].strip() for line in found)
+
+
+@pytest.mark.parametrize("line", documented())
+def test_commands_in_documents_are_not_refused(line):
+    if any(mark in line for mark in ("…", "--help", "$", "...", "NAME", "WORDS")):
+        return
+    words = [word for word in shlex.split(line) if not word.startswith("part=")]
+    written = ["logits=offline"] if "record=" in line or "logits.path=" in line else []
+    guard.check_command_line([*written, *words])

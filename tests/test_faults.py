@@ -445,7 +445,7 @@ def test_signal_to_a_sweep_has_its_runs_save_and_end(root, tmp_path):
     assert states(root) == {"seed=0": "preempted", "seed=1": "preempted", "seed=2": "not begun"}
     assert [row.split()[0] for row in table(output).values()] == ["preempted", "preempted", "not"]
     assert "The same command goes on where it was." in output
-    assert all(newest(runs(root)[s] / "checkpoints").stem == "step-00000008" for s in ("seed=0", "seed=1"))
+    assert all(newest(runs(root)[s] / "checkpoints").stem == "step-00000007" for s in ("seed=0", "seed=1"))
 
 
 @pytest.mark.slow
@@ -495,8 +495,8 @@ def test_signal_in_training_saves_a_checkpoint_and_the_run_goes_on_bit_for_bit(c
         run = folder(root, "fkl")
         assert f"{number.name}: a checkpoint is saved at the next step" in output and "Traceback" not in output
         assert (state(run)["state"], state(run)["exit_code"]) == ("preempted", 143)
-        assert f"asked to end at step {at + 1} of 12" in state(run)["reason"]
-        assert newest(run / "checkpoints").stem == f"step-{at + 1:08}"
+        assert f"asked to end at step {at} of 12" in state(run)["reason"]
+        assert newest(run / "checkpoints").stem == f"step-{at:08}"
     train(root, "seed=0")
     assert outcome(run) == outcome(runs(clean)["seed=0"])
 

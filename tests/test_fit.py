@@ -154,6 +154,12 @@ def test_without_noise_the_coefficients_are_those_planted():
     assert of.coefficients == pytest.approx(ALONE, rel=0.01) and of.error < 1e-4 and of.interval("E") is None
 
 
+def test_a_fit_says_which_law_it_is_at(capsys):
+    some = [p for p in planted(0.0, taught=False) if p.parameters == SIZES[0]]
+    answers.fitted(POWER, "over tokens", some, draws=1, seed=0, axis="tokens")
+    assert capsys.readouterr().err.startswith("fitting the power law over tokens to 5 runs")
+
+
 @pytest.mark.slow
 def test_intervals_narrow_with_noise_and_one_seed_gives_one_answer():
     def width(noise, seed=0):

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from kd.identity import axes, sizes_of
+from kd.module import Distillation
 from kd.run import Run
-from kd.signals import Preempted, Requests
-from tests.small import folder, outcome, result, start, train
+from kd.signals import Preempted, Requests, requests
+from tests.small import folder, here, outcome, result, start, train
 
 
 @pytest.fixture(scope="module")
@@ -269,3 +270,110 @@ def test_sizes_are_read_back_from_a_result():
     assert sizes_of(result) == {"student": (20, 10)}
     assert sizes_of(result | {"teacher_parameters": 200, "teacher_non_embedding": 100})["teacher"] == (200, 100)
     assert sizes_of({"parameters": 20}) == {}  # of an earlier version
+
+
+# Asked to end within a step
+
+INSTRUCTIONS = ("data=instructions", "data.seq_len=48", "data.val_rows=4", "data.val_share=0.2",
+                "data.template=plain", "data.vocab=300",
+                "start=pretrained", "start.steps=2", "start.batch=2", "plain=text")  # fmt: skip
+STEPS = 7  # of the student alone
+
+
+class Asked:
+    """Has this process asked to end before a step of the student, or within it after so many micro-batches."""
+
+    def __init__(self, monkeypatch, step: int, micro_batches: int | None):
+        self.calls = 0
+        backward, on_end, step_of = (
+            getattr(Distillation, name) for name in ("manual_backward", "on_train_batch_end", "training_step")
+        )
+
+        def asks(module, now: bool) -> None:
+            requests.pending |= module.steps == STEPS and module.global_step == step and now
+
+        def training_step(module, *args):
+            self.calls = 0
+            asks(module, micro_batches == 0)
+            step_of(module, *args)
+
+        def manual_backward(module, *args):
+            backward(module, *args)
+            self.calls += 1
+            asks(module, self.calls == micro_batches)
+
+        def on_train_batch_end(module, *args):
+            on_end(module, *args)
+            asks(module, micro_batches is None)
+
+        for function in (training_step, manual_backward, on_train_batch_end):
+            monkeypatch.setattr(Distillation, function.__name__, function)
+
+
+def interrupted(root: Path, monkeypatch, step: int, micro_batches: int | None, *words: str) -> Path:
+    """The run folder after the run was asked to end there."""
+    with monkeypatch.context() as patch:
+        Asked(patch, step, micro_batches)
+        with pytest.raises(Preempted):
+            here(root, *words)
+    assert requests.pending
+    requests.pending = False
+    return next(path.parent.parent for path in root.glob("*/checkpoints/*.ckpt"))
+
+
+def alike(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(k == "seconds" or alike(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize(
+    ("words", "micro_batches"),
+    [(("logits=none", "teacher=none"), 1), (("logits=none", "teacher=none", "record=top_k", "record.k=4"), 3),
+     (("logits=cotrained",), 2), ((*INSTRUCTIONS, "rollout=student", "rollout.share=1"), 0),
+     ((*INSTRUCTIONS, "rollout=adaptive", "rollout.threshold=0.9", "rollout.capacity=8"), 2),
+     ((*INSTRUCTIONS, "rollout=mixed", "rollout.epochs=2", "loss=minillm"), 2)],
+    ids=["lm", "recorded", "cotrained", "student", "adaptive", "mixed"],
+)  # fmt: skip
+def test_a_run_that_is_asked_to_end_within_a_step_saves_the_last_whole_one(tmp_path, monkeypatch, words, micro_batches):
+    words = (*words, "trainer.batch=8", "trainer.micro_batch=2", f"trainer.steps={STEPS}")
+    words += ("trainer.checkpoint_every=100",)
+    if "data=instructions" in words:
+        rows = [{"prompt": f"{a} plus {b} is", "response": f" {a + b}."} for a in range(10) for b in range(5)]
+        (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "plain.txt").write_text("\n\n".join(f"Line {i} is about {i} and {i + 1}." for i in range(400)))
+        words += (f"data.files={tmp_path / 'sums.jsonl'}", f"plain.files={tmp_path / 'plain.txt'}")
+    between = interrupted(tmp_path / "between", monkeypatch, 4, None, *words)
+    within = interrupted(tmp_path / "within", monkeypatch, 4, micro_batches, *words)
+    (one,), (other,) = (list((run / "checkpoints").glob("*.ckpt")) for run in (between, within))
+    assert one.name == other.name == "step-00000004.ckpt"
+    assert alike(torch.load(one, weights_only=True), torch.load(other, weights_only=True))
+    assert here(tmp_path / "within", *words) == within
+    assert outcome(within) == outcome(here(tmp_path / "clean", *words))
+
+
+def test_a_step_that_was_saved_is_not_saved_again_and_one_that_nothing_came_before_is_not_at_all(tmp_path, monkeypatch):
+    words = ("logits=none", "teacher=none", "trainer.batch=4", "trainer.micro_batch=1", "trainer.checkpoint_every=2")
+    words += (f"trainer.steps={STEPS}",)
+    run = interrupted(tmp_path, monkeypatch, 4, 2, *words)
+    newest = run / "checkpoints" / "step-00000004.ckpt"
+    written = newest.stat().st_mtime_ns
+    interrupted(tmp_path, monkeypatch, 4, 1, *words)  # in the step that it goes on with
+    assert newest.stat().st_mtime_ns == written
+    with monkeypatch.context() as patch:
+        Asked(patch, 0, 1)
+        with pytest.raises(Preempted):
+            here(tmp_path / "new", *words)
+    requests.pending = False
+    assert not list(tmp_path.glob("new/*/checkpoints/*"))
+
+
+def test_a_batch_larger_than_the_data_is_said(tmp_path, capsys):
+    here(tmp_path, "logits=none", "teacher=none", "trainer.steps=1", "trainer.batch=100", "trainer.micro_batch=50")
+    assert "A batch of 100 rows is larger than the data, of 60 rows" in capsys.readouterr().err
+    here(tmp_path, "logits=none", "teacher=none", "trainer.steps=1", "trainer.batch=60", "trainer.micro_batch=60")
+    assert "larger than the data" not in capsys.readouterr().err
