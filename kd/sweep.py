@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -238,7 +239,12 @@ class Runs(Launcher):
 
             if asks:
                 loggers.wandb_mode()
-            joined = sum(loggers.join(run, result, name) for run, result in alone)
+            joined = 0
+            for run, result in alone:
+                try:
+                    joined += loggers.join(run, result, name)
+                except Exception as error:  # W&B is a view: nothing of it stops a sweep
+                    warnings.warn(f"{run.name} is not in the group {name} of W&B ({error}).")
             if joined:
                 loggers.forget()
                 console.print(f"{joined} runs that were made before are in the group {name} of W&B now.", markup=False)
