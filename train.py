@@ -596,6 +596,7 @@ def write_store(words: list[str]) -> Store | None:
 
 def pack_data(words: list[str]) -> tuple[Settings, data.Packed]:
     """The settings of `python train.py WORDS`, and its data, packed."""
+    words = files.expanded_words(words)
     guard.check_words(words)
     with hydra.initialize_config_dir(str(conf.CONF), version_base="1.3"):
         try:

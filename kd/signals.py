@@ -78,7 +78,7 @@ class Requests:
         from kd.progress import console
 
         also = "" if self.in_sweep else "; once more ends at once"
-        console.print(f"{signal.Signals(number).name}: a checkpoint is saved at the next step{also}.")
+        console.print(f"{signal.Signals(number).name}: the last whole step is saved{also}.")
         self._first = time.monotonic()  # after what took its time: a second signal may have come meanwhile
 
 

@@ -97,7 +97,7 @@ def same(root: Path, made: Path) -> None:
 
 def asked(root: Path) -> bool:
     """Whether the run that is held has heard that it is to end."""
-    return "a checkpoint is saved at the next step" in (runs(root)["seed=0"] / "log.txt").read_text()
+    return "the last whole step is saved" in (runs(root)["seed=0"] / "log.txt").read_text()
 
 
 @pytest.mark.slow

@@ -437,7 +437,7 @@ def test_signal_to_a_sweep_has_its_runs_save_and_end(root, tmp_path):
     process = start(root, *THREE, **fault.environment)
     fault.wait(process, 2)
     process.terminate()
-    said = "a checkpoint is saved at the next step"
+    said = "the last whole step is saved"
     until(lambda: all(said in (runs(root)[s] / "log.txt").read_text() for s in ("seed=0", "seed=1")))
     fault.go()
     output = ended(process, 143)
@@ -493,7 +493,7 @@ def test_signal_in_training_saves_a_checkpoint_and_the_run_goes_on_bit_for_bit(c
         fault.go()
         output = ended(process, 143)
         run = folder(root, "fkl")
-        assert f"{number.name}: a checkpoint is saved at the next step" in output and "Traceback" not in output
+        assert f"{number.name}: the last whole step is saved" in output and "Traceback" not in output
         assert (state(run)["state"], state(run)["exit_code"]) == ("preempted", 143)
         assert f"asked to end at step {at} of 12" in state(run)["reason"]
         assert newest(run / "checkpoints").stem == f"step-{at:08}"
