@@ -174,7 +174,7 @@ class Runs(Launcher):
                         run.discard()
         path = remote.latest(self.config.root, f"sweeps/{name}.json")
         before = _listed(path)
-        listed = before if further else []
+        listed = list(before) if further else []
         listed += [
             {"run": run.name, "overrides": list(words)} | ({"name": line} if line else {})
             for (run, *_), words, line in zip(made, job_overrides, names, strict=True)

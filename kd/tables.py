@@ -126,6 +126,8 @@ def local_tables(files: str, paths: list[Path], builder: str, **how) -> list:
     for group in groups:
         try:
             tables.append(JsonRows(group[0]) if builder == "json" else _loaded(builder, group, **how))
+        except UserError:
+            raise
         except Exception as error:  # pyarrow and datasets have many
             cause = error.__cause__ or error
             raise UserError(f"data.files={files}: could not be read as {builder}: {first_line(cause)}") from error

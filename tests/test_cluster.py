@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import hydra
 import lightning
@@ -211,8 +212,10 @@ def test_devices_are_counted_where_a_run_is_done(tmp_path, monkeypatch):
     told = settings(tmp_path, "trainer.devices=4", "teacher.steps=1")
     monkeypatch.setattr(Runs, "_settings", lambda self, words: told)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        assert Ray(None, 1, 4)._run([])[1] == 4
-        for work in (Processes()._run, lambda words: product.train(told)):
+        ray, local = Ray(None, 1, 4), Processes()
+        ray.config = local.config = SimpleNamespace(force=False)
+        assert ray._run([])[1] == 4
+        for work in (local._run, lambda words: product.train(told)):
             with pytest.raises(UserError, match=r"trainer\.devices=4: this machine has 1"):
                 work([])
 
@@ -235,6 +238,7 @@ def test_lightning_does_not_take_a_job_of_slurm_for_its_own(monkeypatch):
 NODE = """
 import os, signal, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 
 from kd.slurm import SlurmTask
 
@@ -245,6 +249,7 @@ SlurmTask(str(folder / "program.py"), str(folder), str(folder), "run", [], "run"
 SAVES = """
 import signal, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 
 signal.signal(signal.SIGTERM, lambda *_: time.sleep(1) or Path("saved").touch() or sys.exit(143))
 Path("begun").touch()
@@ -271,6 +276,7 @@ def test_signals_on_the_node(signals, saved, requeued, tmp_path):
 STEPS = """
 import sys, time
 from pathlib import Path
+from types import SimpleNamespace
 
 from kd.signals import requests
 
@@ -299,10 +305,12 @@ with requests.in_steps():
 )
 def test_one_request_that_comes_by_several_ways_is_one(in_sweep, signals, saved, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(HERE)} | ({"KD_PARENT": str(os.getpid())} if in_sweep else {})
-    process = subprocess.Popen([sys.executable, "-c", STEPS, str(tmp_path)], env=environment)
+    log = open(tmp_path / "log", "w+")
+    process = subprocess.Popen([sys.executable, "-c", STEPS, str(tmp_path)], env=environment, stderr=log)
     until(lambda: (tmp_path / "begun").exists())
     for name in signals.split():
-        if name == "pause":
+        if name == "pause":  # from when the signal before is answered: two that wait are one to the kernel
+            until(lambda: "whole step is saved" in (tmp_path / "log").read_text())
             time.sleep(0.3)
         else:
             process.send_signal(signal.Signals[f"SIG{name}"])

@@ -385,7 +385,7 @@ def test_killed_sweep_leaves_no_run_behind_and_goes_on_where_it_was(clean, root,
     assert until(lambda: not processes(root)) < SOON
     first, second = runs(root).values()
     assert (state(first)["state"], state(first)["exit_code"]) == ("preempted", 143)
-    assert "at step 8 of 12" in state(first)["reason"] and state(second)["state"] == "not begun"
+    assert "at step 7 of 12" in state(first)["reason"] and state(second)["state"] == "not begun"
     assert newest(first / "checkpoints").stem == "step-00000008"
 
     rng = random.Random(0)  # somewhere in the second run, with it or without

@@ -543,7 +543,7 @@ def test_command_without_teachers_or_with_nothing(tmp_path, capsys):
     page = (tmp_path / "p.fit.html").read_text()
     assert 'id="isoflop"' in page and 'id="winners"' not in page
     path.write_text("parameters,tokens,loss\n")
-    assert fit.main(["--csv", str(path)]) == 2 and "lacks" in capsys.readouterr().err
+    assert fit.main(["--csv", str(path)]) == 2 and "No run of p can be used" in capsys.readouterr().err
     assert fit.main(["none", "--root", str(tmp_path)]) == 2
     assert "No sweep none" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):

@@ -309,7 +309,7 @@ def test_a_model_that_forgets_its_positions_is_refused(monkeypatch):
         return real(self, ids, **{k: v for k, v in more.items() if k != "position_ids"})
 
     monkeypatch.setattr(Causal, "hidden", forgetful)
-    with pytest.raises(UserError, match=r"GPT2LMHeadModel cannot read .* off by .*rollout=none"):
+    with pytest.raises(UserError, match=r"GPT2LMHeadModel cannot read .* off by .*without a rollout"):
         write(batch(PROMPTS), END, seeds(6), made)
 
 

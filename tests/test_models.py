@@ -471,7 +471,8 @@ def test_a_student_without_attention_learns_from_a_mixture_with_a_bos(tmp_path):
 # The end in what is exported
 
 CHAT = (
-    "{% for m in messages %}<user>{{ m.content }}<turn>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<turn>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
@@ -659,6 +660,8 @@ def test_an_adapter_is_another_one_when_its_model_changes(adapter, llama):
     first = stamp(str(llama))
     assert stamp(str(llama)) == first
     (llama / "model.safetensors").touch()
+    assert stamp(str(llama)) == first
+    (llama / "generation_config.json").write_text("{}")
     assert stamp(str(llama)) != first
     (adapter / "adapter_config.json").write_text("{")
     assert files.stamp(str(adapter))

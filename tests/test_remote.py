@@ -451,7 +451,8 @@ run, seconds = Path(sys.argv[1]), float(sys.argv[2])
 print("begins", flush=True)
 time.sleep(seconds)
 run.mkdir(parents=True, exist_ok=True)
-(run / "result.json").write_text(json.dumps({"final": {"val/lm": 1.0}, "seconds": seconds}))
+result = {"final": {"val/lm": 1.0}, "seconds": seconds, "config": {}, "environment": {}}
+(run / "result.json").write_text(json.dumps(result))
 """
 
 

@@ -193,7 +193,7 @@ def test_settings_without_effect_are_no_part_of_a_run(whole):
 
 
 def test_unknown_sweep_is_no_run(begun):
-    assert "demo" in train(begun, "sweeps=nope", code=1)
+    assert "demo" in train(begun, "sweeps=nope", code=2)
 
 
 def test_works_from_any_folder(tmp_path, whole):
@@ -255,7 +255,8 @@ def test_axes_are_a_level_deep_without_dots_and_none_without_a_meaning():
     assert axes(config, sizes) == {
         "seed": 3, "data": "python", "logits": "online", "student": "200k", "teacher": "big", "truncation": "top_k",
         "truncation_k": 50, "temperature": "fixed", "temperature_tau": 2.0, "loss": "jsd", "loss_beta": 0.5,
-        "alpha": "wsd", "alpha_peak": 0.9, "lr": "cosine", "lr_peak": 1e-3, "optim": "AdamW", "tokens": 10240,
+        "alpha_schedule": "wsd", "alpha_peak": 0.9, "lr_schedule": "cosine", "lr_peak": 1e-3, "optim": "AdamW",
+        "tokens": 10240, "batch": 4, "steps": 10, "seq_len": 256,
         "rollout": "student", "rollout_share": 0.5,
         "student_params": 20, "student_params_non_embedding": 10,
         "teacher_params": 200, "teacher_params_non_embedding": 100,
