@@ -721,7 +721,18 @@ OFFLINE = ("logits=offline", "truncation=top_k", "truncation.k=5")
 
 
 def words_of(root: Path, *words: str) -> list[str]:
-    of = ["data=instructions", "data.seq_len=32", "data.vocab=300", "data.val_rows=8", "data.val_share=0.2"]
+    plain = root / "plain.txt"  # for the tokenizer; the standard library takes ten times as long
+    if not plain.exists():
+        plain.write_text("\n\n".join(f"{'abcdefg'[n % 7] * (n % 5 + 1)} text without digits" for n in range(2000)))
+    of = [
+        "plain=text",
+        f"plain.files={plain}",
+        "data=instructions",
+        "data.seq_len=32",
+        "data.vocab=300",
+        "data.val_rows=8",
+        "data.val_share=0.2",
+    ]
     return [*of, "data.template=plain", f"data.files={root / 'examples.jsonl'}", *words]
 
 

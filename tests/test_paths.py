@@ -99,6 +99,7 @@ def test_runs_stores_and_reports_in_the_home_folder(at_home, capsys, monkeypatch
     assert list(Path.cwd().iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_root_is_in_the_home_folder(at_home):
     words = ("-m", "logits=none", "teacher=none", "trainer.steps=1", "seed=0,1")
     output = train(Path.cwd(), *words, "root='~/runs'", HOME=str(at_home))

@@ -84,6 +84,8 @@ def test_mistakes_are_one_line(monkeypatch, capsys, words, word):
 def test_what_a_file_holds_does_not_steer_the_terminal(monkeypatch, capsys, tmp_path):
     rows = [{"prompt": f"{n}\x1b[2J", "response": "[/b]\x07y"} for n in range(40)]
     file = write(tmp_path / "a.jsonl", *rows)
+    (tmp_path / "plain.txt").write_text("\n\n".join(f"{n} + {n} = {2 * n}" for n in range(2000)))
     text = shown(monkeypatch, capsys, "data=instructions", f"data.files={file}", f"root={tmp_path}", "data.seq_len=64",
-                 "data.template=plain", "data.val_share=0.3")  # fmt: skip
+                 "data.template=plain", "data.val_share=0.3", "data.vocab=300", "plain=text",
+                 f"plain.files={tmp_path / 'plain.txt'}")  # fmt: skip
     assert "\x1b[2J" not in text and "\x07" not in text and "[/b]" in text

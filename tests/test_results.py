@@ -337,6 +337,7 @@ def test_force_leaves_what_a_killed_run_had_done(root, monkeypatch):
     assert steps == [0, 1, 2, 3, 4, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_sweep_says_what_was_done_before_and_makes_it_anew_on_request(root):
     words = ("-m", *RUN, "data.tokens=2000", "seed=0,1")
     assert train(root, *words).count("done before, on ") == 1

@@ -29,6 +29,7 @@ def test_multirun_makes_every_run_and_again_makes_none(tmp_path):
     assert again.count("done before") == 3
 
 
+@pytest.mark.slow
 def test_two_sweeps_without_a_name_keep_a_list_each(tmp_path):
     words = ("logits=none", "teacher=none", "trainer.steps=2")
     train(tmp_path, "-m", *words, "seed=0,1")
