@@ -65,9 +65,14 @@ class Reader:
         answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
         if shape.response and answers and answers[-1] < len(turns) - 1:
             answers = []  # the response has no turn of the assistant
-        first = answers[0] if answers else len(turns)
-        if not any(turn.content.strip() for turn in turns[:first] if turn.role != "system"):
+        prompts = [
+            place for place, turn in enumerate(turns)
+            if turn.role not in ("system", "assistant") and turn.content.strip()
+        ]  # fmt: skip
+        if not prompts:
             return Example((), left_out="no_prompt", unused=tuple(unused))
+        greetings = [place for place in answers if place < prompts[0]]  # context for the turns behind them
+        answers = answers[len(greetings) :]
         if shape == SHAPES[-1] and turns[-1].role != "assistant":
             answer = Turn("assistant", "", learned=True)
             return Example((*turns, answer), are_messages, tools=self._tools(row), options=self._options(row),
@@ -80,11 +85,12 @@ class Reader:
         unused += ["turns after the last that is learned"] if learned[-1] < len(turns) - 1 else []
         weights = sum(not turns[place].learned for place in answers)
         empty = sum(turns[place].learned and not _says(turns[place]) for place in answers)
-        unlearned = {"weight": weights, "empty": empty, "earlier": len(answers) - weights - empty - len(learned)}
+        unlearned = {"weight": weights, "empty": empty, "earlier": len(answers) - weights - empty - len(learned),
+                     "no_prompt": len(greetings)}  # fmt: skip
         return Example(
             tuple(turn._replace(learned=place in learned) for place, turn in enumerate(turns[: learned[-1] + 1])),
             are_messages, tools=self._tools(row), options=self._options(row),
-            opening=first if self.learn == "all" else None,
+            opening=answers[0] if self.learn == "all" else None,
             unlearned={name: count for name, count in unlearned.items() if count}, unused=tuple(unused),
         )  # fmt: skip
 

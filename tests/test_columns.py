@@ -140,6 +140,23 @@ def test_turns_that_are_learned(tmp_path, learn):
     assert made.asked == ("Hi" if learn == "all" else "Hi Hello And?")
 
 
+@pytest.mark.parametrize("learn", ["last", "all"])
+def test_a_greeting_before_the_first_prompt_is_context(tmp_path, learn):
+    greeting = {"role": "assistant", "content": "Welcome"}
+    for before in ([greeting], [SYSTEM, greeting], [greeting, greeting]):
+        made = first(tmp_path, {"messages": [*before, ONE, TWO]}, turns=learn)
+        assert [turn.learned for turn in made.turns] == [False] * (len(before) + 1) + [True]
+        assert made.unlearned == {"no_prompt": before.count(greeting)}
+        assert made.asked == " ".join([*(m["content"] for m in before), "Hi"])
+    assert first(tmp_path, {"messages": [greeting, ONE]}, turns=learn).left_out == "no_response"
+    assert first(tmp_path, {"messages": [greeting, ONE, TWO | {"weight": 0}]}, turns=learn).left_out == "weight"
+    assert first(tmp_path, {"messages": [SYSTEM, greeting]}, turns=learn).left_out == "no_prompt"
+    made = first(tmp_path, {"prompt": [greeting, ONE]}, turns=learn)
+    assert made.prompt_only and roles(made)[0] == ("assistant", "Welcome")
+    made = first(tmp_path, {"prompt": "And?", "response": "R", "history": [greeting, ONE, TWO]}, turns=learn)
+    assert made.unlearned == {"no_prompt": 1} | ({"earlier": 1} if learn == "last" else {})
+
+
 def test_empty_turns_are_not_learned(tmp_path):
     empty = FOUR | {"content": " \n"}
     assert first(tmp_path, {"messages": [ONE, TWO, THREE, empty]}).left_out == "no_response"
