@@ -42,13 +42,15 @@ def test_system_and_history_are_turns(tmp_path):
     made = first(tmp_path, other, prompt="question", response="response")
     assert roles(made)[:3] == [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello")]
     assert first(tmp_path, row | {"system": "", "history": []}).turns[0].role == "user"
+    for history in ([["A?", "B"]], [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B"}]):
+        assert short(first(tmp_path, row | {"history": json.dumps(history)})) == Short(tuple(want), "C")
 
 
 def test_a_system_prompt_beside_messages_is_there_once(tmp_path):
     made = first(tmp_path, {"messages": [ONE, TWO], "system": "Be brief."})
     assert roles(made) == [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello")]
     assert roles(first(tmp_path, {"messages": [SYSTEM, ONE, TWO], "system": "Be brief."})) == roles(made)
-    with pytest.raises(UserError, match=r"a system prompt in a column .'No.'. and another in the messages"):
+    with pytest.raises(UserError, match=r"two system prompts, 'Be brief\.' and 'No\.', in its columns or messages"):
         first(tmp_path, {"messages": [SYSTEM, ONE, TWO], "system": "No."})
 
 
@@ -61,6 +63,41 @@ def test_a_whole_conversation_beside_its_prompt_is_read_once(tmp_path, prompt):
     system = [("system", "Be brief.")] if prompt == [SYSTEM, ONE] else []
     assert roles(made) == [*system, ("user", "Hi"), ("assistant", "Hello")]
     assert made.unused == ("column rejected", "column score") and made.conversation
+
+
+def test_a_whole_conversation_beside_its_prompt_may_be_json(tmp_path):
+    for prompt in ("Hi", [ONE]):
+        for turns in ([ONE, TWO], [SYSTEM, ONE, TWO], [ONE, TWO, THREE, FOUR]):
+            row = {"prompt": prompt, "chosen": json.dumps(turns)}
+            made = first(tmp_path, row, prompt="prompt", response="chosen")
+            assert roles(made) == [(turn["role"], turn["content"]) for turn in turns] and made.conversation
+
+
+def test_two_system_prompts_are_refused_and_equal_ones_are_there_once(tmp_path):
+    other = SYSTEM | {"content": "No."}
+    row = {"instruction": "I", "output": "O", "system": "Be brief."}
+    history = {"history": [SYSTEM, ONE, TWO]}
+    assert roles(first(tmp_path, row | {"system_prompt": "Be brief."}))[:2] == [("system", "Be brief."), ("user", "I")]
+    assert [role for role, _ in roles(first(tmp_path, row | history))] == ["system", *["user", "assistant"] * 2]
+    chosen = {"prompt": [SYSTEM, ONE], "chosen": [SYSTEM, ONE, TWO]}
+    named = {"prompt": "prompt", "response": "chosen"}
+    assert len(first(tmp_path, chosen, **named).turns) == 3
+    for bad, of in ((row | {"system_prompt": "No."}, {}), (row | history | {"system": "No."}, {}),
+                    (chosen | {"prompt": [other, ONE]}, named)):  # fmt: skip
+        with pytest.raises(UserError, match="a row has two system prompts"):
+            first(tmp_path, bad, **of)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name", "response"),
+    [("instruction", "input", "response"), ("instruction", "context", "output"), ("question", "context", "answer"),
+     ("prompt", "input", "response"), ("prompt", "context", "completion"), ("question", "input", "answer")],
+)  # fmt: skip
+@pytest.mark.parametrize("named", [False, True])
+def test_an_input_is_used_beside_every_prompt(tmp_path, prompt, name, response, named):
+    of = {"prompt": prompt, "response": response} if named else {}
+    made = first(tmp_path, {prompt: "P", name: "X", response: "R"}, **of)
+    assert short(made) == Short((("user", "P"), ("input", "X")), "R") and not made.unused
 
 
 def test_several_turns_beside_a_prompt(tmp_path):
@@ -84,6 +121,15 @@ def test_weights_and_labels_of_rows(tmp_path):
     with pytest.raises(UserError, match=r"column 'weight' holds 0\.5, and a row is learned as a whole or not at all"):
         first(tmp_path, row | {"weight": 0.5})
     assert first(tmp_path, row | {"label": "sports"}).unused == ("column label",)
+    for no in ({"loss_weight": 0}, {"mask": 1}, {"train": False}, {"loss_mask": 0}, {"training": False}):
+        ((name, value),) = no.items()
+        assert first(tmp_path, row | no).left_out == "weight"
+        made = first(tmp_path, row | {name: not value})
+        assert made.turns[1].learned and not made.unused
+        for bad in ("0", 0.5, [0, 1]):
+            with pytest.raises(UserError, match=f"column '{name}' holds .*need 0 or 1"):
+                first(tmp_path, row | {name: bad})
+    assert short(first(tmp_path, {"prompt": "P", "weight": "W"}, prompt="prompt", response="weight")).response == "W"
 
 
 @pytest.mark.parametrize(
@@ -115,7 +161,7 @@ def test_weight_decides_which_turn_is_learned(tmp_path):
 
 @pytest.mark.parametrize(
     "no", [{"weight": 0}, {"weight": False}, {"train": False}, {"trainable": 0}, {"loss": False}, {"masked": True},
-           {"mask": 1}, {"loss_weight": 0.0}],
+           {"mask": 1}, {"loss_weight": 0.0}, {"training": False}, {"loss_mask": 0}, {"train_on_turn": False}],
 )  # fmt: skip
 def test_other_keys_that_say_so(tmp_path, no):
     ((key, value),) = no.items()
@@ -216,8 +262,34 @@ def test_tools_and_calls_are_kept(tmp_path, tools):
 
 
 def test_functions_are_tools(tmp_path):
-    made = first(tmp_path, {"messages": [ONE, TWO], "functions": [TOOL["function"]]})
-    assert made.tools == (TOOL,) and not made.unused
+    for columns in ({"functions": [TOOL["function"]]}, {"functions": [TOOL]},
+                    {"functions": [TOOL["function"]], "tools": [TOOL]}):  # fmt: skip
+        made = first(tmp_path, {"messages": [ONE, TWO]} | columns)
+        assert made.tools == (TOOL,) and not made.unused
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_calls_may_be_json(tmp_path, kind):
+    for key, calls, want in (("tool_calls", [CALL], [CALL]), ("tool_calls", CALL, [CALL]),
+                             ("function_call", CALL["function"], CALL["function"])):  # fmt: skip
+        row = {"messages": [ONE, {"role": "assistant", "content": None, key: json.dumps(calls)}]}
+        made = first(tmp_path, row, kind=kind)
+        assert made.turns[1].keys == {key: want} and made.turns[1].learned
+    with pytest.raises(UserError, match="'tool_calls' holds 'weather' where it needs calls of functions"):
+        first(tmp_path, {"messages": [ONE, TWO | {"tool_calls": "weather"}]}, kind=kind)
+
+
+def test_null_that_a_row_itself_has_is_kept(tmp_path):
+    """A table fills in null for what a row does not have; a line of JSON, and JSON text, do not."""
+    call = {"function": {"name": "weather", "arguments": {"city": "Paris", "unit": None}}}
+    tool = {"type": "function", "function": {"name": "weather", "default": None}}
+    messages = [ONE, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    as_json = [ONE, messages[1] | {"tool_calls": json.dumps([call])}]
+    for kind, row in (("jsonl", {"messages": messages, "tools": [tool]}),
+                      ("parquet", {"messages": json.dumps(messages), "tools": json.dumps([tool])}),
+                      ("parquet", {"messages": as_json, "tools": [json.dumps(tool)]})):  # fmt: skip
+        made = first(tmp_path, row, kind=kind)
+        assert made.turns[1].keys == {"tool_calls": [call]} and made.tools == (tool,)
 
 
 def test_what_tables_fill_in_is_not_there(tmp_path):
