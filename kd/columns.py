@@ -54,10 +54,11 @@ class Reader:
     """Reads the rows of one table.
 
     learn: last or all of the assistant's turns. filled: true for a table that fills in null where rows have other keys.
+    named: true where data.prompt names the column of the prompt.
     """
 
-    def __init__(self, shape: Shape, learn: str, option: str, filled: bool = True):
-        self.shape, self.learn, self.option, self.filled = shape, learn, option, filled
+    def __init__(self, shape: Shape, learn: str, option: str, filled: bool = True, named: bool = False):
+        self.shape, self.learn, self.option, self.filled, self.named = shape, learn, option, filled, named
         self.used = {*filter(None, shape), *SYSTEM, HISTORY, *TOOLS, OPTIONS, *LEARNED, LABEL}
 
     def __call__(self, row: dict) -> Example:
@@ -79,6 +80,7 @@ class Reader:
         greetings = [place for place in answers if place < prompts[0]]  # context for the turns behind them
         answers = answers[len(greetings) :]
         if shape == SHAPES[-1] and turns[-1].role != "assistant":
+            self._check_alone(row)
             answer = Turn("assistant", "", learned=True)
             return Example((*turns, answer), are_messages, tools=self._tools(row), options=self._options(row),
                            unused=tuple(unused), prompt_only=True)  # fmt: skip
@@ -98,6 +100,19 @@ class Reader:
             opening=answers[0] if self.learn == "all" else None,
             unlearned={name: count for name, count in unlearned.items() if count}, unused=tuple(unused),
         )  # fmt: skip
+
+    def _check_alone(self, row: dict) -> None:
+        """Raise UserError where another column may hold the response, unless the prompt's column was named."""
+        others = [
+            name for name, value in row.items()
+            if name not in self.used and (value.strip() if isinstance(value, str) else messages_in(value))
+        ]  # fmt: skip
+        if others and not self.named:
+            raise UserError(
+                f"{self.option}: column 'prompt' has no response, and {', '.join(others)} may hold it. Type "
+                f"data.prompt=prompt data.response={others[0] if len(others) == 1 else 'ONE_OF_THEM'} to learn it, or "
+                "data.prompt=prompt for prompts alone."
+            )
 
     def _conversation(self, row: dict, unused: list[str]) -> tuple[list[Turn], bool]:
         """All turns of a row, with those of its further columns, and whether any were messages with roles."""
@@ -292,7 +307,8 @@ def examples(rows, prompt: str | None, response: str | None, learn: str, option:
     """Examples of a table; raises UserError, with the columns that there are, where none are known."""
     columns = Documents(rows, dict, option).columns
     shape = _shape(columns, prompt, response, option)
-    documents = Documents(rows, Reader(shape, learn, option, filled=not isinstance(rows, JsonRows)), option)
+    reader = Reader(shape, learn, option, filled=not isinstance(rows, JsonRows), named=prompt is not None)
+    documents = Documents(rows, reader, option)
     value = documents.first().get(shape.prompt)
     if shape.response is None and shape not in SHAPES[-1:] and value is not None and messages_in(value) is None:
         raise UserError(

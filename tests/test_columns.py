@@ -1,13 +1,18 @@
 """What belongs to an example is used, refused or counted, whatever its columns and keys are called."""
 
 import json
+from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
+import torch
 
-from kd import corpora, instructions
+from kd import corpora, instructions, packing
+from kd.data import IGNORE
 from kd.errors import UserError
 from kd.examples import Example
+from kd.written import by_teacher as by_teacher_of
 from tests.test_instructions import FOUR, ONE, SYSTEM, THREE, TWO, Short, cache, load, short, write  # noqa: F401
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
@@ -313,6 +318,49 @@ def test_prompts_alone(tmp_path):
         assert made.prompt_only and made.turns[-1][:2] == ("assistant", "") and made.turns[0].content == "Hi"
         assert made.unused == ("column id",)
     assert not first(tmp_path, {"prompt": [ONE, TWO]}).prompt_only
+
+
+@pytest.mark.parametrize("response", ["R", [TWO], [ONE, TWO]], ids=["text", "messages", "conversation"])
+@pytest.mark.parametrize("name", ["answer", "output", "solution", "chosen"])
+def test_prompts_beside_what_may_be_a_response_are_refused(tmp_path, name, response):
+    for prompt in ("Hi", [ONE]):
+        row = {"id": 3, "prompt": prompt, name: response, "system": "S"}
+        with pytest.raises(UserError, match=rf"{name} may hold it\. Type data\.prompt=prompt data\.response={name} to"):
+            first(tmp_path, row)
+        assert not first(tmp_path, row, prompt="prompt", response=name).prompt_only
+        assert first(tmp_path, row, prompt="prompt").prompt_only
+    assert not first(tmp_path, {"prompt": [ONE, TWO], name: response}).prompt_only
+    assert first(tmp_path, {"prompt": "Hi", name: None, "system": "S"}).prompt_only
+    with pytest.raises(UserError, match=r"answer, other may hold it\. Type data\.prompt=prompt data\.response=ONE_OF"):
+        first(tmp_path, {"prompt": "Hi", "answer": "A", "other": "B"})
+
+
+def test_the_teacher_writes_only_references_that_are_missing(tmp_path):
+    rows = [{"prompt": [ONE | {"content": f"q{i}"}, *([TWO] if i % 2 else [])]} for i in range(60)]
+    corpus = instructions.instructions(12, files=str(write(tmp_path / "a.jsonl", *rows)), template="plain")
+    packed = packing.pack(corpus, tmp_path / "packed", seq_len=12, vocab=257, val_share=0.5)
+    missing = np.diff(packed.val_spans)[:, 0] == 1
+    assert 0 < missing.sum() < len(missing)
+    written = []
+
+    def write_x(batch, *_):
+        written.extend(batch.row.tolist())
+        teacher.tokens, teacher.seconds = teacher.tokens + 2, teacher.seconds + 1
+        labels = torch.full_like(batch.labels, IGNORE)
+        return batch._replace(labels=labels.index_fill(1, torch.tensor([5, 6]), 7))
+
+    model = SimpleNamespace(device="cpu")
+    teacher = SimpleNamespace(seed=0, tokens=0, seconds=0, teacher=SimpleNamespace(model=model))
+
+    def by_teacher(of, name):
+        return by_teacher_of(of, tmp_path / name, lambda _: write_x, lambda: teacher, ("val",))
+
+    made = by_teacher(packed, "written")
+    assert written == np.flatnonzero(missing).tolist() and (made.train == packed.train).all()
+    assert (made.val[~missing] == packed.val[~missing]).all()
+    assert (made.val_spans[~missing] == packed.val_spans[~missing]).all()
+    assert (np.diff(made.val_spans[missing])[:, 0] == 2).all()
+    assert (by_teacher(made, "again").val == made.val).all()  # where none is missing
 
 
 def test_columns_may_differ_between_files_and_rows(tmp_path):
