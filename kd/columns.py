@@ -46,6 +46,12 @@ INPUTS = ("input", "context")  # beside a prompt and a response
 LEARNED = {"weight": True, "loss_weight": True, "loss": True, "loss_mask": True, "train": True, "trainable": True,
            "training": True, "train_on_turn": True, "train_detail": True, "mask": False, "masked": False}  # fmt: skip
 
+# Names that belong to kd and to transformers where a conversation is rendered.
+RENDERING = {
+    "messages", "conversation", "tools", "tokenize", "chat_template", "add_generation_prompt", "continue_final_message",
+    "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "tokenizer_kwargs", "sanitize_control_tokens",
+}  # fmt: skip
 CALLS = ("tool_calls", "function_call")
 MESSAGES = "text, or a list of messages with role and content"
 
@@ -276,7 +282,13 @@ class Reader:
             options = None
         if not isinstance(options, dict):
             raise self._refused(OPTIONS, _brief(value), "an object")
-        return {key: option for key, option in options.items() if option is not None}
+        options = {key: option for key, option in options.items() if option is not None}
+        if taken := RENDERING & options.keys():
+            raise UserError(
+                f"{self.option}: column {OPTIONS!r} sets {', '.join(sorted(taken))}, which kd sets itself. Leave it "
+                "out of that column; tools belong in a column 'tools'."
+            )
+        return options
 
     def _excluded(self, row: dict, unused: list[str]) -> str:
         """The reason why a whole row is not to be learned, if its weight or its label says so."""

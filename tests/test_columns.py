@@ -1,5 +1,6 @@
 """What belongs to an example is used, refused or counted, whatever its columns and keys are called."""
 
+import inspect
 import json
 from types import SimpleNamespace
 
@@ -7,8 +8,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from kd import corpora, instructions, packing
+from kd import columns, corpora, instructions, packing
 from kd.data import IGNORE
 from kd.errors import UserError
 from kd.examples import Example
@@ -147,6 +149,20 @@ def test_a_column_of_an_example_that_cannot_be_read_is_refused_by_name(tmp_path,
         first(tmp_path, {"prompt": "P", "response": "R", column: value})
 
 
+@pytest.mark.parametrize("name", sorted(columns.RENDERING))
+def test_options_that_are_set_elsewhere_are_refused_by_name(tmp_path, name):
+    row = {"prompt": "P", "response": "R", "chat_template_kwargs": {name: True, "enable_thinking": False}}
+    with pytest.raises(UserError, match=f"column 'chat_template_kwargs' sets {name}, which kd sets itself"):
+        first(tmp_path, row)
+    row["chat_template_kwargs"][name] = None
+    assert first(tmp_path, row).options == {"enable_thinking": False}
+
+
+def test_all_parameters_of_rendering_are_known():
+    call = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    assert set(call) - {"self", "documents", "kwargs"} <= columns.RENDERING
+
+
 def test_columns_that_nothing_reads_are_named(tmp_path):
     row = {"instruction": "I", "output": "O", "category": "x", "text": "all", "empty": None, "none": ""}
     assert first(tmp_path, row).unused == ("column category", "column text")
@@ -267,9 +283,9 @@ def test_tools_and_calls_are_kept(tmp_path, tools):
 
 
 def test_functions_are_tools(tmp_path):
-    for columns in ({"functions": [TOOL["function"]]}, {"functions": [TOOL]},
-                    {"functions": [TOOL["function"]], "tools": [TOOL]}):  # fmt: skip
-        made = first(tmp_path, {"messages": [ONE, TWO]} | columns)
+    for given in ({"functions": [TOOL["function"]]}, {"functions": [TOOL]},
+                  {"functions": [TOOL["function"]], "tools": [TOOL]}):  # fmt: skip
+        made = first(tmp_path, {"messages": [ONE, TWO]} | given)
         assert made.tools == (TOOL,) and not made.unused
 
 
@@ -414,8 +430,9 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path, parts):
     if parts:
         assert len(instructions.instructions(64, name=name, split="other").load()) == 1
     for wrong in ({"split": "nope"}, {"subset": "x"}, {"revision": "x"}):
-        with pytest.raises(UserError, match=f"data.name={name}.*data.{next(iter(wrong))}"):
+        with pytest.raises(UserError, match=f"data.name={name}.*data.{next(iter(wrong))}") as error:
             instructions.instructions(64, name=name, **wrong).load()
+        assert "data.files" not in str(error.value)
     with pytest.raises(UserError, match=rf"is a folder of save_to_disk.*data\.name={name}"):
         instructions.instructions(64, files=name).load()
 
