@@ -43,8 +43,10 @@ ROLES = {
 }  # fmt: skip
 INPUTS = ("input", "context")  # beside a prompt and a response
 # Keys of a message, and columns of a row, that decide if it is learned, and the value for yes.
-LEARNED = {"weight": True, "loss_weight": True, "loss": True, "loss_mask": True, "train": True, "trainable": True,
-           "training": True, "train_on_turn": True, "train_detail": True, "mask": False, "masked": False}  # fmt: skip
+LEARNED = {
+    "weight": True, "loss_weight": True, "sample_weight": True, "loss": True, "loss_mask": True, "train": True,
+    "trainable": True, "training": True, "train_on_turn": True, "train_detail": True, "mask": False, "masked": False,
+}  # fmt: skip
 
 # Names that belong to kd and to transformers where a conversation is rendered.
 RENDERING = {

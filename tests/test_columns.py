@@ -128,7 +128,14 @@ def test_weights_and_labels_of_rows(tmp_path):
     with pytest.raises(UserError, match=r"column 'weight' holds 0\.5, and a row is learned as a whole or not at all"):
         first(tmp_path, row | {"weight": 0.5})
     assert first(tmp_path, row | {"label": "sports"}).unused == ("column label",)
-    for no in ({"loss_weight": 0}, {"mask": 1}, {"train": False}, {"loss_mask": 0}, {"training": False}):
+    for no in (
+        {"loss_weight": 0},
+        {"sample_weight": 0.0},
+        {"mask": 1},
+        {"train": False},
+        {"loss_mask": 0},
+        {"training": False},
+    ):
         ((name, value),) = no.items()
         assert first(tmp_path, row | no).left_out == "weight"
         made = first(tmp_path, row | {name: not value})
