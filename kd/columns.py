@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from kd.errors import UserError
 from kd.examples import Example, Turn
-from kd.tables import Documents, kind_of
+from kd.tables import Documents, JsonRows, kind_of
 
 
 class Shape(NamedTuple):
@@ -33,27 +33,41 @@ SHAPES = (
     Shape("question", None, "answer"),
     Shape("prompt", None, None),
 )
-SYSTEM, HISTORY, TOOLS, OPTIONS, WEIGHT, LABEL = (
-    ("system", "system_prompt"), "history", ("tools", "functions"), "chat_template_kwargs", "weight", "label"
+SYSTEM, HISTORY, TOOLS, OPTIONS, LABEL = (
+    ("system", "system_prompt"), "history", ("tools", "functions"), "chat_template_kwargs", "label"
 )  # fmt: skip
 ROLES = {
     "human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatbot": "assistant",
     "ai": "assistant",
     **{role: role for role in ("system", "developer", "user", "assistant", "tool", "function", "ipython")},
 }  # fmt: skip
-# Keys of a message that decide if it is learned, and the value for yes.
-LEARNED = {"weight": True, "loss_weight": True, "loss": True, "train": True, "trainable": True, "mask": False,
-           "masked": False}  # fmt: skip
+INPUTS = ("input", "context")  # beside a prompt and a response
+# Keys of a message, and columns of a row, that decide if it is learned, and the value for yes.
+LEARNED = {
+    "weight": True, "loss_weight": True, "sample_weight": True, "loss": True, "loss_mask": True, "train": True,
+    "trainable": True, "training": True, "train_on_turn": True, "train_detail": True, "mask": False, "masked": False,
+}  # fmt: skip
 
+# Names that belong to kd and to transformers where a conversation is rendered.
+RENDERING = {
+    "messages", "conversation", "tools", "tokenize", "chat_template", "add_generation_prompt", "continue_final_message",
+    "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "tokenizer_kwargs", "sanitize_control_tokens",
+}  # fmt: skip
+CALLS = ("tool_calls", "function_call")
 MESSAGES = "text, or a list of messages with role and content"
 
 
 class Reader:
-    """Reads the rows of one table. learn: last or all of the assistant's turns."""
+    """Reads the rows of one table.
 
-    def __init__(self, shape: Shape, learn: str, option: str):
-        self.shape, self.learn, self.option = shape, learn, option
-        self.used = {*filter(None, shape), *SYSTEM, HISTORY, *TOOLS, OPTIONS, WEIGHT, LABEL}
+    learn: last or all of the assistant's turns. filled: true for a table that fills in null where rows have other keys.
+    named: true where data.prompt names the column of the prompt.
+    """
+
+    def __init__(self, shape: Shape, learn: str, option: str, filled: bool = True, named: bool = False):
+        self.shape, self.learn, self.option, self.filled, self.named = shape, learn, option, filled, named
+        self.used = {*filter(None, shape), *SYSTEM, HISTORY, *TOOLS, OPTIONS, *LEARNED, LABEL}
 
     def __call__(self, row: dict) -> Example:
         """The example in a row; one without turns where there is nothing to learn."""
@@ -65,10 +79,16 @@ class Reader:
         answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
         if shape.response and answers and answers[-1] < len(turns) - 1:
             answers = []  # the response has no turn of the assistant
-        first = answers[0] if answers else len(turns)
-        if not any(turn.content.strip() for turn in turns[:first] if turn.role != "system"):
+        prompts = [
+            place for place, turn in enumerate(turns)
+            if turn.role not in ("system", "assistant") and turn.content.strip()
+        ]  # fmt: skip
+        if not prompts:
             return Example((), left_out="no_prompt", unused=tuple(unused))
+        greetings = [place for place in answers if place < prompts[0]]  # context for the turns behind them
+        answers = answers[len(greetings) :]
         if shape == SHAPES[-1] and turns[-1].role != "assistant":
+            self._check_alone(row)
             answer = Turn("assistant", "", learned=True)
             return Example((*turns, answer), are_messages, tools=self._tools(row), options=self._options(row),
                            unused=tuple(unused), prompt_only=True)  # fmt: skip
@@ -80,24 +100,39 @@ class Reader:
         unused += ["turns after the last that is learned"] if learned[-1] < len(turns) - 1 else []
         weights = sum(not turns[place].learned for place in answers)
         empty = sum(turns[place].learned and not _says(turns[place]) for place in answers)
-        unlearned = {"weight": weights, "empty": empty, "earlier": len(answers) - weights - empty - len(learned)}
+        unlearned = {"weight": weights, "empty": empty, "earlier": len(answers) - weights - empty - len(learned),
+                     "no_prompt": len(greetings)}  # fmt: skip
         return Example(
             tuple(turn._replace(learned=place in learned) for place, turn in enumerate(turns[: learned[-1] + 1])),
             are_messages, tools=self._tools(row), options=self._options(row),
-            opening=first if self.learn == "all" else None,
+            opening=answers[0] if self.learn == "all" else None,
             unlearned={name: count for name, count in unlearned.items() if count}, unused=tuple(unused),
         )  # fmt: skip
+
+    def _check_alone(self, row: dict) -> None:
+        """Raise UserError where another column may hold the response, unless the prompt's column was named."""
+        others = [
+            name for name, value in row.items()
+            if name not in self.used and (value.strip() if isinstance(value, str) else messages_in(value))
+        ]  # fmt: skip
+        if others and not self.named:
+            raise UserError(
+                f"{self.option}: column 'prompt' has no response, and {', '.join(others)} may hold it. Type "
+                f"data.prompt=prompt data.response={others[0] if len(others) == 1 else 'ONE_OF_THEM'} to learn it, or "
+                "data.prompt=prompt for prompts alone."
+            )
 
     def _conversation(self, row: dict, unused: list[str]) -> tuple[list[Turn], bool]:
         """All turns of a row, with those of its further columns, and whether any were messages with roles."""
         shape = self.shape
-        if shape.response is None or all(messages_in(row.get(c)) for c in (shape.prompt, shape.response)):
-            row = row | {c: messages_in(row.get(c)) or row.get(c) for c in (shape.prompt, shape.response) if c}
-        asked, are_messages = self._turns(row, shape.prompt, "user", unused)
+        columns = [shape.prompt] if shape.response is None else [shape.prompt, shape.response]
+        as_json = all(messages_in(row.get(column)) for column in columns)
+        asked, are_messages = self._turns(row, shape.prompt, "user", unused, as_json)
         if shape.input:
             asked += [turn for turn in self._turns(row, shape.input, "input", unused)[0] if turn.content.strip()]
         if shape.response:
-            answer, is_list = self._turns(row, shape.response, "assistant", unused)
+            as_json = as_json or self._repeats(asked, row.get(shape.response))
+            answer, is_list = self._turns(row, shape.response, "assistant", unused, as_json)
             are_messages = are_messages or is_list
             if any(turn.role in ("user", "system", "developer") for turn in answer):
                 asked, answer = self._whole(asked, answer)
@@ -105,74 +140,107 @@ class Reader:
         else:
             turns = asked
         history = self._history(row, unused)
-        systems = [row[name] for name in SYSTEM if _is_there(row.get(name)) and name not in shape]
-        for text in systems:
-            if not isinstance(text, str):
-                raise self._refused("system", type(text).__name__, "text")
-        start = sum(turn.role == "system" for turn in turns[:1])
-        if systems and start and [turns[0].content] != systems:
-            raise UserError(
-                f"{self.option}: a system prompt in a column ({_brief(systems[0])}) and another in the messages "
-                f"({_brief(turns[0].content)}). Keep one of them."
-            )
-        systems = [] if start else systems
-        return [*(Turn("system", text) for text in systems), *turns[:start], *history, *turns[start:]], are_messages
+        systems = [part[0] for part in (turns, history) if _has_system(part)]
+        for name in SYSTEM:
+            if _is_there(text := row.get(name)) and name not in shape:
+                if not isinstance(text, str):
+                    raise self._refused("system", type(text).__name__, "text")
+                systems.append(Turn("system", text))
+        self._check_same(systems)
+        others = [turn for part in (history, turns) for turn in part[_has_system(part) :]]
+        return [*systems[:1], *others], are_messages
+
+    def _check_same(self, systems: list[Turn]) -> None:
+        """Raise UserError unless all system prompts in a row are the same."""
+        for turn in systems:
+            if turn.content.strip() != systems[0].content.strip():
+                raise UserError(
+                    f"{self.option}: a row has two system prompts, {_brief(systems[0].content)} and "
+                    f"{_brief(turn.content)}, in its columns or messages. Keep one of them."
+                )
 
     def _whole(self, asked: list[Turn], answer: list[Turn]) -> tuple[list[Turn], list[Turn]]:
         """A conversation in the response's column, which has to begin with the prompt."""
-        head = [turn for turn in answer if turn.role != "system"][: sum(turn.role != "system" for turn in asked)]
-        same = [(t.role, t.content.strip()) for t in head]
-        if same != [("user" if t.role == "input" else t.role, t.content.strip()) for t in asked if t.role != "system"]:
+        if not _begins(answer, asked):
             raise UserError(
                 f"{self.option}: column {self.shape.response!r} holds turns of the user, and does not begin with "
                 f"column {self.shape.prompt!r}: {_brief([list(t[:2]) for t in answer])}. To learn from it alone, type "
                 f"data.prompt={self.shape.response} and leave data.response out."
             )
-        systems = [] if any(turn.role == "system" for turn in answer) else [t for t in asked if t.role == "system"]
+        systems = [turn for turn in asked if turn.role == "system"]
+        if any(turn.role == "system" for turn in answer):
+            self._check_same([turn for turn in (*systems, *answer) if turn.role == "system"])
+            systems = []
         return systems, answer
 
-    def _turns(self, row: dict, column: str, role: str, unused: list[str]) -> tuple[list[Turn], bool]:
-        """Turns in a column, and whether it was a list of messages: text is one turn of `role`, null is none."""
+    def _repeats(self, asked: list[Turn], value) -> bool:
+        """True for the JSON text of a whole conversation that begins with the prompt, and has a response."""
+        messages = messages_in(value) if isinstance(value, str) else None
+        if not asked or not messages or not any(_role(message) == "assistant" for message in messages):
+            return False
+        return _begins([Turn(_role(m) or "", str(m.get("content", m.get("value")))) for m in messages], asked)
+
+    def _turns(
+        self, row: dict, column: str, role: str, unused: list[str], as_json: bool = False
+    ) -> tuple[list[Turn], bool]:
+        """Turns in a column, and whether it was a list of messages: text is one turn of `role`, null is none.
+
+        as_json: text that is the JSON of messages is read as these.
+        """
         value = row.get(column)
         if value is None:
             return [], False
-        if isinstance(value, str):
+        if isinstance(value, str) and not (as_json and messages_in(value)):
             return [Turn(role, value, learned=role == "assistant")], False
         if (messages := messages_in(value)) is None:
             what = kind_of(value)
             wrong = value[0] if isinstance(value, list) and value else None
             raise self._refused(column, f"a list with {_brief(wrong)}" if wrong is not None else what)
-        return [self._turn(message, column, unused) for message in messages], True
+        filled = self.filled and not isinstance(value, str)
+        return [self._turn(message, column, unused, filled) for message in messages], True
 
-    def _turn(self, message: Mapping, column: str, unused: list[str]) -> Turn:
+    def _turn(self, message: Mapping, column: str, unused: list[str], filled: bool) -> Turn:
         keys = {key: value for key, value in message.items() if value is not None}
-        written = str(keys.pop("role", None) or keys.pop("from", None))
-        role = ROLES.get(written.lower())
+        role, written = _role(keys), str(keys.pop("role", None) or keys.pop("from", None))
         if role is None:
             raise UserError(
                 f"{self.option}: column {column!r} has a message of the role {written!r}; known are "
                 f"{', '.join(ROLES)}. Rename it, or leave such rows out."
             )
-        calls = keys.get("tool_calls") or keys.get("function_call")
+        calls = [self._call(keys, key, filled) for key in CALLS if _is_there(keys.get(key))]
         content = keys.pop("content", keys.pop("value", "" if calls else None))
         if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
             content = "".join(part["text"] for part in content)
         if not isinstance(content, str):
             raise self._refused(column, f"a list with {_brief(dict(message))}")
         learned = True
-        for key, yes in LEARNED.items():
+        for key in LEARNED:
             if key in keys:
                 value = keys.pop(key)
-                if not isinstance(value, int | float) or value not in (0, 1):
+                if not _is_decision(value):
                     raise UserError(
-                        f"{self.option}: {key}={value} in a message, and a turn is learned as a whole or not at all: "
-                        "need 0 or 1. Leave that key out, or such rows."
+                        f"{self.option}: {key}={_brief(value)} in a message, and a turn is learned as a whole or not "
+                        "at all: need 0 or 1. Leave that key out, or such rows."
                     )
-                learned = learned and bool(value) == yes
+                learned = learned and bool(value) == LEARNED[key]
         if role != "assistant" and learned and any(LEARNED.get(key) and message.get(key) for key in message):
             unused.append("weight of turns that are not the assistant's")
-        keys = {key: _without_null(value) for key, value in keys.items() if _is_there(value)}
+        keys = {
+            key: _without_null(value) if filled and key not in CALLS else value
+            for key, value in keys.items() if _is_there(value)
+        }  # fmt: skip
         return Turn(role, content, keys, learned and role == "assistant")
+
+    def _call(self, keys: dict, key: str, filled: bool) -> object:
+        """Put the calls of tools in a message, which may be JSON text, in the form of objects, and return them."""
+        filled = filled and not isinstance(keys[key], str)
+        calls = _parsed(keys[key])
+        many = calls if key == "tool_calls" and isinstance(calls, list) else [calls]
+        many = [_entry(call, filled) for call in many]
+        if not all(isinstance(call, dict) for call in many):
+            raise self._refused(key, _brief(calls), "calls of functions, as objects or their JSON")
+        keys[key] = many if key == "tool_calls" else many[0]
+        return keys[key]
 
     def _history(self, row: dict, unused: list[str]) -> list[Turn]:
         """Earlier turns: a list of [question, answer], or of messages."""
@@ -180,8 +248,9 @@ class Reader:
         if HISTORY in self.shape or not _is_there(value):
             return []
         if messages_in(value) is not None:
-            return self._turns(row, HISTORY, "user", unused)[0]
-        pairs = value if isinstance(value, list) else [None]
+            return self._turns(row, HISTORY, "user", unused, as_json=True)[0]
+        parsed = _parsed(value)
+        pairs = parsed if isinstance(parsed, list) else [None]
         if not all(isinstance(p, list) and len(p) == 2 and all(isinstance(t, str) for t in p) for p in pairs):
             raise self._refused(HISTORY, _brief(value), "a list of [question, answer]")
         return [turn for ask, say in pairs for turn in (Turn("user", ask), Turn("assistant", say, learned=True))]
@@ -193,15 +262,17 @@ class Reader:
             value = row.get(column) if column not in self.shape else None
             if not _is_there(value):
                 continue
+            filled = self.filled and not isinstance(value, str)
             try:
-                tools = json.loads(value) if isinstance(value, str) else value
-                tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
-            except (ValueError, TypeError):
+                tools = [_entry(tool, filled) for tool in _parsed(value)]
+            except TypeError:
                 tools = [None]
             if not all(isinstance(tool, dict) for tool in tools):
                 raise self._refused(column, _brief(value), "a list of objects, each the schema of a function")
-            found += [tool if column == "tools" else {"type": "function", "function": tool} for tool in tools]
-        return tuple(map(_without_null, found))
+            bare = [column == "functions" and "function" not in tool for tool in tools]
+            tools = [{"type": "function", "function": t} if b else t for t, b in zip(tools, bare, strict=True)]
+            found += [tool for tool in tools if tool not in found]
+        return tuple(found)
 
     def _options(self, row: dict) -> dict:
         value = row.get(OPTIONS)
@@ -213,21 +284,31 @@ class Reader:
             options = None
         if not isinstance(options, dict):
             raise self._refused(OPTIONS, _brief(value), "an object")
-        return {key: option for key, option in options.items() if option is not None}
+        options = {key: option for key, option in options.items() if option is not None}
+        if taken := RENDERING & options.keys():
+            raise UserError(
+                f"{self.option}: column {OPTIONS!r} sets {', '.join(sorted(taken))}, which kd sets itself. Leave it "
+                "out of that column; tools belong in a column 'tools'."
+            )
+        return options
 
     def _excluded(self, row: dict, unused: list[str]) -> str:
         """The reason why a whole row is not to be learned, if its weight or its label says so."""
-        weight, label = (row.get(name) if name not in self.shape else None for name in (WEIGHT, LABEL))
-        if isinstance(weight, int | float) and weight not in (0, 1):
-            raise UserError(
-                f"{self.option}: column {WEIGHT!r} holds {weight}, and a row is learned as a whole or not at all: need "
-                "0 or 1. Leave that column out, or rename it."
-            )
+        weighted = True
+        for name, yes in LEARNED.items():
+            value = row.get(name) if name not in self.shape else None
+            if _is_there(value):
+                if not _is_decision(value):
+                    raise UserError(
+                        f"{self.option}: column {name!r} holds {_brief(value)}, and a row is learned as a whole or not "
+                        "at all: need 0 or 1. Leave that column out, or rename it."
+                    )
+                weighted = weighted and bool(value) == yes
+        label = row.get(LABEL) if LABEL not in self.shape else None
         if isinstance(label, bool) and not label:  # of KTO: a completion that is not wanted
             return "label"
-        unused += [f"column {name}" for name, value, kind in ((WEIGHT, weight, int | float), (LABEL, label, bool))
-                   if _is_there(value) and not isinstance(value, kind)]  # fmt: skip
-        return "weight" if weight == 0 and not isinstance(weight, str) else ""
+        unused += [f"column {LABEL}"] if _is_there(label) and not isinstance(label, bool) else []
+        return "" if weighted else "weight"
 
     def _refused(self, column: str, got: str, need: str = MESSAGES) -> UserError:
         return UserError(
@@ -240,7 +321,8 @@ def examples(rows, prompt: str | None, response: str | None, learn: str, option:
     """Examples of a table; raises UserError, with the columns that there are, where none are known."""
     columns = Documents(rows, dict, option).columns
     shape = _shape(columns, prompt, response, option)
-    documents = Documents(rows, Reader(shape, learn, option), option)
+    reader = Reader(shape, learn, option, filled=not isinstance(rows, JsonRows), named=prompt is not None)
+    documents = Documents(rows, reader, option)
     value = documents.first().get(shape.prompt)
     if shape.response is None and shape not in SHAPES[-1:] and value is not None and messages_in(value) is None:
         raise UserError(
@@ -258,14 +340,21 @@ def _shape(columns: list[str], prompt: str | None, response: str | None, option:
         if column and column not in columns:
             raise UserError(f"{there}, and no {column!r}. Type data.{name}=ONE_OF_THEM.")
     if prompt:
-        inputs = (shape.input for shape in SHAPES if shape.prompt == prompt and shape.input != response)
-        return Shape(prompt, next((name for name in inputs if name in columns), None), response)
+        known = any(shape.prompt == prompt and shape.response for shape in SHAPES)
+        return _with_input(Shape(prompt, None, response), columns) if known else Shape(prompt, None, response)
     for shape in SHAPES:
         if shape.prompt in columns and shape.response in (None, *columns):
-            return shape._replace(input=shape.input if shape.input in columns else None)
+            return _with_input(shape, columns)
     known = "; ".join(", ".join(filter(None, shape)) for shape in SHAPES)
     raise UserError(f"{there}, which are none of the shapes that are known ({known}). Say which ones to take: "
                     "data.prompt=COLUMN data.response=COLUMN.")  # fmt: skip
+
+
+def _with_input(shape: Shape, columns: list[str]) -> Shape:
+    """A shape with the column of the input, if there is one; a conversation has none."""
+    names = (shape.input, *INPUTS) if shape.response else ()
+    others = {*columns} - {shape.prompt, shape.response}
+    return shape._replace(input=next((name for name in names if name in others), None))
 
 
 def messages_in(value) -> list[dict] | None:
@@ -285,15 +374,48 @@ def messages_in(value) -> list[dict] | None:
             value = [value]
     good = isinstance(value, list) and all(
         isinstance(message, dict) and any(isinstance(message.get(key), str) for key in ("role", "from"))
-        and message.keys() & {"content", "value", "tool_calls", "function_call"}
+        and message.keys() & {"content", "value", *CALLS}
         for message in value
     )  # fmt: skip
     return value if good else None
 
 
+def _role(message: Mapping) -> str | None:
+    """The role of a message, None for one that is not known."""
+    return ROLES.get(str(message.get("role") or message.get("from")).lower())
+
+
+def _has_system(turns: list[Turn]) -> bool:
+    return bool(turns) and turns[0].role == "system"
+
+
+def _begins(answer: list[Turn], asked: list[Turn]) -> bool:
+    """True where the turns of a conversation begin with these, apart from system prompts."""
+    asked, answer = ([turn for turn in turns if turn.role != "system"] for turns in (asked, answer))
+    head = [(turn.role, turn.content.strip()) for turn in answer[: len(asked)]]
+    return head == [("user" if turn.role == "input" else turn.role, turn.content.strip()) for turn in asked]
+
+
+def _parsed(value):
+    """The value of JSON text; other values, and text that is no JSON, as they stand."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _entry(value, filled: bool):
+    """An object, which may be JSON text, without the null entries that a table filled in."""
+    return _without_null(value) if filled and not isinstance(value, str) else _parsed(value)
+
+
+def _is_decision(value) -> bool:
+    return isinstance(value, int | float) and value in (0, 1)
+
+
 def _says(turn: Turn) -> bool:
     """True where a turn has text, or a call of a tool."""
-    return bool(turn.content.strip() or turn.keys.get("tool_calls") or turn.keys.get("function_call"))
+    return bool(turn.content.strip() or any(turn.keys.get(key) for key in CALLS))
 
 
 def _is_there(value) -> bool:

@@ -147,7 +147,8 @@ def hub_rows(name: str, subset: str | None, split: str, revision: str | None, st
         return datasets.load_dataset(name, subset, **how)
     except Exception as error:  # of many kinds, from several libraries
         if isinstance(error, ValueError) or Path(name).is_dir():
-            files = f" Columns may differ between files of data.files='{name}/*.jsonl'." if Path(name).is_dir() else ""
+            of_files = Path(name).is_dir() and not is_saved(name)
+            files = f" Columns may differ between files of data.files='{name}/*.jsonl'." if of_files else ""
             raise UserError(
                 f"data.name={name} data.subset={subset} data.split={split}: {first_line(error)}{files}"
             ) from error

@@ -283,10 +283,17 @@ def config_of(name: str, option: str):
         quantisation = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
         if quantisation:
             method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+            method = getattr(method, "value", method)
+            if not method and isinstance(quantisation, dict) and {"load_in_4bit", "load_in_8bit"} & quantisation.keys():
+                method = "bitsandbytes"  # whose older files do not name it
+            refused = (
+                f"{option}={name}: its weights are quantised ({method or 'unknown method'}), and kd needs those in "
+                "floating point. Give the model that it was quantised from, which its model card names"
+            )
+            if not str(method).startswith("bitsandbytes"):  # transformers cannot turn the weights of others back
+                raise UserError(f"{refused}.")
             raise UserError(
-                f"{option}={name}: its weights are quantised ({getattr(method, 'value', method) or 'unknown method'}), "
-                "and kd needs those in floating point. Give the model that it was quantised from, which its model card "
-                "names; or, with the packages of that method and a place for the new folder, type:\n"
+                f"{refused}; or, with the package bitsandbytes and a place for the new folder, type:\n"
                 "  python -c 'import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
                 "name, new = sys.argv[1:]; M.from_pretrained(name).dequantize().save_pretrained(new); "
                 f"T.from_pretrained(name).save_pretrained(new)' {shlex.quote(name)} NEW_FOLDER"
@@ -390,7 +397,8 @@ def from_hub(auto, name: str, what: str, **settings):
     except UserError:
         raise
     except Exception as error:  # of several libraries, and of packages that they lack
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[: 2 if lines[:1] and lines[0].endswith(":") else 1]) or type(error).__name__
         if not isinstance(error, OSError | ValueError | RuntimeError):
             reason = f"{type(error).__name__}: {reason}"
         where = "in that folder" if folder else "it is no folder here, and the Hub did not give it"

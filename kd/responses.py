@@ -76,9 +76,11 @@ def rouge_words(text: str) -> list[str]:
     """Return the tokens that Rouge counts: of letters a-z and digits as rouge_score makes and stems them.
 
     rouge_score drops all other characters, so that text of another script would score 0. Here a word of such a script
-    is a token too, and where a script puts no space between words, each of its characters is.
+    is a token too, and where a script puts no space between words, each of its characters is. In a text without any
+    such word, as "+" or "👍", each character is a token.
     """
-    words = WORD.findall(text.lower())
+    text = text.lower()
+    words = WORD.findall(text) or "".join(text.split())
     return [_stemmer().stem(word) if len(word) > 3 and word.isascii() else word for word in words]
 
 

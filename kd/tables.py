@@ -22,6 +22,8 @@ class Documents:
     def __init__(self, rows, make: Callable[[dict], Any], option: str):
         self.rows, self.make, self.option = rows, make, option
         self.columns = rows.column_names or list(self.first())
+        if not self.columns:
+            raise UserError(f"{option}: it has no row with a named column. Give files that have rows.")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -91,6 +93,8 @@ class JsonRows:
                     columns |= dict.fromkeys(self._row(row, f"{path}, line {number}"))
                     self.spans.append((self.text.tell() - len(line), self.text.tell()))
             self.spans = np.array(self.spans, np.int64).reshape(-1, 2)
+        if not columns:
+            raise ValueError(f"{path}: it has no row with a named column")
         self.column_names = list(columns)
 
     def __len__(self) -> int:

@@ -28,7 +28,7 @@ def by_teacher(
 ) -> Packed:  # fmt: skip
     """The packed examples with the teacher's responses, made in `folder` where they are not there yet.
 
-    sides: those that get them, train, val or both.
+    sides: those that get them, train, val or both. In validation a response that the data has stays the reference.
     """
     parts = folder.with_name(f"{folder.name}.parts")
 
@@ -50,19 +50,20 @@ def by_teacher(
 
 
 def _all_parts(packed: Packed, side: str, parts: Path, rollout, writers) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [R, T + 1] and spans [R, 2] of all rows of a side, as far as they are not in files of `parts` yet."""
+    """Tokens [R, T + 1] and spans [R, 2] of all rows of a side; what the teacher wrote is kept in files of `parts`."""
     from kd.progress import clock, console, track
 
     parts.mkdir(exist_ok=True)
     rows, asked = (packed.train, packed.train_spans) if side == "train" else (packed.val, packed.val_spans)
     name, salt = ("", []) if side == "train" else ("val-", [1])
-    paths = {start: parts / f"{name}{start:09}.npz" for start in range(0, len(rows), AT_ONCE)}
+    chosen = np.flatnonzero(_without_response(packed)) if side == "val" else np.arange(len(rows))
+    paths = {start: parts / f"{name}{start:09}.npz" for start in range(0, len(chosen), AT_ONCE)}
     missing = [start for start, path in paths.items() if not whole(path)]
     if missing:
         given = writers()
         write, before = rollout(given), (given.tokens, given.seconds)
         for start in track(missing, "the teacher writes"):
-            index = np.arange(start, min(start + AT_ONCE, len(rows)))
+            index = chosen[start : start + AT_ONCE]
             shape = (len(index), rows.shape[1] - 1)
             seed = np.random.default_rng([given.seed, start, *salt]).integers(0, 2**62, shape)
             batch = data.to_batch(rows[index], index, seed, asked[index])
@@ -70,8 +71,17 @@ def _all_parts(packed: Packed, side: str, parts: Path, rollout, writers) -> tupl
             keep(paths[start], tokens=new["tokens"].numpy(), span=new["span"].numpy())
         tokens, seconds = given.tokens - before[0], given.seconds - before[1]
         console.print(f"The teacher wrote {tokens:,} tokens in {clock(seconds)}, {tokens / seconds:,.0f} tokens/s.")
-    found = [np.load(path) for path in paths.values()]
-    return tuple(np.concatenate([part[name] for part in found]) for name in ("tokens", "span"))
+    tokens, spans = np.array(rows), np.array(asked)
+    for start, path in paths.items():
+        index, part = chosen[start : start + AT_ONCE], np.load(path)
+        tokens[index], spans[index] = part["tokens"], part["span"]
+    return tokens, spans
+
+
+def _without_response(packed: Packed) -> np.ndarray:
+    """Which validation rows have nothing but the end behind their prompt, [R]."""
+    first, end = packed.val_spans.T
+    return (end - first == 1) & (packed.val[np.arange(len(packed.val)), first] == packed.end)
 
 
 def keep(path: Path, **arrays: np.ndarray) -> None:

@@ -1,13 +1,20 @@
 """What belongs to an example is used, refused or counted, whatever its columns and keys are called."""
 
+import inspect
 import json
+from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
 
-from kd import corpora, instructions
+from kd import columns, corpora, instructions, packing
+from kd.data import IGNORE
 from kd.errors import UserError
 from kd.examples import Example
+from kd.written import by_teacher as by_teacher_of
 from tests.test_instructions import FOUR, ONE, SYSTEM, THREE, TWO, Short, cache, load, short, write  # noqa: F401
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
@@ -42,13 +49,15 @@ def test_system_and_history_are_turns(tmp_path):
     made = first(tmp_path, other, prompt="question", response="response")
     assert roles(made)[:3] == [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello")]
     assert first(tmp_path, row | {"system": "", "history": []}).turns[0].role == "user"
+    for history in ([["A?", "B"]], [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B"}]):
+        assert short(first(tmp_path, row | {"history": json.dumps(history)})) == Short(tuple(want), "C")
 
 
 def test_a_system_prompt_beside_messages_is_there_once(tmp_path):
     made = first(tmp_path, {"messages": [ONE, TWO], "system": "Be brief."})
     assert roles(made) == [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello")]
     assert roles(first(tmp_path, {"messages": [SYSTEM, ONE, TWO], "system": "Be brief."})) == roles(made)
-    with pytest.raises(UserError, match=r"a system prompt in a column .'No.'. and another in the messages"):
+    with pytest.raises(UserError, match=r"two system prompts, 'Be brief\.' and 'No\.', in its columns or messages"):
         first(tmp_path, {"messages": [SYSTEM, ONE, TWO], "system": "No."})
 
 
@@ -61,6 +70,41 @@ def test_a_whole_conversation_beside_its_prompt_is_read_once(tmp_path, prompt):
     system = [("system", "Be brief.")] if prompt == [SYSTEM, ONE] else []
     assert roles(made) == [*system, ("user", "Hi"), ("assistant", "Hello")]
     assert made.unused == ("column rejected", "column score") and made.conversation
+
+
+def test_a_whole_conversation_beside_its_prompt_may_be_json(tmp_path):
+    for prompt in ("Hi", [ONE]):
+        for turns in ([ONE, TWO], [SYSTEM, ONE, TWO], [ONE, TWO, THREE, FOUR]):
+            row = {"prompt": prompt, "chosen": json.dumps(turns)}
+            made = first(tmp_path, row, prompt="prompt", response="chosen")
+            assert roles(made) == [(turn["role"], turn["content"]) for turn in turns] and made.conversation
+
+
+def test_two_system_prompts_are_refused_and_equal_ones_are_there_once(tmp_path):
+    other = SYSTEM | {"content": "No."}
+    row = {"instruction": "I", "output": "O", "system": "Be brief."}
+    history = {"history": [SYSTEM, ONE, TWO]}
+    assert roles(first(tmp_path, row | {"system_prompt": "Be brief."}))[:2] == [("system", "Be brief."), ("user", "I")]
+    assert [role for role, _ in roles(first(tmp_path, row | history))] == ["system", *["user", "assistant"] * 2]
+    chosen = {"prompt": [SYSTEM, ONE], "chosen": [SYSTEM, ONE, TWO]}
+    named = {"prompt": "prompt", "response": "chosen"}
+    assert len(first(tmp_path, chosen, **named).turns) == 3
+    for bad, of in ((row | {"system_prompt": "No."}, {}), (row | history | {"system": "No."}, {}),
+                    (chosen | {"prompt": [other, ONE]}, named)):  # fmt: skip
+        with pytest.raises(UserError, match="a row has two system prompts"):
+            first(tmp_path, bad, **of)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name", "response"),
+    [("instruction", "input", "response"), ("instruction", "context", "output"), ("question", "context", "answer"),
+     ("prompt", "input", "response"), ("prompt", "context", "completion"), ("question", "input", "answer")],
+)  # fmt: skip
+@pytest.mark.parametrize("named", [False, True])
+def test_an_input_is_used_beside_every_prompt(tmp_path, prompt, name, response, named):
+    of = {"prompt": prompt, "response": response} if named else {}
+    made = first(tmp_path, {prompt: "P", name: "X", response: "R"}, **of)
+    assert short(made) == Short((("user", "P"), ("input", "X")), "R") and not made.unused
 
 
 def test_several_turns_beside_a_prompt(tmp_path):
@@ -84,6 +128,22 @@ def test_weights_and_labels_of_rows(tmp_path):
     with pytest.raises(UserError, match=r"column 'weight' holds 0\.5, and a row is learned as a whole or not at all"):
         first(tmp_path, row | {"weight": 0.5})
     assert first(tmp_path, row | {"label": "sports"}).unused == ("column label",)
+    for no in (
+        {"loss_weight": 0},
+        {"sample_weight": 0.0},
+        {"mask": 1},
+        {"train": False},
+        {"loss_mask": 0},
+        {"training": False},
+    ):
+        ((name, value),) = no.items()
+        assert first(tmp_path, row | no).left_out == "weight"
+        made = first(tmp_path, row | {name: not value})
+        assert made.turns[1].learned and not made.unused
+        for bad in ("0", 0.5, [0, 1]):
+            with pytest.raises(UserError, match=f"column '{name}' holds .*need 0 or 1"):
+                first(tmp_path, row | {name: bad})
+    assert short(first(tmp_path, {"prompt": "P", "weight": "W"}, prompt="prompt", response="weight")).response == "W"
 
 
 @pytest.mark.parametrize(
@@ -94,6 +154,20 @@ def test_weights_and_labels_of_rows(tmp_path):
 def test_a_column_of_an_example_that_cannot_be_read_is_refused_by_name(tmp_path, column, value):
     with pytest.raises(UserError, match=f"column '{column}' holds"):
         first(tmp_path, {"prompt": "P", "response": "R", column: value})
+
+
+@pytest.mark.parametrize("name", sorted(columns.RENDERING))
+def test_options_that_are_set_elsewhere_are_refused_by_name(tmp_path, name):
+    row = {"prompt": "P", "response": "R", "chat_template_kwargs": {name: True, "enable_thinking": False}}
+    with pytest.raises(UserError, match=f"column 'chat_template_kwargs' sets {name}, which kd sets itself"):
+        first(tmp_path, row)
+    row["chat_template_kwargs"][name] = None
+    assert first(tmp_path, row).options == {"enable_thinking": False}
+
+
+def test_all_parameters_of_rendering_are_known():
+    call = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    assert set(call) - {"self", "documents", "kwargs"} <= columns.RENDERING
 
 
 def test_columns_that_nothing_reads_are_named(tmp_path):
@@ -115,7 +189,7 @@ def test_weight_decides_which_turn_is_learned(tmp_path):
 
 @pytest.mark.parametrize(
     "no", [{"weight": 0}, {"weight": False}, {"train": False}, {"trainable": 0}, {"loss": False}, {"masked": True},
-           {"mask": 1}, {"loss_weight": 0.0}],
+           {"mask": 1}, {"loss_weight": 0.0}, {"training": False}, {"loss_mask": 0}, {"train_on_turn": False}],
 )  # fmt: skip
 def test_other_keys_that_say_so(tmp_path, no):
     ((key, value),) = no.items()
@@ -138,6 +212,23 @@ def test_turns_that_are_learned(tmp_path, learn):
     assert made.unlearned == ({} if learn == "all" else {"earlier": 1})
     assert [len(before) for before, _ in made.rows()] == ([1, 3] if learn == "all" else [3])
     assert made.asked == ("Hi" if learn == "all" else "Hi Hello And?")
+
+
+@pytest.mark.parametrize("learn", ["last", "all"])
+def test_a_greeting_before_the_first_prompt_is_context(tmp_path, learn):
+    greeting = {"role": "assistant", "content": "Welcome"}
+    for before in ([greeting], [SYSTEM, greeting], [greeting, greeting]):
+        made = first(tmp_path, {"messages": [*before, ONE, TWO]}, turns=learn)
+        assert [turn.learned for turn in made.turns] == [False] * (len(before) + 1) + [True]
+        assert made.unlearned == {"no_prompt": before.count(greeting)}
+        assert made.asked == " ".join([*(m["content"] for m in before), "Hi"])
+    assert first(tmp_path, {"messages": [greeting, ONE]}, turns=learn).left_out == "no_response"
+    assert first(tmp_path, {"messages": [greeting, ONE, TWO | {"weight": 0}]}, turns=learn).left_out == "weight"
+    assert first(tmp_path, {"messages": [SYSTEM, greeting]}, turns=learn).left_out == "no_prompt"
+    made = first(tmp_path, {"prompt": [greeting, ONE]}, turns=learn)
+    assert made.prompt_only and roles(made)[0] == ("assistant", "Welcome")
+    made = first(tmp_path, {"prompt": "And?", "response": "R", "history": [greeting, ONE, TWO]}, turns=learn)
+    assert made.unlearned == {"no_prompt": 1} | ({"earlier": 1} if learn == "last" else {})
 
 
 def test_empty_turns_are_not_learned(tmp_path):
@@ -199,8 +290,34 @@ def test_tools_and_calls_are_kept(tmp_path, tools):
 
 
 def test_functions_are_tools(tmp_path):
-    made = first(tmp_path, {"messages": [ONE, TWO], "functions": [TOOL["function"]]})
-    assert made.tools == (TOOL,) and not made.unused
+    for given in ({"functions": [TOOL["function"]]}, {"functions": [TOOL]},
+                  {"functions": [TOOL["function"]], "tools": [TOOL]}):  # fmt: skip
+        made = first(tmp_path, {"messages": [ONE, TWO]} | given)
+        assert made.tools == (TOOL,) and not made.unused
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_calls_may_be_json(tmp_path, kind):
+    for key, calls, want in (("tool_calls", [CALL], [CALL]), ("tool_calls", CALL, [CALL]),
+                             ("function_call", CALL["function"], CALL["function"])):  # fmt: skip
+        row = {"messages": [ONE, {"role": "assistant", "content": None, key: json.dumps(calls)}]}
+        made = first(tmp_path, row, kind=kind)
+        assert made.turns[1].keys == {key: want} and made.turns[1].learned
+    with pytest.raises(UserError, match="'tool_calls' holds 'weather' where it needs calls of functions"):
+        first(tmp_path, {"messages": [ONE, TWO | {"tool_calls": "weather"}]}, kind=kind)
+
+
+def test_null_that_a_row_itself_has_is_kept(tmp_path):
+    """A table fills in null for what a row does not have; a line of JSON, and JSON text, do not."""
+    call = {"function": {"name": "weather", "arguments": {"city": "Paris", "unit": None}}}
+    tool = {"type": "function", "function": {"name": "weather", "default": None}}
+    messages = [ONE, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    as_json = [ONE, messages[1] | {"tool_calls": json.dumps([call])}]
+    for kind, row in (("jsonl", {"messages": messages, "tools": [tool]}),
+                      ("parquet", {"messages": json.dumps(messages), "tools": json.dumps([tool])}),
+                      ("parquet", {"messages": as_json, "tools": [json.dumps(tool)]})):  # fmt: skip
+        made = first(tmp_path, row, kind=kind)
+        assert made.turns[1].keys == {"tool_calls": [call]} and made.tools == (tool,)
 
 
 def test_what_tables_fill_in_is_not_there(tmp_path):
@@ -224,6 +341,49 @@ def test_prompts_alone(tmp_path):
         assert made.prompt_only and made.turns[-1][:2] == ("assistant", "") and made.turns[0].content == "Hi"
         assert made.unused == ("column id",)
     assert not first(tmp_path, {"prompt": [ONE, TWO]}).prompt_only
+
+
+@pytest.mark.parametrize("response", ["R", [TWO], [ONE, TWO]], ids=["text", "messages", "conversation"])
+@pytest.mark.parametrize("name", ["answer", "output", "solution", "chosen"])
+def test_prompts_beside_what_may_be_a_response_are_refused(tmp_path, name, response):
+    for prompt in ("Hi", [ONE]):
+        row = {"id": 3, "prompt": prompt, name: response, "system": "S"}
+        with pytest.raises(UserError, match=rf"{name} may hold it\. Type data\.prompt=prompt data\.response={name} to"):
+            first(tmp_path, row)
+        assert not first(tmp_path, row, prompt="prompt", response=name).prompt_only
+        assert first(tmp_path, row, prompt="prompt").prompt_only
+    assert not first(tmp_path, {"prompt": [ONE, TWO], name: response}).prompt_only
+    assert first(tmp_path, {"prompt": "Hi", name: None, "system": "S"}).prompt_only
+    with pytest.raises(UserError, match=r"answer, other may hold it\. Type data\.prompt=prompt data\.response=ONE_OF"):
+        first(tmp_path, {"prompt": "Hi", "answer": "A", "other": "B"})
+
+
+def test_the_teacher_writes_only_references_that_are_missing(tmp_path):
+    rows = [{"prompt": [ONE | {"content": f"q{i}"}, *([TWO] if i % 2 else [])]} for i in range(60)]
+    corpus = instructions.instructions(12, files=str(write(tmp_path / "a.jsonl", *rows)), template="plain")
+    packed = packing.pack(corpus, tmp_path / "packed", seq_len=12, vocab=257, val_share=0.5)
+    missing = np.diff(packed.val_spans)[:, 0] == 1
+    assert 0 < missing.sum() < len(missing)
+    written = []
+
+    def write_x(batch, *_):
+        written.extend(batch.row.tolist())
+        teacher.tokens, teacher.seconds = teacher.tokens + 2, teacher.seconds + 1
+        labels = torch.full_like(batch.labels, IGNORE)
+        return batch._replace(labels=labels.index_fill(1, torch.tensor([5, 6]), 7))
+
+    model = SimpleNamespace(device="cpu")
+    teacher = SimpleNamespace(seed=0, tokens=0, seconds=0, teacher=SimpleNamespace(model=model))
+
+    def by_teacher(of, name):
+        return by_teacher_of(of, tmp_path / name, lambda _: write_x, lambda: teacher, ("val",))
+
+    made = by_teacher(packed, "written")
+    assert written == np.flatnonzero(missing).tolist() and (made.train == packed.train).all()
+    assert (made.val[~missing] == packed.val[~missing]).all()
+    assert (made.val_spans[~missing] == packed.val_spans[~missing]).all()
+    assert (np.diff(made.val_spans[missing])[:, 0] == 2).all()
+    assert (by_teacher(made, "again").val == made.val).all()  # where none is missing
 
 
 def test_columns_may_differ_between_files_and_rows(tmp_path):
@@ -277,8 +437,9 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path, parts):
     if parts:
         assert len(instructions.instructions(64, name=name, split="other").load()) == 1
     for wrong in ({"split": "nope"}, {"subset": "x"}, {"revision": "x"}):
-        with pytest.raises(UserError, match=f"data.name={name}.*data.{next(iter(wrong))}"):
+        with pytest.raises(UserError, match=f"data.name={name}.*data.{next(iter(wrong))}") as error:
             instructions.instructions(64, name=name, **wrong).load()
+        assert "data.files" not in str(error.value)
     with pytest.raises(UserError, match=rf"is a folder of save_to_disk.*data\.name={name}"):
         instructions.instructions(64, files=name).load()
 

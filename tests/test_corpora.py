@@ -191,6 +191,8 @@ def test_changed_file_is_another_corpus(tmp_path):
         ("noending", b"a", "one kind.*got no ending"),
         ("latin.txt", "é".encode("latin-1") * 9, "could not be read as text.*utf-8"),
         ("broken.jsonl", b'{"text": "a\n{"te', "could not be read as json"),
+        ("blank.jsonl", b"\n \n", r"blank\.jsonl: it has no row with a named column"),
+        ("none.json", b"[]", r"none\.json: it has no row with a named column"),
         ("surrogate.jsonl", b'{"text": "\\ud800"}\n', "could not be read as json"),
     ],
 )

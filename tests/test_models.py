@@ -521,6 +521,7 @@ QUANTISED = {
     "gptq": {"bits": 4, "group_size": 128},
     "awq": {"bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
     "bitsandbytes": {"load_in_4bit": True},
+    "bitsandbytes, not named": {"load_in_8bit": True},
     "compressed-tensors": {"format": "pack-quantized", "config_groups": {}},
     "fp8": {"weight_block_size": [16, 16]},
     "mxfp4": {},
@@ -532,12 +533,14 @@ QUANTISED = {
 @pytest.mark.parametrize("make", [models.build, models.cost_of])
 def test_quantised_weights_are_refused_by_name(llama, method, make):
     config = json.loads((llama / "config.json").read_text())
-    config["quantization_config"] = QUANTISED[method] | {"quant_method": method}
+    named, _, unnamed = method.partition(",")
+    config["quantization_config"] = QUANTISED[method] | ({} if unnamed else {"quant_method": named})
     (llama / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        UserError, match=rf"^teacher\.name={llama}: its weights are quantised \({method}\).*\n  python -c"
-    ):
+        UserError, match=rf"^teacher\.name={llama}: its weights are quantised \({named}\).*which its model card names"
+    ) as error:
         make(None, str(llama), V, T, "teacher.name")
+    assert ("\n  python -c" in str(error.value)) == (named == "bitsandbytes")
 
 
 class Odd(Exception):
@@ -559,6 +562,15 @@ def test_whatever_a_library_raises_while_it_loads_is_one_screen(saved, monkeypat
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", fail)
     with pytest.raises(UserError, match=f"could not be loaded.*{type(error).__name__}"):
         models.cost_of(None, str(saved / "llama"), V, T, "teacher.name")
+
+
+def test_a_reason_that_goes_on_in_the_next_line_is_whole(saved, monkeypatch):
+    def fail(*args, **more):
+        raise ImportError("\nThis model needs packages:\n  x, y\nSee the web.")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(UserError, match=r": ImportError: This model needs packages: x, y\nCheck"):
+        build(saved / "llama")
 
 
 def test_a_model_that_is_not_run_as_others_are_is_refused(saved, monkeypatch):
