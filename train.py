@@ -19,10 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from kd.launchers import forget_ranks
 from kd.signals import Preempted, end_with_parent, requests
 
-if __name__ == "__main__":  # before anything is loaded that takes its time
+if __name__ == "__main__":  # before anything is loaded that takes its time, or reads a rank
     requests.watch()
+    forget_ranks(os.environ)
 
 # Before torch is loaded: its threads are to sleep while they wait, not to spin, or runs that share cores slow each
 # other down by far more than their share.

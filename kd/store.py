@@ -24,6 +24,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from kd.launchers import forget_ranks
+
+if __name__ == "__main__":  # before a library that reads them is loaded
+    forget_ranks(os.environ)
+
 import numpy as np
 import safetensors
 import torch

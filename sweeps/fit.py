@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+
+from kd.launchers import forget_ranks
+
+if __name__ == "__main__":  # before a library that reads them is loaded
+    forget_ranks(os.environ)
 
 from rich.table import Table
 

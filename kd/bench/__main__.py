@@ -14,6 +14,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from kd.launchers import forget_ranks
+
+if __name__ == "__main__":  # before a library that reads them is loaded
+    forget_ranks(os.environ)
+
 from rich.table import Table
 
 from kd import files
