@@ -24,7 +24,7 @@ from kd import agent, files, remote
 from kd.config import check_sweep
 from kd.errors import MISTAKES, UserError, for_people
 from kd.guard import check_words
-from kd.identity import NO_PART, NO_SIGNAL, below, group_of
+from kd.identity import NO_EFFECT, NO_SIGNAL, below, group_of
 from kd.pool import UNKNOWN, Job, Local, Pool, Watch, fitting, gpus, visible_devices
 from kd.progress import clock, console, end_with, styled
 from kd.provenance import doubts
@@ -50,7 +50,7 @@ class Multirun(Sweeper):
 
 def asked_for(arguments: Sequence[str]) -> str:
     """All that was typed, but for what changes nothing of what comes out."""
-    return str(sorted(word for word in arguments if not below(word.lstrip("+~").partition("=")[0], NO_PART)))
+    return str(sorted(word for word in arguments if not below(word.lstrip("+~").partition("=")[0], NO_EFFECT)))
 
 
 class Lines(Multirun):

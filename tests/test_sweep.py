@@ -47,6 +47,13 @@ def test_the_words_of_a_sweep_name_it_whatever_their_order():
     assert asked_for(words) == asked_for(["loss=fkl", "seed=0,1"]) != asked_for(["loss=fkl", "seed=0,2"])
 
 
+@pytest.mark.parametrize("words", [("start=scratch", "start=sft"), ("start.sft_steps=5", "start.sft_steps=6"),
+                                   ("plain=python", "plain=text"), ("logits.path=a", "logits.path=b")])  # fmt: skip
+def test_words_that_make_other_runs_name_another_sweep(words):
+    one, two = (asked_for(["loss=fkl,rkl", word]) for word in words)
+    assert one != two
+
+
 def test_run_in_a_sweep_equals_the_run_alone(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
