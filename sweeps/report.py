@@ -156,7 +156,8 @@ def caveats(groups: list[Group], table: list[Row], beside: list[Mark], ranked: b
 def page(name: str, entries: list[Entry], groups: list[Group], told: dict) -> str:
     """The report as HTML. told: the words that it shares with the Markdown."""
     table, beside = told["table"], told["beside"]
-    few, losses = beside if len(beside) <= 3 else [], by_loss(table)
+    lines, losses = [mark for mark in beside if mark.dash], by_loss(table)
+    few = lines if len(lines) <= 3 else []
     figures = {"curves": curves(table, few), "exposure": exposure(table)}
     for of in dict.fromkeys((told["of"], LOSS)):
         alone = [Mark(g.label, "dash", {of.key: g.mean(of.key).mean}) for g in groups if g.alone]
