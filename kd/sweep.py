@@ -168,10 +168,7 @@ class Runs(Launcher):
         made = self._each(self._run, job_overrides, said)  # every config is checked before the first run starts
         requests.end_if_asked()
         if self.config.force:
-            for run in {run.name: run for run, *_ in made}.values():
-                if run.is_done():
-                    with run.lock(wait=True):
-                        run.discard()
+            discard({run.name: run for run, *_ in made}.values())
         path = remote.latest(self.config.root, f"sweeps/{name}.json")
         before = _listed(path)
         listed = before if further else []
@@ -267,6 +264,25 @@ class Runs(Launcher):
         if result is not None:
             return JobReturn(overrides=job.words, status=JobStatus.COMPLETED, _return_value=result["final"]["val/lm"])
         return JobReturn(overrides=job.words, status=JobStatus.FAILED, _return_value=NotDone(job.run, state))
+
+
+def discard(runs: Iterable[Run]) -> None:
+    """Remove the results of runs, to make them anew; raises UserError while another copy of the sweep makes any."""
+    runs, claimed = list(runs), []
+    try:
+        for run in runs:
+            if not run.claim():
+                raise UserError(
+                    f"force=true: another copy of this sweep makes {run.name}, and this one would remove what that one "
+                    "has made anew. Type the same command without force=true, and the copies share the runs."
+                )
+            claimed.append(run)
+        for run in filter(Run.is_done, runs):
+            with run.lock(wait=True):
+                run.discard()
+    finally:
+        for run in claimed:
+            run.release()
 
 
 def refused(jobs: Sequence[Sequence[str]], said: Sequence[str], wrong: Mapping[int, str]) -> str:

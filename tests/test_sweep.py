@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from kd import models
 from kd.config import SWEEPS
 from kd.errors import UserError
 from kd.identity import NO_SIGNAL, group_of
-from kd.sweep import Processes, asked_for, at_scale, varying
+from kd.run import Run, whereabouts
+from kd.sweep import Processes, asked_for, at_scale, discard, varying
 from sweeps import report
 from sweeps.compare import ALONE, grouped, manifest, read
 from tests.small import ENVIRONMENT, TRAIN, folder, listed, outcome, result, train
@@ -52,6 +54,21 @@ def test_the_words_of_a_sweep_name_it_whatever_their_order():
 def test_words_that_make_other_runs_name_another_sweep(words):
     one, two = (asked_for(["loss=fkl,rkl", word]) for word in words)
     assert one != two
+
+
+def test_a_copy_removes_no_result_while_another_one_is_at_work(tmp_path):
+    done, begun = Run(tmp_path, "done"), Run(tmp_path, "begun")
+    for run in (done, begun):
+        assert run.claim()
+        run.release()
+    (done / "result.json").write_text("{}")
+    (begun / "claim.lock").write_text(json.dumps(whereabouts() | {"pid": os.getppid()}))
+    with pytest.raises(UserError, match=r"another copy of this sweep makes begun.* without force=true"):
+        discard([done, begun])
+    assert done.is_done() and not (done / "claim.lock").exists() and (begun / "claim.lock").exists()
+    (begun / "claim.lock").unlink()
+    discard([done, begun])
+    assert not done.is_done() and not list(tmp_path.rglob("claim.lock"))
 
 
 def test_run_in_a_sweep_equals_the_run_alone(tmp_path):
