@@ -455,7 +455,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         if first and of["batch"] > there:
             console.print(f"A batch of {of['batch']:,} rows is larger than the {text}, of {there:,} rows: each step "
                           f"reads some of them more than once. Type trainer.batch={there}, or take more text.",
-                          markup=False, soft_wrap=True)  # fmt: skip
+                          soft_wrap=True)  # fmt: skip
     final = None  # until all of the run is done
     try:
         order = of["batch"], settings["seed"], start, of["steps"]

@@ -26,7 +26,7 @@ from kd.errors import MISTAKES, UserError, for_people
 from kd.guard import check_words
 from kd.identity import NO_EFFECT, NO_SIGNAL, below, group_of
 from kd.pool import UNKNOWN, Job, Local, Pool, Watch, fitting, gpus, visible_devices
-from kd.progress import clock, console, end_with, styled
+from kd.progress import clock, console, counted, end_with, styled
 from kd.provenance import doubts
 from kd.run import DIVERGED, DONE, FAILED, NO_MEMORY, SEALED, Run, read_json
 from kd.settings import name_of
@@ -244,7 +244,7 @@ class Runs(Launcher):
                     warnings.warn(f"{run.name} is not in the group {name} of W&B ({error}).")
             if joined:
                 loggers.forget()
-                console.print(f"{joined} runs that were made before are in the group {name} of W&B now.", markup=False)
+                console.print(f"{counted(joined, 'run', 'runs')} made before: now in the group {name} of W&B.")
 
     def _run(self, words: Sequence[str]) -> tuple[Run, int, str]:
         """The run that the words describe, how many GPUs it asks for, and where it is logged."""

@@ -195,7 +195,9 @@ def write(root: str | Path, name: str) -> tuple[Path, str]:
         raise UserError(f"No run of the sweep {name} is done yet. Type: python train.py sweeps={name}\n{listing}")
     states = {entry.folder: entry.state for entry in entries}
     left = sum(state != "done" for state in states.values())
-    says = finding(groups) + (f" [{left} of {len(states)} runs are not done and not counted]" if left else "")
+    says = finding(groups) + (
+        f" [{left} of {len(states)} runs {'is' if left == 1 else 'are'} not done and not counted]" if left else ""
+    )
     table, beside, of = rows(groups), marks(groups), goal(groups)
     shown = columns(table, of, beside)
     told = {

@@ -14,6 +14,7 @@ from kd import models
 from kd.config import SWEEPS
 from kd.errors import UserError
 from kd.identity import NO_SIGNAL, group_of
+from kd.progress import counted
 from kd.run import Run, whereabouts
 from kd.sweep import Processes, asked_for, at_scale, discard, varying
 from sweeps import report
@@ -54,6 +55,10 @@ def test_the_words_of_a_sweep_name_it_whatever_their_order():
 def test_words_that_make_other_runs_name_another_sweep(words):
     one, two = (asked_for(["loss=fkl,rkl", word]) for word in words)
     assert one != two
+
+
+def test_one_run_is_said_to_be_one():
+    assert [counted(n, "run is", "runs are") for n in (0, 1, 2000)] == ["0 runs are", "1 run is", "2,000 runs are"]
 
 
 def test_a_copy_removes_no_result_while_another_one_is_at_work(tmp_path):
