@@ -9,6 +9,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -165,7 +166,8 @@ class Runs(Launcher):
             sys.exit()
         # Done here, once: runs that are started again on the way go on where they were.
         job_overrides = [[word for word in job if word.partition("=")[0] != "force"] for job in job_overrides]
-        made = self._each(self._run, job_overrides, said)  # every config is checked before the first run starts
+        # Every config, and what is there of teachers, is checked before the first run starts.
+        made = self._each(partial(self._run, sound=set()), job_overrides, said)
         requests.end_if_asked()
         if self.config.force:
             discard({run.name: run for run, *_ in made}.values())
@@ -246,18 +248,36 @@ class Runs(Launcher):
                 loggers.forget()
                 console.print(f"{counted(joined, 'run', 'runs')} made before: now in the group {name} of W&B.")
 
-    def _run(self, words: Sequence[str]) -> tuple[Run, int, str]:
-        """The run that the words describe, how many GPUs it asks for, and where it is logged."""
+    def _run(self, words: Sequence[str], sound: set[str] | None = None) -> tuple[Run, int, str]:
+        """The run that the words describe, how many GPUs it asks for, and where it is logged.
+
+        sound: names of teachers and starts that were checked already.
+        """
         settings = self._settings(words)
         run = type(self).plan(settings).run
         if self.config.force or (result := run.result()) is None:
             self.check_place(settings)
+            self.check_before(settings, set() if sound is None else sound)
             type(self).prepare(settings)
         else:
             run.settle()
             if not run.remote:
                 run.check(result, *(name for name in SEALED if name != "student"))
         return run, gpus(settings["trainer"]), name_of(settings["logger"])
+
+    def check_before(self, settings: dict, sound: set[str]) -> None:
+        """Raise UserError for a damaged run that makes the teacher or start of a run; sound: names of checked ones."""
+        planned = type(self).plan(settings)
+        stored = planned.store is not None and planned.store.manifest().exists()
+        for model in filter(None, (planned.start, None if stored else planned.teacher)):
+            run = type(self).plan(model).run
+            if run.name in sound:
+                continue
+            if result := run.result():
+                run.check(result, "student")
+            else:
+                self.check_before(model, sound)
+            sound.add(run.name)
 
     def _return(self, job: Job) -> JobReturn:
         result, state = outcome(job)

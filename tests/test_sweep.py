@@ -7,11 +7,12 @@ import re
 import subprocess
 import sys
 
+import hydra
 import pytest
 from omegaconf import OmegaConf
 
 from kd import models
-from kd.config import SWEEPS
+from kd.config import CONF, SWEEPS
 from kd.errors import UserError
 from kd.identity import NO_SIGNAL, group_of
 from kd.progress import counted
@@ -19,7 +20,7 @@ from kd.run import Run, whereabouts
 from kd.sweep import Processes, asked_for, at_scale, discard, varying
 from sweeps import report
 from sweeps.compare import ALONE, grouped, manifest, read
-from tests.small import ENVIRONMENT, TRAIN, folder, listed, outcome, result, train
+from tests.small import ENVIRONMENT, TRAIN, folder, listed, outcome, result, settings, train
 
 
 def test_multirun_makes_every_run_and_again_makes_none(tmp_path):
@@ -55,6 +56,18 @@ def test_the_words_of_a_sweep_name_it_whatever_their_order():
 def test_words_that_make_other_runs_name_another_sweep(words):
     one, two = (asked_for(["loss=fkl,rkl", word]) for word in words)
     assert one != two
+
+
+def test_a_damaged_teacher_is_said_before_any_run_starts(tmp_path):
+    asked = settings(tmp_path, "student=100k")
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        teacher = Processes.plan(Processes.plan(asked).teacher).run
+        Processes().check_before(asked, set())  # it is not there yet
+        teacher.folder.mkdir(parents=True)
+        (teacher / "result.json").write_text("{")
+        with pytest.raises(UserError, match=r"result\.json is damaged"):
+            Processes().check_before(asked, set())
+        Processes().check_before(asked, {teacher.name})
 
 
 def test_one_run_is_said_to_be_one():
