@@ -19,10 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from kd.launchers import forget_ranks
 from kd.signals import Preempted, end_with_parent, requests
 
-if __name__ == "__main__":  # before anything is loaded that takes its time
+if __name__ == "__main__":  # before anything is loaded that takes its time, or reads a rank
     requests.watch()
+    forget_ranks(os.environ)
 
 # Before torch is loaded: its threads are to sleep while they wait, not to spin, or runs that share cores slow each
 # other down by far more than their share.
@@ -453,7 +455,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         if first and of["batch"] > there:
             console.print(f"A batch of {of['batch']:,} rows is larger than the {text}, of {there:,} rows: each step "
                           f"reads some of them more than once. Type trainer.batch={there}, or take more text.",
-                          markup=False, soft_wrap=True)  # fmt: skip
+                          soft_wrap=True)  # fmt: skip
     final = None  # until all of the run is done
     try:
         order = of["batch"], settings["seed"], start, of["steps"]

@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 import xxhash
 
 # What a run is called, where it is kept and how often it is saved change nothing of what comes out.
-NO_PART = (
+NO_EFFECT = (
     "root", "scale", "sweep", "n_jobs", "on_failure", "plan", "force", "token_names", "logger",
     "trainer.checkpoint_every",
     "trainer.accelerator",
     "trainer.devices", "trainer.strategy", "trainer.shard_teacher",  # by rounding alone
-    "logits.path", "record.path",
+    "record.path",
     "truncation.biased",  # accepted or refused, the draws are the same
-    "plain", "start",  # what was made of them is
 )  # fmt: skip
+# No part of a run's name: of the last three, what was made of them is.
+NO_PART = (*NO_EFFECT, "logits.path", "plain", "start")
 
 # Options that are newer than the names of existing runs. One that has the value given here is left out of the name, so
 # that adding it renames no run. A default that changes must rename: it does not belong here.

@@ -1,7 +1,8 @@
 """Environment variables by which launchers (srun, torchrun, mpirun, jsrun, …) give each process a rank.
 
-Libraries take them as they are: Lightning writes nothing but on rank 0. A process of kd is rank 0 of its own run, also
+Libraries take them as they are: Lightning writes nothing but on rank 0. A program of kd is rank 0 of its own run, also
 within a task of somebody's srun or with variables that are left over; the ranks of a run are given by kd.ranks alone.
+So each program forgets them first, and a program of somebody else that imports kd keeps its own.
 """
 
 from __future__ import annotations

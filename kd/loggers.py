@@ -231,7 +231,7 @@ def wandb_mode() -> str:
         if why := silent_server():
             _stay_offline()
             says = f"W&B does not answer ({why}); runs are logged offline, to be sent with `wandb sync`."
-            console.print(says, markup=False, soft_wrap=True)
+            console.print(says, soft_wrap=True)
     return os.environ[ANSWER]
 
 

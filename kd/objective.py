@@ -135,7 +135,7 @@ def _compiled(objective: Objective) -> Callable:
                 console.print(
                     f"torch.compile failed, so the loss is slower and takes more memory than it could: {reason}\n"
                     "trainer.compile=false leaves it out; trainer.compile=true shows all of the error.",
-                    markup=False, soft_wrap=True,
+                    soft_wrap=True,
                 )  # fmt: skip
         return objective.slope(*arguments)
 

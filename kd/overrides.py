@@ -20,19 +20,25 @@ from kd.config import CONF, GROUPS, PLAIN
 from kd.errors import UserError
 from kd.sizes import SIZES
 
-PLUGINS = ("hydra/launcher", "hydra/sweeper")
-BESIDE = (
-    "plain",
-    "start",
-    "teacher",
-    "record",
-)  # groups whose settings are also those of another, which is meant first
+PLUGINS = {"hydra/launcher": "processes", "hydra/sweeper": "lines"}  # and what is taken where none is typed
+# Groups whose settings are also those of another, which is meant first.
+BESIDE = ("plain", "start", "teacher", "record")
+OPTIONAL = ("record", "sweeps")  # groups of which no option need be taken
+SHOWN = 12  # names of options in a message, at most
 NOTES = ("_target_", "_partial_", "defaults")  # keys of a yaml that are no settings
 
 
 def check_groups(words: Iterable[str]) -> None:
     """Raise UserError for an override that names no single option of its group, or a setting that is not there."""
-    overrides = [override for word in words if (override := _parsed(word)) and not override.is_delete()]
+    words = list(words)
+    for word in words:
+        _check_slash(word)
+    overrides = [override for word in words if (override := _parsed(word))]
+    for override in filter(Override.is_delete, overrides):
+        group = override.key_or_group
+        if group in GROUPS and group not in OPTIONAL:
+            raise UserError(f"{override.input_line}: {group} needs an option; {_instead(group)}.")
+    overrides = [override for override in overrides if not override.is_delete()]
     for override in overrides:
         if override.key_or_group in (*GROUPS, *PLUGINS):
             _check_option(override)
@@ -68,6 +74,44 @@ def _is_number(value) -> bool:
     return type(value) in (int, float) or (isinstance(value, Sweep) and not isinstance(value, ChoiceSweep))
 
 
+def _check_slash(word: str) -> None:
+    """Raise UserError for a / in the name of a setting or group, which none of kd's has."""
+    key, equals, text = word.partition("=")
+    name = key.lstrip("+~")
+    if "/" not in name or not equals or name in PLUGINS:
+        return
+    parts = [part for part in name.split("/") if part]
+    if parts and parts[0] == "hydra":
+        needed = "/".join(parts)
+    else:
+        needed = parts[-1] if parts and parts[-1].partition(".")[0] in GROUPS else ".".join(parts)
+    raise UserError(f"{word}: no setting of kd has a / in its name; type {needed or 'NAME'}={text}.")
+
+
+def _named(names: Iterable[str]) -> str:
+    """Names of options, the first of them where there are many."""
+    names = list(names)
+    shown = ", ".join(names if len(names) <= SHOWN else names[: SHOWN - 4])
+    return shown if len(names) <= SHOWN else f"{shown} or another ({len(names)} in all: python train.py --help)"
+
+
+def _instead(group: str, value: bool | None = None) -> str:
+    """What to type in place of null, true or false for a group."""
+    if group in PLUGINS:
+        return f"leave it out, or type {group}={PLUGINS[group]}"
+    names = _names(group)
+    if value is not True and "none" in names:
+        return f"type {group}=none"
+    leave = "leave it out for none, or " if value is not True and group in OPTIONAL else ""
+    return f"{leave}choose one of {_named(names)}"
+
+
+def _names(group: str) -> list[str]:
+    if group == "sweeps":
+        return sorted(file.stem for file in config.SWEEPS.glob("*.yaml"))
+    return list(options(group))
+
+
 def _check_option(override: Override) -> None:
     """Raise UserError unless each value is the name of an option of the group."""
     group, word, text = override.key_or_group, override.input_line, override.input_line.partition("=")[2]
@@ -81,11 +125,15 @@ def _check_option(override: Override) -> None:
         )
     if group == "sweeps" and len(values) > 1:
         raise UserError(f"{word}: one command makes one sweep; type sweeps={values[0]}, and the others after it.")
+    for value in values:
+        if value is None or isinstance(value, bool) or (group in PLUGINS and _is_number(value)):
+            got = "null" if value is None else str(value).lower()
+            raise UserError(f"{word}: {group} needs the name of an option, and got {got}; {_instead(group, value)}.")
     if group in PLUGINS:
         return
-    if override.is_add():
+    if override.is_add() or override.is_force_add():
         raise UserError(f"{word}: every group has an option already; type {group}={text}, without the +.")
-    names = options(group) if group != "sweeps" else sorted(file.stem for file in config.SWEEPS.glob("*.yaml"))
+    names = _names(group)
     for value in values:
         if _is_number(value) and group != "sweeps":
             shown = text if all(map(_is_number, values)) else str(value)
@@ -95,7 +143,7 @@ def _check_option(override: Override) -> None:
             close = difflib.get_close_matches(str(value), names, 1)
             close = f"type {group}={close[0]}, or another of" if close else "choose one of"
             hub = f"; what the Hub calls so is {group}=hub {group}.name={value}" if "hub" in names else ""
-            raise UserError(f"{word}: there is no {group}={value}; {close} {', '.join(names)}{hub}.")
+            raise UserError(f"{word}: there is no {group}={value}; {close} {_named(names)}{hub}.")
 
 
 def _renamed(group: str, values: str) -> str:
@@ -124,7 +172,7 @@ def _for_number(group: str, value, text: str) -> str:
 
     only = {name: keys[0] for name, keys in numeric.items() if len(keys) == 1 and takes(names[name][keys[0]])}
     if not only or len(shared) > 1:
-        return f"choose one of {', '.join(names)}"
+        return f"choose one of {_named(names)}"
     shares = {
         name: sum(only[name] in of for of in names.values()) for name in only
     }  # of a setting, options that have it

@@ -85,7 +85,7 @@ def pack(
             "Bits per byte of this data may be off by some per cent, as they are from before the bytes of the rows "
             f"that are measured were counted. To count them, remove the data, which is then packed anew:\n"
             f"  rm -r {packed.folder}",
-            markup=False, soft_wrap=True,
+            soft_wrap=True,
         )  # fmt: skip
     return packed
 
@@ -133,7 +133,7 @@ def _write(
     write = _write_examples if corpus.pairs else _write_text
     about = write(folder, corpus, documents, sides, fast, seq_len, tokens or math.inf, val_rows, special == "tokens")
     if corpus.pairs or about["counts"]["left_out"].keys() - {"limit"} or about["counts"]["special_as_text"]:
-        console.print(in_words(about["counts"]), soft_wrap=True, markup=False)
+        console.print(in_words(about["counts"]), soft_wrap=True)
     about |= {"source": corpus.fingerprint, "vocab": vocabulary_size(fast), "entropy": corpus.entropy}
     seal(folder, about)
 
@@ -206,7 +206,7 @@ def _announced_bos(fast, seq_len: int) -> list[int]:
         names = " ".join(fast.convert_ids_to_tokens(bos))
         console.print(
             f"The tokenizer puts {names} in front of a text: here too, it is read and not learned.",
-            markup=False, soft_wrap=True,
+            soft_wrap=True,
         )  # fmt: skip
     return bos
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kd.errors import UserError
-from kd.progress import clock, console, harmless, styled
+from kd.progress import clock, console, counted, harmless, styled
 from kd.provenance import done_before, doubts
 from kd.run import DONE, ENDS, FAILED, NO_MEMORY, PREEMPTED, RUNNING, Run, killed_for_memory
 from kd.signals import ASKED, EXIT_CODE, PARENT, SAME, received
@@ -222,7 +222,7 @@ class Pool:
         self.stopped = True
         if len(self.asked) == 1:
             running = sum(bool(job.begun) for job in self.running)
-            console.print(f"{name}: {running} runs save a checkpoint; once more kills them.")
+            console.print(f"{name}: {counted(running, 'run saves', 'runs save')} a checkpoint; once more kills them.")
 
 
 class Ending:

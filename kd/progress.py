@@ -24,6 +24,11 @@ def harmless(text: str) -> str:
     return CONTROL.sub("", text)
 
 
+def counted(number: int, one: str, many: str) -> str:
+    """A number, and what there is of it: 1 run is, 2 runs are."""
+    return f"{number:,} {one if number == 1 else many}"
+
+
 class Terminal(Console):
     """A console that shows text as it is: no text steers the terminal, and none is markup or the name of an emoji."""
 

@@ -99,7 +99,7 @@ def patiently(url: str, what: str, act: Callable[[], T], wait: float | None = No
             if left < pause:
                 raise failed from error
             if not said and not outage.said:
-                console.print(f"{failed} It is tried again for {clock(left)}.", markup=False, soft_wrap=True)
+                console.print(f"{failed} It is tried again for {clock(left)}.", soft_wrap=True)
                 said = outage.said = True
             time.sleep(pause)
             pause = min(2 * pause, PAUSES[1])
@@ -107,7 +107,7 @@ def patiently(url: str, what: str, act: Callable[[], T], wait: float | None = No
             _outages.pop(bucket(url), None)
             if said:
                 away = clock(time.monotonic() - since)
-                console.print(f"{bucket(url)} answers again, after {away}.", markup=False, soft_wrap=True)
+                console.print(f"{bucket(url)} answers again, after {away}.", soft_wrap=True)
             return value
 
 

@@ -20,7 +20,7 @@ from kd.config import check_sweep
 from kd.errors import MISTAKES, UserError, for_people
 from kd.guard import check_words
 from kd.pool import gpus
-from kd.progress import console, end_with
+from kd.progress import console, counted, end_with
 from kd.remote import home
 from kd.run import Run, read_metrics
 from kd.sweep import Multirun, asked_for
@@ -116,12 +116,16 @@ class Search(Multirun):
             if failed == len(batch):
                 return returns  # something is wrong with all of them
         if interrupted:
-            console.print(f"{len(interrupted)} trials were interrupted: the same command goes on with them.")
+            console.print(
+                f"{counted(len(interrupted), 'trial was', 'trials were')} interrupted: the same command "
+                "goes on with what is left."
+            )
         if any(t.state == states.COMPLETE for t in study.trials):
             best = study.best_trial
             said = "  ".join(f"{key}={value}" for key, value in best.params.items())
             console.print(
-                f"best of {len(study.trials)} trials: {MEASURE} {best.value:.4f} with  {said}", soft_wrap=True
+                f"best of {counted(len(study.trials), 'trial', 'trials')}: {MEASURE} {best.value:.4f} with  {said}",
+                soft_wrap=True,
             )
         return returns
 

@@ -24,6 +24,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from kd.launchers import forget_ranks
+
+if __name__ == "__main__":  # before a library that reads them is loaded
+    forget_ranks(os.environ)
+
 import numpy as np
 import safetensors
 import torch
@@ -40,7 +45,7 @@ from kd.errors import MISTAKES, UserError, for_people
 from kd.models import Head
 from kd.objective import Signal
 from kd.plan import FORMAT
-from kd.progress import console, end_with, styled, track
+from kd.progress import console, counted, end_with, styled, track
 from kd.remote import home, is_url
 from kd.run import read_json
 from kd.target import Target
@@ -387,7 +392,8 @@ def info(store: Store) -> Table:
         rows["each position"] = each + (f"; {positions:,} positions, the responses" if positions < tokens else "")
     rest = sum(file["size"] for name, file in m["files"].items() if not name.startswith("shard-"))
     rows |= {
-        "size": f"{files.amount(m['size'])} in {len(store.shards)} shards, {m['size'] / tokens:.1f} bytes per token",
+        "size": f"{files.amount(m['size'])} in {counted(len(store.shards), 'shard', 'shards')}, "
+        f"{m['size'] / tokens:.1f} bytes per token",
         "beside": f"{files.amount(rest)} of output layer and {m['validation']} validation rows, stored whole",
         "written with": store.words,
         "at": store.path,
@@ -435,7 +441,7 @@ def main() -> None:
             store = Store(given.path, home(given.root) / "stores")
         if given.command == "verify":
             store.verify()
-            console.print(f"All {len(store.manifest['files'])} files are what was written.")
+            console.print(f"{counted(len(store.manifest['files']), 'file is', 'files are all')} what was written.")
             import train
 
             console.print(train.compare_with_teacher(store, given.root), soft_wrap=True)

@@ -9,6 +9,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,9 +25,9 @@ from kd import agent, files, remote
 from kd.config import check_sweep
 from kd.errors import MISTAKES, UserError, for_people
 from kd.guard import check_words
-from kd.identity import NO_PART, NO_SIGNAL, below, group_of
+from kd.identity import NO_EFFECT, NO_SIGNAL, below, group_of
 from kd.pool import UNKNOWN, Job, Local, Pool, Watch, fitting, gpus, visible_devices
-from kd.progress import clock, console, end_with, styled
+from kd.progress import clock, console, counted, end_with, styled
 from kd.provenance import doubts
 from kd.run import DIVERGED, DONE, FAILED, NO_MEMORY, SEALED, Run, read_json
 from kd.settings import name_of
@@ -50,7 +51,7 @@ class Multirun(Sweeper):
 
 def asked_for(arguments: Sequence[str]) -> str:
     """All that was typed, but for what changes nothing of what comes out."""
-    return str(sorted(word for word in arguments if not below(word.lstrip("+~").partition("=")[0], NO_PART)))
+    return str(sorted(word for word in arguments if not below(word.lstrip("+~").partition("=")[0], NO_EFFECT)))
 
 
 class Lines(Multirun):
@@ -165,13 +166,11 @@ class Runs(Launcher):
             sys.exit()
         # Done here, once: runs that are started again on the way go on where they were.
         job_overrides = [[word for word in job if word.partition("=")[0] != "force"] for job in job_overrides]
-        made = self._each(self._run, job_overrides, said)  # every config is checked before the first run starts
+        # Every config, and what is there of teachers, is checked before the first run starts.
+        made = self._each(partial(self._run, sound=set()), job_overrides, said)
         requests.end_if_asked()
         if self.config.force:
-            for run in {run.name: run for run, *_ in made}.values():
-                if run.is_done():
-                    with run.lock(wait=True):
-                        run.discard()
+            discard({run.name: run for run, *_ in made}.values())
         path = remote.latest(self.config.root, f"sweeps/{name}.json")
         before = _listed(path)
         listed = list(before) if further else []
@@ -247,14 +246,18 @@ class Runs(Launcher):
                     warnings.warn(f"{run.name} is not in the group {name} of W&B ({error}).")
             if joined:
                 loggers.forget()
-                console.print(f"{joined} runs that were made before are in the group {name} of W&B now.", markup=False)
+                console.print(f"{counted(joined, 'run', 'runs')} made before: now in the group {name} of W&B.")
 
-    def _run(self, words: Sequence[str]) -> tuple[Run, int, str]:
-        """The run that the words describe, how many GPUs it asks for, and where it is logged."""
+    def _run(self, words: Sequence[str], sound: set[str] | None = None) -> tuple[Run, int, str]:
+        """The run that the words describe, how many GPUs it asks for, and where it is logged.
+
+        sound: names of teachers and starts that were checked already.
+        """
         settings = self._settings(words)
         run = type(self).plan(settings).run
         if self.config.force or (result := run.result()) is None:
             self.check_place(settings)
+            self.check_before(settings, set() if sound is None else sound)
             type(self).prepare(settings)
         else:
             run.settle()
@@ -262,11 +265,44 @@ class Runs(Launcher):
                 run.check(result, *(name for name in SEALED if name != "student"))
         return run, gpus(settings["trainer"]), name_of(settings["logger"])
 
+    def check_before(self, settings: dict, sound: set[str]) -> None:
+        """Raise UserError for a damaged run that makes the teacher or start of a run; sound: names of checked ones."""
+        planned = type(self).plan(settings)
+        stored = planned.store is not None and planned.store.manifest().exists()
+        for model in filter(None, (planned.start, None if stored else planned.teacher)):
+            run = type(self).plan(model).run
+            if run.name in sound:
+                continue
+            if result := run.result():
+                run.check(result, "student")
+            else:
+                self.check_before(model, sound)
+            sound.add(run.name)
+
     def _return(self, job: Job) -> JobReturn:
         result, state = outcome(job)
         if result is not None:
             return JobReturn(overrides=job.words, status=JobStatus.COMPLETED, _return_value=result["final"]["val/lm"])
         return JobReturn(overrides=job.words, status=JobStatus.FAILED, _return_value=NotDone(job.run, state))
+
+
+def discard(runs: Iterable[Run]) -> None:
+    """Remove the results of runs, to make them anew; raises UserError while another copy of the sweep makes any."""
+    runs, claimed = list(runs), []
+    try:
+        for run in runs:
+            if not run.claim():
+                raise UserError(
+                    f"force=true: another copy of this sweep makes {run.name}, and this one would remove what that one "
+                    "has made anew. Type the same command without force=true, and the copies share the runs."
+                )
+            claimed.append(run)
+        for run in filter(Run.is_done, runs):
+            with run.lock(wait=True):
+                run.discard()
+    finally:
+        for run in claimed:
+            run.release()
 
 
 def refused(jobs: Sequence[Sequence[str]], said: Sequence[str], wrong: Mapping[int, str]) -> str:

@@ -29,7 +29,7 @@ from kd.hardware import hold_in, keep_freed
 from kd.logits import Projection, online
 from kd.models import Causal
 from kd.objective import chunks, fitting
-from kd.progress import Steps, clock, console, track
+from kd.progress import Steps, clock, console, counted, track
 from kd.remote import Remote
 from kd.run import read_json
 from kd.store import quoted, row_hash, said
@@ -351,7 +351,8 @@ def merge(folder: Path, parts: list[Path]) -> None:
     if missing:
         words = quoted(begun[parts[0]]["about"]["words"])
         raise UserError(
-            f"{len(missing)} files are in none of the parts, {missing[0]}.safetensors among them. Give the part that "
+            f"{counted(len(missing), 'file is', 'files are')} in none of the parts, "
+            f"{missing[0]}.safetensors among them. Give the part that "
             f"has them, or write it, where NUMBER is its own:\n  python -m kd.store write {words} part=NUMBER/OF"
         )
     for name, (part, note) in track(notes.items(), "merging"):

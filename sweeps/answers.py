@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kd.progress import console, track
+from kd.progress import console, counted, track
 from sweeps import laws
 from sweeps.compare import amount, listed
 from sweeps.laws import DISTILLATION, POWER, SUPERVISED, Coefficients, LackOfFit, Law, Problem
@@ -111,9 +111,10 @@ class Fit:
             for few in dict.fromkeys(self.thin.values())
         ]
         if self.settings < 2 * len(self.law.names):
-            repeats = f", of {len(self.points)} runs," if len(self.points) > self.settings else ""
+            repeats = f", of {counted(len(self.points), 'run', 'runs')}," if len(self.points) > self.settings else ""
             found.append(
-                f"{self.settings} settings{repeats} are few for the {len(self.law.names)} coefficients of the {of}."
+                f"{counted(self.settings, 'setting', 'settings')}{repeats} {'is' if self.settings == 1 else 'are'} few "
+                f"for the {len(self.law.names)} coefficients of the {of}."
             )
         return found
 
@@ -132,7 +133,9 @@ def fitted(
 
     alone: the supervised law, for the distillation law. axis: what a power law is over.
     """
-    console.print(f"fitting the {law.name} law{of and f' {of}'} to {len(points)} runs", markup=False, soft_wrap=True)
+    console.print(
+        f"fitting the {law.name} law{of and f' {of}'} to {counted(len(points), 'run', 'runs')}", soft_wrap=True
+    )
     every, settings, seeds = data(points), settings_of(points), numbered(p.seed for p in points)
     if law is POWER:
         every = every._replace(n=column(points, axis))
@@ -183,7 +186,10 @@ def doubts(fit: Fit) -> list[str]:
     """What the runs cannot tell of the coefficients."""
     of, found = fit.law.name + (f" law ({fit.of})" if fit.of else " law"), fit.limits
     if fit.law is DISTILLATION and (better := sum(p.loss < p.teacher_loss for p in fit.points)):
-        found.append(f"{better} students are better than their teacher, which the {of} does not allow for.")
+        found.append(
+            f"{counted(better, 'student is better than its', 'students are better than their')} teacher, "
+            f"which the {of} does not allow for."
+        )
     if loose := [k for k in fit.loose if k not in fit.stuck and k not in fit.thin]:
         found.append(
             f"{listed(loose)} of the {of} cannot be told from these runs: the interval spans more than a factor of "
@@ -236,8 +242,9 @@ def lacks(points: list[Point], law: Law) -> str:
         return ""
     return (
         f"{len(law.names)} coefficients need at least {len(law.names) + 1} settings of at least 2 student sizes and 2 "
-        f"numbers of tokens; there are {settings} settings in {len(points)} runs, {sizes} sizes and {amounts} numbers "
-        "of tokens"
+        f"numbers of tokens; here: {counted(settings, 'setting', 'settings')} in "
+        f"{counted(len(points), 'run', 'runs')}, {counted(sizes, 'size', 'sizes')} and "
+        f"{counted(amounts, 'number', 'numbers')} of tokens"
     )
 
 

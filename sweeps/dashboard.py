@@ -11,6 +11,11 @@ import re
 import sys
 from pathlib import Path
 
+from kd.launchers import forget_ranks
+
+if __name__ == "__main__":  # before a library that reads them is loaded
+    forget_ranks(os.environ)
+
 from kd.errors import MISTAKES, UserError, for_people
 from kd.identity import axes, sizes_of
 from kd.loggers import logged_in, wandb_run

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+
+from kd.launchers import forget_ranks
+
+if __name__ == "__main__":  # before a library that reads them is loaded
+    forget_ranks(os.environ)
 
 from rich.table import Table
 
 from kd import files
 from kd.errors import MISTAKES, UserError, for_people
-from kd.progress import Terminal, harmless, styled
+from kd.progress import Terminal, counted, harmless, styled
 from kd.remote import home, publish
 from sweeps import curves
 from sweeps.answers import Answers, Fit, answers, published
@@ -37,7 +43,10 @@ def table(fit: Fit, entropy: float | None) -> Table:
 def show(found: Answers, out: Terminal) -> None:
     """Print every law: what it is, its coefficients, and how well it holds."""
     for fit in found.fits:
-        title = f"{fit.law.name} law {fit.of}".rstrip() + f": {fit.law.formula}  ({len(fit.points)} runs)"
+        title = (
+            f"{fit.law.name} law {fit.of}".rstrip()
+            + f": {fit.law.formula}  ({counted(len(fit.points), 'run', 'runs')})"
+        )
         off = f"off on the {fit.held.sum()} largest runs, held out, by {fit.beside}" if fit.error is not None else ""
         out.print(title, style="bold", soft_wrap=True)
         out.print(table(fit, found.entropy))

@@ -14,6 +14,7 @@ import numpy as np
 from kd import files
 from kd.errors import UserError
 from kd.identity import below, model_name
+from kd.progress import counted
 from kd.provenance import doubts_of_many
 from sweeps.compare import Entry, label, listed, settings, subset, varying
 from sweeps.laws import Data
@@ -74,11 +75,15 @@ def of_sweep(entries: list[Entry]) -> tuple[list[Point], list[str]]:
     entries = list({e.folder: e for e in entries}.values())
     done, notes = [e for e in entries if e.result is not None], []
     if left := len(entries) - len(done):
-        notes.append(f"{left} of {len(entries)} runs are not done and not counted: python -m sweeps.report says why.")
+        notes.append(
+            f"{left} of {len(entries)} runs {'is' if left == 1 else 'are'} not done and not counted: python -m "
+            "sweeps.report says why."
+        )
     usable = [e for e in done if e.result["config"]["logits"] in ("none", "online", "offline")]
     if learning := len(done) - len(usable):
         notes.append(
-            f"{learning} runs have a teacher that still learns (cotrained, recorded): no law here is of those."
+            f"{counted(learning, 'run has', 'runs have')} a teacher that still learns (cotrained, recorded): "
+            "no law here is of those."
         )
     old = [e for e in usable if not {"non_embedding", "flops_per_token"} <= e.result.keys()]
     if old:
@@ -99,7 +104,10 @@ def of_sweep(entries: list[Entry]) -> tuple[list[Point], list[str]]:
     keys = varying(teachers) if len(names) < len(teachers) else []
     again = [e for e in usable if e.result["tokens"] > e.result["train_rows"] * e.result["config"]["data.seq_len"]]
     if again:
-        notes.append(f"{len(again)} runs read their text more than once; the laws take D as if it were all new.")
+        notes.append(
+            f"{counted(len(again), 'run reads its', 'runs read their')} text more than once; "
+            "the laws take D as if it were all new."
+        )
     return [point(e.folder.name, e.result, keys) for e in usable], notes
 
 

@@ -6,6 +6,7 @@ The same numbers are in NAME.md, for a paper or an issue, and, a line per run, i
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections import Counter
@@ -13,6 +14,11 @@ from collections.abc import Iterable
 from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
+
+from kd.launchers import forget_ranks
+
+if __name__ == "__main__":  # before a library that reads them is loaded
+    forget_ranks(os.environ)
 
 import jinja2
 import plotly.graph_objects as go
@@ -150,7 +156,8 @@ def caveats(groups: list[Group], table: list[Row], beside: list[Mark], ranked: b
 def page(name: str, entries: list[Entry], groups: list[Group], told: dict) -> str:
     """The report as HTML. told: the words that it shares with the Markdown."""
     table, beside = told["table"], told["beside"]
-    few, losses = beside if len(beside) <= 3 else [], by_loss(table)
+    lines, losses = [mark for mark in beside if mark.dash], by_loss(table)
+    few = lines if len(lines) <= 3 else []
     figures = {"curves": curves(table, few), "exposure": exposure(table)}
     for of in dict.fromkeys((told["of"], LOSS)):
         alone = [Mark(g.label, "dash", {of.key: g.mean(of.key).mean}) for g in groups if g.alone]
@@ -188,7 +195,9 @@ def write(root: str | Path, name: str) -> tuple[Path, str]:
         raise UserError(f"No run of the sweep {name} is done yet. Type: python train.py sweeps={name}\n{listing}")
     states = {entry.folder: entry.state for entry in entries}
     left = sum(state != "done" for state in states.values())
-    says = finding(groups) + (f" [{left} of {len(states)} runs are not done and not counted]" if left else "")
+    says = finding(groups) + (
+        f" [{left} of {len(states)} runs {'is' if left == 1 else 'are'} not done and not counted]" if left else ""
+    )
     table, beside, of = rows(groups), marks(groups), goal(groups)
     shown = columns(table, of, beside)
     told = {

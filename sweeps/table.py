@@ -56,10 +56,10 @@ class Row(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """What stands beside the students: a teacher, or the lowest loss there can be."""
+    """What stands beside the students: a teacher, students before training, or the lowest loss there can be."""
 
     label: str
-    dash: str
+    dash: str  # of its line in plots; empty for none
     values: dict[str, float]
 
 
@@ -130,7 +130,7 @@ def alike(groups: list[Group], keys: Iterable[str], beside: list[Mark]) -> dict[
 
 
 def marks(groups: list[Group]) -> list[Mark]:
-    """Teachers and, where it is known, the entropy of the data."""
+    """Teachers, students before training where that was measured, and, where it is known, the entropy of the data."""
     taught: dict[tuple[str, str], list[Group]] = {}
     for group in groups:
         if group.of("val/teacher_lm"):
@@ -146,8 +146,22 @@ def marks(groups: list[Group]) -> list[Mark]:
         if per_token := members[0].results[0].get("bytes_per_token"):
             values["val/bpb"] = values["val/lm"] / math.log(2) / per_token
         found.append(Mark(f"teacher {said.removeprefix('teacher=')}{learns}", "solid", values))
+    found += untrained(groups)
     floors = {result.get("entropy") for g in groups for result in g.results} - {None}
     return found + [Mark("entropy of the data", "dot", {"val/lm": floor}) for floor in sorted(floors)]
+
+
+def untrained(groups: list[Group]) -> list[Mark]:
+    """What students that are not random were before their training, a mark for each of what they start from."""
+    starts: dict[str, list[dict[str, float]]] = {}
+    for result in (result for group in groups for result in group.results if result.get("initial")):
+        starts.setdefault(subset(result["config"], "student", "start", "data"), []).append(result["initial"])
+    keys, found = varying([json.loads(text) for text in starts]), []
+    for text, initials in starts.items():
+        seen = {k: [initial[k] for initial in initials if k in initial] for k in (LOSS.key, *MEASURES)}
+        values = {k: fmean(v) for k, v in seen.items() if v}
+        found.append(Mark(f"before training {label(json.loads(text), keys)}".rstrip(), "", values))
+    return found
 
 
 def number(value: float | None, digits: int = 4, sign: bool = False) -> str:

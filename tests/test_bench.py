@@ -60,6 +60,25 @@ def test_every_case_trains_as_many_steps_as_asked(name):
 def test_a_word_without_meaning_is_refused_by_name(words, says, tmp_path):
     with pytest.raises(UserError, match=says):
         command.main([*words, f"root={tmp_path}"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("by", ["word", "environment"])
+def test_results_are_in_the_home_folder_where_its_sign_is_typed(by, tmp_path, monkeypatch):
+    (tmp_path / "at").mkdir()
+    monkeypatch.chdir(tmp_path / "at")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("KD_ROOT", "~/x")
+    monkeypatch.setattr(command, "compare", lambda folder, *_: (folder / "speed.json").write_text("{}"))
+    command.main(["only=lm", *(["root=~/x"] if by == "word" else [])])
+    assert (tmp_path / "x" / "bench" / "speed.json").exists() and not list((tmp_path / "at").iterdir())
+
+
+def test_a_url_is_no_place_for_results(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="type root=FOLDER"):
+        command.main(["only=lm", "root=s3://bucket/kd"])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", NEEDS)

@@ -211,6 +211,7 @@ def test_devices_are_counted_where_a_run_is_done(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     told = settings(tmp_path, "trainer.devices=4", "teacher.steps=1")
     monkeypatch.setattr(Runs, "_settings", lambda self, words: told)
+    monkeypatch.setattr(Runs, "config", SimpleNamespace(force=False), raising=False)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         ray, local = Ray(None, 1, 4), Processes()
         ray.config = local.config = SimpleNamespace(force=False)

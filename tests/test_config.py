@@ -524,6 +524,34 @@ REFUSED = {
     "loss=tvdd": "type loss=tvd,",
     "student=gpt2": "student=hub student.name=gpt2.",
     "+loss=rkl": "type loss=rkl, without the +.",
+    "++loss=rkl": "type loss=rkl, without the +.",
+    # null, true and false, which name no option.
+    "logger=null": "type logger=none.",
+    "routing=false": "type routing=none.",
+    "teacher=null": "type teacher=none.",
+    "loss=null": "choose one of akl, atkd,",
+    "loss=true": "got true; choose one of akl, atkd,",
+    "loss=fkl,null": "got null; choose one of akl, atkd,",
+    "logger=true": "choose one of none, tensorboard, wandb.",
+    "truncation=false": "choose one of full,",
+    "student=null": "choose one of 100k,",
+    "record=null": "leave it out for none, or choose one of full,",
+    "record=null,full": "got null; leave it out",
+    "sweeps=true": "got true; choose one of adaptive,",
+    "hydra/launcher=null": "leave it out, or type hydra/launcher=processes.",
+    "hydra/launcher=1": "got 1; leave it out, or type hydra/launcher=processes.",
+    "hydra/sweeper=false": "leave it out, or type hydra/sweeper=lines.",
+    "~teacher": "teacher needs an option; type teacher=none.",
+    "~loss=fkl": "loss needs an option; choose one of akl,",
+    # A / before the name, or in it.
+    "/loss=fkl": "type loss=fkl.",
+    "/loss=[fkl,rkl]": "type loss=[fkl,rkl].",
+    "//loss.mu=0.5": "type loss.mu=0.5.",
+    "kd/loss=fkl": "type loss=fkl.",
+    "+/seed=1": "type seed=1.",
+    "data/seq_len=64": "type data.seq_len=64.",
+    "loss/=fkl": "type loss=fkl.",
+    "/hydra/launcher=ray": "type hydra/launcher=ray.",
 }
 
 
@@ -533,12 +561,18 @@ def test_what_is_meant_for_a_setting_is_refused_with_what_to_type(words):
         guard.check_words(words)
 
 
+def test_a_message_names_some_of_many_options():
+    with pytest.raises(UserError) as error:
+        guard.check_words(["student=null"])
+    assert str(error.value).count(", ") < 9 and str(error.value).endswith("in all: python train.py --help).")
+
+
 @pytest.mark.parametrize(
     "words",
     ["loss=fkl,rkl", "loss=glob(*)", "loss=choice(fkl,rkl)", "truncation=full,top_k truncation.k=5",
      "sweeps=loss truncation.k=5", "truncation=top_k truncation.k=range(1,9)", "student=hub optim.weight_decay=0",
      "+optim.amsgrad=true", "optim=mup student=hub optim.base_width=5", "data=text data.files=[a.txt,b.txt]",
-     "plain=text plain.files=a.txt", "record=null", "hydra/launcher=slurm", "hydra.launcher.minutes=5",
+     "plain=text plain.files=a.txt", "hydra/launcher=slurm", "hydra.launcher.minutes=5",
      "temperature.tau=0.5,2", "logits.window=[0.5,1.0] logits=recorded", "responses.samples=2", "sweep=mine",
      "lr.peak=tag(log,interval(1e-3,3e-2))", "~record"],
 )  # fmt: skip

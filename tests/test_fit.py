@@ -255,7 +255,9 @@ def test_what_cannot_be_fitted_is_said():
     only = answers.answers("x", alone, [], draws=0, seed=0)
     assert only.supervised and only.distillation is None and "no run learns from a teacher" in only.cannot[0]
     one = answers.answers("x", [p for p in alone if p.parameters == 1e6], [], draws=0, seed=0)
-    assert one.supervised is None and "5 settings in 5 runs, 1 sizes" in one.cannot[0] and set(one.powers) >= {"tokens"}
+    assert (
+        one.supervised is None and "5 settings in 5 runs, 1 size and" in one.cannot[0] and set(one.powers) >= {"tokens"}
+    )
     taught = [p for p in planted(0.001) if p.teacher in (None, "large")]
     assert "2 teachers" in " ".join(answers.answers("x", taught, [], draws=0, seed=0).cannot)
     nothing = answers.answers("x", alone[:2], [], draws=0, seed=0)
@@ -268,7 +270,7 @@ def test_a_law_needs_more_settings_than_coefficients_however_often_each_was_run(
     runs = [p._replace(seed=str(seed), loss=p.loss + 0.001 * seed) for p in some for seed in range(4)]
     found = answers.answers("x", runs, [], draws=5, seed=0)
     assert found.supervised is None and found.distillation is None
-    said = f"at least 7 settings of at least 2 student sizes .* there are {len(some)} settings in {len(runs)} runs"
+    said = f"at least 7 settings of at least 2 student sizes .* here: {len(some)} settings in {len(runs)} runs"
     assert re.search(said, found.cannot[0])
     headline = fit.finding(found)
     assert headline.startswith("nothing could be fitted") and "irreducible loss" not in headline
@@ -478,7 +480,7 @@ def test_points_of_a_sweep_are_its_results(tmp_path):
     for p, q in zip(some, got):
         assert q._replace(run=p.run, teacher_tokens=p.teacher_tokens, entropy=None, seed=None) == p and q.seed == "0"
     assert got[1].teacher_tokens == int(some[1].teacher_tokens / 1024) * 4 * 256
-    assert "1 of 32 runs are not done" in notes[0] and "1 runs are of an earlier version" in notes[1]
+    assert "1 of 32 runs is not done" in notes[0] and "1 runs are of an earlier version" in notes[1]
 
 
 def test_runs_that_no_law_is_of_are_told_of(tmp_path):

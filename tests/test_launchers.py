@@ -34,18 +34,44 @@ def test_a_rank_that_kd_started_has_its_own_and_what_it_starts_has_none():
     assert environment == KEPT
 
 
-@pytest.mark.parametrize("module", ["train", "kd.store", "kd.ranks", "sweeps.fit"])
-def test_libraries_are_loaded_after_that(module):
+PROGRAMS = ["train.py", "kd.data", "kd.store", "kd.bench", "kd.bench.work", "sweeps.report", "sweeps.fit",
+            "sweeps.dashboard"]  # fmt: skip
+
+
+def printed(script: str) -> str:
+    """The last line that a script prints in a process to which launchers give rank 1."""
+    environment = ENVIRONMENT | dict.fromkeys(VARIABLES, "1")
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, cwd=TRAIN.parent, text=True, capture_output=True)
+    return (done.stdout.splitlines() or [done.stderr])[-1]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_forgets_them_before_it_loads_a_library(program):
+    run = "run_path" if program.endswith(".py") else "run_module"
     script = (
-        f"import os, {module}\n"
-        "from lightning.pytorch.utilities.rank_zero import rank_zero_only\n"
-        "print(rank_zero_only.rank, [n for n in os.environ if 'RANK' in n or 'PROCID' in n])"
+        "import runpy, sys, kd.launchers\n"
+        "def forget(environment):\n"
+        "    print([name for name in ('torch', 'lightning', 'transformers', 'wandb') if name in sys.modules])\n"
+        "    sys.exit()\n"
+        "kd.launchers.forget_ranks = forget\n"
+        f"runpy.{run}({program!r}, run_name='__main__')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=ENVIRONMENT | dict.fromkeys(VARIABLES, "1"), cwd=TRAIN.parent, text=True,
-        capture_output=True,
-    )  # fmt: skip
-    assert done.stdout == "0 []\n", done.stderr
+    assert printed(script) == "[]"
+
+
+def test_a_program_that_is_not_of_kd_keeps_its_ranks():
+    assert printed("import os, kd.losses; print(os.environ['RANK'], os.environ['LOCAL_RANK'])") == "1 1"
+
+
+def test_every_program_is_among_these():
+    folder = TRAIN.parent
+    files = [p for place in ("kd", "sweeps") for p in (folder / place).rglob("*.py")] + [TRAIN]
+    found = {
+        str(p.relative_to(folder).with_suffix("")).replace("/", ".").removesuffix(".__main__")
+        for p in files if '__name__ == "__main__"' in p.read_text()
+    }  # fmt: skip
+    assert found == {program.removesuffix(".py") for program in PROGRAMS}
 
 
 def test_a_run_and_its_teacher_write_everything_with_ranks_of_others(tmp_path):

@@ -75,6 +75,12 @@ class Sweep:
         (folder / "exaccerr.json").write_text(json.dumps({"exaccerr": list(curve)}))
         return self
 
+    def began(self, **initial):
+        """What the last run was before its training."""
+        path = self.root / self.runs[-1]["run"] / "result.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"initial": initial}))
+        return self
+
     def losses(self, **of):
         """Runs with seeds 0, 1, … of each method."""
         for method, values in of.items():
@@ -428,6 +434,24 @@ def test_entropy_is_shown_where_it_is_known_and_a_run_without_teacher_has_dashes
     page, _ = sweep.done("lm", 0, 2.5, entropy=1.2618, **{"teacher.size": None}).page()
     assert cells(page, "entropy of the data")[1] == "1.2618"
     assert 'id="val-fkl"' not in page and 'id="val-ece"' in page
+
+
+def test_students_before_training_have_a_row_for_each_of_what_they_start_from(sweep):
+    pretrained = {"start": "pretrained", "student.size": None, "student.name": "a"}
+    for seed, before in enumerate((4.0, 5.0)):
+        sweep.done("fkl", seed, 2.0, **pretrained).began(**{"val/lm": before, "val/fkl": 0.75, "tokens": 0})
+    page, _ = sweep.done("rkl", 0, 2.1).page()
+    row = cells(page, "before training")
+    assert row[1].split()[0] == "4.5000" and "0.750" in row
+    assert f"| before training | {row[1].split()[0]} |" in (sweep.root / "sweeps" / "s.md").read_text()
+    sweep.done("fkl", 0, 2.0, **pretrained | {"start": "sft"}).began(**{"val/lm": 3.0})
+    labels = sorted(mark.label for mark in table.marks(sweep.groups()))
+    assert labels == ["before training start=pretrained", "before training start=sft", "teacher 1m"]
+
+
+def test_students_that_begin_at_random_have_no_row_before_training(sweep):
+    page, _ = sweep.done("fkl", 0, 2.0).began().done("rkl", 0, 2.1).page()
+    assert "before training" not in page
 
 
 def test_nothing_is_loaded_and_nothing_injected(sweep):

@@ -74,7 +74,7 @@ def test_a_run_killed_in_a_search_is_made_by_the_same_command(searched, tmp_path
         time.sleep(0.01)
     os.kill(json.loads(states[0].read_text())["pid"], signal.SIGKILL)
     output = process.communicate(timeout=240)[0]
-    assert process.returncode == 1 and "1 trials were interrupted" in output, output
+    assert process.returncode == 1 and "1 trial was interrupted" in output, output
     train(tmp_path, *WORDS)
     assert len(trials(tmp_path)) == 3 and set(trials(tmp_path)) & set(trials(root))
 

@@ -228,7 +228,7 @@ def command_line(root, monkeypatch, capsys):
 def test_verify_compares_with_the_teacher_and_info_says_what_it_is(root, command_line):
     path = str(only(root))
     code, said = command_line("verify", path)
-    assert code == 0 and "All 10 files are what was written" in said and "8 rows of 32 tokens recomputed" in said
+    assert code == 0 and "10 files are all what was written" in said and "8 rows of 32 tokens recomputed" in said
     code, said = command_line("info", path)
     assert code == 0 and "top_k k=5" in said and "60 rows of 32 tokens" in said and "8 shards" in said
     shutil.rmtree(folder(root, "lm"))

@@ -2,21 +2,25 @@
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
 
+import hydra
 import pytest
 from omegaconf import OmegaConf
 
 from kd import models
-from kd.config import SWEEPS
+from kd.config import CONF, SWEEPS
 from kd.errors import UserError
 from kd.identity import NO_SIGNAL, group_of
-from kd.sweep import Processes, asked_for, at_scale, varying
+from kd.progress import counted
+from kd.run import Run, whereabouts
+from kd.sweep import Processes, asked_for, at_scale, discard, varying
 from sweeps import report
 from sweeps.compare import ALONE, grouped, manifest, read
-from tests.small import ENVIRONMENT, TRAIN, folder, listed, outcome, result, train
+from tests.small import ENVIRONMENT, TRAIN, folder, listed, outcome, result, settings, train
 
 
 def test_multirun_makes_every_run_and_again_makes_none(tmp_path):
@@ -46,6 +50,44 @@ def test_two_sweeps_without_a_name_keep_a_list_each(tmp_path):
 def test_the_words_of_a_sweep_name_it_whatever_their_order():
     words = ["seed=0,1", "loss=fkl", "n_jobs=2", "force=true", "root=/x", "logger=none"]
     assert asked_for(words) == asked_for(["loss=fkl", "seed=0,1"]) != asked_for(["loss=fkl", "seed=0,2"])
+
+
+@pytest.mark.parametrize("words", [("start=scratch", "start=sft"), ("start.sft_steps=5", "start.sft_steps=6"),
+                                   ("plain=python", "plain=text"), ("logits.path=a", "logits.path=b")])  # fmt: skip
+def test_words_that_make_other_runs_name_another_sweep(words):
+    one, two = (asked_for(["loss=fkl,rkl", word]) for word in words)
+    assert one != two
+
+
+def test_a_damaged_teacher_is_said_before_any_run_starts(tmp_path):
+    asked = settings(tmp_path, "student=100k")
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        teacher = Processes.plan(Processes.plan(asked).teacher).run
+        Processes().check_before(asked, set())  # it is not there yet
+        teacher.folder.mkdir(parents=True)
+        (teacher / "result.json").write_text("{")
+        with pytest.raises(UserError, match=r"result\.json is damaged"):
+            Processes().check_before(asked, set())
+        Processes().check_before(asked, {teacher.name})
+
+
+def test_one_run_is_said_to_be_one():
+    assert [counted(n, "run is", "runs are") for n in (0, 1, 2000)] == ["0 runs are", "1 run is", "2,000 runs are"]
+
+
+def test_a_copy_removes_no_result_while_another_one_is_at_work(tmp_path):
+    done, begun = Run(tmp_path, "done"), Run(tmp_path, "begun")
+    for run in (done, begun):
+        assert run.claim()
+        run.release()
+    (done / "result.json").write_text("{}")
+    (begun / "claim.lock").write_text(json.dumps(whereabouts() | {"pid": os.getppid()}))
+    with pytest.raises(UserError, match=r"another copy of this sweep makes begun.* without force=true"):
+        discard([done, begun])
+    assert done.is_done() and not (done / "claim.lock").exists() and (begun / "claim.lock").exists()
+    (begun / "claim.lock").unlink()
+    discard([done, begun])
+    assert not done.is_done() and not list(tmp_path.rglob("claim.lock"))
 
 
 def test_run_in_a_sweep_equals_the_run_alone(tmp_path):

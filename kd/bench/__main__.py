@@ -14,6 +14,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from kd.launchers import forget_ranks
+
+if __name__ == "__main__":  # before a library that reads them is loaded
+    forget_ranks(os.environ)
+
 from rich.table import Table
 
 from kd import files
@@ -23,6 +28,7 @@ from kd.bench.work import GIB, SHAPES, Shape, measured
 from kd.config import PRECISIONS
 from kd.errors import UserError
 from kd.progress import console, end_with
+from kd.remote import is_url
 
 
 def main(words: list[str]) -> None:
@@ -43,13 +49,17 @@ def main(words: list[str]) -> None:
     precision = given.get("precision") or ("bf16" if computes_in_bf16() else "fp32")
     if precision not in PRECISIONS:
         raise UserError(f"precision={precision}: need one of {', '.join(PRECISIONS)}.")
-    folder = Path(given.get("root") or os.environ.get("KD_ROOT") or "runs") / "bench"
+    root = given.get("root") or os.environ.get("KD_ROOT") or "runs"
+    if is_url(root):
+        raise UserError(f"root={root}: what is measured is written to this machine; type root=FOLDER.")
+    folder = Path(files.expanded(root)) / "bench"
+    if not plain:
+        check(names)
     folder.mkdir(parents=True, exist_ok=True)
     if plain:
         middle = "tiny" if shape == "tiny" else "gpu_memory" if on_gpu else "memory"
         memory.write(folder, replace(SHAPES[middle], precision=precision), on_gpu)
     else:
-        check(names)
         compare(folder, names, replace(SHAPES[shape], precision=precision), int(steps), on_gpu)
 
 

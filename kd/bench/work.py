@@ -23,6 +23,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from kd.launchers import forget_ranks
+
+if __name__ == "__main__":  # before a library that reads them is loaded
+    forget_ranks(os.environ)
+
 from kd.sizes import Size
 
 WARM_UP = 3  # steps that are not counted: first allocations, compilation
