@@ -2,7 +2,8 @@
 
 alpaca and plain need no tokenizer. chat is the tokenizer's own template, and what is packed is what it writes: prompt,
 response and end are the beginning of the whole conversation as it renders it. What it puts between its generation
-prompt and the answer is part of the prompt. Only what the template itself writes can become a special token.
+prompt and the answer is part of the prompt, unless a token of the answer begins in it. Only what the template itself
+writes can become a special token.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import NamedTuple
 
 from kd.corpora import Pairs
@@ -68,7 +70,7 @@ def template_of(pairs: Pairs, examples: Iterable[Example], tokenizer=None) -> st
         )
     if pairs.template:
         return pairs.template
-    first = next(iter(examples), None)
+    first = next((example for example in examples if example.turns), None)  # the first that is not left out
     return "chat" if able and first and first.conversation else "alpaca"
 
 
@@ -86,7 +88,8 @@ def encode(examples: Sequence[Example], template: str, tokenizer, special: bool 
 
     special: special tokens that are written out in the examples are read as tokens. date: see Chat. A prompt has the
     tokens that it has alone, with those that the tokenizer puts in front of a text; a chat template writes its own. A
-    response has the tokens that it has behind the prompt, if none reaches over both.
+    response has the tokens that it has behind the prompt, if none reaches over both; in a chat, one may reach into
+    what the template puts between its generation prompt and the answer.
     """
     rows = [(example, *row) for example in examples for row in example.rows()]
     if template == "chat":
@@ -94,14 +97,20 @@ def encode(examples: Sequence[Example], template: str, tokenizer, special: bool 
         texts, unused = [chat.split(*row) for row in rows], [chat.unused(*row) for row in rows]
         ids, alone, bare, bos = chat.ids, chat.ids_behind, chat.bare, []
     else:
-        texts = [(WRITTEN[template](before), answer.content) for _, before, answer in rows]
+        texts = [("", WRITTEN[template](before), answer.content) for _, before, answer in rows]
         unused = [_unwritten(template, *row) for row in rows]
         ids, bare = partial(tokens, tokenizer=tokenizer, special=special), str
         alone, bos = lambda text: ids([text])[0], bos_of(tokenizer)
     made = []
-    prompts, wholes = ids([prompt for prompt, _ in texts]), ids([prompt + response for prompt, response in texts])
-    for prompt, whole, (_, response), keys in zip(prompts, wholes, texts, unused, strict=True):
+    prompts, wholes = ids([before for _, before, _ in texts]), ids([before + answer for _, before, answer in texts])
+    for prompt, whole, (opening, before, response), keys in zip(prompts, wholes, texts, unused, strict=True):
         joined = whole[: len(prompt)] == prompt  # alone, a response may begin otherwise: SentencePiece adds a space
+        if not joined and opening not in ("", before):
+            asked = ids([opening])[0]
+            if joined := whole[: len(asked)] == asked:
+                kept = next(i for i, pair in enumerate(zip_longest(prompt, whole)) if pair[0] != pair[1])
+                inserted = before.removeprefix(opening) if kept == len(asked) else tokenizer.decode(prompt[kept:])
+                prompt, response = prompt[:kept], inserted + response
         answer = whole[len(prompt) :] if joined else alone(response)
         made.append(Row(bos + prompt if prompt else [], answer, bare(response), keys))
     taken = iter(made)
@@ -182,16 +191,17 @@ class Chat:
         """The token that ends a response."""
         return self.tokenizer.convert_tokens_to_ids(self.text_end) if self.text_end else self.tokenizer.eos_token_id
 
-    def split(self, example: Example, before: Sequence[Turn], answer: Turn) -> tuple[str, str]:
-        """Prompt and response as the template writes them, without the end; with marks around what is not special.
+    def split(self, example: Example, before: Sequence[Turn], answer: Turn) -> tuple[str, str, str]:
+        """Generation prompt, prompt and response as the template writes them, without the end.
 
-        Raises UserError, with both texts, where they cannot be the beginning of the whole conversation.
+        The prompt begins with the generation prompt. Marks are around what is not special. Raises UserError, with both
+        texts, where they cannot be the beginning of the whole conversation.
         """
         more = self._marked({"tools": list(example.tools) or None, **example.options}, self.control)
         asked = self._marked(_messages(before), self.control)
         opening = self._rendered(asked, add_generation_prompt=True, **more)
         if example.prompt_only:
-            return opening, ""
+            return opening, opening, ""
         placed = self._rendered([*asked, {"role": "assistant", "content": MARK}], **more)
         head, found, tail = placed.rpartition(MARK)
         if not found or MARK in head:
@@ -205,7 +215,7 @@ class Chat:
         kept = tail.find(self.text_end) if self.text_end else 0
         if kept < 0:
             raise self._differs(f"ends this answer without {self.text_end}", opening, whole)
-        return start, whole[len(start) : len(whole) - len(tail) + kept]
+        return opening, start, whole[len(start) : len(whole) - len(tail) + kept]
 
     def layout(self) -> tuple[str, str, str]:
         """The generation prompt of an example with {user} as its prompt, what comes before the answer, and after it."""

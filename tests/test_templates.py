@@ -4,9 +4,10 @@ import datetime
 import json
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kd import instructions, packing
+from kd import corpora, instructions, packing, templates
 from kd.errors import UserError
 from kd.examples import Example, Turn
 from kd.templates import Chat, encode
@@ -60,6 +61,42 @@ def test_prompt_response_and_end_begin_what_the_template_writes(template, answer
     assert whole.startswith(prompt + response + (end if end in whole else ""))
     asked = fast.apply_chat_template([ONE], tokenize=False, add_generation_prompt=True)
     assert prompt.startswith(asked)
+
+
+MERGING = {  # templates that put a space in front of an answer, which its first token takes in
+    "Mistral": LOOP + "{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + '<|im_end|>' }}"
+    "{% endfor %}",
+    "Vicuna": LOOP + "{{ 'USER: ' + m.content if m.role == 'user' else ' ASSISTANT: ' + m.content + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}",
+}  # fmt: skip
+
+
+def of_words(text: str, template: str) -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    how = dict(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    bpe.train_from_iterator([text] * 9, trainers.BpeTrainer(vocab_size=300, special_tokens=[END, START, STOP], **how))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, chat_template=template)
+
+
+@pytest.mark.parametrize("template", MERGING.values(), ids=MERGING)
+def test_tokens_are_those_of_the_template_where_it_merges_text_with_the_answer(template):
+    """A tokenizer with tokens of whole words, each with the space in front of it."""
+    fast = of_words("[INST] Hello [/INST] Hello USER: Hello ASSISTANT: Hello", template)
+    prompt, response = encoded(Short((("user", "Hello"),), "Hello", True), "chat", fast)
+    whole = fast.apply_chat_template([ONE | {"content": "Hello"}, {"role": "assistant", "content": "Hello"}])
+    assert [*prompt, *response, Chat(fast).end] == whole["input_ids"]
+    assert fast.convert_ids_to_tokens(response) == ["\u0120Hello"]
+    asked = fast.apply_chat_template([ONE | {"content": "Hello"}], add_generation_prompt=True)
+    assert prompt == asked["input_ids"]
+
+
+def test_a_token_over_the_answer_leaves_the_rest_of_what_is_inserted_in_the_prompt():
+    fast = of_words("</think>\n\n\n", THINK.replace(" | trim", ""))
+    prompt, response = encoded(Short((("user", "Hi"),), "\n", True), "chat", fast)
+    assert fast.decode(prompt).endswith("<think>\n\n</think>") and fast.decode(response) == "\n\n\n"
+    messages = [ONE, {"role": "assistant", "content": "\n"}]
+    assert [*prompt, *response] == fast.apply_chat_template(messages)["input_ids"][:-2]
 
 
 REFUSED = {
@@ -134,6 +171,14 @@ def test_keys_that_a_template_does_not_write_are_counted(tmp_path):
     other = "{% if think %}!{% endif %}" + CHAT
     (((*_, unused),),) = encode([example], "chat", tokenizer(chat_template=other))
     assert {*unused} == {"key id", "key reasoning_content"}
+
+
+def test_an_example_that_is_left_out_does_not_choose_the_template(tmp_path):
+    chat = first(tmp_path, {"messages": [ONE, TWO]})
+    left_out = first(tmp_path, {"messages": [ONE, TWO | {"weight": 0}]})
+    assert left_out.left_out == "weight" and chat.conversation
+    for examples in ([left_out, chat], [chat, left_out]):
+        assert templates.template_of(corpora.Pairs(None, 8), examples, tokenizer()) == "chat"
 
 
 # Time and chance
