@@ -86,9 +86,8 @@ def tokenizer(pre=None, **of) -> PreTrainedTokenizerFast:
         vocab_size=259, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator([], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=END, extra_special_tokens=special[1:], **{"chat_template": CHAT, **of}
-    )
+    how = {"eos_token": END, "extra_special_tokens": special[1:], "chat_template": CHAT} | of
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **how)
 
 
 def pairs(*texts: tuple[str, str], prompt_len: int = 6, template: str | None = "plain") -> corpora.Corpus:
