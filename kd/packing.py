@@ -47,13 +47,14 @@ def key(corpus: Corpus, **settings) -> str:
 def pack(
     corpus: Corpus, cache: Path, seq_len: int = 256, vocab: int = 1024, tokenizer: str | None = None,
     tokens: int | None = None, val_rows: int = 64, val_share: float = 0.05,
-    tokenizer_of: tuple[Corpus, dict] | None = None, special: str = "text",
+    tokenizer_of: tuple[Corpus, dict] | None = None, special: str = "text", announce: bool = True,
 ) -> Packed:  # fmt: skip
     """The corpus as rows of seq_len + 1 tokens, made once and kept in `cache`.
 
     vocab: size of the tokenizer to train, unless `tokenizer` names a pretrained one, or it is that of other text,
     `tokenizer_of`, which is packed too. tokens: at most so many for training, padding not counted (a smaller amount is
     a part of a larger one). special: special tokens that are written out in the text are read as text, or as tokens.
+    announce: print what became of all that was read.
     Raises UserError for text too short for one row.
     """
     settings = dict(seq_len=seq_len, tokens=tokens, val_rows=val_rows, val_share=val_share)
@@ -76,7 +77,7 @@ def pack(
         if tokenizer_of:
             settings["tokenizer"] = str(pack(tokenizer_of[0], cache, **tokenizer_of[1]).tokenizer)
         temporary.mkdir(parents=True)
-        _write(temporary, corpus, **settings)
+        _write(temporary, corpus, announce=announce, **settings)
 
     packed = once(Path(cache) / key(corpus, **settings, tokenizer_of=tokenizer_of), make)
     known = corpus.words or corpus.pairs or read_json(packed.folder / "manifest.json").get("measured_bytes")
@@ -122,7 +123,7 @@ def opened(folder: Path) -> Packed:
 
 def _write(
     folder: Path, corpus: Corpus, seq_len: int, tokens: int | None, val_rows: int, val_share: float,
-    vocab: int | None = None, tokenizer: str | None = None, special: str = "text",
+    vocab: int | None = None, tokenizer: str | None = None, special: str = "text", announce: bool = True,
 ) -> None:  # fmt: skip
     sides = _Sides(val_share)
     documents = _ordered(corpus, sides)
@@ -132,7 +133,8 @@ def _write(
         raise UserError(f"data.tokenizer={tokenizer}: has no token for the end of a text, which separates documents.")
     write = _write_examples if corpus.pairs else _write_text
     about = write(folder, corpus, documents, sides, fast, seq_len, tokens or math.inf, val_rows, special == "tokens")
-    if corpus.pairs or about["counts"]["left_out"].keys() - {"limit"} or about["counts"]["special_as_text"]:
+    worth_it = corpus.pairs or about["counts"]["left_out"].keys() - {"limit"} or about["counts"]["special_as_text"]
+    if announce and worth_it:
         console.print(in_words(about["counts"]), soft_wrap=True, markup=False)
     about |= {"source": corpus.fingerprint, "vocab": vocabulary_size(fast), "entropy": corpus.entropy}
     seal(folder, about)

@@ -182,7 +182,7 @@ def test_what_was_left_out_is_said_in_a_line(tmp_path, capfd):
     made = pack(tmp_path, ("much too long", "x"), ("cut", "1234567890ab"), *many())
     line = capfd.readouterr().err.strip().replace("\n", "")
     assert line == (
-        f"42 examples read, {len(made.train)} for training and {len(made.val)} for validation; left out: 1 with a "
+        f"42 examples read, {len(made.train)} rows for training and {len(made.val)} for validation; left out: 1 with a "
         "prompt beyond data.prompt_len; cut: 1 responses that are longer than their row"
     )
 
