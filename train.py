@@ -608,7 +608,7 @@ def pack_data(words: list[str]) -> tuple[Settings, data.Packed]:
         settings = resolve(cfg, words)
         quiet()
         source, how = corpus(settings)
-        return settings, packing.pack(source, home(settings["root"]) / "data", **how)
+        return settings, packing.pack(source, home(settings["root"]) / "data", **how, announce=False)
 
 
 def compare_with_teacher(store: Store, root: str) -> str:

@@ -110,7 +110,8 @@ def in_words(counts: dict) -> str:
     if not counts:
         return ""
     used, kind = counts["used"], counts["unit"]
-    parts = [f"{counts['read']:,} {kind} read, {used['train']:,} for training and {used['val']:,} for validation"]
+    rows = " rows" if kind == "examples" else ""  # one for each turn that is learned
+    parts = [f"{counts['read']:,} {kind} read, {used['train']:,}{rows} for training and {used['val']:,} for validation"]
     if counts["left_out"]:
         parts += ["left out: " + ", ".join(f"{n:,} {REASONS[k]}" for k, n in counts["left_out"].items())]
     if counts["cut"]:

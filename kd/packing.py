@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -47,13 +47,14 @@ def key(corpus: Corpus, **settings) -> str:
 def pack(
     corpus: Corpus, cache: Path, seq_len: int = 256, vocab: int = 1024, tokenizer: str | None = None,
     tokens: int | None = None, val_rows: int = 64, val_share: float = 0.05,
-    tokenizer_of: tuple[Corpus, dict] | None = None, special: str = "text",
+    tokenizer_of: tuple[Corpus, dict] | None = None, special: str = "text", announce: bool = True,
 ) -> Packed:  # fmt: skip
     """The corpus as rows of seq_len + 1 tokens, made once and kept in `cache`.
 
     vocab: size of the tokenizer to train, unless `tokenizer` names a pretrained one, or it is that of other text,
     `tokenizer_of`, which is packed too. tokens: at most so many for training, padding not counted (a smaller amount is
     a part of a larger one). special: special tokens that are written out in the text are read as text, or as tokens.
+    announce: print what became of all that was read.
     Raises UserError for text too short for one row.
     """
     settings = dict(seq_len=seq_len, tokens=tokens, val_rows=val_rows, val_share=val_share)
@@ -76,7 +77,7 @@ def pack(
         if tokenizer_of:
             settings["tokenizer"] = str(pack(tokenizer_of[0], cache, **tokenizer_of[1]).tokenizer)
         temporary.mkdir(parents=True)
-        _write(temporary, corpus, **settings)
+        _write(temporary, corpus, announce=announce, **settings)
 
     packed = once(Path(cache) / key(corpus, **settings, tokenizer_of=tokenizer_of), make)
     known = corpus.words or corpus.pairs or read_json(packed.folder / "manifest.json").get("measured_bytes")
@@ -122,17 +123,18 @@ def opened(folder: Path) -> Packed:
 
 def _write(
     folder: Path, corpus: Corpus, seq_len: int, tokens: int | None, val_rows: int, val_share: float,
-    vocab: int | None = None, tokenizer: str | None = None, special: str = "text",
+    vocab: int | None = None, tokenizer: str | None = None, special: str = "text", announce: bool = True,
 ) -> None:  # fmt: skip
-    documents = _ordered(corpus)
     sides = _Sides(val_share)
+    documents = _ordered(corpus, sides)
     fast = _tokenizer(corpus, documents, sides, vocab, tokenizer)
     fast.save_pretrained(folder / "tokenizer")
     if fast.eos_token_id is None and not corpus.words:
         raise UserError(f"data.tokenizer={tokenizer}: has no token for the end of a text, which separates documents.")
     write = _write_examples if corpus.pairs else _write_text
     about = write(folder, corpus, documents, sides, fast, seq_len, tokens or math.inf, val_rows, special == "tokens")
-    if corpus.pairs or about["counts"]["left_out"].keys() - {"limit"} or about["counts"]["special_as_text"]:
+    worth_it = corpus.pairs or about["counts"]["left_out"].keys() - {"limit"} or about["counts"]["special_as_text"]
+    if announce and worth_it:
         console.print(in_words(about["counts"]), soft_wrap=True)
     about |= {"source": corpus.fingerprint, "vocab": vocabulary_size(fast), "entropy": corpus.entropy}
     seal(folder, about)
@@ -168,14 +170,18 @@ def _write_text(
             encoded = templates.tokens([text for text, _ in pairs], fast, special)
             for (text, side), ids in zip(pairs, encoded, strict=True):
                 if count[side] < limit[side]:
+                    part = _own(ids, end, bos) if special else slice(None)
+                    if special and not ids[part]:
+                        counts.left_out["empty"] += 1
+                        continue
                     counts.used[side] += 1
                     counts.special_as_text += not corpus.words and as_text(text)
                     place = count[side] % size
-                    row = _with_bos(ids + end, bos, place, size)
+                    row = _with_bos(ids[part] + end, bos, place, size)
                     np.array(row, dtype).tofile(out[side])
                     count[side] += len(row)
                     if side == "val" and not corpus.words:
-                        spread = [*byte_counts(text, ids, fast), *(0 for _ in end)]
+                        spread = [*byte_counts(text, ids, fast)[part], *(0 for _ in end)]
                         np.array(_with_bos(spread, [0 for _ in bos], place, size), np.float32).tofile(val_bytes)
             if all(count[side] >= limit[side] for side in count):
                 break
@@ -211,6 +217,13 @@ def _announced_bos(fast, seq_len: int) -> list[int]:
     return bos
 
 
+def _own(ids: list[int], end: list[int], bos: list[int]) -> slice:
+    """The part of a text without the tokens that are put around it anyway, where they are written out in it."""
+    first = len(bos) if ids[: len(bos)] == bos else 0
+    last = len(ids) - len(end) if end and ids[-len(end) :] == end else len(ids)
+    return slice(first, max(first, last))
+
+
 def _with_bos(tokens: list, bos: list, place: int, size: int) -> list:
     """A document with bos in front of it, and in front of all of it that begins a row.
 
@@ -234,13 +247,13 @@ def _write_examples(
     val_rows: int, special: bool,
 ) -> dict:  # fmt: skip
     """Write rows of one response each, and their spans, and return the manifest's entries about them."""
-    most, date, as_text = corpus.pairs.prompt_len, corpus.pairs.date, templates.special_as_text(fast, special)
+    most, date = corpus.pairs.prompt_len, corpus.pairs.date
     template = templates.template_of(corpus.pairs, documents, fast)
-    if date and template != "chat":
-        raise UserError(f"data.date={date} would do nothing with data.template={template}: leave it out.")
+    templates.check_date(date, template, fast)
     if template != "chat":
         _announced_bos(fast, seq_len)
     end, size, dtype = templates.end_of_response(template, fast, date), seq_len + 1, _dtype(fast)
+    as_text = templates.special_as_text(fast, special, template)
     spans: dict[str, list] = {"train": [], "val": []}
     heard: list[float] = []  # bytes of the responses of validation, as far as rows hold them
     counts, read = Counts("examples"), 0
@@ -249,12 +262,14 @@ def _write_examples(
         for batch in _batches(documents, 256):
             for example, rows in zip(batch, templates.encode(batch, template, fast, special, date), strict=True):
                 counts.add(example, rows, as_text)
-                for prompt, response, text, _ in rows:
-                    if not 0 < len(prompt) <= most or not (response or example.prompt_only):
-                        reason = "prompt_too_long" if response or example.prompt_only else "no_response"
+                for prompt, given, text, _ in rows:
+                    response = _without_ends(given, end)
+                    says = any(token not in (end, fast.eos_token_id) for token in given)
+                    if not 0 < len(prompt) <= most or not (says or example.prompt_only):
+                        reason = "prompt_too_long" if says or example.prompt_only else "no_response"
                         counts.left_out[reason if prompt else "no_prompt"] += 1
                         continue
-                    side, whole = sides(example), [*prompt, *response, *([end] if response[-1:] != [end] else [])]
+                    side, whole = sides(example), [*prompt, *response, end]
                     row = whole[:size]
                     if side == "train":
                         read += len(row)
@@ -262,7 +277,8 @@ def _write_examples(
                             counts.left_out["limit"] += 1
                             continue
                     else:
-                        heard.append(byte_counts(text, response, fast)[: size - len(prompt)].sum())
+                        sizes = byte_counts(text, given, fast)[: len(response)]
+                        heard.append(sizes[: size - len(prompt)].sum())
                     np.array(row + [end] * (size - len(row)), dtype).tofile(out[side])
                     spans[side].append((len(prompt), len(row)))
                     counts.cut += len(whole) > size
@@ -283,6 +299,14 @@ def _write_examples(
         "bytes_per_token": float(np.array(heard)[taken].sum() / learned) or None,
         "template": template, "end": end, "counts": counts.as_dict(),
     }  # fmt: skip
+
+
+def _without_ends(tokens: list[int], end: int) -> list[int]:
+    """Tokens without those ends behind them that are written out."""
+    count = len(tokens)
+    while count and tokens[count - 1] == end:
+        count -= 1
+    return tokens[:count]
 
 
 class Counts:
@@ -343,20 +367,47 @@ class _Sides:
         return "val" if xxhash.xxh3_64_intdigest(text.encode(), seed=1) < self.bound else "train"
 
 
-def _ordered(corpus: Corpus):
+def _ordered(corpus: Corpus, sides: _Sides):
     """All documents, shuffled by content; a stream stays as it is."""
     documents = corpus.load()
     if corpus.streaming:
         return documents
-    digests, again = [], Counter()
+    digests, places, on, again = [], [], [], Counter()
     for document in documents:
         text = (document if isinstance(document, str) else document.content).encode()
         digest = xxhash.xxh3_64_intdigest(text)
+        digests.append(digest)
         if not corpus.words:  # whose rows are documents
             again[digest] += 1
+        if not (corpus.words or corpus.pairs):  # whose documents are joined
+            on.append(sides(document) if document.strip() else "left out")
         # The first of equal documents where it would be alone, the others elsewhere.
-        digests.append(xxhash.xxh3_64_intdigest(text, seed=again[digest] - 1) if again[digest] > 1 else digest)
-    return _Reordered(documents, sorted(range(len(documents)), key=digests.__getitem__))
+        places.append(xxhash.xxh3_64_intdigest(text, seed=again[digest] - 1) if again[digest] > 1 else digest)
+    order = sorted(range(len(documents)), key=places.__getitem__)
+    for side in {*on} - {"left out"}:
+        of = [place for place, i in enumerate(order) if on[i] == side]
+        for place, i in zip(of, _apart([order[place] for place in of], digests), strict=True):
+            order[place] = i
+    return _Reordered(documents, order)
+
+
+def _apart(order: list[int], digests: list[int]) -> list[int]:
+    """The order, but a document that follows one of the same digest comes behind the next other one, if there is one.
+
+    The second pass, backwards, is for those that are left at the end.
+    """
+    for _ in range(2):
+        apart: list[int] = []
+        waiting: deque[int] = deque()  # all of the digest of the last
+        for i in order:
+            if apart and digests[apart[-1]] == digests[i]:
+                waiting.append(i)
+                continue
+            apart.append(i)
+            if waiting and digests[waiting[0]] != digests[i]:
+                apart.append(waiting.popleft())
+        order = [*apart, *waiting][::-1]
+    return order
 
 
 class _Reordered:

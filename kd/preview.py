@@ -10,7 +10,7 @@ from rich.text import Text
 from transformers import AutoTokenizer
 
 from kd import templates
-from kd.data import IGNORE, Packed, in_words
+from kd.data import IGNORE, Packed, in_words, to_batch
 from kd.examples import Turn
 from kd.progress import Terminal, harmless
 
@@ -18,7 +18,7 @@ COLOURS = {"prompt": "cyan", "learned": "green"}
 
 
 class Shown(NamedTuple):
-    """A row of training, without padding. Here labels stand under their own tokens, without a shift."""
+    """A row of training, without padding. Labels are those of training, under their own tokens, without a shift."""
 
     row: int
     text: str
@@ -29,14 +29,20 @@ class Shown(NamedTuple):
 
 
 def shown(packed: Packed, tokenizer, count: int) -> list[Shown]:
-    """The first rows of training."""
+    """Return the first rows of training."""
+    rows = np.arange(min(count, len(packed.train)))
+    ids = packed.train[rows]
+    spans = np.array([(0, ids.shape[1])] * len(rows)) if packed.train_spans is None else packed.train_spans[rows]
+    if packed.prompts_only:  # the end alone is no response
+        spans = np.where(spans[:, 1:] == spans[:, :1] + 1, spans[:, :1], spans)
+    batch = to_batch(ids, rows, np.zeros(ids[:, 1:].shape, np.int64), spans, packed.boundary)
     found = []
-    for row in range(min(count, len(packed.train))):
-        ids = packed.train[row].tolist()
-        prompt, total = (0, len(ids)) if packed.train_spans is None else packed.train_spans[row].tolist()
-        ids = ids[:total]
-        texts = (tokenizer.decode(part) for part in (ids, ids[:prompt], ids[prompt:]))
-        found.append(Shown(row, *texts, ids, [IGNORE] * prompt + ids[prompt:]))
+    for row, (prompt, total) in enumerate(spans.tolist()):
+        labels = [IGNORE, *batch.labels[row].tolist()][:total]
+        learned = [label for label in labels if label != IGNORE]
+        parts = (ids[row, :total], ids[row, :prompt], learned)
+        texts = (tokenizer.decode(np.array(part, int)) for part in parts)
+        found.append(Shown(row, *texts, ids[row, :total].tolist(), labels))
     return found
 
 
@@ -64,20 +70,24 @@ def show(packed: Packed, tokenizer, count: int, date: str | None = None) -> None
     out = Terminal(highlight=False)
     special = np.array(sorted(i for i, token in tokenizer.added_tokens_decoder.items() if token.special))
 
-    def part(ids: list[int], kind: str) -> None:
-        out.print(Text(f"{kind}, {len(ids):,} tokens", "dim"))
-        text = Text(style=COLOURS[kind])
-        borders = np.flatnonzero(np.diff(np.isin(ids, special))) + 1
-        for piece in np.split(np.array(ids, int), borders):
-            text.append(harmless(tokenizer.decode(piece)), "reverse" if np.isin(piece, special).any() else "")
+    def part(ids: list[int], labels: list[int], kind: str) -> None:
+        ids, learned = np.array(ids), np.array(labels) != IGNORE
+        count = learned.sum() if kind == "learned" else len(ids)
+        out.print(Text(f"{kind}, {count:,} token{'' if count == 1 else 's'}", "dim"))
+        text, is_special = Text(), np.isin(ids, special)
+        borders = np.flatnonzero(np.diff(is_special) | np.diff(learned)) + 1
+        for piece, like, counts in zip(*(np.split(x, borders) for x in (ids, is_special, learned)), strict=True):
+            style = COLOURS["learned" if counts[0] else "prompt"]
+            text.append(harmless(tokenizer.decode(piece)), f"reverse {style}" if like[0] else style)
         out.print(text, soft_wrap=True)
 
     for row in shown(packed, tokenizer, count):
-        prompt = sum(label == IGNORE for label in row.labels)
+        prompt = 0 if packed.train_spans is None else int(packed.train_spans[row.row, 0])
         out.print(Text(f"row {row.row} of {len(packed.train):,}", "bold"))
         if prompt:
-            part(row.ids[:prompt], "prompt")
-        part(row.ids[prompt:], "learned")
+            part(row.ids[:prompt], row.labels[:prompt], "prompt")
+        if row.ids[prompt:]:
+            part(row.ids[prompt:], row.labels[prompt:], "learned")
         out.print()
     if parts := layout(packed, tokenizer, date):
         out.print(Text(f"template {packed.template}", "bold"))

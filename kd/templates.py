@@ -2,7 +2,8 @@
 
 alpaca and plain need no tokenizer. chat is the tokenizer's own template, and what is packed is what it writes: prompt,
 response and end are the beginning of the whole conversation as it renders it. What it puts between its generation
-prompt and the answer is part of the prompt. Only what the template itself writes can become a special token.
+prompt and the answer is part of the prompt, unless a token of the answer begins in it. Only what the template itself
+writes can become a special token.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import datetime
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import NamedTuple
 
 from kd.corpora import Pairs
 from kd.errors import UserError
-from kd.examples import Example, Turn
+from kd.examples import NOTHING, Example, Turn
 from kd.tokenizer import bos_of
 
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -68,7 +70,7 @@ def template_of(pairs: Pairs, examples: Iterable[Example], tokenizer=None) -> st
         )
     if pairs.template:
         return pairs.template
-    first = next(iter(examples), None)
+    first = next((example for example in examples if example.turns), None)  # the first that is not left out
     return "chat" if able and first and first.conversation else "alpaca"
 
 
@@ -86,7 +88,8 @@ def encode(examples: Sequence[Example], template: str, tokenizer, special: bool 
 
     special: special tokens that are written out in the examples are read as tokens. date: see Chat. A prompt has the
     tokens that it has alone, with those that the tokenizer puts in front of a text; a chat template writes its own. A
-    response has the tokens that it has behind the prompt, if none reaches over both.
+    response has the tokens that it has behind the prompt, if none reaches over both; in a chat, one may reach into
+    what the template puts between its generation prompt and the answer.
     """
     rows = [(example, *row) for example in examples for row in example.rows()]
     if template == "chat":
@@ -94,16 +97,23 @@ def encode(examples: Sequence[Example], template: str, tokenizer, special: bool 
         texts, unused = [chat.split(*row) for row in rows], [chat.unused(*row) for row in rows]
         ids, alone, bare, bos = chat.ids, chat.ids_behind, chat.bare, []
     else:
-        texts = [(WRITTEN[template](before), answer.content) for _, before, answer in rows]
+        texts = [("", WRITTEN[template](before), answer.content) for _, before, answer in rows]
         unused = [_unwritten(template, *row) for row in rows]
         ids, bare = partial(tokens, tokenizer=tokenizer, special=special), str
         alone, bos = lambda text: ids([text])[0], bos_of(tokenizer)
     made = []
-    prompts, wholes = ids([prompt for prompt, _ in texts]), ids([prompt + response for prompt, response in texts])
-    for prompt, whole, (_, response), keys in zip(prompts, wholes, texts, unused, strict=True):
+    prompts, wholes = ids([before for _, before, _ in texts]), ids([before + answer for _, before, answer in texts])
+    for prompt, whole, (opening, before, response), keys in zip(prompts, wholes, texts, unused, strict=True):
         joined = whole[: len(prompt)] == prompt  # alone, a response may begin otherwise: SentencePiece adds a space
+        if not joined and opening not in ("", before):
+            asked = ids([opening])[0]
+            if joined := whole[: len(asked)] == asked:
+                kept = next(i for i, pair in enumerate(zip_longest(prompt, whole)) if pair[0] != pair[1])
+                inserted = before.removeprefix(opening) if kept == len(asked) else tokenizer.decode(prompt[kept:])
+                prompt, response = prompt[:kept], inserted + response
         answer = whole[len(prompt) :] if joined else alone(response)
-        made.append(Row(bos + prompt if prompt else [], answer, bare(response), keys))
+        first = bos if prompt and prompt[: len(bos)] != bos else []  # it may be written out
+        made.append(Row(first + prompt, answer, bare(response), keys))
     taken = iter(made)
     return [[next(taken) for _ in example.rows()] for example in examples]
 
@@ -116,19 +126,31 @@ def tokens(texts: list[str], tokenizer, special: bool = False) -> list[list[int]
 
 
 def end_of_response(template: str, tokenizer, date: str | None = None) -> int | None:
-    """The token that ends a response: the first special one that a chat template puts behind it, else a text's end."""
+    """The token that ends a response: the first added one that a chat template puts behind it, else a text's end."""
     return Chat(tokenizer, date=date).end if template == "chat" else tokenizer.eos_token_id
 
 
-def special_as_text(tokenizer, special: bool) -> Callable[[str], bool]:
+def special_as_text(tokenizer, special: bool, template: str | None = None) -> Callable[[str], bool]:
     """Return a function that is true for texts with special tokens, written out, that are not read as tokens.
 
-    They are those of the tokenizer, unless special is true, and what has the form of others: <|word|>.
+    They are those of the tokenizer, unless special is true, those of the chat template likewise, and what has the form
+    of others: <|word|>. Other added tokens are always read as tokens.
     """
-    known = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
+    known = {name for name, is_special in added.items() if is_special}
+    if template == "chat":
+        known |= {*tokenizer._get_control_tokens(tokenizer.get_chat_template(None, None))}
+    tokens = {*added} if special else {*added} - known  # as which they are read
     longest = sorted(known, key=len, reverse=True)
     pattern = re.compile("|".join([*map(re.escape, longest), r"<\|\w+\|>"]))
-    return lambda text: any(not (special and name in known) for name in pattern.findall(text))
+    return lambda text: any(name not in tokens for name in pattern.findall(text))
+
+
+def check_date(date: str | None, template: str, tokenizer) -> None:
+    """Raise UserError for a date that no template asks for."""
+    if date and not (template == "chat" and "strftime_now" in str(tokenizer.chat_template)):
+        asks = ": the tokenizer's chat template does not ask for one" if template == "chat" else ""
+        raise UserError(f"data.date={date} would do nothing with data.template={template}{asks}. Leave it out.")
 
 
 CALLS = ("tool_calls", "function_call")
@@ -173,25 +195,27 @@ class Chat:
         self.tokenizer, self.date, self.special, self.utils = tokenizer, date, special, utils
         control = tokenizer._get_control_tokens(tokenizer.get_chat_template(None, None))
         self.control = utils._get_control_token_patterns(control)[0]
-        self.known = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-        self.in_answers = utils._get_control_token_patterns(tuple(sorted(self.known)))[0]
         self.text_end = self._text_end()
+        special_ones = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        in_answers = special_ones | ({self.text_end} if self.text_end else set())
+        self.in_answers = utils._get_control_token_patterns(tuple(sorted(in_answers)))[0]
 
     @property
     def end(self) -> int | None:
         """The token that ends a response."""
         return self.tokenizer.convert_tokens_to_ids(self.text_end) if self.text_end else self.tokenizer.eos_token_id
 
-    def split(self, example: Example, before: Sequence[Turn], answer: Turn) -> tuple[str, str]:
-        """Prompt and response as the template writes them, without the end; with marks around what is not special.
+    def split(self, example: Example, before: Sequence[Turn], answer: Turn) -> tuple[str, str, str]:
+        """Generation prompt, prompt and response as the template writes them, without the end.
 
-        Raises UserError, with both texts, where they cannot be the beginning of the whole conversation.
+        The prompt begins with the generation prompt. Marks are around what is not special. Raises UserError, with both
+        texts, where they cannot be the beginning of the whole conversation.
         """
-        more = self._marked({"tools": list(example.tools) or None, **example.options}, self.control)
+        more = self._marked({"tools": list(example.tools) or None, "options": {**example.options}}, self.control)
         asked = self._marked(_messages(before), self.control)
         opening = self._rendered(asked, add_generation_prompt=True, **more)
         if example.prompt_only:
-            return opening, ""
+            return opening, opening, ""
         placed = self._rendered([*asked, {"role": "assistant", "content": MARK}], **more)
         head, found, tail = placed.rpartition(MARK)
         if not found or MARK in head:
@@ -205,20 +229,21 @@ class Chat:
         kept = tail.find(self.text_end) if self.text_end else 0
         if kept < 0:
             raise self._differs(f"ends this answer without {self.text_end}", opening, whole)
-        return start, whole[len(start) : len(whole) - len(tail) + kept]
+        return opening, start, whole[len(start) : len(whole) - len(tail) + kept]
 
     def layout(self) -> tuple[str, str, str]:
         """The generation prompt of an example with {user} as its prompt, what comes before the answer, and after it."""
         messages = [{"role": "user", "content": "{user}"}]
-        opening = self._rendered(messages, add_generation_prompt=True)
-        head, _, tail = self._rendered([*messages, {"role": "assistant", "content": MARK}]).rpartition(MARK)
+        opening = self._on_some_day(messages, add_generation_prompt=True)
+        head, _, tail = self._on_some_day([*messages, {"role": "assistant", "content": MARK}]).rpartition(MARK)
         return opening, head.removeprefix(opening), tail
 
     def _text_end(self) -> str | None:
-        """The first special token that the template puts behind an answer, as text."""
+        """The first added token that the template puts behind an answer, as text; white space is none."""
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": MARK}]
-        _, found, tail = self._rendered(messages).rpartition(MARK)
-        places = [(tail.find(name), -len(name), name) for name in self.known if found and name in tail]
+        _, found, tail = self._on_some_day(messages).rpartition(MARK)
+        known = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content.strip()}
+        places = [(tail.find(name), -len(name), name) for name in known if found and name in tail]
         return min(places)[2] if places else None
 
     def _marked(self, value, pattern: re.Pattern):
@@ -247,7 +272,7 @@ class Chat:
                 f"data.template=chat: {error}. Leave such examples out, or type data.special=tokens."
             ) from error
 
-    def _rendered(self, messages: list[dict], tools: list | None = None, **how) -> str:
+    def _rendered(self, messages: list[dict], tools: list | None = None, options: Mapping = NOTHING, **how) -> str:
         from jinja2 import TemplateError
 
         try:
@@ -255,11 +280,11 @@ class Chat:
             template.globals["strftime_now"] = self._now
             template.globals["lipsum"] = template.environment.filters["random"] = _random
             render = self.tokenizer.apply_chat_template
-            text = render(_calls(messages), tools=tools, tokenize=False, **how)
+            text = render(_calls(messages), tools=tools, tokenize=False, **how, **options)
             for form in ("object", "text"):
                 if not _is_mangled(messages, self.bare(text)):
                     break
-                text = render(_calls(messages, form), tools=tools, tokenize=False, **how)
+                text = render(_calls(messages, form), tools=tools, tokenize=False, **how, **options)
             return text
         except UserError:
             raise
@@ -268,6 +293,14 @@ class Chat:
                 f"data.template=chat: the tokenizer's chat template does not take {_brief(messages)}: {error}. Take "
                 "data.template=alpaca, or leave such examples out."
             ) from error
+
+    def _on_some_day(self, messages: list[dict], **how) -> str:
+        """A conversation without an option of its example, which may be the date: on that of Chat, or a fixed one."""
+        date, self.date = self.date, self.date or "2000-01-01"
+        try:
+            return self._rendered(messages, **how)
+        finally:
+            self.date = date
 
     def _now(self, form: str) -> str:
         """The day that was set, in place of the clock."""
@@ -284,25 +317,30 @@ class Chat:
         names = {key for message in messages for key in message} - {"role", "content"}
         if not names and not example.tools and not example.options:
             return ()
-        how = {"tools": list(example.tools) or None, **example.options}
+        how = {"tools": list(example.tools) or None, "options": example.options}
         whole, unused = self._rendered(messages, **how), []
-        if example.tools and self._rendered(messages, **(how | {"tools": None})) == whole:
+        if example.tools and self._on_some_day(messages, **(how | {"tools": None})) == whole:
             raise _tools_are_lost("chat")
         for option in example.options:
-            if self._rendered(messages, **{k: v for k, v in how.items() if k != option}) == whole:
+            less = {k: v for k, v in example.options.items() if k != option}
+            if self._on_some_day(messages, **(how | {"options": less})) == whole:
                 unused.append(f"chat_template_kwargs {option}")
         for key in sorted(names):
             less = [{k: v for k, v in message.items() if k != key} for message in messages]
-            if self._rendered(less, **how) == whole:
+            if self._on_some_day(less, **how) == whole:
                 if key in CALLS:
                     raise _tools_are_lost("chat")
                 unused += [f"key {key}"] * sum(key in message for message in messages)
         return tuple(unused)
 
     def _differs(self, why: str, opening: str, whole: str) -> UserError:
+        """The error with both texts, about where they begin to differ."""
+        alone, both = self.bare(opening), self.bare(whole)
+        place = next((i for i, pair in enumerate(zip_longest(alone, both)) if pair[0] != pair[1]), len(alone))
+        alone, both = _around(alone, place), _around(both, place)
         return UserError(
             f"data.template=chat: the tokenizer's chat template {why}, so no row can be what it writes.\n"
-            f"With the prompt alone it writes: {self.bare(opening)!r}\nWith the answer: {self.bare(whole)!r}\n"
+            f"With the prompt alone it writes: {alone!r}\nWith the answer: {both!r}\n"
             "Take data.template=alpaca, a tokenizer with another chat template (data.tokenizer=FOLDER), or leave such "
             "examples out."
         )
@@ -355,16 +393,25 @@ def _calls(messages: list[dict], form: str | None = None) -> list[dict]:
 def _is_mangled(messages: list[dict], text: str) -> bool:
     """True where the arguments of a call are in a text as a quoted string, or as Python writes an object."""
     for _, arguments in _arguments(messages):
-        if isinstance(arguments, str) and '"' in arguments:
+        if isinstance(arguments, str):
+            quoted = json.dumps(arguments, ensure_ascii=False)
             try:
                 arguments = json.loads(arguments)
             except ValueError:
                 continue
+            if isinstance(arguments, dict | list) and quoted in text:
+                return True
         if arguments and isinstance(arguments, dict):
             name = next(iter(arguments))
             if f'\\"{name}\\"' in text or f"{{'{name}'" in text:
                 return True
     return False
+
+
+def _around(text: str, place: int) -> str:
+    """Some 200 characters of a text about a place."""
+    start, end = max(0, place - 100), place + 100
+    return f"{'…' if start else ''}{text[start:end]}{'…' if end < len(text) else ''}"
 
 
 def _brief(value) -> str:

@@ -86,9 +86,8 @@ def tokenizer(pre=None, **of) -> PreTrainedTokenizerFast:
         vocab_size=259, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator([], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=END, extra_special_tokens=special[1:], **{"chat_template": CHAT, **of}
-    )
+    how = {"eos_token": END, "extra_special_tokens": special[1:], "chat_template": CHAT} | of
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **how)
 
 
 def pairs(*texts: tuple[str, str], prompt_len: int = 6, template: str | None = "plain") -> corpora.Corpus:
@@ -183,7 +182,7 @@ def test_what_was_left_out_is_said_in_a_line(tmp_path, capfd):
     made = pack(tmp_path, ("much too long", "x"), ("cut", "1234567890ab"), *many())
     line = capfd.readouterr().err.strip().replace("\n", "")
     assert line == (
-        f"42 examples read, {len(made.train)} for training and {len(made.val)} for validation; left out: 1 with a "
+        f"42 examples read, {len(made.train)} rows for training and {len(made.val)} for validation; left out: 1 with a "
         "prompt beyond data.prompt_len; cut: 1 responses that are longer than their row"
     )
 

@@ -1,9 +1,11 @@
 """python -m kd.data show: what is prompt, what is learned and what became of all that was read."""
 
 import json
+import re
 import sys
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from kd import data, preview
 from kd.data import IGNORE
@@ -71,7 +73,56 @@ def test_plain_text_is_learned_as_a_whole(monkeypatch, capsys, tmp_path):
     given = [word for word in SMALL if word.startswith("data")]
     made = json.loads(shown(monkeypatch, capsys, *given, f"root={tmp_path}", "--json"))
     assert made["layout"] == {} and made["counts"]["unit"] == "documents"
-    assert all(row["ids"] == row["labels"] and not row["prompt"] for row in made["rows"])
+    for row in made["rows"]:  # a label is the token after, so the first of a row has none
+        assert row["labels"] == [IGNORE, *row["ids"][1:]] and not row["prompt"]
+
+
+def test_labels_of_plain_text_are_those_of_training(monkeypatch, capsys, tmp_path):
+    fast = tokenizer(bos_token="<|im_start|>", chat_template=None)
+    start, end = fast.bos_token_id, fast.eos_token_id
+    fast.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
+    )
+    fast.save_pretrained(tmp_path / "own")
+    file = write(tmp_path / "a.jsonl", *({"text": f"ab{n}"} for n in range(90)))
+    words = ["data=text", f"data.files={file}", f"data.tokenizer={tmp_path / 'own'}", "data.seq_len=12",
+             f"root={tmp_path}", "data.val_share=0.3"]  # fmt: skip
+    made = json.loads(shown(monkeypatch, capsys, *words, "--json"))
+    for row in made["rows"]:
+        ids = row["ids"]
+        assert start in ids[1:] and row["labels"] == [
+            IGNORE if place == 0 or (token == start and ids[place - 1] == end) else token
+            for place, token in enumerate(ids)
+        ]
+        assert "<|im_start|>" in row["text"] and "<|im_start|>" not in row["learned"]
+    labels = made["rows"][0]["labels"]
+    assert f"learned, {sum(label != IGNORE for label in labels)} tokens" in shown(monkeypatch, capsys, *words)
+
+
+def test_nothing_is_learned_of_prompts_alone(monkeypatch, capsys, tmp_path):
+    tokenizer().save_pretrained(tmp_path / "own")
+    file = write(tmp_path / "a.jsonl", *({"prompt": f"Say {n}"} for n in range(10, 70)))
+    words = ["data=instructions", f"data.files={file}", f"data.tokenizer={tmp_path / 'own'}", "data.seq_len=250",
+             f"root={tmp_path}", "data.val_share=0.3", "data.prompt_len=240", "data.template=plain"]  # fmt: skip
+    made = json.loads(shown(monkeypatch, capsys, *words, "--json"))
+    for row in made["rows"]:
+        assert {*row["labels"]} == {IGNORE} and row["text"] == row["prompt"] and row["learned"] == ""
+    text = shown(monkeypatch, capsys, *words)
+    assert "prompt, 6 tokens" in text and "learned, " not in text
+
+
+def test_counts_are_printed_once_and_are_rows(monkeypatch, capsys, tmp_path):
+    ask, say = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    rows = [{"messages": [ask | {"content": f"q{n}"}, say, ask, say]} for n in range(60)]
+    file = write(tmp_path / "a.jsonl", *rows)
+    words = ["data=instructions", f"data.files={file}", "data.vocab=257", "data.seq_len=250", f"root={tmp_path}",
+             "data.val_share=0.3", "data.prompt_len=240", "data.turns=all", "data.template=plain"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["kd.data", "show", *words])
+    data.main()
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("60 examples read") == 1
+    train, val = map(int, re.search(r"60 examples read, (\d+) rows for training and (\d+)", printed.out).groups())
+    assert train + val == 120
 
 
 @pytest.mark.parametrize("word", ["rows=x", "data.files=none.jsonl", "nope=1"])

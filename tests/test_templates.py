@@ -2,11 +2,15 @@
 
 import datetime
 import json
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
-from kd import instructions, packing
+from kd import corpora, instructions, packing, templates
 from kd.errors import UserError
 from kd.examples import Example, Turn
 from kd.templates import Chat, encode
@@ -62,6 +66,42 @@ def test_prompt_response_and_end_begin_what_the_template_writes(template, answer
     assert prompt.startswith(asked)
 
 
+MERGING = {  # templates that put a space in front of an answer, which its first token takes in
+    "Mistral": LOOP + "{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + '<|im_end|>' }}"
+    "{% endfor %}",
+    "Vicuna": LOOP + "{{ 'USER: ' + m.content if m.role == 'user' else ' ASSISTANT: ' + m.content + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}",
+}  # fmt: skip
+
+
+def of_words(text: str, template: str, special: Sequence[str] = (END, START, STOP)) -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    how = dict(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    bpe.train_from_iterator([text] * 9, trainers.BpeTrainer(vocab_size=300, special_tokens=[*special], **how))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, chat_template=template)
+
+
+@pytest.mark.parametrize("template", MERGING.values(), ids=MERGING)
+def test_tokens_are_those_of_the_template_where_it_merges_text_with_the_answer(template):
+    """A tokenizer with tokens of whole words, each with the space in front of it."""
+    fast = of_words("[INST] Hello [/INST] Hello USER: Hello ASSISTANT: Hello", template)
+    prompt, response = encoded(Short((("user", "Hello"),), "Hello", True), "chat", fast)
+    whole = fast.apply_chat_template([ONE | {"content": "Hello"}, {"role": "assistant", "content": "Hello"}])
+    assert [*prompt, *response, Chat(fast).end] == whole["input_ids"]
+    assert fast.convert_ids_to_tokens(response) == ["\u0120Hello"]
+    asked = fast.apply_chat_template([ONE | {"content": "Hello"}], add_generation_prompt=True)
+    assert prompt == asked["input_ids"]
+
+
+def test_a_token_over_the_answer_leaves_the_rest_of_what_is_inserted_in_the_prompt():
+    fast = of_words("</think>\n\n\n", THINK.replace(" | trim", ""))
+    prompt, response = encoded(Short((("user", "Hi"),), "\n", True), "chat", fast)
+    assert fast.decode(prompt).endswith("<think>\n\n</think>") and fast.decode(response) == "\n\n\n"
+    messages = [ONE, {"role": "assistant", "content": "\n"}]
+    assert [*prompt, *response] == fast.apply_chat_template(messages)["input_ids"][:-2]
+
+
 REFUSED = {
     "another head": (LOOP + TURN + "{% endfor %}" + ASK.replace("\n", ": "), "A"),
     "think block of the prompt alone": (LOOP + TURN + "{% endfor %}" + ASK.replace("\n", "\n<think>\n"), "A"),
@@ -80,6 +120,13 @@ def test_what_cannot_be_packed_is_refused_with_both_texts(template, answer):
         UserError, match=r"(?s)data\.template=chat: .*With the prompt alone it writes: '.*With the answer: '"
     ):
         encoded(Short((("user", "Hi"),), answer, True), "chat", fast)
+
+
+def test_long_texts_are_shown_where_they_differ():
+    fast = tokenizer(chat_template=REFUSED["another head"][0])
+    with pytest.raises(UserError, match=r"With the answer: '….*assistant\\nA<") as error:
+        encoded(Short((("user", "Hi" * 999),), "A", True), "chat", fast)
+    assert len(str(error.value)) < 1000
 
 
 def test_text_of_special_tokens_stays_text_in_what_is_inserted_and_answered():
@@ -112,6 +159,23 @@ def test_tools_are_in_the_prompt_and_calls_are_learned(tmp_path, arguments, how)
     assert fast.decode(prompt).startswith(f"{START}system\n{json.dumps(TOOL)}{STOP}\n{START}user")
 
 
+@pytest.mark.parametrize("arguments", ["{}", "[1, 2]", '{"a": 1}'])
+@pytest.mark.parametrize("how", ["| tojson", ""])
+def test_arguments_are_learned_as_json_and_not_as_a_quoted_string(tmp_path, arguments, how):
+    fast = tokenizer(chat_template=TOOLS.replace("ARGUMENTS", how))
+    call = CALL | {"function": {"name": "now", "arguments": arguments}}
+    row = {"messages": [ONE, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    (((_, response, *_),),) = encode([first(tmp_path, row)], "chat", fast)
+    assert fast.decode(response) == f"<call>now {arguments}</call>"
+
+
+@pytest.mark.parametrize("name", ["add_generation_prompt", "tokenize", "messages", "tools"])
+def test_options_that_are_arguments_of_the_template_are_no_traceback(name):
+    example = Short((("user", "Hi"),), "A", True).example()._replace(options={name: True})
+    with pytest.raises(UserError, match=r"data\.template=chat"):
+        encode([example], "chat", tokenizer())
+
+
 def test_tools_that_a_template_does_not_write_are_refused(tmp_path):
     call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     for row in ({"messages": [ONE, call]}, {"messages": [ONE, TWO], "tools": [TOOL]}, {"messages": [ONE, call, TWO]}):
@@ -136,6 +200,32 @@ def test_keys_that_a_template_does_not_write_are_counted(tmp_path):
     assert {*unused} == {"key id", "key reasoning_content"}
 
 
+def test_an_example_that_is_left_out_does_not_choose_the_template(tmp_path):
+    chat = first(tmp_path, {"messages": [ONE, TWO]})
+    left_out = first(tmp_path, {"messages": [ONE, TWO | {"weight": 0}]})
+    assert left_out.left_out == "weight" and chat.conversation
+    for examples in ([left_out, chat], [chat, left_out]):
+        assert templates.template_of(corpora.Pairs(None, 8), examples, tokenizer()) == "chat"
+
+
+def test_an_end_that_is_an_added_token_but_no_special_one_ends_a_response():
+    fast = of_words("", CHAT, special=[END])
+    for name in (START, STOP):
+        fast.add_tokens([AddedToken(name, special=False, normalized=False)])
+    stop = fast.convert_tokens_to_ids(STOP)
+    assert not fast.added_tokens_decoder[stop].special and Chat(fast).end == stop
+    text = f"x{STOP}y"
+    prompt, response = encoded(Short((("user", text),), text, True), "chat", fast)
+    assert prompt.count(stop) == 1 and stop not in response and fast.decode(response) == text
+    for template, is_counted in (("chat", True), ("plain", False)):
+        assert templates.special_as_text(fast, False, template)(text) is is_counted
+        assert templates.special_as_text(fast, False, template)("<|other|>")
+        assert not templates.special_as_text(fast, True, template)(text)
+    spaces = tokenizer(chat_template=CHAT.replace("<|im_end|>", "\n<|im_end|>"))
+    spaces.add_tokens([AddedToken("\n", special=False, normalized=False)])
+    assert Chat(spaces).text_end == STOP
+
+
 # Time and chance
 
 TODAY = "{{ strftime_now('%d %b %Y') }}\n" + CHAT
@@ -148,6 +238,11 @@ def test_the_clock_is_not_in_the_data():
     fast = tokenizer(chat_template=TODAY)
     assert fast.decode(encoded(turns, "chat", fast, date="2024-02-29")[0]).startswith("29 Feb 2024\n")
     assert fast.decode(encoded(turns, "chat", fast, date="2026-01-31")[0]).startswith("31 Jan 2026\n")
+    given = "{{ date if date is defined else strftime_now('%d %b %Y') }}\n" + CHAT
+    example = turns.example()._replace(options={"date": "1 May 2025"})
+    ((row,),) = encode([example], "chat", tokenizer(chat_template=given))
+    assert fast.decode(row.prompt).startswith("1 May 2025\n")
+    assert Chat(tokenizer(chat_template=given)).layout()[1:] == ("", f"{STOP}\n")
     unasked = "{% if tools %}{{ strftime_now('%Y') }}{% endif %}" + CHAT  # no date in this data
     assert encoded(turns, "chat", tokenizer(chat_template=unasked))
 
@@ -177,6 +272,9 @@ def test_the_date_is_in_the_key(tmp_path):
     plain = instructions.instructions(60, files=str(file), date="2026-01-31", template="plain")
     with pytest.raises(UserError, match=r"data\.date=2026-01-31 would do nothing"):
         packing.pack(plain, tmp_path / "data", **how)
+    tokenizer().save_pretrained(tmp_path / "dateless")
+    with pytest.raises(UserError, match=r"data\.date=2026-02-01 would do nothing.*does not ask"):
+        packing.pack(made, tmp_path / "data", **how | {"tokenizer": str(tmp_path / "dateless")})
 
 
 # Special tokens that are written out
@@ -208,6 +306,40 @@ def test_an_end_that_is_written_out_is_there_once(tmp_path):
         assert row[prompt - 1] == as_tokens.end == row[total - 1] != row[total - 2]
     with pytest.raises(UserError, match=r"data\.special=maybe: need text or tokens"):
         packing.pack(corpus, tmp_path / "data", **how, special="maybe")
+
+
+def test_a_text_has_the_tokens_around_it_once_where_they_are_written_out(tmp_path):
+    fast = tokenizer(bos_token=START)
+    start = fast.convert_tokens_to_ids(START)
+    fast.backend_tokenizer.post_processor = TemplateProcessing(single=f"{START} $A", special_tokens=[(START, start)])
+    fast.save_pretrained(tmp_path / "own")
+    how = BYTES | dict(tokenizer=str(tmp_path / "own"), vocab=None, seq_len=60, special="tokens")
+    texts = [*(f"{START}text {n}{END}" for n in range(200)), *[f"{START}{END}"] * 9]
+    packed = packing.pack(corpora.Corpus(lambda: texts, {"of": 1}), tmp_path / "data", **how)
+    rows = packed.train
+    assert not ((rows[:, 1:] == rows[:, :-1]) & np.isin(rows[:, 1:], (start, fast.eos_token_id))).any()
+    assert packed.counts["left_out"] == {"empty": 9}
+    assert packed.bytes_per_token == pytest.approx(
+        packing.pack(
+            corpora.Corpus(lambda: [f"text {n}" for n in range(200)], {"of": 2}), tmp_path / "data", **how
+        ).bytes_per_token,
+        rel=0.1,
+    )
+    example = Short((("user", f"{START}q"),), "a")
+    assert encoded(example, "plain", fast, special=True)[0].count(start) == 1
+    assert encoded(Short((("user", "q"),), "a"), "plain", fast)[0][0] == start
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_a_response_of_nothing_but_an_end_is_no_response(tmp_path, template):
+    rows = [{"prompt": f"q{n}", "completion": [END, f"{STOP}{STOP}", "ok"][n % 3]} for n in range(90)]
+    tokenizer().save_pretrained(tmp_path / "own")
+    how = BYTES | dict(tokenizer=str(tmp_path / "own"), vocab=None, seq_len=60, special="tokens")
+    made = instructions.instructions(60, files=str(write(tmp_path / "a.jsonl", *rows)), template=template)
+    packed = packing.pack(made, tmp_path / "data", **how)
+    assert packed.counts["left_out"] == {"no_response": 60 if template == "chat" else 30}
+    assert sum(packed.counts["used"].values()) == (30 if template == "chat" else 60)
+    assert (packed.train_spans[:, 1] - packed.train_spans[:, 0] > 1).all()
 
 
 def test_the_place_of_an_answer_is_shown():
