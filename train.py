@@ -94,14 +94,12 @@ class Outcome(NamedTuple):
 def train(settings: Settings, wait: bool = True) -> Outcome:
     """The result of a run: read if it is done, resumed if it was begun; its teacher is made first if there is none.
 
-    wait: for another process that works on the same run, instead of raising UserError. With force=true what is done is
-    removed, and made anew.
+    wait: for another process that works on the same run, instead of raising UserError. With force=true the run is made
+    anew. Its old result is removed when the new run begins, after all checks.
     """
     run, teacher, start, where = plan(settings)
-    if settings["force"] and run.is_done():
-        with run.lock(wait):
-            run.discard()
-    if result := run.result():
+    anew = settings["force"] and run.is_done()
+    if not anew and (result := run.result()):
         run.settle()
         if where and not where.manifest().exists() and source_of(settings) == "none":
             raise UserError(
@@ -130,13 +128,23 @@ def train(settings: Settings, wait: bool = True) -> Outcome:
     check_tokenizers(settings, parts.tokenizer, name)
     packed = written_by_teacher(settings, packed, parts)
     made = Made(name, finished(start) if start else None, store, plain_text(settings))
+    if anew:
+        check_logger(settings)
     with run.lock(wait):
-        if result := run.result():
+        if not anew and (result := run.result()):
             return Outcome(run, result, before=True)
         with run.recorded():
             if settings["trainer"]["devices"] > 1:
                 return Outcome(run, fit_in_ranks(run, settings, packed, made), before=False)
             return Outcome(run, fit(run, settings, packed, parts, made), before=False)
+
+
+def check_logger(settings: Settings) -> None:
+    """Raise UserError for a logger that would not start."""
+    from kd import loggers
+
+    quiet()
+    loggers.check(name_of(settings["logger"]))
 
 
 class Made(NamedTuple):
@@ -161,7 +169,7 @@ def estimate(settings: Settings) -> dict[str, Estimate]:
     from kd import offline
 
     run, teacher, start, where = plan(settings)
-    if run.result() is not None and not settings["force"]:
+    if not settings["force"] and run.result() is not None:
         return {}
     less, times = estimates.sampled(settings)
     packed, parts = prepare(less)
@@ -185,7 +193,7 @@ def show_plan(all_settings: list[Settings], said: list[str], at_once: float) -> 
     made, names = {}, {plan(of).run.name: words for of, words in zip(all_settings, said, strict=True)}
     for of in track(all_settings, "measuring steps"):
         made |= {name: takes for name, takes in estimate(of).items() if name not in made}
-    done = sum(plan(of).run.result() is not None and not of["force"] for of in all_settings)
+    done = sum(not of["force"] and plan(of).run.result() is not None for of in all_settings)
     estimates.show(made, names, done, all_settings[0], at_once)
 
 

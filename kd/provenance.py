@@ -104,8 +104,22 @@ def _used(module: str, name: str) -> frozenset[str]:
         definition = _definitions(module).get(one)
         if one not in found and isinstance(definition, list):
             found.add(one)
-            left += [x.id for node in definition for x in ast.walk(node) if isinstance(x, ast.Name)]
+            left += [name for node in definition for name in _names(node)]
     return frozenset(found)
+
+
+def _names(node: ast.AST) -> set[str]:
+    """The names in a definition that are not its own: neither its arguments nor assigned within a function of it."""
+    names = set().union(*(_names(child) for child in ast.iter_child_nodes(node)))
+    if isinstance(node, ast.Name):
+        return {node.id}
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        inner = [x for x in ast.walk(node) if x is not node]
+        names -= {x.arg for x in inner if isinstance(x, ast.arg)}
+        names -= {x.id for x in inner if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
+        names -= {x.name for x in inner if isinstance(x, ast.FunctionDef | ast.ExceptHandler)}
+        names -= {x.asname or x.name.partition(".")[0] for x in inner if isinstance(x, ast.alias)}
+    return names
 
 
 @cache

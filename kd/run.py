@@ -124,6 +124,8 @@ class Run:
         """Whether there is a result, damaged or not."""
         try:
             return self.result() is not None
+        except remote.Unreachable:
+            raise
         except UserError:
             return True
 
@@ -220,7 +222,10 @@ class Run:
         """Make ready to work: the resolved config is written, and how an earlier try ended is forgotten.
 
         What killed processes left half-written is removed, and a checkpoint that is further at the URL is copied here.
+        With force=true a run that is done is removed first.
         """
+        if config["force"] and self.is_done():
+            self.discard()
         for folder in (self.folder, self / "checkpoints"):
             files.clear(folder)
         if self.remote:

@@ -269,6 +269,41 @@ def test_a_result_of_other_code_is_shown_as_old_with_what_changed(made, root, co
     assert doubt.partition(": ")[2].partition(" has")[0] in provenance.doubts_of_many([shown])[0]
 
 
+def test_another_function_with_the_name_of_a_parameter_makes_no_result_old(made, code):
+    config = result(made)["config"] | {"data": "instructions", "rollout": "mixed"}
+    before = {"config": config, "sources": provenance.sources(config)}
+    assert {"mixed"} <= before["sources"]["rollout"].keys()
+    code(
+        "rollout", ("def student(", "def student(more: int = 1, *,"), ("def teacher(", "def teacher(more: int = 1, *,")
+    )
+    assert provenance.changes(before) == []
+
+
+def test_names_that_a_definition_binds_are_not_followed(code):
+    path = provenance.PACKAGE / "rollout.py"
+    path.write_text("""
+LIMIT = 3
+def teacher(): return LIMIT
+def helper(): return 2
+def mixed(student, teacher=None):
+    from kd.data import Batches as fixed
+    for student in (lambda x: x,):
+        def fixed2(): return helper
+    return student, fixed
+def student(): return teacher()
+def fixed(): return 1
+class Both:
+    LIMIT = 3
+    def one(self, student): return student
+    def two(self): return fixed
+""")
+    code("rollout")
+    assert provenance._used("rollout", "mixed") == {"mixed", "helper"}
+    assert provenance._used("rollout", "student") == {"student", "teacher", "LIMIT"}
+    assert provenance._used("rollout", "Both") >= {"Both", "fixed"}
+    assert "student" not in provenance._used("rollout", "Both")
+
+
 def test_code_that_is_edited_while_a_run_trains_is_not_taken_for_its_own(made, root, code, monkeypatch):
     from kd.module import Distillation
 
@@ -310,6 +345,33 @@ def test_force_makes_a_run_anew(root):
         flip(run / name)
         show(root, "force=true")
         show(root)
+
+
+def test_force_removes_nothing_before_all_is_checked(root, monkeypatch):
+    run, teacher = folder(root, "fkl"), folder(root, "lm")
+    before = (run / "result.json").read_bytes()
+    monkeypatch.setenv("WANDB_BASE_URL", "nonsense")
+    with pytest.raises(UserError, match="WANDB_BASE_URL=nonsense"):
+        show(root, "force=true", "logger=wandb")
+    (packed,) = root.glob("data/*/train.npy")
+    for path, message in (
+        (packed, "train.npy is damaged"),
+        (teacher / "student" / "config.json", "student is damaged"),
+    ):
+        flip(path)
+        with pytest.raises(UserError, match=message):
+            show(root, "force=true")
+        flip(path)
+    assert (run / "result.json").read_bytes() == before and (run / "student" / "model.safetensors").exists()
+    show(root)
+
+
+def test_force_plans_a_run_with_a_damaged_result(root, capsys):
+    flip(folder(root, "fkl") / "result.json")
+    given = settings(root, *RUN, "plan=true", "force=true")
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        product.show_plan([given], ["this run"], 1)
+    assert "this run" in capsys.readouterr().err
 
 
 def test_force_leaves_what_a_killed_run_had_done(root, monkeypatch):
