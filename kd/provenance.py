@@ -109,10 +109,10 @@ def _used(module: str, name: str) -> frozenset[str]:
 
 
 def _names(node: ast.AST) -> set[str]:
-    """The names in a definition that are not its own: neither its arguments nor assigned within a function of it."""
+    """The names that a definition reads, without those that it binds itself: arguments, and what is assigned in it."""
     names = set().union(*(_names(child) for child in ast.iter_child_nodes(node)))
     if isinstance(node, ast.Name):
-        return {node.id}
+        return {node.id} if isinstance(node.ctx, ast.Load) else set()
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
         inner = [x for x in ast.walk(node) if x is not node]
         names -= {x.arg for x in inner if isinstance(x, ast.arg)}
