@@ -15,6 +15,7 @@ import re
 import sys
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -127,7 +128,8 @@ def train(settings: Settings, wait: bool = True) -> Outcome:
         name = finished(teacher)
     check_tokenizers(settings, parts.tokenizer, name)
     packed = written_by_teacher(settings, packed, parts)
-    made = Made(name, finished(start) if start else None, store, plain_text(settings))
+    start_path = finished(start) if start else None
+    made = Made(name, start_path, store, plain_text(settings), origins({"teacher": teacher, "start": start}))
     if anew:
         check_logger(settings)
     with run.lock(wait):
@@ -154,6 +156,7 @@ class Made(NamedTuple):
     start: str | None  # folder of the weights that the student starts from
     store: Store | None
     plain: data.Packed | None  # text of the language-modelling term, where that is not the data's
+    origins: dict[str, dict]  # role -> provenance.origin() of its run
 
     def student(self, settings: Settings, vocab: int) -> Causal:
         """The student as it starts."""
@@ -204,6 +207,7 @@ def fit_in_ranks(run: Run, settings: Settings, packed: data.Packed, made: Made) 
     run.begin(settings)
     job = {"settings": settings, "run": run.name, "data": str(packed.folder), "teacher": made.teacher}
     job |= {"start": made.start, "plain": str(made.plain.folder) if made.plain else None}
+    job["origins"] = made.origins
     job["store"] = [made.store.path, str(made.store.cache)] if made.store else None
     ranks.launch(__file__, run, job, settings["trainer"]["devices"])
     return run.result()
@@ -220,8 +224,9 @@ def fit_as_rank(job: ranks.Job) -> None:
     packed = packing.opened(Path(given["data"]))
     store = Store(given["store"][0], Path(given["store"][1])) if given["store"] else None
     plain = packing.opened(Path(given["plain"])) if given["plain"] else None
+    made = Made(given["teacher"], given["start"], store, plain, given["origins"])
     run = ranks.Shared(settings["root"], given["run"], job)
-    fit(run, settings, packed, Parts(settings, packed), Made(given["teacher"], given["start"], store, plain))
+    fit(run, settings, packed, Parts(settings, packed), made)
 
 
 def finished(model: Settings) -> str:
@@ -229,13 +234,23 @@ def finished(model: Settings) -> str:
     with agent.hidden():  # which asked for the run that needs it
         made, result, before = train(model)
     made.check(result, "student")
-    if before and (changed := provenance.changes(result)):
+    if before and (doubts := provenance.doubts(result)):
         console.print(
-            f"{made.name}, which this run needs, is old: the code of {', '.join(changed)} has changed since. To make "
-            "it anew, type its own command with force=true.", soft_wrap=True,
+            f"{made.name}, which this run needs, may not be what this code would make: {'; '.join(doubts)}. To make it "
+            f"anew, type:\n  {made.removal()}\nand the same command again.", soft_wrap=True,
         )  # fmt: skip
     requests.end_if_asked()
     return str(made / "student")
+
+
+def origins(models: dict[str, Settings | None]) -> dict[str, dict]:
+    """Return what a result keeps of the runs behind it; nothing of a store whose teacher is elsewhere or damaged."""
+    found = {}
+    for role, settings in models.items():
+        with suppress(UserError):
+            if settings and (result := plan(settings).run.result()):
+                found[role] = provenance.origin(result)
+    return found
 
 
 def prepare(settings: Settings) -> tuple[data.Packed, Parts]:
@@ -382,6 +397,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     quiet()
     of, flat = settings["trainer"], conf.flat(settings)
     code = {"environment": environment(), "sources": provenance.sources(flat)}  # before anybody edits it
+    code["origins"] = made.origins
     lightning.seed_everything(settings["seed"], verbose=False)
     seq_len, vocab = settings["data"]["seq_len"], vocabulary_size(parts.tokenizer)
     student, teacher_name, store = made.student(settings, vocab), made.teacher, made.store
@@ -407,7 +423,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     if checkpoint and checkpoint.is_dir() != ("student" in sharded):
         raise UserError(
             f"{checkpoint} was saved {'in shards' if checkpoint.is_dir() else 'whole'}: go on with trainer.strategy="
-            f"{'fsdp' if checkpoint.is_dir() else 'ddp'}, or, to train anew, type:\n  rm -r {checkpoint.parent}"
+            f"{'fsdp' if checkpoint.is_dir() else 'ddp'}, or, to train anew, type:\n  {run.removal('checkpoints')}"
         )
     start = int(checkpoint.stem.partition("-")[2]) if checkpoint else 0
     git = code["environment"]["git"]

@@ -96,7 +96,7 @@ def newest(folder: Path) -> Path | None:
     if found:
         raise UserError(
             f"Every checkpoint of this run is damaged: {', '.join(map(str, found))}. To train it anew, type:\n"
-            f"  rm -r {folder}"
+            f"  {shlex.join(['rm', '-r', str(folder)])}"
         )
     return None
 

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -84,7 +85,7 @@ def pack(
         console.print(
             "Bits per byte of this data may be off by some per cent, as they are from before the bytes of the rows "
             f"that are measured were counted. To count them, remove the data, which is then packed anew:\n"
-            f"  rm -r {packed.folder}",
+            f"  {shlex.join(['rm', '-r', str(packed.folder)])}",
             markup=False, soft_wrap=True,
         )  # fmt: skip
     return packed
@@ -104,7 +105,7 @@ def once(folder: Path, make: Callable[[Path], None]) -> Packed:
 
 def opened(folder: Path) -> Packed:
     """What was packed into a folder; raises UserError if it is not what was written."""
-    again = f"Remove it and type the same command again:\n  rm -r {folder}"
+    again = f"Remove it and type the same command again:\n  {shlex.join(['rm', '-r', str(folder)])}"
     manifest = read_json(folder / "manifest.json")
     if manifest.pop("digest", None) != files.digest_of(manifest):
         raise UserError(f"{folder / 'manifest.json'} is damaged: it is not what was written. {again}")

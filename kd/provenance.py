@@ -17,6 +17,7 @@ from kd.identity import part_of_outcome
 from kd.run import is_sealed
 
 PACKAGE = Path(__file__).parent
+UNSEALED = "made before results were sealed: neither damage nor a change of code would be noticed"
 
 
 def sources(config: dict) -> dict[str, dict[str, str]]:
@@ -50,14 +51,39 @@ def done_before(result: dict) -> str:
     return f"done before, {f'on {date}' if date else 'at an unknown time'}, git revision {revision or 'unknown'}"
 
 
+def origin(result: dict) -> dict:
+    """Return what a student keeps of the result of its teacher, or of the run that it starts from, for doubts()."""
+    sources = result.get("sources", {})
+    chosen = {group: result["config"].get(group) for group in sources}
+    return {
+        "run": result["run"], "sealed": is_sealed(result), "config": chosen, "sources": sources,
+        "origins": result.get("origins", {}),
+    }  # fmt: skip
+
+
 def doubts(result: dict) -> list[str]:
     """Why a result may not be what this code would make of the same settings, and what to type."""
-    found = []
-    if not is_sealed(result):
-        found.append("made before results were sealed: neither damage nor a change of code would be noticed")
+    found = [UNSEALED] if not is_sealed(result) else []
     if changed := changes(result):
-        found.append(f"old: the code of {', '.join(changed)} has changed since; force=true makes the run anew")
+        found.append(f"{_old(changed)}; force=true makes the run anew")
+    if of := _doubts_of_origins(result):
+        found += of
+        found.append("to make such a run anew, remove its folder, and type the command of this run with force=true")
     return found
+
+
+def _old(changed: list[str]) -> str:
+    return f"old: the code of {', '.join(changed)} has changed since"
+
+
+def _doubts_of_origins(result: dict) -> list[str]:
+    """The same of the teacher, of the run that the student starts from, and of what these start from."""
+    found = []
+    for role, origin in result.get("origins", {}).items():
+        found += [f"its {role} {origin['run']} was {UNSEALED}"] if not origin["sealed"] else []
+        found += [f"its {role} {origin['run']} is {_old(changed)}"] if (changed := changes(origin)) else []
+        found += _doubts_of_origins(origin)
+    return list(dict.fromkeys(found))
 
 
 def doubts_of_many(results: Iterable[dict]) -> list[str]:
@@ -70,6 +96,11 @@ def doubts_of_many(results: Iterable[dict]) -> list[str]:
         which = ", ".join(sorted({component for changed in old for component in changed}))
         said.append(
             f"{len(old)} of {count} runs are old: the code of {which} has changed since. force=true makes them anew."
+        )
+    if origins := sum(bool(_doubts_of_origins(result)) for result in results):
+        said.append(
+            f"The teacher or start of {origins} of {count} runs is old, or was made before results were sealed; "
+            "each run says which, and what to type, when it is shown."
         )
     return said
 

@@ -224,7 +224,7 @@ class Run:
         What killed processes left half-written is removed, and a checkpoint that is further at the URL is copied here.
         With force=true a run that is done is removed first.
         """
-        if config["force"] and self.is_done():
+        if config.get("force") and self.is_done():
             self.discard()
         for folder in (self.folder, self / "checkpoints"):
             files.clear(folder)
@@ -339,13 +339,13 @@ class Run:
         there = sorted(p.relative_to(self.folder) for p in there)
         return {p.as_posix(): files.digest(self / p) for p in there if not any(x[0] == "." for x in p.parts)}
 
-    def removal(self) -> str:
-        """What to type to have the run made anew."""
+    def removal(self, name: str = "") -> str:
+        """Return what to type to remove the run, or a folder in it, so that it is made anew."""
         if not self.remote:
-            return f"rm -r {self.folder}"
+            return shlex.join(["rm", "-r", str(self / name)])
         # There is no rm for every protocol.
-        program = f"from kd.remote import Remote; Remote({self.remote.url!r}, None).remove('')"
-        return f"{shlex.join(['python', '-c', program])}\n  {shlex.join(['rm', '-rf', str(self.folder)])}"
+        program = f"from kd.remote import Remote; Remote({self.remote.url!r}, None).remove({name!r})"
+        return f"{shlex.join(['python', '-c', program])}\n  {shlex.join(['rm', '-rf', str(self / name)])}"
 
     def finish(self, result: dict) -> dict:
         """Write the result, sealed, which makes the run done, and drop the checkpoints that nothing needs any more.
@@ -443,7 +443,8 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def _damaged(path: Path, error: ValueError) -> UserError:
-    return UserError(f"{path} is damaged ({error}). Remove its folder to make it again:\n  rm -r {path.parent}")
+    removal = shlex.join(["rm", "-r", str(path.parent)])
+    return UserError(f"{path} is damaged ({error}). Remove its folder to make it again:\n  {removal}")
 
 
 def redacted(config: dict) -> dict:

@@ -1,6 +1,7 @@
 """A result that is there: sealed with the files beside it, dated, and shown as old where the code has changed since."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import hydra
 import pytest
 
 import train as product
-from kd import files, provenance
+from kd import checkpoint, files, packing, provenance
 from kd.config import CONF
 from kd.errors import UserError
 from kd.run import Run
@@ -155,7 +156,12 @@ def test_results_from_before_the_seals_are_accepted_and_marked(root, capsys):
     ]
     assert read(root, {"run": run.name, "overrides": []}).state == "done"
     assert provenance.doubts_of_many([result]) and not provenance.doubts_of_many([])
-    here(root, *RUN, "loss=rkl")  # which learns from the teacher of before
+    capsys.readouterr()
+    student = here(root, *RUN, "loss=rkl")  # which learns from the teacher of before
+    said, teacher = capsys.readouterr().err, folder(root, "lm")
+    assert f"{teacher.name}, which this run needs" in said and f"\n  rm -r {teacher}\n" in said
+    doubt, _ = provenance.doubts(json.loads((student / "result.json").read_text()))
+    assert doubt.startswith(f"its teacher {teacher.name} was made before results were sealed")
     flip(folder(root, "lm") / "student" / "model.safetensors")
     with pytest.raises(UserError, match=r"student is damaged: model\.safetensors"):
         here(root, *RUN, "loss=tvd")
@@ -215,6 +221,37 @@ def result(root: Path, name: str = "fkl") -> dict:
     return json.loads((folder(root, name) / "result.json").read_text())
 
 
+def test_what_a_message_says_to_remove_is_quoted(made, tmp_path):
+    root = tmp_path / "a [b] 'c'"
+    shutil.copytree(made, root)
+    run, data, wanted = folder(root, "fkl"), next(root.glob("data/*/manifest.json")).parent, []
+    with pytest.raises(UserError) as caught:
+        flip(run / "metrics.jsonl")
+        Run(root, run.name).check(result(root))
+    wanted.append((run, str(caught.value)))
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "step-00000001.ckpt").write_text("")
+    with pytest.raises(UserError) as caught, pytest.warns(UserWarning):
+        checkpoint.newest(run / "checkpoints")
+    wanted.append((run / "checkpoints", str(caught.value)))
+    (run / "result.json").write_text("{")
+    with pytest.raises(UserError) as caught:
+        Run(root, run.name).result()
+    wanted.append((run, str(caught.value)))
+    (run / "result.json").write_text("{}")
+    entry = read(root, {"run": run.name, "overrides": []})
+    wanted.append((run, f"  {entry.says.partition('first ')[2]}"))
+    for name in ("train.npy", "manifest.json"):
+        flip(data / name)
+        with pytest.raises(UserError) as caught:
+            packing.opened(data)
+        wanted.append((data, str(caught.value)))
+        flip(data / name)
+    for path, message in wanted:
+        (line,) = [line for line in message.splitlines() if line.startswith("  ")]
+        assert shlex.split(line) == ["rm", "-r", str(path)]
+
+
 def test_a_result_says_which_components_it_was_made_by(made):
     student, teacher = result(made), result(made, "lm")
     assert student["sources"]["loss"].keys() == {"fkl"}
@@ -264,7 +301,8 @@ def test_a_result_of_other_code_is_shown_as_old_with_what_changed(made, root, co
     code(module, (old, new))
     _, shown, before = show(root)
     assert before and provenance.changes(shown) == said
-    (doubt,) = provenance.doubts(shown)
+    doubt, *others = provenance.doubts(shown)
+    assert bool(others) == any("lr=" in component for component in said)  # of the teacher
     assert doubt.startswith(f"old: the code of {', '.join(said)} has changed") and "force=true" in doubt
     assert doubt.partition(": ")[2].partition(" has")[0] in provenance.doubts_of_many([shown])[0]
 
@@ -302,6 +340,20 @@ class Both:
     assert provenance._used("rollout", "student") == {"student", "teacher", "LIMIT"}
     assert provenance._used("rollout", "Both") >= {"Both", "fixed"}
     assert "student" not in provenance._used("rollout", "Both")
+
+
+def test_a_result_is_shown_as_old_where_the_code_of_its_teacher_has_changed(made, code):
+    shown, teacher = result(made), folder(made, "lm").name
+    assert shown["origins"]["teacher"]["run"] == teacher
+    code("schedules", ("progress / warmup", "progress / warmup**2"))
+    shown["sources"] = {}
+    first, remedy = provenance.doubts(shown)
+    assert first == f"its teacher {teacher} is old: the code of lr=cosine (_warm) has changed since"
+    assert "force=true" in remedy
+    (said,) = provenance.doubts_of_many([shown])
+    assert said.startswith("The teacher or start of 1 of 1 runs is old")
+    behind = {"config": {}, "digest": "", "origins": {"start": provenance.origin(shown | {"config": {}})}}
+    assert provenance.doubts(behind)[0] == first
 
 
 def test_code_that_is_edited_while_a_run_trains_is_not_taken_for_its_own(made, root, code, monkeypatch):
