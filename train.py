@@ -41,7 +41,7 @@ from kd.identity import about
 from kd.plan import corpus, plain_corpus, plan, recording
 from kd.progress import Steps, console, end_with, show, track
 from kd.remote import home
-from kd.run import DIVERGED, PREEMPTED, Run, check_student, environment, export, peak_memory
+from kd.run import DIVERGED, PREEMPTED, SEALED, Run, check_student, environment, export, peak_memory
 from kd.settings import (
     Settings,
     check_prompts_only,
@@ -77,10 +77,16 @@ def main(cfg: DictConfig) -> None:
 
 
 def shown(settings: Settings) -> Outcome:
-    """The run that a person asked for; if it was done before, its files are checked, as far as they are here."""
+    """The run that a person asked for; if it was done before, its files are checked: of a URL, all but the student."""
     outcome = train(settings, wait=settings["sweep"] is not None)
-    if outcome.before and not outcome.run.remote:
-        outcome.run.check(outcome.result)
+    if outcome.before:
+        run, result, names = outcome.run, outcome.result, SEALED
+        if run.remote:
+            names = [name for name in result.get("files", {}) if name in SEALED]
+            for name in names:
+                run.copy(name)
+        if names:
+            run.check(result, *names)
     return outcome
 
 
@@ -234,10 +240,10 @@ def finished(model: Settings) -> str:
     with agent.hidden():  # which asked for the run that needs it
         made, result, before = train(model)
     made.check(result, "student")
-    if before and (doubts := provenance.doubts(result)):
+    if before and (reasons := provenance.reasons(result)):
         console.print(
-            f"{made.name}, which this run needs, may not be what this code would make: {'; '.join(doubts)}. To make it "
-            f"anew, type:\n  {made.removal()}\nand the same command again.", soft_wrap=True,
+            f"{made.name}, which this run needs, may not be what this code would make: {'; '.join(reasons)}. To make "
+            f"it anew, type:\n  {made.removal()}\nand the same command again, with force=true.", soft_wrap=True,
         )  # fmt: skip
     requests.end_if_asked()
     return str(made / "student")
@@ -256,7 +262,8 @@ def origins(models: dict[str, Settings | None]) -> dict[str, dict]:
 def prepare(settings: Settings) -> tuple[data.Packed, Parts]:
     """The data, packed, and the parts of the run, tried; all that can be wrong short of the models is found here."""
     source, how = corpus(settings)
-    packed = packing.pack(source, home(settings["root"]) / "data", **how)
+    anew = settings["force"] and not settings["plan"]
+    packed = packing.pack(source, home(settings["root"]) / "data", **how, anew=anew)
     parts = Parts(settings, packed)
     if packed.prompts_only:
         check_prompts_only(settings, any(parts.alpha(step / 100) < 1 for step in range(101)))
@@ -398,6 +405,9 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     of, flat = settings["trainer"], conf.flat(settings)
     code = {"environment": environment(), "sources": provenance.sources(flat)}  # before anybody edits it
     code["origins"] = made.origins
+    for group, rows in (("data", packed), ("plain", made.plain)):
+        if rows and group in code["sources"] and (kept := packing.code_of(rows.folder)):
+            code["sources"][group] = kept
     lightning.seed_everything(settings["seed"], verbose=False)
     seq_len, vocab = settings["data"]["seq_len"], vocabulary_size(parts.tokenizer)
     student, teacher_name, store = made.student(settings, vocab), made.teacher, made.store
@@ -456,7 +466,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
             model.compile_layers()
     processes = ranks.lightning_arguments(of["devices"], "student" in sharded)
     processes["plugins"] = [DigestIO(), *processes["plugins"]]
-    callbacks = [Checkpoints(run / "checkpoints", of["checkpoint_every"], run.remote), Performance(of["log_every"])]
+    callbacks = [Checkpoints(run, of["checkpoint_every"], flat, code), Performance(of["log_every"])]
     if packed.val_spans is not None:
         asked = settings["responses"]
         kept = made.teacher and responses.kept(

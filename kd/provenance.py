@@ -17,7 +17,7 @@ from kd.identity import part_of_outcome
 from kd.run import is_sealed
 
 PACKAGE = Path(__file__).parent
-UNSEALED = "made before results were sealed: neither damage nor a change of code would be noticed"
+UNSEALED = "from before results were sealed: neither damage nor a change of code would be noticed"
 
 
 def sources(config: dict) -> dict[str, dict[str, str]]:
@@ -26,12 +26,23 @@ def sources(config: dict) -> dict[str, dict[str, str]]:
     What it uses is followed within its own module, through functions, classes and constants. Components of other
     libraries (optim=adamw) have versions instead, in the result's environment.
     """
-    chosen = {group: _module(group, config.get(group)) for group in MODULES if group in part_of_outcome(config)}
-    return {
-        group: {name: _digest(module, name) for name in sorted(_used(module, config.get(group)))}
-        for group, module in chosen.items()
-        if module
-    }
+    chosen = [group for group in MODULES if group in part_of_outcome(config)]
+    return {group: code for group in chosen if (code := component(group, config.get(group)))}
+
+
+def component(group: str, name: str | None) -> dict[str, str]:
+    """Digests of the source of one component; none of another library's."""
+    module = _module(group, name)
+    return {used: _digest(module, used) for used in sorted(_used(module, name))} if module else {}
+
+
+def differences(kept: dict, now: dict, config: dict) -> list[str]:
+    """The components whose sources differ between two runs of one config, and the models that they learn from."""
+    found = []
+    for group, before in kept["sources"].items():
+        if changed := sorted(name for name, code in before.items() if now["sources"].get(group, {}).get(name) != code):
+            found.append(f"{group}={config.get(group)} ({', '.join(changed)})")
+    return found + [f"its {role}" for role, before in kept["origins"].items() if now["origins"].get(role) != before]
 
 
 def changes(result: dict) -> list[str]:
@@ -63,26 +74,28 @@ def origin(result: dict) -> dict:
 
 def doubts(result: dict) -> list[str]:
     """Why a result may not be what this code would make of the same settings, and what to type."""
-    found = [UNSEALED] if not is_sealed(result) else []
+    own, others = reasons(result), _reasons_of_origins(result)
+    if changes(result):
+        own[-1] += "; force=true makes the run anew"
+    if others:
+        others.append("to make such a run anew, remove its folder, and type the command of this run with force=true")
+    return own + others
+
+
+def reasons(result: dict) -> list[str]:
+    """The same of a result, or of an origin(), but for the runs that it came from, and without what to type."""
+    found = [] if result.get("sealed", is_sealed(result)) else [UNSEALED]
     if changed := changes(result):
-        found.append(f"{_old(changed)}; force=true makes the run anew")
-    if of := _doubts_of_origins(result):
-        found += of
-        found.append("to make such a run anew, remove its folder, and type the command of this run with force=true")
+        found.append(f"old: the code of {', '.join(changed)} has changed since")
     return found
 
 
-def _old(changed: list[str]) -> str:
-    return f"old: the code of {', '.join(changed)} has changed since"
-
-
-def _doubts_of_origins(result: dict) -> list[str]:
-    """The same of the teacher, of the run that the student starts from, and of what these start from."""
+def _reasons_of_origins(result: dict) -> list[str]:
+    """The same of the teacher, of the run that the student starts from, and of those that these start from."""
     found = []
     for role, origin in result.get("origins", {}).items():
-        found += [f"its {role} {origin['run']} was {UNSEALED}"] if not origin["sealed"] else []
-        found += [f"its {role} {origin['run']} is {_old(changed)}"] if (changed := changes(origin)) else []
-        found += _doubts_of_origins(origin)
+        found += [f"its {role} {origin['run']} is {reason}" for reason in reasons(origin)]
+        found += _reasons_of_origins(origin)
     return list(dict.fromkeys(found))
 
 
@@ -97,7 +110,7 @@ def doubts_of_many(results: Iterable[dict]) -> list[str]:
         said.append(
             f"{len(old)} of {count} runs are old: the code of {which} has changed since. force=true makes them anew."
         )
-    if origins := sum(bool(_doubts_of_origins(result)) for result in results):
+    if origins := sum(bool(_reasons_of_origins(result)) for result in results):
         said.append(
             f"The teacher or start of {origins} of {count} runs is old, or was made before results were sealed; "
             "each run says which, and what to type, when it is shown."

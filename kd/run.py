@@ -112,7 +112,10 @@ class Run:
 
         wait: seconds for a URL that is away, see kd.remote.
         """
-        found = self.remote.now_and_then("result.json", wait) if self.remote else read_json(self / "result.json")
+        try:
+            found = self.remote.now_and_then("result.json", wait) if self.remote else read_json(self / "result.json")
+        except remote.Damaged:
+            found = {"digest": None}
         if found is not None and not _is_whole(found):
             raise UserError(
                 f"{self.where}/result.json is damaged: it is not what was written. To make the run anew, remove it and "
@@ -406,7 +409,7 @@ def _own_digest(result: dict) -> str:
 
 def check_student(name: str | None) -> None:
     """Raise UserError for a folder that is the student of a finished run, and not as it was when the run ended."""
-    folder = Path(name or "").absolute()
+    folder = Path(name or "").resolve()  # also of a link to it
     if folder.name == "student" and folder.is_dir():
         run = Run(folder.parent.parent, folder.parent.name)
         if (result := run.result()) is not None:

@@ -12,9 +12,10 @@ import train as product
 from kd import checkpoint, files, packing, provenance
 from kd.config import CONF
 from kd.errors import UserError
-from kd.run import Run
+from kd.pool import UNKNOWN, Job
+from kd.run import Run, check_student
 from sweeps.compare import read
-from tests.small import folder, here, settings, train
+from tests.small import folder, here, settings, train, type_in
 
 RUN = ("trainer.steps=2", "teacher.steps=2")
 
@@ -147,12 +148,30 @@ def test_a_student_that_is_loaded_by_its_path_is_checked(root):
         here(root, *RUN, *words, f"data.files={root / 'text.txt'}", "data.val_share=0.2", "teacher=none", "logits=none")
 
 
+def test_a_link_to_a_student_is_checked_as_the_student_is(root):
+    student, link = folder(root, "lm") / "student", root / "best"
+    link.symlink_to(student)
+    check_student(str(link))
+    flip(student / "model.safetensors")
+    with pytest.raises(UserError, match="student is damaged"):
+        check_student(str(link))
+
+
+def test_a_sweep_does_not_wait_for_a_damaged_result(tmp_path):
+    (tmp_path / "r").mkdir()
+    job = Job(Run(tmp_path, "r"), [], "r")
+    for text in ('{"digest": "x"}', "{"):
+        (tmp_path / "r" / "result.json").write_text(text)
+        state = job.look()
+        assert state["state"] == UNKNOWN and "result.json is damaged" in state["reason"]
+
+
 def test_results_from_before_the_seals_are_accepted_and_marked(root, capsys):
     for run in (folder(root, "fkl"), folder(root, "lm")):
         unseal(run)
     run, result, before = show(root)
     assert before and provenance.doubts(result) == [
-        "made before results were sealed: neither damage nor a change of code would be noticed"
+        "from before results were sealed: neither damage nor a change of code would be noticed"
     ]
     assert read(root, {"run": run.name, "overrides": []}).state == "done"
     assert provenance.doubts_of_many([result]) and not provenance.doubts_of_many([])
@@ -161,7 +180,7 @@ def test_results_from_before_the_seals_are_accepted_and_marked(root, capsys):
     said, teacher = capsys.readouterr().err, folder(root, "lm")
     assert f"{teacher.name}, which this run needs" in said and f"\n  rm -r {teacher}\n" in said
     doubt, _ = provenance.doubts(json.loads((student / "result.json").read_text()))
-    assert doubt.startswith(f"its teacher {teacher.name} was made before results were sealed")
+    assert doubt.startswith(f"its teacher {teacher.name} is from before results were sealed")
     flip(folder(root, "lm") / "student" / "model.safetensors")
     with pytest.raises(UserError, match=r"student is damaged: model\.safetensors"):
         here(root, *RUN, "loss=tvd")
@@ -184,6 +203,20 @@ def test_what_is_damaged_under_a_url_is_said_and_a_damaged_copy_is_fetched_anew(
     shutil.rmtree(run / "student")
     with pytest.raises(UserError, match=r"student is damaged: config\.json"):
         of.check(of.result(), "student")
+    for name in ("config.json", "metrics.jsonl"):
+        flip(there / run.name / name)
+        given = settings(tmp_path, *words)
+        config, damaged = hydra.initialize_config_dir(str(CONF), version_base="1.3"), f"{name} is damaged"
+        with config, pytest.raises(UserError, match=damaged):
+            product.shown(given)
+        flip(there / run.name / name)
+    whole = (there / run.name / "result.json").read_text()
+    (there / run.name / "result.json").write_text(whole[:100])
+    of = Run(f"file://{there}", run.name)
+    with pytest.raises(UserError, match=r"result\.json is damaged") as caught:
+        of.result()
+    assert of.removal() in str(caught.value)
+    (there / run.name / "result.json").write_text(whole)
     edit(there / run.name / "result.json", '"val/lm": ', '"val/lm": 1')
     with pytest.raises(UserError, match=r"result\.json is damaged"):
         Run(f"file://{there}", run.name).result()
@@ -449,6 +482,49 @@ def test_force_leaves_what_a_killed_run_had_done(root, monkeypatch):
     assert not (run / "result.json").exists()
     here(root, *RUN, *words, "force=true")
     assert steps == [0, 1, 2, 3, 4, 4, 5]
+
+
+def test_data_of_other_code_stays_old_until_it_is_packed_anew(made, root, code):
+    code("corpora", ("rng = np.random.default_rng(", "rng = np.random.default_rng(1 + "))
+    (packed,) = root.glob("data/*/train.npy")
+    before = packed.stat().st_ino
+    outcome = show(root, "seed=9").result  # on data that was packed before
+    assert [change.partition(" ")[0] for change in provenance.changes(outcome)] == ["data=markov"]
+    assert packed.stat().st_ino == before
+    outcome = show(root, "seed=9", "force=true").result
+    assert packed.stat().st_ino != before
+    assert provenance.changes(outcome) == [] and packed.exists()
+
+
+def test_a_run_does_not_go_on_under_other_code(root, code, monkeypatch):
+    from kd.module import Distillation
+
+    class Killed(BaseException):
+        pass
+
+    real, words = Distillation.training_step, ("seed=8", "trainer.steps=4", "trainer.checkpoint_every=1")
+
+    def step(self, *args):
+        if self.global_step == 2:
+            raise Killed
+        return real(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Distillation, "training_step", step)
+        here(root, *RUN, *words)
+    (checkpoints,) = root.glob("*/checkpoints")
+    code("losses", ("-(p.exp() * (q - p))", "-2 * (p.exp() * (q - p))"))
+    with pytest.raises(UserError, match=r"that of loss=fkl \(fkl\) has changed") as caught:
+        here(root, *RUN, *words)
+    code("losses", ("-2 * (p.exp() * (q - p))", "-(p.exp() * (q - p))"))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Distillation, "training_step", step)
+        here(root, *RUN, *words)  # goes on with it
+    code("losses", ("-(p.exp() * (q - p))", "-2 * (p.exp() * (q - p))"))
+    type_in(str(caught.value))
+    assert not checkpoints.exists()
+    outcome = json.loads((here(root, *RUN, *words) / "result.json").read_text())
+    assert provenance.changes(outcome) == []
 
 
 def test_a_sweep_says_what_was_done_before_and_makes_it_anew_on_request(root):
