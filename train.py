@@ -15,6 +15,7 @@ import re
 import sys
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -42,7 +43,7 @@ from kd.identity import about
 from kd.plan import corpus, plain_corpus, plan, recording
 from kd.progress import Steps, console, end_with, show, track
 from kd.remote import home
-from kd.run import DIVERGED, PREEMPTED, Run, check_student, environment, export, peak_memory
+from kd.run import DIVERGED, PREEMPTED, SEALED, Run, check_student, environment, export, peak_memory
 from kd.settings import (
     Settings,
     check_prompts_only,
@@ -78,10 +79,16 @@ def main(cfg: DictConfig) -> None:
 
 
 def shown(settings: Settings) -> Outcome:
-    """The run that a person asked for; if it was done before, its files are checked, as far as they are here."""
+    """The run that a person asked for; if it was done before, its files are checked: of a URL, all but the student."""
     outcome = train(settings, wait=settings["sweep"] is not None)
-    if outcome.before and not outcome.run.remote:
-        outcome.run.check(outcome.result)
+    if outcome.before:
+        run, result, names = outcome.run, outcome.result, SEALED
+        if run.remote:
+            names = [name for name in result.get("files", {}) if name in SEALED]
+            for name in names:
+                run.copy(name)
+        if names:
+            run.check(result, *names)
     return outcome
 
 
@@ -96,14 +103,12 @@ class Outcome(NamedTuple):
 def train(settings: Settings, wait: bool = True) -> Outcome:
     """The result of a run: read if it is done, resumed if it was begun; its teacher is made first if there is none.
 
-    wait: for another process that works on the same run, instead of raising UserError. With force=true what is done is
-    removed, and made anew.
+    wait: for another process that works on the same run, instead of raising UserError. With force=true the run is made
+    anew. Its old result is removed when the new run begins, after all checks.
     """
     run, teacher, start, where = plan(settings)
-    if settings["force"] and run.is_done():
-        with run.lock(wait):
-            run.discard()
-    if result := run.result():
+    anew = settings["force"] and run.is_done()
+    if not anew and (result := run.result()):
         run.settle()
         if where and not where.manifest().exists() and source_of(settings) == "none":
             raise UserError(
@@ -131,14 +136,25 @@ def train(settings: Settings, wait: bool = True) -> Outcome:
         name = finished(teacher)
     check_tokenizers(settings, parts.tokenizer, name)
     packed = written_by_teacher(settings, packed, parts)
-    made = Made(name, finished(start) if start else None, store, plain_text(settings))
+    start_path = finished(start) if start else None
+    made = Made(name, start_path, store, plain_text(settings), origins({"teacher": teacher, "start": start}))
+    if anew:
+        check_logger(settings)
     with run.lock(wait):
-        if result := run.result():
+        if not anew and (result := run.result()):
             return Outcome(run, result, before=True)
         with run.recorded():
             if settings["trainer"]["devices"] > 1:
                 return Outcome(run, fit_in_ranks(run, settings, packed, made), before=False)
             return Outcome(run, fit(run, settings, packed, parts, made), before=False)
+
+
+def check_logger(settings: Settings) -> None:
+    """Raise UserError for a logger that would not start."""
+    from kd import loggers
+
+    quiet()
+    loggers.check(name_of(settings["logger"]))
 
 
 class Made(NamedTuple):
@@ -148,6 +164,7 @@ class Made(NamedTuple):
     start: str | None  # folder of the weights that the student starts from
     store: Store | None
     plain: data.Packed | None  # text of the language-modelling term, where that is not the data's
+    origins: dict[str, dict]  # role -> provenance.origin() of its run
 
     def student(self, settings: Settings, vocab: int) -> Causal:
         """The student as it starts."""
@@ -163,7 +180,7 @@ def estimate(settings: Settings) -> dict[str, Estimate]:
     from kd import offline
 
     run, teacher, start, where = plan(settings)
-    if run.result() is not None and not settings["force"]:
+    if not settings["force"] and run.result() is not None:
         return {}
     less, times = estimates.sampled(settings)
     packed, parts = prepare(less)
@@ -187,7 +204,7 @@ def show_plan(all_settings: list[Settings], said: list[str], at_once: float) -> 
     made, names = {}, {plan(of).run.name: words for of, words in zip(all_settings, said, strict=True)}
     for of in track(all_settings, "measuring steps"):
         made |= {name: takes for name, takes in estimate(of).items() if name not in made}
-    done = sum(plan(of).run.result() is not None and not of["force"] for of in all_settings)
+    done = sum(not of["force"] and plan(of).run.result() is not None for of in all_settings)
     estimates.show(made, names, done, all_settings[0], at_once)
 
 
@@ -198,6 +215,7 @@ def fit_in_ranks(run: Run, settings: Settings, packed: data.Packed, made: Made) 
     run.begin(settings)
     job = {"settings": settings, "run": run.name, "data": str(packed.folder), "teacher": made.teacher}
     job |= {"start": made.start, "plain": str(made.plain.folder) if made.plain else None}
+    job["origins"] = made.origins
     job["store"] = [made.store.path, str(made.store.cache)] if made.store else None
     ranks.launch(__file__, run, job, settings["trainer"]["devices"])
     return run.result()
@@ -214,8 +232,9 @@ def fit_as_rank(job: ranks.Job) -> None:
     packed = packing.opened(Path(given["data"]))
     store = Store(given["store"][0], Path(given["store"][1])) if given["store"] else None
     plain = packing.opened(Path(given["plain"])) if given["plain"] else None
+    made = Made(given["teacher"], given["start"], store, plain, given["origins"])
     run = ranks.Shared(settings["root"], given["run"], job)
-    fit(run, settings, packed, Parts(settings, packed), Made(given["teacher"], given["start"], store, plain))
+    fit(run, settings, packed, Parts(settings, packed), made)
 
 
 def finished(model: Settings) -> str:
@@ -223,19 +242,30 @@ def finished(model: Settings) -> str:
     with agent.hidden():  # which asked for the run that needs it
         made, result, before = train(model)
     made.check(result, "student")
-    if before and (changed := provenance.changes(result)):
+    if before and (reasons := provenance.reasons(result)):
         console.print(
-            f"{made.name}, which this run needs, is old: the code of {', '.join(changed)} has changed since. To make "
-            "it anew, type its own command with force=true.", soft_wrap=True,
+            f"{made.name}, which this run needs, may not be what this code would make: {'; '.join(reasons)}. To make "
+            f"it anew, type:\n  {made.removal()}\nand the same command again, with force=true.", soft_wrap=True,
         )  # fmt: skip
     requests.end_if_asked()
     return str(made / "student")
 
 
+def origins(models: dict[str, Settings | None]) -> dict[str, dict]:
+    """Return what a result keeps of the runs behind it; nothing of a store whose teacher is elsewhere or damaged."""
+    found = {}
+    for role, settings in models.items():
+        with suppress(UserError):
+            if settings and (result := plan(settings).run.result()):
+                found[role] = provenance.origin(result)
+    return found
+
+
 def prepare(settings: Settings) -> tuple[data.Packed, Parts]:
     """The data, packed, and the parts of the run, tried; all that can be wrong short of the models is found here."""
     source, how = corpus(settings)
-    packed = packing.pack(source, home(settings["root"]) / "data", **how)
+    anew = settings["force"] and not settings["plan"]
+    packed = packing.pack(source, home(settings["root"]) / "data", **how, anew=anew)
     parts = Parts(settings, packed)
     if packed.prompts_only:
         check_prompts_only(settings, any(parts.alpha(step / 100) < 1 for step in range(101)))
@@ -376,6 +406,10 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     quiet()
     of, flat = settings["trainer"], conf.flat(settings)
     code = {"environment": environment(), "sources": provenance.sources(flat)}  # before anybody edits it
+    code["origins"] = made.origins
+    for group, rows in (("data", packed), ("plain", made.plain)):
+        if rows and group in code["sources"] and (kept := packing.code_of(rows.folder)):
+            code["sources"][group] = kept
     lightning.seed_everything(settings["seed"], verbose=False)
     seq_len, vocab = settings["data"]["seq_len"], vocabulary_size(parts.tokenizer)
     student, teacher_name, store = made.student(settings, vocab), made.teacher, made.store
@@ -401,7 +435,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     if checkpoint and checkpoint.is_dir() != ("student" in sharded):
         raise UserError(
             f"{checkpoint} was saved {'in shards' if checkpoint.is_dir() else 'whole'}: go on with trainer.strategy="
-            f"{'fsdp' if checkpoint.is_dir() else 'ddp'}, or, to train anew, type:\n  rm -r {checkpoint.parent}"
+            f"{'fsdp' if checkpoint.is_dir() else 'ddp'}, or, to train anew, type:\n  {run.removal('checkpoints')}"
         )
     start = int(checkpoint.stem.partition("-")[2]) if checkpoint else 0
     git = code["environment"]["git"]
@@ -434,7 +468,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
             model.compile_layers()
     processes = ranks.lightning_arguments(of["devices"], "student" in sharded)
     processes["plugins"] = [DigestIO(), *processes["plugins"]]
-    callbacks = [Checkpoints(run / "checkpoints", of["checkpoint_every"], run.remote), Performance(of["log_every"])]
+    callbacks = [Checkpoints(run, of["checkpoint_every"], flat, code), Performance(of["log_every"])]
     if packed.val_spans is not None:
         asked = settings["responses"]
         kept = made.teacher and responses.kept(

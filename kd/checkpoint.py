@@ -18,7 +18,9 @@ from lightning.pytorch.callbacks import Callback
 
 from kd import files, ranks
 from kd.errors import UserError
-from kd.remote import SOON, Remote, step_of
+from kd.provenance import differences
+from kd.remote import SOON, step_of
+from kd.run import Run
 from kd.signals import Preempted, requests
 
 KEPT = 2  # newest checkpoints: one to resume from, one in case it is damaged
@@ -96,7 +98,7 @@ def newest(folder: Path) -> Path | None:
     if found:
         raise UserError(
             f"Every checkpoint of this run is damaged: {', '.join(map(str, found))}. To train it anew, type:\n"
-            f"  rm -r {folder}"
+            f"  {shlex.join(['rm', '-r', str(folder)])}"
         )
     return None
 
@@ -115,13 +117,26 @@ class Checkpoints(Callback):
     """Saves every `every` steps and keeps the newest two.
 
     Saved at the start of a batch, when everything that belongs to the step before, validation included, is done; so
-    what a resumed run still has to do is exactly what is left. remote: of a run under a URL, which is sent each.
+    what a resumed run still has to do is exactly what is left. Each keeps the code of the run, and a run of other code
+    does not go on with it.
     """
 
-    def __init__(self, folder: Path, every: int, remote: Remote | None = None):
-        self.folder, self.every, self.remote = Path(folder), every, remote
+    def __init__(self, run: Run, every: int, config: dict, code: dict):
+        self.run, self.folder, self.every, self.remote = run, run / "checkpoints", every, run.remote
+        self.config, self.code = config, {name: code[name] for name in ("sources", "origins")}
         self.begun = time.monotonic()
         self.resumed_at = self.saved_at = -1
+
+    def state_dict(self) -> dict:
+        return {"code": self.code}
+
+    def load_state_dict(self, state: dict) -> None:
+        if changed := differences(state["code"], self.code, self.config):
+            raise UserError(
+                f"{self.run.name} was begun with other code: that of {', '.join(changed)} has changed since its "
+                "checkpoint. To go on with it, bring that code back. To train it anew with the code as it is, type:\n"
+                f"  {self.run.removal('checkpoints')}\nand the same command again."
+            )
 
     def on_train_start(self, trainer, module) -> None:
         self.begun = time.monotonic()

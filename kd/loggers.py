@@ -7,7 +7,8 @@ import os
 import secrets
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lightning.pytorch.callbacks import Callback
@@ -66,14 +67,29 @@ class MetricsFile(Logger):
                 raise
 
 
+def check(name: str) -> None:
+    """Raise UserError for a logger whose library is missing, or does not take the settings of the environment."""
+    with _explained(name):
+        if name == "tensorboard":
+            _need_tensorboard()
+        elif name == "wandb":
+            wandb_mode()
+
+
 def views(make: Callable[..., list[Logger]], folder: Path, about: About) -> list[Logger]:
     """The loggers that a config asks for, started; raises UserError for whatever their library raises."""
-    try:
+    with _explained(getattr(make, "func", make).__name__):
         return make(folder=folder, about=about)
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Raise UserError for whatever the library of a logger raises."""
+    try:
+        yield
     except MISTAKES:
         raise
     except Exception as error:
-        name = getattr(make, "func", make).__name__
         raise UserError(f"logger={name} did not start: {_reason(error)}. Mend that, or type logger=none.") from error
 
 
@@ -125,10 +141,7 @@ def none(folder: Path, about: About) -> list[Logger]:
 
 def tensorboard(folder: Path, about: About) -> list[Logger]:
     """Event files in the run's folder."""
-    try:
-        import tensorboard  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError("logger=tensorboard needs TensorBoard: pip install 'kd[tensorboard]'.") from error
+    _need_tensorboard()
     from lightning.pytorch.loggers import TensorBoardLogger
 
     class TensorBoardView(TensorBoardLogger):
@@ -137,6 +150,13 @@ def tensorboard(folder: Path, about: About) -> list[Logger]:
             super().finalize("success" if final else "failed")
 
     return [TensorBoardView(folder, name="", version="tensorboard")]
+
+
+def _need_tensorboard() -> None:
+    try:
+        import tensorboard  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError("logger=tensorboard needs TensorBoard: pip install 'kd[tensorboard]'.") from error
 
 
 def wandb(folder: Path, about: About, project: str = "kd", entity: str | None = None) -> list[Logger]:

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -33,7 +34,8 @@ END = "<|endoftext|>"
 
 
 def key(corpus: Corpus, **settings) -> str:
-    """Name of the packed data: a digest of everything that its content depends on."""
+    """Name of the packed data: a digest of everything that its content depends on, but for the code."""
+    settings.pop("code", None)
     content, name = files.stamp(settings.get("tokenizer")), settings.get("tokenizer")
     if settings.get("special") == "text":  # an option that is newer than many folders
         del settings["special"]
@@ -48,6 +50,7 @@ def pack(
     corpus: Corpus, cache: Path, seq_len: int = 256, vocab: int = 1024, tokenizer: str | None = None,
     tokens: int | None = None, val_rows: int = 64, val_share: float = 0.05,
     tokenizer_of: tuple[Corpus, dict] | None = None, special: str = "text", announce: bool = True,
+    code: dict[str, str] | None = None, anew: bool = False,
 ) -> Packed:  # fmt: skip
     """The corpus as rows of seq_len + 1 tokens, made once and kept in `cache`.
 
@@ -55,6 +58,7 @@ def pack(
     `tokenizer_of`, which is packed too. tokens: at most so many for training, padding not counted (a smaller amount is
     a part of a larger one). special: special tokens that are written out in the text are read as text, or as tokens.
     announce: print what became of all that was read.
+    code: digests of the source of the corpus, kept in the manifest. anew: what other code packed is packed anew.
     Raises UserError for text too short for one row.
     """
     settings = dict(seq_len=seq_len, tokens=tokens, val_rows=val_rows, val_share=val_share)
@@ -77,15 +81,18 @@ def pack(
         if tokenizer_of:
             settings["tokenizer"] = str(pack(tokenizer_of[0], cache, **tokenizer_of[1]).tokenizer)
         temporary.mkdir(parents=True)
-        _write(temporary, corpus, announce=announce, **settings)
+        _write(temporary, corpus, announce=announce, code=code, **settings)
 
-    packed = once(Path(cache) / key(corpus, **settings, tokenizer_of=tokenizer_of), make)
+    folder = Path(cache) / key(corpus, **settings, tokenizer_of=tokenizer_of)
+    if anew and code_of(folder) not in (None, code):
+        _remove_old(folder, code)
+    packed = once(folder, make)
     known = corpus.words or corpus.pairs or read_json(packed.folder / "manifest.json").get("measured_bytes")
     if not known:  # packed before the bytes of the measured rows were counted
         console.print(
             "Bits per byte of this data may be off by some per cent, as they are from before the bytes of the rows "
             f"that are measured were counted. To count them, remove the data, which is then packed anew:\n"
-            f"  rm -r {packed.folder}",
+            f"  {shlex.join(['rm', '-r', str(packed.folder)])}",
             soft_wrap=True,
         )  # fmt: skip
     return packed
@@ -103,9 +110,21 @@ def once(folder: Path, make: Callable[[Path], None]) -> Packed:
     return opened(folder)
 
 
+def code_of(folder: Path) -> dict[str, str] | None:
+    """Return the digests of the source that packed data was made by; None of an earlier version, or of no data."""
+    return (read_json(folder / "manifest.json") or {}).get("code")
+
+
+def _remove_old(folder: Path, code: dict[str, str] | None) -> None:
+    """Remove packed data that other code made."""
+    with filelock.FileLock(f"{folder}.lock"):
+        if code_of(folder) not in (None, code):
+            files.remove(folder)
+
+
 def opened(folder: Path) -> Packed:
     """What was packed into a folder; raises UserError if it is not what was written."""
-    again = f"Remove it and type the same command again:\n  rm -r {folder}"
+    again = f"Remove it and type the same command again:\n  {shlex.join(['rm', '-r', str(folder)])}"
     manifest = read_json(folder / "manifest.json")
     if manifest.pop("digest", None) != files.digest_of(manifest):
         raise UserError(f"{folder / 'manifest.json'} is damaged: it is not what was written. {again}")
@@ -124,6 +143,7 @@ def opened(folder: Path) -> Packed:
 def _write(
     folder: Path, corpus: Corpus, seq_len: int, tokens: int | None, val_rows: int, val_share: float,
     vocab: int | None = None, tokenizer: str | None = None, special: str = "text", announce: bool = True,
+    code: dict[str, str] | None = None,
 ) -> None:  # fmt: skip
     sides = _Sides(val_share)
     documents = _ordered(corpus, sides)
@@ -137,6 +157,7 @@ def _write(
     if announce and worth_it:
         console.print(in_words(about["counts"]), soft_wrap=True)
     about |= {"source": corpus.fingerprint, "vocab": vocabulary_size(fast), "entropy": corpus.entropy}
+    about |= {"code": code} if code else {}
     seal(folder, about)
 
 

@@ -11,12 +11,12 @@ import hydra
 from omegaconf import DictConfig
 
 from kd import config as conf
-from kd import files, packing, remote
+from kd import files, packing, provenance, remote
 from kd.corpora import Corpus
 from kd.errors import UserError
 from kd.identity import identity, whole_as_float
 from kd.run import Run, read_json
-from kd.settings import Settings, is_recorded, resolve, source_of, stored_part, tokenizer_name
+from kd.settings import Settings, is_recorded, name_of, resolve, source_of, stored_part, tokenizer_name
 
 FORMAT = 1  # of stores
 
@@ -126,6 +126,7 @@ def _packing(settings: Settings, node: Settings, group: str) -> tuple[Corpus, di
         raise UserError(f"{group}.{name}={node[name]}: no such option of this data.")
     source = cached_corpus(make, **conf.checked(make, node, group))
     how = conf.checked(packing.pack, node, group)
+    how["code"] = provenance.component(group, name_of(node))
     if source.words and node["tokenizer"]:
         raise UserError(f"data.tokenizer={node['tokenizer']}: this data has a vocabulary of its own; leave it out.")
     if not source.words:

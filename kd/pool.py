@@ -25,6 +25,7 @@ from rich.text import Text
 from kd.errors import UserError
 from kd.progress import clock, console, counted, harmless, styled
 from kd.provenance import done_before, doubts
+from kd.remote import Unreachable
 from kd.run import DONE, ENDS, FAILED, NO_MEMORY, PREEMPTED, RUNNING, Run, killed_for_memory
 from kd.signals import ASKED, EXIT_CODE, PARENT, SAME, received
 
@@ -47,11 +48,13 @@ class Job:
     state: dict | None = None  # after its end, as it was read last
 
     def look(self) -> dict | None:
-        """State of the run, None where its URL does not answer now."""
+        """State of the run, None where its URL does not answer now, UNKNOWN where its result is damaged."""
         try:
             return self.run.state(wait=0)
-        except UserError:
+        except Unreachable:
             return None
+        except UserError as error:
+            return {"state": UNKNOWN, "reason": str(error)}
 
     @property
     def log(self) -> Path:

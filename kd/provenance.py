@@ -17,6 +17,7 @@ from kd.identity import part_of_outcome
 from kd.run import is_sealed
 
 PACKAGE = Path(__file__).parent
+UNSEALED = "from before results were sealed: neither damage nor a change of code would be noticed"
 
 
 def sources(config: dict) -> dict[str, dict[str, str]]:
@@ -25,12 +26,23 @@ def sources(config: dict) -> dict[str, dict[str, str]]:
     What it uses is followed within its own module, through functions, classes and constants. Components of other
     libraries (optim=adamw) have versions instead, in the result's environment.
     """
-    chosen = {group: _module(group, config.get(group)) for group in MODULES if group in part_of_outcome(config)}
-    return {
-        group: {name: _digest(module, name) for name in sorted(_used(module, config.get(group)))}
-        for group, module in chosen.items()
-        if module
-    }
+    chosen = [group for group in MODULES if group in part_of_outcome(config)]
+    return {group: code for group in chosen if (code := component(group, config.get(group)))}
+
+
+def component(group: str, name: str | None) -> dict[str, str]:
+    """Digests of the source of one component; none of another library's."""
+    module = _module(group, name)
+    return {used: _digest(module, used) for used in sorted(_used(module, name))} if module else {}
+
+
+def differences(kept: dict, now: dict, config: dict) -> list[str]:
+    """The components whose sources differ between two runs of one config, and the models that they learn from."""
+    found = []
+    for group, before in kept["sources"].items():
+        if changed := sorted(name for name, code in before.items() if now["sources"].get(group, {}).get(name) != code):
+            found.append(f"{group}={config.get(group)} ({', '.join(changed)})")
+    return found + [f"its {role}" for role, before in kept["origins"].items() if now["origins"].get(role) != before]
 
 
 def changes(result: dict) -> list[str]:
@@ -50,14 +62,41 @@ def done_before(result: dict) -> str:
     return f"done before, {f'on {date}' if date else 'at an unknown time'}, git revision {revision or 'unknown'}"
 
 
+def origin(result: dict) -> dict:
+    """Return what a student keeps of the result of its teacher, or of the run that it starts from, for doubts()."""
+    sources = result.get("sources", {})
+    chosen = {group: result["config"].get(group) for group in sources}
+    return {
+        "run": result["run"], "sealed": is_sealed(result), "config": chosen, "sources": sources,
+        "origins": result.get("origins", {}),
+    }  # fmt: skip
+
+
 def doubts(result: dict) -> list[str]:
     """Why a result may not be what this code would make of the same settings, and what to type."""
-    found = []
-    if not is_sealed(result):
-        found.append("made before results were sealed: neither damage nor a change of code would be noticed")
+    own, others = reasons(result), _reasons_of_origins(result)
+    if changes(result):
+        own[-1] += "; force=true makes the run anew"
+    if others:
+        others.append("to make such a run anew, remove its folder, and type the command of this run with force=true")
+    return own + others
+
+
+def reasons(result: dict) -> list[str]:
+    """The same of a result, or of an origin(), but for the runs that it came from, and without what to type."""
+    found = [] if result.get("sealed", is_sealed(result)) else [UNSEALED]
     if changed := changes(result):
-        found.append(f"old: the code of {', '.join(changed)} has changed since; force=true makes the run anew")
+        found.append(f"old: the code of {', '.join(changed)} has changed since")
     return found
+
+
+def _reasons_of_origins(result: dict) -> list[str]:
+    """The same of the teacher, of the run that the student starts from, and of those that these start from."""
+    found = []
+    for role, origin in result.get("origins", {}).items():
+        found += [f"its {role} {origin['run']} is {reason}" for reason in reasons(origin)]
+        found += _reasons_of_origins(origin)
+    return list(dict.fromkeys(found))
 
 
 def doubts_of_many(results: Iterable[dict]) -> list[str]:
@@ -70,6 +109,11 @@ def doubts_of_many(results: Iterable[dict]) -> list[str]:
         which = ", ".join(sorted({component for changed in old for component in changed}))
         said.append(
             f"{len(old)} of {count} runs are old: the code of {which} has changed since. force=true makes them anew."
+        )
+    if origins := sum(bool(_reasons_of_origins(result)) for result in results):
+        said.append(
+            f"The teacher or start of {origins} of {count} runs is old, or was made before results were sealed; "
+            "each run says which, and what to type, when it is shown."
         )
     return said
 
@@ -104,8 +148,22 @@ def _used(module: str, name: str) -> frozenset[str]:
         definition = _definitions(module).get(one)
         if one not in found and isinstance(definition, list):
             found.add(one)
-            left += [x.id for node in definition for x in ast.walk(node) if isinstance(x, ast.Name)]
+            left += [name for node in definition for name in _names(node)]
     return frozenset(found)
+
+
+def _names(node: ast.AST) -> set[str]:
+    """The names that a definition reads, without those that it binds itself: arguments, and what is assigned in it."""
+    names = set().union(*(_names(child) for child in ast.iter_child_nodes(node)))
+    if isinstance(node, ast.Name):
+        return {node.id} if isinstance(node.ctx, ast.Load) else set()
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        inner = [x for x in ast.walk(node) if x is not node]
+        names -= {x.arg for x in inner if isinstance(x, ast.arg)}
+        names -= {x.id for x in inner if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
+        names -= {x.name for x in inner if isinstance(x, ast.FunctionDef | ast.ExceptHandler)}
+        names -= {x.asname or x.name.partition(".")[0] for x in inner if isinstance(x, ast.alias)}
+    return names
 
 
 @cache

@@ -49,6 +49,10 @@ class Unreachable(UserError):
     """A URL does not answer, and may do so later."""
 
 
+class Damaged(UserError):
+    """A file under a URL is not what was written."""
+
+
 @dataclass
 class Outage:
     """The time in which no try to reach a bucket or server succeeded."""
@@ -191,7 +195,7 @@ class Remote:
             except FileNotFoundError:
                 return None
             except ValueError as error:
-                raise UserError(f"{self.url}/{name} is damaged ({error}). Remove it to make it again.") from None
+                raise Damaged(f"{self.url}/{name} is damaged ({error}). Remove it to make it again.") from None
 
         return self._tried("read", act, wait)
 

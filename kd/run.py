@@ -112,7 +112,10 @@ class Run:
 
         wait: seconds for a URL that is away, see kd.remote.
         """
-        found = self.remote.now_and_then("result.json", wait) if self.remote else read_json(self / "result.json")
+        try:
+            found = self.remote.now_and_then("result.json", wait) if self.remote else read_json(self / "result.json")
+        except remote.Damaged:
+            found = {"digest": None}
         if found is not None and not _is_whole(found):
             raise UserError(
                 f"{self.where}/result.json is damaged: it is not what was written. To make the run anew, remove it and "
@@ -124,6 +127,8 @@ class Run:
         """Whether there is a result, damaged or not."""
         try:
             return self.result() is not None
+        except remote.Unreachable:
+            raise
         except UserError:
             return True
 
@@ -220,7 +225,10 @@ class Run:
         """Make ready to work: the resolved config is written, and how an earlier try ended is forgotten.
 
         What killed processes left half-written is removed, and a checkpoint that is further at the URL is copied here.
+        With force=true a run that is done is removed first.
         """
+        if config.get("force") and self.is_done():
+            self.discard()
         for folder in (self.folder, self / "checkpoints"):
             files.clear(folder)
         if self.remote:
@@ -334,13 +342,13 @@ class Run:
         there = sorted(p.relative_to(self.folder) for p in there)
         return {p.as_posix(): files.digest(self / p) for p in there if not any(x[0] == "." for x in p.parts)}
 
-    def removal(self) -> str:
-        """What to type to have the run made anew."""
+    def removal(self, name: str = "") -> str:
+        """Return what to type to remove the run, or a folder in it, so that it is made anew."""
         if not self.remote:
-            return f"rm -r {self.folder}"
+            return shlex.join(["rm", "-r", str(self / name)])
         # There is no rm for every protocol.
-        program = f"from kd.remote import Remote; Remote({self.remote.url!r}, None).remove('')"
-        return f"{shlex.join(['python', '-c', program])}\n  {shlex.join(['rm', '-rf', str(self.folder)])}"
+        program = f"from kd.remote import Remote; Remote({self.remote.url!r}, None).remove({name!r})"
+        return f"{shlex.join(['python', '-c', program])}\n  {shlex.join(['rm', '-rf', str(self / name)])}"
 
     def finish(self, result: dict) -> dict:
         """Write the result, sealed, which makes the run done, and drop the checkpoints that nothing needs any more.
@@ -401,7 +409,7 @@ def _own_digest(result: dict) -> str:
 
 def check_student(name: str | None) -> None:
     """Raise UserError for a folder that is the student of a finished run, and not as it was when the run ended."""
-    folder = Path(name or "").absolute()
+    folder = Path(name or "").resolve()  # also of a link to it
     if folder.name == "student" and folder.is_dir():
         run = Run(folder.parent.parent, folder.parent.name)
         if (result := run.result()) is not None:
@@ -438,7 +446,8 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def _damaged(path: Path, error: ValueError) -> UserError:
-    return UserError(f"{path} is damaged ({error}). Remove its folder to make it again:\n  rm -r {path.parent}")
+    removal = shlex.join(["rm", "-r", str(path.parent)])
+    return UserError(f"{path} is damaged ({error}). Remove its folder to make it again:\n  {removal}")
 
 
 def redacted(config: dict) -> dict:

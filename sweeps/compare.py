@@ -128,7 +128,7 @@ def read(root: str | Path, line: dict) -> Entry:
     except UserError as error:
         state, says, result = "damaged", str(error), None
     except (KeyError, TypeError, AttributeError):
-        state, says, result = "damaged", f"not what a run writes; to run it anew, first rm -r {folder}", None
+        state, says, result = "damaged", f"not what a run writes; to run it anew, first {run.removal()}", None
     return Entry(folder, line["overrides"], state, says, result, line.get("name"))
 
 

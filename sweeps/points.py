@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -87,9 +88,10 @@ def of_sweep(entries: list[Entry]) -> tuple[list[Point], list[str]]:
         )
     old = [e for e in usable if not {"non_embedding", "flops_per_token"} <= e.result.keys()]
     if old:
+        removal = shlex.join(["rm", "-r", *(str(e.folder) for e in old)])
         notes.append(
             f"{len(old)} runs are of an earlier version, which did not write FLOPs per token, and are left out. To "
-            f"make them anew, type rm -r {' '.join(str(e.folder) for e in old)} and the command of the sweep again."
+            f"make them anew, type {removal} and the command of the sweep again."
         )
     usable = [e for e in usable if e not in old]
     notes += doubts_of_many(e.result for e in usable)

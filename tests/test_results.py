@@ -1,6 +1,7 @@
 """A result that is there: sealed with the files beside it, dated, and shown as old where the code has changed since."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import hydra
 import pytest
 
 import train as product
-from kd import files, provenance
+from kd import checkpoint, files, packing, provenance
 from kd.config import CONF
 from kd.errors import UserError
-from kd.run import Run
+from kd.pool import UNKNOWN, Job
+from kd.run import Run, check_student
 from sweeps.compare import read
-from tests.small import folder, here, settings, train
+from tests.small import folder, here, settings, train, type_in
 
 RUN = ("trainer.steps=2", "teacher.steps=2")
 
@@ -146,16 +148,39 @@ def test_a_student_that_is_loaded_by_its_path_is_checked(root):
         here(root, *RUN, *words, f"data.files={root / 'text.txt'}", "data.val_share=0.2", "teacher=none", "logits=none")
 
 
+def test_a_link_to_a_student_is_checked_as_the_student_is(root):
+    student, link = folder(root, "lm") / "student", root / "best"
+    link.symlink_to(student)
+    check_student(str(link))
+    flip(student / "model.safetensors")
+    with pytest.raises(UserError, match="student is damaged"):
+        check_student(str(link))
+
+
+def test_a_sweep_does_not_wait_for_a_damaged_result(tmp_path):
+    (tmp_path / "r").mkdir()
+    job = Job(Run(tmp_path, "r"), [], "r")
+    for text in ('{"digest": "x"}', "{"):
+        (tmp_path / "r" / "result.json").write_text(text)
+        state = job.look()
+        assert state["state"] == UNKNOWN and "result.json is damaged" in state["reason"]
+
+
 def test_results_from_before_the_seals_are_accepted_and_marked(root, capsys):
     for run in (folder(root, "fkl"), folder(root, "lm")):
         unseal(run)
     run, result, before = show(root)
     assert before and provenance.doubts(result) == [
-        "made before results were sealed: neither damage nor a change of code would be noticed"
+        "from before results were sealed: neither damage nor a change of code would be noticed"
     ]
     assert read(root, {"run": run.name, "overrides": []}).state == "done"
     assert provenance.doubts_of_many([result]) and not provenance.doubts_of_many([])
-    here(root, *RUN, "loss=rkl")  # which learns from the teacher of before
+    capsys.readouterr()
+    student = here(root, *RUN, "loss=rkl")  # which learns from the teacher of before
+    said, teacher = capsys.readouterr().err, folder(root, "lm")
+    assert f"{teacher.name}, which this run needs" in said and f"\n  rm -r {teacher}\n" in said
+    doubt, _ = provenance.doubts(json.loads((student / "result.json").read_text()))
+    assert doubt.startswith(f"its teacher {teacher.name} is from before results were sealed")
     flip(folder(root, "lm") / "student" / "model.safetensors")
     with pytest.raises(UserError, match=r"student is damaged: model\.safetensors"):
         here(root, *RUN, "loss=tvd")
@@ -178,6 +203,20 @@ def test_what_is_damaged_under_a_url_is_said_and_a_damaged_copy_is_fetched_anew(
     shutil.rmtree(run / "student")
     with pytest.raises(UserError, match=r"student is damaged: config\.json"):
         of.check(of.result(), "student")
+    for name in ("config.json", "metrics.jsonl"):
+        flip(there / run.name / name)
+        given = settings(tmp_path, *words)
+        config, damaged = hydra.initialize_config_dir(str(CONF), version_base="1.3"), f"{name} is damaged"
+        with config, pytest.raises(UserError, match=damaged):
+            product.shown(given)
+        flip(there / run.name / name)
+    whole = (there / run.name / "result.json").read_text()
+    (there / run.name / "result.json").write_text(whole[:100])
+    of = Run(f"file://{there}", run.name)
+    with pytest.raises(UserError, match=r"result\.json is damaged") as caught:
+        of.result()
+    assert of.removal() in str(caught.value)
+    (there / run.name / "result.json").write_text(whole)
     edit(there / run.name / "result.json", '"val/lm": ', '"val/lm": 1')
     with pytest.raises(UserError, match=r"result\.json is damaged"):
         Run(f"file://{there}", run.name).result()
@@ -213,6 +252,37 @@ def code(tmp_path, monkeypatch):
 
 def result(root: Path, name: str = "fkl") -> dict:
     return json.loads((folder(root, name) / "result.json").read_text())
+
+
+def test_what_a_message_says_to_remove_is_quoted(made, tmp_path):
+    root = tmp_path / "a [b] 'c'"
+    shutil.copytree(made, root)
+    run, data, wanted = folder(root, "fkl"), next(root.glob("data/*/manifest.json")).parent, []
+    with pytest.raises(UserError) as caught:
+        flip(run / "metrics.jsonl")
+        Run(root, run.name).check(result(root))
+    wanted.append((run, str(caught.value)))
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "step-00000001.ckpt").write_text("")
+    with pytest.raises(UserError) as caught, pytest.warns(UserWarning):
+        checkpoint.newest(run / "checkpoints")
+    wanted.append((run / "checkpoints", str(caught.value)))
+    (run / "result.json").write_text("{")
+    with pytest.raises(UserError) as caught:
+        Run(root, run.name).result()
+    wanted.append((run, str(caught.value)))
+    (run / "result.json").write_text("{}")
+    entry = read(root, {"run": run.name, "overrides": []})
+    wanted.append((run, f"  {entry.says.partition('first ')[2]}"))
+    for name in ("train.npy", "manifest.json"):
+        flip(data / name)
+        with pytest.raises(UserError) as caught:
+            packing.opened(data)
+        wanted.append((data, str(caught.value)))
+        flip(data / name)
+    for path, message in wanted:
+        (line,) = [line for line in message.splitlines() if line.startswith("  ")]
+        assert shlex.split(line) == ["rm", "-r", str(path)]
 
 
 def test_a_result_says_which_components_it_was_made_by(made):
@@ -264,9 +334,59 @@ def test_a_result_of_other_code_is_shown_as_old_with_what_changed(made, root, co
     code(module, (old, new))
     _, shown, before = show(root)
     assert before and provenance.changes(shown) == said
-    (doubt,) = provenance.doubts(shown)
+    doubt, *others = provenance.doubts(shown)
+    assert bool(others) == any("lr=" in component for component in said)  # of the teacher
     assert doubt.startswith(f"old: the code of {', '.join(said)} has changed") and "force=true" in doubt
     assert doubt.partition(": ")[2].partition(" has")[0] in provenance.doubts_of_many([shown])[0]
+
+
+def test_another_function_with_the_name_of_a_parameter_makes_no_result_old(made, code):
+    config = result(made)["config"] | {"data": "instructions", "rollout": "mixed"}
+    before = {"config": config, "sources": provenance.sources(config)}
+    assert {"mixed"} <= before["sources"]["rollout"].keys()
+    code(
+        "rollout", ("def student(", "def student(more: int = 1, *,"), ("def teacher(", "def teacher(more: int = 1, *,")
+    )
+    assert provenance.changes(before) == []
+
+
+def test_names_that_a_definition_binds_are_not_followed(code):
+    path = provenance.PACKAGE / "rollout.py"
+    path.write_text("""
+LIMIT = 3
+def teacher(): return LIMIT
+def helper(): return 2
+def mixed(student, teacher=None):
+    from kd.data import Batches as fixed
+    for student in (lambda x: x,):
+        def fixed2(): return helper
+    return student, fixed
+def student(): return teacher()
+def fixed(): return 1
+class Both:
+    LIMIT = 3
+    def one(self, student): return student
+    def two(self): return fixed
+""")
+    code("rollout")
+    assert provenance._used("rollout", "mixed") == {"mixed", "helper"}
+    assert provenance._used("rollout", "student") == {"student", "teacher", "LIMIT"}
+    assert provenance._used("rollout", "Both") >= {"Both", "fixed"}
+    assert "student" not in provenance._used("rollout", "Both")
+
+
+def test_a_result_is_shown_as_old_where_the_code_of_its_teacher_has_changed(made, code):
+    shown, teacher = result(made), folder(made, "lm").name
+    assert shown["origins"]["teacher"]["run"] == teacher
+    code("schedules", ("progress / warmup", "progress / warmup**2"))
+    shown["sources"] = {}
+    first, remedy = provenance.doubts(shown)
+    assert first == f"its teacher {teacher} is old: the code of lr=cosine (_warm) has changed since"
+    assert "force=true" in remedy
+    (said,) = provenance.doubts_of_many([shown])
+    assert said.startswith("The teacher or start of 1 of 1 runs is old")
+    behind = {"config": {}, "digest": "", "origins": {"start": provenance.origin(shown | {"config": {}})}}
+    assert provenance.doubts(behind)[0] == first
 
 
 def test_code_that_is_edited_while_a_run_trains_is_not_taken_for_its_own(made, root, code, monkeypatch):
@@ -312,6 +432,33 @@ def test_force_makes_a_run_anew(root):
         show(root)
 
 
+def test_force_removes_nothing_before_all_is_checked(root, monkeypatch):
+    run, teacher = folder(root, "fkl"), folder(root, "lm")
+    before = (run / "result.json").read_bytes()
+    monkeypatch.setenv("WANDB_BASE_URL", "nonsense")
+    with pytest.raises(UserError, match="WANDB_BASE_URL=nonsense"):
+        show(root, "force=true", "logger=wandb")
+    (packed,) = root.glob("data/*/train.npy")
+    for path, message in (
+        (packed, "train.npy is damaged"),
+        (teacher / "student" / "config.json", "student is damaged"),
+    ):
+        flip(path)
+        with pytest.raises(UserError, match=message):
+            show(root, "force=true")
+        flip(path)
+    assert (run / "result.json").read_bytes() == before and (run / "student" / "model.safetensors").exists()
+    show(root)
+
+
+def test_force_plans_a_run_with_a_damaged_result(root, capsys):
+    flip(folder(root, "fkl") / "result.json")
+    given = settings(root, *RUN, "plan=true", "force=true")
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        product.show_plan([given], ["this run"], 1)
+    assert "this run" in capsys.readouterr().err
+
+
 def test_force_leaves_what_a_killed_run_had_done(root, monkeypatch):
     """It removes what is done, once: a run that is then interrupted goes on from its checkpoint."""
     from kd.module import Distillation
@@ -335,6 +482,49 @@ def test_force_leaves_what_a_killed_run_had_done(root, monkeypatch):
     assert not (run / "result.json").exists()
     here(root, *RUN, *words, "force=true")
     assert steps == [0, 1, 2, 3, 4, 4, 5]
+
+
+def test_data_of_other_code_stays_old_until_it_is_packed_anew(made, root, code):
+    code("corpora", ("rng = np.random.default_rng(", "rng = np.random.default_rng(1 + "))
+    (packed,) = root.glob("data/*/train.npy")
+    before = packed.stat().st_ino
+    outcome = show(root, "seed=9").result  # on data that was packed before
+    assert [change.partition(" ")[0] for change in provenance.changes(outcome)] == ["data=markov"]
+    assert packed.stat().st_ino == before
+    outcome = show(root, "seed=9", "force=true").result
+    assert packed.stat().st_ino != before
+    assert provenance.changes(outcome) == [] and packed.exists()
+
+
+def test_a_run_does_not_go_on_under_other_code(root, code, monkeypatch):
+    from kd.module import Distillation
+
+    class Killed(BaseException):
+        pass
+
+    real, words = Distillation.training_step, ("seed=8", "trainer.steps=4", "trainer.checkpoint_every=1")
+
+    def step(self, *args):
+        if self.global_step == 2:
+            raise Killed
+        return real(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Distillation, "training_step", step)
+        here(root, *RUN, *words)
+    (checkpoints,) = root.glob("*/checkpoints")
+    code("losses", ("-(p.exp() * (q - p))", "-2 * (p.exp() * (q - p))"))
+    with pytest.raises(UserError, match=r"that of loss=fkl \(fkl\) has changed") as caught:
+        here(root, *RUN, *words)
+    code("losses", ("-2 * (p.exp() * (q - p))", "-(p.exp() * (q - p))"))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Distillation, "training_step", step)
+        here(root, *RUN, *words)  # goes on with it
+    code("losses", ("-(p.exp() * (q - p))", "-2 * (p.exp() * (q - p))"))
+    type_in(str(caught.value))
+    assert not checkpoints.exists()
+    outcome = json.loads((here(root, *RUN, *words) / "result.json").read_text())
+    assert provenance.changes(outcome) == []
 
 
 @pytest.mark.slow
