@@ -31,6 +31,7 @@ from kd.tokenizer import bos_by_name, bos_of, byte_counts, load_tokenizer, vocab
 
 FORMAT = 1  # of the packed rows; a new one makes new folders
 END = "<|endoftext|>"
+OPTIONS = ("seq_len", "vocab", "tokenizer", "tokens", "val_rows", "val_share", "special")  # of pack() in a config
 
 
 def key(corpus: Corpus, **settings) -> str:

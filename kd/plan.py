@@ -121,7 +121,7 @@ def plain_data(settings: Settings) -> Settings:
 
 def _packing(settings: Settings, node: Settings, group: str) -> tuple[Corpus, dict]:
     make = conf.load(node["_target_"], group)
-    known = {"_target_", *inspect.signature(make).parameters, *inspect.signature(packing.pack).parameters}
+    known = {"_target_", *inspect.signature(make).parameters, *packing.OPTIONS}
     for name in node.keys() - known:
         raise UserError(f"{group}.{name}={node[name]}: no such option of this data.")
     source = cached_corpus(make, **conf.checked(make, node, group))

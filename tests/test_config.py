@@ -149,8 +149,9 @@ def test_yaml_of_a_corpus_has_every_parameter_with_its_default(node):
 
 
 def test_data_settings_are_those_of_pack():
-    given = {k: v for k, v in defaults(packing.pack).items() if k != "tokenizer_of"}
+    given = {k: v for k, v in defaults(packing.pack).items() if k in packing.OPTIONS}
     assert OmegaConf.load(config.CONF / "config.yaml").data == given
+    assert set(given) == set(packing.OPTIONS)
 
 
 # A function is an option if it takes what the group's options take.
