@@ -279,7 +279,7 @@ def has_no_memory(path: Path) -> Fault:
             signal.SIGTERM,
             "preempted",
             143,
-            "asked to end at step 8 of 12",
+            "asked to end at step 7 of 12",
             id="SIGTERM",
             marks=pytest.mark.slow,
         ),
@@ -386,7 +386,7 @@ def test_killed_sweep_leaves_no_run_behind_and_goes_on_where_it_was(clean, root,
     first, second = runs(root).values()
     assert (state(first)["state"], state(first)["exit_code"]) == ("preempted", 143)
     assert "at step 7 of 12" in state(first)["reason"] and state(second)["state"] == "not begun"
-    assert newest(first / "checkpoints").stem == "step-00000008"
+    assert newest(first / "checkpoints").stem == "step-00000007"
 
     rng = random.Random(0)  # somewhere in the second run, with it or without
     process = start(root, *words)

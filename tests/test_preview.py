@@ -115,7 +115,9 @@ def test_counts_are_printed_once_and_are_rows(monkeypatch, capsys, tmp_path):
     ask, say = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     rows = [{"messages": [ask | {"content": f"q{n}"}, say, ask, say]} for n in range(60)]
     file = write(tmp_path / "a.jsonl", *rows)
+    (tmp_path / "plain.txt").write_text("\n\n".join(f"{n} + {n} = {2 * n}" for n in range(4000)))
     words = ["data=instructions", f"data.files={file}", "data.vocab=257", "data.seq_len=250", f"root={tmp_path}",
+             "plain=text", f"plain.files={tmp_path / 'plain.txt'}",
              "data.val_share=0.3", "data.prompt_len=240", "data.turns=all", "data.template=plain"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["kd.data", "show", *words])
     data.main()

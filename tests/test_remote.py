@@ -521,15 +521,14 @@ def copy_of_a_sweep(root: str, folder: Path, count: int) -> None:
 def test_two_copies_of_a_sweep_share_its_runs(cache, tmp_path, url):
     root = f"file://{tmp_path}/there" if url else str(tmp_path / "there")
     both = [FORK.Process(target=copy_of_a_sweep, args=(root, tmp_path, 6)) for _ in range(2)]
-    began = time.monotonic()
     for process in both:
         process.start()
     for process in both:
         process.join(60)
     assert [process.exitcode for process in both] == [0, 0]
     logs = [path.read_text() for path in sorted((cache if url else tmp_path).rglob("log.txt"))]
-    assert len(logs) == 6 and sum(log.count("begins") for log in logs) <= 7  # the last one by who has nothing else
-    assert time.monotonic() - began < 0.9 * 6 * 0.7 + 1
+    # In lockstep it would be 12. Each copy may begin the last run of the other, when it has nothing else.
+    assert len(logs) == 6 and sum(log.count("begins") for log in logs) <= 8
     assert not list(tmp_path.rglob("claim.lock"))
 
 

@@ -336,8 +336,9 @@ def alike(a, b) -> bool:
     ("words", "micro_batches"),
     [(("logits=none", "teacher=none"), 1), (("logits=none", "teacher=none", "record=top_k", "record.k=4"), 3),
      (("logits=cotrained",), 2), ((*INSTRUCTIONS, "rollout=student", "rollout.share=1"), 0),
-     ((*INSTRUCTIONS, "rollout=adaptive", "rollout.threshold=0.9", "rollout.capacity=8"), 2),
-     ((*INSTRUCTIONS, "rollout=mixed", "rollout.epochs=2", "loss=minillm"), 2)],
+     pytest.param((*INSTRUCTIONS, "rollout=adaptive", "rollout.threshold=0.9", "rollout.capacity=8"), 2,
+                  marks=pytest.mark.slow),
+     pytest.param((*INSTRUCTIONS, "rollout=mixed", "rollout.epochs=2", "loss=minillm"), 2, marks=pytest.mark.slow)],
     ids=["lm", "recorded", "cotrained", "student", "adaptive", "mixed"],
 )  # fmt: skip
 def test_a_run_that_is_asked_to_end_within_a_step_saves_the_last_whole_one(tmp_path, monkeypatch, words, micro_batches):
