@@ -720,7 +720,7 @@ OFFLINE = ("logits=offline", "truncation=top_k", "truncation.k=5")
 
 
 def words_of(root: Path, *words: str) -> list[str]:
-    plain = root / "plain.txt"  # for the tokenizer; the standard library takes ten times as long
+    plain = root / "tokenizer.txt"  # for the tokenizer; the standard library takes ten times as long
     if not plain.exists():
         plain.write_text("\n\n".join(f"{'abcdefg'[n % 7] * (n % 5 + 1)} text without digits" for n in range(2000)))
     of = [
