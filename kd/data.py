@@ -259,12 +259,14 @@ def main() -> None:
     try:
         import train
         from kd import preview
+        from kd.tokenizer import load_tokenizer
 
         rows = next((word for word in reversed(given.words) if word.startswith("rows=")), "rows=3")
         if not rows.removeprefix("rows=").isdecimal():
             raise UserError(f"{rows}: need a number of rows, e.g. rows=3.")
         settings, packed = train.pack_data([word for word in given.words if not word.startswith("rows=")])
-        of = packed, preview.tokenizer_of(packed), int(rows.removeprefix("rows=")), settings["data"].get("date")
+        tokenizer = load_tokenizer(str(packed.tokenizer), "The tokenizer of the packed data")
+        of = packed, tokenizer, int(rows.removeprefix("rows=")), settings["data"].get("date")
         if given.json:
             print(preview.as_json(*of))
         else:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch.func import functional_call
 
+from kd.errors import first_line
 from kd.progress import console
 from kd.target import Target
 from kd.temperature import Softening, soften
@@ -131,7 +132,7 @@ def _compiled(objective: Objective) -> Callable:
                 return compiled(*arguments)
             except TorchDynamoException as error:
                 _compiled.failed = True
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                reason = first_line(error)
                 console.print(
                     f"torch.compile failed, so the loss is slower and takes more memory than it could: {reason}\n"
                     "trainer.compile=false leaves it out; trainer.compile=true shows all of the error.",

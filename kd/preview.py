@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 from rich.text import Text
-from transformers import AutoTokenizer
 
 from kd import templates
 from kd.data import IGNORE, Packed, in_words, to_batch
 from kd.examples import Turn
-from kd.progress import Terminal, harmless
+from kd.progress import Terminal, counted, harmless
 
 COLOURS = {"prompt": "cyan", "learned": "green"}
 
@@ -73,7 +72,7 @@ def show(packed: Packed, tokenizer, count: int, date: str | None = None) -> None
     def part(ids: list[int], labels: list[int], kind: str) -> None:
         ids, learned = np.array(ids), np.array(labels) != IGNORE
         count = learned.sum() if kind == "learned" else len(ids)
-        out.print(Text(f"{kind}, {count:,} token{'' if count == 1 else 's'}", "dim"))
+        out.print(Text(f"{kind}, {counted(count, 'token', 'tokens')}", "dim"))
         text, is_special = Text(), np.isin(ids, special)
         borders = np.flatnonzero(np.diff(is_special) | np.diff(learned)) + 1
         for piece, like, counts in zip(*(np.split(x, borders) for x in (ids, is_special, learned)), strict=True):
@@ -98,8 +97,3 @@ def show(packed: Packed, tokenizer, count: int, date: str | None = None) -> None
     unknown = "Not known of this folder, which an earlier version packed."
     out.print(Text(in_words(packed.counts) or unknown), soft_wrap=True)
     out.print(Text(str(packed.folder), "dim"), soft_wrap=True)
-
-
-def tokenizer_of(packed: Packed):
-    """The tokenizer of packed data."""
-    return AutoTokenizer.from_pretrained(packed.tokenizer, trust_remote_code=False)

@@ -2,10 +2,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kd import objective as module
 from kd.errors import UserError
 from kd.objective import Objective, chunks, fitting
 from kd.target import Target
@@ -432,3 +434,22 @@ def test_gradient_is_that_of_finite_differences(loss):
     single = replace(target, logp=target.logp.float())
     grad, _ = objective.slope(z.float(), label, single, torch.tensor(0.7))
     close(grad.double(), slope(total, z), rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_that_cannot_be_compiled_by_default_is_computed_as_it_is_and_that_is_said_once(monkeypatch, capsys):
+    def fails(*_):
+        raise TorchDynamoException("no C compiler\nin many lines")
+
+    monkeypatch.setattr(torch, "compile", lambda function: fails)
+    monkeypatch.setattr(module._compiled, "failed", False)
+    head, hidden, label, target = case()
+    objective = Objective(LOSSES["fkl"], FULL, SAME, PLAIN, compile=None)
+    given = head(hidden).detach(), label, target, torch.tensor(0.7)
+    for _ in range(2):
+        ours = module._compiled(objective)(*given)
+        expected = objective.slope(*given)
+        assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1].total, expected[1].total)
+    said = capsys.readouterr().err
+    assert said.count("no C compiler") == 1 and "trainer.compile=false" in said and "many lines" not in said
+    with pytest.raises(TorchDynamoException):
+        module._compiled(replace(objective, compile=True))(*given)

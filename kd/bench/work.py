@@ -28,6 +28,7 @@ from kd.launchers import forget_ranks
 if __name__ == "__main__":  # before a library that reads them is loaded
     forget_ranks(os.environ)
 
+from kd.errors import first_line
 from kd.sizes import Size
 
 WARM_UP = 3  # steps that are not counted: first allocations, compilation
@@ -238,8 +239,7 @@ def main(cases: list) -> None:
             result = measure(name, Shape(**fields | sizes), steps)
         except Exception as error:  # that of one case ends no other
             traceback.print_exc()
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            result = {"case": name, "shape": fields, "error": reason}
+            result = {"case": name, "shape": fields, "error": first_line(error)}
         print(json.dumps(result), file=out, flush=True)
         gc.collect()
         torch.compiler.reset()
