@@ -6,6 +6,12 @@ import copy
 import errno
 from collections.abc import Iterable
 
+# A reason that begins with one of these has the option as its subject.
+PREDICATES = (
+    "is", "was", "has", "does", "do", "would", "could", "cannot",
+    "holds", "needs", "takes", "begins", "writes", "reads", "stores", "covers",
+)  # fmt: skip
+
 
 class UserError(ValueError):
     """Mistake that the person at the keyboard can mend, printed without a traceback.
@@ -18,7 +24,7 @@ class UserError(ValueError):
     option: the option ("truncation.k"), file or URL that is wrong.
     got: its value, if it has one.
     conflict: the other setting ("logits=none"), where two contradict each other.
-    why: the reason, where value and need do not say it.
+    why: the reason, where value and need do not say it: a clause, or a predicate of the option ("is damaged: …").
     need: what would be right, as a noun phrase.
     hint: what to do, beginning with a verb ("type truncation.k=10").
     commands: lines for a shell that do what the hint says.
@@ -45,7 +51,8 @@ class UserError(ValueError):
             return self.why  # a message in one piece
         reason = "; ".join(filter(None, (self.why, self.need and f"need {self.need}")))
         subject = self._subject()
-        text = f"{subject}: {reason}" if subject and reason else subject or _capitalised(reason)
+        joint = " " if reason.partition(" ")[0] in PREDICATES else ": "
+        text = f"{subject}{joint}{reason}" if subject and reason else subject or _capitalised(reason)
         if self.hint:
             text = _ended(text) + ("\n" if "\n" in text else " ") + _capitalised(self.hint)
         return "\n  ".join([_ended(text, ":" if self.commands else "."), *self.commands])

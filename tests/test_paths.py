@@ -12,7 +12,7 @@ from shutil import which
 import pytest
 from rich.table import Table
 
-from kd.errors import UserError, for_people, is_mistake
+from kd.errors import for_people, is_mistake
 from kd.experiment.summary import show
 from kd.launch.pool import Job, Pool
 from kd.launch.sweeper import summary
@@ -22,6 +22,7 @@ from kd.system import files
 from kd.system.console import Steps, Terminal, console, styled, track
 from kd.system.remote import home
 from sweeps import fit, report
+from tests.refusals import refused
 from tests.small import ENVIRONMENT, SMALL, TOP, TRAIN, here, listed, settings, train, write
 
 
@@ -54,7 +55,7 @@ def test_the_home_folder_is_expanded_in_every_setting_that_is_a_path(at_home, op
     for typed, whole in (("~/a b/*[1]", f"{at_home}/a b/*[1]"), ("~", f"{at_home}"), ("a/~/b", "a/~/b")):
         made = settings("runs", *more, f"{option}='{typed}'")
         assert (made[group] if group else made)[name] == whole
-    with pytest.raises(UserError, match="there is no home folder for ~nobody-here"):
+    with refused(option="~nobody-here/x", why="no home folder for ~nobody-here"):
         settings("runs", *more, f"{option}='~nobody-here/x'")
 
 

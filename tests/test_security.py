@@ -33,6 +33,7 @@ from kd.store import reader
 from kd.system import checkpoint_files, files
 from kd.system.console import Terminal, styled
 from sweeps import report
+from tests.refusals import refused
 from tests.small import FORK, SMALL, TINY, TRAIN, folder, here, listed, train
 
 
@@ -202,10 +203,10 @@ def test_checkpoint_that_is_a_pickle_is_not_read_though_its_digest_is_right(cana
         torch.save(content, path)
         path.with_suffix(".xxh3").write_text(files.digest(path))
         assert checkpoint_files.newest(canary.parent) == path
-        with pytest.raises(UserError, match="holds something other than numbers"):
+        with refused(option=path, why="something other than numbers", commands=f"rm -r {path.parent}"):
             checkpoint_files.DigestIO().load_checkpoint(path)
     path.write_bytes(pickle.dumps(Payload(canary)))
-    with pytest.raises(UserError, match="holds something other than numbers"):
+    with refused(option=path, why="something other than numbers", commands=f"rm -r {path.parent}"):
         checkpoint_files.DigestIO().load_checkpoint(path)
 
 
@@ -275,7 +276,7 @@ def test_hostile_bytes_within_a_shard_are_not_run(sharded, canary):
     index[key] |= {"start": shard.stat().st_size, "length": len(evil.getvalue())}
     shard.write_bytes(shard.read_bytes() + evil.getvalue())
     (sharded / "index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="holds something other than numbers"):
+    with refused(option=shard, why="something other than numbers", commands=f"rm -r {shard.parent}"):
         read(sharded)
 
 

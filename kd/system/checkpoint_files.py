@@ -50,8 +50,10 @@ def load(path: Path, map_location="cpu", part: io.BytesIO | None = None):
         return torch.load(part or path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path} holds something other than numbers and text, which no checkpoint of kd does, so it was not read. "
-            f"Should it be from elsewhere, remove it:\n  {shlex.join(['rm', '-r', str(Path(path).parent)])}"
+            option=path,
+            why="holds something other than numbers and text, which no checkpoint of kd does, so it was not read",
+            hint="if it is from elsewhere, remove its folder",
+            commands=[shlex.join(["rm", "-r", str(Path(path).parent)])],
         ) from None
 
 
@@ -89,8 +91,10 @@ def newest(folder: Path) -> Path | None:
         warnings.warn(f"{path} is damaged (its bytes are not those that were written); going back to the one before.")
     if found:
         raise UserError(
-            f"Every checkpoint of this run is damaged: {', '.join(map(str, found))}. To train it anew, type:\n"
-            f"  {shlex.join(['rm', '-r', str(folder)])}"
+            option=folder,
+            why=f"every checkpoint of this run is damaged: {', '.join(path.name for path in found)}",
+            hint="to train it anew, type",
+            commands=[shlex.join(["rm", "-r", str(folder)])],
         )
     return None
 
