@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import re
 from collections.abc import Iterable
 
 # A reason that begins with one of these has the option as its subject.
@@ -21,7 +22,7 @@ class UserError(ValueError):
           command
     A message in one piece, which is printed as it is, is for what no option, file or URL is to blame for.
 
-    option: the option ("truncation.k"), file or URL that is wrong.
+    option: the option ("truncation.k"), file or URL that is wrong; an option also as it is typed ("truncation.k=0").
     got: its value, if it has one.
     conflict: the other setting ("logits=none"), where two contradict each other.
     why: the reason, where value and need do not say it: a clause, or a predicate of the option ("is damaged: …").
@@ -43,6 +44,8 @@ class UserError(ValueError):
     ):
         self.why, self.need, self.hint, self.conflict = str(why), need, hint, conflict
         self.option, self.got = None if option is None else str(option), got
+        if got is None and (word := re.match(r"([\w.]+)=(.*)", self.option or "", re.DOTALL)):
+            self.option, self.got = word.groups()
         self.commands = tuple(commands)
         super().__init__(str(self))
 

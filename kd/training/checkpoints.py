@@ -38,9 +38,11 @@ class Checkpoints(Callback):
     def load_state_dict(self, state: dict) -> None:
         if changed := differences(state["code"], self.code, self.config):
             raise UserError(
-                f"{self.run.name} was begun with other code: that of {', '.join(changed)} has changed since its "
-                "checkpoint. To go on with it, bring that code back. To train it anew with the code as it is, type:\n"
-                f"  {self.run.removal('checkpoints')}\nand the same command again."
+                option=self.run.name,
+                why=f"was started with other code: that of {', '.join(changed)} has changed since its checkpoint",
+                hint="to continue the run, restore that code. To train it anew with the code as it is, type this, and "
+                "then the same command again",
+                commands=[self.run.removal("checkpoints")],
             )
 
     def on_train_start(self, trainer, module) -> None:

@@ -417,8 +417,11 @@ class Distillation(lightning.LightningModule):
             kept = checkpoint["kd"]["rollout"]
             if len(kept) != collectives.count() and any(map(self.rollout.is_own, kept)):
                 raise UserError(
-                    f"This run was saved by {len(kept)} processes, each of which keeps what it wrote; it cannot go on "
-                    f"with {collectives.count()}. Type trainer.devices={len(kept)}."
+                    option="trainer.devices",
+                    got=collectives.count(),
+                    why=f"the checkpoint is of {len(kept)} processes, each of which keeps the responses that it wrote",
+                    need=f"{len(kept)} processes to continue this run",
+                    hint=f"type trainer.devices={len(kept)}",
                 )
             self.rollout.load(kept[min(collectives.number(), len(kept) - 1)])
         states = checkpoint["kd"]["random"]
