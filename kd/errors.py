@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 # A reason that begins with one of these has the option as its subject.
 PREDICATES = (
-    "is", "was", "has", "does", "do", "would", "could", "cannot",
-    "holds", "needs", "takes", "begins", "writes", "reads", "stores", "covers",
+    "is", "was", "has", "does", "do", "would", "could", "cannot", "ran",
+    "holds", "needs", "takes", "begins", "writes", "reads", "stores", "covers", "keeps",
 )  # fmt: skip
 
 

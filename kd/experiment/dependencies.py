@@ -107,12 +107,14 @@ def _packing(settings: Settings, node: Settings, group: str) -> tuple[Corpus, di
     make = conf.load(node["_target_"], group)
     known = {"_target_", *inspect.signature(make).parameters, *packing.OPTIONS}
     for name in node.keys() - known:
-        raise UserError(f"{group}.{name}={node[name]}: no such option of this data.")
+        hint = f"leave {group}.{name} out"
+        raise UserError(option=f"{group}.{name}", got=node[name], why="this data has no such option", hint=hint)
     source = cached_corpus(make, **conf.checked(make, node, group))
     how = conf.checked(packing.pack, node, group)
     how["code"] = provenance.component(group, name_of(node))
     if source.words and node["tokenizer"]:
-        raise UserError(f"data.tokenizer={node['tokenizer']}: this data has a vocabulary of its own; leave it out.")
+        why, hint = "this data has a vocabulary of its own", "leave data.tokenizer out"
+        raise UserError(option="data.tokenizer", got=node["tokenizer"], why=why, hint=hint)
     if not source.words:
         how["tokenizer"] = tokenizer_name(settings)
     return source, how
@@ -148,11 +150,14 @@ def start_settings(settings: Settings) -> Settings | None:
         return None
     if of["stage"] == "pretrained":
         if student["name"]:
-            raise UserError(f"start=pretrained: student.name={student['name']} is pretrained as it is; leave it out.")
+            why, hint = "this student is pretrained as it is", "leave start=pretrained out"
+            conflict = f"student.name={student['name']}"
+            raise UserError(option="start", got="pretrained", conflict=conflict, why=why, hint=hint)
         made = _language_modelling(settings, student, "scratch", of["steps"], of["batch"], of["lr"], of["seed"])
         return made | {"data": plain_data(settings)}
     if not corpus(settings)[0].pairs:
-        raise UserError("start=sft fine-tunes on instructions, and this data is plain text; type data=instructions.")
+        why = "needs instructions to fine-tune on, and this data is plain text"
+        raise UserError(option="start", got="sft", why=why, hint="type data=instructions, or start=scratch")
     before, rate = ("scratch", 1e-4) if student["name"] else ("pretrained", 1e-3)
     return _language_modelling(
         settings, student, before, of["sft_steps"], of["sft_batch"], of["sft_lr"] or rate, of["seed"]

@@ -74,8 +74,10 @@ def fit(run: Run, settings: Settings, inputs: Inputs) -> dict:
     checkpoint = collectives.gather(newest(run / "checkpoints") if collectives.number() == 0 else None)[0]
     if checkpoint and checkpoint.is_dir() != ("student" in sharded):
         raise UserError(
-            f"{checkpoint} was saved {'in shards' if checkpoint.is_dir() else 'whole'}: go on with trainer.strategy="
-            f"{'fsdp' if checkpoint.is_dir() else 'ddp'}, or, to train anew, type:\n  {run.removal('checkpoints')}"
+            option=checkpoint,
+            why=f"was saved {'in shards' if checkpoint.is_dir() else 'whole'}",
+            hint=f"continue with trainer.strategy={'fsdp' if checkpoint.is_dir() else 'ddp'}, or, to train anew, type",
+            commands=[run.removal("checkpoints")],
         )
     start = int(checkpoint.stem.partition("-")[2]) if checkpoint else 0
     git = code["environment"]["git"]
@@ -179,7 +181,9 @@ def fit(run: Run, settings: Settings, inputs: Inputs) -> dict:
         return result
     except NonFinite as error:
         path = run.end(DIVERGED, str(error), exit_code=2, **error.report)
-        raise UserError(f"{told.name}: {error}. Not counted as a result; what is known of it is in {path}.") from None
+        why = f"{error}. The run is not counted as a result; its report is in {path}"
+        hint = "choose a lower lr.peak, or trainer.precision=fp32"
+        raise UserError(option=told.name, why=why, hint=hint) from None
     except Preempted as error:
         reason = f"asked to end at step {module.global_step} of {of['steps']}; the same command goes on with it"
         run.end(PREEMPTED, reason, exit_code=error.code)
@@ -191,9 +195,11 @@ def fit(run: Run, settings: Settings, inputs: Inputs) -> dict:
         path = run.failed(error, told=full)
         if full:
             raise UserError(
-                f"{told.name} ran out of memory at step {module.global_step}, with {module.micro_batch} rows at once: "
-                f"{error}\nTake trainer.chunk={max(1, (components.objective.chunk or 256) // 2)}, a smaller model, or "
-                f"data.seq_len={seq_len // 2}. What is known of it is in {path}."
+                option=told.name,
+                why=f"ran out of memory at step {module.global_step}, with {module.micro_batch} rows at once: {error}\n"
+                f"The report of the run is in {path}",
+                hint=f"type trainer.chunk={max(1, (components.objective.chunk or 256) // 2)} or "
+                f"data.seq_len={seq_len // 2}, or choose a smaller model",
             ) from None
         raise
     finally:

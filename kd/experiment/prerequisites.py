@@ -108,8 +108,10 @@ def check_recorded(settings: Settings) -> None:
     run, _, _, where = plan(settings)
     if where and not where.manifest().exists() and source_of(settings) == "none":
         raise UserError(
-            f"{run.name} is done, and nothing was recorded. To train it once more and record it, type:\n"
-            f"  {run.removal()}\nand the same command again."
+            option=run.name,
+            why="is done, and nothing was recorded",
+            hint="to train the run once more and record it, type this, and then the same command again",
+            commands=[run.removal()],
         )
 
 
@@ -176,7 +178,11 @@ def teacher_model(settings: Settings, components: Components, train: Train) -> C
     _, teacher, _, where = plan(settings)
     name = ensure_trained(teacher, train) if teacher else settings["teacher"]["name"]
     if name is None:
-        raise UserError(f"There is no store at {where.path}, and teacher=none cannot write one.")
+        raise UserError(
+            option=where.path,
+            why="does not exist, and teacher=none cannot write a store",
+            hint="give the path of a store as logits.path, or choose a teacher, e.g. teacher=1m",
+        )
     check_student(settings["teacher"]["name"])
     check_tokenizers(settings, components.tokenizer, name)
     vocab = vocabulary_size(components.tokenizer)

@@ -22,7 +22,8 @@ def compare_with_teacher(store: Store, root: str, train: Train) -> str:
         conf.check_targets(settings)
         conf.check_plain(settings)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{store.path}: its settings are not those of a run ({error!r}).") from None
+        why, hint = f"has settings that are not those of a run ({error!r})", "do not use this store"
+        raise UserError(option=store.path, why=why, hint=hint) from None
     teacher, name = plan(settings).teacher, settings["teacher"]["name"]
     if (teacher and not plan(teacher).run.result()) or (name and not teacher and not Path(name).is_dir()):
         return f"Its teacher {store.of['teacher']} is not in {root}, so no row was computed again."

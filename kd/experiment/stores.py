@@ -54,7 +54,9 @@ def described(settings: Settings, packed: Packed) -> dict:
         weights = hub.revision(name)
     part = stored_part(settings)
     if part.get("draws", 0) > MOST_DRAWS:
-        raise UserError(f"draws={part['draws']}: a store counts at most {MOST_DRAWS:,} draws per position; take fewer.")
+        group = "record" if settings["record"] else "truncation"
+        need, hint = f"at most {MOST_DRAWS:,} draws per position for a store", f"type {group}.draws={MOST_DRAWS}"
+        raise UserError(option=f"{group}.draws", got=part["draws"], need=need, hint=hint)
     return {
         "format": FORMAT, "teacher": called, "weights": weights,
         "tokenizer": files.digest_of([v for k, v in sorted(packed.digests.items()) if k.startswith("tokenizer/")]),
@@ -113,14 +115,20 @@ def opened(settings: Settings, packed: Packed) -> Store | None:
         return found
     if not within(asked, of["truncation"]):
         raise UserError(
-            f"truncation={asked['name']} asks for more than record={of['truncation']['name']} would have the store "
-            "hold. Record more, or leave record out to store just what is asked for."
+            option="truncation",
+            got=asked["name"],
+            conflict=f"record={of['truncation']['name']}",
+            why="the loss needs more than the store would hold",
+            hint="record more, or leave record out to store what this truncation keeps",
         )
     _measurable(settings, of["truncation"])
     if window is not None and not is_recorded(settings):
         raise UserError(
-            f"logits.window={settings['logits']['window']}: there is no store at {where.path}, and one that is written "
-            "now, by a finished teacher, covers no window of its training. Leave it out, or give logits.path=…"
+            option="logits.window",
+            got=settings["logits"]["window"],
+            why=f"{where.path} does not exist, and a store that is written now, by a finished teacher, covers no "
+            "window of its training",
+            hint="leave logits.window out, or give a recorded store by logits.path=…",
         )
     return None
 
@@ -133,15 +141,21 @@ def _measurable(settings: Settings, held: dict) -> None:
     routing = name_of(settings["routing"])
     if routing != "none" and held["name"] == "random":
         raise UserError(
-            f"routing={routing} is measured on what the teacher says, and the store holds {said(held)}, too little to "
-            "tell where it is sure. Take a store of the most probable tokens (record=top_k; without logits.path), of "
-            "everything (record=full), logits=online, or routing=none."
+            option="routing",
+            got=routing,
+            why=f"is measured on the teacher's probabilities, and the store holds {said(held)}, too little to tell "
+            "where the teacher is sure",
+            need="a store of the most probable tokens or of everything",
+            hint="type record=top_k or record=full (without logits.path), logits=online, or routing=none",
         )
     name = name_of(settings["temperature"])
     if name != "fixed" and held != FULL:
         raise UserError(
-            f"temperature={name} is measured on the teacher's whole distribution, and the store holds {said(held)}. "
-            "Take a store of everything (record=full; without logits.path), logits=online, or temperature=fixed."
+            option="temperature",
+            got=name,
+            why=f"is measured on the teacher's whole distribution, and the store holds {said(held)}",
+            need="a store of everything",
+            hint="type record=full (without logits.path), logits=online, or temperature=fixed",
         )
 
 
@@ -220,7 +234,11 @@ def compare(found: Store, packed: Packed, keep: Keep, model: Causal, accelerator
             f"KL from what it says now to what is stored {off.mean():.1e} nats in the mean, {off.max():.1e} at most."
         )
     if not abs(off.mean()) <= 0.01 + 5 * error:  # NaN is far, too
-        raise UserError(f"{found.path} is not what this teacher says: {words}")
+        why, hint = (
+            f"does not hold the probabilities of this teacher: {words}",
+            "write the store anew, or do not use it",
+        )
+        raise UserError(option=found.path, why=why, hint=hint)
     return words
 
 

@@ -183,7 +183,8 @@ def _failed(run: Run, server: dist.TCPStore, codes: list[int | None], no_memory:
     where = run.end(**{"state": FAILED, "exit_code": 2} | end)
     if said is None:
         print(end.get("traceback", ""), file=sys.stderr, end="")
-        said = f"{run.name}: {end['reason']}. What is known of it is in {where}; the same command goes on with it."
+        why, hint = f"{end['reason']}. The report of the run is in {where}", "type the same command to continue the run"
+        raise UserError(option=run.name, why=why, hint=hint)
     raise UserError(said)
 
 

@@ -15,15 +15,15 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from kd.runs import wandb_agent
-from kd.system import files
-from kd.errors import MISTAKES, UserError, first_line
-from kd.runs.identity import About, about, sizes_of
-from kd.system.console import console
-from kd.runs.run import RESPONSES, Run
 from kd.config.security import SECRET, redacted
-from kd.system.processes import peak_memory
+from kd.errors import MISTAKES, UserError, first_line
+from kd.runs import wandb_agent
+from kd.runs.identity import About, about, sizes_of
+from kd.runs.run import RESPONSES, Run
+from kd.system import files
+from kd.system.console import console
 from kd.system.files import read_metrics
+from kd.system.processes import peak_memory
 
 ANSWER = "KD_WANDB"  # environment variable: online or offline, as W&B's server answered when it was asked
 WAIT = 10  # seconds for W&B's server to answer
@@ -94,7 +94,8 @@ def _explained(name: str) -> Iterator[None]:
     except MISTAKES:
         raise
     except Exception as error:
-        raise UserError(f"logger={name} did not start: {_reason(error)}. Mend that, or type logger=none.") from error
+        why, hint = f"could not start: {_reason(error)}", "correct that, or type logger=none"
+        raise UserError(option="logger", got=name, why=why, hint=hint) from error
 
 
 def _reason(error: Exception) -> str:
@@ -160,7 +161,8 @@ def _need_tensorboard() -> None:
     try:
         import tensorboard  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UserError("logger=tensorboard needs TensorBoard: pip install 'kd[tensorboard]'.") from error
+        hint = "type pip install 'kd[tensorboard]'"
+        raise UserError(option="logger", got="tensorboard", need="the package TensorBoard", hint=hint) from error
 
 
 def wandb(folder: Path, about: About, project: str = "kd", entity: str | None = None) -> list[Logger]:

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from kd.config.components import build
+from kd.config.rules import name_of
 from kd.errors import UserError
 from kd.runs.identity import about, sizes_of
 from kd.runs.run import RESPONSES, Run
-from kd.config.rules import name_of
 
 WANTED = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 
@@ -40,8 +40,9 @@ def check_single() -> None:
     """Raise UserError where an agent started a sweep, whose runs would all be the same W&B run."""
     if asked():
         raise UserError(
-            "WANDB_SWEEP_ID is set: an agent of W&B asks for one run at a time. Leave -m and sweeps=… out of the "
-            "command of its sweep, or unset WANDB_SWEEP_ID."
+            option="WANDB_SWEEP_ID",
+            why="is set in the environment, and an agent of W&B asks for one run at a time",
+            hint="leave -m and sweeps=… out of the command of its sweep, or unset WANDB_SWEEP_ID",
         )
 
 
