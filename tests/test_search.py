@@ -85,7 +85,7 @@ def test_changed_axes_are_another_search_and_n_jobs_is_not():
 
 
 def test_a_sweep_file_is_no_search(tmp_path):
-    assert "leave sweeps= out" in train(tmp_path, "-m", "hydra/sweeper=optuna", "sweeps=demo", AXES[0], code=2)
+    assert "Leave sweeps= out" in train(tmp_path, "-m", "hydra/sweeper=optuna", "sweeps=demo", AXES[0], code=2)
 
 
 @pytest.mark.slow

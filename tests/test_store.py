@@ -256,7 +256,7 @@ def test_verify_finds_numbers_that_the_teacher_does_not_say(root, command_line, 
     real = store_check.teacher_model
     monkeypatch.setattr(store_check, "teacher_model", other)
     code, said = command_line("verify", str(only(root)))
-    assert code == 2 and "is not what this teacher says" in said
+    assert code == 2 and "does not hold the probabilities of this teacher" in said
 
 
 DRAWS = ("truncation=random", "truncation.draws=50")
@@ -284,7 +284,7 @@ def test_verify_finds_another_teacher(root, command_line, monkeypatch, words, ch
     held = write(root, *words)
     shaken(monkeypatch, change)
     code, said = command_line("verify", held.path)
-    assert code == 2 and "is not what this teacher says" in said
+    assert code == 2 and "does not hold the probabilities of this teacher" in said
 
 
 def shaken(monkeypatch, change) -> None:

@@ -127,17 +127,12 @@ def _remove_old(folder: Path, code: dict[str, str] | None) -> None:
 
 def opened(folder: Path) -> Packed:
     """What was packed into a folder; raises UserError if it is not what was written."""
-    mend = dict(
-        why="is damaged: its bytes are not those that were written",
-        hint="remove the packed data and type the same command again",
-        commands=[shlex.join(["rm", "-r", str(folder)])],
-    )
     manifest = read_json(folder / "manifest.json")
     if manifest.pop("digest", None) != files.digest_of(manifest):
-        raise UserError(option=folder / "manifest.json", **mend)
+        raise _damaged(folder, "manifest.json")
     for name, expected in manifest["digests"].items():
         if not (folder / name).exists() or files.digest(folder / name) != expected:
-            raise UserError(option=folder / name, **mend)
+            raise _damaged(folder, name)
     train, val = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("train", "val"))
     of = manifest["bytes_per_token"], manifest["entropy"], manifest["digests"]
     counts = manifest.get("counts", {})
@@ -145,6 +140,15 @@ def opened(folder: Path) -> Packed:
         return Packed(folder, train, val, *of, counts=counts, boundary=tuple(manifest.get("boundary", ())))
     spans = (np.load(folder / f"{part}_spans.npy") for part in ("train", "val"))
     return Packed(folder, train, val, *of, *spans, manifest["end"], counts=counts, template=manifest["template"])
+
+
+def _damaged(folder: Path, name: str) -> UserError:
+    return UserError(
+        option=folder / name,
+        why="is damaged: its bytes are not those that were written",
+        hint="remove the packed data and type the same command again",
+        commands=[shlex.join(["rm", "-r", str(folder)])],
+    )
 
 
 def _write(
