@@ -319,7 +319,7 @@ def test_store_behind_a_url_writes_and_removes_nothing_elsewhere(root):
 
 def test_words_of_a_store_are_shown_so_that_a_shell_runs_none(root):
     at = altered(root, words="data=markov; touch canary $(touch canary) `touch canary`", format=0)
-    with refused(option=at / "manifest.json", why="is damaged"):
+    with refused(option=at / "shard-00000.safetensors", why="is damaged"):
         (at / "shard-00000.safetensors").write_bytes(b"")
         reader.Store(at, root / "stores")
     shown = reader.Store.__new__(reader.Store)
