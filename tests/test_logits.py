@@ -9,16 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
-import hydra
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
-from kd.config.components import CONF
 from kd.data.batches import rows_of_step
 from kd.errors import UserError
-from kd.experiment.dependencies import plan
+from kd.experiment.dependencies import Plan
 from kd.models import causal_lm
 from kd.store import recorder, writer
 from kd.store.reader import Store
@@ -26,7 +24,7 @@ from kd.system import checkpoint_files
 from kd.system.files import read_metrics
 from kd.teachers.sources import share
 from kd.training import module
-from tests.small import FORK, TOP, content, folder, here, outcome, result, settings, type_in
+from tests.small import FORK, TOP, content, folder, here, outcome, result, small_config, type_in
 
 STEPS, ROWS, BATCH = 20, 60, 4
 PLAIN = ("logits=none", "teacher=none", f"trainer.steps={STEPS}", "trainer.val_every=50")
@@ -387,16 +385,15 @@ def test_seed_of_a_cotrained_teacher_is_part_of_the_run(cotrained, tmp_path):
 
 
 def settings_run(root: Path, *words: str):
-    made = settings(root, *words)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return plan(made).run.name
+    made = small_config(root, *words)
+    return Plan.of(made).run.name
 
 
 def test_a_pretrained_teacher_does_not_learn_at_the_rates_of_sizes(tmp_path):
     words = ("logits=cotrained", "teacher=hub", "teacher.name=org/model")
     with pytest.raises(UserError, match=r"type optim=adamw lr\.peak=1e-4"):
-        settings(tmp_path, *words)
-    assert settings(tmp_path, *words, "optim=adamw", "lr.peak=1e-4")
+        small_config(tmp_path, *words)
+    assert small_config(tmp_path, *words, "optim=adamw", "lr.peak=1e-4")
 
 
 def test_cotrained_student_is_exported_without_its_teacher(cotrained, tmp_path):

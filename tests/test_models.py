@@ -29,12 +29,12 @@ from kd.config.sizes import SIZES, STUDENTS
 from kd.data import packing
 from kd.data.tokenizer import load_tokenizer
 from kd.errors import UserError
-from kd.experiment.dependencies import plan
+from kd.experiment.dependencies import Plan
 from kd.models import causal_lm, flops
 from kd.rollout import generate
 from kd.runs import identity
 from kd.system import files, network
-from tests.small import here, settings
+from tests.small import here, small_config
 
 V, T = 90, 32
 SHAPE = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
@@ -755,4 +755,4 @@ def test_token_names_are_compared_as_typed(tmp_path):
         here(tmp_path / "runs", *words.split())
     folder = here(tmp_path / "runs", *words.split(), "token_names=any")
     assert (folder / "result.json").exists()
-    assert plan(settings(tmp_path / "runs", *words.split())).run.folder == folder
+    assert Plan.of(small_config(tmp_path / "runs", *words.split())).run.folder == folder

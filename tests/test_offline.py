@@ -330,7 +330,7 @@ def test_runs_of_many_kinds_read_one_store(root, monkeypatch):
 
 
 def test_a_rank_composes_no_config(root, monkeypatch):
-    """It is given settings, and Hydra is not there; what a store is to hold is asked of who writes it alone."""
+    """It is given a config, and Hydra is not there; what a store is to hold is asked of who writes it alone."""
     given, real = [], fit.fit
     monkeypatch.setattr(fit, "fit", lambda *of: given.append(of) or {})
     here(root, "logits=offline", "record=top_k", "record.k=5", "trainer.steps=2", *TOP)

@@ -23,7 +23,7 @@ from kd.runs.run import Run
 from kd.system import remote
 from kd.system.processes import alive, boot, whereabouts
 from kd.system.remote import Remote
-from tests.small import ENVIRONMENT, FORK, TRAIN, folder, here, listed, outcome, settings, start, train
+from tests.small import ENVIRONMENT, FORK, TRAIN, folder, here, listed, outcome, small_config, start, train
 
 
 class Broken(LocalFileSystem):
@@ -275,8 +275,8 @@ def test_urls_that_cannot_be(cache, tmp_path, root, says):
 
 
 def test_a_folder_is_no_url(tmp_path):
-    made = settings(tmp_path)
-    assert remote.home(made["root"]) == tmp_path and Run(tmp_path, "x").remote is None
+    made = small_config(tmp_path)
+    assert remote.home(made.root) == tmp_path and Run(tmp_path, "x").remote is None
 
 
 class Away(LocalFileSystem):
@@ -382,7 +382,7 @@ def test_why_a_run_failed_is_not_lost_in_an_outage(away, tmp_path, monkeypatch):
     run = Run(away, "run")
     run.folder.mkdir(parents=True)
     monkeypatch.setattr(remote, "SOON", 0)
-    run.begin({})
+    run.begin(small_config(tmp_path))
     Away.go(1000)
     with pytest.warns(UserWarning), pytest.raises(ZeroDivisionError), run.recorded():
         1 / 0  # noqa: B018

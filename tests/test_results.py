@@ -5,11 +5,9 @@ import shlex
 import shutil
 from pathlib import Path
 
-import hydra
 import pytest
 
 import train as product
-from kd.config.components import CONF
 from kd.data import packing
 from kd.errors import UserError
 from kd.experiment import planner, prerequisites
@@ -18,7 +16,7 @@ from kd.runs import provenance
 from kd.runs.run import Run, check_student
 from kd.system import checkpoint_files, files
 from sweeps.compare import read
-from tests.small import folder, here, settings, train, type_in
+from tests.small import folder, here, small_config, train, type_in
 
 RUN = ("trainer.steps=2", "teacher.steps=2")
 
@@ -39,11 +37,10 @@ def root(made, tmp_path) -> Path:
 
 def show(root: Path, *words: str) -> prerequisites.Outcome:
     """What a command on the run does, in this process, up to where its table is printed."""
-    given = settings(root, *RUN, *words)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        outcome = product.train(given)
-        outcome.check_files()
-        return outcome
+    given = small_config(root, *RUN, *words)
+    outcome = product.train(given)
+    outcome.check_files()
+    return outcome
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -210,9 +207,8 @@ def test_what_is_damaged_under_a_url_is_said_and_a_damaged_copy_is_fetched_anew(
         of.check(of.result(), "student")
     for name in ("config.json", "metrics.jsonl"):
         flip(there / run.name / name)
-        given = settings(tmp_path, *words)
-        config, damaged = hydra.initialize_config_dir(str(CONF), version_base="1.3"), f"{name} is damaged"
-        with config, pytest.raises(UserError, match=damaged):
+        given = small_config(tmp_path, *words)
+        with pytest.raises(UserError, match=f"{name} is damaged"):
             product.train(given).check_files()
         flip(there / run.name / name)
     whole = (there / run.name / "result.json").read_text()
@@ -464,9 +460,8 @@ def test_force_removes_nothing_before_all_is_checked(root, monkeypatch):
 
 def test_force_plans_a_run_with_a_damaged_result(root, capsys):
     flip(folder(root, "fkl") / "result.json")
-    given = settings(root, *RUN, "plan=true", "force=true")
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        planner.show_plan([given], ["this run"], 1)
+    given = small_config(root, *RUN, "plan=true", "force=true")
+    planner.show_plan([given], ["this run"], 1)
     assert "this run" in capsys.readouterr().err
 
 

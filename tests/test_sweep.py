@@ -7,13 +7,14 @@ import re
 import subprocess
 import sys
 
-import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from kd.config.components import CONF, SWEEPS
-from kd.config.rules import NO_SIGNAL, group_of
+from kd.config.components import SWEEPS
+from kd.config.rules import group_of
+from kd.config.schema import NO_SIGNAL
 from kd.errors import UserError
+from kd.experiment.dependencies import Plan
 from kd.launch.sweeper import Processes, asked_for, at_scale, discard, varying
 from kd.models import flops as flops_module
 from kd.runs.run import Run
@@ -21,7 +22,7 @@ from kd.system.console import counted
 from kd.system.processes import whereabouts
 from sweeps import report
 from sweeps.compare import ALONE, grouped, manifest, read
-from tests.small import ENVIRONMENT, TRAIN, folder, listed, outcome, result, settings, train
+from tests.small import ENVIRONMENT, TRAIN, folder, listed, outcome, result, small_config, train
 
 
 def test_multirun_makes_every_run_and_again_makes_none(tmp_path):
@@ -61,15 +62,14 @@ def test_words_that_make_other_runs_name_another_sweep(words):
 
 
 def test_a_damaged_teacher_is_said_before_any_run_starts(tmp_path):
-    asked = settings(tmp_path, "student=100k")
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        teacher = Processes.plan(Processes.plan(asked).teacher).run
-        Processes().check_before(asked, set())  # it is not there yet
-        teacher.folder.mkdir(parents=True)
-        (teacher / "result.json").write_text("{")
-        with pytest.raises(UserError, match=r"result\.json is damaged"):
-            Processes().check_before(asked, set())
-        Processes().check_before(asked, {teacher.name})
+    asked = small_config(tmp_path, "student=100k")
+    teacher = Plan.of(Plan.of(asked).teacher).run
+    Processes().check_before(asked, set())  # it is not there yet
+    teacher.folder.mkdir(parents=True)
+    (teacher / "result.json").write_text("{")
+    with pytest.raises(UserError, match=r"result\.json is damaged"):
+        Processes().check_before(asked, set())
+    Processes().check_before(asked, {teacher.name})
 
 
 def test_one_run_is_said_to_be_one():

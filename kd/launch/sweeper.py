@@ -22,14 +22,15 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from kd.config.components import check_sweep
-from kd.config.rules import NO_SIGNAL, group_of, name_of, resolve
+from kd.config.rules import group_of
+from kd.config.schema import NO_EFFECT, NO_SIGNAL, ExperimentConfig
 from kd.config.security import check_words
 from kd.errors import MISTAKES, UserError, for_people
-from kd.experiment.dependencies import plan
+from kd.experiment.dependencies import Plan
 from kd.experiment.prerequisites import prepare
 from kd.launch.pool import UNKNOWN, Job, Local, Pool, Watch, fitting, gpus, visible_devices
 from kd.runs import wandb_agent
-from kd.runs.identity import NO_EFFECT, below
+from kd.runs.identity import below
 from kd.runs.provenance import doubts
 from kd.runs.run import DIVERGED, DONE, FAILED, NO_MEMORY, SEALED, Run
 from kd.system import files, remote
@@ -131,7 +132,7 @@ class Runs(Launcher):
         """What is to do the jobs of sweep `name`; raises UserError where it cannot."""
         raise NotImplementedError
 
-    def check_place(self, settings: dict) -> None:
+    def check_place(self, config: ExperimentConfig) -> None:
         """Raise UserError for a run that cannot be done where it is to be; of other machines nothing is known."""
 
     def launch(
@@ -160,10 +161,10 @@ class Runs(Launcher):
         check_sweep(name)
         wandb_agent.check_single()
         if self.config.plan:
-            told = self._each(self._settings, job_overrides, said)
+            configs = self._each(self._run_config, job_overrides, said)
             from kd.experiment import planner
 
-            planner.show_plan(told, said, self.at_once([gpus(of["trainer"]) for of in told]))
+            planner.show_plan(configs, said, self.at_once([gpus(config.trainer) for config in configs]))
             sys.exit()
         # Done here, once: runs that are started again on the way go on where they were.
         job_overrides = [[word for word in job if word.partition("=")[0] != "force"] for job in job_overrides]
@@ -222,9 +223,9 @@ class Runs(Launcher):
             raise UserError(wrong[0])
         raise UserError(refused(jobs, said, wrong))
 
-    def _settings(self, words: Sequence[str]) -> dict:
+    def _run_config(self, words: Sequence[str]) -> ExperimentConfig:
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(words))
-        return resolve(cfg, list(words))
+        return ExperimentConfig.from_hydra(cfg, list(words))
 
     def _prepare_wandb(self, name: str, runs: Iterable[Run]) -> None:
         """Ask W&B's server once for all runs, and put those that were made outside of any sweep into this one's group.
@@ -254,24 +255,24 @@ class Runs(Launcher):
 
         sound: names of teachers and starts that were checked already.
         """
-        settings = self._settings(words)
-        run = plan(settings).run
+        config = self._run_config(words)
+        run = Plan.of(config).run
         if self.config.force or (result := run.result()) is None:
-            self.check_place(settings)
-            self.check_before(settings, set() if sound is None else sound)
-            prepare(settings)
+            self.check_place(config)
+            self.check_before(config, set() if sound is None else sound)
+            prepare(config)
         else:
             run.settle()
             if not run.remote:
                 run.check(result, *(name for name in SEALED if name != "student"))
-        return run, gpus(settings["trainer"]), name_of(settings["logger"])
+        return run, gpus(config.trainer), config.logger.name
 
-    def check_before(self, settings: dict, sound: set[str]) -> None:
+    def check_before(self, config: ExperimentConfig, sound: set[str]) -> None:
         """Raise UserError for a damaged run that makes the teacher or start of a run; sound: names of checked ones."""
-        planned = plan(settings)
+        planned = Plan.of(config)
         stored = planned.store is not None and planned.store.manifest().exists()
         for model in filter(None, (planned.start, None if stored else planned.teacher)):
-            run = plan(model).run
+            run = Plan.of(model).run
             if run.name in sound:
                 continue
             if result := run.result():
@@ -356,11 +357,11 @@ class Processes(Runs):
 
     here = True
 
-    def check_place(self, settings: dict) -> None:
-        if settings["trainer"]["devices"] > 1:
+    def check_place(self, config: ExperimentConfig) -> None:
+        if config.trainer.devices > 1:
             from kd.parallel import collectives  # and torch
 
-            collectives.check_devices(settings["trainer"])
+            collectives.check_devices(config.trainer)
 
     def at_once(self, asked: Sequence[int]) -> int:
         return self.config.n_jobs or fitting(visible_devices(), min(asked, default=1))

@@ -1,22 +1,11 @@
 """The folder of a run: its lock, its state, its result, and the student that comes out."""
 
 from __future__ import annotations
-from kd.system.processes import _same_process
-from kd.system.processes import alive
-from kd.system.processes import peak_memory
-from kd.system.files import read_json
-from kd.config.security import redacted
-from kd.system.processes import whereabouts
 
-import importlib.metadata
 import json
 import os
-import platform
-import re
 import shlex
 import shutil
-import socket
-import subprocess
 import time
 import traceback
 import warnings
@@ -26,14 +15,16 @@ from pathlib import Path
 
 import filelock
 
-from kd.system import files
-from kd.system import remote
+from kd.config.schema import ExperimentConfig
+from kd.config.secrets import redacted
 from kd.errors import UserError, is_mistake
-from kd.runs.identity import model_name, size_text
+from kd.system import files, remote
 from kd.system.console import console
+from kd.system.files import read_json
+from kd.system.processes import _same_process, alive, peak_memory, whereabouts
 from kd.system.signals import EXIT_CODE
 
-# What a student writes to the prompts of the validation rows (kd/evaluation/responses.py), and the curve of its ExAccErr.
+# Responses of a student to the prompts of the validation rows (kd/evaluation/responses.py), and its curve of ExAccErr.
 RESPONSES, EXACCERR = "responses.jsonl", "exaccerr.json"
 EXACCERR_LENGTH = 16  # tokens up to which one number for it counts, as in the log of MiniLLM's code
 # What result.json keeps digests of, beside its own; folders with all that is in them.
@@ -194,19 +185,19 @@ class Run:
                 left = [p for p in self.folder.iterdir() if p.name not in ("checkpoints", "student", "result.json")]
                 self.remote.tell(*(p.name for p in left if p.is_dir() or p.stat().st_mtime >= began))
 
-    def begin(self, config: dict) -> None:
+    def begin(self, config: ExperimentConfig) -> None:
         """Make ready to work: the resolved config is written, and how an earlier try ended is forgotten.
 
         What killed processes left half-written is removed, and a checkpoint that is further at the URL is copied here.
         With force=true a run that is done is removed first.
         """
-        if config.get("force") and self.is_done():
+        if config.force and self.is_done():
             self.discard()
         for folder in (self.folder, self / "checkpoints"):
             files.clear(folder)
         if self.remote:
             self._pull()
-        files.write_json(self / "config.json", redacted(config))
+        files.write_json(self / "config.json", redacted(config.to_dict()))
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         files.write_json(self / "state.json", {"state": RUNNING, **whereabouts(), "since": since})
         if self.remote:
