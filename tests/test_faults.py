@@ -80,9 +80,9 @@ MEMORY = """
 def patch(module):
     import torch
 
-    real, count = module.Causal.hidden, 0
+    real, count = module.CausalLM.hidden_states, 0
 
-    def hidden(self, ids):
+    def hidden_states(self, ids):
         nonlocal count
         count += torch.is_grad_enabled()
         if torch.is_grad_enabled() and len(ids) > ROWS and WHEN:
@@ -90,7 +90,7 @@ def patch(module):
             raise ERROR
         return real(self, ids)
 
-    module.Causal.hidden = hidden
+    module.CausalLM.hidden_states = hidden_states
 """
 ONCE = """
 def patch(module):

@@ -260,5 +260,5 @@ def test_masked_positions_reach_no_loss():
     labels[:, ::2] = IGNORE
     kept = labels != IGNORE
     objective = Objective(option("loss", "fkl"), full, renormalise, fixed)
-    sums = objective(student.head, student.hidden(ids)[kept], labels[kept], None, 0.0)
+    sums = objective(student.head, student.hidden_states(ids)[kept], labels[kept], None, 0.0)
     assert torch.isfinite(sums.total)

@@ -76,7 +76,7 @@ def test_what_is_recorded_is_what_the_model_said_before_it_learned_from_it(recor
     for row, step in latest.items():
         ids = torch.from_numpy(table(root)[[row], :-1].astype(np.int64))
         with torch.no_grad():
-            logp = before[step].head(before[step].hidden(ids)).log_softmax(-1)[0]
+            logp = before[step].head(before[step].hidden_states(ids)).log_softmax(-1)[0]
         kept, columns = logp.topk(5)
         zeros = torch.zeros(32, dtype=torch.long)
         entries = held.read(np.array([row]), ids.numpy())
@@ -99,8 +99,10 @@ def test_a_row_that_came_twice_has_two_answers(recorded):
 
 def test_recording_changes_nothing_and_takes_no_forward_pass(recorded, tmp_path, monkeypatch):
     passes: list[tuple] = []
-    real = causal_lm.Causal.hidden
-    monkeypatch.setattr(causal_lm.Causal, "hidden", lambda self, ids: (passes.append(ids.shape), real(self, ids))[1])
+    real = causal_lm.CausalLM.hidden_states
+    monkeypatch.setattr(
+        causal_lm.CausalLM, "hidden_states", lambda self, ids: (passes.append(ids.shape), real(self, ids))[1]
+    )
     plain = here(tmp_path / "plain", *PLAIN)
     alone = Counter(passes)
     passes.clear()

@@ -85,7 +85,7 @@ class Model(torch.nn.Module):
         self.head = torch.nn.Linear(8, V)
         self.head.vocab = V
 
-    def hidden(self, ids):
+    def hidden_states(self, ids):
         return self.table(ids)
 
 
@@ -167,7 +167,7 @@ def test_atkd_is_that_of_the_whole_step_however_it_is_cut(micro_batch, chunk, mo
     for a, b in zip(grads, whole[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     kept = given.labels != IGNORE
-    student = of.student.head(of.student.hidden(given.ids[kept])).log_softmax(-1).double()
+    student = of.student.head(of.student.hidden_states(given.ids[kept])).log_softmax(-1).double()
     target = Target(given.labels[kept], TEACHER.logp[given.ids[kept]].double())
     tkd, dkd = losses._decoupled(student, target)
     unsure = 1 - target.of_label().exp()
@@ -192,7 +192,7 @@ def test_what_a_rollout_knows_reaches_the_loss(micro_batch, monkeypatch):
     of = made(micro_batch, 7, loss="distillm2")
     sums, _ = step(of, given, monkeypatch)
     kept = given.labels != IGNORE
-    student = of.student.head(of.student.hidden(given.ids[kept])).log_softmax(-1).double()
+    student = of.student.head(of.student.hidden_states(given.ids[kept])).log_softmax(-1).double()
     target = Target(given.labels[kept], TEACHER.logp[given.ids[kept]].double())
     both = [LOSSES[name](student, target) for name in ("skl", "srkl")]
     kd = torch.where(by_student[kept] > 0, both[1], both[0])[expected(0.3)].sum()
@@ -220,7 +220,7 @@ def test_a_token_that_is_not_distilled_weighs_as_much_as_any_other(monkeypatch):
     of, given = made(2, 7), batch()
     sums, _ = step(of, given, monkeypatch)
     kept = given.labels != IGNORE
-    student = of.student.head(of.student.hidden(given.ids[kept])).log_softmax(-1).double()
+    student = of.student.head(of.student.hidden_states(given.ids[kept])).log_softmax(-1).double()
     teacher = TEACHER.logp[given.ids[kept]].double()
     kd = (teacher.exp() * (teacher - student)).sum(-1)
     lm = -student.gather(-1, given.labels[kept][:, None])[:, 0]

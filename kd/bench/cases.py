@@ -153,7 +153,7 @@ def fitted(work: Work, loss: str, compile: bool, store: Store | None = None, on_
 
     from kd.config import components
     from kd.data.batches import Batches
-    from kd.models.causal_lm import Causal
+    from kd.models.causal_lm import CausalLM
     from kd.models.flops import Flops
     from kd.objective import target_transforms, temperature, truncation
     from kd.objective.chunked import Objective
@@ -161,8 +161,8 @@ def fitted(work: Work, loss: str, compile: bool, store: Store | None = None, on_
     from kd.teachers import sources
     from kd.training.module import Distillation
 
-    student = Causal(work.student(), work.shape.vocab)
-    teacher = Causal(work.teacher(), work.shape.vocab) if store is None else None
+    student = CausalLM(work.student(), work.shape.vocab)
+    teacher = CausalLM(work.teacher(), work.shape.vocab) if store is None else None
     cut = truncation.full if store is None else store.as_asked(store.truncation, truncation.full)
     compared = components.build(OmegaConf.to_container(OmegaConf.load(CONF / "loss" / f"{loss}.yaml")), "loss")
     objective = Objective(compared, cut, target_transforms.renormalise, temperature.fixed, compile=compile or None)
@@ -231,8 +231,8 @@ def breakdown(work: Work) -> dict[str, dict[str, float]]:
     (teacher,) = module.outside
     clock.watch(module, "training_step", "rest")
     clock.watch(module, "manual_backward", "student's body")
-    clock.watch(module.student, "hidden", "student's body")
-    clock.watch(teacher, "hidden", "teacher's body")
+    clock.watch(module.student, "hidden_states", "student's body")
+    clock.watch(teacher, "hidden_states", "teacher's body")
     clock.watch(Objective, "__call__", "products with the heads")
     clock.watch(Objective, "slope", "softmax, loss and gradient")
     clock.watch(sources, "log_probabilities", "softmax, loss and gradient")

@@ -109,7 +109,7 @@ def asked(work: Work, kept: str) -> Teacher:
     """A random teacher whose distributions are about as sharp as a trained one's, ready to be asked for a store."""
     import torch
 
-    from kd.models.causal_lm import Causal
+    from kd.models.causal_lm import CausalLM
     from kd.objective import truncation
     from kd.store.writer import Teacher
     from kd.system.hardware import keep_freed
@@ -120,7 +120,7 @@ def asked(work: Work, kept: str) -> Teacher:
     keep_freed()
     settings = {k: v for k, v in KEPT[kept].items() if k != "name"}
     keep = None if kept == "full" else partial(getattr(truncation, KEPT[kept]["name"]), **settings)
-    return Teacher.finished(Causal(model, work.shape.vocab), described(kept, work.shape.precision), keep, "auto")
+    return Teacher.finished(CausalLM(model, work.shape.vocab), described(kept, work.shape.precision), keep, "auto")
 
 
 def stored(folder: Path, shape: Shape, kept: str) -> Store:

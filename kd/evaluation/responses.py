@@ -28,7 +28,7 @@ from torch import Tensor
 from kd.data.batches import Batch, Packed, ValidationBatches
 from kd.evaluation.exposure import Gap, excess_error, gap
 from kd.evaluation.text_scores import Response, exact_match, rouge_l, summary
-from kd.models.causal_lm import Causal
+from kd.models.causal_lm import CausalLM
 from kd.parallel import collectives
 from kd.rollout import generate
 from kd.rollout.strategies import as_rows
@@ -97,7 +97,7 @@ class Responses(Callback):
                 if f"val/{who}lm" in module.val_metrics:
                     module.val_metrics[f"val/{who}perplexity"] = math.exp(module.val_metrics[f"val/{who}lm"])
 
-    def _of_teacher(self, teacher: Causal, sharded: bool) -> Written:
+    def _of_teacher(self, teacher: CausalLM, sharded: bool) -> Written:
         """What the teacher writes: read, where it has been written before."""
         if self.kept is None:
             return self._write(teacher, "the teacher responds", sharded)
@@ -112,7 +112,7 @@ class Responses(Callback):
                 keep(self.kept, **written._asdict())
             return written
 
-    def _write(self, model: Causal, title: str, sharded: bool) -> Written:
+    def _write(self, model: CausalLM, title: str, sharded: bool) -> Written:
         """What a model writes, of all ranks."""
         prompts = self._batches(self.packed.val, self.packed.val_spans, self.at_once, sharded, self.samples)
         device = next(model.parameters()).device
@@ -134,7 +134,7 @@ class Responses(Callback):
         everyone = [row for part in collectives.gather(rows[: len(prompts.index)]) for row in part]
         return Written(*(np.stack(x) for x in zip(*everyone, strict=True)))
 
-    def _tried(self, model: Causal, batch: Batch, seed: Tensor, watch: Callable, sharded: bool) -> list[Batch]:
+    def _tried(self, model: CausalLM, batch: Batch, seed: Tensor, watch: Callable, sharded: bool) -> list[Batch]:
         """A batch with responses; in halves where memory runs out, and those after it too."""
         if len(seed) <= self.at_once:
             try:
@@ -157,7 +157,7 @@ class Responses(Callback):
         every = np.tile(tokens, (samples, 1)), np.tile(spans, (samples, 1))
         return ValidationBatches(every[0], rows, collectives.share(count), passes, every[1])
 
-    def _gap(self, module, teacher: Causal, text: Written) -> Gap:
+    def _gap(self, module, teacher: CausalLM, text: Written) -> Gap:
         batches = self._batches(*text, module.micro_batch, bool(module.sharded))
         return gap(module.student, sources.online(teacher), batches, text.tokens.shape[1] - 1, self.chunk)
 

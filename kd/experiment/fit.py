@@ -21,7 +21,7 @@ from kd.experiment.components import Components
 from kd.experiment.dependencies import corpus
 from kd.experiment.prerequisites import Inputs
 from kd.models import causal_lm, flops
-from kd.models.causal_lm import Causal
+from kd.models.causal_lm import CausalLM
 from kd.parallel import collectives, ddp, fsdp
 from kd.rollout import generate, strategies
 from kd.runs import provenance
@@ -212,7 +212,7 @@ def row_ends(settings: Settings, packed: Packed, tokenizer) -> list[int]:
     return list(dict.fromkeys(ends))
 
 
-def in_shards(settings: Settings, costs: dict[str, flops.Cost], teacher: Causal | None) -> tuple[str, ...]:
+def in_shards(settings: Settings, costs: dict[str, flops.Cost], teacher: CausalLM | None) -> tuple[str, ...]:
     """Which of student and teacher the ranks are to hold parts of."""
     of = settings["trainer"]
     if collectives.count() == 1:

@@ -25,7 +25,7 @@ from kd.experiment.dependencies import plan, recording
 from kd.experiment.prerequisites import check_tokenizers, prepare
 from kd.models import causal_lm
 from kd.models import flops as flops_module
-from kd.models.causal_lm import Causal
+from kd.models.causal_lm import CausalLM
 from kd.models.flops import Cost
 from kd.objective.chunked import Objective, fitting, with_sample
 from kd.objective.target import KNOWN_BY, Target
@@ -158,7 +158,7 @@ def of_store(settings: Settings, packed: Packed, times: float, keep, vocab: int,
     return Estimate(tokens, seconds, int(size) + beside, flops=flops)
 
 
-def _teacher(settings: Settings, vocab: int) -> Causal:
+def _teacher(settings: Settings, vocab: int) -> CausalLM:
     of = settings["teacher"]
     return causal_lm.build(of["size"], of["name"], vocab, settings["data"]["seq_len"], "teacher.name")
 
@@ -218,7 +218,7 @@ def _measure(
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             signal = source(batch, kept) if source else None
             with watched():
-                hidden = student.hidden(batch.ids)[kept]
+                hidden = student.hidden_states(batch.ids)[kept]
             told = with_sample(signal, known) if signal else None
             total = objective(student.head, hidden, batch.labels[kept], told, 0.5 if signal else 0.0).total
             if how == "cotrained":

@@ -21,7 +21,7 @@ from kd.data.batches import IGNORE, Packed, to_batch
 from kd.errors import UserError
 from kd.experiment.dependencies import corpus, plan
 from kd.models import flops, hub
-from kd.models.causal_lm import Causal
+from kd.models.causal_lm import CausalLM
 from kd.objective.chunked import chunks
 from kd.objective.target import Target
 from kd.runs.identity import model_name
@@ -70,7 +70,7 @@ def _weights(folder: str, stamp: str) -> dict[str, str]:
     return {p.name: files.digest(p) for p in sorted(Path(folder).glob("*.safetensors"))}
 
 
-def about_store(settings: Settings, packed: Packed, model: Causal, key: str) -> dict:
+def about_store(settings: Settings, packed: Packed, model: CausalLM, key: str) -> dict:
     """What a store's manifest says beside what it is of."""
     seq_len, head = settings["data"]["seq_len"], model.head
     return {
@@ -145,7 +145,7 @@ def _measurable(settings: Settings, held: dict) -> None:
         )
 
 
-def stored(settings: Settings, packed: Packed, keep: Keep, teacher: Callable[[], Causal]) -> Store:
+def stored(settings: Settings, packed: Packed, keep: Keep, teacher: Callable[[], CausalLM]) -> Store:
     """The store of a run with logits=offline, written first if there is none, by one process while others wait."""
     found = opened(settings, packed)
     if found is None:
@@ -161,7 +161,7 @@ def stored(settings: Settings, packed: Packed, keep: Keep, teacher: Callable[[],
 
 
 def write(
-    settings: Settings, packed: Packed, keep: Keep, model: Causal, part: tuple[int, int] = (1, 1)
+    settings: Settings, packed: Packed, keep: Keep, model: CausalLM, part: tuple[int, int] = (1, 1)
 ) -> Store | None:
     """Write the store that settings describe, and open it; None for a part, which is to be merged with others."""
     where, of = plan(settings).store, described(settings, packed)
@@ -175,7 +175,7 @@ def write(
     return opened(settings, packed)
 
 
-def recorder(settings: Settings, packed: Packed, keep: Keep, model: Causal, start: int) -> Recorder:
+def recorder(settings: Settings, packed: Packed, keep: Keep, model: CausalLM, start: int) -> Recorder:
     """What stores the logits of a model in training, from step `start` on; settings ask for that."""
     run, _, _, where = plan(settings)
     of = described(settings, packed) | {"teacher": run.name, "weights": None}
@@ -184,7 +184,7 @@ def recorder(settings: Settings, packed: Packed, keep: Keep, model: Causal, star
     return Recorder(where.folder, of, about, keep, start, run / "checkpoints", url)
 
 
-def compare(found: Store, packed: Packed, keep: Keep, model: Causal, accelerator: str, count: int = 8) -> str:
+def compare(found: Store, packed: Packed, keep: Keep, model: CausalLM, accelerator: str, count: int = 8) -> str:
     """How far rows of a store are from what its teacher says now, in words; raises UserError where that is far."""
     index = np.unique(np.linspace(0, len(packed.train) - 1, count).astype(int))
     rows = packed.train[index]

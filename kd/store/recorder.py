@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kd.data.batches import IGNORE, Batch
 from kd.errors import UserError
-from kd.models.causal_lm import Causal
+from kd.models.causal_lm import CausalLM
 from kd.objective.target import Target
 from kd.store.format import Positions, encode
 from kd.store.writer import SHARD_BYTES, Rows, Teacher, _note, _notes, begin, commit, upload
@@ -96,7 +96,7 @@ class Recorder:
             there.put(f"{name}.safetensors", f"{name}.json", wait=wait)
             self.there.add(name)
 
-    def finish(self, model: Causal, validation: np.ndarray, batch: int, steps: int) -> None:
+    def finish(self, model: CausalLM, validation: np.ndarray, batch: int, steps: int) -> None:
         """Write the rest, and what the trained model says of the validation rows."""
         self.flush(steps)
         teacher = Teacher(model, self.of, self.keep)

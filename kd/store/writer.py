@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kd.data.batches import IGNORE, Batch, Packed, to_batch
 from kd.errors import UserError
-from kd.models.causal_lm import Causal
+from kd.models.causal_lm import CausalLM
 from kd.objective.chunked import chunks, fitting
 from kd.objective.target import Target
 from kd.parallel import collectives
@@ -154,14 +154,14 @@ class Teacher:
     layer makes all of it.
     """
 
-    def __init__(self, model: Causal, of: dict, keep: Callable[[Target], Target] | None):
+    def __init__(self, model: CausalLM, of: dict, keep: Callable[[Target], Target] | None):
         self.model, self.of, self.keep = model.eval(), of, keep
         self.device = next(model.parameters()).device
         # Hidden states in the precision that the output layer computes with lose nothing.
         self.dtype = torch.bfloat16 if of["precision"] == "bf16" else torch.float32
 
     @classmethod
-    def finished(cls, model: Causal, of: dict, keep: Callable[[Target], Target] | None, accelerator: str) -> Teacher:
+    def finished(cls, model: CausalLM, of: dict, keep: Callable[[Target], Target] | None, accelerator: str) -> Teacher:
         """One that learns no more, where and in the precision that training would ask it in."""
         model.to(collectives.device(accelerator))
         if of["precision"] == "bf16":

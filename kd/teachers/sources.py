@@ -1,6 +1,6 @@
 """Where the teacher's signal comes from: origin -> source, and source(batch, kept) -> Signal, rows -> Target.
 
-`origin` is a teacher (Causal) or a store (Store). `kept` [B, T] says which positions count; a source
+`origin` is a teacher (CausalLM) or a store (Store). `kept` [B, T] says which positions count; a source
 answers for these, flattened. `none` has no signal.
 """
 
@@ -90,5 +90,5 @@ def share(window: str | tuple | None) -> tuple[float, float] | None:
 
 
 def _project(teacher, batch: Batch, kept: Tensor) -> Projection:
-    hidden = teacher.hidden(batch.ids)[kept]  # [N, D]
+    hidden = teacher.hidden_states(batch.ids)[kept]  # [N, D]
     return Projection(teacher.head, hidden, batch.labels[kept], batch.seed[kept])

@@ -17,7 +17,7 @@ from torch import Tensor
 from kd.data.batches import IGNORE, Batch
 from kd.errors import UserError
 from kd.evaluation.metrics import Measures
-from kd.models.causal_lm import Causal
+from kd.models.causal_lm import CausalLM
 from kd.models.flops import Flops
 from kd.objective import token_selection
 from kd.objective.chunked import Objective, Signal, chunks, fitting, with_sample
@@ -81,8 +81,8 @@ class Distillation(lightning.LightningModule):
 
     def __init__(
         self,
-        student: Causal,
-        teacher: Causal | None,
+        student: CausalLM,
+        teacher: CausalLM | None,
         source: Source | None,
         objective: Objective,
         alpha: Callable[[float], float],
@@ -303,7 +303,7 @@ class Distillation(lightning.LightningModule):
                     signal = asked[number]
                 else:  # where alpha is 0 the teacher would run for nothing, unless it learns
                     signal = self.source(part, kept) if kd or self.teacher is not None else None
-                hidden = self.student.hidden(part.ids)[kept]  # [N, D]
+                hidden = self.student.hidden_states(part.ids)[kept]  # [N, D]
                 label = part.labels[kept]
                 watch = partial(self.recorder.observe, part.seed[kept]) if self.recorder else None
                 which = known[number].pop("distilled", None) if kd else None
@@ -381,7 +381,7 @@ class Distillation(lightning.LightningModule):
                 batch = self.transfer_batch_to_device(batch, self.device, 0)
                 kept = batch.labels != IGNORE
                 signal = self.reference(batch, kept) if self.reference else None
-                hidden = self.student.hidden(batch.ids)[kept]
+                hidden = self.student.hidden_states(batch.ids)[kept]
                 measures.update(self.student.head, hidden, batch.labels[kept], signal)
         self.train()
         whole = Measures()
