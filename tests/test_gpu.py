@@ -24,7 +24,7 @@ from kd.objective.temperature import fixed
 from kd.objective.truncation import full
 from kd.parallel import fsdp
 from kd.teachers import sources
-from kd.training.module import Distillation
+from kd.training.module import DistillationModule
 from tests.cases import FORMS, LOSSES, TRUNCATIONS, each, option, sample
 from tests.cases import logits as random_logits
 from tests.small import folder, here, result, start, train
@@ -190,7 +190,7 @@ class _Kept(lightning.Callback):
 def losses(strategy, sharded: tuple[str, ...], checkpoint: Path | None = None) -> list[float]:
     torch.manual_seed(0)
     student, teacher = (causal_lm.build(size, None, 300, 64, "size") for size in ("200k", "500k"))
-    module = Distillation(
+    module = DistillationModule(
         student, teacher, sources.online(teacher), Objective(option("loss", "fkl"), full, renormalise, fixed),
         alpha=lambda progress: 0.9, lr=lambda progress: 1e-3, optimizer=partial(torch.optim.AdamW, weight_decay=0.1),
         steps=4, micro_batch=4, clip=1.0, log_every=1, val_every=100, validation=[], flops=flops.Flops(0.0, 0.0),

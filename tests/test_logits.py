@@ -42,14 +42,14 @@ def order(steps: range) -> list[tuple[int, int]]:
 def recorded(tmp_path_factory) -> tuple[Path, dict]:
     """A root with a store recorded in training, and what the model was before each step."""
     root, before = tmp_path_factory.mktemp("recorded"), {}
-    real = module.Distillation.training_step
+    real = module.DistillationModule.training_step
 
     def spy(self, batch, index) -> None:
         before[self.global_step] = copy.deepcopy(self.student)
         real(self, batch, index)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.Distillation, "training_step", spy)
+        patch.setattr(module.DistillationModule, "training_step", spy)
         here(root, *RECORD, f"record.path={root / 'store'}")
     return root, before
 
@@ -360,14 +360,14 @@ COTRAINED = ("logits=cotrained", "seed=0", "teacher.seed=0", f"trainer.steps={ST
 def cotrained(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
     """A root with a run, and its teacher's weights as they were at the end."""
     root, kept = tmp_path_factory.mktemp("cotrained"), {}
-    real = module.Distillation.on_train_batch_end
+    real = module.DistillationModule.on_train_batch_end
 
     def spy(self, *given) -> None:
         kept.update({k: v.clone() for k, v in self.teacher.model.state_dict().items()})
         real(self, *given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.Distillation, "on_train_batch_end", spy)
+        patch.setattr(module.DistillationModule, "on_train_batch_end", spy)
         here(root, *COTRAINED)
     return root, kept
 
@@ -419,14 +419,14 @@ def test_cotrained_student_learns_from_what_the_teacher_says_meanwhile(cotrained
 
 def test_killed_cotraining_ends_bit_for_bit_as_if_never_killed(cotrained, tmp_path):
     def at(number: int) -> None:
-        real = module.Distillation.training_step
+        real = module.DistillationModule.training_step
 
         def step(self, batch, index) -> None:
             if self.global_step == number:
                 os.kill(os.getpid(), signal.SIGKILL)
             real(self, batch, index)
 
-        module.Distillation.training_step = step
+        module.DistillationModule.training_step = step
 
     die(tmp_path, COTRAINED, at, 8)
     newest = max((folder(tmp_path, "fkl") / "checkpoints").glob("*.ckpt"))

@@ -14,7 +14,7 @@ from kd.errors import UserError
 from kd.parallel import collectives
 from kd.rollout import generate, strategies
 from kd.rollout.strategies import Writers, returns, whiten
-from kd.training.module import Distillation
+from kd.training.module import DistillationModule
 from tests.cases import close, each, option, settings
 from tests.test_generate import END, T, batch, model, whole
 
@@ -431,7 +431,7 @@ def test_another_number_of_ranks_goes_on_where_none_has_text_of_its_own(models):
     asked.validated(2.5)
     before = asked.state()
     going = SimpleNamespace(rollout=made(models, "adaptive"))
-    load = partial(Distillation.on_load_checkpoint, going)
+    load = partial(DistillationModule.on_load_checkpoint, going)
     load({"kd": {"rollout": [before, before], "random": [None]}})
     assert going.rollout.reference == 2.5 and going.rollout.threshold == 1.0
     asked(data(), 0, 0.0)

@@ -16,7 +16,7 @@ from kd.objective.target import Target
 from kd.parallel import collectives
 from kd.rollout.generate import Sampled
 from kd.training import module
-from kd.training.module import Distillation, Task
+from kd.training.module import DistillationModule, Task
 from tests.cases import LOSSES, TEMPERATURES, TREATMENTS, TRUNCATIONS, dense, logits, option
 from tests.small import TOP, here, result
 
@@ -106,24 +106,24 @@ def source(part: Batch, kept: torch.Tensor):
     return lambda rows: Target(part.labels[kept][rows], TEACHER.logp[which[rows]], seed=part.seed[kept][rows])
 
 
-def made(micro_batch: int, chunk: int, share: float = 0.3, teacher=None, loss="fkl", route=None) -> Distillation:
+def made(micro_batch: int, chunk: int, share: float = 0.3, teacher=None, loss="fkl", route=None) -> DistillationModule:
     objective = Objective(LOSSES[loss], TRUNCATIONS["full"], TREATMENTS["renormalise"], TEMPERATURES["fixed"], chunk)
     student = Model()
-    return Distillation(
+    return DistillationModule(
         student, teacher, source, objective, lambda _: 0.7, lambda _: 0.1, None, steps=2, micro_batch=micro_batch,
         clip=0, log_every=1, val_every=1, validation=[], flops=Flops(0, 0),
         route=route or option("routing", "entropy", share=share),
     )  # fmt: skip
 
 
-def step(of: Distillation, given: Batch, monkeypatch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def step(of: DistillationModule, given: Batch, monkeypatch) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Sums and gradients of a step."""
     monkeypatch.setattr(of, "manual_backward", lambda loss: loss.backward())
     means, _ = of._in_parts([Task(given, 0.7, 0.3, 10, 10, own=0)])
     return means * 10, [p.grad.clone() for p in of.student.parameters()]
 
 
-def asked_for(of: Distillation, given: Batch) -> torch.Tensor:
+def asked_for(of: DistillationModule, given: Batch) -> torch.Tensor:
     """Which of the counted positions are distilled."""
     parts = [(part, part.labels != IGNORE) for part in given.split(of.micro_batch)]
     return torch.cat([known["distilled"] for known in of._routed(parts)[1]])
@@ -286,7 +286,7 @@ def test_none_routed_is_the_plain_run(root):
 def test_a_store_of_a_part_routes_nearly_as_the_teacher(root):
     """By the entropy that what it holds can have at most."""
     found = {}
-    real = module.Distillation._routed
+    real = module.DistillationModule._routed
     for how in ("online", "offline"):
         seen = []
 
@@ -296,7 +296,7 @@ def test_a_store_of_a_part_routes_nearly_as_the_teacher(root):
             return signals, known
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module.Distillation, "_routed", spy)
+            patch.setattr(module.DistillationModule, "_routed", spy)
             here(root, f"logits={how}", *TOP, *ROUTED)
         found[how] = torch.cat(seen)
     assert found["online"].float().mean() == found["offline"].float().mean() == pytest.approx(0.6, abs=0.01)

@@ -31,11 +31,12 @@ from kd.store.format import MOST_DRAWS
 from kd.store.location import FORMAT
 from kd.store.reader import FULL, Store, said, within
 from kd.store.recorder import Recorder
-from kd.store.writer import Teacher
+from kd.store.writer import RowEncoder
 from kd.system import files
 from kd.system.processes import alive, whereabouts
 from kd.system.remote import Remote, is_url
-from kd.teachers import sources
+from kd.teachers.online import OnlineTeacher
+from kd.teachers.stored import window_share
 
 ROWS = ("train.npy", "train_spans.npy", "val.npy", "val_spans.npy")  # what packed data is
 Keep = Callable[[Target], Target] | None  # what a store keeps of a target, with true probabilities; None for everything
@@ -104,7 +105,7 @@ def words_of(settings: Settings) -> str:
 def opened(settings: Settings, packed: Packed) -> Store | None:
     """The store of a run with logits=offline, if it is there; raises UserError if it is not what the run needs."""
     where, of, asked = plan(settings).store, described(settings, packed), kept_of(settings["truncation"])
-    window = sources.share(settings["logits"]["window"])
+    window = window_share(settings["logits"]["window"])
     if where.manifest().exists():
         found = Store(where.path, where.cache)
         expected = {k: v for k, v in of.items() if k != "precision"} | {"truncation": asked}
@@ -165,9 +166,9 @@ def write(
 ) -> Store | None:
     """Write the store that settings describe, and open it; None for a part, which is to be merged with others."""
     where, of = plan(settings).store, described(settings, packed)
-    teacher = Teacher.finished(model, of, keep, settings["trainer"]["accelerator"])
+    encoder = RowEncoder.finished(OnlineTeacher(model), of, keep, settings["trainer"]["accelerator"])
     about = about_store(settings, packed, model, where.key)
-    writer.write(where.folder, of, about, packed, teacher, settings["trainer"]["micro_batch"], part)
+    writer.write(where.folder, of, about, packed, encoder, settings["trainer"]["micro_batch"], part)
     if part[1] > 1:
         return None
     if "://" in where.path:
@@ -188,16 +189,16 @@ def compare(found: Store, packed: Packed, keep: Keep, model: CausalLM, accelerat
     """How far rows of a store are from what its teacher says now, in words; raises UserError where that is far."""
     index = np.unique(np.linspace(0, len(packed.train) - 1, count).astype(int))
     rows = packed.train[index]
-    teacher = Teacher.finished(model, found.of, keep, accelerator)
+    encoder = RowEncoder.finished(OnlineTeacher(model), found.of, keep, accelerator)
     spans = packed.train_spans
     seed = np.zeros(rows[:, 1:].shape, int)
     batch = to_batch(rows, index, seed, None if spans is None else spans[index], packed.boundary)
-    batch = move_data_to_device(batch._replace(stored=found.read(index, batch.ids.numpy())), teacher.device)
+    batch = move_data_to_device(batch._replace(stored=found.read(index, batch.ids.numpy())), encoder.device)
     kept = batch.labels != IGNORE
-    held = found.source(batch, kept)
+    held = found.signal(batch, kept)
     found_off, spread = [], []
-    with torch.inference_mode(), teacher.computing():
-        now = teacher.signal(packed.train, index, spans, packed.boundary)[-1]
+    with torch.inference_mode(), encoder.computing():
+        now = encoder.signal(packed.train, index, spans, packed.boundary)[-1]
         for part in chunks(int(kept.sum()), 64):
             if found.draws:
                 off, variance = surprise(now(part), held(part))

@@ -39,7 +39,7 @@ from kd.errors import UserError
 from kd.models.causal_lm import CausalLM
 from kd.parallel import collectives
 from kd.system import files
-from kd.system.checkpoint_files import load, seal
+from kd.system.checkpoint_files import checked, load, seal
 from kd.system.hardware import capacity
 
 META = "meta.pt"  # what of a checkpoint is no weight and no state of an optimizer
@@ -124,6 +124,7 @@ class Sharded(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path, weights_only=None) -> dict:
         """As Lightning does it, but for our reader: torch's own runs what it finds in a checkpoint."""
         path = Path(checkpoint_path)
+        rest = checked(load(path / META), path)
         state = {"state_dict": get_model_state_dict(self.model)}
         read(state, path)
         self.model.load_state_dict(state["state_dict"])
@@ -132,7 +133,7 @@ class Sharded(ModelParallelStrategy):
             read(state, path)
             whole = state[f"optimizer_{number}"]
             set_optimizer_state_dict(self.model, optimizer, whole, options=StateDictOptions(cpu_offload=True))
-        return load(path / META)
+        return rest
 
 
 class Writer(dcp.FileSystemWriter):
