@@ -24,7 +24,7 @@ from kd.store import recorder, writer
 from kd.store.reader import Store
 from kd.system import checkpoint_files
 from kd.system.files import read_metrics
-from kd.teachers.sources import share
+from kd.teachers.stored import window_share
 from kd.training import module
 from tests.small import FORK, TOP, content, folder, here, outcome, result, settings, type_in
 
@@ -56,7 +56,7 @@ def recorded(tmp_path_factory) -> tuple[Path, dict]:
 
 def opened(root: Path, window=None) -> tuple[Store, np.ndarray]:
     held = Store(root / "store", root)
-    return held, held.pick(window)
+    return held, held.select_window(window)
 
 
 def table(root: Path) -> np.ndarray:
@@ -184,7 +184,7 @@ def test_what_was_recorded_after_the_checkpoint_that_is_gone_on_from_is_forgotte
     assert held.manifest["count"] == expected.manifest["count"] == STEPS * BATCH
     assert held.manifest["entries"] == expected.manifest["entries"]
     ids = table(tmp_path)[rows, :-1]
-    expected.pick(None)
+    expected.select_window(None)
     assert (held.read(rows, ids).code == expected.read(rows, ids).code).all()
 
 
@@ -242,8 +242,8 @@ def test_a_window_of_a_finished_teacher_is_refused_before_a_store_is_written(tau
 
 
 def test_shares_that_words_stand_for():
-    assert share("early") == (0, 0.5) and share("late") == (0.5, 1) and share(None) is None
-    assert share([0, 1]) == (0, 1) and share((0.25, 0.5)) == (0.25, 0.5)
+    assert window_share("early") == (0, 0.5) and window_share("late") == (0.5, 1) and window_share(None) is None
+    assert window_share([0, 1]) == (0, 1) and window_share((0.25, 0.5)) == (0.25, 0.5)
 
 
 def test_a_teacher_that_is_named_has_to_be_the_recorded_one(recorded):
@@ -363,7 +363,7 @@ def cotrained(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
     real = module.DistillationModule.on_train_batch_end
 
     def spy(self, *given) -> None:
-        kept.update({k: v.clone() for k, v in self.teacher.model.state_dict().items()})
+        kept.update({k: v.clone() for k, v in self.trainable_teacher.model.state_dict().items()})
         real(self, *given)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -431,7 +431,7 @@ def test_killed_cotraining_ends_bit_for_bit_as_if_never_killed(cotrained, tmp_pa
     die(tmp_path, COTRAINED, at, 8)
     newest = max((folder(tmp_path, "fkl") / "checkpoints").glob("*.ckpt"))
     held = torch.load(newest, weights_only=True)["state_dict"]
-    assert {name.partition(".")[0] for name in held} == {"student", "teacher"}
+    assert {name.partition(".")[0] for name in held} == {"student", "trainable_teacher"}
     here(tmp_path, *COTRAINED)
     assert outcome(folder(tmp_path, "fkl")) == outcome(folder(cotrained[0], "fkl"))
 

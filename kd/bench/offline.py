@@ -145,12 +145,14 @@ def stored(folder: Path, shape: Shape, kept: str) -> Store:
 
 def _write_all(folder: Path, shape: Shape, kept: str) -> None:
     from kd.data.batches import Packed
+    from kd.models.flops import cost
     from kd.store import writer
 
     work = Work(shape, 1)
     encoder, rows = encoder_of(work, kept), work.rows()
     head = encoder.head
     about = {"key": "", "words": "", "seq_len": shape.seq_len, "vocab": shape.vocab, "validation": 1,
-             "head": {"softcap": head.softcap, "scale": head.scale}}  # fmt: skip
+             "head": {"softcap": head.softcap, "scale": head.scale},
+             "cost": cost(encoder.teacher.model.model, shape.seq_len)._asdict()}  # fmt: skip
     packed = Packed(folder, rows, rows[:1], None, None, {})
     writer.write(folder, described(kept, shape.precision), about, packed, encoder, shape.batch)

@@ -7,12 +7,13 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import cache, partial
+from functools import cache
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Callback
 from rich.table import Table
 from torch import Tensor
 
@@ -21,24 +22,30 @@ from kd.config.rules import Settings, is_pretrained, name_of, of_instructions, s
 from kd.data.batches import IGNORE, Batch, Packed, to_batch
 from kd.data.tokenizer import vocabulary_size
 from kd.experiment import stores
+from kd.experiment.assembly import build_module
+from kd.experiment.components import Components
 from kd.experiment.dependencies import plan, recording
 from kd.experiment.prerequisites import check_tokenizers, prepare
 from kd.models import causal_lm
 from kd.models import flops as flops_module
 from kd.models.causal_lm import CausalLM
 from kd.models.flops import Cost
-from kd.objective.chunked import Objective, fitting, with_sample
-from kd.objective.target import KNOWN_BY, Target
+from kd.objective.chunked import Signal, fitting
+from kd.objective.target import Target
 from kd.parallel import collectives
-from kd.rollout.strategies import Rollout, Writers
+from kd.rollout.strategies import Writers
 from kd.runs.identity import part_of_outcome, size_text
-from kd.store.writer import Teacher, takes
+from kd.store.writer import RowEncoder, takes
 from kd.system import files
 from kd.system.console import Terminal, clock, console, silence_libraries, track
 from kd.system.hardware import capacity, hold_in, out_of_memory
 from kd.system.processes import peak_memory
 from kd.system.remote import home
-from kd.teachers import sources
+from kd.system.signals import requests
+from kd.teachers.base import Teacher, TeacherOrigin, Truncation
+from kd.teachers.online import OnlineTeacher
+from kd.training.module import Schedules
+from kd.training.trainer import build_trainer
 
 STARTS = 8.0  # seconds that a process takes to load what it needs
 SAMPLE = 1_000_000  # tokens that are enough to know a text by
@@ -85,31 +92,30 @@ def sampled(settings: Settings) -> tuple[Settings, float]:
     return settings | {"data": of | {"tokens": SAMPLE}}, of["tokens"] / SAMPLE
 
 
-def of_run(
-    settings: Settings, packed: Packed, times: float, objective: Objective, rollout: Callable[..., Rollout], vocab: int
-) -> Estimate:
+def of_run(settings: Settings, packed: Packed, times: float, components: Components, vocab: int) -> Estimate:
     """Of a run on `times` as many rows as are packed. Its teacher may be still to be made; its size tells as much.
 
     What is written is counted as long as it may be: models that have learned nothing do not end.
     """
     shape = {k: v for k, v in part_of_outcome(flat(settings)).items() if not k.startswith(NO_SHAPE)}
     shape |= {k: settings["trainer"][k] for k in ("accelerator", "devices", "strategy")}
-    key = json.dumps([shape, vocab], sort_keys=True)
+    key = json.dumps([shape, vocab, _alpha(components)], sort_keys=True)
     loaded = before_measuring()
     if key not in _measured:
-        _measured[key] = _fitting(settings, packed, objective, rollout, vocab)
-    step, of, seq_len, how = _measured[key], settings["trainer"], settings["data"]["seq_len"], source_of(settings)
+        _measured[key] = _fitting(settings, packed, components, vocab)
+    step, of, seq_len = _measured[key], settings["trainer"], settings["data"]["seq_len"]
     student, teacher = step.costs["student"], step.costs.get("teacher")
     rows = of["steps"] * of["batch"]
     positions = rows * step.wider * seq_len
     beside = rows * seq_len if settings["lm"] == "plain" else 0  # of plain text
     tokens = round(rows * step.wider * packed.counted) + beside
-    once = sum(flops_module.step_flops(how, flat(settings)["routing"] != "none", student, teacher))
+    planned = _teacher_by_cost(settings, components, step.costs, vocab)
+    once = 3 * student.flops_per_token + planned.flops_per_token(name_of(settings["routing"]) != "none")
     # All rows once by a teacher before training, or some of those of the steps.
     if name_of(settings["rollout"]) == "teacher":
         written = len(packed.train) * times
     else:
-        written = rows * rollout(None).writes / of["devices"]
+        written = rows * components.rollout(None).writes / of["devices"]
     seconds = None
     if step.micro_batch is not None:
         parts = -(-of["batch"] // of["devices"] // step.rows)
@@ -122,7 +128,7 @@ def of_run(
         if packed.val_spans is not None:
             seconds += settings["responses"]["samples"] * len(packed.val) / step.rows * step.answering
     flops = positions * once + beside * 3 * student.flops_per_token  # without those of writing
-    learned = student.parameters + (teacher.parameters if how == "cotrained" else 0)
+    learned = student.parameters + (teacher.parameters if planned.trainable else 0)
     memory = held(step.costs, settings) + step.kept
     if collectives.device(of["accelerator"]).type == "cpu":
         memory += loaded
@@ -151,10 +157,10 @@ def of_store(settings: Settings, packed: Packed, times: float, keep, vocab: int,
     """
     of, seq_len = settings["trainer"], settings["data"]["seq_len"]
     model = _teacher(settings, vocab)
-    teacher = Teacher.finished(model, described, keep, of["accelerator"])
+    encoder = RowEncoder.finished(OnlineTeacher(model), described, keep, of["accelerator"])
     rows = len(packed.train) * times
     flops = rows * seq_len * flops_module.cost(model.model, seq_len).flops_per_token
-    tokens, size, beside, seconds = takes(teacher, packed, of["micro_batch"], rows)
+    tokens, size, beside, seconds = takes(encoder, packed, of["micro_batch"], rows)
     return Estimate(tokens, seconds, int(size) + beside, flops=flops)
 
 
@@ -174,77 +180,168 @@ def _fitting(settings: Settings, *of) -> Step:
     return _fitting(settings | {"trainer": settings["trainer"] | {"micro_batch": rows // 2}}, *of)
 
 
-def _measure(
-    settings: Settings, packed: Packed, objective: Objective, rollout: Callable[..., Rollout], vocab: int
-) -> Step:
-    """Some steps of a run's own models, shapes and objective; values of weights do not matter here."""
-    trainer, seq_len, how = settings["trainer"], settings["data"]["seq_len"], source_of(settings)
-    device = collectives.device(trainer["accelerator"])
-    costs = {
-        role: flops_module.cost_of(of["size"], of["name"], vocab, seq_len, f"{role}.name")
-        for role in ("student", "teacher")
-        if (of := settings[role])["size"] or of["name"]
-    }
+def _measure(settings: Settings, packed: Packed, components: Components, vocab: int) -> Step:
+    """Measure some steps of the run's own module on one micro-batch; values of weights do not matter here."""
+    costs = _costs(settings, vocab)
+    device = collectives.device(settings["trainer"]["accelerator"])
     if held(costs, settings) > 0.9 * capacity(device):
         return Step(costs)
+    seq_len = settings["data"]["seq_len"]
     student = causal_lm.build(**settings["student"], vocab=vocab, seq_len=seq_len, option="student.name").to(device)
-    needed = how in ("online", "cotrained") or name_of(settings["rollout"]) == "teacher"
-    teacher = _teacher(settings, vocab) if needed else None
-    half = trainer["precision"] == "bf16"
-    if teacher:
-        teacher.to(device).requires_grad_(how == "cotrained")
-        if half and how == "online":
-            hold_in(torch.bfloat16, teacher)
+    teacher = _planned_teacher(settings, components, costs, vocab)
+    batch, writing, answering = _written(settings, packed, components, student, teacher)
+    trainer = settings["trainer"] | {"compile": False}  # of the layers, which takes a minute
+    planned = settings | {"trainer": trainer, "rollout": {"_target_": "kd.rollout.strategies.none"}}
+    module = build_module(planned, components, student, teacher, packed.end)
+    alpha = _alpha(components)
+    module.schedules = Schedules(lambda progress: alpha, lambda progress: 0.0)
+    times = StepTimes()
+    build_trainer(
+        10**9, settings["trainer"]["precision"], settings["trainer"]["accelerator"], callbacks=[times]
+    ).fit(module, repeat(batch))  # fmt: skip
+    rows = min(trainer["micro_batch"], trainer["batch"])
+    parts = -(-rows // module.micro_batch_size)  # more than one where memory ran out
+    counted = int((batch.labels[: module.micro_batch_size] != IGNORE).sum())
+    logits = min(counted, module.objective.chunk or fitting(student.head)) * vocab * 4 * ALIVE
+    return Step(
+        costs, min(rows, module.micro_batch_size), statistics.median(times.gradients) / parts,
+        statistics.median(times.updates), kept=times.saved_bytes + logits, writing=writing, answering=answering,
+        wider=len(batch.ids) // rows,
+    )  # fmt: skip
+
+
+def _alpha(components: Components) -> float:
+    """Return 0 or 1 where alpha is at most that, so that a step leaves out a loss or its text, and 0.5 for the rest."""
+    highest = max(components.alpha(step / 100) for step in range(101))
+    return highest if highest in (0, 1) else 0.5
+
+
+def _costs(settings: Settings, vocab: int) -> dict[str, Cost]:
+    """Return the costs of student and teacher, from their shapes alone."""
+    seq_len = settings["data"]["seq_len"]
+    return {
+        role: flops_module.cost_of(model["size"], model["name"], vocab, seq_len, f"{role}.name")
+        for role in ("student", "teacher")
+        if (model := settings[role])["size"] or model["name"]
+    }
+
+
+def _teacher_by_cost(settings: Settings, components: Components, costs: dict[str, Cost], vocab: int) -> Teacher:
+    """Return the teacher of a run without its model, and with a store that is not written."""
+    store = UnwrittenStore(vocab, costs.get("teacher")) if source_of(settings) == "offline" else None
+    return components.logits(TeacherOrigin(cost=costs.get("teacher"), store=store))
+
+
+def _planned_teacher(settings: Settings, components: Components, costs: dict[str, Cost], vocab: int) -> Teacher:
+    """Return a teacher of the run's shape, with a model if its steps or its data need one."""
+    teacher = _teacher_by_cost(settings, components, costs, vocab)
+    in_steps = teacher.distils and source_of(settings) != "offline"
+    if not in_steps and name_of(settings["rollout"]) != "teacher":
+        return teacher
+    device = collectives.device(settings["trainer"]["accelerator"])
+    teacher = components.logits(TeacherOrigin(_teacher(settings, vocab).to(device), costs["teacher"]))
+    if teacher.frozen and settings["trainer"]["precision"] == "bf16":
+        hold_in(torch.bfloat16, teacher.frozen)
+    return teacher
+
+
+def _written(
+    settings: Settings, packed: Packed, components: Components, student: CausalLM, teacher: Teacher
+) -> tuple[Batch, float, float]:  # fmt: skip
+    """Return a micro-batch as a step gets it, and the seconds that the rollout and the student's responses take."""
+    trainer, device = settings["trainer"], next(student.parameters()).device
     rows = packed.train[: min(trainer["micro_batch"], trainer["batch"])]
     spans = None if packed.train_spans is None else packed.train_spans[: len(rows)]
-    batch = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans, packed.boundary)
-    batch = Batch(*(x.to(device) for x in batch[:4]))
-    writers = Writers(student, teacher, packed.end, 0)
+    data = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans, packed.boundary)
+    batch = data = Batch(*(x.to(device) for x in data[:4]))
+    writers = Writers(student, teacher.model, packed.end, 0)
     writing = answering = 0.0
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+    with torch.autocast(device.type, torch.bfloat16, enabled=trainer["precision"] == "bf16"):
         if spans is not None:
-            _, answering = _timed(device, lambda: writers.write(batch, "student"))
-        write = rollout(writers, **({"engine": "kd"} if "engine" in settings["rollout"] else {}))
-        if write.writes:
-            batch, writing = _timed(device, lambda: write.write(batch))
-    kept = batch.labels != IGNORE
-    known = {name: torch.ones(int(kept.sum()), device=device) for name in KNOWN_BY}
-    source = {"online": sources.online, "cotrained": sources.cotrained}.get(how, sources.none)(teacher)
-    if how == "offline":
-        source = partial(_stored, torch.linspace(0, 1, vocab, device=device).sin().log_softmax(-1))
-    optimizer = torch.optim.AdamW([p for m in (student, teacher) if m for p in m.parameters() if p.requires_grad], 0.0)
+            _, answering = _timed(device, lambda: writers.write(data, "student"))
+        rollout = components.rollout(writers, **({"engine": "kd"} if "engine" in settings["rollout"] else {}))
+        if rollout.writes:
+            batch, writing = _timed(device, lambda: rollout.write(data))
+    plain = settings["lm"] == "plain" or batch is not data  # language modelling is of other text then
+    return (batch._replace(beside=data) if plain else batch), writing, answering
 
-    def loss(watched=nullcontext) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            signal = source(batch, kept) if source else None
-            with watched():
-                hidden = student.hidden_states(batch.ids)[kept]
-            told = with_sample(signal, known) if signal else None
-            total = objective(student.head, hidden, batch.labels[kept], told, 0.5 if signal else 0.0).total
-            if how == "cotrained":
-                total = total + objective(teacher.head, signal.hidden, batch.labels[kept], None, 0.0).total
-        return total
 
-    saved = {p.untyped_storage().data_ptr(): 0 for p in student.parameters()}
+class UnwrittenStore:
+    """Stand-in for a store that does not exist yet: one complete distribution for all positions."""
 
-    def save(tensor: Tensor) -> Tensor:
-        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
-        return tensor
+    def __init__(self, vocab: int, cost: Cost | None):
+        self.vocab, self.cost = vocab, cost
 
-    loss(lambda: torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor)).backward()
-    wide = min(int(kept.sum()), objective.chunk or fitting(student.head)) * vocab * 4 * ALIVE
-    passes, steps, begun = [], [], _now(device)
-    while len(passes) < 3 or _now(device) - begun < PROBE:
-        start = _now(device)
-        loss().backward()
-        between = _now(device)
-        optimizer.step()
-        passes.append(between - start)
-        steps.append(_now(device) - between)
-    return Step(
-        costs, len(rows), statistics.median(passes), statistics.median(steps), kept=sum(saved.values()) + wide,
-        writing=writing, answering=answering, wider=len(batch.ids) // len(rows),
-    )  # fmt: skip
+    def select_window(self, window: tuple[float, float] | None) -> None:
+        return None
+
+    def signal(self, batch: Batch, mask: Tensor) -> Signal:
+        logp = torch.linspace(0, 1, self.vocab, device=mask.device).sin().log_softmax(-1)
+        label, seed = batch.labels[mask], batch.seed[mask]
+        return lambda rows: Target(label[rows], logp.expand(len(label[rows]), -1), seed=seed[rows], whole=True)
+
+    reference = signal
+
+    def read(self, row_ids: np.ndarray, ids: np.ndarray) -> None:
+        return None
+
+    def truncation_for(self, requested: dict, function: Truncation) -> Truncation:
+        return function
+
+
+class StepTimes(Callback):
+    """Seconds of gradients and of updates of at least three steps, and bytes that the backward pass keeps.
+
+    The first step is not counted: memory is allocated in it.
+    """
+
+    def __init__(self):
+        self.gradients: list[float] = []
+        self.updates: list[float] = []
+        self.saved_bytes = 0
+
+    def on_train_start(self, trainer, module) -> None:
+        requests.watch()  # Lightning has put handlers of its own in their place
+        self._begun = _now(module.device)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        self._step_start = _now(module.device)
+        if batch_idx == 0:
+            self._watch_saved(module.student)
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        self._update_start = _now(module.device)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        end = _now(module.device)
+        if batch_idx == 0:
+            del module.student.hidden_states  # the method of the class again
+            self._begun = end
+            return
+        self.gradients.append(self._update_start - self._step_start)
+        self.updates.append(end - self._update_start)
+        trainer.should_stop = len(self.gradients) >= 3 and end - self._begun >= PROBE
+
+    def _watch_saved(self, student: CausalLM) -> None:
+        """Count what the student's body keeps for its backward pass, in the largest micro-batch."""
+        parameters = {p.untyped_storage().data_ptr() for p in student.parameters()}
+        forward = student.hidden_states
+
+        def hidden_states(ids: Tensor) -> Tensor:
+            sizes: dict[int, int] = {}
+
+            def save(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in parameters:
+                    sizes[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+                hidden = forward(ids)
+            self.saved_bytes = max(self.saved_bytes, sum(sizes.values()))
+            return hidden
+
+        student.hidden_states = hidden_states
 
 
 def _timed(device: torch.device, work: Callable[[], Batch]) -> tuple[Batch, float]:
@@ -256,12 +353,6 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _stored(logp: Tensor, batch: Batch, kept: Tensor):
-    """A source that has a target at hand, as one that reads a store does."""
-    label, seed = batch.labels[kept], batch.seed[kept]
-    return lambda rows: Target(label[rows], logp.expand(len(label[rows]), -1), seed=seed[rows], whole=True)
 
 
 COLUMNS = ("parameters", "tokens", "FLOPs", "time", "memory", "disk")
@@ -354,7 +445,7 @@ def estimate(settings: Settings) -> dict[str, Estimate]:
     if stored and not there and not record:
         of = stores.described(settings, packed)
         made[f"store {where.folder.name}"] = of_store(settings, packed, times, components.keep, vocab, of)
-    return made | {run.name: of_run(settings, packed, times, components.objective, components.rollout, vocab)}
+    return made | {run.name: of_run(settings, packed, times, components, vocab)}
 
 
 def show_plan(all_settings: list[Settings], said: list[str], at_once: float) -> None:

@@ -27,7 +27,10 @@ Truncation = Callable[[Target], Target]
 
 
 class TeacherOrigin(NamedTuple):
-    """Parts that a teacher is built from. A run has those that its config asks for, and None for the others."""
+    """Parts that a teacher is built from. A run has those that its config asks for, and None for the others.
+
+    Without its model a teacher can tell its cost alone, which is enough for a plan.
+    """
 
     model: CausalLM | None = None
     cost: Cost | None = None  # of the model

@@ -31,7 +31,7 @@ class CotrainedTeacher(Teacher):
 
     trainable = True
 
-    def __init__(self, model: CausalLM, cost: Cost | None = None):
+    def __init__(self, model: CausalLM | None, cost: Cost | None = None):
         self.model, self.cost = model, cost
 
     def signal(self, batch: Batch, mask: Tensor) -> ProjectedSignal:

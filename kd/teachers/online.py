@@ -24,8 +24,8 @@ class OnlineTeacher(Teacher):
     never held.
     """
 
-    def __init__(self, model: CausalLM, cost: Cost | None = None):
-        self.model, self.cost = model.eval().requires_grad_(False), cost
+    def __init__(self, model: CausalLM | None, cost: Cost | None = None):
+        self.model, self.cost = model and model.eval().requires_grad_(False), cost
 
     @torch.no_grad()
     def signal(self, batch: Batch, mask: Tensor) -> ProjectedSignal:
