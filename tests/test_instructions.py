@@ -801,7 +801,7 @@ def test_a_store_holds_responses_and_no_more(root):
     batch = next(iter(Batches(packed.train, 4, 0, 0, 1, read=found.read, spans=packed.train_spans)))
     kept = batch.labels != IGNORE
     assert torch.equal(batch.stored.count > 0, kept)
-    target = found.source(batch, kept)(slice(0, int(kept.sum())))
+    target = found.signal(batch, kept)(slice(0, int(kept.sum())))
     assert (target.logp > -torch.inf).all() and (target.logp.exp().sum(-1) <= 1 + 1e-5).all()
     assert torch.equal(target.label, batch.labels[kept])
     assert "KL from what it says now to what is stored" in store_program.compare_with_teacher(found, str(root))

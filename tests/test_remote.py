@@ -181,21 +181,21 @@ def test_what_is_recorded_goes_on_on_another_machine(cache, tmp_path):
     undisturbed = here(tmp_path / "whole", *words)
     there = tmp_path / "there"
     url = f"root=file://{there}"
-    from kd.training.module import Distillation
+    from kd.training.module import DistillationModule
 
-    real = Distillation.training_step
+    real = DistillationModule.training_step
 
     def step(self, batch, index):
         if self.global_step == 8:
             raise RuntimeError("injected")
         return real(self, batch, index)
 
-    Distillation.training_step = step
+    DistillationModule.training_step = step
     try:
         with pytest.raises(RuntimeError, match="injected"):
             here(tmp_path, url, *words)
     finally:
-        Distillation.training_step = real
+        DistillationModule.training_step = real
     shutil.rmtree(cache)
     made = here(tmp_path, url, *words)
     assert outcome(there / made.name) == outcome(undisturbed)

@@ -26,7 +26,8 @@ from kd.parallel import collectives
 from kd.rollout import generate
 from kd.runs import identity, run
 from kd.system.signals import Preempted
-from kd.teachers import sources
+from kd.teachers.none import NoTeacher
+from kd.teachers.online import OnlineTeacher
 from tests import small
 from tests.cases import close
 from tests.small import ENVIRONMENT, SMALL, TRAIN, result
@@ -157,7 +158,7 @@ def test_the_gap_is_what_plain_loops_say():
 
     for rows, chunk in ((5, None), (2, 3)):
         of = ValidationBatches(text.tokens, rows, spans=text.span)
-        got = gap(student, sources.online(teacher), of, T, chunk)
+        got = gap(student, OnlineTeacher(teacher), of, T, chunk)
         close(got.by_place, by_place, rtol=1e-4)
         close(got.bins, bins, rtol=1e-4)
     means = got.means()
@@ -168,7 +169,7 @@ def test_the_gap_is_what_plain_loops_say():
 
 def test_a_student_that_is_its_teacher_has_no_gap():
     same, (text, _) = model("llama", 0).eval(), written()
-    got = gap(same, sources.online(same), ValidationBatches(text.tokens, 5, spans=text.span), T, None)
+    got = gap(same, OnlineTeacher(same), ValidationBatches(text.tokens, 5, spans=text.span), T, None)
     assert list(got.means().values()) == pytest.approx([0, 0, 0], abs=1e-5)
 
 
@@ -186,7 +187,7 @@ class Prompts:
 
 def asked(**how) -> Responses:
     (text, _) = written()
-    return Responses(Path("nowhere"), Prompts(*text), None, None, **how)
+    return Responses(Path("nowhere"), Prompts(*text), None, NoTeacher(), None, None, **how)
 
 
 def test_samples_are_drawn_row_by_row_with_seeds_of_their_own():

@@ -397,10 +397,10 @@ def test_a_result_is_shown_as_old_where_the_code_of_its_teacher_has_changed(made
 
 
 def test_code_that_is_edited_while_a_run_trains_is_not_taken_for_its_own(made, root, code, monkeypatch):
-    from kd.training.module import Distillation
+    from kd.training.module import DistillationModule
 
     module, old, new, said = REAL["the function"]
-    monkeypatch.setattr(Distillation, "on_train_end", lambda self: code(module, (old, new)))
+    monkeypatch.setattr(DistillationModule, "on_train_end", lambda self: code(module, (old, new)))
     outcome = json.loads((here(root, *RUN, "seed=7") / "result.json").read_text())
     assert outcome["sources"]["loss"] == result(made)["sources"]["loss"]
     assert provenance.changes(outcome) == said
@@ -467,12 +467,12 @@ def test_force_plans_a_run_with_a_damaged_result(root, capsys):
 
 def test_force_leaves_what_a_killed_run_had_done(root, monkeypatch):
     """It removes what is done, once: a run that is then interrupted goes on from its checkpoint."""
-    from kd.training.module import Distillation
+    from kd.training.module import DistillationModule
 
     class Killed(BaseException):
         pass
 
-    real, steps = Distillation.training_step, []
+    real, steps = DistillationModule.training_step, []
 
     def step(self, *args):
         steps.append(self.global_step)
@@ -482,7 +482,7 @@ def test_force_leaves_what_a_killed_run_had_done(root, monkeypatch):
 
     words = ("trainer.steps=6", "trainer.checkpoint_every=1")
     run = here(root, *RUN, *words)
-    monkeypatch.setattr(Distillation, "training_step", step)
+    monkeypatch.setattr(DistillationModule, "training_step", step)
     with pytest.raises(Killed):
         here(root, *RUN, *words, "force=true")
     assert not (run / "result.json").exists()
@@ -503,12 +503,12 @@ def test_data_of_other_code_stays_old_until_it_is_packed_anew(made, root, code):
 
 
 def test_a_run_does_not_go_on_under_other_code(root, code, monkeypatch):
-    from kd.training.module import Distillation
+    from kd.training.module import DistillationModule
 
     class Killed(BaseException):
         pass
 
-    real, words = Distillation.training_step, ("seed=8", "trainer.steps=4", "trainer.checkpoint_every=1")
+    real, words = DistillationModule.training_step, ("seed=8", "trainer.steps=4", "trainer.checkpoint_every=1")
 
     def step(self, *args):
         if self.global_step == 2:
@@ -516,7 +516,7 @@ def test_a_run_does_not_go_on_under_other_code(root, code, monkeypatch):
         return real(self, *args)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Distillation, "training_step", step)
+        patch.setattr(DistillationModule, "training_step", step)
         here(root, *RUN, *words)
     (checkpoints,) = root.glob("*/checkpoints")
     code("objective.losses", ("-(p.exp() * (q - p))", "-2 * (p.exp() * (q - p))"))
@@ -524,7 +524,7 @@ def test_a_run_does_not_go_on_under_other_code(root, code, monkeypatch):
         here(root, *RUN, *words)
     code("objective.losses", ("-2 * (p.exp() * (q - p))", "-(p.exp() * (q - p))"))
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Distillation, "training_step", step)
+        patch.setattr(DistillationModule, "training_step", step)
         here(root, *RUN, *words)  # goes on with it
     code("objective.losses", ("-(p.exp() * (q - p))", "-2 * (p.exp() * (q - p))"))
     type_in(str(caught.value))

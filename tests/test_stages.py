@@ -329,17 +329,17 @@ def killed_at(step, root, *words):
     class Killed(BaseException):
         pass
 
-    real = module.Distillation.training_step
+    real = module.DistillationModule.training_step
 
     def training_step(self, *args):
         if self.global_step == step:
             raise Killed
         return real(self, *args)
 
-    module.Distillation.training_step = training_step
+    module.DistillationModule.training_step = training_step
     try:
         with pytest.raises(Killed):
             here(root, *words)
     finally:
-        module.Distillation.training_step = real
+        module.DistillationModule.training_step = real
     return here(root, *words)

@@ -289,7 +289,7 @@ def shaken(monkeypatch, change) -> None:
     """Have models say something else than they would."""
     real = causal_lm.Head.forward
     monkeypatch.setattr(causal_lm.Head, "forward", lambda self, hidden: change(real(self, hidden)))
-    monkeypatch.setattr(causal_lm.Causal, "check", lambda self, option: None)
+    monkeypatch.setattr(causal_lm.CausalLM, "check", lambda self, option: None)
 
 
 def test_verify_goes_where_the_store_was_moved(root, command_line):

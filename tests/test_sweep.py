@@ -20,8 +20,10 @@ from kd.models import flops as flops_module
 from kd.runs.run import Run
 from kd.system.console import counted
 from kd.system.processes import whereabouts
+from kd.teachers.base import TeacherOrigin
 from sweeps import report
 from sweeps.compare import ALONE, grouped, manifest, read
+from tests.cases import option
 from tests.small import ENVIRONMENT, TRAIN, folder, listed, outcome, result, small_config, train
 
 
@@ -261,7 +263,8 @@ def test_the_head_of_the_scaling_sweep_says_the_flops_of_its_runs(scale):
             None if job[role] == "none" else flops_module.cost_of(job[role], None, int(job["data.vocab"]), length, role)
             for role in ("student", "teacher")
         )
-        flops = sum(flops_module.step_flops(job.get("logits", "online"), False, student, teacher))
+        source = option("logits", job.get("logits", "online"))(TeacherOrigin(cost=teacher))
+        flops = 3 * student.flops_per_token + source.flops_per_token(selects_tokens=False)
         total += flops * int(job["trainer.steps"]) * batch * length
         if teacher and scale == "full":  # on a CPU they are runs of the sweep
             own = int(job["teacher.steps"]) * int(job["teacher.batch"]) * length

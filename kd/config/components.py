@@ -23,11 +23,11 @@ PACKAGE = Path(__file__).parent.parent
 CONF, SWEEPS = PACKAGE.parent / "conf", PACKAGE.parent / "sweeps"
 
 # A `_target_` of a group may name a public function of the group's modules that has a yaml of its name, or one of these
-# classes, and nothing else.
+# classes, and nothing else. `teachers.*` stands for every module of that package.
 MODULES = {
     "loss": "objective.losses", "truncation": "objective.truncation", "target": "objective.target_transforms",
     "temperature": "objective.temperature", "routing": "objective.token_selection", "alpha": "training.schedules",
-    "lr": "training.schedules", "logits": "teachers.sources", "record": "objective.truncation",
+    "lr": "training.schedules", "logits": "teachers.*", "record": "objective.truncation",
     "rollout": "rollout.strategies", "data": "data.corpora data.instructions", "plain": "data.corpora",
     "optim": "models.optimizers", "logger": "runs.loggers",
 }  # fmt: skip
@@ -37,9 +37,11 @@ FORBIDDEN = ("trust_remote_code", "allow_pickle", "weights_only", "use_safetenso
 
 # Modules as they were called in the manifests of stores that are older than the packages of kd.
 FORMER = {
+    **dict.fromkeys(("logits.offline", "logits.recorded"), "teachers.stored"),
+    **{f"logits.{name}": f"teachers.{name}" for name in ("none", "online", "cotrained")},
     "losses": "objective.losses", "truncation": "objective.truncation", "treatment": "objective.target_transforms",
     "temperature": "objective.temperature", "routing": "objective.token_selection", "schedules": "training.schedules",
-    "logits": "teachers.sources", "rollout": "rollout.strategies", "corpora": "data.corpora",
+    "rollout": "rollout.strategies", "corpora": "data.corpora",
     "instructions": "data.instructions", "optimizers": "models.optimizers", "loggers": "runs.loggers",
 }  # fmt: skip
 
@@ -54,8 +56,9 @@ def renamed(node):
         return node
     new = {key: renamed(value) for key, value in node.items()}
     package, _, name = str(new.get("_target_", "")).rpartition(".")
-    if package.removeprefix("kd.") in FORMER and package.startswith("kd."):
-        new["_target_"] = f"kd.{FORMER[package.removeprefix('kd.')]}.{name}"
+    if package.startswith("kd."):
+        module = package.removeprefix("kd.")
+        new["_target_"] = f"kd.{FORMER.get(f'{module}.{name}') or FORMER.get(module, module)}.{name}"
     return new
 
 
@@ -72,6 +75,17 @@ def check_targets(node, path: str = "") -> None:
     elif isinstance(node, list):
         for index, value in enumerate(node):
             check_targets(value, f"{path}[{index}]")
+
+
+@cache
+def modules_of(group: str) -> tuple[str, ...]:
+    """Return the modules that define the options of a group, as paths below kd."""
+    found = MODULES.get(group, "").split()
+    for module in [module for module in found if module.endswith(".*")]:
+        package = module.removesuffix(".*")
+        found.remove(module)
+        found += sorted(f"{package}.{file.stem}" for file in (PACKAGE / package).glob("[!_]*.py"))
+    return tuple(found)
 
 
 def locate(target: str, path: str) -> tuple[str, str]:
@@ -93,7 +107,7 @@ def locate(target: str, path: str) -> tuple[str, str]:
 def _allowed(path: str) -> list[str]:
     """What `_target_` may be in a group."""
     options = (CONF / path).glob("*.yaml") if path in MODULES else ()
-    modules = MODULES.get(path, "").split()
+    modules = modules_of(path)
     allowed = sorted({f"kd.{m}.{f.stem}" for f in options for m in modules if f.stem in _functions(m)})
     return [*allowed, *(CLASSES if path == "optim" else ())]
 

@@ -21,7 +21,7 @@ from kd.system.remote import home
 from kd.system.signals import requests
 
 if TYPE_CHECKING:
-    from kd.models.causal_lm import Causal
+    from kd.models.causal_lm import CausalLM
     from kd.store.reader import Store
 
 
@@ -39,7 +39,7 @@ class Inputs(NamedTuple):
     plain: Packed | None  # text of the language-modelling term, where that is not the data's
     origins: dict[str, dict]  # role -> provenance.origin() of its run
 
-    def student(self, config: ExperimentConfig) -> Causal:
+    def student(self, config: ExperimentConfig) -> CausalLM:
         """Return the student as it starts."""
         from kd.models import causal_lm
 
@@ -165,7 +165,7 @@ def plain_text(config: ExperimentConfig) -> Packed | None:
     return packing.pack(source, home(config.root) / "data", **how)
 
 
-def teacher_model(config: ExperimentConfig, components: Components, train: Train) -> Causal:
+def teacher_model(config: ExperimentConfig, components: Components, train: Train) -> CausalLM:
     """The finished teacher, made first if there is none."""
     from kd.models import causal_lm
 

@@ -20,7 +20,7 @@ from kd.data.batches import IGNORE, Packed, to_batch
 from kd.errors import UserError
 from kd.experiment.dependencies import Plan, corpus
 from kd.models import flops, hub
-from kd.models.causal_lm import Causal
+from kd.models.causal_lm import CausalLM
 from kd.objective.chunked import chunks
 from kd.objective.target import Target
 from kd.runs.identity import model_name
@@ -30,11 +30,12 @@ from kd.store.format import MOST_DRAWS
 from kd.store.location import FORMAT
 from kd.store.reader import FULL, Store, said, within
 from kd.store.recorder import Recorder
-from kd.store.writer import Teacher
+from kd.store.writer import RowEncoder
 from kd.system import files
 from kd.system.processes import alive, whereabouts
 from kd.system.remote import Remote, is_url
-from kd.teachers import sources
+from kd.teachers.online import OnlineTeacher
+from kd.teachers.stored import window_share
 
 ROWS = ("train.npy", "train_spans.npy", "val.npy", "val_spans.npy")  # what packed data is
 Keep = Callable[[Target], Target] | None  # what a store keeps of a target, with true probabilities; None for everything
@@ -69,7 +70,7 @@ def _weights(folder: str, stamp: str) -> dict[str, str]:
     return {p.name: files.digest(p) for p in sorted(Path(folder).glob("*.safetensors"))}
 
 
-def about_store(config: ExperimentConfig, packed: Packed, model: Causal, key: str) -> dict:
+def about_store(config: ExperimentConfig, packed: Packed, model: CausalLM, key: str) -> dict:
     """Return what a store's manifest has beside what its content depends on."""
     seq_len, head = config.data.seq_len, model.head
     return {
@@ -103,7 +104,7 @@ def words_of(config: ExperimentConfig) -> str:
 def opened(config: ExperimentConfig, packed: Packed) -> Store | None:
     """The store of a run with logits=offline, if it is there; raises UserError if it is not what the run needs."""
     where, of, truncation = Plan.of(config).store, described(config, packed), config.truncation.spec
-    window = sources.share(config.logits.window)
+    window = window_share(config.logits.window)
     if where.manifest().exists():
         found = Store(where.path, where.cache)
         expected = {k: v for k, v in of.items() if k != "precision"} | {"truncation": truncation}
@@ -144,7 +145,7 @@ def _measurable(config: ExperimentConfig, held: dict) -> None:
         )
 
 
-def stored(config: ExperimentConfig, packed: Packed, keep: Keep, teacher: Callable[[], Causal]) -> Store:
+def stored(config: ExperimentConfig, packed: Packed, keep: Keep, teacher: Callable[[], CausalLM]) -> Store:
     """The store of a run with logits=offline, written first if there is none, by one process while others wait."""
     found = opened(config, packed)
     if found is None:
@@ -160,13 +161,13 @@ def stored(config: ExperimentConfig, packed: Packed, keep: Keep, teacher: Callab
 
 
 def write(
-    config: ExperimentConfig, packed: Packed, keep: Keep, model: Causal, part: tuple[int, int] = (1, 1)
+    config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM, part: tuple[int, int] = (1, 1)
 ) -> Store | None:
     """Write the store that a config describes, and open it; None for a part, which is to be merged with others."""
     where, of = Plan.of(config).store, described(config, packed)
-    teacher = Teacher.finished(model, of, keep, config.trainer.accelerator)
+    encoder = RowEncoder.finished(OnlineTeacher(model), of, keep, config.trainer.accelerator)
     about = about_store(config, packed, model, where.key)
-    writer.write(where.folder, of, about, packed, teacher, config.trainer.micro_batch, part)
+    writer.write(where.folder, of, about, packed, encoder, config.trainer.micro_batch, part)
     if part[1] > 1:
         return None
     if "://" in where.path:
@@ -174,7 +175,7 @@ def write(
     return opened(config, packed)
 
 
-def recorder(config: ExperimentConfig, packed: Packed, keep: Keep, model: Causal, start: int) -> Recorder:
+def recorder(config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM, start: int) -> Recorder:
     """What stores the logits of a model in training, from step `start` on."""
     run, where = Plan.of(config).run, Plan.of(config).store
     of = described(config, packed) | {"teacher": run.name, "weights": None}
@@ -183,20 +184,20 @@ def recorder(config: ExperimentConfig, packed: Packed, keep: Keep, model: Causal
     return Recorder(where.folder, of, about, keep, start, run / "checkpoints", url)
 
 
-def compare(found: Store, packed: Packed, keep: Keep, model: Causal, accelerator: str, count: int = 8) -> str:
+def compare(found: Store, packed: Packed, keep: Keep, model: CausalLM, accelerator: str, count: int = 8) -> str:
     """How far rows of a store are from what its teacher says now, in words; raises UserError where that is far."""
     index = np.unique(np.linspace(0, len(packed.train) - 1, count).astype(int))
     rows = packed.train[index]
-    teacher = Teacher.finished(model, found.of, keep, accelerator)
+    encoder = RowEncoder.finished(OnlineTeacher(model), found.of, keep, accelerator)
     spans = packed.train_spans
     seed = np.zeros(rows[:, 1:].shape, int)
     batch = to_batch(rows, index, seed, None if spans is None else spans[index], packed.boundary)
-    batch = move_data_to_device(batch._replace(stored=found.read(index, batch.ids.numpy())), teacher.device)
+    batch = move_data_to_device(batch._replace(stored=found.read(index, batch.ids.numpy())), encoder.device)
     kept = batch.labels != IGNORE
-    held = found.source(batch, kept)
+    held = found.signal(batch, kept)
     found_off, spread = [], []
-    with torch.inference_mode(), teacher.computing():
-        now = teacher.signal(packed.train, index, spans, packed.boundary)[-1]
+    with torch.inference_mode(), encoder.computing():
+        now = encoder.signal(packed.train, index, spans, packed.boundary)[-1]
         for part in chunks(int(kept.sum()), 64):
             if found.draws:
                 off, variance = surprise(now(part), held(part))
