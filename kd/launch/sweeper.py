@@ -22,9 +22,11 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from kd.config.components import check_sweep
+from kd.config.compose import Composer
 from kd.config.rules import NO_SIGNAL, group_of, name_of
 from kd.config.security import check_words
 from kd.errors import MISTAKES, UserError, for_people
+from kd.experiment.dependencies import Plan
 from kd.launch.pool import UNKNOWN, Job, Local, Pool, Watch, fitting, gpus, visible_devices
 from kd.runs import wandb_agent
 from kd.runs.identity import NO_EFFECT, below
@@ -44,6 +46,11 @@ class Multirun(Sweeper):
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Raise what Hydra raises for the first job that it cannot compose."""
+        for job in batch:
+            self.launcher.composer.compose(job)
 
     def name_from(self, arguments: Sequence[str]) -> None:
         """Give a sweep without a name one that is its words', so that its list is no other sweep's."""
@@ -124,6 +131,7 @@ class Runs(Launcher):
     def setup(self, *, hydra_context, task_function, config) -> None:
         config.root = files.expanded(config.root)  # the settings of a run are expanded when they are resolved
         self.hydra_context, self.config = hydra_context, config
+        self.composer = Composer(hydra_context.config_loader, config)
         self.program = sys.modules[task_function.__module__].__file__
 
     def at_once(self, asked: Sequence[int]) -> float:
@@ -224,8 +232,7 @@ class Runs(Launcher):
         raise UserError(refused(jobs, said, wrong))
 
     def _settings(self, words: Sequence[str]) -> dict:
-        cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(words))
-        return type(self).resolve(cfg, list(words))
+        return type(self).resolve(self.composer.compose(words), list(words))
 
     def _prepare_wandb(self, name: str, runs: Iterable[Run]) -> None:
         """Ask W&B's server once for all runs, and put those that were made outside of any sweep into this one's group.
@@ -253,13 +260,14 @@ class Runs(Launcher):
     def _run(self, words: Sequence[str], sound: set[str] | None = None) -> tuple[Run, int, str]:
         """The run that the words describe, how many GPUs it asks for, and where it is logged.
 
-        sound: names of teachers and starts that were checked already.
+        sound: digests of the settings of teachers and starts that were checked already.
         """
         settings = self._settings(words)
-        run = type(self).plan(settings).run
+        planned = type(self).plan(settings)
+        run = planned.run
         if self.config.force or (result := run.result()) is None:
             self.check_place(settings)
-            self.check_before(settings, set() if sound is None else sound)
+            self.check_before(planned, set() if sound is None else sound)
             type(self).prepare(settings)
         else:
             run.settle()
@@ -267,19 +275,21 @@ class Runs(Launcher):
                 run.check(result, *(name for name in SEALED if name != "student"))
         return run, gpus(settings["trainer"]), name_of(settings["logger"])
 
-    def check_before(self, settings: dict, sound: set[str]) -> None:
-        """Raise UserError for a damaged run that makes the teacher or start of a run; sound: names of checked ones."""
-        planned = type(self).plan(settings)
+    def check_before(self, planned: Plan, sound: set[str]) -> None:
+        """Raise UserError for a damaged run that makes the teacher or start of a run.
+
+        sound: digests of the settings of those that were checked already.
+        """
         stored = planned.store is not None and planned.store.manifest().exists()
         for model in filter(None, (planned.start, None if stored else planned.teacher)):
-            run = type(self).plan(model).run
-            if run.name in sound:
+            if (digest := files.digest_of(model)) in sound:
                 continue
-            if result := run.result():
-                run.check(result, "student")
+            before = type(self).plan(model)
+            if result := before.run.result():
+                before.run.check(result, "student")
             else:
-                self.check_before(model, sound)
-            sound.add(run.name)
+                self.check_before(before, sound)
+            sound.add(digest)
 
     def _return(self, job: Job) -> JobReturn:
         result, state = outcome(job)
