@@ -54,7 +54,7 @@ from kd.data.tokenizer import load_tokenizer, vocabulary_size
 from kd.errors import MISTAKES, UserError, for_people
 from kd.experiment.dependencies import corpus, plain_corpus, plan, recording
 from kd.experiment.summary import show
-from kd.launch import hydra_plugins
+from kd.launch import hydra_plugins, warm
 from kd.runs import provenance, wandb_agent
 from kd.runs.export import environment, export
 from kd.runs.identity import about
@@ -697,6 +697,8 @@ if __name__ == "__main__":
 
         rank_launcher.work(sys.argv[2:], fit_as_rank)
     else:
+        if sys.argv[1:2] == [warm.WORD]:  # one process of a sweep, which goes on here as each of the runs
+            sys.argv[1:] = warm.serve(sys.argv[2])
         end_with_parent()
         try:
             sys.argv[1:] = files.expanded_words(sys.argv[1:])

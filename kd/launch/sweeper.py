@@ -28,6 +28,7 @@ from kd.config.security import check_words
 from kd.errors import MISTAKES, UserError, for_people
 from kd.experiment.dependencies import Plan
 from kd.launch.pool import UNKNOWN, Job, Local, Pool, Watch, fitting, gpus, visible_devices
+from kd.launch.warm import Warm
 from kd.runs import wandb_agent
 from kd.runs.identity import NO_EFFECT, below
 from kd.runs.provenance import doubts
@@ -367,6 +368,10 @@ class Processes(Runs):
 
     here = True
 
+    def setup(self, **given) -> None:
+        super().setup(**given)
+        self.warm = Warm(self.program)  # for all batches of a search
+
     def check_place(self, settings: dict) -> None:
         if settings["trainer"]["devices"] > 1:
             from kd.launch import rank_launcher  # and torch
@@ -377,7 +382,7 @@ class Processes(Runs):
         return self.config.n_jobs or fitting(visible_devices(), min(asked, default=1))
 
     def pool(self, name: str, jobs: list[Job]) -> Pool:
-        return Local(self.program, jobs, self.at_once([job.gpus for job in jobs]), visible_devices())
+        return Local(self.program, jobs, self.at_once([job.gpus for job in jobs]), visible_devices(), self.warm)
 
 
 def varying(jobs: Sequence[Sequence[str]], names: Sequence[str]) -> list[str]:
