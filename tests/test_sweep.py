@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from kd.config.components import CONF, SWEEPS
 from kd.config.rules import NO_SIGNAL, group_of
 from kd.errors import UserError
+from kd.experiment.dependencies import plan
 from kd.launch.sweeper import Processes, asked_for, at_scale, discard, varying
 from kd.models import flops as flops_module
 from kd.runs.run import Run
@@ -64,8 +65,8 @@ def test_words_that_make_other_runs_name_another_sweep(words):
 def test_a_damaged_teacher_is_said_before_any_run_starts(tmp_path):
     asked = settings(tmp_path, "student=100k")
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        teacher = Processes.plan(Processes.plan(asked).teacher).run
-        planned = Processes.plan(asked)
+        planned = plan(asked)
+        teacher = plan(planned.teacher).run
         Processes().check_before(planned, set())  # it is not there yet
         teacher.folder.mkdir(parents=True)
         (teacher / "result.json").write_text("{")

@@ -1,64 +1,38 @@
-"""Configs composed by Hydra, each distinct part once: Hydra itself reads every file again for every run."""
+"""Configs composed by Hydra from words, as train.py's command line would."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import hydra
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from kd.config.overrides import parsed
+from kd.config.components import CONF
+from kd.config.rules import Settings, resolve
+from kd.config.security import check_words
+from kd.errors import UserError
 
 
 @cache
 def composed(*typed: str) -> DictConfig:
-    """The config of these words, to be read and not changed: a run asks several times, and Hydra takes its time."""
+    """Return the config of these words, to be read and not changed: a run asks several times, and Hydra is slow."""
     return hydra.compose("config", list(typed))
 
 
-class Composer:
-    """The configs of a sweep's runs, without Hydra's own part. master: the config of the sweep itself.
+@contextmanager
+def settings_of(words: Iterable[str]) -> Iterator[Settings]:
+    """Give the settings of `python train.py WORDS`, with Hydra ready to compose those of teacher and start.
 
-    Each distinct choice of groups (`loss=akl student=1m`) is composed once by Hydra; the values of a run
-    (`lr.peak=1e-3`) are set in a copy of that, by the function of Hydra that sets them in its own.
+    Raises UserError for words that train.py would refuse.
     """
-
-    def __init__(self, loader: ConfigLoaderImpl, master: DictConfig):
-        self.loader, self.master = loader, master
-        self.bases: dict[tuple[str, ...], DictConfig] = {}
-
-    def compose(self, words: Sequence[str]) -> DictConfig:
-        """Return what Hydra makes of a run's words; raises what Hydra raises."""
-        overrides = [parsed(word) for word in words]
-        if None in overrides or any(override.is_sweep_override() for override in overrides):
-            return self._whole(words)
-        values = [override for override in overrides if self._is_value(override)]
+    words = list(words)
+    check_words(words)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         try:
-            config = copy.deepcopy(self._base(tuple(x.input_line for x in overrides if not self._is_value(x))))
-            ConfigLoaderImpl._apply_overrides_to_config(values, config)
-        except HydraException:
-            return self._whole(words)  # which raises the first error of all words, not that of a part of them
-        return config
-
-    def _base(self, words: tuple[str, ...]) -> DictConfig:
-        if words not in self.bases:
-            self.bases[words] = self._whole(words)
-        return self.bases[words]
-
-    def _whole(self, words: Sequence[str]) -> DictConfig:
-        config = self.loader.load_sweep_config(self.master, list(words))
-        config = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-        OmegaConf.set_struct(config, True)
-        return config
-
-    def _is_value(self, override: Override) -> bool:
-        """Whether an override sets a value, as Hydra tells them from those that choose an option of a group."""
-        key = override.key_or_group
-        if override.package is not None or key.partition(".")[0].partition("/")[0] == "hydra":
-            return False
-        return isinstance(override.value(), dict) or not self.loader.repository.group_exists(key)
+            config = hydra.compose("config", words)
+        except HydraException as error:
+            raise UserError(str(error)) from None
+        yield resolve(config, words)

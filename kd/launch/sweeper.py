@@ -22,11 +22,12 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from kd.config.components import check_sweep
-from kd.config.compose import Composer
-from kd.config.rules import NO_SIGNAL, group_of, name_of
+from kd.config.composer import Composer
+from kd.config.rules import NO_SIGNAL, group_of, name_of, resolve
 from kd.config.security import check_words
 from kd.errors import MISTAKES, UserError, for_people
-from kd.experiment.dependencies import Plan
+from kd.experiment.dependencies import Plan, plan
+from kd.experiment.prerequisites import prepare
 from kd.launch.pool import UNKNOWN, Job, Local, Pool, Watch, fitting, gpus, visible_devices
 from kd.launch.warm import Warm
 from kd.runs import wandb_agent
@@ -122,11 +123,6 @@ class Runs(Launcher):
     is passed on to the runs, which save a checkpoint; the second kills them.
     """
 
-    # What train.py makes of a job: its settings, the run that they describe, and a trial of all its parts.
-    resolve: Callable
-    plan: Callable
-    prepare: Callable
-    show_plan: Callable
     here = False  # whether runs are done on this machine
 
     def setup(self, *, hydra_context, task_function, config) -> None:
@@ -173,7 +169,9 @@ class Runs(Launcher):
         wandb_agent.check_single()
         if self.config.plan:
             told = self._each(self._settings, job_overrides, said)
-            type(self).show_plan(told, said, self.at_once([gpus(of["trainer"]) for of in told]))
+            from kd.experiment import planner
+
+            planner.show_plan(told, said, self.at_once([gpus(of["trainer"]) for of in told]))
             sys.exit()
         # Done here, once: runs that are started again on the way go on where they were.
         job_overrides = [[word for word in job if word.partition("=")[0] != "force"] for job in job_overrides]
@@ -233,7 +231,7 @@ class Runs(Launcher):
         raise UserError(refused(jobs, said, wrong))
 
     def _settings(self, words: Sequence[str]) -> dict:
-        return type(self).resolve(self.composer.compose(words), list(words))
+        return resolve(self.composer.compose(words), list(words))
 
     def _prepare_wandb(self, name: str, runs: Iterable[Run]) -> None:
         """Ask W&B's server once for all runs, and put those that were made outside of any sweep into this one's group.
@@ -264,12 +262,12 @@ class Runs(Launcher):
         sound: digests of the settings of teachers and starts that were checked already.
         """
         settings = self._settings(words)
-        planned = type(self).plan(settings)
+        planned = plan(settings)
         run = planned.run
         if self.config.force or (result := run.result()) is None:
             self.check_place(settings)
             self.check_before(planned, set() if sound is None else sound)
-            type(self).prepare(settings)
+            prepare(settings)
         else:
             run.settle()
             if not run.remote:
@@ -285,7 +283,7 @@ class Runs(Launcher):
         for model in filter(None, (planned.start, None if stored else planned.teacher)):
             if (digest := files.digest_of(model)) in sound:
                 continue
-            before = type(self).plan(model)
+            before = plan(model)
             if result := before.run.result():
                 before.run.check(result, "student")
             else:

@@ -29,11 +29,9 @@ from pathlib import Path
 from kd.config.components import PACKAGE
 
 WORD = "--warm"  # how train.py is told that it is a server: --warm FILE_DESCRIPTOR
-# What a run loads beside what train.py does; kd's own modules bring torch and Lightning.
-MODULES = (
-    "kd.evaluation.responses", "kd.experiment.stores", "kd.models.optimizers", "kd.objective.target_transforms", "kd.parallel.ddp", "kd.rollout.strategies",
-    "kd.runs.loggers", "kd.training.checkpoints", "kd.training.module", "kd.training.schedules", "safetensors.torch", "transformers.models.llama.modeling_llama",
-)
+# What a run loads beside what train.py does: training, with torch and Lightning, and what these load when they first
+# need it.
+MODULES = ("kd.experiment.fit", "kd.models.optimizers", "safetensors.torch", "transformers.models.llama.modeling_llama")
 ROOM = 4096  # bytes for the words of a run, as ps shows them
 PATIENCE = 60  # seconds for a fork, however busy the machine is
 READY = b"ready"
