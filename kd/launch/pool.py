@@ -23,8 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kd.errors import UserError
-from kd.runs.provenance import done_before, doubts
 from kd.launch.warm import Forked, Warm
+from kd.runs.provenance import done_before, doubts
 from kd.runs.run import DONE, ENDS, FAILED, NO_MEMORY, PREEMPTED, RUNNING, Run
 from kd.system.console import clock, console, counted, harmless, styled
 from kd.system.processes import killed_for_memory

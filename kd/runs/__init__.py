@@ -1,1 +1,0 @@
-"""One run: its name, folder, state, provenance, loggers and exported student."""
