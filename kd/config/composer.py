@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import pickle
 from collections.abc import Sequence
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -22,24 +22,27 @@ class Composer:
 
     def __init__(self, loader: ConfigLoaderImpl, master: DictConfig):
         self.loader, self.master = loader, master
-        self.bases: dict[tuple[str, ...], DictConfig] = {}
+        self.bases: dict[tuple[str, ...], bytes] = {}  # pickled, since a config is copied faster so than by deepcopy()
+        self.groups: dict[str, bool] = {}  # what is known to be a group, or to be none
 
     def compose(self, words: Sequence[str]) -> DictConfig:
         """Return what Hydra makes of a run's words; raises what Hydra raises."""
-        overrides = [parsed(word) for word in words]
-        if None in overrides or any(override.is_sweep_override() for override in overrides):
-            return self._whole(words)
-        values = [override for override in overrides if self._is_value(override)]
+        choices, values = [], []
+        for word in words:
+            override = parsed(word)
+            if override is None or override.is_sweep_override():
+                return self._whole(words)
+            (values if self._is_value(override) else choices).append(override)
         try:
-            config = copy.deepcopy(self._base(tuple(x.input_line for x in overrides if not self._is_value(x))))
+            config = pickle.loads(self._base(tuple(override.input_line for override in choices)))
             ConfigLoaderImpl._apply_overrides_to_config(values, config)
         except HydraException:
             return self._whole(words)  # which raises the first error of all words, not that of a part of them
         return config
 
-    def _base(self, words: tuple[str, ...]) -> DictConfig:
+    def _base(self, words: tuple[str, ...]) -> bytes:
         if words not in self.bases:
-            self.bases[words] = self._whole(words)
+            self.bases[words] = pickle.dumps(self._whole(words))
         return self.bases[words]
 
     def _whole(self, words: Sequence[str]) -> DictConfig:
@@ -51,6 +54,7 @@ class Composer:
     def _is_value(self, override: Override) -> bool:
         """Whether an override sets a value, as Hydra tells them from those that choose an option of a group."""
         key = override.key_or_group
-        if override.package is not None or key.partition(".")[0].partition("/")[0] == "hydra":
-            return False
-        return isinstance(override.value(), dict) or not self.loader.repository.group_exists(key)
+        if key not in self.groups:
+            self.groups[key] = self.loader.repository.group_exists(key)
+        hydra = key.partition("/")[0].partition(".")[0] == "hydra"
+        return not hydra and override.package is None and (isinstance(override.value(), dict) or not self.groups[key])

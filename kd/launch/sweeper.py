@@ -256,18 +256,21 @@ class Runs(Launcher):
                 loggers.forget()
                 console.print(f"{counted(joined, 'run', 'runs')} made before: now in the group {name} of W&B.")
 
-    def _run(self, words: Sequence[str], sound: set[str] | None = None) -> tuple[Run, int, str]:
+    def _run(self, words: Sequence[str], sound: set[str]) -> tuple[Run, int, str]:
         """The run that the words describe, how many GPUs it asks for, and where it is logged.
 
-        sound: digests of the settings of teachers and starts that were checked already.
+        sound: digests of the settings of runs, teachers and starts that were tried already.
         """
         settings = self._settings(words)
         planned = plan(settings)
         run = planned.run
         if self.config.force or (result := run.result()) is None:
             self.check_place(settings)
-            self.check_before(planned, set() if sound is None else sound)
-            prepare(settings)
+            self.check_before(planned, sound)
+            trial = files.digest_of(settings | {"seed": None})  # which it does not depend on
+            if trial not in sound:
+                prepare(settings)
+                sound.add(trial)
         else:
             run.settle()
             if not run.remote:
