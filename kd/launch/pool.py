@@ -268,7 +268,7 @@ class Local(Pool):
     def __init__(self, program: str, jobs: list[Job], at_once: int, devices: list[str], warm: Warm | None = None):
         super().__init__(jobs, at_once)
         self.program, self.devices = program, devices
-        self.warm = None if devices and any(job.gpus for job in jobs) else warm
+        self.warm = None if (devices and any(job.gpus for job in jobs)) or (warm and warm.failed) else warm
         self.processes: dict[str, Process] = {}
 
     def start(self) -> None:
@@ -276,12 +276,8 @@ class Local(Pool):
             free = [job for job in self.waiting if self._room(job)]
             if not free:
                 break
-            try:
-                free[0].run.folder.mkdir(parents=True, exist_ok=True)
-                if self.warm and not self.warm.ready(self._environment([]), free[0].log):
-                    break  # work() asks again
-            except OSError:
-                pass
+            if self.warm and not self._is_ready(free[0]):
+                break  # work() asks again
             job = self._next(free)
             if job is None:
                 continue
@@ -291,6 +287,21 @@ class Local(Pool):
             except OSError as error:
                 self._say(job, f"could not be started: {error}")
                 self.stopped = self.stopped or self.stop_on_failure
+
+    def _is_ready(self, job: Job) -> bool:
+        """Whether runs can be started now; without a server to fork them from, they start by themselves."""
+        try:
+            job.run.folder.mkdir(parents=True, exist_ok=True)
+            ready = self.warm.ready(self._environment([]), job.log)
+        except OSError:
+            return True  # so that the start fails, and says why
+        self._check_server()
+        return ready
+
+    def _check_server(self) -> None:
+        if self.warm and self.warm.failed:
+            console.print(f"{self.warm.failed}: runs start by themselves, some seconds slower.", soft_wrap=True)
+            self.warm = None
 
     def _room(self, job: Job) -> bool:
         """Whether there are GPUs for a job: shared only where more runs were asked for than there are GPUs."""
@@ -310,6 +321,7 @@ class Local(Pool):
         job.begun, killed = time.monotonic(), killed_for_memory()
         with open(job.log, "ab") as log:
             process = self.warm and self.warm.fork(job.words, log.fileno())
+            self._check_server()
             # A session of its own: what a terminal sends to all is passed on by the sweep, once.
             process = process or subprocess.Popen(
                 [sys.executable, self.program, *job.words], env=self._environment(devices), start_new_session=True,

@@ -371,7 +371,7 @@ class Processes(Runs):
 
     def setup(self, **given) -> None:
         super().setup(**given)
-        self.warm = Warm(self.program)  # for all batches of a search
+        self.warm = Warm(self.program) if sys.platform == "linux" else None  # for all batches of a search
 
     def check_place(self, settings: dict) -> None:
         if settings["trainer"]["devices"] > 1:

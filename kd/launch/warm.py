@@ -51,16 +51,16 @@ class Warm:
 
     def __init__(self, program: str):
         self.program = program
-        self.failed = False  # whether a server ended by itself: without reason, or with one in the log of a run
+        self.failed = ""  # how a server ended by itself, after which there is none
         self.server: subprocess.Popen | None = None
         self.socket: socket.socket | None = None
         self.is_ready = False
         self.made_for: tuple[dict[str, str], dict[str, tuple[int, int]]] | None = None
 
     def ready(self, environment: dict[str, str], log: Path) -> bool:
-        """Whether fork() would not wait, or would fail; starts a server where there is none, which may write to log."""
+        """Whether a run can be started without waiting; starts a server where there is none, which may write to log."""
         wanted = environment, self._sources()
-        if self.failed or sys.platform != "linux":
+        if self.failed:
             return True
         if self.made_for != wanted:
             self.close()
@@ -68,12 +68,13 @@ class Warm:
             self.made_for = wanted
         if not self.is_ready and select.select([self.socket], [], [], 0)[0]:
             self.is_ready = self.socket.recv(len(READY)) == READY
-            self.failed = not self.is_ready
-        return self.is_ready or self.failed
+            if not self.is_ready:
+                self._fail(f", as {log} says")
+        return bool(self.is_ready or self.failed)
 
     def fork(self, words: list[str], log: int) -> Forked | None:
         """Start a run that writes to an open file, as a child of this process; None where that is not possible."""
-        if not self.is_ready or self.failed:
+        if not self.is_ready:
             return None
         libc = ctypes.CDLL(None)
         libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -81,21 +82,26 @@ class Warm:
             socket.send_fds(self.socket, [json.dumps(words).encode()], [log])
             pid = int(self.socket.recv(32))
         except (OSError, ValueError):  # ValueError: the server is gone, and nothing was read
-            self.failed = True
-            self.close()
+            self._fail()
             return None
         finally:
             libc.prctl(PR_SET_CHILD_SUBREAPER, 0)
         return Forked(pid)
 
-    def close(self) -> None:
-        """End the server; its runs go on."""
+    def close(self) -> int | None:
+        """End the server, but none of its runs, and return its exit code."""
+        code = None
         if self.server:
             self.socket.close()
-            self.server.kill()
-            self.server.wait()
+            self.server.kill()  # it may not listen; one that has ended keeps its exit code
+            code = self.server.wait()
         self.server = self.socket = self.made_for = None
         self.is_ready = False
+        return code
+
+    def _fail(self, where: str = "") -> None:
+        code = self.close()
+        self.failed = f"The process that runs are forked from has ended with exit code {code}{where}"
 
     def _start(self, environment: dict[str, str], log: Path) -> None:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
