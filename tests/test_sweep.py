@@ -18,6 +18,7 @@ from kd.experiment.dependencies import Plan
 from kd.launch.sweeper import Processes, asked_for, at_scale, discard, varying
 from kd.models import flops as flops_module
 from kd.runs.run import Run
+from kd.system import files
 from kd.system.console import counted
 from kd.system.processes import whereabouts
 from kd.teachers.base import TeacherOrigin
@@ -64,14 +65,14 @@ def test_words_that_make_other_runs_name_another_sweep(words):
 
 
 def test_a_damaged_teacher_is_said_before_any_run_starts(tmp_path):
-    asked = small_config(tmp_path, "student=100k")
-    teacher = Plan.of(Plan.of(asked).teacher).run
-    Processes().check_before(asked, set())  # it is not there yet
+    planned = Plan.of(small_config(tmp_path, "student=100k"))
+    teacher = Plan.of(planned.teacher).run
+    Processes().check_before(planned, set())  # it is not there yet
     teacher.folder.mkdir(parents=True)
     (teacher / "result.json").write_text("{")
     with pytest.raises(UserError, match=r"result\.json is damaged"):
-        Processes().check_before(asked, set())
-    Processes().check_before(asked, {teacher.name})
+        Processes().check_before(planned, set())
+    Processes().check_before(planned, {files.digest_of(planned.teacher.to_dict())})
 
 
 def test_one_run_is_said_to_be_one():

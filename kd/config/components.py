@@ -8,7 +8,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 
@@ -141,8 +141,7 @@ def build(node: Node, path: str):
 
 def check_types(function, settings: Node, path: str) -> None:
     """The signature is the schema: raise UserError for a name it does not have or a value of another type."""
-    parameters = inspect.signature(function).parameters
-    hints = typing.get_type_hints(function) if inspect.isfunction(function) else {}
+    parameters, hints = parameters_of(function)
     known = [name for name in parameters if name not in GIVEN and (path, name) != ("optim", "lr")]
     for name, value in settings.items():
         if name not in known:
@@ -152,6 +151,13 @@ def check_types(function, settings: Node, path: str) -> None:
         hint = hints.get(name, float if type(default) is int else type(default))
         if name in hints or default is not None:
             check_type(f"{path}.{name}", value, hint)
+
+
+@cache
+def parameters_of(function) -> tuple[Mapping[str, inspect.Parameter], dict]:
+    """Return the parameters of a function or class, and the types that a function's are annotated with."""
+    hints = typing.get_type_hints(function) if inspect.isfunction(function) else {}
+    return inspect.signature(function).parameters, hints
 
 
 def check_type(option: str, value, hint) -> None:
@@ -205,7 +211,7 @@ def _say(hint) -> str:
 
 def checked(function, node: Node, path: str) -> Node:
     """The part of node that the function has parameters for, with their types checked."""
-    settings = {k: v for k, v in node.items() if k in inspect.signature(function).parameters}
+    settings = {k: v for k, v in node.items() if k in parameters_of(function)[0]}
     check_types(function, settings, path)
     return settings
 

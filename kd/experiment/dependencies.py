@@ -3,7 +3,6 @@ model and no torch."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -126,7 +125,7 @@ def plain_data(config: ExperimentConfig) -> DataConfig:
 
 def _packing(config: ExperimentConfig, data: Component, group: str) -> tuple[Corpus, dict[str, Any]]:
     make = conf.load(data.target, group)
-    parameters = {*inspect.signature(make).parameters, *packing.OPTIONS}
+    parameters = {*conf.parameters_of(make)[0], *packing.OPTIONS}
     for name in data.args.keys() - parameters:
         raise UserError(f"{group}.{name}={data.args[name]}: no such option of this data.")
     source = cached_corpus(make, **conf.checked(make, data.args, group))

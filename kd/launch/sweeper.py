@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from kd.config.components import check_sweep
+from kd.config.composer import Composer
 from kd.config.rules import group_of
 from kd.config.schema import NO_EFFECT, NO_SIGNAL, ExperimentConfig
 from kd.config.security import check_words
@@ -29,6 +30,7 @@ from kd.errors import MISTAKES, UserError, for_people
 from kd.experiment.dependencies import Plan
 from kd.experiment.prerequisites import prepare
 from kd.launch.pool import UNKNOWN, Job, Local, Pool, Watch, fitting, gpus, visible_devices
+from kd.launch.warm import Warm
 from kd.runs import wandb_agent
 from kd.runs.identity import below
 from kd.runs.provenance import doubts
@@ -47,6 +49,11 @@ class Multirun(Sweeper):
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Raise what Hydra raises for the first job that it cannot compose."""
+        for job in batch:
+            self.launcher.composer.compose(job)
 
     def name_from(self, arguments: Sequence[str]) -> None:
         """Give a sweep without a name one that is its words', so that its list is no other sweep's."""
@@ -122,6 +129,7 @@ class Runs(Launcher):
     def setup(self, *, hydra_context, task_function, config) -> None:
         config.root = files.expanded(config.root)  # the settings of a run are expanded when they are resolved
         self.hydra_context, self.config = hydra_context, config
+        self.composer = Composer(hydra_context.config_loader, config)
         self.program = sys.modules[task_function.__module__].__file__
 
     def at_once(self, asked: Sequence[int]) -> float:
@@ -224,8 +232,7 @@ class Runs(Launcher):
         raise UserError(refused(jobs, said, wrong))
 
     def _run_config(self, words: Sequence[str]) -> ExperimentConfig:
-        cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(words))
-        return ExperimentConfig.from_hydra(cfg, list(words))
+        return ExperimentConfig.from_hydra(self.composer.compose(words), list(words))
 
     def _prepare_wandb(self, name: str, runs: Iterable[Run]) -> None:
         """Ask W&B's server once for all runs, and put those that were made outside of any sweep into this one's group.
@@ -250,36 +257,42 @@ class Runs(Launcher):
                 loggers.forget()
                 console.print(f"{counted(joined, 'run', 'runs')} made before: now in the group {name} of W&B.")
 
-    def _run(self, words: Sequence[str], sound: set[str] | None = None) -> tuple[Run, int, str]:
+    def _run(self, words: Sequence[str], sound: set[str]) -> tuple[Run, int, str]:
         """The run that the words describe, how many GPUs it asks for, and where it is logged.
 
-        sound: names of teachers and starts that were checked already.
+        sound: digests of the configs of runs, teachers and starts that were tried already.
         """
         config = self._run_config(words)
-        run = Plan.of(config).run
+        planned = Plan.of(config)
+        run = planned.run
         if self.config.force or (result := run.result()) is None:
             self.check_place(config)
-            self.check_before(config, set() if sound is None else sound)
-            prepare(config)
+            self.check_before(planned, sound)
+            trial = files.digest_of(config.to_dict() | {"seed": None})  # which it does not depend on
+            if trial not in sound:
+                prepare(config)
+                sound.add(trial)
         else:
             run.settle()
             if not run.remote:
                 run.check(result, *(name for name in SEALED if name != "student"))
         return run, gpus(config.trainer), config.logger.name
 
-    def check_before(self, config: ExperimentConfig, sound: set[str]) -> None:
-        """Raise UserError for a damaged run that makes the teacher or start of a run; sound: names of checked ones."""
-        planned = Plan.of(config)
+    def check_before(self, planned: Plan, sound: set[str]) -> None:
+        """Raise UserError for a damaged run that makes the teacher or start of a run.
+
+        sound: digests of the configs of those that were checked already.
+        """
         stored = planned.store is not None and planned.store.manifest().exists()
         for model in filter(None, (planned.start, None if stored else planned.teacher)):
-            run = Plan.of(model).run
-            if run.name in sound:
+            if (digest := files.digest_of(model.to_dict())) in sound:
                 continue
-            if result := run.result():
-                run.check(result, "student")
+            before = Plan.of(model)
+            if result := before.run.result():
+                before.run.check(result, "student")
             else:
-                self.check_before(model, sound)
-            sound.add(run.name)
+                self.check_before(before, sound)
+            sound.add(digest)
 
     def _return(self, job: Job) -> JobReturn:
         result, state = outcome(job)
@@ -357,6 +370,10 @@ class Processes(Runs):
 
     here = True
 
+    def setup(self, **given) -> None:
+        super().setup(**given)
+        self.warm = Warm(self.program) if sys.platform == "linux" else None  # for all batches of a search
+
     def check_place(self, config: ExperimentConfig) -> None:
         if config.trainer.devices > 1:
             from kd.parallel import collectives  # and torch
@@ -367,7 +384,7 @@ class Processes(Runs):
         return self.config.n_jobs or fitting(visible_devices(), min(asked, default=1))
 
     def pool(self, name: str, jobs: list[Job]) -> Pool:
-        return Local(self.program, jobs, self.at_once([job.gpus for job in jobs]), visible_devices())
+        return Local(self.program, jobs, self.at_once([job.gpus for job in jobs]), visible_devices(), self.warm)
 
 
 def varying(jobs: Sequence[Sequence[str]], names: Sequence[str]) -> list[str]:
