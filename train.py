@@ -37,7 +37,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from kd.config import components as conf
-from kd.config import security
+from kd.config import compose, security
 from kd.config.rules import (
     Settings,
     check_prompts_only,
@@ -319,7 +319,9 @@ def written_by_teacher(settings: Settings, packed: Packed, parts: Parts) -> Pack
         return packed
     of = plan(settings)
     who = of.teacher and plan(of.teacher).run.name, files.stamp(settings["teacher"]["name"]), settings["teacher"]
-    made = [packed.folder.name, settings["rollout"] if writes else None, who, *([sides] if packed.prompts_only else [])]
+    # As the settings of a rollout used to be written, so that folders keep their names.
+    how = settings["rollout"] | {"_target_": "kd.rollout.teacher", "_partial_": True} if writes else None
+    made = [packed.folder.name, how, who, *([sides] if packed.prompts_only else [])]
     folder = home(settings["root"]) / "rollouts" / files.digest_of(made)[:16]
 
     def writers() -> strategies.Writers:
@@ -686,7 +688,7 @@ def compare_with_teacher(store: Store, root: str) -> str:
 
 
 try:
-    conf.register()
+    compose.register()
 except UserError as error:
     end_with(error)
 hydra_plugins.register(resolve=resolve, plan=plan, prepare=prepare, show_plan=show_plan)
