@@ -9,12 +9,13 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-import train
+import train  # noqa: F401, registers the sizes
 from kd.config import security
 from kd.config.components import CONF, PRESETS, flat, option_names
 from kd.config.options import option_of, words_of
 from kd.config.rules import resolve
 from kd.errors import UserError
+from kd.experiment.prerequisites import prepare
 from kd.launch.sweeper import Lines
 from kd.runs.identity import whole_as_float
 from kd.system.files import read_metrics
@@ -168,10 +169,10 @@ def words(root):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_parts_of_every_method_are_built(root, words, method):
+def test_components_of_every_method_are_built(root, words, method):
     """Its loss, on what its rollout and routing tell, has a finite gradient."""
-    parts = train.prepare(settings(root, f"method={method}", *words))[1]
-    assert parts.objective and parts.rollout
+    components = prepare(settings(root, f"method={method}", *words))[1]
+    assert components.objective and components.rollout
 
 
 @pytest.mark.parametrize("method", ["seqkd", "opd_token", "distillm2", "atkd"])
