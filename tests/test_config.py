@@ -157,16 +157,16 @@ def test_data_settings_are_those_of_pack():
 @pytest.mark.parametrize(
     ("group", "module", "takes"),
     [
-        ("loss", "losses", ["student", "target"]),
-        ("truncation", "truncation", ["target"]),
-        ("target", "treatment", ["target"]),
-        ("temperature", "temperature", ["student", "target"]),
-        ("routing", "routing", ["measured"]),
-        ("logits", "logits", ["origin"]),
-        ("rollout", "rollout", ["writers"]),
-        ("logger", "loggers", ["folder", "about"]),
-        ("alpha", "schedules", ["progress"]),
-        ("lr", "schedules", ["progress"]),
+        ("loss", "objective.losses", ["student", "target"]),
+        ("truncation", "objective.truncation", ["target"]),
+        ("target", "objective.target_transforms", ["target"]),
+        ("temperature", "objective.temperature", ["student", "target"]),
+        ("routing", "objective.token_selection", ["measured"]),
+        ("logits", "teachers.sources", ["origin"]),
+        ("rollout", "rollout.strategies", ["writers"]),
+        ("logger", "runs.loggers", ["folder", "about"]),
+        ("alpha", "training.schedules", ["progress"]),
+        ("lr", "training.schedules", ["progress"]),
     ],
 )
 def test_functions_and_yamls_have_the_same_names(group, module, takes):
