@@ -67,6 +67,21 @@ data=instructions start=sft logits=none rollout=teacher
 data=instructions start=pretrained loss=srkl
 data=instructions data.template=alpaca responses.samples=2
 student=hub student.name=openai-community/gpt2 teacher=hub teacher.name=openai-community/gpt2-medium data.tokenizer=gpt2
+method=sft
+method=kd
+method=seqkd
+method=gkd
+method=opd
+method=opd_token
+method=minillm
+method=minillm_code
+method=distillm
+method=distillm2
+method=atkd
+method=akl
+experiment=c4_330m
+experiment=c4_100m
+method=minillm experiment=dolly_gpt2
 """.strip().splitlines()
 
 

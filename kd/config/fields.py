@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
 from typing import Any, ClassVar, Self
 
-from kd.config.components import check_type, example
+from kd.config.components import GROUPS, check_type, option_names
 from kd.errors import UserError
 
 MAX_SEED = 2**32 - 1
@@ -88,8 +88,8 @@ class ConfigNode:
 def check_shape(node: Any, path: str, component: bool = False) -> None:
     """Raise UserError unless the node of a group is a mapping, and that of a component names its function."""
     if not isinstance(node, Mapping) or (component and "_target_" not in node):
-        option = example(path)
-        raise UserError(f"{path}: needs {f'one of its options, as in {option}' if option else 'its settings'}.")
+        names = option_names(path) if path in GROUPS else []
+        raise UserError(f"{path}: needs {f'one of its options, as in {path}={names[0]}' if names else 'its settings'}.")
 
 
 def converted(cls: type[ConfigNode], node: Mapping[str, Any], path: str) -> dict[str, Any]:

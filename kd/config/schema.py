@@ -69,7 +69,7 @@ class Component(ConfigNode):
     @classmethod
     def from_node(cls, node: Any, path: str = "") -> Self:
         check_shape(node, path, component=True)
-        args = {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
+        args = {k: v for k, v in node.items() if k != "_target_"}
         return cls(target=node["_target_"], args=args, **converted(cls, args, path))
 
     @property

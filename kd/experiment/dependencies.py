@@ -166,7 +166,8 @@ def start_config(config: ExperimentConfig) -> ExperimentConfig | None:
     if isinstance(start, FineTunedInit):
         if not corpus(config)[0].pairs:
             raise UserError(
-                "start=sft fine-tunes on instructions, and this data is plain text; type data=instructions."
+                "start=sft fine-tunes on instructions, and this data is plain text; type data=instructions, or "
+                "start=scratch."
             )
         before, lr = ("scratch", 1e-4) if student.name else ("pretrained", 1e-3)
         return _language_modelling(
