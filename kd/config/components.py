@@ -208,7 +208,7 @@ def _say(hint) -> str:
     return " or ".join(words.get(option, str(option)) for option in options)
 
 
-def checked(function, node: Node, path: str) -> Node:
+def checked(function, node: Mapping[str, typing.Any], path: str) -> Node:
     """The part of node that the function has parameters for, with their types checked."""
     settings = {k: v for k, v in node.items() if k in parameters_of(function)[0]}
     check_types(function, settings, path)

@@ -92,7 +92,7 @@ def check_shape(node: Any, path: str, component: bool = False) -> None:
         raise UserError(f"{path}: needs {f'one of its options, as in {path}={names[0]}' if names else 'its settings'}.")
 
 
-def converted(cls: type[ConfigNode], node: Mapping[str, Any], path: str) -> dict[str, Any]:
+def converted(cls: type, node: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Return the values of a dataclass's options, checked; those with a default may be missing."""
     values = {}
     for option in options(cls):
@@ -138,19 +138,17 @@ def hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def options(cls: type[ConfigNode]) -> list[Field]:
+def options(cls: type) -> list[Field]:
     """Return the fields of a dataclass that are options, in a component's without its function and arguments."""
-    return [option for option in fields(cls) if option.name not in cls.NO_OPTIONS]
+    return [option for option in fields(cls) if option.name not in cls.NO_OPTIONS]  # type: ignore[attr-defined]
 
 
-@cache
 def scalars(cls: type) -> tuple[str, ...]:
     """Return the names of a dataclass's fields that are no groups."""
     return tuple(f.name for f in fields(cls) if not group_type(hints(cls)[f.name]))
 
 
-@cache
-def all_traits(cls: type[ConfigNode], path: str = "") -> dict[str, Traits]:
+def all_traits(cls: type, path: str = "") -> dict[str, Traits]:
     """Return the traits of all options below a dataclass: full name, such as trainer.steps or lr -> traits."""
     found = {}
     for option in options(cls):

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from kd.config import components as conf
-from kd.config.fields import all_traits
 from kd.config.secrets import check_secrets
 from kd.errors import UserError, check
 
@@ -65,7 +64,7 @@ def check_unused(config: ExperimentConfig, overrides: Iterable[str]) -> None:
 def unused(config: ExperimentConfig, word: str) -> str | None:
     """Return why an override would do nothing in this config; None where it does something."""
     source, group = config.logits.source, group_of(word)
-    traits = all_traits(type(config)).get(group)
+    traits = config.traits.get(group)
     if not source.distils and traits and traits.needs_signal:
         return f"logits={source} trains on text alone; {word} would do nothing: leave it out, or take logits=online."
     if source.runs_teacher and group == "record":
@@ -96,7 +95,7 @@ def check_logits(config: ExperimentConfig) -> None:
     """Refuse a source of logits that lacks something."""
     source, truncation, target = config.logits.source, config.truncation.name, config.target.name
     if source.is_recorded and (not config.teacher.size or config.stored.is_full):
-        what = "truncation=full" if config.teacher.size else f"teacher.size={config['teacher']['size']}"
+        what = "truncation=full" if config.teacher.size else f"teacher.size={config.teacher.size}"
         raise UserError(
             f"logits=recorded, {what}: a teacher of a size is trained, and some of what it says at each step is kept: "
             "take teacher=1m, say, and truncation=top_p_k."
@@ -139,7 +138,7 @@ def check_loss(config: ExperimentConfig) -> None:
 
 
 # Where the gradient is linear in the teacher's probabilities: options, with the settings that make them so.
-LINEAR = {
+LINEAR: dict[str, dict[str, dict[str, float]]] = {
     "loss": {"fkl": {}, "nll": {}, "jsd": {"beta": 0}, "akl": {"mu": 1}, "skl": {"alpha": 0},
              "distillm2": {"alpha": 0, "beta": 0}},
     "temperature": {"fixed": {"tau": 1}, "entropy": {"tau": 1, "theta": 0}, "wttm": {"tau": 1}},

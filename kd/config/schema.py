@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 from omegaconf import DictConfig
 
 from kd.config import components, nodes, rules
-from kd.config.fields import ConfigNode, all_traits, check_shape, converted, options, scalars, seed, setting
+from kd.config.fields import ConfigNode, Traits, all_traits, check_shape, converted, options, scalars, seed, setting
 from kd.config.sizes import SIZES
 
 Precision = Literal["fp32", "bf16"]
@@ -320,6 +320,11 @@ class ExperimentConfig(ConfigNode):
     def flat(self) -> dict[str, Any]:
         """Return all options under their full names, a component as its name: {"loss": "akl", "loss.mu": 0.3}."""
         return components.flat(self.to_dict())
+
+    @property
+    def traits(self) -> dict[str, Traits]:
+        """Traits of all options by their full names."""
+        return TRAITS
 
     @property
     def stored(self) -> TruncationConfig:
