@@ -15,30 +15,35 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-import train
-from kd.config import components, overrides, security
+import train  # noqa: F401, registers what Hydra knows
+from kd.config import components, options, security
+from kd.config.compose import register
+from kd.config.schema import ExperimentConfig
 from kd.config.sizes import SIZES
 from kd.data import packing
 from kd.errors import UserError
+from kd.experiment import dependencies
+from kd.experiment.dependencies import Plan
 from kd.launch.sweeper import at_scale
 from kd.training import schedules
 from tests.cases import each, settings
 
-GROUPS = sorted(p.name for p in components.CONF.iterdir() if p.is_dir() and p.name != "hydra")
+GROUPS = [group for group in components.GROUPS if group != "sweeps"]
 OPTIONS = {f"{group}={name}": node for group in GROUPS for name, node in settings(group).items()}
+PRESET = [option for option in OPTIONS if option.startswith(components.PRESETS)]  # see test_methods.py
 SIZED = [f"{group}={size}" for group in ("student", "teacher") for size in SIZES]
 CALLABLE = {option: node for option, node in OPTIONS.items() if "_target_" in node}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def conf():
-    components.register()
+    register()
     with initialize_config_dir(str(components.CONF), version_base="1.3"):
         yield
 
 
-def resolved(*words: str) -> dict:
-    """The settings that these words on the command line make; what is missing then is typed as x."""
+def config_of(*words: str) -> ExperimentConfig:
+    """Return the config that these words make; what is missing then is typed as x."""
     words = [*words, *(["logits=none"] if "teacher=none" in words else [])]
     words += ["truncation=top_k"] if "logits=recorded" in words else []
     words += ["logits=offline"] if any(w.startswith("record=") for w in words) else []
@@ -51,12 +56,12 @@ def resolved(*words: str) -> dict:
     composed = compose("config", words)
     for missing in OmegaConf.missing_keys(composed):
         OmegaConf.update(composed, missing, "x")
-    return train.resolve(composed, words)
+    return ExperimentConfig.from_hydra(composed, words)
 
 
 def given(node: dict) -> dict:
     """Its arguments; record.path is not for the truncation."""
-    notes = ("_target_", "_partial_", *(["path"] if "truncation" in node["_target_"] else []))
+    notes = ("_target_", *(["path"] if "truncation" in node["_target_"] else []))
     return {k: v for k, v in node.items() if k not in notes}
 
 
@@ -73,10 +78,10 @@ def function_of(node: dict):
 # What is there is right.
 
 
-@pytest.mark.parametrize("option", [*OPTIONS, *SIZED])
+@pytest.mark.parametrize("option", [*(option for option in OPTIONS if option not in PRESET), *SIZED])
 def test_every_option_composes_and_its_function_binds(option):
     group, _, name = option.partition("=")
-    node = resolved(option)[group]
+    node = getattr(config_of(option), group).to_dict()
     if "_target_" in node:
         function = components.load(node["_target_"], group)
         settings = components.checked(function, node, group) if group in ("data", "plain") else given(node)
@@ -98,7 +103,7 @@ def test_every_run_of_every_sweep_composes(file):
             words = parser.parse_overrides(shlex.split(base) + shlex.split(line))
             jobs = BasicSweeper.split_arguments(words, None)[0]
             for job in (job for job in jobs if not {"seed=1", "seed=2"} & set(job)):  # which compose as seed=0 does
-                made = components.flat(resolved(*job))
+                made = config_of(*job).flat()
                 read = made["trainer.steps"] * made["trainer.batch"] * made["data.seq_len"]
                 assert made["data"] != "hub" or (made["data.tokens"] or read) >= read  # of new text
                 group, _, name = ASKS.get(made["loss"], "loss=").partition("=")
@@ -118,7 +123,7 @@ def test_every_run_of_every_sweep_composes(file):
 def test_what_would_have_no_effect_is_refused(words, says):
     words = words.split()
     with pytest.raises(UserError, match=re.escape(says)):
-        train.resolve(compose("config", words), words)
+        ExperimentConfig.from_hydra(compose("config", words), words)
 
 
 # What a loss cannot do without.
@@ -131,11 +136,6 @@ OTHER_VALUES = {"rollout=mixed_code": "mixed"}  # options that are another one's
 def test_yaml_and_signature_have_the_same_defaults(option):
     node, function = given(CALLABLE[option]), defaults(function_of(CALLABLE[option]))
     assert (node.keys() == function.keys() and node != function) if option in OTHER_VALUES else node == function
-
-
-def test_every_truncation_can_be_recorded_and_keeps_the_same_by_default():
-    kept = {n: {k: v for k, v in node.items() if k != "biased"} for n, node in settings("truncation").items()}
-    assert settings("record") == {name: {**node, "path": None} for name, node in kept.items()}
 
 
 @each("node", {k: v for k, v in CALLABLE.items() if k.startswith(("alpha=", "lr="))})
@@ -160,16 +160,16 @@ def test_data_settings_are_those_of_pack():
 @pytest.mark.parametrize(
     ("group", "module", "takes"),
     [
-        ("loss", "losses", ["student", "target"]),
-        ("truncation", "truncation", ["target"]),
-        ("target", "treatment", ["target"]),
-        ("temperature", "temperature", ["student", "target"]),
-        ("routing", "routing", ["measured"]),
-        ("logits", "logits", ["origin"]),
-        ("rollout", "rollout", ["writers"]),
-        ("logger", "loggers", ["folder", "about"]),
-        ("alpha", "schedules", ["progress"]),
-        ("lr", "schedules", ["progress"]),
+        ("loss", "objective.losses", ["student", "target"]),
+        ("truncation", "objective.truncation", ["target"]),
+        ("target", "objective.target_transforms", ["target"]),
+        ("temperature", "objective.temperature", ["student", "target"]),
+        ("routing", "objective.token_selection", ["measured"]),
+        ("logits", "teachers.sources", ["origin"]),
+        ("rollout", "rollout.strategies", ["writers"]),
+        ("logger", "runs.loggers", ["folder", "about"]),
+        ("alpha", "training.schedules", ["progress"]),
+        ("lr", "training.schedules", ["progress"]),
     ],
 )
 def test_functions_and_yamls_have_the_same_names(group, module, takes):
@@ -191,7 +191,7 @@ def test_help_names_and_explains_every_group_and_option():
 
 def test_flat_names_an_option_and_joins_keys():
     node = {
-        "loss": {"_target_": "kd.objective.losses.akl", "_partial_": True, "mu": 0.5},
+        "loss": {"_target_": "kd.objective.losses.akl", "mu": 0.5},
         "data": {"a": {"b": None}},
         "seed": 0,
     }
@@ -199,7 +199,7 @@ def test_flat_names_an_option_and_joins_keys():
 
 
 def test_build_binds_settings_and_waits_for_the_rest():
-    schedule = components.build({"_target_": "kd.training.schedules.constant", "_partial_": True, "peak": 2}, "lr")
+    schedule = components.build({"_target_": "kd.training.schedules.constant", "peak": 2}, "lr")
     assert schedule(0.5) == 2 and schedule.func is schedules.constant
 
 
@@ -209,7 +209,7 @@ def test_build_binds_settings_and_waits_for_the_rest():
      ("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4, "foreach": False})],
 )  # fmt: skip
 def test_every_optimizer_takes_its_settings(name, settings):
-    make = components.build({"_target_": f"torch.optim.{name}", "_partial_": True, **settings}, "optim")
+    make = components.build({"_target_": f"torch.optim.{name}", **settings}, "optim")
     made = make([torch.zeros(2, requires_grad=True)], lr=0.1).defaults
     assert {k: made[k] for k in settings} == settings
 
@@ -228,10 +228,10 @@ def test_every_optimizer_takes_its_settings(name, settings):
 )  # fmt: skip
 def test_value_of_another_type_is_refused_by_name(word):
     option = word.partition("=")[0]
-    made = resolved("truncation=top_p_k", "target=revise", "routing=entropy", "logger=wandb", word)
+    made = config_of("truncation=top_p_k", "target=revise", "routing=entropy", "logger=wandb", word)
     group = option.partition(".")[0]
     with pytest.raises(UserError, match=rf"^{option}=.*: need (a|true)\b.*got \w+"):
-        components.build(made[group], group)
+        getattr(made, group).build(group)
 
 
 @each(
@@ -253,11 +253,11 @@ def test_no_setting_takes_just_anything(case):
 @pytest.mark.parametrize("word", ["data.seq_len=abc", "data.tokens=1.5", "data.val_share=true", "data.tokenizer=5"])
 def test_data_setting_of_another_type_is_refused_by_name(word):
     with pytest.raises(UserError, match=f"^{word.partition('=')[0]}="):
-        train.corpus(resolved(word))
+        dependencies.corpus(config_of(word))
 
 
 def test_numbers_of_the_trainer_without_meaning_are_refused_by_name():
-    plain = resolved()
+    plain = config_of().to_dict()
     counts = ["trainer.steps", "trainer.batch", "trainer.micro_batch", "trainer.chunk", "trainer.log_every",
               "trainer.val_every", "trainer.checkpoint_every", "teacher.steps", "teacher.batch"]  # fmt: skip
     wrong = {option: [0, -1, 1.0, True, "8"] + [None] * (option != "trainer.chunk") for option in counts}
@@ -269,13 +269,13 @@ def test_numbers_of_the_trainer_without_meaning_are_refused_by_name():
             changed = OmegaConf.create(plain)
             OmegaConf.update(changed, option, value)
             with pytest.raises(UserError, match=f"^{option}="):
-                components.check_plain(OmegaConf.to_container(changed))
+                ExperimentConfig.from_dict(OmegaConf.to_container(changed))
 
 
 @pytest.mark.parametrize("word", ["trainer.steps=0", "seed=-1", "trainer.precision=fp16", "trainer.clip=.nan"])
 def test_numbers_of_the_command_line_are_checked(word):
     with pytest.raises(UserError, match=f"^{word.partition('=')[0]}="):
-        resolved(word)
+        config_of(word)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_numbers_of_the_command_line_are_checked(word):
 )  # fmt: skip
 def test_every_other_setting_is_checked_by_name_too(word):
     with pytest.raises(UserError, match=word.partition("=")[0]):
-        train.plan(resolved("data=markov", word))
+        Plan.of(config_of("data=markov", word))
 
 
 @pytest.mark.parametrize(
@@ -298,52 +298,52 @@ def test_every_other_setting_is_checked_by_name_too(word):
 def test_what_is_looked_at_before_functions_are_loaded_is_checked_first(words):
     words = words.split()
     with pytest.raises(UserError, match=f"^{words[0].partition('=')[0]}.*need"):
-        train.plan(train.resolve(compose("config", words), words))
+        Plan.of(ExperimentConfig.from_hydra(compose("config", words), words))
 
 
 @pytest.mark.parametrize("root", ["s3://bucket/kd", "runs", "/"])
 def test_a_root_with_a_slash_at_its_end_is_the_same_place(root):
-    assert resolved(f"root={root}/")["root"] == resolved(f"root={root}")["root"] == root
+    assert config_of(f"root={root}/").root == config_of(f"root={root}").root == root
 
 
 @pytest.mark.parametrize("word", ["optim.weight_decay=abc", "optim.betas=3", "optim.eps=null"])
 def test_setting_of_the_optimizer_of_another_type_is_refused_by_name(word):
     with pytest.raises(UserError, match=word.partition("=")[0]):
-        components.build(resolved(word)["optim"], "optim")
+        config_of(word).optim.build("optim")
 
 
 @pytest.mark.parametrize("word", ["+loss.beta=0.5", "+truncation.k=5", "+lr.decay=0.1", "+optim.rho=1"])
 def test_setting_that_an_option_does_not_have_is_refused_by_name(word):
     group, name = word[1:].partition("=")[0].split(".")
     with pytest.raises(UserError, match=rf"^{group}\.{name}=.*no such option here"):
-        components.build(resolved(word)[group], group)
+        getattr(config_of(word), group).build(group)
 
 
 @pytest.mark.parametrize("word", ["+data.beta=1", "+trainer.beta=1", "+student.beta=1", "+teacher.beta=1", "+beta=1"])
 def test_setting_that_nothing_reads_is_refused_by_name(word):
     with pytest.raises(UserError, match="beta=1"):
-        train.plan(resolved(word))
+        Plan.of(config_of(word))
 
 
 @pytest.mark.parametrize("word", ["+alpha.progress=0.5", "+lr.progress=0.5", "+optim.lr=1", "+optim.params=1"])
 def test_argument_that_is_not_the_users_is_refused_by_name(word):
     group = word[1:].partition(".")[0]
     with pytest.raises(UserError, match=word[1:]):
-        components.build(resolved(word)[group], group)
+        getattr(config_of(word), group).build(group)
 
 
 def test_missing_setting_is_named():
     for word, needed in (("data=text", "data.files"), ("data=hub", "data.name"), ("student=hub", "student.name")):
         with pytest.raises(UserError, match=f"^{needed} is needed"):
-            train.resolve(compose("config", [word]), [word])
+            ExperimentConfig.from_hydra(compose("config", [word]), [word])
 
 
 @pytest.mark.parametrize("word", ["loss=akl", "truncation=top_k", "temperature.tau=2", "alpha=wsd", "alpha.peak=1",
                                   "target=rest", "routing=entropy"])  # fmt: skip
 def test_setting_without_a_signal_to_apply_to_is_refused(word):
-    resolved("teacher=none")
+    config_of("teacher=none")
     with pytest.raises(UserError, match=f"{word} would do nothing"):
-        resolved("teacher=none", word)
+        config_of("teacher=none", word)
 
 
 @pytest.mark.parametrize("truncation", ["full", "random"])
@@ -351,12 +351,12 @@ def test_setting_without_a_signal_to_apply_to_is_refused(word):
 def test_a_place_for_what_is_not_dropped_is_refused(truncation, target):
     words = [f"truncation={truncation}", f"target={target}"]
     with pytest.raises(UserError, match=rf"^target={target} says where .* truncation={truncation}"):
-        train.resolve(compose("config", words), words)
+        ExperimentConfig.from_hydra(compose("config", words), words)
 
 
 def test_signal_without_a_teacher_is_refused():
     with pytest.raises(UserError, match="needs a teacher"):
-        train.resolve(compose("config", ["teacher=none"]), [])
+        ExperimentConfig.from_hydra(compose("config", ["teacher=none"]), [])
 
 
 # A config runs nothing but what it may.
@@ -422,15 +422,13 @@ def test_hostile_target_is_refused_before_it_runs(target, canary):
     node = {"_target_": target, **hostile(canary.parent)[target]}
     for tree in (
         {"loss": node},
-        {"loss": node | {"_partial_": True}},
         {"data": {"of": [[1, {"x": node}]]}},
         {"loss": {"_target_": "kd.objective.losses.fkl", "student": node}},
     ):
         with pytest.raises(UserError, match="not something a config may call"):
             components.check_targets(tree)
-    for partial in (True, False):
-        with pytest.raises(UserError, match="not something a config may call"):
-            components.build(node | {"_partial_": partial}, "loss")
+    with pytest.raises(UserError, match="not something a config may call"):
+        components.build(node, "loss")
     assert not canary.exists() and canary.parent.exists()
 
 
@@ -454,14 +452,14 @@ def test_target_that_is_no_text_is_refused(target):
 )
 def test_hostile_command_line_is_refused_before_it_runs(words, canary):
     with pytest.raises(UserError, match=r"_target_=os\.system: not something a config may call"):
-        resolved(*(word.format(canary=canary) if "touch" in word else word for word in words))
+        config_of(*(word.format(canary=canary) if "touch" in word else word for word in words))
     assert not canary.exists()
 
 
 @pytest.mark.parametrize("key", ["trust_remote_code", "allow_pickle", "weights_only", "use_safetensors"])
 def test_argument_that_lets_foreign_code_in_is_refused_anywhere(key):
     with pytest.raises(UserError, match=rf"^student\.{key}=True: not accepted from a config"):
-        resolved(f"+student.{key}=true")
+        config_of(f"+student.{key}=true")
     for tree in ({key: False}, {"data": {"a": {"b": {key: 1}}}}, {"trainer": {"a": [[{key: None}]]}}):
         with pytest.raises(UserError, match=rf"{key}=\w+: not accepted from a config"):
             components.check_targets(tree)
@@ -469,22 +467,23 @@ def test_argument_that_lets_foreign_code_in_is_refused_anywhere(key):
 
 def test_a_number_of_tokens_is_a_number_of_steps():
     words = ("trainer.batch=4", "data.seq_len=32")
-    assert resolved("trainer.tokens=257", *words) == resolved("trainer.steps=3", *words)  # 128 a step, at least 257
+    tokens, steps = config_of("trainer.tokens=257", *words), config_of("trainer.steps=3", *words)
+    assert tokens.to_dict() == steps.to_dict()  # 128 a step, at least 257
     with pytest.raises(UserError, match=r"trainer\.tokens=9 and trainer\.steps=3: one of them"):
-        resolved("trainer.tokens=9", "trainer.steps=3")
+        config_of("trainer.tokens=9", "trainer.steps=3")
     with pytest.raises(UserError, match=r"trainer\.tokens=0: need a number of at least 1"):
-        resolved("trainer.tokens=0")
+        config_of("trainer.tokens=0")
 
 
 # A group takes the name of one option, and settings that this option has.
 
 
-@each("group", {group: group for group in GROUPS})
+@each("group", {group: group for group in GROUPS if group not in components.PRESETS})
 def test_options_have_the_settings_that_hydra_composes(group):
-    for name, own in overrides.options(group).items():
+    for name, own in options.options(group).items():
         words = [f"{group}={name}", *(["data=instructions"] if group in ("plain", "rollout") else [])]
         composed = OmegaConf.to_container(compose("config", words)[group])
-        assert own.keys() == {k for k in composed if k not in overrides.NOTES}, name
+        assert own.keys() == {k for k in composed if k not in options.NOTES}, name
 
 
 REFUSED = {
@@ -530,11 +529,19 @@ REFUSED = {
     "tau=2": "type temperature.tau=2.",
     "k=50": "type truncation=top_k truncation.k=50",
     "seeds=1": "type seed=1.",
+    "loss._partial_=true": "loss=fkl has no _partial_",
+    "method.loss=rkl": "method has no settings of its own; type loss=rkl.",
+    "method.beta=1": "or loss=jsd loss.beta=1.",
+    "method=gkd loss.mu=1": "loss=jsd has no mu; type loss=akl loss.mu=1.",
+    "loss.mu=1 method=gkd loss.mu=1": "loss=jsd has no mu",
     # A name that no option has.
     "loss=forward_kl": "choose one of akl, atkd,",
     "loss=tvdd": "type loss=tvd,",
+    "method=gdk": "there is no method=gdk; type method=gkd, or another of akl,",
+    "experiment=c4": "there is no experiment=c4; choose one of c4_100m, c4_330m,",
     "student=gpt2": "student=hub student.name=gpt2.",
     "+loss=rkl": "type loss=rkl, without the +.",
+    "+method=gkd": "type method=gkd, without the +.",
     "++loss=rkl": "type loss=rkl, without the +.",
     # null, true and false, which name no option.
     "logger=null": "type logger=none.",
@@ -546,6 +553,7 @@ REFUSED = {
     "logger=true": "choose one of none, tensorboard, wandb.",
     "truncation=false": "choose one of full,",
     "student=null": "choose one of 100k,",
+    "method=null": "leave it out for none, or choose one of akl,",
     "record=null": "leave it out for none, or choose one of full,",
     "record=null,full": "got null; leave it out",
     "sweeps=true": "got true; choose one of adaptive,",
@@ -584,7 +592,9 @@ def test_a_message_names_some_of_many_options():
      "sweeps=loss truncation.k=5", "truncation=top_k truncation.k=range(1,9)", "student=hub optim.weight_decay=0",
      "+optim.amsgrad=true", "optim=mup student=hub optim.base_width=5", "data=text data.files=[a.txt,b.txt]",
      "plain=text plain.files=a.txt", "hydra/launcher=slurm", "hydra.launcher.minutes=5",
-     "temperature.tau=0.5,2", "logits.window=[0.5,1.0] logits=recorded", "responses.samples=2", "sweep=mine",
+     "temperature.tau=0.5,2", "method=gkd loss.beta=0.3", "loss.beta=0.3 method=gkd", "method=gkd,opd loss.beta=0.3",
+     "method=gkd student=hub optim.betas=[0.9,0.99]", "method=gkd loss=akl loss.mu=1", "~method",
+     "logits.window=[0.5,1.0] logits=recorded", "responses.samples=2", "sweep=mine",
      "lr.peak=tag(log,interval(1e-3,3e-2))", "~record"],
 )  # fmt: skip
 def test_what_hydra_understands_is_left_to_it(words):

@@ -37,6 +37,11 @@ def fired():
         file.write(f"{os.getpid()} {' '.join(sys.orig_argv)}\\n")
 
 
+def here():
+    """Whether this process is one of those meant: the runs of a sweep share what they were forked from."""
+    return ONLY is None or ONLY in sys.orig_argv
+
+
 def hold():
     """Stay here until the test says go."""
     fired()
@@ -61,50 +66,49 @@ class Finder:
         return spec
 
 
-if ONLY is None or ONLY in sys.orig_argv:
-    sys.meta_path.insert(0, Finder)
+sys.meta_path.insert(0, Finder)
 '''
 # The teacher has six steps, so a student alone comes to step 7; it has saved checkpoints at 3 and 6 by then.
 STEP = """
 def patch(module):
-    real = module.Distillation.training_step
+    real = module.DistillationModule.training_step
 
     def training_step(self, batch, index):
-        if self.global_step == AT:
+        if self.global_step == AT and here():
             ACT
         return real(self, batch, index)
 
-    module.Distillation.training_step = training_step
+    module.DistillationModule.training_step = training_step
 """
 MEMORY = """
 def patch(module):
     import torch
 
-    real, count = module.Causal.hidden, 0
+    real, count = module.CausalLM.hidden_states, 0
 
-    def hidden(self, ids):
+    def hidden_states(self, ids):
         nonlocal count
         count += torch.is_grad_enabled()
-        if torch.is_grad_enabled() and len(ids) > ROWS and WHEN:
+        if torch.is_grad_enabled() and len(ids) > ROWS and WHEN and here():
             fired()
             raise ERROR
         return real(self, ids)
 
-    module.Causal.hidden = hidden
+    module.CausalLM.hidden_states = hidden_states
 """
 ONCE = """
 def patch(module):
-    real = module.Distillation._in_parts
+    real = module.DistillationModule.accumulate_gradients
 
-    def _in_parts(self, *args):
-        if self.global_step == 4 and self.micro_batch == 4:
+    def accumulate_gradients(self, *args):
+        if self.global_step == 4 and self.micro_batch_size == 4 and here():
             fired()
             raise ERROR
-        if self.global_step == 7:
+        if self.global_step == 7 and here():
             hold()
         return real(self, *args)
 
-    module.Distillation._in_parts = _in_parts
+    module.DistillationModule.accumulate_gradients = accumulate_gradients
 """
 CPU = 'RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried to allocate 64000000 bytes. Error code 12")'
 GPU = 'torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")'
@@ -115,7 +119,7 @@ def patch(module):
     def save(checkpoint, file):
         nonlocal count
         count += 1
-        if count == COUNT:
+        if count == COUNT and here():
             file.write(b"torn")
             file.flush()
             hold()
@@ -125,6 +129,17 @@ def patch(module):
     module.torch.save = save
 """
 IMPORT = "def patch(module):\n    hold()\n"
+BEGIN = """
+def patch(module):
+    real = module.check_command_line
+
+    def check_command_line(words):
+        if here():
+            hold()
+        real(words)
+
+    module.check_command_line = check_command_line
+"""
 
 
 class Fault:
@@ -423,7 +438,7 @@ def test_sweep_killed_at_random_moments_makes_nothing_twice(clean, root, seed):
 
 def test_two_copies_of_a_sweep_make_every_run_once(clean, tmp_path):
     (tmp_path / "root").mkdir()  # and the data, and the teacher
-    patch = "def patch(module):\n    module.Distillation.on_fit_end = lambda self: fired()\n"
+    patch = "def patch(module):\n    module.DistillationModule.on_fit_end = lambda self: fired()\n"
     fault = Fault(tmp_path / "fault", "kd.training.module", patch)
     both = [start(tmp_path / "root", *PAIR, **fault.environment) for _ in range(2)]
     outputs = [ended(process, 0) for process in both]
@@ -464,7 +479,7 @@ def test_second_signal_to_a_sweep_ends_all_at_once(root, tmp_path):
 
 @pytest.mark.slow
 def test_signal_to_a_sweep_whose_runs_only_begin(root, tmp_path):
-    fault = Fault(tmp_path / "fault", "hydra", IMPORT, only="seed=0")
+    fault = Fault(tmp_path / "fault", "kd.config.security", BEGIN, only="seed=0")
     process = start(root, "-m", "n_jobs=1", "seed=0,1", **fault.environment)
     fault.wait(process)
     process.terminate()
@@ -547,7 +562,7 @@ def test_signal_while_a_checkpoint_is_written_leaves_none_that_is_torn(clean, ro
     for signals, number, being_written, left in (
         ("KILL", 2, 6, [3]), ("TERM TERM", 2, 9, [3, 6]), ("TERM", 1, 9, [9, 10]),  # at the next step
     ):  # fmt: skip
-        fault = Fault(tmp_path / signals, "kd.training.checkpoints", WRITE, COUNT=number)
+        fault = Fault(tmp_path / signals, "kd.system.checkpoint_files", WRITE, COUNT=number)
         process = start(root, "seed=0", **fault.environment)
         fault.wait(process)
         run = folder(root, "fkl")
@@ -659,7 +674,7 @@ def test_changed_override_makes_new_runs_and_touches_no_old_file(clean, tmp_path
 @pytest.mark.slow
 def test_data_that_is_damaged_in_the_middle_of_a_sweep(clean, root, tmp_path):
     words = ("-m", "n_jobs=1", "seed=1,0")
-    fault = Fault(tmp_path / "fault", "hydra", IMPORT, only="seed=0")
+    fault = Fault(tmp_path / "fault", "kd.config.security", BEGIN, only="seed=0")
     process = start(root, *words, **fault.environment)
     fault.wait(process)
     (data,) = root.glob("data/*/train.npy")

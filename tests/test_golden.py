@@ -8,14 +8,13 @@ standard library differs from one Python to the next. After a change that has to
 import json
 from pathlib import Path
 
-import hydra
 import pytest
 
 import train  # noqa: F401, registers the sizes
-from kd.config.components import CONF
-from kd.config.rules import Settings, resolve
+from kd.config.compose import composed
+from kd.config.schema import ExperimentConfig
 from kd.data import packing
-from kd.experiment.dependencies import plan
+from kd.experiment.dependencies import Plan
 
 NAMES = Path(__file__).parent / "golden" / "names.json"
 LINES = """
@@ -68,20 +67,34 @@ data=instructions start=sft logits=none rollout=teacher
 data=instructions start=pretrained loss=srkl
 data=instructions data.template=alpaca responses.samples=2
 student=hub student.name=openai-community/gpt2 teacher=hub teacher.name=openai-community/gpt2-medium data.tokenizer=gpt2
+method=sft
+method=kd
+method=seqkd
+method=gkd
+method=opd
+method=opd_token
+method=minillm
+method=minillm_code
+method=distillm
+method=distillm2
+method=atkd
+method=akl
+experiment=c4_330m
+experiment=c4_100m
+method=minillm experiment=dolly_gpt2
 """.strip().splitlines()
 
 
-def names(settings: Settings) -> list[str]:
+def names(config: ExperimentConfig) -> list[str]:
     """Name of a run, and of all that is made for it, in the order of making."""
-    planned = plan(settings)
+    planned = Plan.of(config)
     needed = [name for part in (planned.teacher, planned.start) if part for name in names(part)]
     return [planned.run.name, *([planned.store.key] if planned.store else []), *needed]
 
 
 def golden(root: str) -> dict[str, list[str]]:
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        words = [[*line.split(), f"root={root}", "logger=none"] for line in LINES]
-        return {line: names(resolve(hydra.compose("config", w), w)) for line, w in zip(LINES, words, strict=True)}
+    words = [[*line.split(), f"root={root}", "logger=none"] for line in LINES]
+    return {line: names(ExperimentConfig.from_hydra(composed(*w), w)) for line, w in zip(LINES, words, strict=True)}
 
 
 def test_no_name_has_moved(tmp_path, monkeypatch):

@@ -1,24 +1,60 @@
 """Names of runs."""
 
 import os
+from dataclasses import make_dataclass
 from pathlib import Path
+from typing import Any
 
-import hydra
 import pytest
 
-from kd.config.components import CONF, flat
+from kd.config import schema
+from kd.config.fields import setting, traits_of
+from kd.config.schema import ExperimentConfig, TrainerConfig
 from kd.data import corpora, instructions, packing
-from kd.experiment.dependencies import cached_corpus, plan
+from kd.experiment.dependencies import Plan, cached_corpus
 from kd.runs import identity
-from tests.small import settings
+from tests.small import small_config
+
+
+def with_option(config: ExperimentConfig, option: Any, value: Any) -> ExperimentConfig:
+    """Return the config under a schema that has one more option, trainer.new."""
+    frozen = {"frozen": True, "kw_only": True}
+    trainer = make_dataclass("Trainer", [("new", int | None, option)], bases=(TrainerConfig,), **frozen)
+    node = config.to_dict()
+    node["trainer"] = trainer.from_node(node["trainer"] | ({} if value is ABSENT else {"new": value}), "trainer")
+    return config.derive(trainer=node["trainer"])
+
+
+ABSENT = object()
+
+
+def name_with(monkeypatch, config: ExperimentConfig, option: Any, value: Any) -> str:
+    monkeypatch.setattr(identity, "TRAITS", schema.TRAITS | {"trainer.new": traits_of(option)})
+    return identity.identity(with_option(config, option, value).flat())
 
 
 def test_an_option_with_its_neutral_value_renames_nothing(tmp_path, monkeypatch):
-    config = flat(settings(tmp_path))
-    name = identity.identity(config)
-    monkeypatch.setattr(identity, "NEUTRAL", identity.NEUTRAL | {"trainer.new": None})
-    assert identity.identity(config | {"trainer.new": None}) == name
-    assert identity.identity(config | {"trainer.new": 1}) != name
+    small = small_config(tmp_path)
+    name = identity.identity(small.flat())
+    for value in (None, ABSENT):  # typed, and in a config that is older than the option
+        assert name_with(monkeypatch, small, setting(neutral=None), value) == name
+    assert name_with(monkeypatch, small, setting(neutral=None), 1) != name
+
+
+def test_a_default_that_changes_renames(tmp_path, monkeypatch):
+    small = small_config(tmp_path)
+    before = name_with(monkeypatch, small, setting(neutral=None, default=None), ABSENT)
+    after = name_with(monkeypatch, small, setting(neutral=None, default=3), ABSENT)
+    assert before == identity.identity(small.flat()) != after
+    changed = small.derive(responses={"samples": 2}, trainer={"clip": 2.0})
+    assert identity.identity(changed.flat()) != before
+
+
+def test_an_option_without_effect_renames_nothing(tmp_path, monkeypatch):
+    small = small_config(tmp_path)
+    monkeypatch.setattr(identity, "NO_PART", (*identity.NO_PART, "trainer.new"))
+    names = {name_with(monkeypatch, small, setting(effect=False), value) for value in (None, 1)}
+    assert names == {identity.identity(small.flat())}
 
 
 def edit(path: Path, old: bytes, new: bytes) -> None:
@@ -31,9 +67,7 @@ def edit(path: Path, old: bytes, new: bytes) -> None:
 
 def name_of(root: Path, *words: str) -> str:
     cached_corpus.cache_clear()  # as in a process of its own
-    made = settings(root, *words)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return plan(made).run.name
+    return Plan.of(small_config(root, *words)).run.name
 
 
 def test_the_name_of_a_run_is_of_what_is_in_the_models_it_is_given_by_path(tmp_path):

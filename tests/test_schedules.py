@@ -109,3 +109,4 @@ def test_shares_without_meaning_are_refused_by_name(name, change):
         with refused(option="warmup", need="numbers from 0 to 1") as caught:
             schedule(progress)
         assert all(f"{name}={value}" in str(caught.value) for name, value in change.items())
+        assert all(f"{name}={value}" in str(caught.value) for name, value in change.items())

@@ -5,16 +5,14 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-import math
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
-from yaml import YAMLError
 
 from kd.config.sizes import SIZES
 from kd.errors import UserError
@@ -24,11 +22,11 @@ PACKAGE = Path(__file__).parent.parent
 CONF, SWEEPS = PACKAGE.parent / "conf", PACKAGE.parent / "sweeps"
 
 # A `_target_` of a group may name a public function of the group's modules that has a yaml of its name, or one of these
-# classes, and nothing else.
+# classes, and nothing else. `teachers.*` stands for every module of that package.
 MODULES = {
     "loss": "objective.losses", "truncation": "objective.truncation", "target": "objective.target_transforms",
     "temperature": "objective.temperature", "routing": "objective.token_selection", "alpha": "training.schedules",
-    "lr": "training.schedules", "logits": "teachers.sources", "record": "objective.truncation",
+    "lr": "training.schedules", "logits": "teachers.*", "record": "objective.truncation",
     "rollout": "rollout.strategies", "data": "data.corpora data.instructions", "plain": "data.corpora",
     "optim": "models.optimizers", "logger": "runs.loggers",
 }  # fmt: skip
@@ -38,9 +36,11 @@ FORBIDDEN = ("trust_remote_code", "allow_pickle", "weights_only", "use_safetenso
 
 # Modules as they were called in the manifests of stores that are older than the packages of kd.
 FORMER = {
+    **dict.fromkeys(("logits.offline", "logits.recorded"), "teachers.stored"),
+    **{f"logits.{name}": f"teachers.{name}" for name in ("none", "online", "cotrained")},
     "losses": "objective.losses", "truncation": "objective.truncation", "treatment": "objective.target_transforms",
     "temperature": "objective.temperature", "routing": "objective.token_selection", "schedules": "training.schedules",
-    "logits": "teachers.sources", "rollout": "rollout.strategies", "corpora": "data.corpora",
+    "rollout": "rollout.strategies", "corpora": "data.corpora",
     "instructions": "data.instructions", "optimizers": "models.optimizers", "loggers": "runs.loggers",
 }  # fmt: skip
 
@@ -48,15 +48,16 @@ Node = dict[str, typing.Any]
 
 
 def renamed(node):
-    """Return the settings of an older manifest with today's modules in every `_target_`."""
+    """Return the settings of an older manifest with today's modules in every `_target_`, and without `_partial_`."""
     if isinstance(node, list):
         return [renamed(value) for value in node]
     if not isinstance(node, dict):
         return node
-    new = {key: renamed(value) for key, value in node.items()}
+    new = {key: renamed(value) for key, value in node.items() if key != "_partial_"}
     package, _, name = str(new.get("_target_", "")).rpartition(".")
-    if package.removeprefix("kd.") in FORMER and package.startswith("kd."):
-        new["_target_"] = f"kd.{FORMER[package.removeprefix('kd.')]}.{name}"
+    if package.startswith("kd."):
+        module = package.removeprefix("kd.")
+        new["_target_"] = f"kd.{FORMER.get(f'{module}.{name}') or FORMER.get(module, module)}.{name}"
     return new
 
 
@@ -75,22 +76,39 @@ def check_targets(node, path: str = "") -> None:
             check_targets(value, f"{path}[{index}]")
 
 
+@cache
+def modules_of(group: str) -> tuple[str, ...]:
+    """Return the modules that define the options of a group, as paths below kd."""
+    found = MODULES.get(group, "").split()
+    for module in [module for module in found if module.endswith(".*")]:
+        package = module.removesuffix(".*")
+        found.remove(module)
+        found += sorted(f"{package}.{file.stem}" for file in (PACKAGE / package).glob("[!_]*.py"))
+    return tuple(found)
+
+
 def locate(target: str, path: str) -> tuple[str, str]:
     """Module and name of what `target` stands for in the group `path`; raises UserError unless the allowlist admits it.
 
     Imports nothing, so that what is refused has done nothing.
     """
     module, _, name = str(target).rpartition(".")
-    options = (CONF / path).glob("*.yaml") if path in MODULES else ()
-    modules = MODULES.get(path, "").split()
-    allowed = sorted({f"kd.{m}.{f.stem}" for f in options for m in modules if f.stem in _functions(m)})
-    allowed += CLASSES if path == "optim" else ()
+    allowed = _allowed(path)
     if target not in allowed:
         raise UserError(
             f"{path}._target_={target}: not something a config may call. "
             + (f"Here it may call {', '.join(allowed)}." if allowed else "Nothing is called here.")
         )
     return module, name
+
+
+@cache
+def _allowed(path: str) -> list[str]:
+    """What `_target_` may be in a group."""
+    options = option_files(path) if path in MODULES else ()
+    modules = modules_of(path)
+    allowed = sorted({f"kd.{m}.{f.stem}" for f in options for m in modules if f.stem in functions(m)})
+    return [*allowed, *(CLASSES if path == "optim" else ())]
 
 
 def load(target: str, path: str):
@@ -102,7 +120,7 @@ def load(target: str, path: str):
 
 
 @cache
-def _functions(module: str) -> dict[str, str]:
+def functions(module: str) -> dict[str, str]:
     """Public functions that the source of a module of kd defines, with the first line of their docstrings."""
     source = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
     functions = [n for n in source.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
@@ -114,7 +132,7 @@ def build(node: Node, path: str):
 
     Raises UserError for a wrong target, name or type.
     """
-    settings = {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
+    settings = {k: v for k, v in node.items() if k != "_target_"}
     function = load(node["_target_"], path)
     check_types(function, settings, path)
     return partial(function, **settings)
@@ -122,8 +140,7 @@ def build(node: Node, path: str):
 
 def check_types(function, settings: Node, path: str) -> None:
     """The signature is the schema: raise UserError for a name it does not have or a value of another type."""
-    parameters = inspect.signature(function).parameters
-    hints = typing.get_type_hints(function) if inspect.isfunction(function) else {}
+    parameters, hints = parameters_of(function)
     known = [name for name in parameters if name not in GIVEN and (path, name) != ("optim", "lr")]
     for name, value in settings.items():
         if name not in known:
@@ -133,6 +150,13 @@ def check_types(function, settings: Node, path: str) -> None:
         hint = hints.get(name, float if type(default) is int else type(default))
         if name in hints or default is not None:
             check_type(f"{path}.{name}", value, hint)
+
+
+@cache
+def parameters_of(function) -> tuple[Mapping[str, inspect.Parameter], dict]:
+    """Return the parameters of a function or class, and the types that a function's are annotated with."""
+    hints = typing.get_type_hints(function) if inspect.isfunction(function) else {}
+    return inspect.signature(function).parameters, hints
 
 
 def check_type(option: str, value, hint) -> None:
@@ -184,93 +208,14 @@ def _say(hint) -> str:
     return " or ".join(words.get(option, str(option)) for option in options)
 
 
-def checked(function, node: Node, path: str) -> Node:
+def checked(function, node: Mapping[str, typing.Any], path: str) -> Node:
     """The part of node that the function has parameters for, with their types checked."""
-    settings = {k: v for k, v in node.items() if k in inspect.signature(function).parameters}
+    settings = {k: v for k, v in node.items() if k in parameters_of(function)[0]}
     check_types(function, settings, path)
     return settings
 
 
-PLAIN = {  # settings that no function takes as they are, and their types
-    "": {"seed": int, "root": str, "scale": str, "sweep": str | None, "n_jobs": int | None, "on_failure": str,
-         "plan": bool, "force": bool, "lm": str, "token_names": str},
-    "start": {"stage": str, "steps": int, "batch": int, "lr": float, "seed": int, "sft_steps": int, "sft_batch": int,
-              "sft_lr": float | None},
-    "student": {"size": str | None, "name": str | None},
-    "teacher": {"size": str | None, "name": str | None, "steps": int, "batch": int, "lr": float, "seed": int,
-                "precision": str, "sft": bool},
-    "responses": {"samples": int, "temperature": float, "seed": int},
-    "trainer": {"steps": int, "tokens": int | None, "batch": int, "micro_batch": int, "clip": float,
-                "precision": str, "compile": bool | None, "chunk": int | None, "log_every": int, "val_every": int,
-                "checkpoint_every": int, "accelerator": str, "devices": int, "strategy": str,
-                "shard_teacher": bool | None},
-}  # fmt: skip
-EARLY = {  # settings that are looked at before the functions that take them are loaded, and torch with them
-    "data": {"seq_len": int},
-    "logits": {"path": str | None, "seed": int},
-    "record": {"path": str | None},
-    "rollout": {"capacity": int},
-}  # fmt: skip
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # as Lightning calls them
-CHOICES = {
-    "strategy": ("auto", "ddp", "fsdp"),
-    "precision": tuple(PRECISIONS),
-    "on_failure": ("continue", "stop"),
-    "lm": ("data", "plain"),
-    "token_names": ("same", "any"),
-    "stage": ("scratch", "pretrained", "sft"),
-    "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
-    "size": (*SIZES, None),
-}
-
-
-def check_plain(settings: Node) -> None:
-    """Raise UserError for a setting of the run, student, teacher or trainer that is unknown or that none could have."""
-    for group in (*MODULES, *filter(None, PLAIN)):
-        if group == "record" and settings[group] is None:
-            continue
-        if not isinstance(settings.get(group), dict) or (group not in PLAIN and "_target_" not in settings[group]):
-            option = next((f"{group}={name}" for name, _ in _options(group)), None)
-            raise UserError(f"{group}: needs {f'one of its options, as in {option}' if option else 'its settings'}.")
-    for group, kinds in PLAIN.items():
-        node = settings[group] if group else {k: v for k, v in settings.items() if k not in (*GROUPS, *PLAIN)}
-        for name, value in node.items():
-            option = f"{group}.{name}" if group else name
-            if name not in kinds:
-                raise UserError(f"{option}={value}: no such option; there is {', '.join(kinds)}.")
-            _check_value(option, value, kinds[name])
-            if value not in CHOICES.get(name, (value,)):
-                raise UserError(f"{option}={value}: need one of {', '.join(filter(None, CHOICES[name]))}.")
-    for group, kinds in EARLY.items():
-        for name in kinds.keys() & (settings[group] or {}).keys():
-            _check_value(f"{group}.{name}", settings[group][name], kinds[name])
-    check_sweep(settings["sweep"])
-    of = settings["responses"]
-    if of["samples"] > 1 and of["temperature"] == 0:
-        raise UserError(
-            f"responses.samples={of['samples']}: with responses.temperature=0 they are all the same; take one."
-        )
-    for role in ("student", "teacher"):
-        node = settings[role]
-        if node["size"] and node["name"]:
-            raise UserError(
-                f"{role}.name={node['name']}: {role}.size={node['size']} is set too; type {role}=hub first."
-            )
-        if role == "student" and not (node["size"] or node["name"]):
-            raise UserError(
-                f"student.size={node['size']}: need a size, e.g. student=200k, or student=hub student.name=…."
-            )
-
-
-def _check_value(option: str, value, kind) -> None:
-    """Raise UserError for a value of another type, or a number that none could have."""
-    check_type(option, value, kind)
-    seed = option.rpartition(".")[2] == "seed"
-    if seed and not 0 <= value < 2**32:
-        raise UserError(f"{option}={value}: need a whole number from 0 to {2**32 - 1}.")
-    least = 1 if kind in (int, int | None) and not seed else 0
-    if type(value) in (int, float) and not least <= value < math.inf:
-        raise UserError(f"{option}={value}: need a number of at least {least}.")
 
 
 def check_sweep(name: str | None) -> None:
@@ -283,8 +228,6 @@ def flat(node: Node, prefix: str = "") -> Node:
     """Nested keys joined with dots, `_target_` replaced by the name it ends in."""
     out: Node = {}
     for key, value in node.items():
-        if key == "_partial_":
-            continue
         if key == "_target_":
             out[prefix.rstrip(".")] = value.rpartition(".")[2]
         elif isinstance(value, dict):
@@ -294,26 +237,28 @@ def flat(node: Node, prefix: str = "") -> Node:
     return out
 
 
-def register() -> None:
-    """Tell Hydra what is not a file of conf/: a student and a teacher per row of kd/config/sizes.py, and the sweeps."""
-    from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
+def option_files(group: str) -> list[Path]:
+    """Files of the options of a config group. What a store can keep is what a truncation can."""
+    folder = {"sweeps": SWEEPS, "record": CONF / "truncation"}.get(group, CONF / group)
+    return sorted(folder.glob("*.yaml"))
 
-    store = ConfigStore.instance()
-    for size in SIZES:
-        for group in ("student", "teacher"):
-            store.store(group=group, name=size, node={"size": size, "name": None})
-    for file in sorted(SWEEPS.glob("*.yaml")):
-        try:
-            sweep = OmegaConf.load(file)
-        except YAMLError as error:
-            raise UserError(f"{file} is no plain YAML: {error}") from None
-        node = {"sweep": {"name": file.stem, **sweep}, "hydra": {"mode": "MULTIRUN"}}
-        store.store(group="sweeps", name=file.stem, node=node, package="_global_")
-    OmegaConf.register_new_resolver("axes", _axes, replace=True)
 
+def option_names(group: str) -> list[str]:
+    """Names of the options of a config group."""
+    sizes = SIZES if group in ("student", "teacher") else ()
+    return [*sizes, *(file.stem for file in option_files(group))]
+
+
+def as_record(truncation: Node) -> Node:
+    """Return a node of conf/truncation as an option of the group `record`."""
+    return {key: value for key, value in truncation.items() if key != "biased"} | {"path": None}
+
+
+PRESETS = ("experiment", "method")  # groups whose options choose options and settings of other groups
 
 GROUPS = {
+    "method": "a way of distilling by name; what is typed beside it comes first",
+    "experiment": "models, data and trainer of a setting that recurs; what is typed beside it comes first",
     "data": "the text",
     "plain": "plain text beside data=instructions: for start=…, lm=plain and the tokenizer",
     "student": "the model that learns; any other by student=hub student.name=HUB_NAME_OR_FOLDER",
@@ -334,28 +279,3 @@ GROUPS = {
     "logger": "where metrics go beside metrics.jsonl",
     "sweeps": "a question answered by many runs",
 }
-
-
-def _axes() -> str:
-    """The options of every axis and what they mean, for --help."""
-    lines = []
-    for group, meaning in GROUPS.items():
-        lines.append(f"  {group}: {meaning}")
-        lines += [f"    {f'{group}={name}':<24} {says}".rstrip() for name, says in _options(group)]
-    return "\n".join(lines)
-
-
-def _options(group: str) -> Iterator[tuple[str, str]]:
-    if group in ("student", "teacher"):
-        for name, size in SIZES.items():
-            yield name, f"{size.layers} layers of width {size.hidden}, {size.parameters:,} parameters + embeddings"
-    for file in sorted((SWEEPS if group == "sweeps" else CONF / group).glob("*.yaml")):
-        first = next(line for line in file.read_text().splitlines() if not line.startswith("# @package"))
-        if first.startswith("#"):
-            yield file.stem, first[1:].strip()
-        else:
-            module, name = locate(first.split()[-1], group)
-            settings = [line.replace(": ", "=") for line in file.read_text().splitlines()[2:]]
-            explained = _functions(module.removeprefix("kd."))[name]
-            says = re.split(r"[.,;] (?=[A-Z(])|, nats|\. Raises", explained)[0].rstrip(".")
-            yield file.stem, f"{says}{f' [{chr(32).join(settings)}]' if settings else ''}"

@@ -22,14 +22,18 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from kd.config.components import check_sweep
-from kd.config.rules import NO_SIGNAL, group_of, name_of, resolve
+from kd.config.composer import Composer
+from kd.config.options import option_of
+from kd.config.rules import group_of
+from kd.config.schema import NO_EFFECT, NO_SIGNAL, ExperimentConfig
 from kd.config.security import check_words
 from kd.errors import MISTAKES, UserError, for_people
-from kd.experiment.dependencies import plan
+from kd.experiment.dependencies import Plan
 from kd.experiment.prerequisites import prepare
 from kd.launch.pool import UNKNOWN, Job, Local, Pool, Watch, fitting, gpus, visible_devices
+from kd.launch.warm import Warm
 from kd.runs import wandb_agent
-from kd.runs.identity import NO_EFFECT, below
+from kd.runs.identity import below
 from kd.runs.provenance import doubts
 from kd.runs.run import DIVERGED, DONE, FAILED, NO_MEMORY, SEALED, Run
 from kd.system import files, remote
@@ -47,6 +51,11 @@ class Multirun(Sweeper):
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Raise what Hydra raises for the first job that it cannot compose."""
+        for job in batch:
+            self.launcher.composer.compose(job)
+
     def name_from(self, arguments: Sequence[str]) -> None:
         """Give a sweep without a name one that is its words', so that its list is no other sweep's."""
         if self.config.sweep is None:
@@ -62,7 +71,8 @@ class Lines(Multirun):
     """Hydra's basic sweeper over several lines: a sweep is the union of what each of its `runs` would be after -m.
 
     What was typed beside sweeps=NAME is added to every line, and a line may have a name that its runs go by in tables:
-    `- MiniLLM: rollout=mixed loss=minillm`. Without a sweep file there is one line: what was typed.
+    `- MiniLLM: method=minillm`. Without one they go by their method, if any. Without a sweep file there is one line:
+    what was typed.
     A file may have `scales`, each with a `base` and `runs` of its own to add, of which scale=NAME takes one.
     How a signal is treated is left out of runs that have none, and runs that are then the same are one run.
     """
@@ -82,11 +92,11 @@ class Lines(Multirun):
         for name, line in lines:
             words = files.expanded_words(shlex.split(base) + shlex.split(line)) + typed
             for job in BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]:
-                if "logits=none" in job:
+                if option_of("logits", job) == "none":
                     job = [w for w in job if group_of(w) not in NO_SIGNAL]
                 if job not in jobs:
                     jobs.append(job)
-                    names.append(name)
+                    names.append(name or option_of("method", job) or "")
         try:
             for job in jobs:
                 check_words(job)
@@ -121,6 +131,7 @@ class Runs(Launcher):
     def setup(self, *, hydra_context, task_function, config) -> None:
         config.root = files.expanded(config.root)  # the settings of a run are expanded when they are resolved
         self.hydra_context, self.config = hydra_context, config
+        self.composer = Composer(hydra_context.config_loader, config)
         self.program = sys.modules[task_function.__module__].__file__
 
     def at_once(self, asked: Sequence[int]) -> float:
@@ -131,7 +142,7 @@ class Runs(Launcher):
         """What is to do the jobs of sweep `name`; raises UserError where it cannot."""
         raise NotImplementedError
 
-    def check_place(self, settings: dict) -> None:
+    def check_place(self, config: ExperimentConfig) -> None:
         """Raise UserError for a run that cannot be done where it is to be; of other machines nothing is known."""
 
     def launch(
@@ -160,10 +171,10 @@ class Runs(Launcher):
         check_sweep(name)
         wandb_agent.check_single()
         if self.config.plan:
-            told = self._each(self._settings, job_overrides, said)
+            configs = self._each(self._run_config, job_overrides, said)
             from kd.experiment import planner
 
-            planner.show_plan(told, said, self.at_once([gpus(of["trainer"]) for of in told]))
+            planner.show_plan(configs, said, self.at_once([gpus(config.trainer) for config in configs]))
             sys.exit()
         # Done here, once: runs that are started again on the way go on where they were.
         job_overrides = [[word for word in job if word.partition("=")[0] != "force"] for job in job_overrides]
@@ -225,9 +236,8 @@ class Runs(Launcher):
             raise wrong[0]
         raise UserError(refused(jobs, said, reasons))
 
-    def _settings(self, words: Sequence[str]) -> dict:
-        cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(words))
-        return resolve(cfg, list(words))
+    def _run_config(self, words: Sequence[str]) -> ExperimentConfig:
+        return ExperimentConfig.from_hydra(self.composer.compose(words), list(words))
 
     def _prepare_wandb(self, name: str, runs: Iterable[Run]) -> None:
         """Ask W&B's server once for all runs, and put those that were made outside of any sweep into this one's group.
@@ -252,36 +262,42 @@ class Runs(Launcher):
                 loggers.forget()
                 console.print(f"{counted(joined, 'run', 'runs')} made before: now in the group {name} of W&B.")
 
-    def _run(self, words: Sequence[str], sound: set[str] | None = None) -> tuple[Run, int, str]:
+    def _run(self, words: Sequence[str], sound: set[str]) -> tuple[Run, int, str]:
         """The run that the words describe, how many GPUs it asks for, and where it is logged.
 
-        sound: names of teachers and starts that were checked already.
+        sound: digests of the configs of runs, teachers and starts that were tried already.
         """
-        settings = self._settings(words)
-        run = plan(settings).run
+        config = self._run_config(words)
+        planned = Plan.of(config)
+        run = planned.run
         if self.config.force or (result := run.result()) is None:
-            self.check_place(settings)
-            self.check_before(settings, set() if sound is None else sound)
-            prepare(settings)
+            self.check_place(config)
+            self.check_before(planned, sound)
+            trial = files.digest_of(config.to_dict() | {"seed": None})  # which it does not depend on
+            if trial not in sound:
+                prepare(config)
+                sound.add(trial)
         else:
             run.settle()
             if not run.remote:
                 run.check(result, *(name for name in SEALED if name != "student"))
-        return run, gpus(settings["trainer"]), name_of(settings["logger"])
+        return run, gpus(config.trainer), config.logger.name
 
-    def check_before(self, settings: dict, sound: set[str]) -> None:
-        """Raise UserError for a damaged run that makes the teacher or start of a run; sound: names of checked ones."""
-        planned = plan(settings)
+    def check_before(self, planned: Plan, sound: set[str]) -> None:
+        """Raise UserError for a damaged run that makes the teacher or start of a run.
+
+        sound: digests of the configs of those that were checked already.
+        """
         stored = planned.store is not None and planned.store.manifest().exists()
         for model in filter(None, (planned.start, None if stored else planned.teacher)):
-            run = plan(model).run
-            if run.name in sound:
+            if (digest := files.digest_of(model.to_dict())) in sound:
                 continue
-            if result := run.result():
-                run.check(result, "student")
+            before = Plan.of(model)
+            if result := before.run.result():
+                before.run.check(result, "student")
             else:
-                self.check_before(model, sound)
-            sound.add(run.name)
+                self.check_before(before, sound)
+            sound.add(digest)
 
     def _return(self, job: Job) -> JobReturn:
         result, state = outcome(job)
@@ -361,17 +377,21 @@ class Processes(Runs):
 
     here = True
 
-    def check_place(self, settings: dict) -> None:
-        if settings["trainer"]["devices"] > 1:
+    def setup(self, **given) -> None:
+        super().setup(**given)
+        self.warm = Warm(self.program) if sys.platform == "linux" else None  # for all batches of a search
+
+    def check_place(self, config: ExperimentConfig) -> None:
+        if config.trainer.devices > 1:
             from kd.parallel import collectives  # and torch
 
-            collectives.check_devices(settings["trainer"])
+            collectives.check_devices(config.trainer)
 
     def at_once(self, asked: Sequence[int]) -> int:
         return self.config.n_jobs or fitting(visible_devices(), min(asked, default=1))
 
     def pool(self, name: str, jobs: list[Job]) -> Pool:
-        return Local(self.program, jobs, self.at_once([job.gpus for job in jobs]), visible_devices())
+        return Local(self.program, jobs, self.at_once([job.gpus for job in jobs]), visible_devices(), self.warm)
 
 
 def varying(jobs: Sequence[Sequence[str]], names: Sequence[str]) -> list[str]:

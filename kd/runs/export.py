@@ -1,35 +1,18 @@
 """The exported student: weights, tokenizer and model card for plain transformers."""
 
 from __future__ import annotations
-from kd.runs.run import Run
-from kd.config.security import redacted
-
 
 import importlib.metadata
-import json
-import os
 import platform
-import re
-import shlex
 import shutil
-import socket
 import subprocess
-import time
-import traceback
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import filelock
-
-from kd.system import files
-from kd.errors import UserError, is_mistake
+from kd.config.schema import ExperimentConfig
+from kd.config.secrets import redacted
 from kd.runs.identity import model_name, size_text
-from kd.system.console import console
-from kd.system.signals import EXIT_CODE
-
-
+from kd.runs.run import Run
+from kd.system import files
 
 
 def environment() -> dict[str, str | None]:
@@ -76,7 +59,7 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 """
 
 
-def export(run: Run, model, tokenizer, ends: list[int], config: dict, result: dict) -> None:
+def export(run: Run, model, tokenizer, ends: list[int], config: ExperimentConfig, result: dict) -> None:
     """Write the student with its tokenizer and a model card, for plain transformers.
 
     ends: tokens that ended rows in training, at which generate() is to stop; whatever the model named before is left.
@@ -99,4 +82,4 @@ def export(run: Run, model, tokenizer, ends: list[int], config: dict, result: di
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card)
-        files.write_json(temporary / "kd.json", redacted(config))
+        files.write_json(temporary / "kd.json", redacted(config.to_dict()))

@@ -17,6 +17,8 @@ from kd.errors import UserError
 from kd.system import files
 from kd.system.remote import step_of
 
+FORMAT = 2  # of checkpoints
+
 
 class DigestIO(CheckpointIO):
     """torch.save to a temporary file in the same folder, synced and renamed, its digest in a file beside it."""
@@ -32,7 +34,7 @@ class DigestIO(CheckpointIO):
                 note.write_text(checksum)
 
     def load_checkpoint(self, path, map_location=None, weights_only=True):
-        return load(path, map_location or "cpu")
+        return checked(load(path, map_location or "cpu"), Path(path))
 
     def remove_checkpoint(self, path) -> None:
         if Path(path).is_dir():
@@ -55,6 +57,19 @@ def load(path: Path, map_location="cpu", part: io.BytesIO | None = None):
             hint="if it is from elsewhere, remove its folder",
             commands=[shlex.join(["rm", "-r", str(Path(path).parent)])],
         ) from None
+
+
+def checked(checkpoint: dict, path: Path) -> dict:
+    """Return a checkpoint that this version of kd can go on with; raises UserError for one of another version."""
+    if isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT:
+        return checkpoint
+    raise UserError(
+        option=path,
+        why="was saved by another version of kd, which keeps other things in a checkpoint",
+        hint="to continue the run, use that version. To train it anew with this version, type this, and then the same "
+        "command again",
+        commands=[shlex.join(["rm", "-r", str(path.parent)])],
+    )
 
 
 def seal(temporary: Path, path: Path) -> None:
