@@ -29,4 +29,4 @@ def refused(**fields: object) -> Iterator[pytest.ExceptionInfo[UserError]]:
             value = "\n".join(value) if name == "commands" else value
             for piece in expected if isinstance(expected, tuple) else (expected,):
                 assert str(piece) in value, f"{name} of {error!r}: {value!r} lacks {piece!r}"
-        assert typed(value).lower() in message, f"{name} of {error!r} is not in its message"
+        assert value is ... or typed(value).lower() in message, f"{name} of {error!r} is not in its message"

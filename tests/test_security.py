@@ -24,7 +24,6 @@ from rich.table import Table
 
 from kd.config import components, compose, overrides, security
 from kd.data import packing
-from kd.errors import UserError
 from kd.launch import optuna_search
 from kd.models import causal_lm
 from kd.parallel import fsdp
@@ -184,7 +183,7 @@ def test_sweep_with_a_tag_of_yaml_is_refused(tag, canary, monkeypatch):
     (canary.parent / "sweeps").mkdir()
     monkeypatch.setattr(components, "SWEEPS", canary.parent / "sweeps")
     (canary.parent / "sweeps" / "mine.yaml").write_text(f"# What?\nruns:\n- {tag}\n")
-    with pytest.raises(UserError, match=r"mine\.yaml is no plain YAML"):
+    with refused(option=canary.parent / "sweeps" / "mine.yaml", why="is no plain YAML"):
         compose.register()
 
 
