@@ -13,8 +13,9 @@ from kd.config.components import CONF
 from kd.data import packing
 from kd.errors import UserError
 from kd.experiment import planner, prerequisites
-from kd.launch.pool import UNKNOWN, Job
+from kd.launch.pool import Job
 from kd.runs import provenance
+from kd.runs.outcome import RunState
 from kd.runs.run import Run, check_student
 from kd.system import checkpoint_files, files
 from sweeps.compare import read
@@ -168,7 +169,7 @@ def test_a_sweep_does_not_wait_for_a_damaged_result(tmp_path):
     for text in ('{"digest": "x"}', "{"):
         (tmp_path / "r" / "result.json").write_text(text)
         state = job.look()
-        assert state["state"] == UNKNOWN and "result.json is damaged" in state["reason"]
+        assert state["state"] == RunState.UNKNOWN and "result.json is damaged" in state["reason"]
 
 
 def test_results_from_before_the_seals_are_accepted_and_marked(root, capsys):

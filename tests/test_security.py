@@ -28,6 +28,7 @@ from kd.errors import UserError
 from kd.launch import optuna_search
 from kd.models import causal_lm
 from kd.parallel import fsdp
+from kd.runs.outcome import Outcome, RunState
 from kd.runs.run import Run
 from kd.store import reader
 from kd.system import checkpoint_files, files
@@ -466,7 +467,7 @@ def test_report_prints_no_control_characters(tmp_path, capsys):
     (tmp_path / "sweeps").mkdir()
     line = {"run": "run-1", "overrides": [f"loss={CONTROL}"]}
     (tmp_path / "sweeps" / "s.json").write_text(json.dumps({"runs": [line]}))
-    Run(tmp_path, "run-1").end("failed", CONTROL)
+    Run(tmp_path, "run-1").end(Outcome(RunState.FAILED, CONTROL))
     assert report.main(["s", "--root", str(tmp_path)]) == 2
     assert all(c.isprintable() or c == "\n" for c in capsys.readouterr().err)
 

@@ -23,6 +23,7 @@ from kd.objective import token_selection
 from kd.objective.chunked import Objective, Signal, chunks, fitting, with_sample
 from kd.objective.target import Target
 from kd.parallel import collectives, fsdp
+from kd.runs.outcome import NonFinite
 from kd.system.console import console
 from kd.system.hardware import hold_in, keep_freed, out_of_memory
 from kd.system.signals import Stopped, requests
@@ -53,14 +54,6 @@ def _counts(batch: Batch) -> list[int]:
     counted = batch.labels != IGNORE
     own = 0 if batch.sampled is None else int(batch.sampled.by_student[counted].sum())
     return [int(counted.sum()), counted.numel(), own]
-
-
-class NonFinite(RuntimeError):
-    """A loss or gradient is inf or NaN; `report` holds what is needed to find out why."""
-
-    def __init__(self, report: dict):
-        super().__init__(f"{report['what']} is not finite at step {report['step']}")
-        self.report = report
 
 
 class Distillation(lightning.LightningModule):
