@@ -20,11 +20,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 import train  # noqa: F401, registers the sizes
-from kd import packing
-from kd.config import CONF, GROUPS, SWEEPS
-from kd.plan import plan
-from kd.settings import Settings, resolve
-from kd.sweep import Lines, at_scale
+from kd.config.components import CONF, GROUPS, SWEEPS
+from kd.config.rules import Settings, resolve
+from kd.data import packing
+from kd.experiment.dependencies import plan
+from kd.launch.sweeper import Lines, at_scale
 
 GOLDEN = Path(__file__).parent / "golden"
 REPOSITORY = Path(__file__).parent.parent  # a line names a file in it

@@ -1,0 +1,144 @@
+"""Stores of teacher logits on the command line.
+
+python -m kd.store write [the words of train.py]   write the store that such a run with logits=offline would read
+python -m kd.store info|verify PATH                what it is; whether its bytes and numbers are right
+python -m kd.store merge PATH PART [PART …]        join what several machines wrote with part=1/2, part=2/2
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+from kd.system.launchers import forget_ranks
+
+if __name__ == "__main__":  # before a library that reads them is loaded
+    forget_ranks(os.environ)
+
+import hydra
+from rich.table import Table
+
+from kd.config.components import CONF
+from kd.config.compose import settings_of
+from kd.config.security import check_secrets
+from kd.errors import MISTAKES, UserError, for_people
+from kd.experiment import store_check, stores
+from kd.experiment.dependencies import plan
+from kd.experiment.prerequisites import prepare, teacher_model
+from kd.store.reader import FULL, Store, said
+from kd.system import files
+from kd.system.console import console, counted, end_with, styled
+from kd.system.remote import home
+
+
+def write_store(words: list[str]) -> Store | None:
+    """Write the store that `python train.py logits=offline WORDS` would read; return None for one part of several."""
+    import train
+
+    words = files.expanded_words(words)
+    check_secrets(words)
+    part = next((word for word in words if word.startswith("part=")), "part=1/1")
+    numbers = re.fullmatch(r"part=(\d+)/(\d+)", part)
+    if not numbers or not 1 <= int(numbers[1]) <= int(numbers[2]):
+        raise UserError(f"{part}: need which part of how many, e.g. part=1/2.")
+    words = [word for word in words if word != part]
+    with settings_of(["logits=offline", *words]) as settings:
+        if settings["record"]:  # whatever a student asks for
+            settings["truncation"] = {k: v for k, v in settings["record"].items() if k != "path"}
+        packed, components = prepare(settings)
+        if store := stores.opened(settings, packed):
+            return store
+        share = int(numbers[1]), int(numbers[2])
+        teacher = teacher_model(settings, components, train.train)
+        store = stores.write(settings, packed, components.keep, teacher, share)
+        if store is None:
+            folder = plan(settings).store.folder
+            console.print(f"Part {share[0]} of {share[1]} is in {folder}. When all parts are on one disk, type\n"
+                          f"  python -m kd.store merge STORE {folder} …", soft_wrap=True)  # fmt: skip
+        return store
+
+
+def compare_with_teacher(store: Store, root: str) -> str:
+    """Recompute some rows of a store with its teacher, if that is at hand; return what came of it as a sentence."""
+    import train
+
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return store_check.compare_with_teacher(store, root, train.train)
+
+
+def info(store: Store) -> Table:
+    """What a store is, on one screen."""
+    m, of = store.manifest, store.of
+    tokens = m["count"] * m["seq_len"]
+    positions = m.get("positions", tokens)  # those that count
+    table = Table(box=None, show_header=False, pad_edge=False)
+    recorded = f", recorded over {m['steps']:,} steps of its training" if "steps" in m else ""
+    rows = {
+        "teacher": f"{of['teacher']}{recorded}",
+        "holds": f"{said(store.truncation)}, computed in {of['precision']}",
+        "of": f"{m['count']:,} rows of {m['seq_len']} tokens, {tokens:,} in all; vocabulary {m['vocab']:,}",
+    }
+    if store.truncation != FULL:
+        each = f"{m['entries'] / positions:.1f} entries, {m['mass'] / positions:.4f} of the probability"
+        rows["each position"] = each + (f"; {positions:,} positions, the responses" if positions < tokens else "")
+    rest = sum(file["size"] for name, file in m["files"].items() if not name.startswith("shard-"))
+    rows |= {
+        "size": f"{files.amount(m['size'])} in {counted(len(store.shards), 'shard', 'shards')}, "
+        f"{m['size'] / tokens:.1f} bytes per token",
+        "beside": f"{files.amount(rest)} of output layer and {m['validation']} validation rows, stored whole",
+        "written with": store.words,
+        "at": store.path,
+    }
+    for name, value in rows.items():
+        table.add_row(styled(name, "dim"), value)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m kd.store", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    about = "write the store that python train.py logits=offline WORDS would read; run it in several processes to share"
+    write = commands.add_parser("write", help=about, description=about)
+    write.add_argument("words", nargs="*", help="as for train.py, and part=1/2 to write one of two machines' shares")
+    for name, help_ in (
+        ("info", "what a store is, on one screen"),
+        ("verify", "digest every file, and compare some rows with the teacher if it is at hand"),
+    ):
+        command = commands.add_parser(name, help=help_, description=help_)
+        command.add_argument("path", help="folder or URL")
+        command.add_argument("--root", default=os.environ.get("KD_ROOT", "runs"), help="where runs and packed data are")
+    merge = commands.add_parser("merge", help="join in PATH what several machines wrote")
+    merge.add_argument("path")
+    merge.add_argument("part", nargs="+")
+    given = parser.parse_args()
+    from kd.store import writer
+
+    try:
+        for name in {"path", "root"} & vars(given).keys():
+            setattr(given, name, files.expanded(getattr(given, name)))
+        if given.command == "write":
+            store = write_store(given.words)
+        elif given.command == "merge":
+            for path in (given.path, *given.part):
+                if "://" in path:
+                    raise UserError(
+                        f"{path}: merge joins folders. Copy the parts here, merge them, and copy the store."
+                    )
+            writer.merge(Path(given.path), [Path(files.expanded(p)) for p in given.part])
+            store = Store(given.path, Path())
+        else:
+            store = Store(given.path, home(given.root) / "stores")
+        if given.command == "verify":
+            store.verify()
+            console.print(f"{counted(len(store.manifest['files']), 'file is', 'files are all')} what was written.")
+            console.print(compare_with_teacher(store, given.root), soft_wrap=True)
+        elif store:
+            console.print(info(store))
+    except MISTAKES as error:
+        end_with(for_people(error))
+
+
+if __name__ == "__main__":
+    main()
