@@ -87,11 +87,11 @@ data=instructions data.template=alpaca responses.samples=2
 data=instructions data.name=tatsu-lab/alpaca data.turns=all teacher=hub teacher.name=openai-community/gpt2 teacher.sft=true
 data=instructions plain=text plain.files=README.md start=pretrained logits=none teacher=none
 student=hub student.name=openai-community/gpt2 teacher=hub teacher.name=openai-community/gpt2-medium data.tokenizer=gpt2
-""".strip().splitlines()
+""".strip().splitlines()  # noqa: E501
 
 
 SWEEP_FILES = sorted(SWEEPS.glob("*.yaml"))
-NAMED = (f"root={GOLDEN / 'none'}", "logger=none")  # nothing is made there
+NOWHERE = (f"root={GOLDEN / 'none'}", "logger=none")  # nothing is made there
 
 
 def names(settings: Settings) -> list[str]:
@@ -102,7 +102,7 @@ def names(settings: Settings) -> list[str]:
 
 
 def names_of(words: Iterable[str], compose: Callable) -> list[str]:
-    words = [*words, *NAMED]
+    words = [*words, *NOWHERE]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return names(resolve(compose(words), words))
 
@@ -161,8 +161,7 @@ def of_sweep(file: Path, compose: Callable) -> dict[str, dict[str, list[str]]]:
     for scale in scales_of(file):
         common = shlex.split(lines_of(file, scale)[0])
         found[scale] = {
-            " ".join(w for w in words if w not in common): names_of(words, compose)
-            for words in runs_of(file, scale)
+            " ".join(w for w in words if w not in common): names_of(words, compose) for words in runs_of(file, scale)
         }
     return found
 
