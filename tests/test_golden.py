@@ -20,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 import train  # noqa: F401, registers the sizes
+from kd.config import options
 from kd.config.components import CONF, GROUPS, SWEEPS
 from kd.config.rules import Settings, resolve
 from kd.config.sizes import SIZES
@@ -88,6 +89,21 @@ data=instructions data.template=alpaca responses.samples=2
 data=instructions data.name=tatsu-lab/alpaca data.turns=all teacher=hub teacher.name=openai-community/gpt2 teacher.sft=true
 data=instructions plain=text plain.files=README.md start=pretrained logits=none teacher=none
 student=hub student.name=openai-community/gpt2 teacher=hub teacher.name=openai-community/gpt2-medium data.tokenizer=gpt2
+method=sft
+method=kd
+method=seqkd
+method=gkd
+method=opd
+method=opd_token
+method=minillm
+method=minillm_code
+method=distillm
+method=distillm2
+method=atkd
+method=akl
+experiment=c4_330m
+experiment=c4_100m
+method=minillm experiment=dolly_gpt2
 """.strip().splitlines()  # noqa: E501
 
 
@@ -203,11 +219,15 @@ def test_every_option_has_a_name_here():
         usual = hydra.compose("config", return_hydra_config=True).hydra.runtime.choices
     named = {f"{group}={option}" for group, option in usual.items()}
     lines = [*LINES, *(line for file in SWEEP_FILES for scale in scales_of(file) for line in lines_of(file, scale))]
-    for word in (word for line in lines for word in line.split()):
-        group, _, options = word.partition("=")
-        named |= {f"{group}={option}" for option in options.split(",")}
-    options = {f"{file.parent.name}={file.stem}" for file in CONF.glob("*/*.yaml") if file.parent.name != "logger"}
-    assert options and not options - named
+    words = [word for line in lines for word in line.split()]
+    for preset in ("method", "experiment"):
+        named |= {f"{preset}={name}" for group, _, name in (word.partition("=") for word in words) if group == preset}
+        words += [word for file in (CONF / preset).glob("*.yaml") for word in options.words_of(preset, file.stem)]
+    for word in words:
+        group, _, values = word.partition("=")
+        named |= {f"{group}={value}" for value in values.split(",")}
+    kept = {f"{file.parent.name}={file.stem}" for file in CONF.glob("*/*.yaml") if file.parent.name != "logger"}
+    assert kept and not kept - named
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from rich.table import Table
 
-from kd.config import components, overrides, security
+from kd.config import components, compose, overrides, security
 from kd.data import packing
 from kd.errors import UserError
 from kd.launch import optuna_search
@@ -185,7 +185,7 @@ def test_sweep_with_a_tag_of_yaml_is_refused(tag, canary, monkeypatch):
     monkeypatch.setattr(components, "SWEEPS", canary.parent / "sweeps")
     (canary.parent / "sweeps" / "mine.yaml").write_text(f"# What?\nruns:\n- {tag}\n")
     with pytest.raises(UserError, match=r"mine\.yaml is no plain YAML"):
-        components.register()
+        compose.register()
 
 
 def test_hostile_words_to_write_a_store_are_refused(hostile):

@@ -339,7 +339,7 @@ def is_recorded(settings: Settings) -> bool:
 
 def kept_of(node: Settings) -> dict:
     """A truncation as {"name": …, setting: value}; not where it is recorded, nor what is accepted of losses."""
-    settings = {k: v for k, v in node.items() if k not in ("_target_", "_partial_", "path", "biased")}
+    settings = {k: v for k, v in node.items() if k not in ("_target_", "path", "biased")}
     return {"name": name_of(node), **settings}
 
 

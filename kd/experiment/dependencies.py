@@ -152,7 +152,10 @@ def start_settings(settings: Settings) -> Settings | None:
         made = _language_modelling(settings, student, "scratch", of["steps"], of["batch"], of["lr"], of["seed"])
         return made | {"data": plain_data(settings)}
     if not corpus(settings)[0].pairs:
-        raise UserError("start=sft fine-tunes on instructions, and this data is plain text; type data=instructions.")
+        raise UserError(
+            "start=sft fine-tunes on instructions, and this data is plain text; type data=instructions, or "
+            "start=scratch."
+        )
     before, rate = ("scratch", 1e-4) if student["name"] else ("pretrained", 1e-3)
     return _language_modelling(
         settings, student, before, of["sft_steps"], of["sft_batch"], of["sft_lr"] or rate, of["seed"]

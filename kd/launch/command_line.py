@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from kd.config import components, security
+from kd.config import compose, security
 from kd.errors import UserError
 from kd.launch import hydra_plugins
 from kd.runs import wandb_agent
@@ -17,7 +17,7 @@ from kd.system.signals import Preempted, end_with_parent
 def register() -> None:
     """Make sizes, sweeps, sweepers and launchers known to Hydra; end the program where a sweep file is no YAML."""
     try:
-        components.register()
+        compose.register()
     except UserError as error:
         end_with(error)
     hydra_plugins.register()

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from kd.config.components import check_sweep
+from kd.config.options import option_of
 from kd.config.rules import NO_SIGNAL, group_of, name_of, resolve
 from kd.config.security import check_words
 from kd.errors import MISTAKES, UserError, for_people
@@ -63,7 +64,8 @@ class Lines(Multirun):
     """Hydra's basic sweeper over several lines: a sweep is the union of what each of its `runs` would be after -m.
 
     What was typed beside sweeps=NAME is added to every line, and a line may have a name that its runs go by in tables:
-    `- MiniLLM: rollout=mixed loss=minillm`. Without a sweep file there is one line: what was typed.
+    `- MiniLLM: method=minillm`. Without one they go by their method, if any. Without a sweep file there is one line:
+    what was typed.
     A file may have `scales`, each with a `base` and `runs` of its own to add, of which scale=NAME takes one.
     How a signal is treated is left out of runs that have none, and runs that are then the same are one run.
     """
@@ -83,11 +85,11 @@ class Lines(Multirun):
         for name, line in lines:
             words = files.expanded_words(shlex.split(base) + shlex.split(line)) + typed
             for job in BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]:
-                if "logits=none" in job:
+                if option_of("logits", job) == "none":
                     job = [w for w in job if group_of(w) not in NO_SIGNAL]
                 if job not in jobs:
                     jobs.append(job)
-                    names.append(name)
+                    names.append(name or option_of("method", job) or "")
         try:
             for job in jobs:
                 check_words(job)
