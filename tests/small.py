@@ -1,5 +1,6 @@
 """A run so small that it trains in seconds, started as a user would: python train.py …"""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import train as product
 from kd import files, store
 from kd.config import CONF
 from kd.settings import Settings, resolve
+from tests.zygote import Forked, Zygote
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 SMALL = """data=markov data.tokens=20000 data.states=16 data.branching=4 data.seq_len=32 data.val_rows=8
@@ -27,18 +29,29 @@ TOP = ("truncation=top_k", "truncation.k=5")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
-def start(root: Path, *words: str, **environment: str) -> subprocess.Popen:
-    """train.py with the small settings, and `words`, in `root`."""
+@functools.cache
+def zygote() -> Zygote:
+    return Zygote(ENVIRONMENT)
+
+
+def python(command: list[str], folder: Path, cold: bool = False, **environment: str) -> subprocess.Popen:
+    """A command of this Python in a folder, which prints to a pipe; forked from the zygote if that does the same."""
+    options = {"cwd": folder, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    if cold or environment or sys.platform != "linux" or os.getpid() != zygote().owner:
+        return subprocess.Popen(command, env=ENVIRONMENT | environment, **options)
+    return Forked(command, zygote(), **options)
+
+
+def start(root: Path, *words: str, cold: bool = False, **environment: str) -> subprocess.Popen:
+    """train.py with the small settings, and `words`, in `root`; forked from the zygote unless cold."""
     flags = [w for w in words if w.startswith("-")]
     command = [sys.executable, str(TRAIN), *flags, *SMALL, f"root={root}", *(w for w in words if w not in flags)]
-    return subprocess.Popen(
-        command, env=ENVIRONMENT | environment, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    return python(command, root, cold, **environment)
 
 
-def train(root: Path, *words: str, code: int = 0, **environment: str) -> str:
+def train(root: Path, *words: str, code: int = 0, cold: bool = False, **environment: str) -> str:
     """What it prints; asserts that it ends with `code`."""
-    process = start(root, *words, **environment)
+    process = start(root, *words, cold=cold, **environment)
     output = process.communicate(timeout=240)[0]
     assert process.returncode == code, output
     return output
