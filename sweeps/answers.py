@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kd.progress import console, counted, track
+from kd.system.console import console, counted, track
 from sweeps import laws
 from sweeps.compare import amount, listed
 from sweeps.laws import DISTILLATION, POWER, SUPERVISED, Coefficients, LackOfFit, Law, Problem

@@ -13,12 +13,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-from kd import files
-from kd.config import check_sweep
+from kd.config.components import check_sweep
 from kd.errors import UserError
-from kd.identity import below, part_of_outcome, whole_as_float
-from kd.remote import home, latest
-from kd.run import EXACCERR, RESPONSES, Run, is_sealed, read_json, read_metrics
+from kd.runs.identity import below, part_of_outcome, whole_as_float
+from kd.runs.run import EXACCERR, RESPONSES, Run, is_sealed
+from kd.system import files
+from kd.system.files import read_json, read_metrics
+from kd.system.remote import home, latest
 
 TASK = ("data", "student", "trainer.steps", "trainer.batch")  # where these agree, losses can be compared
 ALONE, FINE_TUNED, OF_TEACHERS_TEXT = "language modelling alone", "SFT", "SeqKD"
@@ -92,7 +93,7 @@ def parser(program: str, description: str, name: str | None = None) -> argparse.
 
 
 def manifest(root: str | Path, name: str) -> list[dict]:
-    """The runs of a sweep as kd.sweep wrote them; raises UserError where there is no such sweep."""
+    """The runs of a sweep as kd.launch.sweeper wrote them; raises UserError where there is no such sweep."""
     check_sweep(name)
     path, again = latest(root, f"sweeps/{name}.json"), f"To run it, type: python train.py sweeps={name}"
     try:

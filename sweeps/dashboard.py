@@ -11,16 +11,16 @@ import re
 import sys
 from pathlib import Path
 
-from kd.launchers import forget_ranks
+from kd.system.launchers import forget_ranks
 
 if __name__ == "__main__":  # before a library that reads them is loaded
     forget_ranks(os.environ)
 
 from kd.errors import MISTAKES, UserError, for_people
-from kd.identity import axes, sizes_of
-from kd.loggers import logged_in, wandb_run
-from kd.progress import harmless
-from kd.run import Run
+from kd.runs.identity import axes, sizes_of
+from kd.runs.loggers import logged_in, wandb_run
+from kd.runs.run import Run
+from kd.system.console import harmless
 from sweeps import report
 from sweeps.compare import Entry, Goal, goal, grouped, manifest, parser, read
 from sweeps.table import MEASURES

@@ -6,7 +6,7 @@ import csv
 import io
 import re
 
-from kd.progress import clock, harmless
+from kd.system.console import clock, harmless
 from sweeps.compare import ALONE, Entry, Goal, Group, Interval, settings, varying, without_loss
 from sweeps.samples import Sample
 from sweeps.space import TITLES, Plot

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kd.identity import below
+from kd.runs.identity import below
 from sweeps.compare import (
     ALONE,
     TASK,

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kd import files
 from kd.errors import UserError
-from kd.identity import below, model_name
-from kd.progress import counted
-from kd.provenance import doubts_of_many
+from kd.runs.identity import below, model_name
+from kd.runs.provenance import doubts_of_many
+from kd.system import files
+from kd.system.console import counted
 from sweeps.compare import Entry, label, listed, settings, subset, varying
 from sweeps.laws import Data
 

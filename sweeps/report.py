@@ -15,7 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
 
-from kd.launchers import forget_ranks
+from kd.system.launchers import forget_ranks
 
 if __name__ == "__main__":  # before a library that reads them is loaded
     forget_ranks(os.environ)
@@ -24,12 +24,12 @@ import jinja2
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from kd import files
 from kd.errors import MISTAKES, UserError, for_people
-from kd.identity import model_name, size_text
-from kd.progress import clock, harmless
-from kd.provenance import doubts_of_many
-from kd.remote import home, publish
+from kd.runs.identity import model_name, size_text
+from kd.runs.provenance import doubts_of_many
+from kd.system import files
+from kd.system.console import clock, harmless
+from kd.system.remote import home, publish
 from sweeps import shapes, space
 from sweeps.compare import (
     LOSS,

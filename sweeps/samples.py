@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from kd.identity import model_name
-from kd.progress import harmless
-from kd.run import RESPONSES
+from kd.runs.identity import model_name
+from kd.runs.run import RESPONSES
+from kd.system.console import harmless
 from sweeps.compare import Group, subset
 from sweeps.table import GREY, Row
 

@@ -8,8 +8,8 @@ from statistics import fmean
 
 import plotly.graph_objects as go
 
-from kd import schedules
 from kd.errors import UserError
+from kd.training import schedules
 from sweeps.compare import below, label, listed, varying
 from sweeps.plots import blank
 from sweeps.space import Plot, sentence, taught, titled

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from statistics import fmean
 from typing import NamedTuple
 
-from kd.identity import model_name
-from kd.run import EXACCERR_LENGTH
+from kd.runs.identity import model_name
+from kd.runs.run import EXACCERR_LENGTH
 from sweeps.compare import LOSS, Goal, Group, Interval, baseline, closed, difference, goal, label, subset, varying
 from sweeps.finding import by_task, leader
 

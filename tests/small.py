@@ -12,9 +12,10 @@ from pathlib import Path
 import hydra
 
 import train as product
-from kd import files, store
-from kd.config import CONF
-from kd.settings import Settings, resolve
+from kd.config.components import CONF
+from kd.config.rules import Settings, resolve
+from kd.store import reader
+from kd.system import files
 from tests.zygote import Forked, Zygote
 
 TRAIN = Path(__file__).parent.parent / "train.py"
@@ -98,7 +99,7 @@ def here(root: Path, *words: str) -> Path:
         return product.train(made)[0].folder
 
 
-def write(root: Path, *words: str) -> store.Store:
+def write(root: Path, *words: str) -> reader.Store:
     """What `python -m kd.store write` does, in this process."""
     return product.write_store([*TINY, f"root={root}", *words])
 
