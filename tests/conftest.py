@@ -1,9 +1,13 @@
 from pathlib import Path
 
+import hydra
 import pytest
 import torch
 
+from tests import composing
+
 torch.set_num_threads(1)  # the tests run in several processes, and their tensors are small
+hydra.compose = composing.compose
 
 
 @pytest.fixture(scope="session")
