@@ -12,6 +12,7 @@ import train as product
 from kd.config.components import CONF
 from kd.data import packing
 from kd.errors import UserError
+from kd.experiment import planner, prerequisites
 from kd.launch.pool import UNKNOWN, Job
 from kd.runs import provenance
 from kd.runs.run import Run, check_student
@@ -36,11 +37,13 @@ def root(made, tmp_path) -> Path:
     return tmp_path / "root"
 
 
-def show(root: Path, *words: str) -> product.Outcome:
+def show(root: Path, *words: str) -> prerequisites.Outcome:
     """What a command on the run does, in this process, up to where its table is printed."""
     given = settings(root, *RUN, *words)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return product.shown(given)
+        outcome = product.train(given)
+        outcome.check_files()
+        return outcome
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -210,7 +213,7 @@ def test_what_is_damaged_under_a_url_is_said_and_a_damaged_copy_is_fetched_anew(
         given = settings(tmp_path, *words)
         config, damaged = hydra.initialize_config_dir(str(CONF), version_base="1.3"), f"{name} is damaged"
         with config, pytest.raises(UserError, match=damaged):
-            product.shown(given)
+            product.train(given).check_files()
         flip(there / run.name / name)
     whole = (there / run.name / "result.json").read_text()
     (there / run.name / "result.json").write_text(whole[:100])
@@ -457,7 +460,7 @@ def test_force_plans_a_run_with_a_damaged_result(root, capsys):
     flip(folder(root, "fkl") / "result.json")
     given = settings(root, *RUN, "plan=true", "force=true")
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        product.show_plan([given], ["this run"], 1)
+        planner.show_plan([given], ["this run"], 1)
     assert "this run" in capsys.readouterr().err
 
 
