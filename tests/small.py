@@ -5,11 +5,15 @@ import json
 import multiprocessing
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import filelock
 import hydra
+import pytest
 
 import train as product
 from kd.config.components import CONF
@@ -37,11 +41,29 @@ def zygote() -> Zygote:
 
 
 def python(command: list[str], folder: Path, cold: bool = False, **environment: str) -> subprocess.Popen:
-    """A command of this Python in a folder, which prints to a pipe; forked from the zygote if that does the same."""
-    options = {"cwd": folder, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    if cold or environment or sys.platform != "linux" or os.getpid() != zygote().owner:
-        return subprocess.Popen(command, env=ENVIRONMENT | environment, **options)
+    """Start a command of this Python in a folder, with a pipe for all that it prints.
+
+    It is forked from the zygote, unless it is to start cold or has an environment that the zygote has not.
+    """
+    options = {"env": ENVIRONMENT | environment, "cwd": folder, "text": True}
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    if cold or sys.platform != "linux" or not zygote().does(options["env"]):
+        return subprocess.Popen(command, **options)
     return Forked(command, zygote(), **options)
+
+
+def shared(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], object]) -> Path:
+    """Return a root that is filled once, for all processes of pytest: to be copied, or read alone."""
+    base = factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
+    whole = root.with_suffix(".whole")
+    with filelock.FileLock(root.with_suffix(".lock")):
+        if not whole.exists():
+            shutil.rmtree(root, ignore_errors=True)  # of a process that failed, or was killed, meanwhile
+            root.mkdir()
+            fill(root)
+            whole.touch()
+    return root
 
 
 def start(root: Path, *words: str, cold: bool = False, **environment: str) -> subprocess.Popen:

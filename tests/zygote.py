@@ -1,9 +1,9 @@
-"""Commands of Python that need no seconds of imports: each is forked from a process that did them already.
+"""Commands of Python without seconds of imports: each is forked from a process that has done them.
 
-To a test, `Forked` is the Popen that it would be with a cold start: a child of the test's process, in its process
-group, with the same code path from the first line of the program on, the same signals, exit codes and output. What is
-not the same: the seed of hash(), which the forked processes share, and what libraries read from the environment while
-they are loaded. A command with its own environment therefore starts cold, as does everything where no Linux is.
+To a test, `Forked` is the Popen that a cold start would give: a child of the process of the test, in its process group,
+with the command in /proc/PID/cmdline, the same code path from the first line of the program on, the same signals, exit
+codes and output. Two things are not the same. The forked processes share the seed of hash(), so at least one test of
+exact resume starts cold. And libraries have read the environment, so a command with another environment starts cold.
 """
 
 import atexit
@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy
@@ -27,10 +28,11 @@ ROOT = Path(__file__).parent.parent
 SIZE = 1 << 17  # bytes, of a request
 ROOM = " " * 8192  # an argument of the zygote, for the command lines of what is forked from it
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
+READ_LATE = {"KD_CACHE"}  # environment variables that nothing reads while it is loaded
 
 
 class Zygote:
-    """The process that is forked, as seen from the tests."""
+    """Process to fork from, as seen from the tests."""
 
     def __init__(self, environment: dict[str, str]):
         self.owner, self.environment = os.getpid(), dict(environment)
@@ -42,12 +44,17 @@ class Zygote:
         theirs.close()
         atexit.register(self.end)
 
-    def fork(self, words: list[str], folder: str, streams: list[int]) -> int:
+    def does(self, environment: dict[str, str]) -> bool:
+        """Return whether a process that is forked here can have this environment: all but what is read late is its."""
+        other = {name for name, _ in environment.items() ^ self.environment.items()}
+        return os.getpid() == self.owner and other <= READ_LATE
+
+    def fork(self, words: list[str], folder: str, environment: dict[str, str], streams: list[int]) -> int:
         """Start `python WORDS` in a folder, with these files as stdin, stdout and stderr; return its process id."""
         adopt(True)
         try:
-            request = json.dumps({"words": words, "folder": folder, "environment": self.environment}).encode()
-            socket.send_fds(self.channel, [request], streams)
+            command = {"words": words, "folder": folder, "environment": environment, "parent": self.owner}
+            socket.send_fds(self.channel, [json.dumps(command).encode()], streams)
             answer = self.channel.recv(SIZE)
         finally:
             adopt(False)
@@ -72,7 +79,8 @@ class Forked(subprocess.Popen):
         given = inspect.signature(subprocess.Popen._execute_child).bind(self, *arguments).arguments
         streams = [given["p2cread"], given["c2pwrite"], given["errwrite"]]
         streams = [number if stream < 0 else stream for number, stream in enumerate(streams)]
-        self.pid = self.zygote.fork(list(map(str, given["args"][1:])), str(given["cwd"] or os.getcwd()), streams)
+        words, folder = list(map(str, given["args"][1:])), str(given["cwd"] or os.getcwd())
+        self.pid = self.zygote.fork(words, folder, dict(given["env"]), streams)
         self._child_created = True
         ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(given[end] for end in ends))
@@ -119,6 +127,8 @@ def serve(channel: socket.socket) -> list[str]:
 
 def become(command: dict, streams: list[int]) -> list[str]:
     """Take over what a process is given when it starts."""
+    while os.getppid() != command["parent"]:
+        time.sleep(0.001)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
@@ -138,7 +148,7 @@ def become(command: dict, streams: list[int]) -> list[str]:
 
 
 def run(words: list[str]) -> None:
-    """What `python WORDS` does."""
+    """Do what `python WORDS` does."""
     if words[0] == "-m":
         sys.path[0] = os.getcwd()
         sys.argv = words[1:]
