@@ -244,7 +244,7 @@ def code(tmp_path, monkeypatch):
 
     def change(module: str, *pairs: tuple[str, str]) -> None:
         for old, new in pairs:
-            edit(tmp_path / "kd" / f"{module}.py", old, new)
+            edit(tmp_path / "kd" / f"{module.replace('.', '/')}.py", old, new)
         forget()
 
     forget()
@@ -298,11 +298,15 @@ def test_a_result_says_which_components_it_was_made_by(made):
 
 
 COSMETIC = {
-    "a comment": ("losses", "change of sign", "change of its sign"),
-    "a docstring": ("losses", "Forward KL(p || q), nats [N].", "Forward KL(p || q)."),
-    "layout": ("losses", "-(p.exp() * (q - p)).sum(-1)  #", "(\n        -(p.exp() * (q - p)).sum(-1)\n    )  #"),
-    "another loss": ("losses", "return _reverse(q, p)", "return 2 * _reverse(q, p)"),
-    "place": ("losses", "def fkl(", "def first():\n    pass\n\n\ndef fkl("),
+    "a comment": ("objective.losses", "change of sign", "change of its sign"),
+    "a docstring": ("objective.losses", "Forward KL(p || q), nats [N].", "Forward KL(p || q)."),
+    "layout": (
+        "objective.losses",
+        "-(p.exp() * (q - p)).sum(-1)  #",
+        "(\n        -(p.exp() * (q - p)).sum(-1)\n    )  #",
+    ),
+    "another loss": ("objective.losses", "return _reverse(q, p)", "return 2 * _reverse(q, p)"),
+    "place": ("objective.losses", "def fkl(", "def first():\n    pass\n\n\ndef fkl("),
 }
 
 
@@ -314,20 +318,20 @@ def test_what_changes_nothing_that_is_computed_makes_no_result_old(made, code, k
 
 
 REAL = {
-    "the function": ("losses", "-(p.exp() * (q - p))", "-2 * (p.exp() * (q - p))", ["loss=fkl (fkl)"]),
+    "the function": ("objective.losses", "-(p.exp() * (q - p))", "-2 * (p.exp() * (q - p))", ["loss=fkl (fkl)"]),
     "a constant": (
-        "schedules",
+        "training.schedules",
         "return 1.0 if progress",
         "return 1.5 if progress",
         ["alpha=constant (_warm)", "lr=cosine (_warm)"],
     ),
     "a helper": (
-        "schedules",
+        "training.schedules",
         "progress / warmup",
         "progress / warmup**2",
         ["alpha=constant (_warm)", "lr=cosine (_warm)"],
     ),
-    "its name": ("losses", "def fkl(", "def other(", ["loss=fkl (fkl)"]),
+    "its name": ("objective.losses", "def fkl(", "def other(", ["loss=fkl (fkl)"]),
 }
 
 
@@ -348,13 +352,15 @@ def test_another_function_with_the_name_of_a_parameter_makes_no_result_old(made,
     before = {"config": config, "sources": provenance.sources(config)}
     assert {"mixed"} <= before["sources"]["rollout"].keys()
     code(
-        "rollout", ("def student(", "def student(more: int = 1, *,"), ("def teacher(", "def teacher(more: int = 1, *,")
+        "rollout.strategies",
+        ("def student(", "def student(more: int = 1, *,"),
+        ("def teacher(", "def teacher(more: int = 1, *,"),
     )
     assert provenance.changes(before) == []
 
 
 def test_names_that_a_definition_binds_are_not_followed(code):
-    path = provenance.PACKAGE / "rollout.py"
+    path = provenance.PACKAGE / "rollout" / "strategies.py"
     path.write_text("""
 LIMIT = 3
 def teacher(): return LIMIT
@@ -371,17 +377,17 @@ class Both:
     def one(self, student): return student
     def two(self): return fixed
 """)
-    code("rollout")
-    assert provenance._used("rollout", "mixed") == {"mixed", "helper"}
-    assert provenance._used("rollout", "student") == {"student", "teacher", "LIMIT"}
-    assert provenance._used("rollout", "Both") >= {"Both", "fixed"}
-    assert "student" not in provenance._used("rollout", "Both")
+    code("rollout.strategies")
+    assert provenance._used("rollout.strategies", "mixed") == {"mixed", "helper"}
+    assert provenance._used("rollout.strategies", "student") == {"student", "teacher", "LIMIT"}
+    assert provenance._used("rollout.strategies", "Both") >= {"Both", "fixed"}
+    assert "student" not in provenance._used("rollout.strategies", "Both")
 
 
 def test_a_result_is_shown_as_old_where_the_code_of_its_teacher_has_changed(made, code):
     shown, teacher = result(made), folder(made, "lm").name
     assert shown["origins"]["teacher"]["run"] == teacher
-    code("schedules", ("progress / warmup", "progress / warmup**2"))
+    code("training.schedules", ("progress / warmup", "progress / warmup**2"))
     shown["sources"] = {}
     first, remedy = provenance.doubts(shown)
     assert first == f"its teacher {teacher} is old: the code of lr=cosine (_warm) has changed since"
@@ -403,11 +409,11 @@ def test_code_that_is_edited_while_a_run_trains_is_not_taken_for_its_own(made, r
 
 
 def test_a_function_that_only_moved_to_another_module_is_the_same(made, code):
-    source = (provenance.PACKAGE / "schedules.py").read_text()
+    source = (provenance.PACKAGE / "training" / "schedules.py").read_text()
     start = source.index("def _warm(")
     helper = source[start : source.index("\n\n\n", start)]
     (provenance.PACKAGE / "warming.py").write_text(f"# Moved.\n{helper}\n")
-    code("schedules", (helper, ""), ("from kd.errors", "from kd.warming import _warm\nfrom kd.errors"))
+    code("training.schedules", (helper, ""), ("from kd.errors", "from kd.warming import _warm\nfrom kd.errors"))
     assert provenance.changes(result(made)) == []
 
 
@@ -488,7 +494,7 @@ def test_force_leaves_what_a_killed_run_had_done(root, monkeypatch):
 
 
 def test_data_of_other_code_stays_old_until_it_is_packed_anew(made, root, code):
-    code("corpora", ("rng = np.random.default_rng(", "rng = np.random.default_rng(1 + "))
+    code("data.corpora", ("rng = np.random.default_rng(", "rng = np.random.default_rng(1 + "))
     (packed,) = root.glob("data/*/train.npy")
     before = packed.stat().st_ino
     outcome = show(root, "seed=9").result  # on data that was packed before
@@ -516,14 +522,14 @@ def test_a_run_does_not_go_on_under_other_code(root, code, monkeypatch):
         patch.setattr(Distillation, "training_step", step)
         here(root, *RUN, *words)
     (checkpoints,) = root.glob("*/checkpoints")
-    code("losses", ("-(p.exp() * (q - p))", "-2 * (p.exp() * (q - p))"))
+    code("objective.losses", ("-(p.exp() * (q - p))", "-2 * (p.exp() * (q - p))"))
     with pytest.raises(UserError, match=r"that of loss=fkl \(fkl\) has changed") as caught:
         here(root, *RUN, *words)
-    code("losses", ("-2 * (p.exp() * (q - p))", "-(p.exp() * (q - p))"))
+    code("objective.losses", ("-2 * (p.exp() * (q - p))", "-(p.exp() * (q - p))"))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Distillation, "training_step", step)
         here(root, *RUN, *words)  # goes on with it
-    code("losses", ("-(p.exp() * (q - p))", "-2 * (p.exp() * (q - p))"))
+    code("objective.losses", ("-(p.exp() * (q - p))", "-2 * (p.exp() * (q - p))"))
     type_in(str(caught.value))
     assert not checkpoints.exists()
     outcome = json.loads((here(root, *RUN, *words) / "result.json").read_text())

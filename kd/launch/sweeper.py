@@ -358,9 +358,9 @@ class Processes(Runs):
 
     def check_place(self, settings: dict) -> None:
         if settings["trainer"]["devices"] > 1:
-            from kd.launch import rank_launcher  # and torch
+            from kd.parallel import collectives  # and torch
 
-            rank_launcher.check_devices(settings["trainer"])
+            collectives.check_devices(settings["trainer"])
 
     def at_once(self, asked: Sequence[int]) -> int:
         return self.config.n_jobs or fitting(visible_devices(), min(asked, default=1))
