@@ -19,7 +19,7 @@ from kd.runs.outcome import RunState
 from kd.runs.run import Run, check_student
 from kd.system import checkpoint_files, files
 from sweeps.compare import read
-from tests.small import folder, here, settings, train, type_in
+from tests.small import folder, here, settings, shared, train, type_in
 
 RUN = ("trainer.steps=2", "teacher.steps=2")
 
@@ -27,9 +27,7 @@ RUN = ("trainer.steps=2", "teacher.steps=2")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """A root with a student and its teacher."""
-    root = tmp_path_factory.mktemp("made")
-    here(root, *RUN)
-    return root
+    return shared(tmp_path_factory, "student", lambda root: here(root, *RUN))
 
 
 @pytest.fixture
