@@ -36,6 +36,11 @@ def fired():
         file.write(f"{os.getpid()} {' '.join(sys.orig_argv)}\\n")
 
 
+def here():
+    """Whether this process is one of those meant: the runs of a sweep share what they were forked from."""
+    return ONLY is None or ONLY in sys.orig_argv
+
+
 def hold():
     """Stay here until the test says go."""
     fired()
@@ -60,8 +65,7 @@ class Finder:
         return spec
 
 
-if ONLY is None or ONLY in sys.orig_argv:
-    sys.meta_path.insert(0, Finder)
+sys.meta_path.insert(0, Finder)
 '''
 # The teacher has six steps, so a student alone comes to step 7; it has saved checkpoints at 3 and 6 by then.
 STEP = """
@@ -69,7 +73,7 @@ def patch(module):
     real = module.Distillation.training_step
 
     def training_step(self, batch, index):
-        if self.global_step == AT:
+        if self.global_step == AT and here():
             ACT
         return real(self, batch, index)
 
@@ -84,7 +88,7 @@ def patch(module):
     def hidden(self, ids):
         nonlocal count
         count += torch.is_grad_enabled()
-        if torch.is_grad_enabled() and len(ids) > ROWS and WHEN:
+        if torch.is_grad_enabled() and len(ids) > ROWS and WHEN and here():
             fired()
             raise ERROR
         return real(self, ids)
@@ -96,10 +100,10 @@ def patch(module):
     real = module.Distillation._in_parts
 
     def _in_parts(self, *args):
-        if self.global_step == 4 and self.micro_batch == 4:
+        if self.global_step == 4 and self.micro_batch == 4 and here():
             fired()
             raise ERROR
-        if self.global_step == 7:
+        if self.global_step == 7 and here():
             hold()
         return real(self, *args)
 
@@ -114,7 +118,7 @@ def patch(module):
     def save(checkpoint, file):
         nonlocal count
         count += 1
-        if count == COUNT:
+        if count == COUNT and here():
             file.write(b"torn")
             file.flush()
             hold()
@@ -124,6 +128,17 @@ def patch(module):
     module.torch.save = save
 """
 IMPORT = "def patch(module):\n    hold()\n"
+BEGIN = """
+def patch(module):
+    real = module.check_command_line
+
+    def check_command_line(words):
+        if here():
+            hold()
+        real(words)
+
+    module.check_command_line = check_command_line
+"""
 
 
 class Fault:
@@ -459,7 +474,7 @@ def test_second_signal_to_a_sweep_ends_all_at_once(root, tmp_path):
 
 @pytest.mark.slow
 def test_signal_to_a_sweep_whose_runs_only_begin(root, tmp_path):
-    fault = Fault(tmp_path / "fault", "hydra", IMPORT, only="seed=0")
+    fault = Fault(tmp_path / "fault", "kd.config.security", BEGIN, only="seed=0")
     process = start(root, "-m", "n_jobs=1", "seed=0,1", **fault.environment)
     fault.wait(process)
     process.terminate()
@@ -654,7 +669,7 @@ def test_changed_override_makes_new_runs_and_touches_no_old_file(clean, tmp_path
 @pytest.mark.slow
 def test_data_that_is_damaged_in_the_middle_of_a_sweep(clean, root, tmp_path):
     words = ("-m", "n_jobs=1", "seed=1,0")
-    fault = Fault(tmp_path / "fault", "hydra", IMPORT, only="seed=0")
+    fault = Fault(tmp_path / "fault", "kd.config.security", BEGIN, only="seed=0")
     process = start(root, *words, **fault.environment)
     fault.wait(process)
     (data,) = root.glob("data/*/train.npy")

@@ -13,6 +13,7 @@ from kd.config.compose import composed
 from kd.data.batches import Batch, to_batch
 from kd.errors import UserError
 from kd.experiment import fit, prerequisites
+from kd.experiment.dependencies import resolved
 from kd.models import hub
 from kd.objective.chunked import Objective
 from kd.objective.losses import akl
@@ -337,6 +338,7 @@ def test_a_rank_composes_no_config(root, monkeypatch):
     monkeypatch.setattr(fit, "fit", lambda *of: given.append(of) or {})
     here(root, "logits=offline", "record=top_k", "record.k=5", "trainer.steps=2", *TOP)
     composed.cache_clear()
+    resolved.cache_clear()
     assert real(*given[0])["state"] == "done"
 
 

@@ -14,9 +14,11 @@ from omegaconf import OmegaConf
 from kd.config.components import CONF, SWEEPS
 from kd.config.rules import NO_SIGNAL, group_of
 from kd.errors import UserError
+from kd.experiment.dependencies import plan
 from kd.launch.sweeper import Processes, asked_for, at_scale, discard, varying
 from kd.models import flops as flops_module
 from kd.runs.run import Run
+from kd.system import files
 from kd.system.console import counted
 from kd.system.processes import whereabouts
 from sweeps import report
@@ -63,13 +65,14 @@ def test_words_that_make_other_runs_name_another_sweep(words):
 def test_a_damaged_teacher_is_said_before_any_run_starts(tmp_path):
     asked = settings(tmp_path, "student=100k")
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        teacher = Processes.plan(Processes.plan(asked).teacher).run
-        Processes().check_before(asked, set())  # it is not there yet
+        planned = plan(asked)
+        teacher = plan(planned.teacher).run
+        Processes().check_before(planned, set())  # it is not there yet
         teacher.folder.mkdir(parents=True)
         (teacher / "result.json").write_text("{")
         with pytest.raises(UserError, match=r"result\.json is damaged"):
-            Processes().check_before(asked, set())
-        Processes().check_before(asked, {teacher.name})
+            Processes().check_before(planned, set())
+        Processes().check_before(planned, {files.digest_of(planned.teacher)})
 
 
 def test_one_run_is_said_to_be_one():

@@ -9,6 +9,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
 
@@ -79,16 +80,22 @@ def locate(target: str, path: str) -> tuple[str, str]:
     Imports nothing, so that what is refused has done nothing.
     """
     module, _, name = str(target).rpartition(".")
-    options = option_files(path) if path in MODULES else ()
-    modules = MODULES.get(path, "").split()
-    allowed = sorted({f"kd.{m}.{f.stem}" for f in options for m in modules if f.stem in functions(m)})
-    allowed += CLASSES if path == "optim" else ()
+    allowed = _allowed(path)
     if target not in allowed:
         raise UserError(
             f"{path}._target_={target}: not something a config may call. "
             + (f"Here it may call {', '.join(allowed)}." if allowed else "Nothing is called here.")
         )
     return module, name
+
+
+@cache
+def _allowed(path: str) -> list[str]:
+    """List what a `_target_` of the group `path` may be."""
+    options = option_files(path) if path in MODULES else ()
+    modules = MODULES.get(path, "").split()
+    allowed = sorted({f"kd.{m}.{f.stem}" for f in options for m in modules if f.stem in functions(m)})
+    return [*allowed, *(CLASSES if path == "optim" else ())]
 
 
 def load(target: str, path: str):
@@ -120,8 +127,7 @@ def build(node: Node, path: str):
 
 def check_types(function, settings: Node, path: str) -> None:
     """The signature is the schema: raise UserError for a name it does not have or a value of another type."""
-    parameters = inspect.signature(function).parameters
-    hints = typing.get_type_hints(function) if inspect.isfunction(function) else {}
+    parameters, hints = parameters_of(function)
     known = [name for name in parameters if name not in GIVEN and (path, name) != ("optim", "lr")]
     for name, value in settings.items():
         if name not in known:
@@ -131,6 +137,13 @@ def check_types(function, settings: Node, path: str) -> None:
         hint = hints.get(name, float if type(default) is int else type(default))
         if name in hints or default is not None:
             check_type(f"{path}.{name}", value, hint)
+
+
+@cache
+def parameters_of(function) -> tuple[Mapping[str, inspect.Parameter], dict]:
+    """Return the parameters of a function or class, and the types that a function's are annotated with."""
+    hints = typing.get_type_hints(function) if inspect.isfunction(function) else {}
+    return inspect.signature(function).parameters, hints
 
 
 def check_type(option: str, value, hint) -> None:
@@ -184,7 +197,7 @@ def _say(hint) -> str:
 
 def checked(function, node: Node, path: str) -> Node:
     """The part of node that the function has parameters for, with their types checked."""
-    settings = {k: v for k, v in node.items() if k in inspect.signature(function).parameters}
+    settings = {k: v for k, v in node.items() if k in parameters_of(function)[0]}
     check_types(function, settings, path)
     return settings
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Iterable
+from functools import cache
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString, Sweep
@@ -31,7 +32,7 @@ def check_groups(words: Iterable[str]) -> None:
     words = list(words)
     for word in words:
         _check_slash(word)
-    overrides = [override for word in words if (override := _parsed(word))]
+    overrides = [override for word in words if (override := parsed(word))]
     for override in filter(Override.is_delete, overrides):
         group = override.key_or_group
         if group in GROUPS and group not in OPTIONAL:
@@ -50,14 +51,16 @@ def check_groups(words: Iterable[str]) -> None:
 
 def check_single(words: Iterable[str]) -> None:
     """Raise UserError for an override with several values, in a command that makes one run."""
-    for override in filter(None, map(_parsed, words)):
+    for override in filter(None, map(parsed, words)):
         if override.is_sweep_override():
             raise UserError(
                 f"{override.input_line}: one command makes one run; for a run of each value, type -m first."
             )
 
 
-def _parsed(word: str) -> Override | None:
+@cache
+def parsed(word: str) -> Override | None:
+    """Parse an override, not to be changed, since the runs of a sweep share most; None for one that Hydra refuses."""
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException:
@@ -143,9 +146,9 @@ def _check_option(override: Override) -> None:
 
 def _renamed(group: str, values: str) -> str:
     """`GROUP=VALUES`, or the setting that is meant where the values are numbers."""
-    parsed = _parsed(f"{group}={values}")
-    if parsed and all(map(_is_number, _values(parsed))):
-        return _for_number(group, _values(parsed)[0], values).removeprefix("type ")
+    override = parsed(f"{group}={values}")
+    if override and all(map(_is_number, _values(override))):
+        return _for_number(group, _values(override)[0], values).removeprefix("type ")
     return f"{group}={values}"
 
 

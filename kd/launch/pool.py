@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kd.errors import UserError
+from kd.launch.warm import Forked, Warm
 from kd.runs.outcome import Outcome, RunState, classify_exit
 from kd.runs.provenance import done_before, doubts
 from kd.runs.run import Run
@@ -259,11 +260,15 @@ class Ending:
 
 
 class Local(Pool):
-    """Does jobs as processes of this machine. devices: the GPUs to share out, as CUDA_VISIBLE_DEVICES names them."""
+    """Does jobs as processes of this machine. devices: the GPUs to share out, as CUDA_VISIBLE_DEVICES names them.
 
-    def __init__(self, program: str, jobs: list[Job], at_once: int, devices: list[str]):
+    warm: what to fork the runs from, where none of them has a GPU; others are started as programs, with a Python each.
+    """
+
+    def __init__(self, program: str, jobs: list[Job], at_once: int, devices: list[str], warm: Warm | None = None):
         super().__init__(jobs, at_once)
         self.program, self.devices = program, devices
+        self.warm = None if (devices and any(job.gpus for job in jobs)) or (warm and warm.failed) else warm
         self.processes: dict[str, Process] = {}
 
     def start(self) -> None:
@@ -271,6 +276,8 @@ class Local(Pool):
             free = [job for job in self.waiting if self._room(job)]
             if not free:
                 break
+            if self.warm and not self._is_ready(free[0]):
+                break  # work() asks again
             job = self._next(free)
             if job is None:
                 continue
@@ -280,6 +287,21 @@ class Local(Pool):
             except OSError as error:
                 self._say(job, f"could not be started: {error}")
                 self.stopped = self.stopped or self.stop_on_failure
+
+    def _is_ready(self, job: Job) -> bool:
+        """Whether runs can be started now; without a server to fork them from, they start by themselves."""
+        try:
+            job.run.folder.mkdir(parents=True, exist_ok=True)
+            ready = self.warm.ready(self._environment([]), job.log)
+        except OSError:
+            return True  # so that the start fails, and says why
+        self._check_server()
+        return ready
+
+    def _check_server(self) -> None:
+        if self.warm and self.warm.failed:
+            console.print(f"{self.warm.failed}: runs start by themselves, some seconds slower.", soft_wrap=True)
+            self.warm = None
 
     def _room(self, job: Job) -> bool:
         """Whether there are GPUs for a job: shared only where more runs were asked for than there are GPUs."""
@@ -293,24 +315,28 @@ class Local(Pool):
 
     def _start(self, job: Job) -> None:
         self._say(job, f"starts{self._left()}")
-        environment = os.environ | {PARENT: str(os.getpid())}
-        if self.at_once > 1:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            environment = {"OMP_NUM_THREADS": str(max(1, cores // min(self.at_once, len(self.jobs))))} | environment
         loads = self._loads()
         devices = sorted(self.devices, key=loads.get)[: job.gpus]
-        if self.devices:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         job.run.folder.mkdir(parents=True, exist_ok=True)
         job.begun, killed = time.monotonic(), killed_for_memory()
         with open(job.log, "ab") as log:
+            process = self.warm and self.warm.fork(job.words, log.fileno())
+            self._check_server()
             # A session of its own: what a terminal sends to all is passed on by the sweep, once.
-            process = subprocess.Popen(
-                [sys.executable, self.program, *job.words], env=environment, start_new_session=True,
+            process = process or subprocess.Popen(
+                [sys.executable, self.program, *job.words], env=self._environment(devices), start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
         self.processes[job.run.name] = Process(process, devices, killed)
         self.running.append(job)
+
+    def _environment(self, devices: list[str]) -> dict[str, str]:
+        """Return the environment of a run that has these GPUs."""
+        environment = os.environ | {PARENT: str(os.getpid())}
+        if self.at_once > 1:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            environment = {"OMP_NUM_THREADS": str(max(1, cores // min(self.at_once, len(self.jobs))))} | environment
+        return environment | ({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if self.devices else {})
 
     def over(self) -> list[Job]:
         ended = []
@@ -350,7 +376,7 @@ class Local(Pool):
 class Process:
     """What works on a job on this machine."""
 
-    process: subprocess.Popen
+    process: subprocess.Popen | Forked
     devices: list[str]  # GPUs it may use
     killed: int  # processes that the kernel had ended for want of memory when this one began
     memory: int = 0  # the most it held, bytes

@@ -22,13 +22,15 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from kd.config.components import check_sweep
+from kd.config.composer import Composer
 from kd.config.options import option_of
 from kd.config.rules import NO_SIGNAL, group_of, name_of, resolve
 from kd.config.security import check_words
 from kd.errors import MISTAKES, UserError, for_people
-from kd.experiment.dependencies import plan
+from kd.experiment.dependencies import Plan, plan
 from kd.experiment.prerequisites import prepare
 from kd.launch.pool import Job, Local, Pool, Watch, fitting, gpus, visible_devices
+from kd.launch.warm import Warm
 from kd.runs import wandb_agent
 from kd.runs.identity import NO_EFFECT, below
 from kd.runs.outcome import RunState
@@ -48,6 +50,11 @@ class Multirun(Sweeper):
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Raise what Hydra raises for the first job that it cannot compose."""
+        for job in batch:
+            self.launcher.composer.compose(job)
 
     def name_from(self, arguments: Sequence[str]) -> None:
         """Give a sweep without a name one that is its words', so that its list is no other sweep's."""
@@ -124,6 +131,7 @@ class Runs(Launcher):
     def setup(self, *, hydra_context, task_function, config) -> None:
         config.root = files.expanded(config.root)  # the settings of a run are expanded when they are resolved
         self.hydra_context, self.config = hydra_context, config
+        self.composer = Composer(hydra_context.config_loader, config)
         self.program = sys.modules[task_function.__module__].__file__
 
     def at_once(self, asked: Sequence[int]) -> float:
@@ -226,8 +234,7 @@ class Runs(Launcher):
         raise UserError(refused(jobs, said, wrong))
 
     def _settings(self, words: Sequence[str]) -> dict:
-        cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(words))
-        return resolve(cfg, list(words))
+        return resolve(self.composer.compose(words), list(words))
 
     def _prepare_wandb(self, name: str, runs: Iterable[Run]) -> None:
         """Ask W&B's server once for all runs, and put those that were made outside of any sweep into this one's group.
@@ -252,36 +259,42 @@ class Runs(Launcher):
                 loggers.forget()
                 console.print(f"{counted(joined, 'run', 'runs')} made before: now in the group {name} of W&B.")
 
-    def _run(self, words: Sequence[str], sound: set[str] | None = None) -> tuple[Run, int, str]:
+    def _run(self, words: Sequence[str], sound: set[str]) -> tuple[Run, int, str]:
         """The run that the words describe, how many GPUs it asks for, and where it is logged.
 
-        sound: names of teachers and starts that were checked already.
+        sound: digests of the settings of runs, teachers and starts that were tried already.
         """
         settings = self._settings(words)
-        run = plan(settings).run
+        planned = plan(settings)
+        run = planned.run
         if self.config.force or (result := run.result()) is None:
             self.check_place(settings)
-            self.check_before(settings, set() if sound is None else sound)
-            prepare(settings)
+            self.check_before(planned, sound)
+            trial = files.digest_of(settings | {"seed": None})  # which it does not depend on
+            if trial not in sound:
+                prepare(settings)
+                sound.add(trial)
         else:
             run.settle()
             if not run.remote:
                 run.check(result, *(name for name in SEALED if name != "student"))
         return run, gpus(settings["trainer"]), name_of(settings["logger"])
 
-    def check_before(self, settings: dict, sound: set[str]) -> None:
-        """Raise UserError for a damaged run that makes the teacher or start of a run; sound: names of checked ones."""
-        planned = plan(settings)
+    def check_before(self, planned: Plan, sound: set[str]) -> None:
+        """Raise UserError for a damaged run that makes the teacher or start of a run.
+
+        sound: digests of the settings of those that were checked already.
+        """
         stored = planned.store is not None and planned.store.manifest().exists()
         for model in filter(None, (planned.start, None if stored else planned.teacher)):
-            run = plan(model).run
-            if run.name in sound:
+            if (digest := files.digest_of(model)) in sound:
                 continue
-            if result := run.result():
-                run.check(result, "student")
+            before = plan(model)
+            if result := before.run.result():
+                before.run.check(result, "student")
             else:
-                self.check_before(model, sound)
-            sound.add(run.name)
+                self.check_before(before, sound)
+            sound.add(digest)
 
     def _return(self, job: Job) -> JobReturn:
         result, state = outcome(job)
@@ -359,6 +372,10 @@ class Processes(Runs):
 
     here = True
 
+    def setup(self, **given) -> None:
+        super().setup(**given)
+        self.warm = Warm(self.program) if sys.platform == "linux" else None  # for all batches of a search
+
     def check_place(self, settings: dict) -> None:
         if settings["trainer"]["devices"] > 1:
             from kd.parallel import collectives  # and torch
@@ -369,7 +386,7 @@ class Processes(Runs):
         return self.config.n_jobs or fitting(visible_devices(), min(asked, default=1))
 
     def pool(self, name: str, jobs: list[Job]) -> Pool:
-        return Local(self.program, jobs, self.at_once([job.gpus for job in jobs]), visible_devices())
+        return Local(self.program, jobs, self.at_once([job.gpus for job in jobs]), visible_devices(), self.warm)
 
 
 def varying(jobs: Sequence[Sequence[str]], names: Sequence[str]) -> list[str]:
