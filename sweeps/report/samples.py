@@ -3,80 +3,84 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from kd.identity import model_name
 from kd.progress import harmless
 from kd.run import RESPONSES
-from sweeps.compare import Group, subset
-from sweeps.table import GREY, Row
+from sweeps.report.groups import Group, subset
+from sweeps.report.table import GREY, Row
 
-SHOWN = 5  # prompts
-MOST = 4000  # characters that are shown of a text
+MOST_SAMPLES = 5
+MOST_CHARACTERS = 4000  # of a text
 
 
-class Said(NamedTuple):
-    """Who wrote what."""
+@dataclass(frozen=True)
+class SampleText:
+    """Text of a sample with its author."""
 
-    who: str
+    author: str
     text: str
     color: str
     rouge_l: float | None = None
 
 
-class Sample(NamedTuple):
-    """A prompt, the reference, and what everyone wrote."""
+@dataclass(frozen=True)
+class Sample:
+    """Prompt, reference and all responses to it."""
 
     number: int  # of the validation row, from 1
-    said: list[Said]
+    texts: list[SampleText]
 
 
-Asked = list[tuple[Row, dict[int, dict]]]  # rows of the table, and what their runs wrote, by validation row
+Responses = list[tuple[Row, dict[int, dict]]]  # rows of the table with what their runs wrote, by validation row
 
 
-def samples(table: list[Row]) -> list[Sample]:
-    """Some prompts, spread evenly over the validation rows, so without a look at what came of them.
+def samples_of(table: list[Row]) -> list[Sample]:
+    """Return some prompts, spread evenly over the validation rows, so chosen without regard to their responses.
 
-    Of each row of the table the run with the lowest seed, and its first sample. One that was asked something else than
-    the first, or in another way, or whose file is damaged, is left out.
+    Of each row of the table, the run with the lowest seed and its first sample. A row is left out if its prompts or
+    its settings of responses differ from the first row's, or if its file is damaged.
     """
-    asked: Asked = [(row, found) for row in table if (found := responses(row.group))]
-    if not asked:
+    responses: Responses = [(row, lines) for row in table if (lines := first_samples(row.group))]
+    if not responses:
         return []
-    first, prompts = asked[0]
-    asked = [(row, lines) for row, lines in asked if how(row) == how(first)]
-    numbers, count = sorted(prompts), min(SHOWN, len(prompts))
-    return [sample(asked, numbers[len(numbers) * i // count]) for i in range(count)]
+    first, prompts = responses[0]
+    responses = [(row, lines) for row, lines in responses if settings_of(row) == settings_of(first)]
+    numbers, count = sorted(prompts), min(MOST_SAMPLES, len(prompts))
+    return [sample(responses, numbers[len(numbers) * i // count]) for i in range(count)]
 
 
-def how(row: Row) -> str:
+def settings_of(row: Row) -> str:
     return subset(row.group.config, "responses")
 
 
-def sample(asked: Asked, number: int) -> Sample:
-    """One prompt; each teacher once, by its name."""
-    first = asked[0][1][number]
-    lines = [(row, of[number]) for row, of in asked if of.get(number, {}).get("prompt") == first["prompt"]]
+def sample(responses: Responses, number: int) -> Sample:
+    """Return one prompt; each teacher once, by its name."""
+    first = responses[0][1][number]
+    prompt = first["prompt"]
+    lines = [(row, by_row[number]) for row, by_row in responses if by_row.get(number, {}).get("prompt") == prompt]
     teachers = {f"teacher {model_name(row.group.config, 'teacher')}": line for row, line in reversed(lines)
                 if isinstance(line.get("teacher"), str)}  # fmt: skip
-    said = [Said(name, cut(first[name]), GREY) for name in ("prompt", "reference")]
-    said += [Said(who, cut(x["teacher"]), GREY, score(x.get("teacher_rouge_l"))) for who, x in sorted(teachers.items())]
-    said += [Said(row.group.label, cut(x["response"]), row.color, score(x.get("rouge_l"))) for row, x in lines]
-    return Sample(number + 1, said)
+    texts = [SampleText(name, cut(first[name]), GREY) for name in ("prompt", "reference")]
+    texts += [SampleText(name, cut(line["teacher"]), GREY, score(line.get("teacher_rouge_l")))
+              for name, line in sorted(teachers.items())]  # fmt: skip
+    texts += [SampleText(row.group.label, cut(line["response"]), row.color, score(line.get("rouge_l")))
+              for row, line in lines]  # fmt: skip
+    return Sample(number + 1, texts)
 
 
-def responses(group: Group) -> dict[int, dict]:
-    """The first sample of a group's first run, by validation row; nothing of a file that is not what a run writes."""
-    folder: Path = group.runs[min(group.runs)].folder
+def first_samples(group: Group) -> dict[int, dict]:
+    """Return the first sample of a group's first run, by validation row; nothing if the file is damaged."""
+    folder = group.runs[min(group.runs)].folder
     try:
         with open(folder / RESPONSES, encoding="utf-8") as file:
             lines = [json.loads(line) for line in file]
-        found = {line["row"]: line for line in lines if line["sample"] == 0}
-        texts = [line[name] for line in found.values() for name in ("prompt", "reference", "response")]
+        by_row = {line["row"]: line for line in lines if line["sample"] == 0}
+        texts = [line[name] for line in by_row.values() for name in ("prompt", "reference", "response")]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return found if all(type(row) is int for row in found) and all(isinstance(x, str) for x in texts) else {}
+    return by_row if all(type(row) is int for row in by_row) and all(isinstance(x, str) for x in texts) else {}
 
 
 def score(value: object) -> float | None:
@@ -85,4 +89,4 @@ def score(value: object) -> float | None:
 
 def cut(text: str) -> str:
     text = harmless(text)
-    return text if len(text) <= MOST else f"{text[:MOST]} …"
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} …"

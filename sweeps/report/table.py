@@ -1,4 +1,4 @@
-"""The table of a report: its rows, what stands beside them, and how numbers are written."""
+"""Rows, columns and reference lines of a report's table."""
 
 from __future__ import annotations
 
@@ -6,164 +6,146 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import NamedTuple
 
+from kd.evaluation.catalog import BY_NAME, LOSS, METRICS, Metric
 from kd.identity import model_name
-from kd.run import EXACCERR_LENGTH
-from sweeps.compare import LOSS, Goal, Group, Interval, baseline, closed, difference, goal, label, subset, varying
-from sweeps.finding import by_task, leader
+from sweeps.report.groups import Group, label, primary_metric, subset, tasks_of, varying
+from sweeps.report.statistics import Interval, baseline, best_group, difference, gap_closed
+from sweeps.report.wording import format_number
 
-MEASURES = {  # columns of the table: what they are called and what they mean
-    "val/rouge_l": ("rouge-l", "Rouge-L F1 of responses to held-out prompts, stemmed; papers print it times 100"),
-    "val/exact_match": ("exact", "share of responses that equal the reference but for white space"),
-    "val/perplexity": ("perplexity", "of the references: the exponential of the loss"),
-    "val/bpb": ("bits per byte", "the loss per byte of text, which can be compared where tokenizers differ"),
-    "val/fkl": ("fkl", "KL(teacher || student), nats per token; 0 is a perfect copy of the teacher"),
-    "val/rkl": ("rkl", "KL(student || teacher), nats per token"),
-    "val/acceptance": ("acceptance", "1 - total variation distance: how often speculative decoding keeps a token"),
-    "val/agreement": ("agreement", "share of positions where student and teacher rank the same token first"),
-    "val/accuracy": ("accuracy", "share of held-out tokens that the student ranks first"),
-    "val/ece": ("ece", "expected calibration error: mean |confidence - accuracy| over 15 bins; 0 is calibrated"),
-    "val/exaccerr": ("exaccerr", "excess accumulated error: how much further the student is from the teacher, by fkl "
-                     f"over the first {EXACCERR_LENGTH} tokens, after its own text than after the teacher's"),
-    "val/on_policy_rkl": ("on-policy rkl", "KL(student || teacher) on text that the student wrote, nats per token"),
-    "val/on_policy_tvd": ("on-policy tvd", "total variation distance between the two on that text"),
-    "val/on_policy_ece": ("on-policy ece", "calibration error there, with the teacher's distribution as the truth"),
-    "val/distinct_4": ("distinct-4", "distinct 4-grams of words in all responses together, as a share of all"),
-    "val/response_length": ("length", "tokens of a response, without its end"),
-    "val/ended": ("ended", "share of responses that end by themselves, and not because their row is full"),
-}  # fmt: skip
 COLORS = ("#3b78d8", "#d9772f", "#2a9d78", "#b855a8", "#b0931f", "#cf4a5a", "#4f8fa3", "#8468d0", "#73892f", "#9c664a")
 GREY = "#8c929c"
 
 
-class Row(NamedTuple):
-    """A line of the table: a group and what it is compared to."""
+@dataclass(frozen=True)
+class Row:
+    """Group with what it is compared to."""
 
     group: Group
-    base: Group | None
-    change: Interval | None
-    closed: Interval | None
-    first: Group  # that leads its task
-    behind: Interval | None  # difference to that one
+    baseline: Group | None
+    difference: Interval | None  # to the baseline
+    gap_closed: Interval | None
+    best: Group  # of its task
+    vs_best: Interval | None  # difference to that
     color: str
 
     @property
-    def own_teacher(self) -> bool:
+    def cotrained(self) -> bool:
         """Whether its teacher was trained along with it, so that no other row has the same."""
         return self.group.config["logits"] == "cotrained"
 
 
-class Mark(NamedTuple):
-    """What stands beside the students: a teacher, students before training, or the lowest loss there can be."""
+@dataclass(frozen=True)
+class ReferenceLine:
+    """Values beside the students: of a teacher, of students before training, or the lowest loss there can be."""
 
     label: str
     dash: str  # of its line in plots; empty for none
-    values: dict[str, float]
+    values: dict[str, float]  # by key
 
 
-class Columns(NamedTuple):
-    """Which columns the table has, and what is said under it instead."""
+@dataclass(frozen=True)
+class Columns:
+    """Columns that tell something of these rows."""
 
-    measures: dict[str, tuple[str, str]]  # titles and meanings
-    same: dict[str, str]  # titles of measures that are the same in all rows, and their value
-    ranked: bool  # whether the difference to the first of a task says more, of some row, than that to the baseline
+    metrics: list[Metric]
+    constant: dict[str, str]  # labels of metrics that are the same in all rows, with their value
+    ranked: bool  # whether some row has another difference to the best of its task than to its baseline
     gaps: bool
     footnote: bool  # whether some gaps are those to another teacher
-    seeds: int | None  # of all rows; None where they differ
+    seeds: int | None  # of all rows; None if they differ
 
 
-def rows(groups: list[Group]) -> list[Row]:
-    """The table, best first; colors go to the best."""
-    of, colors, found = goal(groups), iter(COLORS), []
-    firsts, mixed = {some[0].task: leader(some, of) for some in by_task(groups)}, any(not g.alone for g in groups)
+def rows_of(groups: list[Group]) -> list[Row]:
+    """Return the rows, best first; colors go to the best."""
+    metric, colors, rows = primary_metric(groups), iter(COLORS), []
+    best = {task[0].task: best_group(task, metric) for task in tasks_of(groups)}
+    mixed = any(not g.supervised for g in groups)
     for group in groups:
-        base, first = baseline(group, groups), firsts[group.task]
-        color = GREY if group.alone and mixed else next(colors, GREY)
-        behind = None if group is first else difference(group, first, of.key)
-        found.append(Row(group, base, difference(group, base, of.key), closed(group, base, of), first, behind, color))
-    return found
+        base, first = baseline(group, groups), best[group.task]
+        color = GREY if group.supervised and mixed else next(colors, GREY)
+        change = difference(group, base, metric.key)
+        vs_best = None if group is first else difference(group, first, metric.key)
+        rows.append(Row(group, base, change, gap_closed(group, base, metric), first, vs_best, color))
+    return rows
 
 
-def by_loss(table: list[Row]) -> list[Row]:
-    """The same rows, compared by their losses, the lowest first."""
-    found = [r._replace(change=difference(r.group, r.base), closed=closed(r.group, r.base)) for r in table]
-    return sorted(found, key=lambda row: row.group.mean().mean)
+def by_loss(rows: list[Row]) -> list[Row]:
+    """Return the same rows, compared by their losses, the lowest first."""
+    compared = [
+        replace(r, difference=difference(r.group, r.baseline), gap_closed=gap_closed(r.group, r.baseline)) for r in rows
+    ]
+    return sorted(compared, key=lambda row: row.group.mean().mean)
 
 
-def columns(table: list[Row], of: Goal, beside: list[Mark]) -> Columns:
-    """Only those that tell something of these rows."""
-    groups, closed_ = [row.group for row in table], [row for row in table if row.closed]
-    found = measures(groups, of)
-    same = alike(groups, found, beside)
+def columns_of(rows: list[Row], metric: Metric, lines: list[ReferenceLine]) -> Columns:
+    """Return the columns for a table that is judged by `metric`."""
+    groups, with_gap = [row.group for row in rows], [row for row in rows if row.gap_closed]
+    metrics = measured(groups, metric)
+    constant = constant_values(groups, metrics, lines)
     counts = Counter(group.task for group in groups)
     seeds = {len(group.runs) for group in groups}
     return Columns(
-        {k: says for k, says in found.items() if k not in same},
-        {found[k][0]: value for k, value in same.items()},
-        any(counts[row.group.task] > 2 and row.first is not row.base for row in table),
-        bool(closed_),
-        0 < sum(row.own_teacher for row in closed_) < len(closed_),
-        seeds.pop() if len(seeds) == 1 else None,
+        metrics=[m for m in metrics if m not in constant],
+        constant={m.label: value for m, value in constant.items()},
+        ranked=any(counts[row.group.task] > 2 and row.best is not row.baseline for row in rows),
+        gaps=bool(with_gap),
+        footnote=0 < sum(row.cotrained for row in with_gap) < len(with_gap),
+        seeds=seeds.pop() if len(seeds) == 1 else None,
     )
 
 
-def measures(groups: list[Group], of: Goal) -> dict[str, tuple[str, str]]:
-    """Those beside the goal that any group has a value for, the loss first.
+def measured(groups: list[Group], metric: Metric) -> list[Metric]:
+    """Return the metrics beside `metric` that any group has a value for.
 
-    Bits per byte, a multiple of the loss where all have one tokenizer, are then in the CSV alone.
+    Bits per byte, a multiple of the loss if all have one tokenizer, are then in the CSV alone.
     """
-    loss = {LOSS.key: (LOSS.title, "mean negative log-likelihood of held-out text, nats per token")}
     tokenizers = {result.get("bytes_per_token") for g in groups for result in g.results}
-    told = {of.key} | ({"val/bpb"} if len(tokenizers) == 1 else set())
-    return {k: says for k, says in (loss | MEASURES).items() if k not in told and any(g.of(k) for g in groups)}
+    left_out = {metric} | ({BY_NAME["bpb"]} if len(tokenizers) == 1 else set())
+    return [m for m in METRICS if m.column and m not in left_out and any(g.values(m.key) for g in groups)]
 
 
-def alike(groups: list[Group], keys: Iterable[str], beside: list[Mark]) -> dict[str, str]:
-    """Measures that are the same, as shown, wherever they were measured, and of what value."""
+def constant_values(groups: list[Group], metrics: Iterable[Metric], lines: list[ReferenceLine]) -> dict[Metric, str]:
+    """Return the metrics with one value, as shown, wherever they were measured."""
     shown = {}
-    for key in keys if len(groups) > 1 else ():
-        values = [mean.mean for g in groups if (mean := g.mean(key))]
-        shown[key] = {number(value, 3) for value in (*values, *(m.values[key] for m in beside if key in m.values))}
-    return {key: of.pop() for key, of in shown.items() if len(of) == 1}
+    for metric in metrics if len(groups) > 1 else ():
+        values = [mean.mean for g in groups if (mean := g.mean(metric.key))]
+        values += [line.values[metric.key] for line in lines if metric.key in line.values]
+        shown[metric] = {format_number(value, 3) for value in values}
+    return {metric: values.pop() for metric, values in shown.items() if len(values) == 1}
 
 
-def marks(groups: list[Group]) -> list[Mark]:
-    """Teachers, students before training where that was measured, and, where it is known, the entropy of the data."""
-    taught: dict[tuple[str, str], list[Group]] = {}
+def reference_lines(groups: list[Group]) -> list[ReferenceLine]:
+    """Return teachers, students before training if that was measured, and the entropy of the data if it is known."""
+    students: dict[tuple[str, str], list[Group]] = {}
     for group in groups:
-        if group.of("val/teacher_lm"):
+        if group.values(LOSS.teacher_key):
             config = group.results[0]["config"]  # a group's own leaves out what its outcome does not depend on
-            learns = ", cotrained" if config["logits"] == "cotrained" else ""
-            taught.setdefault((subset(config, "teacher", "data"), learns), []).append(group)
-    keys, found = varying([json.loads(text) for text, _ in taught]), []
-    for (text, learns), members in taught.items():
-        said = label(json.loads(text), keys) or str(model_name(members[0].config, "teacher"))
-        own = {k: k.replace("val/", "val/teacher_") for k in (LOSS.key, *MEASURES)}
-        seen = {k: [v for g in members for v in g.of(name).values()] for k, name in own.items()}
+            note = ", cotrained" if config["logits"] == "cotrained" else ""
+            students.setdefault((subset(config, "teacher", "data"), note), []).append(group)
+    keys, lines = varying([json.loads(text) for text, _ in students]), []
+    for (text, note), members in students.items():
+        name = label(json.loads(text), keys) or str(model_name(members[0].config, "teacher"))
+        seen = {m.key: [v for g in members for v in g.values(m.teacher_key).values()] for m in METRICS if m.column}
         values = {k: fmean(v) for k, v in seen.items() if v}
         if per_token := members[0].results[0].get("bytes_per_token"):
-            values["val/bpb"] = values["val/lm"] / math.log(2) / per_token
-        found.append(Mark(f"teacher {said.removeprefix('teacher=')}{learns}", "solid", values))
-    found += untrained(groups)
+            values["val/bpb"] = values[LOSS.key] / math.log(2) / per_token
+        lines.append(ReferenceLine(f"teacher {name.removeprefix('teacher=')}{note}", "solid", values))
+    lines += before_training(groups)
     floors = {result.get("entropy") for g in groups for result in g.results} - {None}
-    return found + [Mark("entropy of the data", "dot", {"val/lm": floor}) for floor in sorted(floors)]
+    return lines + [ReferenceLine("entropy of the data", "dot", {LOSS.key: floor}) for floor in sorted(floors)]
 
 
-def untrained(groups: list[Group]) -> list[Mark]:
-    """What students that are not random were before their training, a mark for each of what they start from."""
+def before_training(groups: list[Group]) -> list[ReferenceLine]:
+    """Return the values of students that are not random before their training, a line for each start."""
     starts: dict[str, list[dict[str, float]]] = {}
     for result in (result for group in groups for result in group.results if result.get("initial")):
         starts.setdefault(subset(result["config"], "student", "start", "data"), []).append(result["initial"])
-    keys, found = varying([json.loads(text) for text in starts]), []
+    keys, lines = varying([json.loads(text) for text in starts]), []
     for text, initials in starts.items():
-        seen = {k: [initial[k] for initial in initials if k in initial] for k in (LOSS.key, *MEASURES)}
+        seen = {m.key: [initial[m.key] for initial in initials if m.key in initial] for m in METRICS if m.column}
         values = {k: fmean(v) for k, v in seen.items() if v}
-        found.append(Mark(f"before training {label(json.loads(text), keys)}".rstrip(), "", values))
-    return found
-
-
-def number(value: float | None, digits: int = 4, sign: bool = False) -> str:
-    """With a true minus sign; a dash where there is no value."""
-    return "–" if value is None else f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+        lines.append(ReferenceLine(f"before training {label(json.loads(text), keys)}".rstrip(), "", values))
+    return lines

@@ -1,152 +1,139 @@
-"""What a sweep says in one line, and how sure that is."""
+"""Verdict on a sweep: the best group, how far it is from its baseline, and what cannot be told apart from it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from kd.evaluation.catalog import Metric
 from kd.identity import below
-from sweeps.compare import (
-    ALONE,
-    TASK,
-    Goal,
-    Group,
-    Interval,
-    baseline,
-    closed,
-    difference,
-    goal,
-    label,
-    listed,
-    shared,
-    task_of,
-    varying,
-    without_loss,
-)
+from sweeps.report.groups import SUPERVISED, TASK, Group, baseline_name, describe_task, label, primary_metric, tasks_of, varying
+from sweeps.report.statistics import Interval, baseline, best_group, difference, gap_closed, indistinguishable, interval
+from sweeps.report.wording import format_number, join_words, plus_minus
 
-ONE_SEED = "1 seed: no error bar, so a small difference may be chance"
-NOUNS = {
-    "loss": "losses", "student.size": "students", "teacher.size": "teachers", "truncation": "truncations",
-    "temperature.tau": "temperatures", "alpha.peak": "shares of distillation", "lr.peak": "learning rates",
-}  # fmt: skip
+MOST_NAMED, MOST_TASKS = 3, 4  # groups and tasks that are named one by one
 
 
-def finding(groups: list[Group]) -> str:
-    """What the sweep says, in one line, and how sure that is."""
-    of, rivals = goal(groups), [g for g in groups if not g.alone] or groups
-    tasks = by_task(groups)
-    if not rivals[0].alone and len(tasks) > 1:
-        return over_tasks(groups, of)
-    if len(tasks) > 1 and (firsts := between(tasks, of)):
-        return firsts
-    changes = {g.label: difference(g, baseline(g, groups), of.key) for g in rivals if not g.alone}
-    gains = {name: of.sign * change.mean for name, change in changes.items() if change}
-    best = leader(rivals, of)
-    base, change = None if best.alone else baseline(best, groups), changes.get(best.label)
-    digits = 4 if change and abs(change.mean) < 0.005 else 3
-    behind = {g.label: d for g in rivals if g is not best and (d := difference(g, best, of.key))}
-    tied = [name for name, d in behind.items() if d.noise]
-    unsure = tied or any(not c.sure for c in (change, *behind.values()) if c)
-    word = of.first if unsure or (change and gains[best.label] <= 0) else "best"
-    says = f"{best.label}: " if len(rivals) == 1 else f"of {count(rivals)}, {best.label} is {word}: "
-    says += f"{shared(best, base, of.key):.{digits}f} {of.unit}"
-    if base is None:
-        mean = best.mean(of.key)
-        missing = f"with its seed, {task_of(groups)}" if len(rivals) < len(groups) else ""
-        says += f" ({ONE_SEED})" if mean.half is None else f" ± {mean.half:.{digits}f} ({mean.n} seeds, 95% interval)"
-        says += (
-            "" if best.alone else f"; there is no run by {ALONE} {missing}".rstrip() + " to compare with (logits=none)"
-        )
-    else:
-        beside = f"{shared(base, best, of.key):.{digits}f} for {base.label}"
-        says += f" against {beside}{verdict(change, closed(best, base, of), digits, of, without_loss(base.config))}"
-    sure = [name for name, c in changes.items() if c and gains[name] > 0 and c.sure]
-    ahead = [name for name, d in behind.items() if of.sign * d.mean > 0 and d.half is None]
-    tied = tied if len(tied) <= 3 else [*tied[:2], f"{len(tied) - 2} more"]
-    says += f"; better beyond noise: {listed(sure)}" if sure and best.label not in sure else ""
-    says += f"; {listed(tied)} cannot be told apart from {best.label}" if tied else ""
-    return says + (f"; ahead of it on 1 seed, which may be chance: {listed(ahead)}" if ahead else "")
+@dataclass(frozen=True)
+class Verdict:
+    """Best group of a task, in numbers."""
+
+    task: str  # label of the task; empty if the sweep has one
+    best: str
+    rivals: int  # groups that it was picked from, itself among them
+    metric: Metric
+    value: Interval  # of the best, over the seeds that its baseline has too
+    baseline: str | None  # None: there is none, or the best is language modelling alone itself
+    difference: Interval | None  # to the baseline, paired over seeds
+    gap_closed: Interval | None
+    tied: list[str]  # within noise of the best
+    surely_better: list[str]  # than the baseline, if the best is not
+    ahead_on_one_seed: list[str]  # of the best
+
+    @property
+    def improves(self) -> bool:
+        return self.difference is not None and self.metric.sign * self.difference.mean > 0
+
+    @property
+    def digits(self) -> int:
+        return 4 if self.difference and abs(self.difference.mean) < 0.005 else 3
+
+    def line(self) -> str:
+        """Return all of it as one line."""
+        change, n = self.difference, (self.difference or self.value).n
+        rank = f" is {extreme(self.metric)} of {self.rivals}" if self.rivals > 1 else ""
+        half = "" if change else plus_minus(self.value.half, self.digits)
+        parts = [f"{self.best}{rank}: {format_number(self.value.mean, self.digits)}{half} {self.metric.unit}"]
+        if change:
+            parts.append(f"{self._change()} against {self.baseline}")
+            parts += ["within noise"] if change.within_noise else []
+            if not self.improves:
+                parts.append("which is no improvement")
+            elif self.gap_closed and not change.within_noise:
+                parts.append(f"{percent(self.gap_closed)} of the gap to the teacher closed")
+        elif self.baseline:
+            parts.append(f"no run by {self.baseline} with its task and seed to compare with (logits=none)")
+        seeds = f"{n} seeds, {'paired, ' if change else ''}95% interval" if n > 1 else "1 seed: no interval"
+        text = f"{', '.join(parts)} ({seeds})"
+        for caveat, names in (
+            ("cannot be told apart from it", self.tied),
+            ("better beyond noise", self.surely_better),
+            ("ahead of it on 1 seed, which may be chance", self.ahead_on_one_seed),
+        ):
+            text += f"; {caveat}: {shortened(names)}" if names else ""
+        return text
+
+    def short(self) -> str:
+        """Return task, best group and its difference."""
+        change = f" ({self._change()})" if self.difference else ""
+        tied = f", like {shortened([self._within_task(name) for name in self.tied])}" if self.tied else ""
+        value = format_number(self.value.mean, self.digits)
+        return f"{self.task}: {self._within_task(self.best)} {value}{change}{tied}"
+
+    def _within_task(self, label: str) -> str:
+        return " ".join(word for word in label.split(" ") if word not in self.task.split(" "))
+
+    def _change(self) -> str:
+        return format_number(self.difference.mean, self.digits, True) + plus_minus(self.difference.half, self.digits)
 
 
-def leader(rivals: list[Group], of: Goal) -> Group:
-    """The one that no other is ahead of on the seeds that both have; those with most seeds are asked first.
-
-    One of fewer seeds has to be ahead beyond noise, since a seed alone may be a lucky one.
-    """
-    best, *others = sorted(rivals, key=lambda g: -len(g.runs))
-    for group in others:
-        change = difference(group, best, of.key)
-        if change and of.sign * change.mean > 0 and (len(group.runs) == len(best.runs) or change.sure):
-            best = group
-    return best
+def verdicts_of(groups: list[Group]) -> list[Verdict]:
+    """Return a verdict for each task that has something to compare. groups: the best first."""
+    tasks = [task for task in tasks_of(groups) if not all(g.supervised for g in task)] or tasks_of(groups)
+    keys = [k for k in varying([g.config for g in groups]) if below(k, TASK)] if len(tasks) > 1 else []
+    metric = primary_metric(groups)
+    return [judge(task, metric, label(task[0].config, keys)) for task in tasks]
 
 
-def verdict(change: Interval, share: Interval | None, digits: int, of: Goal, alone: str) -> str:
-    """How the best differs from language modelling alone, with the interval or the lack of one."""
-    gap = f", closing {percent(share)} of the gap to the teacher" if share and share.mean > 0 else ""
-    nothing = f": nothing here beats {alone}" if of.sign * change.mean <= 0 else ""
-    if change.half is None:
-        return f"{nothing or gap} ({ONE_SEED})"
-    size = f"{abs(change.mean):.{digits}f} ± {change.half:.{digits}f}"
-    seeds = f"({change.n} seeds, paired, 95% interval)"
-    if change.noise:
-        return f", a difference of {size} {seeds}, which is within noise{nothing or ': no gain is shown'}"
-    return f", {size} {'higher' if change.mean > 0 else 'lower'} {seeds}{nothing or gap}"
+def judge(task: list[Group], metric: Metric, name: str) -> Verdict:
+    """Return the verdict on the groups of one task, the best first."""
+    rivals = [g for g in task if not g.supervised] or task
+    best = best_group(rivals, metric)
+    base = None if best.supervised else baseline(best, task)
+    change = difference(best, base, metric.key) if base else None
+    changes = [(g, difference(g, baseline(g, task), metric.key)) for g in rivals if not g.supervised]
+    sure = [g for g, c in changes if c and metric.sign * c.mean > 0 and c.beyond_noise]
+    leads = [(g, difference(g, best, metric.key)) for g in rivals if g is not best]
+    values = {seed: x for seed, x in best.values(metric.key).items() if base is None or seed in base.runs}
+    return Verdict(
+        task=name,
+        best=best.label,
+        rivals=len(rivals),
+        metric=metric,
+        value=interval(values.values()),
+        baseline=None if best.supervised else base.label if base else SUPERVISED,
+        difference=change,
+        gap_closed=gap_closed(best, base, metric),
+        tied=[g.label for g in indistinguishable(best, rivals, metric)],
+        surely_better=[] if best in sure else [g.label for g in sure],
+        ahead_on_one_seed=[g.label for g, lead in leads if lead and lead.half is None and metric.sign * lead.mean > 0],
+    )
+
+
+def headline(verdicts: list[Verdict], groups: list[Group]) -> str:
+    """Return the verdict on a sweep as one line: in full for one task, else the best of each task."""
+    if len(verdicts) == 1:
+        return verdicts[0].line()
+    changes, metric = [v for v in verdicts if v.difference], verdicts[0].metric
+    best, settings = f"{extreme(metric)} {metric.label}", f"settings of {describe_task(groups)}"
+    summary = f"{best} in {len(verdicts)} {settings}"
+    if changes:
+        sure = sum(v.improves and v.difference.beyond_noise for v in changes)
+        better = f"better than {baseline_name(groups)}, beyond noise in {sure}"
+        summary = f"in {sum(v.improves for v in changes)} of {len(changes)} {settings} the {best} is {better}"
+    parts = [summary, *(verdict.short() for verdict in verdicts[:MOST_TASKS])]
+    more = len(verdicts) - MOST_TASKS
+    return "; ".join([*parts, f"{more} more in the table"] if more > 0 else parts)
+
+
+def extreme(metric: Metric) -> str:
+    return "highest" if metric.better == "higher" else "lowest"
 
 
 def percent(share: Interval) -> str:
     return f"{share.mean:.0%}" + (f" ± {share.half:.0%}" if share.half is not None else "")
 
 
-def over_tasks(groups: list[Group], of: Goal) -> str:
-    """The finding where student, data or tokens vary, so that losses are compared within each of these."""
-
-    def gain(group: Group) -> Interval | None:
-        return None if group.alone else difference(group, baseline(group, groups), of.key)
-
-    tasks = by_task([group for group in groups if gain(group)])
-    if not tasks:
-        found = f"{len(by_task(groups))} settings of {task_of(groups)}"
-        return f"{found}, and in none of them a run by {ALONE} to compare with"
-    best = [max(map(gain, some), key=lambda change: of.sign * change.mean) for some in tasks]
-    sure = sum(of.sign * c.mean > 0 and c.sure for c in best)
-    single = sum(c.half is None for c in best)
-    how = f"; beyond noise in {sure} (paired over seeds, 95%)" if single < len(best) else f" ({ONE_SEED})"
-    how += f", with 1 seed in {single}" if 0 < single < len(best) else ""
-    better = f"in {sum(of.sign * c.mean > 0 for c in best)} of {len(best)} settings of {task_of(groups)}"
-    firsts = between(tasks, of, "of those distilled, ")
-    return f"{better} the best distilled student has {of.better} than {ALONE}{how}" + (f"; {firsts}" if firsts else "")
-
-
-def by_task(groups: list[Group]) -> list[list[Group]]:
-    """Groups whose losses can be compared, together."""
-    found: dict[str, list[Group]] = {}
-    for group in groups:
-        found.setdefault(group.task, []).append(group)
-    return list(found.values())
-
-
-def between(tasks: list[list[Group]], of: Goal, who: str = "") -> str:
-    """Which groups come first on their tasks, and how often that is beyond noise; nothing where none has a rival."""
-    tasks = [some for some in tasks if len(some) > 1]
-    if not tasks:
-        return ""
-    groups = [g for some in tasks for g in some]
-    keys = [k for k in varying([g.config for g in groups]) if below(k, TASK)]
-    alike = set.intersection(*(set(g.label.split(" ")) for g in groups))
-    firsts: dict[str, list[str]] = {}
-    sure = 0
-    for some in tasks:
-        best = leader(some, of)
-        task = label(best.config, keys)
-        own = [word for word in best.label.split(" ") if word not in alike and word not in task.split(" ")]
-        firsts.setdefault(" ".join(own), []).append(task)
-        sure += all((d := difference(g, best, of.key)) and d.sure for g in some if g is not best)
-    every = f"all {len(tasks)} {NOUNS.get(keys[0], 'settings') if len(keys) == 1 else f'settings of {task_of(groups)}'}"
-    few = len(tasks) <= 4
-    said = [f"{name} for {listed(at) if few else f'{len(at)} of {len(tasks)}'}" for name, at in firsts.items()]
-    says = f"{of.first} for {every} is {next(iter(firsts))}" if len(firsts) == 1 else f"{of.first} is {', '.join(said)}"
-    return f"{who}{says}; ahead of the next beyond noise in {sure} of {len(tasks)}"
-
-
-def count(groups: list[Group]) -> str:
-    """5 losses, or 8 settings where more than the loss varies."""
-    keys = varying([g.config for g in groups])
-    return f"{len(groups)} {NOUNS.get(keys[0], 'settings') if len(keys) == 1 else 'settings'}"
+def shortened(names: list[str]) -> str:
+    """Join names, as far as they are few."""
+    kept = MOST_NAMED - 1
+    return join_words(names if len(names) <= MOST_NAMED else [*names[:kept], f"{len(names) - kept} more"])
