@@ -20,8 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from kd.launchers import forget_ranks
-from kd.signals import Preempted, end_with_parent, requests
+from kd.system.launchers import forget_ranks
+from kd.system.signals import Preempted, end_with_parent, requests
 
 if __name__ == "__main__":  # before anything is loaded that takes its time, or reads a rank
     requests.watch()
@@ -36,15 +36,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from kd import agent, data, files, guard, packing, plugins, provenance
-from kd import config as conf
-from kd.errors import MISTAKES, UserError, for_people
-from kd.identity import about
-from kd.plan import corpus, plain_corpus, plan, recording
-from kd.progress import Steps, console, end_with, show, track
-from kd.remote import home
-from kd.run import DIVERGED, PREEMPTED, SEALED, Run, check_student, environment, export, peak_memory
-from kd.settings import (
+from kd.config import components as conf
+from kd.config import security
+from kd.config.rules import (
     Settings,
     check_prompts_only,
     check_shards,
@@ -54,13 +48,28 @@ from kd.settings import (
     resolve,
     source_of,
 )
-from kd.tokenizer import load_tokenizer, vocabulary_size
+from kd.data import packing
+from kd.data.batches import Batches, Packed, ValidationBatches
+from kd.data.tokenizer import load_tokenizer, vocabulary_size
+from kd.errors import MISTAKES, UserError, for_people
+from kd.experiment.dependencies import corpus, plain_corpus, plan, recording
+from kd.experiment.summary import show
+from kd.launch import hydra_plugins
+from kd.runs import provenance, wandb_agent
+from kd.runs.export import environment, export
+from kd.runs.identity import about
+from kd.runs.run import DIVERGED, PREEMPTED, SEALED, Run, check_student
+from kd.system import files
+from kd.system.console import Steps, console, end_with, track
+from kd.system.processes import peak_memory
+from kd.system.remote import home
 
 if TYPE_CHECKING:
-    from kd import models, ranks
-    from kd.estimate import Estimate
-    from kd.models import Causal
-    from kd.store import Store
+    from kd.experiment.planner import Estimate
+    from kd.launch import rank_launcher
+    from kd.models import flops
+    from kd.models.causal_lm import Causal
+    from kd.store.reader import Store
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -71,7 +80,7 @@ def main(cfg: DictConfig) -> None:
         if settings["plan"]:
             return show_plan([settings], ["this run"], 1)
         run, result, before = shown(settings)
-        agent.tell(run, settings, result)
+        wandb_agent.tell(run, settings, result)
         notes = [provenance.done_before(result), *provenance.doubts(result)] if before else []
         show(run, result, [f"{note[0].upper()}{note[1:]}." for note in notes])
     except MISTAKES as error:
@@ -117,20 +126,20 @@ def train(settings: Settings, wait: bool = True) -> Outcome:
             )
         return Outcome(run, result, before=True)
     if settings["trainer"]["devices"] > 1:
-        from kd import ranks
+        from kd.launch import rank_launcher
 
-        ranks.check_devices(settings["trainer"])
+        rank_launcher.check_devices(settings["trainer"])
     packed, parts = prepare(settings)
     for model in (settings["student"]["name"], settings["teacher"]["name"], settings["data"]["tokenizer"]):
         check_student(model)
     name, store = settings["teacher"]["name"], None
     if source_of(settings) == "offline":
-        from kd import offline
+        from kd.experiment import stores
 
         if (record := recording(settings)) and not where.manifest().exists():
-            with agent.hidden():
+            with wandb_agent.hidden():
                 train(record)
-        name, store = None, offline.stored(settings, packed, parts.keep, lambda: teacher_model(settings, parts))
+        name, store = None, stores.stored(settings, packed, parts.keep, lambda: teacher_model(settings, parts))
         requests.end_if_asked()
     elif teacher:
         name = finished(teacher)
@@ -151,7 +160,7 @@ def train(settings: Settings, wait: bool = True) -> Outcome:
 
 def check_logger(settings: Settings) -> None:
     """Raise UserError for a logger that would not start."""
-    from kd import loggers
+    from kd.runs import loggers
 
     quiet()
     loggers.check(name_of(settings["logger"]))
@@ -163,21 +172,21 @@ class Made(NamedTuple):
     teacher: str | None  # folder, or name on the Hub
     start: str | None  # folder of the weights that the student starts from
     store: Store | None
-    plain: data.Packed | None  # text of the language-modelling term, where that is not the data's
+    plain: Packed | None  # text of the language-modelling term, where that is not the data's
     origins: dict[str, dict]  # role -> provenance.origin() of its run
 
     def student(self, settings: Settings, vocab: int) -> Causal:
         """The student as it starts."""
-        from kd import models
+        from kd.models import causal_lm
 
         of = {"size": None, "name": self.start} if self.start else settings["student"]
-        return models.build(**of, vocab=vocab, seq_len=settings["data"]["seq_len"], option="student.name")
+        return causal_lm.build(**of, vocab=vocab, seq_len=settings["data"]["seq_len"], option="student.name")
 
 
 def estimate(settings: Settings) -> dict[str, Estimate]:
     """What the run takes, and before it its teacher and its store, by name; nothing of what is done."""
-    from kd import estimate as estimates
-    from kd import offline
+    from kd.experiment import planner as estimates
+    from kd.experiment import stores
 
     run, teacher, start, where = plan(settings)
     if not settings["force"] and run.result() is not None:
@@ -191,14 +200,14 @@ def estimate(settings: Settings) -> dict[str, Estimate]:
     made = estimate(first) if first and not there else {}
     made |= estimate(start) if start else {}
     if stored and not there and not record:
-        of = offline.described(settings, packed)
+        of = stores.described(settings, packed)
         made[f"store {where.folder.name}"] = estimates.of_store(settings, packed, times, parts.keep, vocab, of)
     return made | {run.name: estimates.of_run(settings, packed, times, parts.objective, parts.rollout, vocab)}
 
 
 def show_plan(all_settings: list[Settings], said: list[str], at_once: float) -> None:
     """Print what runs take, called as `said`, so many at once, and what is made first for them; each thing once."""
-    from kd import estimate as estimates
+    from kd.experiment import planner as estimates
 
     quiet()
     made, names = {}, {plan(of).run.name: words for of, words in zip(all_settings, said, strict=True)}
@@ -208,38 +217,39 @@ def show_plan(all_settings: list[Settings], said: list[str], at_once: float) -> 
     estimates.show(made, names, done, all_settings[0], at_once)
 
 
-def fit_in_ranks(run: Run, settings: Settings, packed: data.Packed, made: Made) -> dict:
+def fit_in_ranks(run: Run, settings: Settings, packed: Packed, made: Made) -> dict:
     """What fit() does, in several processes."""
-    from kd import ranks
+    from kd.launch import rank_launcher
 
     run.begin(settings)
     job = {"settings": settings, "run": run.name, "data": str(packed.folder), "teacher": made.teacher}
     job |= {"start": made.start, "plain": str(made.plain.folder) if made.plain else None}
     job["origins"] = made.origins
     job["store"] = [made.store.path, str(made.store.cache)] if made.store else None
-    ranks.launch(__file__, run, job, settings["trainer"]["devices"])
+    rank_launcher.launch(__file__, run, job, settings["trainer"]["devices"])
     return run.result()
 
 
-def fit_as_rank(job: ranks.Job) -> None:
+def fit_as_rank(job: rank_launcher.Job) -> None:
     """The part of one process in that: its config comes resolved, and its data, teacher and store are there."""
-    from kd import ranks
-    from kd.store import Store
+    from kd.launch import rank_launcher
+    from kd.parallel import collectives
+    from kd.store.reader import Store
 
     given, settings = job.given, job.given["settings"]
-    if ranks.number():
+    if collectives.number():
         warnings.simplefilter("ignore")  # the first says it
     packed = packing.opened(Path(given["data"]))
     store = Store(given["store"][0], Path(given["store"][1])) if given["store"] else None
     plain = packing.opened(Path(given["plain"])) if given["plain"] else None
     made = Made(given["teacher"], given["start"], store, plain, given["origins"])
-    run = ranks.Shared(settings["root"], given["run"], job)
+    run = rank_launcher.Shared(settings["root"], given["run"], job)
     fit(run, settings, packed, Parts(settings, packed), made)
 
 
 def finished(model: Settings) -> str:
     """The folder of the model that these settings make, trained first if there is none."""
-    with agent.hidden():  # which asked for the run that needs it
+    with wandb_agent.hidden():  # which asked for the run that needs it
         made, result, before = train(model)
     made.check(result, "student")
     if before and (reasons := provenance.reasons(result)):
@@ -261,7 +271,7 @@ def origins(models: dict[str, Settings | None]) -> dict[str, dict]:
     return found
 
 
-def prepare(settings: Settings) -> tuple[data.Packed, Parts]:
+def prepare(settings: Settings) -> tuple[Packed, Parts]:
     """The data, packed, and the parts of the run, tried; all that can be wrong short of the models is found here."""
     source, how = corpus(settings)
     anew = settings["force"] and not settings["plan"]
@@ -270,13 +280,13 @@ def prepare(settings: Settings) -> tuple[data.Packed, Parts]:
     if packed.prompts_only:
         check_prompts_only(settings, any(parts.alpha(step / 100) < 1 for step in range(101)))
     if source_of(settings) == "offline":
-        from kd import offline
+        from kd.experiment import stores
 
-        offline.opened(settings, packed)
+        stores.opened(settings, packed)
     return packed, parts
 
 
-def plain_text(settings: Settings) -> data.Packed | None:
+def plain_text(settings: Settings) -> Packed | None:
     """The text of the language-modelling term, packed; None where it is the data's own."""
     if settings["lm"] != "plain":
         return None
@@ -286,7 +296,7 @@ def plain_text(settings: Settings) -> data.Packed | None:
 
 def teacher_model(settings: Settings, parts: Parts) -> Causal:
     """The finished teacher, made first if there is none."""
-    from kd import models
+    from kd.models import causal_lm
 
     quiet()
     _, teacher, _, where = plan(settings)
@@ -295,12 +305,13 @@ def teacher_model(settings: Settings, parts: Parts) -> Causal:
         raise UserError(f"There is no store at {where.path}, and teacher=none cannot write one.")
     check_student(settings["teacher"]["name"])
     check_tokenizers(settings, parts.tokenizer, name)
-    return models.build(None, name, vocabulary_size(parts.tokenizer), settings["data"]["seq_len"], "teacher.name")
+    return causal_lm.build(None, name, vocabulary_size(parts.tokenizer), settings["data"]["seq_len"], "teacher.name")
 
 
-def written_by_teacher(settings: Settings, packed: data.Packed, parts: Parts) -> data.Packed:
+def written_by_teacher(settings: Settings, packed: Packed, parts: Parts) -> Packed:
     """The data with what the teacher writes, once: all responses for rollout=teacher, references that are missing."""
-    from kd import ranks, rollout, written
+    from kd.parallel import collectives
+    from kd.rollout import strategies, teacher_text
 
     writes = name_of(settings["rollout"]) == "teacher"
     sides = (*(["train"] if writes else []), *(["val"] if packed.prompts_only else []))
@@ -311,21 +322,21 @@ def written_by_teacher(settings: Settings, packed: data.Packed, parts: Parts) ->
     made = [packed.folder.name, settings["rollout"] if writes else None, who, *([sides] if packed.prompts_only else [])]
     folder = home(settings["root"]) / "rollouts" / files.digest_of(made)[:16]
 
-    def writers() -> rollout.Writers:
-        model = teacher_model(settings, parts).to(ranks.device(settings["trainer"]["accelerator"]))
-        return rollout.Writers(None, model, packed.end, settings["teacher"]["seed"])
+    def writers() -> strategies.Writers:
+        model = teacher_model(settings, parts).to(collectives.device(settings["trainer"]["accelerator"]))
+        return strategies.Writers(None, model, packed.end, settings["teacher"]["seed"])
 
-    return written.by_teacher(packed, folder, parts.rollout if writes else rollout.teacher, writers, sides)
+    return teacher_text.by_teacher(packed, folder, parts.rollout if writes else strategies.teacher, writers, sides)
 
 
 class Parts:
     """The functions that settings name, tried once on a small random target so that no wrong number gets further."""
 
-    def __init__(self, settings: Settings, packed: data.Packed):
+    def __init__(self, settings: Settings, packed: Packed):
         import torch
 
-        from kd.objective import Objective
-        from kd.target import Target
+        from kd.objective.chunked import Objective
+        from kd.objective.target import Target
 
         axes = ("loss", "truncation", "target", "temperature", "routing", "alpha", "lr", "logits", "optim", "logger",
                 "rollout")  # fmt: skip
@@ -383,25 +394,31 @@ class Parts:
 
 def check_tokenizers(settings: Settings, ours, teacher_name: str | None) -> None:
     """Raise UserError unless pretrained models use the tokenizer of the data."""
-    from kd import models
+    from kd.models import causal_lm
 
     for option, name in (("student.name", settings["student"]["name"]), ("teacher.name", teacher_name)):
         if name:
             theirs = load_tokenizer(name, f"The tokenizer of {option}={name}")
-            models.same_vocabulary(ours, theirs, f"{option}={name}", settings["token_names"] == "any")
-            models.check_rows(theirs, name, option)
+            causal_lm.same_vocabulary(ours, theirs, f"{option}={name}", settings["token_names"] == "any")
+            causal_lm.check_rows(theirs, name, option)
 
 
-def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: Made) -> dict:
+def fit(run: Run, settings: Settings, packed: Packed, parts: Parts, made: Made) -> dict:
     """Train, or go on with training, and write the result."""
     import lightning
     import torch
 
-    from kd import generate, logits, models, offline, ranks, responses, rollout, shards
-    from kd.checkpoint import Checkpoints, DigestIO, newest
-    from kd.hardware import out_of_memory, slowdown_in_bf16
-    from kd.loggers import MetricsFile, Performance, views
-    from kd.module import Distillation, NonFinite
+    from kd.evaluation import responses
+    from kd.experiment import stores
+    from kd.models import causal_lm, flops
+    from kd.parallel import collectives, ddp, fsdp
+    from kd.rollout import generate, strategies
+    from kd.runs.loggers import MetricsFile, Performance, views
+    from kd.system.checkpoint_files import DigestIO, newest
+    from kd.system.hardware import out_of_memory, slowdown_in_bf16
+    from kd.teachers import sources
+    from kd.training.checkpoints import Checkpoints
+    from kd.training.module import Distillation, NonFinite
 
     quiet()
     of, flat = settings["trainer"], conf.flat(settings)
@@ -413,25 +430,25 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     lightning.seed_everything(settings["seed"], verbose=False)
     seq_len, vocab = settings["data"]["seq_len"], vocabulary_size(parts.tokenizer)
     student, teacher_name, store = made.student(settings, vocab), made.teacher, made.store
-    costs = {"student": models.cost(student.model, seq_len)}
+    costs = {"student": flops.cost(student.model, seq_len)}
     how, teacher, among, objective = source_of(settings), None, None, parts.objective
     if store:
-        costs["teacher"] = models.Cost(**store.manifest["cost"])
-        among = store.pick(logits.share(settings["logits"]["window"]))
+        costs["teacher"] = flops.Cost(**store.manifest["cost"])
+        among = store.pick(sources.share(settings["logits"]["window"]))
         asked = store.as_asked(kept_of(settings["truncation"]), objective.truncation)
         objective = replace(objective, truncation=asked)
     elif teacher_name or how == "cotrained":
         size = None if teacher_name else settings["teacher"]["size"]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings["teacher"]["seed"])
-            teacher = models.build(size, teacher_name, vocab, seq_len, "teacher.name")
-        costs["teacher"] = models.cost(teacher.model, seq_len)
+            teacher = causal_lm.build(size, teacher_name, vocab, seq_len, "teacher.name")
+        costs["teacher"] = flops.cost(teacher.model, seq_len)
     if packed.val_spans is not None:  # they respond to prompts when training has ended
         for model in filter(None, (student, teacher)):
             generate.check_cache(model)
     sharded = in_shards(settings, costs, teacher)
     run.begin(settings)
-    checkpoint = ranks.gather(newest(run / "checkpoints") if ranks.number() == 0 else None)[0]
+    checkpoint = collectives.gather(newest(run / "checkpoints") if collectives.number() == 0 else None)[0]
     if checkpoint and checkpoint.is_dir() != ("student" in sharded):
         raise UserError(
             f"{checkpoint} was saved {'in shards' if checkpoint.is_dir() else 'whole'}: go on with trainer.strategy="
@@ -440,25 +457,25 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     start = int(checkpoint.stem.partition("-")[2]) if checkpoint else 0
     git = code["environment"]["git"]
     told = about(run.name, flat, {role: cost[:2] for role, cost in costs.items()}, git)
-    first = ranks.number() == 0
+    first = collectives.number() == 0
     loggers = [MetricsFile(run / "metrics.jsonl", start)] if first else []
     loggers += views(parts.logger, run.folder, told) if first else []
     progress = Steps(told.name, of["steps"], start, shown=first)
-    passes = -(-len(packed.val) // (of["micro_batch"] * ranks.count())) if sharded else 0
-    validation = data.ValidationBatches(
-        packed.val, of["micro_batch"], ranks.share(len(packed.val)), passes, packed.val_spans, packed.boundary
+    passes = -(-len(packed.val) // (of["micro_batch"] * collectives.count())) if sharded else 0
+    validation = ValidationBatches(
+        packed.val, of["micro_batch"], collectives.share(len(packed.val)), passes, packed.val_spans, packed.boundary
     )
     recorder = None
     if how == "none" and settings["record"]:
-        recorder = offline.recorder(settings, packed, parts.keep, student, start)
-    writers = rollout.Writers(student, teacher, packed.end, settings["seed"], of["micro_batch"])
+        recorder = stores.recorder(settings, packed, parts.keep, student, start)
+    writers = strategies.Writers(student, teacher, packed.end, settings["seed"], of["micro_batch"])
     module = Distillation(
         student, teacher, parts.logits(store or teacher), objective, parts.alpha, parts.lr, parts.optim,
         steps=of["steps"], micro_batch=of["micro_batch"], clip=of["clip"], log_every=of["log_every"],
         val_every=of["val_every"], validation=validation,
-        flops=models.step_flops(how, flat["routing"] != "none", costs["student"], costs.get("teacher")),
+        flops=flops.step_flops(how, flat["routing"] != "none", costs["student"], costs.get("teacher")),
         bytes_per_token=packed.bytes_per_token, watch=progress.update,
-        reference=store.reference if store else logits.online(teacher) if teacher else None, learns=how == "cotrained",
+        reference=store.reference if store else sources.online(teacher) if teacher else None, learns=how == "cotrained",
         recorder=recorder, sharded=sharded, route=parts.route,
         rollout=None if name_of(settings["rollout"]) in ("none", "teacher") else parts.rollout(writers),
         validates_first=is_pretrained(settings),
@@ -466,7 +483,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     if of["compile"]:
         for model in (student, *module.outside):
             model.compile_layers()
-    processes = ranks.lightning_arguments(of["devices"], "student" in sharded)
+    processes = ddp.lightning_arguments(of["devices"], "student" in sharded)
     processes["plugins"] = [DigestIO(), *processes["plugins"]]
     callbacks = [Checkpoints(run, of["checkpoint_every"], flat, code), Performance(of["log_every"])]
     if packed.val_spans is not None:
@@ -493,10 +510,10 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
     final = None  # until all of the run is done
     try:
         order = of["batch"], settings["seed"], start, of["steps"]
-        mine = ranks.share(of["batch"])
+        mine = collectives.share(of["batch"])
         plain = made.plain
-        beside = data.Batches(plain.train, *order, part=mine, boundary=plain.boundary) if plain else None
-        batches = data.Batches(
+        beside = Batches(plain.train, *order, part=mine, boundary=plain.boundary) if plain else None
+        batches = Batches(
             packed.train,
             *order,
             among,
@@ -508,8 +525,8 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
         )
         with requests.in_steps():
             trainer.fit(module, batches, ckpt_path=checkpoint)
-        memory = max(ranks.gather(peak_memory()))
-        weights = shards.weights(student) if "student" in sharded else None
+        memory = max(collectives.gather(peak_memory()))
+        weights = fsdp.weights(student) if "student" in sharded else None
         if not first:
             return {}
         result = {
@@ -517,7 +534,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
             "parameters": costs["student"].parameters, "non_embedding": costs["student"].non_embedding,
             "active_parameters": costs["student"].active_parameters,
             "flops_per_token": costs["student"].flops_per_token,
-            **{f"teacher_{k}": getattr(costs.get("teacher"), k, None) for k in models.Cost._fields},
+            **{f"teacher_{k}": getattr(costs.get("teacher"), k, None) for k in flops.Cost._fields},
             "train_rows": rows, "data": packed.counts,
             "entropy": packed.entropy, "bytes_per_token": packed.bytes_per_token,
             "tokens": module.tokens, "flops": module.flops, "seconds": round(module.seconds, 2),
@@ -559,7 +576,7 @@ def fit(run: Run, settings: Settings, packed: data.Packed, parts: Parts, made: M
             logger.close(final)
 
 
-def row_ends(settings: Settings, packed: data.Packed, tokenizer) -> list[int]:
+def row_ends(settings: Settings, packed: Packed, tokenizer) -> list[int]:
     """Return the tokens that end a response or a text in the rows of a run; none where rows have no end."""
     ends = [packed.end]
     if packed.end is None:
@@ -569,12 +586,12 @@ def row_ends(settings: Settings, packed: data.Packed, tokenizer) -> list[int]:
     return list(dict.fromkeys(ends))
 
 
-def in_shards(settings: Settings, costs: dict[str, models.Cost], teacher: Causal | None) -> tuple[str, ...]:
+def in_shards(settings: Settings, costs: dict[str, flops.Cost], teacher: Causal | None) -> tuple[str, ...]:
     """Which of student and teacher the ranks are to hold parts of."""
-    from kd import ranks, shards
+    from kd.parallel import collectives, fsdp
 
     of = settings["trainer"]
-    if ranks.count() == 1:
+    if collectives.count() == 1:
         return ()
     roles = ["student"] if of["strategy"] == "fsdp" else []
     asked = of["shard_teacher"]
@@ -582,7 +599,7 @@ def in_shards(settings: Settings, costs: dict[str, models.Cost], teacher: Causal
         asked = of["strategy"] == "fsdp"
     elif teacher and asked is None:
         size = 2 if of["precision"] == "bf16" else 4
-        asked = not shards.fits(costs["teacher"].parameters, size, ranks.device(of["accelerator"]))
+        asked = not fsdp.fits(costs["teacher"].parameters, size, collectives.device(of["accelerator"]))
         if asked:
             check_shards(of, f"The teacher is too large for one device of {of['devices']}")
     return (*roles, *(["teacher"] if teacher and asked else []))
@@ -601,16 +618,16 @@ def quiet() -> None:
 
 def write_store(words: list[str]) -> Store | None:
     """What `python -m kd.store write` does; None for one part of several."""
-    from kd import offline
+    from kd.experiment import stores
 
     words = files.expanded_words(words)
-    guard.check_secrets(words)
+    security.check_secrets(words)
     part = next((word for word in words if word.startswith("part=")), "part=1/1")
     numbers = re.fullmatch(r"part=(\d+)/(\d+)", part)
     if not numbers or not 1 <= int(numbers[1]) <= int(numbers[2]):
         raise UserError(f"{part}: need which part of how many, e.g. part=1/2.")
     words = [word for word in words if word != part]
-    guard.check_words(["logits=offline", *words])
+    security.check_words(["logits=offline", *words])
     with hydra.initialize_config_dir(str(conf.CONF), version_base="1.3"):
         try:
             cfg = hydra.compose("config", ["logits=offline", *words])
@@ -621,8 +638,8 @@ def write_store(words: list[str]) -> Store | None:
             settings["truncation"] = {k: v for k, v in settings["record"].items() if k != "path"}
         packed, parts = prepare(settings)
         share = int(numbers[1]), int(numbers[2])
-        found = offline.opened(settings, packed)
-        found = found or offline.write(settings, packed, parts.keep, teacher_model(settings, parts), share)
+        found = stores.opened(settings, packed)
+        found = found or stores.write(settings, packed, parts.keep, teacher_model(settings, parts), share)
         if found is None:
             folder = plan(settings).store.folder
             console.print(f"Part {share[0]} of {share[1]} is in {folder}. When all parts are on one disk, type\n"
@@ -630,10 +647,10 @@ def write_store(words: list[str]) -> Store | None:
         return found
 
 
-def pack_data(words: list[str]) -> tuple[Settings, data.Packed]:
+def pack_data(words: list[str]) -> tuple[Settings, Packed]:
     """The settings of `python train.py WORDS`, and its data, packed."""
     words = files.expanded_words(words)
-    guard.check_words(words)
+    security.check_words(words)
     with hydra.initialize_config_dir(str(conf.CONF), version_base="1.3"):
         try:
             cfg = hydra.compose("config", words)
@@ -647,12 +664,12 @@ def pack_data(words: list[str]) -> tuple[Settings, data.Packed]:
 
 def compare_with_teacher(store: Store, root: str) -> str:
     """Recompute some rows of a store with its teacher, if that is at hand."""
-    from kd import offline
+    from kd.experiment import stores
 
     if "steps" in store.manifest:
         return "It was recorded from a teacher in training, so no row can be computed again."
     with hydra.initialize_config_dir(str(conf.CONF), version_base="1.3"):
-        settings = store.manifest["settings"] | {"root": root}
+        settings = conf.renamed(store.manifest["settings"]) | {"root": root}
         settings["logits"] = settings["logits"] | {"path": store.path}  # it may have been moved
         try:
             conf.check_targets(settings)
@@ -663,7 +680,7 @@ def compare_with_teacher(store: Store, root: str) -> str:
         if (teacher and not plan(teacher).run.result()) or (name and not teacher and not Path(name).is_dir()):
             return f"Its teacher {store.of['teacher']} is not in {root}, so no row was computed again."
         packed, parts = prepare(settings)
-        return offline.compare(
+        return stores.compare(
             store, packed, parts.keep, teacher_model(settings, parts), settings["trainer"]["accelerator"]
         )
 
@@ -672,22 +689,22 @@ try:
     conf.register()
 except UserError as error:
     end_with(error)
-plugins.register(resolve=resolve, plan=plan, prepare=prepare, show_plan=show_plan)
+hydra_plugins.register(resolve=resolve, plan=plan, prepare=prepare, show_plan=show_plan)
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--rank"]:  # one of several processes of a run, started by kd.ranks
-        from kd import ranks
+    if sys.argv[1:2] == ["--rank"]:  # one of several processes of a run, started by kd.launch.rank_launcher
+        from kd.launch import rank_launcher
 
-        ranks.work(sys.argv[2:], fit_as_rank)
+        rank_launcher.work(sys.argv[2:], fit_as_rank)
     else:
         end_with_parent()
         try:
             sys.argv[1:] = files.expanded_words(sys.argv[1:])
-            guard.check_command_line(sys.argv[1:])
+            security.check_command_line(sys.argv[1:])
         except UserError as error:
             end_with(error)
         try:
             main()
         except Preempted:
-            agent.end()
+            wandb_agent.end()
             raise

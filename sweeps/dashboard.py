@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 
-from kd.launchers import forget_ranks
+from kd.system.launchers import forget_ranks
 
 if __name__ == "__main__":  # before a library that reads them is loaded
     forget_ranks(os.environ)
 
 from kd.errors import MISTAKES, for_people
-from kd.progress import harmless
+from kd.system.console import harmless
 from sweeps.report.arguments import sweep_parser
 from sweeps.report.dashboard import check_package, save_dashboard
 from sweeps.report.report import build_report

@@ -11,9 +11,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from kd.config import CONF, build
+from kd.config.components import CONF, build
 from kd.errors import UserError
-from kd.target import KNOWN_BY, Target
+from kd.objective.target import KNOWN_BY, Target
 
 N, V, K = 6, 17, 5
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import hydra
 
 import train as product
-from kd import files, store
-from kd.config import CONF
-from kd.settings import Settings, resolve
+from kd.config.components import CONF
+from kd.config.rules import Settings, resolve
+from kd.store import reader
+from kd.system import files
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 SMALL = """data=markov data.tokens=20000 data.states=16 data.branching=4 data.seq_len=32 data.val_rows=8
@@ -85,7 +86,7 @@ def here(root: Path, *words: str) -> Path:
         return product.train(made)[0].folder
 
 
-def write(root: Path, *words: str) -> store.Store:
+def write(root: Path, *words: str) -> reader.Store:
     """What `python -m kd.store write` does, in this process."""
     return product.write_store([*TINY, f"root={root}", *words])
 

@@ -11,9 +11,10 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args, load_sweep_config
 
-from kd import agent, guard
-from kd.config import CONF, SWEEPS, flat
-from kd.run import read_metrics
+from kd.config import security
+from kd.config.components import CONF, SWEEPS, flat
+from kd.runs import wandb_agent
+from kd.system.files import read_metrics
 from tests.small import ENVIRONMENT, FORK, SMALL, TRAIN, folder, result, settings
 from tests.test_security import typed
 
@@ -138,13 +139,13 @@ def test_agent_is_asked_for_no_sweep(tmp_path, monkeypatch):
 def test_without_an_agent_nothing_is_asked(monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
     monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
-    assert agent.asked() is None
-    agent.check_single()
-    agent.end()
+    assert wandb_agent.asked() is None
+    wandb_agent.check_single()
+    wandb_agent.end()
     monkeypatch.setenv("WANDB_SWEEP_ID", "abcd1234")
-    with agent.hidden():
-        assert agent.asked() is None and "WANDB_RUN_ID" not in os.environ
-    assert agent.asked() == "mine"
+    with wandb_agent.hidden():
+        assert wandb_agent.asked() is None and "WANDB_RUN_ID" not in os.environ
+    assert wandb_agent.asked() == "mine"
 
 
 def corners(parameters: dict) -> list[dict]:
@@ -169,7 +170,7 @@ def test_every_file_for_agents_composes_and_gets_through(path, tmp_path):
     fixed = of["command"][3:-1]
     for values in corners(of["parameters"]):
         words = create_sweep_command_args({"args": {k: {"value": v} for k, v in values.items()}})["args_no_hyphens"]
-        guard.check_command_line([*fixed, *words])
+        security.check_command_line([*fixed, *words])
         made = flat(settings(tmp_path, *fixed, *words))
         assert {k: made[k] for k in values} == values  # numbers, where numbers are meant
 

@@ -23,15 +23,16 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import OmegaConf
 
 import train as product
-from kd import cluster, ranks
-from kd.checkpoint import newest
-from kd.config import CONF
+from kd.config.components import CONF
 from kd.errors import UserError
-from kd.pool import Job, Local, fitting, gpus
-from kd.ray import Ray
-from kd.run import Run
-from kd.slurm import HERE, SlurmPool
-from kd.sweep import Processes, Runs
+from kd.launch import cluster
+from kd.launch.pool import Job, Local, fitting, gpus
+from kd.launch.ray_launcher import Ray
+from kd.launch.slurm import HERE, SlurmPool
+from kd.launch.sweeper import Processes, Runs
+from kd.parallel import collectives, ddp
+from kd.runs.run import Run
+from kd.system.checkpoint_files import newest
 from tests.small import ENVIRONMENT, outcome, settings, start, train
 from tests.test_faults import STEP, Fault, ended, processes, runs, state, states, table, until
 
@@ -87,7 +88,7 @@ def slurm(tmp_path) -> Slurm:
 @pytest.fixture
 def held(tmp_path) -> Fault:
     """A run that is in its step 7, and stays there."""
-    return Fault(tmp_path / "held", "kd.module", STEP, only="seed=0", AT=7, ACT="hold()")
+    return Fault(tmp_path / "held", "kd.training.module", STEP, only="seed=0", AT=7, ACT="hold()")
 
 
 def same(root: Path, made: Path) -> None:
@@ -173,7 +174,7 @@ def test_second_signal_kills_and_a_killed_sweep_is_taken_up_again(made, root, sl
 
 def test_nothing_is_queued_twice_while_slurm_does_not_answer(tmp_path, monkeypatch):
     silent = subprocess.CompletedProcess([], 1, "", "Unable to contact slurm controller")
-    monkeypatch.setattr("kd.slurm.ask", lambda words: silent)
+    monkeypatch.setattr("kd.launch.slurm.ask", lambda words: silent)
     record, jobs = tmp_path / "jobs.json", [Job(Run(tmp_path, "run"), [], "run")]
     assert SlurmPool("", jobs, 1, None, record).waiting == jobs  # of a new sweep none can be queued
     record.write_text('{"run": "7_0"}')
@@ -183,7 +184,9 @@ def test_nothing_is_queued_twice_while_slurm_does_not_answer(tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_failure_stops_what_is_queued(root, slurm, tmp_path):
-    fault = Fault(tmp_path / "fault", "kd.module", STEP, only="seed=0", AT=7, ACT='fired(); raise RuntimeError("no")')
+    fault = Fault(
+        tmp_path / "fault", "kd.training.module", STEP, only="seed=0", AT=7, ACT='fired(); raise RuntimeError("no")'
+    )
     words = (*SLURM, "n_jobs=1", "seed=0,1,2", "on_failure=stop")
     output = train(root, *words, code=1, **fault.environment, **slurm.environment)
     assert states(root)["seed=0"] == "failed" and states(root)["seed=2"] == "not begun"
@@ -207,7 +210,7 @@ def test_what_slurm_refuses_is_said(root, slurm, tmp_path):
 
 def test_devices_are_counted_where_a_run_is_done(tmp_path, monkeypatch):
     """Not on the login node that a sweep is started on."""
-    monkeypatch.setattr(ranks, "processor", lambda accelerator: "cuda")
+    monkeypatch.setattr(collectives, "processor", lambda accelerator: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     told = settings(tmp_path, "trainer.devices=4", "teacher.steps=1")
     monkeypatch.setattr(Runs, "_settings", lambda self, words: told)
@@ -232,7 +235,7 @@ def test_lightning_does_not_take_a_job_of_slurm_for_its_own(monkeypatch):
     for name, value in {"NTASKS": "2", "JOB_NAME": "kd", "JOB_ID": "7", "PROCID": "0", "LOCALID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert SLURMEnvironment.detect()
-    trainer = lightning.Trainer(accelerator="cpu", logger=False, **ranks.lightning_arguments(1, False))
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, **ddp.lightning_arguments(1, False))
     assert type(trainer._accelerator_connector.cluster_environment) is LightningEnvironment
 
 

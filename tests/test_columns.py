@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kd import columns, corpora, instructions, packing
-from kd.data import IGNORE
+from kd.data import columns, corpora, instructions, packing
+from kd.data.batches import IGNORE
+from kd.data.examples import Example
 from kd.errors import UserError
-from kd.examples import Example
-from kd.written import by_teacher as by_teacher_of
+from kd.rollout.teacher_text import by_teacher as by_teacher_of
 from tests.test_instructions import FOUR, ONE, SYSTEM, THREE, TWO, Short, cache, load, short, write  # noqa: F401
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}

@@ -16,13 +16,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import train
-from kd import config, guard, overrides, packing, schedules
+from kd.config import components, overrides, security
+from kd.config.sizes import SIZES
+from kd.data import packing
 from kd.errors import UserError
-from kd.sizes import SIZES
-from kd.sweep import at_scale
+from kd.launch.sweeper import at_scale
+from kd.training import schedules
 from tests.cases import each, settings
 
-GROUPS = sorted(p.name for p in config.CONF.iterdir() if p.is_dir() and p.name != "hydra")
+GROUPS = sorted(p.name for p in components.CONF.iterdir() if p.is_dir() and p.name != "hydra")
 OPTIONS = {f"{group}={name}": node for group in GROUPS for name, node in settings(group).items()}
 SIZED = [f"{group}={size}" for group in ("student", "teacher") for size in SIZES]
 CALLABLE = {option: node for option, node in OPTIONS.items() if "_target_" in node}
@@ -30,8 +32,8 @@ CALLABLE = {option: node for option, node in OPTIONS.items() if "_target_" in no
 
 @pytest.fixture(scope="module", autouse=True)
 def conf():
-    config.register()
-    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+    components.register()
+    with initialize_config_dir(str(components.CONF), version_base="1.3"):
         yield
 
 
@@ -76,15 +78,15 @@ def test_every_option_composes_and_its_function_binds(option):
     group, _, name = option.partition("=")
     node = resolved(option)[group]
     if "_target_" in node:
-        function = config.load(node["_target_"], group)
-        settings = config.checked(function, node, group) if group in ("data", "plain") else given(node)
-        config.check_types(function, settings, group)
+        function = components.load(node["_target_"], group)
+        settings = components.checked(function, node, group) if group in ("data", "plain") else given(node)
+        components.check_types(function, settings, group)
         inspect.signature(function).bind_partial(**settings)
     if option in SIZED:
         assert node["size"] == name and node["name"] is None
 
 
-@pytest.mark.parametrize("file", sorted(config.SWEEPS.glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("file", sorted(components.SWEEPS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_run_of_every_sweep_composes(file):
     of = compose("config", [f"sweeps={file.stem}"]).sweep
     assert of.name == file.stem
@@ -96,7 +98,7 @@ def test_every_run_of_every_sweep_composes(file):
             words = parser.parse_overrides(shlex.split(base) + shlex.split(line))
             jobs = BasicSweeper.split_arguments(words, None)[0]
             for job in (job for job in jobs if not {"seed=1", "seed=2"} & set(job)):  # which compose as seed=0 does
-                made = config.flat(resolved(*job))
+                made = components.flat(resolved(*job))
                 read = made["trainer.steps"] * made["trainer.batch"] * made["data.seq_len"]
                 assert made["data"] != "hub" or (made["data.tokens"] or read) >= read  # of new text
                 group, _, name = ASKS.get(made["loss"], "loss=").partition("=")
@@ -143,14 +145,14 @@ def test_yaml_of_a_schedule_has_every_parameter(node):
 
 @each("node", {k: v for k, v in CALLABLE.items() if k.startswith("data=")})
 def test_yaml_of_a_corpus_has_every_parameter_with_its_default(node):
-    function = config.load(node["_target_"], "data")
+    function = components.load(node["_target_"], "data")
     assert given(node).items() >= defaults(function).items()
     assert given(node).keys() | {"seq_len"} >= inspect.signature(function).parameters.keys()
 
 
 def test_data_settings_are_those_of_pack():
     given = {k: v for k, v in defaults(packing.pack).items() if k in packing.OPTIONS}
-    assert OmegaConf.load(config.CONF / "config.yaml").data == given
+    assert OmegaConf.load(components.CONF / "config.yaml").data == given
     assert set(given) == set(packing.OPTIONS)
 
 
@@ -183,17 +185,21 @@ def test_help_names_and_explains_every_group_and_option():
     text = compose("config", return_hydra_config=True).hydra.help.template
     assert [g for g in GROUPS if f"\n  {g}: " not in text] == []
     said = {words[0]: words[1:] for line in text.splitlines() if (words := line.split())}
-    sweeps = [f"sweeps={p.stem}" for p in config.SWEEPS.glob("*.yaml")]
+    sweeps = [f"sweeps={p.stem}" for p in components.SWEEPS.glob("*.yaml")]
     assert [option for option in [*OPTIONS, *SIZED, *sweeps] if len(said.get(option, [])) < 2] == []
 
 
 def test_flat_names_an_option_and_joins_keys():
-    node = {"loss": {"_target_": "kd.losses.akl", "_partial_": True, "mu": 0.5}, "data": {"a": {"b": None}}, "seed": 0}
-    assert config.flat(node) == {"loss": "akl", "loss.mu": 0.5, "data.a.b": None, "seed": 0}
+    node = {
+        "loss": {"_target_": "kd.objective.losses.akl", "_partial_": True, "mu": 0.5},
+        "data": {"a": {"b": None}},
+        "seed": 0,
+    }
+    assert components.flat(node) == {"loss": "akl", "loss.mu": 0.5, "data.a.b": None, "seed": 0}
 
 
 def test_build_binds_settings_and_waits_for_the_rest():
-    schedule = config.build({"_target_": "kd.schedules.constant", "_partial_": True, "peak": 2}, "lr")
+    schedule = components.build({"_target_": "kd.training.schedules.constant", "_partial_": True, "peak": 2}, "lr")
     assert schedule(0.5) == 2 and schedule.func is schedules.constant
 
 
@@ -203,7 +209,7 @@ def test_build_binds_settings_and_waits_for_the_rest():
      ("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4, "foreach": False})],
 )  # fmt: skip
 def test_every_optimizer_takes_its_settings(name, settings):
-    make = config.build({"_target_": f"torch.optim.{name}", "_partial_": True, **settings}, "optim")
+    make = components.build({"_target_": f"torch.optim.{name}", "_partial_": True, **settings}, "optim")
     made = make([torch.zeros(2, requires_grad=True)], lr=0.1).defaults
     assert {k: made[k] for k in settings} == settings
 
@@ -225,7 +231,7 @@ def test_value_of_another_type_is_refused_by_name(word):
     made = resolved("truncation=top_p_k", "target=revise", "routing=entropy", "logger=wandb", word)
     group = option.partition(".")[0]
     with pytest.raises(UserError, match=rf"^{option}=.*: need (a|true)\b.*got \w+"):
-        config.build(made[group], group)
+        components.build(made[group], group)
 
 
 @each(
@@ -241,7 +247,7 @@ def test_no_setting_takes_just_anything(case):
     group, node, key = case
     for wrong in ({}, [["x"]]):
         with pytest.raises(UserError, match=rf"^{group}\.{key}="):
-            config.check_types(config.load(node["_target_"], group), {key: wrong}, group)
+            components.check_types(components.load(node["_target_"], group), {key: wrong}, group)
 
 
 @pytest.mark.parametrize("word", ["data.seq_len=abc", "data.tokens=1.5", "data.val_share=true", "data.tokenizer=5"])
@@ -263,7 +269,7 @@ def test_numbers_of_the_trainer_without_meaning_are_refused_by_name():
             changed = OmegaConf.create(plain)
             OmegaConf.update(changed, option, value)
             with pytest.raises(UserError, match=f"^{option}="):
-                config.check_plain(OmegaConf.to_container(changed))
+                components.check_plain(OmegaConf.to_container(changed))
 
 
 @pytest.mark.parametrize("word", ["trainer.steps=0", "seed=-1", "trainer.precision=fp16", "trainer.clip=.nan"])
@@ -303,14 +309,14 @@ def test_a_root_with_a_slash_at_its_end_is_the_same_place(root):
 @pytest.mark.parametrize("word", ["optim.weight_decay=abc", "optim.betas=3", "optim.eps=null"])
 def test_setting_of_the_optimizer_of_another_type_is_refused_by_name(word):
     with pytest.raises(UserError, match=word.partition("=")[0]):
-        config.build(resolved(word)["optim"], "optim")
+        components.build(resolved(word)["optim"], "optim")
 
 
 @pytest.mark.parametrize("word", ["+loss.beta=0.5", "+truncation.k=5", "+lr.decay=0.1", "+optim.rho=1"])
 def test_setting_that_an_option_does_not_have_is_refused_by_name(word):
     group, name = word[1:].partition("=")[0].split(".")
     with pytest.raises(UserError, match=rf"^{group}\.{name}=.*no such option here"):
-        config.build(resolved(word)[group], group)
+        components.build(resolved(word)[group], group)
 
 
 @pytest.mark.parametrize("word", ["+data.beta=1", "+trainer.beta=1", "+student.beta=1", "+teacher.beta=1", "+beta=1"])
@@ -323,7 +329,7 @@ def test_setting_that_nothing_reads_is_refused_by_name(word):
 def test_argument_that_is_not_the_users_is_refused_by_name(word):
     group = word[1:].partition(".")[0]
     with pytest.raises(UserError, match=word[1:]):
-        config.build(resolved(word)[group], group)
+        components.build(resolved(word)[group], group)
 
 
 def test_missing_setting_is_named():
@@ -375,28 +381,30 @@ def hostile(folder: Path) -> dict[str, dict]:
         "os.system": touch,
         "posix.system": touch,
         "logging.os.system": touch,
-        "kd.files.os.system": touch,
-        "kd.loggers.os.system": touch,
+        "kd.system.files.os.system": touch,
+        "kd.runs.loggers.os.system": touch,
         "subprocess.run": {"args": ["touch", f"{folder}/canary"]},
         "functools.partial": {"_args_": ["os.system"], **touch},
         "hydra.utils.call": {"config": system},
         "hydra.utils.instantiate": {"config": system},
-        "kd.config.build": {"node": system, "path": ""},
+        "kd.config.components.build": {"node": system, "path": ""},
         "builtins.open": {"file": f"{folder}/canary", "mode": "w"},
         "builtins.exec": {"source": f"open('{folder}/canary', 'w')"},
         "os._exit": {"status": 3},
         "torch.hub.load": {"repo_or_dir": str(folder), "model": "fkl", "source": "local", "trust_repo": True},
         "torch.load": unpickled,
-        "kd.losses.torch.load": unpickled,
+        "kd.objective.losses.torch.load": unpickled,
         "joblib.load": {"filename": f"{folder}/evil.pkl"},
         "hubconf.fkl": {},
-        "kd.files.write_json": {"path": f"{folder}/canary", "value": 1},
-        "kd.run.shutil.rmtree": {"path": str(folder)},
-        "kd.losses._check": {"option": "x", "got": 1, "good": True, "need": "x"},
+        "kd.system.files.write_json": {"path": f"{folder}/canary", "value": 1},
+        "kd.runs.run.shutil.rmtree": {"path": str(folder)},
+        "kd.objective.losses._check": {"option": "x", "got": 1, "good": True, "need": "x"},
         "torch.optim": {}, "torch.optim.AdamW.__init__": {}, "torch.optim.lr_scheduler.LambdaLR": {},
-        "kd.losses.Tensor": {}, "kd.losses.UserError": {}, "kd.losses.__builtins__": {},
-        "kd.losses.fkl.__globals__": {}, "kd.losses.fkl.__call__": {}, "kd.losses": {}, "kd": {}, "fkl": {}, "": {},
-        ".kd.losses.fkl": {}, "kd..losses.fkl": {}, "kd.losses.fkl ": {}, "Kd.losses.fkl": {}, "kd/losses.fkl": {},
+        "kd.objective.losses.Tensor": {}, "kd.objective.losses.UserError": {}, "kd.objective.losses.__builtins__": {},
+        "kd.objective.losses.fkl.__globals__": {}, "kd.objective.losses.fkl.__call__": {}, "kd.objective.losses": {},
+        "kd": {}, "fkl": {}, "": {}, "kd.losses.fkl": {},
+        ".kd.objective.losses.fkl": {}, "kd..objective.losses.fkl": {}, "kd.objective.losses.fkl ": {},
+        "Kd.objective.losses.fkl": {}, "kd/objective/losses.fkl": {},
     }  # fmt: skip
 
 
@@ -416,20 +424,22 @@ def test_hostile_target_is_refused_before_it_runs(target, canary):
         {"loss": node},
         {"loss": node | {"_partial_": True}},
         {"data": {"of": [[1, {"x": node}]]}},
-        {"loss": {"_target_": "kd.losses.fkl", "student": node}},
+        {"loss": {"_target_": "kd.objective.losses.fkl", "student": node}},
     ):
         with pytest.raises(UserError, match="not something a config may call"):
-            config.check_targets(tree)
+            components.check_targets(tree)
     for partial in (True, False):
         with pytest.raises(UserError, match="not something a config may call"):
-            config.build(node | {"_partial_": partial}, "loss")
+            components.build(node | {"_partial_": partial}, "loss")
     assert not canary.exists() and canary.parent.exists()
 
 
-@pytest.mark.parametrize("target", [None, 1, True, ["os.system"], {"os.system": 1}, b"os.system", ["kd.losses.fkl"]])
+@pytest.mark.parametrize(
+    "target", [None, 1, True, ["os.system"], {"os.system": 1}, b"os.system", ["kd.objective.losses.fkl"]]
+)
 def test_target_that_is_no_text_is_refused(target):
     with pytest.raises(UserError, match="not something a config may call"):
-        config.check_targets({"loss": {"_target_": target}})
+        components.check_targets({"loss": {"_target_": target}})
 
 
 @pytest.mark.parametrize(
@@ -454,7 +464,7 @@ def test_argument_that_lets_foreign_code_in_is_refused_anywhere(key):
         resolved(f"+student.{key}=true")
     for tree in ({key: False}, {"data": {"a": {"b": {key: 1}}}}, {"trainer": {"a": [[{key: None}]]}}):
         with pytest.raises(UserError, match=rf"{key}=\w+: not accepted from a config"):
-            config.check_targets(tree)
+            components.check_targets(tree)
 
 
 def test_a_number_of_tokens_is_a_number_of_steps():
@@ -559,12 +569,12 @@ REFUSED = {
 @each("words", {words: words.split() for words in REFUSED})
 def test_what_is_meant_for_a_setting_is_refused_with_what_to_type(words):
     with pytest.raises(UserError, match=f"^{re.escape(words[-1])}: .*{re.escape(REFUSED[' '.join(words)])}"):
-        guard.check_words(words)
+        security.check_words(words)
 
 
 def test_a_message_names_some_of_many_options():
     with pytest.raises(UserError) as error:
-        guard.check_words(["student=null"])
+        security.check_words(["student=null"])
     assert str(error.value).count(", ") < 9 and str(error.value).endswith("in all: python train.py --help).")
 
 
@@ -578,20 +588,20 @@ def test_a_message_names_some_of_many_options():
      "lr.peak=tag(log,interval(1e-3,3e-2))", "~record"],
 )  # fmt: skip
 def test_what_hydra_understands_is_left_to_it(words):
-    guard.check_words(words.split())
+    security.check_words(words.split())
 
 
 def test_several_values_need_a_sweep():
     for words in (["loss=fkl,rkl"], ["loss=glob(*)"], ["temperature.tau=1,2"]):
         with pytest.raises(UserError, match=f"^{re.escape(words[0])}: .* type -m"):
-            guard.check_command_line(words)
-        guard.check_command_line(["-m", *words])
-        guard.check_command_line(["sweeps=demo", *words])
+            security.check_command_line(words)
+        security.check_command_line(["-m", *words])
+        security.check_command_line(["sweeps=demo", *words])
 
 
 def documented() -> list[str]:
     """The commands that documents show, without what the shell does with them."""
-    root = config.CONF.parent
+    root = components.CONF.parent
     files = [root / "README.md", root / "RESULTS.md", *root.glob("docs/*.md"), *root.glob("kd/*.py"), root / "train.py"]
     pattern = re.compile(r"^[\s`]*(?:\w+=\S+ )*python (?:train\.py|-m kd\.store write) ([^`\n]*)", re.MULTILINE)
     found = {match[1] for file in files for match in pattern.finditer(re.sub(r"\\\n\s*", " ", file.read_text()))}
@@ -604,4 +614,4 @@ def test_commands_in_documents_are_not_refused(line):
         return
     words = [word for word in shlex.split(line) if not word.startswith("part=")]
     written = ["logits=offline"] if "record=" in line or "logits.path=" in line else []
-    guard.check_command_line([*written, *words])
+    security.check_command_line([*written, *words])

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kd import corpora
+from kd.data import corpora
 from kd.errors import UserError
+from kd.system import network
 
 TEXTS = ["one\ntwo", "drei ä€😀", "four  spaces", "five"]
 
@@ -35,9 +36,9 @@ def calls(monkeypatch, tmp_path) -> list:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     for name in ("HTTPS_PROXY", "https_proxy", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
-    corpora.offline_unless_reachable.cache_clear()
+    network.offline_unless_reachable.cache_clear()
     yield made
-    corpora.offline_unless_reachable.cache_clear()
+    network.offline_unless_reachable.cache_clear()
 
 
 def write(path, texts=tuple(TEXTS), field="text"):
@@ -286,16 +287,16 @@ def test_hub_needs_a_name():
 def test_offline_is_for_all_libraries_and_only_where_nothing_answers(calls, monkeypatch):
     offline = lambda: [m.HF_HUB_OFFLINE for m in (datasets.config, huggingface_hub.constants)]  # noqa: E731
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy")
-    corpora.offline_unless_reachable()
+    network.offline_unless_reachable()
     assert offline() == [False, False] and not calls  # what a proxy reaches is not for us to say
     monkeypatch.delenv("HTTPS_PROXY")
-    corpora.offline_unless_reachable.cache_clear()
+    network.offline_unless_reachable.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(socket, "create_connection", lambda *args, **more: socket.socket())
-        corpora.offline_unless_reachable()
+        network.offline_unless_reachable()
     assert offline() == [False, False]
-    corpora.offline_unless_reachable.cache_clear()
+    network.offline_unless_reachable.cache_clear()
     monkeypatch.setenv("HF_ENDPOINT", "http://mirror:8080")
-    corpora.offline_unless_reachable()
+    network.offline_unless_reachable()
     assert offline() == [True, True] and calls == [("mirror", 8080)]
     assert os.environ["HF_HUB_OFFLINE"] == "1"

@@ -18,8 +18,20 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from kd import config, corpora, data, packing, tokenizer
-from kd.corpora import Corpus, Pairs, markov
+from kd.config import components
+from kd.data import corpora, packing, tokenizer
+from kd.data.batches import (
+    IGNORE,
+    Batch,
+    Batches,
+    Packed,
+    ValidationBatches,
+    _permutation,
+    ahead,
+    rows_of_step,
+    to_batch,
+)
+from kd.data.corpora import Corpus, Pairs, markov
 from kd.errors import UserError
 
 SETTINGS = dict(seq_len=16, vocab=280, val_rows=5, val_share=0.2)
@@ -43,7 +55,7 @@ def rows_of_words(texts: list[str], **of) -> Corpus:
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory) -> data.Packed:
+def packed(tmp_path_factory) -> Packed:
     return packing.pack(corpus(documents()), tmp_path_factory.mktemp("data"), **SETTINGS)
 
 
@@ -58,7 +70,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def same(a: data.Batch, b: data.Batch) -> bool:
+def same(a: Batch, b: Batch) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
 
 
@@ -66,7 +78,7 @@ def same(a: data.Batch, b: data.Batch) -> bool:
 
 
 def test_label_is_the_next_token_of_the_row(packed):
-    (batch,) = data.Batches(packed.train, batch=7, seed=3, start=5, steps=6)
+    (batch,) = Batches(packed.train, batch=7, seed=3, start=5, steps=6)
     rows = torch.from_numpy(packed.train[batch.row].astype(np.int64))
     assert torch.equal(batch.ids, rows[:, :-1]) and torch.equal(batch.labels, rows[:, 1:])
     assert torch.equal(batch.ids[:, 1:], batch.labels[:, :-1])
@@ -75,14 +87,14 @@ def test_label_is_the_next_token_of_the_row(packed):
 
 def test_starting_at_a_step_is_skipping_those_before(packed):
     rows = packed.train[:100]  # step 3 and 6 go from one epoch to the next
-    whole = list(data.Batches(rows, batch=30, seed=1, start=0, steps=12))
+    whole = list(Batches(rows, batch=30, seed=1, start=0, steps=12))
     for start in (0, 1, 3, 4, 6, 11, 12):
-        rest = list(data.Batches(rows, batch=30, seed=1, start=start, steps=12))
+        rest = list(Batches(rows, batch=30, seed=1, start=start, steps=12))
         assert len(rest) == 12 - start and all(map(same, rest, whole[start:]))
 
 
 def test_iterating_again_begins_again(packed):
-    batches = data.Batches(packed.train, batch=4, seed=1, start=2, steps=5)
+    batches = Batches(packed.train, batch=4, seed=1, start=2, steps=5)
     assert all(map(same, batches, batches)) and len(list(batches)) == 3
 
 
@@ -90,45 +102,45 @@ def test_iterating_again_begins_again(packed):
 def test_every_epoch_has_every_row_once_in_a_new_order(batch):
     count, epochs = 10, 7
     steps = -(-count * epochs // batch)
-    rows = np.concatenate([data.rows_of_step(count, batch, seed=5, step=s) for s in range(steps)])
+    rows = np.concatenate([rows_of_step(count, batch, seed=5, step=s) for s in range(steps)])
     orders = rows[: count * epochs].reshape(epochs, count)
     assert (np.sort(orders, 1) == np.arange(count)).all()
     assert len({tuple(order) for order in orders}) == epochs
     # Steps in another order, as on resume, are the same steps.
-    again = [data.rows_of_step(count, batch, seed=5, step=s) for s in reversed(range(steps))]
+    again = [rows_of_step(count, batch, seed=5, step=s) for s in reversed(range(steps))]
     assert (np.concatenate(again[::-1]) == rows).all()
 
 
 def test_an_order_is_made_once_for_the_data_and_once_for_the_text_beside_it(packed):
-    data._permutation.cache_clear()
-    beside = data.Batches(packed.train[:50], batch=4, seed=1, start=0, steps=5)
-    assert len(list(data.Batches(packed.train[:60], batch=4, seed=1, start=0, steps=5, beside=beside))) == 5
-    assert data._permutation.cache_info().misses == 2
+    _permutation.cache_clear()
+    beside = Batches(packed.train[:50], batch=4, seed=1, start=0, steps=5)
+    assert len(list(Batches(packed.train[:60], batch=4, seed=1, start=0, steps=5, beside=beside))) == 5
+    assert _permutation.cache_info().misses == 2
 
 
 def test_another_seed_is_another_order_and_other_random_numbers(packed):
-    orders = {tuple(data.rows_of_step(100, 100, seed, 0)) for seed in range(20)}
+    orders = {tuple(rows_of_step(100, 100, seed, 0)) for seed in range(20)}
     assert len(orders) == 20
-    a, b = (next(iter(data.Batches(packed.train, 8, seed, 0, 1))) for seed in (0, 1))
+    a, b = (next(iter(Batches(packed.train, 8, seed, 0, 1))) for seed in (0, 1))
     assert not torch.equal(a.row, b.row) and not (a.seed == b.seed).any()
 
 
 def test_random_numbers_of_positions_do_not_repeat(packed):
-    seeds = torch.cat([b.seed.flatten() for b in data.Batches(packed.train, 8, 0, 0, 50)])
+    seeds = torch.cat([b.seed.flatten() for b in Batches(packed.train, 8, 0, 0, 50)])
     assert len(seeds.unique()) == len(seeds) and seeds.min() >= 0
 
 
 def test_split_covers_all_rows_in_order(packed):
-    (batch,) = data.Batches(packed.train, batch=7, seed=0, start=0, steps=1)
+    (batch,) = Batches(packed.train, batch=7, seed=0, start=0, steps=1)
     for rows, sizes in ((1, [1] * 7), (3, [3, 3, 1]), (7, [7]), (100, [7])):
         parts = list(batch.split(rows))
         assert [len(p.ids) for p in parts] == sizes
-        assert same(data.Batch(*(torch.cat(x) for x in list(zip(*parts, strict=True))[:4])), batch)
+        assert same(Batch(*(torch.cat(x) for x in list(zip(*parts, strict=True))[:4])), batch)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 100])
 def test_validation_is_every_row_once_in_order(packed, size):
-    batches = data.ValidationBatches(packed.val, size)
+    batches = ValidationBatches(packed.val, size)
     assert len(batches) == len(list(batches)) and all(map(same, batches, batches))
     assert torch.cat([b.row for b in batches]).tolist() == list(range(5))
     rows = torch.from_numpy(packed.val.astype(np.int64))
@@ -294,11 +306,11 @@ def test_validation_is_the_same_for_any_amount_of_training_text(tmp_path):
 
 
 def test_fewer_tokens_of_a_markov_chain_are_a_part_of_more(tmp_path):
-    def made(tokens: int) -> data.Packed:
+    def made(tokens: int) -> Packed:
         """As train.py does it: each function takes what it has a parameter for."""
         node = {"seq_len": 16, "states": 8, "branching": 3, "size": 40_000, "tokens": tokens, "val_rows": 8}
-        source = markov(**config.checked(markov, node, "data"))
-        return packing.pack(source, tmp_path, **config.checked(packing.pack, node, "data"))
+        source = markov(**components.checked(markov, node, "data"))
+        return packing.pack(source, tmp_path, **components.checked(packing.pack, node, "data"))
 
     few, many = made(10_000), made(20_000)
     assert {tuple(r) for r in few.train} < {tuple(r) for r in many.train}
@@ -320,12 +332,12 @@ def test_ids_above_65535_do_not_overflow(tmp_path):
     assert sorted(np.concatenate([made.train, made.val]).flatten().tolist()) == list(range(70_000))
 
 
-def measured(made: data.Packed) -> float:
+def measured(made: Packed) -> float:
     """Bytes per learned token of the validation rows, by the bytes that the tokens of a byte-level tokenizer are."""
     fast = PreTrainedTokenizerFast.from_pretrained(made.tokenizer)
     size = {id: len(token) for token, id in fast.get_vocab().items()} | {id: 0 for id in fast.all_special_ids}
-    labels = [t for b in data.ValidationBatches(made.val, 1, boundary=made.boundary) for t in b.labels[0].tolist()]
-    labels = [label for label in labels if label != data.IGNORE]
+    labels = [t for b in ValidationBatches(made.val, 1, boundary=made.boundary) for t in b.labels[0].tolist()]
+    labels = [label for label in labels if label != IGNORE]
     return sum(size[label] for label in labels) / len(labels)
 
 
@@ -403,7 +415,7 @@ def test_whatever_changes_the_rows_changes_the_folder(packed, tmp_path):
     assert len(set(folders)) == len(folders) == 7
 
 
-def tokenizer_with(folder: Path, packed: data.Packed, *bos: str) -> str:
+def tokenizer_with(folder: Path, packed: Packed, *bos: str) -> str:
     """The folder of the trained tokenizer, with `bos` in front of every text; the end is the last new token."""
     fast = PreTrainedTokenizerFast.from_pretrained(packed.tokenizer)
     fast.add_special_tokens({"additional_special_tokens": [t for t in bos if t != packing.END]})
@@ -432,17 +444,17 @@ def test_every_text_and_every_row_begins_as_the_tokenizer_has_it_and_that_is_not
     ids, end = fast.convert_tokens_to_ids(list(bos)), fast.eos_token_id
     learned, texts = [], set(documents())
     for row in made.train.tolist():
-        batch = data.to_batch(np.array([row]), np.zeros(1, int), np.zeros((1, 16), int), boundary=made.boundary)
+        batch = to_batch(np.array([row]), np.zeros(1, int), np.zeros((1, 16), int), boundary=made.boundary)
         assert row[: len(ids)] == ids  # as a text of its own
-        expected, place = [data.IGNORE] * (len(ids) - 1) + row[len(ids) :], len(ids)
+        expected, place = [IGNORE] * (len(ids) - 1) + row[len(ids) :], len(ids)
         while end in row[place:]:  # by hand: behind an end is what is put in front of the next text
             place = row.index(end, place) + 1
             assert row[place : place + len(ids)] == ids[: len(row) - place]
             for put in range(place, min(place + len(ids), len(row))):
-                expected[put - 1] = data.IGNORE
+                expected[put - 1] = IGNORE
             place += len(ids)
         assert batch.labels[0].tolist() == expected
-        learned += [label for label in expected if label != data.IGNORE]
+        learned += [label for label in expected if label != IGNORE]
     # Without what is put in front, the text is whole and ends as ever.
     found = fast.decode(learned).split(packing.END)[1:-1]
     assert len(found) > 200 and set(found) <= texts
@@ -453,17 +465,17 @@ def test_batches_leave_out_what_stands_in_front_of_a_text():
     rows = np.array(
         [[8, 5, 9, 8, 6, 7], [8, 9, 5, 8, 6, 9]]
     )  # 9 ends, 8 begins; the second 8 of the last row is a text's
-    expected = [[5, 9, data.IGNORE, 6, 7], [9, 5, 8, 6, 9]]
-    for batches in (data.Batches(rows, 2, 0, 0, 1, boundary=(9, 8)), data.ValidationBatches(rows, 2, boundary=(9, 8))):
+    expected = [[5, 9, IGNORE, 6, 7], [9, 5, 8, 6, 9]]
+    for batches in (Batches(rows, 2, 0, 0, 1, boundary=(9, 8)), ValidationBatches(rows, 2, boundary=(9, 8))):
         (batch,) = batches
         assert batch.labels.tolist() == [expected[row] for row in batch.row]
-    (twice,) = data.ValidationBatches(np.array([[8, 7, 9, 8, 7, 5]]), 1, boundary=(9, 8, 7))
-    assert twice.labels.tolist() == [[data.IGNORE, 9, data.IGNORE, data.IGNORE, 5]]
-    assert data.Packed(Path(), rows, rows, None, None, {}, boundary=(9, 8)).counted == 4.5
+    (twice,) = ValidationBatches(np.array([[8, 7, 9, 8, 7, 5]]), 1, boundary=(9, 8, 7))
+    assert twice.labels.tolist() == [[IGNORE, 9, IGNORE, IGNORE, 5]]
+    assert Packed(Path(), rows, rows, None, None, {}, boundary=(9, 8)).counted == 4.5
 
 
 def test_only_a_tokenizer_with_a_bos_names_its_data_anew(packed, tmp_path, monkeypatch):
-    from kd import tokenizer as module
+    from kd.data import tokenizer as module
 
     source, chat = corpus(documents()), replace(corpus(documents()), pairs=Pairs("chat", 4))
     for bos, same in (((), True), (("<s>",), False)):
@@ -571,7 +583,7 @@ def killed(*args, **more):
 @WHERE
 def test_killed_packing_is_made_again_whole(packed, tmp_path, monkeypatch, where):
     with monkeypatch.context() as patch:
-        patch.setattr(f"kd.packing.{where}", killed)
+        patch.setattr(f"kd.data.packing.{where}", killed)
         process = FORK.Process(target=packing.pack, args=(corpus(documents()), tmp_path), kwargs=SETTINGS)
         process.start()
         process.join()
@@ -590,7 +602,7 @@ def test_packing_that_fails_leaves_nothing(packed, tmp_path, monkeypatch, where,
     def fail(*args, **more):
         raise error
 
-    monkeypatch.setattr(f"kd.packing.{where}", fail)
+    monkeypatch.setattr(f"kd.data.packing.{where}", fail)
     with pytest.raises(error):
         packing.pack(corpus(documents()), tmp_path, **SETTINGS)
     assert not [p for p in tmp_path.iterdir() if p.suffix != ".lock"]
@@ -635,14 +647,14 @@ def test_items_come_in_order_and_at_most_two_ahead():
             made.append(number)
             yield number
 
-    for number in (coming := data.ahead(items())):
+    for number in (coming := ahead(items())):
         time.sleep(0.002)
         assert made[-1] <= number + 3
         if number == 9:
             break
     coming.close()
     assert made == list(range(len(made))) and len(made) <= 13
-    assert list(data.ahead(iter(range(50)))) == list(range(50)) and list(data.ahead(iter([]))) == []
+    assert list(ahead(iter(range(50)))) == list(range(50)) and list(ahead(iter([]))) == []
 
 
 def test_items_are_made_while_others_are_used():
@@ -652,7 +664,7 @@ def test_items_are_made_while_others_are_used():
             yield number
 
     began = time.monotonic()
-    for _ in data.ahead(items()):
+    for _ in ahead(items()):
         time.sleep(0.02)
     assert time.monotonic() - began < 0.28  # one after the other: 0.32
 
@@ -665,10 +677,10 @@ def test_an_error_comes_where_its_item_would_and_ends_the_thread():
 
     got = []
     with pytest.raises(UserError, match="no third"):
-        for item in data.ahead(items()):
+        for item in ahead(items()):
             got.append(item)
     assert got == [1, 2]
-    coming = data.ahead(iter(range(100)))
+    coming = ahead(iter(range(100)))
     next(coming)
     assert any(t.name.startswith("ahead") for t in threading.enumerate())
     coming.close()

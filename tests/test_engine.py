@@ -12,13 +12,13 @@ import pytest
 import torch
 import transformers
 
-from kd import engine
-from kd.data import IGNORE
+from kd.data.batches import IGNORE
 from kd.errors import UserError
-from kd.generate import write
-from kd.models import Causal
-from kd.objective import log_probabilities
-from kd.rollout import Writers
+from kd.models.causal_lm import Causal
+from kd.objective.chunked import log_probabilities
+from kd.rollout import vllm
+from kd.rollout.generate import write
+from kd.rollout.strategies import Writers
 from tests.cases import option
 from tests.test_generate import END, PROMPTS, T, V, batch, seeds
 
@@ -88,7 +88,7 @@ def test_what_it_writes_is_what_kd_writes(vocab, max_tokens, request):
         request.getfixturevalue("stub")
     made, given = model(0, vocab), batch(PROMPTS)
     given.labels[1] = IGNORE  # a row without a response stays as it is
-    ours = engine.Engine(made, T, learns=False).write(given, END, seeds(6), temperature=0, max_tokens=max_tokens)
+    ours = vllm.Engine(made, T, learns=False).write(given, END, seeds(6), temperature=0, max_tokens=max_tokens)
     theirs = write(given, END, seeds(6), made, temperature=0, max_tokens=max_tokens)
     same(ours, theirs)
     assert not ours.sampled.by_student.any() and ours.sampled.student is None and ours.row is given.row
@@ -98,7 +98,7 @@ def test_a_model_that_reads_no_more_than_a_row_writes_all_but_its_last_token(req
     if not INSTALLED:
         request.getfixturevalue("stub")
     made, given = model(0, reads=T), batch(PROMPTS)
-    ours = engine.Engine(made, T, learns=False).write(given, END, seeds(6), temperature=0)
+    ours = vllm.Engine(made, T, learns=False).write(given, END, seeds(6), temperature=0)
     theirs = write(given, END, seeds(6), made, temperature=0)
     theirs.labels[:, -1] = IGNORE
     same(ours, theirs)
@@ -108,7 +108,7 @@ def test_a_model_that_reads_no_more_than_a_row_writes_all_but_its_last_token(req
 def test_drawn_tokens_depend_on_the_row_and_its_seed_alone():
     made, given = model(0), batch([4, 4, 4, 4])
     given = given._replace(ids=given.ids[:1].expand(4, -1).clone())
-    writer = engine.Engine(made, T, learns=False)
+    writer = vllm.Engine(made, T, learns=False)
     drawn = writer.write(given, END, torch.tensor([1, 2, 1, 2**62])).ids[:, 4:]
     assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
     alone = writer.write(given.split(1).__next__(), END, torch.tensor([1])).ids[:, 4:]
@@ -131,7 +131,7 @@ def test_a_student_writes_with_the_weights_it_has(stub):
 def test_weights_that_were_not_taken_are_noticed(stub, monkeypatch):
     monkeypatch.setattr(Stub, "collective_rpc", lambda self, method: None)
     made, given = model(0), batch(PROMPTS)
-    writer = engine.Engine(made, T, learns=True)
+    writer = vllm.Engine(made, T, learns=True)
     writer.write(given, END, seeds(6), temperature=0)
     made.load_state_dict(model(1).state_dict())
     with pytest.raises(UserError, match=r"did not take the weights.*rollout\.engine=kd"):
@@ -139,13 +139,13 @@ def test_weights_that_were_not_taken_are_noticed(stub, monkeypatch):
 
 
 def test_a_step_under_autocast_still_learns(stub, monkeypatch):
-    monkeypatch.setattr(engine, "OFF", 10.0)  # the stub computes in float32
+    monkeypatch.setattr(vllm, "OFF", 10.0)  # the stub computes in float32
     made, given, gradients = model(0).train(), batch(PROMPTS), []
     for before in (False, True):
         made.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             if before:
-                engine.Engine(made, T, learns=True).write(given, END, seeds(6), temperature=0)
+                vllm.Engine(made, T, learns=True).write(given, END, seeds(6), temperature=0)
             log_probabilities(made.head, made.hidden(given.ids)).square().mean().backward()
         gradients.append({name: p.grad for name, p in made.named_parameters()})
     assert all(grad is not None and torch.equal(grad, gradients[0][name]) for name, grad in gradients[1].items())

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 import train as product
-from kd import estimate, progress
-from kd.config import CONF
-from kd.progress import Terminal
+from kd.config.components import CONF
+from kd.experiment import planner
+from kd.system import console
+from kd.system.console import Terminal
 from tests.small import here, result, settings, train, write
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(estimate, "PROBE", 0.0)
+    monkeypatch.setattr(planner, "PROBE", 0.0)
 
 
 def of(root, *words):
@@ -64,7 +65,7 @@ def test_disk_of_a_store_is_that_of_its_output_layer_too(tmp_path, words):
 def test_a_sample_of_much_text_tells_as_much(tmp_path, monkeypatch):
     words = ("logits=offline", "truncation=top_k", "truncation.k=4", "teacher.steps=1", "data.tokens=20000")
     *_, stored, run = of(tmp_path / "whole", *words).values()
-    monkeypatch.setattr(estimate, "SAMPLE", 2000)
+    monkeypatch.setattr(planner, "SAMPLE", 2000)
     *_, less, same = of(tmp_path / "sample", *words).values()
     assert less.tokens == pytest.approx(stored.tokens, rel=0.02) and less.disk == pytest.approx(stored.disk, rel=0.1)
     assert same.tokens == run.tokens and same.flops == run.flops
@@ -79,16 +80,16 @@ def test_what_is_kept_for_the_backward_pass_grows_with_rows_and_the_rest_does_no
 
 
 def test_time_is_that_of_the_steps_measured(tmp_path, monkeypatch):
-    step = estimate.Step({"student": estimate.Cost(10, 8, 100.0)}, rows=2, micro_batch=2.0, optimizer=0.5)
-    monkeypatch.setattr(estimate, "_measure", lambda *_: step)
+    step = planner.Step({"student": planner.Cost(10, 8, 100.0)}, rows=2, micro_batch=2.0, optimizer=0.5)
+    monkeypatch.setattr(planner, "_measure", lambda *_: step)
     words = ("logits=none", "teacher=none", "trainer.steps=10", "trainer.batch=4", "trainer.micro_batch=2")
     (said,) = of(tmp_path, *words, "trainer.val_every=5", "seed=9").values()
     # 10 steps of two parts and an optimizer; 2 validations of 8 rows, of which 2 take a third of a part.
-    assert said.seconds == pytest.approx(estimate.STARTS + 10 * (2 * 2.0 + 0.5) + 2 * 8 / 2 * 2.0 / 3)
+    assert said.seconds == pytest.approx(planner.STARTS + 10 * (2 * 2.0 + 0.5) + 2 * 8 / 2 * 2.0 / 3)
 
 
 def test_rows_that_do_not_fit_are_halved_as_in_a_run(tmp_path, monkeypatch):
-    step = estimate.Step({"student": estimate.Cost(10, 8, 100.0)}, rows=1, micro_batch=2.0)
+    step = planner.Step({"student": planner.Cost(10, 8, 100.0)}, rows=1, micro_batch=2.0)
     tried = []
 
     def measure(settings, *_):
@@ -97,10 +98,10 @@ def test_rows_that_do_not_fit_are_halved_as_in_a_run(tmp_path, monkeypatch):
             raise torch.OutOfMemoryError
         return step
 
-    monkeypatch.setattr(estimate, "_measure", measure)
+    monkeypatch.setattr(planner, "_measure", measure)
     words = ("logits=none", "teacher=none", "trainer.steps=10", "trainer.batch=4", "trainer.micro_batch=4", "seed=8")
     (said,) = of(tmp_path, *words, "trainer.val_every=10").values()
-    assert tried == [4, 2, 1] and said.seconds == pytest.approx(estimate.STARTS + 10 * 4 * 2.0 + 8 / 3 * 2.0)
+    assert tried == [4, 2, 1] and said.seconds == pytest.approx(planner.STARTS + 10 * 4 * 2.0 + 8 / 3 * 2.0)
 
 
 def test_a_teacher_that_is_loaded_is_counted(tmp_path):
@@ -113,7 +114,7 @@ def test_a_teacher_that_is_loaded_is_counted(tmp_path):
 
 
 def test_models_larger_than_memory_are_not_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(estimate, "capacity", lambda device: 10**6)
+    monkeypatch.setattr(planner, "capacity", lambda device: 10**6)
     (said,) = of(tmp_path, "logits=none", "teacher=none", "student=6.8b").values()
     assert said.seconds is None and said.memory > 16 * 5.5e9 and said.flops > 1e12
 
@@ -142,8 +143,8 @@ ROWS = {
 def test_a_plan_has_one_line_for_each_run_however_narrow_the_terminal(width, monkeypatch, capsys):
     if width:
         there = Terminal(force_terminal=True, width=width, color_system=None, highlight=False)
-        monkeypatch.setattr(estimate, "console", there)
-    estimate.print_rows(ROWS)
+        monkeypatch.setattr(planner, "console", there)
+    planner.print_rows(ROWS)
     printed = capsys.readouterr()
     lines = (printed.out if width else printed.err).rstrip().splitlines()
     assert len(lines) == 1 + len(ROWS)
@@ -155,16 +156,16 @@ def test_a_plan_has_one_line_for_each_run_however_narrow_the_terminal(width, mon
 
 def test_names_are_shortened_where_they_stay_different():
     names = ["a=1 b=1 c=1", "a=1 b=2 c=1", "b=1 d=1"]
-    assert estimate.shortened(names) == names  # the first and the last would both be b=1
-    assert estimate.shortened(["a=1 b=1 c=1", "a=1 b=2 c=2"]) == ["b=1 c=1", "b=2 c=2"]
-    assert estimate.shortened(["a=1"]) == ["a=1"] and estimate.shortened(["lm-1", "lm-2 a=1"]) == ["lm-1", "lm-2"]
+    assert planner.shortened(names) == names  # the first and the last would both be b=1
+    assert planner.shortened(["a=1 b=1 c=1", "a=1 b=2 c=2"]) == ["b=1 c=1", "b=2 c=2"]
+    assert planner.shortened(["a=1"]) == ["a=1"] and planner.shortened(["lm-1", "lm-2 a=1"]) == ["lm-1", "lm-2"]
 
 
 @pytest.mark.parametrize("items", [[1, 2, 3], iter([1, 2, 3])], ids=["counted", "not counted"])
 def test_long_work_says_where_it_is_where_there_is_no_terminal(items, monkeypatch, capsys):
     ticks = iter(range(0, 1000, 6))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(ticks)))
-    assert list(progress.track(items, "measuring")) == [1, 2, 3]
+    monkeypatch.setattr(console.time, "monotonic", lambda: float(next(ticks)))
+    assert list(console.track(items, "measuring")) == [1, 2, 3]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all(line.startswith("measuring  ") for line in lines)
     assert ("/3" in lines[0]) is isinstance(items, list)

@@ -18,9 +18,9 @@ from pathlib import Path
 import filelock
 import pytest
 
-from kd import files
-from kd.checkpoint import newest
-from kd.run import Run
+from kd.runs.run import Run
+from kd.system import files
+from kd.system.checkpoint_files import newest
 from tests.small import content, folder, listed, outcome, result, start, train, type_in
 
 pytestmark = pytest.mark.fault
@@ -246,26 +246,26 @@ def root(clean, tmp_path) -> Path:
 @pytest.fixture
 def held(tmp_path) -> Fault:
     """A run that is in its step 7, and stays there."""
-    return Fault(tmp_path / "held", "kd.module", STEP, only="seed=0", AT=7, ACT="hold()")
+    return Fault(tmp_path / "held", "kd.training.module", STEP, only="seed=0", AT=7, ACT="hold()")
 
 
 # One bad run of three
 
 
 def raises(path: Path) -> Fault:
-    return Fault(path, "kd.module", STEP, only="seed=2", AT=7, ACT='fired(); raise RuntimeError("injected")')
+    return Fault(path, "kd.training.module", STEP, only="seed=2", AT=7, ACT='fired(); raise RuntimeError("injected")')
 
 
 def exits(path: Path) -> Fault:
-    return Fault(path, "kd.module", STEP, only="seed=2", AT=7, ACT="fired(); sys.exit(3)")
+    return Fault(path, "kd.training.module", STEP, only="seed=2", AT=7, ACT="fired(); sys.exit(3)")
 
 
 def stays(path: Path) -> Fault:
-    return Fault(path, "kd.module", STEP, only="seed=2", AT=7, ACT="hold()")
+    return Fault(path, "kd.training.module", STEP, only="seed=2", AT=7, ACT="hold()")
 
 
 def has_no_memory(path: Path) -> Fault:
-    return Fault(path, "kd.models", MEMORY, only="seed=2", ROWS=0, WHEN="True", ERROR=CPU)
+    return Fault(path, "kd.models.causal_lm", MEMORY, only="seed=2", ROWS=0, WHEN="True", ERROR=CPU)
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,7 @@ def test_sweep_killed_at_random_moments_makes_nothing_twice(clean, root, seed):
 def test_two_copies_of_a_sweep_make_every_run_once(clean, tmp_path):
     (tmp_path / "root").mkdir()  # and the data, and the teacher
     patch = "def patch(module):\n    module.Distillation.on_fit_end = lambda self: fired()\n"
-    fault = Fault(tmp_path / "fault", "kd.module", patch)
+    fault = Fault(tmp_path / "fault", "kd.training.module", patch)
     both = [start(tmp_path / "root", *PAIR, **fault.environment) for _ in range(2)]
     outputs = [ended(process, 0) for process in both]
     assert len(fault.fired()) == 3, outputs  # two, and the teacher
@@ -433,7 +433,7 @@ def test_two_copies_of_a_sweep_make_every_run_once(clean, tmp_path):
 
 
 def test_signal_to_a_sweep_has_its_runs_save_and_end(root, tmp_path):
-    fault = Fault(tmp_path / "fault", "kd.module", STEP, AT=7, ACT="hold()")
+    fault = Fault(tmp_path / "fault", "kd.training.module", STEP, AT=7, ACT="hold()")
     process = start(root, *THREE, **fault.environment)
     fault.wait(process, 2)
     process.terminate()
@@ -450,7 +450,7 @@ def test_signal_to_a_sweep_has_its_runs_save_and_end(root, tmp_path):
 
 @pytest.mark.slow
 def test_second_signal_to_a_sweep_ends_all_at_once(root, tmp_path):
-    fault = Fault(tmp_path / "fault", "kd.module", STEP, AT=7, ACT="hold()")
+    fault = Fault(tmp_path / "fault", "kd.training.module", STEP, AT=7, ACT="hold()")
     process = start(root, *THREE, **fault.environment)
     fault.wait(process, 2)
     process.send_signal(signal.SIGINT)
@@ -485,7 +485,7 @@ def test_signal_to_a_sweep_whose_runs_only_begin(root, tmp_path):
 )
 def test_signal_in_training_saves_a_checkpoint_and_the_run_goes_on_bit_for_bit(clean, root, tmp_path, signals):
     for at, number in signals:
-        fault = Fault(tmp_path / number.name, "kd.module", STEP, AT=at, ACT="hold()")
+        fault = Fault(tmp_path / number.name, "kd.training.module", STEP, AT=at, ACT="hold()")
         process = start(root, "seed=0", **fault.environment)
         fault.wait(process)
         process.send_signal(number)
@@ -503,7 +503,7 @@ def test_signal_in_training_saves_a_checkpoint_and_the_run_goes_on_bit_for_bit(c
 
 @pytest.mark.slow
 def test_second_signal_to_a_run_ends_it_at_once(clean, root, tmp_path):
-    fault = Fault(tmp_path / "stuck", "kd.module", STEP, AT=11, ACT="fired(); time.sleep(600)")
+    fault = Fault(tmp_path / "stuck", "kd.training.module", STEP, AT=11, ACT="fired(); time.sleep(600)")
     process = start(root, "seed=0", **fault.environment)
     fault.wait(process)
     process.terminate()
@@ -525,8 +525,8 @@ def test_signal_before_training_ends_at_once(clean, tmp_path):
     packing = "def patch(module):\n    module.np.save = lambda *_: hold()\n"
     for name, fault in {
         "load": Fault(tmp_path / "load", "hydra", IMPORT),
-        "pack": Fault(tmp_path / "pack", "kd.packing", packing),
-        "teach": Fault(tmp_path / "teach", "kd.module", STEP, AT=4, ACT="hold()"),
+        "pack": Fault(tmp_path / "pack", "kd.data.packing", packing),
+        "teach": Fault(tmp_path / "teach", "kd.training.module", STEP, AT=4, ACT="hold()"),
     }.items():
         process = start(root, "seed=0", **fault.environment)
         fault.wait(process)
@@ -547,7 +547,7 @@ def test_signal_while_a_checkpoint_is_written_leaves_none_that_is_torn(clean, ro
     for signals, number, being_written, left in (
         ("KILL", 2, 6, [3]), ("TERM TERM", 2, 9, [3, 6]), ("TERM", 1, 9, [9, 10]),  # at the next step
     ):  # fmt: skip
-        fault = Fault(tmp_path / signals, "kd.checkpoint", WRITE, COUNT=number)
+        fault = Fault(tmp_path / signals, "kd.training.checkpoints", WRITE, COUNT=number)
         process = start(root, "seed=0", **fault.environment)
         fault.wait(process)
         run = folder(root, "fkl")
@@ -583,7 +583,7 @@ def test_out_of_memory_goes_on_with_fewer_rows_and_the_same_numbers(root, tmp_pa
     train(root, "seed=0", "trainer.micro_batch=1")
     single = folder(root, "fkl")
     for words, error in ((("trainer.micro_batch=4",), CPU), (("trainer.micro_batch=2",), GPU)):
-        fault = Fault(tmp_path / f"fault{words}", "kd.models", MEMORY, ROWS=1, WHEN="True", ERROR=error)
+        fault = Fault(tmp_path / f"fault{words}", "kd.models.causal_lm", MEMORY, ROWS=1, WHEN="True", ERROR=error)
         before = set(root.glob("fkl*"))
         output = train(root, "seed=0", *words, **fault.environment)
         (run,) = set(root.glob("fkl*")) - before
@@ -599,7 +599,7 @@ def test_rows_at_once_are_kept_in_a_checkpoint(root, tmp_path):
     """Out of memory once, at step 4; one run is held at step 7, ended, and goes on where nothing is the matter."""
     words, other = ("seed=0", "trainer.micro_batch=4"), tmp_path / "other"
     shutil.copytree(root, other)
-    whole, cut = (Fault(tmp_path / name, "kd.module", ONCE, ERROR=CPU) for name in ("whole", "cut"))
+    whole, cut = (Fault(tmp_path / name, "kd.training.module", ONCE, ERROR=CPU) for name in ("whole", "cut"))
     whole.go()
     train(root, *words, **whole.environment)
     process = start(other, *words, **cut.environment)
@@ -618,7 +618,7 @@ def test_rows_at_once_are_kept_in_a_checkpoint(root, tmp_path):
 def test_out_of_memory_while_logits_are_recorded_stores_the_same(root, tmp_path):
     """In the second half of a batch, so that what was recorded of the first is there already."""
     words = ("logits=none", "teacher=none", "record=top_k", "record.k=5")
-    fault = Fault(tmp_path / "fault", "kd.models", MEMORY, ROWS=1, WHEN="count > 1", ERROR=CPU)
+    fault = Fault(tmp_path / "fault", "kd.models.causal_lm", MEMORY, ROWS=1, WHEN="count > 1", ERROR=CPU)
     train(root, *words, f"record.path={tmp_path / 'halved'}", **fault.environment)
     train(root, *words, f"record.path={tmp_path / 'single'}", "trainer.micro_batch=1")
     assert len(fault.fired()) == 1
@@ -630,7 +630,7 @@ def test_out_of_memory_while_logits_are_recorded_stores_the_same(root, tmp_path)
 
 
 def test_memory_that_is_limited_in_earnest_ends_the_run_with_a_reason(root, tmp_path):
-    fault = Fault(tmp_path / "fault", "kd.module", STEP, AT=0, ACT="hold()")
+    fault = Fault(tmp_path / "fault", "kd.training.module", STEP, AT=0, ACT="hold()")
     process = start(root, "-m", "seed=0", "student=10m", **fault.environment)
     (pid,) = fault.wait(process)
     size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kd import corpora, files, remote
-from kd.checkpoint import DigestIO
+from kd.data import corpora
 from kd.errors import UserError
+from kd.system import files, remote
+from kd.system.checkpoint_files import DigestIO
 
 FORK = multiprocessing.get_context("fork")
 

@@ -8,12 +8,13 @@ import torch
 import transformers
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from kd import generate, ranks
-from kd.data import IGNORE, Batch
+from kd.data.batches import IGNORE, Batch
 from kd.errors import UserError
-from kd.generate import Sampled, write
-from kd.models import Causal
-from kd.objective import log_probabilities
+from kd.models.causal_lm import Causal
+from kd.objective.chunked import log_probabilities
+from kd.parallel import collectives
+from kd.rollout import generate
+from kd.rollout.generate import Sampled, write
 from tests.cases import close, logits
 from tests.test_models import CONFIGS, GATED, V
 from tests.test_truncation import ODDS, odds
@@ -361,6 +362,6 @@ def test_ranks_that_share_a_model_go_on_together(monkeypatch):
     made, asked = model(), []
     alone = write(batch([T]), END, seeds(1), made)
     monkeypatch.setattr(generate, "FSDPModule", Causal)
-    monkeypatch.setattr(ranks, "any_of", lambda here: (asked.append(here), here or len(asked) < 5)[1])
+    monkeypatch.setattr(collectives, "any_of", lambda here: (asked.append(here), here or len(asked) < 5)[1])
     assert torch.equal(write(batch([T]), END, seeds(1), made).labels, alone.labels)
     assert asked == [True, False, False, False, False]

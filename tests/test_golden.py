@@ -12,10 +12,10 @@ import hydra
 import pytest
 
 import train  # noqa: F401, registers the sizes
-from kd import packing
-from kd.config import CONF
-from kd.plan import plan
-from kd.settings import Settings, resolve
+from kd.config.components import CONF
+from kd.config.rules import Settings, resolve
+from kd.data import packing
+from kd.experiment.dependencies import plan
 
 NAMES = Path(__file__).parent / "golden" / "names.json"
 LINES = """

@@ -16,13 +16,15 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from kd import logits, models, shards
-from kd.data import IGNORE, Batches
-from kd.module import Distillation
-from kd.objective import Objective
-from kd.temperature import fixed
-from kd.treatment import renormalise
-from kd.truncation import full
+from kd.data.batches import IGNORE, Batches
+from kd.models import causal_lm, flops
+from kd.objective.chunked import Objective
+from kd.objective.target_transforms import renormalise
+from kd.objective.temperature import fixed
+from kd.objective.truncation import full
+from kd.parallel import fsdp
+from kd.teachers import sources
+from kd.training.module import Distillation
 from tests.cases import FORMS, LOSSES, TRUNCATIONS, each, option, sample
 from tests.cases import logits as random_logits
 from tests.small import folder, here, result, start, train
@@ -119,7 +121,7 @@ def test_compiled_loss_equals_the_eager_one(loss, cut):
     known = {name: x.to(DEVICE) for name, x in sample(300, torch.float32).items()}
 
     def signal(rows):
-        return logits.Target(label, other, whole=True, sampled=known)[rows]
+        return sources.Target(label, other, whole=True, sampled=known)[rows]
 
     sums = []
     for compiled in (False, True):
@@ -187,11 +189,11 @@ class _Kept(lightning.Callback):
 
 def losses(strategy, sharded: tuple[str, ...], checkpoint: Path | None = None) -> list[float]:
     torch.manual_seed(0)
-    student, teacher = (models.build(size, None, 300, 64, "size") for size in ("200k", "500k"))
+    student, teacher = (causal_lm.build(size, None, 300, 64, "size") for size in ("200k", "500k"))
     module = Distillation(
-        student, teacher, logits.online(teacher), Objective(option("loss", "fkl"), full, renormalise, fixed),
+        student, teacher, sources.online(teacher), Objective(option("loss", "fkl"), full, renormalise, fixed),
         alpha=lambda progress: 0.9, lr=lambda progress: 1e-3, optimizer=partial(torch.optim.AdamW, weight_decay=0.1),
-        steps=4, micro_batch=4, clip=1.0, log_every=1, val_every=100, validation=[], flops=models.Flops(0.0, 0.0),
+        steps=4, micro_batch=4, clip=1.0, log_every=1, val_every=100, validation=[], flops=flops.Flops(0.0, 0.0),
         sharded=sharded,
     )  # fmt: skip
     kept = _Kept()
@@ -207,7 +209,7 @@ def losses(strategy, sharded: tuple[str, ...], checkpoint: Path | None = None) -
         trainer.save_checkpoint(checkpoint / "step-4.ckpt")
         trainer.strategy.finish_writing()
         assert next(iter(student.parameters())).device.type == DEVICE.type
-        assert any(shards.is_sharded(p) for p in student.parameters())
+        assert any(fsdp.is_sharded(p) for p in student.parameters())
     return kept.losses
 
 
@@ -217,7 +219,7 @@ def test_fsdp2_on_one_device_equals_no_fsdp(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", rank=0, world_size=1)
     try:
-        ours = losses(shards.Sharded(1), ("student", "teacher"), tmp_path)
+        ours = losses(fsdp.Sharded(1), ("student", "teacher"), tmp_path)
     finally:
         dist.destroy_process_group()
     assert ours == pytest.approx(expected, rel=1e-4)
@@ -252,7 +254,7 @@ def test_killed_and_resumed_ends_as_if_never_killed(tmp_path):
 def test_masked_positions_reach_no_loss():
     """Labels of IGNORE on the device index nothing: an out-of-range index would be a device assert."""
     torch.manual_seed(0)
-    student = models.build("100k", None, 300, 32, "size").to(DEVICE)
+    student = causal_lm.build("100k", None, 300, 32, "size").to(DEVICE)
     ids = torch.randint(0, 300, (4, 32), device=DEVICE)
     labels = ids.clone()
     labels[:, ::2] = IGNORE

@@ -6,9 +6,10 @@ from pathlib import Path
 import hydra
 import pytest
 
-from kd import corpora, identity, instructions, packing
-from kd.config import CONF, flat
-from kd.plan import cached_corpus, plan
+from kd.config.components import CONF, flat
+from kd.data import corpora, instructions, packing
+from kd.experiment.dependencies import cached_corpus, plan
+from kd.runs import identity
 from tests.small import settings
 
 

@@ -24,15 +24,17 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import train as product
-from kd import config, corpora, data, instructions, offline, packing, plan, progress, templates
-from kd.config import CONF
-from kd.data import IGNORE
+from kd.config import components
+from kd.config.components import CONF
+from kd.config.rules import resolve
+from kd.data import corpora, instructions, packing, templates
+from kd.data.batches import IGNORE, Batches, Packed, ValidationBatches, to_batch
+from kd.data.examples import Example, Turn
+from kd.data.instructions import functions
+from kd.data.packing import END
+from kd.data.templates import alpaca, encode, end_of_response, plain, tokens
 from kd.errors import UserError
-from kd.examples import Example, Turn
-from kd.instructions import functions
-from kd.packing import END
-from kd.settings import resolve
-from kd.templates import alpaca, encode, end_of_response, plain, tokens
+from kd.experiment import dependencies, stores, summary
 from tests import small
 from tests.small import outcome
 
@@ -101,17 +103,17 @@ def many(count: int = 40) -> list[tuple[str, str]]:
     return [(f"q{number}", f"a{number}") for number in range(count)]
 
 
-def pack(tmp_path: Path, *texts: tuple[str, str], **of) -> data.Packed:
+def pack(tmp_path: Path, *texts: tuple[str, str], **of) -> Packed:
     """Each example is on both sides of the split in a copy of its own, its prompt followed by some number."""
     how = {k: of.pop(k) for k in ("prompt_len", "template") if k in of}
     return packing.pack(pairs(*texts, **how), tmp_path / "packed", **BYTES | of)
 
 
-def said(packed: data.Packed) -> list[tuple[str, str, int, int]]:
+def said(packed: Packed) -> list[tuple[str, str, int, int]]:
     """Of each row, on both sides: the prompt, what counts of the rest, and how many of it are ends."""
     fast, found = AutoTokenizer.from_pretrained(packed.tokenizer), []
     for rows, spans in ((packed.train, packed.train_spans), (packed.val, packed.val_spans)):
-        batch = data.to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans)
+        batch = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans)
         for row, labels, (prompt, total) in zip(rows, batch.labels, spans, strict=True):
             counted = labels[labels != IGNORE]
             assert counted.tolist() == row[prompt:total].tolist()
@@ -128,7 +130,7 @@ def test_labels_of_a_row_by_hand():
     """Prompt 5 6, response 7 0 8, end 0, padding 0; then a row that is full, and one that is cut."""
     rows = np.array([[5, 6, 7, 0, 8, 0, 0, 0], [5, 1, 2, 3, 4, 5, 6, 0], [5, 6, 1, 2, 3, 4, 5, 6]], np.uint16)
     spans = np.array([[2, 6], [1, 8], [2, 8]], np.int32)
-    batch = data.to_batch(rows, np.arange(3), np.zeros((3, 7), np.int64), spans)
+    batch = to_batch(rows, np.arange(3), np.zeros((3, 7), np.int64), spans)
     assert batch.ids.tolist() == rows[:, :-1].tolist()
     x = IGNORE
     assert batch.labels.tolist() == [[x, 7, 0, 8, 0, x, x], [1, 2, 3, 4, 5, 6, 0], [x, 1, 2, 3, 4, 5, 6]]
@@ -139,9 +141,9 @@ def test_labels_of_a_row_by_hand():
 def test_a_single_row_has_labels_of_its_own():
     """Memory that inputs and labels share would put the mask into the inputs."""
     rows = np.arange(9)[None]
-    batch = data.to_batch(rows, np.zeros(1, np.int64), np.zeros((1, 8), np.int64), np.array([[3, 5]]))
+    batch = to_batch(rows, np.zeros(1, np.int64), np.zeros((1, 8), np.int64), np.array([[3, 5]]))
     assert batch.ids.tolist() == [list(range(8))] and batch.labels[0, 2:4].tolist() == [3, 4]
-    (_, _, idle) = data.ValidationBatches(np.arange(18).reshape(2, 9), 1, passes=3)
+    (_, _, idle) = ValidationBatches(np.arange(18).reshape(2, 9), 1, passes=3)
     assert idle.ids.tolist() == [list(range(8))] and (idle.labels == IGNORE).all()
 
 
@@ -232,9 +234,7 @@ def test_prompts_of_text_begin_as_the_tokenizer_has_it_and_chats_as_their_templa
     assert {tuple(row[: len(ids)]) for row in made.train.tolist()} == {tuple(ids)}
     # The prompt has them, so that they are read and not learned, and count to its length.
     assert set(made.train_spans[:, 0] - len(ids)) == {2, 3}
-    batch = data.to_batch(
-        made.train, np.arange(len(made.train)), np.zeros(made.train[:, 1:].shape, int), made.train_spans
-    )
+    batch = to_batch(made.train, np.arange(len(made.train)), np.zeros(made.train[:, 1:].shape, int), made.train_spans)
     assert not np.isin(batch.labels, ids).any()
     if ids:
         few = pack(tmp_path / "few", *many(), prompt_len=2 + len(ids), tokenizer=str(tmp_path / "own"), vocab=None)
@@ -299,12 +299,12 @@ def test_examples_that_leave_a_side_empty_are_refused(tmp_path):
 
 def test_batches_are_masked_and_those_of_plain_text_are_not(tmp_path):
     made = pack(tmp_path, *many())
-    for batch in data.Batches(made.train, 4, 0, 0, 5, spans=made.train_spans):
+    for batch in Batches(made.train, 4, 0, 0, 5, spans=made.train_spans):
         counted = (batch.labels != IGNORE).sum(1)
         assert counted.tolist() == (made.train_spans[batch.row] @ [-1, 1]).tolist()
-    batches = list(data.ValidationBatches(made.val, 4, spans=made.val_spans))
+    batches = list(ValidationBatches(made.val, 4, spans=made.val_spans))
     assert sum((b.labels != IGNORE).sum().item() for b in batches) == (made.val_spans @ [-1, 1]).sum()
-    (plain,) = data.Batches(made.train, 4, 0, 0, 1)
+    (plain,) = Batches(made.train, 4, 0, 0, 1)
     assert (plain.labels != IGNORE).all()
 
 
@@ -323,7 +323,7 @@ def test_equal_examples_are_apart(tmp_path):
     assert sum(same) == 40 and sum(map(all, itertools.pairwise(same))) < 35
 
 
-def said_in_order(packed: data.Packed) -> list[tuple[str, str]]:
+def said_in_order(packed: Packed) -> list[tuple[str, str]]:
     fast = AutoTokenizer.from_pretrained(packed.tokenizer)
     return [(fast.decode(row[:p]), fast.decode(row[p:n])) for row, (p, n) in zip(packed.train, packed.train_spans)]
 
@@ -735,7 +735,7 @@ def words_of(root: Path, *words: str) -> list[str]:
     return [*of, "data.template=plain", f"data.files={root / 'examples.jsonl'}", *words]
 
 
-def settings(root: Path, *words: str) -> plan.Settings:
+def settings(root: Path, *words: str) -> dependencies.Settings:
     return small.settings(root, *words_of(root, *words))
 
 
@@ -756,10 +756,10 @@ def test_only_what_counts_is_counted(root):
     folder = run(root, "logits=none", "teacher=none")
     made, (packed,) = json.loads((folder / "result.json").read_text()), root.glob("data/*/train_spans.npy")
     of = packing.opened(packed.parent)
-    steps = data.Batches(of.train, 4, 0, 0, 12, spans=of.train_spans)
+    steps = Batches(of.train, 4, 0, 0, 12, spans=of.train_spans)
     assert made["tokens"] == sum((b.labels != IGNORE).sum().item() for b in steps) < 12 * 4 * 32
     student = AutoModelForCausalLM.from_pretrained(folder / "student")
-    (rows,) = data.ValidationBatches(of.val, 8, spans=of.val_spans)
+    (rows,) = ValidationBatches(of.val, 8, spans=of.val_spans)
     with torch.no_grad():
         lm = cross_entropy(student(rows.ids).logits.flatten(0, 1), rows.labels.flatten(), ignore_index=IGNORE).item()
     assert made["final"]["val/lm"] == pytest.approx(lm, rel=1e-5)
@@ -794,11 +794,11 @@ def test_a_store_holds_responses_and_no_more(root):
     run(root, *OFFLINE)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         packed, _ = product.prepare(made)
-        found = offline.opened(made, packed)
+        found = stores.opened(made, packed)
         counted = int((packed.train_spans @ [-1, 1]).sum())
         assert found.manifest["positions"] == counted and found.manifest["entries"] == 5 * counted
         assert counted < 0.5 * packed.train[:, 1:].size
-        batch = next(iter(data.Batches(packed.train, 4, 0, 0, 1, read=found.read, spans=packed.train_spans)))
+        batch = next(iter(Batches(packed.train, 4, 0, 0, 1, read=found.read, spans=packed.train_spans)))
         kept = batch.labels != IGNORE
         assert torch.equal(batch.stored.count > 0, kept)
         target = found.source(batch, kept)(slice(0, int(kept.sum())))
@@ -814,9 +814,9 @@ def test_the_words_of_a_store_describe_that_store(root, start):
     more = (*start, *(["start.steps=7", "start.lr=1e-3"] if start else []))
     made = settings(root, *OFFLINE, *more, "plain=text", f"plain.files={root / 'plain.txt'}")
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        words = ["logits=offline", *shlex.split(offline.words_of(made)), f"root={root}"]
+        words = ["logits=offline", *shlex.split(stores.words_of(made)), f"root={root}"]
         again = resolve(hydra.compose("config", words), words)
-        assert plan.plan(again).store.key == plan.plan(made).store.key
+        assert dependencies.plan(again).store.key == dependencies.plan(made).store.key
 
 
 def test_a_store_of_other_prompts_is_another(root):
@@ -826,7 +826,7 @@ def test_a_store_of_other_prompts_is_another(root):
         packed, _ = product.prepare(made)
         for part in ("train_spans.npy", "val_spans.npy"):
             other = replace(packed, digests=packed.digests | {part: "another"})
-            assert offline.described(made, other)["data"] != offline.described(made, packed)["data"]
+            assert stores.described(made, other)["data"] != stores.described(made, packed)["data"]
 
 
 @pytest.mark.slow
@@ -906,13 +906,13 @@ def test_a_result_has_what_became_of_all_rows(root, tmp_path, capsys):
     counts = result["data"]
     assert counts["read"] == 150 == sum(counts["used"].values()) + sum(counts["left_out"].values())
     assert counts["left_out"]["no_response"] == 30 and counts["unused"] == {"column tag": 30}
-    progress.show(product.Run(str(tmp_path), folder.name), result)
+    summary.show(product.Run(str(tmp_path), folder.name), result)
     shown = " ".join(capsys.readouterr().err.split())
     assert "Data: 150 examples read" in shown and "30 without a response" in shown and "column tag in 30" in shown
 
 
 def test_a_config_may_call_instructions_and_nothing_else_there():
-    assert config.locate("kd.instructions.instructions", "data") == ("kd.instructions", "instructions")
+    assert components.locate("kd.data.instructions.instructions", "data") == ("kd.data.instructions", "instructions")
     for name in ("functions", "tokens", "corpora.hub", "alpaca"):
         with pytest.raises(UserError, match=r"kd\.corpora\.hub, .*kd\.instructions\.instructions"):
-            config.locate(f"kd.instructions.{name}", "data")
+            components.locate(f"kd.data.instructions.{name}", "data")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from kd.launchers import OWN, forget_ranks
+from kd.system.launchers import OWN, forget_ranks
 from tests.small import ENVIRONMENT, TRAIN, folder, train
 
 # What srun, torchrun, Lightning, Open MPI, MPICH, PMIx, jsrun, MVAPICH, Horovod and others leave behind.
@@ -50,18 +50,18 @@ def printed(script: str) -> str:
 def test_a_program_forgets_them_before_it_loads_a_library(program):
     run = "run_path" if program.endswith(".py") else "run_module"
     script = (
-        "import runpy, sys, kd.launchers\n"
+        "import runpy, sys, kd.system.launchers\n"
         "def forget(environment):\n"
         "    print([name for name in ('torch', 'lightning', 'transformers', 'wandb') if name in sys.modules])\n"
         "    sys.exit()\n"
-        "kd.launchers.forget_ranks = forget\n"
+        "kd.system.launchers.forget_ranks = forget\n"
         f"runpy.{run}({program!r}, run_name='__main__')"
     )
     assert printed(script) == "[]"
 
 
 def test_a_program_that_is_not_of_kd_keeps_its_ranks():
-    assert printed("import os, kd.losses; print(os.environ['RANK'], os.environ['LOCAL_RANK'])") == "1 1"
+    assert printed("import os, kd.objective.losses; print(os.environ['RANK'], os.environ['LOCAL_RANK'])") == "1 1"
 
 
 def test_every_program_is_among_these():

@@ -17,15 +17,15 @@ from pathlib import Path
 import pytest
 
 import train as product
-from kd import loggers
-from kd.config import flat
+from kd.config.components import flat
 from kd.errors import UserError
-from kd.files import write_json
-from kd.identity import About, about
-from kd.loggers import MetricsFile, join, views, wandb
-from kd.ray import Ray
-from kd.run import Run, read_metrics
-from kd.sweep import Processes
+from kd.launch.ray_launcher import Ray
+from kd.launch.sweeper import Processes
+from kd.runs import loggers
+from kd.runs.identity import About, about
+from kd.runs.loggers import MetricsFile, join, views, wandb
+from kd.runs.run import Run
+from kd.system.files import read_metrics, write_json
 from tests.small import ENVIRONMENT, FORK, folder, here, result, settings, train
 from tests.wandb_server import serving
 

@@ -15,13 +15,17 @@ import pytest
 import safetensors.torch
 import torch
 
-from kd import checkpoint, data, models, module, writer
-from kd.config import CONF
+from kd.config.components import CONF
+from kd.data.batches import rows_of_step
 from kd.errors import UserError
-from kd.logits import share
-from kd.plan import plan
-from kd.run import read_metrics
-from kd.store import Store
+from kd.experiment.dependencies import plan
+from kd.models import causal_lm
+from kd.store import recorder, writer
+from kd.store.reader import Store
+from kd.system import checkpoint_files
+from kd.system.files import read_metrics
+from kd.teachers.sources import share
+from kd.training import module
 from tests.small import FORK, TOP, content, folder, here, outcome, result, settings, type_in
 
 STEPS, ROWS, BATCH = 20, 60, 4
@@ -31,7 +35,7 @@ RECORD = (*PLAIN, "record=top_k", "record.k=5")
 
 def order(steps: range) -> list[tuple[int, int]]:
     """Which row was trained on in which step."""
-    return [(int(row), step) for step in steps for row in data.rows_of_step(ROWS, BATCH, 0, step)]
+    return [(int(row), step) for step in steps for row in rows_of_step(ROWS, BATCH, 0, step)]
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +99,8 @@ def test_a_row_that_came_twice_has_two_answers(recorded):
 
 def test_recording_changes_nothing_and_takes_no_forward_pass(recorded, tmp_path, monkeypatch):
     passes: list[tuple] = []
-    real = models.Causal.hidden
-    monkeypatch.setattr(models.Causal, "hidden", lambda self, ids: (passes.append(ids.shape), real(self, ids))[1])
+    real = causal_lm.Causal.hidden
+    monkeypatch.setattr(causal_lm.Causal, "hidden", lambda self, ids: (passes.append(ids.shape), real(self, ids))[1])
     plain = here(tmp_path / "plain", *PLAIN)
     alone = Counter(passes)
     passes.clear()
@@ -112,25 +116,25 @@ def test_recording_changes_nothing_and_takes_no_forward_pass(recorded, tmp_path,
 
 
 def at_step(number: int) -> None:
-    real = writer.Recorder.batch
+    real = recorder.Recorder.batch
 
     def batch(self, batch, step) -> None:
         if step == number:
             os.kill(os.getpid(), signal.SIGKILL)
         real(self, batch, step)
 
-    writer.Recorder.batch = batch
+    recorder.Recorder.batch = batch
 
 
 def at_checkpoint(number: int) -> None:
-    real = checkpoint.DigestIO.save_checkpoint
+    real = checkpoint_files.DigestIO.save_checkpoint
 
     def save(self, checkpoint, path, storage_options=None) -> None:
         if path.stem.endswith(f"{number}"):
             os.kill(os.getpid(), signal.SIGKILL)
         real(self, checkpoint, path, storage_options)
 
-    checkpoint.DigestIO.save_checkpoint = save
+    checkpoint_files.DigestIO.save_checkpoint = save
 
 
 def at_the_end(_: int) -> None:

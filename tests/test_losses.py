@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from kd import losses, truncation
 from kd.errors import UserError
-from kd.rollout import returns
-from kd.target import Target
-from kd.treatment import renormalise
+from kd.objective import losses, truncation
+from kd.objective.target import Target
+from kd.objective.target_transforms import renormalise
+from kd.rollout.strategies import returns
 from tests.cases import (
     COMPLETE,
     FORMS,

@@ -3,9 +3,9 @@ import torch
 from torch.nn import functional
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from kd import losses
-from kd.metrics import AGAINST_TEACHER, BINS, Measures, agreement, calibration_bins, calibration_error
-from kd.target import Target
+from kd.evaluation.metrics import AGAINST_TEACHER, BINS, Measures, agreement, calibration_bins, calibration_error
+from kd.objective import losses
+from kd.objective.target import Target
 from tests.cases import close, dense, logits
 
 N, V, D = 200, 17, 8

@@ -25,11 +25,15 @@ from tokenizers.processors import TemplateProcessing
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
-from kd import corpora, files, generate, identity, models, packing
+from kd.config.sizes import SIZES, STUDENTS
+from kd.data import packing
+from kd.data.tokenizer import load_tokenizer
 from kd.errors import UserError
-from kd.plan import plan
-from kd.sizes import SIZES, STUDENTS
-from kd.tokenizer import load_tokenizer
+from kd.experiment.dependencies import plan
+from kd.models import causal_lm, flops
+from kd.rollout import generate
+from kd.runs import identity
+from kd.system import files, network
 from tests.small import here, settings
 
 V, T = 90, 32
@@ -92,11 +96,11 @@ def calls(monkeypatch) -> list:
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    corpora.offline_unless_reachable.cache_clear()
+    network.offline_unless_reachable.cache_clear()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     yield made
-    corpora.offline_unless_reachable.cache_clear()
+    network.offline_unless_reachable.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +118,7 @@ def test_pretrained_models_have_no_dropout(saved):
     """In train mode they say what they said when they wrote."""
     assert CONFIGS["gpt2"].resid_pdrop == CONFIGS["opt"].dropout == 0.1
     for name in ("gpt2", "opt"):
-        model = models.build(None, str(saved / name), V, T, "student.name").model
+        model = causal_lm.build(None, str(saved / name), V, T, "student.name").model
         told = [mode().forward(IDS).logits for mode in (model.train, model.eval, model.train)]
         assert torch.equal(told[0], told[1]) and torch.equal(told[0], told[2])
 
@@ -125,8 +129,8 @@ def llama(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved / "llama", tmp_path / "llama"))
 
 
-def build(folder: Path | str, vocab: int = V, seq_len: int = T) -> models.Causal:
-    return models.build(None, str(folder), vocab, seq_len, "teacher.name")
+def build(folder: Path | str, vocab: int = V, seq_len: int = T) -> causal_lm.Causal:
+    return causal_lm.build(None, str(folder), vocab, seq_len, "teacher.name")
 
 
 # Sizes and costs
@@ -140,8 +144,8 @@ def embeddings(size: str, vocab: int) -> int:
 @pytest.mark.parametrize("size", SIZES)
 def test_size_has_the_parameters_its_row_and_name_say(size):
     with torch.device("meta"):
-        model = models.from_size(size, vocab=1000, seq_len=64)
-    cost = models.cost(model, 64)
+        model = causal_lm.from_size(size, vocab=1000, seq_len=64)
+    cost = flops.cost(model, 64)
     assert cost.non_embedding == SIZES[size].parameters
     assert cost.non_embedding == sum(
         p.numel() for n, p in model.named_parameters() if "embed" not in n and "lm_head" not in n
@@ -157,7 +161,7 @@ def test_size_has_the_parameters_its_row_and_name_say(size):
 def test_model_of_a_size_is_fresh_and_seeded():
     def weights(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
-        model = models.build("100k", None, 50, 8, "student.name").model
+        model = causal_lm.build("100k", None, 50, 8, "student.name").model
         assert model.dtype == torch.float32 and model.training
         return torch.cat([p.flatten() for p in model.parameters()])
 
@@ -166,7 +170,7 @@ def test_model_of_a_size_is_fresh_and_seeded():
 
 @pytest.mark.parametrize("config", [CONFIGS["llama"], CONFIGS["llama-tied"]], ids=["untied", "tied"])
 def test_parameters_are_counted_once_and_without_embeddings(config):
-    cost = models.cost(transformers.LlamaForCausalLM(config), T)
+    cost = flops.cost(transformers.LlamaForCausalLM(config), T)
     attention, ffn, norms = 32 * 32 * 2 + 32 * 16 * 2, 3 * 32 * 48, 2 * 32
     assert cost.non_embedding == 2 * (attention + ffn + norms) + 32
     assert cost.parameters == cost.non_embedding + V * 32 * (1 if config.tie_word_embeddings else 2)
@@ -187,7 +191,7 @@ def test_flops_are_those_of_a_forward_pass(name):
         model(IDS[:1], use_cache=False)
     width = config.num_attention_heads * (getattr(config, "head_dim", None) or 8)
     unseen = 4 * config.num_hidden_layers * width * T / 2
-    assert models.cost(model, T).flops_per_token == pytest.approx(counter.get_total_flops() / T - unseen, rel=0.05)
+    assert flops.cost(model, T).flops_per_token == pytest.approx(counter.get_total_flops() / T - unseen, rel=0.05)
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -197,7 +201,7 @@ def test_flops_and_active_parameters_of_a_mixture_are_of_the_experts_that_a_toke
     model.set_experts_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(IDS[:1], use_cache=False)
-    cost, unseen = models.cost(model, T), models.cost(model, T).flops_per_token - models.cost(model, 0).flops_per_token
+    cost, unseen = flops.cost(model, T), flops.cost(model, T).flops_per_token - flops.cost(model, 0).flops_per_token
     assert cost.flops_per_token == pytest.approx(counter.get_total_flops() / T - unseen, rel=0.05)
     assert cost.parameters == sum(p.numel() for p in model.parameters())
     parts = [p for n, p in model.named_parameters() if ".experts." in n]
@@ -205,22 +209,22 @@ def test_flops_and_active_parameters_of_a_mixture_are_of_the_experts_that_a_toke
         assert cost.active_parameters == cost.parameters - sum(p.numel() * 6 // 8 for p in parts)
     assert cost.active_parameters < cost.parameters
     dense = transformers.LlamaForCausalLM(CONFIGS["llama"])
-    assert models.cost(dense, T).active_parameters == models.cost(dense, T).parameters
+    assert flops.cost(dense, T).active_parameters == flops.cost(dense, T).parameters
 
 
 def test_a_mixture_of_the_shape_of_mixtral_costs_what_its_paper_says():
     """47 billion parameters, of which a token uses 13. Jiang et al. 2024, arXiv 2401.04088, table 1."""
     with torch.device("meta"):
-        cost = models.cost(transformers.MixtralForCausalLM(transformers.MixtralConfig()), 256)
+        cost = flops.cost(transformers.MixtralForCausalLM(transformers.MixtralConfig()), 256)
     assert (cost.parameters, cost.active_parameters) == (46_702_792_704, 12_879_925_248)
     assert cost.flops_per_token == pytest.approx(2.6e10, rel=0.03)
 
 
 def test_a_mixture_whose_experts_are_not_known_is_refused(monkeypatch):
     model = transformers.MixtralForCausalLM(MIXTURES["mixtral"])
-    monkeypatch.setattr(models, "EXPERTS_PER_TOKEN", ("another_name",))
+    monkeypatch.setattr(flops, "EXPERTS_PER_TOKEN", ("another_name",))
     with pytest.raises(UserError, match=r"MixtralForCausalLM has experts in model\.layers\.0\.mlp\.experts, and"):
-        models.cost(model, T)
+        flops.cost(model, T)
 
 
 def test_a_size_in_words_names_the_active_part_of_a_mixture_alone():
@@ -239,8 +243,8 @@ def test_models_without_attention_are_read_and_counted(tmp_path, name):
         torch.testing.assert_close(causal.head(causal.hidden(IDS)), expected, rtol=1e-4, atol=1e-5)
     saved = load_file(tmp_path / "model.safetensors")  # reading changes no weights, as RWKV's own code does
     assert all(torch.equal(value, saved[key]) for key, value in causal.model.state_dict().items() if key in saved)
-    cost = models.cost(causal.model, T)
-    assert cost.flops_per_token == models.cost(causal.model, 10 * T).flops_per_token
+    cost = flops.cost(causal.model, T)
+    assert cost.flops_per_token == flops.cost(causal.model, 10 * T).flops_per_token
     assert cost.flops_per_token == pytest.approx(2 * (cost.non_embedding + V * 32))
     with pytest.raises(UserError, match="cannot read a text piece by piece"):
         generate.check_cache(causal)
@@ -248,12 +252,12 @@ def test_models_without_attention_are_read_and_counted(tmp_path, name):
 
 def test_position_embeddings_are_embeddings():
     model = transformers.GPT2LMHeadModel(CONFIGS["gpt2"])
-    assert models.cost(model, T).non_embedding == sum(p.numel() for p in model.transformer.h.parameters()) + 2 * 32
+    assert flops.cost(model, T).non_embedding == sum(p.numel() for p in model.transformer.h.parameters()) + 2 * 32
 
 
 def test_flops_grow_with_the_row_by_attention_alone():
     model = transformers.LlamaForCausalLM(CONFIGS["llama"])
-    short, long = (models.cost(model, t).flops_per_token for t in (10, 110))
+    short, long = (flops.cost(model, t).flops_per_token for t in (10, 110))
     assert long - short == 2 * 2 * 32 * 100  # layers, products and width; per position, half of it seen
 
 
@@ -297,9 +301,9 @@ def test_head_that_does_something_unknown_is_refused(saved, odd):
 
 @pytest.mark.parametrize(("size", "name"), [("100k", None), (None, "llama")])
 def test_every_model_is_checked_when_it_is_built(saved, monkeypatch, size, name):
-    monkeypatch.setattr(models.Head, "forward", lambda self, hidden: 2 * self.output(hidden)[..., : self.vocab])
+    monkeypatch.setattr(causal_lm.Head, "forward", lambda self, hidden: 2 * self.output(hidden)[..., : self.vocab])
     with pytest.raises(UserError, match="is off"):
-        models.build(size, name and str(saved / name), V, T, "student.name")
+        causal_lm.build(size, name and str(saved / name), V, T, "student.name")
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -348,13 +352,13 @@ class Vocabulary(dict):
 
 def test_same_vocabulary_is_token_for_token():
     ours = Vocabulary(a=0, b=1, c=2)
-    models.same_vocabulary(ours, Vocabulary(c=2, b=1, a=0), "teacher.name=x")
+    causal_lm.same_vocabulary(ours, Vocabulary(c=2, b=1, a=0), "teacher.name=x")
     for theirs, differing in (({"a": 1, "b": 0, "c": 2}, 2), ({"a": 0, "b": 1}, 1), ({"a": 0, "b": 1, "d": 2}, 2)):
         says = rf"teacher\.name=x: its tokenizer has {len(theirs)} tokens and the data's 3.* {differing} of them differ"
         with pytest.raises(UserError, match=says):
-            models.same_vocabulary(ours, Vocabulary(theirs), "teacher.name=x")
+            causal_lm.same_vocabulary(ours, Vocabulary(theirs), "teacher.name=x")
     with pytest.raises(UserError, match=r"has 1,500 tokens and the data's 3"):
-        models.same_vocabulary(ours, Vocabulary({str(i): i for i in range(1500)}), "teacher.name=x")
+        causal_lm.same_vocabulary(ours, Vocabulary({str(i): i for i in range(1500)}), "teacher.name=x")
 
 
 def test_pickled_weights_are_refused(llama):
@@ -530,7 +534,7 @@ QUANTISED = {
 
 
 @pytest.mark.parametrize("method", QUANTISED)
-@pytest.mark.parametrize("make", [models.build, models.cost_of])
+@pytest.mark.parametrize("make", [causal_lm.build, flops.cost_of])
 def test_quantised_weights_are_refused_by_name(llama, method, make):
     config = json.loads((llama / "config.json").read_text())
     named, _, unnamed = method.partition(",")
@@ -561,7 +565,7 @@ def test_whatever_a_library_raises_while_it_loads_is_one_screen(saved, monkeypat
         load_tokenizer(str(saved / "llama"), "The tokenizer")
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", fail)
     with pytest.raises(UserError, match=f"could not be loaded.*{type(error).__name__}"):
-        models.cost_of(None, str(saved / "llama"), V, T, "teacher.name")
+        flops.cost_of(None, str(saved / "llama"), V, T, "teacher.name")
 
 
 def test_a_reason_that_goes_on_in_the_next_line_is_whole(saved, monkeypatch):
@@ -574,7 +578,7 @@ def test_a_reason_that_goes_on_in_the_next_line_is_whole(saved, monkeypatch):
 
 
 def test_a_model_that_is_not_run_as_others_are_is_refused(saved, monkeypatch):
-    monkeypatch.setattr(models.Causal, "hidden", lambda self, ids: ids.no_such_thing)
+    monkeypatch.setattr(causal_lm.Causal, "hidden", lambda self, ids: ids.no_such_thing)
     with pytest.raises(UserError, match=r"^teacher\.name: LlamaForCausalLM could not be run.*AttributeError"):
         build(saved / "llama")
 
@@ -639,7 +643,7 @@ def test_an_adapter_is_merged_into_its_model(saved, adapter, monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(found.model(IDS).logits, expected.model(IDS).logits, rtol=1e-4, atol=1e-5)
     assert all(p.requires_grad for p in found.parameters())
-    assert models.cost_of(None, str(adapter), V, T, "teacher.name") == models.cost(expected.model, T)
+    assert flops.cost_of(None, str(adapter), V, T, "teacher.name") == flops.cost(expected.model, T)
 
 
 @pytest.mark.parametrize(
@@ -707,8 +711,8 @@ def test_renamed_special_tokens_are_named_and_accepted_where_that_is_typed():
     ours, theirs = words_as_tokens("a", "b", special=("<end>",)), words_as_tokens("a", "b", special=("<turn>",))
     says = r"id 2 is '<end>' in the data's and '<turn>' in its.*ids are the same.*token_names=any"
     with pytest.raises(UserError, match=says):
-        models.same_vocabulary(ours, theirs, "teacher.name=x")
-    models.same_vocabulary(ours, theirs, "teacher.name=x", by_ids=True)
+        causal_lm.same_vocabulary(ours, theirs, "teacher.name=x")
+    causal_lm.same_vocabulary(ours, theirs, "teacher.name=x", by_ids=True)
 
 
 @pytest.mark.parametrize("theirs", [("a", "c"), ("b", "a"), ("a",), ("a", "b", "c")])
@@ -718,18 +722,18 @@ def test_other_tokens_and_other_ids_are_refused_whatever_is_typed(theirs):
         with pytest.raises(
             UserError, match=r"id \d is .* in the data's and .*Choose a teacher and a student of one fam"
         ):
-            models.same_vocabulary(ours, other, "teacher.name=x", by_ids)
+            causal_lm.same_vocabulary(ours, other, "teacher.name=x", by_ids)
 
 
 def test_a_tokenizer_larger_than_its_model_says_which_tokens_and_how_to_give_them_rows(llama):
     fast = words_as_tokens(*(f"w{n}" for n in range(V)), special=("<pad>", "<image>"))
     fast.save_pretrained(llama)
     with pytest.raises(UserError, match=r"2 tokens beyond the 90.*<pad> \(90\), <image> \(91\)") as caught:
-        models.check_rows(fast, str(llama), "student.name")
+        causal_lm.check_rows(fast, str(llama), "student.name")
     (line,) = (line for line in str(caught.value).splitlines() if line.startswith("  python"))
     words = shlex.split(line.replace("NEW_FOLDER", str(llama.parent / "new")))
     subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True)
-    models.check_rows(fast, str(llama.parent / "new"), "student.name")
+    causal_lm.check_rows(fast, str(llama.parent / "new"), "student.name")
     assert build(llama.parent / "new", vocab=92).head.output.weight.shape[0] == 92
 
 

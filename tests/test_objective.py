@@ -7,11 +7,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kd import objective as module
 from kd.errors import UserError
-from kd.objective import Objective, chunks, fitting
-from kd.target import Target
-from kd.temperature import soften
+from kd.objective import chunked as module
+from kd.objective.chunked import Objective, chunks, fitting
+from kd.objective.target import Target
+from kd.objective.temperature import soften
 from tests.cases import (
     LOSSES,
     REFUSED,

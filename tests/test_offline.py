@@ -10,16 +10,18 @@ import pytest
 import torch
 
 import train as product
-from kd import data, models, store
-from kd.entries import STEP, from_bytes
+from kd.config.compose import composed
+from kd.data.batches import Batch, to_batch
 from kd.errors import UserError
-from kd.logits import Projection
-from kd.losses import akl
-from kd.objective import Objective
-from kd.plan import composed
-from kd.target import Target
-from kd.treatment import renormalise
-from kd.truncation import fewer
+from kd.models import hub
+from kd.objective.chunked import Objective
+from kd.objective.losses import akl
+from kd.objective.target import Target
+from kd.objective.target_transforms import renormalise
+from kd.objective.truncation import fewer
+from kd.store import reader
+from kd.store.format import STEP, from_bytes
+from kd.teachers.sources import Projection
 from tests.cases import LOSSES, TREATMENTS, close, each, gradient, option, sample
 from tests.small import TOP, folder, here, result, write
 from tests.test_entries import ROWS, SIZE, heavy, read, written
@@ -135,11 +137,11 @@ def test_every_position_of_a_batch_gets_what_is_stored_of_it(root):
     held = write(root, *TOP)
     rows = np.load(next((root / "data").glob("*/train.npy")))
     index = np.array([5, 41, 0, 59])
-    batch = data.to_batch(rows[index], index, np.zeros((4, 32), np.int64))
+    batch = to_batch(rows[index], index, np.zeros((4, 32), np.int64))
     batch = batch._replace(stored=held.read(index, batch.ids.numpy()))
     kept = torch.rand(4, 32, generator=torch.Generator().manual_seed(0)) < 0.7
 
-    def tables(batch: data.Batch, kept: torch.Tensor) -> list[dict]:
+    def tables(batch: Batch, kept: torch.Tensor) -> list[dict]:
         target = held.source(batch, kept)(slice(None))
         assert (target.label == batch.labels[kept]).all()
         return [dict(zip(i, x, strict=True)) for i, x in zip(target.ids.tolist(), target.logp.tolist(), strict=True)]
@@ -257,7 +259,7 @@ def test_fewer_draws_of_a_store_are_again_a_sample_of_the_teacher(sampled, draws
 def test_fewer_draws_of_a_store_are_some_of_those_it_holds(root):
     held = write(root, *RANDOM)
     rows = np.load(next((root / "data").glob("*/train.npy")))[:4]
-    batch = data.to_batch(rows, np.arange(4), np.random.default_rng(0).integers(0, 2**62, (4, 32)))
+    batch = to_batch(rows, np.arange(4), np.random.default_rng(0).integers(0, 2**62, (4, 32)))
     batch = batch._replace(stored=held.read(batch.row.numpy(), batch.ids.numpy()))
     target = held.source(batch, torch.ones_like(batch.ids, dtype=torch.bool))(slice(None))
     some = held.as_asked({"name": "random", "draws": 7}, option("truncation", "random", draws=7))(target)
@@ -287,7 +289,7 @@ def test_no_teacher_is_loaded_once_the_store_is_there(root, monkeypatch):
     words = ("logits=offline", f"logits.path={full(root)}", "record=full")
     online = here(root, "logits=online")
     shutil.rmtree(folder(root, "lm"))
-    monkeypatch.setattr(models, "pretrained", None)
+    monkeypatch.setattr(hub, "pretrained", None)
     monkeypatch.setattr(product, "teacher_model", None)
     for more in ((), ("teacher=none",), ("teacher=none", "logits.path=null", "teacher=100k", "record=full")):
         run = here(root, *words, *more)
@@ -350,13 +352,13 @@ def test_a_store_that_needs_a_teacher_says_so(root, tmp_path):
 
 
 def test_full_store_answers_with_a_projection(root):
-    held = store.Store(full(root), root / "stores")
+    held = reader.Store(full(root), root / "stores")
     rows = np.load(next((root / "data").glob("*/val.npy")))
-    batch = data.to_batch(rows[2:4], np.array([2, 3]), np.zeros((2, 32), np.int64))
+    batch = to_batch(rows[2:4], np.array([2, 3]), np.zeros((2, 32), np.int64))
     kept = torch.ones_like(batch.ids, dtype=torch.bool)
     signal = held.reference(batch, kept)
     assert isinstance(signal, Projection) and signal(slice(3, 9)).logp.shape == (6, V)
-    other = data.to_batch(rows[3:5], np.array([2, 3]), np.zeros((2, 32), np.int64))
+    other = to_batch(rows[3:5], np.array([2, 3]), np.zeros((2, 32), np.int64))
     with pytest.raises(UserError, match=r"those of validation row 2 differ"):
         held.reference(other, kept)
 
@@ -387,7 +389,7 @@ def test_recorded_logits_are_those_of_a_teacher_recorded_by_hand(tmp_path):
         assert weights(a) == weights(b)
         outcomes.append(weights(a))
     assert outcomes[0] != outcomes[1]
-    held = store.Store(tmp_path / "store", tmp_path)
+    held = reader.Store(tmp_path / "store", tmp_path)
     index = held._shard(held.shards[-1]).rows[-2:]
     ids = np.load(next((by_hand / "data").glob("*/train.npy")))[index, :-1]
     assert held.read(index, ids).count.shape == (2, 32)  # of the whole training where no window was picked

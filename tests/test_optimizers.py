@@ -3,16 +3,17 @@
 import pytest
 import torch
 
-from kd import models, sizes
+from kd.config import sizes
 from kd.errors import UserError
-from kd.module import Distillation
-from kd.optimizers import mup
+from kd.models import causal_lm
+from kd.models.optimizers import mup
+from kd.training.module import Distillation
 from tests.small import here
 
 
 def groups(size: str) -> dict[str, dict]:
     """Options of the optimizer's group that a parameter is in, by its name."""
-    student = models.build(size, None, 50, 8, "student.name")
+    student = causal_lm.build(size, None, 50, 8, "student.name")
     module = Distillation(
         student, None, None, None, None, None, mup, steps=1, micro_batch=1, clip=0, log_every=1, val_every=1,
         validation=[], flops=None,

@@ -12,14 +12,15 @@ from shutil import which
 import pytest
 from rich.table import Table
 
-from kd import files
 from kd.errors import UserError, for_people, is_mistake
-from kd.pool import Job, Pool
-from kd.progress import Steps, Terminal, console, show, styled, track
-from kd.remote import home
-from kd.run import Run
-from kd.store import Store
-from kd.sweep import summary
+from kd.experiment.summary import show
+from kd.launch.pool import Job, Pool
+from kd.launch.sweeper import summary
+from kd.runs.run import Run
+from kd.store.reader import Store
+from kd.system import files
+from kd.system.console import Steps, Terminal, console, styled, track
+from kd.system.remote import home
 from sweeps import fit, report
 from tests.small import ENVIRONMENT, SMALL, TOP, TRAIN, here, listed, settings, train, write
 
@@ -84,7 +85,7 @@ def test_runs_stores_and_reports_in_the_home_folder(at_home, capsys, monkeypatch
     assert named.parent == at_home / "runs" and named != made
     write("~/runs", *TOP, "logits.path='~/logits'", "teacher.steps=1")
     monkeypatch.setattr(sys, "argv", ["kd.store", "info", "~/logits", "--root", "~/runs"])
-    from kd.store import main
+    from kd.store.__main__ import main
 
     main()
     assert str(Store(at_home / "logits", at_home).path) in capsys.readouterr().err

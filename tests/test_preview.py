@@ -7,8 +7,9 @@ import sys
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from kd import data, preview
-from kd.data import IGNORE
+from kd.data import __main__ as data_main
+from kd.data import preview
+from kd.data.batches import IGNORE
 from tests.small import SMALL
 from tests.test_instructions import cache as cache
 from tests.test_instructions import tokenizer, write
@@ -31,7 +32,7 @@ def words(tmp_path) -> list[str]:
 
 def shown(monkeypatch, capsys, *words: str) -> str:
     monkeypatch.setattr(sys, "argv", ["kd.data", "show", *words])
-    data.main()
+    data_main.main()
     return capsys.readouterr().out
 
 
@@ -64,7 +65,7 @@ def test_people_see_the_same(monkeypatch, capsys, words):
 
 
 def preview_terminal(**how):
-    from kd.progress import Terminal
+    from kd.system.console import Terminal
 
     return Terminal(force_terminal=True, color_system="standard", **how)
 
@@ -120,7 +121,7 @@ def test_counts_are_printed_once_and_are_rows(monkeypatch, capsys, tmp_path):
              "plain=text", f"plain.files={tmp_path / 'plain.txt'}",
              "data.val_share=0.3", "data.prompt_len=240", "data.turns=all", "data.template=plain"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["kd.data", "show", *words])
-    data.main()
+    data_main.main()
     printed = capsys.readouterr()
     assert (printed.out + printed.err).count("60 examples read") == 1
     train, val = map(int, re.search(r"60 examples read, (\d+) rows for training and (\d+)", printed.out).groups())

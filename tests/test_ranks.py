@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kd import ranks
 from kd.errors import UserError
+from kd.parallel import collectives
 from tests.small import folder, outcome, result, settings, start, train
 
 pytestmark = pytest.mark.slow
@@ -231,10 +231,10 @@ def test_what_cannot_be_shared_out_is_said_with_what_to_type(tmp_path, words, sa
 
 def test_shares_cover_every_row_once(monkeypatch):
     for count in range(1, 6):
-        monkeypatch.setattr(ranks, "count", lambda count=count: count)
+        monkeypatch.setattr(collectives, "count", lambda count=count: count)
         for rows in range(12):
             covered = []
             for number in range(count):
-                monkeypatch.setattr(ranks, "number", lambda number=number: number)
-                covered += range(rows)[ranks.share(rows)]
+                monkeypatch.setattr(collectives, "number", lambda number=number: number)
+                covered += range(rows)[collectives.share(rows)]
             assert covered == list(range(rows))

@@ -15,12 +15,14 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from rich.console import Console
 
-from kd import cluster, remote
 from kd.errors import UserError
-from kd.pool import Job, Local
-from kd.remote import Remote
-from kd.run import Run, alive, boot, whereabouts
-from kd.sweep import summary
+from kd.launch import cluster
+from kd.launch.pool import Job, Local
+from kd.launch.sweeper import summary
+from kd.runs.run import Run
+from kd.system import remote
+from kd.system.processes import alive, boot, whereabouts
+from kd.system.remote import Remote
 from tests.small import ENVIRONMENT, FORK, TRAIN, folder, here, listed, outcome, settings, start, train
 
 
@@ -179,7 +181,7 @@ def test_what_is_recorded_goes_on_on_another_machine(cache, tmp_path):
     undisturbed = here(tmp_path / "whole", *words)
     there = tmp_path / "there"
     url = f"root=file://{there}"
-    from kd.module import Distillation
+    from kd.training.module import Distillation
 
     real = Distillation.training_step
 

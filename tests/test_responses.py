@@ -14,11 +14,19 @@ import pytest
 import torch
 from lightning.pytorch.strategies import Strategy
 
-from kd import corpora, data, generate, identity, logits, metrics, packing, plan, ranks, responses, run
-from kd.data import ValidationBatches
+from kd.data import corpora, packing
+from kd.data.batches import Batch, ValidationBatches
 from kd.errors import UserError
-from kd.responses import Response, Responses, Written, distinct, exact_match, excess_error, gap, rouge_l, summary
-from kd.signals import Preempted
+from kd.evaluation import metrics, responses, text_scores
+from kd.evaluation.exposure import excess_error, gap
+from kd.evaluation.responses import Responses, Written
+from kd.evaluation.text_scores import Response, distinct, exact_match, rouge_l, summary
+from kd.experiment import dependencies
+from kd.parallel import collectives
+from kd.rollout import generate
+from kd.runs import identity, run
+from kd.system.signals import Preempted
+from kd.teachers import sources
 from tests import small
 from tests.cases import close
 from tests.small import ENVIRONMENT, SMALL, TRAIN, result
@@ -75,7 +83,7 @@ def test_rouge_l_of_latin_text_is_that_of_rouge_score():
     ]
     texts += [text for text in corpora.standard_library()[:40] if len(text) < 3000]
     for one in texts:
-        assert responses._words(one) == one.split()
+        assert text_scores._words(one) == one.split()
         for other in texts[:5]:
             assert rouge_l(one, other) == scorer.score(other, one)["rougeL"].fmeasure
 
@@ -124,7 +132,7 @@ def test_a_student_that_is_its_teacher_has_no_excess_error():
 
 
 @cache
-def written() -> tuple[Written, data.Batch]:
+def written() -> tuple[Written, Batch]:
     """Responses of several lengths to prompts of several lengths, one row of which is full."""
     prompts = [3, 1, 9, 5, 12]
     made = generate.write(batch(prompts), END, torch.arange(5), model("llama", 0))
@@ -149,7 +157,7 @@ def test_the_gap_is_what_plain_loops_say():
 
     for rows, chunk in ((5, None), (2, 3)):
         of = ValidationBatches(text.tokens, rows, spans=text.span)
-        got = gap(student, logits.online(teacher), of, T, chunk)
+        got = gap(student, sources.online(teacher), of, T, chunk)
         close(got.by_place, by_place, rtol=1e-4)
         close(got.bins, bins, rtol=1e-4)
     means = got.means()
@@ -160,7 +168,7 @@ def test_the_gap_is_what_plain_loops_say():
 
 def test_a_student_that_is_its_teacher_has_no_gap():
     same, (text, _) = model("llama", 0).eval(), written()
-    got = gap(same, logits.online(same), ValidationBatches(text.tokens, 5, spans=text.span), T, None)
+    got = gap(same, sources.online(same), ValidationBatches(text.tokens, 5, spans=text.span), T, None)
     assert list(got.means().values()) == pytest.approx([0, 0, 0], abs=1e-5)
 
 
@@ -217,10 +225,10 @@ def test_ranks_share_the_rows_and_those_without_one_take_part(monkeypatch):
     """Of models in shards all ranks must ask for as many batches as any, so some of them hold nothing that counts."""
     expected, found = asked(samples=3)._write(model(), "test", False), []
     for rank in range(4):
-        monkeypatch.setattr(ranks, "count", lambda: 4)
-        monkeypatch.setattr(ranks, "number", lambda rank=rank: rank)
-        monkeypatch.setattr(ranks, "any_of", lambda here: here)
-        monkeypatch.setattr(ranks, "gather", lambda value: [value])
+        monkeypatch.setattr(collectives, "count", lambda: 4)
+        monkeypatch.setattr(collectives, "number", lambda rank=rank: rank)
+        monkeypatch.setattr(collectives, "any_of", lambda here: here)
+        monkeypatch.setattr(collectives, "gather", lambda value: [value])
         one = asked(samples=3)
         one.at_once = 1
         assert len(one._batches(one.packed.val, one.packed.val_spans, 1, True, 3)) == 4
@@ -239,7 +247,7 @@ def words_of(root: Path, *words: str) -> list[str]:
             f"plain.files={root / 'plain.txt'}", "start=pretrained", "start.steps=4", *words]  # fmt: skip
 
 
-def settings(root: Path, *words: str) -> plan.Settings:
+def settings(root: Path, *words: str) -> dependencies.Settings:
     return small.settings(root, *words_of(root, *words))
 
 

@@ -9,11 +9,13 @@ import hydra
 import pytest
 
 import train as product
-from kd import checkpoint, files, packing, provenance
-from kd.config import CONF
+from kd.config.components import CONF
+from kd.data import packing
 from kd.errors import UserError
-from kd.pool import UNKNOWN, Job
-from kd.run import Run, check_student
+from kd.launch.pool import UNKNOWN, Job
+from kd.runs import provenance
+from kd.runs.run import Run, check_student
+from kd.system import checkpoint_files, files
 from sweeps.compare import read
 from tests.small import folder, here, settings, train, type_in
 
@@ -265,7 +267,7 @@ def test_what_a_message_says_to_remove_is_quoted(made, tmp_path):
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "step-00000001.ckpt").write_text("")
     with pytest.raises(UserError) as caught, pytest.warns(UserWarning):
-        checkpoint.newest(run / "checkpoints")
+        checkpoint_files.newest(run / "checkpoints")
     wanted.append((run / "checkpoints", str(caught.value)))
     (run / "result.json").write_text("{")
     with pytest.raises(UserError) as caught:
@@ -390,7 +392,7 @@ def test_a_result_is_shown_as_old_where_the_code_of_its_teacher_has_changed(made
 
 
 def test_code_that_is_edited_while_a_run_trains_is_not_taken_for_its_own(made, root, code, monkeypatch):
-    from kd.module import Distillation
+    from kd.training.module import Distillation
 
     module, old, new, said = REAL["the function"]
     monkeypatch.setattr(Distillation, "on_train_end", lambda self: code(module, (old, new)))
@@ -461,7 +463,7 @@ def test_force_plans_a_run_with_a_damaged_result(root, capsys):
 
 def test_force_leaves_what_a_killed_run_had_done(root, monkeypatch):
     """It removes what is done, once: a run that is then interrupted goes on from its checkpoint."""
-    from kd.module import Distillation
+    from kd.training.module import Distillation
 
     class Killed(BaseException):
         pass
@@ -497,7 +499,7 @@ def test_data_of_other_code_stays_old_until_it_is_packed_anew(made, root, code):
 
 
 def test_a_run_does_not_go_on_under_other_code(root, code, monkeypatch):
-    from kd.module import Distillation
+    from kd.training.module import Distillation
 
     class Killed(BaseException):
         pass

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from kd import generate, ranks, rollout
-from kd.data import IGNORE, Batch
+from kd.data.batches import IGNORE, Batch
 from kd.errors import UserError
-from kd.module import Distillation
-from kd.rollout import Writers, returns, whiten
+from kd.parallel import collectives
+from kd.rollout import generate, strategies
+from kd.rollout.strategies import Writers, returns, whiten
+from kd.training.module import Distillation
 from tests.cases import close, each, option, settings
 from tests.test_generate import END, T, batch, model, whole
 
@@ -123,7 +124,7 @@ def test_whitening_is_over_all_ranks(monkeypatch):
     def work(rows: slice) -> None:
         found[rows.start] = whiten(x[rows], mask[rows])
 
-    monkeypatch.setattr(ranks, "total", total)
+    monkeypatch.setattr(collectives, "total", total)
     threads = [threading.Thread(target=work, args=[rows]) for rows in (slice(0, 3), slice(3, 5))]
     for thread in threads:
         thread.start()
@@ -238,7 +239,7 @@ def test_what_the_student_writes_is_what_generate_writes(models):
     found = made(models, "student", share=1.0, temperature=0.7, top_k=9, max_tokens=4)(given, 3, 0.0)
     seed = given.seed[:, 0] ^ (1 << 32)
     how = dict(temperature=0.7, top_k=9, top_p=1.0, max_tokens=4)
-    same(found, rollout._only_who(generate.write(given, END, seed, models["student"], **how)))
+    same(found, strategies._only_who(generate.write(given, END, seed, models["student"], **how)))
     assert torch.equal(found.sampled.by_student, (found.labels != IGNORE).float())
     left = made(models, "student", share=0.0)(given, 3, 0.0)
     same(left, given._replace(sampled=generate.Sampled(by_student=torch.zeros(4, T))))
@@ -359,14 +360,14 @@ def test_rows_are_replayed_as_they_were_written(models):
 
 
 def test_ranks_replay_only_when_all_have_enough(models, monkeypatch):
-    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(collectives, "count", lambda: 2)
     asked = made(models, "adaptive", threshold=1.0, capacity=8)
-    monkeypatch.setattr(ranks, "any_of", lambda here: here)
+    monkeypatch.setattr(collectives, "any_of", lambda here: here)
     asked(data(0), 0, 1.0)
     assert len(asked.rows["row"]) == 4  # its part of the capacity
-    monkeypatch.setattr(ranks, "any_of", lambda here: True)  # another one has not
+    monkeypatch.setattr(collectives, "any_of", lambda here: True)  # another one has not
     assert set(asked(data(1), 1, 1.0).row.tolist()) == set(data(1).row.tolist())
-    monkeypatch.setattr(ranks, "any_of", lambda here: here)
+    monkeypatch.setattr(collectives, "any_of", lambda here: here)
     assert set(asked(data(2), 2, 1.0).row.tolist()) == set(data(1).row.tolist())
 
 

@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd import losses, module, ranks
-from kd.data import IGNORE, Batch
+from kd.data.batches import IGNORE, Batch
 from kd.errors import UserError
-from kd.generate import Sampled
-from kd.models import Flops
-from kd.module import Distillation, Task
-from kd.objective import Objective
-from kd.target import Target
+from kd.models.flops import Flops
+from kd.objective import losses
+from kd.objective.chunked import Objective
+from kd.objective.target import Target
+from kd.parallel import collectives
+from kd.rollout.generate import Sampled
+from kd.training import module
+from kd.training.module import Distillation, Task
 from tests.cases import LOSSES, TEMPERATURES, TREATMENTS, TRUNCATIONS, dense, logits, option
 from tests.small import TOP, here, result
 
@@ -203,12 +205,12 @@ def test_the_share_is_of_all_ranks(sizes, monkeypatch):
     pieces = [Batch(*part) for part in zip(*(x.split(sizes) for x in batch() if x is not None), strict=True)]
     entropies = []
     for piece in pieces:
-        monkeypatch.setattr(ranks, "gather", lambda value: (entropies.append(value), [value])[1])
+        monkeypatch.setattr(collectives, "gather", lambda value: (entropies.append(value), [value])[1])
         asked_for(made(2, 7), piece)
-    monkeypatch.setattr(ranks, "gather", lambda value: entropies)
+    monkeypatch.setattr(collectives, "gather", lambda value: entropies)
     found = []
     for number, piece in enumerate(pieces):
-        monkeypatch.setattr(ranks, "number", lambda number=number: number)
+        monkeypatch.setattr(collectives, "number", lambda number=number: number)
         found.append(asked_for(made(2, 7), piece))
     assert torch.equal(torch.cat(found), expected(0.3))
 

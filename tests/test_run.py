@@ -14,10 +14,10 @@ import filelock
 import pytest
 import torch
 
-from kd.identity import axes, sizes_of
-from kd.module import Distillation
-from kd.run import Run
-from kd.signals import Preempted, Requests, requests
+from kd.runs.identity import axes, sizes_of
+from kd.runs.run import Run
+from kd.system.signals import Preempted, Requests, requests
+from kd.training.module import Distillation
 from tests.small import folder, here, outcome, result, start, train
 
 

@@ -11,10 +11,10 @@ import time
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from kd import search
 from kd.errors import UserError
-from kd.run import Run
-from kd.search import Watched, axis
+from kd.launch import optuna_search
+from kd.launch.optuna_search import Watched, axis
+from kd.runs.run import Run
 from tests.small import listed, result, start, train
 
 optuna = pytest.importorskip("optuna")
@@ -81,8 +81,8 @@ def test_a_run_killed_in_a_search_is_made_by_the_same_command(searched, tmp_path
 
 def test_changed_axes_are_another_search_and_n_jobs_is_not():
     words = ["trainer.steps=4", *AXES]
-    assert search.asked_for(words) == search.asked_for([*reversed(words), "n_jobs=4", "logger=none"])
-    assert search.asked_for(words) != search.asked_for(["trainer.steps=4", AXES[0], "loss=fkl,jsd"])
+    assert optuna_search.asked_for(words) == optuna_search.asked_for([*reversed(words), "n_jobs=4", "logger=none"])
+    assert optuna_search.asked_for(words) != optuna_search.asked_for(["trainer.steps=4", AXES[0], "loss=fkl,jsd"])
 
 
 def test_a_sweep_file_is_no_search(tmp_path):
@@ -110,7 +110,7 @@ def test_a_root_that_is_no_folder_is_said(tmp_path):
 def test_what_to_type_without_optuna(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match=r"pip install 'kd\[optuna\]'"):
-        search._optuna()
+        optuna_search._optuna()
 
 
 @pytest.mark.parametrize(

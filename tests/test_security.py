@@ -22,10 +22,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from rich.table import Table
 
-from kd import checkpoint, config, files, guard, models, overrides, packing, search, shards, store
+from kd.config import components, overrides, security
+from kd.data import packing
 from kd.errors import UserError
-from kd.progress import Terminal, styled
-from kd.run import Run
+from kd.launch import optuna_search
+from kd.models import causal_lm
+from kd.parallel import fsdp
+from kd.runs.run import Run
+from kd.store import reader
+from kd.system import checkpoint_files, files
+from kd.system.console import Terminal, styled
 from sweeps import report
 from tests.small import FORK, SMALL, TINY, TRAIN, folder, here, listed, train
 
@@ -151,9 +157,9 @@ def test_hostile_command_line_is_refused_before_anything_is_made(words, hostile)
 @pytest.mark.parametrize("words", [WORDS[w] for w in ("callback", "option by a path", "logging", "search path")])
 def test_the_canary_would_sing(words, hostile, monkeypatch):
     """The words above do what they would if nothing checked them, so that the tests above could fail."""
-    monkeypatch.setattr(guard, "check_command_line", lambda words: None)
-    monkeypatch.setattr(config, "check_targets", lambda node: None)
-    monkeypatch.setattr(guard, "check_words", lambda words: None)
+    monkeypatch.setattr(security, "check_command_line", lambda words: None)
+    monkeypatch.setattr(components, "check_targets", lambda node: None)
+    monkeypatch.setattr(security, "check_words", lambda words: None)
     typed(hostile, "data=markov", "logger=none", "root=FILE/runs", "trainer.steps=0", *words)
     assert (hostile / "canary").exists()
     (hostile / "canary").unlink()
@@ -164,7 +170,7 @@ def test_the_canary_would_sing(words, hostile, monkeypatch):
 )
 def test_hostile_line_of_a_sweep_starts_no_run(line, hostile, monkeypatch):
     (hostile / "sweeps").mkdir()
-    monkeypatch.setattr(config, "SWEEPS", hostile / "sweeps")
+    monkeypatch.setattr(components, "SWEEPS", hostile / "sweeps")
     words = " ".join(f'"{w}"' for w in WORDS[line]).replace("FILE", str(hostile))
     (hostile / "sweeps" / "mine.yaml").write_text(f"# What?\nruns:\n- seed=1\n- '{words}'\n".replace("$", "$"))
     code, output = typed(hostile, "sweeps=mine", *SMALL, "root=FILE/runs")
@@ -175,10 +181,10 @@ def test_hostile_line_of_a_sweep_starts_no_run(line, hostile, monkeypatch):
                                  "!!python/object/new:evil.Boom []", "!!python/module:evil"])  # fmt: skip
 def test_sweep_with_a_tag_of_yaml_is_refused(tag, canary, monkeypatch):
     (canary.parent / "sweeps").mkdir()
-    monkeypatch.setattr(config, "SWEEPS", canary.parent / "sweeps")
+    monkeypatch.setattr(components, "SWEEPS", canary.parent / "sweeps")
     (canary.parent / "sweeps" / "mine.yaml").write_text(f"# What?\nruns:\n- {tag}\n")
     with pytest.raises(UserError, match=r"mine\.yaml is no plain YAML"):
-        config.register()
+        components.register()
 
 
 def test_hostile_words_to_write_a_store_are_refused(hostile):
@@ -195,18 +201,18 @@ def test_checkpoint_that_is_a_pickle_is_not_read_though_its_digest_is_right(cana
     for content in (Payload(canary), {"state_dict": {"a": Payload(canary)}}):
         torch.save(content, path)
         path.with_suffix(".xxh3").write_text(files.digest(path))
-        assert checkpoint.newest(canary.parent) == path
+        assert checkpoint_files.newest(canary.parent) == path
         with pytest.raises(UserError, match="holds something other than numbers"):
-            checkpoint.DigestIO().load_checkpoint(path)
+            checkpoint_files.DigestIO().load_checkpoint(path)
     path.write_bytes(pickle.dumps(Payload(canary)))
     with pytest.raises(UserError, match="holds something other than numbers"):
-        checkpoint.DigestIO().load_checkpoint(path)
+        checkpoint_files.DigestIO().load_checkpoint(path)
 
 
 @pytest.fixture
 def sharded(tmp_path) -> Path:
     path = tmp_path / "step-00000003.ckpt"
-    dcp.save(state(), storage_writer=shards.Writer(path), no_dist=True)
+    dcp.save(state(), storage_writer=fsdp.Writer(path), no_dist=True)
     return path
 
 
@@ -220,7 +226,7 @@ def state(scale: float = 1.0) -> dict:
 
 def read(path: Path) -> dict:
     found = state(0.0)
-    shards.read(found, path, no_dist=True)
+    fsdp.read(found, path, no_dist=True)
     return found
 
 
@@ -240,10 +246,10 @@ def test_hostile_metadata_of_shards_is_not_read(sharded, canary):
     assert read(sharded)["optimizer_0"] == state()["optimizer_0"]
     (sharded / "index.json").write_bytes(evil)
     with pytest.raises(UserError, match="is no checkpoint of kd"):
-        shards.Reader(sharded).read_metadata()
+        fsdp.Reader(sharded).read_metadata()
     (sharded / "index.json").unlink()
     with pytest.raises(UserError, match="is no checkpoint of kd"):
-        shards.Reader(sharded).read_metadata()
+        fsdp.Reader(sharded).read_metadata()
 
 
 @pytest.mark.parametrize(
@@ -257,7 +263,7 @@ def test_hostile_index_of_shards_is_refused(sharded, canary, name, field, value)
     index[found][field] = value
     (sharded / "index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="is no checkpoint of kd"):
-        shards.Reader(sharded).read_metadata()
+        fsdp.Reader(sharded).read_metadata()
 
 
 def test_hostile_bytes_within_a_shard_are_not_run(sharded, canary):
@@ -306,7 +312,7 @@ def test_store_behind_a_url_writes_and_removes_nothing_elsewhere(root):
     victim.write_text("mine")
     (at.parent / "victim").write_text("theirs")
     with pytest.raises(UserError, match="is no file of a store"):
-        store.Store(f"file://{at}", cache)
+        reader.Store(f"file://{at}", cache)
     assert victim.read_text() == "mine"
 
 
@@ -314,9 +320,9 @@ def test_words_of_a_store_are_shown_so_that_a_shell_runs_none(root):
     at = altered(root, words="data=markov; touch canary $(touch canary) `touch canary`", format=0)
     with pytest.raises(UserError, match="is damaged"):
         (at / "shard-00000.safetensors").write_bytes(b"")
-        store.Store(at, root / "stores")
-    shown = store.Store.__new__(store.Store)
-    shown.manifest = {"words": store.quoted("a; touch canary $(touch canary)")}
+        reader.Store(at, root / "stores")
+    shown = reader.Store.__new__(reader.Store)
+    shown.manifest = {"words": reader.quoted("a; touch canary $(touch canary)")}
     subprocess.run(["sh", "-c", f"echo {shown.manifest['words']}"], cwd=root.parent, check=True)
 
 
@@ -337,7 +343,7 @@ def test_shard_that_is_a_pickle_is_not_read_though_its_digest_is_right(root, can
     evil.write_bytes(pickle.dumps(Payload(canary)))
     notes = json.loads(path.read_text())["files"]
     notes[evil.name] |= {"size": evil.stat().st_size, "digest": files.digest(evil)}
-    found = store.Store(altered(root, files=notes), root / "stores")
+    found = reader.Store(altered(root, files=notes), root / "stores")
     with pytest.raises(UserError, match="it is no file of tensors"):
         found.read(np.array([0]), np.zeros((1, 32)))
 
@@ -374,11 +380,11 @@ def test_model_with_code_of_its_own_is_refused(root, canary):
     plain = json.loads((hub / "config.json").read_text())
     (hub / "config.json").write_text(json.dumps(plain | MODEL))
     with pytest.raises(UserError, match="could not be loaded"):
-        models.build(None, str(hub), 17, 32, "student.name")
+        causal_lm.build(None, str(hub), 17, 32, "student.name")
     (hub / "config.json").write_text(json.dumps(plain | {"attn_implementation": "evil/kernel",
                                                          "_attn_implementation": "evil/kernel"}))  # fmt: skip
     with pytest.raises(UserError, match="asks for code of the Hub"):
-        models.build(None, str(hub), 17, 32, "student.name")
+        causal_lm.build(None, str(hub), 17, 32, "student.name")
     (hub / "config.json").write_text(json.dumps(plain))
     told = json.loads((hub / "tokenizer_config.json").read_text())
     told |= {"auto_map": {"AutoTokenizer": ["hubconf.T", "hubconf.T"]}, "tokenizer_class": "Evil"}
@@ -393,10 +399,10 @@ def test_weights_that_are_a_pickle_are_not_read(root, canary):
     weights.unlink()
     torch.save(Payload(canary), hub / "pytorch_model.bin")
     with pytest.raises(UserError, match="could not be loaded"):
-        models.build(None, str(hub), 17, 32, "student.name")
+        causal_lm.build(None, str(hub), 17, 32, "student.name")
     weights.write_bytes(pickle.dumps(Payload(canary)))
     with pytest.raises(UserError, match="could not be loaded"):
-        models.build(None, str(hub), 17, 32, "student.name")
+        causal_lm.build(None, str(hub), 17, 32, "student.name")
 
 
 def test_dataset_with_code_of_its_own_is_refused(canary):
@@ -427,10 +433,10 @@ def test_words_of_a_search_that_come_from_its_journal_are_checked(hostile):
 
     (hostile / "runs" / "sweeps").mkdir(parents=True)
     words = [*SMALL, f"root={hostile / 'runs'}"]
-    name = f"multirun-{files.digest_of(search.asked_for([*words, 'seed=1,2']))[:8]}"
+    name = f"multirun-{files.digest_of(optuna_search.asked_for([*words, 'seed=1,2']))[:8]}"
     journal = optuna.storages.journal.JournalFileBackend(str(hostile / "runs" / "sweeps" / f"{name}.optuna"))
     made = optuna.create_study(
-        storage=optuna.storages.JournalStorage(journal), study_name=search.asked_for([*words, "seed=1,2"])
+        storage=optuna.storages.JournalStorage(journal), study_name=optuna_search.asked_for([*words, "seed=1,2"])
     )
     trial = made.ask()
     trial.suggest_categorical("seed", ["${oc.env:HOME}"])
@@ -535,7 +541,7 @@ def test_secret_in_the_path_that_the_environment_gives_is_refused(canary, monkey
 
 def test_secret_in_a_file_of_a_sweep_is_refused(canary, monkeypatch):
     (canary.parent / "sweeps").mkdir()
-    monkeypatch.setattr(config, "SWEEPS", canary.parent / "sweeps")
+    monkeypatch.setattr(components, "SWEEPS", canary.parent / "sweeps")
     (canary.parent / "sweeps" / "mine.yaml").write_text("# What?\nruns:\n- +logger.api_key=sesame\n")
     code, output = typed(canary.parent, "sweeps=mine", *SMALL, f"root={canary.parent}/runs")
     assert code == 2 and "logger.api_key: there seems to be a secret" in output and "sesame" not in output, output
@@ -552,4 +558,4 @@ def test_secret_in_a_file_of_a_sweep_is_refused(canary, monkeypatch):
 )  # fmt: skip
 def test_ordinary_word_is_no_secret_and_not_hostile(word, monkeypatch):
     monkeypatch.setattr(overrides, "check_groups", lambda words: None)  # most ask for an option that has them
-    guard.check_command_line(["-m", word.replace("'", "") if "(" in word else word])
+    security.check_command_line(["-m", word.replace("'", "") if "(" in word else word])

@@ -11,11 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 import train as product
-from kd import estimate, packing, progress, written
-from kd.config import CONF
+from kd.config.components import CONF
+from kd.data import packing
 from kd.errors import UserError
-from kd.plan import plan, recording, start_settings
-from kd.run import read_metrics
+from kd.experiment import planner, summary
+from kd.experiment.dependencies import plan, recording, start_settings
+from kd.rollout import teacher_text
+from kd.system import console
+from kd.system.files import read_metrics
 from sweeps import compare
 from tests.small import here, settings
 
@@ -99,7 +102,7 @@ def test_a_student_that_is_not_random_is_validated_before_its_first_step(root, w
     (group,) = compare.grouped([compare.read(root, {"run": made.name, "overrides": []})])
     assert compare.curve(group)[0] == (0, 0, first["val/lm"])
     text = io.StringIO()
-    progress.Terminal(file=text, width=200).print(progress.measures(outcome))
+    console.Terminal(file=text, width=200).print(summary.measures(outcome))
     assert f"before training {first['val/lm']:.4f}" in text.getvalue()
 
 
@@ -149,7 +152,7 @@ def test_stages_are_part_of_what_a_run_is(root, words):
     assert len(names) == 5
 
 
-def estimated(root, *more) -> estimate.Estimate:
+def estimated(root, *more) -> planner.Estimate:
     """What plan=true says of the run itself."""
     told = settings(root, *more)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
@@ -168,21 +171,21 @@ def estimated(root, *more) -> estimate.Estimate:
     ],
 )
 def test_plan_counts_the_time_of_writing(rollout, written, root, words, monkeypatch):
-    costs = {role: estimate.Cost(10, 8, 0.001) for role in ("student", "teacher")}
-    step = estimate.Step(costs, rows=2, micro_batch=0.0, writing=7.0, answering=5.0)
-    monkeypatch.setattr(estimate, "_measure", lambda *_: step)
-    monkeypatch.setattr(estimate, "_measured", {})
+    costs = {role: planner.Cost(10, 8, 0.001) for role in ("student", "teacher")}
+    step = planner.Step(costs, rows=2, micro_batch=0.0, writing=7.0, answering=5.0)
+    monkeypatch.setattr(planner, "_measure", lambda *_: step)
+    monkeypatch.setattr(planner, "_measured", {})
     more = f"rollout={rollout} trainer.steps=10 trainer.batch=4 trainer.micro_batch=2 responses.samples=3 seed=7"
     said = estimated(root, *words[:-2], *more.split())
     # Four held-out prompts are answered three times, two at once.
-    assert said.seconds == pytest.approx(estimate.STARTS + 7 * written + 5 * 3 * 4 / 2)
+    assert said.seconds == pytest.approx(planner.STARTS + 7 * written + 5 * 3 * 4 / 2)
 
 
 def test_plan_names_all_that_is_made_first_for_recorded_logits(root, words, monkeypatch):
     """The teacher's recorded run in place of the teacher, and what the student starts from beside it."""
-    step = estimate.Step({role: estimate.Cost(10, 8, 0.001) for role in ("student", "teacher")}, micro_batch=0.0)
-    monkeypatch.setattr(estimate, "_measure", lambda *_: step)
-    monkeypatch.setattr(estimate, "_measured", {})
+    step = planner.Step({role: planner.Cost(10, 8, 0.001) for role in ("student", "teacher")}, micro_batch=0.0)
+    monkeypatch.setattr(planner, "_measure", lambda *_: step)
+    monkeypatch.setattr(planner, "_measured", {})
     told = settings(root, *words, *SFT, "start.seed=5", "teacher.seed=5", "logits=recorded", "truncation=top_k")
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         before, record = start_settings(told), recording(told)
@@ -192,11 +195,11 @@ def test_plan_names_all_that_is_made_first_for_recorded_logits(root, words, monk
 
 
 def test_plan_measures_writing_and_the_rows_it_makes(root, words, monkeypatch):
-    monkeypatch.setattr(estimate, "_measured", {})
-    monkeypatch.setattr(estimate, "PROBE", 0.0)
+    monkeypatch.setattr(planner, "_measured", {})
+    monkeypatch.setattr(planner, "PROBE", 0.0)
     one = estimated(root, *words, "seed=7")
     both = estimated(root, *words, "seed=7", "rollout=pairs", "loss=distillm2", "alpha.peak=1")
-    steps = [step for step in estimate._measured.values() if step.wider == 2]
+    steps = [step for step in planner._measured.values() if step.wider == 2]
     assert len(steps) == 1 and steps[0].writing > 0 and steps[0].answering > 0
     assert both.flops == pytest.approx(2 * one.flops) and abs(both.tokens - 2 * one.tokens) <= 1
 
@@ -264,8 +267,8 @@ def test_a_teacher_that_was_killed_while_it_wrote_goes_on(root, words, made, tmp
     for folder in (undisturbed, killed):
         for name in ("data", *(p.name for p in root.glob("lm-100k-*"))):
             shutil.copytree(root / name, folder / name)
-    monkeypatch.setattr(written, "AT_ONCE", 10)
-    more, real, kept = (*words, "logits=none", "rollout=teacher", "seed=3"), written.keep, []
+    monkeypatch.setattr(teacher_text, "AT_ONCE", 10)
+    more, real, kept = (*words, "logits=none", "rollout=teacher", "seed=3"), teacher_text.keep, []
 
     def keep(path, **arrays):
         if len(kept) == 3:
@@ -273,16 +276,16 @@ def test_a_teacher_that_was_killed_while_it_wrote_goes_on(root, words, made, tmp
         real(path, **arrays)
         kept.append(path)
 
-    monkeypatch.setattr(written, "keep", keep)
+    monkeypatch.setattr(teacher_text, "keep", keep)
     with pytest.raises(KeyboardInterrupt):
         here(killed, *more)
     whole = [path.read_bytes() for path in kept]
     kept[1].write_bytes(whole[1][:-50])
     again = []
-    monkeypatch.setattr(written, "keep", lambda path, **arrays: (again.append(path), real(path, **arrays)))
+    monkeypatch.setattr(teacher_text, "keep", lambda path, **arrays: (again.append(path), real(path, **arrays)))
     here(killed, *more)
     assert again[0] == kept[1] and len(again) == 3  # of five parts
-    monkeypatch.setattr(written, "keep", real)
+    monkeypatch.setattr(teacher_text, "keep", real)
     here(undisturbed, *more)
     (a,), (b,) = ([p.parent for p in (of / "rollouts").glob("*/manifest.json")] for of in (undisturbed, killed))
     assert a.name == b.name and (a / "train.npy").read_bytes() == (b / "train.npy").read_bytes()
@@ -333,7 +336,7 @@ def test_every_method_goes_on_where_it_was_killed(root, words, made, method, tmp
 
 def killed_at(step, root, *words):
     """The run, after a first try that ended at `step`."""
-    from kd import module
+    from kd.training import module
 
     class Killed(BaseException):
         pass

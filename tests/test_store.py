@@ -20,15 +20,18 @@ import safetensors
 import torch
 
 import train as product
-from kd import files, models, writer
-from kd import store as module
-from kd.config import CONF, typed
+from kd.config.components import CONF, typed
+from kd.config.rules import resolve
 from kd.errors import UserError
-from kd.plan import cached_corpus, plan
-from kd.progress import console
-from kd.remote import Remote, home
-from kd.settings import resolve
-from kd.store import Store, within
+from kd.experiment.dependencies import cached_corpus, plan
+from kd.models import causal_lm
+from kd.models import hub as hub_module
+from kd.store import __main__ as store_main
+from kd.store import reader, writer
+from kd.store.reader import Store, within
+from kd.system import files
+from kd.system.console import console
+from kd.system.remote import Remote, home
 from tests.small import SMALL, TOP, content, folder, here, outcome, put_result, result, train, type_in, write
 
 OFFLINE = ("logits=offline", *TOP)
@@ -181,7 +184,7 @@ def test_from_the_command_line(root):
     assert f"{path / SHARDS[0]} is damaged" in output and "Traceback" not in output
     command = "\n".join(line for line in output.splitlines() if line.startswith("  "))
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    product = Path(module.__file__).parent.parent
+    product = Path(reader.__file__).parent.parent
     subprocess.run(["bash", "-ec", command], check=True, env=environment | {"PYTHONPATH": str(product)}, cwd=root)
     assert content(path) == before
     here(root, *OFFLINE)
@@ -216,7 +219,7 @@ def command_line(root, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["kd.store", *words, f"--root={root}"])
         monkeypatch.setattr(console, "width", 200)
         try:
-            module.main()
+            store_main.main()
             code = 0
         except SystemExit as error:
             code = error.code
@@ -284,9 +287,9 @@ def test_verify_finds_another_teacher(root, command_line, monkeypatch, words, ch
 
 def shaken(monkeypatch, change) -> None:
     """Have models say something else than they would."""
-    real = models.Head.forward
-    monkeypatch.setattr(models.Head, "forward", lambda self, hidden: change(real(self, hidden)))
-    monkeypatch.setattr(models.Causal, "check", lambda self, option: None)
+    real = causal_lm.Head.forward
+    monkeypatch.setattr(causal_lm.Head, "forward", lambda self, hidden: change(real(self, hidden)))
+    monkeypatch.setattr(causal_lm.Causal, "check", lambda self, option: None)
 
 
 def test_verify_goes_where_the_store_was_moved(root, command_line):
@@ -369,7 +372,7 @@ def test_a_hub_teacher_is_known_by_its_commit(tmp_path, monkeypatch):
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("abc123")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert models.revision("org/big") == "abc123" and models.revision("org/none") is None
+    assert hub_module.revision("org/big") == "abc123" and hub_module.revision("org/none") is None
 
 
 def text(root: Path, words: list[str]) -> tuple[str, ...]:
@@ -599,7 +602,7 @@ def test_a_url_is_written_to_and_an_upload_that_was_cut_off_goes_on(root, monkey
     shutil.rmtree(root / "stores")
     with monkeypatch.context() as patch:
         patch.setattr(type(system), "put_file", fail)
-        patch.setattr("kd.remote.PATIENCE", 0)
+        patch.setattr("kd.system.remote.PATIENCE", 0)
         with pytest.raises(UserError, match=r"the network is gone.*\nThe same command goes on"):
             here(root, *OFFLINE, f"logits.path={url}")
     assert not system.exists(f"{url}/manifest.json")
@@ -659,7 +662,7 @@ def only_of(root: Path, manifest: bytes) -> Path:
 def test_a_merge_to_a_url_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["store", "merge", "s3://bucket/store", "a", "b"])
     with pytest.raises(SystemExit):
-        module.main()
+        store_main.main()
     assert "merge joins folders" in capsys.readouterr().err
 
 

@@ -11,13 +11,14 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from kd import models
-from kd.config import CONF, SWEEPS
+from kd.config.components import CONF, SWEEPS
+from kd.config.rules import NO_SIGNAL, group_of
 from kd.errors import UserError
-from kd.identity import NO_SIGNAL, group_of
-from kd.progress import counted
-from kd.run import Run, whereabouts
-from kd.sweep import Processes, asked_for, at_scale, discard, varying
+from kd.launch.sweeper import Processes, asked_for, at_scale, discard, varying
+from kd.models import flops as flops_module
+from kd.runs.run import Run
+from kd.system.console import counted
+from kd.system.processes import whereabouts
 from sweeps import report
 from sweeps.compare import ALONE, grouped, manifest, read
 from tests.small import ENVIRONMENT, TRAIN, folder, listed, outcome, result, settings, train
@@ -257,10 +258,10 @@ def test_the_head_of_the_scaling_sweep_says_the_flops_of_its_runs(scale):
         job = {"data.seq_len": 256, "data.vocab": 1024, "trainer.batch": 2, "teacher.batch": 2} | dict(pairs)
         length, batch = int(job["data.seq_len"]), int(job["trainer.batch"])
         student, teacher = (
-            None if job[role] == "none" else models.cost_of(job[role], None, int(job["data.vocab"]), length, role)
+            None if job[role] == "none" else flops_module.cost_of(job[role], None, int(job["data.vocab"]), length, role)
             for role in ("student", "teacher")
         )
-        flops = sum(models.step_flops(job.get("logits", "online"), False, student, teacher))
+        flops = sum(flops_module.step_flops(job.get("logits", "online"), False, student, teacher))
         total += flops * int(job["trainer.steps"]) * batch * length
         if teacher and scale == "full":  # on a CPU they are runs of the sweep
             own = int(job["teacher.steps"]) * int(job["teacher.batch"]) * length

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kd.errors import UserError
-from kd.target import FLOOR, Target, log1mexp
+from kd.objective.target import FLOOR, Target, log1mexp
 from tests.cases import (
     COMPLETE,
     FORMS,

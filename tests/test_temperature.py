@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from kd.errors import UserError
-from kd.objective import Objective
-from kd.temperature import soften
+from kd.objective.chunked import Objective
+from kd.objective.temperature import soften
 from tests.cases import (
     LOSSES,
     TEMPERATURES,

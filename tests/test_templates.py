@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
-from kd import corpora, instructions, packing, templates
+from kd.data import corpora, instructions, packing, templates
+from kd.data.examples import Example, Turn
+from kd.data.templates import Chat, encode
 from kd.errors import UserError
-from kd.examples import Example, Turn
-from kd.templates import Chat, encode
 from tests.test_columns import CALL, TOOL, first
 from tests.test_instructions import BYTES, CHAT, END, FOUR, ONE, SYSTEM, THREE, TWO, Short, encoded, tokenizer, write
 from tests.test_instructions import cache as cache

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kd.errors import UserError
-from kd.objective import Objective
-from kd.target import Target
+from kd.objective.chunked import Objective
+from kd.objective.target import Target
 from tests.cases import (
     FORMS,
     LOSSES,

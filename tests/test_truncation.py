@@ -6,15 +6,15 @@ import pytest
 import torch
 from hydra import initialize_config_dir
 
-from kd import truncation
-from kd.config import CONF, build
+from kd.config.components import CONF, build
+from kd.config.rules import is_unbiased
 from kd.errors import UserError
-from kd.objective import Objective
-from kd.plan import plan
-from kd.settings import is_unbiased
-from kd.target import Target
-from kd.treatment import renormalise
-from kd.truncation import uniform
+from kd.experiment.dependencies import plan
+from kd.objective import truncation
+from kd.objective.chunked import Objective
+from kd.objective.target import Target
+from kd.objective.target_transforms import renormalise
+from kd.objective.truncation import uniform
 from tests.cases import (
     FORMS,
     LOSSES,

@@ -16,9 +16,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kd import files, models, offline, writer
 from kd.errors import UserError
-from kd.store import Store
+from kd.experiment import stores
+from kd.models import causal_lm
+from kd.store import writer
+from kd.store.reader import Store
+from kd.system import files
 from tests.small import FORK, TOP, content, folder, here, result, type_in, write
 
 OFFLINE = ("logits=offline", *TOP)
@@ -253,9 +256,9 @@ def test_the_estimate_is_what_the_store_takes(root, words, monkeypatch):
 
 @pytest.mark.parametrize("words", [TOP, ("truncation=full",)], ids=lambda w: w[0])
 def test_nothing_is_stored_of_a_teacher_that_says_nan(root, words, monkeypatch):
-    real = models.Causal.hidden
-    monkeypatch.setattr(models.Causal, "hidden", lambda self, ids: real(self, ids) * math.nan)
-    monkeypatch.setattr(models.Causal, "check", lambda self, option: None)
+    real = causal_lm.Causal.hidden
+    monkeypatch.setattr(causal_lm.Causal, "hidden", lambda self, ids: real(self, ids) * math.nan)
+    monkeypatch.setattr(causal_lm.Causal, "check", lambda self, option: None)
     with pytest.raises(UserError, match="NaN or infinity of row 0 of the data, in fp32"):
         write(root, *words, f"logits.path={root / 'store'}")
     assert not list((root / "store").glob("*.safetensors"))
@@ -323,5 +326,5 @@ def test_draws_of_a_store_depend_on_its_seed_and_not_on_batches(root, tmp_path):
 
 
 def test_the_words_of_a_store_name_the_tokenizer_that_a_student_brought(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(offline, "corpus", lambda settings: (None, {"tokenizer": "gpt2"}))
+    monkeypatch.setattr(stores, "corpus", lambda settings: (None, {"tokenizer": "gpt2"}))
     assert "data.tokenizer=gpt2" in write(root, *TOP, f"logits.path={tmp_path / 'made'}").words

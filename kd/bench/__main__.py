@@ -14,21 +14,21 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from kd.launchers import forget_ranks
+from kd.system.launchers import forget_ranks
 
 if __name__ == "__main__":  # before a library that reads them is loaded
     forget_ranks(os.environ)
 
 from rich.table import Table
 
-from kd import files
 from kd.bench import memory
 from kd.bench.cases import CASES, CUDA_CASES, NEEDS
 from kd.bench.work import GIB, SHAPES, Shape, measured
-from kd.config import PRECISIONS
+from kd.config.components import PRECISIONS
 from kd.errors import UserError
-from kd.progress import console, end_with
-from kd.remote import is_url
+from kd.system import files
+from kd.system.console import console, end_with
+from kd.system.remote import is_url
 
 
 def main(words: list[str]) -> None:
@@ -66,7 +66,7 @@ def main(words: list[str]) -> None:
 def computes_in_bf16() -> bool:
     import torch
 
-    from kd.hardware import slowdown_in_bf16
+    from kd.system.hardware import slowdown_in_bf16
 
     return slowdown_in_bf16(torch.device("cuda" if has_gpu() else "cpu")) < 1.5
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from kd.bench import offline
 from kd.bench.work import WARM_UP, Work
-from kd.config import CONF, PRECISIONS
+from kd.config.components import CONF, PRECISIONS
 
 if TYPE_CHECKING:
-    from kd.store import Store
+    from kd.store.reader import Store
 
 ALPHA, RATE, CLIP = 0.9, 1e-4, 1.0  # share of distillation, learning rate, norm that gradients are cut to
 
@@ -151,23 +151,29 @@ def fitted(work: Work, loss: str, compile: bool, store: Store | None = None, on_
     import torch
     from omegaconf import OmegaConf
 
-    from kd import config, data, logits, rollout, temperature, treatment, truncation
-    from kd.models import Causal, Flops
-    from kd.module import Distillation
-    from kd.objective import Objective
+    from kd.config import components
+    from kd.data.batches import Batches
+    from kd.models.causal_lm import Causal
+    from kd.models.flops import Flops
+    from kd.objective import target_transforms, temperature, truncation
+    from kd.objective.chunked import Objective
+    from kd.rollout import strategies
+    from kd.teachers import sources
+    from kd.training.module import Distillation
 
     student = Causal(work.student(), work.shape.vocab)
     teacher = Causal(work.teacher(), work.shape.vocab) if store is None else None
     cut = truncation.full if store is None else store.as_asked(store.truncation, truncation.full)
-    compared = config.build(OmegaConf.to_container(OmegaConf.load(CONF / "loss" / f"{loss}.yaml")), "loss")
-    objective = Objective(compared, cut, treatment.renormalise, temperature.fixed, compile=compile or None)
+    compared = components.build(OmegaConf.to_container(OmegaConf.load(CONF / "loss" / f"{loss}.yaml")), "loss")
+    objective = Objective(compared, cut, target_transforms.renormalise, temperature.fixed, compile=compile or None)
+    writers = strategies.Writers(student, teacher, work.shape.vocab - 1, 0)
     module = Distillation(
-        student, teacher, store.source if store else logits.online(teacher), objective,
+        student, teacher, store.source if store else sources.online(teacher), objective,
         alpha=lambda progress: 1.0 if on_policy else ALPHA, lr=lambda progress: RATE,
         optimizer=partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.1),
         steps=work.steps, micro_batch=work.shape.batch, clip=CLIP, log_every=10, val_every=work.steps, validation=[],
         flops=Flops(0.0, 0.0), watch=work.tick,
-        rollout=rollout.student(rollout.Writers(student, teacher, work.shape.vocab - 1, 0), 1.0) if on_policy else None,
+        rollout=strategies.student(writers, 1.0) if on_policy else None,
     )  # fmt: skip
     if compile:
         for model in (student, *module.outside):
@@ -180,7 +186,7 @@ def fitted(work: Work, loss: str, compile: bool, store: Store | None = None, on_
     prompt = work.shape.seq_len - work.shape.response_len  # as many tokens as TRL has
     spans = np.tile([prompt, work.shape.seq_len], (len(rows), 1)) if on_policy else None
     read = store.read if store else None
-    return trainer, module, data.Batches(rows, work.shape.batch, 0, 0, work.steps, read=read, spans=spans)
+    return trainer, module, Batches(rows, work.shape.batch, 0, 0, work.steps, read=read, spans=spans)
 
 
 class Stopwatch:
@@ -217,8 +223,8 @@ def breakdown(work: Work) -> dict[str, dict[str, float]]:
     """Seconds per part of a step of online_fkl, after the warm-up."""
     import torch
 
-    from kd import logits
-    from kd.objective import Objective
+    from kd.objective.chunked import Objective
+    from kd.teachers import sources
 
     trainer, module, batches = fitted(work, "fkl", False)
     clock = Stopwatch(work.device)
@@ -229,7 +235,7 @@ def breakdown(work: Work) -> dict[str, dict[str, float]]:
     clock.watch(teacher, "hidden", "teacher's body")
     clock.watch(Objective, "__call__", "products with the heads")
     clock.watch(Objective, "slope", "softmax, loss and gradient")
-    clock.watch(logits, "log_probabilities", "softmax, loss and gradient")
+    clock.watch(sources, "log_probabilities", "softmax, loss and gradient")
     for model in (module.student, teacher):
         clock.watch(model.head, "forward", "products with the heads")
     clock.watch(torch.optim.AdamW, "step", "optimizer")

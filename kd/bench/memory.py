@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from kd import files
 from kd.bench.work import GIB, Shape, measured
-from kd.progress import console
+from kd.system import files
+from kd.system.console import console
 
 SHOWN = {"online_fkl": "kd", "full": "all logits at once"}
 FACTORS = {"batch": (0.25, 1, 4), "seq_len": (0.25, 1, 4), "vocab": (0.25, 1, 4, 8)}

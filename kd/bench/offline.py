@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kd.bench.work import ROUNDS, Shape, Work
-from kd.plan import FORMAT
+from kd.store.location import FORMAT
 
 if TYPE_CHECKING:
-    from kd.store import Store
-    from kd.writer import Teacher
+    from kd.store.reader import Store
+    from kd.store.writer import Teacher
 
 KEPT = {
     "random": {"name": "random", "draws": 50},
@@ -42,7 +42,7 @@ def write(work: Work, kept: str) -> None:
     """Shards as kd.store writes them, one per step."""
     import numpy as np
 
-    from kd.writer import Rows
+    from kd.store.writer import Rows
 
     teacher, table = asked(work, kept), work.rows()
     with tempfile.TemporaryDirectory() as folder:
@@ -68,13 +68,13 @@ def read(work: Work, kept: str) -> None:
     """Random rows of a store, from disk to targets, on one core."""
     import torch
 
-    from kd import data
-    from kd.objective import chunks
+    from kd.data.batches import Batches
+    from kd.objective.chunked import chunks
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         store = stored(Path(folder), work.shape, kept)
-        for batch in data.Batches(work.rows(), work.shape.batch, 0, 0, work.steps):
+        for batch in Batches(work.rows(), work.shape.batch, 0, 0, work.steps):
             # Read here, not ahead in a thread as in training, so that it is timed.
             batch = batch._replace(stored=store.read(batch.row.numpy(), batch.ids.numpy()))
             signal = store.source(batch, torch.ones_like(batch.ids, dtype=torch.bool))
@@ -109,10 +109,10 @@ def asked(work: Work, kept: str) -> Teacher:
     """A random teacher whose distributions are about as sharp as a trained one's, ready to be asked for a store."""
     import torch
 
-    from kd import truncation
-    from kd.hardware import keep_freed
-    from kd.models import Causal
-    from kd.writer import Teacher
+    from kd.models.causal_lm import Causal
+    from kd.objective import truncation
+    from kd.store.writer import Teacher
+    from kd.system.hardware import keep_freed
 
     model = work.teacher()
     with torch.no_grad():
@@ -127,7 +127,7 @@ def stored(folder: Path, shape: Shape, kept: str) -> Store:
     """A store of the case's rows, without the memory of its teacher: on a CPU another process writes it."""
     import torch
 
-    from kd.store import Store
+    from kd.store.reader import Store
 
     if torch.cuda.is_available():
         _write_all(folder, shape, kept)
@@ -142,8 +142,8 @@ def stored(folder: Path, shape: Shape, kept: str) -> Store:
 
 
 def _write_all(folder: Path, shape: Shape, kept: str) -> None:
-    from kd import writer
-    from kd.data import Packed
+    from kd.data.batches import Packed
+    from kd.store import writer
 
     work = Work(shape, 1)
     teacher, rows = asked(work, kept), work.rows()

@@ -23,13 +23,13 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from kd.launchers import forget_ranks
+from kd.system.launchers import forget_ranks
 
 if __name__ == "__main__":  # before a library that reads them is loaded
     forget_ranks(os.environ)
 
+from kd.config.sizes import Size
 from kd.errors import first_line
-from kd.sizes import Size
 
 WARM_UP = 3  # steps that are not counted: first allocations, compilation
 GIB = 2**30
@@ -105,7 +105,7 @@ class Work:
 
     def batches(self) -> Iterator[tuple]:
         """ids and labels [B, T] on the device, per step."""
-        from kd.data import Batches
+        from kd.data.batches import Batches
 
         for batch in Batches(self.rows(), self.shape.batch, 0, 0, self.steps):
             yield batch.ids.to(self.device), batch.labels.to(self.device)
@@ -127,7 +127,7 @@ class Work:
         """Seconds that a step's matrix products would take alone, at the rate of its own shapes."""
         import torch
 
-        from kd.models import cost
+        from kd.models.flops import cost
 
         flops = sum(passes * cost(model, self.shape.seq_len).flops_per_token for model, passes in self.models)
         done = spent = 0.0
@@ -162,7 +162,7 @@ def measure(name: str, shape: Shape, steps: int) -> dict:
     import torch
 
     from kd.bench.cases import CASES, CUDA_CASES
-    from kd.run import peak_memory
+    from kd.system.processes import peak_memory
     from train import quiet
 
     quiet()

@@ -1,1 +1,1 @@
-"""Metrics of a student on held-out data, and the responses that it generates."""
+"""Metrics on held-out data and on generated responses."""

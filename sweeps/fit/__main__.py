@@ -6,17 +6,17 @@ import os
 import sys
 from pathlib import Path
 
-from kd.launchers import forget_ranks
+from kd.system.launchers import forget_ranks
 
 if __name__ == "__main__":  # before a library that reads them is loaded
     forget_ranks(os.environ)
 
 from rich.table import Table
 
-from kd import files
 from kd.errors import MISTAKES, UserError, for_people
-from kd.progress import Terminal, counted, harmless, styled
-from kd.remote import home, publish
+from kd.system import files
+from kd.system.console import Terminal, counted, harmless, styled
+from kd.system.remote import home, publish
 from sweeps import curves
 from sweeps.answers import Answers, Fit, answers, published
 from sweeps.compare import a_path, amount, manifest, parser, read

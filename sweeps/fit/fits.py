@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kd.progress import counted
+from kd.system.console import counted
 from sweeps.fit.laws import DISTILLATION, POWER, PUBLISHED, SUPERVISED, Coefficients, Law
 from sweeps.fit.observations import Observation
 from sweeps.fit.solver import LackOfFit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kd.progress import console, counted, track
+from kd.system.console import console, counted, track
 from sweeps.fit import laws, solver
 from sweeps.fit.fits import Fit, ScalingFits
 from sweeps.fit.laws import DISTILLATION, POWER, SUPERVISED, Coefficients, Law

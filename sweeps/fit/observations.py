@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kd import files
+from kd.system import files
 from kd.errors import UserError
-from kd.identity import below, model_name
-from kd.progress import counted
-from kd.provenance import doubts_of_many
+from kd.runs.identity import below, model_name
+from kd.system.console import counted
+from kd.runs.provenance import doubts_of_many
 from sweeps.fit.solver import Data
 from sweeps.report.groups import label, outcome_settings, subset, varying
 from sweeps.report.load import Entry

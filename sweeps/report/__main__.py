@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import sys
 
-from kd.launchers import forget_ranks
+from kd.system.launchers import forget_ranks
 
 if __name__ == "__main__":  # before a library that reads them is loaded
     forget_ranks(os.environ)
 
 from kd.errors import MISTAKES, for_people
-from kd.progress import harmless
+from kd.system.console import harmless
 from sweeps.report.arguments import sweep_parser
 from sweeps.report.artifact import keep_artifact, wandb_place
 from sweeps.report.report import build_report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from kd import files
+from kd.system import files
 from kd.errors import UserError
 
 

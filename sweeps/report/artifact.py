@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from kd.errors import UserError
-from kd.loggers import wandb_run
+from kd.runs.loggers import wandb_run
 from sweeps.report.load import Entry
 
 

@@ -6,7 +6,7 @@ import csv
 import io
 
 from kd.evaluation.catalog import LOSS
-from kd.progress import harmless
+from kd.system.console import harmless
 from sweeps.report.groups import Group, name_without_loss, outcome_settings, varying
 from sweeps.report.load import Entry
 from sweeps.report.report import Report

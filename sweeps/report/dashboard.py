@@ -10,9 +10,9 @@ from pathlib import Path
 
 from kd.errors import UserError
 from kd.evaluation.catalog import LOSS, METRICS, Metric
-from kd.identity import axes, sizes_of
-from kd.loggers import logged_in
-from kd.run import Run
+from kd.runs.identity import axes, sizes_of
+from kd.runs.loggers import logged_in
+from kd.runs.run import Run
 from sweeps.report.artifact import wandb_place
 from sweeps.report.load import Entry
 from sweeps.report.report import Report

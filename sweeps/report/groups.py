@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from kd.evaluation.catalog import LOSS, ROUGE_L, Metric
-from kd.identity import below, part_of_outcome, whole_as_float
+from kd.runs.identity import below, part_of_outcome, whole_as_float
 from sweeps.report.load import Entry
 from sweeps.report.statistics import Interval, interval
 from sweeps.report.wording import format_amount

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from kd.evaluation.catalog import LOSS, METRICS
-from kd.progress import clock
+from kd.system.console import clock
 from sweeps.report.axis_plots import heat_map, line_plots
 from sweeps.report.plots import dots, exposure_curves, learning_curves
 from sweeps.report.report import Report

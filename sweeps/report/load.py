@@ -9,12 +9,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from kd import files
-from kd.config import check_sweep
+from kd.system import files
+from kd.config.components import check_sweep
 from kd.errors import UserError
 from kd.evaluation.catalog import LOSS, ROUGE_L
-from kd.remote import home, latest
-from kd.run import EXACCERR, RESPONSES, Run, is_sealed, read_json, read_metrics
+from kd.system.remote import home, latest
+from kd.runs.run import EXACCERR, RESPONSES, Run, is_sealed
+from kd.system.files import read_json, read_metrics
 from sweeps.report.wording import join_words
 
 REQUIRED = {  # keys of a result; others may be missing
@@ -45,7 +46,7 @@ def load_sweep(root: str | Path, name: str) -> list[Entry]:
 
 
 def read_manifest(root: str | Path, name: str) -> list[dict]:
-    """Return the runs of a sweep as kd.sweep wrote them; raise UserError if there is no such sweep."""
+    """Return the runs of a sweep as kd.launch.sweeper wrote them; raise UserError if there is no such sweep."""
     check_sweep(name)
     path, hint = latest(root, f"sweeps/{name}.json"), f"To run it, type: python train.py sweeps={name}"
     try:

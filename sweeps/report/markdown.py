@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from kd.progress import clock, harmless
+from kd.system.console import clock, harmless
 from sweeps.report.groups import baseline_name
 from sweeps.report.report import Report
 from sweeps.report.samples import Sample

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from kd.identity import model_name
-from kd.progress import harmless
-from kd.run import RESPONSES
+from kd.runs.identity import model_name
+from kd.system.console import harmless
+from kd.runs.run import RESPONSES
 from sweeps.report.groups import Group, subset
 from sweeps.report.table import GREY, Row
 

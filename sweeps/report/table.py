@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from kd.evaluation.catalog import BY_NAME, LOSS, METRICS, Metric
-from kd.identity import model_name
+from kd.runs.identity import model_name
 from sweeps.report.groups import Group, label, primary_metric, subset, tasks_of, varying
 from sweeps.report.statistics import Interval, baseline, best_group, difference, gap_closed
 from sweeps.report.wording import format_number

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kd import files
-from kd.remote import home, publish
+from kd.system import files
+from kd.system.remote import home, publish
 from sweeps.report.csv_table import csv_table
 from sweeps.report.html_page import html_page
 from sweeps.report.markdown import markdown

@@ -1,0 +1,361 @@
+"""From the composed config to objects: only what an allowlist admits, with arguments of the right types."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
+
+from hydra.core.override_parser.types import Quote, QuotedString
+from yaml import YAMLError
+
+from kd.config.sizes import SIZES
+from kd.errors import UserError
+from kd.system import files
+
+PACKAGE = Path(__file__).parent.parent
+CONF, SWEEPS = PACKAGE.parent / "conf", PACKAGE.parent / "sweeps"
+
+# A `_target_` of a group may name a public function of the group's modules that has a yaml of its name, or one of these
+# classes, and nothing else.
+MODULES = {
+    "loss": "objective.losses", "truncation": "objective.truncation", "target": "objective.target_transforms",
+    "temperature": "objective.temperature", "routing": "objective.token_selection", "alpha": "training.schedules",
+    "lr": "training.schedules", "logits": "teachers.sources", "record": "objective.truncation",
+    "rollout": "rollout.strategies", "data": "data.corpora data.instructions", "plain": "data.corpora",
+    "optim": "models.optimizers", "logger": "runs.loggers",
+}  # fmt: skip
+CLASSES = ("torch.optim.AdamW", "torch.optim.Adam", "torch.optim.SGD")
+# Arguments that would make a library run code it downloaded or unpickle what it reads.
+FORBIDDEN = ("trust_remote_code", "allow_pickle", "weights_only", "use_safetensors")
+
+# Modules as they were called in the manifests of stores that are older than the packages of kd.
+FORMER = {
+    "losses": "objective.losses", "truncation": "objective.truncation", "treatment": "objective.target_transforms",
+    "temperature": "objective.temperature", "routing": "objective.token_selection", "schedules": "training.schedules",
+    "logits": "teachers.sources", "rollout": "rollout.strategies", "corpora": "data.corpora",
+    "instructions": "data.instructions", "optimizers": "models.optimizers", "loggers": "runs.loggers",
+}  # fmt: skip
+
+Node = dict[str, typing.Any]
+
+
+def renamed(node):
+    """Return the settings of an older manifest with today's modules in every `_target_`."""
+    if isinstance(node, list):
+        return [renamed(value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    new = {key: renamed(value) for key, value in node.items()}
+    package, _, name = str(new.get("_target_", "")).rpartition(".")
+    if package.removeprefix("kd.") in FORMER and package.startswith("kd."):
+        new["_target_"] = f"kd.{FORMER[package.removeprefix('kd.')]}.{name}"
+    return new
+
+
+def check_targets(node, path: str = "") -> None:
+    """Refuse any `_target_` outside the allowlist, anywhere in the tree, before anything is imported or run."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            where = f"{path}.{key}" if path else str(key)
+            if key == "_target_":
+                locate(value, path)
+            if key in FORBIDDEN:
+                raise UserError(f"{where}={value}: not accepted from a config, since it can run foreign code.")
+            check_targets(value, where)
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            check_targets(value, f"{path}[{index}]")
+
+
+def locate(target: str, path: str) -> tuple[str, str]:
+    """Module and name of what `target` stands for in the group `path`; raises UserError unless the allowlist admits it.
+
+    Imports nothing, so that what is refused has done nothing.
+    """
+    module, _, name = str(target).rpartition(".")
+    options = (CONF / path).glob("*.yaml") if path in MODULES else ()
+    modules = MODULES.get(path, "").split()
+    allowed = sorted({f"kd.{m}.{f.stem}" for f in options for m in modules if f.stem in _functions(m)})
+    allowed += CLASSES if path == "optim" else ()
+    if target not in allowed:
+        raise UserError(
+            f"{path}._target_={target}: not something a config may call. "
+            + (f"Here it may call {', '.join(allowed)}." if allowed else "Nothing is called here.")
+        )
+    return module, name
+
+
+def load(target: str, path: str):
+    """The function or class that `target` names, once more checked as an object."""
+    module, name = locate(target, path)
+    found = getattr(importlib.import_module(module), name)
+    assert target in CLASSES or (inspect.isfunction(found) and found.__module__ == module)
+    return found
+
+
+@cache
+def _functions(module: str) -> dict[str, str]:
+    """Public functions that the source of a module of kd defines, with the first line of their docstrings."""
+    source = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
+    functions = [n for n in source.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
+    return {f.name: (ast.get_docstring(f) or "").partition("\n")[0] for f in functions}
+
+
+def build(node: Node, path: str):
+    """The function that node names, with the node's other keys as arguments; the rest is given when it is called.
+
+    Raises UserError for a wrong target, name or type.
+    """
+    settings = {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
+    function = load(node["_target_"], path)
+    check_types(function, settings, path)
+    return partial(function, **settings)
+
+
+def check_types(function, settings: Node, path: str) -> None:
+    """The signature is the schema: raise UserError for a name it does not have or a value of another type."""
+    parameters = inspect.signature(function).parameters
+    hints = typing.get_type_hints(function) if inspect.isfunction(function) else {}
+    known = [name for name in parameters if name not in GIVEN and (path, name) != ("optim", "lr")]
+    for name, value in settings.items():
+        if name not in known:
+            raise UserError(f"{path}.{name}={value}: no such option here; there is {', '.join(known) or 'none'}.")
+        # What torch says of its types is too loose to check; its defaults tell, where they are not None.
+        default = parameters[name].default
+        hint = hints.get(name, float if type(default) is int else type(default))
+        if name in hints or default is not None:
+            check_type(f"{path}.{name}", value, hint)
+
+
+def check_type(option: str, value, hint) -> None:
+    """Raise UserError for a value of another type."""
+    if not _fits(value, hint):
+        raise UserError(f"{option}={value}: need {_say(hint)}, got {_got(value)}.")
+
+
+# Arguments that kd gives, never the config.
+GIVEN = ("student", "target", "measured", "progress", "params", "origin", "writers", "folder", "about", "corpus",
+         "cache")  # fmt: skip
+
+
+def _fits(value, hint) -> bool:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        option = typing.get_origin(option) or option
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return True
+        if option in (int, str, bool) and type(value) is option:
+            return True
+        if option is tuple and isinstance(value, list) and all(type(v) in (int, float) for v in value):
+            return True
+        if option is type(None) and value is None:
+            return True
+    return False
+
+
+def typed(value) -> str:
+    """A value as Hydra reads it after `name=`."""
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return f"[{','.join(map(typed, value))}]"
+    if isinstance(value, str) and not re.fullmatch(r"[\w./:+-]+", value):
+        return QuotedString(value, Quote.single).with_quotes()
+    return str(value)
+
+
+def _got(value) -> str:
+    whole = isinstance(value, float) and value.is_integer()
+    return f"{type(value).__name__}{f': type {int(value):_}' if whole else ''}"
+
+
+def _say(hint) -> str:
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null",
+             tuple: "a list of numbers"}  # fmt: skip
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return " or ".join(words.get(option, str(option)) for option in options)
+
+
+def checked(function, node: Node, path: str) -> Node:
+    """The part of node that the function has parameters for, with their types checked."""
+    settings = {k: v for k, v in node.items() if k in inspect.signature(function).parameters}
+    check_types(function, settings, path)
+    return settings
+
+
+PLAIN = {  # settings that no function takes as they are, and their types
+    "": {"seed": int, "root": str, "scale": str, "sweep": str | None, "n_jobs": int | None, "on_failure": str,
+         "plan": bool, "force": bool, "lm": str, "token_names": str},
+    "start": {"stage": str, "steps": int, "batch": int, "lr": float, "seed": int, "sft_steps": int, "sft_batch": int,
+              "sft_lr": float | None},
+    "student": {"size": str | None, "name": str | None},
+    "teacher": {"size": str | None, "name": str | None, "steps": int, "batch": int, "lr": float, "seed": int,
+                "precision": str, "sft": bool},
+    "responses": {"samples": int, "temperature": float, "seed": int},
+    "trainer": {"steps": int, "tokens": int | None, "batch": int, "micro_batch": int, "clip": float,
+                "precision": str, "compile": bool | None, "chunk": int | None, "log_every": int, "val_every": int,
+                "checkpoint_every": int, "accelerator": str, "devices": int, "strategy": str,
+                "shard_teacher": bool | None},
+}  # fmt: skip
+EARLY = {  # settings that are looked at before the functions that take them are loaded, and torch with them
+    "data": {"seq_len": int},
+    "logits": {"path": str | None, "seed": int},
+    "record": {"path": str | None},
+    "rollout": {"capacity": int},
+}  # fmt: skip
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # as Lightning calls them
+CHOICES = {
+    "strategy": ("auto", "ddp", "fsdp"),
+    "precision": tuple(PRECISIONS),
+    "on_failure": ("continue", "stop"),
+    "lm": ("data", "plain"),
+    "token_names": ("same", "any"),
+    "stage": ("scratch", "pretrained", "sft"),
+    "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
+    "size": (*SIZES, None),
+}
+
+
+def check_plain(settings: Node) -> None:
+    """Raise UserError for a setting of the run, student, teacher or trainer that is unknown or that none could have."""
+    for group in (*MODULES, *filter(None, PLAIN)):
+        if group == "record" and settings[group] is None:
+            continue
+        if not isinstance(settings.get(group), dict) or (group not in PLAIN and "_target_" not in settings[group]):
+            option = next((f"{group}={name}" for name, _ in _options(group)), None)
+            raise UserError(f"{group}: needs {f'one of its options, as in {option}' if option else 'its settings'}.")
+    for group, kinds in PLAIN.items():
+        node = settings[group] if group else {k: v for k, v in settings.items() if k not in (*GROUPS, *PLAIN)}
+        for name, value in node.items():
+            option = f"{group}.{name}" if group else name
+            if name not in kinds:
+                raise UserError(f"{option}={value}: no such option; there is {', '.join(kinds)}.")
+            _check_value(option, value, kinds[name])
+            if value not in CHOICES.get(name, (value,)):
+                raise UserError(f"{option}={value}: need one of {', '.join(filter(None, CHOICES[name]))}.")
+    for group, kinds in EARLY.items():
+        for name in kinds.keys() & (settings[group] or {}).keys():
+            _check_value(f"{group}.{name}", settings[group][name], kinds[name])
+    check_sweep(settings["sweep"])
+    of = settings["responses"]
+    if of["samples"] > 1 and of["temperature"] == 0:
+        raise UserError(
+            f"responses.samples={of['samples']}: with responses.temperature=0 they are all the same; take one."
+        )
+    for role in ("student", "teacher"):
+        node = settings[role]
+        if node["size"] and node["name"]:
+            raise UserError(
+                f"{role}.name={node['name']}: {role}.size={node['size']} is set too; type {role}=hub first."
+            )
+        if role == "student" and not (node["size"] or node["name"]):
+            raise UserError(
+                f"student.size={node['size']}: need a size, e.g. student=200k, or student=hub student.name=…."
+            )
+
+
+def _check_value(option: str, value, kind) -> None:
+    """Raise UserError for a value of another type, or a number that none could have."""
+    check_type(option, value, kind)
+    seed = option.rpartition(".")[2] == "seed"
+    if seed and not 0 <= value < 2**32:
+        raise UserError(f"{option}={value}: need a whole number from 0 to {2**32 - 1}.")
+    least = 1 if kind in (int, int | None) and not seed else 0
+    if type(value) in (int, float) and not least <= value < math.inf:
+        raise UserError(f"{option}={value}: need a number of at least {least}.")
+
+
+def check_sweep(name: str | None) -> None:
+    """Raise UserError for a sweep whose files would land elsewhere than in the folder of sweeps."""
+    if name is not None and not files.is_name(name):
+        raise UserError(f"sweep={name}: need a name and no path, e.g. sweep=mine.")
+
+
+def flat(node: Node, prefix: str = "") -> Node:
+    """Nested keys joined with dots, `_target_` replaced by the name it ends in."""
+    out: Node = {}
+    for key, value in node.items():
+        if key == "_partial_":
+            continue
+        if key == "_target_":
+            out[prefix.rstrip(".")] = value.rpartition(".")[2]
+        elif isinstance(value, dict):
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+def register() -> None:
+    """Tell Hydra what is not a file of conf/: a student and a teacher per row of kd/config/sizes.py, and the sweeps."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    store = ConfigStore.instance()
+    for size in SIZES:
+        for group in ("student", "teacher"):
+            store.store(group=group, name=size, node={"size": size, "name": None})
+    for file in sorted(SWEEPS.glob("*.yaml")):
+        try:
+            sweep = OmegaConf.load(file)
+        except YAMLError as error:
+            raise UserError(f"{file} is no plain YAML: {error}") from None
+        node = {"sweep": {"name": file.stem, **sweep}, "hydra": {"mode": "MULTIRUN"}}
+        store.store(group="sweeps", name=file.stem, node=node, package="_global_")
+    OmegaConf.register_new_resolver("axes", _axes, replace=True)
+
+
+GROUPS = {
+    "data": "the text",
+    "plain": "plain text beside data=instructions: for start=…, lm=plain and the tokenizer",
+    "student": "the model that learns; any other by student=hub student.name=HUB_NAME_OR_FOLDER",
+    "start": "what it was before",
+    "teacher": "the model it learns from; a size is trained first, once (teacher.steps, teacher.lr, …)",
+    "logits": "where the teacher's signal comes from",
+    "record": "what a store of logits keeps: of a teacher's own training (logits=none), or for logits=offline to read",
+    "truncation": "which of the teacher's tokens to keep",
+    "target": "what becomes of a truncated target, before it is softened",
+    "temperature": "how much to soften",
+    "loss": "how student and teacher are compared, per position",
+    "routing": "which tokens are distilled, the others by language modelling alone; or which are hard, for loss=atkd",
+    "rollout": "who writes the responses of data=instructions that are learned from",
+    "alpha": "share of distillation over time; the rest is language modelling",
+    "lr": "learning rate over time",
+    "optim": "the optimizer",
+    "trainer": "steps, batch, precision, device",
+    "logger": "where metrics go beside metrics.jsonl",
+    "sweeps": "a question answered by many runs",
+}
+
+
+def _axes() -> str:
+    """The options of every axis and what they mean, for --help."""
+    lines = []
+    for group, meaning in GROUPS.items():
+        lines.append(f"  {group}: {meaning}")
+        lines += [f"    {f'{group}={name}':<24} {says}".rstrip() for name, says in _options(group)]
+    return "\n".join(lines)
+
+
+def _options(group: str) -> Iterator[tuple[str, str]]:
+    if group in ("student", "teacher"):
+        for name, size in SIZES.items():
+            yield name, f"{size.layers} layers of width {size.hidden}, {size.parameters:,} parameters + embeddings"
+    for file in sorted((SWEEPS if group == "sweeps" else CONF / group).glob("*.yaml")):
+        first = next(line for line in file.read_text().splitlines() if not line.startswith("# @package"))
+        if first.startswith("#"):
+            yield file.stem, first[1:].strip()
+        else:
+            module, name = locate(first.split()[-1], group)
+            settings = [line.replace(": ", "=") for line in file.read_text().splitlines()[2:]]
+            explained = _functions(module.removeprefix("kd."))[name]
+            says = re.split(r"[.,;] (?=[A-Z(])|, nats|\. Raises", explained)[0].rstrip(".")
+            yield file.stem, f"{says}{f' [{chr(32).join(settings)}]' if settings else ''}"

@@ -1,0 +1,50 @@
+"""python -m kd.data show [the words of train.py]   pack the data of such a run, and print some rows of it"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from kd.system.launchers import forget_ranks
+
+if __name__ == "__main__":  # before a library that reads them is loaded
+    forget_ranks(os.environ)
+
+from kd.errors import UserError
+
+
+def main() -> None:
+    """The command line."""
+    about = (
+        "pack the data of python train.py WORDS and print a few rows: what is prompt, what is learned, what is not used"
+    )
+    parser = argparse.ArgumentParser(prog="python -m kd.data")
+    command = parser.add_subparsers(dest="command", required=True).add_parser("show", help=about, description=about)
+    command.add_argument("words", nargs="*", help="as for train.py, and rows=3 for another number of rows")
+    command.add_argument("--json", action="store_true", help="text, ids, labels (-100: not learned) and counts")
+    given = parser.parse_args(sorted(sys.argv[1:], key="--json".__eq__))  # argparse takes no option between words
+    from kd.errors import MISTAKES, for_people
+    from kd.system.console import end_with
+
+    try:
+        import train
+        from kd.data import preview
+        from kd.data.tokenizer import load_tokenizer
+
+        rows = next((word for word in reversed(given.words) if word.startswith("rows=")), "rows=3")
+        if not rows.removeprefix("rows=").isdecimal():
+            raise UserError(f"{rows}: need a number of rows, e.g. rows=3.")
+        settings, packed = train.pack_data([word for word in given.words if not word.startswith("rows=")])
+        tokenizer = load_tokenizer(str(packed.tokenizer), "The tokenizer of the packed data")
+        of = packed, tokenizer, int(rows.removeprefix("rows=")), settings["data"].get("date")
+        if given.json:
+            print(preview.as_json(*of))
+        else:
+            preview.show(*of)
+    except MISTAKES as error:
+        end_with(for_people(error))
+
+
+if __name__ == "__main__":
+    main()

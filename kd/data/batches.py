@@ -1,0 +1,199 @@
+"""Rows of tokens as batches.
+
+Which rows form step s is a pure function of (seed, s): runs with one seed see the same batches, and a resumed run goes
+on where it was. The shift happens here, once: labels[t] is the token after ids[t]; and the mask, once: by position, so
+a padding of ends hides no end.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORE = -100  # label of a position that is not counted
+
+
+class Batch(NamedTuple):
+    """One optimizer step, or a micro-batch of it, as tensors."""
+
+    ids: object  # [B, T] int64
+    labels: object  # [B, T] int64, already shifted; -100 = ignore
+    row: object  # [B]    which row of the data
+    seed: object  # [B, T] int64, a random number per position, for whatever samples
+    stored: object = None  # what a store holds of these rows: Entries, or hidden states [B, T, D]
+    sampled: object = None  # what is known of text that a model wrote: kd.rollout.generate.Sampled
+    beside: object = None  # a Batch of plain text for the language-modelling term
+
+    def split(self, rows: int) -> Iterator[Batch]:
+        """Micro-batches of at most `rows` sequences."""
+        count = len(self.ids.split(rows))
+        parts = [[None] * count if x is None else x.split(rows) for x in self]
+        return (Batch(*part) for part in zip(*parts, strict=True))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Tokenised rows on disk and what there is to know of them."""
+
+    folder: Path
+    train: np.ndarray  # [R, T + 1]
+    val: np.ndarray  # [R', T + 1]
+    bytes_per_token: float | None  # of the validation text; None where tokens are no text
+    entropy: float | None  # nats per token, where it is known
+    digests: dict[str, str]  # of all files
+    # Of prompts with responses: tokens of the prompt, and all that are no padding; None where every token counts.
+    train_spans: np.ndarray | None = None  # [R, 2] int32
+    val_spans: np.ndarray | None = None  # [R', 2] int32
+    end: int | None = None  # the token that ends a response
+    boundary: tuple[int, ...] = ()  # tokens between two plain texts: the end of one, then those in front of the next
+    counts: dict = field(default_factory=dict)  # of what was read and what became of it; none in older folders
+    template: str | None = None  # of prompts with responses
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder / "tokenizer"
+
+    @property
+    def prompts_only(self) -> bool:
+        """True for prompts without responses."""
+        return bool(self.counts.get("prompts_only"))
+
+    @property
+    def counted(self) -> float:
+        """Tokens of a training row that are learned, in the mean."""
+        if self.train_spans is None:
+            return self.train.shape[1] - 1 - float(between(self.train, self.boundary).sum(-1).mean())
+        return float((self.train_spans[:, 1] - self.train_spans[:, 0]).mean())
+
+
+def between(rows: np.ndarray | Tensor, boundary: Sequence[int]) -> np.ndarray | Tensor:
+    """Return which labels of rows [B, T + 1] are tokens that a tokenizer puts in front of a text, [B, T]."""
+    found = rows[:, 1:] != rows[:, 1:]
+    for number, (before, token) in enumerate(pairwise(boundary)):
+        start = 1 if number == 0 else 0  # a row begins with such a token, and with no end
+        found[:, start:] |= (rows[:, start:-1] == before) & (rows[:, start + 1 :] == token)
+    return found
+
+
+def rows_of_step(count: int, batch: int, seed: int, step: int) -> np.ndarray:
+    """Which of `count` rows form optimizer step `step`, a pure function: every epoch is a new permutation [batch]."""
+    place = np.arange(step * batch, (step + 1) * batch)
+    rows = np.empty(batch, np.int64)
+    for epoch in np.unique(place // count):
+        here = place // count == epoch
+        rows[here] = _permutation(count, seed, int(epoch))[place[here] % count]
+    return rows
+
+
+@lru_cache(maxsize=4)  # two epochs may meet in a step, of the data and of the plain text beside it
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+class Batches:
+    """The training batches of steps start … steps - 1; iterating again begins at `start` again.
+
+    among: which rows to take; None for all of them. read: what a store holds of rows (index [B], ids [B, T]). Batches
+    are made ahead of their use, in a thread, so that no step waits for a disk. part: which rows of every batch. spans:
+    of the rows [R, 2], where not all of them counts. beside: batches of plain text that go with these. boundary: see
+    to_batch().
+    """
+
+    def __init__(
+        self, rows: np.ndarray, batch: int, seed: int, start: int, steps: int,
+        among: np.ndarray | None = None, read: Callable[[np.ndarray, np.ndarray], object] | None = None,
+        part: slice = slice(None), spans: np.ndarray | None = None, beside: Batches | None = None,
+        boundary: Sequence[int] = (),
+    ):  # fmt: skip
+        self.rows, self.batch, self.seed, self.start, self.steps = rows, batch, seed, start, steps
+        self.among, self.read, self.part, self.spans, self.beside = among, read, part, spans, beside
+        self.boundary = boundary
+
+    def __iter__(self) -> Iterator[Batch]:
+        return ahead(map(self._make, range(self.start, self.steps)))
+
+    def _make(self, step: int) -> Batch:
+        count = len(self.rows if self.among is None else self.among)
+        index = rows_of_step(count, self.batch, self.seed, step)
+        if self.among is not None:
+            index = self.among[index]
+        shape = (self.batch, self.rows.shape[1] - 1)
+        seed = np.random.default_rng([self.seed, step, 1]).integers(0, 2**62, shape)[self.part]
+        index = index[self.part]
+        spans = None if self.spans is None else self.spans[index]
+        batch = to_batch(self.rows[index], index, seed, spans, self.boundary)
+        if self.read is not None:
+            batch = batch._replace(stored=self.read(index, batch.ids.numpy()))
+        return batch if self.beside is None else batch._replace(beside=self.beside._make(step))
+
+
+def ahead(items: Iterator, count: int = 2) -> Iterator:
+    """The items, made in a thread of their own while those before are used."""
+    end = object()
+    with ThreadPoolExecutor(1, "ahead") as thread:
+        coming = deque(thread.submit(next, items, end) for _ in range(count))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(thread.submit(next, items, end))
+            yield item
+
+
+class ValidationBatches:
+    """The validation rows, in order, `batch` at a time. part: which of them. passes: at least so many batches, where
+    those without a row have one that does not count. spans: of the rows [R, 2], where not all of them counts. boundary:
+    see to_batch().
+    """
+
+    def __init__(
+        self, rows: np.ndarray, batch: int, part: slice = slice(None), passes: int = 0, spans: np.ndarray | None = None,
+        boundary: Sequence[int] = (),
+    ):  # fmt: skip
+        self.rows, self.batch, self.spans, self.boundary = rows, batch, spans, boundary
+        self.index, self.passes = np.arange(len(rows))[part], passes
+
+    def __len__(self) -> int:
+        return max(self.passes, -(-len(self.index) // self.batch))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.index), self.batch):
+            index = self.index[start : start + self.batch]
+            yield self._make(index)
+        for _ in range(-(-len(self.index) // self.batch), self.passes):
+            batch = self._make(np.zeros(1, np.int64))
+            yield batch._replace(labels=batch.labels.fill_(IGNORE))
+
+    def _make(self, index: np.ndarray) -> Batch:
+        seed = np.zeros((len(index), self.rows.shape[1] - 1), np.int64)
+        spans = None if self.spans is None else self.spans[index]
+        return to_batch(self.rows[index], index, seed, spans, self.boundary)
+
+
+def to_batch(
+    rows: np.ndarray, index: np.ndarray, seed: np.ndarray, spans: np.ndarray | None = None,
+    boundary: Sequence[int] = (),
+) -> Batch:  # fmt: skip
+    """Rows [B, T + 1] and a random number per position [B, T] -> Batch; inputs and labels are shifted only here.
+
+    spans [B, 2]: tokens of the prompt, and all that are no padding; what is not between them does not count. boundary:
+    tokens between two texts, of which the first, the end, counts, and those that a tokenizer puts behind it do not.
+    """
+    import torch
+
+    tokens = torch.from_numpy(rows.astype(np.int64))
+    labels = tokens[:, 1:].clone()  # of a single row, contiguous() would be no copy
+    if spans is not None:
+        first, end = torch.from_numpy(spans.astype(np.int64)).T[..., None]  # [B, 1]
+        place = torch.arange(1, tokens.shape[1])  # of a label in its row
+        labels[(place < first) | (place >= end)] = IGNORE
+    labels[between(tokens, boundary)] = IGNORE
+    return Batch(tokens[:, :-1].contiguous(), labels, torch.from_numpy(index), torch.from_numpy(seed))

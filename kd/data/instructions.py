@@ -1,0 +1,152 @@
+"""Prompts and responses: instructions and their answers, conversations, or functions and their bodies.
+
+1. kd/data/tables.py     rows of files and of the Hub
+2. kd/data/columns.py    rows as examples (examples.py), whatever their columns are called; functions() has others
+3. kd/data/templates.py  the turns of an example as a prompt and a response, in tokens
+"""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+from kd.data import columns, corpora, tables
+from kd.data.corpora import Corpus, Pairs
+from kd.data.examples import Example
+from kd.data.tables import Documents, Joined
+from kd.errors import UserError
+from kd.system import files as on_disk
+
+
+def instructions(
+    seq_len: int, files: str | None = None, name: str | None = None, subset: str | None = None, split: str = "train",
+    revision: str | None = None, prompt: str | None = None, response: str | None = None, template: str | None = None,
+    prompt_len: int | None = None, turns: str = "last", date: str | None = None,
+) -> Corpus:  # fmt: skip
+    """Prompts and responses, of which the responses are learned: of files, of the Hub, or else functions() of Python.
+
+    files: a .jsonl, .json or .parquet, or a pattern. name, subset, split, revision: of a dataset of the Hub, or of a
+    folder of one. prompt, response: its columns, where their names are none of columns.SHAPES; a column may hold
+    text, or a list of messages with role and content. template: alpaca, chat or plain; None takes plain for functions,
+    chat for messages where the tokenizer has a chat template, and alpaca for all else. prompt_len: longer prompts are
+    left out, tokens; None for half of seq_len. turns: the turns of the assistant that are learned, last or all, each in
+    a row of its own. date: YYYY-MM-DD, for chat templates that write today's date. Raises UserError for settings that
+    do nothing, or do not go together.
+    """
+    if template not in (None, "alpaca", "chat", "plain"):
+        raise UserError(f"data.template={template}: need alpaca, chat or plain.")
+    if turns not in ("last", "all"):
+        raise UserError(f"data.turns={turns}: need last or all.")
+    if date is not None:
+        _check_date(date)
+    if prompt_len is None:
+        prompt_len = max(1, seq_len // 2)
+    elif not 1 <= prompt_len <= seq_len:
+        raise UserError(f"data.prompt_len={prompt_len}: need from 1 to data.seq_len={seq_len} tokens.")
+    if files and name:
+        raise UserError(f"data.files={files} and data.name={name}: one of them says where the examples are.")
+    of_hub = {"subset": (subset, None), "split": (split, "train"), "revision": (revision, None)}
+    of_tables = {"prompt": (prompt, None), "response": (response, None), "turns": (turns, "last")}
+    for option, (value, usual) in ({} if name else of_hub if files else of_hub | of_tables).items():
+        if value != usual:
+            which = "data.name=… or data.files=…" if option in of_tables else "data.name=…"
+            raise UserError(f"data.{option}={value} would do nothing without {which}: leave it out.")
+    how = dict(prompt_len=prompt_len, template=template, prompt=prompt, response=response)
+    how |= {
+        option: value for option, value, usual in (("turns", turns, "last"), ("date", date, None)) if value != usual
+    }
+    if name:
+        how |= dict(name=name, subset=subset, split=split, revision=revision, content=on_disk.stamp(name), version=ROWS)
+        rows = partial(corpora.hub_rows, name, subset, split, revision)
+        load = partial(_of_table, rows, prompt, response, turns, f"data.name={name}")
+    elif files:
+        paths, builder = corpora.local_files(files, corpora.TABLES)
+        how |= dict(files=corpora.stamps(paths), version=ROWS)
+        rows = partial(tables.local_tables, files, paths, builder)
+        load = partial(_of_files, rows, prompt, response, turns, f"data.files={files}")
+    else:
+        sources, template = corpora.standard_library(), template or "plain"
+        how |= dict(name="functions", version=3, template=template, content=corpora.digest_all(sources))
+        load = partial(functions, sources)
+    return Corpus(load, how, pairs=Pairs(template, prompt_len, date))
+
+
+ROWS = 2  # since all columns and keys are looked at, and rows are what a chat template writes
+
+
+def _of_table(rows: Callable, *how) -> Documents:
+    return columns.examples(rows(), *how)
+
+
+def _of_files(rows: Callable, *how) -> Joined:
+    return Joined([columns.examples(table, *how) for table in rows()])
+
+
+def _check_date(date: str) -> None:
+    try:
+        datetime.date.fromisoformat(date)
+    except ValueError:
+        raise UserError(f"data.date={date}: need a day, e.g. data.date=2026-01-31.") from None
+
+
+# Functions
+
+MOST_ASKED, MOST_DONE = 600, 1000  # characters of a prompt and of a body; some 9 of 10 have no more
+
+
+def functions(sources: Iterable[str]) -> list[Example]:
+    """Functions and methods with a docstring, whose signature and docstring ask for the body, each once.
+
+    Prompt and response together are whole lines of the source as they stand, so a model of source goes on with a
+    prompt as it would anywhere. A function is on the side of the split that its file is on, so a student pre-trained on
+    data=python has not read what is measured on. Functions within functions are left out, since they are part of
+    another's body, and so are bodies that do nothing, or raise an error and nothing else.
+    """
+    found: dict[str, Example] = {}
+    for source in sources:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of escapes, in others' source
+                tree = ast.parse(source)
+        except (SyntaxError, ValueError):
+            continue  # a template, or of another version of Python
+        lines = source.split("\n")  # as ast counts them; splitlines() splits at form feeds too
+        for function in _defined(tree):
+            prompt, response = _asked_for(function, lines)
+            if response:
+                found.setdefault(prompt, Example.from_texts(("user", prompt), response=response, document=source))
+    return list(found.values())
+
+
+def _defined(node: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for child in node.body:
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
+        elif isinstance(child, ast.ClassDef):
+            yield from _defined(child)
+
+
+def _asked_for(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> tuple[str, str]:
+    """Signature with docstring, and body; two empty texts for a function that is left out."""
+    docstring, *body = function.body
+    if len((ast.get_docstring(function) or "").split()) < 3 or all(map(_idle, body)):
+        return "", ""
+    first = min(node.lineno for node in (function, *function.decorator_list)) - 1
+    # Behind the closing quotes, so that the response begins with the end of a line: no tokenizer joins the two.
+    last = docstring.end_lineno - 1
+    quoted = lines[last].encode()[: docstring.end_col_offset].decode()
+    prompt = "\n".join([*lines[first:last], quoted])
+    response = "\n".join([lines[last].removeprefix(quoted), *lines[last + 1 : function.end_lineno]])
+    if len(prompt) > MOST_ASKED or len(response) > MOST_DONE:
+        return "", ""
+    return prompt, response
+
+
+def _idle(statement: ast.stmt) -> bool:
+    """Whether a statement does nothing that could be asked for."""
+    value = getattr(statement, "value", None)
+    nothing = value is None or (isinstance(value, ast.Constant) and value.value in (None, ...))
+    return isinstance(statement, ast.Pass | ast.Raise) or (isinstance(statement, ast.Expr | ast.Return) and nothing)

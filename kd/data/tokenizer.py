@@ -1,0 +1,94 @@
+"""Tokenizers: load one by name, and read off what packing and models need to know of it."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from kd.errors import UserError
+from kd.system import files
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def load_tokenizer(name: str, label: str):
+    """Return the tokenizer of a Hub name or a folder; `label` names it in errors.
+
+    An adapter without a tokenizer has that of its model.
+    """
+    from transformers import AutoTokenizer
+
+    from kd.models.hub import adapter_base, from_hub
+
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / file).exists() for file in FILES):
+        name = adapter_base(name, label) or name
+    try:
+        return from_hub(AutoTokenizer, name, label)
+    except UserError as error:
+        if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+            raise UserError(
+                f"{label} could not be loaded: {name} has a tokenizer.model and no tokenizer.json, and that format "
+                "needs two more packages. Type pip install sentencepiece protobuf, and the same command again."
+            ) from error
+        raise
+
+
+def vocabulary_size(tokenizer) -> int:
+    """Return the largest id + 1. Ids may have holes, so there can be fewer tokens than that."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def bos_of(tokenizer) -> list[int]:
+    """Return the ids that a tokenizer puts in front of every text: none, one, or several as GLM-4 does."""
+    whole, text = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    if not text:  # no token for this letter
+        return whole[:1] if whole[:1] == [tokenizer.bos_token_id] else []
+    starts = (i for i in range(len(whole)) if whole[i : i + len(text)] == text)
+    return whole[: next(starts, 0)]
+
+
+def bos_by_name(name: str) -> list[int]:
+    """Return bos_of() for a Hub name or a folder; nothing if that cannot be loaded, which packing then reports."""
+    try:
+        return _bos_by_name(name, files.stamp(name))
+    except UserError:  # not cached, so that a network that comes back counts
+        return []
+
+
+@cache
+def _bos_by_name(name: str, stamp: str | None) -> list[int]:
+    return bos_of(load_tokenizer(name, f"The tokenizer of {name}"))
+
+
+def byte_counts(text: str, ids: list[int], tokenizer) -> np.ndarray:
+    """Return how many bytes of the text each of its tokens stands for; the sum is the size of the text.
+
+    White space that no token covers counts to the next token. Tokens that share a character share its bytes evenly, and
+    so do all tokens of a text where the tokenizer does not tell which characters they cover.
+    """
+    total = len(text.encode())
+    if not ids:
+        return np.zeros(0)
+    offsets = _offsets(text, ids, tokenizer)
+    if offsets is None:
+        return np.full(len(ids), total / len(ids))
+    code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    width = 1 + (code > 0x7F).astype(np.int64) + (code > 0x7FF) + (code > 0xFFFF)
+    place = np.concatenate([[0], width.cumsum()])  # of each character, bytes
+    ends = np.maximum.accumulate(place[[end for _, end in offsets]])
+    ends[ends == ends[-1]] = total
+    edges, token, sharing = np.unique(ends, return_inverse=True, return_counts=True)
+    return (np.diff(edges, prepend=0) / sharing)[token]
+
+
+def _offsets(text: str, ids: list[int], tokenizer) -> list[tuple[int, int]] | None:
+    for split in (True, False) if tokenizer.is_fast else ():
+        found = tokenizer(
+            text, add_special_tokens=False, split_special_tokens=split, return_offsets_mapping=True, verbose=False
+        )
+        if found["input_ids"] == ids:
+            return found["offset_mapping"]
+    return None

@@ -1,0 +1,67 @@
+"""Exposure bias: excess accumulated error of a student on its own text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+
+from kd.data.batches import IGNORE, Batch
+from kd.evaluation import metrics
+from kd.models.causal_lm import Causal
+from kd.objective import losses
+from kd.objective.chunked import chunks, fitting, log_probabilities
+from kd.parallel import collectives
+from kd.rollout import generate
+from kd.teachers.sources import Source
+
+# Measures of the models
+
+
+def excess_error(own: Tensor, oracle: Tensor) -> Tensor:
+    """Excess accumulated error over the length l = 1 … L of a response [L], a share: (R(l) - l eps(l)) / (l eps(l)).
+
+    R(l) sums over t <= l the mean KL(p || q) of token t where the student wrote what is before it, and l eps(l) where
+    the teacher did. own, oracle [T, 2]: for each t how many responses there are with a token t, and the sum of their
+    KL. L is as far as both have one. It is 0 where mistakes do not add up, and papers print it in per cent.
+    Arora et al. 2022, arXiv 2204.01171; Gu et al. 2023, arXiv 2306.08543, section 3.3, where p is the teacher as here.
+    In MiniLLM's code a response that has ended counts as one without error; here it no longer counts.
+    """
+    both = int(((own[:, 0] > 0) & (oracle[:, 0] > 0)).long().cumprod(0).sum())
+    regret, expected = ((kl / count).cumsum(0) for count, kl in (x[:both].double().unbind(-1) for x in (own, oracle)))
+    return (regret - expected) / expected.clamp(min=1e-9)  # of a student that is its teacher, 0 / 0 is 0
+
+
+class Gap(NamedTuple):
+    """How far student and teacher are apart on some text."""
+
+    by_place: Tensor  # [T, 4] positions, and sums of KL(p || q), KL(q || p) and total variation, by token of a response
+    bins: Tensor  # [BINS, 3] of the student's confidence, where the teacher's distribution is the truth
+
+    def means(self) -> dict[str, float]:
+        """Over all tokens."""
+        count, _, rkl, tvd = self.by_place.sum(0).tolist()
+        return {"rkl": rkl / count, "tvd": tvd / count, "ece": metrics.calibration_error(self.bins)}
+
+
+@torch.no_grad()
+def gap(student: Causal, teacher: Source, batches: Iterable[Batch], length: int, chunk: int | None) -> Gap:
+    """How far student and teacher are apart at the counted positions of batches of `length` positions, on all ranks."""
+    device = next(student.parameters()).device
+    by_place = torch.zeros(length, 4, dtype=torch.float64, device=device)
+    bins = torch.zeros(metrics.BINS, 3, dtype=torch.float64, device=device)
+    for batch in batches:
+        batch = move_data_to_device(batch, device)
+        kept = batch.labels != IGNORE
+        place = (torch.arange(length, device=device) - generate.lengths(batch)[:, None] + 1)[kept]  # [N]
+        signal, hidden = teacher(batch, kept), student.hidden(batch.ids)[kept]
+        for rows in chunks(len(place), chunk or fitting(student.head)):
+            q, target = log_probabilities(student.head, hidden[rows]), signal(rows)
+            apart = [measure(q, target).double() for measure in (losses.fkl, losses.rkl, losses.tvd)]
+            by_place.index_add_(0, place[rows], torch.stack([torch.ones_like(apart[0]), *apart], -1))
+            bins += metrics.bins_by_teacher(q, target)
+    parts = collectives.gather((by_place.cpu(), bins.cpu()))
+    return Gap(*(sum(x) for x in zip(*parts, strict=True)))

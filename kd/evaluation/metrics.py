@@ -1,0 +1,101 @@
+"""What every run is measured by, whatever it was trained on; all on plain, untruncated, unsoftened distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kd.objective import losses
+from kd.objective.chunked import Signal, chunks, fitting, log_probabilities
+from kd.objective.target import Target
+
+BINS = 15  # of confidence; Guo et al. 2017
+
+
+def agreement(student: Tensor, target: Target) -> Tensor:
+    """1 where student and teacher rank the same token first, else 0 [N]."""
+    return (student.argmax(-1) == target.logp.argmax(-1)).float()
+
+
+# Nats (tvd and agreement: shares) per position; to measure more, add a function here.
+AGAINST_TEACHER: dict[str, Callable[[Tensor, Target], Tensor]] = {
+    "fkl": losses.fkl,
+    "rkl": losses.rkl,
+    "tvd": losses.tvd,
+    "agreement": agreement,
+}
+
+
+def calibration_bins(logp: Tensor, label: Tensor) -> Tensor:
+    """Log-probabilities [N, V] -> [BINS, 3]: positions, sum of confidence, and correct ones, by confidence."""
+    confidence, best = logp.max(-1)
+    return _binned(confidence.exp(), best == label)
+
+
+def bins_by_teacher(student: Tensor, target: Target) -> Tensor:
+    """The same where the truth is drawn from the teacher: the student's first choice is correct with its probability.
+
+    On text that the student itself wrote its own tokens are no truth: they are drawn as its confidence says.
+    """
+    confidence, best = student.max(-1)
+    return _binned(confidence.exp(), target.logp.gather(-1, best[:, None])[:, 0].exp())
+
+
+def _binned(confidence: Tensor, correct: Tensor) -> Tensor:
+    index = (confidence.double() * BINS).long().clamp(max=BINS - 1)
+    sums = torch.zeros(BINS, 3, dtype=torch.float64, device=confidence.device)
+    columns = torch.stack([torch.ones_like(confidence), confidence, correct.to(confidence)], -1)
+    return sums.index_add_(0, index, columns.double())
+
+
+def calibration_error(bins: Tensor) -> float:
+    """Expected calibration error: mean |accuracy - confidence| over bins. Guo et al. 2017, arXiv 1706.04599, eq. 3."""
+    count, confidence, correct = bins.unbind(-1)
+    return ((correct - confidence).abs().sum() / count.sum()).item()
+
+
+class Measures:
+    """Sums of all measures over a validation set; `result()` divides once, at the end."""
+
+    def __init__(self, chunk: int | None = None):
+        self.chunk = chunk
+        self.tokens = 0
+        self.sums: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def update(self, head: torch.nn.Module, hidden: Tensor, label: Tensor, signal: Signal | None) -> None:
+        """Add the positions of hidden [N, D], label [N], and the teacher's signal for them if there is one."""
+        self.tokens += len(label)
+        for rows in chunks(len(label), self.chunk or fitting(head)):
+            student = log_probabilities(head, hidden[rows])
+            self._add("lm", -student.gather(-1, label[rows, None]).double().sum())
+            self._add("ece", calibration_bins(student, label[rows]))
+            if signal is not None:
+                target = signal(rows)
+                assert target.ids is None  # measures are of whole distributions
+                for name, measure in AGAINST_TEACHER.items():
+                    self._add(name, measure(student, target).double().sum())
+                self._add("teacher_lm", -target.logp.gather(-1, label[rows, None]).double().sum())
+                self._add("teacher_ece", calibration_bins(target.logp, label[rows]))
+
+    def result(self) -> dict[str, float]:
+        """Means per token; `*accuracy`, the share of tokens that are the first choice, and `*ece` in [0, 1]."""
+        means = {}
+        for name, value in self.sums.items():
+            if name.endswith("ece"):
+                means[name.replace("ece", "accuracy")] = value[:, 2].sum().item() / self.tokens
+                means[name] = calibration_error(value)
+            else:
+                means[name] = value.item() / self.tokens
+        return means
+
+    def add(self, tokens: int, sums: dict[str, Tensor]) -> None:
+        """Add what another process has measured."""
+        self.tokens += tokens
+        for name, value in sums.items():
+            self._add(name, value)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0) + value

@@ -1,0 +1,215 @@
+"""What a trained model writes when it is asked: its responses to the prompts of the validation rows, and what they are
+worth.
+
+1. written    a sample of every row (or several), drawn with a seed of its own: whoever is asked gets the same draws
+2. the text   Rouge-L and exact match against the references, distinct n-grams, length
+3. the model  how far the student is from the teacher on its own text, and whether that grows with length: ExAccErr
+
+q is the student and p the teacher.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import filelock
+import numpy as np
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from kd.data.batches import Batch, Packed, ValidationBatches
+from kd.evaluation.exposure import Gap, excess_error, gap
+from kd.evaluation.text_scores import Response, exact_match, rouge_l, summary
+from kd.models.causal_lm import Causal
+from kd.parallel import collectives
+from kd.rollout import generate
+from kd.rollout.strategies import as_rows
+from kd.rollout.teacher_text import keep, whole
+from kd.runs.run import EXACCERR, EXACCERR_LENGTH, RESPONSES
+from kd.system import files
+from kd.system.console import Steps
+from kd.system.hardware import out_of_memory
+from kd.system.remote import home
+from kd.system.signals import requests
+from kd.teachers import sources
+
+AT_ONCE = 64  # rows that are written together
+
+
+# Writing
+
+
+class Written(NamedTuple):
+    """Responses as rows of tokens: a sample of all validation rows, then the next."""
+
+    tokens: np.ndarray  # [S * R, T + 1]
+    span: np.ndarray  # [S * R, 2] tokens of the prompt, and all without padding
+
+
+def kept(root: str, packed: Packed, teacher: str, **how) -> Path:
+    """Where a teacher's responses to these validation rows are kept, once for all runs that ask alike.
+
+    teacher: its folder, or its name on the Hub. how: all else that they depend on.
+    """
+    asked = [packed.digests[f"{name}.npy"] for name in ("val", "val_spans")]
+    key = files.digest_of([asked, files.stamp(teacher) or teacher, how])[:16]
+    return home(root) / "responses" / f"{key}.npz"
+
+
+class Responses(Callback):
+    """Has a trained student respond to the prompts of the validation rows, and puts what comes of it into the run.
+
+    samples: of each prompt. temperature, seed: of the draws. The measures become part of the module's `val_metrics`;
+    the folder of the run gets the file RESPONSES, and where there is a teacher EXACCERR. What the teacher writes is
+    kept in the file `kept` for other runs of it; not where that is None.
+
+    It is called after the last step and while everything is still in its place: models, ranks, precision. The ranks
+    share the rows. No state of it is in checkpoints: who was killed meanwhile begins again.
+    """
+
+    def __init__(
+        self, folder: Path, packed: Packed, tokenizer, kept: Path | None, chunk: int | None = None, samples: int = 1,
+        temperature: float = 1.0, seed: int = 0,
+    ):  # fmt: skip
+        self.folder, self.packed, self.tokenizer, self.kept, self.chunk = folder, packed, tokenizer, kept, chunk
+        self.samples, self.temperature, self.seed, self.at_once = samples, temperature, seed, AT_ONCE
+
+    @torch.no_grad()
+    def on_train_end(self, trainer, module) -> None:
+        """Everything, in order. Not at the end of fit: Lightning moves the student to the CPU before that."""
+        module.eval()
+        teacher = module.outside[0] if module.outside else module.teacher
+        with trainer.precision_plugin.val_step_context():
+            own = self._write(module.student, "the student responds", bool(module.sharded))
+            theirs = self._of_teacher(teacher, bool(module.sharded)) if teacher else None
+            gaps = [self._gap(module, teacher, text) for text in (own, theirs)] if teacher else []
+        if collectives.number() == 0:
+            module.val_metrics |= {f"val/{name}": value for name, value in self._result(own, theirs, gaps).items()}
+            for who in ("", "teacher_"):
+                if f"val/{who}lm" in module.val_metrics:
+                    module.val_metrics[f"val/{who}perplexity"] = math.exp(module.val_metrics[f"val/{who}lm"])
+
+    def _of_teacher(self, teacher: Causal, sharded: bool) -> Written:
+        """What the teacher writes: read, where it has been written before."""
+        if self.kept is None:
+            return self._write(teacher, "the teacher responds", sharded)
+        self.kept.parent.mkdir(parents=True, exist_ok=True)
+        first = collectives.number() == 0
+        with filelock.FileLock(f"{self.kept}.lock") if first else nullcontext():
+            if collectives.any_of(first and whole(self.kept)):
+                with np.load(self.kept) as found:
+                    return Written(found["tokens"], found["span"])
+            written = self._write(teacher, "the teacher responds", sharded)
+            if first:
+                keep(self.kept, **written._asdict())
+            return written
+
+    def _write(self, model: Causal, title: str, sharded: bool) -> Written:
+        """What a model writes, of all ranks."""
+        prompts = self._batches(self.packed.val, self.packed.val_spans, self.at_once, sharded, self.samples)
+        device = next(model.parameters()).device
+        progress = Steps(title, len(prompts.index), 0, "response", collectives.number() == 0)
+        rows, tokens = [], 0
+
+        def watch(done: int, more: int) -> None:
+            requests.end_if_asked()
+            progress.update(min(len(rows) + done, progress.steps), tokens + more)
+
+        try:
+            for batch in prompts:
+                seed = _seeds(batch.row, len(self.packed.val), self.seed)
+                for part in self._tried(model, move_data_to_device(batch, device), seed.to(device), watch, sharded):
+                    rows += list(zip(*(x.numpy() for x in (as_rows(part)[k] for k in Written._fields)), strict=True))
+                    tokens = int(sum(span[1] - span[0] for _, span in rows))
+        finally:
+            progress.stop()
+        everyone = [row for part in collectives.gather(rows[: len(prompts.index)]) for row in part]
+        return Written(*(np.stack(x) for x in zip(*everyone, strict=True)))
+
+    def _tried(self, model: Causal, batch: Batch, seed: Tensor, watch: Callable, sharded: bool) -> list[Batch]:
+        """A batch with responses; in halves where memory runs out, and those after it too."""
+        if len(seed) <= self.at_once:
+            try:
+                how = dict(temperature=self.temperature, watch=watch)
+                return [generate.write(batch, self.packed.end, seed, model, **how)]
+            except (RuntimeError, MemoryError, OSError) as error:
+                if len(seed) == 1 or sharded or not out_of_memory(error):
+                    raise
+                traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
+            self.at_once = -(-len(seed) // 2)
+        parts = zip(batch.split(self.at_once), seed.split(self.at_once), strict=True)
+        return [written for part in parts for written in self._tried(model, *part, watch, sharded)]
+
+    def _batches(
+        self, tokens: np.ndarray, spans: np.ndarray, rows: int, sharded: bool, samples: int = 1
+    ) -> ValidationBatches:
+        """This rank's share of rows, each so many times; as many batches as any rank has, where parts are shared."""
+        count = samples * len(tokens)
+        passes = -(-count // (rows * collectives.count())) if sharded else 0
+        every = np.tile(tokens, (samples, 1)), np.tile(spans, (samples, 1))
+        return ValidationBatches(every[0], rows, collectives.share(count), passes, every[1])
+
+    def _gap(self, module, teacher: Causal, text: Written) -> Gap:
+        batches = self._batches(*text, module.micro_batch, bool(module.sharded))
+        return gap(module.student, sources.online(teacher), batches, text.tokens.shape[1] - 1, self.chunk)
+
+    def _result(self, own: Written, theirs: Written | None, gaps: list[Gap]) -> dict[str, float]:
+        """Write the files, and say what was measured."""
+        says = [self._says(tokens, span) for tokens, span in zip(*own, strict=True)]
+        wanted = [self._says(*row) for row in zip(self.packed.val, self.packed.val_spans, strict=True)] * self.samples
+        responses = self._scored(own, wanted)
+        result = summary(responses, self.samples)
+        lines = [
+            {"row": i % len(self.packed.val), "sample": i // len(self.packed.val), "prompt": prompt,
+             "reference": reference, **made._asdict()}
+            for i, ((prompt, _), (_, reference), made) in enumerate(zip(says, wanted, responses, strict=True))
+        ]  # fmt: skip
+        if theirs:
+            taught = self._scored(theirs, wanted)
+            result |= {f"teacher_{name}": value for name, value in summary(taught, self.samples).items()}
+            for line, made in zip(lines, taught, strict=True):
+                line |= {"teacher": made.response, "teacher_rouge_l": made.rouge_l}
+            result |= {f"on_policy_{name}": value for name, value in gaps[0].means().items()}
+            curve = excess_error(*(gap.by_place[:, :2] for gap in gaps)).tolist()
+            result |= {"exaccerr": curve[EXACCERR_LENGTH - 1]} if len(curve) >= EXACCERR_LENGTH else {}
+            files.write_json(self.folder / EXACCERR, _curve(curve, gaps))
+        with files.atomic(self.folder / RESPONSES) as temporary:
+            text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+            temporary.write_text(text, encoding="utf-8", newline="")
+        return result
+
+    def _scored(self, written: Written, wanted: list[tuple[str, str]]) -> list[Response]:
+        found = []
+        for tokens, span, (_, reference) in zip(*written, wanted, strict=True):
+            text, ended = self._says(tokens, span)[1], bool(tokens[span[1] - 1] == self.packed.end)
+            length = int(span[1] - span[0]) - ended
+            found.append(Response(text, length, ended, rouge_l(text, reference), exact_match(text, reference)))
+        return found
+
+    def _says(self, tokens: np.ndarray, span: np.ndarray) -> tuple[str, str]:
+        """Prompt and response of a row, as text."""
+        parts = tokens[: span[0]], tokens[span[0] : span[1]]
+        how = [dict(skip_special_tokens=skip, clean_up_tokenization_spaces=False) for skip in (False, True)]
+        return tuple(self.tokenizer.decode(ids.tolist(), **of) for ids, of in zip(parts, how, strict=True))
+
+
+def _seeds(place: Tensor, rows: int, seed: int) -> Tensor:
+    """A seed for each of the responses at `place` [B], the same whoever writes them: of the sample and the row."""
+    drawn = [np.random.default_rng([seed, *divmod(int(i), rows)]).integers(2**62) for i in place]
+    return torch.tensor(drawn, dtype=torch.int64)
+
+
+def _curve(curve: list[float], gaps: list[Gap]) -> dict:
+    """ExAccErr over length, and what it is made of: mean KL(p || q) and number of responses, by token."""
+    of = [gap.by_place[: len(curve), :2] for gap in gaps]
+    made = {who: {"fkl": (x[:, 1] / x[:, 0]).tolist(), "responses": x[:, 0].long().tolist()}
+            for who, x in zip(("student", "teacher"), of, strict=True)}  # fmt: skip
+    return {"exaccerr": curve, **made}

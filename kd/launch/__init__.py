@@ -1,0 +1,1 @@
+"""Many runs: sweeps, searches, pools of processes, clusters."""

@@ -1,0 +1,185 @@
+"""Sweeps on other machines: what hydra/launcher=submitit_slurm (slurm.py) and =ray (ray_launcher.py) share.
+
+What goes to a machine is words alone. There a run is a sweep of one, pool.Local, which says what became of it; the
+machine that the sweep was started on waits, shows how far it is, and speaks for runs that could not. All of them see
+the folder of the runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import socket
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import filelock
+from rich.console import Group
+
+from kd.config import components as conf
+from kd.errors import UserError
+from kd.launch.pool import Job, Local, Pool
+from kd.launch.sweeper import Runs
+from kd.runs.run import DONE, ENDS, PREEMPTED, Run
+from kd.system.console import styled
+from kd.system.signals import received
+
+SETTLE = 15  # seconds until what another machine wrote is surely seen here
+
+
+@dataclass
+class Task:
+    """A run as it goes to another machine; when it is called there, it is done."""
+
+    program: str
+    folder: str  # where the sweep was started
+    root: str
+    run: str
+    words: list[str]
+    said: str
+    gpus: int
+
+    def __call__(self) -> list[str]:
+        """Do the run; return the names of the signals that asked it to end."""
+        early: list[str] = []
+        with received(early.append):
+            os.chdir(self.folder)
+            job = Job(Run(self.root, self.run), self.words, self.said, self.gpus)
+            job.run.folder.mkdir(parents=True, exist_ok=True)
+            with open(job.log, "a") as log:
+                log.write(f"on {socket.gethostname()}\n")
+            pool = OnNode(self.program, [job], 1, devices=[])  # the scheduler has shared out the GPUs
+            for name in early:
+                pool._ask(name)
+            pool.work()
+        return [*pool.heard, *early]
+
+    def done(self) -> bool:
+        return Run(self.root, self.run).result() is not None
+
+
+class OnNode(Local):
+    """A pool of one run on a node.
+
+    SLURM may send SIGUSR2 and SIGTERM, in any order, for one reason, and ends by itself what takes too long. Only a
+    signal other than SIGUSR2 that comes twice, as from a second Ctrl-C, has the run killed here.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.heard: list[str] = []
+
+    def _ask(self, name: str) -> None:
+        self.heard.append(name)
+        if self.asked == ["SIGUSR2"] != [name]:
+            self.asked = [name]
+        elif not self.asked or name != "SIGUSR2":
+            super()._ask(name)
+
+
+class Elsewhere(Pool):
+    """What pools on other machines share: jobs are handed over, and the scheduler has them wait."""
+
+    pause = 0.5
+    task: type[Task] = Task
+
+    def __init__(self, program: str, jobs: list[Job], at_once: float):
+        super().__init__(jobs, at_once)
+        self.program, self.withdrawn = program, False
+        self.handed: dict[str, Handed] = {}
+
+    def hand(self, job: Job) -> Task:
+        """Move a job to those that run; what its node is to do."""
+        job.run.folder.mkdir(parents=True, exist_ok=True)
+        self.waiting.remove(job)
+        self.running.append(job)
+        self.handed[job.run.name] = Handed(self._size(job), job.look())
+        words = [*job.words, f"root={conf.typed(job.run.root)}"]  # an environment variable may say another one there
+        return self.task(self.program, os.getcwd(), job.run.root, job.run.name, words, job.said, job.gpus)
+
+    def of(self, job: Job) -> Handed:
+        return self.handed[job.run.name]
+
+    def _size(self, job: Job) -> int:
+        return job.log.stat().st_size if job.log.exists() else 0
+
+    def over(self) -> list[Job]:
+        if self.stopped and not self.asked and not self.withdrawn:  # since a run failed: the others may end in peace
+            self.withdrawn = True
+            self.stop([job for job in self.running if not job.begun], False)
+        ended = []
+        for job in list(self.running):
+            of = self.of(job)
+            if not job.begun and self._size(job) != of.log:
+                job.begun = time.monotonic()
+                self._say(job, "starts")
+            if of.why and self.stopped and not job.begun:
+                self.running.remove(job)
+                self.waiting.append(job)
+            elif of.why:
+                # It may take a while until what it wrote last is seen here.
+                of.since = of.since or time.monotonic()
+                state = job.look()
+                if state is None:  # the URL of the run is away, for its node perhaps too
+                    of.since = time.monotonic()
+                elif self._said(job, state) or time.monotonic() - of.since > SETTLE:
+                    ended.append(job)
+            else:
+                of.since = 0.0
+        return ended
+
+    def _said(self, job: Job, state: dict) -> bool:
+        """Whether the run said itself how it ended, since it was handed over; done is done whoever did it."""
+        return state["state"] == DONE or (state["state"] in ENDS and state != self.of(job).before)
+
+    def record(self, job: Job) -> dict:
+        of = self.of(job)
+        begun = job.begun or time.monotonic()
+        facts = {"seconds": round(time.monotonic() - begun, 2), "peak_memory": None, "log": str(job.log)}
+        if not self._said(job, job.run.state()):
+            why = (PREEMPTED, "asked to end; the same command goes on with it") if self.asked else of.why
+            with contextlib.suppress(filelock.Timeout), filelock.FileLock(job.run / ".lock", timeout=0):
+                job.run.end(*why, **facts)  # nobody works on it: not what another sweep began either
+        return facts
+
+    def board(self) -> Group:
+        waits = Counter(self.of(job).waits for job in self.running if not job.begun)
+        lines = [styled(f"{number} queued: {why}", "dim") for why, number in waits.items() if why]
+        return Group(super().board(), *lines)
+
+
+@dataclass
+class Handed:
+    """A job that a scheduler was given."""
+
+    log: int  # bytes of its log at that time
+    before: dict | None  # its state then, None where its URL did not answer
+    number: object = None  # what the scheduler calls it
+    waits: str = ""  # for what, while it is queued
+    why: tuple[str, str] | None = None  # state and reason of a run that is over and did not say so itself
+    since: float = field(default=0.0)  # when the scheduler was first heard to say that it is over
+
+
+class Away(Runs):
+    """What launchers of runs on other machines share. parameters: of hydra.launcher, and what they may be."""
+
+    def __init__(self, parameters: dict):
+        self.parameters = {k: v for k, v in parameters.items() if k not in ("self", "__class__")}
+
+    def check(self) -> None:
+        """Raise UserError for a parameter of a wrong type."""
+        plain = {k: v for k, v in self.parameters.items() if k != "additional_parameters"}
+        conf.check_types(type(self).__init__, plain, "hydra.launcher")
+
+    def at_once(self, asked: Sequence[int]) -> float:
+        return self.config.n_jobs or math.inf
+
+
+def needs(package: str, extra: str, launcher: str):
+    try:
+        return __import__(package)
+    except ModuleNotFoundError:
+        raise UserError(f"hydra/launcher={launcher} needs {package}: type pip install 'kd[{extra}]'.") from None

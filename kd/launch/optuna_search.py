@@ -1,0 +1,219 @@
+"""Search over continuous axes: a Hydra sweeper that asks Optuna which runs to make next, and ends hopeless ones early.
+
+python train.py -m hydra/sweeper=optuna lr.peak='tag(log,interval(1e-3,3e-2))' alpha.peak='interval(0,1)' loss=fkl,jsd
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.utils import JobReturn, JobStatus
+
+from kd.config.components import check_sweep
+from kd.config.security import check_words
+from kd.errors import MISTAKES, UserError, for_people
+from kd.launch.pool import gpus
+from kd.launch.sweeper import Multirun, asked_for
+from kd.runs.run import Run
+from kd.system.console import console, counted, end_with
+from kd.system.files import read_metrics
+from kd.system.remote import home
+
+MEASURE = "val/lm"  # what every run has, in nats per token
+
+
+class Search(Multirun):
+    """Trials until n_trials are done, as many at once as the launcher has processes.
+
+    What has been tried is kept in sweeps/NAME.optuna beside the runs: the same command goes on, first with the trials
+    that were under way. Those to come depend on n_trials done before and the seed alone. prune: end a run whose loss is
+    behind the median of the runs before it at the same step.
+    """
+
+    def __init__(self, n_trials: int, seed: int, prune: bool):
+        self.n_trials, self.seed, self.prune = n_trials, seed, prune
+
+    def sweep(self, arguments: list[str]) -> list[JobReturn]:
+        try:
+            returns = self._search(arguments)
+        except MISTAKES as error:
+            end_with(for_people(error))
+        if any(r.status != JobStatus.COMPLETED for r in returns):
+            sys.exit(1)
+        return returns
+
+    def _search(self, arguments: list[str]) -> list[JobReturn]:
+        optuna = _optuna()
+        if not isinstance(self.config.sweep, str | None):
+            raise UserError("A search makes runs of its own: leave sweeps= out, and name the search by sweep=NAME.")
+        check_sweep(self.config.sweep)
+        self.name_from(arguments)
+        check_words(arguments)
+        fixed, space = self._space(optuna, arguments)
+        if self._at_once() == math.inf:
+            raise UserError("A search learns from trials that are done: type n_jobs=, how many to make at once.")
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        path = home(self.config.root) / "sweeps" / f"{self.config.sweep}.optuna"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with alone(path.with_suffix(".search")):
+            storage = optuna.storages.InMemoryStorage()  # for plan=true, which leaves nothing behind
+            if not self.config.plan:
+                backend = optuna.storages.journal.JournalFileBackend(str(path))
+                storage = optuna.storages.JournalStorage(backend)
+            study = optuna.create_study(storage=storage, study_name=asked_for(arguments), load_if_exists=True)
+            return self._work(optuna, study, fixed, space)
+
+    def _at_once(self) -> float:
+        """How many trials to make at a time."""
+        return self.launcher.at_once([gpus(self.config.trainer)])
+
+    def _work(self, optuna, study, fixed: list[str], space: dict) -> list[JobReturn]:
+        """What became of trials that are not done: failed ones are replaced, interrupted ones are for the next time."""
+        states = optuna.trial.TrialState
+        returns: list[JobReturn] = []
+        interrupted: set[int] = set()
+        for trial in study.trials:
+            if trial.state == states.RUNNING and trial.params.keys() != space.keys():  # killed while it was made
+                study.tell(trial.number, state=states.FAIL)
+        while True:
+            done = sum(t.state in (states.COMPLETE, states.PRUNED) for t in study.trials)
+            if (left := self.n_trials - done - len(interrupted)) <= 0:
+                break
+            under_way = [t for t in study.trials if t.state == states.RUNNING and t.number not in interrupted]
+            trials = [optuna.trial.Trial(study, t._trial_id) for t in under_way[:left]]
+            while len(trials) < min(left, max(1, self._at_once())):
+                # A sampler of its own for each: what it asks for depends on what was tried, not on interruptions.
+                made = sum(t.params.keys() == space.keys() for t in study.trials)
+                study.sampler = optuna.samplers.TPESampler(seed=self.seed + made, constant_liar=True)
+                trials.append(study.ask(space))
+            jobs = [[*fixed, *(f"{key}={value}" for key, value in trial.params.items())] for trial in trials]
+            for job in jobs:
+                check_words(job)
+            self.validate_batch_is_legal(jobs)
+            watched = Watched(optuna, trials) if self.prune else None
+            said = [" ".join(job[len(fixed) :]) for job in jobs]
+            batch = self.launcher.launch(jobs, initial_job_idx=done, said=said, watch=watched)
+            pruned = watched.pruned if watched else set()
+            failed = 0
+            for trial, job in zip(trials, batch, strict=True):
+                if job.status == JobStatus.COMPLETED:
+                    study.tell(trial.number, job.return_value)
+                elif trial.number in pruned:
+                    study.tell(trial.number, state=states.PRUNED)
+                else:
+                    returns.append(job)
+                    if job._return_value.again:
+                        interrupted.add(trial.number)
+                    else:
+                        failed += 1
+                        study.tell(trial.number, state=states.FAIL)
+            if failed == len(batch):
+                return returns  # something is wrong with all of them
+        if interrupted:
+            console.print(
+                f"{counted(len(interrupted), 'trial was', 'trials were')} interrupted: the same command "
+                "goes on with what is left."
+            )
+        if any(t.state == states.COMPLETE for t in study.trials):
+            best = study.best_trial
+            said = "  ".join(f"{key}={value}" for key, value in best.params.items())
+            console.print(
+                f"best of {counted(len(study.trials), 'trial', 'trials')}: {MEASURE} {best.value:.4f} with  {said}",
+                soft_wrap=True,
+            )
+        return returns
+
+    def _space(self, optuna, arguments: list[str]) -> tuple[list[str], dict]:
+        """What was typed without an axis, and the axes."""
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        fixed, space = [], {}
+        for override in parser.parse_overrides(arguments):
+            if override.is_sweep_override():
+                space[override.get_key_element()] = axis(optuna, override)
+            else:
+                fixed.append(override.input_line)
+        if not space:
+            raise UserError("A search needs an axis: type e.g. lr.peak='tag(log,interval(1e-3,3e-2))'.")
+        return fixed, space
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """A second copy of the command waits, and then finds all done."""
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        console.print("Another process works on this search; waiting for it.")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Watched:
+    """Looks at the runs of some trials as they go, and says which are to end early."""
+
+    def __init__(self, optuna, trials: list):
+        # Of a trial that was interrupted, Optuna knows the steps up to there.
+        known = {t.number: t.intermediate_values for t in trials[0].study.trials} if trials else {}
+        self.trials, self.seen = trials, [max(known[trial.number], default=0) for trial in trials]
+        self.pruned: set[int] = set()
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=5)
+        for trial in trials:
+            trial.study.pruner = pruner
+
+    def __call__(self, number: int, run: Run) -> str | None:
+        """Why run `number` of the batch is to end now; None if it may go on."""
+        trial = self.trials[number]
+        for line in read_metrics(run / "metrics.jsonl"):
+            if MEASURE in line and line["step"] > self.seen[number] and math.isfinite(line[MEASURE]):
+                self.seen[number] = line["step"]
+                trial.report(line[MEASURE], line["step"])
+                if trial.should_prune():
+                    self.pruned.add(trial.number)
+                    return f"pruned: {MEASURE} {line[MEASURE]:.4f} at step {line['step']} is behind the median"
+        return None
+
+
+def axis(optuna, override: Override):
+    """The distribution of an override that sweeps: an interval, a range, or a choice.
+
+    Raises UserError for an interval or a range that is none.
+    """
+    try:
+        return _distribution(optuna.distributions, override)
+    except ValueError as error:  # Optuna's
+        raise UserError(
+            f"{override.input_line}: need the smaller number first, and with log one above 0 ({error})."
+        ) from None
+
+
+def _distribution(of, override: Override):
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        if "int" in value.tags:
+            return of.IntDistribution(int(value.start), int(value.end), log="log" in value.tags)
+        return of.FloatDistribution(value.start, value.end, log="log" in value.tags)
+    if isinstance(value, RangeSweep):
+        steps = [float(x) for x in override.sweep_string_iterator()]
+        if all(x.is_integer() for x in steps):
+            return of.IntDistribution(int(min(steps)), int(max(steps)), step=abs(int(value.step)))
+        return of.FloatDistribution(min(steps), max(steps), step=abs(value.step))
+    return of.CategoricalDistribution(list(override.sweep_string_iterator()))
+
+
+def _optuna():
+    try:
+        import optuna
+    except ModuleNotFoundError:
+        raise UserError("hydra/sweeper=optuna needs Optuna: type pip install 'kd[optuna]'.") from None
+    return optuna

@@ -1,0 +1,190 @@
+"""One run in several processes, its ranks: how they start and end, which rows are whose, and sums over all of them.
+
+The process that a person starts then trains nothing. It makes data, teacher and store, holds the run's lock, and
+serves the resolved config to its ranks, which compose none of their own; when one of them ends badly it ends the
+others, and when it is gone itself, by SIGKILL even, they end at once.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from kd.errors import UserError, for_people, is_mistake
+from kd.parallel.collectives import number, processor
+from kd.runs.run import DONE, FAILED, NO_MEMORY, PREEMPTED, Run
+from kd.system.launchers import OWN
+from kd.system.processes import killed_for_memory
+from kd.system.signals import EXIT_CODE, Preempted, requests
+
+WORD = "--rank"  # how train.py is told that it is one: --rank NUMBER/OF PORT
+
+
+class Job:
+    """What a rank is told by the process that started it, and tells it."""
+
+    def __init__(self, place: str, port: str):
+        requests.told = True
+        requests.watch()
+        threading.Thread(target=_listen, daemon=True).start()
+        rank, of = map(int, place.split("/"))
+        self.store = dist.TCPStore("127.0.0.1", int(port), is_master=False)
+        self.given = json.loads(self.store.get("job"))
+        accelerator = self.given["settings"]["trainer"]["accelerator"]
+        backend = "gloo" if processor(accelerator) == "cpu" else "cpu:gloo,cuda:nccl"
+        if backend != "gloo":
+            torch.cuda.set_device(rank)
+        dist.init_process_group(backend, store=dist.PrefixStore("group", self.store), rank=rank, world_size=of)
+
+    def tell(self, what: str, value) -> bool:
+        """Say something that only the first to say it is heard with; whether this one was."""
+        said = json.dumps([number(), value])
+        return self.store.compare_set(what, "", said).decode() == said
+
+
+class Shared(Run):
+    """The folder of a run as its ranks see it: the process that started them begins it, and writes why it failed."""
+
+    def __init__(self, root: str | Path, name: str, job: Job):
+        super().__init__(root, name)
+        self.job = job
+
+    def begin(self, config: dict) -> None:
+        pass
+
+    def end(self, state: str, reason: str = "", **report) -> Path:
+        if state == DONE:
+            return super().end(state, reason, **report)
+        self.job.tell("end", {"state": state, "reason": reason, **report})
+        return self / "state.json"
+
+
+def work(words: list[str], fit) -> None:
+    """What a rank does, from the words it was started with to its exit code; fit(job) trains."""
+    job = Job(*words)
+    try:
+        fit(job)
+    except Exception as error:  # the process that started this one prints it, if it was the first
+        if is_mistake(error):
+            job.tell("said", str(for_people(error)))
+            sys.exit(2)
+        reason = f"{type(error).__name__}: {error}"
+        job.tell("end", {"state": FAILED, "reason": reason, "traceback": traceback.format_exc()})
+        sys.exit(1)
+
+
+def _listen() -> None:
+    """Do what the process that started this one asks for by its standard input; end when it is gone."""
+    while os.read(0, 1):
+        requests.ask()
+    os._exit(1)
+
+
+def launch(program: str, run: Run, job: dict, ranks: int) -> None:
+    """Have so many processes do a job, and wait for them; the job's settings are a run's.
+
+    Raises UserError when one of them fails, as soon as it does; the others are ended, and state.json says why. Asked to
+    end, it asks the ranks, which save a checkpoint first; asked once more, it ends them at once.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():  # a teacher was made here, and its memory is the first rank's now
+        torch.cuda.empty_cache()
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    server.set("job", json.dumps(job))
+    processes, killed = [], killed_for_memory()
+    try:
+        for rank in range(ranks):
+            threads = str(max(1, (os.cpu_count() or 1) // ranks))
+            environment = {"OMP_NUM_THREADS": threads} | os.environ | {OWN: str(rank)}
+            command = [sys.executable, program, WORD, f"{rank}/{ranks}", str(server.port)]
+            # In sessions of their own, so that Ctrl-C reaches this process alone, which ends them.
+            processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True))
+        requests.end_if_asked()
+        codes = _watch(processes)
+    except Preempted:
+        for process in processes:
+            with suppress(OSError):
+                os.write(process.stdin.fileno(), b"x")
+        while any(process.poll() is None for process in processes):  # a second signal ends it
+            time.sleep(0.05)
+        _preempted(run, server)
+        raise
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            process.stdin.close()
+    if EXIT_CODE in codes:
+        _preempted(run, server)
+        raise Preempted
+    if any(codes):
+        _failed(run, server, codes, killed_for_memory() > killed)
+
+
+def _watch(processes: list[subprocess.Popen]) -> list[int | None]:
+    """Exit codes, as they are when all have ended well or one has not."""
+    codes: list[int | None] = [None]
+    while None in codes and not any(codes):
+        time.sleep(0.05)
+        codes = [process.poll() for process in processes]
+    return codes
+
+
+def _heard(server: dist.TCPStore) -> dict:
+    """What the first rank that had something to say of its end said."""
+    return {what: json.loads(server.get(what))[1] for what in ("end", "said") if server.check([what])}
+
+
+def _preempted(run: Run, server: dist.TCPStore) -> None:
+    """Write that the run was asked to end, and in what step, if a rank said so."""
+    end = _heard(server).get("end", {})
+    reason = "asked to end; the same command goes on with it"
+    run.end(PREEMPTED, end["reason"] if end.get("state") == PREEMPTED else reason, exit_code=EXIT_CODE)
+
+
+def _failed(run: Run, server: dist.TCPStore, codes: list[int | None], no_memory: bool):
+    """Say which rank failed first, and why: one that was killed said nothing, and the others only that it is gone."""
+    heard, said = _heard(server), None
+    killed = next((rank for rank, code in enumerate(codes) if code and code < 0), None)
+    if killed is not None:
+        name = signal.Signals(-codes[killed]).name
+        end = {"reason": f"rank {killed} of {len(codes)} was killed by {name}"}
+        if no_memory and name == "SIGKILL":
+            end = {"state": NO_MEMORY, "reason": f"{end['reason']}, since the kernel had no memory left"}
+    elif heard:
+        said = heard.get("said")
+        end = heard.get("end") or {"reason": said}
+    else:
+        rank = next(rank for rank, code in enumerate(codes) if code)
+        end = {"reason": f"rank {rank} of {len(codes)} ended with exit code {codes[rank]}"}
+    where = run.end(**{"state": FAILED, "exit_code": 2} | end)
+    if said is None:
+        print(end.get("traceback", ""), file=sys.stderr, end="")
+        said = f"{run.name}: {end['reason']}. What is known of it is in {where}; the same command goes on with it."
+    raise UserError(said)
+
+
+def check_devices(trainer: dict) -> None:
+    """Raise UserError where this machine has too few devices for the ranks."""
+    there = torch.cuda.device_count() if processor(trainer["accelerator"]) == "cuda" else trainer["devices"]
+    if trainer["accelerator"] == "mps":
+        there = 1
+    if trainer["devices"] > there:
+        raise UserError(
+            f"trainer.devices={trainer['devices']}: this machine has {there}; type trainer.devices={there}, or "
+            "trainer.accelerator=cpu for ranks that share its processor."
+        )

@@ -1,0 +1,97 @@
+"""hydra/launcher=ray: runs of a sweep as tasks of Ray."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from kd.errors import UserError
+from kd.launch.cluster import Away, Elsewhere, Task, needs
+from kd.launch.pool import Job, Pool
+from kd.runs.run import FAILED, PREEMPTED
+from kd.system.console import console
+from kd.system.signals import requests
+
+
+class Ray(Away):
+    """A task of Ray per run. Dead nodes and workers cost no run: Ray has another one go on with it."""
+
+    def __init__(self, address: str | None, num_cpus: float, num_gpus: float):
+        super().__init__(locals())
+
+    def pool(self, name: str, jobs: list[Job]) -> Pool:
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        ray = needs("ray", "ray", "ray")
+        self.check()
+        address = self.parameters["address"]
+        if not ray.is_initialized():
+            self._connect(ray, address)
+        requests.watch()  # Ray has taken the signals
+        each = {"CPU": self.parameters["num_cpus"], "GPU": self.parameters["num_gpus"]}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(all(node.get(kind, 0) >= amount for kind, amount in each.items()) for node in nodes):
+            asked = ", ".join(f"{amount:g} {kind}" for kind, amount in each.items() if amount)
+            there = "; ".join(", ".join(f"{node.get(kind, 0):g} {kind}" for kind in each) for node in nodes)
+            said = f"No node has what a run asks for: {asked}. There is {there}."
+            if address is None:
+                raise UserError(f"{said} Type hydra.launcher.num_cpus=, or num_gpus=.")
+            console.print(f"{said} The runs wait for one that has.", soft_wrap=True)
+        return RayPool(self.program, jobs, self.at_once([job.gpus for job in jobs]), ray, each)
+
+    def _connect(self, ray, address: str | None) -> None:
+        started = {"include_dashboard": False, "object_store_memory": 10**8} if address is None else {}
+        try:
+            if address and ":" in address:  # Ray itself would try for minutes
+                host, _, port = address.rpartition(":")
+                socket.create_connection((host, int(port)), timeout=10).close()
+            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **started)
+            # What a raylet says of workers that died goes to the driver nevertheless, and Ray has no option for it.
+            ray._private.worker._worker_logs_enabled = False
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"hydra.launcher.address={address}: no Ray cluster answers there ({error}). Type HOST:PORT as "
+                "ray start --head said, auto on a machine of the cluster, or leave it out to start one here."
+            ) from None
+
+
+class RayPool(Elsewhere):
+    """Does jobs as tasks of Ray, of which at_once are there at a time."""
+
+    def __init__(self, program: str, jobs: list[Job], at_once: float, ray, each: dict[str, float]):
+        super().__init__(program, jobs, at_once)
+        self.ray = ray
+        # Without limit what nodes and workers do to it; what the run does to itself never is an exception.
+        options = {"num_cpus": each["CPU"], "num_gpus": each["GPU"], "max_retries": -1}
+        self.perform = ray.remote(**options)(perform)
+
+    def start(self) -> None:
+        while self.waiting and len(self.running) < self.at_once:
+            job = self._next(self.waiting[:])
+            if job is None:
+                break
+            task = self.hand(job)
+            self.of(job).number = self.perform.remote(task)
+            self.of(job).waits = "Ray has no room for it yet"
+
+    def over(self) -> list[Job]:
+        for job in self.running:
+            of = self.of(job)
+            if of.why or not self.ray.wait([of.number], timeout=0)[0]:
+                continue
+            try:
+                self.ray.get(of.number)
+                of.why = (PREEMPTED if self.asked else FAILED, "it ended without a word")
+            except self.ray.exceptions.TaskCancelledError:
+                of.why = PREEMPTED, "asked to end; the same command goes on with it"
+            except self.ray.exceptions.RayError as error:
+                of.why = FAILED, f"Ray says {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+        return super().over()
+
+    def stop(self, jobs: list[Job], at_once: bool) -> None:
+        for job in jobs:
+            self.ray.cancel(self.of(job).number)  # the second one is passed on there too, and kills the run
+
+
+def perform(task: Task) -> None:
+    """What Ray calls on a node."""
+    task()

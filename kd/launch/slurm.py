@@ -1,0 +1,171 @@
+"""hydra/launcher=submitit_slurm: runs of a sweep as jobs of SLURM."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from kd.errors import UserError
+from kd.launch.cluster import Away, Elsewhere, Task, needs
+from kd.launch.pool import Job, Pool
+from kd.runs.run import FAILED, NO_MEMORY, PREEMPTED
+from kd.system import files
+from kd.system.console import console
+from kd.system.files import read_json
+from kd.system.remote import home
+from kd.system.signals import EXIT_CODE
+
+HERE = Path(__file__).parent.parent.parent
+AT_ONCE = 1000  # jobs in one array of SLURM, whose MaxArraySize is 1001 where nobody changed it
+# States of jobs that have ended (squeue(1)), and those of which the job could do nothing.
+LOST = ("BOOT_FAIL", "CANCELLED", "DEADLINE", "NODE_FAIL", "PREEMPTED", "REVOKED", "TIMEOUT")
+OVER = (*LOST, "COMPLETED", "FAILED", "OUT_OF_MEMORY", "SPECIAL_EXIT")
+
+
+class SlurmTask(Task):
+    """Requeued by submitit alone: SIGUSR2 says that its time is nearly over, or that another job comes first."""
+
+    def __call__(self) -> None:
+        requeue = signal.getsignal(signal.SIGUSR2)  # submitit's
+        asked = super().__call__()
+        if not self.done():
+            if "SIGUSR2" in asked:
+                requeue(signal.SIGUSR2, None)  # the run has saved a checkpoint and ended; does not return
+            sys.exit(EXIT_CODE if asked else 1)  # SLURM is to know too
+
+    def checkpoint(self):
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+class Slurm(Away):
+    """A job of SLURM per run, in one array."""
+
+    def __init__(
+        self, partition: str | None, account: str | None, qos: str | None, constraint: str | None, timeout_min: int,
+        max_num_timeout: int, signal_delay_s: int, cpus_per_task: int, mem_gb: float | None, gpus_per_node: int | None,
+        additional_parameters: dict,
+    ):  # fmt: skip
+        super().__init__(locals())
+
+    def pool(self, name: str, jobs: list[Job]) -> Pool:
+        submitit = needs("submitit", "slurm", "submitit_slurm")
+        self.check()
+        missing = [word for word in ("sbatch", "srun", "squeue", "scancel") if not shutil.which(word)]
+        if missing:
+            raise UserError(
+                f"hydra/launcher=submitit_slurm needs SLURM, and there is no {' nor '.join(missing)} on this machine: "
+                "type the command on a login node of the cluster, or leave the launcher out to run here."
+            )
+        folder = home(self.config.root).absolute() / "sweeps" / f"{name}.slurm"
+        of = {key: value for key, value in self.parameters.items() if value is not None}
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=of.pop("max_num_timeout"))
+        if "mem_gb" in of:
+            of["mem"] = f"{math.ceil(of.pop('mem_gb') * 1024)}MB"
+        executor.update_parameters(
+            job_name=f"kd-{name}", time=of.pop("timeout_min"), array_parallelism=self.config.n_jobs or AT_ONCE,
+            additional_parameters={"requeue": True, **of.pop("additional_parameters")},
+            # kd may be a checkout that is not installed.
+            setup=[f"export PYTHONPATH={shlex.quote(str(HERE))}${{PYTHONPATH:+:$PYTHONPATH}}"], **of,
+        )  # fmt: skip
+        at_once = self.at_once([job.gpus for job in jobs])
+        return SlurmPool(self.program, jobs, at_once, executor, folder / "jobs.json")
+
+
+class SlurmPool(Elsewhere):
+    """Does jobs as jobs of SLURM, and looks at its queue for what becomes of them.
+
+    Jobs that a sweep left in the queue when it was killed are not handed over again. record: a file that names them.
+    """
+
+    task = SlurmTask
+
+    def __init__(self, program: str, jobs: list[Job], at_once: float, executor, record: Path):
+        super().__init__(program, jobs, at_once)
+        self.executor, self.path = executor, record
+        self.looked, self.begun, self.complained = 0.0, time.monotonic(), False
+        listed, left = self.queue(), read_json(record) or {}
+        if listed is None and any(job.run.name in left for job in self.waiting):
+            raise UserError(
+                "Whether jobs of this sweep are queued still cannot be known, and they would be queued once more. Type "
+                "the same command again when squeue answers."
+            )
+        for job in list(self.waiting):
+            number = left.get(job.run.name)
+            if listed and number in listed and listed[number][0] not in OVER:
+                self.hand(job)
+                self.of(job).number = number
+                self._say(job, f"is in the queue since before, as job {number}")
+
+    def start(self) -> None:
+        # Of a large sweep a part at a time; n_jobs holds for each array alone.
+        if len(self.running) >= AT_ONCE or (self.running and self.at_once < math.inf):
+            return
+        jobs = self.waiting[:AT_ONCE]
+        tasks = [self.hand(job) for job in jobs]
+        try:
+            numbers = [made.job_id for made in self.executor.submit_array(tasks)]
+        except Exception as error:  # submitit's own, with what sbatch printed
+            self.running = []
+            raise UserError(f"SLURM takes no job: {str(error).strip()}") from None
+        files.write_json(self.path, (read_json(self.path) or {}) | {j.run.name: n for j, n in zip(jobs, numbers)})
+        for job, number in zip(jobs, numbers):
+            self.of(job).number = number
+            self._say(job, f"is queued as job {number}")
+
+    def over(self) -> list[Job]:
+        # One controller serves all: it is asked less and less often.
+        if time.monotonic() - self.looked > max(1, min(15, (self.looked - self.begun) / 20)):
+            listed = self.queue()
+            for job in self.running if listed is not None else ():
+                of = self.of(job)
+                stands, why = listed.get(of.number, ("", ""))
+                of.waits = f"SLURM says {why}" if why != "None" else ""
+                of.why = self._why(job, stands) if stands in OVER or not stands else None
+            self.looked = time.monotonic()
+        return super().over()
+
+    def queue(self) -> dict[str, tuple[str, str]] | None:
+        """State and reason of this user's jobs; None where SLURM does not answer."""
+        words = ["squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%T|%r"]
+        answer = ask(words)
+        if answer.returncode:
+            if not self.complained:
+                console.print(f"SLURM does not answer: {answer.stderr.strip()}", soft_wrap=True)
+            self.complained = True
+            return None
+        self.complained = False
+        lines = (line.split("|") for line in answer.stdout.splitlines() if line.count("|") == 2)
+        return {number.strip(): (state, reason) for number, state, reason in lines}
+
+    def _why(self, job: Job, stands: str) -> tuple[str, str]:
+        number = self.of(job).number
+        if not stands and shutil.which("sacct"):  # it ended too long ago for the queue
+            words = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=State", f"--jobs={number}"]
+            stands = next(iter(ask(words).stdout.split()), "")
+        if stands == "OUT_OF_MEMORY":
+            return NO_MEMORY, f"SLURM ended its job {number} for want of memory; take more with hydra.launcher.mem_gb="
+        if stands in LOST:
+            return PREEMPTED, f"SLURM says {stands} of its job {number}; the same command goes on with it"
+        said = f"SLURM says {stands} of" if stands else "SLURM no longer knows"
+        return FAILED, f"{said} its job {number}; what it printed is in {self.path.parent}"
+
+    def stop(self, jobs: list[Job], at_once: bool) -> None:
+        numbers = [self.of(job).number for job in jobs]
+        if not numbers:
+            return
+        # Queued ones go at once. Without a signal scancel would kill the others after 30 seconds, saved or not.
+        for words in ([],) if at_once else (["--state=PENDING"], ["--signal=TERM"]):
+            ask(["scancel", "--quiet", *words, *numbers])
+
+
+def ask(words: list[str]) -> subprocess.CompletedProcess:
+    """What a command of SLURM answers; Ctrl-C does not reach it."""
+    return subprocess.run(words, capture_output=True, text=True, start_new_session=True)

@@ -1,0 +1,184 @@
+"""A size or a name -> Hugging Face causal LM, seen as body and head.
+
+Everything else sees a model through `Causal`: ids -> hidden states [B, T, D], and a head that maps hidden states to
+logits over the vocabulary that teacher and student share.
+"""
+
+from __future__ import annotations
+
+import shlex
+
+import torch
+from torch import Tensor, nn
+
+from kd.config.sizes import SIZES
+from kd.errors import UserError, first_line
+from kd.models.hub import adapter_base, config_of, pretrained
+from kd.system.hardware import out_of_memory
+
+
+class Head(nn.Module):
+    """Hidden states [n, D] -> logits [n, V], with the soft cap or scale that some models put behind their output layer.
+
+    Padding rows beyond the tokenizer's `vocab` are cut off, so that teacher and student speak of the same tokens.
+    """
+
+    def __init__(self, output: nn.Module, vocab: int, softcap: float | None = None, scale: float = 1.0):
+        super().__init__()
+        self.output, self.vocab, self.softcap, self.scale = output, vocab, softcap, scale
+
+    @classmethod
+    def of(cls, model, vocab: int) -> Head:
+        """The head of a Hugging Face causal LM."""
+        config = model.config.get_text_config()
+        softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        # Cohere multiplies, Granite divides
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        return cls(model.get_output_embeddings(), vocab, softcap, scale)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = self.output(hidden)[..., : self.vocab]
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class Causal(nn.Module):
+    """A Hugging Face causal LM as body and head."""
+
+    def __init__(self, model, vocab: int):
+        super().__init__()
+        self.model = model
+        # The head shares the model's output layer; out of the module tree, so that its weights are counted once.
+        self.__dict__["head"] = Head.of(model, vocab)
+
+    def hidden(self, ids: Tensor, **cache) -> Tensor:
+        """ids [B, T] -> last hidden states [B, T, D]. cache: what is to be said of tokens that were read before."""
+        return self.model.base_model(input_ids=ids, **{"use_cache": False} | cache).last_hidden_state
+
+    def compile_layers(self) -> None:
+        """Compile each layer by itself: they are alike, so one is compiled, where a whole body takes a minute."""
+        for module in self.model.modules():
+            if isinstance(module, nn.ModuleList):
+                for layer in module:
+                    layer.compile()
+
+    def check(self, option: str) -> None:
+        """Raise UserError unless head(hidden(x)) is what the model itself says, so that no scale or cap is missed."""
+        device = next(self.model.parameters()).device
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 16
+        ids = torch.arange(min(16, positions), device=device)[None] % self.head.vocab
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                whole = self.model(input_ids=ids, use_cache=False).logits[..., : self.head.vocab].float()
+                ours = self.head(self.hidden(ids)).float()
+        except Exception as error:  # models differ in what they take and return
+            if out_of_memory(error):
+                raise
+            raise UserError(
+                f"{option}: {type(self.model).__name__} could not be run as a body and an output layer "
+                f"({type(error).__name__}: {first_line(error)}). Choose another model."
+            ) from error
+        self.model.train(training)
+        tolerance = 1e-4 if whole.dtype == next(self.model.parameters()).dtype else 0.05
+        off = ((whole - ours).abs().max() / whole.abs().max().clamp(min=1)).item()
+        if off > tolerance:
+            raise UserError(
+                f"{option}: the output layer of {type(self.model).__name__} applied to its hidden states is off from "
+                f"the model's own logits by {off:.1%}, so it does something there that kd does not know. "
+                "Choose another model, or add it to Head in kd/models/causal_lm.py."
+            )
+
+
+def build(size: str | None, name: str | None, vocab: int, seq_len: int, option: str) -> Causal:
+    """A model of a size of kd/config/sizes.py with fresh weights, or the one of that Hub name or folder, float32."""
+    model = from_size(size, vocab, seq_len) if size else pretrained(name, option)
+    width = model.get_output_embeddings().weight.shape[0]
+    if width < vocab:
+        raise UserError(
+            f"{option}: the model knows {width:,} tokens and the tokenizer {vocab:,}. They do not belong together; "
+            "leave data.tokenizer out, so that the model's own is used."
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or seq_len
+    if positions < seq_len:
+        raise UserError(f"{option}: reads at most {positions:,} tokens at once; type data.seq_len={positions} or less.")
+    causal = Causal(model, vocab)
+    causal.check(option)
+    return causal
+
+
+def from_size(size: str, vocab: int, seq_len: int):
+    """A Llama-style model from scratch, from the row `size` of kd/config/sizes.py.
+
+    Weights begin with a variance of 1 / width, as in muP (Yang et al. 2022, arXiv 2203.03466). The usual deviation of
+    0.02 is that of a width of 2,500; at 96 it costs 0.4 nats after 300,000 tokens.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    row = SIZES[size]
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=row.hidden,
+        intermediate_size=row.ffn,
+        num_hidden_layers=row.layers,
+        num_attention_heads=row.heads,
+        num_key_value_heads=row.kv_heads,
+        max_position_embeddings=seq_len,
+        tie_word_embeddings=row.tied,
+        initializer_range=row.hidden**-0.5,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def same_vocabulary(ours, theirs, option: str, by_ids: bool = False) -> None:
+    """Raise UserError unless two tokenizers give every token the same id.
+
+    by_ids: special and added tokens may have other names, if the ids are the same ones.
+    """
+    a, b = ours.get_vocab(), theirs.get_vocab()
+    if a == b:
+        return
+    by_id = [{index: token for token, index in vocabulary.items()} for vocabulary in (a, b)]
+    added = {index for of in (ours, theirs) for index in getattr(of, "added_tokens_decoder", {})}
+    differ = sorted(index for index in by_id[0].keys() | by_id[1].keys() if by_id[0].get(index) != by_id[1].get(index))
+    renamed = by_id[0].keys() == by_id[1].keys() and added.issuperset(differ)
+    if by_ids and renamed:
+        return
+    count = sum(a.get(token) != index for token, index in b.items()) + len(a.keys() - b.keys())
+    shown = [[repr(names[index]) if index in names else "no token" for names in by_id] for index in differ[:3]]
+    examples = [f"{index:,} is {one} in the data's and {other} in its" for index, (one, other) in zip(differ, shown)]
+    if renamed:
+        advice = (
+            "The ids are the same, and only special or added tokens have other names. If they mean the same, type "
+            "token_names=any."
+        )
+    else:
+        advice = (
+            "Distillation compares the same ids on both sides, so all must share one tokenizer. Choose a teacher and a "
+            "student of one family, or a size from scratch (student=200k), which takes the teacher's tokenizer."
+        )
+    raise UserError(
+        f"{option}: its tokenizer has {len(b):,} tokens and the data's {len(a):,}; {count:,} of them differ "
+        f"(id {'; id '.join(examples)}{'; …' if len(differ) > 3 else ''}). {advice}"
+    )
+
+
+def check_rows(tokenizer, name: str, option: str) -> None:
+    """Raise UserError where the model of a Hub name or folder has no row for some tokens of its own tokenizer."""
+    rows = config_of(adapter_base(name, option) or name, option).get_text_config().vocab_size
+    beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
+    if not beyond:
+        return
+    shown = ", ".join(f"{token} ({index:,})" for index, token in beyond[:5]) + (", …" if len(beyond) > 5 else "")
+    raise UserError(
+        f"{option}={name}: its tokenizer has {len(beyond):,} tokens beyond the {rows:,} that the model knows: {shown}. "
+        f"The model needs a row for each. Type this once, and then {option}=NEW_FOLDER:\n"
+        "  python -c 'import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        "name, new = sys.argv[1:]; m, t = M.from_pretrained(name), T.from_pretrained(name); "
+        "m.resize_token_embeddings(max(t.get_vocab().values()) + 1); m.save_pretrained(new); t.save_pretrained(new)' "
+        f"{shlex.quote(name)} NEW_FOLDER"
+    )

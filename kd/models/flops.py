@@ -1,0 +1,120 @@
+"""Parameters and FLOPs of models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from kd.errors import UserError
+from kd.models.causal_lm import from_size
+from kd.models.hub import BASE, _FromConfig, adapter_base, config_of, from_hub
+
+
+class Cost(NamedTuple):
+    """Size of a model, and its forward FLOPs per token."""
+
+    parameters: int
+    non_embedding: int
+    flops_per_token: float
+    output: int = 0  # parameters of the output layer
+    active_parameters: int | None = None  # that a token uses, fewer in a mixture of experts; None: not known
+
+
+class Flops(NamedTuple):
+    """Per token: a training step of the student (forward and backward), and what it asks of the teacher."""
+
+    student: float
+    teacher: float
+
+
+def step_flops(source: str, routes: bool, student: Cost, teacher: Cost | None) -> Flops:
+    """FLOPs per token of a training step whose logits come from `source`; routes: some tokens are not distilled."""
+    asked = 0.0
+    if source == "online":
+        asked = teacher.flops_per_token + (2 * teacher.output if routes else 0)  # its output layer is asked twice
+    elif source == "cotrained":
+        asked = teacher.flops_per_token * (4 if routes else 3)  # one that learns runs anew
+    return Flops(3 * student.flops_per_token, asked)
+
+
+def cost(model, seq_len: int) -> Cost:
+    """Parameters and forward FLOPs per token: 2 per weight of every matrix, and 4 T D per layer for attention.
+
+    Kaplan et al. 2020, arXiv 2001.08361, section 2.1, with the output layer counted; attention is over T/2 on average.
+    Of a mixture of experts, FLOPs are those of the experts that a token is sent to. The scan of a state-space layer is
+    not counted.
+    """
+    config = model.config.get_text_config()
+    output = model.get_output_embeddings().weight
+    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}  # of tokens and positions
+    total = sum(p.numel() for p in model.parameters())
+    inner = total - sum(w.numel() for w in embeddings | {output})
+    idle = sum(round(p.numel() * (1 - share)) for module, share in experts(model) for p in module.parameters())
+    heads = getattr(config, "num_attention_heads", None) or 0  # none in a state-space model
+    head = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    key, value = getattr(config, "qk_head_dim", None) or head, getattr(config, "v_head_dim", None) or head  # DeepSeek
+    attention = 2 * attention_layers(config) * heads * (key + value) * seq_len / 2
+    return Cost(total, inner, 2 * (inner - idle + output.numel()) + attention, output.numel(), total - idle)
+
+
+# How configs call the number of experts, and how many of them a token is sent to.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "moe_k", "top_k",
+)  # fmt: skip
+
+
+def experts(model) -> Iterator[tuple[nn.Module, float]]:
+    """Modules that hold the routed experts of a layer, and the share of them that a token is sent to."""
+    config, inside = model.config.get_text_config(), ()
+    for name, module in model.named_modules():
+        path, _, own = name.rpartition(".")
+        routed = own == "experts" or (type(module).__name__.endswith("Experts") and "shared" not in own)
+        if not routed or name.startswith(inside):
+            continue
+        inside = (*inside, f"{name}.")  # modules within belong to it
+        parent = model.get_submodule(path)
+        places = (module, parent, *parent.children(), config, getattr(config, "ffn_config", None))
+        count = _first_number(places, EXPERTS)
+        chosen = _first_number((config, getattr(config, "ffn_config", None), *places), EXPERTS_PER_TOKEN)
+        if not count or not chosen:
+            raise UserError(
+                f"{type(model).__name__} has experts in {name}, and its config does not say as one that kd knows how "
+                "many there are and how many of them a token uses. Choose another model, or add the names to EXPERTS "
+                "and EXPERTS_PER_TOKEN in kd/models/causal_lm.py."
+            )
+        yield module, min(1.0, chosen / count)
+
+
+def _first_number(places: Iterable, names: Iterable[str]) -> float | None:
+    for place in places:
+        for name in names:
+            value = getattr(place, name, None)
+            if isinstance(value, list) and value:  # one for each layer
+                value = sum(value) / len(value)
+            if type(value) in (int, float):
+                return value
+    return None
+
+
+def attention_layers(config) -> int:
+    """How many layers have attention over all earlier tokens."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    if not kinds:
+        return config.num_hidden_layers
+    other = ("mamba", "linear", "conv", "recurrent", "moe", "mlp")
+    return sum(not any(word in kind for word in other) for kind in kinds)
+
+
+def cost_of(size: str | None, name: str | None, vocab: int, seq_len: int, option: str) -> Cost:
+    """The cost of a model of build(), from its shape alone: no weights are made or read."""
+    with torch.device("meta"):
+        if size:
+            return cost(from_size(size, vocab, seq_len), seq_len)
+        base = adapter_base(name, option)
+        config = config_of(base, f"{option}={name} {BASE}") if base else config_of(name, option)
+        model = from_hub(_FromConfig, name, f"{option}={name}", config=config)
+        return cost(model, seq_len)

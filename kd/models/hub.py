@@ -1,0 +1,180 @@
+"""Pretrained models: from the Hub or a folder, adapters and quantised weights included."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+
+from kd.errors import UserError
+from kd.system.network import offline_unless_reachable
+
+ADAPTER, BASE = "adapter_config.json", "base_model_name_or_path"
+
+
+def pretrained(name: str, option: str):
+    """The causal LM of that Hub name or folder, float32, from safetensors and without running its code.
+
+    Without dropout, so that what it says in training is what it said when it wrote, as MiniLLM's ratio has it. An
+    adapter of PEFT, such as LoRA, is merged into the model that it was trained on.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if base := adapter_base(name, option):
+        return with_adapter(pretrained(base, f"{option}={name} {BASE}"), name, option)
+    config = config_of(name, option)
+    for part in (config, config.get_text_config()):
+        for key in [k for k, v in vars(part).items() if "drop" in k and type(v) is float]:
+            setattr(part, key, 0.0)
+        if getattr(part, "rescale_every", None):  # RWKV halves weights in place whenever it is in eval mode
+            part.rescale_every = 0
+    settings = dict(config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    model, info = from_hub(AutoModelForCausalLM, name, f"{option}={name}", **settings)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(
+            f"{option}={name}: its files lack {len(missing)} weights, {', '.join(missing[:3])} among them, "
+            "which would be left random. Download it again, or choose another."
+        )
+    return model
+
+
+def config_of(name: str, option: str):
+    """The config of that Hub name or folder; raises UserError where it asks for code, or for quantised weights."""
+    from transformers import AutoConfig
+
+    from_hub(_Harmless, name, f"{option}={name}")
+    config = from_hub(AutoConfig, name, f"{option}={name}")
+    for part in (config, config.get_text_config()):
+        quantisation = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
+        if quantisation:
+            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+            method = getattr(method, "value", method)
+            if not method and isinstance(quantisation, dict) and {"load_in_4bit", "load_in_8bit"} & quantisation.keys():
+                method = "bitsandbytes"  # whose older files do not name it
+            refused = (
+                f"{option}={name}: its weights are quantised ({method or 'unknown method'}), and kd needs those in "
+                "floating point. Give the model that it was quantised from, which its model card names"
+            )
+            if not str(method).startswith("bitsandbytes"):  # transformers cannot turn the weights of others back
+                raise UserError(f"{refused}.")
+            raise UserError(
+                f"{refused}; or, with the package bitsandbytes and a place for the new folder, type:\n"
+                "  python -c 'import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+                "name, new = sys.argv[1:]; M.from_pretrained(name).dequantize().save_pretrained(new); "
+                f"T.from_pretrained(name).save_pretrained(new)' {shlex.quote(name)} NEW_FOLDER"
+            )
+    return config
+
+
+def adapter_base(name: str, option: str) -> str | None:
+    """The model that an adapter of PEFT was trained on, by its Hub name or folder; None for a whole model."""
+    path = from_hub(_File, name, f"{option}={name}", file=ADAPTER)
+    if path is None:
+        return None
+    if from_hub(_File, name, f"{option}={name}", file="config.json") is not None:
+        raise UserError(
+            f"{option}={name}: holds a whole model (config.json) and an adapter ({ADAPTER}), and only one of them can "
+            "be meant. Keep the adapter in a folder of its own, or remove it where it is merged into the model already."
+        )
+    try:
+        base = json.loads(Path(path).read_text(encoding="utf-8")).get(BASE)
+    except (ValueError, AttributeError):
+        base = None
+    if not base or not isinstance(base, str):
+        raise UserError(
+            f"{option}={name}: its {ADAPTER} does not name the model that it belongs to. Type that model's name or "
+            f"folder there, as {BASE}."
+        )
+    return base
+
+
+def with_adapter(model, name: str, option: str):
+    """The model with the adapter of that Hub name or folder merged into its weights; raises UserError without PEFT."""
+    if from_hub(_File, name, f"{option}={name}", file="adapter_model.safetensors") is None:
+        raise UserError(
+            f"{option}={name}: an adapter needs its weights in adapter_model.safetensors, and has no such file."
+        )
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise UserError(
+            f"{option}={name}: this is an adapter, and merging it into its model needs PEFT. Type "
+            "pip install 'kd[peft]', or give a folder where it is merged."
+        ) from error
+
+    class Merged:
+        @staticmethod
+        def from_pretrained(name: str, trust_remote_code: bool):
+            adapted = PeftModel.from_pretrained(model, name)
+            if not hasattr(adapted.base_model, "merge_and_unload"):
+                raise ValueError(
+                    f"{adapted.active_peft_config.peft_type.value} changes no weights, so it cannot be merged"
+                )
+            return adapted.merge_and_unload(safe_merge=True)
+
+    return from_hub(Merged, name, f"{option}={name}").requires_grad_(True)
+
+
+class _FromConfig:
+    @staticmethod
+    def from_pretrained(name: str, config, **settings):
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_config(config, **settings)
+
+
+class _File:
+    @staticmethod
+    def from_pretrained(name: str, file: str, **settings) -> str | None:
+        """Where a file of a folder or of the Hub is on this machine; None if there is none of that name."""
+        from transformers.utils import cached_file
+
+        how = dict(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+        return cached_file(name, file, **how)
+
+
+class _Harmless:
+    """Reads a model's config.json, and refuses one that asks for kernels of the Hub, which are code."""
+
+    @staticmethod
+    def from_pretrained(name: str, **settings) -> None:
+        from transformers import PretrainedConfig
+
+        def check(node) -> None:
+            for key, value in node.items() if isinstance(node, dict) else ():
+                if "implementation" in key and "/" in str(value):
+                    raise ValueError(f"its config.json asks for code of the Hub, {key}={value}, which kd runs none of.")
+                check(value)
+
+        check(PretrainedConfig.get_config_dict(name)[0])
+
+
+def from_hub(auto, name: str, what: str, **settings):
+    """auto.from_pretrained(name), with an error that says what to do where there is no such thing."""
+    folder = Path(name).is_dir()
+    if not folder:
+        offline_unless_reachable()
+    try:
+        return auto.from_pretrained(name, trust_remote_code=False, **settings)
+    except UserError:
+        raise
+    except Exception as error:  # of several libraries, and of packages that they lack
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[: 2 if lines[:1] and lines[0].endswith(":") else 1]) or type(error).__name__
+        if not isinstance(error, OSError | ValueError | RuntimeError):
+            reason = f"{type(error).__name__}: {reason}"
+        where = "in that folder" if folder else "it is no folder here, and the Hub did not give it"
+        raise UserError(
+            f"{what} could not be loaded ({where}): {reason}\n"
+            "Check the name and the network, or give the folder of a downloaded model."
+        ) from error
+
+
+def revision(name: str) -> str | None:
+    """The commit of a Hub model whose files were last downloaded here; None if none were."""
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None

@@ -1,0 +1,240 @@
+"""Every loss, side by side: (student log-probabilities [N, V], Target) -> nats per position [N].
+
+A loss is un-reduced and knows nothing of temperature, truncation, masks or chunks; these happen once, in
+chunked.py. The last three ask for more of a position than two distributions, by Target.of_sample. Below p is
+the teacher and q the student, over the columns that the target keeps. To add a loss, write the function here and two
+lines in conf/loss/NAME.yaml.
+"""
+
+import torch
+from torch import Tensor
+
+from kd.errors import check
+from kd.objective.target import FLOOR, Target
+
+
+def fkl(student: Tensor, target: Target) -> Tensor:
+    """Forward KL(p || q), nats [N]. Hinton et al. 2015, arXiv 1503.02531."""
+    q, p = target.pair(student)
+    return -(p.exp() * (q - p)).sum(-1)  # this way round its gradient needs no change of sign
+
+
+def rkl(student: Tensor, target: Target) -> Tensor:
+    """Reverse KL(q || p), nats [N]. Gu et al. 2023 (MiniLLM), arXiv 2306.08543, eq. 1, per token."""
+    q, p = target.pair(student)
+    return _reverse(q, p)
+
+
+def jsd(student: Tensor, target: Target, beta: float = 0.5) -> Tensor:
+    """Generalised Jensen-Shannon divergence, nats [N], where beta weighs the teacher.
+
+    beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, as in Agarwal et al. 2023 (GKD), arXiv
+    2306.13649, eq. 1. The formula is 0 at both ends; there, as in the paper's limits, beta=0 means fkl and beta=1 means
+    rkl. Raises UserError for beta outside [0, 1].
+    """
+    check("loss.beta", beta, 0 <= beta <= 1, "a number from 0 (fkl) to 1 (rkl)")
+    if beta in (0, 1):
+        return (fkl, rkl)[int(beta)](student, target)
+    q, p = target.pair(student)
+    with torch.no_grad():
+        teacher, mass = p.exp(), q.exp()
+        m = _log(torch.lerp(mass, teacher, beta))  # [N, K]
+        gradient = (1 - beta) * mass * (q - m)  # what moves by way of m adds up to 0
+        value = beta * (teacher * (p - m)).sum(-1) + gradient.sum(-1)
+    return _sloping(value, q, gradient)
+
+
+def akl(student: Tensor, target: Target, mu: float = 0.5) -> Tensor:
+    """Adaptive KL, nats [N]: fkl and rkl weighed by where the student is off, in the teacher's head or in its tail.
+
+    Head: the teacher's first token and all tokens whose running probability stays <= mu. The weights are the shares
+    of |p - q| in head (on fkl) and tail (on rkl), and carry no gradient. A rest column counts as one token. Wu et al.
+    2024, arXiv 2404.02657, section 4.
+    Raises UserError for mu outside [0, 1].
+    """
+    check("loss.mu", mu, 0 <= mu <= 1, "a probability from 0 to 1")
+    if mu == 1:  # all is head; a running sum in float32 could pass 1 before the end
+        return fkl(student, target)
+    q, p = target.pair(student)
+    with torch.no_grad():
+        gap = (p.exp() - q.exp()).abs()  # [N, K]
+        head = gap.masked_fill(~_most_probable(p, mu), 0).sum(-1)
+        total = gap.sum(-1)
+        share = torch.where(total > 0, head / total, 0.5).clamp(0, 1)  # 0/0 when q = p, where both KLs are 0
+    return share * (p.exp() * (p - q)).sum(-1) + (1 - share) * _reverse(q, p)
+
+
+def skl(student: Tensor, target: Target, alpha: float = 0.1) -> Tensor:
+    """Skew KL(p || alpha p + (1 - alpha) q), nats [N]. Ko et al. 2024 (DistiLLM), arXiv 2402.03898, eq. 4.
+
+    Raises UserError for alpha outside [0, 1).
+    """
+    check("loss.alpha", alpha, 0 <= alpha < 1, "a number from 0 (fkl) to below 1")
+    if alpha == 0:
+        return fkl(student, target)
+    q, p = target.pair(student)
+    teacher = p.exp()
+    return (teacher * (p - _log(torch.lerp(q.exp(), teacher, alpha)))).sum(-1)
+
+
+def srkl(student: Tensor, target: Target, alpha: float = 0.1) -> Tensor:
+    """Skew reverse KL(q || alpha q + (1 - alpha) p), nats [N]. Ko et al. 2024 (DistiLLM), arXiv 2402.03898.
+
+    Raises UserError for alpha outside [0, 1).
+    """
+    check("loss.alpha", alpha, 0 <= alpha < 1, "a number from 0 (rkl) to below 1")
+    if alpha == 0:
+        return rkl(student, target)
+    q, p = target.pair(student)
+    with torch.no_grad():
+        mass = q.exp()
+        m = torch.lerp(p.exp(), mass, alpha)  # [N, K]
+        gap = q - _log(m)
+        value = (mass * gap).sum(-1) - mass.sum(-1) + m.sum(-1)  # the mass terms of _reverse
+        gradient = mass * (gap + alpha * (1 - gap.exp()))
+    return _sloping(value, q, gradient)
+
+
+def tvd(student: Tensor, target: Target) -> Tensor:
+    """Total variation distance, half of sum |p - q|, in [0, 1] per position [N]. Wen et al. 2023, arXiv 2307.15190.
+
+    1 - tvd is the acceptance rate of speculative decoding with the student as the draft (Leviathan et al. 2022).
+    """
+    q, p = target.pair(student)
+    return 0.5 * (p.exp() - q.exp()).abs().sum(-1)
+
+
+def mse(student: Tensor, target: Target) -> Tensor:
+    """Mean squared difference of logits over the kept columns, squared nats [N]. Ba & Caruana 2014, arXiv 1312.6184.
+
+    A logit means nothing up to a constant, so each side is first centred over the kept columns.
+    """
+    q, p = target.pair(student)
+    kept = (p > FLOOR).to(q.dtype)
+    count = kept.sum(-1, keepdim=True)
+    gap = (q - p) * kept  # [N, K]
+    gap = (gap - gap.sum(-1, keepdim=True) / count) * kept
+    return gap.square().sum(-1) / count[:, 0]
+
+
+def nll(student: Tensor, target: Target) -> Tensor:
+    """Cross-entropy of the student under the teacher, -sum p log q, nats [N]. Peng et al. 2024, arXiv 2410.16215.
+
+    Its gradient is that of fkl; its value does not reach 0 but the teacher's entropy.
+    """
+    q, p = target.pair(student)
+    return -(p.exp() * q).sum(-1)
+
+
+def minillm(student: Tensor, target: Target, clip: float = 0.2, single_step: bool = True) -> Tensor:
+    """MiniLLM: policy gradient of what follows a token, and the exact rkl of the token itself, per position [N].
+
+    -min(rho A, clip(rho, 1 - clip, 1 + clip) A) + rkl, where rho = exp(log q(y) - log q_old(y)) * q_old(y) / p~(y) is
+    the student now over what y was drawn from, and A the advantage that the rollout has given the position; both terms
+    are a surrogate, whose gradient is meant and not its value. Gu et al. 2023, arXiv 2306.08543, section 2.2. There
+    both terms are weighed by q_old / p~; here, as in the authors' code, the exact one is as it is. Without
+    single_step, A has to tell of the token itself too (rollout.from_next=false). The student is to be at temperature 1.
+    Raises UserError for a negative clip, or on text that no rollout=mixed wrote.
+    """
+    check("loss.clip", clip, clip >= 0, "a number of at least 0, e.g. loss.clip=0.2")
+    old, advantage = target.of_sample("student"), target.of_sample("advantage")
+    log_q = student.gather(-1, target.label[:, None])[:, 0]
+    ratio = (log_q - old + target.of_sample("importance").log()).exp()
+    long = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    return long + rkl(student, target) if single_step else long
+
+
+def distillm2(student: Tensor, target: Target, beta: float = 1.0, alpha: float = 0.1) -> Tensor:
+    """DistiLLM-2: (2 - beta) skl on what the teacher wrote, beta srkl on what the student wrote, nats [N].
+
+    Ko et al. 2025, arXiv 2503.07067, where their code gives the student within the mixture of srkl no gradient;
+    here it has one. They average over the tokens of each response first and add both means; here a token counts as
+    much as any other, so that the whole is about half of theirs. Their code can also change beta over time and alpha by
+    response, and does not by default. Raises UserError for beta outside [0, 2] or alpha outside [0, 1), or on text of
+    which it is not known who wrote it (rollout=pairs says so).
+    """
+    check("loss.beta", beta, 0 <= beta <= 2, "a number from 0 (skl alone) to 2 (srkl alone)")
+    by_student = target.of_sample("by_student") > 0
+    return torch.where(by_student, beta * srkl(student, target, alpha), (2 - beta) * skl(student, target, alpha))
+
+
+def atkd(student: Tensor, target: Target, share: float = 0.2) -> Tensor:
+    """ATKD: target and diversity terms on hard tokens, diversity alone on easy ones, nats times a weight [N].
+
+    Its mean over a step is share * mean of dkd over the easy tokens + (1 - share) * mean of (tkd + dkd) over the hard
+    ones, whatever the micro-batches: routing=uncertainty says which is which, and weighs them. Zhong et al. 2024,
+    arXiv 2402.11890, section 3; share is their lambda. Raises UserError for a share outside [0, 1].
+    """
+    check("loss.share", share, 0 <= share <= 1, "a share from 0 (hard tokens alone) to 1")
+    hard, weight = target.of_sample("hard") > 0, target.of_sample("weight")
+    tkd, dkd = _decoupled(student, target)
+    return weight * torch.where(hard, (1 - share) * (tkd + dkd), share * dkd)
+
+
+def _decoupled(student: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+    """tkd and dkd [N], nats, of which fkl = tkd + u * dkd, where u is the teacher's probability of all other tokens.
+
+    tkd is the KL of two outcomes, the true token or another; dkd is that among the others, renormalised on both sides.
+    The student's others are all of the vocabulary, the teacher's those that are kept. Where the true token itself is
+    dropped, what is known of it is in no column, and all of fkl is dkd. Zhao et al. 2022 (DKD), arXiv 2203.08679.
+    """
+    q, p = target.pair(student)  # [N, K]
+    true = torch.nn.functional.pad(target.is_label(), (0, q.shape[-1] - target.logp.shape[-1]))  # a rest is another
+    there, label = true.any(-1), target.label[:, None]
+    log_p, log_q = p.masked_fill(~true, FLOOR).amax(-1), student.gather(-1, label)[:, 0]
+    others_p = p.masked_fill(true, FLOOR).logsumexp(-1)  # log of their probability
+    others_q = student.scatter(-1, label, -torch.inf).logsumexp(-1)
+    tkd = log_p.exp() * (log_p - log_q) + others_p.exp() * (others_p - others_q)
+    within = (p - torch.where(there, others_p, 0)[:, None]).masked_fill(true | (p <= FLOOR), FLOOR)
+    dkd = within.exp() * (within - q + torch.where(there, others_q, 0)[:, None])
+    return torch.where(there, tkd, 0), dkd.sum(-1)
+
+
+def _reverse(q: Tensor, m: Tensor) -> Tensor:
+    """KL(q || m) of masses that need not add up to 1, per position [N], for an m that does not depend on q.
+
+    Over the columns that a truncation keeps, the student's mass is below 1, and sum q log(q / m) alone is least at
+    q = m / e: it would pay the student to leave the kept columns. The two mass terms are 0 where nothing is dropped.
+    """
+    with torch.no_grad():
+        mass = q.exp()
+        gradient = mass * (q - m)  # [N, K]
+        value = gradient.sum(-1) - mass.sum(-1) + m.exp().sum(-1)
+    return _sloping(value, q, gradient)
+
+
+def _sloping(value: Tensor, q: Tensor, gradient: Tensor) -> Tensor:
+    """`value` [N] whose derivative by q is `gradient` [N, K]: half the passes over V that autograd takes."""
+    lead = (gradient * q).sum(-1)
+    return value + (lead - lead.detach())
+
+
+def _log(probability: Tensor) -> Tensor:
+    """Logarithm; of what is below 1e-38, and so adds nothing to a loss, that of 1e-38."""
+    return probability.clamp(min=1e-38).log()
+
+
+def _most_probable(p: Tensor, mu: float) -> Tensor:
+    """The first column of log-probabilities [N, K] and all whose running probability stays <= mu, as a mask [N, K].
+
+    To sort a vocabulary costs more than all the rest of a step, so the bound is looked for instead: mass is counted in
+    bins of log-probability, then again within the bin that goes over mu. Of equal columns the first ones are in.
+    """
+    mu += 1e-6  # as sums of float32 that should be mu may be above it
+    bins = 256  # three rounds over some 11 nats come to 1e-6 nats, the precision of float32 there
+    high = p.amax(-1, keepdim=True)  # [N, 1]
+    inside = torch.zeros_like(high)  # mass above it
+    beyond = (p.exp().sum(-1, keepdim=True) - mu).clamp(min=1e-30)
+    low = (beyond / p.shape[-1]).log()  # the column that goes over mu is the first of those that share what is beyond
+    for _ in range(3):
+        width = (high - low).clamp(min=1e-6) / bins
+        index = ((high - p) / width).clamp(0, bins).long()  # [N, K] 0: all that is known to be in; bins: below low
+        running = p.new_zeros(len(p), bins + 1).scatter_add(-1, index, p.exp()).cumsum(-1)
+        number = (running <= mu).sum(-1, keepdim=True)
+        inside = torch.where(number > 0, running.gather(-1, (number - 1).clamp(min=0)), inside)
+        high = high - width * number
+        low = high - width
+    more = ((mu - inside) / high.exp()).floor()  # how many of the equal columns that go over mu together are in
+    more = torch.where(inside == 0, more.clamp(min=1), more)
+    equal = (p <= high) & (p >= low - 1e-6)
+    return (p > high) | (equal & (equal.cumsum(-1, dtype=torch.int32) <= more))

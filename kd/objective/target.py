@@ -1,0 +1,171 @@
+"""Target: the teacher's distribution at N positions, as every loss, truncation and temperature sees it.
+
+Shapes, here and everywhere: B sequences, T positions, N kept positions (flattened), n of them in a chunk,
+V vocabulary, K kept columns, D hidden width. All probabilities are natural-log, float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from kd.errors import UserError
+
+# What pair() gives a column outside the support, on both sides: its exp is 0, as that of -inf, but 0 * FLOOR is no NaN.
+# Far below any log-probability, so that an improbable column is never taken for a dropped one.
+FLOOR = -1e9
+LEAST = -16.1  # of a teacher's rest: 1 minus the kept columns is no surer than 1e-7 in float32
+# What a loss can ask of each position, beside the distributions: kd.rollout.generate.Sampled, and what routings say.
+KNOWN_BY = dict.fromkeys(("student", "teacher", "importance", "advantage"), "rollout=mixed")
+KNOWN_BY |= {"by_student": "rollout=pairs", "hard": "routing=uncertainty", "weight": "routing=uncertainty"}
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x <= 0 without cancellation (Mächler 2012); never below log(1e-7)."""
+    x = x.clamp(max=-1e-7)
+    return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-x.exp()))
+
+
+@dataclass(frozen=True)
+class Target:
+    """The teacher's distribution at N positions; dense (ids is None: column j is token j) or sparse.
+
+    A column that a truncation dropped holds -inf and takes no part in any loss. The same type describes a live
+    teacher, a stored one and a truncated one, so a loss is written once.
+    """
+
+    label: Tensor  # [N]     the true next token
+    logp: Tensor  # [N, K]  teacher log-probabilities; K = V when dense
+    ids: Tensor | None = None  # [N, K]  vocabulary id of each column
+    rest: bool = False  # one more column in pair(): all probability that is not in ids
+    seed: Tensor | None = None  # [N]     a random number per position, for truncations that sample
+    whole: bool = False  # no column is dropped, so pair() need not look
+    sampled: dict[str, Tensor] | None = None  # of each position [N], by name: see of_sample()
+
+    def __getitem__(self, rows) -> Target:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.sampled is not None:
+            values["sampled"] = {name: x[rows] for name, x in self.sampled.items()}
+        return Target(**{k: v[rows] if isinstance(v, Tensor) else v for k, v in values.items()})
+
+    def of_sample(self, name: str) -> Tensor:
+        """One of KNOWN_BY of each position [N]; raises UserError where it is not known, which says what gives it."""
+        if name not in (self.sampled or ()):
+            raise UserError(
+                f"This loss asks for {name} of each position, which nothing gives here: type {KNOWN_BY[name]} too, or "
+                "take another loss."
+            )
+        return self.sampled[name]
+
+    def keep(self, logp: Tensor, columns: Tensor) -> Target:
+        """The target cut to `columns` [N, K'] of this one with log-probabilities `logp` [N, K'], true as they were."""
+        ids = columns if self.ids is None else self.ids.gather(-1, columns)
+        return replace(self, logp=logp, ids=ids, whole=False)
+
+    def soften(self, tau: Tensor | float) -> Target:
+        """softmax(logp / tau) over the kept columns; tau is a number or one per position [N]."""
+        if isinstance(tau, float | int):
+            if tau == 1:
+                return self
+        else:
+            tau = tau[:, None]
+        if self.rest:
+            raise UserError(
+                "target=rest keeps what was dropped as one column, and how that column would soften is unknown. Set "
+                "the temperature to 1 (temperature=fixed temperature.tau=1), or take target=renormalise."
+            )
+        return replace(self, logp=(self.logp / tau).log_softmax(-1))
+
+    def spread(self, vocabulary: int) -> Tensor:
+        """Log-probabilities of all tokens [N, V]: true ones where they are known, the others sharing what is left."""
+        if self.ids is None:
+            return self.logp
+        there = self.logp > -math.inf
+        left = _rest(self.logp, ~there) - (vocabulary - there.sum(-1, keepdim=True)).clamp(min=1).log()
+        dense = left.expand(-1, vocabulary + 1).clone()  # the last column takes what is no entry
+        return dense.scatter(-1, self.ids.where(there, vocabulary), self.logp)[:, :vocabulary]
+
+    def entropy(self, vocabulary: int) -> Tensor:
+        """Entropy [N], nats. What is dropped counts as shared evenly by all other tokens: the most that it can be."""
+        there = self.logp > -math.inf
+        known = -(self.logp.exp() * self.logp.masked_fill(~there, 0)).sum(-1)
+        others = vocabulary - there.sum(-1)
+        left = torch.where(others > 0, self.left, 0)
+        return known + torch.special.entr(left) + left * others.clamp(min=1).log()
+
+    @property
+    def left(self) -> Tensor:
+        """The probability outside the kept columns [N]; exactly 0 where they hold all of it."""
+        return -torch.expm1(self.logp.logsumexp(-1).clamp(max=0))
+
+    def of_label(self) -> Tensor:
+        """The log-probability of the true token [N]; -inf where it is dropped."""
+        label = self.label[:, None]
+        if self.ids is None:
+            return self.logp.gather(-1, label)[:, 0]
+        return self.logp.masked_fill(self.ids != label, -math.inf).amax(-1)
+
+    def is_label(self) -> Tensor:
+        """Which column is the true token [N, K]; none where it is dropped."""
+        label = self.label[:, None]
+        if self.ids is None:
+            return torch.zeros_like(self.logp, dtype=torch.bool).scatter(-1, label, True) & (self.logp > -math.inf)
+        return (self.ids == label) & (self.logp > -math.inf)
+
+    def uncertainty(self) -> Tensor:
+        """The probability of all but the true token [N], exact where it is small; 1 where the true token is dropped."""
+        others = self.logp.masked_fill(self.is_label(), -math.inf).logsumexp(-1).exp()
+        return others if self.whole else others + self.left
+
+    def with_label(self, mass: Tensor) -> Target:
+        """`mass` [N] more probability on the true token, in a column of its own if it has none."""
+        label, logp = self.label[:, None], self.logp  # [N, 1]
+        if self.ids is None:
+            return replace(self, logp=logp.scatter(-1, label, _plus(logp.gather(-1, label), mass[:, None])))
+        found = (self.ids == label) & (logp > -math.inf)  # [N, K]
+        column = torch.where(found.any(-1), found.int().argmax(-1), logp.shape[-1])[:, None]
+        logp = torch.cat([logp, torch.full_like(logp[:, :1], -math.inf)], -1)  # [N, K+1]
+        logp = logp.scatter(-1, column, _plus(logp.gather(-1, column), mass[:, None]))
+        return replace(self, logp=logp, ids=torch.cat([self.ids, label], -1))
+
+    def pair(self, student: Tensor) -> tuple[Tensor, Tensor]:
+        """Student log-probabilities [N, V] -> (student, teacher) on the same columns [N, K], floored.
+
+        Columns outside the teacher's support hold FLOOR on both sides, so they add 0 to any divergence. With
+        `rest`, column K+1 holds the mass of all other tokens.
+        """
+        if self.whole:
+            return student, self.logp
+        dropped, p = self.logp == -math.inf, self.logp
+        q = student if self.ids is None else student.gather(-1, self.ids)  # [N, K]
+        if self.rest:
+            # Where the student is sure, 1 - kept would be 0, and so its gradient: there the others are added up.
+            kept = self._kept(student.shape[-1])
+            others = student.masked_fill(kept, FLOOR).logsumexp(-1, keepdim=True)
+            of_p, of_q = _rest(p, dropped), _rest(q, dropped)
+            of_q = torch.where(of_q > math.log(1e-3), of_q, others)
+            of_q = torch.where(of_p > LEAST, of_q, of_q.clamp(min=LEAST))  # the teacher's rounding hides what is less
+            q, p = torch.cat([q, of_q], -1), torch.cat([p, of_p.clamp(min=LEAST)], -1)  # [N, K+1]
+            dropped = torch.cat([dropped, kept.all(-1, keepdim=True)], -1)  # or nothing is left for the rest
+        return q.masked_fill(dropped, FLOOR), p.masked_fill(dropped, FLOOR)
+
+    def _kept(self, vocabulary: int) -> Tensor:
+        """Which tokens are kept [N, V]."""
+        there = self.logp > -math.inf
+        if self.ids is None:
+            return there
+        of = there.new_zeros(len(there), vocabulary + 1)  # the last column takes what is dropped
+        return of.scatter(-1, self.ids.where(there, vocabulary), True)[:, :vocabulary]
+
+
+def _plus(logp: Tensor, mass: Tensor) -> Tensor:
+    """Log of a probability and of `mass` more."""
+    return torch.logaddexp(logp, mass.log())
+
+
+def _rest(logp: Tensor, dropped: Tensor) -> Tensor:
+    """Log of the probability outside the kept columns [N, 1]."""
+    return log1mexp(logp.masked_fill(dropped, -math.inf).logsumexp(-1, keepdim=True))

@@ -1,0 +1,103 @@
+"""How much to soften: (student log-probabilities [N, V], Target before truncation) -> Softening.
+
+Temperatures are measured on the target before it is truncated (after it, a nucleus of one token would have spread 0)
+and applied after. All but `fixed` need whole distributions, so they are refused on a store of a part of them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kd.errors import UserError
+from kd.objective.target import Target
+
+
+class Softening(NamedTuple):
+    """What a temperature decides: tau of either side and the weight of the loss, each a number or one per position."""
+
+    teacher: Tensor | float
+    student: Tensor | float
+    weight: Tensor | float
+
+
+def fixed(student: Tensor, target: Target, tau: float = 1.0, student_tau: float = 1.0, tau2: bool = False) -> Softening:
+    """One temperature for the teacher and one for the student (Hinton et al. 2015, arXiv 1503.02531).
+
+    tau2 multiplies the loss by the teacher's tau squared, which keeps gradients of the same size when both sides are
+    softened. Raises UserError for a temperature that is not above 0.
+    """
+    _positive("temperature.tau", tau)
+    _positive("temperature.student_tau", student_tau)
+    return Softening(tau, student_tau, tau**2 if tau2 else 1.0)
+
+
+def normkd(student: Tensor, target: Target, tau: float = 1.0) -> Softening:
+    """tau times the standard deviation of the logits, for each position and side, and the loss times teacher tau².
+
+    Chi et al. 2023 (NormKD), arXiv 2308.00520. Raises UserError for tau not above 0.
+    """
+    _positive("temperature.tau", tau)
+    # A spread of 0 (a uniform row) has nothing to divide by; 1e-3 leaves it uniform.
+    teacher = (tau * _spread(target.logp)).clamp(min=1e-3)
+    return Softening(teacher, (tau * _spread(student)).clamp(min=1e-3), teacher.square())
+
+
+def std(student: Tensor, target: Target, tau: float = 0.5) -> Softening:
+    """tau times the standard deviation of the teacher's logits, for each position; the student stays as it is.
+
+    In the place of AdaKD_SD of Peng et al. 2024, arXiv 2410.16215, table 3, whose formula is not known here. This is
+    the teacher's side of Sun et al. 2024 (logit standardisation), arXiv 2403.01427: every target has logits of one
+    spread. Its student's side is left out, as Peng et al. soften the teacher alone; normkd has both. Raises UserError
+    for tau not above 0.
+    """
+    _positive("temperature.tau", tau)
+    return Softening((tau * _spread(target.logp)).clamp(min=1e-3), 1.0, 1.0)
+
+
+def entropy(student: Tensor, target: Target, tau: float = 2.0, theta: float = 1.0) -> Softening:
+    """tau * 0.8^(theta / H) for a teacher's entropy of H nats, for each position; the student stays as it is.
+
+    In the place of AdaKD_H of Peng et al. 2024, arXiv 2410.16215, table 3, whose formula is not known here. This one is
+    of Zhang et al. 2024 (EDT), arXiv 2403.14541, there of a temperature to sample with: from 0 where the teacher is
+    sure, which leaves its first token alone, to tau where it is not. theta=0 is fixed. Raises UserError for tau not
+    above 0 or theta below 0.
+    """
+    _positive("temperature.tau", tau)
+    if not 0 <= theta < math.inf:
+        raise UserError(f"temperature.theta={theta}: need a number of at least 0 (0 leaves the temperature at tau).")
+    uncertainty = target.entropy(student.shape[-1]).clamp(min=1e-6)  # of none, nothing can be divided by
+    return Softening((tau * 0.8 ** (theta / uncertainty)).clamp(min=1e-3), 1.0, 1.0)
+
+
+def wttm(student: Tensor, target: Target, tau: float = 2.0) -> Softening:
+    """Weighted transformed teacher matching: p^(1/tau) on the teacher alone, the loss times S = sum p^(1/tau).
+
+    Zheng & Yang 2024, arXiv 2402.11148, eq. 12. Raises UserError for tau not above 0.
+    """
+    _positive("temperature.tau", tau)
+    return Softening(tau, 1.0, (target.logp / tau).logsumexp(-1).exp())
+
+
+def soften(student: Tensor, tau: Tensor | float) -> Tensor:
+    """Student log-probabilities [N, V] at temperature tau, a number or one per position [N]."""
+    if isinstance(tau, float | int):
+        return student if tau == 1 else (student / tau).log_softmax(-1)
+    return (student / tau[:, None]).log_softmax(-1)
+
+
+def _spread(logp: Tensor) -> Tensor:
+    """Standard deviation over the columns that are there [N]; log-probabilities are logits up to a constant."""
+    there = logp > -math.inf
+    count = there.sum(-1, keepdim=True)
+    values = logp.masked_fill(~there, 0)
+    gap = (values - values.sum(-1, keepdim=True) / count).masked_fill(~there, 0)
+    # The root has no slope at 0, where the gradient would be NaN.
+    return (gap.square().sum(-1) / (count[:, 0] - 1).clamp(min=1)).clamp(min=1e-12).sqrt()
+
+
+def _positive(option: str, tau: float) -> None:
+    if not (tau > 0 and math.isfinite(tau)):
+        raise UserError(f"{option}={tau}: need a number above 0 (1 leaves the distribution as it is).")

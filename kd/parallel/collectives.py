@@ -1,0 +1,88 @@
+"""Collective operations over the ranks of a run; with one process they are the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+BUCKET = 2**24  # gradients that are summed at once
+
+
+def count() -> int:
+    """How many processes work on this run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def number() -> int:
+    """Which of them this one is; 0 is the one that writes files."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share(rows: int) -> slice:
+    """Which of so many rows are this rank's: as many for each as can be, the first ranks have one more."""
+    each, more = divmod(rows, count())
+    start = number() * each + min(number(), more)
+    return slice(start, start + each + (number() < more))
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of `values` over all ranks, in place."""
+    if count() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def any_of(here: bool) -> bool:
+    """Whether it is so on any rank."""
+    if count() == 1:
+        return here
+    return bool(total(torch.tensor(int(here))))  # by gloo, whatever the device
+
+
+def gather(value) -> list:
+    """The values of all ranks, in their order."""
+    if count() == 1:
+        return [value]
+    values = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Add up the gradients of all ranks, so that every one has those of the whole batch."""
+    if count() == 1:
+        return
+    # Of a model in shards the gradients are summed as they are made.
+    left = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+    while left:
+        bucket, size = [], 0
+        while left and (not bucket or (size + left[0].numel() <= BUCKET and left[0].dtype == bucket[0].dtype)):
+            bucket.append(left.pop(0))
+            size += bucket[-1].numel()
+        flat = torch.cat([grad.reshape(-1) for grad in bucket])
+        dist.all_reduce(flat)
+        for grad, summed in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+            grad.copy_(summed.view_as(grad))
+
+
+def same_start(model: torch.nn.Module) -> None:
+    """Give all ranks the weights of the first, and each a stream of random numbers (dropout) of its own."""
+    if count() > 1:
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.data, 0)
+        torch.manual_seed(torch.initial_seed() + number())
+
+
+def processor(accelerator: str) -> str:
+    """cpu or cuda: what several ranks compute on."""
+    return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+def device(accelerator: str) -> torch.device:
+    """What this rank computes on."""
+    kind = processor(accelerator)
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)

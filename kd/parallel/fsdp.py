@@ -1,0 +1,225 @@
+"""Models too large for one device: FSDP2 of student and teacher, and their checkpoints, in shards and asynchronous."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shlex
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from kd.errors import UserError
+from kd.models.causal_lm import Causal
+from kd.parallel import collectives
+from kd.system import files
+from kd.system.checkpoint_files import load, seal
+from kd.system.hardware import capacity
+
+META = "meta.pt"  # what of a checkpoint is no weight and no state of an optimizer
+FILE = re.compile(r"__\d+_\d+\.distcp")
+INDEX = "index.json"  # what is where in the files of the ranks
+
+
+def shard(model: Causal, device: torch.device) -> None:
+    """Leave on each rank its part of every weight, in place; layers are put together one by one as they compute.
+
+    Gradients are summed over ranks, not averaged. The output layer is computed with by itself, after hidden(), so it
+    belongs, with the embeddings, to what is kept whole from there to the end of the backward pass.
+    """
+    mesh = init_device_mesh(device.type, (collectives.count(),))
+    for module in list(model.modules()):
+        if isinstance(module, torch.nn.ModuleList):
+            for layer in module:
+                fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "hidden")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, DTensor)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that the ranks hold parts of; all of them have to ask."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All weights of a sharded model, on the CPU of the first rank; empty on the others. All of them have to ask."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+class Sharded(ModelParallelStrategy):
+    """Lightning's FSDP2, whose checkpoints are written while the training goes on.
+
+    A checkpoint is a folder with a file per rank. It gets its name and its digest when all of it is on the disk.
+    """
+
+    def __init__(self, count: int):
+        super().__init__(data_parallel_size=count, tensor_parallel_size=1)
+        self.writing = None  # the checkpoint on its way
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.group = None
+
+    def save_checkpoint(self, checkpoint: dict, filepath, storage_options=None) -> None:
+        self.finish_writing()
+        if self.group is None:  # its collectives run beside those of the training
+            self.group = dist.new_group(backend="gloo")
+        path = Path(filepath)
+        temporary = path.with_name(f".{path.name}.ranks.tmp")
+        if collectives.number() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        dist.barrier(self.group)
+        state = {"state_dict": checkpoint.pop("state_dict")}
+        state |= {f"optimizer_{i}": value for i, value in enumerate(checkpoint.pop("optimizer_states", []))}
+        if collectives.number() == 0:
+            torch.save(checkpoint, temporary / META)
+        future = dcp.async_save(state, storage_writer=Writer(temporary), process_group=self.group)
+        self.writing = self.thread.submit(self._seal, future, temporary, path)
+
+    def _seal(self, future, temporary: Path, path: Path) -> None:
+        future.result()  # on the first rank: of all of them
+        if collectives.number() == 0:
+            seal(temporary, path)
+
+    def finish_writing(self) -> None:
+        """Wait for the checkpoint on its way; raises what went wrong with it."""
+        if self.writing is not None:
+            self.writing.result()
+            self.writing = None
+
+    def load_checkpoint(self, checkpoint_path, weights_only=None) -> dict:
+        """As Lightning does it, but for our reader: torch's own runs what it finds in a checkpoint."""
+        path = Path(checkpoint_path)
+        state = {"state_dict": get_model_state_dict(self.model)}
+        read(state, path)
+        self.model.load_state_dict(state["state_dict"])
+        for number, optimizer in enumerate(self.optimizers):
+            state = {f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)}
+            read(state, path)
+            whole = state[f"optimizer_{number}"]
+            set_optimizer_state_dict(self.model, optimizer, whole, options=StateDictOptions(cpu_offload=True))
+        return load(path / META)
+
+
+class Writer(dcp.FileSystemWriter):
+    """torch's writer of shards, with an index in JSON where it has a pickle, which can run code when it is read.
+
+    index.json: per name of a tensor its type, size and chunks, each at an offset of the tensor and a place in a file;
+    per name of anything else a place alone.
+    """
+
+    def finish(self, metadata: Metadata, results) -> None:
+        places = {result.index: result.storage_data for rank in results for result in rank}
+        index = {}
+        for name, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                chunks = [
+                    {"offset": list(chunk.offsets), "size": list(chunk.sizes)}
+                    | _place(places[MetadataIndex(name, chunk.offsets)])
+                    for chunk in entry.chunks
+                ]
+                dtype = str(entry.properties.dtype).removeprefix("torch.")
+                index[name] = {"dtype": dtype, "size": list(entry.size), "chunks": chunks}
+            else:
+                index[name] = _place(places[MetadataIndex(name)])
+        files.write_json(Path(self.path) / INDEX, index)
+
+
+def _place(info: _StorageInfo) -> dict:
+    return {"file": info.relative_path, "start": info.offset, "length": info.length}
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads what Writer wrote, and nothing else."""
+
+    def read_metadata(self, *args, **kwargs) -> Metadata:
+        try:
+            index = json.loads((Path(self.path) / INDEX).read_text())
+            return _metadata(index)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            where = shlex.join(["rm", "-r", str(Path(self.path).parent)])
+            raise UserError(f"{self.path} is no checkpoint of kd ({error}). Should it be from elsewhere, remove it:\n"
+                            f"  {where}") from None  # fmt: skip
+
+
+def _metadata(index: dict) -> Metadata:
+    """The index as torch holds it; raises an error of some kind for one that Writer did not write."""
+    entries, places = {}, {}
+
+    def place(of: dict) -> _StorageInfo:
+        if not FILE.fullmatch(of["file"]):
+            raise ValueError(f"{of['file']} is no file of it")
+        return _StorageInfo(of["file"], int(of["start"]), int(of["length"]))
+
+    for name, entry in index.items():
+        if "dtype" not in entry:
+            entries[name], places[MetadataIndex(name)] = BytesStorageMetadata(), place(entry)
+            continue
+        dtype = getattr(torch, entry["dtype"])
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{entry['dtype']} is no type of numbers")
+        chunks = [ChunkStorageMetadata(torch.Size(c["offset"]), torch.Size(c["size"])) for c in entry["chunks"]]
+        entries[name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(entry["size"]), chunks)
+        places |= {MetadataIndex(name, c["offset"]): place(c) for c in entry["chunks"]}
+    return Metadata(entries, storage_data=places, storage_meta=StorageMeta())
+
+
+class Plain(dcp.DefaultLoadPlanner):
+    """What is no tensor (settings of the optimizer) is read as plain containers alone; torch's own runs it."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+
+    def load_bytes(self, read_item, value: io.BytesIO) -> None:
+        again = io.BytesIO()
+        torch.save(load(self.path, part=value), again)
+        again.seek(0)
+        super().load_bytes(read_item, again)
+
+
+def read(state: dict, path: Path, **settings) -> None:
+    """Fill `state` from the shards at path; all ranks have to. Raises UserError for what Writer did not write."""
+    try:
+        dcp.load(state, storage_reader=Reader(path), planner=Plain(path), **settings)
+    except CheckpointException as error:  # torch's own, which is no Exception
+        raise next(failure for failure, _ in error.failures.values()) from None
+
+
+def fits(parameters: int, size: int, device: torch.device) -> bool:
+    """Whether a whole teacher, at so many bytes per parameter, takes at most a quarter of each rank's memory."""
+    sharing = 1 if device.type == "cuda" else collectives.count()
+    return parameters * size <= capacity(device) / sharing / 4

@@ -1,0 +1,1 @@
+"""Text that student or teacher writes during training."""

@@ -1,0 +1,239 @@
+"""Text that a model writes: sampling with a cache of keys and values, from a student, a teacher or a mixture of both.
+
+Which tokens a row gets is a function of the row, its own seed and the weights: neither the other rows of its batch nor
+their order have a part in it, but for rounding. q is the student and p the teacher, here as everywhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional
+from transformers import DynamicCache
+
+from kd.data.batches import IGNORE, Batch
+from kd.errors import UserError
+from kd.models.causal_lm import Causal
+from kd.objective.chunked import log_probabilities
+from kd.objective.truncation import drawn, nucleus, uniform
+from kd.parallel import collectives
+
+
+class Sampled(NamedTuple):
+    """What is known of text that a model wrote, per position [B, T] like its labels, 0 where none is counted.
+
+    Probabilities are those at temperature 1 with no token cut off, as they were when it was written. None: not known.
+    """
+
+    student: Tensor | None = None  # log q(y)
+    teacher: Tensor | None = None  # log p(y)
+    importance: Tensor | None = None  # q(y) / p~(y) of this token alone, where p~ is what it was drawn from
+    advantage: Tensor | None = None  # what the text that follows is worth, see kd/rollout/strategies.py
+    by_student: Tensor | None = None  # 1 where the student wrote the row, 0 where it is data or the teacher's
+
+    def split(self, rows: int) -> list[Sampled]:
+        """At most `rows` rows each, like Tensor.split."""
+        known = {name: x.split(rows) for name, x in self._asdict().items() if x is not None}
+        return [Sampled(**dict(zip(known, parts, strict=True))) for parts in zip(*known.values(), strict=True)]
+
+    def at(self, kept: Tensor) -> dict[str, Tensor]:
+        """What is known, by name, of the positions where kept [B, T] is true."""
+        return {name: x[kept] for name, x in self._asdict().items() if x is not None}
+
+
+@torch.no_grad()
+def write(
+    batch: Batch, end: int, seed: Tensor, student: Causal | None = None, teacher: Causal | None = None,
+    share: float = 0.0, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
+    max_tokens: int | None = None, watch: Callable[[int, int], None] = lambda done, tokens: None,
+) -> Batch:  # fmt: skip
+    """The batch with new responses to its prompts, and what is known of them in `sampled`.
+
+    A prompt is all of a row before the first token that counts; a row without one stays as it is. A response goes on
+    until the token `end` is written, until there are `max_tokens`, or until the row has T + 1 tokens, of which ids and
+    labels [B, T] are made. Its tokens count, the end too, and the padding behind them does not.
+
+    They are drawn from p~ = share * p + (1 - share) * q, or from the one model that is given, softened by `temperature`
+    (0: always the most probable), then cut to top_k tokens, and these to the top_p of what they hold. seed [B]: of the
+    draws of each row. No gradient, and models in eval mode, whatever they were in. watch is told after each step how
+    many rows are done and how many tokens were written. Raises UserError for a model that says something else of a text
+    when it reads it in parts.
+    """
+    length = batch.ids.shape[1]
+    prompt, tokens = prompts(batch, end)
+    room = (length + 1 - prompt).clamp(0, max_tokens)  # [B] tokens that may be written
+    labels, points = torch.full_like(batch.labels, IGNORE), uniform(seed, length)  # [B, T]
+    names = (*(("student", "importance") if student else ()), *(("teacher",) if teacher else ()))
+    known = {name: torch.zeros(labels.shape, device=labels.device) for name in names}
+    rows, count = (room > 0).nonzero()[:, 0], 0  # [b] those that are being written, and how many tokens each has got
+    written = 0
+    with _reading(student, teacher, length) as readers:
+        ids, positions, mask = _left_padded(tokens[rows], prompt[rows])
+        while _going_on(len(rows), readers):
+            said = {name: reader(ids, positions, mask) for name, reader in readers.items()}
+            choice = _softened(_mixture(list(said.values()), share), temperature, top_k, top_p)  # [b, V]
+            at = prompt[rows] + count - 1  # [b] the place of the new token among labels
+            token = drawn(choice.exp(), points[rows, at][:, None])  # [b, 1]
+            if student:
+                known["importance"][rows, at] = (said["student"] - choice).gather(-1, token)[:, 0].exp()
+            for name, logp in said.items():
+                known[name][rows, at] = logp.gather(-1, token)[:, 0]
+            tokens[rows, at + 1] = labels[rows, at] = token[:, 0]
+            count += 1
+            left = ((token[:, 0] != end) & (count < room[rows])).nonzero()[:, 0]
+            for reader in readers.values():
+                reader.keep(left)
+            rows, ids, positions = rows[left], token[left], at[left, None] + 1
+            mask = functional.pad(mask[left], (0, 1), value=True)
+            written += len(token)
+            watch(len(room) - len(rows), written)
+    sampled = Sampled(**known, by_student=(labels != IGNORE).float() * (student is not None))
+    return batch._replace(ids=tokens[:, :-1].contiguous(), labels=labels, stored=None, sampled=sampled)
+
+
+def prompts(batch: Batch, end: int) -> tuple[Tensor, Tensor]:
+    """How many tokens the prompt of each row has [B], and the rows [B, T+1] with `end` for all behind it."""
+    prompt, place = lengths(batch), torch.arange(batch.ids.shape[1] + 1, device=batch.ids.device)
+    return prompt, functional.pad(batch.ids, (0, 1), value=end).masked_fill(place >= prompt[:, None], end)
+
+
+def lengths(batch: Batch) -> Tensor:
+    """Tokens of each row's prompt [B]: all before the first that counts, T + 1 where none does."""
+    counted = batch.labels != IGNORE
+    return torch.where(counted.any(-1), counted.int().argmax(-1) + 1, counted.shape[1] + 1)
+
+
+class _Reader:
+    """A model that reads rows piece by piece, and keeps the keys and values of what it has read."""
+
+    def __init__(self, model: Causal):
+        self.model, self.rows = model, 0
+        self.takes = inspect.signature(model.model.base_model.forward).parameters
+        self.cache = DynamicCache(config=model.model.config)
+
+    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """Log-probabilities [b, V] of the tokens after ids [b, t]; mask [b, all that was read] is false at padding."""
+        self.rows = len(ids)
+        if not self.rows:  # of a rank that has written all of its own: others wait for the parts that it holds
+            ids, positions, mask = (x.new_zeros(1, 1) for x in (ids, positions, mask))
+            self.cache = DynamicCache(config=self.model.model.config)
+        given = {"attention_mask": mask, "past_key_values": self.cache, "use_cache": True}
+        if "position_ids" in self.takes:  # models without them count by the mask
+            given["position_ids"] = positions
+        return log_probabilities(self.model.head, self.model.hidden(ids, **given)[: self.rows, -1])
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the rows."""
+        if len(rows) < self.rows:
+            self.cache.reorder_cache(rows)
+
+
+@contextmanager
+def _reading(student: Causal | None, teacher: Causal | None, length: int) -> Iterator[dict[str, _Reader]]:
+    """Readers of the models that are given, in eval mode for so long."""
+    models = {name: model for name, model in (("student", student), ("teacher", teacher)) if model}
+    with evaluated(*models.values()):
+        for model in models.values():
+            check(model, length)
+        yield {name: _Reader(model) for name, model in models.items()}
+
+
+@contextmanager
+def evaluated(*models: Causal) -> Iterator[None]:
+    """Models in eval mode, within a training step."""
+    training = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        with torch.compiler.set_stance("force_eager"):  # what is compiled would be compiled anew for every length
+            yield
+    finally:
+        for model, was in zip(models, training, strict=True):
+            model.train(was)
+        torch.clear_autocast_cache()  # of weights cast without a gradient, which the training step would use
+
+
+_checked: WeakSet[Causal] = WeakSet()
+
+
+def check(model: Causal, length: int) -> None:
+    """Raise UserError unless a model in eval mode says of texts of `length` tokens in parts what it says of them whole.
+
+    One text is so long, and one is half of it, behind padding; all but the last few tokens are read at once, and these
+    one by one. Done once for each model.
+    """
+    if model in _checked:
+        return
+    weight = next(model.parameters())
+    text = torch.arange(length, device=weight.device)[None] % model.head.vocab
+    size = torch.tensor([length, (length + 1) // 2], device=text.device)
+    ids, positions, mask = _left_padded(text.expand(2, -1), size)
+    with torch.autocast(weight.device.type, enabled=False):
+        whole = log_probabilities(model.head, model.hidden(text)[0, size - 1])  # [2, V]
+        check_cache(model)
+        reader, start = _Reader(model), 0
+        for end in range(length - min(3, int(size[1]) - 1), length + 1):
+            parts = reader(ids[:, start:end], positions[:, start:end], mask[:, :end])
+            start = end
+    spread = whole.amax() - whole.amin()
+    off = ((whole - parts).abs().max() / spread.clamp(min=1e-6)).item()
+    if not off < (1e-3 if weight.dtype == torch.float32 else 0.1):
+        raise UserError(_unreadable(model, f"what it says is then off by {off:.1%}"))
+    _checked.add(model)
+
+
+def check_cache(model: Causal) -> None:
+    """Raise UserError for a model that keeps no keys and values, as a state-space model."""
+    if "past_key_values" not in inspect.signature(model.model.base_model.forward).parameters:
+        raise UserError(_unreadable(model, "it has no past_key_values"))
+
+
+def _unreadable(model: Causal, why: str) -> str:
+    return (
+        f"{type(model.model).__name__} cannot read a text piece by piece as kd does it, with a cache and padding on "
+        f"the left: {why}. So it can write none here: take another model, or plain text (data=text) without a rollout."
+    )
+
+
+def _left_padded(tokens: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first `size` [b] of tokens [b, .], their positions, and what of it is no padding, each [b, largest size]."""
+    widest = int(size.max()) if len(size) else 0
+    positions = torch.arange(widest, device=size.device) - (widest - size)[:, None]
+    mask, positions = positions >= 0, positions.clamp(min=0)
+    return tokens.gather(-1, positions), positions, mask
+
+
+def _going_on(rows: int, readers: dict[str, _Reader]) -> bool:
+    """Whether there are rows to write, here, or on any of the ranks that hold parts of a model."""
+    together = any(isinstance(reader.model, FSDPModule) for reader in readers.values())
+    return collectives.any_of(rows > 0) if together else rows > 0
+
+
+def _mixture(said: list[Tensor], share: float) -> Tensor:
+    """log(share * p + (1 - share) * q) of log-probabilities [q, p], or of one alone."""
+    q, p = said[0], said[-1]
+    if len(said) == 1 or share == 0:
+        return q
+    return p if share == 1 else torch.logaddexp(p + math.log(share), q + math.log1p(-share))
+
+
+def _softened(logp: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
+    """Log-probabilities [b, V] of what tokens are drawn from."""
+    if temperature == 0:
+        return torch.full_like(logp, -math.inf).scatter(-1, logp.argmax(-1, keepdim=True), 0.0)
+    if temperature != 1:
+        logp = (logp / temperature).log_softmax(-1)
+    if top_k is not None and top_k < logp.shape[-1]:
+        logp = logp.masked_fill(logp < logp.topk(top_k).values[:, -1:], -math.inf).log_softmax(-1)
+    if top_p < 1:
+        ordered, column = logp.sort(descending=True)
+        logp = torch.full_like(logp, -math.inf).scatter(-1, column, nucleus(ordered, top_p)).log_softmax(-1)
+    return logp

@@ -1,0 +1,102 @@
+"""Data whose responses a teacher wrote, once: rows like those of kd/data/packing.py, in a folder of their own.
+
+Sequence-level distillation, SeqKD: Kim & Rush 2016, arXiv 1606.07947. What is killed on the way goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from lightning.fabric.utilities import move_data_to_device
+
+from kd.data import packing
+from kd.data.batches import Packed, to_batch
+from kd.rollout.strategies import Rollout, Writers, as_rows
+from kd.system import files
+
+AT_ONCE = 64  # rows that are written together, and kept in a file
+
+
+def by_teacher(
+    packed: Packed, folder: Path, rollout: Callable[[Writers], Rollout], writers: Callable[[], Writers],
+    sides: tuple[str, ...] = ("train",),
+) -> Packed:  # fmt: skip
+    """The packed examples with the teacher's responses, made in `folder` where they are not there yet.
+
+    sides: those that get them, train, val or both. In validation a response that the data has stays the reference.
+    """
+    parts = folder.with_name(f"{folder.name}.parts")
+
+    def make(temporary: Path) -> None:
+        given = cache(writers)
+        written = {side: _all_parts(packed, side, parts, rollout, given) for side in sides}
+        shutil.copytree(packed.folder, temporary)
+        for side, (tokens, spans) in written.items():
+            np.save(temporary / f"{side}.npy", tokens.astype(packed.train.dtype))
+            np.save(temporary / f"{side}_spans.npy", spans)
+        about = json.loads((temporary / "manifest.json").read_text())
+        about = {k: v for k, v in about.items() if k not in ("digest", "digests")}
+        spans = written["train"][1] if "train" in sides else packed.train_spans
+        packing.seal(temporary, about | {"train_tokens": int(spans[:, 1].sum()), "written": folder.name})
+
+    made = packing.once(folder, make)
+    shutil.rmtree(parts, ignore_errors=True)
+    return made
+
+
+def _all_parts(packed: Packed, side: str, parts: Path, rollout, writers) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [R, T + 1] and spans [R, 2] of all rows of a side; what the teacher wrote is kept in files of `parts`."""
+    from kd.system.console import clock, console, track
+
+    parts.mkdir(exist_ok=True)
+    rows, asked = (packed.train, packed.train_spans) if side == "train" else (packed.val, packed.val_spans)
+    name, salt = ("", []) if side == "train" else ("val-", [1])
+    chosen = np.flatnonzero(_without_response(packed)) if side == "val" else np.arange(len(rows))
+    paths = {start: parts / f"{name}{start:09}.npz" for start in range(0, len(chosen), AT_ONCE)}
+    missing = [start for start, path in paths.items() if not whole(path)]
+    if missing:
+        given = writers()
+        write, before = rollout(given), (given.tokens, given.seconds)
+        for start in track(missing, "the teacher writes"):
+            index = chosen[start : start + AT_ONCE]
+            shape = (len(index), rows.shape[1] - 1)
+            seed = np.random.default_rng([given.seed, start, *salt]).integers(0, 2**62, shape)
+            batch = to_batch(rows[index], index, seed, asked[index])
+            new = as_rows(write(move_data_to_device(batch, given.teacher.model.device), 0, 0.0))
+            keep(paths[start], tokens=new["tokens"].numpy(), span=new["span"].numpy())
+        tokens, seconds = given.tokens - before[0], given.seconds - before[1]
+        console.print(f"The teacher wrote {tokens:,} tokens in {clock(seconds)}, {tokens / seconds:,.0f} tokens/s.")
+    tokens, spans = np.array(rows), np.array(asked)
+    for start, path in paths.items():
+        index, part = chosen[start : start + AT_ONCE], np.load(path)
+        tokens[index], spans[index] = part["tokens"], part["span"]
+    return tokens, spans
+
+
+def _without_response(packed: Packed) -> np.ndarray:
+    """Which validation rows have nothing but the end behind their prompt, [R]."""
+    first, end = packed.val_spans.T
+    return (end - first == 1) & (packed.val[np.arange(len(packed.val)), first] == packed.end)
+
+
+def keep(path: Path, **arrays: np.ndarray) -> None:
+    """Write arrays as an .npz file, whole or not at all."""
+    with files.atomic(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def whole(path: Path) -> bool:
+    """Whether what keep() wrote is there, as it was written."""
+    if not path.exists():
+        return False
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except zipfile.BadZipFile:
+        return False

@@ -1,0 +1,116 @@
+"""Text that vLLM writes in place of kd/rollout/generate.py, of one model that draws from its own distribution.
+
+Each row has a seed of its own here too, but vLLM's rounding depends on what it computes together, so a resumed run may
+write other tokens than an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import os
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from kd.data.batches import IGNORE, Batch
+from kd.errors import UserError, first_line
+from kd.models.causal_lm import Causal
+from kd.rollout.generate import Sampled, evaluated, prompts
+
+SHARE = 0.3  # of a GPU's memory for vLLM's weights and cache; training takes the rest
+OFF = 0.1  # nats by which the two may differ on a token, in the mean: rounding in bfloat16 is some hundredths
+
+
+class Engine:
+    """A model in vLLM, which reads prompts and writes at most `length` + 1 tokens in all, or as many as it reads.
+
+    learns: whether its weights change, so that they are given to vLLM before each batch.
+    """
+
+    def __init__(self, model: Causal, length: int, learns: bool):
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm import LLM
+
+        self.model, self.learns = model, learns
+        self.folder = TemporaryDirectory(prefix="kd-vllm-")
+        weight = next(model.parameters())
+        device = weight.device.type
+        half = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if half else weight.dtype
+        # The last token of a row is never read, but vLLM counts it among those that a model can read.
+        reads = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or length + 1
+        self.most = min(length + 1, reads)
+        self._save()
+        try:
+            self.llm = LLM(
+                self.folder.name, skip_tokenizer_init=True, dtype=str(dtype).removeprefix("torch."), seed=0,
+                max_model_len=self.most, gpu_memory_utilization=SHARE, enable_prefix_caching=False,
+                enforce_eager=device == "cpu", generation_config="vllm", disable_log_stats=True,
+            )  # fmt: skip
+        except Exception as error:  # of many kinds
+            raise UserError(
+                f"rollout.engine=vllm: vLLM could not load {type(model.model).__name__} ({type(error).__name__}: "
+                f"{first_line(error)}). Type rollout.engine=kd."
+            ) from error
+
+    def _save(self) -> None:
+        self.model.model.save_pretrained(self.folder.name, safe_serialization=True)
+
+    @torch.no_grad()
+    def write(
+        self, batch: Batch, end: int, seed: Tensor, temperature: float = 1.0, top_k: int | None = None,
+        top_p: float = 1.0, max_tokens: int | None = None,
+    ) -> Batch:  # fmt: skip
+        """As kd.rollout.generate.write with one model, but that no probabilities are known of what is written.
+
+        Raises UserError where vLLM's model is not ours, as by weights that it did not take.
+        """
+        from vllm import SamplingParams
+
+        if self.learns:
+            self._save()
+            self.llm.collective_rpc("reload_weights")
+        prompt, tokens = (x.cpu() for x in prompts(batch, end))
+        prompt, labels = prompt.tolist(), torch.full(batch.labels.shape, IGNORE)
+        rows = [row for row, size in enumerate(prompt) if size < self.most]
+        # What only pads the output layer is no token; kd.models.causal_lm.Head leaves it out.
+        beyond = range(self.model.head.vocab, self.model.model.get_output_embeddings().weight.shape[0])
+        how = dict(temperature=temperature, top_k=top_k or 0, top_p=top_p, stop_token_ids=[end], ignore_eos=True,
+                   detokenize=False, logprobs=0, logit_bias=dict.fromkeys(beyond, -100.0) or None)  # fmt: skip
+        rooms = [min(self.most - prompt[row], max_tokens or self.most) for row in rows]
+        asked = [SamplingParams(**how, max_tokens=room, seed=int(seed[row])) for row, room in zip(rows, rooms)]
+        given = [{"prompt_token_ids": tokens[row, : prompt[row]].tolist()} for row in rows]
+        written = [of.outputs[0] for of in self.llm.generate(given, asked, use_tqdm=False)] if rows else []
+        for row, of in zip(rows, written, strict=True):
+            response = torch.tensor(of.token_ids)
+            tokens[row, prompt[row] : prompt[row] + len(response)] = response
+            labels[row, prompt[row] - 1 : prompt[row] - 1 + len(response)] = response
+        device = batch.ids.device
+        ids, labels = tokens[:, :-1].contiguous().to(device), labels.to(device)
+        if rows:  # the longest, which says most
+            row, of = max(zip(rows, written, strict=True), key=lambda pair: len(pair[1].token_ids))
+            said = [said[token].logprob for token, said in zip(of.token_ids, of.logprobs, strict=True)]
+            self._compare(ids[row], labels[row], said)
+        by_student = (labels != IGNORE).float() * self.learns
+        return batch._replace(ids=ids, labels=labels, stored=None, sampled=Sampled(by_student=by_student))
+
+    def _compare(self, ids: Tensor, labels: Tensor, theirs: list[float]) -> None:
+        """Raise UserError unless our model says of a row [T] what vLLM said when it wrote it."""
+        kept = labels != IGNORE
+        with evaluated(self.model):
+            ours = self.model.model(input_ids=ids[None], use_cache=False).logits[0, kept].float().log_softmax(-1)
+        ours = ours.gather(-1, labels[kept, None])[:, 0]
+        off = (ours - torch.tensor(theirs, device=ids.device)).abs().mean().item()
+        if not off < OFF:
+            raise UserError(
+                f"vLLM says something else than {type(self.model.model).__name__} itself, by {off:.2f} nats a token: "
+                "it did not take the weights, or computes otherwise. Type rollout.engine=kd."
+            )
+
+
+def check_installed() -> None:
+    """Raise UserError without vLLM."""
+    from importlib.util import find_spec
+
+    if find_spec("vllm") is None:
+        raise UserError("rollout.engine=vllm needs vLLM, and a GPU: type pip install 'kd[vllm]'.")

@@ -1,0 +1,182 @@
+"""What a run is called: its settings that change what comes out, and what is told of them elsewhere."""
+
+from __future__ import annotations
+from kd.config.rules import NO_SIGNAL
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import xxhash
+
+# What a run is called, where it is kept and how often it is saved change nothing of what comes out.
+NO_EFFECT = (
+    "root", "scale", "sweep", "n_jobs", "on_failure", "plan", "force", "token_names", "logger",
+    "trainer.checkpoint_every",
+    "trainer.accelerator",
+    "trainer.devices", "trainer.strategy", "trainer.shard_teacher",  # by rounding alone
+    "record.path",
+    "truncation.biased",  # accepted or refused, the draws are the same
+)  # fmt: skip
+# No part of a run's name: of the last three, what was made of them is.
+NO_PART = (*NO_EFFECT, "logits.path", "plain", "start")
+
+# Options that are newer than the names of existing runs. One that has the value given here is left out of the name, so
+# that adding it renames no run. A default that changes must rename: it does not belong here.
+NEUTRAL: dict[str, object] = {"data.special": "text", "data.turns": "last", "data.date": None}
+
+# Settings that people filter, group and plot by; what is below them (alpha.peak) too.
+AXES = ("seed", "data.tokens", "logits", *NO_SIGNAL, "rollout", "lr", "optim")
+# More of them, and what dashboards call them. The history of a run has a number `lr` and a number `alpha`, so the names
+# of their schedules are called otherwise.
+CALLED = {
+    "trainer.steps": "steps", "trainer.batch": "batch", "trainer.micro_batch": "micro_batch",
+    "trainer.precision": "precision", "data.seq_len": "seq_len", "data.name": "data_name", "data.files": "data_files",
+    "lr": "lr_schedule", "alpha": "alpha_schedule",
+}  # fmt: skip
+TEACHING = {f"teacher.{name}": f"teacher_{name}" for name in ("steps", "batch", "lr", "seed", "precision")}
+
+
+def part_of_outcome(config: dict) -> dict:
+    """The settings of a flat config (kd.config.components.flat) that its outcome depends on.
+
+    How the teacher is made is part of the teacher's own run, and without a signal in training, nothing of how a signal
+    is treated is part of any.
+    """
+    without = (*NO_PART, *(NO_SIGNAL if config["logits"] == "none" else ()))
+    if config["data"] != "instructions":
+        without += ("responses",)
+    if config["logits"] not in ("offline", "recorded"):  # recording changes nothing of what is learned
+        without += ("record",)
+    part = {k: v for k, v in config.items() if not below(k, without) and not (k in NEUTRAL and v == NEUTRAL[k])}
+    seeded = config["logits"] == "cotrained" or config.get("rollout") == "teacher"  # which draws with it
+    own = ("teacher.size", "teacher.name", *(["teacher.seed"] if seeded else []))
+    part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in own}
+    part["trainer.compile"] = bool(part.get("trainer.compile"))  # null came later than the names that say false
+    return whole_as_float(part)
+
+
+def whole_as_float(config: dict) -> dict:
+    """A flat config with floats for whole numbers: tau=1 is tau=1.0."""
+    return {k: float(v) if type(v) is int else v for k, v in config.items()}
+
+
+def below(key: str, prefixes: Iterable[str]) -> bool:
+    """Whether a setting is one of prefixes or belongs to it: lr.peak to lr."""
+    return any(key == p or key.startswith(f"{p}.") for p in prefixes)
+
+
+def identity(config: dict, **digests) -> str:
+    """Name of a run's folder: what it is about, and a digest of all settings that change its outcome.
+
+    digests are those of the data, of plain text beside it, of local models and of the store, and the names of the runs
+    that make the teacher and what the student starts from.
+    """
+    part = part_of_outcome(config)
+    digest = xxhash.xxh3_128_hexdigest(json.dumps([part, digests], sort_keys=True).encode())[:12]
+    return f"{method(config)}-{model_name(config, 'student')}-{digest}"
+
+
+def method(config: dict) -> str:
+    """The loss of a flat config, lm where there is no signal from a teacher."""
+    return "lm" if config["logits"] == "none" else config["loss"]
+
+
+def model_name(config: dict, role: str) -> str | None:
+    """Size, or last part of the name, of the student or teacher in a flat config."""
+    name = config[f"{role}.size"] or config[f"{role}.name"]
+    return str(name).rstrip("/").rpartition("/")[2] if name else None
+
+
+def axes(config: dict, sizes: dict[str, tuple[int, int]]) -> dict[str, str | int | float | bool]:
+    """Return what a dashboard shows of a flat config: a level deep, scalars alone, and alpha_peak for alpha.peak.
+
+    W&B does not find keys with a dot in filters and panels. sizes: role -> parameters, and those without embeddings.
+    Language modelling alone is the loss lm with an alpha_peak of 0, so that it has a place on both axes.
+    """
+    called = CALLED | (TEACHING if trains_teacher(config) else {})
+    part = part_of_outcome(config)
+    keys = [k for k in config if (k in part and (below(k, AXES) or k in CALLED)) or (k in called and k in TEACHING)]
+    found = {called.get(k, k): config[k] for k in keys}
+    found |= {"data": config["data"], "loss": method(config)}
+    if isinstance(found.get("data_files"), list):
+        found["data_files"] = " ".join(map(str, found["data_files"]))
+    found |= {role: model_name(config, role) for role in ("student", "teacher")}
+    for role, (parameters, non_embedding) in sizes.items():
+        found |= {f"{role}_params": parameters, f"{role}_params_non_embedding": non_embedding}
+    found["tokens"] = config["trainer.steps"] * config["trainer.batch"] * config["data.seq_len"]
+    if found["loss"] == "lm":
+        found["alpha_peak"] = 0.0
+    return {k.replace(".", "_"): v for k, v in found.items() if isinstance(v, str | int | float)}
+
+
+def trains_teacher(config: dict) -> bool:
+    """Whether the teacher's own training settings have an effect."""
+    learns_from = config["logits"] not in ("none", "cotrained") or config.get("rollout") == "teacher"
+    return learns_from and bool(config["teacher.size"] or config.get("teacher.sft"))
+
+
+def nested(config: dict) -> dict:
+    """Return a flat config as settings of groups, the option of a group as its `option`: {"lr": {"peak": …}}."""
+    groups = {key.partition(".")[0] for key in config if "." in key}
+    out: dict = {group: {} for group in groups}
+    for key, value in config.items():
+        group, _, name = key.partition(".")
+        if group in groups:
+            out[group][name.replace(".", "_") or "option"] = value
+        else:
+            out[key] = value
+    return out
+
+
+def sizes_of(result: dict) -> dict[str, tuple[int, int]]:
+    """The sizes that axes() asks for, of a run that is done."""
+    roles = {"student": "", "teacher": "teacher_"}
+    found = {role: tuple(result.get(f"{of}{k}") for k in ("parameters", "non_embedding")) for role, of in roles.items()}
+    return {role: counts for role, counts in found.items() if None not in counts}
+
+
+def size_text(parameters: int, active: int | None) -> str:
+    """A number of parameters, and how many of them a token uses where that is fewer."""
+    return f"{parameters:,} parameters" + (f", {active:,} of them active" if active not in (None, parameters) else "")
+
+
+def about(name: str, config: dict, sizes: dict[str, tuple[int, int]], git: str | None = None) -> About:
+    """Return what W&B and TensorBoard show of a run: a readable name, what to group by, the axes and all settings.
+
+    git: revision of the code, as kd.runs.run.environment() has it.
+    """
+    how = method(config)
+    kind = "distil" if how != "lm" else "lm" if model_name(config, "teacher") else "teacher"
+    tags = [how, kind, str(config["data"])]
+    shown = axes(config, sizes) | ({"git": git} if git else {})
+    return About(name, readable(name, config), config.get("sweep"), kind, tags, shown, nested(config))
+
+
+def readable(name: str, config: dict) -> str:
+    """Return a name for tables and legends: what people vary most, and of the run's own name what makes it unique."""
+    parts = [method(config), model_name(config, "student"), f"lr{config['lr.peak']:g}" if "lr.peak" in config else None]
+    if config["logits"] != "none":
+        tau, kept = config.get("temperature.tau"), config["truncation"]
+        parts += [
+            f"from {model_name(config, 'teacher')}" if model_name(config, "teacher") else None,
+            f"alpha{config['alpha.peak']:g}" if "alpha.peak" in config else None,
+            f"tau{tau:g}" if tau not in (None, 1) else None,
+            kept if kept != "full" else None,
+            config["rollout"] if config["rollout"] != "none" else None,
+        ]
+    parts += [f"seed{config['seed']}", name.rpartition("-")[2][:4]]
+    return " ".join(str(part) for part in parts if part)
+
+
+@dataclass(frozen=True)
+class About:
+    """Description of a run for its views: shallow axes, since dashboards filter by them, and all settings beside."""
+
+    id: str
+    name: str
+    group: str | None
+    job_type: str
+    tags: list[str]
+    config: dict
+    settings: dict = field(default_factory=dict)

@@ -1,0 +1,187 @@
+"""The code that a result was made by: digests of the source of each chosen component, and what has changed since.
+
+A component is what a group of the config names: loss=akl, lr=cosine. Comments, docstrings, layout and place do not
+count: a digest is of the syntax tree. Nothing is imported, source files are parsed.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+from kd.system import files
+from kd.config.components import MODULES
+from kd.runs.identity import part_of_outcome
+from kd.runs.run import is_sealed
+
+PACKAGE = Path(__file__).parent.parent
+UNSEALED = "from before results were sealed: neither damage nor a change of code would be noticed"
+
+
+def sources(config: dict) -> dict[str, dict[str, str]]:
+    """Digests of the source behind a flat config: group -> name -> digest, of its function and what that uses.
+
+    What it uses is followed within its own module, through functions, classes and constants. Components of other
+    libraries (optim=adamw) have versions instead, in the result's environment.
+    """
+    chosen = [group for group in MODULES if group in part_of_outcome(config)]
+    return {group: code for group in chosen if (code := component(group, config.get(group)))}
+
+
+def component(group: str, name: str | None) -> dict[str, str]:
+    """Digests of the source of one component; none of another library's."""
+    module = _module(group, name)
+    return {used: _digest(module, used) for used in sorted(_used(module, name))} if module else {}
+
+
+def differences(kept: dict, now: dict, config: dict) -> list[str]:
+    """The components whose sources differ between two runs of one config, and the models that they learn from."""
+    found = []
+    for group, before in kept["sources"].items():
+        if changed := sorted(name for name, code in before.items() if now["sources"].get(group, {}).get(name) != code):
+            found.append(f"{group}={config.get(group)} ({', '.join(changed)})")
+    return found + [f"its {role}" for role, before in kept["origins"].items() if now["origins"].get(role) != before]
+
+
+def changes(result: dict) -> list[str]:
+    """The components of a result whose source is not what it was, in words: "loss=akl (akl, _gap)"."""
+    found, config = [], result["config"]
+    for group, kept in result.get("sources", {}).items():
+        module = _module(group, config.get(group))
+        changed = [name for name, digest in kept.items() if not module or _digest(module, name) != digest]
+        if changed:
+            found.append(f"{group}={config.get(group)} ({', '.join(changed)})")
+    return found
+
+
+def done_before(result: dict) -> str:
+    """When a result was made that is there already, and by which revision of kd."""
+    date, revision = result.get("date"), result["environment"].get("git")
+    return f"done before, {f'on {date}' if date else 'at an unknown time'}, git revision {revision or 'unknown'}"
+
+
+def origin(result: dict) -> dict:
+    """Return what a student keeps of the result of its teacher, or of the run that it starts from, for doubts()."""
+    sources = result.get("sources", {})
+    chosen = {group: result["config"].get(group) for group in sources}
+    return {
+        "run": result["run"], "sealed": is_sealed(result), "config": chosen, "sources": sources,
+        "origins": result.get("origins", {}),
+    }  # fmt: skip
+
+
+def doubts(result: dict) -> list[str]:
+    """Why a result may not be what this code would make of the same settings, and what to type."""
+    own, others = reasons(result), _reasons_of_origins(result)
+    if changes(result):
+        own[-1] += "; force=true makes the run anew"
+    if others:
+        others.append("to make such a run anew, remove its folder, and type the command of this run with force=true")
+    return own + others
+
+
+def reasons(result: dict) -> list[str]:
+    """The same of a result, or of an origin(), but for the runs that it came from, and without what to type."""
+    found = [] if result.get("sealed", is_sealed(result)) else [UNSEALED]
+    if changed := changes(result):
+        found.append(f"old: the code of {', '.join(changed)} has changed since")
+    return found
+
+
+def _reasons_of_origins(result: dict) -> list[str]:
+    """The same of the teacher, of the run that the student starts from, and of those that these start from."""
+    found = []
+    for role, origin in result.get("origins", {}).items():
+        found += [f"its {role} {origin['run']} is {reason}" for reason in reasons(origin)]
+        found += _reasons_of_origins(origin)
+    return list(dict.fromkeys(found))
+
+
+def doubts_of_many(results: Iterable[dict]) -> list[str]:
+    """The same of the results of a sweep, in sentences."""
+    results = list(results)
+    said, count = [], len(results)
+    if unsealed := sum(not is_sealed(result) for result in results):
+        said.append(f"{unsealed} of {count} runs were made before results were sealed: damage would not be noticed.")
+    if old := [changed for result in results if (changed := changes(result))]:
+        which = ", ".join(sorted({component for changed in old for component in changed}))
+        said.append(
+            f"{len(old)} of {count} runs are old: the code of {which} has changed since. force=true makes them anew."
+        )
+    if origins := sum(bool(_reasons_of_origins(result)) for result in results):
+        said.append(
+            f"The teacher or start of {origins} of {count} runs is old, or was made before results were sealed; "
+            "each run says which, and what to type, when it is shown."
+        )
+    return said
+
+
+def _module(group: str, name: str | None) -> str | None:
+    """The module of kd that defines a component; None for one of another library."""
+    return next((module for module in MODULES.get(group, "").split() if name in _definitions(module)), None)
+
+
+@cache
+def _definitions(module: str) -> dict[str, list[ast.stmt] | tuple[str, str]]:
+    """What a module defines at its top level, by name: statements, or module and name of what it imports from kd."""
+    found: dict[str, list[ast.stmt] | tuple[str, str]] = {}
+    for node in ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found[node.name] = [node]
+        elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for name in {x.id for target in targets for x in ast.walk(target) if isinstance(x, ast.Name)}:
+                found[name] = [*(old if isinstance(old := found.get(name), list) else []), node]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kd."):
+            found |= {x.asname or x.name: (node.module.removeprefix("kd."), x.name) for x in node.names}
+    return found
+
+
+@cache
+def _used(module: str, name: str) -> frozenset[str]:
+    """A name of a module and all names of the same module that its definition uses, directly or not."""
+    found, left = set(), [name]
+    while left:
+        one = left.pop()
+        definition = _definitions(module).get(one)
+        if one not in found and isinstance(definition, list):
+            found.add(one)
+            left += [name for node in definition for name in _names(node)]
+    return frozenset(found)
+
+
+def _names(node: ast.AST) -> set[str]:
+    """The names that a definition reads, without those that it binds itself: arguments, and what is assigned in it."""
+    names = set().union(*(_names(child) for child in ast.iter_child_nodes(node)))
+    if isinstance(node, ast.Name):
+        return {node.id} if isinstance(node.ctx, ast.Load) else set()
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        inner = [x for x in ast.walk(node) if x is not node]
+        names -= {x.arg for x in inner if isinstance(x, ast.arg)}
+        names -= {x.id for x in inner if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
+        names -= {x.name for x in inner if isinstance(x, ast.FunctionDef | ast.ExceptHandler)}
+        names -= {x.asname or x.name.partition(".")[0] for x in inner if isinstance(x, ast.alias)}
+    return names
+
+
+@cache
+def _digest(module: str, name: str) -> str | None:
+    """Digest of a definition, also where it has moved to a module that this one imports it from; None if it is gone."""
+    definition = _definitions(module).get(name)
+    if isinstance(definition, tuple):
+        return _digest(*definition) if (PACKAGE / f"{definition[0].replace('.', '/')}.py").exists() else None
+    return definition and files.digest_of([_plain(node) for node in definition])[:16]
+
+
+def _plain(node):
+    """A syntax tree as nested lists without docstrings, places and empty fields, which versions of Python differ in."""
+    if isinstance(node, list):
+        return [_plain(x) for x in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = {name: value for name, value in ast.iter_fields(node) if value not in (None, [])}
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+        fields["body"] = node.body[1:]
+    return [type(node).__name__, {name: _plain(value) for name, value in fields.items()}]

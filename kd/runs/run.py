@@ -1,0 +1,395 @@
+"""The folder of a run: its lock, its state, its result, and the student that comes out."""
+
+from __future__ import annotations
+from kd.system.processes import _same_process
+from kd.system.processes import alive
+from kd.system.processes import peak_memory
+from kd.system.files import read_json
+from kd.config.security import redacted
+from kd.system.processes import whereabouts
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import time
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import filelock
+
+from kd.system import files
+from kd.system import remote
+from kd.errors import UserError, is_mistake
+from kd.runs.identity import model_name, size_text
+from kd.system.console import console
+from kd.system.signals import EXIT_CODE
+
+# What a student writes to the prompts of the validation rows (kd/evaluation/responses.py), and the curve of its ExAccErr.
+RESPONSES, EXACCERR = "responses.jsonl", "exaccerr.json"
+EXACCERR_LENGTH = 16  # tokens up to which one number for it counts, as in the log of MiniLLM's code
+# What result.json keeps digests of, beside its own; folders with all that is in them.
+SEALED = ("config.json", "metrics.jsonl", RESPONSES, EXACCERR, "student")
+CLAIM = "claim.lock"  # file that says which sweep is about to start the run; not copied with the others
+
+
+RUNNING, DONE, FAILED, DIVERGED, NO_MEMORY, PREEMPTED = (
+    "running", "done", "failed", "diverged", "out of memory", "preempted"
+)  # fmt: skip
+ENDS = (DONE, FAILED, DIVERGED, NO_MEMORY, PREEMPTED)  # exactly one of these becomes of a run
+
+
+class Run:
+    """The folder of one run.
+
+    config.json  resolved settings    metrics.jsonl  what was measured    checkpoints/  to resume from
+    result.json  there only when the run is done, with digests of the other files and of itself
+    student/  the trained model    log.txt  what it said in a sweep
+    responses.jsonl, exaccerr.json  what it wrote to the prompts of the validation rows, see kd/evaluation/responses.py
+    state.json   what became of it: running and where, or how it ended
+
+    Of a root under a URL it is the folder on this machine, and what counts is there.
+    """
+
+    def __init__(self, root: str | Path, name: str):
+        self.name = name
+        self.root = root if remote.is_url(root) else str(Path(root).absolute())
+        self.folder = remote.home(root) / name
+        self.remote = remote.Remote(f"{root}/{name}", self.folder) if remote.is_url(root) else None
+        self.begun = time.monotonic()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+    @property
+    def where(self) -> str:
+        """Where it is kept."""
+        return self.remote.url if self.remote else str(self.folder)
+
+    def copy(self, name: str) -> Path:
+        """A file of the run, on this machine; it may not exist."""
+        if self.remote:
+            self.remote.get(name)
+        return self / name
+
+    def result(self, wait: float | None = None) -> dict | None:
+        """The result, or None if the run is not done; raises UserError if it is not what was written.
+
+        wait: seconds for a URL that is away, see kd.system.remote.
+        """
+        try:
+            found = self.remote.now_and_then("result.json", wait) if self.remote else read_json(self / "result.json")
+        except remote.Damaged:
+            found = {"digest": None}
+        if found is not None and not _is_whole(found):
+            raise UserError(
+                f"{self.where}/result.json is damaged: it is not what was written. To make the run anew, remove it and "
+                f"type the same command again:\n  {self.removal()}"
+            )
+        return found
+
+    def is_done(self) -> bool:
+        """Whether there is a result, damaged or not."""
+        try:
+            return self.result() is not None
+        except remote.Unreachable:
+            raise
+        except UserError:
+            return True
+
+    def discard(self) -> None:
+        """Remove all that the run has written, the result first; only for who holds the lock."""
+        if self.remote:
+            self.remote.remove("result.json")
+            self.remote.remove(*{name.partition("/")[0] for name in self.remote.names()} - {"lease.json", CLAIM})
+            self.remote.forget()
+        (self / "result.json").unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if path.name not in (".lock", CLAIM):
+                files.remove(path)
+
+    def claim(self) -> bool:
+        """Announce that this process will start the run; whether no other one that is there still has done so.
+
+        That is for copies of a sweep to share its runs, no lock.
+        """
+        me = whereabouts()
+        if self.remote:
+            if self.remote.create(CLAIM, me, wait=0):
+                return True
+            owner = self.remote.read(CLAIM, wait=0)
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(self / CLAIM, "x") as file:
+                    json.dump(me, file)
+                return True
+            except FileExistsError:
+                owner = self._claimed_by()
+        if owner is None or (not _same_process(owner, me) and alive(owner)):
+            return False
+        if self.remote:
+            self.remote.write(CLAIM, me, wait=0)
+        else:
+            files.write_json(self / CLAIM, me)
+        return True
+
+    def _claimed_by(self) -> dict | None:
+        try:
+            return read_json(self / CLAIM)
+        except UserError:  # it is being written
+            return None
+
+    def release(self) -> None:
+        """Withdraw this process's claim."""
+        with suppress(UserError, OSError):
+            if not self.remote and _same_process(self._claimed_by() or {}, whereabouts()):
+                (self / CLAIM).unlink()
+            if self.remote and _same_process(self.remote.read(CLAIM, wait=0) or {}, whereabouts()):
+                self.remote.remove(CLAIM, wait=0)
+
+    @contextmanager
+    def lock(self, wait: bool) -> Iterator[None]:
+        """Only one process works in the folder; a second one waits, or is told who does."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            owner = read_json(self / "state.json") or {}
+            used = (
+                f"{self.folder} is being used by another process ({owner.get('pid', 'unknown')} on "
+                f"{owner.get('host', 'this machine')}, since {owner.get('since', 'now')})"
+            )
+            if not wait:
+                raise UserError(f"{used}. Wait for it to end: the same command then shows its result.") from None
+            console.print(f"{used}; waiting for it.", soft_wrap=True)
+            lock.acquire()
+        try:
+            with self._beyond_this_machine(wait):
+                yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def _beyond_this_machine(self, wait: bool) -> Iterator[None]:
+        """The same among machines, of a run under a URL; when the work has ended, what it left here is copied there."""
+        if not self.remote:
+            yield
+            return
+        with self.remote.lease(whereabouts(), alive, wait):
+            self.remote.forget()
+            began = time.time()
+            try:
+                yield
+            finally:
+                left = [p for p in self.folder.iterdir() if p.name not in ("checkpoints", "student", "result.json")]
+                self.remote.tell(*(p.name for p in left if p.is_dir() or p.stat().st_mtime >= began))
+
+    def begin(self, config: dict) -> None:
+        """Make ready to work: the resolved config is written, and how an earlier try ended is forgotten.
+
+        What killed processes left half-written is removed, and a checkpoint that is further at the URL is copied here.
+        With force=true a run that is done is removed first.
+        """
+        if config.get("force") and self.is_done():
+            self.discard()
+        for folder in (self.folder, self / "checkpoints"):
+            files.clear(folder)
+        if self.remote:
+            self._pull()
+        files.write_json(self / "config.json", redacted(config))
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        files.write_json(self / "state.json", {"state": RUNNING, **whereabouts(), "since": since})
+        if self.remote:
+            self.remote.put("config.json", "state.json")
+        self.begun = time.monotonic()
+
+    def _pull(self) -> None:
+        """Copy from the URL what the work goes on with, if it is further there than here."""
+        from kd.system.checkpoint_files import latest_step
+
+        self.remote.pull_checkpoint(latest_step(self / "checkpoints"))
+        if not (self / "wandb-id").exists():
+            self.remote.get("wandb-id")
+
+    def end(self, state: str, reason: str = "", **report) -> Path:
+        """Write how this process's work on the run ended: one of ENDS, with wall time and peak memory of the try."""
+        if state != DONE and (self / "result.json").exists():
+            return self / "state.json"  # it was done before whatever came
+        report = {"seconds": round(time.monotonic() - self.begun, 2), **whereabouts(), **report}
+        report.setdefault("peak_memory", peak_memory())
+        report = {name: value for name, value in report.items() if value is not None}
+        files.write_json(self / "state.json", {"state": state, "reason": reason, **report})
+        if self.remote:
+            self.remote.tell("state.json", "log.txt")
+        return self / "state.json"
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Whatever ends this process's work within, before it could say so itself, is how the run ended."""
+        try:
+            yield
+        except BaseException as error:
+            if not self._ended_here():
+                self.failed(error)
+            raise
+
+    def _ended_here(self) -> bool:
+        """Whether this process wrote how its work ended; asks no URL, which may be what failed."""
+        try:
+            last = read_json(self / "state.json") or {}
+        except UserError:
+            return False
+        return last.get("state") != RUNNING and last.get("pid") == os.getpid()
+
+    def failed(self, error: BaseException, told: bool = False) -> Path:
+        """Write that an error, which is being handled, ended the work; told: it is explained, as a mistake is."""
+        code = error.code if isinstance(error, SystemExit) else 2 if told or is_mistake(error) else 1
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        state = PREEMPTED if code == EXIT_CODE else NO_MEMORY if _no_memory(error) else FAILED
+        return self.end(state, reason, exit_code=code, traceback=traceback.format_exc())
+
+    def state(self, wait: float | None = None) -> dict:
+        """What became of the run, as {"state": …, "reason": …, …}: one of ENDS, running, stale or not begun."""
+        if (result := self.result(wait)) is not None:
+            return {"state": DONE, "reason": "", **{k: v for k, v in result.items() if k in ("seconds", "peak_memory")}}
+        try:
+            found = read_json(self / "state.json")
+        except UserError as error:
+            return {"state": "not begun", "reason": f"{error}".partition(". ")[0] + "; the same command begins it anew"}
+        if self.remote and not (found and found["state"] == RUNNING and alive(found)):
+            there = self.remote.now_and_then("state.json", wait)
+            found = found if found and there and _same_process(found, there) else there or found
+        if found is None:
+            return {"state": "not begun", "reason": ""}
+        if found["state"] == RUNNING and not alive(found):
+            gone = f"its process {found['pid']} is gone; the same command goes on with it"
+            return found | {"state": "stale", "reason": gone}
+        return {"reason": "", **found}
+
+    def weights(self) -> dict[str, str]:
+        """Digests of the trained model's weights."""
+        return {p.name: files.digest(p) for p in sorted((self / "student").glob("*.safetensors"))}
+
+    def check(self, result: dict, *names: str) -> None:
+        """Raise UserError if files or folders are not as they were when the run ended; without names, all of SEALED.
+
+        Of a run that was done before there were seals, weights alone can be checked.
+        """
+        names, sealed = names or SEALED, is_sealed(result)
+        kept = result["files"] if sealed else {f"student/{k}": v for k, v in result.get("weights", {}).items()}
+        kept = {name: digest for name, digest in kept.items() if name.partition("/")[0] in names}
+        found = self._digests(names)
+        if self.remote and not kept.items() <= found.items():
+            for name in kept if sealed else self.remote.names("student"):
+                self.remote.get(name)
+            found = self._digests(names)
+        if not sealed:
+            found = {name: digest for name, digest in found.items() if name in kept}
+        for name, digest in kept.items():
+            if found.get(name) != digest:
+                first, _, inner = name.partition("/")
+                state = "not what was written" if name in found else "gone"
+                raise UserError(
+                    f"{self.where}/{first} is damaged: {inner or 'it'} is {state}. To make the run anew, remove it and "
+                    f"type the same command again:\n  {self.removal()}"
+                )
+        if strange := sorted(found.keys() - kept.keys()):
+            raise UserError(
+                f"{self.where}/{strange[0]} was not written by the run, and could change what is loaded from there. "
+                "Move it elsewhere."
+            )
+
+    def _digests(self, names: Iterable[str]) -> dict[str, str]:
+        """Digests of files, and of all files in folders, by their names in this folder; hidden ones are left out."""
+        there = [p for name in names for p in (self / name, *(self / name).rglob("*")) if p.is_file()]
+        there = sorted(p.relative_to(self.folder) for p in there)
+        return {p.as_posix(): files.digest(self / p) for p in there if not any(x[0] == "." for x in p.parts)}
+
+    def removal(self, name: str = "") -> str:
+        """Return what to type to remove the run, or a folder in it, so that it is made anew."""
+        if not self.remote:
+            return shlex.join(["rm", "-r", str(self / name)])
+        # There is no rm for every protocol.
+        program = f"from kd.system.remote import Remote; Remote({self.remote.url!r}, None).remove({name!r})"
+        return f"{shlex.join(['python', '-c', program])}\n  {shlex.join(['rm', '-rf', str(self / name)])}"
+
+    def finish(self, result: dict) -> dict:
+        """Write the result, sealed, which makes the run done, and drop the checkpoints that nothing needs any more.
+
+        Under a URL it is done when all of it is there: raises UserError if that cannot be. Returns what was written.
+        """
+        if (self / "metrics.jsonl").exists():  # the others were synced when they were written
+            files.sync(self / "metrics.jsonl")
+        result = result | {"weights": self.weights(), "files": self._digests(SEALED)}
+        result["digest"] = _own_digest(result)
+        if self.remote:
+            try:
+                self.remote.put("config.json", "metrics.jsonl", "student", RESPONSES, EXACCERR)
+                self.remote.write("result.json", result)
+            except remote.Unreachable as error:
+                raise UserError(
+                    f"{error} The student is in {self.folder}, and the run is done once it is there too: type the "
+                    "same command again, on this machine, when the URL answers."
+                ) from None
+        files.write_json(self / "result.json", result)
+        self._tidy()
+        return result
+
+    def settle(self) -> None:
+        """Of a run that is done: do what a kill just after it was done left undone."""
+        try:
+            state = (read_json(self / "state.json") or {}).get("state")
+        except UserError:
+            state = None
+        if not self.remote and (state != DONE or (self / "checkpoints").exists()):
+            # Of a root that is read alone, nothing can be tidied.
+            with suppress(filelock.Timeout, OSError), filelock.FileLock(self / ".lock", timeout=0):
+                self._tidy()
+
+    def _tidy(self) -> None:
+        self.end(DONE, exit_code=0)
+        shutil.rmtree(self / "checkpoints", ignore_errors=True)
+        if self.remote:
+            try:
+                self.remote.remove("checkpoints", wait=remote.SOON)
+            except UserError as error:
+                warnings.warn(f"{error} The run is done; its checkpoints there are of no use any more.")
+
+
+def is_sealed(result: dict) -> bool:
+    """Whether a result has digests; those of earlier versions of kd have none."""
+    return "digest" in result or "files" in result
+
+
+def _is_whole(result) -> bool:
+    """Whether a result is what was written, as far as its digest tells."""
+    return isinstance(result, dict) and (not is_sealed(result) or result.get("digest") == _own_digest(result))
+
+
+def _own_digest(result: dict) -> str:
+    return files.digest_of({k: v for k, v in result.items() if k != "digest"})
+
+
+def check_student(name: str | None) -> None:
+    """Raise UserError for a folder that is the student of a finished run, and not as it was when the run ended."""
+    folder = Path(name or "").resolve()  # also of a link to it
+    if folder.name == "student" and folder.is_dir():
+        run = Run(folder.parent.parent, folder.parent.name)
+        if (result := run.result()) is not None:
+            run.check(result, "student")
+
+
+def _no_memory(error: BaseException) -> bool:
+    from kd.system.hardware import out_of_memory
+
+    return isinstance(error, Exception) and out_of_memory(error)

@@ -1,0 +1,1 @@
+"""Teacher logits on disk or under a URL."""

@@ -1,0 +1,366 @@
+"""Offline logits: what a teacher says of every row of some packed data, in a folder or under an fsspec URL.
+
+begun.json              what the store is of, written first
+shard-00000.safetensors rows of the data: token hashes, and per row its entries (kd/store/format.py); of a full store
+                        the teacher's last hidden states, from which the output layer makes the whole distribution
+shard-00000.json        size and digest of the file of that name; there once it is whole, and never written again
+head.safetensors        the teacher's output layer
+validation.safetensors  the teacher's hidden states of the validation rows, so that measures are of whole distributions
+manifest.json           written last: the store is whole, and every file's size and digest
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shlex
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import torch
+import xxhash
+from safetensors.torch import load_file
+from torch import Tensor
+
+from kd.config import components as conf
+from kd.data.batches import Batch
+from kd.errors import UserError
+from kd.models.causal_lm import Head
+from kd.objective import truncation
+from kd.objective.chunked import Signal
+from kd.objective.target import Target
+from kd.store.format import Entries, from_bytes
+from kd.store.location import FORMAT
+from kd.system import files
+from kd.system.console import track
+from kd.system.files import read_json
+from kd.system.remote import home, is_url
+from kd.teachers import sources
+
+FULL = {"name": "full"}
+FIELDS = ("format", "teacher", "weights", "tokenizer", "data", "truncation", "precision", "seed")
+NAME = re.compile(r"(shard-\d+|head|validation)\.safetensors")
+
+
+def row_hash(ids: np.ndarray) -> int:
+    """Of the tokens [T] that a teacher reads, whatever integer type they are held in."""
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(ids, np.uint32).tobytes()) >> 1  # fits an int64
+
+
+def joined(rows: list[Tensor | bytes]) -> Tensor | Entries:
+    """Rows as they are in a shard: hidden states [B, T, D], or entries."""
+    return torch.stack(rows) if isinstance(rows[0], Tensor) else from_bytes(rows)
+
+
+def within(asked: dict, held: dict) -> bool:
+    """Whether all that one truncation keeps is in a store of another; both are {"name": …, setting: value}."""
+    kinds = held["name"], asked["name"]
+    if kinds[0] == "full":
+        return True
+    if "random" in kinds:
+        return kinds == ("random", "random") and asked["draws"] <= held["draws"]
+    # What a truncation does not limit, p or k, it asks for without limit.
+    return asked["name"] != "full" and all(asked.get(x, math.inf) <= held.get(x, math.inf) for x in "pk")
+
+
+class Store:
+    """A whole store, opened without reading more than its manifest; its files are checked when they are first touched.
+
+    path: folder or URL. cache: folder that keeps local copies of what is read from a URL.
+    """
+
+    def __init__(self, path: str | Path, cache: Path):
+        self.path, self.folder, self.cache = str(path), files.local(path, cache), Path(cache)
+        self.manifest = _begun(self.folder)
+        copy = files.fetch(self.path, self.folder, "manifest.json")
+        try:
+            manifest = read_json(copy)
+        except UserError:
+            manifest = {}
+        if manifest is None:
+            raise UserError(
+                f"There is no store at {self.path}: it has no manifest.json, which is written last. To write it, or to "
+                f"go on with writing it, type\n  {self._command()}"
+            )
+        if manifest.pop("digest", None) != files.digest_of(manifest):
+            raise self._damaged("manifest.json", "it is not what was written")
+        try:
+            _check(manifest)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise self._damaged("manifest.json", f"it is not what kd writes ({error})") from None
+        self.manifest, self.of, self.words = manifest, manifest["of"], manifest["words"]
+        if self.of["format"] != FORMAT:
+            raise UserError(
+                f"{self.path} has format {self.of['format']}, and this version of kd reads format {FORMAT}. Write it "
+                f"again, elsewhere:\n  python -m kd.store write {self.words} logits.path=FOLDER"
+            )
+        self.truncation, self.draws = self.of["truncation"], self.of["truncation"].get("draws")
+        notes = {name: note for name, note in manifest["files"].items() if name.startswith("shard-")}
+        self.shards = sorted(notes, key=lambda name: notes[name].get("first", notes[name].get("steps")))
+        self.first = np.array([notes[name].get("first", 0) for name in self.shards])
+        self._checked: set[str] = set()
+        self._open: dict[str, _Shard] = {}
+        self._head: Head | None = None
+        self._rows: np.ndarray | None = None  # of a store that was recorded in training: those of the window, ascending
+        self._places: np.ndarray | None = None  # and the number of the shard of each, and its place there
+        if "://" not in self.path:
+            for name in manifest["files"]:
+                self._size(name)
+
+    def check(self, expected: dict, by_path: bool = True) -> None:
+        """Raise UserError, naming the field, if the store is of something else; what is None on a side is not known.
+
+        by_path: whether the store was asked for by its path.
+        """
+        pairs = {f: (self.of[f], value) for f, value in expected.items() if f != "truncation"}
+        differing = [
+            f"its {field} is {said(held)}, and here it is {said(value)}"
+            for field, (held, value) in pairs.items()
+            if None not in (held, value) and held != value
+        ]
+        if differing:
+            mend = "Leave out logits.path, so that a store of this config is found or written, or give what it was "
+            mend += f"written with:\n  {self.words}"
+            if not by_path:  # it is where a store of this config belongs
+                mend = f"To have it written anew, type\n  {shlex.join(['rm', '-r', str(self.folder)])}\n"
+                mend += "and the same command again."
+            raise UserError(f"{self.path} is a store of something else: {'; '.join(differing)}. {mend}")
+        if not within(expected["truncation"], self.truncation):
+            raise UserError(
+                f"{said(expected['truncation'])} asks for more than {self.path} holds, which is "
+                f"{said(self.truncation)}. Ask for a part of that, or have a store written that holds more: leave out "
+                "logits.path, and say what to keep with e.g. record=top_k record.k=100."
+            )
+
+    def verify(self) -> None:
+        """Digest all files; raises UserError, naming the file, at the first that is not what was written."""
+        self._checked.clear()
+        for name, note in track(self.manifest["files"].items(), "checking the store"):
+            self._file(name)
+            self._same(f"{name.partition('.')[0]}.json", note)
+        self._same("begun.json", self.of, "of")
+
+    def _same(self, name: str, expected: dict, key: str | None = None) -> None:
+        """What only a writer reads, if it is there, says what the manifest says."""
+        try:
+            note = read_json(self.folder / name)
+            good = note is None or (note[key] if key else note) == expected
+        except (UserError, KeyError):
+            good = False
+        if not good:
+            raise self._damaged(name, "it is not what was written")
+
+    def pick(self, window: tuple[float, float] | None) -> np.ndarray | None:
+        """The rows there are, ascending; None for all of the data. window: share of the teacher's training to read.
+
+        Raises UserError for a window of a store that was not recorded in training, or with no row in it.
+        """
+        if "steps" not in self.manifest:
+            if window is not None:
+                raise UserError(
+                    f"logits.window={list(window)}: {self.path} was written by a finished teacher and covers no window "
+                    "of its training. Leave it out, or take a store made with record=… on a teacher's own run."
+                )
+            return None
+        low, high = (share * self.manifest["steps"] for share in window or (0, 1))
+        rows, places = [], []
+        for number, name in enumerate(self.shards):
+            begin, end = self.manifest["files"][name]["steps"]
+            if begin < high and end > low:
+                shard = self._shard(name)
+                chosen = np.flatnonzero((shard.steps >= low) & (shard.steps < high))
+                rows.append(shard.rows[chosen])
+                places.append(np.stack([np.full(len(chosen), number), chosen], 1))
+        if not rows or not sum(map(len, rows)):
+            raise UserError(f"logits.window={list(window)}: no step of the teacher's training is in it.")
+        # A row that was trained on more than once counts as the teacher last said it.
+        everything, where = np.concatenate(rows)[::-1], np.concatenate(places)[::-1]
+        self._rows, first = np.unique(everything, return_index=True)
+        self._places = where[first]
+        return self._rows
+
+    def read(self, index: np.ndarray, ids: np.ndarray) -> Tensor | Entries:
+        """Entries, or hidden states [B, T, D] of a full store, of rows index [B] whose tokens are ids [B, T].
+
+        Raises UserError if the store was written for other tokens.
+        """
+        found = []
+        for row, tokens in zip(index, ids, strict=True):
+            name, place = self._place(int(row))
+            shard = self._shard(name)
+            if shard.hashes[place] != row_hash(tokens):
+                raise self._other_tokens(int(row))
+            found.append(shard.row(place))
+        return joined(found)
+
+    def source(self, batch: Batch, kept: Tensor) -> Signal:
+        """The stored signal of a batch; see kd/teachers/sources.py."""
+        label, seed = batch.labels[kept], batch.seed[kept]
+        if self.truncation == FULL:
+            return sources.Projection(self.head.to(label.device), batch.stored[kept].float(), label, seed)
+        positions = batch.stored.at(kept)
+        return lambda rows: positions.target(rows, label[rows], seed[rows], self.draws)
+
+    def reference(self, batch: Batch, kept: Tensor) -> Signal:
+        """Whole distributions over validation rows, to measure against."""
+        shard = self._shard("validation.safetensors")
+        for row, ids in zip(batch.row.tolist(), batch.ids.cpu().numpy(), strict=True):
+            if shard.hashes[row] != row_hash(ids):
+                raise self._other_tokens(row, "validation ")
+        hidden = torch.stack([shard.row(row) for row in batch.row.tolist()]).to(batch.ids.device).float()
+        return sources.Projection(self.head.to(hidden.device), hidden[kept], batch.labels[kept], batch.seed[kept])
+
+    @property
+    def head(self) -> Head:
+        """The teacher's output layer."""
+        if self._head is None:
+            path = self._file("head.safetensors")
+            try:
+                weights = {k: v.float() for k, v in load_file(path).items()}
+            except safetensors.SafetensorError as error:
+                raise self._damaged(path.name, f"it is no file of tensors ({error})") from None
+            vocab, width = weights["weight"].shape
+            output = torch.nn.Linear(width, vocab, bias="bias" in weights, device="meta")
+            output.load_state_dict(weights, assign=True)
+            self._head = Head(output.requires_grad_(False), vocab, **self.manifest["head"])
+        return self._head
+
+    def as_asked(self, asked: dict, function: Callable[[Target], Target]) -> Callable[[Target], Target]:
+        """The truncation that makes of a stored target what `asked` names; `function` makes it of a whole one."""
+        if self.truncation == FULL:
+            return function
+        if asked == self.truncation:  # cut already, by exact probabilities
+            return truncation.full
+        if self.draws:
+            return partial(truncation.fewer, self.draws, asked["draws"])
+        return function
+
+    def _place(self, row: int) -> tuple[str, int]:
+        if "steps" in self.manifest:
+            if self._rows is None:  # no window was picked
+                self.pick(None)
+            number, place = self._places[np.searchsorted(self._rows, row)]
+            return self.shards[number], place
+        number = int(np.searchsorted(self.first, row, side="right")) - 1
+        return self.shards[number], row - int(self.first[number])
+
+    def _shard(self, name: str) -> _Shard:
+        if name not in self._open:
+            path = self._file(name)
+            try:
+                self._open[name] = _Shard(path)
+            except safetensors.SafetensorError as error:
+                raise self._damaged(name, f"it is no file of tensors ({error})") from None
+        return self._open[name]
+
+    def _file(self, name: str) -> Path:
+        """Where a file is on this machine, after a look at its bytes."""
+        path = files.fetch(self.path, self.folder, name)
+        if name in self._checked:
+            return path
+        try:
+            self._good(name, path)
+        except UserError:
+            if "://" not in self.path:
+                raise
+            path.unlink(missing_ok=True)  # a copy may be stale or damaged, where what it is of is neither
+            self._good(name, files.fetch(self.path, self.folder, name))
+        self._checked.add(name)
+        return path
+
+    def _good(self, name: str, path: Path) -> None:
+        """Raise UserError unless a file has the bytes that were written."""
+        self._size(name)
+        if files.digest(path) != self.manifest["files"][name]["digest"]:
+            raise self._damaged(name, "its bytes are not those that were written")
+
+    def _size(self, name: str) -> None:
+        path, expected = self.folder / name, self.manifest["files"][name]["size"]
+        size = path.stat().st_size if path.exists() else None
+        if size != expected:
+            raise self._damaged(name, "it is gone" if size is None else f"it has {size:,} bytes of {expected:,}")
+
+    def _damaged(self, name: str, why: str) -> UserError:
+        if "://" in self.path:
+            (self.folder / name).unlink(missing_ok=True)  # the copy, so that the next one is read anew
+        stem = name.partition(".")[0]
+        gone = shlex.join(str(self.folder / n) for n in dict.fromkeys(("manifest.json", f"{stem}.json", name)))
+        mend = f"write that file anew, and no other:\n  rm -f {gone}\n  {self._command()}"
+        if "://" in self.path or "words" not in self.manifest or "steps" in self.manifest:
+            mend = "copy that file again from where it came: it cannot be made again here."
+        return UserError(f"{self.path}/{name} is damaged: {why}. To mend it, {mend}")
+
+    def _command(self) -> str:
+        """What writes this store, here."""
+        if "words" not in self.manifest:
+            return "python -m kd.store write and the words of the run that reads it"
+        words, key, root = [self.manifest["words"]], self.manifest.get("key", ""), str(self.cache.parent)
+        under = self.path.removesuffix(f"/stores/{key}")
+        if is_url(under) and home(under) == self.cache.parent:
+            root = under
+        elif self.folder != self.cache / key:
+            words.append(shlex.quote(f"logits.path={conf.typed(self.path)}"))
+        if root != files.expanded(os.environ.get("KD_ROOT", "runs")):
+            words.append(shlex.quote(f"root={conf.typed(root)}"))
+        return f"python -m kd.store write {' '.join(words)}"
+
+    def _other_tokens(self, row: int, part: str = "") -> UserError:
+        return UserError(
+            f"{self.path} was written for other tokens: those of {part}row {row} differ from this data's. Use the data "
+            "that it was written with, or leave out logits.path to have a store of this data written."
+        )
+
+
+def _begun(folder: Path) -> dict:
+    """What is known of a store before its manifest is there."""
+    try:
+        about = (read_json(folder / "begun.json") or {}).get("about", {})
+        return about | {"words": quoted(about["words"])} if "words" in about else about
+    except (UserError, AttributeError, TypeError, ValueError):
+        return {}
+
+
+def quoted(words: str) -> str:
+    """Words that a file says to type, so that a shell runs nothing in them."""
+    return shlex.join(shlex.split(words))
+
+
+def _check(manifest: dict) -> None:
+    """Raise an error for a manifest, from wherever it came, that names files outside of its store or lacks something.
+
+    Its words are quoted anew, since messages say to type them.
+    """
+    if strange := [name for name in manifest["files"] if not NAME.fullmatch(name)]:
+        raise ValueError(f"{strange[0]} is no file of a store")
+    if missing := [f"of.{field}" for field in FIELDS if field not in manifest["of"]]:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    manifest["words"] = quoted(manifest["words"])
+
+
+class _Shard:
+    """One file of rows, mapped."""
+
+    def __init__(self, path: Path):
+        self.file = safetensors.safe_open(path, framework="pt")
+        names = set(self.file.keys())
+        small = {n: self.file.get_tensor(n).numpy() for n in names - {"hidden", "entries"}}
+        self.hashes, self.offset = small["hash"], small.get("offset")
+        self.rows, self.steps = small.get("row"), small.get("step")
+        self.body = self.file.get_slice("entries" if "entries" in names else "hidden")
+
+    def row(self, place: int) -> Tensor | bytes:
+        """Hidden states [T, D], or compressed entries."""
+        if self.offset is None:
+            return self.body[place]
+        return self.body[int(self.offset[place]) : int(self.offset[place + 1])].numpy().tobytes()
+
+
+def said(value) -> str:
+    """A field of a store, for people: top_k k=50."""
+    if not isinstance(value, dict):
+        return str(value)
+    return " ".join([str(value.get("name", "")), *(f"{k}={v}" for k, v in value.items() if k != "name")]).strip()

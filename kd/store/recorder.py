@@ -1,0 +1,107 @@
+"""Recorder of a teacher's logits during its own training."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from kd.data.batches import IGNORE, Batch
+from kd.errors import UserError
+from kd.models.causal_lm import Causal
+from kd.objective.target import Target
+from kd.store.format import Positions, encode
+from kd.store.writer import SHARD_BYTES, Rows, Teacher, _note, _notes, begin, commit, upload
+from kd.system import files
+from kd.system.remote import Remote
+
+
+class Recorder:
+    """Stores what a model in training says of each batch, from the logits of its own training step.
+
+    Shards end where checkpoints are made, so that a resumed run goes on with whole ones. url: where to copy the whole
+    store to, if it is not to stay in the folder.
+    """
+
+    def __init__(
+        self, folder: Path, of: dict, about: dict, keep: Callable[[Target], Target], step: int,
+        checkpoints: Path, url: str | None = None,
+    ):  # fmt: skip
+        self.folder, self.of, self.about, self.keep, self.url = folder, of, about, keep, url
+        begin(folder, of)
+        if url and step:
+            self._pull()
+        (folder / "manifest.json").unlink(missing_ok=True)
+        covered = 0
+        for name, note in _notes(folder).items():
+            if not name.startswith("shard-"):
+                continue
+            if note["steps"][0] >= step:  # recorded after the checkpoint: it is recorded again
+                (folder / f"{name}.json").unlink()
+            elif note["steps"][0] == covered:
+                covered = note["steps"][1]
+        if covered != step:
+            raise UserError(
+                f"The run goes on at step {step}, and {folder} has what was recorded up to step {covered}: the rest "
+                f"would be missing. To train and record it from the start, type\n"
+                f"  {shlex.join(['rm', '-r', str(checkpoints), str(folder)])}\nand the same command again."
+            )
+        self.begun, self.there = step, set()
+        self.pieces: list[Positions] = []
+        self.out = Rows()
+
+    def observe(self, seed: Tensor, rows: slice, logits: Tensor) -> None:
+        """Logits [n, V] of the positions `rows` of a batch, whose random numbers are seed [N]."""
+        # No truncation looks at the label.
+        target = Target(seed[rows], logits.float().log_softmax(-1), seed=seed[rows])
+        self.pieces.append(encode(self.keep(target), self.of["truncation"].get("draws")))
+
+    def batch(self, batch: Batch, step: int) -> None:
+        """All positions of `batch` have been observed, in optimizer step `step`."""
+        if self.out.bytes > SHARD_BYTES and self.out.steps[-1] < step:  # checkpoints may be far apart
+            self.flush(step)
+        self.out.add_entries(batch.ids.cpu().numpy(), self.pieces, (batch.labels != IGNORE).cpu().numpy())
+        self.pieces = []
+        self.out.rows += batch.row.tolist()
+        self.out.steps += [step] * len(batch.row)
+
+    def flush(self, step: int) -> None:
+        """Write what was recorded before `step`."""
+        if self.out.bodies:
+            self.out.save(self.folder, f"shard-{self.begun:08}", steps=[self.begun, step])
+        self.begun, self.out = step, Rows()
+
+    def _pull(self) -> None:
+        """Copy from the URL the shards that are not here; one that was cut off on its way there is left out."""
+        there = Remote(self.url, self.folder)
+        for note in (x for x in there.names() if x.startswith("shard-") and x.endswith(".json")):
+            name = note.removesuffix(".json")
+            if _note(self.folder, name) is None and there.get(f"{name}.safetensors"):
+                written = there.read(note)
+                if written and files.digest(self.folder / f"{name}.safetensors") == written["digest"]:
+                    files.write_json(self.folder / note, written)
+
+    def send(self, wait: float) -> None:
+        """Copy the shards that were written to the URL, so that another machine can go on with them.
+
+        wait: seconds for a URL that is away, see kd.system.remote.
+        """
+        if not self.url:
+            return
+        there = Remote(self.url, self.folder)
+        for name in sorted(_notes(self.folder).keys() - self.there):
+            there.put(f"{name}.safetensors", f"{name}.json", wait=wait)
+            self.there.add(name)
+
+    def finish(self, model: Causal, validation: np.ndarray, batch: int, steps: int) -> None:
+        """Write the rest, and what the trained model says of the validation rows."""
+        self.flush(steps)
+        teacher = Teacher(model, self.of, self.keep)
+        teacher.output(self.folder)
+        teacher.validation(self.folder, validation, batch)
+        commit(self.folder, self.of, self.about | {"steps": steps})
+        if self.url:
+            upload(self.folder, self.url)

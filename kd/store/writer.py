@@ -1,0 +1,391 @@
+"""How a store comes to be: written by a finished teacher, shard by shard, or recorded while a teacher trains.
+
+Every file is written to a temporary name and renamed, then a note with its size and digest beside it; the manifest
+comes last. A shard that has its note is never written again, so a killed writer goes on where it was, and several
+writers share the work by taking shards that no other holds.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import filelock
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kd.data.batches import IGNORE, Batch, Packed, to_batch
+from kd.errors import UserError
+from kd.models.causal_lm import Causal
+from kd.objective.chunked import chunks, fitting
+from kd.objective.target import Target
+from kd.parallel import collectives
+from kd.store.format import Positions, encode, to_bytes
+from kd.store.reader import quoted, row_hash, said
+from kd.system import files
+from kd.system.console import Steps, clock, console, counted, track
+from kd.system.files import read_json
+from kd.system.hardware import hold_in, keep_freed
+from kd.system.remote import Remote
+from kd.teachers.sources import Projection, online
+
+SHARD_TOKENS, SHARD_BYTES = 1 << 20, 1 << 28  # a shard holds at most so many positions, or bytes of hidden states
+SHARDS = 8  # at least so many where there are rows enough, so that a killed writer loses little
+
+
+class Rows:
+    """Rows of a shard to be, in memory."""
+
+    def __init__(self):
+        self.hashes: list[int] = []
+        self.bodies: list[Tensor | bytes] = []
+        self.rows: list[int] = []
+        self.steps: list[int] = []
+        self.positions, self.entries, self.mass = 0, 0, 0.0
+
+    def add(self, ids: np.ndarray, hidden: Tensor) -> None:
+        """Rows ids [B, T] and the teacher's last hidden states [B, T, D]."""
+        self.hashes += map(row_hash, ids)
+        self.bodies += hidden.cpu()
+        self.positions += ids.size
+
+    def add_entries(self, ids: np.ndarray, pieces: list[Positions], kept: np.ndarray) -> None:
+        """Rows ids [B, T] and entries of those of their positions that are kept [B, T], in order."""
+        self.hashes += map(row_hash, ids)
+        columns = ("count", "log_odds", "gap", "code")
+        count, log_odds, gap, code = (np.concatenate([getattr(p, c).cpu().numpy() for p in pieces]) for c in columns)
+        self.positions += len(count)
+        self.entries += len(gap)
+        self.mass += float(torch.from_numpy(log_odds).double().sigmoid().sum())
+        count, log_odds = _spread(count, kept, 0), _spread(log_odds, kept, -np.inf)
+        ends = count.sum(1).cumsum()
+        for row, (start, end) in enumerate(zip([0, *ends], ends)):
+            self.bodies.append(to_bytes(count[row], log_odds[row], gap[start:end], code[start:end]))
+
+    @property
+    def bytes(self) -> int:
+        return sum(b.nbytes if isinstance(b, Tensor) else len(b) for b in self.bodies)
+
+    def save(self, folder: Path, name: str, **note) -> None:
+        """As NAME.safetensors with a note."""
+        tensors = {"hash": torch.tensor(self.hashes)}
+        if self.rows:
+            tensors |= {"row": torch.tensor(self.rows), "step": torch.tensor(self.steps)}
+        if isinstance(self.bodies[0], Tensor):
+            tensors["hidden"] = torch.stack(self.bodies)
+        else:
+            tensors["offset"] = torch.tensor([0, *map(len, self.bodies)]).cumsum(0)
+            tensors["entries"] = torch.frombuffer(bytearray(b"".join(self.bodies)), dtype=torch.uint8)
+        counts = dict(count=len(self.hashes), positions=self.positions, entries=self.entries, mass=self.mass)
+        _save(tensors, folder, name, **counts, **note)
+
+
+def _spread(values: np.ndarray, kept: np.ndarray, filler: float) -> np.ndarray:
+    """Values [N] in the places where kept [B, T] is true, and the filler in all others."""
+    whole = np.full(kept.shape, filler, values.dtype)
+    whole[kept] = values
+    return whole
+
+
+def _save(tensors: dict[str, Tensor], folder: Path, name: str, **note) -> None:
+    """NAME.safetensors, and then NAME.json, which says that it is whole."""
+    with files.atomic(folder / f"{name}.safetensors") as temporary:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+        temporary.chmod(0o644)  # safetensors leaves it to its owner alone, and a store is for all
+        note |= {"size": temporary.stat().st_size, "digest": files.digest(temporary)}
+    files.write_json(folder / f"{name}.json", note)
+
+
+def begin(folder: Path, of: dict, **about) -> None:
+    """Say in `folder` what the store is to be; raises UserError if it holds the beginning of another one."""
+    begun = read_json(folder / "begun.json")
+    if begun is None:
+        files.write_json(folder / "begun.json", {"of": of, **about})
+    elif begun["of"] != of:
+        begun = begun["of"]
+        field = next(f for f in of if begun.get(f) != of[f])
+        raise UserError(
+            f"{folder} holds the beginning of another store: its {field} is {said(begun.get(field))}, and here it is "
+            f"{said(of[field])}. Choose another place, or remove it:\n  {shlex.join(['rm', '-r', str(folder)])}"
+        )
+    elif begun.get("shards") != about.get("shards"):
+        raise UserError(
+            f"{folder} was begun by a version of kd that cut the data into other shards. Remove it:\n"
+            f"  {shlex.join(['rm', '-r', str(folder)])}"
+        )
+
+
+def _note(folder: Path, name: str) -> dict | None:
+    """What is known of a file that was written whole; None if it is to be written."""
+    try:
+        note = read_json(folder / f"{name}.json")
+    except UserError:
+        return None
+    return note if (folder / f"{name}.safetensors").exists() else None
+
+
+def _notes(folder: Path) -> dict[str, dict]:
+    """The same of all files that are there, by name."""
+    names = sorted(p.stem for p in folder.glob("*.safetensors"))
+    return {name: note for name in names if (note := _note(folder, name))}
+
+
+def commit(folder: Path, of: dict, about: dict) -> None:
+    """Write the manifest, which makes the store whole."""
+    notes = {f"{name}.safetensors": note for name, note in _notes(folder).items()}
+    shards = [note for name, note in notes.items() if name.startswith("shard-")]
+    sums = {key: sum(note[key] for note in shards) for key in ("count", "entries", "mass", "size")}
+    sums["positions"] = sum(note.get("positions", note["count"] * about["seq_len"]) for note in shards)
+    manifest = {"of": of, **about, **sums, "files": notes}
+    files.write_json(folder / "manifest.json", manifest | {"digest": files.digest_of(manifest)})
+
+
+class Teacher:
+    """A finished teacher, asked row by row for what a store of it holds.
+
+    keep: what to keep of a target, leaving its probabilities true; None to keep hidden states, from which the output
+    layer makes all of it.
+    """
+
+    def __init__(self, model: Causal, of: dict, keep: Callable[[Target], Target] | None):
+        self.model, self.of, self.keep = model.eval(), of, keep
+        self.device = next(model.parameters()).device
+        # Hidden states in the precision that the output layer computes with lose nothing.
+        self.dtype = torch.bfloat16 if of["precision"] == "bf16" else torch.float32
+
+    @classmethod
+    def finished(cls, model: Causal, of: dict, keep: Callable[[Target], Target] | None, accelerator: str) -> Teacher:
+        """One that learns no more, where and in the precision that training would ask it in."""
+        model.to(collectives.device(accelerator))
+        if of["precision"] == "bf16":
+            hold_in(torch.bfloat16, model)
+        return cls(model, of, keep)
+
+    def signal(
+        self, table: np.ndarray, index: np.ndarray, spans: np.ndarray | None = None, boundary: Sequence[int] = ()
+    ) -> tuple[np.ndarray, np.ndarray, Projection]:
+        """Tokens [B, T] of rows `index` of the data, which positions count, and what the teacher says of these."""
+        # Seeds by row, so that draws depend neither on the batch nor on the shard.
+        shape, first = table.shape[1] - 1, self.of["seed"] or 0
+        seed = np.stack([np.random.default_rng([first, int(row)]).integers(0, 2**62, shape) for row in index])
+        cpu = to_batch(table[index], index, seed, None if spans is None else spans[index], boundary)
+        batch = Batch(*(x.to(self.device) for x in cpu[:4]))
+        kept = batch.labels != IGNORE
+        return cpu.ids.numpy(), kept.cpu().numpy(), online(self.model)(batch, kept)
+
+    def computing(self):
+        """The precision that the store is to be computed in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    @torch.inference_mode()
+    def answer(
+        self, table: np.ndarray, index: np.ndarray, out: Rows, whole: bool = False, spans: np.ndarray | None = None,
+        boundary: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        """Put into `out` what the teacher says of rows `index` of the data; whole: as hidden states.
+
+        spans, boundary: see kd.data.batches.to_batch; hidden states are of all positions, whichever count.
+        """
+        whole = whole or self.keep is None
+        with self.computing():
+            ids, kept, signal = self.signal(table, index, *((None, ()) if whole else (spans, boundary)))
+            finite = signal.hidden.isfinite().all(-1).cpu().numpy()  # [N]
+            if not finite.all():
+                raise UserError(
+                    f"The teacher says NaN or infinity of row {index[kept.nonzero()[0][~finite][0]]} of the data, in "
+                    f"{self.of['precision']}. Nothing of it was stored; try trainer.precision=fp32, or another teacher."
+                )
+            if whole:
+                out.add(ids, signal.hidden.view(*ids.shape, -1).to(self.dtype))
+            else:
+                draws, size = self.of["truncation"].get("draws"), fitting(self.model.head)
+                parts = chunks(len(signal.hidden), size)
+                out.add_entries(ids, [encode(self.keep(signal(rows)), draws) for rows in parts], kept)
+
+    def output(self, folder: Path) -> None:
+        """Save the output layer."""
+        weights = {k: v[: self.model.head.vocab].to(self.dtype) for k, v in self.model.head.output.state_dict().items()}
+        _save(weights, folder, "head")
+
+    def validation(self, folder: Path, rows: np.ndarray, batch: int) -> None:
+        """Save the hidden states of the validation rows."""
+        out = Rows()
+        for part in chunks(len(rows), batch):
+            self.answer(rows, np.arange(part.start, part.stop), out, whole=True)
+        out.save(folder, "validation")
+
+
+def write(
+    folder: Path, of: dict, about: dict, packed: Packed, teacher: Teacher, batch: int, part: tuple[int, int] = (1, 1)
+) -> None:
+    """Write what is missing of the store that `of` describes, together with whatever other process does the same.
+
+    batch: rows per forward pass. part: which of how many machines that do not share a disk; with more than one there
+    is no manifest before merge(). Raises UserError if there is no room.
+    """
+    shards = _cut(*packed.train.shape, teacher)
+    begin(folder, of, about=about, shards=list(shards))
+    if teacher.device.type == "cpu":
+        keep_freed()
+    mine = dict(list(shards.items())[part[0] - 1 :: part[1]])
+    left = {name: rows for name, rows in mine.items() if _note(folder, name) is None}
+    if left:
+        _announce(folder, teacher, packed, batch, sum(map(len, left.values())))
+    progress = Steps(f"store of {of['teacher']}", sum(map(len, left.values())), 0, "row")
+    done = 0
+
+    def make(name: str) -> None:
+        nonlocal done
+        files.clear(folder, f"{name}*")
+        if name == "head":
+            return teacher.output(folder)
+        if name == "validation":
+            return teacher.validation(folder, packed.val, batch)
+        out = Rows()
+        for piece in chunks(len(left[name]), batch):
+            index = np.array(left[name][piece])
+            teacher.answer(packed.train, index, out, spans=packed.train_spans, boundary=packed.boundary)
+            done += piece.stop - piece.start
+            progress.update(done, done * (packed.train.shape[1] - 1))
+        out.save(folder, name, first=left[name].start)
+
+    try:
+        # First what no other process holds; then wait for the others, and do what a dead one has left.
+        for wait in (False, True):
+            for name in [*(["head", "validation"] if part[0] == 1 else []), *left]:
+                with _claim(folder / f".{name}.lock", wait) as held:
+                    if held and _note(folder, name) is None:
+                        make(name)
+    finally:
+        progress.stop()
+    if part[1] == 1:
+        commit(folder, of, read_json(folder / "begun.json")["about"])
+        for lock in folder.glob(".*.lock"):
+            lock.unlink(missing_ok=True)
+
+
+def _cut(rows: int, size: int, teacher: Teacher) -> dict[str, range]:
+    """Which rows form which shard: of the data and the teacher alone, so that all writers cut alike."""
+    most = SHARD_TOKENS // size
+    if teacher.keep is None:
+        most = SHARD_BYTES // (teacher.dtype.itemsize * size * teacher.model.head.output.weight.shape[1])
+    each = max(1, min(most, -(-rows // SHARDS)))
+    starts = range(0, rows, each)
+    return {f"shard-{number:05}": range(first, min(first + each, rows)) for number, first in enumerate(starts)}
+
+
+class Takes(NamedTuple):
+    """What rows of a store take."""
+
+    tokens: int  # that are stored
+    size: float  # bytes
+    beside: int  # bytes of the output layer and the validation rows
+    seconds: float
+
+
+def takes(teacher: Teacher, packed: Packed, batch: int, rows: float) -> Takes:
+    """What so many rows like those that are packed take, by the example of one batch."""
+    output, each = teacher.model.head.output, packed.counted if teacher.keep else packed.train.shape[1] - 1
+    beside = sum(p.numel() for p in output.parameters()) + packed.val[:, 1:].size * output.weight.shape[1]
+    for _ in range(2):  # the first forward pass is slower
+        out, started = Rows(), time.monotonic()
+        index = np.arange(min(batch, len(packed.train)))
+        teacher.answer(packed.train, index, out, spans=packed.train_spans, boundary=packed.boundary)
+    seconds, tokens = (time.monotonic() - started) / len(out.bodies) * rows, rows * each
+    return Takes(round(tokens), out.bytes / out.positions * tokens, beside * teacher.dtype.itemsize, seconds)
+
+
+def _announce(folder: Path, teacher: Teacher, packed: Packed, batch: int, rows: int) -> None:
+    """Say what is to be written and how long it takes; raises UserError without room."""
+    tokens, size, beside, seconds = takes(teacher, packed, batch, rows)
+    beside *= _note(folder, "head") is None
+    free = shutil.disk_usage(folder).free
+    say = (
+        f"{tokens:,} tokens at about {size / tokens:,.0f} bytes each, {files.amount(size)} in all, and "
+        f"{files.amount(beside)} of output layer and validation rows; "
+        f"{files.amount(free)} are free in {folder}"
+    )
+    if 1.1 * (size + beside) > free:
+        raise UserError(
+            f"No room for the store: {say}. Keep less of each position (e.g. record=top_k record.k=20), take less text "
+            "(data.tokens=…), or choose another disk with logits.path=…"
+        )
+    console.print(f"Writing {say}; {clock(seconds)} if no one helps.", soft_wrap=True)
+
+
+@contextmanager
+def _claim(path: Path, wait: bool) -> Iterator[bool]:
+    """Whether this process, and no other, holds the lock."""
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except filelock.Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def merge(folder: Path, parts: list[Path]) -> None:
+    """Join in `folder` what several machines wrote.
+
+    Raises UserError if the parts are not of one store, if one is damaged, or if a shard is missing.
+    """
+    begun = {part: read_json(part / "begun.json") for part in parts}
+    for part, of in begun.items():
+        if of is None:
+            raise UserError(f"{part} is no part of a store: it has no begun.json.")
+        if "shards" not in of:
+            raise UserError(f"{part} was recorded in training, by one process: there is nothing to merge.")
+        begin(folder, **of)
+    notes = {name: (part, note) for part in parts for name, note in _notes(part).items()}
+    missing = [name for name in ("head", "validation", *begun[parts[0]]["shards"]) if name not in notes]
+    if missing:
+        words = quoted(begun[parts[0]]["about"]["words"])
+        raise UserError(
+            f"{counted(len(missing), 'file is', 'files are')} in none of the parts, "
+            f"{missing[0]}.safetensors among them. Give the part that "
+            f"has them, or write it, where NUMBER is its own:\n  python -m kd.store write {words} part=NUMBER/OF"
+        )
+    for name, (part, note) in track(notes.items(), "merging"):
+        source = part / f"{name}.safetensors"
+        with files.atomic(folder / source.name) as temporary:
+            shutil.copyfile(source, temporary)
+            if files.digest(temporary) != note["digest"]:
+                raise UserError(f"{source} is damaged: its bytes are not those that were written. Copy it again.")
+        files.write_json(folder / f"{name}.json", note)
+    commit(folder, begun[parts[0]]["of"], begun[parts[0]]["about"])
+
+
+def upload(folder: Path, url: str) -> None:
+    """Copy a whole store to a URL, the manifest last."""
+    manifest = read_json(folder / "manifest.json")
+    there = read_json(files.fetch(url, folder, "manifest.json"))
+    if there and there["of"] != manifest["of"]:
+        raise UserError(f"{url} holds another store, of {there['of']['teacher']}. Choose another place; this one is in "
+                        f"{folder}.")  # fmt: skip
+    if there:
+        return  # another machine was first
+    remote = Remote(url, folder)
+    try:
+        left = [name for name, note in manifest["files"].items() if not _is_sent(remote, name, note)]
+        for name in track([*left, "manifest.json"], f"copying to {url}"):
+            remote.put(name)
+    except UserError as error:
+        raise UserError(
+            f"The store is whole in {folder}, and could not be copied: {error}\nThe same command goes on."
+        ) from error
+
+
+def _is_sent(there: Remote, name: str, note: dict) -> bool:
+    """Whether a file is at a URL already, where Recorder.send puts a note behind each."""
+    return there.read(f"{name.partition('.')[0]}.json") == note

@@ -1,0 +1,1 @@
+"""Files, processes, signals, consoles, remote storage: what any program needs."""

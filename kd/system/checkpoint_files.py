@@ -1,0 +1,105 @@
+"""Checkpoint files: written atomically with a digest beside them, verified before they are read."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import shlex
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+
+from kd.errors import UserError
+from kd.system import files
+from kd.system.remote import step_of
+
+
+class DigestIO(CheckpointIO):
+    """torch.save to a temporary file in the same folder, synced and renamed, its digest in a file beside it."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        path = Path(path)
+        with files.atomic(path) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+            checksum = files.digest(temporary)
+            # First the digest, then the checkpoint: a kill between the two leaves a digest of nothing.
+            with files.atomic(_beside(path)) as note:
+                note.write_text(checksum)
+
+    def load_checkpoint(self, path, map_location=None, weights_only=True):
+        return load(path, map_location or "cpu")
+
+    def remove_checkpoint(self, path) -> None:
+        if Path(path).is_dir():
+            shutil.rmtree(path)
+        Path(path).unlink(missing_ok=True)
+        _beside(Path(path)).unlink(missing_ok=True)
+
+
+def load(path: Path, map_location="cpu", part: io.BytesIO | None = None):
+    """What torch.save wrote (a part of what is at path, if that is given), where it is tensors and plain containers.
+
+    Raises UserError where it is something else: a checkpoint runs no code.
+    """
+    try:
+        return torch.load(part or path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} holds something other than numbers and text, which no checkpoint of kd does, so it was not read. "
+            f"Should it be from elsewhere, remove it:\n  {shlex.join(['rm', '-r', str(Path(path).parent)])}"
+        ) from None
+
+
+def seal(temporary: Path, path: Path) -> None:
+    """Give a folder of shards that is whole its name, and a digest beside it."""
+    with files.atomic(_beside(path)) as note:
+        note.write_text(_digest(temporary))
+    shutil.rmtree(path, ignore_errors=True)  # a damaged one
+    os.replace(temporary, path)
+
+
+def _digest(path: Path) -> str:
+    """Of a file, or of all files of a folder."""
+    return files.digest_of({p.name: files.digest(p) for p in path.iterdir()}) if path.is_dir() else files.digest(path)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_suffix(".xxh3")
+
+
+def steps(folder: Path) -> list[Path]:
+    """Checkpoints in a folder, the newest first."""
+    return sorted(Path(folder).glob("step-*.ckpt"), reverse=True)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole, or None if there are none.
+
+    Warns of every damaged one; raises UserError when all are.
+    """
+    found = steps(folder)
+    for path in found:
+        if _whole(path):
+            return path
+        warnings.warn(f"{path} is damaged (its bytes are not those that were written); going back to the one before.")
+    if found:
+        raise UserError(
+            f"Every checkpoint of this run is damaged: {', '.join(map(str, found))}. To train it anew, type:\n"
+            f"  {shlex.join(['rm', '-r', str(folder)])}"
+        )
+    return None
+
+
+def _whole(path: Path) -> bool:
+    note = _beside(path)
+    return note.exists() and _digest(path) == note.read_text()
+
+
+def latest_step(folder: Path) -> int:
+    """Of the newest checkpoint that is whole; -1 if there is none."""
+    return next((step_of(path.name) for path in steps(folder) if _whole(path)), -1)

@@ -1,0 +1,114 @@
+"""Progress that people see: a bar in a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+# What would move the cursor, rename the window, fill the clipboard or reverse text, were it said by a file or a log.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def harmless(text: str) -> str:
+    """Without what a terminal would obey rather than show."""
+    return CONTROL.sub("", text)
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """A number, and what there is of it: 1 run is, 2 runs are."""
+    return f"{number:,} {one if number == 1 else many}"
+
+
+class Terminal(Console):
+    """A console that shows text as it is: no text steers the terminal, and none is markup or the name of an emoji."""
+
+    def __init__(self, **how):
+        super().__init__(**{"markup": False, "emoji": False} | how)
+
+    def render_str(self, text: str, **how) -> Text:
+        return super().render_str(harmless(text), **how)
+
+
+def styled(text: str, style: str) -> Text:
+    """Text in a style, as rich calls it."""
+    return Text(harmless(text), style)
+
+
+console = Terminal(stderr=True, highlight=False)
+
+
+def end_with(error: Exception) -> NoReturn:
+    """Say what a person can mend, without a traceback, and exit with 2."""
+    console.print(str(error), style="red", soft_wrap=True)
+    sys.exit(2)
+
+
+QUIET = 10.0  # seconds between two lines where nobody watches a bar
+
+
+def track(items: Iterable, title: str) -> Iterator:
+    """Yield items under a bar that counts them; without a terminal, print a line now and then."""
+    if not console.is_terminal:
+        yield from _lines(items, title)
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        yield from progress.track(items, description=harmless(title))
+
+
+def _lines(items: Iterable, title: str) -> Iterator:
+    try:
+        total = f"/{len(items)}"
+    except TypeError:  # a stream, whose length nobody knows
+        total = ""
+    begun = time.monotonic()
+    printed = begun - 0.8 * QUIET  # the first line comes soon
+    for number, item in enumerate(items):
+        if time.monotonic() - printed > QUIET:
+            printed = time.monotonic()
+            print(f"{title}  {number}{total}  {clock(printed - begun)}", file=sys.stderr, flush=True)
+        yield item
+
+
+def clock(seconds: float) -> str:
+    """1:05 or 2:03:04"""
+    minutes, s = divmod(int(seconds + 0.5), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+class Steps:
+    """Long work in equal steps: which of how many, tokens/s, time left. shown: False where another process shows it."""
+
+    def __init__(self, title: str, steps: int, start: int, unit: str = "step", shown: bool = True):
+        self.steps, self.start, self.title, self.unit, self.shown = steps, start, title, unit, shown
+        self.begun, self.printed = time.monotonic(), 0.0
+        self.bar = Progress(
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=30), MofNCompleteColumn(),
+            TextColumn("{task.fields[say]}", markup=False), console=console, transient=True, refresh_per_second=4,
+        )  # fmt: skip
+        self.task = self.bar.add_task(harmless(title), total=steps, completed=start, say="")
+        if console.is_terminal and shown:
+            self.bar.start()
+
+    def update(self, step: int, tokens: int, also: str = "") -> None:
+        """So many steps are done; tokens of them in this process."""
+        spent = time.monotonic() - self.begun
+        say = f"{also}{tokens / max(spent, 1e-9):,.0f} tokens/s"
+        if step > self.start:
+            say += f"  {clock(spent / (step - self.start) * (self.steps - step))} left"
+        self.bar.update(self.task, completed=step, say=say)
+        if self.shown and not console.is_terminal and (time.monotonic() - self.printed > 10 or step == self.steps):
+            self.printed = time.monotonic()
+            print(f"{self.title}  {self.unit} {step}/{self.steps}  {say}", file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        if console.is_terminal and self.shown:
+            self.bar.stop()

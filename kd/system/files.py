@@ -1,0 +1,255 @@
+"""Files that must not be lost: written to a temporary name in the same folder, synced, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shlex
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import xxhash
+
+from kd.errors import UserError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary name, file or folder, that becomes `path` when the block ends well and vanishes when it does not.
+
+    Raises UserError when the disk is full; what stood at `path` before is then untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # processes of two hosts may share an id
+    try:
+        yield temporary
+        for file in [p for p in temporary.rglob("*") if p.is_file()] or [temporary]:
+            sync(file)
+        aside = path.with_name(f".{path.name}.old.tmp")
+        if temporary.is_dir() and path.is_dir():
+            os.replace(path, aside)  # a folder cannot be replaced by another in one step
+        os.replace(temporary, path)
+        sync(path.parent)
+        remove(aside)
+    except BaseException as error:
+        remove(temporary)
+        if is_full(error, path):
+            raise disk_full(path) from error
+        raise
+
+
+def is_full(error: BaseException, path: Path) -> bool:
+    """Whether a write to path failed for want of room; torch and safetensors say so in words of their own."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in full:
+            return True
+        said = [os.strerror(number).lower() for number in full]
+        if isinstance(cause, OSError) and cause.errno is None:  # numpy's, before and while it writes
+            said += ["not enough free space to write", " requested and "]
+        if any(words in str(cause).lower() for words in said):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return isinstance(error, Exception) and shutil.disk_usage(Path(path).parent).free < 1 << 16
+
+
+def clear(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left of files that were to be `name`; only for who holds the lock of the folder."""
+    for temporary in Path(folder).glob(f".{name}.*.tmp"):
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there."""
+    shutil.rmtree(path, ignore_errors=True)
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+
+
+def disk_full(path: Path) -> UserError:
+    """The error for a write that found no room."""
+    free = shutil.disk_usage(Path(path).parent).free
+    return UserError(
+        f"No room to write {path}: {free / 1e6:,.0f} MB are free there. Nothing was half-written. Free some space or "
+        "choose another place with root=/other/folder, then type the same command: it goes on from the last checkpoint."
+    )
+
+
+def write_json(path: Path, value) -> None:
+    """value as indented JSON, atomically; NaN is refused, since it is no JSON."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def amount(size: float) -> str:
+    """12 kB, 3.4 MB, 1.2 TB"""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            return f"{size:,.0f} {unit}" if size >= 10 or unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+
+
+def digest(path: Path) -> str:
+    """xxh3-128 of a file's bytes: finds any damage, at several GB/s."""
+    state = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            state.update(block)
+    return state.hexdigest()
+
+
+def digest_of(value) -> str:
+    """xxh3-128 of anything that JSON can hold."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
+
+
+def stamp(name: str | None) -> str | None:
+    """Digest of the content of a local folder, names and bytes of its files; None where `name` is no folder.
+
+    Hidden files are left out: tools keep notes of their own in them, such as when something was downloaded. Of an
+    adapter, the folder of its base model counts too.
+    """
+    if not name or not Path(name).is_dir():
+        return None
+    found = sorted(p for p in Path(name).rglob("*") if p.is_file())
+    found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(name).parts)]
+    described = [[str(p.relative_to(name)), known_digest(p)] for p in found]
+    with suppress(OSError, ValueError, AttributeError):  # no adapter, or one that is refused when it is loaded
+        base = stamp(json.loads((Path(name) / "adapter_config.json").read_text()).get("base_model_name_or_path"))
+        described += [["base", base]] if base else []
+    return digest_of(described)
+
+
+LARGE = 1 << 20  # bytes of a file whose digest is kept
+SETTLED = 2  # seconds after a change, before which another one may leave the same times behind
+
+
+def known_digest(path: Path) -> str:
+    """digest(), kept for large files: the same path, inode, size, mtime and ctime is the same content.
+
+    A program that restores the mtime of what it has changed moves the ctime, which none can set.
+    """
+    path = Path(path).absolute()
+    before = _state(path)
+    if before["size"] < LARGE:
+        return digest(path)
+    kept = cache() / "digests" / f"{xxhash.xxh3_128_hexdigest(str(path).encode())}.json"
+    try:
+        known = json.loads(kept.read_text())
+        if known["file"] == before:
+            return str(known["digest"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or damaged
+        pass
+    made = digest(path)
+    if _state(path) == before and before["ctime"] < time.time_ns() - SETTLED * 10**9:
+        with suppress(OSError, UserError):  # it is a convenience
+            write_json(kept, {"file": before, "digest": made})
+    return made
+
+
+def _state(path: Path) -> dict[str, str | int]:
+    """What changes with the content of a file."""
+    of = path.stat()
+    return {"path": str(path), "inode": of.st_ino, "size": of.st_size, "mtime": of.st_mtime_ns, "ctime": of.st_ctime_ns}
+
+
+def cache() -> Path:
+    """The folder of what kd keeps beside roots: $KD_CACHE, or ~/.cache/kd."""
+    return Path(expanded(os.environ.get("KD_CACHE") or "~/.cache/kd"))
+
+
+def expanded(path: str) -> str:
+    """A path whose ~ or ~user at the start is replaced by that home folder, as a shell does outside of quotes.
+
+    Raises UserError where there is no such home folder, rather than make a folder of that name.
+    """
+    whole = os.path.expanduser(path)
+    if whole.startswith("~"):
+        raise UserError(f"{path}: there is no home folder for {whole.partition('/')[0]}. Type the whole path.")
+    return whole
+
+
+def expanded_words(words: list[str]) -> list[str]:
+    """The overrides of a command line with ~ expanded where it stands without quotes, which Hydra cannot read."""
+    return [re.sub(r"(?<=[=,(\[])~[\w.-]*(?=[/,)\]]|$)", lambda found: expanded(found[0]), word) for word in words]
+
+
+def local(path: str | Path, cache: Path) -> Path:
+    """A folder, or of a URL the folder in `cache` that keeps copies of what was read from it."""
+    return Path(cache) / digest_of(str(path))[:16] if "://" in str(path) else Path(path)
+
+
+def fetch(path: str, folder: Path, name: str) -> Path:
+    """Where file `name` of a folder or URL is on this machine, copied if need be; it may not exist.
+
+    A manifest is always copied anew, beside one that was written here. Raises UserError if a URL cannot be read.
+    """
+    if "://" not in path:
+        return folder / name
+    copy = folder / ("fetched.json" if name == "manifest.json" else name)
+    if name == "manifest.json" or not copy.exists():
+        from kd.system.remote import Remote  # which needs this module
+
+        Remote(path, folder).get(name, to=copy)
+    return copy
+
+
+def is_name(text: str) -> bool:
+    """Whether text can be the name of one file or folder; a path to anywhere else cannot."""
+    return re.fullmatch(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*", text) is not None
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_cache(folder: str | Path, variable: str) -> None:
+    """Raise UserError for a cache folder that cannot be written; variable: of the environment, which names it."""
+    reason = None
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(folder, os.W_OK | os.X_OK) else "Permission denied"
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise UserError(
+            f"{folder}: {reason}. Copies of what is read are kept in this folder, so it has to be writable. Choose "
+            f"another in the environment: type {variable}=/other/folder before the command."
+        )
+
+
+def read_json(path: Path) -> dict | None:
+    """A JSON file, or None if it is not there; raises UserError if it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise _damaged(path, error) from None
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """All whole lines of a metrics.jsonl; a last line torn by a kill is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: ValueError) -> UserError:
+    removal = shlex.join(["rm", "-r", str(path.parent)])
+    return UserError(f"{path} is damaged ({error}). Remove its folder to make it again:\n  {removal}")

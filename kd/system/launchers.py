@@ -1,0 +1,27 @@
+"""Environment variables by which launchers (srun, torchrun, mpirun, jsrun, …) give each process a rank.
+
+Libraries take them as they are: Lightning writes nothing but on rank 0. A program of kd is rank 0 of its own run, also
+within a task of somebody's srun or with variables that are left over; the ranks of a run are given by kd/launch alone.
+So each program forgets them first, and a program of somebody else that imports kd keeps its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import MutableMapping
+
+OWN = "KD_RANK"  # what kd.launch.rank_launcher gives each process that it starts
+RANKS = re.compile(
+    r"((GLOBAL|LOCAL|NODE|GROUP|ROLE|CROSS|MPIRUN)_)?RANK|((LOCAL|GROUP|ROLE)_)?WORLD_SIZE|MASTER_(ADDR|PORT)|"
+    r"SLURM_(PROCID|LOCALID|NODEID)|TORCHELASTIC_\w+|(OMPI_COMM_WORLD|OMPI_UNIVERSE|PMI|PMIX|MPI|MPICH|JSM_NAMESPACE|"
+    r"MV2_COMM_WORLD|HOROVOD|FLUX_TASK|PALS)_\w+|ALPS_APP_PE"
+)
+
+
+def forget_ranks(environment: MutableMapping[str, str]) -> None:
+    """Remove every variable that gives a rank, and set those that Lightning reads where kd gave this process one."""
+    own = environment.pop(OWN, None)
+    for name in [name for name in environment if RANKS.fullmatch(name)]:
+        del environment[name]
+    if own is not None:
+        environment |= {"LOCAL_RANK": own, "NODE_RANK": "0"}

@@ -1,0 +1,107 @@
+"""Signals that ask a process to end: SIGTERM, SIGINT and SIGUSR2, as schedulers and people send them.
+
+The first lets a training run save a checkpoint at its next step, so that nothing is lost; a second ends at once. One
+request may arrive by two ways: SLURM signals every process of a job step, and `timeout` a process and then its group.
+So signals at the same moment are one request. A run that a sweep started is ended at once by the sweep alone, with
+SIGKILL: it takes all signals for the same request.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+
+ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+EXIT_CODE = 143  # of a process that was asked to end, whichever signal it was
+PARENT = "KD_PARENT"  # environment variable: the process that a run must not outlive
+SAME = 0.1  # seconds in which signals are one request
+
+
+class Preempted(SystemExit):
+    """The process was asked to end, and does."""
+
+    def __init__(self):
+        super().__init__(EXIT_CODE)
+
+
+class Stopped(Exception):
+    """An optimizer step was left between two micro-batches, since the process was asked to end."""
+
+
+class Requests:
+    """What this process was asked by signals."""
+
+    def __init__(self):
+        self.pending = False  # a run is to save a checkpoint at its next step, and to raise Preempted
+        self.told = False  # by the process that started this one, whose signals alone count
+        self.in_sweep = PARENT in os.environ  # whether a sweep started this process
+        self._first = 0.0  # time at which the first signal was answered
+        self._in_steps = False
+
+    def watch(self) -> None:
+        """Receive the signals from now on."""
+        for number in ASKED:
+            signal.signal(number, signal.SIG_IGN if self.told else self._received)
+
+    @contextmanager
+    def in_steps(self):
+        """Within, there is a next step at which to save; without, a process that is asked to end just ends."""
+        self._in_steps = True
+        try:
+            yield
+        finally:
+            self._in_steps = False
+
+    def ask(self) -> None:
+        """What a signal does, from a thread."""
+        if not self._in_steps:
+            os._exit(EXIT_CODE)
+        self.pending = True
+
+    def end_if_asked(self) -> None:
+        """Between two parts of the work: raise Preempted if it was asked for, and got lost or came too late for one."""
+        if self.pending:
+            raise Preempted
+
+    def _received(self, number: int, frame) -> None:
+        again, self.pending = self.pending, True  # Python loses what is raised within a callback of its own
+        if again and (self.in_sweep or time.monotonic() - self._first < SAME):
+            return
+        if again or not self._in_steps:
+            self._first = time.monotonic()
+            raise Preempted
+        from kd.system.console import console
+
+        also = "" if self.in_sweep else "; once more ends at once"
+        console.print(f"{signal.Signals(number).name}: the last whole step is saved{also}.")
+        self._first = time.monotonic()  # after what took its time: a second signal may have come meanwhile
+
+
+requests = Requests()
+
+
+def end_with_parent() -> None:
+    """Have this process be asked to end when the sweep that started it is gone, by SIGKILL even. Linux alone can."""
+    parent = os.environ.pop(PARENT, None)
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(parent):  # it was gone before
+        raise Preempted
+
+
+@contextmanager
+def received(handle: Callable[[str], None]):
+    """Call handle(name) for each such signal within, instead of ending."""
+    before = {number: signal.signal(number, lambda n, _: handle(signal.Signals(n).name)) for number in ASKED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
