@@ -1,4 +1,4 @@
-"""Catalogue of metrics: name, label and meaning, for the terminal, reports and W&B.
+"""Catalogue of metrics: name, label and meaning, for the terminal and for reports.
 
 A value is logged as `val/NAME`; the same metric of the teacher as `val/teacher_NAME`.
 """
@@ -74,7 +74,3 @@ METRICS = (
 )  # fmt: skip
 BY_NAME = {metric.name: metric for metric in METRICS}
 LOSS, ROUGE_L = BY_NAME["lm"], BY_NAME["rouge_l"]
-# Columns of a table of responses, each in responses.jsonl; what is measured of one response is called as its mean is.
-RESPONSE_COLUMNS = (
-    "row", "sample", "prompt", "reference", "teacher", "response", f"teacher_{ROUGE_L.name}", ROUGE_L.name, "ended"
-)  # fmt: skip

@@ -15,15 +15,15 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from kd.runs import wandb_agent
-from kd.system import files
-from kd.errors import MISTAKES, UserError, first_line
-from kd.runs.identity import About, about, sizes_of
-from kd.system.console import console
-from kd.runs.run import RESPONSES, Run
 from kd.config.security import SECRET, redacted
-from kd.system.processes import peak_memory
+from kd.errors import MISTAKES, UserError, first_line
+from kd.runs import wandb_agent
+from kd.runs.identity import About, about, sizes_of
+from kd.runs.run import RESPONSES, Run
+from kd.system import files
+from kd.system.console import console
 from kd.system.files import read_metrics
+from kd.system.processes import peak_memory
 
 ANSWER = "KD_WANDB"  # environment variable: online or offline, as W&B's server answered when it was asked
 WAIT = 10  # seconds for W&B's server to answer

@@ -1,22 +1,11 @@
 """The folder of a run: its lock, its state, its result, and the student that comes out."""
 
 from __future__ import annotations
-from kd.system.processes import _same_process
-from kd.system.processes import alive
-from kd.system.processes import peak_memory
-from kd.system.files import read_json
-from kd.config.security import redacted
-from kd.system.processes import whereabouts
 
-import importlib.metadata
 import json
 import os
-import platform
-import re
 import shlex
 import shutil
-import socket
-import subprocess
 import time
 import traceback
 import warnings
@@ -26,16 +15,16 @@ from pathlib import Path
 
 import filelock
 
-from kd.system import files
-from kd.system import remote
+from kd.config.security import redacted
 from kd.errors import UserError, is_mistake
-from kd.runs.identity import model_name, size_text
+from kd.system import files, remote
 from kd.system.console import console
+from kd.system.files import read_json
+from kd.system.processes import _same_process, alive, peak_memory, whereabouts
 from kd.system.signals import EXIT_CODE
 
-# What a student writes to the prompts of the validation rows (kd/evaluation/responses.py), and the curve of its ExAccErr.
+# Responses of the student to the validation prompts (kd/evaluation/responses.py), and the curve of its ExAccErr.
 RESPONSES, EXACCERR = "responses.jsonl", "exaccerr.json"
-EXACCERR_LENGTH = 16  # tokens up to which one number for it counts, as in the log of MiniLLM's code
 # What result.json keeps digests of, beside its own; folders with all that is in them.
 SEALED = ("config.json", "metrics.jsonl", RESPONSES, EXACCERR, "student")
 CLAIM = "claim.lock"  # file that says which sweep is about to start the run; not copied with the others

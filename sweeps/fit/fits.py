@@ -50,8 +50,11 @@ class Fit:
 
     @property
     def held_out_text(self) -> str:
-        """Error on held-out runs, beside that of the plainest law."""
-        return f"{self.held_out_error:.2%}, where a straight line in logarithms is off by {self.loglinear_error:.2%}"
+        """Error on held-out runs, beside that of the plainest law; empty without held-out runs."""
+        if self.held_out_error is None:
+            return ""
+        off = f"off on the {self.held_out.sum()} largest runs, held out, by {self.held_out_error:.2%}"
+        return f"{off}, where a straight line in logarithms is off by {self.loglinear_error:.2%}"
 
     @property
     def lack_of_fit_text(self) -> str:
@@ -98,7 +101,9 @@ class Fit:
         for axis, (noun, names) in axes.items():
             count = len({getattr(run, axis) for run in self.runs})
             if count < FEWEST_VALUES and (axis != "teacher_loss" or self.law is DISTILLATION):
-                names = names.split() + (["E"] if self.law is SUPERVISED else [])  # the rest of a loss without that term
+                names = names.split() + (
+                    ["E"] if self.law is SUPERVISED else []
+                )  # the rest of a loss without that term
                 few |= {name: f"{count} {noun}" for name in names if name not in few}
         return few
 

@@ -42,7 +42,8 @@ def distilled(c: Coefficients, n, d, teacher_loss, supervised_loss):
     """Return the loss of a student of N parameters after D tokens of a teacher of loss L_T. arXiv 2502.08606, eq. 8.
 
     L_T + L_T^-c0 (1 + (L_T / (L d1))^(1/f1))^(-c1 f1) (A / N^alpha + B / D^beta)^gamma, where L
-    (`supervised_loss`) is the supervised law at N and D. The teacher enters by its loss alone, and a student is never better than it.
+    (`supervised_loss`) is the supervised law at N and D. The teacher enters by its loss alone, and a student is never
+    better than it.
     """
     with np.errstate(over="ignore"):  # a teacher far worse than the student: the factor is 0
         gap = (1 + (teacher_loss / (supervised_loss * c["d1"])) ** (1 / c["f1"])) ** (-c["c1"] * c["f1"])

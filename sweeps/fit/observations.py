@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kd.system import files
 from kd.errors import UserError
 from kd.runs.identity import below, model_name
-from kd.system.console import counted
 from kd.runs.provenance import doubts_of_many
+from kd.system import files
+from kd.system.console import counted
 from sweeps.fit.solver import Data
 from sweeps.report.groups import label, outcome_settings, subset, varying
 from sweeps.report.load import Entry
@@ -79,8 +79,8 @@ def from_sweep(entries: list[Entry]) -> tuple[list[Observation], list[str]]:
     done, notes = [e for e in entries if e.result is not None], []
     if unfinished := len(entries) - len(done):
         notes.append(
-            f"{unfinished} of {len(entries)} runs {'is' if unfinished == 1 else 'are'} not done and not counted: python -m "
-            "sweeps.report says why."
+            f"{unfinished} of {len(entries)} runs {'is' if unfinished == 1 else 'are'} not done and not counted: "
+            "python -m sweeps.report says why."
         )
     usable = [e for e in done if e.result["config"]["logits"] in ("none", "online", "offline")]
     if learning := len(done) - len(usable):
@@ -144,8 +144,8 @@ def from_csv(path: Path) -> list[Observation]:
     if missing := set(REQUIRED) - set(columns):
         split = next((mark for mark in ";\t" if any(mark in name for name in columns)), None)
         raise UserError(
-            f"--csv {path}: lacks {join_words(sorted(missing))}. Its columns are to be {', '.join(Observation._fields)}; run and "
-            "those after loss may be left out or empty."
+            f"--csv {path}: lacks {join_words(sorted(missing))}. Its columns are to be "
+            f"{', '.join(Observation._fields)}; run and those after loss may be left out or empty."
             + (f" They are separated by {split!r} here; needed are commas, and a point in numbers." if split else "")
         )
     lines = [(number, dict(zip(columns, row))) for number, row in rows[1:]]

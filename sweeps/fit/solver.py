@@ -76,7 +76,7 @@ class Problem:
     def optima(
         self, misfits: np.ndarray, weights: np.ndarray | None = None, known: Sequence[np.ndarray] = (), tries: int = 30
     ) -> list[np.ndarray]:
-        """Return optima, the best first, from `known` starts and from `tries` of the grid that suit the weights of the runs.
+        """Return optima, the best first, from `known` starts and `tries` starts of the grid that suit the weights.
 
         First with a wide Huber loss, which is smooth, then with the real one: that of the published delta is nearly the
         mean absolute error, on whose kinks L-BFGS stops early.
@@ -108,7 +108,7 @@ class Problem:
 
 
 def huber(residual: np.ndarray, delta: float = DELTA) -> tuple[np.ndarray, np.ndarray]:
-    """Return the Huber loss divided by delta, and its derivative: |r| - delta/2 beyond delta, r^2 / (2 delta) within."""
+    """Return the Huber loss over delta, and its derivative: |r| - delta/2 beyond delta, r^2 / (2 delta) within."""
     size = np.abs(residual)
     value = np.where(size <= delta, residual**2 / (2 * delta), size - delta / 2)
     return value, np.clip(residual / delta, -1, 1)
@@ -126,7 +126,7 @@ def resampled(settings: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def held_out(compute: np.ndarray, settings: np.ndarray, least: int) -> np.ndarray:
-    """Return a mask of the largest runs by compute, a share of at least SHARE; none unless `least` settings are left [n].
+    """Return a mask of the largest runs by compute, at least SHARE of them; none unless `least` settings remain [n].
 
     Runs of the same compute, such as seeds of one setting, stand on the same side. settings: the number of each run's
     setting [n].

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
-from kd.system import files
 from kd.errors import UserError
+from kd.system import files
 
 
 def path_argument(text: str) -> str:

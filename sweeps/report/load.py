@@ -9,13 +9,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from kd.system import files
 from kd.config.components import check_sweep
 from kd.errors import UserError
 from kd.evaluation.catalog import LOSS, ROUGE_L
-from kd.system.remote import home, latest
 from kd.runs.run import EXACCERR, RESPONSES, Run, is_sealed
+from kd.system import files
 from kd.system.files import read_json, read_metrics
+from kd.system.remote import home, latest
 from sweeps.report.wording import join_words
 
 REQUIRED = {  # keys of a result; others may be missing

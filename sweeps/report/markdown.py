@@ -69,10 +69,10 @@ def table_lines(report: Report) -> list[str]:
 
 def explanation(report: Report) -> str:
     """Return the meaning of the columns beside the metrics."""
-    columns, metric = report.columns, report.metric
+    columns, metric, base = report.columns, report.metric, baseline_name(report.groups)
     parts = [
         f"{columns.seeds} seed{'s' * (columns.seeds > 1)} each." if columns.seeds else "",
-        f"± is the 95% interval over seeds. {metric.label.capitalize()}: {metric.unit}. A difference is to {baseline_name(report.groups)} "
+        f"± is the 95% interval over seeds. {metric.label.capitalize()}: {metric.unit}. A difference is to {base} "
         f"with the same {report.task}, seed by seed; {'above' if metric.sign > 0 else 'below'} 0 is better.",
         "To the first: difference to the row that leads among those with the same task." if columns.ranked else "",
         "Gap closed: share of the way from the baseline to the row's teacher." if columns.gaps else "",

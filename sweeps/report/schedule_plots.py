@@ -8,9 +8,9 @@ from statistics import fmean
 
 import plotly.graph_objects as go
 
-from kd.training import schedules
 from kd.errors import UserError
 from kd.runs.identity import below
+from kd.training import schedules
 from sweeps.report.axis_plots import Plot, axis_title, distilled_rows
 from sweeps.report.groups import label, varying
 from sweeps.report.plots import blank

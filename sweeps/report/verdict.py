@@ -6,7 +6,17 @@ from dataclasses import dataclass
 
 from kd.evaluation.catalog import Metric
 from kd.runs.identity import below
-from sweeps.report.groups import SUPERVISED, TASK, Group, baseline_name, describe_task, label, primary_metric, tasks_of, varying
+from sweeps.report.groups import (
+    SUPERVISED,
+    TASK,
+    Group,
+    baseline_name,
+    describe_task,
+    label,
+    primary_metric,
+    tasks_of,
+    varying,
+)
 from sweeps.report.statistics import Interval, baseline, best_group, difference, gap_closed, indistinguishable, interval
 from sweeps.report.wording import format_number, join_words, plus_minus
 
