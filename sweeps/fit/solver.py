@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.stats import f as f_distribution
+from scipy.special import fdtrc  # scipy.stats.f.sf, without the import of scipy.stats
 
 from sweeps.fit.laws import DISTILLATION, POWER, Coefficients, Inputs, Law
 
@@ -175,4 +175,4 @@ def lack_of_fit(residuals: np.ndarray, settings: np.ndarray, seeds: np.ndarray, 
     if min(freedom) < 1 or pure < 1e-12 * lack:
         return None
     f = float(lack / freedom[0] / (pure / freedom[1]))
-    return LackOfFit(f, freedom, float(f_distribution.sf(f, *freedom)))
+    return LackOfFit(f, freedom, float(fdtrc(*freedom, f)))

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 from kd.errors import UserError
-from kd.runs.loggers import wandb_run
 from sweeps.report.load import Entry
 
 
@@ -24,6 +23,8 @@ def keep_artifact(paths: list[Path], name: str, kind: str, notes: str, place: di
     UserError if W&B does not take the files.
     """
     import wandb
+
+    from kd.runs.loggers import wandb_run  # which loads Lightning
 
     try:
         run = wandb_run(**place, dir=str(paths[0].parent), name=f"{kind} {name}", group=name, job_type=kind,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, NamedTuple
 
-from scipy.stats import t as student_t
+from scipy.special import stdtrit  # scipy.stats.t.ppf, without the import of scipy.stats
 
 from kd.evaluation.catalog import LOSS, Metric
 
@@ -38,7 +38,7 @@ def interval(values: Iterable[float]) -> Interval | None:
     x = list(values)
     if not x:
         return None
-    half = float(student_t.ppf(0.975, len(x) - 1)) * stdev(x) / math.sqrt(len(x)) if len(x) > 1 else None
+    half = float(stdtrit(len(x) - 1, 0.975)) * stdev(x) / math.sqrt(len(x)) if len(x) > 1 else None
     return Interval(fmean(x), half, len(x))
 
 
