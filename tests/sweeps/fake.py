@@ -20,6 +20,7 @@ CONFIG = {
 }  # fmt: skip
 PARTS = {"akl": {"loss.mu": 0.5}, "jsd": {"loss.beta": 0.5}}
 TEACHER = 1.9
+EVIL = "</script><img src=x onerror=alert(1)>|`*[a](b)"
 
 
 class Sweep:
@@ -64,7 +65,8 @@ class Sweep:
         result["final"] |= {"val/rouge_l": rouge, "val/teacher_rouge_l": 0.5, "val/exaccerr": 0.25}
         lines = [
             {"row": row, "sample": sample, "prompt": f"p{row}", "reference": f"r{row}", "rouge_l": rouge,
-             "response": f"{text}{row}.{sample}", "teacher": f"t{row}.{sample}", "teacher_rouge_l": 0.5} | (fields or {})
+             "response": f"{text}{row}.{sample}",
+             "teacher": f"t{row}.{sample}", "teacher_rouge_l": 0.5} | (fields or {})
             for sample in (0, 1) for row in range(prompts)
         ]  # fmt: skip
         (folder / "result.json").write_text(json.dumps(result))
