@@ -5,15 +5,23 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kd.errors import UserError
-from sweeps import compare, dashboard, fit, report
+from kd.evaluation.catalog import LOSS, ROUGE_L
+from kd.runs import loggers
+from sweeps import dashboard as command
+from sweeps.fit.__main__ import main as fit_main
+from sweeps.report import dashboard
+from sweeps.report.__main__ import main as report_main
+from sweeps.report.artifact import wandb_place
+from sweeps.report.load import Entry, read_run
 from tests.small import FORK
+from tests.sweeps.fake import Sweep
 from tests.test_agent import inspect
-from tests.test_report import Sweep
 from tests.wandb_server import serving
 
 LOGGED = {"logger": "wandb", "logger.project": "mine", "logger.entity": None}
@@ -32,8 +40,8 @@ def sweep(tmp_path):
     return sweep
 
 
-def entries(sweep) -> list[compare.Entry]:
-    return [compare.read(sweep.root, line) for line in sweep.runs]
+def entries(sweep) -> list[Entry]:
+    return [read_run(sweep.root, line) for line in sweep.runs]
 
 
 def _work(root: Path, main, arguments: list[str], environment: dict[str, str]) -> None:
@@ -58,7 +66,7 @@ def records(root: Path, kind: str) -> list[dict]:
 
 
 def test_report_is_kept_as_an_artefact_and_as_media(sweep):
-    code, output = typed(sweep.root, report.main, "s", "--root", str(sweep.root), "--wandb")
+    code, output = typed(sweep.root, report_main, "s", "--root", str(sweep.root), "--wandb")
     folder = sweep.root / "sweeps"
     assert code == 0 and f"wandb sync {folder}/wandb/offline-run-" in output, output
     (run,), (artefact,) = records(folder, "run"), records(folder, "artifact")
@@ -75,7 +83,7 @@ def test_report_is_kept_as_an_artefact_and_as_media(sweep):
 
 def test_fit_is_kept_as_an_artefact(tmp_path):
     (tmp_path / "my points.csv").write_text("parameters,tokens,loss\n1e6,1e7,3\n2e6,1e7,2.9\n")
-    code, output = typed(tmp_path, fit.main, "--csv", str(tmp_path / "my points.csv"), "--wandb", "--bootstrap", "0")
+    code, output = typed(tmp_path, fit_main, "--csv", str(tmp_path / "my points.csv"), "--wandb", "--bootstrap", "0")
     assert code == 0 and "wandb sync" in output, output
     (run,), (artefact,) = records(tmp_path, "run"), records(tmp_path, "artifact")
     assert (run["project"], run["job_type"], artefact["name"], artefact["type"]) == (
@@ -89,32 +97,32 @@ def test_fit_is_kept_as_an_artefact(tmp_path):
 
 
 def test_what_w_and_b_does_not_take_is_an_error_that_says_where_it_is(sweep, monkeypatch, capsys):
-    monkeypatch.setattr(dashboard, "wandb_run", lambda **_: (_ for _ in ()).throw(OSError("disk")))
-    assert report.main(["s", "--root", str(sweep.root), "--wandb"]) == 2
+    monkeypatch.setattr(loggers, "wandb_run", lambda **_: (_ for _ in ()).throw(OSError("disk")))
+    assert report_main(["s", "--root", str(sweep.root), "--wandb"]) == 2
     assert re.search(r"W&B did not take the report \(disk\)\. It is in .*/s\.html\.", capsys.readouterr().err)
 
 
 def test_place_is_that_of_the_runs(sweep, tmp_path):
-    assert dashboard.place(entries(sweep)) == {"project": "mine", "entity": None}
+    assert wandb_place(entries(sweep)) == {"project": "mine", "entity": None}
     (tmp_path / "other").mkdir()
-    assert dashboard.place(entries(Sweep(tmp_path / "other").done("fkl", 0, 2.3))) == {"project": "kd", "entity": None}
+    assert wandb_place(entries(Sweep(tmp_path / "other").done("fkl", 0, 2.3))) == {"project": "kd", "entity": None}
 
 
 def test_axes_that_are_shown_are_those_that_vary(sweep):
-    assert dashboard.shown(entries(sweep)) == ["loss", "alpha_peak", "logits"]  # lm has an alpha_peak of 0
+    assert dashboard.varying_axes(entries(sweep)) == ["loss", "alpha_peak", "logits"]  # lm has an alpha_peak of 0
     sweep.done("fkl", 0, 2.2, **{"temperature.tau": 2.0, "student.size": "1m"})
-    assert dashboard.shown(entries(sweep)) == ["loss", "alpha_peak", "logits", "temperature_tau"]
+    assert dashboard.varying_axes(entries(sweep)) == ["loss", "alpha_peak", "logits", "temperature_tau"]
 
 
 def test_view_and_report_are_saved_and_are_of_these_runs(sweep):
     with serving() as (environment, given):
-        code, output = typed(sweep.root, dashboard.main, "s", "--root", str(sweep.root), **environment)
+        code, output = typed(sweep.root, command.main, "s", "--root", str(sweep.root), **environment)
     assert code == 0, output
     of = environment["WANDB_BASE_URL"]
     assert re.search(f"^{of}/me/mine\\?nw=\\w+\n{of}/me/mine/reports/kd-s--VIEW$", output, re.M), output
     view, document = given
     assert (view["entityName"], view["projectName"], view["displayName"]) == ("me", "mine", "kd s")
-    assert document["description"].startswith("of 2 losses, fkl is best")
+    assert document["description"].startswith("fkl is lowest of 2: ")
     spec, text = json.loads(view["spec"])["section"], json.loads(document["spec"])
     (grid,) = [block["metadata"] for block in text["blocks"] if block["type"] == "panel-grid"]
     (words,) = [block["content"] for block in text["blocks"] if block["type"] == "markdown-block"]
@@ -133,35 +141,35 @@ def test_view_and_report_are_saved_and_are_of_these_runs(sweep):
         ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("of", "key", "ascending"), [(compare.LOSS, "lm", True), (compare.ROUGE, "rouge_l", False)])
-def test_view_and_report_go_by_what_the_sweep_is_judged_by(of, key, ascending):
+@pytest.mark.parametrize(("metric", "name", "ascending"), [(LOSS, "lm", True), (ROUGE_L, "rouge_l", False)])
+def test_view_and_report_go_by_the_metric_of_the_sweep(sweep, metric, name, ascending):
     where = {"entity": "me", "project": "mine"}
-    view = dashboard.view("s", ["loss"], ["a"], where, of)
-    document = dashboard.document("s", ["loss"], ["a"], where, of, "says", "text")
+    view = dashboard.view("s", ["loss"], ["a"], where, metric)
+    document = dashboard.document(replace(sweep.report(), metric=metric), "text", ["loss"], ["a"], where)
     (runs,) = document.blocks[1].runsets
     for order in (view.runset_settings.order[0], runs.order[0]):
-        name = getattr(order, "item", None) or order.name
-        assert (name.name, order.ascending) == (f"final/{key}", ascending)
-    assert view.runset_settings.pinned_columns[1:3] == ["config:loss.value", f"summary:final/{key}"]
+        item = getattr(order, "item", None) or order.name
+        assert (item.name, order.ascending) == (f"final/{name}", ascending)
+    assert view.runset_settings.pinned_columns[1:3] == ["config:loss.value", f"summary:final/{name}"]
     for panels in (view.sections[0].panels, document.blocks[1].panels):
-        assert panels[0].columns[-1].metric.name == f"final/{key}"
+        assert panels[0].columns[-1].metric.name == f"final/{name}"
 
 
 def test_without_an_account_it_says_what_to_type(sweep):
-    code, output = typed(sweep.root, dashboard.main, "s", "--root", str(sweep.root))
+    code, output = typed(sweep.root, command.main, "s", "--root", str(sweep.root))
     assert code == 2 and "wandb login" in output and "sweeps/s.html" in output, output
-    code, output = typed(sweep.root, dashboard.main, "s", "--root", str(sweep.root), WANDB_MODE="online")
+    code, output = typed(sweep.root, command.main, "s", "--root", str(sweep.root), WANDB_MODE="online")
     assert code == 2 and "wandb login" in output, output
 
 
-def test_without_the_package_it_says_what_to_install(sweep, monkeypatch):
+def test_without_the_package_it_says_what_to_install(sweep, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
-    with pytest.raises(UserError, match=r"pip install 'kd\[workspaces\]'"):
-        dashboard.save(sweep.root, "s")
+    assert command.main(["s", "--root", str(sweep.root)]) == 2
+    assert "pip install 'kd[workspaces]'" in capsys.readouterr().err
 
 
 def test_runs_that_were_not_logged_are_nothing_to_show(sweep):
     for path in sweep.root.glob("*/wandb-id"):
         path.unlink()
     with pytest.raises(UserError, match="logger=wandb"):
-        dashboard.ids(sweep.root, entries(sweep))
+        dashboard.wandb_ids(sweep.root, entries(sweep))
