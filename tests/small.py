@@ -13,6 +13,7 @@ import hydra
 import train as product
 from kd.config.components import CONF
 from kd.config.rules import Settings, resolve
+from kd.store import __main__ as store_program
 from kd.store import reader
 from kd.system import files
 
@@ -88,7 +89,7 @@ def here(root: Path, *words: str) -> Path:
 
 def write(root: Path, *words: str) -> reader.Store:
     """What `python -m kd.store write` does, in this process."""
-    return product.write_store([*TINY, f"root={root}", *words])
+    return store_program.write_store([*TINY, f"root={root}", *words])
 
 
 def type_in(message: str) -> None:
@@ -102,7 +103,7 @@ def type_in(message: str) -> None:
             subprocess.run(words, check=True)
             continue
         assert words[3] == "write"
-        product.write_store(words[4:])
+        store_program.write_store(words[4:])
 
 
 def content(folder: Path) -> dict[str, bytes]:

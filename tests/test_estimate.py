@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-import train as product
 from kd.config.components import CONF
 from kd.experiment import planner
 from kd.system import console
-from kd.system.console import Terminal
+from kd.system.console import Terminal, silence_libraries
 from tests.small import here, result, settings, train, write
 
 
@@ -21,10 +20,10 @@ def quick(monkeypatch):
 
 
 def of(root, *words):
-    product.quiet()
+    silence_libraries()
     told = settings(root, *words)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return product.estimate(told)
+        return planner.estimate(told)
 
 
 @pytest.mark.parametrize("words", ["logits=none", "logits=online", "logits=cotrained", "logits=online routing=entropy"])

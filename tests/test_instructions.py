@@ -23,7 +23,6 @@ from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-import train as product
 from kd.config import components
 from kd.config.components import CONF
 from kd.config.rules import resolve
@@ -34,7 +33,9 @@ from kd.data.instructions import functions
 from kd.data.packing import END
 from kd.data.templates import alpaca, encode, end_of_response, plain, tokens
 from kd.errors import UserError
-from kd.experiment import dependencies, stores, summary
+from kd.experiment import dependencies, planner, prerequisites, stores, summary
+from kd.runs.run import Run
+from kd.store import __main__ as store_program
 from tests import small
 from tests.small import outcome
 
@@ -793,7 +794,7 @@ def test_a_store_holds_responses_and_no_more(root):
     made = settings(root, *OFFLINE)
     run(root, *OFFLINE)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        packed, _ = product.prepare(made)
+        packed, _ = prerequisites.prepare(made)
         found = stores.opened(made, packed)
         counted = int((packed.train_spans @ [-1, 1]).sum())
         assert found.manifest["positions"] == counted and found.manifest["entries"] == 5 * counted
@@ -804,7 +805,7 @@ def test_a_store_holds_responses_and_no_more(root):
         target = found.source(batch, kept)(slice(0, int(kept.sum())))
         assert (target.logp > -torch.inf).all() and (target.logp.exp().sum(-1) <= 1 + 1e-5).all()
         assert torch.equal(target.label, batch.labels[kept])
-    assert "KL from what it says now to what is stored" in product.compare_with_teacher(found, str(root))
+    assert "KL from what it says now to what is stored" in store_program.compare_with_teacher(found, str(root))
 
 
 @pytest.mark.parametrize("start", [(), ("start=pretrained",), ("start=sft", "start.sft_steps=2")])
@@ -823,7 +824,7 @@ def test_a_store_of_other_prompts_is_another(root):
     """The same rows, of which other tokens are asked: what is now to be learned may not be stored."""
     made = settings(root, *OFFLINE)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        packed, _ = product.prepare(made)
+        packed, _ = prerequisites.prepare(made)
         for part in ("train_spans.npy", "val_spans.npy"):
             other = replace(packed, digests=packed.digests | {part: "another"})
             assert stores.described(made, other)["data"] != stores.described(made, packed)["data"]
@@ -852,7 +853,7 @@ def test_micro_batches_of_any_size_learn_the_same(root):
 def test_an_estimate_counts_what_counts(root):
     asked = settings(root, "logits=none", "teacher=none", "seed=99", "trainer.steps=50")
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        made = product.estimate(asked)
+        made = planner.estimate(asked)
     (packed,) = (packing.opened(p.parent) for p in root.glob("data/*/train_spans.npy"))
     assert [of.tokens for of in made.values()] == [round(50 * 4 * packed.counted)]
 
@@ -894,7 +895,7 @@ def test_prompts_alone_are_refused_where_responses_are_learned(tmp_path, words, 
     of = [word for word in words_of(tmp_path) if not word.startswith("data.files")]
     made = small.settings(tmp_path, *of, f"data.files={file}", *words)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(UserError, match=says):
-        product.prepare(made)
+        prerequisites.prepare(made)
 
 
 def test_a_result_has_what_became_of_all_rows(root, tmp_path, capsys):
@@ -906,7 +907,7 @@ def test_a_result_has_what_became_of_all_rows(root, tmp_path, capsys):
     counts = result["data"]
     assert counts["read"] == 150 == sum(counts["used"].values()) + sum(counts["left_out"].values())
     assert counts["left_out"]["no_response"] == 30 and counts["unused"] == {"column tag": 30}
-    summary.show(product.Run(str(tmp_path), folder.name), result)
+    summary.show(prerequisites.Outcome(Run(str(tmp_path), folder.name), result, before=False))
     shown = " ".join(capsys.readouterr().err.split())
     assert "Data: 150 examples read" in shown and "30 without a response" in shown and "column tag in 30" in shown
 

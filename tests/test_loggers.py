@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-import train as product
 from kd.config.components import flat
 from kd.errors import UserError
+from kd.experiment import fit
 from kd.launch.ray_launcher import Ray
 from kd.launch.sweeper import Processes
 from kd.runs import loggers
@@ -52,7 +52,7 @@ def test_what_was_measured_before_the_first_step_is_there_once(tmp_path):
 def test_no_view_is_told_that_a_run_is_done_whose_student_could_not_be_written(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(MetricsFile, "close", lambda self, final: told.append(final))
-    monkeypatch.setattr(product, "export", lambda *_: 1 / 0)
+    monkeypatch.setattr(fit, "export", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         here(tmp_path, "logits=none", "teacher=none", "trainer.steps=1")
     state = json.loads((folder(tmp_path, "lm") / "state.json").read_text())

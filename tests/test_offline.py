@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-import train as product
 from kd.config.compose import composed
 from kd.data.batches import Batch, to_batch
 from kd.errors import UserError
+from kd.experiment import fit, prerequisites
 from kd.models import hub
 from kd.objective.chunked import Objective
 from kd.objective.losses import akl
@@ -290,7 +290,7 @@ def test_no_teacher_is_loaded_once_the_store_is_there(root, monkeypatch):
     online = here(root, "logits=online")
     shutil.rmtree(folder(root, "lm"))
     monkeypatch.setattr(hub, "pretrained", None)
-    monkeypatch.setattr(product, "teacher_model", None)
+    monkeypatch.setattr(prerequisites, "teacher_model", None)
     for more in ((), ("teacher=none",), ("teacher=none", "logits.path=null", "teacher=100k", "record=full")):
         run = here(root, *words, *more)
         assert outcome(run) == outcome(online)
@@ -321,7 +321,7 @@ def test_a_store_in_bf16_is_read_by_a_run_in_fp32(root, tmp_path):
 def test_runs_of_many_kinds_read_one_store(root, monkeypatch):
     path = full(root)
     before = {p: p.stat().st_mtime_ns for p in path.iterdir()}
-    monkeypatch.setattr(product, "teacher_model", None)
+    monkeypatch.setattr(prerequisites, "teacher_model", None)
     kinds = [("loss=rkl",), ("loss=jsd", "temperature.tau=2"), ("loss=tvd", "seed=3", "trainer.batch=3"), TOP, RANDOM]
     for kind in kinds:
         assert result(here(root, "logits=offline", "record=full", "trainer.steps=2", *kind))["state"] == "done"
@@ -331,11 +331,11 @@ def test_runs_of_many_kinds_read_one_store(root, monkeypatch):
 
 def test_a_rank_composes_no_config(root, monkeypatch):
     """It is given settings, and Hydra is not there; what a store is to hold is asked of who writes it alone."""
-    given, fit = [], product.fit
-    monkeypatch.setattr(product, "fit", lambda *of: given.append(of) or {})
+    given, real = [], fit.fit
+    monkeypatch.setattr(fit, "fit", lambda *of: given.append(of) or {})
     here(root, "logits=offline", "record=top_k", "record.k=5", "trainer.steps=2", *TOP)
     composed.cache_clear()
-    assert fit(*given[0])["state"] == "done"
+    assert real(*given[0])["state"] == "done"
 
 
 def test_a_run_with_a_store_costs_no_flops_of_a_teacher(root):

@@ -12,6 +12,7 @@ import train as product
 from kd.config.components import CONF
 from kd.data import packing
 from kd.errors import UserError
+from kd.experiment import planner, prerequisites
 from kd.launch.pool import UNKNOWN, Job
 from kd.runs import provenance
 from kd.runs.run import Run, check_student
@@ -36,11 +37,13 @@ def root(made, tmp_path) -> Path:
     return tmp_path / "root"
 
 
-def show(root: Path, *words: str) -> product.Outcome:
+def show(root: Path, *words: str) -> prerequisites.Outcome:
     """What a command on the run does, in this process, up to where its table is printed."""
     given = settings(root, *RUN, *words)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return product.shown(given)
+        outcome = product.train(given)
+        outcome.check_files()
+        return outcome
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -210,7 +213,7 @@ def test_what_is_damaged_under_a_url_is_said_and_a_damaged_copy_is_fetched_anew(
         given = settings(tmp_path, *words)
         config, damaged = hydra.initialize_config_dir(str(CONF), version_base="1.3"), f"{name} is damaged"
         with config, pytest.raises(UserError, match=damaged):
-            product.shown(given)
+            product.train(given).check_files()
         flip(there / run.name / name)
     whole = (there / run.name / "result.json").read_text()
     (there / run.name / "result.json").write_text(whole[:100])
@@ -243,7 +246,7 @@ def code(tmp_path, monkeypatch):
 
     def change(module: str, *pairs: tuple[str, str]) -> None:
         for old, new in pairs:
-            edit(tmp_path / "kd" / f"{module}.py", old, new)
+            edit(tmp_path / "kd" / f"{module.replace('.', '/')}.py", old, new)
         forget()
 
     forget()
@@ -297,11 +300,15 @@ def test_a_result_says_which_components_it_was_made_by(made):
 
 
 COSMETIC = {
-    "a comment": ("losses", "change of sign", "change of its sign"),
-    "a docstring": ("losses", "Forward KL(p || q), nats [N].", "Forward KL(p || q)."),
-    "layout": ("losses", "-(p.exp() * (q - p)).sum(-1)  #", "(\n        -(p.exp() * (q - p)).sum(-1)\n    )  #"),
-    "another loss": ("losses", "return _reverse(q, p)", "return 2 * _reverse(q, p)"),
-    "place": ("losses", "def fkl(", "def first():\n    pass\n\n\ndef fkl("),
+    "a comment": ("objective.losses", "change of sign", "change of its sign"),
+    "a docstring": ("objective.losses", "Forward KL(p || q), nats [N].", "Forward KL(p || q)."),
+    "layout": (
+        "objective.losses",
+        "-(p.exp() * (q - p)).sum(-1)  #",
+        "(\n        -(p.exp() * (q - p)).sum(-1)\n    )  #",
+    ),
+    "another loss": ("objective.losses", "return _reverse(q, p)", "return 2 * _reverse(q, p)"),
+    "place": ("objective.losses", "def fkl(", "def first():\n    pass\n\n\ndef fkl("),
 }
 
 
@@ -313,20 +320,20 @@ def test_what_changes_nothing_that_is_computed_makes_no_result_old(made, code, k
 
 
 REAL = {
-    "the function": ("losses", "-(p.exp() * (q - p))", "-2 * (p.exp() * (q - p))", ["loss=fkl (fkl)"]),
+    "the function": ("objective.losses", "-(p.exp() * (q - p))", "-2 * (p.exp() * (q - p))", ["loss=fkl (fkl)"]),
     "a constant": (
-        "schedules",
+        "training.schedules",
         "return 1.0 if progress",
         "return 1.5 if progress",
         ["alpha=constant (_warm)", "lr=cosine (_warm)"],
     ),
     "a helper": (
-        "schedules",
+        "training.schedules",
         "progress / warmup",
         "progress / warmup**2",
         ["alpha=constant (_warm)", "lr=cosine (_warm)"],
     ),
-    "its name": ("losses", "def fkl(", "def other(", ["loss=fkl (fkl)"]),
+    "its name": ("objective.losses", "def fkl(", "def other(", ["loss=fkl (fkl)"]),
 }
 
 
@@ -347,13 +354,15 @@ def test_another_function_with_the_name_of_a_parameter_makes_no_result_old(made,
     before = {"config": config, "sources": provenance.sources(config)}
     assert {"mixed"} <= before["sources"]["rollout"].keys()
     code(
-        "rollout", ("def student(", "def student(more: int = 1, *,"), ("def teacher(", "def teacher(more: int = 1, *,")
+        "rollout.strategies",
+        ("def student(", "def student(more: int = 1, *,"),
+        ("def teacher(", "def teacher(more: int = 1, *,"),
     )
     assert provenance.changes(before) == []
 
 
 def test_names_that_a_definition_binds_are_not_followed(code):
-    path = provenance.PACKAGE / "rollout.py"
+    path = provenance.PACKAGE / "rollout" / "strategies.py"
     path.write_text("""
 LIMIT = 3
 def teacher(): return LIMIT
@@ -370,17 +379,17 @@ class Both:
     def one(self, student): return student
     def two(self): return fixed
 """)
-    code("rollout")
-    assert provenance._used("rollout", "mixed") == {"mixed", "helper"}
-    assert provenance._used("rollout", "student") == {"student", "teacher", "LIMIT"}
-    assert provenance._used("rollout", "Both") >= {"Both", "fixed"}
-    assert "student" not in provenance._used("rollout", "Both")
+    code("rollout.strategies")
+    assert provenance._used("rollout.strategies", "mixed") == {"mixed", "helper"}
+    assert provenance._used("rollout.strategies", "student") == {"student", "teacher", "LIMIT"}
+    assert provenance._used("rollout.strategies", "Both") >= {"Both", "fixed"}
+    assert "student" not in provenance._used("rollout.strategies", "Both")
 
 
 def test_a_result_is_shown_as_old_where_the_code_of_its_teacher_has_changed(made, code):
     shown, teacher = result(made), folder(made, "lm").name
     assert shown["origins"]["teacher"]["run"] == teacher
-    code("schedules", ("progress / warmup", "progress / warmup**2"))
+    code("training.schedules", ("progress / warmup", "progress / warmup**2"))
     shown["sources"] = {}
     first, remedy = provenance.doubts(shown)
     assert first == f"its teacher {teacher} is old: the code of lr=cosine (_warm) has changed since"
@@ -402,11 +411,11 @@ def test_code_that_is_edited_while_a_run_trains_is_not_taken_for_its_own(made, r
 
 
 def test_a_function_that_only_moved_to_another_module_is_the_same(made, code):
-    source = (provenance.PACKAGE / "schedules.py").read_text()
+    source = (provenance.PACKAGE / "training" / "schedules.py").read_text()
     start = source.index("def _warm(")
     helper = source[start : source.index("\n\n\n", start)]
     (provenance.PACKAGE / "warming.py").write_text(f"# Moved.\n{helper}\n")
-    code("schedules", (helper, ""), ("from kd.errors", "from kd.warming import _warm\nfrom kd.errors"))
+    code("training.schedules", (helper, ""), ("from kd.errors", "from kd.warming import _warm\nfrom kd.errors"))
     assert provenance.changes(result(made)) == []
 
 
@@ -457,7 +466,7 @@ def test_force_plans_a_run_with_a_damaged_result(root, capsys):
     flip(folder(root, "fkl") / "result.json")
     given = settings(root, *RUN, "plan=true", "force=true")
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        product.show_plan([given], ["this run"], 1)
+        planner.show_plan([given], ["this run"], 1)
     assert "this run" in capsys.readouterr().err
 
 
@@ -487,7 +496,7 @@ def test_force_leaves_what_a_killed_run_had_done(root, monkeypatch):
 
 
 def test_data_of_other_code_stays_old_until_it_is_packed_anew(made, root, code):
-    code("corpora", ("rng = np.random.default_rng(", "rng = np.random.default_rng(1 + "))
+    code("data.corpora", ("rng = np.random.default_rng(", "rng = np.random.default_rng(1 + "))
     (packed,) = root.glob("data/*/train.npy")
     before = packed.stat().st_ino
     outcome = show(root, "seed=9").result  # on data that was packed before
@@ -515,14 +524,14 @@ def test_a_run_does_not_go_on_under_other_code(root, code, monkeypatch):
         patch.setattr(Distillation, "training_step", step)
         here(root, *RUN, *words)
     (checkpoints,) = root.glob("*/checkpoints")
-    code("losses", ("-(p.exp() * (q - p))", "-2 * (p.exp() * (q - p))"))
+    code("objective.losses", ("-(p.exp() * (q - p))", "-2 * (p.exp() * (q - p))"))
     with pytest.raises(UserError, match=r"that of loss=fkl \(fkl\) has changed") as caught:
         here(root, *RUN, *words)
-    code("losses", ("-2 * (p.exp() * (q - p))", "-(p.exp() * (q - p))"))
+    code("objective.losses", ("-2 * (p.exp() * (q - p))", "-(p.exp() * (q - p))"))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Distillation, "training_step", step)
         here(root, *RUN, *words)  # goes on with it
-    code("losses", ("-(p.exp() * (q - p))", "-2 * (p.exp() * (q - p))"))
+    code("objective.losses", ("-(p.exp() * (q - p))", "-2 * (p.exp() * (q - p))"))
     type_in(str(caught.value))
     assert not checkpoints.exists()
     outcome = json.loads((here(root, *RUN, *words) / "result.json").read_text())

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train as product
 from kd.config.components import CONF
 from kd.data import packing
 from kd.errors import UserError
@@ -156,7 +155,7 @@ def estimated(root, *more) -> planner.Estimate:
     """What plan=true says of the run itself."""
     told = settings(root, *more)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return list(product.estimate(told).values())[-1]
+        return list(planner.estimate(told).values())[-1]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +190,7 @@ def test_plan_names_all_that_is_made_first_for_recorded_logits(root, words, monk
         before, record = start_settings(told), recording(told)
         made = [*(plan(start_settings(of)).run.name for of in (record, before)), plan(record).run.name]
         made += [plan(before).run.name, plan(told).run.name]
-        assert product.estimate(told).keys() == {*made}
+        assert planner.estimate(told).keys() == {*made}
 
 
 def test_plan_measures_writing_and_the_rows_it_makes(root, words, monkeypatch):

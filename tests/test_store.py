@@ -23,6 +23,7 @@ import train as product
 from kd.config.components import CONF, typed
 from kd.config.rules import resolve
 from kd.errors import UserError
+from kd.experiment import store_check
 from kd.experiment.dependencies import cached_corpus, plan
 from kd.models import causal_lm
 from kd.models import hub as hub_module
@@ -245,14 +246,14 @@ def test_verify_compares_with_the_teacher_and_info_says_what_it_is(root, command
 
 
 def test_verify_finds_numbers_that_the_teacher_does_not_say(root, command_line, monkeypatch):
-    def other(settings, parts):
-        model = real(settings, parts)
+    def other(settings, components, train):
+        model = real(settings, components, train)
         with torch.no_grad():
             model.head.output.weight.mul_(3)
         return model
 
-    real = product.teacher_model
-    monkeypatch.setattr(product, "teacher_model", other)
+    real = store_check.teacher_model
+    monkeypatch.setattr(store_check, "teacher_model", other)
     code, said = command_line("verify", str(only(root)))
     assert code == 2 and "is not what this teacher says" in said
 

@@ -162,10 +162,10 @@ def measure(name: str, shape: Shape, steps: int) -> dict:
     import torch
 
     from kd.bench.cases import CASES, CUDA_CASES
+    from kd.system.console import silence_libraries
     from kd.system.processes import peak_memory
-    from train import quiet
 
-    quiet()
+    silence_libraries()
     work = Work(shape, steps + WARM_UP)
     if work.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -11,7 +11,25 @@ from kd.system.launchers import forget_ranks
 if __name__ == "__main__":  # before a library that reads them is loaded
     forget_ranks(os.environ)
 
+from kd.config.compose import settings_of
+from kd.config.rules import Settings
+from kd.data import packing
+from kd.data.batches import Packed
 from kd.errors import UserError
+from kd.experiment.dependencies import corpus
+from kd.system import files
+from kd.system.console import silence_libraries
+from kd.system.remote import home
+
+
+def pack_data(words: list[str]) -> tuple[Settings, Packed]:
+    """Return the settings of `python train.py WORDS`, and its data, packed."""
+    import train  # noqa: F401, registers the sizes
+
+    with settings_of(files.expanded_words(words)) as settings:
+        silence_libraries()
+        source, how = corpus(settings)
+        return settings, packing.pack(source, home(settings["root"]) / "data", **how, announce=False)
 
 
 def main() -> None:
@@ -28,14 +46,13 @@ def main() -> None:
     from kd.system.console import end_with
 
     try:
-        import train
         from kd.data import preview
         from kd.data.tokenizer import load_tokenizer
 
         rows = next((word for word in reversed(given.words) if word.startswith("rows=")), "rows=3")
         if not rows.removeprefix("rows=").isdecimal():
             raise UserError(f"{rows}: need a number of rows, e.g. rows=3.")
-        settings, packed = train.pack_data([word for word in given.words if not word.startswith("rows=")])
+        settings, packed = pack_data([word for word in given.words if not word.startswith("rows=")])
         tokenizer = load_tokenizer(str(packed.tokenizer), "The tokenizer of the packed data")
         of = packed, tokenizer, int(rows.removeprefix("rows=")), settings["data"].get("date")
         if given.json:

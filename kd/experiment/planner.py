@@ -19,6 +19,10 @@ from torch import Tensor
 from kd.config.components import flat
 from kd.config.rules import Settings, is_pretrained, name_of, of_instructions, source_of
 from kd.data.batches import IGNORE, Batch, Packed, to_batch
+from kd.data.tokenizer import vocabulary_size
+from kd.experiment import stores
+from kd.experiment.dependencies import plan, recording
+from kd.experiment.prerequisites import check_tokenizers, prepare
 from kd.models import causal_lm
 from kd.models import flops as flops_module
 from kd.models.causal_lm import Causal
@@ -30,7 +34,7 @@ from kd.rollout.strategies import Rollout, Writers
 from kd.runs.identity import part_of_outcome, size_text
 from kd.store.writer import Teacher, takes
 from kd.system import files
-from kd.system.console import Terminal, clock, console
+from kd.system.console import Terminal, clock, console, silence_libraries, track
 from kd.system.hardware import capacity, hold_in, out_of_memory
 from kd.system.processes import peak_memory
 from kd.system.remote import home
@@ -332,3 +336,32 @@ def show(made: dict[str, Estimate], names: dict[str, str], done: int, settings: 
         if needed > has:
             text = f"That needs {files.amount(needed)} of {what}, and there are {files.amount(has)}."
             console.print(text, style="red", soft_wrap=True)
+
+
+def estimate(settings: Settings) -> dict[str, Estimate]:
+    """Return what a run takes, and before it its teacher and its store, by name; nothing of what is done."""
+    run, teacher, start, where = plan(settings)
+    if not settings["force"] and run.result() is not None:
+        return {}
+    less, times = sampled(settings)
+    packed, components = prepare(less)
+    check_tokenizers(settings, components.tokenizer, settings["teacher"]["name"])
+    vocab, stored = vocabulary_size(components.tokenizer), source_of(settings) == "offline"
+    record, there = recording(settings), stored and where.manifest().exists()
+    first = record or teacher
+    made = estimate(first) if first and not there else {}
+    made |= estimate(start) if start else {}
+    if stored and not there and not record:
+        of = stores.described(settings, packed)
+        made[f"store {where.folder.name}"] = of_store(settings, packed, times, components.keep, vocab, of)
+    return made | {run.name: of_run(settings, packed, times, components.objective, components.rollout, vocab)}
+
+
+def show_plan(all_settings: list[Settings], said: list[str], at_once: float) -> None:
+    """Print what runs take, called as `said`, so many at once, and what is made first for them; each thing once."""
+    silence_libraries()
+    made, names = {}, {plan(of).run.name: words for of, words in zip(all_settings, said, strict=True)}
+    for of in track(all_settings, "measuring steps"):
+        made |= {name: takes for name, takes in estimate(of).items() if name not in made}
+    done = sum(not of["force"] and plan(of).run.result() is not None for of in all_settings)
+    show(made, names, done, all_settings[0], at_once)

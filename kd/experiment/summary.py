@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from rich.table import Table
 
 from kd.data.counts import in_words
 from kd.evaluation.catalog import METRICS
+from kd.experiment.prerequisites import Outcome
+from kd.runs import provenance
 from kd.system.console import clock, console, styled
 
 NOT_ALL = ("cut", "unlearned", "unused", "special_as_text", "prompts_only")  # counts that a run's table has
 
 
-def show(run, result: dict, notes: Iterable[str] = ()) -> None:
-    """The result of a run, as a table under notes on it."""
+def show(outcome: Outcome) -> None:
+    """Print the result of a run as a table; of one that was done before, under what is doubtful about it."""
+    run, result = outcome.run, outcome.result
+    notes = [provenance.done_before(result), *provenance.doubts(result)] if outcome.before else []
     for note in notes:
-        console.print(note, style="yellow", soft_wrap=True)
+        console.print(f"{note[0].upper()}{note[1:]}.", style="yellow", soft_wrap=True)
     spent = f"{result['tokens']:,} tokens in {clock(result['seconds'])}, {result['flops']:.2e} FLOPs"
     console.print(measures(result))
     counts = result.get("data") or {}

@@ -1,1 +1,1 @@
-"""Many runs: sweeps, searches, pools of processes, clusters."""
+"""Many runs: sweeps, searches, pools of processes, clusters; and several processes for one run."""

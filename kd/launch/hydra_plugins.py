@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 import types
-from collections.abc import Callable
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
@@ -13,16 +12,14 @@ from hydra.core.plugins import Plugins
 from kd.launch.optuna_search import Search
 from kd.launch.ray_launcher import Ray
 from kd.launch.slurm import Slurm
-from kd.launch.sweeper import Lines, Processes, Runs
+from kd.launch.sweeper import Lines, Processes
 
 # Hydra 1.3 takes plugins from the package hydra_plugins alone, so this module and they go by this name, too.
 NAME = "hydra_plugins.kd"
 
 
-def register(**functions: Callable) -> None:
-    """Make the sweepers and launchers known; functions: what kd.launch.sweeper.Runs is to make of a job with."""
-    for name, function in functions.items():
-        setattr(Runs, name, staticmethod(function))
+def register() -> None:
+    """Make the sweepers and launchers known to Hydra."""
     store = ConfigStore.instance()  # beside the files of conf/hydra
     store.store(group="hydra/launcher", name="processes", node={"_target_": f"{NAME}.Processes"})
     store.store(group="hydra/sweeper", name="lines", node={"_target_": f"{NAME}.Lines"})

@@ -7,6 +7,15 @@ others, and when it is gone itself, by SIGKILL even, they end at once.
 
 from __future__ import annotations
 
+import warnings
+from typing import TYPE_CHECKING
+
+from kd.parallel import collectives
+
+if TYPE_CHECKING:
+    from kd.config.rules import Settings
+    from kd.experiment.prerequisites import Inputs
+
 import gc
 import json
 import os
@@ -72,11 +81,11 @@ class Shared(Run):
         return self / "state.json"
 
 
-def work(words: list[str], fit) -> None:
-    """What a rank does, from the words it was started with to its exit code; fit(job) trains."""
+def work(words: list[str]) -> None:
+    """Do what a rank does, from the words it was started with to its exit code."""
     job = Job(*words)
     try:
-        fit(job)
+        fit_as_rank(job)
     except Exception as error:  # the process that started this one prints it, if it was the first
         if is_mistake(error):
             job.tell("said", str(for_people(error)))
@@ -178,13 +187,20 @@ def _failed(run: Run, server: dist.TCPStore, codes: list[int | None], no_memory:
     raise UserError(said)
 
 
-def check_devices(trainer: dict) -> None:
-    """Raise UserError where this machine has too few devices for the ranks."""
-    there = torch.cuda.device_count() if processor(trainer["accelerator"]) == "cuda" else trainer["devices"]
-    if trainer["accelerator"] == "mps":
-        there = 1
-    if trainer["devices"] > there:
-        raise UserError(
-            f"trainer.devices={trainer['devices']}: this machine has {there}; type trainer.devices={there}, or "
-            "trainer.accelerator=cpu for ranks that share its processor."
-        )
+def fit_in_ranks(program: str, run: Run, settings: Settings, inputs: Inputs) -> dict:
+    """Train in several processes, each of which is `program` with the words of a rank, and return the result."""
+    from kd.experiment.fit import as_job
+
+    run.begin(settings)
+    launch(program, run, as_job(run, settings, inputs), settings["trainer"]["devices"])
+    return run.result()
+
+
+def fit_as_rank(job: Job) -> None:
+    """Train as one of several processes."""
+    from kd.experiment.fit import fit, from_job
+
+    if collectives.number():
+        warnings.simplefilter("ignore")  # the first rank shows them
+    settings = job.given["settings"]
+    fit(Shared(settings["root"], job.given["run"], job), settings, from_job(job.given))

@@ -22,9 +22,11 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from kd.config.components import check_sweep
-from kd.config.rules import NO_SIGNAL, group_of, name_of
+from kd.config.rules import NO_SIGNAL, group_of, name_of, resolve
 from kd.config.security import check_words
 from kd.errors import MISTAKES, UserError, for_people
+from kd.experiment.dependencies import plan
+from kd.experiment.prerequisites import prepare
 from kd.launch.pool import UNKNOWN, Job, Local, Pool, Watch, fitting, gpus, visible_devices
 from kd.runs import wandb_agent
 from kd.runs.identity import NO_EFFECT, below
@@ -114,11 +116,6 @@ class Runs(Launcher):
     is passed on to the runs, which save a checkpoint; the second kills them.
     """
 
-    # What train.py makes of a job: its settings, the run that they describe, and a trial of all its parts.
-    resolve: Callable
-    plan: Callable
-    prepare: Callable
-    show_plan: Callable
     here = False  # whether runs are done on this machine
 
     def setup(self, *, hydra_context, task_function, config) -> None:
@@ -164,7 +161,9 @@ class Runs(Launcher):
         wandb_agent.check_single()
         if self.config.plan:
             told = self._each(self._settings, job_overrides, said)
-            type(self).show_plan(told, said, self.at_once([gpus(of["trainer"]) for of in told]))
+            from kd.experiment import planner
+
+            planner.show_plan(told, said, self.at_once([gpus(of["trainer"]) for of in told]))
             sys.exit()
         # Done here, once: runs that are started again on the way go on where they were.
         job_overrides = [[word for word in job if word.partition("=")[0] != "force"] for job in job_overrides]
@@ -225,7 +224,7 @@ class Runs(Launcher):
 
     def _settings(self, words: Sequence[str]) -> dict:
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(words))
-        return type(self).resolve(cfg, list(words))
+        return resolve(cfg, list(words))
 
     def _prepare_wandb(self, name: str, runs: Iterable[Run]) -> None:
         """Ask W&B's server once for all runs, and put those that were made outside of any sweep into this one's group.
@@ -256,11 +255,11 @@ class Runs(Launcher):
         sound: names of teachers and starts that were checked already.
         """
         settings = self._settings(words)
-        run = type(self).plan(settings).run
+        run = plan(settings).run
         if self.config.force or (result := run.result()) is None:
             self.check_place(settings)
             self.check_before(settings, set() if sound is None else sound)
-            type(self).prepare(settings)
+            prepare(settings)
         else:
             run.settle()
             if not run.remote:
@@ -269,10 +268,10 @@ class Runs(Launcher):
 
     def check_before(self, settings: dict, sound: set[str]) -> None:
         """Raise UserError for a damaged run that makes the teacher or start of a run; sound: names of checked ones."""
-        planned = type(self).plan(settings)
+        planned = plan(settings)
         stored = planned.store is not None and planned.store.manifest().exists()
         for model in filter(None, (planned.start, None if stored else planned.teacher)):
-            run = type(self).plan(model).run
+            run = plan(model).run
             if run.name in sound:
                 continue
             if result := run.result():
@@ -359,9 +358,9 @@ class Processes(Runs):
 
     def check_place(self, settings: dict) -> None:
         if settings["trainer"]["devices"] > 1:
-            from kd.launch import rank_launcher  # and torch
+            from kd.parallel import collectives  # and torch
 
-            rank_launcher.check_devices(settings["trainer"])
+            collectives.check_devices(settings["trainer"])
 
     def at_once(self, asked: Sequence[int]) -> int:
         return self.config.n_jobs or fitting(visible_devices(), min(asked, default=1))

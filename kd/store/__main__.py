@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 
 from kd.system.launchers import forget_ranks
@@ -16,13 +17,55 @@ from kd.system.launchers import forget_ranks
 if __name__ == "__main__":  # before a library that reads them is loaded
     forget_ranks(os.environ)
 
+import hydra
 from rich.table import Table
 
+from kd.config.components import CONF
+from kd.config.compose import settings_of
+from kd.config.security import check_secrets
 from kd.errors import MISTAKES, UserError, for_people
+from kd.experiment import store_check, stores
+from kd.experiment.dependencies import plan
+from kd.experiment.prerequisites import prepare, teacher_model
 from kd.store.reader import FULL, Store, said
 from kd.system import files
 from kd.system.console import console, counted, end_with, styled
 from kd.system.remote import home
+
+
+def write_store(words: list[str]) -> Store | None:
+    """Write the store that `python train.py logits=offline WORDS` would read; return None for one part of several."""
+    import train
+
+    words = files.expanded_words(words)
+    check_secrets(words)
+    part = next((word for word in words if word.startswith("part=")), "part=1/1")
+    numbers = re.fullmatch(r"part=(\d+)/(\d+)", part)
+    if not numbers or not 1 <= int(numbers[1]) <= int(numbers[2]):
+        raise UserError(f"{part}: need which part of how many, e.g. part=1/2.")
+    words = [word for word in words if word != part]
+    with settings_of(["logits=offline", *words]) as settings:
+        if settings["record"]:  # whatever a student asks for
+            settings["truncation"] = {k: v for k, v in settings["record"].items() if k != "path"}
+        packed, components = prepare(settings)
+        if store := stores.opened(settings, packed):
+            return store
+        share = int(numbers[1]), int(numbers[2])
+        teacher = teacher_model(settings, components, train.train)
+        store = stores.write(settings, packed, components.keep, teacher, share)
+        if store is None:
+            folder = plan(settings).store.folder
+            console.print(f"Part {share[0]} of {share[1]} is in {folder}. When all parts are on one disk, type\n"
+                          f"  python -m kd.store merge STORE {folder} …", soft_wrap=True)  # fmt: skip
+        return store
+
+
+def compare_with_teacher(store: Store, root: str) -> str:
+    """Recompute some rows of a store with its teacher, if that is at hand; return what came of it as a sentence."""
+    import train
+
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return store_check.compare_with_teacher(store, root, train.train)
 
 
 def info(store: Store) -> Table:
@@ -76,9 +119,7 @@ def main() -> None:
         for name in {"path", "root"} & vars(given).keys():
             setattr(given, name, files.expanded(getattr(given, name)))
         if given.command == "write":
-            import train
-
-            store = train.write_store(given.words)
+            store = write_store(given.words)
         elif given.command == "merge":
             for path in (given.path, *given.part):
                 if "://" in path:
@@ -92,9 +133,7 @@ def main() -> None:
         if given.command == "verify":
             store.verify()
             console.print(f"{counted(len(store.manifest['files']), 'file is', 'files are all')} what was written.")
-            import train
-
-            console.print(train.compare_with_teacher(store, given.root), soft_wrap=True)
+            console.print(compare_with_teacher(store, given.root), soft_wrap=True)
         elif store:
             console.print(info(store))
     except MISTAKES as error:

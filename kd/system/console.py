@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
@@ -112,3 +114,14 @@ class Steps:
     def stop(self) -> None:
         if console.is_terminal and self.shown:
             self.bar.stop()
+
+
+def silence_libraries() -> None:
+    """Leave out what libraries say about things that are meant as they are."""
+    import transformers
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for message in (".*does not have many workers.*", ".*GPU available but not used.*", ".*isinstance.treespec.*"):
+        warnings.filterwarnings("ignore", message)

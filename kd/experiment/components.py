@@ -1,0 +1,81 @@
+"""Components of a run: the functions that its config names, built and tried before anything is trained."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from kd.config import components as conf
+from kd.config.rules import (
+    Settings,
+    kept_of,
+)
+from kd.data.batches import Packed
+from kd.data.tokenizer import load_tokenizer, vocabulary_size
+from kd.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+class Components:
+    """The functions that settings name, tried once on a small random target so that no wrong number gets further."""
+
+    def __init__(self, settings: Settings, packed: Packed):
+        import torch
+
+        from kd.objective.chunked import Objective
+        from kd.objective.target import Target
+
+        axes = ("loss", "truncation", "target", "temperature", "routing", "alpha", "lr", "logits", "optim", "logger",
+                "rollout")  # fmt: skip
+        made = {name: conf.build(settings[name], name) for name in axes}
+        self.alpha, self.lr, self.logits = made["alpha"], made["lr"], made["logits"]
+        self.optim, self.logger = made["optim"], made["logger"]
+        self.route, self.rollout = made["routing"], made["rollout"]
+        node = {k: v for k, v in (settings["record"] or settings["truncation"]).items() if k != "path"}
+        # What a store keeps; None for everything.
+        self.keep = conf.build(node, "record") if kept_of(node) != {"name": "full"} else None
+        trainer = settings["trainer"]
+        self.objective = Objective(
+            made["loss"], made["truncation"], made["target"], made["temperature"], trainer["chunk"], trainer["compile"]
+        )
+        self.tokenizer = load_tokenizer(str(packed.tokenizer), "The tokenizer of the packed data")
+        vocab = vocabulary_size(self.tokenizer)
+        logp = torch.linspace(0, 1, 2 * vocab).view(2, vocab).sin().log_softmax(-1)
+        known = {name: torch.ones(2) for name in self.rollout(None).gives} | self.route(lambda measure: torch.zeros(2))
+        known |= {
+            name: torch.tensor([0.0, 1.0]) for name in ("by_student", "hard") if name in known
+        }  # one of each kind
+        zeros = torch.zeros(2, dtype=torch.long)
+        target = Target(zeros, logp, seed=zeros, sampled=known)
+        if self.keep is not None:
+            try:
+                self.keep(target)
+            except UserError as error:
+                group = "record" if settings["record"] else "truncation"
+                raise UserError(str(error).replace("truncation.", f"{group}.")) from None
+        student = logp.flip(0).requires_grad_()
+        self.objective.distance(student, target).sum().backward()
+        if not student.grad.any():
+            raise UserError(
+                "This loss has no gradient on what the truncation keeps, so the student would learn nothing from it "
+                "(mse compares differences of logits, and one token has none): keep more, e.g. truncation.k=10."
+            )
+        try:
+            self.optim([{"params": [torch.nn.Parameter(torch.zeros(1))], "width": 1}])
+        except UserError:
+            raise
+        except (ValueError, TypeError) as error:  # as torch says it
+            raise UserError(f"optim: {error}.") from None
+        for progress in (step / 100 for step in range(101)):
+            if not 0 <= self.alpha(progress) <= 1:
+                raise UserError(
+                    f"alpha is {self.alpha(progress)} at {progress:.0%} of the run: need a share from 0 to 1."
+                )
+            if not 0 <= self.lr(progress) < math.inf:
+                raise UserError(f"lr is {self.lr(progress)} at {progress:.0%} of the run: need a number of at least 0.")
+        if settings["lm"] == "plain" and all(self.alpha(step / 100) == 1 for step in range(101)):
+            raise UserError(
+                "lm=plain would do nothing, as alpha is 1 throughout; type alpha.peak=0.5, or leave it out."
+            )

@@ -1,0 +1,42 @@
+"""Entry of train.py: what Hydra is told before it composes, and what a process does that is one rank of several."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from kd.config import components, security
+from kd.errors import UserError
+from kd.launch import hydra_plugins
+from kd.runs import wandb_agent
+from kd.system import files
+from kd.system.console import end_with
+from kd.system.signals import Preempted, end_with_parent
+
+
+def register() -> None:
+    """Make sizes, sweeps, sweepers and launchers known to Hydra; end the program where a sweep file is no YAML."""
+    try:
+        components.register()
+    except UserError as error:
+        end_with(error)
+    hydra_plugins.register()
+
+
+def enter(main: Callable[[], None]) -> None:
+    """Run main() on the checked words of the command line; or, started by kd.launch.rank_launcher, work as a rank."""
+    if sys.argv[1:2] == ["--rank"]:
+        from kd.launch import rank_launcher
+
+        return rank_launcher.work(sys.argv[2:])
+    end_with_parent()
+    try:
+        sys.argv[1:] = files.expanded_words(sys.argv[1:])
+        security.check_command_line(sys.argv[1:])
+    except UserError as error:
+        end_with(error)
+    try:
+        main()
+    except Preempted:
+        wandb_agent.end()
+        raise

@@ -1,0 +1,1 @@
+"""One run: its name, folder, state, provenance, loggers and exported student."""

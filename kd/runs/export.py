@@ -1,0 +1,102 @@
+"""The exported student: weights, tokenizer and model card for plain transformers."""
+
+from __future__ import annotations
+from kd.runs.run import Run
+from kd.config.security import redacted
+
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import time
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import filelock
+
+from kd.system import files
+from kd.errors import UserError, is_mistake
+from kd.runs.identity import model_name, size_text
+from kd.system.console import console
+from kd.system.signals import EXIT_CODE
+
+
+
+
+def environment() -> dict[str, str | None]:
+    """What a result depends on beside its config: code, libraries, machine."""
+    here = Path(__file__).parent.parent.parent
+    versions = {
+        n: importlib.metadata.version(n) for n in ("torch", "lightning", "transformers", "datasets", "hydra-core")
+    }
+    return {"python": platform.python_version(), "machine": platform.machine(), **versions, "git": _git(here)}
+
+
+def _git(folder: Path) -> str | None:
+    """Commit of the checkout, with + if files differ from it; None where there is no checkout or no git."""
+    if not (folder / ".git").exists() or not shutil.which("git"):
+        return None
+
+    def ask(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True).stdout.strip()
+
+    return ask("rev-parse", "--short=12", "HEAD") + ("+" if ask("status", "--porcelain", "-uno") else "")
+
+
+MODEL_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [knowledge-distillation]
+---
+# {name}
+
+A {student} student, {parameters}, trained on {tokens:,} tokens of `{data}` {how}.
+
+| measure, on held-out text | value |
+|---|---|
+{measures}
+
+Settings: `config.json` of the run `{name}` (kept here as `kd.json`). Trained with kd, git revision {git}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+"""
+
+
+def export(run: Run, model, tokenizer, ends: list[int], config: dict, result: dict) -> None:
+    """Write the student with its tokenizer and a model card, for plain transformers.
+
+    ends: tokens that ended rows in training, at which generate() is to stop; whatever the model named before is left.
+    """
+    flat = result["config"]
+    how = "by language modelling alone"
+    if flat["logits"] != "none":
+        of = f"a {name} teacher" if (name := model_name(flat, "teacher")) else "stored logits"
+        how = f"from {of} with the loss `{flat['loss']}`"
+    measures = "\n".join(f"| {k.removeprefix('val/')} | {v:.4f} |" for k, v in result["final"].items() if "/" in k)
+    card = MODEL_CARD.format(
+        name=run.name, student=model_name(flat, "student"), tokens=result["tokens"],
+        parameters=size_text(result["parameters"], result["active_parameters"]),
+        data=flat["data"], how=how, measures=measures, git=result["environment"]["git"],
+    )  # fmt: skip
+    eos = ends[0] if len(ends) == 1 else ends or None
+    for settings in filter(None, (model.config, model.config.get_text_config(), model.generation_config)):
+        settings.eos_token_id = eos
+    with files.atomic(run / "student") as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card)
+        files.write_json(temporary / "kd.json", redacted(config))
