@@ -54,7 +54,7 @@ class Fit:
         if self.held_out_error is None:
             return ""
         off = f"off on the {self.held_out.sum()} largest runs, held out, by {self.held_out_error:.2%}"
-        return f"{off}, where a straight line in logarithms is off by {self.loglinear_error:.2%}"
+        return f"{off} (straight line in logarithms: {self.loglinear_error:.2%})"
 
     @property
     def lack_of_fit_text(self) -> str:

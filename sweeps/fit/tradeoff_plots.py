@@ -18,7 +18,7 @@ from sweeps.report.plots import buttons, padded
 from sweeps.report.table import COLORS, GREY
 from sweeps.report.wording import format_amount
 
-SHORT_LABELS = ("free teacher", "+ inference", "+ training", "+ both")  # of the scenarios
+SHORT_LABELS = ("free", "+ inference", "+ training", "+ both")  # of the scenarios
 MOST_AMOUNTS = 4  # of tokens that have a button
 
 

@@ -17,9 +17,9 @@ def verdict(fits: ScalingFits) -> str:
     if tradeoffs := tradeoffs_of(fits):
         free, *_, both = tradeoffs[: len(SCENARIOS)]
         parts.append(
-            f"distillation beats language modelling at equal FLOPs for the student of {format_amount(free.parameters)} "
-            f"(measured to {free.measured_up_to:.1e}, † beyond) from a free teacher at {ranges_text(free)}, if all of "
-            f"the teacher's cost counts at {ranges_text(both)}"
+            f"distillation of the student of {format_amount(free.parameters)} beats language modelling at "
+            f"{ranges_text(free)} FLOPs († beyond the {free.measured_up_to:.1e} measured), at {ranges_text(both)} if "
+            "all of the teacher's cost counts"
         )
     parts += [f"but {limit[0].lower()}{limit[1:].rstrip('.')}" for fit in fits.main for limit in fit.limits]
     return "; ".join(parts) or "nothing could be fitted: " + " ".join(fits.not_fitted)

@@ -103,10 +103,7 @@ def test_a_straight_line_in_logarithms_stands_beside_the_error(fits):
     assert solver.loglinear(np.stack([n, d]), loss, seen) == pytest.approx(loss)
     of = fits.supervised
     assert of.held_out_error < of.loglinear_error < 0.2
-    assert (
-        f"{of.held_out_error:.2%}, where a straight line in logarithms is off by {of.loglinear_error:.2%}"
-        in verdict(fits)
-    )
+    assert f"{of.held_out_error:.2%} (straight line in logarithms: {of.loglinear_error:.2%})" in verdict(fits)
 
 
 def test_what_cannot_be_fitted_is_said():

@@ -79,8 +79,8 @@ def test_ranges_beyond_what_was_measured_are_marked():
 def test_verdict_has_the_ranges_of_a_free_and_of_a_paid_teacher(fits):
     free, *_, both = tradeoffs_of(fits)[: len(SCENARIOS)]
     line = verdict(fits)
-    assert f"(measured to {free.measured_up_to:.1e}, † beyond) from a free teacher at {free.ranges_text()}" in line
-    assert f"if all of the teacher's cost counts at {both.ranges_text()}" in line
+    assert f"{free.ranges_text()} FLOPs († beyond the {free.measured_up_to:.1e} measured)" in line
+    assert both.ranges_text() in line.partition("measured), at ")[2]
 
 
 def test_a_student_was_measured_as_far_as_it_was_run_both_ways(fits):
