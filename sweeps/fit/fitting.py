@@ -61,8 +61,8 @@ def fit_law(
     for draw in track(range(draws), f"bootstrap of the {law.name} law{subset and f' {subset}'}"):
         again = problem(slice(None), supervised.bootstrap[draw]) if supervised else whole
         # From the grid too: else a draw hardly leaves the valley that the whole ended in, and intervals are too narrow.
-        found = again.optima(misfits, solver.resampled(settings, rng), optima[:2], tries=4)
-        bootstrap.append(again.coefficients(found[0]))
+        best_again, *_ = again.optima(misfits, solver.resampled(settings, rng), optima[:2], tries=4)
+        bootstrap.append(again.coefficients(best_again))
     axes = [data.n] if law is POWER else [data.n, data.d, *([data.teacher_loss] if supervised else [])]
     off = solver.loglinear(np.log(axes), np.log(data.loss), ~held_out) - np.log(data.loss)
     _, least_squares = whole.solve(optima[0], np.full(len(runs), 1 / len(runs)), delta=1.0)

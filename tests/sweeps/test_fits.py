@@ -29,7 +29,7 @@ def test_planted_coefficients_are_in_their_intervals(fits):
             low, high = of.interval(name)
             assert 0 < low < high < most * low, (of.law.name, name, low, high)
     low, high = fits.supervised.interval("E")
-    assert high - low < 0.1 and fits.supervised.error < 0.005 and fits.distillation.error < 0.005
+    assert high - low < 0.1 and fits.supervised.held_out_error < 0.005 and fits.distillation.held_out_error < 0.005
     assert not fits.supervised.undetermined and fits.not_fitted == []
 
 

@@ -56,24 +56,24 @@ def test_distillation_wins_where_the_planted_laws_say(fits):
 
 def test_ranges_by_hand():
     compute, gains = np.array([1e9, 1e10, 1e11, 1e12]), np.array([0.1, 0.1, -0.1, np.nan])
-    of = ComputeTradeoff(1e6, SCENARIOS[0], compute, gains, gains - 0.2, gains + 0.2)
-    assert of.ranges() == [(1e9, 1e10)] and of.ranges(beyond_noise=True) == []
-    assert (of.ranges_text(), of.ranges_text(beyond_noise=True)) == ("1.0e+09–1.0e+10", "nowhere")
-    assert replace(of, loss_reduction=-gains).ranges() == [(1e11, 1e11)]
-    assert replace(of, loss_reduction=np.array([1, -1, 1, 1])).ranges() == [(1e9, 1e9), (1e11, 1e12)]
+    case = ComputeTradeoff(1e6, SCENARIOS[0], compute, gains, gains - 0.2, gains + 0.2)
+    assert case.ranges() == [(1e9, 1e10)] and case.ranges(beyond_noise=True) == []
+    assert (case.ranges_text(), case.ranges_text(beyond_noise=True)) == ("1.0e+09–1.0e+10", "nowhere")
+    assert replace(case, loss_reduction=-gains).ranges() == [(1e11, 1e11)]
+    assert replace(case, loss_reduction=np.array([1, -1, 1, 1])).ranges() == [(1e9, 1e9), (1e11, 1e12)]
     nothing = np.full(4, np.nan)
-    assert replace(of, low=nothing, high=nothing).ranges_text(beyond_noise=True) == "unknown"  # no bootstrap
-    unpaid = replace(of, loss_reduction=nothing, low=nothing, high=nothing)
+    assert replace(case, low=nothing, high=nothing).ranges_text(beyond_noise=True) == "unknown"  # no bootstrap
+    unpaid = replace(case, loss_reduction=nothing, low=nothing, high=nothing)
     assert unpaid.ranges_text() == unpaid.ranges_text(beyond_noise=True) == "nowhere"
     assert replace(unpaid, known=False).ranges_text() == "unknown"
 
 
 def test_ranges_beyond_what_was_measured_are_marked():
     compute, gains = np.array([1e9, 1e10, 1e11, 1e12]), np.array([0.1, -0.1, 0.1, -0.1])
-    of = ComputeTradeoff(1e6, SCENARIOS[0], compute, gains, gains - 0.2, gains, measured_up_to=5e10)
-    assert of.ranges_text() == "1.0e+09–1.0e+09, 1.0e+11–1.0e+11 †"
-    assert replace(of, measured_up_to=1e11).ranges_text() == "1.0e+09–1.0e+09, 1.0e+11–1.0e+11"
-    assert replace(of, loss_reduction=np.array([-1, 1, 1, -1])).ranges_text() == "1.0e+10–1.0e+11 †"
+    case = ComputeTradeoff(1e6, SCENARIOS[0], compute, gains, gains - 0.2, gains, measured_up_to=5e10)
+    assert case.ranges_text() == "1.0e+09–1.0e+09, 1.0e+11–1.0e+11 †"
+    assert replace(case, measured_up_to=1e11).ranges_text() == "1.0e+09–1.0e+09, 1.0e+11–1.0e+11"
+    assert replace(case, loss_reduction=np.array([-1, 1, 1, -1])).ranges_text() == "1.0e+10–1.0e+11 †"
 
 
 def test_verdict_has_the_ranges_of_a_free_and_of_a_paid_teacher(fits):
