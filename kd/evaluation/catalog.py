@@ -11,7 +11,7 @@ EXACCERR_LENGTH = 16  # tokens over which the one number for it is taken, as in 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that a validation gives."""
+    """Number that a validation gives, or that a report computes from one."""
 
     name: str
     label: str  # title of a column

@@ -30,9 +30,11 @@ def show(outcome: Outcome) -> None:
 def measures(result: dict) -> Table:
     """Return the metrics of a result with their meaning, and their values before training if these were measured."""
     table, initial = Table(box=None, show_header=False, pad_edge=False), result.get("initial") or {}
-    shown = [(metric.key, metric.meaning) for metric in METRICS]
-    shown += [(metric.teacher_key, f"{metric.label} of the teacher") for metric in METRICS if metric.teacher]
-    for key, meaning in shown:
+    meanings: dict[str, str] = {}
+    for metric in METRICS:
+        meanings |= {metric.key: metric.meaning}
+        meanings |= {metric.teacher_key: f"{metric.label} of the teacher"} if metric.teacher else {}
+    for key, meaning in meanings.items():
         if key in result["final"]:
             meaning += f"; before training {initial[key]:.4f}" if key in initial else ""
             table.add_row(key.removeprefix("val/"), f"{result['final'][key]:.4f}", styled(meaning, "dim"))
