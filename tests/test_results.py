@@ -18,7 +18,7 @@ from kd.runs import provenance
 from kd.runs.outcome import RunState
 from kd.runs.run import Run, check_student
 from kd.system import checkpoint_files, files
-from sweeps.compare import read
+from sweeps.report.load import read_run
 from tests.small import folder, here, settings, shared, train, type_in
 
 RUN = ("trainer.steps=2", "teacher.steps=2")
@@ -110,17 +110,17 @@ def test_a_digit_of_a_result_counts_and_its_layout_does_not(root):
     path.write_text(json.dumps(result))
     with pytest.raises(UserError, match=r"result\.json is damaged"):
         show(root)
-    entry = read(root, {"run": path.parent.name, "overrides": []})
+    entry = read_run(root, {"run": path.parent.name, "overrides": []})
     assert entry.state == "damaged" and entry.result is None
 
 
 def test_a_report_checks_the_metrics_that_it_draws(root):
     run = folder(root, "fkl")
     line = {"run": run.name, "overrides": []}
-    assert read(root, line).state == "done"
+    assert read_run(root, line).state == "done"
     edit(run / "metrics.jsonl", '"val/lm": ', '"val/lm": 1')
-    entry = read(root, line)
-    assert entry.state == "damaged" and "metrics.jsonl is damaged" in entry.says
+    entry = read_run(root, line)
+    assert entry.state == "damaged" and "metrics.jsonl is damaged" in entry.message
 
 
 CONFIGS = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "kd.json", "README.md"]
@@ -177,7 +177,7 @@ def test_results_from_before_the_seals_are_accepted_and_marked(root, capsys):
     assert before and provenance.doubts(result) == [
         "from before results were sealed: neither damage nor a change of code would be noticed"
     ]
-    assert read(root, {"run": run.name, "overrides": []}).state == "done"
+    assert read_run(root, {"run": run.name, "overrides": []}).state == "done"
     assert provenance.doubts_of_many([result]) and not provenance.doubts_of_many([])
     capsys.readouterr()
     student = here(root, *RUN, "loss=rkl")  # which learns from the teacher of before
@@ -276,8 +276,8 @@ def test_what_a_message_says_to_remove_is_quoted(made, tmp_path):
         Run(root, run.name).result()
     wanted.append((run, str(caught.value)))
     (run / "result.json").write_text("{}")
-    entry = read(root, {"run": run.name, "overrides": []})
-    wanted.append((run, f"  {entry.says.partition('first ')[2]}"))
+    entry = read_run(root, {"run": run.name, "overrides": []})
+    wanted.append((run, f"  {entry.message.partition('first ')[2]}"))
     for name in ("train.npy", "manifest.json"):
         flip(data / name)
         with pytest.raises(UserError) as caught:

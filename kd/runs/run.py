@@ -22,9 +22,8 @@ from kd.system.console import console
 from kd.system.files import read_json
 from kd.system.processes import _same_process, alive, peak_memory, whereabouts
 
-# What a student writes to the prompts of the validation rows (kd/evaluation), and the curve of its ExAccErr.
+# Responses of the student to the validation prompts (kd/evaluation/responses.py), and the curve of its ExAccErr.
 RESPONSES, EXACCERR = "responses.jsonl", "exaccerr.json"
-EXACCERR_LENGTH = 16  # tokens up to which one number for it counts, as in the log of MiniLLM's code
 # What result.json keeps digests of, beside its own; folders with all that is in them.
 SEALED = ("config.json", "metrics.jsonl", RESPONSES, EXACCERR, "student")
 CLAIM = "claim.lock"  # file that says which sweep is about to start the run; not copied with the others
