@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import hydra
 import lightning
 import pytest
 import torch
@@ -23,7 +22,6 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import OmegaConf
 
 import train as product
-from kd.config.components import CONF
 from kd.errors import UserError
 from kd.launch import cluster
 from kd.launch.pool import Job, Local, fitting, gpus
@@ -33,7 +31,7 @@ from kd.launch.sweeper import Processes, Runs
 from kd.parallel import collectives, ddp
 from kd.runs.run import Run
 from kd.system.checkpoint_files import newest
-from tests.small import ENVIRONMENT, outcome, settings, shared, start, train
+from tests.small import ENVIRONMENT, outcome, shared, small_config, start, train
 from tests.test_faults import STEP, Fault, ended, processes, runs, state, states, table, until
 
 SLURM = ("-m", "hydra/launcher=submitit_slurm")
@@ -210,16 +208,15 @@ def test_devices_are_counted_where_a_run_is_done(tmp_path, monkeypatch):
     """Not on the login node that a sweep is started on."""
     monkeypatch.setattr(collectives, "processor", lambda accelerator: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    told = settings(tmp_path, "trainer.devices=4", "teacher.steps=1")
-    monkeypatch.setattr(Runs, "_settings", lambda self, words: told)
+    told = small_config(tmp_path, "trainer.devices=4", "teacher.steps=1")
+    monkeypatch.setattr(Runs, "_run_config", lambda self, words: told)
     monkeypatch.setattr(Runs, "config", SimpleNamespace(force=False), raising=False)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        ray, local = Ray(None, 1, 4), Processes()
-        ray.config = local.config = SimpleNamespace(force=False)
-        assert ray._run([])[1] == 4
-        for work in (local._run, lambda words: product.train(told)):
-            with pytest.raises(UserError, match=r"trainer\.devices=4: this machine has 1"):
-                work([])
+    ray, local = Ray(None, 1, 4), Processes()
+    ray.config = local.config = SimpleNamespace(force=False)
+    assert ray._run([])[1] == 4
+    for work in (local._run, lambda words: product.train(told)):
+        with pytest.raises(UserError, match=r"trainer\.devices=4: this machine has 1"):
+            work([])
 
 
 @pytest.mark.parametrize("package, extra", [("submitit", "slurm"), ("ray", "ray")])

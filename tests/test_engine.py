@@ -14,7 +14,7 @@ import transformers
 
 from kd.data.batches import IGNORE
 from kd.errors import UserError
-from kd.models.causal_lm import Causal
+from kd.models.causal_lm import CausalLM
 from kd.objective.chunked import log_probabilities
 from kd.rollout import vllm
 from kd.rollout.generate import write
@@ -65,7 +65,7 @@ def stub(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", made)
 
 
-def model(seed: int, vocab: int = V, reads: int = 2048) -> Causal:
+def model(seed: int, vocab: int = V, reads: int = 2048) -> CausalLM:
     """Of a shape that vLLM computes on a CPU too."""
     torch.manual_seed(seed)
     shape = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
@@ -74,7 +74,7 @@ def model(seed: int, vocab: int = V, reads: int = 2048) -> Causal:
     for parameter in made.parameters():
         if parameter.ndim > 1:
             parameter.data *= 5
-    return Causal(made, vocab)
+    return CausalLM(made, vocab)
 
 
 def same(ours, theirs) -> None:
@@ -146,7 +146,7 @@ def test_a_step_under_autocast_still_learns(stub, monkeypatch):
         with torch.autocast("cpu", torch.bfloat16):
             if before:
                 vllm.Engine(made, T, learns=True).write(given, END, seeds(6), temperature=0)
-            log_probabilities(made.head, made.hidden(given.ids)).square().mean().backward()
+            log_probabilities(made.head, made.hidden_states(given.ids)).square().mean().backward()
         gradients.append({name: p.grad for name, p in made.named_parameters()})
     assert all(grad is not None and torch.equal(grad, gradients[0][name]) for name, grad in gradients[1].items())
     assert made.training

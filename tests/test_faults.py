@@ -70,22 +70,22 @@ sys.meta_path.insert(0, Finder)
 # The teacher has six steps, so a student alone comes to step 7; it has saved checkpoints at 3 and 6 by then.
 STEP = """
 def patch(module):
-    real = module.Distillation.training_step
+    real = module.DistillationModule.training_step
 
     def training_step(self, batch, index):
         if self.global_step == AT and here():
             ACT
         return real(self, batch, index)
 
-    module.Distillation.training_step = training_step
+    module.DistillationModule.training_step = training_step
 """
 MEMORY = """
 def patch(module):
     import torch
 
-    real, count = module.Causal.hidden, 0
+    real, count = module.CausalLM.hidden_states, 0
 
-    def hidden(self, ids):
+    def hidden_states(self, ids):
         nonlocal count
         count += torch.is_grad_enabled()
         if torch.is_grad_enabled() and len(ids) > ROWS and WHEN and here():
@@ -93,21 +93,21 @@ def patch(module):
             raise ERROR
         return real(self, ids)
 
-    module.Causal.hidden = hidden
+    module.CausalLM.hidden_states = hidden_states
 """
 ONCE = """
 def patch(module):
-    real = module.Distillation._in_parts
+    real = module.DistillationModule.accumulate_gradients
 
-    def _in_parts(self, *args):
-        if self.global_step == 4 and self.micro_batch == 4 and here():
+    def accumulate_gradients(self, *args):
+        if self.global_step == 4 and self.micro_batch_size == 4 and here():
             fired()
             raise ERROR
         if self.global_step == 7 and here():
             hold()
         return real(self, *args)
 
-    module.Distillation._in_parts = _in_parts
+    module.DistillationModule.accumulate_gradients = accumulate_gradients
 """
 CPU = 'RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried to allocate 64000000 bytes. Error code 12")'
 GPU = 'torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")'
@@ -433,7 +433,7 @@ def test_sweep_killed_at_random_moments_makes_nothing_twice(clean, root, seed):
 
 def test_two_copies_of_a_sweep_make_every_run_once(clean, tmp_path):
     (tmp_path / "root").mkdir()  # and the data, and the teacher
-    patch = "def patch(module):\n    module.Distillation.on_fit_end = lambda self: fired()\n"
+    patch = "def patch(module):\n    module.DistillationModule.on_fit_end = lambda self: fired()\n"
     fault = Fault(tmp_path / "fault", "kd.training.module", patch)
     both = [start(tmp_path / "root", *PAIR, **fault.environment) for _ in range(2)]
     outputs = [ended(process, 0) for process in both]
@@ -557,7 +557,7 @@ def test_signal_while_a_checkpoint_is_written_leaves_none_that_is_torn(clean, ro
     for signals, number, being_written, left in (
         ("KILL", 2, 6, [3]), ("TERM TERM", 2, 9, [3, 6]), ("TERM", 1, 9, [9, 10]),  # at the next step
     ):  # fmt: skip
-        fault = Fault(tmp_path / signals, "kd.training.checkpoints", WRITE, COUNT=number)
+        fault = Fault(tmp_path / signals, "kd.system.checkpoint_files", WRITE, COUNT=number)
         process = start(root, "seed=0", **fault.environment)
         fault.wait(process)
         run = folder(root, "fkl")

@@ -10,7 +10,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from kd.data.batches import IGNORE, Batch
 from kd.errors import UserError
-from kd.models.causal_lm import Causal
+from kd.models.causal_lm import CausalLM
 from kd.objective.chunked import log_probabilities
 from kd.parallel import collectives
 from kd.rollout import generate
@@ -28,14 +28,14 @@ MODELS = CONFIGS | {
 }
 
 
-def model(name: str = "llama", seed: int = 0, vocab: int = V) -> Causal:
+def model(name: str = "llama", seed: int = 0, vocab: int = V) -> CausalLM:
     """A small model that says very different things at different places."""
     torch.manual_seed(seed)
     made = transformers.AutoModelForCausalLM.from_config(MODELS[name])
     for parameter in made.parameters():
         if parameter.ndim > 1:
             parameter.data *= 5
-    return Causal(made, vocab)
+    return CausalLM(made, vocab)
 
 
 def batch(prompts: list[int], length: int = T) -> Batch:
@@ -62,10 +62,10 @@ def tokens_of(batch: Batch) -> torch.Tensor:
     return torch.cat([batch.ids, last], -1)
 
 
-def whole(model: Causal, batch: Batch) -> torch.Tensor:
+def whole(model: CausalLM, batch: Batch) -> torch.Tensor:
     """Log-probabilities of the labels [B, T] by one forward pass; 0 where none is counted."""
     with torch.no_grad():
-        logp = log_probabilities(model.head, model.eval().hidden(batch.ids))
+        logp = log_probabilities(model.head, model.eval().hidden_states(batch.ids))
     kept = batch.labels != IGNORE
     return logp.gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0] * kept
 
@@ -194,10 +194,10 @@ def counts(**given) -> torch.Tensor:
 VOCAB = 20  # of the models in the tests by count
 
 
-def said(made: Causal) -> torch.Tensor:
+def said(made: CausalLM) -> torch.Tensor:
     """Log-probabilities of the token after the prompt of counts()."""
     with torch.no_grad():
-        return log_probabilities(made.head, made.eval().hidden(batch([6]).ids[:, :6]))[0, -1].double()
+        return log_probabilities(made.head, made.eval().hidden_states(batch([6]).ids[:, :6]))[0, -1].double()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.7, 1.0])
@@ -252,7 +252,7 @@ def test_importance_is_of_what_was_drawn_from():
 
 def test_models_stay_in_the_mode_they_were_in_and_dropout_is_off_meanwhile():
     config = transformers.GPT2Config(**{**CONFIGS["gpt2"].to_dict(), "resid_pdrop": 0.5, "embd_pdrop": 0.5})
-    made = Causal(transformers.GPT2LMHeadModel(config), V).train()
+    made = CausalLM(transformers.GPT2LMHeadModel(config), V).train()
     ours = write(batch(PROMPTS), END, seeds(6), made)
     assert made.training and made.model.transformer.drop.training
     close(ours.sampled.student, whole(made, ours), rtol=0, atol=1e-4)
@@ -270,7 +270,7 @@ def test_a_step_under_autocast_still_learns():
         with torch.autocast("cpu", torch.bfloat16):
             if before:
                 write(given, END, seeds(6), made)
-            log_probabilities(made.head, made.hidden(given.ids)).square().mean().backward()
+            log_probabilities(made.head, made.hidden_states(given.ids)).square().mean().backward()
         gradients.append({name: p.grad for name, p in made.named_parameters()})
     assert all(grad is not None and torch.equal(grad, gradients[0][name]) for name, grad in gradients[1].items())
 
@@ -289,10 +289,10 @@ def test_compiled_models_are_not_compiled_for_every_length():
 
 def test_rows_that_are_done_are_read_no_more(monkeypatch):
     made, sizes = model(), []
-    real = Causal.hidden
+    real = CausalLM.hidden_states
     write(batch([T]), END, seeds(1), made)  # checked once
     monkeypatch.setattr(
-        Causal, "hidden", lambda self, ids, **more: (sizes.append(len(ids)), real(self, ids, **more))[1]
+        CausalLM, "hidden_states", lambda self, ids, **more: (sizes.append(len(ids)), real(self, ids, **more))[1]
     )
     ours = write(batch(PROMPTS), END, seeds(6), made)
     left = [((ours.labels != IGNORE).sum(-1) > n).sum().item() for n in range(T)]
@@ -304,24 +304,24 @@ def test_rows_that_are_done_are_read_no_more(monkeypatch):
 
 def test_a_model_that_forgets_its_positions_is_refused(monkeypatch):
     made = model("gpt2")
-    real = Causal.hidden
+    real = CausalLM.hidden_states
 
     def forgetful(self, ids, **more):
         return real(self, ids, **{k: v for k, v in more.items() if k != "position_ids"})
 
-    monkeypatch.setattr(Causal, "hidden", forgetful)
+    monkeypatch.setattr(CausalLM, "hidden_states", forgetful)
     with pytest.raises(UserError, match=r"GPT2LMHeadModel cannot read .* off by .*without a rollout"):
         write(batch(PROMPTS), END, seeds(6), made)
 
 
 def test_a_model_that_forgets_its_padding_is_refused(monkeypatch):
     made = model("llama")
-    real = Causal.hidden
+    real = CausalLM.hidden_states
 
     def forgetful(self, ids, **more):
         return real(self, ids, **{k: v for k, v in more.items() if k != "attention_mask"})
 
-    monkeypatch.setattr(Causal, "hidden", forgetful)
+    monkeypatch.setattr(CausalLM, "hidden_states", forgetful)
     with pytest.raises(UserError, match="LlamaForCausalLM cannot read"):
         write(batch(PROMPTS), END, seeds(6), made)
 
@@ -338,7 +338,7 @@ def test_a_model_whose_cache_keeps_too_little_is_refused(monkeypatch):
 
 def test_a_model_without_keys_and_values_is_refused():
     config = transformers.MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=1, state_size=4)
-    made = Causal(transformers.MambaForCausalLM(config), V)
+    made = CausalLM(transformers.MambaForCausalLM(config), V)
     with pytest.raises(UserError, match="MambaForCausalLM cannot read"):
         write(batch(PROMPTS), END, seeds(6), made)
 
@@ -361,7 +361,7 @@ def test_ranks_that_share_a_model_go_on_together(monkeypatch):
     """One that has written all of its rows still answers the others, who ask three times more."""
     made, asked = model(), []
     alone = write(batch([T]), END, seeds(1), made)
-    monkeypatch.setattr(generate, "FSDPModule", Causal)
+    monkeypatch.setattr(generate, "FSDPModule", CausalLM)
     monkeypatch.setattr(collectives, "any_of", lambda here: (asked.append(here), here or len(asked) < 5)[1])
     assert torch.equal(write(batch([T]), END, seeds(1), made).labels, alone.labels)
     assert asked == [True, False, False, False, False]

@@ -17,14 +17,15 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from kd.data.batches import IGNORE, Batches
-from kd.models import causal_lm, flops
+from kd.models import causal_lm
 from kd.objective.chunked import Objective
+from kd.objective.target import Target
 from kd.objective.target_transforms import renormalise
 from kd.objective.temperature import fixed
 from kd.objective.truncation import full
 from kd.parallel import fsdp
-from kd.teachers import sources
-from kd.training.module import Distillation
+from kd.teachers.online import OnlineTeacher
+from kd.training.module import DistillationModule, Schedules
 from tests.cases import FORMS, LOSSES, TRUNCATIONS, each, option, sample
 from tests.cases import logits as random_logits
 from tests.small import folder, here, result, start, train
@@ -121,7 +122,7 @@ def test_compiled_loss_equals_the_eager_one(loss, cut):
     known = {name: x.to(DEVICE) for name, x in sample(300, torch.float32).items()}
 
     def signal(rows):
-        return sources.Target(label, other, whole=True, sampled=known)[rows]
+        return Target(label, other, whole=True, sampled=known)[rows]
 
     sums = []
     for compiled in (False, True):
@@ -184,17 +185,16 @@ class _Kept(lightning.Callback):
         self.losses = []
 
     def on_train_batch_end(self, trainer, module, *_):
-        self.losses.append(module.train_metrics["train/loss"])
+        self.losses.append(module.last_step.metrics["loss"])
 
 
 def losses(strategy, sharded: tuple[str, ...], checkpoint: Path | None = None) -> list[float]:
     torch.manual_seed(0)
     student, teacher = (causal_lm.build(size, None, 300, 64, "size") for size in ("200k", "500k"))
-    module = Distillation(
-        student, teacher, sources.online(teacher), Objective(option("loss", "fkl"), full, renormalise, fixed),
-        alpha=lambda progress: 0.9, lr=lambda progress: 1e-3, optimizer=partial(torch.optim.AdamW, weight_decay=0.1),
-        steps=4, micro_batch=4, clip=1.0, log_every=1, val_every=100, validation=[], flops=flops.Flops(0.0, 0.0),
-        sharded=sharded,
+    module = DistillationModule(
+        student, OnlineTeacher(teacher), Objective(option("loss", "fkl"), full, renormalise, fixed),
+        Schedules(lambda progress: 0.9, lambda progress: 1e-3), partial(torch.optim.AdamW, weight_decay=0.1),
+        max_steps=4, micro_batch_size=4, grad_clip=1.0, sharded=sharded,
     )  # fmt: skip
     kept = _Kept()
     trainer = lightning.Trainer(
@@ -260,5 +260,5 @@ def test_masked_positions_reach_no_loss():
     labels[:, ::2] = IGNORE
     kept = labels != IGNORE
     objective = Objective(option("loss", "fkl"), full, renormalise, fixed)
-    sums = objective(student.head, student.hidden(ids)[kept], labels[kept], None, 0.0)
+    sums = objective(student.head, student.hidden_states(ids)[kept], labels[kept], None, 0.0)
     assert torch.isfinite(sums.total)

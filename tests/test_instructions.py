@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
-import hydra
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,8 +23,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from kd.config import components
-from kd.config.components import CONF
-from kd.config.rules import resolve
+from kd.config.compose import config_of
+from kd.config.schema import ExperimentConfig
 from kd.data import corpora, instructions, packing, templates
 from kd.data.batches import IGNORE, Batches, Packed, ValidationBatches, to_batch
 from kd.data.examples import Example, Turn
@@ -33,7 +32,8 @@ from kd.data.instructions import functions
 from kd.data.packing import END
 from kd.data.templates import alpaca, encode, end_of_response, plain, tokens
 from kd.errors import UserError
-from kd.experiment import dependencies, planner, prerequisites, stores, summary
+from kd.experiment import planner, prerequisites, stores, summary
+from kd.experiment.dependencies import Plan
 from kd.runs.run import Run
 from kd.store import __main__ as store_program
 from tests import small
@@ -736,8 +736,8 @@ def words_of(root: Path, *words: str) -> list[str]:
     return [*of, "data.template=plain", f"data.files={root / 'examples.jsonl'}", *words]
 
 
-def settings(root: Path, *words: str) -> dependencies.Settings:
-    return small.settings(root, *words_of(root, *words))
+def config(root: Path, *words: str) -> ExperimentConfig:
+    return small.small_config(root, *words_of(root, *words))
 
 
 def run(root: Path, *words: str) -> Path:
@@ -791,20 +791,19 @@ def test_a_run_from_a_whole_store_is_one_online(root):
 
 
 def test_a_store_holds_responses_and_no_more(root):
-    made = settings(root, *OFFLINE)
+    made = config(root, *OFFLINE)
     run(root, *OFFLINE)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        packed, _ = prerequisites.prepare(made)
-        found = stores.opened(made, packed)
-        counted = int((packed.train_spans @ [-1, 1]).sum())
-        assert found.manifest["positions"] == counted and found.manifest["entries"] == 5 * counted
-        assert counted < 0.5 * packed.train[:, 1:].size
-        batch = next(iter(Batches(packed.train, 4, 0, 0, 1, read=found.read, spans=packed.train_spans)))
-        kept = batch.labels != IGNORE
-        assert torch.equal(batch.stored.count > 0, kept)
-        target = found.source(batch, kept)(slice(0, int(kept.sum())))
-        assert (target.logp > -torch.inf).all() and (target.logp.exp().sum(-1) <= 1 + 1e-5).all()
-        assert torch.equal(target.label, batch.labels[kept])
+    packed, _ = prerequisites.prepare(made)
+    found = stores.opened(made, packed)
+    counted = int((packed.train_spans @ [-1, 1]).sum())
+    assert found.manifest["positions"] == counted and found.manifest["entries"] == 5 * counted
+    assert counted < 0.5 * packed.train[:, 1:].size
+    batch = next(iter(Batches(packed.train, 4, 0, 0, 1, read=found.read, spans=packed.train_spans)))
+    kept = batch.labels != IGNORE
+    assert torch.equal(batch.stored.count > 0, kept)
+    target = found.signal(batch, kept)(slice(0, int(kept.sum())))
+    assert (target.logp > -torch.inf).all() and (target.logp.exp().sum(-1) <= 1 + 1e-5).all()
+    assert torch.equal(target.label, batch.labels[kept])
     assert "KL from what it says now to what is stored" in store_program.compare_with_teacher(found, str(root))
 
 
@@ -813,21 +812,19 @@ def test_the_words_of_a_store_describe_that_store(root, start):
     """They name what decides the tokenizer, and how the teacher was pretrained."""
     (root / "plain.txt").write_text("A line of text.\n\n" * 9)
     more = (*start, *(["start.steps=7", "start.lr=1e-3"] if start else []))
-    made = settings(root, *OFFLINE, *more, "plain=text", f"plain.files={root / 'plain.txt'}")
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        words = ["logits=offline", *shlex.split(stores.words_of(made)), f"root={root}"]
-        again = resolve(hydra.compose("config", words), words)
-        assert dependencies.plan(again).store.key == dependencies.plan(made).store.key
+    made = config(root, *OFFLINE, *more, "plain=text", f"plain.files={root / 'plain.txt'}")
+    words = ["logits=offline", *shlex.split(stores.words_of(made)), f"root={root}"]
+    again = config_of(words)
+    assert Plan.of(again).store.key == Plan.of(made).store.key
 
 
 def test_a_store_of_other_prompts_is_another(root):
     """The same rows, of which other tokens are asked: what is now to be learned may not be stored."""
-    made = settings(root, *OFFLINE)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        packed, _ = prerequisites.prepare(made)
-        for part in ("train_spans.npy", "val_spans.npy"):
-            other = replace(packed, digests=packed.digests | {part: "another"})
-            assert stores.described(made, other)["data"] != stores.described(made, packed)["data"]
+    made = config(root, *OFFLINE)
+    packed, _ = prerequisites.prepare(made)
+    for part in ("train_spans.npy", "val_spans.npy"):
+        other = replace(packed, digests=packed.digests | {part: "another"})
+        assert stores.described(made, other)["data"] != stores.described(made, packed)["data"]
 
 
 @pytest.mark.slow
@@ -851,9 +848,8 @@ def test_micro_batches_of_any_size_learn_the_same(root):
 
 
 def test_an_estimate_counts_what_counts(root):
-    asked = settings(root, "logits=none", "teacher=none", "seed=99", "trainer.steps=50")
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        made = planner.estimate(asked)
+    asked = config(root, "logits=none", "teacher=none", "seed=99", "trainer.steps=50")
+    made = planner.estimate(asked)
     (packed,) = (packing.opened(p.parent) for p in root.glob("data/*/train_spans.npy"))
     assert [of.tokens for of in made.values()] == [round(50 * 4 * packed.counted)]
 
@@ -893,8 +889,8 @@ def test_prompts_alone_are_for_rollouts_that_write_all_responses(root, tmp_path,
 def test_prompts_alone_are_refused_where_responses_are_learned(tmp_path, words, says):
     file = write(tmp_path / "prompts.jsonl", *({"prompt": f"{n}="} for n in range(60)))
     of = [word for word in words_of(tmp_path) if not word.startswith("data.files")]
-    made = small.settings(tmp_path, *of, f"data.files={file}", *words)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(UserError, match=says):
+    made = small.small_config(tmp_path, *of, f"data.files={file}", *words)
+    with pytest.raises(UserError, match=says):
         prerequisites.prepare(made)
 
 

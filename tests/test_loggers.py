@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from kd.config.components import flat
 from kd.errors import UserError
 from kd.experiment import fit
 from kd.launch.ray_launcher import Ray
@@ -26,7 +25,7 @@ from kd.runs.identity import About, about
 from kd.runs.loggers import MetricsFile, join, views, wandb
 from kd.runs.run import Run
 from kd.system.files import read_metrics, write_json
-from tests.small import ENVIRONMENT, FORK, folder, here, result, settings, train
+from tests.small import ENVIRONMENT, FORK, folder, here, result, small_config, train
 from tests.wandb_server import serving
 
 
@@ -212,7 +211,7 @@ def test_tensorboard_shows_metrics_and_how_fast_they_come(tmp_path):
 
 
 def description(tmp_path: Path, *words: str, name: str = "fkl-100k-0123456789ab") -> About:
-    return about(name, flat(settings(tmp_path, *words)), {}, "abcd+")
+    return about(name, small_config(tmp_path, *words).flat(), {}, "abcd+")
 
 
 def test_dashboards_are_given_what_a_run_was_made_with(tmp_path):
@@ -258,7 +257,7 @@ def joined(root: Path, name: str) -> None:
 
 
 def test_run_that_was_made_before_its_sweep_gets_into_the_group(tmp_path):
-    config = flat(settings(tmp_path)) | {"logger": "wandb", "logger.project": "mine", "logger.entity": None}
+    config = small_config(tmp_path).flat() | {"logger": "wandb", "logger.project": "mine", "logger.entity": None}
     run = Run(tmp_path, "fkl-100k-0123456789ab")
     write_json(run / "result.json", {"config": config, "final": {"val/lm": 2.6}, "environment": {"git": "abcd"}})
     (run / "metrics.jsonl").write_text('{"step": 1, "train/lm": 3.0}\n{"step": 2, "val/lm": 2.6}\n')
@@ -279,7 +278,7 @@ def wandb_id(run: Run) -> str:
 
 
 def test_a_run_of_another_sweep_stays_in_its_group(tmp_path):
-    config = flat(settings(tmp_path)) | {"logger": "wandb", "sweep": "theirs"}
+    config = small_config(tmp_path).flat() | {"logger": "wandb", "sweep": "theirs"}
     run = Run(tmp_path, "run")
     run.folder.mkdir()
     (run / "wandb-id").write_text("theirs")

@@ -9,24 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
-import hydra
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
-from kd.config.components import CONF
 from kd.data.batches import rows_of_step
 from kd.errors import UserError
-from kd.experiment.dependencies import plan
+from kd.experiment.dependencies import Plan
 from kd.models import causal_lm
 from kd.store import recorder, writer
 from kd.store.reader import Store
 from kd.system import checkpoint_files
 from kd.system.files import read_metrics
-from kd.teachers.sources import share
+from kd.teachers.stored import window_share
 from kd.training import module
-from tests.small import FORK, TOP, content, folder, here, outcome, result, settings, type_in
+from tests.small import FORK, TOP, content, folder, here, outcome, result, small_config, type_in
 
 STEPS, ROWS, BATCH = 20, 60, 4
 PLAIN = ("logits=none", "teacher=none", f"trainer.steps={STEPS}", "trainer.val_every=50")
@@ -42,21 +40,21 @@ def order(steps: range) -> list[tuple[int, int]]:
 def recorded(tmp_path_factory) -> tuple[Path, dict]:
     """A root with a store recorded in training, and what the model was before each step."""
     root, before = tmp_path_factory.mktemp("recorded"), {}
-    real = module.Distillation.training_step
+    real = module.DistillationModule.training_step
 
     def spy(self, batch, index) -> None:
         before[self.global_step] = copy.deepcopy(self.student)
         real(self, batch, index)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.Distillation, "training_step", spy)
+        patch.setattr(module.DistillationModule, "training_step", spy)
         here(root, *RECORD, f"record.path={root / 'store'}")
     return root, before
 
 
 def opened(root: Path, window=None) -> tuple[Store, np.ndarray]:
     held = Store(root / "store", root)
-    return held, held.pick(window)
+    return held, held.select_window(window)
 
 
 def table(root: Path) -> np.ndarray:
@@ -76,7 +74,7 @@ def test_what_is_recorded_is_what_the_model_said_before_it_learned_from_it(recor
     for row, step in latest.items():
         ids = torch.from_numpy(table(root)[[row], :-1].astype(np.int64))
         with torch.no_grad():
-            logp = before[step].head(before[step].hidden(ids)).log_softmax(-1)[0]
+            logp = before[step].head(before[step].hidden_states(ids)).log_softmax(-1)[0]
         kept, columns = logp.topk(5)
         zeros = torch.zeros(32, dtype=torch.long)
         entries = held.read(np.array([row]), ids.numpy())
@@ -99,8 +97,10 @@ def test_a_row_that_came_twice_has_two_answers(recorded):
 
 def test_recording_changes_nothing_and_takes_no_forward_pass(recorded, tmp_path, monkeypatch):
     passes: list[tuple] = []
-    real = causal_lm.Causal.hidden
-    monkeypatch.setattr(causal_lm.Causal, "hidden", lambda self, ids: (passes.append(ids.shape), real(self, ids))[1])
+    real = causal_lm.CausalLM.hidden_states
+    monkeypatch.setattr(
+        causal_lm.CausalLM, "hidden_states", lambda self, ids: (passes.append(ids.shape), real(self, ids))[1]
+    )
     plain = here(tmp_path / "plain", *PLAIN)
     alone = Counter(passes)
     passes.clear()
@@ -182,7 +182,7 @@ def test_what_was_recorded_after_the_checkpoint_that_is_gone_on_from_is_forgotte
     assert held.manifest["count"] == expected.manifest["count"] == STEPS * BATCH
     assert held.manifest["entries"] == expected.manifest["entries"]
     ids = table(tmp_path)[rows, :-1]
-    expected.pick(None)
+    expected.select_window(None)
     assert (held.read(rows, ids).code == expected.read(rows, ids).code).all()
 
 
@@ -240,8 +240,8 @@ def test_a_window_of_a_finished_teacher_is_refused_before_a_store_is_written(tau
 
 
 def test_shares_that_words_stand_for():
-    assert share("early") == (0, 0.5) and share("late") == (0.5, 1) and share(None) is None
-    assert share([0, 1]) == (0, 1) and share((0.25, 0.5)) == (0.25, 0.5)
+    assert window_share("early") == (0, 0.5) and window_share("late") == (0.5, 1) and window_share(None) is None
+    assert window_share([0, 1]) == (0, 1) and window_share((0.25, 0.5)) == (0.25, 0.5)
 
 
 def test_a_teacher_that_is_named_has_to_be_the_recorded_one(recorded):
@@ -358,14 +358,14 @@ COTRAINED = ("logits=cotrained", "seed=0", "teacher.seed=0", f"trainer.steps={ST
 def cotrained(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
     """A root with a run, and its teacher's weights as they were at the end."""
     root, kept = tmp_path_factory.mktemp("cotrained"), {}
-    real = module.Distillation.on_train_batch_end
+    real = module.DistillationModule.on_train_batch_end
 
     def spy(self, *given) -> None:
-        kept.update({k: v.clone() for k, v in self.teacher.model.state_dict().items()})
+        kept.update({k: v.clone() for k, v in self.trainable_teacher.model.state_dict().items()})
         real(self, *given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.Distillation, "on_train_batch_end", spy)
+        patch.setattr(module.DistillationModule, "on_train_batch_end", spy)
         here(root, *COTRAINED)
     return root, kept
 
@@ -387,16 +387,15 @@ def test_seed_of_a_cotrained_teacher_is_part_of_the_run(cotrained, tmp_path):
 
 
 def settings_run(root: Path, *words: str):
-    made = settings(root, *words)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return plan(made).run.name
+    made = small_config(root, *words)
+    return Plan.of(made).run.name
 
 
 def test_a_pretrained_teacher_does_not_learn_at_the_rates_of_sizes(tmp_path):
     words = ("logits=cotrained", "teacher=hub", "teacher.name=org/model")
     with pytest.raises(UserError, match=r"type optim=adamw lr\.peak=1e-4"):
-        settings(tmp_path, *words)
-    assert settings(tmp_path, *words, "optim=adamw", "lr.peak=1e-4")
+        small_config(tmp_path, *words)
+    assert small_config(tmp_path, *words, "optim=adamw", "lr.peak=1e-4")
 
 
 def test_cotrained_student_is_exported_without_its_teacher(cotrained, tmp_path):
@@ -417,19 +416,19 @@ def test_cotrained_student_learns_from_what_the_teacher_says_meanwhile(cotrained
 
 def test_killed_cotraining_ends_bit_for_bit_as_if_never_killed(cotrained, tmp_path):
     def at(number: int) -> None:
-        real = module.Distillation.training_step
+        real = module.DistillationModule.training_step
 
         def step(self, batch, index) -> None:
             if self.global_step == number:
                 os.kill(os.getpid(), signal.SIGKILL)
             real(self, batch, index)
 
-        module.Distillation.training_step = step
+        module.DistillationModule.training_step = step
 
     die(tmp_path, COTRAINED, at, 8)
     newest = max((folder(tmp_path, "fkl") / "checkpoints").glob("*.ckpt"))
     held = torch.load(newest, weights_only=True)["state_dict"]
-    assert {name.partition(".")[0] for name in held} == {"student", "teacher"}
+    assert {name.partition(".")[0] for name in held} == {"student", "trainable_teacher"}
     here(tmp_path, *COTRAINED)
     assert outcome(folder(tmp_path, "fkl")) == outcome(folder(cotrained[0], "fkl"))
 

@@ -29,12 +29,12 @@ from kd.config.sizes import SIZES, STUDENTS
 from kd.data import packing
 from kd.data.tokenizer import load_tokenizer
 from kd.errors import UserError
-from kd.experiment.dependencies import plan
+from kd.experiment.dependencies import Plan
 from kd.models import causal_lm, flops
 from kd.rollout import generate
 from kd.runs import identity
 from kd.system import files, network
-from tests.small import here, settings
+from tests.small import here, small_config
 
 V, T = 90, 32
 SHAPE = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
@@ -129,7 +129,7 @@ def llama(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved / "llama", tmp_path / "llama"))
 
 
-def build(folder: Path | str, vocab: int = V, seq_len: int = T) -> causal_lm.Causal:
+def build(folder: Path | str, vocab: int = V, seq_len: int = T) -> causal_lm.CausalLM:
     return causal_lm.build(None, str(folder), vocab, seq_len, "teacher.name")
 
 
@@ -240,7 +240,7 @@ def test_models_without_attention_are_read_and_counted(tmp_path, name):
     causal = build(tmp_path).eval()
     with torch.no_grad():
         expected = model(input_ids=IDS, use_cache=False).logits
-        torch.testing.assert_close(causal.head(causal.hidden(IDS)), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(causal.head(causal.hidden_states(IDS)), expected, rtol=1e-4, atol=1e-5)
     saved = load_file(tmp_path / "model.safetensors")  # reading changes no weights, as RWKV's own code does
     assert all(torch.equal(value, saved[key]) for key, value in causal.model.state_dict().items() if key in saved)
     cost = flops.cost(causal.model, T)
@@ -269,7 +269,7 @@ def test_head_of_hidden_states_is_what_the_model_says(saved, name):
     causal = build(saved / name).eval()
     with torch.no_grad():
         expected = causal.model(input_ids=IDS).logits
-        found = causal.head(causal.hidden(IDS))
+        found = causal.head(causal.hidden_states(IDS))
     assert expected.abs().max() > 0.02
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -325,7 +325,7 @@ def test_head_is_no_second_copy_of_the_weights(saved):
 def test_padded_vocabulary_is_cut_and_renormalised(saved, name):
     causal = build(saved / name, vocab=80).eval()
     with torch.no_grad():
-        p = causal.head(causal.hidden(IDS)).softmax(-1)
+        p = causal.head(causal.hidden_states(IDS)).softmax(-1)
         whole = causal.model(input_ids=IDS).logits.softmax(-1)[..., :80]
     assert p.shape == (2, T, 80) and (whole.sum(-1) < 0.95).all()
     torch.testing.assert_close(p, whole / whole.sum(-1, keepdim=True), rtol=1e-4, atol=1e-6)
@@ -578,7 +578,7 @@ def test_a_reason_that_goes_on_in_the_next_line_is_whole(saved, monkeypatch):
 
 
 def test_a_model_that_is_not_run_as_others_are_is_refused(saved, monkeypatch):
-    monkeypatch.setattr(causal_lm.Causal, "hidden", lambda self, ids: ids.no_such_thing)
+    monkeypatch.setattr(causal_lm.CausalLM, "hidden_states", lambda self, ids: ids.no_such_thing)
     with pytest.raises(UserError, match=r"^teacher\.name: LlamaForCausalLM could not be run.*AttributeError"):
         build(saved / "llama")
 
@@ -755,4 +755,4 @@ def test_token_names_are_compared_as_typed(tmp_path):
         here(tmp_path / "runs", *words.split())
     folder = here(tmp_path / "runs", *words.split(), "token_names=any")
     assert (folder / "result.json").exists()
-    assert plan(settings(tmp_path / "runs", *words.split())).run.folder == folder
+    assert Plan.of(small_config(tmp_path / "runs", *words.split())).run.folder == folder

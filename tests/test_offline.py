@@ -17,12 +17,12 @@ from kd.experiment.dependencies import resolved
 from kd.models import hub
 from kd.objective.chunked import Objective
 from kd.objective.losses import akl
+from kd.objective.signals import ProjectedSignal
 from kd.objective.target import Target
 from kd.objective.target_transforms import renormalise
 from kd.objective.truncation import fewer
 from kd.store import reader
 from kd.store.format import STEP, from_bytes
-from kd.teachers.sources import Projection
 from tests.cases import LOSSES, TREATMENTS, close, each, gradient, option, sample
 from tests.small import TOP, folder, here, result, shared, write
 from tests.test_entries import ROWS, SIZE, heavy, read, written
@@ -145,7 +145,7 @@ def test_every_position_of_a_batch_gets_what_is_stored_of_it(root):
     kept = torch.rand(4, 32, generator=torch.Generator().manual_seed(0)) < 0.7
 
     def tables(batch: Batch, kept: torch.Tensor) -> list[dict]:
-        target = held.source(batch, kept)(slice(None))
+        target = held.signal(batch, kept)(slice(None))
         assert (target.label == batch.labels[kept]).all()
         return [dict(zip(i, x, strict=True)) for i, x in zip(target.ids.tolist(), target.logp.tolist(), strict=True)]
 
@@ -264,8 +264,8 @@ def test_fewer_draws_of_a_store_are_some_of_those_it_holds(root):
     rows = np.load(next((root / "data").glob("*/train.npy")))[:4]
     batch = to_batch(rows, np.arange(4), np.random.default_rng(0).integers(0, 2**62, (4, 32)))
     batch = batch._replace(stored=held.read(batch.row.numpy(), batch.ids.numpy()))
-    target = held.source(batch, torch.ones_like(batch.ids, dtype=torch.bool))(slice(None))
-    some = held.as_asked({"name": "random", "draws": 7}, option("truncation", "random", draws=7))(target)
+    target = held.signal(batch, torch.ones_like(batch.ids, dtype=torch.bool))(slice(None))
+    some = held.truncation_for({"name": "random", "draws": 7}, option("truncation", "random", draws=7))(target)
     counts = torch.zeros(2, 128, V)
     for number, (t, draws) in enumerate(((target, 20), (some, 7))):
         counts[number].scatter_add_(-1, t.ids, (t.logp.exp() * draws).round())
@@ -333,7 +333,7 @@ def test_runs_of_many_kinds_read_one_store(root, monkeypatch):
 
 
 def test_a_rank_composes_no_config(root, monkeypatch):
-    """It is given settings, and Hydra is not there; what a store is to hold is asked of who writes it alone."""
+    """It is given a config, and Hydra is not there; what a store is to hold is asked of who writes it alone."""
     given, real = [], fit.fit
     monkeypatch.setattr(fit, "fit", lambda *of: given.append(of) or {})
     here(root, "logits=offline", "record=top_k", "record.k=5", "trainer.steps=2", *TOP)
@@ -361,7 +361,7 @@ def test_full_store_answers_with_a_projection(root):
     batch = to_batch(rows[2:4], np.array([2, 3]), np.zeros((2, 32), np.int64))
     kept = torch.ones_like(batch.ids, dtype=torch.bool)
     signal = held.reference(batch, kept)
-    assert isinstance(signal, Projection) and signal(slice(3, 9)).logp.shape == (6, V)
+    assert isinstance(signal, ProjectedSignal) and signal(slice(3, 9)).logp.shape == (6, V)
     other = to_batch(rows[3:5], np.array([2, 3]), np.zeros((2, 32), np.int64))
     with pytest.raises(UserError, match=r"those of validation row 2 differ"):
         held.reference(other, kept)

@@ -7,16 +7,16 @@ from kd.config import sizes
 from kd.errors import UserError
 from kd.models import causal_lm
 from kd.models.optimizers import mup
-from kd.training.module import Distillation
+from kd.teachers.none import NoTeacher
+from kd.training.module import DistillationModule
 from tests.small import here
 
 
 def groups(size: str) -> dict[str, dict]:
     """Options of the optimizer's group that a parameter is in, by its name."""
     student = causal_lm.build(size, None, 50, 8, "student.name")
-    module = Distillation(
-        student, None, None, None, None, None, mup, steps=1, micro_batch=1, clip=0, log_every=1, val_every=1,
-        validation=[], flops=None,
+    module = DistillationModule(
+        student, NoTeacher(), None, None, mup, max_steps=1, micro_batch_size=1, grad_clip=0
     )  # fmt: skip
     group = {id(p): g for g in module.configure_optimizers().param_groups for p in g["params"]}
     return {name.removeprefix("model."): group[id(p)] for name, p in student.model.named_parameters()}

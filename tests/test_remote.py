@@ -23,7 +23,19 @@ from kd.runs.run import Run
 from kd.system import remote
 from kd.system.processes import alive, boot, whereabouts
 from kd.system.remote import Remote
-from tests.small import ENVIRONMENT, FORK, TRAIN, folder, here, listed, outcome, settings, shared, start, train
+from tests.small import (
+    ENVIRONMENT,
+    FORK,
+    TRAIN,
+    folder,
+    here,
+    listed,
+    outcome,
+    shared,
+    small_config,
+    start,
+    train,
+)
 
 
 class Broken(LocalFileSystem):
@@ -179,21 +191,21 @@ def test_what_is_recorded_goes_on_on_another_machine(cache, tmp_path):
     undisturbed = here(tmp_path / "whole", *words)
     there = tmp_path / "there"
     url = f"root=file://{there}"
-    from kd.training.module import Distillation
+    from kd.training.module import DistillationModule
 
-    real = Distillation.training_step
+    real = DistillationModule.training_step
 
     def step(self, batch, index):
         if self.global_step == 8:
             raise RuntimeError("injected")
         return real(self, batch, index)
 
-    Distillation.training_step = step
+    DistillationModule.training_step = step
     try:
         with pytest.raises(RuntimeError, match="injected"):
             here(tmp_path, url, *words)
     finally:
-        Distillation.training_step = real
+        DistillationModule.training_step = real
     shutil.rmtree(cache)
     made = here(tmp_path, url, *words)
     assert outcome(there / made.name) == outcome(undisturbed)
@@ -273,8 +285,8 @@ def test_urls_that_cannot_be(cache, tmp_path, root, says):
 
 
 def test_a_folder_is_no_url(tmp_path):
-    made = settings(tmp_path)
-    assert remote.home(made["root"]) == tmp_path and Run(tmp_path, "x").remote is None
+    made = small_config(tmp_path)
+    assert remote.home(made.root) == tmp_path and Run(tmp_path, "x").remote is None
 
 
 class Away(LocalFileSystem):
@@ -380,7 +392,7 @@ def test_why_a_run_failed_is_not_lost_in_an_outage(away, tmp_path, monkeypatch):
     run = Run(away, "run")
     run.folder.mkdir(parents=True)
     monkeypatch.setattr(remote, "SOON", 0)
-    run.begin({})
+    run.begin(small_config(tmp_path))
     Away.go(1000)
     with pytest.warns(UserWarning), pytest.raises(ZeroDivisionError), run.recorded():
         1 / 0  # noqa: B018

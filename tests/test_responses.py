@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import Strategy
 
+from kd.config.schema import ExperimentConfig
 from kd.data import corpora, packing
 from kd.data.batches import Batch, ValidationBatches
 from kd.errors import UserError
@@ -21,12 +22,12 @@ from kd.evaluation import metrics, responses, text_scores
 from kd.evaluation.exposure import excess_error, gap
 from kd.evaluation.responses import Responses, Written
 from kd.evaluation.text_scores import Response, distinct, exact_match, rouge_l, summary
-from kd.experiment import dependencies
 from kd.parallel import collectives
 from kd.rollout import generate
 from kd.runs import identity, run
 from kd.system.signals import Preempted
-from kd.teachers import sources
+from kd.teachers.none import NoTeacher
+from kd.teachers.online import OnlineTeacher
 from tests import small
 from tests.cases import close
 from tests.small import ENVIRONMENT, SMALL, TRAIN, result
@@ -157,7 +158,7 @@ def test_the_gap_is_what_plain_loops_say():
 
     for rows, chunk in ((5, None), (2, 3)):
         of = ValidationBatches(text.tokens, rows, spans=text.span)
-        got = gap(student, sources.online(teacher), of, T, chunk)
+        got = gap(student, OnlineTeacher(teacher), of, T, chunk)
         close(got.by_place, by_place, rtol=1e-4)
         close(got.bins, bins, rtol=1e-4)
     means = got.means()
@@ -168,7 +169,7 @@ def test_the_gap_is_what_plain_loops_say():
 
 def test_a_student_that_is_its_teacher_has_no_gap():
     same, (text, _) = model("llama", 0).eval(), written()
-    got = gap(same, sources.online(same), ValidationBatches(text.tokens, 5, spans=text.span), T, None)
+    got = gap(same, OnlineTeacher(same), ValidationBatches(text.tokens, 5, spans=text.span), T, None)
     assert list(got.means().values()) == pytest.approx([0, 0, 0], abs=1e-5)
 
 
@@ -186,7 +187,7 @@ class Prompts:
 
 def asked(**how) -> Responses:
     (text, _) = written()
-    return Responses(Path("nowhere"), Prompts(*text), None, None, **how)
+    return Responses(Path("nowhere"), Prompts(*text), None, NoTeacher(), None, None, **how)
 
 
 def test_samples_are_drawn_row_by_row_with_seeds_of_their_own():
@@ -247,8 +248,8 @@ def words_of(root: Path, *words: str) -> list[str]:
             f"plain.files={root / 'plain.txt'}", "start=pretrained", "start.steps=4", *words]  # fmt: skip
 
 
-def settings(root: Path, *words: str) -> dependencies.Settings:
-    return small.settings(root, *words_of(root, *words))
+def config(root: Path, *words: str) -> ExperimentConfig:
+    return small.small_config(root, *words_of(root, *words))
 
 
 def here(root: Path, *words: str) -> Path:
@@ -396,7 +397,7 @@ def test_plain_text_asks_for_no_responses_and_settings_of_them_are_refused(tmp_p
     config = result(folder)["config"]
     assert "responses.seed" in config and not any(k.startswith("responses") for k in identity.part_of_outcome(config))
     with pytest.raises(UserError, match=r"responses\.samples=2 would do nothing"):
-        small.settings(tmp_path, "responses.samples=2")
+        small.small_config(tmp_path, "responses.samples=2")
 
 
 @pytest.mark.parametrize(
@@ -407,7 +408,7 @@ def test_plain_text_asks_for_no_responses_and_settings_of_them_are_refused(tmp_p
 )  # fmt: skip
 def test_settings_without_a_meaning_are_refused(root, words, says):
     with pytest.raises(UserError, match=says):
-        settings(root, *words)
+        config(root, *words)
 
 
 @pytest.mark.slow

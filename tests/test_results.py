@@ -5,11 +5,9 @@ import shlex
 import shutil
 from pathlib import Path
 
-import hydra
 import pytest
 
 import train as product
-from kd.config.components import CONF
 from kd.data import packing
 from kd.errors import UserError
 from kd.experiment import planner, prerequisites
@@ -19,7 +17,7 @@ from kd.runs.outcome import RunState
 from kd.runs.run import Run, check_student
 from kd.system import checkpoint_files, files
 from sweeps.report.load import read_run
-from tests.small import folder, here, settings, shared, train, type_in
+from tests.small import folder, here, shared, small_config, train, type_in
 
 RUN = ("trainer.steps=2", "teacher.steps=2")
 
@@ -38,11 +36,10 @@ def root(made, tmp_path) -> Path:
 
 def show(root: Path, *words: str) -> prerequisites.Outcome:
     """What a command on the run does, in this process, up to where its table is printed."""
-    given = settings(root, *RUN, *words)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        outcome = product.train(given)
-        outcome.check_files()
-        return outcome
+    given = small_config(root, *RUN, *words)
+    outcome = product.train(given)
+    outcome.check_files()
+    return outcome
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -209,9 +206,8 @@ def test_what_is_damaged_under_a_url_is_said_and_a_damaged_copy_is_fetched_anew(
         of.check(of.result(), "student")
     for name in ("config.json", "metrics.jsonl"):
         flip(there / run.name / name)
-        given = settings(tmp_path, *words)
-        config, damaged = hydra.initialize_config_dir(str(CONF), version_base="1.3"), f"{name} is damaged"
-        with config, pytest.raises(UserError, match=damaged):
+        given = small_config(tmp_path, *words)
+        with pytest.raises(UserError, match=f"{name} is damaged"):
             product.train(given).check_files()
         flip(there / run.name / name)
     whole = (there / run.name / "result.json").read_text()
@@ -400,10 +396,10 @@ def test_a_result_is_shown_as_old_where_the_code_of_its_teacher_has_changed(made
 
 
 def test_code_that_is_edited_while_a_run_trains_is_not_taken_for_its_own(made, root, code, monkeypatch):
-    from kd.training.module import Distillation
+    from kd.training.module import DistillationModule
 
     module, old, new, said = REAL["the function"]
-    monkeypatch.setattr(Distillation, "on_train_end", lambda self: code(module, (old, new)))
+    monkeypatch.setattr(DistillationModule, "on_train_end", lambda self: code(module, (old, new)))
     outcome = json.loads((here(root, *RUN, "seed=7") / "result.json").read_text())
     assert outcome["sources"]["loss"] == result(made)["sources"]["loss"]
     assert provenance.changes(outcome) == said
@@ -463,20 +459,19 @@ def test_force_removes_nothing_before_all_is_checked(root, monkeypatch):
 
 def test_force_plans_a_run_with_a_damaged_result(root, capsys):
     flip(folder(root, "fkl") / "result.json")
-    given = settings(root, *RUN, "plan=true", "force=true")
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        planner.show_plan([given], ["this run"], 1)
+    given = small_config(root, *RUN, "plan=true", "force=true")
+    planner.show_plan([given], ["this run"], 1)
     assert "this run" in capsys.readouterr().err
 
 
 def test_force_leaves_what_a_killed_run_had_done(root, monkeypatch):
     """It removes what is done, once: a run that is then interrupted goes on from its checkpoint."""
-    from kd.training.module import Distillation
+    from kd.training.module import DistillationModule
 
     class Killed(BaseException):
         pass
 
-    real, steps = Distillation.training_step, []
+    real, steps = DistillationModule.training_step, []
 
     def step(self, *args):
         steps.append(self.global_step)
@@ -486,7 +481,7 @@ def test_force_leaves_what_a_killed_run_had_done(root, monkeypatch):
 
     words = ("trainer.steps=6", "trainer.checkpoint_every=1")
     run = here(root, *RUN, *words)
-    monkeypatch.setattr(Distillation, "training_step", step)
+    monkeypatch.setattr(DistillationModule, "training_step", step)
     with pytest.raises(Killed):
         here(root, *RUN, *words, "force=true")
     assert not (run / "result.json").exists()
@@ -507,12 +502,12 @@ def test_data_of_other_code_stays_old_until_it_is_packed_anew(made, root, code):
 
 
 def test_a_run_does_not_go_on_under_other_code(root, code, monkeypatch):
-    from kd.training.module import Distillation
+    from kd.training.module import DistillationModule
 
     class Killed(BaseException):
         pass
 
-    real, words = Distillation.training_step, ("seed=8", "trainer.steps=4", "trainer.checkpoint_every=1")
+    real, words = DistillationModule.training_step, ("seed=8", "trainer.steps=4", "trainer.checkpoint_every=1")
 
     def step(self, *args):
         if self.global_step == 2:
@@ -520,7 +515,7 @@ def test_a_run_does_not_go_on_under_other_code(root, code, monkeypatch):
         return real(self, *args)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Distillation, "training_step", step)
+        patch.setattr(DistillationModule, "training_step", step)
         here(root, *RUN, *words)
     (checkpoints,) = root.glob("*/checkpoints")
     code("objective.losses", ("-(p.exp() * (q - p))", "-2 * (p.exp() * (q - p))"))
@@ -528,7 +523,7 @@ def test_a_run_does_not_go_on_under_other_code(root, code, monkeypatch):
         here(root, *RUN, *words)
     code("objective.losses", ("-2 * (p.exp() * (q - p))", "-(p.exp() * (q - p))"))
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Distillation, "training_step", step)
+        patch.setattr(DistillationModule, "training_step", step)
         here(root, *RUN, *words)  # goes on with it
     code("objective.losses", ("-(p.exp() * (q - p))", "-2 * (p.exp() * (q - p))"))
     type_in(str(caught.value))

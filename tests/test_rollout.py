@@ -2,7 +2,6 @@
 
 import io
 import threading
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +13,8 @@ from kd.errors import UserError
 from kd.parallel import collectives
 from kd.rollout import generate, strategies
 from kd.rollout.strategies import Writers, returns, whiten
-from kd.training.module import Distillation
+from kd.runs.run import Run
+from kd.training.callbacks.checkpoints import Checkpoints
 from tests.cases import close, each, option, settings
 from tests.test_generate import END, T, batch, model, whole
 
@@ -431,12 +431,15 @@ def test_another_number_of_ranks_goes_on_where_none_has_text_of_its_own(models):
     asked.validated(2.5)
     before = asked.state()
     going = SimpleNamespace(rollout=made(models, "adaptive"))
-    load = partial(Distillation.on_load_checkpoint, going)
-    load({"kd": {"rollout": [before, before], "random": [None]}})
+    code = {"sources": {}, "origins": {}}
+    checkpoints = Checkpoints(Run("root", "run"), 1, {}, code)
+    checkpoints.setup(None, going, "fit")
+    state = {"code": code, "micro_batch_size": 2, "random": [None]}
+    checkpoints.load_state_dict(state | {"rollout": [before, before]})
     assert going.rollout.reference == 2.5 and going.rollout.threshold == 1.0
     asked(data(), 0, 0.0)
     with pytest.raises(UserError, match=r"saved by 2 processes.* Type trainer\.devices=2"):
-        load({"kd": {"rollout": [before, asked.state()], "random": [None]}})
+        checkpoints.load_state_dict(state | {"rollout": [before, asked.state()]})
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ import torch
 
 from kd.data.batches import IGNORE, Batch
 from kd.errors import UserError
-from kd.models.flops import Flops
 from kd.objective import losses
 from kd.objective.chunked import Objective
 from kd.objective.target import Target
 from kd.parallel import collectives
 from kd.rollout.generate import Sampled
+from kd.teachers.base import Teacher
 from kd.training import module
-from kd.training.module import Distillation, Task
+from kd.training.module import DistillationModule, Schedules
 from tests.cases import LOSSES, TEMPERATURES, TREATMENTS, TRUNCATIONS, dense, logits, option
 from tests.small import TOP, here, result
 
@@ -85,8 +85,22 @@ class Model(torch.nn.Module):
         self.head = torch.nn.Linear(8, V)
         self.head.vocab = V
 
-    def hidden(self, ids):
+    def hidden_states(self, ids):
         return self.table(ids)
+
+
+class Module(DistillationModule):
+    """Module whose step needs no trainer, and leaves weights and gradients as they are."""
+
+    global_step = 0
+
+    def optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        optimizer.step = lambda: None
+        return optimizer
+
+    def manual_backward(self, loss):
+        loss.backward()
 
 
 def batch() -> Batch:
@@ -100,33 +114,38 @@ def batch() -> Batch:
 TEACHER = dense(logits(1, ROWS * T, V, torch.float32) * torch.linspace(0.2, 3, ROWS * T).float()[:, None])
 
 
-def source(part: Batch, kept: torch.Tensor):
-    """What a teacher says of the tokens, whatever batch they are in."""
-    which = part.ids[kept]
-    return lambda rows: Target(part.labels[kept][rows], TEACHER.logp[which[rows]], seed=part.seed[kept][rows])
+class TableTeacher(Teacher):
+    """Says the same of a token, whatever batch it is in."""
+
+    def __init__(self, trainable: bool = False):
+        self.trainable, self.model = trainable, Model()
+        self.asked: list[int] = []  # rows of each micro-batch
+
+    def signal(self, batch, mask):
+        self.asked.append(len(batch.ids))
+        ids, labels, seed = batch.ids[mask], batch.labels[mask], batch.seed[mask]
+        return lambda rows: Target(labels[rows], TEACHER.logp[ids[rows]], seed=seed[rows])
 
 
-def made(micro_batch: int, chunk: int, share: float = 0.3, teacher=None, loss="fkl", route=None) -> Distillation:
+def made(micro_batch: int, chunk: int, share: float = 0.3, teacher=None, loss="fkl", route=None) -> Module:
     objective = Objective(LOSSES[loss], TRUNCATIONS["full"], TREATMENTS["renormalise"], TEMPERATURES["fixed"], chunk)
-    student = Model()
-    return Distillation(
-        student, teacher, source, objective, lambda _: 0.7, lambda _: 0.1, None, steps=2, micro_batch=micro_batch,
-        clip=0, log_every=1, val_every=1, validation=[], flops=Flops(0, 0),
-        route=route or option("routing", "entropy", share=share),
+    return Module(
+        Model(), teacher or TableTeacher(), objective, Schedules(lambda _: 0.7, lambda _: 0.1), None, max_steps=2,
+        micro_batch_size=micro_batch, grad_clip=0, token_selection=route or option("routing", "entropy", share=share),
     )  # fmt: skip
 
 
-def step(of: Distillation, given: Batch, monkeypatch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Sums and gradients of a step."""
-    monkeypatch.setattr(of, "manual_backward", lambda loss: loss.backward())
-    means, _ = of._in_parts([Task(given, 0.7, 0.3, 10, 10, own=0)])
-    return means * 10, [p.grad.clone() for p in of.student.parameters()]
+def step(of: Module, given: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Sums of loss, distillation and language modelling over the tokens of a step, and its gradients."""
+    of.training_step(given, 0)
+    sums = torch.tensor([of.last_step.metrics[name] for name in ("loss", "kd", "lm")], dtype=torch.float64)
+    return sums * int((given.labels != IGNORE).sum()), [p.grad.clone() for p in of.student.parameters()]
 
 
-def asked_for(of: Distillation, given: Batch) -> torch.Tensor:
+def asked_for(of: Module, given: Batch) -> torch.Tensor:
     """Which of the counted positions are distilled."""
-    parts = [(part, part.labels != IGNORE) for part in given.split(of.micro_batch)]
-    return torch.cat([known["distilled"] for known in of._routed(parts)[1]])
+    parts = [(part, part.labels != IGNORE) for part in given.split(of.micro_batch_size)]
+    return torch.cat([known["distilled"] for known in of.select_tokens(parts)[1]])
 
 
 def expected(share: float) -> torch.Tensor:
@@ -145,9 +164,9 @@ def test_the_share_is_of_the_whole_step_however_it_is_cut(micro_batch, chunk, sh
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 6])
 @pytest.mark.parametrize("chunk", [1, 7, 100])
-def test_a_step_is_the_same_however_it_is_cut(micro_batch, chunk, monkeypatch):
-    whole = step(made(6, 100), batch(), monkeypatch)
-    sums, grads = step(made(micro_batch, chunk), batch(), monkeypatch)
+def test_a_step_is_the_same_however_it_is_cut(micro_batch, chunk):
+    whole = step(made(6, 100), batch())
+    sums, grads = step(made(micro_batch, chunk), batch())
     torch.testing.assert_close(sums, whole[0], rtol=1e-6, atol=1e-6)
     for a, b in zip(grads, whole[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -158,16 +177,16 @@ HARD = option("routing", "uncertainty")
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 6])
 @pytest.mark.parametrize("chunk", [1, 7, 100])
-def test_atkd_is_that_of_the_whole_step_however_it_is_cut(micro_batch, chunk, monkeypatch):
+def test_atkd_is_that_of_the_whole_step_however_it_is_cut(micro_batch, chunk):
     """share * mean of dkd over easy tokens + (1 - share) * mean of tkd + dkd over hard ones, times all of them."""
     of, given = made(micro_batch, chunk, loss="atkd", route=HARD), batch()
-    sums, grads = step(of, given, monkeypatch)
-    whole = step(made(6, 100, loss="atkd", route=HARD), given, monkeypatch)
+    sums, grads = step(of, given)
+    whole = step(made(6, 100, loss="atkd", route=HARD), given)
     torch.testing.assert_close(sums, whole[0], rtol=1e-5, atol=1e-6)
     for a, b in zip(grads, whole[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     kept = given.labels != IGNORE
-    student = of.student.head(of.student.hidden(given.ids[kept])).log_softmax(-1).double()
+    student = of.student.head(of.student.hidden_states(given.ids[kept])).log_softmax(-1).double()
     target = Target(given.labels[kept], TEACHER.logp[given.ids[kept]].double())
     tkd, dkd = losses._decoupled(student, target)
     unsure = 1 - target.of_label().exp()
@@ -177,22 +196,22 @@ def test_atkd_is_that_of_the_whole_step_however_it_is_cut(micro_batch, chunk, mo
     torch.testing.assert_close(sums[1], (mean * len(hard)).detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_atkd_of_each_micro_batch_would_be_another(monkeypatch):
+def test_atkd_of_each_micro_batch_would_be_another():
     given = batch()
-    whole = step(made(6, 100, loss="atkd", route=HARD), given, monkeypatch)[0][1]
-    parts = [step(made(2, 100, loss="atkd", route=HARD), part, monkeypatch)[0][1] for part in given.split(2)]
+    whole = step(made(6, 100, loss="atkd", route=HARD), given)[0][1]
+    parts = [step(made(2, 100, loss="atkd", route=HARD), part)[0][1] for part in given.split(2)]
     assert (sum(parts) - whole).abs() > 1e-3
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 6])
-def test_what_a_rollout_knows_reaches_the_loss(micro_batch, monkeypatch):
+def test_what_a_rollout_knows_reaches_the_loss(micro_batch):
     """Beside what the routing says, for the positions that count."""
     by_student = (torch.arange(ROWS) % 2)[:, None].expand(ROWS, T).float()
     given = batch()._replace(sampled=Sampled(by_student=by_student))
     of = made(micro_batch, 7, loss="distillm2")
-    sums, _ = step(of, given, monkeypatch)
+    sums, _ = step(of, given)
     kept = given.labels != IGNORE
-    student = of.student.head(of.student.hidden(given.ids[kept])).log_softmax(-1).double()
+    student = of.student.head(of.student.hidden_states(given.ids[kept])).log_softmax(-1).double()
     target = Target(given.labels[kept], TEACHER.logp[given.ids[kept]].double())
     both = [LOSSES[name](student, target) for name in ("skl", "srkl")]
     kd = torch.where(by_student[kept] > 0, both[1], both[0])[expected(0.3)].sum()
@@ -215,12 +234,12 @@ def test_the_share_is_of_all_ranks(sizes, monkeypatch):
     assert torch.equal(torch.cat(found), expected(0.3))
 
 
-def test_a_token_that_is_not_distilled_weighs_as_much_as_any_other(monkeypatch):
+def test_a_token_that_is_not_distilled_weighs_as_much_as_any_other():
     """The sum is of alpha * kd + (1 - alpha) * lm over the distilled tokens, and of lm over the others."""
     of, given = made(2, 7), batch()
-    sums, _ = step(of, given, monkeypatch)
+    sums, _ = step(of, given)
     kept = given.labels != IGNORE
-    student = of.student.head(of.student.hidden(given.ids[kept])).log_softmax(-1).double()
+    student = of.student.head(of.student.hidden_states(given.ids[kept])).log_softmax(-1).double()
     teacher = TEACHER.logp[given.ids[kept]].double()
     kd = (teacher.exp() * (teacher - student)).sum(-1)
     lm = -student.gather(-1, given.labels[kept][:, None])[:, 0]
@@ -229,22 +248,11 @@ def test_a_token_that_is_not_distilled_weighs_as_much_as_any_other(monkeypatch):
     torch.testing.assert_close(sums, by_hand.detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_a_teacher_is_asked_once_per_micro_batch_and_one_that_learns_twice(monkeypatch):
-    calls: list[int] = []
-    real = source
-    for learns, times in ((False, 1), (True, 2)):
-        of = made(2, 100)
-        of.source = lambda part, kept: (calls.append(len(part.ids)), real(part, kept))[1]
-        calls.clear()
-        if learns:
-            of.teacher = Model()
-            parts = [(part, part.labels != IGNORE) for part in batch().split(2)]
-            of._routed(parts)
-            for part, kept in parts:
-                of.source(part, kept)
-        else:
-            step(of, batch(), monkeypatch)
-        assert len(calls) == 3 * times
+@pytest.mark.parametrize(("trainable", "times"), [(False, 1), (True, 2)])
+def test_a_teacher_is_asked_once_per_micro_batch_and_one_that_learns_twice(trainable, times):
+    teacher = TableTeacher(trainable)
+    step(made(2, 100, teacher=teacher), batch())
+    assert teacher.asked == [2, 2, 2] * times
 
 
 # Through train.py
@@ -286,7 +294,7 @@ def test_none_routed_is_the_plain_run(root):
 def test_a_store_of_a_part_routes_nearly_as_the_teacher(root):
     """By the entropy that what it holds can have at most."""
     found = {}
-    real = module.Distillation._routed
+    real = module.DistillationModule.select_tokens
     for how in ("online", "offline"):
         seen = []
 
@@ -296,7 +304,7 @@ def test_a_store_of_a_part_routes_nearly_as_the_teacher(root):
             return signals, known
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module.Distillation, "_routed", spy)
+            patch.setattr(module.DistillationModule, "select_tokens", spy)
             here(root, f"logits={how}", *TOP, *ROUTED)
         found[how] = torch.cat(seen)
     assert found["online"].float().mean() == found["offline"].float().mean() == pytest.approx(0.6, abs=0.01)

@@ -17,7 +17,7 @@ import torch
 from kd.runs.identity import axes, sizes_of
 from kd.runs.run import Run
 from kd.system.signals import Preempted, Requests, requests
-from kd.training.module import Distillation
+from kd.training.module import DistillationModule
 from tests.small import folder, here, outcome, result, shared, start, train
 
 
@@ -286,11 +286,11 @@ class Asked:
     def __init__(self, monkeypatch, step: int, micro_batches: int | None):
         self.calls = 0
         backward, on_end, step_of = (
-            getattr(Distillation, name) for name in ("manual_backward", "on_train_batch_end", "training_step")
+            getattr(DistillationModule, name) for name in ("manual_backward", "on_train_batch_end", "training_step")
         )
 
         def asks(module, now: bool) -> None:
-            requests.pending |= module.steps == STEPS and module.global_step == step and now
+            requests.pending |= module.max_steps == STEPS and module.global_step == step and now
 
         def training_step(module, *args):
             self.calls = 0
@@ -307,7 +307,7 @@ class Asked:
             asks(module, micro_batches is None)
 
         for function in (training_step, manual_backward, on_train_batch_end):
-            monkeypatch.setattr(Distillation, function.__name__, function)
+            monkeypatch.setattr(DistillationModule, function.__name__, function)
 
 
 def interrupted(root: Path, monkeypatch, step: int, micro_batches: int | None, *words: str) -> Path:

@@ -13,18 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
-import hydra
 import numpy as np
 import pytest
 import safetensors
 import torch
 
 import train as product
-from kd.config.components import CONF, FORMER, typed
-from kd.config.rules import resolve
+from kd.config.components import FORMER, typed
+from kd.config.compose import composed, config_of
 from kd.errors import UserError
 from kd.experiment import store_check
-from kd.experiment.dependencies import cached_corpus, plan
+from kd.experiment.dependencies import Plan, cached_corpus
 from kd.models import causal_lm
 from kd.models import hub as hub_module
 from kd.store import __main__ as store_main
@@ -290,7 +289,7 @@ def shaken(monkeypatch, change) -> None:
     """Have models say something else than they would."""
     real = causal_lm.Head.forward
     monkeypatch.setattr(causal_lm.Head, "forward", lambda self, hidden: change(real(self, hidden)))
-    monkeypatch.setattr(causal_lm.Causal, "check", lambda self, option: None)
+    monkeypatch.setattr(causal_lm.CausalLM, "check", lambda self, option: None)
 
 
 def test_verify_goes_where_the_store_was_moved(root, command_line):
@@ -304,7 +303,7 @@ def test_verify_goes_where_the_store_was_moved(root, command_line):
 
 def test_verify_reads_the_settings_of_an_earlier_version(root, command_line):
     """Its modules were not in packages, and what is called with the rest of its arguments later was marked so."""
-    former = {f"kd.{new}": f"kd.{old}" for old, new in FORMER.items()}
+    former = {f"kd.{new}": f"kd.{old.partition('.')[0]}" for old, new in FORMER.items()}
     path = only(root) / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest.pop("digest")
@@ -376,9 +375,8 @@ def test_two_teachers_of_the_hub_have_a_store_each(tmp_path):
     for name in ("org/big", "org/bigger"):
         typed = ["data=text", "data.files=x.txt", *hub, f"teacher.name={name}", f"root={tmp_path}"]
         (tmp_path / "x.txt").write_text("text")
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            typed[1] = f"data.files={tmp_path / 'x.txt'}"
-            plans.append(plan(resolve(hydra.compose("config", typed), typed)))
+        typed[1] = f"data.files={tmp_path / 'x.txt'}"
+        plans.append(Plan.of(config_of(typed)))
     assert plans[0].store.key != plans[1].store.key
 
 
@@ -405,8 +403,7 @@ def test_one_token_of_the_data(tmp_path):
 
     def run(*more: str) -> None:
         all_words = [*small, *(OFFLINE if "logits=none" not in more else ()), f"root={tmp_path}", *more]
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            product.train(resolve(hydra.compose("config", all_words), all_words))
+        product.train(config_of(all_words))
 
     run(*text(tmp_path, words), "data.vocab=300", "logits=none", "teacher=none")
     shutil.copytree(next((tmp_path / "data").glob("*/tokenizer")), tmp_path / "tokenizer")
@@ -697,8 +694,7 @@ def test_draws_that_a_store_cannot_count_are_refused(root):
 
 def test_words_of_a_store_are_read_back_by_hydra(tmp_path):
     for value in (None, True, 3, 2.5, "a b", "it's", "x,y", "a=b", "[1]", "/p/q-1.txt", "back\\", ["a b", 1, None]):
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            assert hydra.compose("config", [f"data.tokenizer={typed(value)}"]).data.tokenizer == value
+        assert composed(f"data.tokenizer={typed(value)}").data.tokenizer == value
 
 
 def test_words_of_a_store_are_of_it_alone(root):

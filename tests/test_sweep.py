@@ -7,25 +7,27 @@ import re
 import subprocess
 import sys
 
-import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from kd.config.components import CONF, SWEEPS
-from kd.config.rules import NO_SIGNAL, group_of
+from kd.config.components import SWEEPS
+from kd.config.rules import group_of
+from kd.config.schema import NO_SIGNAL
 from kd.errors import UserError
-from kd.experiment.dependencies import plan
+from kd.experiment.dependencies import Plan
 from kd.launch.sweeper import Processes, asked_for, at_scale, discard, varying
 from kd.models import flops as flops_module
 from kd.runs.run import Run
 from kd.system import files
 from kd.system.console import counted
 from kd.system.processes import whereabouts
+from kd.teachers.base import TeacherOrigin
 from sweeps.report.groups import SUPERVISED, group_runs
 from sweeps.report.load import load_sweep
 from sweeps.report.report import build_report
 from sweeps.report.write import write_report
-from tests.small import ENVIRONMENT, TRAIN, folder, listed, outcome, result, settings, train
+from tests.cases import option
+from tests.small import ENVIRONMENT, TRAIN, folder, listed, outcome, result, small_config, train
 
 
 def test_multirun_makes_every_run_and_again_makes_none(tmp_path):
@@ -65,16 +67,14 @@ def test_words_that_make_other_runs_name_another_sweep(words):
 
 
 def test_a_damaged_teacher_is_said_before_any_run_starts(tmp_path):
-    asked = settings(tmp_path, "student=100k")
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        planned = plan(asked)
-        teacher = plan(planned.teacher).run
-        Processes().check_before(planned, set())  # it is not there yet
-        teacher.folder.mkdir(parents=True)
-        (teacher / "result.json").write_text("{")
-        with pytest.raises(UserError, match=r"result\.json is damaged"):
-            Processes().check_before(planned, set())
-        Processes().check_before(planned, {files.digest_of(planned.teacher)})
+    planned = Plan.of(small_config(tmp_path, "student=100k"))
+    teacher = Plan.of(planned.teacher).run
+    Processes().check_before(planned, set())  # it is not there yet
+    teacher.folder.mkdir(parents=True)
+    (teacher / "result.json").write_text("{")
+    with pytest.raises(UserError, match=r"result\.json is damaged"):
+        Processes().check_before(planned, set())
+    Processes().check_before(planned, {files.digest_of(planned.teacher.to_dict())})
 
 
 def test_one_run_is_said_to_be_one():
@@ -264,7 +264,8 @@ def test_the_head_of_the_scaling_sweep_says_the_flops_of_its_runs(scale):
             None if job[role] == "none" else flops_module.cost_of(job[role], None, int(job["data.vocab"]), length, role)
             for role in ("student", "teacher")
         )
-        flops = sum(flops_module.step_flops(job.get("logits", "online"), False, student, teacher))
+        source = option("logits", job.get("logits", "online"))(TeacherOrigin(cost=teacher))
+        flops = 3 * student.flops_per_token + source.flops_per_token(selects_tokens=False)
         total += flops * int(job["trainer.steps"]) * batch * length
         if teacher and scale == "full":  # on a CPU they are runs of the sweep
             own = int(job["teacher.steps"]) * int(job["teacher.batch"]) * length

@@ -256,9 +256,9 @@ def test_the_estimate_is_what_the_store_takes(root, words, monkeypatch):
 
 @pytest.mark.parametrize("words", [TOP, ("truncation=full",)], ids=lambda w: w[0])
 def test_nothing_is_stored_of_a_teacher_that_says_nan(root, words, monkeypatch):
-    real = causal_lm.Causal.hidden
-    monkeypatch.setattr(causal_lm.Causal, "hidden", lambda self, ids: real(self, ids) * math.nan)
-    monkeypatch.setattr(causal_lm.Causal, "check", lambda self, option: None)
+    real = causal_lm.CausalLM.hidden_states
+    monkeypatch.setattr(causal_lm.CausalLM, "hidden_states", lambda self, ids: real(self, ids) * math.nan)
+    monkeypatch.setattr(causal_lm.CausalLM, "check", lambda self, option: None)
     with pytest.raises(UserError, match="NaN or infinity of row 0 of the data, in fp32"):
         write(root, *words, f"logits.path={root / 'store'}")
     assert not list((root / "store").glob("*.safetensors"))

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 from kd.bench import offline
 from kd.bench.work import WARM_UP, Work
-from kd.config.components import CONF, PRECISIONS
+from kd.config.components import CONF
 
 if TYPE_CHECKING:
+    from kd.data.batches import Batches
     from kd.store.reader import Store
+    from kd.teachers.base import Teacher
 
 ALPHA, RATE, CLIP = 0.9, 1e-4, 1.0  # share of distillation, learning rate, norm that gradients are cut to
 
@@ -145,48 +147,56 @@ def online(work: Work, loss: str = "fkl", compile: bool = False, on_policy: bool
 
 
 def fitted(work: Work, loss: str, compile: bool, store: Store | None = None, on_policy: bool = False):
-    """Trainer, module and batches. store: what the teacher says. on_policy: the student writes the end of each row."""
-    import lightning
-    import numpy as np
+    """Return trainer, module and batches. store: of the teacher. on_policy: the student writes the end of each row."""
     import torch
     from omegaconf import OmegaConf
 
     from kd.config import components
-    from kd.data.batches import Batches
-    from kd.models.causal_lm import Causal
-    from kd.models.flops import Flops
+    from kd.models.causal_lm import CausalLM
     from kd.objective import target_transforms, temperature, truncation
     from kd.objective.chunked import Objective
     from kd.rollout import strategies
-    from kd.teachers import sources
-    from kd.training.module import Distillation
+    from kd.teachers.online import OnlineTeacher
+    from kd.teachers.stored import StoredTeacher
+    from kd.training.module import DistillationModule, Schedules
+    from kd.training.trainer import build_trainer
 
-    student = Causal(work.student(), work.shape.vocab)
-    teacher = Causal(work.teacher(), work.shape.vocab) if store is None else None
-    cut = truncation.full if store is None else store.as_asked(store.truncation, truncation.full)
+    student = CausalLM(work.student(), work.shape.vocab)
+    teacher = StoredTeacher(store) if store else OnlineTeacher(CausalLM(work.teacher(), work.shape.vocab))
     compared = components.build(OmegaConf.to_container(OmegaConf.load(CONF / "loss" / f"{loss}.yaml")), "loss")
+    cut = teacher.truncation(store.truncation if store else {"name": "full"}, truncation.full)
     objective = Objective(compared, cut, target_transforms.renormalise, temperature.fixed, compile=compile or None)
-    writers = strategies.Writers(student, teacher, work.shape.vocab - 1, 0)
-    module = Distillation(
-        student, teacher, store.source if store else sources.online(teacher), objective,
-        alpha=lambda progress: 1.0 if on_policy else ALPHA, lr=lambda progress: RATE,
-        optimizer=partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.1),
-        steps=work.steps, micro_batch=work.shape.batch, clip=CLIP, log_every=10, val_every=work.steps, validation=[],
-        flops=Flops(0.0, 0.0), watch=work.tick,
+    writers = strategies.Writers(student, teacher.model, work.shape.vocab - 1, 0)
+    module = DistillationModule(
+        student, teacher, objective, Schedules(lambda progress: 1.0 if on_policy else ALPHA, lambda progress: RATE),
+        partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.1),
+        max_steps=work.steps, micro_batch_size=work.shape.batch, grad_clip=CLIP,
         rollout=strategies.student(writers, 1.0) if on_policy else None,
     )  # fmt: skip
     if compile:
-        for model in (student, *module.outside):
+        for model in filter(None, (student, teacher.frozen)):
             model.compile_layers()
-    trainer = lightning.Trainer(
-        accelerator="auto", devices=1, precision=PRECISIONS[work.shape.precision], max_steps=work.steps, max_epochs=-1,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = build_trainer(work.steps, work.shape.precision, callbacks=[tick_after_step(work)])
+    return trainer, module, batches_of(work, teacher, on_policy)
+
+
+def tick_after_step(work: Work):
+    """Return a callback that ticks when a step is done."""
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    return LambdaCallback(on_train_batch_end=lambda *_: work.tick())
+
+
+def batches_of(work: Work, teacher: Teacher, on_policy: bool) -> Batches:
+    """Return batches of random ids, the prompts of which are as long as TRL's."""
+    import numpy as np
+
+    from kd.data.batches import Batches
+
     rows = work.rows()
-    prompt = work.shape.seq_len - work.shape.response_len  # as many tokens as TRL has
+    prompt = work.shape.seq_len - work.shape.response_len
     spans = np.tile([prompt, work.shape.seq_len], (len(rows), 1)) if on_policy else None
-    read = store.read if store else None
-    return trainer, module, Batches(rows, work.shape.batch, 0, 0, work.steps, read=read, spans=spans)
+    return Batches(rows, work.shape.batch, 0, 0, work.steps, read=teacher.read, spans=spans)
 
 
 class Stopwatch:
@@ -222,32 +232,31 @@ class Stopwatch:
 def breakdown(work: Work) -> dict[str, dict[str, float]]:
     """Seconds per part of a step of online_fkl, after the warm-up."""
     import torch
+    from lightning.pytorch.callbacks import LambdaCallback
 
+    from kd.objective import signals
     from kd.objective.chunked import Objective
-    from kd.teachers import sources
 
     trainer, module, batches = fitted(work, "fkl", False)
     clock = Stopwatch(work.device)
-    (teacher,) = module.outside
+    teacher = module.teacher.frozen
     clock.watch(module, "training_step", "rest")
     clock.watch(module, "manual_backward", "student's body")
-    clock.watch(module.student, "hidden", "student's body")
-    clock.watch(teacher, "hidden", "teacher's body")
+    clock.watch(module.student, "hidden_states", "student's body")
+    clock.watch(teacher, "hidden_states", "teacher's body")
     clock.watch(Objective, "__call__", "products with the heads")
     clock.watch(Objective, "slope", "softmax, loss and gradient")
-    clock.watch(sources, "log_probabilities", "softmax, loss and gradient")
+    clock.watch(signals, "log_probabilities", "softmax, loss and gradient")
     for model in (module.student, teacher):
         clock.watch(model.head, "forward", "products with the heads")
     clock.watch(torch.optim.AdamW, "step", "optimizer")
     clock.watch(torch.nn.utils, "clip_grad_norm_", "optimizer")
-    tick = module.watch
 
-    def watch(*told):
-        tick(*told)
+    def forget_warm_up(*_) -> None:
         if len(work.ticks) == WARM_UP:
             clock.parts.clear()
 
-    module.watch = watch
+    trainer.callbacks.append(LambdaCallback(on_train_batch_end=forget_warm_up))
     trainer.fit(module, batches)
     counted = work.steps - WARM_UP
     parts = sorted(clock.parts.items(), key=lambda item: -item[1])

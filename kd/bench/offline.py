@@ -16,7 +16,7 @@ from kd.store.location import FORMAT
 
 if TYPE_CHECKING:
     from kd.store.reader import Store
-    from kd.store.writer import Teacher
+    from kd.store.writer import RowEncoder
 
 KEPT = {
     "random": {"name": "random", "draws": 50},
@@ -44,11 +44,11 @@ def write(work: Work, kept: str) -> None:
 
     from kd.store.writer import Rows
 
-    teacher, table = asked(work, kept), work.rows()
+    encoder, table = encoder_of(work, kept), work.rows()
     with tempfile.TemporaryDirectory() as folder:
         for step in range(work.steps):
             out = Rows()
-            teacher.answer(table, np.arange(work.shape.batch) + step % ROUNDS * work.shape.batch, out)
+            encoder.encode(table, np.arange(work.shape.batch) + step % ROUNDS * work.shape.batch, out)
             out.save(Path(folder), f"shard-{step}")
             work.tick()
 
@@ -77,7 +77,7 @@ def read(work: Work, kept: str) -> None:
         for batch in Batches(work.rows(), work.shape.batch, 0, 0, work.steps):
             # Read here, not ahead in a thread as in training, so that it is timed.
             batch = batch._replace(stored=store.read(batch.row.numpy(), batch.ids.numpy()))
-            signal = store.source(batch, torch.ones_like(batch.ids, dtype=torch.bool))
+            signal = store.signal(batch, torch.ones_like(batch.ids, dtype=torch.bool))
             for rows in chunks(batch.ids.numel(), 256):
                 signal(rows)
             work.tick()
@@ -105,14 +105,15 @@ def described(kept: str, precision: str) -> dict:
     return of | {"truncation": KEPT[kept], "precision": precision, "seed": 0}
 
 
-def asked(work: Work, kept: str) -> Teacher:
-    """A random teacher whose distributions are about as sharp as a trained one's, ready to be asked for a store."""
+def encoder_of(work: Work, kept: str) -> RowEncoder:
+    """Encoder of a random teacher whose distributions are about as sharp as those of a trained one."""
     import torch
 
-    from kd.models.causal_lm import Causal
+    from kd.models.causal_lm import CausalLM
     from kd.objective import truncation
-    from kd.store.writer import Teacher
+    from kd.store.writer import RowEncoder
     from kd.system.hardware import keep_freed
+    from kd.teachers.online import OnlineTeacher
 
     model = work.teacher()
     with torch.no_grad():
@@ -120,7 +121,8 @@ def asked(work: Work, kept: str) -> Teacher:
     keep_freed()
     settings = {k: v for k, v in KEPT[kept].items() if k != "name"}
     keep = None if kept == "full" else partial(getattr(truncation, KEPT[kept]["name"]), **settings)
-    return Teacher.finished(Causal(model, work.shape.vocab), described(kept, work.shape.precision), keep, "auto")
+    teacher = OnlineTeacher(CausalLM(model, work.shape.vocab))
+    return RowEncoder.finished(teacher, described(kept, work.shape.precision), keep, "auto")
 
 
 def stored(folder: Path, shape: Shape, kept: str) -> Store:
@@ -143,12 +145,14 @@ def stored(folder: Path, shape: Shape, kept: str) -> Store:
 
 def _write_all(folder: Path, shape: Shape, kept: str) -> None:
     from kd.data.batches import Packed
+    from kd.models.flops import cost
     from kd.store import writer
 
     work = Work(shape, 1)
-    teacher, rows = asked(work, kept), work.rows()
-    head = teacher.model.head
+    encoder, rows = encoder_of(work, kept), work.rows()
+    head = encoder.head
     about = {"key": "", "words": "", "seq_len": shape.seq_len, "vocab": shape.vocab, "validation": 1,
-             "head": {"softcap": head.softcap, "scale": head.scale}}  # fmt: skip
+             "head": {"softcap": head.softcap, "scale": head.scale},
+             "cost": cost(encoder.teacher.model.model, shape.seq_len)._asdict()}  # fmt: skip
     packed = Packed(folder, rows, rows[:1], None, None, {})
-    writer.write(folder, described(kept, shape.precision), about, packed, teacher, shape.batch)
+    writer.write(folder, described(kept, shape.precision), about, packed, encoder, shape.batch)

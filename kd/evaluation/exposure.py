@@ -11,12 +11,12 @@ from torch import Tensor
 
 from kd.data.batches import IGNORE, Batch
 from kd.evaluation import metrics
-from kd.models.causal_lm import Causal
+from kd.models.causal_lm import CausalLM
 from kd.objective import losses
 from kd.objective.chunked import chunks, fitting, log_probabilities
 from kd.parallel import collectives
 from kd.rollout import generate
-from kd.teachers.sources import Source
+from kd.teachers.base import Teacher
 
 # Measures of the models
 
@@ -48,7 +48,7 @@ class Gap(NamedTuple):
 
 
 @torch.no_grad()
-def gap(student: Causal, teacher: Source, batches: Iterable[Batch], length: int, chunk: int | None) -> Gap:
+def gap(student: CausalLM, teacher: Teacher, batches: Iterable[Batch], length: int, chunk: int | None) -> Gap:
     """How far student and teacher are apart at the counted positions of batches of `length` positions, on all ranks."""
     device = next(student.parameters()).device
     by_place = torch.zeros(length, 4, dtype=torch.float64, device=device)
@@ -57,7 +57,7 @@ def gap(student: Causal, teacher: Source, batches: Iterable[Batch], length: int,
         batch = move_data_to_device(batch, device)
         kept = batch.labels != IGNORE
         place = (torch.arange(length, device=device) - generate.lengths(batch)[:, None] + 1)[kept]  # [N]
-        signal, hidden = teacher(batch, kept), student.hidden(batch.ids)[kept]
+        signal, hidden = teacher.reference(batch, kept), student.hidden_states(batch.ids)[kept]
         for rows in chunks(len(place), chunk or fitting(student.head)):
             q, target = log_probabilities(student.head, hidden[rows]), signal(rows)
             apart = [measure(q, target).double() for measure in (losses.fkl, losses.rkl, losses.tvd)]

@@ -29,7 +29,8 @@ from kd.data.batches import Batch, Packed, ValidationBatches
 from kd.evaluation.catalog import EXACCERR_LENGTH
 from kd.evaluation.exposure import Gap, excess_error, gap
 from kd.evaluation.text_scores import Response, exact_match, rouge_l, summary
-from kd.models.causal_lm import Causal
+from kd.evaluation.validation import Validation
+from kd.models.causal_lm import CausalLM
 from kd.parallel import collectives
 from kd.rollout import generate
 from kd.rollout.strategies import as_rows
@@ -40,7 +41,7 @@ from kd.system.console import Steps
 from kd.system.hardware import out_of_memory
 from kd.system.remote import home
 from kd.system.signals import requests
-from kd.teachers import sources
+from kd.teachers.base import Teacher
 
 AT_ONCE = 64  # rows that are written together
 
@@ -68,37 +69,39 @@ def kept(root: str, packed: Packed, teacher: str, **how) -> Path:
 class Responses(Callback):
     """Has a trained student respond to the prompts of the validation rows, and puts what comes of it into the run.
 
-    samples: of each prompt. temperature, seed: of the draws. The measures become part of the module's `val_metrics`;
-    the folder of the run gets the file RESPONSES, and where there is a teacher EXACCERR. What the teacher writes is
-    kept in the file `kept` for other runs of it; not where that is None.
+    samples: of each prompt. temperature, seed: of the draws. The measures become part of the metrics of `validation`;
+    the folder of the run gets the file RESPONSES, and where there is a model of a teacher EXACCERR. What the teacher
+    writes is kept in the file `kept` for other runs of it; not where that is None.
 
     It is called after the last step and while everything is still in its place: models, ranks, precision. The ranks
     share the rows. No state of it is in checkpoints: who was killed meanwhile begins again.
     """
 
     def __init__(
-        self, folder: Path, packed: Packed, tokenizer, kept: Path | None, chunk: int | None = None, samples: int = 1,
-        temperature: float = 1.0, seed: int = 0,
+        self, folder: Path, packed: Packed, tokenizer, teacher: Teacher, validation: Validation, kept: Path | None,
+        chunk: int | None = None, samples: int = 1, temperature: float = 1.0, seed: int = 0,
     ):  # fmt: skip
         self.folder, self.packed, self.tokenizer, self.kept, self.chunk = folder, packed, tokenizer, kept, chunk
+        self.teacher, self.validation = teacher, validation
         self.samples, self.temperature, self.seed, self.at_once = samples, temperature, seed, AT_ONCE
 
     @torch.no_grad()
     def on_train_end(self, trainer, module) -> None:
         """Everything, in order. Not at the end of fit: Lightning moves the student to the CPU before that."""
         module.eval()
-        teacher = module.outside[0] if module.outside else module.teacher
+        teacher = self.teacher.model
         with trainer.precision_plugin.val_step_context():
             own = self._write(module.student, "the student responds", bool(module.sharded))
             theirs = self._of_teacher(teacher, bool(module.sharded)) if teacher else None
-            gaps = [self._gap(module, teacher, text) for text in (own, theirs)] if teacher else []
+            gaps = [self._gap(module, text) for text in (own, theirs)] if teacher else []
         if collectives.number() == 0:
-            module.val_metrics |= {f"val/{name}": value for name, value in self._result(own, theirs, gaps).items()}
-            for who in ("", "teacher_"):
-                if f"val/{who}lm" in module.val_metrics:
-                    module.val_metrics[f"val/{who}perplexity"] = math.exp(module.val_metrics[f"val/{who}lm"])
+            metrics = self.validation.metrics
+            metrics |= {f"val/{name}": value for name, value in self._result(own, theirs, gaps).items()}
+            for prefix in ("", "teacher_"):
+                if f"val/{prefix}lm" in metrics:
+                    metrics[f"val/{prefix}perplexity"] = math.exp(metrics[f"val/{prefix}lm"])
 
-    def _of_teacher(self, teacher: Causal, sharded: bool) -> Written:
+    def _of_teacher(self, teacher: CausalLM, sharded: bool) -> Written:
         """What the teacher writes: read, where it has been written before."""
         if self.kept is None:
             return self._write(teacher, "the teacher responds", sharded)
@@ -113,7 +116,7 @@ class Responses(Callback):
                 keep(self.kept, **written._asdict())
             return written
 
-    def _write(self, model: Causal, title: str, sharded: bool) -> Written:
+    def _write(self, model: CausalLM, title: str, sharded: bool) -> Written:
         """What a model writes, of all ranks."""
         prompts = self._batches(self.packed.val, self.packed.val_spans, self.at_once, sharded, self.samples)
         device = next(model.parameters()).device
@@ -135,7 +138,7 @@ class Responses(Callback):
         everyone = [row for part in collectives.gather(rows[: len(prompts.index)]) for row in part]
         return Written(*(np.stack(x) for x in zip(*everyone, strict=True)))
 
-    def _tried(self, model: Causal, batch: Batch, seed: Tensor, watch: Callable, sharded: bool) -> list[Batch]:
+    def _tried(self, model: CausalLM, batch: Batch, seed: Tensor, watch: Callable, sharded: bool) -> list[Batch]:
         """A batch with responses; in halves where memory runs out, and those after it too."""
         if len(seed) <= self.at_once:
             try:
@@ -158,9 +161,9 @@ class Responses(Callback):
         every = np.tile(tokens, (samples, 1)), np.tile(spans, (samples, 1))
         return ValidationBatches(every[0], rows, collectives.share(count), passes, every[1])
 
-    def _gap(self, module, teacher: Causal, text: Written) -> Gap:
-        batches = self._batches(*text, module.micro_batch, bool(module.sharded))
-        return gap(module.student, sources.online(teacher), batches, text.tokens.shape[1] - 1, self.chunk)
+    def _gap(self, module, text: Written) -> Gap:
+        batches = self._batches(*text, module.micro_batch_size, bool(module.sharded))
+        return gap(module.student, self.teacher, batches, text.tokens.shape[1] - 1, self.chunk)
 
     def _result(self, own: Written, theirs: Written | None, gaps: list[Gap]) -> dict[str, float]:
         """Write the files, and say what was measured."""

@@ -3,244 +3,235 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning
-import torch
 
-from kd.config import components as conf
-from kd.config.rules import Settings, check_shards, is_pretrained, kept_of, name_of, source_of
+from kd.config.schema import ExperimentConfig
 from kd.data import packing
-from kd.data.batches import Batches, Packed, ValidationBatches
-from kd.data.tokenizer import vocabulary_size
+from kd.data.batches import Packed
+from kd.data.datamodule import DistillationData
 from kd.errors import UserError
-from kd.evaluation import responses
-from kd.experiment import stores
+from kd.experiment.assembly import (
+    RunCallbacks,
+    build_callbacks,
+    build_data,
+    build_module,
+    build_teacher,
+    sharded_roles,
+)
 from kd.experiment.components import Components
 from kd.experiment.dependencies import corpus
 from kd.experiment.prerequisites import Inputs
-from kd.models import causal_lm, flops
-from kd.models.causal_lm import Causal
-from kd.parallel import collectives, ddp, fsdp
-from kd.rollout import generate, strategies
+from kd.models import flops
+from kd.parallel import collectives, fsdp
+from kd.rollout import generate
 from kd.runs import provenance
 from kd.runs.export import environment, export
-from kd.runs.identity import about
-from kd.runs.loggers import MetricsFile, Performance, views
+from kd.runs.identity import About, about
+from kd.runs.loggers import MetricsFile, views
 from kd.runs.outcome import RunState, classify
 from kd.runs.run import Run
 from kd.store.reader import Store
-from kd.system.checkpoint_files import DigestIO, newest
-from kd.system.console import Steps, console, silence_libraries
+from kd.system.checkpoint_files import newest
+from kd.system.console import console, silence_libraries
 from kd.system.hardware import slowdown_in_bf16
 from kd.system.processes import peak_memory
 from kd.system.signals import Preempted, requests
-from kd.teachers import sources
-from kd.training.checkpoints import Checkpoints
-from kd.training.module import Distillation
+from kd.teachers.online import OnlineTeacher
+from kd.training.module import DistillationModule
+from kd.training.trainer import build_trainer
 
 
-def fit(run: Run, settings: Settings, inputs: Inputs) -> dict:
+@dataclass(frozen=True)
+class Assembly:
+    """A run that is ready to train."""
+
+    trainer: lightning.Trainer
+    module: DistillationModule
+    data: DistillationData
+    callbacks: RunCallbacks
+    loggers: list
+    checkpoint: Path | None  # to go on with
+    metadata: About
+    options: dict  # the flat config
+    code: dict
+    student_cost: flops.Cost
+
+
+def fit(run: Run, config: ExperimentConfig, inputs: Inputs) -> dict:
     """Train, or go on with training, and write the result."""
-    silence_libraries()
-    packed, components = inputs.packed, inputs.components
-    of, flat = settings["trainer"], conf.flat(settings)
-    code = {"environment": environment(), "sources": provenance.sources(flat)}  # before anybody edits it
-    code["origins"] = inputs.origins
-    for group, rows in (("data", packed), ("plain", inputs.plain)):
-        if rows and group in code["sources"] and (kept := packing.code_of(rows.folder)):
-            code["sources"][group] = kept
-    lightning.seed_everything(settings["seed"], verbose=False)
-    seq_len, vocab = settings["data"]["seq_len"], vocabulary_size(components.tokenizer)
-    student, teacher_name, store = inputs.student(settings), inputs.teacher, inputs.store
-    costs = {"student": flops.cost(student.model, seq_len)}
-    how, teacher, among, objective = source_of(settings), None, None, components.objective
-    if store:
-        costs["teacher"] = flops.Cost(**store.manifest["cost"])
-        among = store.pick(sources.share(settings["logits"]["window"]))
-        asked = store.as_asked(kept_of(settings["truncation"]), objective.truncation)
-        objective = replace(objective, truncation=asked)
-    elif teacher_name or how == "cotrained":
-        size = None if teacher_name else settings["teacher"]["size"]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings["teacher"]["seed"])
-            teacher = causal_lm.build(size, teacher_name, vocab, seq_len, "teacher.name")
-        costs["teacher"] = flops.cost(teacher.model, seq_len)
-    if packed.val_spans is not None:  # they respond to prompts when training has ended
-        for model in filter(None, (student, teacher)):
-            generate.check_cache(model)
-    sharded = in_shards(settings, costs, teacher)
-    run.begin(settings)
-    checkpoint = collectives.gather(newest(run / "checkpoints") if collectives.number() == 0 else None)[0]
-    if checkpoint and checkpoint.is_dir() != ("student" in sharded):
-        raise UserError(
-            f"{checkpoint} was saved {'in shards' if checkpoint.is_dir() else 'whole'}: go on with trainer.strategy="
-            f"{'fsdp' if checkpoint.is_dir() else 'ddp'}, or, to train anew, type:\n  {run.removal('checkpoints')}"
-        )
-    start = int(checkpoint.stem.partition("-")[2]) if checkpoint else 0
-    git = code["environment"]["git"]
-    told = about(run.name, flat, {role: cost[:2] for role, cost in costs.items()}, git)
-    first = collectives.number() == 0
-    loggers = [MetricsFile(run / "metrics.jsonl", start)] if first else []
-    loggers += views(components.logger, run.folder, told) if first else []
-    progress = Steps(told.name, of["steps"], start, shown=first)
-    passes = -(-len(packed.val) // (of["micro_batch"] * collectives.count())) if sharded else 0
-    validation = ValidationBatches(
-        packed.val, of["micro_batch"], collectives.share(len(packed.val)), passes, packed.val_spans, packed.boundary
-    )
-    recorder = None
-    if how == "none" and settings["record"]:
-        recorder = stores.recorder(settings, packed, components.keep, student, start)
-    writers = strategies.Writers(student, teacher, packed.end, settings["seed"], of["micro_batch"])
-    module = Distillation(
-        student, teacher, components.logits(store or teacher), objective,
-        components.alpha, components.lr, components.optim,
-        steps=of["steps"], micro_batch=of["micro_batch"], clip=of["clip"], log_every=of["log_every"],
-        val_every=of["val_every"], validation=validation,
-        flops=flops.step_flops(how, flat["routing"] != "none", costs["student"], costs.get("teacher")),
-        bytes_per_token=packed.bytes_per_token, watch=progress.update,
-        reference=store.reference if store else sources.online(teacher) if teacher else None, learns=how == "cotrained",
-        recorder=recorder, sharded=sharded, route=components.route,
-        rollout=None if name_of(settings["rollout"]) in ("none", "teacher") else components.rollout(writers),
-        validates_first=is_pretrained(settings),
-    )  # fmt: skip
-    if of["compile"]:
-        for model in (student, *module.outside):
-            model.compile_layers()
-    processes = ddp.lightning_arguments(of["devices"], "student" in sharded)
-    processes["plugins"] = [DigestIO(), *processes["plugins"]]
-    callbacks = [Checkpoints(run, of["checkpoint_every"], flat, code), Performance(of["log_every"])]
-    if packed.val_spans is not None:
-        asked = settings["responses"]
-        kept = inputs.teacher and responses.kept(
-            settings["root"], packed, inputs.teacher, **asked, precision=of["precision"]
-        )
-        callbacks.append(responses.Responses(run.folder, packed, components.tokenizer, kept, of["chunk"], **asked))
-    trainer = lightning.Trainer(
-        accelerator=of["accelerator"], **processes, precision=conf.PRECISIONS[of["precision"]],
-        max_steps=of["steps"], max_epochs=-1, logger=loggers,
-        callbacks=callbacks,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=run.folder,
-    )  # fmt: skip
-    if first and of["precision"] == "bf16" and (slowdown := slowdown_in_bf16(trainer.strategy.root_device)) > 1.5:
-        console.print(f"This processor has no arithmetic for bf16: a product takes {slowdown:.0f} times as long as in "
-                      "fp32. trainer.precision=fp32 is faster here.", soft_wrap=True)  # fmt: skip
-    rows = len(packed.train if among is None else among)
-    for text, there in (("data", rows), ("plain text", len(inputs.plain.train) if inputs.plain else of["batch"])):
-        if first and of["batch"] > there:
-            console.print(f"A batch of {of['batch']:,} rows is larger than the {text}, of {there:,} rows: each step "
-                          f"reads some of them more than once. Type trainer.batch={there}, or take more text.",
-                          soft_wrap=True)  # fmt: skip
+    parts = assemble(run, config, inputs)
+    trainer, module, name = parts.trainer, parts.module, parts.metadata.name
+    first, seq_len = collectives.number() == 0, config.data.seq_len
+    if first:
+        warn_of_bf16(config, trainer)
+        warn_of_large_batches(config, parts.data)
     final = None  # until all of the run is done
     try:
-        order = of["batch"], settings["seed"], start, of["steps"]
-        mine = collectives.share(of["batch"])
-        plain = inputs.plain
-        beside = Batches(plain.train, *order, part=mine, boundary=plain.boundary) if plain else None
-        batches = Batches(
-            packed.train,
-            *order,
-            among,
-            store.read if store else None,
-            mine,
-            packed.train_spans,
-            beside,
-            packed.boundary,
-        )
         with requests.in_steps():
-            trainer.fit(module, batches, ckpt_path=checkpoint)
-        memory = max(collectives.gather(peak_memory()))
-        weights = fsdp.weights(student) if "student" in sharded else None
-        if not first:
-            return {}
-        result = {
-            "state": "done", "run": run.name, "date": time.strftime("%Y-%m-%d %H:%M:%S"), "config": flat, **code,
-            "parameters": costs["student"].parameters, "non_embedding": costs["student"].non_embedding,
-            "active_parameters": costs["student"].active_parameters,
-            "flops_per_token": costs["student"].flops_per_token,
-            **{f"teacher_{k}": getattr(costs.get("teacher"), k, None) for k in flops.Cost._fields},
-            "train_rows": rows, "data": packed.counts,
-            "entropy": packed.entropy, "bytes_per_token": packed.bytes_per_token,
-            "tokens": module.tokens, "flops": module.flops, "seconds": round(module.seconds, 2),
-            "peak_memory": memory, "micro_batch": module.micro_batch, "initial": module.initial_metrics or None,
-            "final": module.val_metrics,
-        }  # fmt: skip
-        if recorder:
-            student.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
-            recorder.finish(student, packed.val, of["micro_batch"], of["steps"])
-        if weights:
-            student = inputs.student(settings)
-            student.load_state_dict(weights)
-        export(
-            run, student.model, components.tokenizer, row_ends(settings, packed, components.tokenizer), settings, result
-        )
-        result = run.finish(result)
-        final = module.val_metrics
+            trainer.fit(module, datamodule=parts.data, ckpt_path=parts.checkpoint)
+        final, result = finish(run, config, inputs, parts)
         return result
     except BaseException as error:
         if isinstance(error, Preempted):
-            error.place = f"at step {module.global_step} of {of['steps']}"
+            error.place = f"at step {module.global_step} of {module.max_steps}"
         outcome = classify(error)
         path = run.end(outcome)
         if outcome.state == RunState.PREEMPTED and first:
-            console.print(f"{told.name}: {outcome.reason}", soft_wrap=True)
+            console.print(f"{name}: {outcome.reason}", soft_wrap=True)
         if outcome.state == RunState.DIVERGED:
-            raise UserError(f"{told.name}: {error}. Not counted as a result; details are in {path}.") from None
+            raise UserError(f"{name}: {error}. Not counted as a result; details are in {path}.") from None
         if outcome.state == RunState.OUT_OF_MEMORY:
             raise UserError(
-                f"{told.name} ran out of memory at step {module.global_step}, with {module.micro_batch} rows at once: "
-                f"{error}\nTake trainer.chunk={max(1, (components.objective.chunk or 256) // 2)}, a smaller model, or "
+                f"{name} ran out of memory at step {module.global_step}, with {module.micro_batch_size} rows at once: "
+                f"{error}\nTake trainer.chunk={max(1, (module.objective.chunk or 256) // 2)}, a smaller model, or "
                 f"data.seq_len={seq_len // 2}. Details are in {path}."
             ) from None
         raise
     finally:
-        progress.stop()
-        for logger in loggers:
+        parts.callbacks.progress.stop()
+        for logger in parts.loggers:
             logger.close(final)
 
 
-def row_ends(settings: Settings, packed: Packed, tokenizer) -> list[int]:
+def assemble(run: Run, config: ExperimentConfig, inputs: Inputs) -> Assembly:
+    """Build what a run trains with."""
+    silence_libraries()
+    options, trainer = config.flat(), config.trainer
+    code = source_code(options, inputs)
+    lightning.seed_everything(config.seed, verbose=False)
+    student, teacher = inputs.student(config), build_teacher(config, inputs)
+    if inputs.packed.val_spans is not None:  # they respond to prompts when training has ended
+        for model in filter(None, (student, teacher.model)):
+            generate.check_cache(model)
+    sharded = sharded_roles(config, teacher)
+    run.begin(config)
+    checkpoint = latest_checkpoint(run, "student" in sharded)
+    start = int(checkpoint.stem.partition("-")[2]) if checkpoint else 0
+    student_cost = flops.cost(student.model, config.data.seq_len)
+    sizes = {role: cost[:2] for role, cost in (("student", student_cost), ("teacher", teacher.cost)) if cost}
+    metadata = about(run.name, options, sizes, code["environment"]["git"])
+    loggers = []
+    if collectives.number() == 0:
+        loggers.append(MetricsFile(run / "metrics.jsonl", start))
+        loggers += views(inputs.components.logger, run.folder, metadata)
+    module = build_module(config, inputs.components, student, teacher, inputs.packed.end, sharded)
+    data = build_data(config, inputs, teacher)
+    callbacks = build_callbacks(
+        run, config, inputs, module, data, options=options, code=code, title=metadata.name, start=start
+    )
+    lightning_trainer = build_trainer(
+        trainer.steps, trainer.precision, trainer.accelerator, trainer.devices, "student" in sharded,
+        callbacks.present(), loggers, run.folder,
+    )  # fmt: skip
+    return Assembly(
+        lightning_trainer, module, data, callbacks, loggers, checkpoint, metadata, options, code, student_cost
+    )  # fmt: skip
+
+
+def source_code(options: dict, inputs: Inputs) -> dict:
+    """Return what a result keeps of the code that makes it, as it is now, before anybody edits it."""
+    code = {"environment": environment(), "sources": provenance.sources(options), "origins": inputs.origins}
+    for group, rows in (("data", inputs.packed), ("plain", inputs.plain)):
+        if rows and group in code["sources"] and (packed_by := packing.code_of(rows.folder)):
+            code["sources"][group] = packed_by
+    return code
+
+
+def latest_checkpoint(run: Run, sharded: bool) -> Path | None:
+    """Return the newest checkpoint that is whole; raises UserError if it is of the other kind, in shards or not."""
+    checkpoint = collectives.gather(newest(run / "checkpoints") if collectives.number() == 0 else None)[0]
+    if checkpoint and checkpoint.is_dir() != sharded:
+        raise UserError(
+            f"{checkpoint} was saved {'in shards' if checkpoint.is_dir() else 'whole'}: go on with trainer.strategy="
+            f"{'fsdp' if checkpoint.is_dir() else 'ddp'}, or, to train anew, type:\n  {run.removal('checkpoints')}"
+        )
+    return checkpoint
+
+
+def warn_of_bf16(config: ExperimentConfig, trainer: lightning.Trainer) -> None:
+    """Print a warning where bf16 is slower than fp32."""
+    bf16 = config.trainer.precision == "bf16"
+    if bf16 and (slowdown := slowdown_in_bf16(trainer.strategy.root_device)) > 1.5:
+        console.print(f"This processor has no arithmetic for bf16: a product takes {slowdown:.0f} times as long as in "
+                      "fp32. trainer.precision=fp32 is faster here.", soft_wrap=True)  # fmt: skip
+
+
+def warn_of_large_batches(config: ExperimentConfig, data: DistillationData) -> None:
+    """Print a warning where a step reads rows more than once."""
+    batch = config.trainer.batch
+    for text, rows in (("data", data.train_rows), ("plain text", len(data.lm_data.train) if data.lm_data else batch)):
+        if batch > rows:
+            console.print(f"A batch of {batch:,} rows is larger than the {text}, of {rows:,} rows: each step "
+                          f"reads some of them more than once. Type trainer.batch={rows}, or take more text.",
+                          soft_wrap=True)  # fmt: skip
+
+
+def finish(run: Run, config: ExperimentConfig, inputs: Inputs, parts: Assembly) -> tuple[dict | None, dict]:
+    """Write the trained student and the result. Return final metrics and result; nothing of them on other ranks."""
+    memory = max(collectives.gather(peak_memory()))
+    student, tokenizer = parts.module.student, inputs.components.tokenizer
+    weights = fsdp.weights(student) if "student" in parts.module.sharded else None
+    if collectives.number() != 0:
+        return None, {}
+    result = result_of(run, inputs, parts, memory)
+    if parts.callbacks.recorder:
+        device = parts.trainer.strategy.root_device
+        student.to(device)  # Lightning has moved it to the CPU
+        trainer = config.trainer
+        parts.callbacks.recorder.recorder.finish(
+            OnlineTeacher(student), device, inputs.packed.val, trainer.micro_batch, trainer.steps
+        )
+    if weights:
+        student = inputs.student(config)
+        student.load_state_dict(weights)
+    export(run, student.model, tokenizer, row_ends(config, inputs.packed, tokenizer), config, result)
+    return parts.callbacks.validation.metrics, run.finish(result)
+
+
+def result_of(run: Run, inputs: Inputs, parts: Assembly, memory: int) -> dict:
+    """Return what result.json says of a run that is done. memory: peak of any rank, in bytes."""
+    packed, throughput, validation = inputs.packed, parts.callbacks.throughput, parts.callbacks.validation
+    student, teacher = parts.student_cost, parts.module.teacher.cost
+    return {
+        "state": "done", "run": run.name, "date": time.strftime("%Y-%m-%d %H:%M:%S"), "config": parts.options,
+        **parts.code, "parameters": student.parameters, "non_embedding": student.non_embedding,
+        "active_parameters": student.active_parameters, "flops_per_token": student.flops_per_token,
+        **{f"teacher_{name}": getattr(teacher, name, None) for name in flops.Cost._fields},
+        "train_rows": parts.data.train_rows, "data": packed.counts, "entropy": packed.entropy,
+        "bytes_per_token": packed.bytes_per_token, "tokens": throughput.tokens, "flops": throughput.flops,
+        "seconds": round(throughput.seconds, 2), "peak_memory": memory,
+        "micro_batch": parts.module.micro_batch_size, "initial": validation.initial or None,
+        "final": validation.metrics,
+    }  # fmt: skip
+
+
+def row_ends(config: ExperimentConfig, packed: Packed, tokenizer) -> list[int]:
     """Return the tokens that end a response or a text in the rows of a run; none where rows have no end."""
     ends = [packed.end]
     if packed.end is None:
-        ends = [] if corpus(settings)[0].words else [tokenizer.eos_token_id]
-    if settings["lm"] == "plain":
+        ends = [] if corpus(config)[0].words else [tokenizer.eos_token_id]
+    if config.lm == "plain":
         ends.append(tokenizer.eos_token_id)
     return list(dict.fromkeys(ends))
 
 
-def in_shards(settings: Settings, costs: dict[str, flops.Cost], teacher: Causal | None) -> tuple[str, ...]:
-    """Which of student and teacher the ranks are to hold parts of."""
-    of = settings["trainer"]
-    if collectives.count() == 1:
-        return ()
-    roles = ["student"] if of["strategy"] == "fsdp" else []
-    asked = of["shard_teacher"]
-    if source_of(settings) == "cotrained":
-        asked = of["strategy"] == "fsdp"
-    elif teacher and asked is None:
-        size = 2 if of["precision"] == "bf16" else 4
-        asked = not fsdp.fits(costs["teacher"].parameters, size, collectives.device(of["accelerator"]))
-        if asked:
-            check_shards(of, f"The teacher is too large for one device of {of['devices']}")
-    return (*roles, *(["teacher"] if teacher and asked else []))
-
-
-def as_job(run: Run, settings: Settings, inputs: Inputs) -> dict:
+def as_job(run: Run, config: ExperimentConfig, inputs: Inputs) -> dict:
     """Return what each rank of a run needs, as plain containers; from_job() reads it."""
     store, plain = inputs.store, inputs.plain
     return {
-        "settings": settings, "run": run.name, "data": str(inputs.packed.folder), "teacher": inputs.teacher,
+        "config": config.to_dict(), "run": run.name, "data": str(inputs.packed.folder), "teacher": inputs.teacher,
         "start": inputs.start, "plain": str(plain.folder) if plain else None, "origins": inputs.origins,
         "store": [store.path, str(store.cache)] if store else None,
     }  # fmt: skip
 
 
-def from_job(job: dict) -> Inputs:
+def from_job(job: dict, config: ExperimentConfig) -> Inputs:
     """Return the inputs of a rank: data, teacher and store exist already."""
     packed = packing.opened(Path(job["data"]))
     store = Store(job["store"][0], Path(job["store"][1])) if job["store"] else None
     plain = packing.opened(Path(job["plain"])) if job["plain"] else None
-    components = Components(job["settings"], packed)
+    components = Components(config, packed)
     return Inputs(packed, components, job["teacher"], job["start"], store, plain, job["origins"])

@@ -7,38 +7,44 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import cache, partial
+from functools import cache
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Callback
 from rich.table import Table
 from torch import Tensor
 
-from kd.config.components import flat
-from kd.config.rules import Settings, is_pretrained, name_of, of_instructions, source_of
+from kd.config.schema import ExperimentConfig, RolloutConfig
 from kd.data.batches import IGNORE, Batch, Packed, to_batch
 from kd.data.tokenizer import vocabulary_size
 from kd.experiment import stores
-from kd.experiment.dependencies import plan, recording
+from kd.experiment.assembly import build_module
+from kd.experiment.components import Components
+from kd.experiment.dependencies import Plan
 from kd.experiment.prerequisites import check_tokenizers, prepare
 from kd.models import causal_lm
 from kd.models import flops as flops_module
-from kd.models.causal_lm import Causal
+from kd.models.causal_lm import CausalLM
 from kd.models.flops import Cost
-from kd.objective.chunked import Objective, fitting, with_sample
-from kd.objective.target import KNOWN_BY, Target
+from kd.objective.chunked import Signal, fitting
+from kd.objective.target import Target
 from kd.parallel import collectives
-from kd.rollout.strategies import Rollout, Writers
+from kd.rollout.strategies import Writers
 from kd.runs.identity import part_of_outcome, size_text
-from kd.store.writer import Teacher, takes
+from kd.store.writer import RowEncoder, takes
 from kd.system import files
 from kd.system.console import Terminal, clock, console, silence_libraries, track
 from kd.system.hardware import capacity, hold_in, out_of_memory
 from kd.system.processes import peak_memory
 from kd.system.remote import home
-from kd.teachers import sources
+from kd.system.signals import requests
+from kd.teachers.base import Teacher, TeacherOrigin, Truncation
+from kd.teachers.online import OnlineTeacher
+from kd.training.module import Schedules
+from kd.training.trainer import build_trainer
 
 STARTS = 8.0  # seconds that a process takes to load what it needs
 SAMPLE = 1_000_000  # tokens that are enough to know a text by
@@ -77,54 +83,55 @@ class Step(NamedTuple):
 _measured: dict[str, Step] = {}  # a sweep has many runs of one shape
 
 
-def sampled(settings: Settings) -> tuple[Settings, float]:
-    """The settings with a sample of their text, which is packed in no time, and how many times as much is asked for."""
-    of = settings["data"]
-    if (of["tokens"] or 0) <= SAMPLE:
-        return settings, 1.0
-    return settings | {"data": of | {"tokens": SAMPLE}}, of["tokens"] / SAMPLE
+def sampled(config: ExperimentConfig) -> tuple[ExperimentConfig, float]:
+    """Return a config with a sample of its text, which is packed in no time, and how many times as much it needs."""
+    tokens = config.data.tokens or 0
+    if tokens <= SAMPLE:
+        return config, 1.0
+    return config.derive(data={"tokens": SAMPLE}), tokens / SAMPLE
 
 
-def of_run(
-    settings: Settings, packed: Packed, times: float, objective: Objective, rollout: Callable[..., Rollout], vocab: int
-) -> Estimate:
+def of_run(config: ExperimentConfig, packed: Packed, times: float, components: Components, vocab: int) -> Estimate:
     """Of a run on `times` as many rows as are packed. Its teacher may be still to be made; its size tells as much.
 
     What is written is counted as long as it may be: models that have learned nothing do not end.
     """
-    shape = {k: v for k, v in part_of_outcome(flat(settings)).items() if not k.startswith(NO_SHAPE)}
-    shape |= {k: settings["trainer"][k] for k in ("accelerator", "devices", "strategy")}
-    key = json.dumps([shape, vocab], sort_keys=True)
+    shape = {k: v for k, v in part_of_outcome(config.flat()).items() if not k.startswith(NO_SHAPE)}
+    trainer, seq_len = config.trainer, config.data.seq_len
+    shape |= {"accelerator": trainer.accelerator, "devices": trainer.devices, "strategy": trainer.strategy}
+    key = json.dumps([shape, vocab, _alpha(components)], sort_keys=True)
     loaded = before_measuring()
     if key not in _measured:
-        _measured[key] = _fitting(settings, packed, objective, rollout, vocab)
-    step, of, seq_len, how = _measured[key], settings["trainer"], settings["data"]["seq_len"], source_of(settings)
+        _measured[key] = _fitting(config, packed, components, vocab)
+    step = _measured[key]
     student, teacher = step.costs["student"], step.costs.get("teacher")
-    rows = of["steps"] * of["batch"]
+    rows = trainer.steps * trainer.batch
     positions = rows * step.wider * seq_len
-    beside = rows * seq_len if settings["lm"] == "plain" else 0  # of plain text
+    beside = rows * seq_len if config.lm == "plain" else 0  # of plain text
     tokens = round(rows * step.wider * packed.counted) + beside
-    once = sum(flops_module.step_flops(how, flat(settings)["routing"] != "none", student, teacher))
+    planned = _teacher_by_cost(config, components, step.costs, vocab)
+    once = 3 * student.flops_per_token + planned.flops_per_token(config.routing.name != "none")
     # All rows once by a teacher before training, or some of those of the steps.
-    if name_of(settings["rollout"]) == "teacher":
+    if config.rollout.by_teacher:
         written = len(packed.train) * times
     else:
-        written = rows * rollout(None).writes / of["devices"]
+        written = rows * components.rollout(None).writes / trainer.devices
     seconds = None
     if step.micro_batch is not None:
-        parts = -(-of["batch"] // of["devices"] // step.rows)
-        seconds = STARTS + of["steps"] * (parts * step.micro_batch + step.optimizer)
+        parts = -(-trainer.batch // trainer.devices // step.rows)
+        seconds = STARTS + trainer.steps * (parts * step.micro_batch + step.optimizer)
         # A validation is forward passes alone, of the student and, if there is one, of the teacher.
-        looked = (-(-of["steps"] // of["val_every"]) + is_pretrained(settings)) * packed.val[:, 1:].size / of["devices"]
+        looked = -(-trainer.steps // trainer.val_every) + config.is_pretrained
+        looked = looked * packed.val[:, 1:].size / trainer.devices
         looked *= student.flops_per_token + (teacher.flops_per_token if teacher else 0)
         seconds += looked / once * step.micro_batch / (step.rows * step.wider * seq_len)
         seconds += written / step.rows * step.writing
         if packed.val_spans is not None:
-            seconds += settings["responses"]["samples"] * len(packed.val) / step.rows * step.answering
+            seconds += config.responses.samples * len(packed.val) / step.rows * step.answering
     flops = positions * once + beside * 3 * student.flops_per_token  # without those of writing
-    learned = student.parameters + (teacher.parameters if how == "cotrained" else 0)
-    memory = held(step.costs, settings) + step.kept
-    if collectives.device(of["accelerator"]).type == "cpu":
+    learned = student.parameters + (teacher.parameters if planned.trainable else 0)
+    memory = held(step.costs, config) + step.kept
+    if collectives.device(trainer.accelerator).type == "cpu":
         memory += loaded
     disk, active = 4 * student.parameters, student.active_parameters
     return Estimate(tokens, seconds, disk, student.parameters, flops, memory, 24 * learned, active)
@@ -136,115 +143,206 @@ def before_measuring() -> int:
     return peak_memory()
 
 
-def held(costs: dict[str, Cost], settings: Settings) -> int:
+def held(costs: dict[str, Cost], config: ExperimentConfig) -> int:
     """Bytes of weights, and of gradients and AdamW's two moments of what learns."""
-    half = settings["trainer"]["precision"] == "bf16"
+    half = config.trainer.precision == "bf16"
     # A teacher that is loaded; beside language modelling alone for the validation.
-    each = {"cotrained": 16, "offline": 0}.get(source_of(settings), 2 if half else 4)
+    source = config.logits.source
+    each = 16 if source.trains_teacher else 0 if source.reads_store else 2 if half else 4
     return 16 * costs["student"].parameters + (each * costs["teacher"].parameters if "teacher" in costs else 0)
 
 
-def of_store(settings: Settings, packed: Packed, times: float, keep, vocab: int, described: dict) -> Estimate:
+def of_store(config: ExperimentConfig, packed: Packed, times: float, keep, vocab: int, described: dict) -> Estimate:
     """Of writing the store that a run reads, of `times` as many rows as are packed.
 
     Of an untrained teacher, which a nucleus keeps more of than of any.
     """
-    of, seq_len = settings["trainer"], settings["data"]["seq_len"]
-    model = _teacher(settings, vocab)
-    teacher = Teacher.finished(model, described, keep, of["accelerator"])
+    trainer, seq_len = config.trainer, config.data.seq_len
+    model = _teacher(config, vocab)
+    encoder = RowEncoder.finished(OnlineTeacher(model), described, keep, trainer.accelerator)
     rows = len(packed.train) * times
     flops = rows * seq_len * flops_module.cost(model.model, seq_len).flops_per_token
-    tokens, size, beside, seconds = takes(teacher, packed, of["micro_batch"], rows)
+    tokens, size, beside, seconds = takes(encoder, packed, trainer.micro_batch, rows)
     return Estimate(tokens, seconds, int(size) + beside, flops=flops)
 
 
-def _teacher(settings: Settings, vocab: int) -> Causal:
-    of = settings["teacher"]
-    return causal_lm.build(of["size"], of["name"], vocab, settings["data"]["seq_len"], "teacher.name")
+def _teacher(config: ExperimentConfig, vocab: int) -> CausalLM:
+    return causal_lm.build(config.teacher.size, config.teacher.name, vocab, config.data.seq_len, "teacher.name")
 
 
-def _fitting(settings: Settings, *of) -> Step:
+def _fitting(config: ExperimentConfig, *of) -> Step:
     """What is measured of as many rows at once as memory holds: a run halves them, too."""
-    rows = min(settings["trainer"]["micro_batch"], settings["trainer"]["batch"])
+    rows = min(config.trainer.micro_batch, config.trainer.batch)
     try:
-        return _measure(settings, *of)
+        return _measure(config, *of)
     except Exception as error:
         if rows == 1 or not out_of_memory(error):
             raise
-    return _fitting(settings | {"trainer": settings["trainer"] | {"micro_batch": rows // 2}}, *of)
+    return _fitting(config.derive(trainer={"micro_batch": rows // 2}), *of)
 
 
-def _measure(
-    settings: Settings, packed: Packed, objective: Objective, rollout: Callable[..., Rollout], vocab: int
-) -> Step:
-    """Some steps of a run's own models, shapes and objective; values of weights do not matter here."""
-    trainer, seq_len, how = settings["trainer"], settings["data"]["seq_len"], source_of(settings)
-    device = collectives.device(trainer["accelerator"])
-    costs = {
-        role: flops_module.cost_of(of["size"], of["name"], vocab, seq_len, f"{role}.name")
-        for role in ("student", "teacher")
-        if (of := settings[role])["size"] or of["name"]
-    }
-    if held(costs, settings) > 0.9 * capacity(device):
+def _measure(config: ExperimentConfig, packed: Packed, components: Components, vocab: int) -> Step:
+    """Measure some steps of the run's own module on one micro-batch; values of weights do not matter here."""
+    costs = _costs(config, vocab)
+    device = collectives.device(config.trainer.accelerator)
+    if held(costs, config) > 0.9 * capacity(device):
         return Step(costs)
-    student = causal_lm.build(**settings["student"], vocab=vocab, seq_len=seq_len, option="student.name").to(device)
-    needed = how in ("online", "cotrained") or name_of(settings["rollout"]) == "teacher"
-    teacher = _teacher(settings, vocab) if needed else None
-    half = trainer["precision"] == "bf16"
-    if teacher:
-        teacher.to(device).requires_grad_(how == "cotrained")
-        if half and how == "online":
-            hold_in(torch.bfloat16, teacher)
-    rows = packed.train[: min(trainer["micro_batch"], trainer["batch"])]
-    spans = None if packed.train_spans is None else packed.train_spans[: len(rows)]
-    batch = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans, packed.boundary)
-    batch = Batch(*(x.to(device) for x in batch[:4]))
-    writers = Writers(student, teacher, packed.end, 0)
-    writing = answering = 0.0
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        if spans is not None:
-            _, answering = _timed(device, lambda: writers.write(batch, "student"))
-        write = rollout(writers, **({"engine": "kd"} if "engine" in settings["rollout"] else {}))
-        if write.writes:
-            batch, writing = _timed(device, lambda: write.write(batch))
-    kept = batch.labels != IGNORE
-    known = {name: torch.ones(int(kept.sum()), device=device) for name in KNOWN_BY}
-    source = {"online": sources.online, "cotrained": sources.cotrained}.get(how, sources.none)(teacher)
-    if how == "offline":
-        source = partial(_stored, torch.linspace(0, 1, vocab, device=device).sin().log_softmax(-1))
-    optimizer = torch.optim.AdamW([p for m in (student, teacher) if m for p in m.parameters() if p.requires_grad], 0.0)
-
-    def loss(watched=nullcontext) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            signal = source(batch, kept) if source else None
-            with watched():
-                hidden = student.hidden(batch.ids)[kept]
-            told = with_sample(signal, known) if signal else None
-            total = objective(student.head, hidden, batch.labels[kept], told, 0.5 if signal else 0.0).total
-            if how == "cotrained":
-                total = total + objective(teacher.head, signal.hidden, batch.labels[kept], None, 0.0).total
-        return total
-
-    saved = {p.untyped_storage().data_ptr(): 0 for p in student.parameters()}
-
-    def save(tensor: Tensor) -> Tensor:
-        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
-        return tensor
-
-    loss(lambda: torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor)).backward()
-    wide = min(int(kept.sum()), objective.chunk or fitting(student.head)) * vocab * 4 * ALIVE
-    passes, steps, begun = [], [], _now(device)
-    while len(passes) < 3 or _now(device) - begun < PROBE:
-        start = _now(device)
-        loss().backward()
-        between = _now(device)
-        optimizer.step()
-        passes.append(between - start)
-        steps.append(_now(device) - between)
+    seq_len = config.data.seq_len
+    student = causal_lm.build(config.student.size, config.student.name, vocab, seq_len, "student.name").to(device)
+    teacher = _planned_teacher(config, components, costs, vocab)
+    batch, writing, answering = _written(config, packed, components, student, teacher)
+    trainer, rollout = {"compile": False}, RolloutConfig("kd.rollout.strategies.none")  # compiling takes a minute
+    planned = config.derive(trainer=trainer, rollout=rollout)
+    module = build_module(planned, components, student, teacher, packed.end)
+    alpha = _alpha(components)
+    module.schedules = Schedules(lambda progress: alpha, lambda progress: 0.0)
+    times = StepTimes()
+    build_trainer(
+        10**9, config.trainer.precision, config.trainer.accelerator, callbacks=[times]
+    ).fit(module, repeat(batch))  # fmt: skip
+    rows = min(config.trainer.micro_batch, config.trainer.batch)
+    parts = -(-rows // module.micro_batch_size)  # more than one where memory ran out
+    counted = int((batch.labels[: module.micro_batch_size] != IGNORE).sum())
+    logits = min(counted, module.objective.chunk or fitting(student.head)) * vocab * 4 * ALIVE
     return Step(
-        costs, len(rows), statistics.median(passes), statistics.median(steps), kept=sum(saved.values()) + wide,
-        writing=writing, answering=answering, wider=len(batch.ids) // len(rows),
+        costs, min(rows, module.micro_batch_size), statistics.median(times.gradients) / parts,
+        statistics.median(times.updates), kept=times.saved_bytes + logits, writing=writing, answering=answering,
+        wider=len(batch.ids) // rows,
     )  # fmt: skip
+
+
+def _alpha(components: Components) -> float:
+    """Return 0 or 1 where alpha is at most that, so that a step leaves out a loss or its text, and 0.5 for the rest."""
+    highest = max(components.alpha(step / 100) for step in range(101))
+    return highest if highest in (0, 1) else 0.5
+
+
+def _costs(config: ExperimentConfig, vocab: int) -> dict[str, Cost]:
+    """Return the costs of student and teacher, from their shapes alone."""
+    seq_len = config.data.seq_len
+    return {
+        role: flops_module.cost_of(model.size, model.name, vocab, seq_len, f"{role}.name")
+        for role, model in (("student", config.student), ("teacher", config.teacher))
+        if model.size or model.name
+    }
+
+
+def _teacher_by_cost(config: ExperimentConfig, components: Components, costs: dict[str, Cost], vocab: int) -> Teacher:
+    """Return the teacher of a run without its model, and with a store that is not written."""
+    store = UnwrittenStore(vocab, costs.get("teacher")) if config.logits.source.reads_store else None
+    return components.logits(TeacherOrigin(cost=costs.get("teacher"), store=store))
+
+
+def _planned_teacher(config: ExperimentConfig, components: Components, costs: dict[str, Cost], vocab: int) -> Teacher:
+    """Return a teacher of the run's shape, with a model if its steps or its data need one."""
+    teacher = _teacher_by_cost(config, components, costs, vocab)
+    in_steps = teacher.distils and not config.logits.source.reads_store
+    if not in_steps and not config.rollout.by_teacher:
+        return teacher
+    device = collectives.device(config.trainer.accelerator)
+    teacher = components.logits(TeacherOrigin(_teacher(config, vocab).to(device), costs["teacher"]))
+    if teacher.frozen and config.trainer.precision == "bf16":
+        hold_in(torch.bfloat16, teacher.frozen)
+    return teacher
+
+
+def _written(
+    config: ExperimentConfig, packed: Packed, components: Components, student: CausalLM, teacher: Teacher
+) -> tuple[Batch, float, float]:  # fmt: skip
+    """Return a micro-batch as a step gets it, and the seconds that the rollout and the student's responses take."""
+    trainer, device = config.trainer, next(student.parameters()).device
+    rows = packed.train[: min(trainer.micro_batch, trainer.batch)]
+    spans = None if packed.train_spans is None else packed.train_spans[: len(rows)]
+    data = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans, packed.boundary)
+    batch = data = Batch(*(x.to(device) for x in data[:4]))
+    writers = Writers(student, teacher.model, packed.end, 0)
+    writing = answering = 0.0
+    with torch.autocast(device.type, torch.bfloat16, enabled=trainer.precision == "bf16"):
+        if spans is not None:
+            _, answering = _timed(device, lambda: writers.write(data, "student"))
+        rollout = components.rollout(writers, **({"engine": "kd"} if "engine" in config.rollout.args else {}))
+        if rollout.writes:
+            batch, writing = _timed(device, lambda: rollout.write(data))
+    plain = config.lm == "plain" or batch is not data  # language modelling is of other text then
+    return (batch._replace(beside=data) if plain else batch), writing, answering
+
+
+class UnwrittenStore:
+    """Stand-in for a store that does not exist yet: one complete distribution for all positions."""
+
+    def __init__(self, vocab: int, cost: Cost | None):
+        self.vocab, self.cost = vocab, cost
+
+    def select_window(self, window: tuple[float, float] | None) -> None:
+        return None
+
+    def signal(self, batch: Batch, mask: Tensor) -> Signal:
+        logp = torch.linspace(0, 1, self.vocab, device=mask.device).sin().log_softmax(-1)
+        label, seed = batch.labels[mask], batch.seed[mask]
+        return lambda rows: Target(label[rows], logp.expand(len(label[rows]), -1), seed=seed[rows], whole=True)
+
+    reference = signal
+
+    def read(self, row_ids: np.ndarray, ids: np.ndarray) -> None:
+        return None
+
+    def truncation_for(self, requested: dict, function: Truncation) -> Truncation:
+        return function
+
+
+class StepTimes(Callback):
+    """Seconds of gradients and of updates of at least three steps, and bytes that the backward pass keeps.
+
+    The first step is not counted: memory is allocated in it.
+    """
+
+    def __init__(self):
+        self.gradients: list[float] = []
+        self.updates: list[float] = []
+        self.saved_bytes = 0
+
+    def on_train_start(self, trainer, module) -> None:
+        requests.watch()  # Lightning has put handlers of its own in their place
+        self._begun = _now(module.device)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        self._step_start = _now(module.device)
+        if batch_idx == 0:
+            self._watch_saved(module.student)
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        self._update_start = _now(module.device)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        end = _now(module.device)
+        if batch_idx == 0:
+            del module.student.hidden_states  # the method of the class again
+            self._begun = end
+            return
+        self.gradients.append(self._update_start - self._step_start)
+        self.updates.append(end - self._update_start)
+        trainer.should_stop = len(self.gradients) >= 3 and end - self._begun >= PROBE
+
+    def _watch_saved(self, student: CausalLM) -> None:
+        """Count what the student's body keeps for its backward pass, in the largest micro-batch."""
+        parameters = {p.untyped_storage().data_ptr() for p in student.parameters()}
+        forward = student.hidden_states
+
+        def hidden_states(ids: Tensor) -> Tensor:
+            sizes: dict[int, int] = {}
+
+            def save(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in parameters:
+                    sizes[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+                hidden = forward(ids)
+            self.saved_bytes = max(self.saved_bytes, sum(sizes.values()))
+            return hidden
+
+        student.hidden_states = hidden_states
 
 
 def _timed(device: torch.device, work: Callable[[], Batch]) -> tuple[Batch, float]:
@@ -256,12 +354,6 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _stored(logp: Tensor, batch: Batch, kept: Tensor):
-    """A source that has a target at hand, as one that reads a store does."""
-    label, seed = batch.labels[kept], batch.seed[kept]
-    return lambda rows: Target(label[rows], logp.expand(len(label[rows]), -1), seed=seed[rows], whole=True)
 
 
 COLUMNS = ("parameters", "tokens", "FLOPs", "time", "memory", "disk")
@@ -301,10 +393,10 @@ def shortened(names: list[str]) -> list[str]:
     return short if len({*short}) == len(names) and all(short) else names
 
 
-def show(made: dict[str, Estimate], names: dict[str, str], done: int, settings: Settings, at_once: float) -> None:
+def show(made: dict[str, Estimate], names: dict[str, str], done: int, config: ExperimentConfig, at_once: float) -> None:
     """A line for each of `made` (name of its folder -> estimate), called as `names` say, and what all take together.
 
-    settings: of one of the runs, for where they run.
+    config: of one of the runs, for where they run.
     """
     if not made:
         console.print("Nothing is left to do.")
@@ -318,7 +410,7 @@ def show(made: dict[str, Estimate], names: dict[str, str], done: int, settings: 
         )  # fmt: skip
         rows[names.get(name, name)] = [amount or "–" for amount in takes]
     print_rows(dict(zip(shortened(list(rows)), rows.values(), strict=True)))
-    root, device = home(settings["root"]).resolve(), collectives.device(settings["trainer"]["accelerator"])
+    root, device = home(config.root).resolve(), collectives.device(config.trainer.accelerator)
     there = next(folder for folder in (root, *root.parents) if folder.exists())
     at_once = min(at_once, len(made))
     disk = sum(of.disk for of in made.values()) + at_once * max(of.beside for of in made.values())
@@ -329,7 +421,7 @@ def show(made: dict[str, Estimate], names: dict[str, str], done: int, settings: 
     if all(of.seconds for of in made.values()):
         says += f", about {clock(sum(of.seconds for of in made.values()))} one after another"
     says += f"; {files.amount(disk)} of disk at most, where {files.amount(free)} are free. Nothing was started."
-    if of_instructions(settings):
+    if config.data.is_instructions:
         says += " Responses that models write are taken to be as long as they may be, and count to the time alone."
     console.print(says, soft_wrap=True)
     for what, needed, has in (("memory", memory, capacity(device)), ("disk", disk, free)):
@@ -338,30 +430,30 @@ def show(made: dict[str, Estimate], names: dict[str, str], done: int, settings: 
             console.print(text, style="red", soft_wrap=True)
 
 
-def estimate(settings: Settings) -> dict[str, Estimate]:
+def estimate(config: ExperimentConfig) -> dict[str, Estimate]:
     """Return what a run takes, and before it its teacher and its store, by name; nothing of what is done."""
-    run, teacher, start, where = plan(settings)
-    if not settings["force"] and run.result() is not None:
+    run, teacher, start, place, record = Plan.of(config)
+    if not config.force and run.result() is not None:
         return {}
-    less, times = sampled(settings)
+    less, times = sampled(config)
     packed, components = prepare(less)
-    check_tokenizers(settings, components.tokenizer, settings["teacher"]["name"])
-    vocab, stored = vocabulary_size(components.tokenizer), source_of(settings) == "offline"
-    record, there = recording(settings), stored and where.manifest().exists()
+    check_tokenizers(config, components.tokenizer, config.teacher.name)
+    vocab, stored = vocabulary_size(components.tokenizer), config.logits.source.reads_store
+    exists = stored and place.manifest().exists()
     first = record or teacher
-    made = estimate(first) if first and not there else {}
+    made = estimate(first) if first and not exists else {}
     made |= estimate(start) if start else {}
-    if stored and not there and not record:
-        of = stores.described(settings, packed)
-        made[f"store {where.folder.name}"] = of_store(settings, packed, times, components.keep, vocab, of)
-    return made | {run.name: of_run(settings, packed, times, components.objective, components.rollout, vocab)}
+    if stored and not exists and not record:
+        spec = stores.described(config, packed)
+        made[f"store {place.folder.name}"] = of_store(config, packed, times, components.keep, vocab, spec)
+    return made | {run.name: of_run(config, packed, times, components, vocab)}
 
 
-def show_plan(all_settings: list[Settings], said: list[str], at_once: float) -> None:
+def show_plan(configs: list[ExperimentConfig], said: list[str], at_once: float) -> None:
     """Print what runs take, called as `said`, so many at once, and what is made first for them; each thing once."""
     silence_libraries()
-    made, names = {}, {plan(of).run.name: words for of, words in zip(all_settings, said, strict=True)}
-    for of in track(all_settings, "measuring steps"):
-        made |= {name: takes for name, takes in estimate(of).items() if name not in made}
-    done = sum(not of["force"] and plan(of).run.result() is not None for of in all_settings)
-    show(made, names, done, all_settings[0], at_once)
+    made, names = {}, {Plan.of(config).run.name: words for config, words in zip(configs, said, strict=True)}
+    for config in track(configs, "measuring steps"):
+        made |= {name: takes for name, takes in estimate(config).items() if name not in made}
+    done = sum(not config.force and Plan.of(config).run.result() is not None for config in configs)
+    show(made, names, done, configs[0], at_once)

@@ -1,6 +1,6 @@
 """A size or a name -> Hugging Face causal LM, seen as body and head.
 
-Everything else sees a model through `Causal`: ids -> hidden states [B, T, D], and a head that maps hidden states to
+Everything else sees a model through `CausalLM`: ids -> hidden states [B, T, D], and a head that maps hidden states to
 logits over the vocabulary that teacher and student share.
 """
 
@@ -43,7 +43,7 @@ class Head(nn.Module):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-class Causal(nn.Module):
+class CausalLM(nn.Module):
     """A Hugging Face causal LM as body and head."""
 
     def __init__(self, model, vocab: int):
@@ -52,7 +52,7 @@ class Causal(nn.Module):
         # The head shares the model's output layer; out of the module tree, so that its weights are counted once.
         self.__dict__["head"] = Head.of(model, vocab)
 
-    def hidden(self, ids: Tensor, **cache) -> Tensor:
+    def hidden_states(self, ids: Tensor, **cache) -> Tensor:
         """ids [B, T] -> last hidden states [B, T, D]. cache: what is to be said of tokens that were read before."""
         return self.model.base_model(input_ids=ids, **{"use_cache": False} | cache).last_hidden_state
 
@@ -73,7 +73,7 @@ class Causal(nn.Module):
         try:
             with torch.no_grad():
                 whole = self.model(input_ids=ids, use_cache=False).logits[..., : self.head.vocab].float()
-                ours = self.head(self.hidden(ids)).float()
+                ours = self.head(self.hidden_states(ids)).float()
         except Exception as error:  # models differ in what they take and return
             if out_of_memory(error):
                 raise
@@ -92,7 +92,7 @@ class Causal(nn.Module):
             )
 
 
-def build(size: str | None, name: str | None, vocab: int, seq_len: int, option: str) -> Causal:
+def build(size: str | None, name: str | None, vocab: int, seq_len: int, option: str) -> CausalLM:
     """A model of a size of kd/config/sizes.py with fresh weights, or the one of that Hub name or folder, float32."""
     model = from_size(size, vocab, seq_len) if size else pretrained(name, option)
     width = model.get_output_embeddings().weight.shape[0]
@@ -104,7 +104,7 @@ def build(size: str | None, name: str | None, vocab: int, seq_len: int, option: 
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or seq_len
     if positions < seq_len:
         raise UserError(f"{option}: reads at most {positions:,} tokens at once; type data.seq_len={positions} or less.")
-    causal = Causal(model, vocab)
+    causal = CausalLM(model, vocab)
     causal.check(option)
     return causal
 

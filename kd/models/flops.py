@@ -23,23 +23,6 @@ class Cost(NamedTuple):
     active_parameters: int | None = None  # that a token uses, fewer in a mixture of experts; None: not known
 
 
-class Flops(NamedTuple):
-    """Per token: a training step of the student (forward and backward), and what it asks of the teacher."""
-
-    student: float
-    teacher: float
-
-
-def step_flops(source: str, routes: bool, student: Cost, teacher: Cost | None) -> Flops:
-    """FLOPs per token of a training step whose logits come from `source`; routes: some tokens are not distilled."""
-    asked = 0.0
-    if source == "online":
-        asked = teacher.flops_per_token + (2 * teacher.output if routes else 0)  # its output layer is asked twice
-    elif source == "cotrained":
-        asked = teacher.flops_per_token * (4 if routes else 3)  # one that learns runs anew
-    return Flops(3 * student.flops_per_token, asked)
-
-
 def cost(model, seq_len: int) -> Cost:
     """Parameters and forward FLOPs per token: 2 per weight of every matrix, and 4 T D per layer for attention.
 

@@ -1,14 +1,16 @@
-"""How a student is stepped, beside the optimizers of torch: (groups of parameters) -> optimizer.
+"""Optimizers in addition to torch.optim: (groups of parameters) -> optimizer.
 
-The module makes the groups and says of each `width`: of its model for inner matrices and an output layer of its own,
-None for embeddings and vectors. A group's `scale` multiplies the learning rate of each step.
+A group's `width` is that of its model for inner matrices and an output layer of its own, None for embeddings and
+vectors. A group's `scale` multiplies the learning rate of each step.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from kd.errors import UserError
+from kd.models.causal_lm import CausalLM
 
 
 def mup(
@@ -29,3 +31,21 @@ def mup(
         scale = base_width / group["width"] if group["width"] else 1.0
         groups.append({"weight_decay": weight_decay / scale, **group, "scale": scale})
     return torch.optim.AdamW(groups, betas=betas, eps=eps)
+
+
+def parameter_groups(causal: CausalLM) -> list[dict]:
+    """Return the parameters that learn, in groups: inner matrices, embeddings, and vectors, which have no weight decay.
+
+    An output layer of its own is an inner matrix, and one that is the embedding too is not.
+    """
+    model = causal.model
+    outer = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    kinds: dict[str, list[Tensor]] = {"inner": [], "outer": [], "vectors": []}
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
+        kinds["vectors" if p.ndim <= 1 else "outer" if id(p) in outer else "inner"].append(p)
+    groups = [
+        {"params": kinds["inner"], "width": model.config.get_text_config().hidden_size},
+        {"params": kinds["outer"], "width": None},
+        {"params": kinds["vectors"], "width": None, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

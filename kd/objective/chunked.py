@@ -77,6 +77,10 @@ class Objective:
         parameters = [p for p in head.parameters() if p.requires_grad]
         return Sums(*_Chunked.apply(self, head, label, signal, alpha, watch, distilled, hidden, *parameters))
 
+    def language_modelling(self, head: torch.nn.Module, hidden: Tensor, label: Tensor) -> Tensor:
+        """Return the language-modelling loss of hidden [N, D], summed over positions, in nats."""
+        return self(head, hidden, label, None, 0.0).total
+
     def slope(
         self, logits: Tensor, label: Tensor, target: Target | None, alpha: Tensor, distilled: Tensor | None = None,
         truncated: Target | None = None,

@@ -36,10 +36,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from kd.errors import UserError
-from kd.models.causal_lm import Causal
+from kd.models.causal_lm import CausalLM
 from kd.parallel import collectives
 from kd.system import files
-from kd.system.checkpoint_files import load, seal
+from kd.system.checkpoint_files import checked, load, seal
 from kd.system.hardware import capacity
 
 META = "meta.pt"  # what of a checkpoint is no weight and no state of an optimizer
@@ -47,11 +47,12 @@ FILE = re.compile(r"__\d+_\d+\.distcp")
 INDEX = "index.json"  # what is where in the files of the ranks
 
 
-def shard(model: Causal, device: torch.device) -> None:
+def shard(model: CausalLM, device: torch.device) -> None:
     """Leave on each rank its part of every weight, in place; layers are put together one by one as they compute.
 
-    Gradients are summed over ranks, not averaged. The output layer is computed with by itself, after hidden(), so it
-    belongs, with the embeddings, to what is kept whole from there to the end of the backward pass.
+    Gradients are summed over ranks, not averaged. The output layer is computed with by itself, after
+    hidden_states(), so it belongs, with the embeddings, to what is kept whole from there to the end of the backward
+    pass.
     """
     mesh = init_device_mesh(device.type, (collectives.count(),))
     for module in list(model.modules()):
@@ -59,7 +60,7 @@ def shard(model: Causal, device: torch.device) -> None:
             for layer in module:
                 fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "hidden")
+    register_fsdp_forward_method(model, "hidden_states")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -123,6 +124,7 @@ class Sharded(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path, weights_only=None) -> dict:
         """As Lightning does it, but for our reader: torch's own runs what it finds in a checkpoint."""
         path = Path(checkpoint_path)
+        rest = checked(load(path / META), path)
         state = {"state_dict": get_model_state_dict(self.model)}
         read(state, path)
         self.model.load_state_dict(state["state_dict"])
@@ -131,7 +133,7 @@ class Sharded(ModelParallelStrategy):
             read(state, path)
             whole = state[f"optimizer_{number}"]
             set_optimizer_state_dict(self.model, optimizer, whole, options=StateDictOptions(cpu_offload=True))
-        return load(path / META)
+        return rest
 
 
 class Writer(dcp.FileSystemWriter):

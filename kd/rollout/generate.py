@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from kd.data.batches import IGNORE, Batch
 from kd.errors import UserError
-from kd.models.causal_lm import Causal
+from kd.models.causal_lm import CausalLM
 from kd.objective.chunked import log_probabilities
 from kd.objective.truncation import drawn, nucleus, uniform
 from kd.parallel import collectives
@@ -51,7 +51,7 @@ class Sampled(NamedTuple):
 
 @torch.no_grad()
 def write(
-    batch: Batch, end: int, seed: Tensor, student: Causal | None = None, teacher: Causal | None = None,
+    batch: Batch, end: int, seed: Tensor, student: CausalLM | None = None, teacher: CausalLM | None = None,
     share: float = 0.0, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
     max_tokens: int | None = None, watch: Callable[[int, int], None] = lambda done, tokens: None,
 ) -> Batch:  # fmt: skip
@@ -114,7 +114,7 @@ def lengths(batch: Batch) -> Tensor:
 class _Reader:
     """A model that reads rows piece by piece, and keeps the keys and values of what it has read."""
 
-    def __init__(self, model: Causal):
+    def __init__(self, model: CausalLM):
         self.model, self.rows = model, 0
         self.takes = inspect.signature(model.model.base_model.forward).parameters
         self.cache = DynamicCache(config=model.model.config)
@@ -128,7 +128,7 @@ class _Reader:
         given = {"attention_mask": mask, "past_key_values": self.cache, "use_cache": True}
         if "position_ids" in self.takes:  # models without them count by the mask
             given["position_ids"] = positions
-        return log_probabilities(self.model.head, self.model.hidden(ids, **given)[: self.rows, -1])
+        return log_probabilities(self.model.head, self.model.hidden_states(ids, **given)[: self.rows, -1])
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the rows."""
@@ -137,7 +137,7 @@ class _Reader:
 
 
 @contextmanager
-def _reading(student: Causal | None, teacher: Causal | None, length: int) -> Iterator[dict[str, _Reader]]:
+def _reading(student: CausalLM | None, teacher: CausalLM | None, length: int) -> Iterator[dict[str, _Reader]]:
     """Readers of the models that are given, in eval mode for so long."""
     models = {name: model for name, model in (("student", student), ("teacher", teacher)) if model}
     with evaluated(*models.values()):
@@ -147,7 +147,7 @@ def _reading(student: Causal | None, teacher: Causal | None, length: int) -> Ite
 
 
 @contextmanager
-def evaluated(*models: Causal) -> Iterator[None]:
+def evaluated(*models: CausalLM) -> Iterator[None]:
     """Models in eval mode, within a training step."""
     training = [model.training for model in models]
     try:
@@ -161,10 +161,10 @@ def evaluated(*models: Causal) -> Iterator[None]:
         torch.clear_autocast_cache()  # of weights cast without a gradient, which the training step would use
 
 
-_checked: WeakSet[Causal] = WeakSet()
+_checked: WeakSet[CausalLM] = WeakSet()
 
 
-def check(model: Causal, length: int) -> None:
+def check(model: CausalLM, length: int) -> None:
     """Raise UserError unless a model in eval mode says of texts of `length` tokens in parts what it says of them whole.
 
     One text is so long, and one is half of it, behind padding; all but the last few tokens are read at once, and these
@@ -177,7 +177,7 @@ def check(model: Causal, length: int) -> None:
     size = torch.tensor([length, (length + 1) // 2], device=text.device)
     ids, positions, mask = _left_padded(text.expand(2, -1), size)
     with torch.autocast(weight.device.type, enabled=False):
-        whole = log_probabilities(model.head, model.hidden(text)[0, size - 1])  # [2, V]
+        whole = log_probabilities(model.head, model.hidden_states(text)[0, size - 1])  # [2, V]
         check_cache(model)
         reader, start = _Reader(model), 0
         for end in range(length - min(3, int(size[1]) - 1), length + 1):
@@ -190,13 +190,13 @@ def check(model: Causal, length: int) -> None:
     _checked.add(model)
 
 
-def check_cache(model: Causal) -> None:
+def check_cache(model: CausalLM) -> None:
     """Raise UserError for a model that keeps no keys and values, as a state-space model."""
     if "past_key_values" not in inspect.signature(model.model.base_model.forward).parameters:
         raise UserError(_unreadable(model, "it has no past_key_values"))
 
 
-def _unreadable(model: Causal, why: str) -> str:
+def _unreadable(model: CausalLM, why: str) -> str:
     return (
         f"{type(model.model).__name__} cannot read a text piece by piece as kd does it, with a cache and padding on "
         f"the left: {why}. So it can write none here: take another model, or plain text (data=text) without a rollout."

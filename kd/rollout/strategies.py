@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kd.data.batches import IGNORE, Batch
 from kd.errors import UserError, check
-from kd.models.causal_lm import Causal
+from kd.models.causal_lm import CausalLM
 from kd.parallel import collectives
 from kd.rollout import generate
 from kd.rollout.generate import Sampled
@@ -33,8 +33,8 @@ RISE = 0.1  # of the threshold of `adaptive`, each time
 class Writers:
     """The models that can write, and how much they have written. rows: at most so many at once; None for all."""
 
-    student: Causal | None
-    teacher: Causal | None
+    student: CausalLM | None
+    teacher: CausalLM | None
     end: int  # the token that ends a response
     seed: int
     rows: int | None = None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kd.data.batches import IGNORE, Batch
 from kd.errors import UserError, first_line
-from kd.models.causal_lm import Causal
+from kd.models.causal_lm import CausalLM
 from kd.rollout.generate import Sampled, evaluated, prompts
 
 SHARE = 0.3  # of a GPU's memory for vLLM's weights and cache; training takes the rest
@@ -27,7 +27,7 @@ class Engine:
     learns: whether its weights change, so that they are given to vLLM before each batch.
     """
 
-    def __init__(self, model: Causal, length: int, learns: bool):
+    def __init__(self, model: CausalLM, length: int, learns: bool):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm import LLM
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from kd.config.security import SECRET, redacted
+from kd.config.secrets import SECRET, redacted
 from kd.errors import MISTAKES, UserError, first_line
 from kd.runs import wandb_agent
 from kd.runs.identity import About, about, sizes_of
@@ -23,7 +21,6 @@ from kd.runs.run import RESPONSES, Run
 from kd.system import files
 from kd.system.console import console
 from kd.system.files import read_metrics
-from kd.system.processes import peak_memory
 
 ANSWER = "KD_WANDB"  # environment variable: online or offline, as W&B's server answered when it was asked
 WAIT = 10  # seconds for W&B's server to answer
@@ -106,36 +103,6 @@ def _reason(error: Exception) -> str:
         option = f"WANDB_{'_'.join(map(str, item['loc'])).upper()}"
         wrong.append(f"{option}={os.environ.get(option, item['input'])}: {item['msg']}")
     return "; ".join(wrong)
-
-
-class Performance(Callback):
-    """Logs time per step, throughput and memory at each `every` steps, to views alone: metrics.jsonl has no clock.
-
-    A step is from its batch to its update, without validation and checkpoints.
-    """
-
-    def __init__(self, every: int):
-        self.every = every
-        self.begun, self.spent, self.steps, self.tokens = 0.0, 0.0, 0, 0
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        self.begun = time.perf_counter()
-        if not self.steps:
-            self.tokens = module.tokens
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        self.spent += time.perf_counter() - self.begun
-        self.steps += 1
-        if trainer.global_step % self.every == 0:
-            measured = {
-                "tokens_per_second": (module.tokens - self.tokens) / max(self.spent, 1e-9),
-                "seconds_per_step": self.spent / self.steps,
-                "peak_memory_gb": peak_memory() / 1e9,
-            }
-            for logger in trainer.loggers:
-                if not isinstance(logger, MetricsFile):
-                    logger.log_metrics({f"{PERFORMANCE}/{k}": v for k, v in measured.items()}, step=trainer.global_step)
-            self.spent, self.steps = 0.0, 0
 
 
 def none(folder: Path, about: About) -> list[Logger]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from kd.config.components import MODULES
+from kd.config.components import MODULES, modules_of
 from kd.runs.identity import part_of_outcome
 from kd.runs.run import is_sealed
 from kd.system import files
@@ -120,7 +120,7 @@ def doubts_of_many(results: Iterable[dict]) -> list[str]:
 
 def _module(group: str, name: str | None) -> str | None:
     """The module of kd that defines a component; None for one of another library."""
-    return next((module for module in MODULES.get(group, "").split() if name in _definitions(module)), None)
+    return next((module for module in modules_of(group) if name in _definitions(module)), None)
 
 
 @cache

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import filelock
 
-from kd.config.security import redacted
+from kd.config.schema import ExperimentConfig
+from kd.config.secrets import redacted
 from kd.errors import UserError
 from kd.runs.outcome import Outcome, RunState, classify
 from kd.system import files, remote
@@ -176,19 +177,19 @@ class Run:
                 left = [p for p in self.folder.iterdir() if p.name not in ("checkpoints", "student", "result.json")]
                 self.remote.tell(*(p.name for p in left if p.is_dir() or p.stat().st_mtime >= began))
 
-    def begin(self, config: dict) -> None:
+    def begin(self, config: ExperimentConfig) -> None:
         """Make ready to work: the resolved config is written, and how an earlier try ended is forgotten.
 
         What killed processes left half-written is removed, and a checkpoint that is further at the URL is copied here.
         With force=true a run that is done is removed first.
         """
-        if config.get("force") and self.is_done():
+        if config.force and self.is_done():
             self.discard()
         for folder in (self.folder, self / "checkpoints"):
             files.clear(folder)
         if self.remote:
             self._pull()
-        files.write_json(self / "config.json", redacted(config))
+        files.write_json(self / "config.json", redacted(config.to_dict()))
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         files.write_json(self / "state.json", {"state": RunState.RUNNING, **whereabouts(), "since": since})
         if self.remote:

@@ -30,8 +30,10 @@ from kd.config import components as conf
 from kd.data.batches import Batch
 from kd.errors import UserError
 from kd.models.causal_lm import Head
+from kd.models.flops import Cost
 from kd.objective import truncation
 from kd.objective.chunked import Signal
+from kd.objective.signals import ProjectedSignal
 from kd.objective.target import Target
 from kd.store.format import Entries, from_bytes
 from kd.store.location import FORMAT
@@ -39,7 +41,6 @@ from kd.system import files
 from kd.system.console import track
 from kd.system.files import read_json
 from kd.system.remote import home, is_url
-from kd.teachers import sources
 
 FULL = {"name": "full"}
 FIELDS = ("format", "teacher", "weights", "tokenizer", "data", "truncation", "precision", "seed")
@@ -154,8 +155,8 @@ class Store:
         if not good:
             raise self._damaged(name, "it is not what was written")
 
-    def pick(self, window: tuple[float, float] | None) -> np.ndarray | None:
-        """The rows there are, ascending; None for all of the data. window: share of the teacher's training to read.
+    def select_window(self, window: tuple[float, float] | None) -> np.ndarray | None:
+        """Return the rows that have logits, ascending; None for all. window: share of the teacher's training to read.
 
         Raises UserError for a window of a store that was not recorded in training, or with no row in it.
         """
@@ -197,22 +198,27 @@ class Store:
             found.append(shard.row(place))
         return joined(found)
 
-    def source(self, batch: Batch, kept: Tensor) -> Signal:
-        """The stored signal of a batch; see kd/teachers/sources.py."""
-        label, seed = batch.labels[kept], batch.seed[kept]
+    def signal(self, batch: Batch, mask: Tensor) -> Signal:
+        """Return the stored signal at the target positions of a batch, whose rows read() has read."""
+        label, seed = batch.labels[mask], batch.seed[mask]
         if self.truncation == FULL:
-            return sources.Projection(self.head.to(label.device), batch.stored[kept].float(), label, seed)
-        positions = batch.stored.at(kept)
+            return ProjectedSignal(self.head.to(label.device), batch.stored[mask].float(), label, seed)
+        positions = batch.stored.at(mask)
         return lambda rows: positions.target(rows, label[rows], seed[rows], self.draws)
 
-    def reference(self, batch: Batch, kept: Tensor) -> Signal:
-        """Whole distributions over validation rows, to measure against."""
+    def reference(self, batch: Batch, mask: Tensor) -> Signal:
+        """Return complete distributions at the target positions of validation rows."""
         shard = self._shard("validation.safetensors")
         for row, ids in zip(batch.row.tolist(), batch.ids.cpu().numpy(), strict=True):
             if shard.hashes[row] != row_hash(ids):
                 raise self._other_tokens(row, "validation ")
         hidden = torch.stack([shard.row(row) for row in batch.row.tolist()]).to(batch.ids.device).float()
-        return sources.Projection(self.head.to(hidden.device), hidden[kept], batch.labels[kept], batch.seed[kept])
+        return ProjectedSignal(self.head.to(hidden.device), hidden[mask], batch.labels[mask], batch.seed[mask])
+
+    @property
+    def cost(self) -> Cost:
+        """Cost of the teacher that the store was written by."""
+        return Cost(**self.manifest["cost"])
 
     @property
     def head(self) -> Head:
@@ -229,20 +235,20 @@ class Store:
             self._head = Head(output.requires_grad_(False), vocab, **self.manifest["head"])
         return self._head
 
-    def as_asked(self, asked: dict, function: Callable[[Target], Target]) -> Callable[[Target], Target]:
-        """The truncation that makes of a stored target what `asked` names; `function` makes it of a whole one."""
+    def truncation_for(self, requested: dict, function: Callable[[Target], Target]) -> Callable[[Target], Target]:
+        """Return the function that truncates a stored target as requested; `function` truncates a complete one."""
         if self.truncation == FULL:
             return function
-        if asked == self.truncation:  # cut already, by exact probabilities
+        if requested == self.truncation:  # cut already, by exact probabilities
             return truncation.full
         if self.draws:
-            return partial(truncation.fewer, self.draws, asked["draws"])
+            return partial(truncation.fewer, self.draws, requested["draws"])
         return function
 
     def _place(self, row: int) -> tuple[str, int]:
         if "steps" in self.manifest:
             if self._rows is None:  # no window was picked
-                self.pick(None)
+                self.select_window(None)
             number, place = self._places[np.searchsorted(self._rows, row)]
             return self.shards[number], place
         number = int(np.searchsorted(self.first, row, side="right")) - 1

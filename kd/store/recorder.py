@@ -7,16 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kd.data.batches import IGNORE, Batch
 from kd.errors import UserError
-from kd.models.causal_lm import Causal
 from kd.objective.target import Target
 from kd.store.format import Positions, encode
-from kd.store.writer import SHARD_BYTES, Rows, Teacher, _note, _notes, begin, commit, upload
+from kd.store.writer import SHARD_BYTES, RowEncoder, Rows, _note, _notes, begin, commit, upload
 from kd.system import files
 from kd.system.remote import Remote
+from kd.teachers.base import Teacher
 
 
 class Recorder:
@@ -59,6 +60,10 @@ class Recorder:
         target = Target(seed[rows], logits.float().log_softmax(-1), seed=seed[rows])
         self.pieces.append(encode(self.keep(target), self.of["truncation"].get("draws")))
 
+    def discard(self) -> None:
+        """Forget what was observed of a batch that is computed again."""
+        self.pieces.clear()
+
     def batch(self, batch: Batch, step: int) -> None:
         """All positions of `batch` have been observed, in optimizer step `step`."""
         if self.out.bytes > SHARD_BYTES and self.out.steps[-1] < step:  # checkpoints may be far apart
@@ -96,12 +101,12 @@ class Recorder:
             there.put(f"{name}.safetensors", f"{name}.json", wait=wait)
             self.there.add(name)
 
-    def finish(self, model: Causal, validation: np.ndarray, batch: int, steps: int) -> None:
-        """Write the rest, and what the trained model says of the validation rows."""
+    def finish(self, trained: Teacher, device: torch.device, validation: np.ndarray, batch: int, steps: int) -> None:
+        """Write the rest, and the hidden states of the trained model for the validation rows."""
         self.flush(steps)
-        teacher = Teacher(model, self.of, self.keep)
-        teacher.output(self.folder)
-        teacher.validation(self.folder, validation, batch)
+        encoder = RowEncoder(trained, self.of, self.keep, device)
+        encoder.save_head(self.folder)
+        encoder.save_validation(self.folder, validation, batch)
         commit(self.folder, self.of, self.about | {"steps": steps})
         if self.url:
             upload(self.folder, self.url)

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from kd.data.batches import IGNORE, Batch, Packed, to_batch
 from kd.errors import UserError
-from kd.models.causal_lm import Causal
-from kd.objective.chunked import chunks, fitting
+from kd.objective.chunked import Signal, chunks, fitting
+from kd.objective.signals import ProjectedSignal
 from kd.objective.target import Target
 from kd.parallel import collectives
 from kd.store.format import Positions, encode, to_bytes
@@ -34,7 +34,7 @@ from kd.system.console import Steps, clock, console, counted, track
 from kd.system.files import read_json
 from kd.system.hardware import hold_in, keep_freed
 from kd.system.remote import Remote
-from kd.teachers.sources import Projection, online
+from kd.teachers.base import Teacher
 
 SHARD_TOKENS, SHARD_BYTES = 1 << 20, 1 << 28  # a shard holds at most so many positions, or bytes of hidden states
 SHARDS = 8  # at least so many where there are rows enough, so that a killed writer loses little
@@ -147,97 +147,121 @@ def commit(folder: Path, of: dict, about: dict) -> None:
     files.write_json(folder / "manifest.json", manifest | {"digest": files.digest_of(manifest)})
 
 
-class Teacher:
-    """A finished teacher, asked row by row for what a store of it holds.
+class RowEncoder:
+    """Teacher in front of a store: its signal for rows of the data, as the store holds it.
 
-    keep: what to keep of a target, leaving its probabilities true; None to keep hidden states, from which the output
-    layer makes all of it.
+    spec: what the store is of. truncate: what to keep of a target, leaving its probabilities true; None to keep hidden
+    states, from which the output layer makes all of it.
     """
 
-    def __init__(self, model: Causal, of: dict, keep: Callable[[Target], Target] | None):
-        self.model, self.of, self.keep = model.eval(), of, keep
-        self.device = next(model.parameters()).device
+    def __init__(
+        self, teacher: Teacher, spec: dict, truncate: Callable[[Target], Target] | None, device: torch.device
+    ):  # fmt: skip
+        if teacher.model is None:
+            raise UserError(
+                "A store holds a teacher's output layer and hidden states of the validation rows, and this teacher has "
+                "no model here. Take logits=online to learn from it directly."
+            )
+        self.teacher, self.spec, self.truncate, self.device = teacher, spec, truncate, device
+        self.head = teacher.model.head
         # Hidden states in the precision that the output layer computes with lose nothing.
-        self.dtype = torch.bfloat16 if of["precision"] == "bf16" else torch.float32
+        self.dtype = torch.bfloat16 if spec["precision"] == "bf16" else torch.float32
 
     @classmethod
-    def finished(cls, model: Causal, of: dict, keep: Callable[[Target], Target] | None, accelerator: str) -> Teacher:
-        """One that learns no more, where and in the precision that training would ask it in."""
-        model.to(collectives.device(accelerator))
-        if of["precision"] == "bf16":
-            hold_in(torch.bfloat16, model)
-        return cls(model, of, keep)
+    def finished(
+        cls, teacher: Teacher, spec: dict, truncate: Callable[[Target], Target] | None, accelerator: str
+    ) -> RowEncoder:
+        """Return the encoder of a teacher that learns no more, on the device and in the precision of training."""
+        device = collectives.device(accelerator)
+        if teacher.frozen:
+            teacher.frozen.to(device)
+            if spec["precision"] == "bf16":
+                hold_in(torch.bfloat16, teacher.frozen)
+        return cls(teacher, spec, truncate, device)
 
     def signal(
         self, table: np.ndarray, index: np.ndarray, spans: np.ndarray | None = None, boundary: Sequence[int] = ()
-    ) -> tuple[np.ndarray, np.ndarray, Projection]:
-        """Tokens [B, T] of rows `index` of the data, which positions count, and what the teacher says of these."""
+    ) -> tuple[np.ndarray, np.ndarray, Signal]:
+        """Return tokens [B, T] of rows `index` of the data, the mask of target positions, and the signal for these."""
         # Seeds by row, so that draws depend neither on the batch nor on the shard.
-        shape, first = table.shape[1] - 1, self.of["seed"] or 0
+        shape, first = table.shape[1] - 1, self.spec["seed"] or 0
         seed = np.stack([np.random.default_rng([first, int(row)]).integers(0, 2**62, shape) for row in index])
         cpu = to_batch(table[index], index, seed, None if spans is None else spans[index], boundary)
         batch = Batch(*(x.to(self.device) for x in cpu[:4]))
-        kept = batch.labels != IGNORE
-        return cpu.ids.numpy(), kept.cpu().numpy(), online(self.model)(batch, kept)
+        mask = batch.labels != IGNORE
+        return cpu.ids.numpy(), mask.cpu().numpy(), self.teacher.signal(batch, mask)
 
     def computing(self):
-        """The precision that the store is to be computed in."""
+        """Return the context with the precision that the store is to be computed in."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     @torch.inference_mode()
-    def answer(
-        self, table: np.ndarray, index: np.ndarray, out: Rows, whole: bool = False, spans: np.ndarray | None = None,
+    def encode(
+        self, table: np.ndarray, index: np.ndarray, out: Rows, spans: np.ndarray | None = None,
         boundary: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        """Put into `out` what the teacher says of rows `index` of the data; whole: as hidden states.
-
-        spans, boundary: see kd.data.batches.to_batch; hidden states are of all positions, whichever count.
-        """
-        whole = whole or self.keep is None
+        """Put rows `index` of the data into `out`. spans, boundary: see kd.data.batches.to_batch."""
+        if self.truncate is None:
+            return self.encode_complete(table, index, out)
         with self.computing():
-            ids, kept, signal = self.signal(table, index, *((None, ()) if whole else (spans, boundary)))
-            finite = signal.hidden.isfinite().all(-1).cpu().numpy()  # [N]
-            if not finite.all():
-                raise UserError(
-                    f"The teacher says NaN or infinity of row {index[kept.nonzero()[0][~finite][0]]} of the data, in "
-                    f"{self.of['precision']}. Nothing of it was stored; try trainer.precision=fp32, or another teacher."
-                )
-            if whole:
-                out.add(ids, signal.hidden.view(*ids.shape, -1).to(self.dtype))
-            else:
-                draws, size = self.of["truncation"].get("draws"), fitting(self.model.head)
-                parts = chunks(len(signal.hidden), size)
-                out.add_entries(ids, [encode(self.keep(signal(rows)), draws) for rows in parts], kept)
+            ids, mask, signal = self.signal(table, index, spans, boundary)
+            if isinstance(signal, ProjectedSignal):
+                self._check_finite(signal.features, index, mask)
+            draws, pieces = self.spec["truncation"].get("draws"), []
+            for part in chunks(int(mask.sum()), fitting(self.head)):
+                pieces.append(encode(self.truncate(signal(part)), draws))
+            out.add_entries(ids, pieces, mask)
 
-    def output(self, folder: Path) -> None:
+    @torch.inference_mode()
+    def encode_complete(self, table: np.ndarray, index: np.ndarray, out: Rows) -> None:
+        """Put rows `index` of the data into `out` as hidden states, those of all positions, whichever count."""
+        with self.computing():
+            ids, mask, signal = self.signal(table, index)
+            if not isinstance(signal, ProjectedSignal):
+                raise UserError(
+                    "A store holds hidden states of the validation rows, and this teacher's signal has none. Take "
+                    "logits=online to learn from it directly."
+                )
+            self._check_finite(signal.features, index, mask)
+            out.add(ids, signal.features.view(*ids.shape, -1).to(self.dtype))
+
+    def _check_finite(self, features: Tensor, index: np.ndarray, mask: np.ndarray) -> None:
+        finite = features.isfinite().all(-1).cpu().numpy()  # [N]
+        if not finite.all():
+            raise UserError(
+                f"The teacher says NaN or infinity of row {index[mask.nonzero()[0][~finite][0]]} of the data, in "
+                f"{self.spec['precision']}. Nothing of it was stored; try trainer.precision=fp32, or another teacher."
+            )
+
+    def save_head(self, folder: Path) -> None:
         """Save the output layer."""
-        weights = {k: v[: self.model.head.vocab].to(self.dtype) for k, v in self.model.head.output.state_dict().items()}
+        weights = {k: v[: self.head.vocab].to(self.dtype) for k, v in self.head.output.state_dict().items()}
         _save(weights, folder, "head")
 
-    def validation(self, folder: Path, rows: np.ndarray, batch: int) -> None:
+    def save_validation(self, folder: Path, rows: np.ndarray, batch: int) -> None:
         """Save the hidden states of the validation rows."""
         out = Rows()
         for part in chunks(len(rows), batch):
-            self.answer(rows, np.arange(part.start, part.stop), out, whole=True)
+            self.encode_complete(rows, np.arange(part.start, part.stop), out)
         out.save(folder, "validation")
 
 
 def write(
-    folder: Path, of: dict, about: dict, packed: Packed, teacher: Teacher, batch: int, part: tuple[int, int] = (1, 1)
+    folder: Path, of: dict, about: dict, packed: Packed, encoder: RowEncoder, batch: int, part: tuple[int, int] = (1, 1)
 ) -> None:
     """Write what is missing of the store that `of` describes, together with whatever other process does the same.
 
     batch: rows per forward pass. part: which of how many machines that do not share a disk; with more than one there
     is no manifest before merge(). Raises UserError if there is no room.
     """
-    shards = _cut(*packed.train.shape, teacher)
+    shards = _cut(*packed.train.shape, encoder)
     begin(folder, of, about=about, shards=list(shards))
-    if teacher.device.type == "cpu":
+    if encoder.device.type == "cpu":
         keep_freed()
     mine = dict(list(shards.items())[part[0] - 1 :: part[1]])
     left = {name: rows for name, rows in mine.items() if _note(folder, name) is None}
     if left:
-        _announce(folder, teacher, packed, batch, sum(map(len, left.values())))
+        _announce(folder, encoder, packed, batch, sum(map(len, left.values())))
     progress = Steps(f"store of {of['teacher']}", sum(map(len, left.values())), 0, "row")
     done = 0
 
@@ -245,13 +269,13 @@ def write(
         nonlocal done
         files.clear(folder, f"{name}*")
         if name == "head":
-            return teacher.output(folder)
+            return encoder.save_head(folder)
         if name == "validation":
-            return teacher.validation(folder, packed.val, batch)
+            return encoder.save_validation(folder, packed.val, batch)
         out = Rows()
         for piece in chunks(len(left[name]), batch):
             index = np.array(left[name][piece])
-            teacher.answer(packed.train, index, out, spans=packed.train_spans, boundary=packed.boundary)
+            encoder.encode(packed.train, index, out, spans=packed.train_spans, boundary=packed.boundary)
             done += piece.stop - piece.start
             progress.update(done, done * (packed.train.shape[1] - 1))
         out.save(folder, name, first=left[name].start)
@@ -271,11 +295,11 @@ def write(
             lock.unlink(missing_ok=True)
 
 
-def _cut(rows: int, size: int, teacher: Teacher) -> dict[str, range]:
+def _cut(rows: int, size: int, encoder: RowEncoder) -> dict[str, range]:
     """Which rows form which shard: of the data and the teacher alone, so that all writers cut alike."""
     most = SHARD_TOKENS // size
-    if teacher.keep is None:
-        most = SHARD_BYTES // (teacher.dtype.itemsize * size * teacher.model.head.output.weight.shape[1])
+    if encoder.truncate is None:
+        most = SHARD_BYTES // (encoder.dtype.itemsize * size * encoder.head.output.weight.shape[1])
     each = max(1, min(most, -(-rows // SHARDS)))
     starts = range(0, rows, each)
     return {f"shard-{number:05}": range(first, min(first + each, rows)) for number, first in enumerate(starts)}
@@ -290,21 +314,21 @@ class Takes(NamedTuple):
     seconds: float
 
 
-def takes(teacher: Teacher, packed: Packed, batch: int, rows: float) -> Takes:
+def takes(encoder: RowEncoder, packed: Packed, batch: int, rows: float) -> Takes:
     """What so many rows like those that are packed take, by the example of one batch."""
-    output, each = teacher.model.head.output, packed.counted if teacher.keep else packed.train.shape[1] - 1
+    output, each = encoder.head.output, packed.counted if encoder.truncate else packed.train.shape[1] - 1
     beside = sum(p.numel() for p in output.parameters()) + packed.val[:, 1:].size * output.weight.shape[1]
     for _ in range(2):  # the first forward pass is slower
         out, started = Rows(), time.monotonic()
         index = np.arange(min(batch, len(packed.train)))
-        teacher.answer(packed.train, index, out, spans=packed.train_spans, boundary=packed.boundary)
+        encoder.encode(packed.train, index, out, spans=packed.train_spans, boundary=packed.boundary)
     seconds, tokens = (time.monotonic() - started) / len(out.bodies) * rows, rows * each
-    return Takes(round(tokens), out.bytes / out.positions * tokens, beside * teacher.dtype.itemsize, seconds)
+    return Takes(round(tokens), out.bytes / out.positions * tokens, beside * encoder.dtype.itemsize, seconds)
 
 
-def _announce(folder: Path, teacher: Teacher, packed: Packed, batch: int, rows: int) -> None:
+def _announce(folder: Path, encoder: RowEncoder, packed: Packed, batch: int, rows: int) -> None:
     """Say what is to be written and how long it takes; raises UserError without room."""
-    tokens, size, beside, seconds = takes(teacher, packed, batch, rows)
+    tokens, size, beside, seconds = takes(encoder, packed, batch, rows)
     beside *= _note(folder, "head") is None
     free = shutil.disk_usage(folder).free
     say = (

@@ -17,6 +17,8 @@ from kd.errors import UserError
 from kd.system import files
 from kd.system.remote import step_of
 
+FORMAT = 2  # of checkpoints
+
 
 class DigestIO(CheckpointIO):
     """torch.save to a temporary file in the same folder, synced and renamed, its digest in a file beside it."""
@@ -32,7 +34,7 @@ class DigestIO(CheckpointIO):
                 note.write_text(checksum)
 
     def load_checkpoint(self, path, map_location=None, weights_only=True):
-        return load(path, map_location or "cpu")
+        return checked(load(path, map_location or "cpu"), Path(path))
 
     def remove_checkpoint(self, path) -> None:
         if Path(path).is_dir():
@@ -53,6 +55,17 @@ def load(path: Path, map_location="cpu", part: io.BytesIO | None = None):
             f"{path} holds something other than numbers and text, which no checkpoint of kd does, so it was not read. "
             f"Should it be from elsewhere, remove it:\n  {shlex.join(['rm', '-r', str(Path(path).parent)])}"
         ) from None
+
+
+def checked(checkpoint: dict, path: Path) -> dict:
+    """Return a checkpoint that this version of kd can go on with; raises UserError for one of another version."""
+    if isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT:
+        return checkpoint
+    raise UserError(
+        f"{path} was saved by another version of kd, which keeps other things in a checkpoint. To go on with this run, "
+        "take that version; to train it anew with this one, type:\n"
+        f"  {shlex.join(['rm', '-r', str(path.parent)])}\nand the same command again."
+    )
 
 
 def seal(temporary: Path, path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Sources of the training signal."""
+"""Teachers: sources of the training signal."""

@@ -1,0 +1,52 @@
+"""Training and validation batches of a run, as Lightning asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import lightning
+import numpy as np
+
+from kd.data.batches import Batches, Packed, ValidationBatches
+
+
+class DistillationData(lightning.LightningDataModule):
+    """Batches of packed data, from the step on that the run goes on with.
+
+    teacher_rows: rows to train on; None for all. read_teacher: what a teacher has stored of rows, see Batches. lm_data:
+    plain text of the language-modelling term, where that is not the data's.
+    """
+
+    def __init__(
+        self, packed: Packed, batch_size: int, seed: int, max_steps: int, *, teacher_rows: np.ndarray | None = None,
+        read_teacher: Callable[[np.ndarray, np.ndarray], object] | None = None, lm_data: Packed | None = None,
+        rank_slice: slice = slice(None),
+    ):  # fmt: skip
+        super().__init__()
+        self.packed, self.batch_size, self.seed, self.max_steps = packed, batch_size, seed, max_steps
+        self.teacher_rows, self.read_teacher, self.lm_data = teacher_rows, read_teacher, lm_data
+        self.rank_slice = rank_slice  # of every batch
+
+    @property
+    def train_rows(self) -> int:
+        """Number of rows to train on."""
+        return len(self.packed.train if self.teacher_rows is None else self.teacher_rows)
+
+    def train_dataloader(self) -> Batches:
+        order = self.batch_size, self.seed, self.trainer.global_step, self.max_steps
+        text, beside = self.lm_data, None
+        if text:
+            beside = Batches(text.train, *order, part=self.rank_slice, boundary=text.boundary)
+        packed = self.packed
+        return Batches(
+            packed.train, *order, self.teacher_rows, self.read_teacher, self.rank_slice, packed.train_spans, beside,
+            packed.boundary,
+        )  # fmt: skip
+
+    def validation_batches(self, rows: int, rank_slice: slice = slice(None), least: int = 0) -> ValidationBatches:
+        """Return the validation rows of a rank, `rows` at a time, in at least so many batches.
+
+        No val_dataloader(): Lightning's validation loop counts batches, see kd.evaluation.validation.
+        """
+        packed = self.packed
+        return ValidationBatches(packed.val, rows, rank_slice, least, packed.val_spans, packed.boundary)

@@ -1,0 +1,81 @@
+"""Validation during training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.callbacks import Callback
+
+from kd.data.batches import IGNORE, Batch
+from kd.evaluation.metrics import Measures
+from kd.parallel import collectives
+from kd.teachers.base import Teacher
+
+
+class Validation(Callback):
+    """Measures the student on all validation rows, every `every` steps and after the last: the same for every run.
+
+    Called by step, not by Lightning's loop, whose count of batches drifts by one with every resume.
+
+    axes: what plots are drawn against. bytes_per_token: of the validation text; None where tokens are no text.
+    before_training: also before the first step.
+    """
+
+    def __init__(
+        self, every: int, teacher: Teacher, batches: Iterable[Batch], axes: Callable[[], dict[str, float]],
+        bytes_per_token: float | None = None, before_training: bool = False,
+    ):  # fmt: skip
+        self.every, self.teacher, self.batches, self.axes = every, teacher, batches, axes
+        self.bytes_per_token, self.before_training = bytes_per_token, before_training
+        self.metrics: dict[str, float] = {}  # of the last validation
+        self.initial: dict[str, float] = {}  # of the validation before the first step, if there was one
+
+    def state_dict(self) -> dict:
+        return {"metrics": self.metrics, "initial": self.initial}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.metrics, self.initial = state["metrics"], state["initial"]
+
+    def on_train_start(self, trainer, module) -> None:
+        needed = self.before_training or (module.rollout is not None and module.rollout.looks_first)
+        if needed and trainer.global_step == 0:
+            self.validate(trainer, module)
+            self.initial = dict(self.metrics)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step % self.every == 0 or trainer.global_step == module.max_steps:
+            self.validate(trainer, module)
+
+    @torch.no_grad()
+    def validate(self, trainer, module) -> None:
+        """Measure, and log what was measured."""
+        module.eval()
+        measures = Measures(module.objective.chunk)
+        with trainer.precision_plugin.val_step_context():
+            for batch in self.batches:
+                batch = move_data_to_device(batch, module.device)
+                mask = batch.labels != IGNORE
+                signal = self.teacher.reference(batch, mask)
+                features = module.student.hidden_states(batch.ids)[mask]
+                measures.update(module.student.head, features, batch.labels[mask], signal)
+        module.train()
+        result = self._merged(measures).result()
+        if self.bytes_per_token is not None:
+            result["bpb"] = result["lm"] / math.log(2) / self.bytes_per_token
+        module.check_finite("val", result)
+        if module.rollout and "lm" in result:
+            module.rollout.validated(result["lm"])
+        self.metrics = {f"val/{name}": value for name, value in result.items()} | self.axes()
+        for logger in trainer.loggers:
+            logger.log_metrics(self.metrics, step=trainer.global_step)
+
+    @staticmethod
+    def _merged(measures: Measures) -> Measures:
+        """Return the measures of all ranks together."""
+        whole = Measures()
+        for tokens, sums in collectives.gather((measures.tokens, {k: v.cpu() for k, v in measures.sums.items()})):
+            whole.add(tokens, sums)
+        return whole

@@ -1,0 +1,26 @@
+"""Signals that an output layer makes from hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kd.objective.chunked import log_probabilities
+from kd.objective.target import Target
+
+
+class ProjectedSignal(NamedTuple):
+    """Signal whose distributions an output layer makes for the positions asked for, no more; it carries no gradient."""
+
+    head: Callable[[Tensor], Tensor]
+    features: Tensor  # [N, D]
+    label: Tensor  # [N]
+    seed: Tensor  # [N]
+
+    def __call__(self, rows: slice) -> Target:
+        with torch.no_grad():
+            logp = log_probabilities(self.head, self.features[rows])  # [n, V]
+        return Target(self.label[rows], logp, seed=self.seed[rows], whole=True)

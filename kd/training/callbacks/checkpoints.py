@@ -1,0 +1,141 @@
+"""Checkpoints that survive kill -9: written atomically with a digest beside them, verified before they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from lightning.pytorch.callbacks import Callback
+
+from kd.errors import UserError
+from kd.parallel import collectives
+from kd.runs.provenance import differences
+from kd.runs.run import Run
+from kd.system.checkpoint_files import FORMAT, steps
+from kd.system.remote import SOON
+from kd.system.signals import Preempted, requests
+from kd.training.random_state import random_state, restore
+
+KEPT = 2  # newest checkpoints: one to resume from, one in case it is damaged
+
+
+class Checkpoints(Callback):
+    """Saves every `every` steps, keeps the newest two, and restores all that a resumed run needs to end bit for bit.
+
+    Saved at the start of a batch, when everything that belongs to the step before, validation included, is done; so
+    what a resumed run still has to do is exactly what remains. Each has the code of the run, and a run of other code
+    does not go on with it.
+
+    before_save(step), before_send(seconds to wait): what has to be on the disk, and at the URL, ahead of a checkpoint.
+    """
+
+    def __init__(
+        self, run: Run, every: int, config: dict, code: dict, before_save: Callable[[int], None] = lambda step: None,
+        before_send: Callable[[float], None] | None = None,
+    ):  # fmt: skip
+        self.run, self.folder, self.every, self.remote = run, run / "checkpoints", every, run.remote
+        self.config, self.code = config, {name: code[name] for name in ("sources", "origins")}
+        self.before_save, self.before_send = before_save, before_send
+        self.resumed_at = self.saved_at = -1
+        self.random_state: dict | None = None  # of the checkpoint that the run goes on from
+        self.step_start: dict = {}  # what changes within a step before the weights do
+
+    def setup(self, trainer, module, stage) -> None:
+        self.module = module
+        module.end_unfinished_step = partial(self._end_unfinished_step, trainer)
+
+    def state_dict(self) -> dict:
+        """Return plain containers and tensors, so that they load with weights_only=True. All ranks have to call it."""
+        rollout = self.module.rollout
+        return {
+            "code": self.code,
+            "micro_batch_size": self.module.micro_batch_size,
+            "random": collectives.gather(random_state(self.module.device)),
+            "rollout": collectives.gather(rollout.state() if rollout else {}),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        if changed := differences(state["code"], self.code, self.config):
+            raise UserError(
+                f"{self.run.name} was begun with other code: that of {', '.join(changed)} has changed since its "
+                "checkpoint. To go on with it, bring that code back. To train it anew with the code as it is, type:\n"
+                f"  {self.run.removal('checkpoints')}\nand the same command again."
+            )
+        self.module.micro_batch_size = state["micro_batch_size"]
+        self._load_rollout(state["rollout"])
+        # With more ranks than there were, the new ones draw numbers of their own.
+        states = state["random"]
+        self.random_state = states[collectives.number()] if collectives.number() < len(states) else None
+
+    def _load_rollout(self, states: list[dict]) -> None:
+        """Go on with the rollout of this rank, from those of all ranks that there were."""
+        rollout = self.module.rollout
+        if not rollout:
+            return
+        if len(states) != collectives.count() and any(map(rollout.is_own, states)):
+            raise UserError(
+                f"This run was saved by {len(states)} processes, each of which keeps what it wrote; it cannot go on "
+                f"with {collectives.count()}. Type trainer.devices={len(states)}."
+            )
+        rollout.load(states[min(collectives.number(), len(states) - 1)])
+
+    def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
+        checkpoint["format"] = FORMAT
+
+    def on_train_start(self, trainer, module) -> None:
+        self.resumed_at = trainer.global_step
+        requests.watch()  # Lightning has put handlers of its own in their place
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        requested = collectives.any_of(requests.pending)
+        if trainer.global_step == self.resumed_at:
+            if self.random_state is not None:  # only here, since what runs before draws from the generators
+                restore(self.random_state, module.device)
+                self.random_state = None
+        elif trainer.global_step % self.every == 0 or requested:
+            self._save(trainer, SOON if requested else 0)
+        if requested:  # also where it was resumed at this very step, and there is nothing new to save
+            self._finish(trainer)
+            raise Preempted
+        self.step_start = {
+            "random": random_state(module.device),
+            "rollout": module.rollout.state() if module.rollout else {},
+            "lr": [group["lr"] for group in module.optimizers().param_groups],
+        }
+
+    def _end_unfinished_step(self, trainer) -> None:
+        """Go back to the start of a step that was left in its midst, save that, and end."""
+        for group, lr in zip(self.module.optimizers().param_groups, self.step_start["lr"], strict=True):
+            group["lr"] = lr
+        if self.module.rollout:
+            self.module.rollout.load(self.step_start["rollout"])
+        restore(self.step_start["random"], self.module.device)
+        if trainer.global_step not in (self.resumed_at, self.saved_at):
+            progress = trainer.fit_loop.epoch_loop.batch_progress
+            for counts in (progress.current, progress.total):
+                counts.started = counts.ready - 1  # as before the step
+            self._save(trainer, SOON)
+        self._finish(trainer)
+        raise Preempted
+
+    def _save(self, trainer, wait: float) -> None:
+        """Save a checkpoint. wait: seconds for a URL that is away."""
+        for logger in trainer.loggers:
+            logger.save()  # what was measured before a checkpoint is not measured again
+        self.before_save(trainer.global_step)
+        path = self.folder / f"step-{trainer.global_step:08}.ckpt"
+        trainer.save_checkpoint(path)
+        if self.remote and collectives.number() == 0:
+            self.remote.send_checkpoint(path, self.before_send, getattr(trainer.strategy, "writing", None), wait)
+        for old in steps(self.folder)[KEPT:]:
+            trainer.strategy.remove_checkpoint(old)
+        self.saved_at = trainer.global_step
+
+    def on_train_end(self, trainer, module) -> None:
+        self._finish(trainer)
+
+    def _finish(self, trainer) -> None:
+        if hasattr(trainer.strategy, "finish_writing"):
+            trainer.strategy.finish_writing()
+        if self.remote:
+            self.remote.finish_sending()

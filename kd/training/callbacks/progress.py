@@ -1,0 +1,49 @@
+"""Progress of training in the terminal."""
+
+from __future__ import annotations
+
+import time
+
+from lightning.pytorch.callbacks import Callback
+
+from kd.system.console import Steps
+
+LONG = 10.0  # seconds after which a step is shown by its micro-batches
+
+
+class ProgressBar(Callback):
+    """Shows step, loss and tokens per second, and micro-batches of a long step. shown: False on all ranks but one."""
+
+    def __init__(self, title: str, steps: int, shown: bool = True):
+        self.title, self.steps, self.shown = title, steps, shown
+        self.bar: Steps | None = None
+        self.tokens = 0  # since the process started
+        self._step_start = 0.0
+
+    def on_train_start(self, trainer, module) -> None:
+        self.bar = Steps(self.title, self.steps, trainer.global_step, shown=self.shown)
+
+        def on_micro_batch(done: int, count: int) -> None:
+            if time.monotonic() - self._step_start > LONG:
+                self.bar.update(trainer.global_step, self.tokens, f"micro-batch {done}/{count}  ")
+
+        module.on_micro_batch = on_micro_batch
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        self._step_start = time.monotonic()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.tokens += module.last_step.tokens
+        writers = module.rollout.writers if module.rollout else None
+        written = f"writes {writers.tokens / writers.seconds:,.0f} tokens/s  " if writers and writers.seconds else ""
+        self.bar.update(trainer.global_step, self.tokens, f"loss {module.last_step.metrics['loss']:.3f}  {written}")
+
+    def on_train_end(self, trainer, module) -> None:
+        self.stop()
+
+    def on_exception(self, trainer, module, exception) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        if self.bar:
+            self.bar.stop()
