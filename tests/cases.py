@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from kd.config.components import CONF, build
+from kd.config.components import as_record, build, option_files
 from kd.errors import UserError
 from kd.objective.target import KNOWN_BY, Target
 
@@ -19,7 +19,9 @@ N, V, K = 6, 17, 5
 
 
 def settings(group: str) -> dict[str, dict]:
-    return {f.stem: OmegaConf.to_container(OmegaConf.load(f)) for f in sorted((CONF / group).glob("*.yaml"))}
+    """The nodes of all options of a group."""
+    nodes = {file.stem: OmegaConf.to_container(OmegaConf.load(file)) for file in option_files(group)}
+    return {name: as_record(node) for name, node in nodes.items()} if group == "record" else nodes
 
 
 def every(group: str, *changes: dict) -> dict[str, Callable]:

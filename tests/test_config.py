@@ -16,7 +16,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import train
-from kd.config import components, overrides, security
+from kd.config import components, options, security
+from kd.config.compose import register
 from kd.config.sizes import SIZES
 from kd.data import packing
 from kd.errors import UserError
@@ -24,15 +25,16 @@ from kd.launch.sweeper import at_scale
 from kd.training import schedules
 from tests.cases import each, settings
 
-GROUPS = sorted(p.name for p in components.CONF.iterdir() if p.is_dir() and p.name != "hydra")
+GROUPS = [group for group in components.GROUPS if group != "sweeps"]
 OPTIONS = {f"{group}={name}": node for group in GROUPS for name, node in settings(group).items()}
+PRESET = [option for option in OPTIONS if option.startswith(components.PRESETS)]  # see test_methods.py
 SIZED = [f"{group}={size}" for group in ("student", "teacher") for size in SIZES]
 CALLABLE = {option: node for option, node in OPTIONS.items() if "_target_" in node}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def conf():
-    components.register()
+    register()
     with initialize_config_dir(str(components.CONF), version_base="1.3"):
         yield
 
@@ -56,7 +58,7 @@ def resolved(*words: str) -> dict:
 
 def given(node: dict) -> dict:
     """Its arguments; record.path is not for the truncation."""
-    notes = ("_target_", "_partial_", *(["path"] if "truncation" in node["_target_"] else []))
+    notes = ("_target_", *(["path"] if "truncation" in node["_target_"] else []))
     return {k: v for k, v in node.items() if k not in notes}
 
 
@@ -73,8 +75,8 @@ def function_of(node: dict):
 # What is there is right.
 
 
-@pytest.mark.parametrize("option", [*OPTIONS, *SIZED])
-def test_every_option_composes_and_its_function_binds(option):
+@pytest.mark.parametrize("option", [*(option for option in OPTIONS if option not in PRESET), *SIZED])
+def test_every_option_composes_and_its_function_binds_and_its_settings_are_listed(option):
     group, _, name = option.partition("=")
     node = resolved(option)[group]
     if "_target_" in node:
@@ -84,6 +86,7 @@ def test_every_option_composes_and_its_function_binds(option):
         inspect.signature(function).bind_partial(**settings)
     if option in SIZED:
         assert node["size"] == name and node["name"] is None
+    assert options.options(group)[name].keys() == node.keys() - {*options.NOTES}
 
 
 @pytest.mark.parametrize("file", sorted(components.SWEEPS.glob("*.yaml")), ids=lambda p: p.stem)
@@ -133,11 +136,6 @@ def test_yaml_and_signature_have_the_same_defaults(option):
     assert (node.keys() == function.keys() and node != function) if option in OTHER_VALUES else node == function
 
 
-def test_every_truncation_can_be_recorded_and_keeps_the_same_by_default():
-    kept = {n: {k: v for k, v in node.items() if k != "biased"} for n, node in settings("truncation").items()}
-    assert settings("record") == {name: {**node, "path": None} for name, node in kept.items()}
-
-
 @each("node", {k: v for k, v in CALLABLE.items() if k.startswith(("alpha=", "lr="))})
 def test_yaml_of_a_schedule_has_every_parameter(node):
     assert given(node).keys() == defaults(function_of(node)).keys()
@@ -158,27 +156,29 @@ def test_data_settings_are_those_of_pack():
 
 # A function is an option if it takes what the group's options take.
 @pytest.mark.parametrize(
-    ("group", "module", "takes"),
+    ("group", "takes"),
     [
-        ("loss", "losses", ["student", "target"]),
-        ("truncation", "truncation", ["target"]),
-        ("target", "treatment", ["target"]),
-        ("temperature", "temperature", ["student", "target"]),
-        ("routing", "routing", ["measured"]),
-        ("logits", "logits", ["origin"]),
-        ("rollout", "rollout", ["writers"]),
-        ("logger", "loggers", ["folder", "about"]),
-        ("alpha", "schedules", ["progress"]),
-        ("lr", "schedules", ["progress"]),
+        ("loss", ["student", "target"]),
+        ("truncation", ["target"]),
+        ("target", ["target"]),
+        ("temperature", ["student", "target"]),
+        ("routing", ["measured"]),
+        ("logits", ["origin"]),
+        ("rollout", ["writers"]),
+        ("logger", ["folder", "about"]),
+        ("alpha", ["progress"]),
+        ("lr", ["progress"]),
     ],
 )
-def test_functions_and_yamls_have_the_same_names(group, module, takes):
-    members = inspect.getmembers(importlib.import_module(f"kd.{module}"), inspect.isfunction)
-    public = {n: f for n, f in members if f.__module__ == f"kd.{module}" and not n.startswith("_")}
-    functions = {n for n, f in public.items() if list(inspect.signature(f).parameters)[: len(takes)] == takes}
+def test_functions_and_yamls_have_the_same_names(group, takes):
+    modules = [importlib.import_module(f"kd.{module}") for module in components.modules_of(group)]
+    members = [member for module in modules for member in inspect.getmembers(module, inspect.isfunction)]
+    public = {n: f for n, f in members if f.__module__ in {m.__name__ for m in modules} and not n.startswith("_")}
+    functions = {n: f for n, f in public.items() if list(inspect.signature(f).parameters)[: len(takes)] == takes}
     names = {name: OTHER_VALUES.get(f"{group}={name}", name) for name in settings(group)}
-    assert functions == set(names.values())
-    assert all(node["_target_"] == f"kd.{module}.{names[name]}" for name, node in settings(group).items())
+    assert functions.keys() == set(names.values())
+    for name, node in settings(group).items():
+        assert node["_target_"] == f"{functions[names[name]].__module__}.{names[name]}"
 
 
 def test_help_names_and_explains_every_group_and_option():
@@ -191,7 +191,7 @@ def test_help_names_and_explains_every_group_and_option():
 
 def test_flat_names_an_option_and_joins_keys():
     node = {
-        "loss": {"_target_": "kd.objective.losses.akl", "_partial_": True, "mu": 0.5},
+        "loss": {"_target_": "kd.objective.losses.akl", "mu": 0.5},
         "data": {"a": {"b": None}},
         "seed": 0,
     }
@@ -199,7 +199,7 @@ def test_flat_names_an_option_and_joins_keys():
 
 
 def test_build_binds_settings_and_waits_for_the_rest():
-    schedule = components.build({"_target_": "kd.training.schedules.constant", "_partial_": True, "peak": 2}, "lr")
+    schedule = components.build({"_target_": "kd.training.schedules.constant", "peak": 2}, "lr")
     assert schedule(0.5) == 2 and schedule.func is schedules.constant
 
 
@@ -209,7 +209,7 @@ def test_build_binds_settings_and_waits_for_the_rest():
      ("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4, "foreach": False})],
 )  # fmt: skip
 def test_every_optimizer_takes_its_settings(name, settings):
-    make = components.build({"_target_": f"torch.optim.{name}", "_partial_": True, **settings}, "optim")
+    make = components.build({"_target_": f"torch.optim.{name}", **settings}, "optim")
     made = make([torch.zeros(2, requires_grad=True)], lr=0.1).defaults
     assert {k: made[k] for k in settings} == settings
 
@@ -422,15 +422,13 @@ def test_hostile_target_is_refused_before_it_runs(target, canary):
     node = {"_target_": target, **hostile(canary.parent)[target]}
     for tree in (
         {"loss": node},
-        {"loss": node | {"_partial_": True}},
         {"data": {"of": [[1, {"x": node}]]}},
         {"loss": {"_target_": "kd.objective.losses.fkl", "student": node}},
     ):
         with pytest.raises(UserError, match="not something a config may call"):
             components.check_targets(tree)
-    for partial in (True, False):
-        with pytest.raises(UserError, match="not something a config may call"):
-            components.build(node | {"_partial_": partial}, "loss")
+    with pytest.raises(UserError, match="not something a config may call"):
+        components.build(node, "loss")
     assert not canary.exists() and canary.parent.exists()
 
 
@@ -479,14 +477,6 @@ def test_a_number_of_tokens_is_a_number_of_steps():
 # A group takes the name of one option, and settings that this option has.
 
 
-@each("group", {group: group for group in GROUPS})
-def test_options_have_the_settings_that_hydra_composes(group):
-    for name, own in overrides.options(group).items():
-        words = [f"{group}={name}", *(["data=instructions"] if group in ("plain", "rollout") else [])]
-        composed = OmegaConf.to_container(compose("config", words)[group])
-        assert own.keys() == {k for k in composed if k not in overrides.NOTES}, name
-
-
 REFUSED = {
     # A list, of which Hydra would take the last option.
     "loss=[fkl,rkl]": "type -m loss=fkl,rkl.",
@@ -530,11 +520,19 @@ REFUSED = {
     "tau=2": "type temperature.tau=2.",
     "k=50": "type truncation=top_k truncation.k=50",
     "seeds=1": "type seed=1.",
+    "loss._partial_=true": "loss=fkl has no _partial_",
+    "method.loss=rkl": "method has no settings of its own; type loss=rkl.",
+    "method.beta=1": "or loss=jsd loss.beta=1.",
+    "method=gkd loss.mu=1": "loss=jsd has no mu; type loss=akl loss.mu=1.",
+    "loss.mu=1 method=gkd loss.mu=1": "loss=jsd has no mu",
     # A name that no option has.
     "loss=forward_kl": "choose one of akl, atkd,",
     "loss=tvdd": "type loss=tvd,",
+    "method=gdk": "there is no method=gdk; type method=gkd, or another of akl,",
+    "experiment=c4": "there is no experiment=c4; choose one of c4_100m, c4_330m,",
     "student=gpt2": "student=hub student.name=gpt2.",
     "+loss=rkl": "type loss=rkl, without the +.",
+    "+method=gkd": "type method=gkd, without the +.",
     "++loss=rkl": "type loss=rkl, without the +.",
     # null, true and false, which name no option.
     "logger=null": "type logger=none.",
@@ -546,6 +544,7 @@ REFUSED = {
     "logger=true": "choose one of none, tensorboard, wandb.",
     "truncation=false": "choose one of full,",
     "student=null": "choose one of 100k,",
+    "method=null": "leave it out for none, or choose one of akl,",
     "record=null": "leave it out for none, or choose one of full,",
     "record=null,full": "got null; leave it out",
     "sweeps=true": "got true; choose one of adaptive,",
@@ -584,7 +583,9 @@ def test_a_message_names_some_of_many_options():
      "sweeps=loss truncation.k=5", "truncation=top_k truncation.k=range(1,9)", "student=hub optim.weight_decay=0",
      "+optim.amsgrad=true", "optim=mup student=hub optim.base_width=5", "data=text data.files=[a.txt,b.txt]",
      "plain=text plain.files=a.txt", "hydra/launcher=slurm", "hydra.launcher.minutes=5",
-     "temperature.tau=0.5,2", "logits.window=[0.5,1.0] logits=recorded", "responses.samples=2", "sweep=mine",
+     "temperature.tau=0.5,2", "method=gkd loss.beta=0.3", "loss.beta=0.3 method=gkd", "method=gkd,opd loss.beta=0.3",
+     "method=gkd student=hub optim.betas=[0.9,0.99]", "method=gkd loss=akl loss.mu=1", "~method",
+     "logits.window=[0.5,1.0] logits=recorded", "responses.samples=2", "sweep=mine",
      "lr.peak=tag(log,interval(1e-3,3e-2))", "~record"],
 )  # fmt: skip
 def test_what_hydra_understands_is_left_to_it(words):
@@ -602,7 +603,13 @@ def test_several_values_need_a_sweep():
 def documented() -> list[str]:
     """The commands that documents show, without what the shell does with them."""
     root = components.CONF.parent
-    files = [root / "README.md", root / "RESULTS.md", *root.glob("docs/*.md"), *root.glob("kd/*.py"), root / "train.py"]
+    files = [
+        root / "README.md",
+        root / "RESULTS.md",
+        *root.glob("docs/*.md"),
+        *root.glob("kd/**/*.py"),
+        root / "train.py",
+    ]
     pattern = re.compile(r"^[\s`]*(?:\w+=\S+ )*python (?:train\.py|-m kd\.store write) ([^`\n]*)", re.MULTILINE)
     found = {match[1] for file in files for match in pattern.finditer(re.sub(r"\\\n\s*", " ", file.read_text()))}
     return sorted(re.split(r"\s#|&&|\s{3,}|[;|]", line)[0].strip() for line in found)

@@ -15,13 +15,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import filelock
 import pytest
 
 from kd.runs.run import Run
 from kd.system import files
 from kd.system.checkpoint_files import newest
-from tests.small import content, folder, listed, outcome, result, start, train, type_in
+from tests.small import content, folder, listed, outcome, result, shared, start, train, type_in
 
 pytestmark = pytest.mark.fault
 
@@ -35,6 +34,11 @@ HERE = Path(__file__).parent
 def fired():
     with open(HERE / "fired", "a") as file:
         file.write(f"{os.getpid()} {' '.join(sys.orig_argv)}\\n")
+
+
+def here():
+    """Whether this process is one of those meant: the runs of a sweep share what they were forked from."""
+    return ONLY is None or ONLY in sys.orig_argv
 
 
 def hold():
@@ -61,8 +65,7 @@ class Finder:
         return spec
 
 
-if ONLY is None or ONLY in sys.orig_argv:
-    sys.meta_path.insert(0, Finder)
+sys.meta_path.insert(0, Finder)
 '''
 # The teacher has six steps, so a student alone comes to step 7; it has saved checkpoints at 3 and 6 by then.
 STEP = """
@@ -70,7 +73,7 @@ def patch(module):
     real = module.DistillationModule.training_step
 
     def training_step(self, batch, index):
-        if self.global_step == AT:
+        if self.global_step == AT and here():
             ACT
         return real(self, batch, index)
 
@@ -85,7 +88,7 @@ def patch(module):
     def hidden_states(self, ids):
         nonlocal count
         count += torch.is_grad_enabled()
-        if torch.is_grad_enabled() and len(ids) > ROWS and WHEN:
+        if torch.is_grad_enabled() and len(ids) > ROWS and WHEN and here():
             fired()
             raise ERROR
         return real(self, ids)
@@ -97,10 +100,10 @@ def patch(module):
     real = module.DistillationModule.accumulate_gradients
 
     def accumulate_gradients(self, *args):
-        if self.global_step == 4 and self.micro_batch_size == 4:
+        if self.global_step == 4 and self.micro_batch_size == 4 and here():
             fired()
             raise ERROR
-        if self.global_step == 7:
+        if self.global_step == 7 and here():
             hold()
         return real(self, *args)
 
@@ -115,7 +118,7 @@ def patch(module):
     def save(checkpoint, file):
         nonlocal count
         count += 1
-        if count == COUNT:
+        if count == COUNT and here():
             file.write(b"torn")
             file.flush()
             hold()
@@ -125,6 +128,17 @@ def patch(module):
     module.torch.save = save
 """
 IMPORT = "def patch(module):\n    hold()\n"
+BEGIN = """
+def patch(module):
+    real = module.check_command_line
+
+    def check_command_line(words):
+        if here():
+            hold()
+        real(words)
+
+    module.check_command_line = check_command_line
+"""
 
 
 class Fault:
@@ -227,12 +241,8 @@ PAIR = ("-m", "n_jobs=2", "seed=0,1")
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory) -> Path:
     """A root with three runs and nothing wrong; made once, for all processes of pytest."""
-    base = tmp_path_factory.getbasetemp()
-    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "clean"
-    with filelock.FileLock(f"{root}.lock"):
-        if not root.exists():
-            root.mkdir()
-            assert table(train(root, *THREE)).keys() == {f"seed={n}" for n in range(3)}
+    root = shared(tmp_path_factory, "clean", lambda root: train(root, *THREE))
+    assert runs(root).keys() == {f"seed={n}" for n in range(3)}
     return root
 
 
@@ -464,7 +474,7 @@ def test_second_signal_to_a_sweep_ends_all_at_once(root, tmp_path):
 
 @pytest.mark.slow
 def test_signal_to_a_sweep_whose_runs_only_begin(root, tmp_path):
-    fault = Fault(tmp_path / "fault", "hydra", IMPORT, only="seed=0")
+    fault = Fault(tmp_path / "fault", "kd.config.security", BEGIN, only="seed=0")
     process = start(root, "-m", "n_jobs=1", "seed=0,1", **fault.environment)
     fault.wait(process)
     process.terminate()
@@ -659,7 +669,7 @@ def test_changed_override_makes_new_runs_and_touches_no_old_file(clean, tmp_path
 @pytest.mark.slow
 def test_data_that_is_damaged_in_the_middle_of_a_sweep(clean, root, tmp_path):
     words = ("-m", "n_jobs=1", "seed=1,0")
-    fault = Fault(tmp_path / "fault", "hydra", IMPORT, only="seed=0")
+    fault = Fault(tmp_path / "fault", "kd.config.security", BEGIN, only="seed=0")
     process = start(root, *words, **fault.environment)
     fault.wait(process)
     (data,) = root.glob("data/*/train.npy")

@@ -1,24 +1,84 @@
 """Names of runs."""
 
+import copy
 import os
+from functools import cache
 from pathlib import Path
 
 import hydra
 import pytest
+from omegaconf import DictConfig, OmegaConf
 
+from kd.config import components
 from kd.config.components import CONF, flat
+from kd.config.compose import composed
+from kd.config.rules import resolve
 from kd.data import corpora, instructions, packing
 from kd.experiment.dependencies import cached_corpus, plan
 from kd.runs import identity
 from tests.small import settings
+from tests.test_golden import NOWHERE, names
+
+# Of runs that need a teacher, a start and a store between them.
+NAMED = (("loss=rkl",), ("logits=offline", "truncation=top_k"), ("data=instructions", "start=sft", "alpha.peak=0.5"))
 
 
-def test_an_option_with_its_neutral_value_renames_nothing(tmp_path, monkeypatch):
+@cache
+def composed_as_it_is(*words: str, compose=hydra.compose) -> DictConfig:
+    return compose("config", list(words))
+
+
+def names_with(defaults: dict[str, object], monkeypatch) -> set[str]:
+    """Names of NAMED and of all that these runs need, if the configs had these defaults, some of new options."""
+
+    def compose(_: str, words: list[str]) -> DictConfig:
+        config = copy.deepcopy(composed_as_it_is(*words))
+        for option, value in defaults.items():
+            OmegaConf.update(config, option, value, force_add=True)
+        return config
+
+    found = set()
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "key", lambda *_, **__: "0" * 16)
+        patch.setattr(hydra, "compose", compose)
+        composed.cache_clear()
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            for words in NAMED:
+                typed = [*words, *NOWHERE]
+                found |= set(names(resolve(hydra.compose("config", typed), typed)))
+    composed.cache_clear()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("table", "option", "default", "renames"),
+    [
+        ("NEUTRAL", "trainer.new", 1, False),
+        ("NEUTRAL", "trainer.new", 2, True),
+        (None, "trainer.new", 1, True),
+        ("NO_EFFECT", "trainer.new", 1, False),
+        (None, "trainer.clip", 0.5, True),
+        (None, "trainer.checkpoint_every", 7, False),
+        (None, "token_names", "any", False),
+    ],
+)
+def test_what_a_default_renames(table, option, default, renames, monkeypatch):
+    """A new option renames nothing while it has its neutral value or no effect; another default renames all runs."""
+    monkeypatch.setitem(components.PLAIN, "trainer", components.PLAIN["trainer"] | {"new": int})
+    if table == "NEUTRAL":
+        monkeypatch.setattr(identity, "NEUTRAL", identity.NEUTRAL | {option: 1})
+    if table == "NO_EFFECT":
+        monkeypatch.setattr(identity, "NO_PART", (*identity.NO_PART, option))
+    usual, found = names_with({}, monkeypatch), names_with({option: default}, monkeypatch)
+    assert len(found) == len(usual) == 8
+    assert found.isdisjoint(usual) if renames else found == usual
+
+
+def test_a_seed_is_part_of_every_name_and_a_root_of_none(tmp_path):
     config = flat(settings(tmp_path))
     name = identity.identity(config)
-    monkeypatch.setattr(identity, "NEUTRAL", identity.NEUTRAL | {"trainer.new": None})
-    assert identity.identity(config | {"trainer.new": None}) == name
-    assert identity.identity(config | {"trainer.new": 1}) != name
+    assert identity.identity(config | {"root": "elsewhere"}) == name
+    assert identity.identity(config | {"seed": 1}) != name
 
 
 def edit(path: Path, old: bytes, new: bytes) -> None:

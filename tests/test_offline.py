@@ -13,6 +13,7 @@ from kd.config.compose import composed
 from kd.data.batches import Batch, to_batch
 from kd.errors import UserError
 from kd.experiment import fit, prerequisites
+from kd.experiment.dependencies import resolved
 from kd.models import hub
 from kd.objective.chunked import Objective
 from kd.objective.losses import akl
@@ -23,7 +24,7 @@ from kd.objective.truncation import fewer
 from kd.store import reader
 from kd.store.format import STEP, from_bytes
 from tests.cases import LOSSES, TREATMENTS, close, each, gradient, option, sample
-from tests.small import TOP, folder, here, result, write
+from tests.small import TOP, folder, here, result, shared, write
 from tests.test_entries import ROWS, SIZE, heavy, read, written
 
 V = 17  # of the tiny data
@@ -32,10 +33,12 @@ V = 17  # of the tiny data
 @pytest.fixture(scope="module")
 def whole(taught, tmp_path_factory) -> Path:
     """A root with a store of everything."""
-    root = tmp_path_factory.mktemp("whole") / "root"
-    shutil.copytree(taught, root)
-    write(root, "truncation=full")
-    return root
+
+    def fill(root: Path) -> None:
+        shutil.copytree(taught, root, dirs_exist_ok=True)
+        write(root, "truncation=full")
+
+    return shared(tmp_path_factory, "full-store", fill)
 
 
 @pytest.fixture
@@ -335,6 +338,7 @@ def test_a_rank_composes_no_config(root, monkeypatch):
     monkeypatch.setattr(fit, "fit", lambda *of: given.append(of) or {})
     here(root, "logits=offline", "record=top_k", "record.k=5", "trainer.steps=2", *TOP)
     composed.cache_clear()
+    resolved.cache_clear()
     assert real(*given[0])["state"] == "done"
 
 

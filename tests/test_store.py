@@ -20,7 +20,7 @@ import safetensors
 import torch
 
 import train as product
-from kd.config.components import CONF, typed
+from kd.config.components import CONF, FORMER, typed
 from kd.config.rules import resolve
 from kd.errors import UserError
 from kd.experiment import store_check
@@ -299,6 +299,22 @@ def test_verify_goes_where_the_store_was_moved(root, command_line):
     path.mkdir()
     (path / "manifest.json").write_text("damaged")
     code, said = command_line("verify", str(root / "moved"))
+    assert code == 0 and "recomputed by the teacher" in said
+
+
+def test_verify_reads_the_settings_of_an_earlier_version(root, command_line):
+    """Its modules were not in packages, and what is called with the rest of its arguments later was marked so."""
+    former = {f"kd.{new}": f"kd.{old}" for old, new in FORMER.items()}
+    path = only(root) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest.pop("digest")
+    for group, node in manifest["settings"].items():
+        if isinstance(node, dict) and node.get("_target_", "").startswith("kd."):
+            module, _, name = node["_target_"].rpartition(".")
+            node |= {"_target_": f"{former[module]}.{name}"} | ({"_partial_": True} if group != "data" else {})
+    assert manifest["settings"]["loss"] == {"_target_": "kd.losses.fkl", "_partial_": True}
+    files.write_json(path, manifest | {"digest": files.digest_of(manifest)})
+    code, said = command_line("verify", str(only(root)))
     assert code == 0 and "recomputed by the teacher" in said
 
 

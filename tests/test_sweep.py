@@ -14,14 +14,18 @@ from omegaconf import OmegaConf
 from kd.config.components import CONF, SWEEPS
 from kd.config.rules import NO_SIGNAL, group_of
 from kd.errors import UserError
+from kd.experiment.dependencies import plan
 from kd.launch.sweeper import Processes, asked_for, at_scale, discard, varying
 from kd.models import flops as flops_module
 from kd.runs.run import Run
+from kd.system import files
 from kd.system.console import counted
 from kd.system.processes import whereabouts
 from kd.teachers.base import TeacherOrigin
-from sweeps import report
-from sweeps.compare import ALONE, grouped, manifest, read
+from sweeps.report.groups import SUPERVISED, group_runs
+from sweeps.report.load import load_sweep
+from sweeps.report.report import build_report
+from sweeps.report.write import write_report
 from tests.cases import option
 from tests.small import ENVIRONMENT, TRAIN, folder, listed, outcome, result, settings, train
 
@@ -65,13 +69,14 @@ def test_words_that_make_other_runs_name_another_sweep(words):
 def test_a_damaged_teacher_is_said_before_any_run_starts(tmp_path):
     asked = settings(tmp_path, "student=100k")
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        teacher = Processes.plan(Processes.plan(asked).teacher).run
-        Processes().check_before(asked, set())  # it is not there yet
+        planned = plan(asked)
+        teacher = plan(planned.teacher).run
+        Processes().check_before(planned, set())  # it is not there yet
         teacher.folder.mkdir(parents=True)
         (teacher / "result.json").write_text("{")
         with pytest.raises(UserError, match=r"result\.json is damaged"):
-            Processes().check_before(asked, set())
-        Processes().check_before(asked, {teacher.name})
+            Processes().check_before(planned, set())
+        Processes().check_before(planned, {files.digest_of(planned.teacher)})
 
 
 def test_one_run_is_said_to_be_one():
@@ -151,8 +156,8 @@ def test_runs_of_a_line_go_by_its_name(tmp_path):
         names == [None, "plain distillation", "best of all", "best of all at a temperature of 1"]
         and "  best of all  starts" in output
     )
-    found = grouped([read(tmp_path, run) for run in manifest(tmp_path, "best")])
-    assert {group.label for group in found} == {ALONE, *names[1:]}
+    found = group_runs(load_sweep(tmp_path, "best"))
+    assert {group.label for group in found} == {SUPERVISED, *names[1:]}
 
 
 def test_wrong_scale_names_those_there_are(tmp_path):
@@ -201,11 +206,9 @@ def test_a_tiny_version_of_every_sweep_runs_and_is_reported(name, shared):
     words = [f"sweeps={name}", f"root={shared}", *TINY, *SHORT.get(name, "trainer.steps=2").split()]
     done = subprocess.run([sys.executable, TRAIN, *words], env=ENVIRONMENT, cwd=shared, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = manifest(shared, name)
-    found = grouped([read(shared, line) for line in lines])
-    assert sum(len(group.runs) for group in found) == len(lines) > 1
-    page, says = report.write(shared, name)
-    assert page.exists() and says
+    report = build_report(shared, name)
+    assert sum(len(group.runs) for group in report.groups) == len(report.entries) > 1
+    assert report.verdict and all(path.exists() for path in write_report(shared, report))
 
 
 @pytest.mark.slow

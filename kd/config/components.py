@@ -9,12 +9,11 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
-from yaml import YAMLError
 
 from kd.config.sizes import SIZES
 from kd.errors import UserError
@@ -50,12 +49,12 @@ Node = dict[str, typing.Any]
 
 
 def renamed(node):
-    """Return the settings of an older manifest with today's modules in every `_target_`."""
+    """Return the settings of an older manifest with today's modules in every `_target_`, and without `_partial_`."""
     if isinstance(node, list):
         return [renamed(value) for value in node]
     if not isinstance(node, dict):
         return node
-    new = {key: renamed(value) for key, value in node.items()}
+    new = {key: renamed(value) for key, value in node.items() if key != "_partial_"}
     package, _, name = str(new.get("_target_", "")).rpartition(".")
     if package.startswith("kd."):
         module = package.removeprefix("kd.")
@@ -95,16 +94,22 @@ def locate(target: str, path: str) -> tuple[str, str]:
     Imports nothing, so that what is refused has done nothing.
     """
     module, _, name = str(target).rpartition(".")
-    options = (CONF / path).glob("*.yaml") if path in MODULES else ()
-    modules = modules_of(path)
-    allowed = sorted({f"kd.{m}.{f.stem}" for f in options for m in modules if f.stem in _functions(m)})
-    allowed += CLASSES if path == "optim" else ()
+    allowed = _allowed(path)
     if target not in allowed:
         raise UserError(
             f"{path}._target_={target}: not something a config may call. "
             + (f"Here it may call {', '.join(allowed)}." if allowed else "Nothing is called here.")
         )
     return module, name
+
+
+@cache
+def _allowed(path: str) -> list[str]:
+    """List what a `_target_` of the group `path` may be."""
+    options = option_files(path) if path in MODULES else ()
+    modules = modules_of(path)
+    allowed = sorted({f"kd.{m}.{f.stem}" for f in options for m in modules if f.stem in functions(m)})
+    return [*allowed, *(CLASSES if path == "optim" else ())]
 
 
 def load(target: str, path: str):
@@ -116,7 +121,7 @@ def load(target: str, path: str):
 
 
 @cache
-def _functions(module: str) -> dict[str, str]:
+def functions(module: str) -> dict[str, str]:
     """Public functions that the source of a module of kd defines, with the first line of their docstrings."""
     source = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
     functions = [n for n in source.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
@@ -128,7 +133,7 @@ def build(node: Node, path: str):
 
     Raises UserError for a wrong target, name or type.
     """
-    settings = {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
+    settings = {k: v for k, v in node.items() if k != "_target_"}
     function = load(node["_target_"], path)
     check_types(function, settings, path)
     return partial(function, **settings)
@@ -136,8 +141,7 @@ def build(node: Node, path: str):
 
 def check_types(function, settings: Node, path: str) -> None:
     """The signature is the schema: raise UserError for a name it does not have or a value of another type."""
-    parameters = inspect.signature(function).parameters
-    hints = typing.get_type_hints(function) if inspect.isfunction(function) else {}
+    parameters, hints = parameters_of(function)
     known = [name for name in parameters if name not in GIVEN and (path, name) != ("optim", "lr")]
     for name, value in settings.items():
         if name not in known:
@@ -147,6 +151,13 @@ def check_types(function, settings: Node, path: str) -> None:
         hint = hints.get(name, float if type(default) is int else type(default))
         if name in hints or default is not None:
             check_type(f"{path}.{name}", value, hint)
+
+
+@cache
+def parameters_of(function) -> tuple[Mapping[str, inspect.Parameter], dict]:
+    """Return the parameters of a function or class, and the types that a function's are annotated with."""
+    hints = typing.get_type_hints(function) if inspect.isfunction(function) else {}
+    return inspect.signature(function).parameters, hints
 
 
 def check_type(option: str, value, hint) -> None:
@@ -200,7 +211,7 @@ def _say(hint) -> str:
 
 def checked(function, node: Node, path: str) -> Node:
     """The part of node that the function has parameters for, with their types checked."""
-    settings = {k: v for k, v in node.items() if k in inspect.signature(function).parameters}
+    settings = {k: v for k, v in node.items() if k in parameters_of(function)[0]}
     check_types(function, settings, path)
     return settings
 
@@ -244,7 +255,7 @@ def check_plain(settings: Node) -> None:
         if group == "record" and settings[group] is None:
             continue
         if not isinstance(settings.get(group), dict) or (group not in PLAIN and "_target_" not in settings[group]):
-            option = next((f"{group}={name}" for name, _ in _options(group)), None)
+            option = next((f"{group}={name}" for name in option_names(group)), None)
             raise UserError(f"{group}: needs {f'one of its options, as in {option}' if option else 'its settings'}.")
     for group, kinds in PLAIN.items():
         node = settings[group] if group else {k: v for k, v in settings.items() if k not in (*GROUPS, *PLAIN)}
@@ -297,8 +308,6 @@ def flat(node: Node, prefix: str = "") -> Node:
     """Nested keys joined with dots, `_target_` replaced by the name it ends in."""
     out: Node = {}
     for key, value in node.items():
-        if key == "_partial_":
-            continue
         if key == "_target_":
             out[prefix.rstrip(".")] = value.rpartition(".")[2]
         elif isinstance(value, dict):
@@ -308,26 +317,28 @@ def flat(node: Node, prefix: str = "") -> Node:
     return out
 
 
-def register() -> None:
-    """Tell Hydra what is not a file of conf/: a student and a teacher per row of kd/config/sizes.py, and the sweeps."""
-    from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
+def option_files(group: str) -> list[Path]:
+    """Files of the options of a config group. What a store can keep is what a truncation can."""
+    folder = {"sweeps": SWEEPS, "record": CONF / "truncation"}.get(group, CONF / group)
+    return sorted(folder.glob("*.yaml"))
 
-    store = ConfigStore.instance()
-    for size in SIZES:
-        for group in ("student", "teacher"):
-            store.store(group=group, name=size, node={"size": size, "name": None})
-    for file in sorted(SWEEPS.glob("*.yaml")):
-        try:
-            sweep = OmegaConf.load(file)
-        except YAMLError as error:
-            raise UserError(f"{file} is no plain YAML: {error}") from None
-        node = {"sweep": {"name": file.stem, **sweep}, "hydra": {"mode": "MULTIRUN"}}
-        store.store(group="sweeps", name=file.stem, node=node, package="_global_")
-    OmegaConf.register_new_resolver("axes", _axes, replace=True)
 
+def option_names(group: str) -> list[str]:
+    """Names of the options of a config group."""
+    sizes = SIZES if group in ("student", "teacher") else ()
+    return [*sizes, *(file.stem for file in option_files(group))]
+
+
+def as_record(truncation: Node) -> Node:
+    """Return a node of conf/truncation as an option of the group `record`."""
+    return {key: value for key, value in truncation.items() if key != "biased"} | {"path": None}
+
+
+PRESETS = ("experiment", "method")  # groups whose options choose options and settings of other groups
 
 GROUPS = {
+    "method": "a way of distilling by name; what is typed beside it comes first",
+    "experiment": "models, data and trainer of a setting that recurs; what is typed beside it comes first",
     "data": "the text",
     "plain": "plain text beside data=instructions: for start=…, lm=plain and the tokenizer",
     "student": "the model that learns; any other by student=hub student.name=HUB_NAME_OR_FOLDER",
@@ -348,28 +359,3 @@ GROUPS = {
     "logger": "where metrics go beside metrics.jsonl",
     "sweeps": "a question answered by many runs",
 }
-
-
-def _axes() -> str:
-    """The options of every axis and what they mean, for --help."""
-    lines = []
-    for group, meaning in GROUPS.items():
-        lines.append(f"  {group}: {meaning}")
-        lines += [f"    {f'{group}={name}':<24} {says}".rstrip() for name, says in _options(group)]
-    return "\n".join(lines)
-
-
-def _options(group: str) -> Iterator[tuple[str, str]]:
-    if group in ("student", "teacher"):
-        for name, size in SIZES.items():
-            yield name, f"{size.layers} layers of width {size.hidden}, {size.parameters:,} parameters + embeddings"
-    for file in sorted((SWEEPS if group == "sweeps" else CONF / group).glob("*.yaml")):
-        first = next(line for line in file.read_text().splitlines() if not line.startswith("# @package"))
-        if first.startswith("#"):
-            yield file.stem, first[1:].strip()
-        else:
-            module, name = locate(first.split()[-1], group)
-            settings = [line.replace(": ", "=") for line in file.read_text().splitlines()[2:]]
-            explained = _functions(module.removeprefix("kd."))[name]
-            says = re.split(r"[.,;] (?=[A-Z(])|, nats|\. Raises", explained)[0].rstrip(".")
-            yield file.stem, f"{says}{f' [{chr(32).join(settings)}]' if settings else ''}"

@@ -1,4 +1,4 @@
-"""Configs composed by Hydra from words, as train.py's command line would."""
+"""Configs composed by Hydra from words, as train.py's command line would, and what it is told beside conf/."""
 
 from __future__ import annotations
 
@@ -7,13 +7,35 @@ from contextlib import contextmanager
 from functools import cache
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
-from kd.config.components import CONF
+from kd.config.components import CONF, as_record, option_files
+from kd.config.help import axes
 from kd.config.rules import Settings, resolve
 from kd.config.security import check_words
+from kd.config.sizes import SIZES
 from kd.errors import UserError
+
+
+def register() -> None:
+    """Tell Hydra what is no file of conf/: students and teachers by size, truncations to record, and the sweeps."""
+    store = ConfigStore.instance()
+    for size in SIZES:
+        for group in ("student", "teacher"):
+            store.store(group=group, name=size, node={"size": size, "name": None})
+    for file in option_files("record"):
+        store.store(group="record", name=file.stem, node=as_record(dict(OmegaConf.load(file))))
+    for file in option_files("sweeps"):
+        try:
+            sweep = OmegaConf.load(file)
+        except YAMLError as error:
+            raise UserError(f"{file} is no plain YAML: {error}") from None
+        node = {"sweep": {"name": file.stem, **sweep}, "hydra": {"mode": "MULTIRUN"}}
+        store.store(group="sweeps", name=file.stem, node=node, package="_global_")
+    OmegaConf.register_new_resolver("axes", axes, replace=True)
 
 
 @cache

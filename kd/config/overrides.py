@@ -7,25 +7,24 @@ has, it says what is wrong at length, and not what to type.
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable
 from functools import cache
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString, Sweep
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 
-from kd.config import components
-from kd.config.components import CONF, GROUPS, PLAIN
+from kd.config.components import GROUPS, PLAIN, PRESETS, option_names
+from kd.config.options import NOTES, defaults, options, overridden, settings_of_preset, words_of
 from kd.config.sizes import SIZES
 from kd.errors import UserError
 
 PLUGINS = {"hydra/launcher": "processes", "hydra/sweeper": "lines"}  # and what is taken where none is typed
 # Groups whose settings are also those of another, which is meant first.
 BESIDE = ("plain", "start", "teacher", "record")
-OPTIONAL = ("record", "sweeps")  # groups of which no option need be taken
+OPTIONAL = (*PRESETS, "record", "sweeps")  # groups of which no option need be taken
 SHOWN = 12  # names of options in a message, at most
-NOTES = ("_target_", "_partial_", "defaults")  # keys of a yaml that are no settings
 
 
 def check_groups(words: Iterable[str]) -> None:
@@ -33,7 +32,7 @@ def check_groups(words: Iterable[str]) -> None:
     words = list(words)
     for word in words:
         _check_slash(word)
-    overrides = [override for word in words if (override := _parsed(word))]
+    overrides = [override for word in words if (override := parsed(word))]
     for override in filter(Override.is_delete, overrides):
         group = override.key_or_group
         if group in GROUPS and group not in OPTIONAL:
@@ -45,18 +44,23 @@ def check_groups(words: Iterable[str]) -> None:
     chosen = _chosen(overrides)
     for override in overrides:
         _check_setting(override, chosen)
+    _check_conflict(chosen, {override.key_or_group for override in overrides})
+    for preset in PRESETS:
+        _check_preset(preset, chosen, words)
 
 
 def check_single(words: Iterable[str]) -> None:
     """Raise UserError for an override with several values, in a command that makes one run."""
-    for override in filter(None, map(_parsed, words)):
+    for override in filter(None, map(parsed, words)):
         if override.is_sweep_override():
             raise UserError(
                 f"{override.input_line}: one command makes one run; for a run of each value, type -m first."
             )
 
 
-def _parsed(word: str) -> Override | None:
+@cache
+def parsed(word: str) -> Override | None:
+    """Parse an override, not to be changed, since the runs of a sweep share most; None for one that Hydra refuses."""
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException:
@@ -99,17 +103,11 @@ def _instead(group: str, value: bool | None = None) -> str:
     """What to type in place of null, true or false for a group."""
     if group in PLUGINS:
         return f"leave it out, or type {group}={PLUGINS[group]}"
-    names = _names(group)
+    names = option_names(group)
     if value is not True and "none" in names:
         return f"type {group}=none"
     leave = "leave it out for none, or " if value is not True and group in OPTIONAL else ""
     return f"{leave}choose one of {_named(names)}"
-
-
-def _names(group: str) -> list[str]:
-    if group == "sweeps":
-        return sorted(file.stem for file in components.SWEEPS.glob("*.yaml"))
-    return list(options(group))
 
 
 def _check_option(override: Override) -> None:
@@ -133,7 +131,7 @@ def _check_option(override: Override) -> None:
         return
     if override.is_add() or override.is_force_add():
         raise UserError(f"{word}: every group has an option already; type {group}={text}, without the +.")
-    names = _names(group)
+    names = option_names(group)
     for value in values:
         if _is_number(value) and group != "sweeps":
             shown = text if all(map(_is_number, values)) else str(value)
@@ -148,9 +146,9 @@ def _check_option(override: Override) -> None:
 
 def _renamed(group: str, values: str) -> str:
     """`GROUP=VALUES`, or the setting that is meant where the values are numbers."""
-    parsed = _parsed(f"{group}={values}")
-    if parsed and all(map(_is_number, _values(parsed))):
-        return _for_number(group, _values(parsed)[0], values).removeprefix("type ")
+    override = parsed(f"{group}={values}")
+    if override and all(map(_is_number, _values(override))):
+        return _for_number(group, _values(override)[0], values).removeprefix("type ")
     return f"{group}={values}"
 
 
@@ -186,6 +184,8 @@ def _check_setting(override: Override, chosen: dict[str, str | None]) -> None:
     word, text, added = override.input_line, override.input_line.partition("=")[2], override.is_add()
     if not key and not added and group not in (*GROUPS, *PLAIN, *PLAIN[""]) and "/" not in group:
         raise UserError(f"{word}: there is no option {group}; {_anywhere(group, text, chosen)}.")
+    if group in PRESETS and key:
+        raise UserError(f"{word}: {group} has no settings of its own; {_anywhere(key, text, chosen)}.")
     if group in PLAIN and group not in GROUPS:  # no options to choose from
         settings, others, which = dict.fromkeys(PLAIN[group]), [], group
     elif group in chosen:
@@ -229,60 +229,52 @@ def _anywhere(key: str, text: str, chosen: dict[str, str | None]) -> str:
 
 def _chosen(overrides: list[Override]) -> dict[str, str | None]:
     """The option of each group; groups of which several are asked for, or that a sweep may choose, are left out."""
-    chosen: dict[str, str | None] = dict(_defaults())
     typed = {override.key_or_group: _values(override) for override in overrides if override.key_or_group in GROUPS}
-    for group, values in typed.items():
-        if group in chosen and len(values) == 1 and isinstance(values[0], str):
-            for other, name in _overridden(group, values[0]).items():
-                chosen[other] = name
+    preset = _set_by(typed, PRESETS)
+    choices = {group: [name] for group, name in defaults().items()} | preset | typed
+    choices |= _set_by(choices, [group for group in GROUPS if group not in PRESETS]) | preset | typed
     if "sweeps" in typed:
-        chosen = {group: name for group, name in chosen.items() if group in typed}
-    for group, values in typed.items():
-        if len(values) == 1 and (values[0] is None or isinstance(values[0], str)):
-            chosen[group] = values[0]
-        else:
-            chosen.pop(group, None)
-    chosen.pop("sweeps", None)
-    return chosen
+        choices = {group: values for group, values in choices.items() if group in typed and group != "sweeps"}
+    single = {group: values[0] for group, values in choices.items() if len(values) == 1}
+    return {group: name for group, name in single.items() if name is None or isinstance(name, str)}
 
 
-@cache
-def _defaults() -> dict[str, str | None]:
-    """The option of each group that is taken where none is typed."""
-    pairs = [pair for entry in _yaml("config")["defaults"] if isinstance(entry, dict) for pair in entry.items()]
-    return {group: name for group, name in pairs if group in GROUPS and group != "sweeps"}
+def _set_by(choices: dict[str, list], groups: Iterable[str]) -> dict[str, list]:
+    """The options that options of `groups` choose in other groups, all of them where they differ."""
+    found: dict[str, list] = {}
+    for group in groups:
+        sets = [overridden(group, name) for name in choices.get(group, []) if isinstance(name, str)]
+        for other in {key for chosen in sets for key in chosen}:
+            found[other] = list({chosen.get(other) for chosen in sets})
+    return found
 
 
-def _overridden(group: str, name: str) -> dict[str, str]:
-    """The options of other groups that an option chooses."""
-    entries = [entry for entry in _yaml(f"{group}/{name}").get("defaults", []) if isinstance(entry, dict)]
-    pairs = [(key.split("/")[-1], value) for entry in entries for key, value in entry.items() if "override" in key]
-    return dict(pairs)
+def _check_conflict(chosen: dict[str, str | None], typed: set[str]) -> None:
+    """Raise UserError where two presets choose different options of a group, and none is typed."""
+    presets = {f"{preset}={name}": overridden(preset, name) for preset in PRESETS if (name := chosen.get(preset))}
+    for (first, some), (second, others) in itertools.combinations(presets.items(), 2):
+        groups = [group for group in some.keys() & others.keys() - typed if some[group] != others[group]]
+        if groups:
+            ways = (" ".join(f"{group}={of[group]}" for group in sorted(groups)) for of in (some, others))
+            raise UserError(f"{first} and {second} do not agree; type {', or '.join(ways)}.")
 
 
-@cache
-def options(group: str) -> dict[str, dict]:
-    """The options of a group, with the settings and defaults of each."""
-    found = {size: {"size": size, "name": None} for size in SIZES} if group in ("student", "teacher") else {}
-    found |= {file.stem: _settings(group, file.stem) for file in sorted((CONF / group).glob("*.yaml"))}
-    shared = _yaml("config").get(group) or {}
-    return {name: shared | settings for name, settings in found.items()}
-
-
-def _settings(group: str, name: str) -> dict:
-    """The settings of an option, with those that it takes over from other files."""
-    node, inherited = _yaml(f"{group}/{name}"), {}
-    for entry in node.get("defaults", []):
-        if isinstance(entry, str):
-            inherited |= _settings(group, entry)
-        else:
-            for key, other in entry.items():  # as /data@_here_
-                inherited |= _settings(key.strip("/").partition("@")[0], other) if "_here_" in key else {}
-    own = node[group] if isinstance(node.get(group), dict) else node
-    return inherited | {k: v for k, v in own.items() if k not in NOTES}
-
-
-@cache
-def _yaml(name: str) -> dict:
-    file = CONF / f"{name}.yaml"
-    return OmegaConf.to_container(OmegaConf.load(file)) if file.exists() else {}
+def _check_preset(preset: str, chosen: dict[str, str | None], words: list[str]) -> None:
+    """Raise UserError where a preset has settings for another option of a group than the one that is typed."""
+    if not (name := chosen.get(preset)):
+        return
+    for group, settings in settings_of_preset(preset, name).items():
+        option = chosen.get(group)
+        if not isinstance(settings, dict) or option in (None, overridden(preset, name).get(group)):
+            continue
+        word = f"{group}={option}"
+        for key in settings.keys() - options(group).get(option, {}).keys():
+            others = [other for other in words_of(preset, name) if not other.startswith((f"{group}=", f"{group}."))]
+            raise UserError(
+                f"{word}: {preset}={name} sets {group}.{key}, which {word} does not have; leave {preset}={name} out, "
+                f"and type what else it stands for: {' '.join(others)}."
+            )
+        if "name" in settings and option in SIZES and f"{group}.name=null" not in words:
+            raise UserError(
+                f"{word}: {preset}={name} sets {group}.name, and this is a size; type {word} {group}.name=null."
+            )

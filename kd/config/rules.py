@@ -15,7 +15,8 @@ Settings = conf.Node
 
 def resolve(cfg: DictConfig, typed: list[str]) -> Settings:
     """The config as plain containers, checked as far as that is possible before data and models are there."""
-    cfg = OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"])
+    if "hydra" in cfg:
+        cfg = OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"])
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise UserError(f"{missing[0]} is needed here: type {missing[0]}=VALUE.")
@@ -339,7 +340,7 @@ def is_recorded(settings: Settings) -> bool:
 
 def kept_of(node: Settings) -> dict:
     """A truncation as {"name": …, setting: value}; not where it is recorded, nor what is accepted of losses."""
-    settings = {k: v for k, v in node.items() if k not in ("_target_", "_partial_", "path", "biased")}
+    settings = {k: v for k, v in node.items() if k not in ("_target_", "path", "biased")}
     return {"name": name_of(node), **settings}
 
 

@@ -11,8 +11,6 @@ import re
 from collections.abc import Iterable
 
 from hydra._internal.utils import get_args_parser
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 
 from kd.config import overrides
 from kd.config.components import GROUPS
@@ -45,11 +43,9 @@ def check_words(words: Iterable[str]) -> None:
     names no option of its group."""
     words = list(words)
     check_secrets(words)
-    parser = OverridesParser.create()
     for word in words:
-        try:
-            override = parser.parse_override(word)
-        except HydraException:
+        override = overrides.parsed(word)
+        if override is None:
             continue  # it gets no further, and Hydra says best what is wrong with it
         key, value = override.key_or_group, word.partition("=")[2]
         if override.package is not None or (key.startswith("hydra") and not HYDRA.fullmatch(key)):

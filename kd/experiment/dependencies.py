@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
 from functools import cache
 from typing import NamedTuple
 
@@ -105,7 +105,7 @@ def plain_data(settings: Settings) -> Settings:
 
 def _packing(settings: Settings, node: Settings, group: str) -> tuple[Corpus, dict]:
     make = conf.load(node["_target_"], group)
-    known = {"_target_", *inspect.signature(make).parameters, *packing.OPTIONS}
+    known = {"_target_", *conf.parameters_of(make)[0], *packing.OPTIONS}
     for name in node.keys() - known:
         raise UserError(f"{group}.{name}={node[name]}: no such option of this data.")
     source = cached_corpus(make, **conf.checked(make, node, group))
@@ -152,11 +152,20 @@ def start_settings(settings: Settings) -> Settings | None:
         made = _language_modelling(settings, student, "scratch", of["steps"], of["batch"], of["lr"], of["seed"])
         return made | {"data": plain_data(settings)}
     if not corpus(settings)[0].pairs:
-        raise UserError("start=sft fine-tunes on instructions, and this data is plain text; type data=instructions.")
+        raise UserError(
+            "start=sft fine-tunes on instructions, and this data is plain text; type data=instructions, or "
+            "start=scratch."
+        )
     before, rate = ("scratch", 1e-4) if student["name"] else ("pretrained", 1e-3)
     return _language_modelling(
         settings, student, before, of["sft_steps"], of["sft_batch"], of["sft_lr"] or rate, of["seed"]
     )  # fmt: skip
+
+
+@cache
+def resolved(*typed: str) -> Settings:
+    """Resolve these words, for callers that copy what they change: a sweep asks for the same teacher once per run."""
+    return resolve(composed(*typed), list(typed))
 
 
 def _language_modelling(
@@ -167,7 +176,7 @@ def _language_modelling(
     typed = ["teacher=none", "logits=none", f"seed={seed}", f"lr.peak={lr}", f"start={start}"]
     typed += [f"trainer.steps={steps}", f"trainer.batch={batch}", f"trainer.micro_batch={batch}"]
     typed += ["optim=adamw"] if student["name"] else []  # as student=hub has it
-    made = resolve(composed(*typed, f"trainer.precision={precision}"), typed)
+    made = copy.deepcopy(resolved(*typed, f"trainer.precision={precision}"))
     made["data"] = settings["data"] | {"tokenizer": corpus(settings)[1]["tokenizer"]}
     made["student"] = student
     made["trainer"]["accelerator"] = settings["trainer"]["accelerator"]

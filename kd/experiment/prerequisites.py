@@ -194,7 +194,9 @@ def written_by_teacher(settings: Settings, packed: Packed, components: Component
         return packed
     of = plan(settings)
     who = of.teacher and plan(of.teacher).run.name, files.stamp(settings["teacher"]["name"]), settings["teacher"]
-    made = [packed.folder.name, settings["rollout"] if writes else None, who, *([sides] if packed.prompts_only else [])]
+    # As the settings of a rollout used to be written, so that folders keep their names.
+    how = settings["rollout"] | {"_target_": "kd.rollout.teacher", "_partial_": True} if writes else None
+    made = [packed.folder.name, how, who, *([sides] if packed.prompts_only else [])]
     folder = home(settings["root"]) / "rollouts" / files.digest_of(made)[:16]
 
     def writers() -> strategies.Writers:

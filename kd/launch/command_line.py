@@ -1,13 +1,13 @@
-"""Entry of train.py: what Hydra is told before it composes, and what a process does that is one rank of several."""
+"""Entry of train.py: what Hydra is told before it composes, and what ranks and sweeps start it as."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 
-from kd.config import components, security
+from kd.config import compose, security
 from kd.errors import UserError
-from kd.launch import hydra_plugins
+from kd.launch import hydra_plugins, warm
 from kd.runs import wandb_agent
 from kd.system import files
 from kd.system.console import end_with
@@ -17,7 +17,7 @@ from kd.system.signals import Preempted, end_with_parent
 def register() -> None:
     """Make sizes, sweeps, sweepers and launchers known to Hydra; end the program where a sweep file is no YAML."""
     try:
-        components.register()
+        compose.register()
     except UserError as error:
         end_with(error)
     hydra_plugins.register()
@@ -29,6 +29,8 @@ def enter(main: Callable[[], None]) -> None:
         from kd.launch import rank_launcher
 
         return rank_launcher.work(sys.argv[2:])
+    if sys.argv[1:2] == [warm.WORD]:  # a process that goes on here as each of a sweep's runs
+        sys.argv[1:] = warm.serve(sys.argv[2])
     end_with_parent()
     try:
         sys.argv[1:] = files.expanded_words(sys.argv[1:])

@@ -22,16 +22,20 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from kd.config.components import check_sweep
+from kd.config.composer import Composer
+from kd.config.options import option_of
 from kd.config.rules import NO_SIGNAL, group_of, name_of, resolve
 from kd.config.security import check_words
 from kd.errors import MISTAKES, UserError, for_people
-from kd.experiment.dependencies import plan
+from kd.experiment.dependencies import Plan, plan
 from kd.experiment.prerequisites import prepare
-from kd.launch.pool import UNKNOWN, Job, Local, Pool, Watch, fitting, gpus, visible_devices
+from kd.launch.pool import Job, Local, Pool, Watch, fitting, gpus, visible_devices
+from kd.launch.warm import Warm
 from kd.runs import wandb_agent
 from kd.runs.identity import NO_EFFECT, below
+from kd.runs.outcome import RunState
 from kd.runs.provenance import doubts
-from kd.runs.run import DIVERGED, DONE, FAILED, NO_MEMORY, SEALED, Run
+from kd.runs.run import SEALED, Run
 from kd.system import files, remote
 from kd.system.console import clock, console, counted, end_with, styled
 from kd.system.files import read_json
@@ -46,6 +50,11 @@ class Multirun(Sweeper):
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Raise what Hydra raises for the first job that it cannot compose."""
+        for job in batch:
+            self.launcher.composer.compose(job)
 
     def name_from(self, arguments: Sequence[str]) -> None:
         """Give a sweep without a name one that is its words', so that its list is no other sweep's."""
@@ -62,7 +71,8 @@ class Lines(Multirun):
     """Hydra's basic sweeper over several lines: a sweep is the union of what each of its `runs` would be after -m.
 
     What was typed beside sweeps=NAME is added to every line, and a line may have a name that its runs go by in tables:
-    `- MiniLLM: rollout=mixed loss=minillm`. Without a sweep file there is one line: what was typed.
+    `- MiniLLM: method=minillm`. Without one they go by their method, if any. Without a sweep file there is one line:
+    what was typed.
     A file may have `scales`, each with a `base` and `runs` of its own to add, of which scale=NAME takes one.
     How a signal is treated is left out of runs that have none, and runs that are then the same are one run.
     """
@@ -82,11 +92,11 @@ class Lines(Multirun):
         for name, line in lines:
             words = files.expanded_words(shlex.split(base) + shlex.split(line)) + typed
             for job in BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]:
-                if "logits=none" in job:
+                if option_of("logits", job) == "none":
                     job = [w for w in job if group_of(w) not in NO_SIGNAL]
                 if job not in jobs:
                     jobs.append(job)
-                    names.append(name)
+                    names.append(name or option_of("method", job) or "")
         try:
             for job in jobs:
                 check_words(job)
@@ -121,6 +131,7 @@ class Runs(Launcher):
     def setup(self, *, hydra_context, task_function, config) -> None:
         config.root = files.expanded(config.root)  # the settings of a run are expanded when they are resolved
         self.hydra_context, self.config = hydra_context, config
+        self.composer = Composer(hydra_context.config_loader, config)
         self.program = sys.modules[task_function.__module__].__file__
 
     def at_once(self, asked: Sequence[int]) -> float:
@@ -223,8 +234,7 @@ class Runs(Launcher):
         raise UserError(refused(jobs, said, wrong))
 
     def _settings(self, words: Sequence[str]) -> dict:
-        cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(words))
-        return resolve(cfg, list(words))
+        return resolve(self.composer.compose(words), list(words))
 
     def _prepare_wandb(self, name: str, runs: Iterable[Run]) -> None:
         """Ask W&B's server once for all runs, and put those that were made outside of any sweep into this one's group.
@@ -249,36 +259,42 @@ class Runs(Launcher):
                 loggers.forget()
                 console.print(f"{counted(joined, 'run', 'runs')} made before: now in the group {name} of W&B.")
 
-    def _run(self, words: Sequence[str], sound: set[str] | None = None) -> tuple[Run, int, str]:
+    def _run(self, words: Sequence[str], sound: set[str]) -> tuple[Run, int, str]:
         """The run that the words describe, how many GPUs it asks for, and where it is logged.
 
-        sound: names of teachers and starts that were checked already.
+        sound: digests of the settings of runs, teachers and starts that were tried already.
         """
         settings = self._settings(words)
-        run = plan(settings).run
+        planned = plan(settings)
+        run = planned.run
         if self.config.force or (result := run.result()) is None:
             self.check_place(settings)
-            self.check_before(settings, set() if sound is None else sound)
-            prepare(settings)
+            self.check_before(planned, sound)
+            trial = files.digest_of(settings | {"seed": None})  # which it does not depend on
+            if trial not in sound:
+                prepare(settings)
+                sound.add(trial)
         else:
             run.settle()
             if not run.remote:
                 run.check(result, *(name for name in SEALED if name != "student"))
         return run, gpus(settings["trainer"]), name_of(settings["logger"])
 
-    def check_before(self, settings: dict, sound: set[str]) -> None:
-        """Raise UserError for a damaged run that makes the teacher or start of a run; sound: names of checked ones."""
-        planned = plan(settings)
+    def check_before(self, planned: Plan, sound: set[str]) -> None:
+        """Raise UserError for a damaged run that makes the teacher or start of a run.
+
+        sound: digests of the settings of those that were checked already.
+        """
         stored = planned.store is not None and planned.store.manifest().exists()
         for model in filter(None, (planned.start, None if stored else planned.teacher)):
-            run = plan(model).run
-            if run.name in sound:
+            if (digest := files.digest_of(model)) in sound:
                 continue
-            if result := run.result():
-                run.check(result, "student")
+            before = plan(model)
+            if result := before.run.result():
+                before.run.check(result, "student")
             else:
-                self.check_before(model, sound)
-            sound.add(run.name)
+                self.check_before(before, sound)
+            sound.add(digest)
 
     def _return(self, job: Job) -> JobReturn:
         result, state = outcome(job)
@@ -340,7 +356,7 @@ class NotDone(UserError):
     def __init__(self, run: Run, state: dict):
         super().__init__(f"{run.name} is not done: {state['reason']}")
         killed = (state.get("exit_code") or 0) < 0
-        self.again = killed or state["state"] not in (FAILED, DIVERGED)
+        self.again = killed or state["state"] not in (RunState.FAILED, RunState.DIVERGED)
 
 
 def outcome(job: Job) -> tuple[dict | None, dict]:
@@ -348,13 +364,17 @@ def outcome(job: Job) -> tuple[dict | None, dict]:
     try:
         return job.run.result(wait=0), job.run.state(wait=0)
     except UserError as error:
-        return None, job.state or {"state": UNKNOWN, "reason": str(error)}
+        return None, job.state or {"state": RunState.UNKNOWN, "reason": str(error)}
 
 
 class Processes(Runs):
     """Runs on this machine, each with a share of its cores and GPUs."""
 
     here = True
+
+    def setup(self, **given) -> None:
+        super().setup(**given)
+        self.warm = Warm(self.program) if sys.platform == "linux" else None  # for all batches of a search
 
     def check_place(self, settings: dict) -> None:
         if settings["trainer"]["devices"] > 1:
@@ -366,7 +386,7 @@ class Processes(Runs):
         return self.config.n_jobs or fitting(visible_devices(), min(asked, default=1))
 
     def pool(self, name: str, jobs: list[Job]) -> Pool:
-        return Local(self.program, jobs, self.at_once([job.gpus for job in jobs]), visible_devices())
+        return Local(self.program, jobs, self.at_once([job.gpus for job in jobs]), visible_devices(), self.warm)
 
 
 def varying(jobs: Sequence[Sequence[str]], names: Sequence[str]) -> list[str]:
@@ -374,9 +394,6 @@ def varying(jobs: Sequence[Sequence[str]], names: Sequence[str]) -> list[str]:
     alike = {name: set.intersection(*(set(j) for j, of in zip(jobs, names) if of == name)) for name in names if name}
     alike[""] = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
     return [" ".join([*filter(None, [of]), *(w for w in j if w not in alike[of])]) for j, of in zip(jobs, names)]
-
-
-COLORS = {DONE: "green", FAILED: "red", DIVERGED: "red", NO_MEMORY: "red"}
 
 
 def summary(name: str, jobs: Sequence[Job]) -> Table:
@@ -388,15 +405,16 @@ def summary(name: str, jobs: Sequence[Job]) -> Table:
     for column in ("run", "state", *measures, "time", "memory", ""):
         table.add_column(column, justify="left" if column in ("run", "state", "") else "right")
     for job, result, state in zip(jobs, results, states, strict=True):
-        stands, why = state["state"], state["reason"]
-        if stands == DONE:
+        stands, why = RunState(state["state"]), state["reason"]
+        failed = stands.is_failure
+        if stands == RunState.DONE:
             why = "; ".join(doubts(result))
-        elif stands == "not begun":
+        elif stands == RunState.NOT_BEGUN:
             why = "the same command starts it"
-        elif stands in (FAILED, DIVERGED, NO_MEMORY):
+        elif failed:
             why = f"{why[:100]}  {job.log}"
         table.add_row(
-            job.said, styled(stands, COLORS.get(stands, "yellow")),
+            job.said, styled(stands, "green" if stands == RunState.DONE else "red" if failed else "yellow"),
             *(f"{result['final'][key]:.4f}" if result and key in result["final"] else "" for key in measures.values()),
             clock(state["seconds"]) if "seconds" in state else "",
             files.amount(state["peak_memory"]) if "peak_memory" in state else "", styled(why, "dim"),

@@ -1,35 +1,17 @@
 """The exported student: weights, tokenizer and model card for plain transformers."""
 
 from __future__ import annotations
-from kd.runs.run import Run
-from kd.config.security import redacted
-
 
 import importlib.metadata
-import json
-import os
 import platform
-import re
-import shlex
 import shutil
-import socket
 import subprocess
-import time
-import traceback
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import filelock
-
-from kd.system import files
-from kd.errors import UserError, is_mistake
+from kd.config.security import redacted
 from kd.runs.identity import model_name, size_text
-from kd.system.console import console
-from kd.system.signals import EXIT_CODE
-
-
+from kd.runs.run import Run
+from kd.system import files
 
 
 def environment() -> dict[str, str | None]:

@@ -1,13 +1,14 @@
 """What a run is called: its settings that change what comes out, and what is told of them elsewhere."""
 
 from __future__ import annotations
-from kd.config.rules import NO_SIGNAL
 
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import xxhash
+
+from kd.config.rules import NO_SIGNAL
 
 # What a run is called, where it is kept and how often it is saved change nothing of what comes out.
 NO_EFFECT = (

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from kd.system import files
 from kd.config.components import MODULES, modules_of
 from kd.runs.identity import part_of_outcome
 from kd.runs.run import is_sealed
+from kd.system import files
 
 PACKAGE = Path(__file__).parent.parent
 UNSEALED = "from before results were sealed: neither damage nor a change of code would be noticed"

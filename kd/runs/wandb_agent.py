@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from kd.config.components import build
+from kd.config.rules import name_of
 from kd.errors import UserError
 from kd.runs.identity import about, sizes_of
 from kd.runs.run import RESPONSES, Run
-from kd.config.rules import name_of
 
 WANTED = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 

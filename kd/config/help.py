@@ -1,0 +1,37 @@
+"""Text of `python train.py --help`: the config groups, their options and what they mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from kd.config.components import GROUPS, functions, locate, option_files
+from kd.config.sizes import SIZES
+
+
+def axes() -> str:
+    """Return the options of every group, a line each."""
+    lines = []
+    for group, meaning in GROUPS.items():
+        lines.append(f"  {group}: {meaning}")
+        lines += [f"    {f'{group}={name}':<24} {meaning}".rstrip() for name, meaning in _options(group)]
+    return "\n".join(lines)
+
+
+def _options(group: str) -> Iterator[tuple[str, str]]:
+    """Yield name and meaning of each option: the first comment of its file, or of its function the docstring."""
+    if group in ("student", "teacher"):
+        for name, size in SIZES.items():
+            yield name, f"{size.layers} layers of width {size.hidden}, {size.parameters:,} parameters + embeddings"
+    for file in option_files(group):
+        first, *lines = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
+        if first.startswith("#"):
+            yield file.stem, first[1:].strip()
+        else:
+            module, name = locate(first.split()[-1], group)
+            if group == "record":
+                lines = [*(line for line in lines if not line.startswith("biased")), "path: null"]
+            settings = " ".join(line.replace(": ", "=") for line in lines)
+            explained = functions(module.removeprefix("kd."))[name]
+            meaning = re.split(r"[.,;] (?=[A-Z(])|, nats|\. Raises", explained)[0].rstrip(".")
+            yield file.stem, f"{meaning}{f' [{settings}]' if settings else ''}"

@@ -1,0 +1,180 @@
+"""Runs of a sweep that begin with everything imported: they are forked from a process that has done so, the server.
+
+Importing torch, Lightning and transformers takes longer than a short run trains. The server does that once, and nothing
+else: there are no threads of torch yet, and no GPU was looked at. It forks twice for each run, and the process between
+ends at once, so that the run becomes a child of the sweep as any process that the sweep starts: its exit status, its
+memory and its signals are its own, and when the server is gone, no run is. Linux alone can do that.
+
+The server has the environment that its runs have to the letter, and the code that is on disk: with another environment,
+or after an edit, there is another server.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from kd.config.components import PACKAGE
+
+WORD = "--warm"  # how train.py is told that it is a server: --warm FILE_DESCRIPTOR
+# What a run loads beside what train.py does: training, with torch and Lightning, and what these load when they first
+# need it.
+MODULES = ("kd.experiment.fit", "kd.models.optimizers", "safetensors.torch", "transformers.models.llama.modeling_llama")
+ROOM = 4096  # bytes for the words of a run, as ps shows them
+PATIENCE = 60  # seconds for a fork, however busy the machine is
+READY = b"ready"
+PR_SET_CHILD_SUBREAPER = 36
+
+
+@dataclass
+class Forked:
+    """A run that was forked, as far as subprocess.Popen is used of others."""
+
+    pid: int
+    returncode: int | None = None
+
+
+class Warm:
+    """The server as the sweep sees it; it is started when it is first asked for, and ends when the sweep does."""
+
+    def __init__(self, program: str):
+        self.program = program
+        self.failed = ""  # how a server ended by itself, after which there is none
+        self.server: subprocess.Popen | None = None
+        self.socket: socket.socket | None = None
+        self.is_ready = False
+        self.made_for: tuple[dict[str, str], dict[str, tuple[int, int]]] | None = None
+
+    def ready(self, environment: dict[str, str], log: Path) -> bool:
+        """Whether a run can be started without waiting; starts a server where there is none, which may write to log."""
+        wanted = environment, self._sources()
+        if self.failed:
+            return True
+        if self.made_for != wanted:
+            self.close()
+            self._start(environment, log)
+            self.made_for = wanted
+        if not self.is_ready and select.select([self.socket], [], [], 0)[0]:
+            self.is_ready = self.socket.recv(len(READY)) == READY
+            if not self.is_ready:
+                self._fail(f", as {log} says")
+        return bool(self.is_ready or self.failed)
+
+    def fork(self, words: list[str], log: int) -> Forked | None:
+        """Start a run that writes to an open file, as a child of this process; None where that is not possible."""
+        if not self.is_ready:
+            return None
+        libc = ctypes.CDLL(None)
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
+        try:
+            socket.send_fds(self.socket, [json.dumps(words).encode()], [log])
+            pid = int(self.socket.recv(32))
+        except (OSError, ValueError):  # ValueError: the server is gone, and nothing was read
+            self._fail()
+            return None
+        finally:
+            libc.prctl(PR_SET_CHILD_SUBREAPER, 0)
+        return Forked(pid)
+
+    def close(self) -> int | None:
+        """End the server, but none of its runs, and return its exit code."""
+        code = None
+        if self.server:
+            self.socket.close()
+            self.server.kill()  # it may not listen; one that has ended keeps its exit code
+            code = self.server.wait()
+        self.server = self.socket = self.made_for = None
+        self.is_ready = False
+        return code
+
+    def _fail(self, where: str = "") -> None:
+        code = self.close()
+        self.failed = f"The process that runs are forked from has ended with exit code {code}{where}"
+
+    def _start(self, environment: dict[str, str], log: Path) -> None:
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.settimeout(PATIENCE)
+        command = [sys.executable, self.program, WORD, str(theirs.fileno()), " " * ROOM]
+        with theirs, open(log, "ab") as file:
+            self.server = subprocess.Popen(
+                command, env=environment, start_new_session=True, pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def _sources(self) -> dict[str, tuple[int, int]]:
+        """Return when each file of kd was written, and its size."""
+        found = {}
+        for path in (Path(self.program), *PACKAGE.rglob("*.py")):
+            with suppress(FileNotFoundError):  # of an editor, for a moment
+                of = path.stat()
+                found[str(path)] = of.st_mtime_ns, of.st_size
+        return found
+
+
+def serve(number: str) -> list[str]:
+    """Fork a run for each request that comes by a socket, until it is closed; returns in each run, with its words."""
+    for name in MODULES:
+        importlib.import_module(name)
+    if threading.active_count() > 1:
+        sys.exit("A library has started a thread while it was imported, so that this process cannot be forked.")
+    sweep = socket.socket(fileno=int(number))
+    _write_to(os.open(os.devnull, os.O_WRONLY))  # what was said so far is in the log of the first run
+    gc.collect()
+    gc.freeze()  # what is there is left alone by every run, so that its pages stay shared
+    sweep.send(READY)
+    while True:
+        request, files, _, _ = socket.recv_fds(sweep, 1 << 20, 1)
+        if not request:
+            os._exit(0)
+        words = json.loads(request)
+        between = os.fork()
+        if between == 0 and _forked_again(sweep):
+            _write_to(files[0])
+            sys.argv[1:], sys.orig_argv[1:] = words, [sys.argv[0], *words]
+            _show([sys.executable, *sys.orig_argv[1:]])
+            return words
+        os.close(files[0])
+        os.waitpid(between, 0)
+
+
+def _forked_again(sweep: socket.socket) -> bool:
+    """End this process, and go on as its child once that belongs to the sweep, which is told its id."""
+    between = os.getpid()
+    if os.fork():
+        os._exit(0)
+    os.setsid()  # what a terminal sends to all is passed on by the sweep, once
+    while os.getppid() == between:
+        time.sleep(0.001)
+    with suppress(OSError), sweep:  # where the sweep is gone, the run will see that by itself
+        sweep.send(str(os.getpid()).encode())
+    return True
+
+
+def _write_to(file: int) -> None:
+    """Have all output go to an open file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    os.close(file)
+
+
+def _show(words: list[str]) -> None:
+    """Have ps show these words in place of the server's, as far as there is room."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = (int(field) for field in fields[45:47])  # arg_start and arg_end of proc(5)
+    text = "\0".join(words).encode()[: end - start - 1]
+    ctypes.memset(start, 0, end - start)
+    ctypes.memmove(start, text, len(text))
