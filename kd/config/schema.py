@@ -13,7 +13,18 @@ from typing import Any, ClassVar, Literal, Self
 from omegaconf import DictConfig
 
 from kd.config import components, nodes, rules
-from kd.config.fields import ConfigNode, Traits, all_traits, check_shape, converted, options, scalars, seed, setting
+from kd.config.fields import (
+    MAX_SEED,
+    ConfigNode,
+    Traits,
+    all_traits,
+    check_shape,
+    converted,
+    options,
+    scalars,
+    seed_setting,
+    setting,
+)
 from kd.config.sizes import SIZES
 
 Precision = Literal["fp32", "bf16"]
@@ -136,7 +147,7 @@ class LogitsConfig(Component):
 
     path: str | None = setting(default=None, identity=False)  # of a store
     window: str | tuple | None = setting(default=None)  # share of a recorded teacher's training
-    seed: int = setting(default=0, least=0, most=2**32 - 1)  # of the draws of a store of samples
+    seed: int = setting(default=0, least=0, most=MAX_SEED)  # of the draws of a store of samples
 
     @property
     def source(self) -> LogitsSource:
@@ -175,7 +186,7 @@ class TeacherConfig(ConfigNode):
     steps: int = setting(least=1)
     batch: int = setting(least=1)
     lr: float = setting(least=0)
-    seed: int = seed()
+    seed: int = seed_setting()
     precision: Precision
     sft: bool = setting(default=False)
     size: str | None = setting(choices=tuple(SIZES))
@@ -209,7 +220,7 @@ class PretrainedInit(InitConfig):
     steps: int = setting(least=1)
     batch: int = setting(least=1)
     lr: float = setting(least=0)
-    seed: int = seed()
+    seed: int = seed_setting()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +238,7 @@ class ResponsesConfig(ConfigNode):
 
     samples: int = setting(least=1)
     temperature: float = setting(least=0)
-    seed: int = seed()
+    seed: int = seed_setting()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +268,7 @@ class TrainerConfig(ConfigNode):
 class ExperimentConfig(ConfigNode):
     """Everything that a run is given. Hashed by identity, so that a plan is made once for each."""
 
-    seed: int = seed()
+    seed: int = seed_setting()
     root: str = setting(effect=False)
     record: TruncationConfig | None
     scale: str = setting(default="cpu", effect=False)
