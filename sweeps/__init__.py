@@ -1,1 +1,1 @@
-"""Questions as sweeps (*.yaml) and what makes answers of them."""
+"""Questions as sweeps (*.yaml), the report of their runs and scaling laws fitted to them."""

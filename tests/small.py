@@ -1,12 +1,18 @@
 """A run so small that it trains in seconds, started as a user would: python train.py …"""
 
+import functools
 import json
 import multiprocessing
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import filelock
+import pytest
 
 import train as product
 from kd.config.compose import composed
@@ -14,6 +20,7 @@ from kd.config.schema import ExperimentConfig
 from kd.store import __main__ as store_program
 from kd.store import reader
 from kd.system import files
+from tests.zygote import Forked, Zygote
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 SMALL = """data=markov data.tokens=20000 data.states=16 data.branching=4 data.seq_len=32 data.val_rows=8
@@ -27,18 +34,47 @@ TOP = ("truncation=top_k", "truncation.k=5")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
-def start(root: Path, *words: str, **environment: str) -> subprocess.Popen:
-    """train.py with the small settings, and `words`, in `root`."""
+@functools.cache
+def zygote() -> Zygote:
+    return Zygote(ENVIRONMENT)
+
+
+def python(command: list[str], folder: Path, cold: bool = False, **environment: str) -> subprocess.Popen:
+    """Start a command of this Python in a folder, with a pipe for all that it prints.
+
+    It is forked from the zygote, unless it is to start cold or has an environment that the zygote has not.
+    """
+    options = {"env": ENVIRONMENT | environment, "cwd": folder, "text": True}
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    if cold or sys.platform != "linux" or not zygote().does(options["env"]):
+        return subprocess.Popen(command, **options)
+    return Forked(command, zygote(), **options)
+
+
+def shared(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], object]) -> Path:
+    """Return a root that is filled once, for all processes of pytest: to be copied, or read alone."""
+    base = factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
+    whole = root.with_suffix(".whole")
+    with filelock.FileLock(root.with_suffix(".lock")):
+        if not whole.exists():
+            shutil.rmtree(root, ignore_errors=True)  # of a process that failed, or was killed, meanwhile
+            root.mkdir()
+            fill(root)
+            whole.touch()
+    return root
+
+
+def start(root: Path, *words: str, cold: bool = False, **environment: str) -> subprocess.Popen:
+    """train.py with the small settings, and `words`, in `root`; forked from the zygote unless cold."""
     flags = [w for w in words if w.startswith("-")]
     command = [sys.executable, str(TRAIN), *flags, *SMALL, f"root={root}", *(w for w in words if w not in flags)]
-    return subprocess.Popen(
-        command, env=ENVIRONMENT | environment, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    return python(command, root, cold, **environment)
 
 
-def train(root: Path, *words: str, code: int = 0, **environment: str) -> str:
+def train(root: Path, *words: str, code: int = 0, cold: bool = False, **environment: str) -> str:
     """What it prints; asserts that it ends with `code`."""
-    process = start(root, *words, **environment)
+    process = start(root, *words, cold=cold, **environment)
     output = process.communicate(timeout=240)[0]
     assert process.returncode == code, output
     return output

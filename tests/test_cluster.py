@@ -31,7 +31,7 @@ from kd.launch.sweeper import Processes, Runs
 from kd.parallel import collectives, ddp
 from kd.runs.run import Run
 from kd.system.checkpoint_files import newest
-from tests.small import ENVIRONMENT, outcome, small_config, start, train
+from tests.small import ENVIRONMENT, outcome, shared, small_config, start, train
 from tests.test_faults import STEP, Fault, ended, processes, runs, state, states, table, until
 
 SLURM = ("-m", "hydra/launcher=submitit_slurm")
@@ -40,9 +40,7 @@ SLURM = ("-m", "hydra/launcher=submitit_slurm")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """A root with data, a teacher, and two runs of this machine."""
-    root = tmp_path_factory.mktemp("made")
-    train(root, "-m", "n_jobs=2", "seed=0,1")
-    return root
+    return shared(tmp_path_factory, "two-runs", lambda root: train(root, "-m", "n_jobs=2", "seed=0,1"))
 
 
 @pytest.fixture

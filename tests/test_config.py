@@ -79,7 +79,7 @@ def function_of(node: dict):
 
 
 @pytest.mark.parametrize("option", [*(option for option in OPTIONS if option not in PRESET), *SIZED])
-def test_every_option_composes_and_its_function_binds(option):
+def test_every_option_composes_and_its_function_binds_and_its_settings_are_listed(option):
     group, _, name = option.partition("=")
     node = getattr(config_of(option), group).to_dict()
     if "_target_" in node:
@@ -89,6 +89,7 @@ def test_every_option_composes_and_its_function_binds(option):
         inspect.signature(function).bind_partial(**settings)
     if option in SIZED:
         assert node["size"] == name and node["name"] is None
+    assert options.options(group)[name].keys() == node.keys() - {*options.NOTES}
 
 
 @pytest.mark.parametrize("file", sorted(components.SWEEPS.glob("*.yaml")), ids=lambda p: p.stem)
@@ -478,14 +479,6 @@ def test_a_number_of_tokens_is_a_number_of_steps():
 # A group takes the name of one option, and settings that this option has.
 
 
-@each("group", {group: group for group in GROUPS if group not in components.PRESETS})
-def test_options_have_the_settings_that_hydra_composes(group):
-    for name, own in options.options(group).items():
-        words = [f"{group}={name}", *(["data=instructions"] if group in ("plain", "rollout") else [])]
-        composed = OmegaConf.to_container(compose("config", words)[group])
-        assert own.keys() == {k for k in composed if k not in options.NOTES}, name
-
-
 REFUSED = {
     # A list, of which Hydra would take the last option.
     "loss=[fkl,rkl]": "type -m loss=fkl,rkl.",
@@ -612,7 +605,13 @@ def test_several_values_need_a_sweep():
 def documented() -> list[str]:
     """The commands that documents show, without what the shell does with them."""
     root = components.CONF.parent
-    files = [root / "README.md", root / "RESULTS.md", *root.glob("docs/*.md"), *root.glob("kd/*.py"), root / "train.py"]
+    files = [
+        root / "README.md",
+        root / "RESULTS.md",
+        *root.glob("docs/*.md"),
+        *root.glob("kd/**/*.py"),
+        root / "train.py",
+    ]
     pattern = re.compile(r"^[\s`]*(?:\w+=\S+ )*python (?:train\.py|-m kd\.store write) ([^`\n]*)", re.MULTILINE)
     found = {match[1] for file in files for match in pattern.finditer(re.sub(r"\\\n\s*", " ", file.read_text()))}
     return sorted(re.split(r"\s#|&&|\s{3,}|[;|]", line)[0].strip() for line in found)

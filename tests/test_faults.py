@@ -15,13 +15,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import filelock
 import pytest
 
 from kd.runs.run import Run
 from kd.system import files
 from kd.system.checkpoint_files import newest
-from tests.small import content, folder, listed, outcome, result, start, train, type_in
+from tests.small import content, folder, listed, outcome, result, shared, start, train, type_in
 
 pytestmark = pytest.mark.fault
 
@@ -242,12 +241,8 @@ PAIR = ("-m", "n_jobs=2", "seed=0,1")
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory) -> Path:
     """A root with three runs and nothing wrong; made once, for all processes of pytest."""
-    base = tmp_path_factory.getbasetemp()
-    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "clean"
-    with filelock.FileLock(f"{root}.lock"):
-        if not root.exists():
-            root.mkdir()
-            assert table(train(root, *THREE)).keys() == {f"seed={n}" for n in range(3)}
+    root = shared(tmp_path_factory, "clean", lambda root: train(root, *THREE))
+    assert runs(root).keys() == {f"seed={n}" for n in range(3)}
     return root
 
 

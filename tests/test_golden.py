@@ -5,18 +5,31 @@ standard library differs from one Python to the next. After a change that has to
   python -m tests.test_golden
 """
 
+import copy
 import json
+import os
+import shlex
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
+import hydra
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
 
 import train  # noqa: F401, registers the sizes
-from kd.config.compose import composed
+from kd.config import options
+from kd.config.components import CONF, GROUPS, SWEEPS
 from kd.config.schema import ExperimentConfig
+from kd.config.sizes import SIZES
 from kd.data import packing
 from kd.experiment.dependencies import Plan
+from kd.launch.sweeper import Lines, at_scale
 
-NAMES = Path(__file__).parent / "golden" / "names.json"
+GOLDEN = Path(__file__).parent / "golden"
+REPOSITORY = Path(__file__).parent.parent  # a line names a file in it
 LINES = """
 logits=none teacher=none
 seed=1
@@ -37,14 +50,19 @@ temperature=wttm
 routing=entropy
 alpha=wsd lr=wsd
 alpha=cosine lr=period
-alpha=linear_increasing
+alpha=linear_increasing lr=linear_increasing
+lr=linear_decreasing
 optim=adamw
 student=1m teacher=3m
 logits=cotrained
 logits=offline truncation=top_k truncation.k=50
 logits=offline truncation=random truncation.draws=20
 logits=recorded truncation=top_k truncation.k=5
+logits=offline record=full truncation=top_p
+logits=offline record=top_p_k truncation=top_k truncation.k=5
+logits=offline record=top_p truncation=top_p truncation.p=0.5
 logits=none teacher=none record=top_k
+logits=none teacher=none record=random
 trainer.precision=bf16
 trainer=pretrain
 trainer=debug
@@ -54,7 +72,9 @@ trainer=fsdp trainer.batch=4
 data=markov data.states=16 data.branching=4
 data.tokens=100000
 data.seq_len=64 data.vocab=512
+data=hub data.name=roneneldan/TinyStories data.special=tokens
 data=hub data.name=roneneldan/TinyStories
+data=text data.files=README.md
 data=instructions logits=none
 data=instructions start=sft alpha.peak=0.5
 data=instructions start=sft rollout=student rollout.share=1 loss=rkl alpha.peak=1
@@ -66,6 +86,8 @@ data=instructions start=sft loss=atkd routing=uncertainty alpha.peak=1
 data=instructions start=sft logits=none rollout=teacher
 data=instructions start=pretrained loss=srkl
 data=instructions data.template=alpaca responses.samples=2
+data=instructions data.name=tatsu-lab/alpaca data.turns=all teacher=hub teacher.name=openai-community/gpt2 teacher.sft=true
+data=instructions plain=text plain.files=README.md start=pretrained logits=none teacher=none
 student=hub student.name=openai-community/gpt2 teacher=hub teacher.name=openai-community/gpt2-medium data.tokenizer=gpt2
 method=sft
 method=kd
@@ -82,7 +104,11 @@ method=akl
 experiment=c4_330m
 experiment=c4_100m
 method=minillm experiment=dolly_gpt2
-""".strip().splitlines()
+""".strip().splitlines()  # noqa: E501
+
+
+SWEEP_FILES = sorted(SWEEPS.glob("*.yaml"))
+NOWHERE = (f"root={GOLDEN / 'none'}", "logger=none")  # nothing is made there
 
 
 def names(config: ExperimentConfig) -> list[str]:
@@ -92,17 +118,121 @@ def names(config: ExperimentConfig) -> list[str]:
     return [planned.run.name, *([planned.store.key] if planned.store else []), *needed]
 
 
-def golden(root: str) -> dict[str, list[str]]:
-    words = [[*line.split(), f"root={root}", "logger=none"] for line in LINES]
-    return {line: names(ExperimentConfig.from_hydra(composed(*w), w)) for line, w in zip(LINES, words, strict=True)}
+def names_of(words: Iterable[str], compose: Callable) -> list[str]:
+    words = [*words, *NOWHERE]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return names(ExperimentConfig.from_hydra(compose(words), words))
 
 
-def test_no_name_has_moved(tmp_path, monkeypatch):
+def by_hydra(words: list[str]) -> DictConfig:
+    return hydra.compose("config", words)
+
+
+# Groups whose options are a node of their own, which no option of another group changes.
+SEPARATE = ("logits", "truncation", "target", "temperature", "routing", "rollout", "loss", "alpha")
+
+
+def quickly(words: list[str]) -> DictConfig:
+    """Compose the options that touch several groups once for all runs; set nodes and values of each run in a copy."""
+    options = [word for word in words if word.partition("=")[0] in GROUPS]
+    nodes = [word for word in options if word.partition("=")[0] in SEPARATE or word.partition("=")[2] in SIZES]
+    config = copy.deepcopy(of_options(*(word for word in options if word not in nodes)))
+    for group, _, option in (word.partition("=") for word in nodes):
+        if option in SIZES:
+            config[group].update(size=option, name=None)
+        else:
+            config[group] = OmegaConf.load(CONF / group / f"{option}.yaml")
+    for word in (word for word in words if word not in options):
+        override = OverridesParser.create().parse_override(word)
+        OmegaConf.update(config, override.key_or_group, override.value())
+    return config
+
+
+@cache
+def of_options(*words: str) -> DictConfig:
+    return hydra.compose("config", list(words))
+
+
+def runs_of(file: Path, scale: str) -> list[list[str]]:
+    """The words of each run of a sweep; of several seeds, those of the first."""
+    listed = []
+    sweeper = Lines()
+    sweeper.config = OmegaConf.create({"sweep": {"name": file.stem, **OmegaConf.load(file)}, "scale": scale})
+    sweeper.hydra_context = SimpleNamespace(config_loader=None)
+    sweeper.validate_batch_is_legal = lambda _: None  # it would compose every run
+    sweeper.launcher = SimpleNamespace(launch=lambda jobs, **_: listed.extend(jobs) or [])
+    sweeper.sweep([])
+    return [words for words in listed if not any(w.startswith("seed=") and w != "seed=0" for w in words)]
+
+
+def scales_of(file: Path) -> list[str]:
+    return list(OmegaConf.load(file).get("scales") or ["cpu"])
+
+
+def lines_of(file: Path, scale: str) -> list[str]:
+    base, lines = at_scale(OmegaConf.load(file), scale)
+    return [base, *(line for _, line in lines)]
+
+
+def of_lines(compose: Callable) -> dict[str, list[str]]:
+    return {line: names_of(line.split(), compose) for line in LINES}
+
+
+def of_sweep(file: Path, compose: Callable) -> dict[str, dict[str, list[str]]]:
+    """Scale -> words of a run, without those of its scale -> names."""
+    found = {}
+    for scale in scales_of(file):
+        common = shlex.split(lines_of(file, scale)[0])
+        found[scale] = {
+            " ".join(w for w in words if w not in common): names_of(words, compose) for words in runs_of(file, scale)
+        }
+    return found
+
+
+@pytest.fixture
+def same_data(monkeypatch):
+    """One digest of all data."""
     monkeypatch.setattr(packing, "key", lambda *_, **__: "0" * 16)
-    assert golden(str(tmp_path)) == json.loads(NAMES.read_text())
+    monkeypatch.chdir(REPOSITORY)
+
+
+def golden(name: str) -> dict:
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def test_no_name_has_moved(same_data):
+    assert of_lines(quickly) == golden("names")
+
+
+@pytest.mark.parametrize("sweep", SWEEP_FILES, ids=lambda file: file.stem)
+def test_no_name_of_a_sweep_has_moved(same_data, sweep):
+    assert of_sweep(sweep, quickly) == golden("sweeps")[sweep.stem]
+
+
+def test_every_sweep_that_has_names_is_a_file():
+    assert list(golden("sweeps")) == [file.stem for file in SWEEP_FILES]
+
+
+def test_every_option_has_a_name_here():
+    """But for where metrics go, which names no run."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        usual = hydra.compose("config", return_hydra_config=True).hydra.runtime.choices
+    named = {f"{group}={option}" for group, option in usual.items()}
+    lines = [*LINES, *(line for file in SWEEP_FILES for scale in scales_of(file) for line in lines_of(file, scale))]
+    words = [word for line in lines for word in line.split()]
+    for preset in ("method", "experiment"):
+        named |= {f"{preset}={name}" for group, _, name in (word.partition("=") for word in words) if group == preset}
+        words += [word for file in (CONF / preset).glob("*.yaml") for word in options.words_of(preset, file.stem)]
+    for word in words:
+        group, _, values = word.partition("=")
+        named |= {f"{group}={value}" for value in values.split(",")}
+    kept = {f"{file.parent.name}={file.stem}" for file in CONF.glob("*/*.yaml") if file.parent.name != "logger"}
+    assert kept and not kept - named
 
 
 if __name__ == "__main__":
-    patch = pytest.MonkeyPatch()
-    patch.setattr(packing, "key", lambda *_, **__: "0" * 16)
-    NAMES.write_text(json.dumps(golden("runs"), indent=1) + "\n")
+    os.chdir(REPOSITORY)
+    pytest.MonkeyPatch().setattr(packing, "key", lambda *_, **__: "0" * 16)
+    found = {"names": of_lines(by_hydra), "sweeps": {file.stem: of_sweep(file, by_hydra) for file in SWEEP_FILES}}
+    for kind, content in found.items():
+        (GOLDEN / f"{kind}.json").write_text(json.dumps(content, indent=1) + "\n")

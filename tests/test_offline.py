@@ -24,7 +24,7 @@ from kd.objective.truncation import fewer
 from kd.store import reader
 from kd.store.format import STEP, from_bytes
 from tests.cases import LOSSES, TREATMENTS, close, each, gradient, option, sample
-from tests.small import TOP, folder, here, result, write
+from tests.small import TOP, folder, here, result, shared, write
 from tests.test_entries import ROWS, SIZE, heavy, read, written
 
 V = 17  # of the tiny data
@@ -33,10 +33,12 @@ V = 17  # of the tiny data
 @pytest.fixture(scope="module")
 def whole(taught, tmp_path_factory) -> Path:
     """A root with a store of everything."""
-    root = tmp_path_factory.mktemp("whole") / "root"
-    shutil.copytree(taught, root)
-    write(root, "truncation=full")
-    return root
+
+    def fill(root: Path) -> None:
+        shutil.copytree(taught, root, dirs_exist_ok=True)
+        write(root, "truncation=full")
+
+    return shared(tmp_path_factory, "full-store", fill)
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from kd.store.reader import Store
 from kd.system import files
 from kd.system.console import Steps, Terminal, console, styled, track
 from kd.system.remote import home
-from sweeps import fit, report
+from sweeps.fit.__main__ import main as fit_main
+from sweeps.report.__main__ import main as report_main
 from tests.small import ENVIRONMENT, SMALL, TOP, TRAIN, here, listed, small_config, train, write
 
 
@@ -89,7 +90,7 @@ def test_runs_stores_and_reports_in_the_home_folder(at_home, capsys, monkeypatch
     main()
     assert str(Store(at_home / "logits", at_home).path) in capsys.readouterr().err
     (at_home / "points.csv").write_text("parameters,tokens,loss\n")
-    assert fit.main(["--csv", "~/points.csv"]) == 2 and "cannot be read" not in capsys.readouterr().err
+    assert fit_main(["--csv", "~/points.csv"]) == 2 and "cannot be read" not in capsys.readouterr().err
     assert sorted(p.name for p in at_home.iterdir() if p.name != ".cache") == [
         "logits",
         "points.csv",
@@ -108,7 +109,7 @@ def test_a_sweep_whose_root_is_in_the_home_folder(at_home):
     environment = ENVIRONMENT | {"HOME": str(at_home), "KD_ROOT": "~/runs"}
     again = subprocess.run(command, env=environment, text=True, capture_output=True)
     assert again.stderr.count("done before") == 2 and list(Path.cwd().iterdir()) == [], again.stderr
-    assert report.main([listed(at_home / "runs").stem, "--root", "~/runs"]) == 0
+    assert report_main([listed(at_home / "runs").stem, "--root", "~/runs"]) == 0
 
 
 # What is shown is shown as it is.

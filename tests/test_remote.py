@@ -23,7 +23,7 @@ from kd.runs.run import Run
 from kd.system import remote
 from kd.system.processes import alive, boot, whereabouts
 from kd.system.remote import Remote
-from tests.small import ENVIRONMENT, FORK, TRAIN, folder, here, listed, outcome, small_config, start, train
+from tests.small import ENVIRONMENT, FORK, TRAIN, folder, here, listed, outcome, shared, small_config, start, train
 
 
 class Broken(LocalFileSystem):
@@ -48,9 +48,7 @@ fsspec.register_implementation("broken", Broken, clobber=True)
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """A root on a disk with a run that nothing disturbed, and its teacher."""
-    root = tmp_path_factory.mktemp("whole")
-    train(root)
-    return root
+    return shared(tmp_path_factory, "undisturbed", train)
 
 
 @pytest.fixture

@@ -11,12 +11,13 @@ import train as product
 from kd.data import packing
 from kd.errors import UserError
 from kd.experiment import planner, prerequisites
-from kd.launch.pool import UNKNOWN, Job
+from kd.launch.pool import Job
 from kd.runs import provenance
+from kd.runs.outcome import RunState
 from kd.runs.run import Run, check_student
 from kd.system import checkpoint_files, files
-from sweeps.compare import read
-from tests.small import folder, here, small_config, train, type_in
+from sweeps.report.load import read_run
+from tests.small import folder, here, shared, small_config, train, type_in
 
 RUN = ("trainer.steps=2", "teacher.steps=2")
 
@@ -24,9 +25,7 @@ RUN = ("trainer.steps=2", "teacher.steps=2")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """A root with a student and its teacher."""
-    root = tmp_path_factory.mktemp("made")
-    here(root, *RUN)
-    return root
+    return shared(tmp_path_factory, "student", lambda root: here(root, *RUN))
 
 
 @pytest.fixture
@@ -108,17 +107,17 @@ def test_a_digit_of_a_result_counts_and_its_layout_does_not(root):
     path.write_text(json.dumps(result))
     with pytest.raises(UserError, match=r"result\.json is damaged"):
         show(root)
-    entry = read(root, {"run": path.parent.name, "overrides": []})
+    entry = read_run(root, {"run": path.parent.name, "overrides": []})
     assert entry.state == "damaged" and entry.result is None
 
 
 def test_a_report_checks_the_metrics_that_it_draws(root):
     run = folder(root, "fkl")
     line = {"run": run.name, "overrides": []}
-    assert read(root, line).state == "done"
+    assert read_run(root, line).state == "done"
     edit(run / "metrics.jsonl", '"val/lm": ', '"val/lm": 1')
-    entry = read(root, line)
-    assert entry.state == "damaged" and "metrics.jsonl is damaged" in entry.says
+    entry = read_run(root, line)
+    assert entry.state == "damaged" and "metrics.jsonl is damaged" in entry.message
 
 
 CONFIGS = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "kd.json", "README.md"]
@@ -165,7 +164,7 @@ def test_a_sweep_does_not_wait_for_a_damaged_result(tmp_path):
     for text in ('{"digest": "x"}', "{"):
         (tmp_path / "r" / "result.json").write_text(text)
         state = job.look()
-        assert state["state"] == UNKNOWN and "result.json is damaged" in state["reason"]
+        assert state["state"] == RunState.UNKNOWN and "result.json is damaged" in state["reason"]
 
 
 def test_results_from_before_the_seals_are_accepted_and_marked(root, capsys):
@@ -175,7 +174,7 @@ def test_results_from_before_the_seals_are_accepted_and_marked(root, capsys):
     assert before and provenance.doubts(result) == [
         "from before results were sealed: neither damage nor a change of code would be noticed"
     ]
-    assert read(root, {"run": run.name, "overrides": []}).state == "done"
+    assert read_run(root, {"run": run.name, "overrides": []}).state == "done"
     assert provenance.doubts_of_many([result]) and not provenance.doubts_of_many([])
     capsys.readouterr()
     student = here(root, *RUN, "loss=rkl")  # which learns from the teacher of before
@@ -273,8 +272,8 @@ def test_what_a_message_says_to_remove_is_quoted(made, tmp_path):
         Run(root, run.name).result()
     wanted.append((run, str(caught.value)))
     (run / "result.json").write_text("{}")
-    entry = read(root, {"run": run.name, "overrides": []})
-    wanted.append((run, f"  {entry.says.partition('first ')[2]}"))
+    entry = read_run(root, {"run": run.name, "overrides": []})
+    wanted.append((run, f"  {entry.message.partition('first ')[2]}"))
     for name in ("train.npy", "manifest.json"):
         flip(data / name)
         with pytest.raises(UserError) as caught:

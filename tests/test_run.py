@@ -18,15 +18,14 @@ from kd.runs.identity import axes, sizes_of
 from kd.runs.run import Run
 from kd.system.signals import Preempted, Requests, requests
 from kd.training.module import DistillationModule
-from tests.small import folder, here, outcome, result, start, train
+from tests.small import folder, here, outcome, result, shared, start, train
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """A root with one run, from start to end, and its teacher."""
-    root = tmp_path_factory.mktemp("whole")
-    train(root, "truncation=random", "truncation.draws=8")
-    return root
+    root = shared(tmp_path_factory, "whole", lambda root: train(root, *RUN, cold=True))
+    return Path(shutil.copytree(root, tmp_path_factory.mktemp("whole") / "root"))
 
 
 @pytest.fixture

@@ -28,11 +28,12 @@ from kd.errors import UserError
 from kd.launch import optuna_search
 from kd.models import causal_lm
 from kd.parallel import fsdp
+from kd.runs.outcome import Outcome, RunState
 from kd.runs.run import Run
 from kd.store import reader
 from kd.system import checkpoint_files, files
 from kd.system.console import Terminal, styled
-from sweeps import report
+from sweeps.report.__main__ import main as report_main
 from tests.small import FORK, SMALL, TINY, TRAIN, folder, here, listed, train
 
 
@@ -418,13 +419,13 @@ def test_dataset_with_code_of_its_own_is_refused(canary):
 def test_sweep_that_names_a_run_elsewhere_is_refused(tmp_path, name, capsys):
     (tmp_path / "sweeps").mkdir()
     (tmp_path / "sweeps" / "s.json").write_text(json.dumps({"runs": [{"run": name, "overrides": []}]}))
-    assert report.main(["s", "--root", str(tmp_path)]) == 2
+    assert report_main(["s", "--root", str(tmp_path)]) == 2
     assert "is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "..", "a/../../x"])
 def test_report_of_a_sweep_elsewhere_is_refused(tmp_path, name, capsys):
-    assert report.main([name, "--root", str(tmp_path)]) == 2
+    assert report_main([name, "--root", str(tmp_path)]) == 2
     assert "no path" in capsys.readouterr().err
 
 
@@ -466,8 +467,8 @@ def test_report_prints_no_control_characters(tmp_path, capsys):
     (tmp_path / "sweeps").mkdir()
     line = {"run": "run-1", "overrides": [f"loss={CONTROL}"]}
     (tmp_path / "sweeps" / "s.json").write_text(json.dumps({"runs": [line]}))
-    Run(tmp_path, "run-1").end("failed", CONTROL)
-    assert report.main(["s", "--root", str(tmp_path)]) == 2
+    Run(tmp_path, "run-1").end(Outcome(RunState.FAILED, CONTROL))
+    assert report_main(["s", "--root", str(tmp_path)]) == 2
     assert all(c.isprintable() or c == "\n" for c in capsys.readouterr().err)
 
 

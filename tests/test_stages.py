@@ -17,7 +17,7 @@ from kd.experiment.dependencies import Plan
 from kd.rollout import teacher_text
 from kd.system import console
 from kd.system.files import read_metrics
-from sweeps import compare
+from sweeps.report.load import learning_curve, read_run
 from tests.small import here, small_config
 
 SFT = ("start=sft", "start.steps=3", "start.batch=2", "start.sft_steps=3")
@@ -90,8 +90,8 @@ def test_a_student_that_is_not_random_is_validated_before_its_first_step(root, w
     assert rows[0] == first == outcome["initial"] | {"step": 0}
     assert (first["tokens"], first["flops"]) == (0, 0) and first["val/teacher_lm"] == outcome["final"]["val/teacher_lm"]
     assert first["val/lm"] == pytest.approx(stage.result()["final"]["val/lm"], abs=1e-5) != outcome["final"]["val/lm"]
-    (group,) = compare.grouped([compare.read(root, {"run": made.name, "overrides": []})])
-    assert compare.curve(group)[0] == (0, 0, first["val/lm"])
+    entry = read_run(root, {"run": made.name, "overrides": []})
+    assert learning_curve([entry])[0] == (0, 0, first["val/lm"])
     text = io.StringIO()
     console.Terminal(file=text, width=200).print(summary.measures(outcome))
     assert f"before training {first['val/lm']:.4f}" in text.getvalue()

@@ -22,8 +22,10 @@ from kd.system import files
 from kd.system.console import counted
 from kd.system.processes import whereabouts
 from kd.teachers.base import TeacherOrigin
-from sweeps import report
-from sweeps.compare import ALONE, grouped, manifest, read
+from sweeps.report.groups import SUPERVISED, group_runs
+from sweeps.report.load import load_sweep
+from sweeps.report.report import build_report
+from sweeps.report.write import write_report
 from tests.cases import option
 from tests.small import ENVIRONMENT, TRAIN, folder, listed, outcome, result, small_config, train
 
@@ -152,8 +154,8 @@ def test_runs_of_a_line_go_by_its_name(tmp_path):
         names == [None, "plain distillation", "best of all", "best of all at a temperature of 1"]
         and "  best of all  starts" in output
     )
-    found = grouped([read(tmp_path, run) for run in manifest(tmp_path, "best")])
-    assert {group.label for group in found} == {ALONE, *names[1:]}
+    found = group_runs(load_sweep(tmp_path, "best"))
+    assert {group.label for group in found} == {SUPERVISED, *names[1:]}
 
 
 def test_wrong_scale_names_those_there_are(tmp_path):
@@ -202,11 +204,9 @@ def test_a_tiny_version_of_every_sweep_runs_and_is_reported(name, shared):
     words = [f"sweeps={name}", f"root={shared}", *TINY, *SHORT.get(name, "trainer.steps=2").split()]
     done = subprocess.run([sys.executable, TRAIN, *words], env=ENVIRONMENT, cwd=shared, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = manifest(shared, name)
-    found = grouped([read(shared, line) for line in lines])
-    assert sum(len(group.runs) for group in found) == len(lines) > 1
-    page, says = report.write(shared, name)
-    assert page.exists() and says
+    report = build_report(shared, name)
+    assert sum(len(group.runs) for group in report.groups) == len(report.entries) > 1
+    assert report.verdict and all(path.exists() for path in write_report(shared, report))
 
 
 @pytest.mark.slow

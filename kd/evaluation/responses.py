@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from kd.data.batches import Batch, Packed, ValidationBatches
+from kd.evaluation.catalog import EXACCERR_LENGTH
 from kd.evaluation.exposure import Gap, excess_error, gap
 from kd.evaluation.text_scores import Response, exact_match, rouge_l, summary
 from kd.evaluation.validation import Validation
@@ -34,7 +35,7 @@ from kd.parallel import collectives
 from kd.rollout import generate
 from kd.rollout.strategies import as_rows
 from kd.rollout.teacher_text import keep, whole
-from kd.runs.run import EXACCERR, EXACCERR_LENGTH, RESPONSES
+from kd.runs.run import EXACCERR, RESPONSES
 from kd.system import files
 from kd.system.console import Steps
 from kd.system.hardware import out_of_memory

@@ -31,16 +31,16 @@ from kd.runs import provenance
 from kd.runs.export import environment, export
 from kd.runs.identity import About, about
 from kd.runs.loggers import MetricsFile, views
-from kd.runs.run import DIVERGED, PREEMPTED, Run
+from kd.runs.outcome import RunState, classify
+from kd.runs.run import Run
 from kd.store.reader import Store
 from kd.system.checkpoint_files import newest
 from kd.system.console import console, silence_libraries
-from kd.system.hardware import out_of_memory, slowdown_in_bf16
+from kd.system.hardware import slowdown_in_bf16
 from kd.system.processes import peak_memory
 from kd.system.signals import Preempted, requests
 from kd.teachers.online import OnlineTeacher
 from kd.training.module import DistillationModule
-from kd.training.report import NonFinite
 from kd.training.trainer import build_trainer
 
 
@@ -74,23 +74,20 @@ def fit(run: Run, config: ExperimentConfig, inputs: Inputs) -> dict:
             trainer.fit(module, datamodule=parts.data, ckpt_path=parts.checkpoint)
         final, result = finish(run, config, inputs, parts)
         return result
-    except NonFinite as error:
-        path = run.end(DIVERGED, str(error), exit_code=2, **error.report)
-        raise UserError(f"{name}: {error}. Not counted as a result; what is known of it is in {path}.") from None
-    except Preempted as error:
-        reason = f"asked to end at step {module.global_step} of {module.max_steps}; the same command goes on with it"
-        run.end(PREEMPTED, reason, exit_code=error.code)
-        if first:
-            console.print(f"{name}: {reason}", soft_wrap=True)
-        raise
     except BaseException as error:
-        full = isinstance(error, Exception) and out_of_memory(error)
-        path = run.failed(error, told=full)
-        if full:
+        if isinstance(error, Preempted):
+            error.place = f"at step {module.global_step} of {module.max_steps}"
+        outcome = classify(error)
+        path = run.end(outcome)
+        if outcome.state == RunState.PREEMPTED and first:
+            console.print(f"{name}: {outcome.reason}", soft_wrap=True)
+        if outcome.state == RunState.DIVERGED:
+            raise UserError(f"{name}: {error}. Not counted as a result; details are in {path}.") from None
+        if outcome.state == RunState.OUT_OF_MEMORY:
             raise UserError(
                 f"{name} ran out of memory at step {module.global_step}, with {module.micro_batch_size} rows at once: "
                 f"{error}\nTake trainer.chunk={max(1, (module.objective.chunk or 256) // 2)}, a smaller model, or "
-                f"data.seq_len={seq_len // 2}. What is known of it is in {path}."
+                f"data.seq_len={seq_len // 2}. Details are in {path}."
             ) from None
         raise
     finally:

@@ -5,35 +5,10 @@ from __future__ import annotations
 from rich.table import Table
 
 from kd.data.counts import in_words
+from kd.evaluation.catalog import METRICS
 from kd.experiment.prerequisites import Outcome
 from kd.runs import provenance
 from kd.system.console import clock, console, styled
-
-MEASURES = {
-    "val/lm": "loss on held-out text, nats per token",
-    "val/bpb": "the same in bits per byte",
-    "val/teacher_lm": "loss of the teacher",
-    "val/perplexity": "perplexity of the references",
-    "val/fkl": "KL(teacher || student), nats per token",
-    "val/rkl": "KL(student || teacher), nats per token",
-    "val/tvd": "total variation distance between the two",
-    "val/agreement": "share of positions where both rank the same token first",
-    "val/accuracy": "share of held-out tokens that the student ranks first",
-    "val/teacher_accuracy": "that of the teacher",
-    "val/ece": "calibration error of the student",
-    "val/teacher_ece": "calibration error of the teacher",
-    "val/rouge_l": "Rouge-L F1 of responses to held-out prompts",
-    "val/teacher_rouge_l": "that of the teacher's responses",
-    "val/exact_match": "share of responses that equal the reference, but for white space",
-    "val/distinct_4": "distinct 4-grams of words in all responses, as a share of all",
-    "val/response_length": "tokens of a response",
-    "val/ended": "share of responses that end by themselves",
-    "val/on_policy_rkl": "KL(student || teacher) on text that the student wrote",
-    "val/on_policy_tvd": "total variation distance there",
-    "val/on_policy_ece": "calibration error there, beside the teacher",
-    "val/exaccerr": "excess accumulated error, a share: 0 where mistakes do not add up",
-}
-
 
 NOT_ALL = ("cut", "unlearned", "unused", "special_as_text", "prompts_only")  # counts that a run's table has
 
@@ -53,12 +28,16 @@ def show(outcome: Outcome) -> None:
 
 
 def measures(result: dict) -> Table:
-    """The measures of a result, with what they mean, and what they were before training if that was measured."""
+    """Return the metrics of a result with their meaning, and their values before training if these were measured."""
     table, initial = Table(box=None, show_header=False, pad_edge=False), result.get("initial") or {}
-    for name, meaning in MEASURES.items():
-        if name in result["final"]:
-            meaning += f"; before training {initial[name]:.4f}" if name in initial else ""
-            table.add_row(name.removeprefix("val/"), f"{result['final'][name]:.4f}", styled(meaning, "dim"))
+    meanings: dict[str, str] = {}
+    for metric in METRICS:
+        meanings |= {metric.key: metric.meaning}
+        meanings |= {metric.teacher_key: f"{metric.label} of the teacher"} if metric.teacher else {}
+    for key, meaning in meanings.items():
+        if key in result["final"]:
+            meaning += f"; before training {initial[key]:.4f}" if key in initial else ""
+            table.add_row(key.removeprefix("val/"), f"{result['final'][key]:.4f}", styled(meaning, "dim"))
     if result["entropy"] is not None:
         table.add_row("entropy", f"{result['entropy']:.4f}", styled("loss of a perfect model of this data", "dim"))
     return table

@@ -14,7 +14,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import filelock
 from rich.console import Group
@@ -23,7 +23,8 @@ from kd.config import components as conf
 from kd.errors import UserError
 from kd.launch.pool import Job, Local, Pool
 from kd.launch.sweeper import Runs
-from kd.runs.run import DONE, ENDS, PREEMPTED, Run
+from kd.runs.outcome import GOES_ON, Outcome, RunState
+from kd.runs.run import Run
 from kd.system.console import styled
 from kd.system.signals import received
 
@@ -133,16 +134,16 @@ class Elsewhere(Pool):
 
     def _said(self, job: Job, state: dict) -> bool:
         """Whether the run said itself how it ended, since it was handed over; done is done whoever did it."""
-        return state["state"] == DONE or (state["state"] in ENDS and state != self.of(job).before)
+        return state["state"] == RunState.DONE or (RunState(state["state"]).ended and state != self.of(job).before)
 
     def record(self, job: Job) -> dict:
         of = self.of(job)
         begun = job.begun or time.monotonic()
         facts = {"seconds": round(time.monotonic() - begun, 2), "peak_memory": None, "log": str(job.log)}
         if not self._said(job, job.run.state()):
-            why = (PREEMPTED, "asked to end; the same command goes on with it") if self.asked else of.why
+            outcome = Outcome(RunState.PREEMPTED, f"asked to end; {GOES_ON}") if self.asked else of.why
             with contextlib.suppress(filelock.Timeout), filelock.FileLock(job.run / ".lock", timeout=0):
-                job.run.end(*why, **facts)  # nobody works on it: not what another sweep began either
+                job.run.end(replace(outcome, details=facts))  # nobody works on it: not what another sweep began either
         return facts
 
     def board(self) -> Group:
@@ -159,7 +160,7 @@ class Handed:
     before: dict | None  # its state then, None where its URL did not answer
     number: object = None  # what the scheduler calls it
     waits: str = ""  # for what, while it is queued
-    why: tuple[str, str] | None = None  # state and reason of a run that is over and did not say so itself
+    why: Outcome | None = None  # of a run that is over and did not say so itself
     since: float = field(default=0.0)  # when the scheduler was first heard to say that it is over
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import filelock
@@ -25,14 +25,14 @@ from rich.text import Text
 from kd.config.schema import TrainerConfig
 from kd.errors import UserError
 from kd.launch.warm import Forked, Warm
+from kd.runs.outcome import Outcome, RunState, classify_exit
 from kd.runs.provenance import done_before, doubts
-from kd.runs.run import DONE, ENDS, FAILED, NO_MEMORY, PREEMPTED, RUNNING, Run
+from kd.runs.run import Run
 from kd.system.console import clock, console, counted, harmless, styled
 from kd.system.processes import killed_for_memory
 from kd.system.remote import Unreachable
-from kd.system.signals import ASKED, EXIT_CODE, PARENT, SAME, received
+from kd.system.signals import PARENT, SAME, received
 
-UNKNOWN = "unknown"  # state of a run whose URL does not answer
 Watch = Callable[[int, Run], str | None]  # which run of a batch -> why it is to end early
 
 
@@ -51,13 +51,13 @@ class Job:
     state: dict | None = None  # after its end, as it was read last
 
     def look(self) -> dict | None:
-        """State of the run, None where its URL does not answer now, UNKNOWN where its result is damaged."""
+        """State of the run, None where its URL does not answer now, unknown where its result is damaged."""
         try:
             return self.run.state(wait=0)
         except Unreachable:
             return None
         except UserError as error:
-            return {"state": UNKNOWN, "reason": str(error)}
+            return {"state": RunState.UNKNOWN, "reason": str(error)}
 
     @property
     def log(self) -> Path:
@@ -114,7 +114,7 @@ class Pool:
         """Until no job runs and none is to be started."""
         for number, job in enumerate(self.jobs, 1):
             if job not in (*self.waiting, *self.running):
-                job.state = {"state": DONE, "reason": ""}
+                job.state = {"state": RunState.DONE, "reason": ""}
                 result = job.run.result()
                 self._say(job, "; ".join([done_before(result), *doubts(result)]), number)
         live = Live(get_renderable=self.board, console=console, transient=True, refresh_per_second=2)
@@ -152,14 +152,14 @@ class Pool:
         taken = []
         for job in free:
             state = (job.look() or {}).get("state")
-            if state == DONE:
+            if state == RunState.DONE:
                 self.waiting.remove(job)
-                job.state = {"state": DONE, "reason": ""}
+                job.state = {"state": RunState.DONE, "reason": ""}
                 self._say(job, "done by another process")
-            elif state != RUNNING and self._claim(job):
+            elif state != RunState.RUNNING and self._claim(job):
                 return job
             else:
-                taken.append((state == RUNNING, job))
+                taken.append((state == RunState.RUNNING, job))
         return min(taken, key=lambda pair: pair[0])[1] if taken else None
 
     def _claim(self, job: Job) -> bool:
@@ -179,7 +179,7 @@ class Pool:
     def board(self) -> Group:
         """What runs, and how far the sweep is."""
         ended = [job for job in self.jobs if job.state]
-        done, queued = sum(j.state["state"] == DONE for j in ended), sum(not job.begun for job in self.running)
+        done, queued = sum(j.state["state"] == RunState.DONE for j in ended), sum(not job.begun for job in self.running)
         says = f"{done} done, {len(self.running) - queued} running, {len(ended) - done} not done, "
         says += f"{len(self.waiting) + queued} to come"
         if self.endings:
@@ -208,12 +208,12 @@ class Pool:
         job.facts = {"seconds": time.monotonic() - begun}
         job.facts = self.record(job)
         if job.cut and job.run.result() is None:
-            job.run.end(PREEMPTED, job.cut, **job.facts)
+            job.run.end(Outcome(RunState.PREEMPTED, job.cut, details=job.facts))
         job.run.release()
 
     def _ended(self, job: Job) -> None:
         """Say in which state a run ended."""
-        if job.state["state"] == DONE:
+        if job.state["state"] == RunState.DONE:
             self.spent.append(job.facts["seconds"])
         elif self.stop_on_failure and not job.cut:
             self.stopped = True
@@ -249,7 +249,7 @@ class Ending:
             self.job.state = self.job.run.state()
         except (UserError, OSError) as error:  # on a full disk, too: the other runs may have what they need
             reason = f"How it ended could not be recorded: {error}"
-            self.job.state = self.job.look() or {"state": UNKNOWN}
+            self.job.state = self.job.look() or {"state": RunState.UNKNOWN}
             self.job.state |= {"reason": reason}
 
     def over(self) -> bool:
@@ -358,27 +358,19 @@ class Local(Pool):
         of, state = self.processes[job.run.name], job.run.state()
         seconds = round(time.monotonic() - job.begun, 2)
         facts = {"exit_code": of.process.returncode, "seconds": seconds, "peak_memory": of.memory, "log": str(job.log)}
-        if state["state"] == RUNNING and state["pid"] != of.process.pid:
+        if state["state"] == RunState.RUNNING and state["pid"] != of.process.pid:
             pass  # of another sweep, which says what becomes of it
-        elif state["state"] in ENDS and state["state"] != DONE and state.get("pid", of.process.pid) == of.process.pid:
-            job.run.end(**state | {k: facts[k] for k in ("exit_code", "log")})
-        elif state["state"] != DONE:
+        elif state["state"] == RunState.DONE:
+            pass
+        elif RunState(state["state"]).ended and state.get("pid", of.process.pid) == of.process.pid:
+            written = state | {name: facts[name] for name in ("exit_code", "log")}
+            job.run.end(Outcome.from_json(written))
+        else:
             with suppress(filelock.Timeout), filelock.FileLock(job.run / ".lock", timeout=0):
-                job.run.end(*self._why(job, of), **facts)  # nobody works on it: not what another sweep began either
+                memory = killed_for_memory() > of.killed
+                ended = classify_exit(facts["exit_code"], memory, len(self.asked) > 1, job.last_line())
+                job.run.end(replace(ended, details=facts))  # nobody works on it: not what another sweep began either
         return facts
-
-    def _why(self, job: Job, of: Process) -> tuple[str, str]:
-        """State and reason of a run that could not say so itself."""
-        code = of.process.returncode
-        if code == EXIT_CODE or -code in ASKED:
-            return PREEMPTED, "asked to end before its first step; the same command starts it"
-        if len(self.asked) > 1 and code == -signal.SIGKILL:
-            return PREEMPTED, "asked to end at once; the same command goes on with it"
-        if code == -signal.SIGKILL and killed_for_memory() > of.killed:
-            return NO_MEMORY, "killed by the kernel, which had no memory left"
-        if code < 0:
-            return FAILED, f"killed by {signal.Signals(-code).name}"
-        return FAILED, job.last_line() or f"exit code {code}"
 
 
 @dataclass

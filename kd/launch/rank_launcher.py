@@ -8,9 +8,11 @@ others, and when it is gone itself, by SIGKILL even, they end at once.
 from __future__ import annotations
 
 import warnings
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from kd.parallel import collectives
+from kd.runs.outcome import GOES_ON, Outcome, RunState, classify, classify_exit
 
 if TYPE_CHECKING:
     from kd.experiment.prerequisites import Inputs
@@ -18,12 +20,10 @@ if TYPE_CHECKING:
 import gc
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
-import traceback
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -34,7 +34,7 @@ import torch.distributed as dist
 from kd.config.schema import ExperimentConfig
 from kd.errors import UserError, for_people, is_mistake
 from kd.parallel.collectives import number, processor
-from kd.runs.run import DONE, FAILED, NO_MEMORY, PREEMPTED, Run
+from kd.runs.run import Run
 from kd.system.launchers import OWN
 from kd.system.processes import killed_for_memory
 from kd.system.signals import EXIT_CODE, Preempted, requests
@@ -74,10 +74,10 @@ class Shared(Run):
     def begin(self, config: ExperimentConfig) -> None:
         pass
 
-    def end(self, state: str, reason: str = "", **report) -> Path:
-        if state == DONE:
-            return super().end(state, reason, **report)
-        self.job.tell("end", {"state": state, "reason": reason, **report})
+    def end(self, outcome: Outcome) -> Path:
+        if outcome.state == RunState.DONE:
+            return super().end(outcome)
+        self.job.tell("end", asdict(outcome))
         return self / "state.json"
 
 
@@ -88,10 +88,9 @@ def work(words: list[str]) -> None:
         fit_as_rank(job)
     except Exception as error:  # the process that started this one prints it, if it was the first
         if is_mistake(error):
-            job.tell("said", str(for_people(error)))
+            job.tell("message", str(for_people(error)))
             sys.exit(2)
-        reason = f"{type(error).__name__}: {error}"
-        job.tell("end", {"state": FAILED, "reason": reason, "traceback": traceback.format_exc()})
+        job.tell("end", asdict(replace(classify(error), exit_code=2)))
         sys.exit(1)
 
 
@@ -153,38 +152,43 @@ def _watch(processes: list[subprocess.Popen]) -> list[int | None]:
     return codes
 
 
-def _heard(server: dist.TCPStore) -> dict:
-    """What the first rank that had something to say of its end said."""
-    return {what: json.loads(server.get(what))[1] for what in ("end", "said") if server.check([what])}
+def _published(server: dist.TCPStore, key: str):
+    """Return what the first rank that published something under a key published, or None."""
+    return json.loads(server.get(key))[1] if server.check([key]) else None
+
+
+def _outcome(server: dist.TCPStore) -> Outcome | None:
+    """Return how the first rank that said so says that the run ended."""
+    end = _published(server, "end")
+    return Outcome(**end | {"state": RunState(end["state"])}) if end else None
 
 
 def _preempted(run: Run, server: dist.TCPStore) -> None:
     """Write that the run was asked to end, and in what step, if a rank said so."""
-    end = _heard(server).get("end", {})
-    reason = "asked to end; the same command goes on with it"
-    run.end(PREEMPTED, end["reason"] if end.get("state") == PREEMPTED else reason, exit_code=EXIT_CODE)
+    outcome = _outcome(server)
+    run.end(outcome if outcome and outcome.state == RunState.PREEMPTED else classify(Preempted()))
 
 
-def _failed(run: Run, server: dist.TCPStore, codes: list[int | None], no_memory: bool):
-    """Say which rank failed first, and why: one that was killed said nothing, and the others only that it is gone."""
-    heard, said = _heard(server), None
-    killed = next((rank for rank, code in enumerate(codes) if code and code < 0), None)
-    if killed is not None:
-        name = signal.Signals(-codes[killed]).name
-        end = {"reason": f"rank {killed} of {len(codes)} was killed by {name}"}
-        if no_memory and name == "SIGKILL":
-            end = {"state": NO_MEMORY, "reason": f"{end['reason']}, since the kernel had no memory left"}
-    elif heard:
-        said = heard.get("said")
-        end = heard.get("end") or {"reason": said}
-    else:
-        rank = next(rank for rank, code in enumerate(codes) if code)
-        end = {"reason": f"rank {rank} of {len(codes)} ended with exit code {codes[rank]}"}
-    where = run.end(**{"state": FAILED, "exit_code": 2} | end)
-    if said is None:
-        print(end.get("traceback", ""), file=sys.stderr, end="")
-        said = f"{run.name}: {end['reason']}. What is known of it is in {where}; the same command goes on with it."
-    raise UserError(said)
+def _failed(run: Run, server: dist.TCPStore, codes: list[int | None], out_of_memory: bool):
+    """Write which rank failed first, and why, and raise UserError.
+
+    A rank that was killed published nothing, and the others then know only that it is gone.
+    """
+    message, ranks = _published(server, "message"), len(codes)
+    rank, code = next(((r, c) for r, c in enumerate(codes) if c and c < 0), (None, 0))
+    if rank is not None:
+        exit_ = classify_exit(code, out_of_memory, killed_by_us=False)
+        outcome, message = replace(exit_, reason=f"rank {rank} of {ranks}: {exit_.reason}", exit_code=2), None
+    elif message or (outcome := _outcome(server)) is None:
+        rank, code = next((r, c) for r, c in enumerate(codes) if c)
+        outcome = _outcome(server) or Outcome(
+            RunState.FAILED, message or f"rank {rank} of {ranks} ended with exit code {code}", 2
+        )
+    where = run.end(outcome)
+    if message is None:
+        print(outcome.details.get("traceback", ""), file=sys.stderr, end="")
+        message = f"{run.name}: {outcome.reason}. Details are in {where}; {GOES_ON}."
+    raise UserError(message)
 
 
 def fit_in_ranks(program: str, run: Run, config: ExperimentConfig, inputs: Inputs) -> dict:

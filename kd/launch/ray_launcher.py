@@ -8,7 +8,7 @@ import socket
 from kd.errors import UserError
 from kd.launch.cluster import Away, Elsewhere, Task, needs
 from kd.launch.pool import Job, Pool
-from kd.runs.run import FAILED, PREEMPTED
+from kd.runs.outcome import GOES_ON, Outcome, RunState
 from kd.system.console import console
 from kd.system.signals import requests
 
@@ -80,11 +80,13 @@ class RayPool(Elsewhere):
                 continue
             try:
                 self.ray.get(of.number)
-                of.why = (PREEMPTED if self.asked else FAILED, "it ended without a word")
+                state = RunState.PREEMPTED if self.asked else RunState.FAILED
+                of.why = Outcome(state, "it ended without a word")
             except self.ray.exceptions.TaskCancelledError:
-                of.why = PREEMPTED, "asked to end; the same command goes on with it"
+                of.why = Outcome(RunState.PREEMPTED, f"asked to end; {GOES_ON}")
             except self.ray.exceptions.RayError as error:
-                of.why = FAILED, f"Ray says {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+                last = str(error).strip().splitlines()[-1]
+                of.why = Outcome(RunState.FAILED, f"Ray says {type(error).__name__}: {last}")
         return super().over()
 
     def stop(self, jobs: list[Job], at_once: bool) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from kd.errors import UserError
 from kd.launch.cluster import Away, Elsewhere, Task, needs
 from kd.launch.pool import Job, Pool
-from kd.runs.run import FAILED, NO_MEMORY, PREEMPTED
+from kd.runs.outcome import GOES_ON, Outcome, RunState
 from kd.system import files
 from kd.system.console import console
 from kd.system.files import read_json
@@ -145,17 +145,19 @@ class SlurmPool(Elsewhere):
         lines = (line.split("|") for line in answer.stdout.splitlines() if line.count("|") == 2)
         return {number.strip(): (state, reason) for number, state, reason in lines}
 
-    def _why(self, job: Job, stands: str) -> tuple[str, str]:
+    def _why(self, job: Job, stands: str) -> Outcome:
+        """Return how a job ended that SLURM calls over."""
         number = self.of(job).number
         if not stands and shutil.which("sacct"):  # it ended too long ago for the queue
             words = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=State", f"--jobs={number}"]
             stands = next(iter(ask(words).stdout.split()), "")
         if stands == "OUT_OF_MEMORY":
-            return NO_MEMORY, f"SLURM ended its job {number} for want of memory; take more with hydra.launcher.mem_gb="
+            reason = f"SLURM ended its job {number} for want of memory; take more with hydra.launcher.mem_gb="
+            return Outcome(RunState.OUT_OF_MEMORY, reason)
         if stands in LOST:
-            return PREEMPTED, f"SLURM says {stands} of its job {number}; the same command goes on with it"
+            return Outcome(RunState.PREEMPTED, f"SLURM says {stands} of its job {number}; {GOES_ON}")
         said = f"SLURM says {stands} of" if stands else "SLURM no longer knows"
-        return FAILED, f"{said} its job {number}; what it printed is in {self.path.parent}"
+        return Outcome(RunState.FAILED, f"{said} its job {number}; what it printed is in {self.path.parent}")
 
     def stop(self, jobs: list[Job], at_once: bool) -> None:
         numbers = [self.of(job).number for job in jobs]

@@ -30,12 +30,13 @@ from kd.config.security import check_words
 from kd.errors import MISTAKES, UserError, for_people
 from kd.experiment.dependencies import Plan
 from kd.experiment.prerequisites import prepare
-from kd.launch.pool import UNKNOWN, Job, Local, Pool, Watch, fitting, gpus, visible_devices
+from kd.launch.pool import Job, Local, Pool, Watch, fitting, gpus, visible_devices
 from kd.launch.warm import Warm
 from kd.runs import wandb_agent
 from kd.runs.identity import below
+from kd.runs.outcome import RunState
 from kd.runs.provenance import doubts
-from kd.runs.run import DIVERGED, DONE, FAILED, NO_MEMORY, SEALED, Run
+from kd.runs.run import SEALED, Run
 from kd.system import files, remote
 from kd.system.console import clock, console, counted, end_with, styled
 from kd.system.files import read_json
@@ -356,7 +357,7 @@ class NotDone(UserError):
     def __init__(self, run: Run, state: dict):
         super().__init__(f"{run.name} is not done: {state['reason']}")
         killed = (state.get("exit_code") or 0) < 0
-        self.again = killed or state["state"] not in (FAILED, DIVERGED)
+        self.again = killed or state["state"] not in (RunState.FAILED, RunState.DIVERGED)
 
 
 def outcome(job: Job) -> tuple[dict | None, dict]:
@@ -364,7 +365,7 @@ def outcome(job: Job) -> tuple[dict | None, dict]:
     try:
         return job.run.result(wait=0), job.run.state(wait=0)
     except UserError as error:
-        return None, job.state or {"state": UNKNOWN, "reason": str(error)}
+        return None, job.state or {"state": RunState.UNKNOWN, "reason": str(error)}
 
 
 class Processes(Runs):
@@ -396,9 +397,6 @@ def varying(jobs: Sequence[Sequence[str]], names: Sequence[str]) -> list[str]:
     return [" ".join([*filter(None, [of]), *(w for w in j if w not in alike[of])]) for j, of in zip(jobs, names)]
 
 
-COLORS = {DONE: "green", FAILED: "red", DIVERGED: "red", NO_MEMORY: "red"}
-
-
 def summary(name: str, jobs: Sequence[Job]) -> Table:
     """All runs of a sweep: what became of each, its loss (and Rouge-L), time, memory, and why it is not done."""
     table = Table(title=f"sweep {name}", title_justify="left", pad_edge=False, box=None)
@@ -408,15 +406,16 @@ def summary(name: str, jobs: Sequence[Job]) -> Table:
     for column in ("run", "state", *measures, "time", "memory", ""):
         table.add_column(column, justify="left" if column in ("run", "state", "") else "right")
     for job, result, state in zip(jobs, results, states, strict=True):
-        stands, why = state["state"], state["reason"]
-        if stands == DONE:
+        stands, why = RunState(state["state"]), state["reason"]
+        failed = stands.is_failure
+        if stands == RunState.DONE:
             why = "; ".join(doubts(result))
-        elif stands == "not begun":
+        elif stands == RunState.NOT_BEGUN:
             why = "the same command starts it"
-        elif stands in (FAILED, DIVERGED, NO_MEMORY):
+        elif failed:
             why = f"{why[:100]}  {job.log}"
         table.add_row(
-            job.said, styled(stands, COLORS.get(stands, "yellow")),
+            job.said, styled(stands, "green" if stands == RunState.DONE else "red" if failed else "yellow"),
             *(f"{result['final'][key]:.4f}" if result and key in result["final"] else "" for key in measures.values()),
             clock(state["seconds"]) if "seconds" in state else "",
             files.amount(state["peak_memory"]) if "peak_memory" in state else "", styled(why, "dim"),

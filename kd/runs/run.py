@@ -7,7 +7,6 @@ import os
 import shlex
 import shutil
 import time
-import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,25 +16,18 @@ import filelock
 
 from kd.config.schema import ExperimentConfig
 from kd.config.secrets import redacted
-from kd.errors import UserError, is_mistake
+from kd.errors import UserError
+from kd.runs.outcome import Outcome, RunState, classify
 from kd.system import files, remote
 from kd.system.console import console
 from kd.system.files import read_json
 from kd.system.processes import _same_process, alive, peak_memory, whereabouts
-from kd.system.signals import EXIT_CODE
 
-# Responses of a student to the prompts of the validation rows (kd/evaluation/responses.py), and its curve of ExAccErr.
+# Responses of the student to the validation prompts (kd/evaluation/responses.py), and the curve of its ExAccErr.
 RESPONSES, EXACCERR = "responses.jsonl", "exaccerr.json"
-EXACCERR_LENGTH = 16  # tokens up to which one number for it counts, as in the log of MiniLLM's code
 # What result.json keeps digests of, beside its own; folders with all that is in them.
 SEALED = ("config.json", "metrics.jsonl", RESPONSES, EXACCERR, "student")
 CLAIM = "claim.lock"  # file that says which sweep is about to start the run; not copied with the others
-
-
-RUNNING, DONE, FAILED, DIVERGED, NO_MEMORY, PREEMPTED = (
-    "running", "done", "failed", "diverged", "out of memory", "preempted"
-)  # fmt: skip
-ENDS = (DONE, FAILED, DIVERGED, NO_MEMORY, PREEMPTED)  # exactly one of these becomes of a run
 
 
 class Run:
@@ -199,7 +191,7 @@ class Run:
             self._pull()
         files.write_json(self / "config.json", redacted(config.to_dict()))
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        files.write_json(self / "state.json", {"state": RUNNING, **whereabouts(), "since": since})
+        files.write_json(self / "state.json", {"state": RunState.RUNNING, **whereabouts(), "since": since})
         if self.remote:
             self.remote.put("config.json", "state.json")
         self.begun = time.monotonic()
@@ -212,14 +204,15 @@ class Run:
         if not (self / "wandb-id").exists():
             self.remote.get("wandb-id")
 
-    def end(self, state: str, reason: str = "", **report) -> Path:
-        """Write how this process's work on the run ended: one of ENDS, with wall time and peak memory of the try."""
-        if state != DONE and (self / "result.json").exists():
+    def end(self, outcome: Outcome) -> Path:
+        """Write how a process's work on the run ended, with its wall time and peak memory; return the file."""
+        if outcome.state != RunState.DONE and (self / "result.json").exists():
             return self / "state.json"  # it was done before whatever came
-        report = {"seconds": round(time.monotonic() - self.begun, 2), **whereabouts(), **report}
+        report = {"seconds": round(time.monotonic() - self.begun, 2), **whereabouts()}
+        report |= {"exit_code": outcome.exit_code, **outcome.details}
         report.setdefault("peak_memory", peak_memory())
         report = {name: value for name, value in report.items() if value is not None}
-        files.write_json(self / "state.json", {"state": state, "reason": reason, **report})
+        files.write_json(self / "state.json", {"state": outcome.state, "reason": outcome.reason, **report})
         if self.remote:
             self.remote.tell("state.json", "log.txt")
         return self / "state.json"
@@ -231,7 +224,7 @@ class Run:
             yield
         except BaseException as error:
             if not self._ended_here():
-                self.failed(error)
+                self.end(classify(error))
             raise
 
     def _ended_here(self) -> bool:
@@ -240,31 +233,31 @@ class Run:
             last = read_json(self / "state.json") or {}
         except UserError:
             return False
-        return last.get("state") != RUNNING and last.get("pid") == os.getpid()
-
-    def failed(self, error: BaseException, told: bool = False) -> Path:
-        """Write that an error, which is being handled, ended the work; told: it is explained, as a mistake is."""
-        code = error.code if isinstance(error, SystemExit) else 2 if told or is_mistake(error) else 1
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        state = PREEMPTED if code == EXIT_CODE else NO_MEMORY if _no_memory(error) else FAILED
-        return self.end(state, reason, exit_code=code, traceback=traceback.format_exc())
+        return last.get("state") != RunState.RUNNING and last.get("pid") == os.getpid()
 
     def state(self, wait: float | None = None) -> dict:
-        """What became of the run, as {"state": …, "reason": …, …}: one of ENDS, running, stale or not begun."""
+        """Return what state.json says of the run, or is known without it: {"state": a RunState, "reason": …, …}."""
         if (result := self.result(wait)) is not None:
-            return {"state": DONE, "reason": "", **{k: v for k, v in result.items() if k in ("seconds", "peak_memory")}}
+            return {
+                "state": RunState.DONE,
+                "reason": "",
+                **{k: v for k, v in result.items() if k in ("seconds", "peak_memory")},
+            }
         try:
             found = read_json(self / "state.json")
         except UserError as error:
-            return {"state": "not begun", "reason": f"{error}".partition(". ")[0] + "; the same command begins it anew"}
-        if self.remote and not (found and found["state"] == RUNNING and alive(found)):
+            return {
+                "state": RunState.NOT_BEGUN,
+                "reason": f"{error}".partition(". ")[0] + "; the same command begins it anew",
+            }
+        if self.remote and not (found and found["state"] == RunState.RUNNING and alive(found)):
             there = self.remote.now_and_then("state.json", wait)
             found = found if found and there and _same_process(found, there) else there or found
         if found is None:
-            return {"state": "not begun", "reason": ""}
-        if found["state"] == RUNNING and not alive(found):
+            return {"state": RunState.NOT_BEGUN, "reason": ""}
+        if found["state"] == RunState.RUNNING and not alive(found):
             gone = f"its process {found['pid']} is gone; the same command goes on with it"
-            return found | {"state": "stale", "reason": gone}
+            return found | {"state": RunState.STALE, "reason": gone}
         return {"reason": "", **found}
 
     def weights(self) -> dict[str, str]:
@@ -342,13 +335,13 @@ class Run:
             state = (read_json(self / "state.json") or {}).get("state")
         except UserError:
             state = None
-        if not self.remote and (state != DONE or (self / "checkpoints").exists()):
+        if not self.remote and (state != RunState.DONE or (self / "checkpoints").exists()):
             # Of a root that is read alone, nothing can be tidied.
             with suppress(filelock.Timeout, OSError), filelock.FileLock(self / ".lock", timeout=0):
                 self._tidy()
 
     def _tidy(self) -> None:
-        self.end(DONE, exit_code=0)
+        self.end(Outcome(RunState.DONE, exit_code=0))
         shutil.rmtree(self / "checkpoints", ignore_errors=True)
         if self.remote:
             try:

@@ -27,6 +27,7 @@ class Preempted(SystemExit):
 
     def __init__(self):
         super().__init__(EXIT_CODE)
+        self.place = ""  # in the work, such as "at step 7 of 100"
 
 
 class Stopped(Exception):

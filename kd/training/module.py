@@ -19,11 +19,12 @@ from kd.objective.chunked import Objective, Signal, chunks, fitting, with_sample
 from kd.objective.target import Target
 from kd.objective.token_selection import Measured
 from kd.parallel import collectives, fsdp
+from kd.runs.outcome import NonFinite
 from kd.system.console import console
 from kd.system.hardware import hold_in, keep_freed, out_of_memory
 from kd.system.signals import Preempted, Stopped, requests
 from kd.teachers.base import Teacher
-from kd.training.report import LossTerm, NonFinite, StepReport
+from kd.training.report import LossTerm, StepReport
 
 if TYPE_CHECKING:
     from kd.rollout.strategies import Rollout

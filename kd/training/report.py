@@ -30,11 +30,3 @@ class StepReport:
     positions: int  # that the student computed
     teacher_positions: int
     rollout_tokens: dict[str, float] = field(default_factory=dict)  # read by student and teacher while they wrote
-
-
-class NonFinite(RuntimeError):
-    """A loss or gradient is inf or NaN; `report` holds what is needed to find out why."""
-
-    def __init__(self, report: dict):
-        super().__init__(f"{report['what']} is not finite at step {report['step']}")
-        self.report = report

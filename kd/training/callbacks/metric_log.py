@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from lightning.pytorch.callbacks import Callback
 
-from kd.training.report import NonFinite
+from kd.runs.outcome import NonFinite
 
 
 class MetricLog(Callback):

@@ -1,0 +1,76 @@
+"""Catalogue of metrics: name, label and meaning, for the terminal and for reports.
+
+A value is logged as `val/NAME`; the same metric of the teacher as `val/teacher_NAME`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+EXACCERR_LENGTH = 16  # tokens over which the one number for it is taken, as in the log of MiniLLM's code
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Number that a validation gives, or that a report computes from one."""
+
+    name: str
+    label: str  # title of a column
+    meaning: str
+    better: Literal["lower", "higher"] | None = None
+    unit: str = ""  # after a value in a sentence
+    teacher: bool = False  # the terminal also shows the teacher's
+    column: bool = True  # of a report's table
+    plot: str = ""  # caption of a plot of its own in a report; empty: none
+
+    @property
+    def key(self) -> str:
+        return f"val/{self.name}"
+
+    @property
+    def teacher_key(self) -> str:
+        return f"val/teacher_{self.name}"
+
+    @property
+    def sign(self) -> int:
+        """1 where higher is better, -1 where lower is."""
+        return 1 if self.better == "higher" else -1
+
+    @property
+    def final_key(self) -> str:
+        """Name in W&B of the value at the end of a run."""
+        return f"final/{self.name}"
+
+
+METRICS = (
+    Metric("lm", "loss", "mean negative log-likelihood of held-out text, nats per token", "lower",
+           unit="nats per token on held-out text", teacher=True),
+    Metric("rouge_l", "rouge-l", "Rouge-L F1 of responses to held-out prompts, stemmed; papers print it times 100",
+           "higher", unit="Rouge-L on held-out prompts", teacher=True),
+    Metric("exact_match", "exact", "share of responses that equal the reference but for white space", "higher"),
+    Metric("perplexity", "perplexity", "of the references: the exponential of the loss", "lower"),
+    Metric("bpb", "bits per byte", "the loss per byte of text, which can be compared where tokenizers differ", "lower"),
+    Metric("fkl", "fkl", "KL(teacher || student), nats per token; 0 is a perfect copy of the teacher", "lower",
+           plot="lower is closer to the teacher"),
+    Metric("rkl", "rkl", "KL(student || teacher), nats per token", "lower"),
+    Metric("tvd", "tvd", "total variation distance between student and teacher", "lower", column=False),
+    Metric("acceptance", "acceptance", "1 - total variation distance: how often speculative decoding keeps a token",
+           "higher", plot="higher is closer to the teacher"),
+    Metric("agreement", "agreement", "share of positions where student and teacher rank the same token first",
+           "higher"),
+    Metric("accuracy", "accuracy", "share of held-out tokens that the student ranks first", "higher", teacher=True),
+    Metric("ece", "ece", "expected calibration error: mean |confidence - accuracy| over 15 bins; 0 is calibrated",
+           "lower", teacher=True, plot="lower is better calibrated"),
+    Metric("exaccerr", "exaccerr", "excess accumulated error: how much further the student is from the teacher, by fkl "
+           f"over the first {EXACCERR_LENGTH} tokens, after its own text than after the teacher's", "lower",
+           plot="lower is less exposure bias"),
+    Metric("on_policy_rkl", "on-policy rkl", "KL(student || teacher) on text that the student wrote, nats per token",
+           "lower", plot="on its own text; lower is closer to the teacher"),
+    Metric("on_policy_tvd", "on-policy tvd", "total variation distance between the two on that text", "lower"),
+    Metric("on_policy_ece", "on-policy ece", "calibration error there, with the teacher's distribution as the truth",
+           "lower"),
+    Metric("distinct_4", "distinct-4", "distinct 4-grams of words in all responses together, as a share of all"),
+    Metric("response_length", "length", "tokens of a response, without its end"),
+    Metric("ended", "ended", "share of responses that end by themselves, and not because their row is full"),
+)  # fmt: skip
+BY_NAME = {metric.name: metric for metric in METRICS}
+LOSS, ROUGE_L = BY_NAME["lm"], BY_NAME["rouge_l"]

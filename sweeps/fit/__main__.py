@@ -1,0 +1,76 @@
+"""Scaling laws of a sweep: python -m sweeps.fit NAME writes ROOT/sweeps/NAME.fit.html, .fit.json and .points.csv."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+from kd.system.launchers import forget_ranks
+
+if __name__ == "__main__":  # before a library that reads them is loaded
+    forget_ranks(os.environ)
+
+from kd.errors import MISTAKES, UserError, for_people
+from kd.system.console import Terminal, harmless
+from kd.system.remote import home, publish
+from sweeps.fit.fitting import fit_all
+from sweeps.fit.observations import Observation, from_csv, from_sweep
+from sweeps.fit.output import print_fits, write_fits
+from sweeps.fit.verdict import verdict
+from sweeps.report.arguments import path_argument, sweep_parser
+from sweeps.report.artifact import keep_artifact, wandb_place
+from sweeps.report.load import load_sweep
+from sweeps.report.question import question
+
+
+def argument_parser() -> ArgumentParser:
+    parser = sweep_parser("fit", "Scaling laws of a sweep or a CSV file.", "?")
+    parser.add_argument("--bootstrap", type=int, default=200, help="resamples to make intervals from (default: 200)")
+    parser.add_argument("--seed", type=int, default=0, help="of the resamples (default: 0)")
+    columns = (
+        "fit these points instead of a sweep; the answers are written beside it. Columns: "
+        f"{', '.join(Observation._fields)}. Only parameters (without embeddings), tokens and loss (nats per token) are "
+        "needed. FLOPs are of a forward pass, 2 per parameter where there are none; lines without a teacher are "
+        "language modelling alone."
+    )
+    parser.add_argument("--csv", type=lambda text: Path(path_argument(text)), metavar="FILE", help=columns)
+    parser.add_argument("--wandb", action="store_true", help="also keep it in Weights & Biases, with the runs")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Fit the laws of a sweep or a CSV file, write and print them; return the exit code."""
+    parser = argument_parser()
+    options = parser.parse_args(arguments)
+    if (options.name is None) is (options.csv is None):
+        parser.error("need the name of a sweep, or --csv FILE")
+    if options.bootstrap < 0:
+        parser.error(f"--bootstrap {options.bootstrap}: need 0 (no intervals) or more")
+    try:
+        if options.csv:
+            folder, name, entries, notes = options.csv.parent, options.csv.stem, [], []
+            runs = from_csv(options.csv)
+        else:
+            folder, name, entries = home(options.root) / "sweeps", options.name, load_sweep(options.root, options.name)
+            runs, notes = from_sweep(entries)
+        if not runs:
+            raise UserError(" ".join([f"No run of {name} can be used.", *notes]))
+        fits = fit_all(name, runs, notes, options.bootstrap, options.seed)
+        line = verdict(fits)
+        paths = write_fits(folder, fits, line, question(name) if options.name else "")
+        for kind in ("html", "json") if options.name else ():
+            publish(options.root, f"sweeps/{name}.fit.{kind}")
+        print_fits(fits, Terminal(highlight=False))
+        print(harmless(f"{paths[0]}: {line}"))
+        if options.wandb:
+            print(harmless(f"W&B: {keep_artifact(paths, name, 'fit', line, wandb_place(entries))}"))
+    except MISTAKES as error:
+        print(harmless(str(for_people(error))), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Report of a sweep: its runs compared, as HTML, Markdown, CSV and in W&B."""

@@ -1,0 +1,43 @@
+"""Report of a sweep: python -m sweeps.report NAME writes ROOT/sweeps/NAME.html, .md and .csv.
+
+The page needs no network. The Markdown, for a paper or an issue, and the CSV, a line per run, have the same numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from kd.system.launchers import forget_ranks
+
+if __name__ == "__main__":  # before a library that reads them is loaded
+    forget_ranks(os.environ)
+
+from kd.errors import MISTAKES, for_people
+from kd.system.console import harmless
+from sweeps.report.arguments import sweep_parser
+from sweeps.report.artifact import keep_artifact, wandb_place
+from sweeps.report.report import build_report
+from sweeps.report.write import write_report
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the report of a sweep; return the exit code."""
+    parser = sweep_parser("report", "A sweep as one page of HTML, as Markdown and as CSV.")
+    parser.add_argument("--wandb", action="store_true", help="also keep it in Weights & Biases, with the runs")
+    options = parser.parse_args(arguments)
+    try:
+        report = build_report(options.root, options.name)
+        paths = write_report(options.root, report)
+        print(harmless(f"{paths[0]}: {report.verdict}"))
+        if options.wandb:
+            place = keep_artifact(paths, report.name, "report", report.verdict, wandb_place(report.entries))
+            print(harmless(f"W&B: {place}"))
+    except MISTAKES as error:
+        print(harmless(str(for_people(error))), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

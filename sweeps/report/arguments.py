@@ -1,0 +1,27 @@
+"""Command-line arguments that report, fit and dashboard share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from kd.errors import UserError
+from kd.system import files
+
+
+def path_argument(text: str) -> str:
+    """Return a path of the command line with ~ expanded, for argparse."""
+    try:
+        return files.expanded(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def sweep_parser(program: str, description: str, nargs: str | None = None) -> argparse.ArgumentParser:
+    """Return a parser of a sweep's name and --root. nargs: "?" where the name may be left out."""
+    parser = argparse.ArgumentParser(prog=f"python -m sweeps.{program}", description=description)
+    parser.add_argument("name", nargs=nargs, help="of the sweep, as in python train.py sweeps=NAME")
+    root = os.environ.get("KD_ROOT") or "runs"
+    help_ = "folder or URL where runs are kept (default: $KD_ROOT, or runs)"
+    parser.add_argument("--root", default=root, type=path_argument, help=help_)
+    return parser

@@ -1,0 +1,74 @@
+"""Report as CSV, a line per run."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from kd.evaluation.catalog import LOSS
+from kd.system.console import harmless
+from sweeps.report.groups import Group, name_without_loss, outcome_settings, varying
+from sweeps.report.load import Entry
+from sweeps.report.report import Report
+from sweeps.report.table import Row
+
+
+def csv_table(report: Report) -> str:
+    """Return a line per run: state, settings that vary, seed, final metrics, tokens, FLOPs, seconds, command.
+
+    difference and to_the_first are those of the report's metric to the run of the same seed of the baseline and of the
+    best row of its task. Settings of an unfinished run are those that were typed.
+    """
+    runs = list({entry.folder: entry for entry in report.entries}.values())
+    keys = settings_that_vary(report.rows)
+    metrics = sorted({k for e in runs if e.result for k in e.result["final"] if k.startswith("val/")})
+    metrics.sort(key=LOSS.key.__ne__)
+    rows = {e.folder: row for row in report.rows for e in row.group.runs.values()}
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["run", "state", "reason", "label", *keys, "seed", *metrics, "difference", "to_the_first",
+                     "tokens", "flops", "seconds", "command"])  # fmt: skip
+    for entry in runs:
+        row, result = rows.get(entry.folder), entry.result
+        if result is None:
+            typed = typed_settings(entry)
+            cells = ["", *(typed.get(k, "") for k in keys), typed.get("seed", ""), *[""] * (len(metrics) + 5)]
+        else:
+            config, final, seed = outcome_settings(result["config"]), result["final"], result["config"]["seed"]
+            cells = [row.group.label if row else "", *(config.get(k) for k in keys), seed]
+            cells += [final.get(k) for k in metrics]
+            others = (row.baseline, row.best) if row else (None, None)
+            cells += [seed_difference(row.group, other, seed, report.metric.key) if other else None for other in others]
+            cells += [result.get(k) for k in ("tokens", "flops", "seconds")]
+        writer.writerow(map(safe_cell, [entry.folder.name, entry.state, entry.message, *cells, entry.command]))
+    return out.getvalue()
+
+
+def settings_that_vary(rows: list[Row]) -> list[str]:
+    """Return the settings that vary among the rows of one kind; logits if some rows are distilled and some not."""
+    keys = dict.fromkeys(["logits"] if len({row.group.distilled for row in rows}) > 1 else [])
+    configs = [row.group.config for row in rows]
+    for kind in sorted({name_without_loss(config) for config in configs}, key=str):
+        keys |= dict.fromkeys(varying([config for config in configs if name_without_loss(config) == kind]))
+    return list(keys)
+
+
+def typed_settings(entry: Entry) -> dict[str, str]:
+    """Return the settings of a command by their words: student=1m is student.size."""
+    words = dict(word.lstrip("+").partition("=")[::2] for word in entry.overrides)
+    return words | {f"{role}.size": words[role] for role in ("student", "teacher") if role in words}
+
+
+def seed_difference(group: Group, other: Group, seed: int, key: str) -> float | None:
+    """Return a metric of one run minus that of the other group's run with its seed."""
+    if other is group or seed not in other.runs:
+        return None
+    return group.values(key)[seed] - other.values(key)[seed]
+
+
+def safe_cell(cell: object) -> object:
+    """Return a cell that no spreadsheet takes for a formula."""
+    if type(cell) is not str:
+        return cell
+    cell = harmless(cell)
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell

@@ -1,0 +1,151 @@
+"""Groups of runs that differ in the seed alone, and their labels."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from statistics import fmean
+
+from kd.evaluation.catalog import LOSS, ROUGE_L, Metric
+from kd.runs.identity import below, part_of_outcome, whole_as_float
+from sweeps.report.load import Entry
+from sweeps.report.statistics import Interval, interval
+from sweeps.report.wording import format_amount
+
+TASK = ("data", "student", "trainer.steps", "trainer.batch")  # where these agree, losses can be compared
+SUPERVISED, FINE_TUNED, SEQUENCE_LEVEL = "language modelling alone", "SFT", "SeqKD"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed."""
+
+    label: str
+    config: dict
+    runs: dict[int, Entry]  # by seed
+
+    @property
+    def results(self) -> list[dict]:
+        return [entry.result for entry in self.runs.values()]
+
+    @property
+    def supervised(self) -> bool:
+        return is_supervised(self.config)
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the runs learn a teacher's distributions, so that all axes have a meaning."""
+        return name_without_loss(self.config) is None
+
+    @property
+    def task(self) -> str:
+        """Student, data and steps, so of full rows the tokens."""
+        return subset(self.config, *TASK)
+
+    @property
+    def seconds(self) -> float:
+        return fmean(result.get("seconds", 0) for result in self.results)
+
+    def values(self, key: str) -> dict[int, float]:
+        """Return a metric of the final validation, by seed."""
+        finals = {seed: entry.result["final"] for seed, entry in self.runs.items()}
+        return {seed: final[key] for seed, final in finals.items() if key in final}
+
+    def mean(self, key: str = LOSS.key) -> Interval | None:
+        return interval(self.values(key).values())
+
+
+def is_supervised(config: dict) -> bool:
+    """Whether a run learns nothing from a teacher, neither its distributions nor its text."""
+    return config["logits"] == "none" and config.get("rollout", "none") == "none"
+
+
+def name_without_loss(config: dict) -> str | None:
+    """Return the name of a run that compares no distributions; None if it does."""
+    if is_supervised(config):
+        return FINE_TUNED if config["data"] == "instructions" else SUPERVISED
+    return SEQUENCE_LEVEL if config["logits"] == "none" else None
+
+
+def baseline_name(groups: list[Group]) -> str:
+    """Return what language modelling alone is called in a sweep."""
+    return next((name_without_loss(g.config) for g in groups if g.supervised), SUPERVISED)
+
+
+def primary_metric(groups: list[Group]) -> Metric:
+    """Return Rouge-L if all runs generated responses, as papers on instructions have it; else the loss."""
+    return ROUGE_L if groups and all(ROUGE_L.key in r["final"] for g in groups for r in g.results) else LOSS
+
+
+def group_runs(entries: list[Entry]) -> list[Group]:
+    """Return the finished runs by what they differ in, the best first, labelled by what the sweep varies."""
+    runs: dict[str, dict[int, Entry]] = {}
+    for entry in entries:
+        if entry.result is not None:
+            config = entry.result["config"]
+            runs.setdefault(json.dumps(outcome_settings(config), sort_keys=True), {})[config["seed"]] = entry
+    pairs = [(outcome_settings(next(iter(seeds.values())).result["config"]), seeds) for seeds in runs.values()]
+    names = [next(iter(seeds.values())).name or name_without_loss(config) for config, seeds in pairs]
+    keys = {n: varying([config for (config, _), name in zip(pairs, names) if name == n]) for n in names}
+    groups = []
+    for (config, seeds), name in zip(pairs, names):
+        text = " ".join(filter(None, [name, label(config, keys[name])]))
+        line = {"line": next(iter(seeds.values())).name} if all(names) else {}
+        groups.append(Group(text or str(config.get("loss")), config | line, seeds))
+    metric = primary_metric(groups)
+    return sorted(groups, key=lambda g: -metric.sign * g.mean(metric.key).mean)
+
+
+def tasks_of(groups: list[Group]) -> list[list[Group]]:
+    """Return the groups whose losses can be compared, together."""
+    tasks: dict[str, list[Group]] = {}
+    for group in groups:
+        tasks.setdefault(group.task, []).append(group)
+    return list(tasks.values())
+
+
+def describe_task(groups: list[Group]) -> str:
+    """Name what rows of one task share; rows of instructions are not full, so that their tokens may differ."""
+    return f"student, data and {'steps' if any(g.config['data'] == 'instructions' for g in groups) else 'tokens'}"
+
+
+def outcome_settings(config: dict) -> dict:
+    """Return the settings that the outcome depends on, without the seed, and those that made its teacher and start."""
+    made = ("teacher",) if config["logits"] != "none" and (config["teacher.size"] or config.get("teacher.sft")) else ()
+    made += ("start", "plain") if config["data"] == "instructions" else ()  # which has the tokenizer of the plain text
+    prerequisites = whole_as_float({k: v for k, v in config.items() if below(k, made)})
+    return {k: v for k, v in (prerequisites | part_of_outcome(config)).items() if k != "seed"}
+
+
+def subset(config: dict, *prefixes: str) -> str:
+    """Return the settings below prefixes, as text that can be compared."""
+    return json.dumps({k: v for k, v in config.items() if below(k, prefixes)}, sort_keys=True)
+
+
+def varying(configs: list[dict]) -> list[str]:
+    """Return the settings that tell configs apart, the name of their line or the loss first.
+
+    A setting of one option, such as loss.mu, counts if it varies within that option.
+    """
+    keys = []
+    for key in dict.fromkeys(k for c in configs for k in c):
+        axis = key.partition(".")[0]
+        values = {(c.get(axis) if axis != key else None, json.dumps(c.get(key), sort_keys=True)) for c in configs}
+        if len(values) > len({choice for choice, _ in values}):
+            keys.append(key)
+    return sorted(keys, key=lambda key: (key != "line", key != "loss"))
+
+
+def label(config: dict, keys: list[str]) -> str:
+    """akl, fkl tau=2, student=1m lr.peak=0.002: the words that a person would type, shortened; tokens for steps."""
+    words = []
+    for key in keys:
+        axis, _, name = key.rpartition(".")
+        value, sized = config.get(key), name in ("size", "name")
+        if key in config and not (value is None and (sized or axis in keys)):
+            text = value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value)
+            short = axis if sized else name if axis in ("loss", "truncation", "temperature", "rollout") else key
+            if key == "trainer.steps" and config["data"] != "instructions":  # whose rows are not full
+                short, text = "tokens", format_amount(value * config["trainer.batch"] * config["data.seq_len"])
+            words.append(text if key in ("loss", "truncation", "line") else f"{short}={text}")
+    return " ".join(words)

@@ -1,0 +1,124 @@
+"""Report as Markdown, to paste into a paper or an issue."""
+
+from __future__ import annotations
+
+import re
+
+from kd.system.console import clock, harmless
+from sweeps.report.groups import baseline_name
+from sweeps.report.report import Report
+from sweeps.report.samples import Sample
+from sweeps.report.statistics import Interval
+from sweeps.report.table import Row
+from sweeps.report.wording import format_number, plus_minus
+
+SPECIAL = re.compile(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))")  # an _ within a word is none to Markdown
+
+
+def markdown(report: Report) -> str:
+    """Return the report as Markdown. Text that comes from files cannot be markup."""
+    unfinished = [entry for entry in report.entries if entry.state != "done"]
+    commands = [harmless(entry.command).replace("\n", " ") for entry in report.entries]
+    constant = ", ".join(f"{label} {value}" for label, value in report.columns.constant.items())
+    parts = [
+        f"## Sweep {plain(report.name)}{f': {plain(report.question)}' if report.question else ''}",
+        f"**{plain(report.verdict)}**",
+        f"Answers to: {plain(report.papers_answer)}" if report.papers_answer else "",
+        "\n".join(f"- {plain(key)}: {plain(text)}" for key, text in report.facts.items()),
+        "\n".join(f"- Beware: {plain(text)}" for text in report.warnings),
+        "\n".join(table_lines(report)),
+        explanation(report),
+        f"The same in all rows: {constant}." if constant else "",
+        "\n".join(f"- {plain(metric.label)}: {plain(metric.meaning)}" for metric in report.columns.metrics),
+        " ".join(["Intervals are of one row each: the best of several looks better than it is.", *report.caveats]),
+        *map(sample_details, report.samples),
+        "\n".join(["Not done, and not counted:", "", *(f"- {plain(' '.join(e.overrides))}: {plain(e.state)}, "
+                  f"{plain(e.message)}" for e in unfinished)]) if unfinished else "",
+        "\n".join(["<details><summary>Commands</summary>", "", "```sh", *commands, "```", "", "</details>"]),
+    ]  # fmt: skip
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def table_lines(report: Report) -> list[str]:
+    """Return the table: rows, then reference lines."""
+    columns, metric = report.columns, report.metric
+    comparisons = ["difference", *["to the first"] * columns.ranked, *["gap closed"] * columns.gaps]
+    seeds = ["seeds"] * (columns.seeds is None)
+    head = ["", metric.label, *comparisons, *(m.label for m in columns.metrics), *seeds, "time"]
+    lines = [line(head), line([":--"] + ["--:"] * (len(head) - 1))]
+    for row in report.rows:
+        means = [row.group.mean(m.key) for m in columns.metrics]
+        compared = {
+            "difference": "baseline" if row.baseline is row.group else difference_cell(row.difference),
+            "to the first": "first" if row.best is row.group else difference_cell(row.vs_best),
+            "gap closed": gap_cell(row, columns.footnote),
+        }
+        numbers = [compared[title] for title in comparisons] + [format_number(m and m.mean, 3) for m in means]
+        count = [str(len(row.group.runs)) for _ in seeds]
+        value = row.group.mean(metric.key)
+        main = format_number(value.mean) + plus_minus(value.half)
+        lines.append(line([plain(row.group.label), main, *numbers, *count, clock(row.group.seconds)]))
+    for reference in report.reference_lines:
+        values = reference.values
+        numbers = [format_number(values[m.key], 3) if m.key in values else "" for m in columns.metrics]
+        blank = ["" for _ in comparisons]
+        main = format_number(values.get(metric.key))
+        lines.append(line([plain(reference.label), main, *blank, *numbers, *["" for _ in seeds], ""]))
+    return lines
+
+
+def explanation(report: Report) -> str:
+    """Return the meaning of the columns beside the metrics."""
+    columns, metric, base = report.columns, report.metric, baseline_name(report.groups)
+    parts = [
+        f"{columns.seeds} seed{'s' * (columns.seeds > 1)} each." if columns.seeds else "",
+        f"± is the 95% interval over seeds. {metric.label.capitalize()}: {metric.unit}. A difference is to {base} "
+        f"with the same {report.task}, seed by seed; {'above' if metric.sign > 0 else 'below'} 0 is better.",
+        "To the first: difference to the row that leads among those with the same task." if columns.ranked else "",
+        "Gap closed: share of the way from the baseline to the row's teacher." if columns.gaps else "",
+        "† Its own teacher, which was trained along with it and is another than that of the other rows."
+        if columns.footnote else "",
+    ]  # fmt: skip
+    return " ".join(filter(None, parts))
+
+
+def difference_cell(value: Interval | None) -> str:
+    if value is None:
+        return "–"
+    noise = " (within noise)" if value.within_noise else ""
+    return format_number(value.mean, 4, True) + plus_minus(value.half) + noise
+
+
+def gap_cell(row: Row, footnote: bool) -> str:
+    """Return the share of the gap to the teacher; † if that is another teacher than the other rows'."""
+    share = row.gap_closed
+    if share is None:
+        return "–"
+    half = f" ± {format_number(100 * share.half, 0)}%" if share.half is not None else ""
+    return f"{format_number(100 * share.mean, 0)}%{half}{' †' if footnote and row.cotrained else ''}"
+
+
+def plain(text: str) -> str:
+    """Return text without a meaning in Markdown or HTML, on one line."""
+    text = " ".join(harmless(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return SPECIAL.sub(r"\\\1", text)
+
+
+def line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def fenced(text: str) -> str:
+    """Return text as it is, between more backticks than it has in a row, so that no part of it is markup."""
+    most = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, most + 1)
+    return f"{fence}text\n{harmless(text)}\n{fence}"
+
+
+def sample_details(sample: Sample) -> str:
+    """Return a prompt with its reference and all responses, folded away."""
+    parts = []
+    for text in sample.texts:
+        score = f" (Rouge-L {text.rouge_l:.2f})" if text.rouge_l is not None else ""
+        parts.append(f"**{plain(text.author)}**{score}\n\n{fenced(text.text)}")
+    return "\n\n".join([f"<details><summary>Sample, prompt {sample.number}</summary>", *parts, "</details>"])

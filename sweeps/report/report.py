@@ -1,0 +1,80 @@
+"""Numbers of a report, which HTML, Markdown, CSV and W&B render."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from kd.errors import UserError
+from kd.evaluation.catalog import Metric
+from sweeps.report import notes
+from sweeps.report.groups import Group, describe_task, group_runs, primary_metric
+from sweeps.report.load import Entry, load_sweep
+from sweeps.report.question import papers_answer, question
+from sweeps.report.samples import Sample, samples_of
+from sweeps.report.table import Columns, ReferenceLine, Row, columns_of, reference_lines, rows_of
+from sweeps.report.verdict import Verdict, headline, verdicts_of
+
+
+@dataclass(frozen=True)
+class Report:
+    """Finished runs of a sweep, compared."""
+
+    name: str
+    question: str
+    papers_answer: str
+    entries: list[Entry]  # of the manifest, unfinished ones too
+    metric: Metric  # that the sweep is judged by
+    groups: list[Group]  # the best first, as rows
+    rows: list[Row]
+    columns: Columns
+    reference_lines: list[ReferenceLine]
+    verdicts: list[Verdict]  # one per task
+    facts: dict[str, str]
+    warnings: list[str]
+    caveats: list[str]
+    samples: list[Sample]
+
+    @property
+    def task(self) -> str:
+        return describe_task(self.groups)
+
+    @property
+    def several_seeds(self) -> bool:
+        return any(len(group.runs) > 1 for group in self.groups)
+
+    @property
+    def verdict(self) -> str:
+        """Verdict as one line, with the number of runs that it does not count."""
+        states = {entry.folder: entry.state for entry in self.entries}
+        unfinished = sum(state != "done" for state in states.values())
+        note = f" [{unfinished} of {len(states)} runs {'is' if unfinished == 1 else 'are'} not done and not counted]"
+        return headline(self.verdicts, self.groups) + (note if unfinished else "")
+
+
+def build_report(root: str | Path, name: str) -> Report:
+    """Return the report of a sweep; raise UserError if none of its runs is done."""
+    entries = load_sweep(root, name)
+    groups = group_runs(entries)
+    if not groups:
+        listing = "\n".join(f"  {e.state:<10}  {shlex.join(e.overrides)}  {e.message}".rstrip() for e in entries)
+        raise UserError(f"No run of the sweep {name} is done yet. Type: python train.py sweeps={name}\n{listing}")
+    metric, rows, lines = primary_metric(groups), rows_of(groups), reference_lines(groups)
+    columns = columns_of(rows, metric, lines)
+    return Report(
+        name=name,
+        question=question(name),
+        papers_answer=papers_answer(name),
+        entries=entries,
+        metric=metric,
+        groups=groups,
+        rows=rows,
+        columns=columns,
+        reference_lines=lines,
+        verdicts=verdicts_of(groups),
+        facts=notes.facts(entries, groups),
+        warnings=notes.warnings(groups),
+        caveats=notes.caveats(groups, rows, lines, columns.ranked),
+        samples=samples_of(rows),
+    )

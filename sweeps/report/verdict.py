@@ -1,0 +1,149 @@
+"""Verdict on a sweep: the best group, how far it is from its baseline, and what cannot be told apart from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kd.evaluation.catalog import Metric
+from kd.runs.identity import below
+from sweeps.report.groups import (
+    SUPERVISED,
+    TASK,
+    Group,
+    baseline_name,
+    describe_task,
+    label,
+    primary_metric,
+    tasks_of,
+    varying,
+)
+from sweeps.report.statistics import Interval, baseline, best_group, difference, gap_closed, indistinguishable, interval
+from sweeps.report.wording import format_number, join_words, plus_minus
+
+MOST_NAMED, MOST_TASKS = 3, 4  # groups and tasks that are named one by one
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Best group of a task, in numbers."""
+
+    task: str  # label of the task; empty if the sweep has one
+    best: str
+    rivals: int  # groups that it was picked from, itself among them
+    metric: Metric
+    value: Interval  # of the best, over the seeds that its baseline has too
+    baseline: str | None  # None: there is none, or the best is language modelling alone itself
+    difference: Interval | None  # to the baseline, paired over seeds
+    gap_closed: Interval | None
+    tied: list[str]  # within noise of the best
+    surely_better: list[str]  # than the baseline, if the best is not
+    ahead_on_one_seed: list[str]  # of the best
+
+    @property
+    def improves(self) -> bool:
+        return self.difference is not None and self.metric.sign * self.difference.mean > 0
+
+    @property
+    def digits(self) -> int:
+        return 4 if self.difference and abs(self.difference.mean) < 0.005 else 3
+
+    def line(self) -> str:
+        """Return all of it as one line."""
+        change, n = self.difference, (self.difference or self.value).n
+        rank = f" is {extreme(self.metric)} of {self.rivals}" if self.rivals > 1 else ""
+        half = "" if change else plus_minus(self.value.half, self.digits)
+        parts = [f"{self.best}{rank}: {format_number(self.value.mean, self.digits)}{half} {self.metric.unit}"]
+        if change:
+            parts.append(f"{self._change()} against {self.baseline}")
+            parts += ["within noise"] if change.within_noise else []
+            if not self.improves:
+                parts.append("which is no improvement")
+            elif self.gap_closed and not change.within_noise:
+                parts.append(f"{percent(self.gap_closed)} of the gap to the teacher closed")
+        elif self.baseline:
+            parts.append(f"no run by {self.baseline} with its task and seed to compare with (logits=none)")
+        seeds = f"{n} seeds, {'paired, ' if change else ''}95% interval" if n > 1 else "1 seed: no interval"
+        text = f"{', '.join(parts)} ({seeds})"
+        for caveat, names in (
+            ("cannot be told apart from it", self.tied),
+            ("better beyond noise", self.surely_better),
+            ("ahead of it on 1 seed, which may be chance", self.ahead_on_one_seed),
+        ):
+            text += f"; {caveat}: {shortened(names)}" if names else ""
+        return text
+
+    def short(self) -> str:
+        """Return task, best group and its difference."""
+        change = f" ({self._change()})" if self.difference else ""
+        tied = f", like {shortened([self._within_task(name) for name in self.tied])}" if self.tied else ""
+        value = format_number(self.value.mean, self.digits)
+        return f"{self.task}: {self._within_task(self.best)} {value}{change}{tied}"
+
+    def _within_task(self, label: str) -> str:
+        return " ".join(word for word in label.split(" ") if word not in self.task.split(" "))
+
+    def _change(self) -> str:
+        return format_number(self.difference.mean, self.digits, True) + plus_minus(self.difference.half, self.digits)
+
+
+def verdicts_of(groups: list[Group]) -> list[Verdict]:
+    """Return a verdict for each task that has something to compare. groups: the best first."""
+    tasks = [task for task in tasks_of(groups) if not all(g.supervised for g in task)] or tasks_of(groups)
+    keys = [k for k in varying([g.config for g in groups]) if below(k, TASK)] if len(tasks) > 1 else []
+    metric = primary_metric(groups)
+    return [judge(task, metric, label(task[0].config, keys)) for task in tasks]
+
+
+def judge(task: list[Group], metric: Metric, name: str) -> Verdict:
+    """Return the verdict on the groups of one task, the best first."""
+    rivals = [g for g in task if not g.supervised] or task
+    best = best_group(rivals, metric)
+    base = None if best.supervised else baseline(best, task)
+    change = difference(best, base, metric.key) if base else None
+    changes = [(g, difference(g, baseline(g, task), metric.key)) for g in rivals if not g.supervised]
+    sure = [g for g, c in changes if c and metric.sign * c.mean > 0 and c.beyond_noise]
+    leads = [(g, difference(g, best, metric.key)) for g in rivals if g is not best]
+    values = {seed: x for seed, x in best.values(metric.key).items() if base is None or seed in base.runs}
+    return Verdict(
+        task=name,
+        best=best.label,
+        rivals=len(rivals),
+        metric=metric,
+        value=interval(values.values()),
+        baseline=None if best.supervised else base.label if base else SUPERVISED,
+        difference=change,
+        gap_closed=gap_closed(best, base, metric),
+        tied=[g.label for g in indistinguishable(best, rivals, metric)],
+        surely_better=[] if best in sure else [g.label for g in sure],
+        ahead_on_one_seed=[g.label for g, lead in leads if lead and lead.half is None and metric.sign * lead.mean > 0],
+    )
+
+
+def headline(verdicts: list[Verdict], groups: list[Group]) -> str:
+    """Return the verdict on a sweep as one line: in full for one task, else the best of each task."""
+    if len(verdicts) == 1:
+        return verdicts[0].line()
+    changes, metric = [v for v in verdicts if v.difference], verdicts[0].metric
+    best, settings = f"{extreme(metric)} {metric.label}", f"settings of {describe_task(groups)}"
+    summary = f"{best} in {len(verdicts)} {settings}"
+    if changes:
+        sure = sum(v.improves and v.difference.beyond_noise for v in changes)
+        better = f"better than {baseline_name(groups)}, beyond noise in {sure}"
+        summary = f"in {sum(v.improves for v in changes)} of {len(changes)} {settings} the {best} is {better}"
+    parts = [summary, *(verdict.short() for verdict in verdicts[:MOST_TASKS])]
+    more = len(verdicts) - MOST_TASKS
+    return "; ".join([*parts, f"{more} more in the table"] if more > 0 else parts)
+
+
+def extreme(metric: Metric) -> str:
+    return "highest" if metric.better == "higher" else "lowest"
+
+
+def percent(share: Interval) -> str:
+    return f"{share.mean:.0%}" + (f" ± {share.half:.0%}" if share.half is not None else "")
+
+
+def shortened(names: list[str]) -> str:
+    """Join names, as far as they are few."""
+    kept = MOST_NAMED - 1
+    return join_words(names if len(names) <= MOST_NAMED else [*names[:kept], f"{len(names) - kept} more"])

@@ -1,0 +1,27 @@
+"""Files of a report: NAME.html, NAME.md and NAME.csv in the root's folder of sweeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kd.system import files
+from kd.system.remote import home, publish
+from sweeps.report.csv_table import csv_table
+from sweeps.report.html_page import html_page
+from sweeps.report.markdown import markdown
+from sweeps.report.report import Report
+
+RENDERERS = {"html": html_page, "md": markdown, "csv": csv_table}
+
+
+def write_report(root: str | Path, report: Report) -> list[Path]:
+    """Write all files of a report and return their paths, the page first."""
+    paths = []
+    for kind, render in RENDERERS.items():
+        path = home(root) / "sweeps" / f"{report.name}.{kind}"
+        text = render(report)
+        with files.atomic(path) as temporary:
+            temporary.write_text(text, encoding="utf-8", newline="")
+        publish(root, f"sweeps/{report.name}.{kind}")
+        paths.append(path)
+    return paths

@@ -1,0 +1,195 @@
+"""Fitted laws: planted coefficients are found, held-out runs are not seen, and limits are named."""
+
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sweeps.fit import fitting, laws, solver
+from sweeps.fit.fits import ScalingFits
+from sweeps.fit.fitting import fit_all, fit_law, too_few
+from sweeps.fit.laws import DISTILLATION, POWER, SUPERVISED
+from sweeps.fit.observations import column
+from sweeps.fit.output import as_json
+from sweeps.fit.page import fit_page
+from sweeps.fit.verdict import verdict
+from tests.sweeps.planted import ALONE, AMOUNTS, SIZES, TAUGHT, planted, repeated
+
+
+def test_planted_coefficients_are_in_their_intervals(fits):
+    for of, true in ((fits.supervised, ALONE), (fits.distillation, TAUGHT)):
+        for name, value in true.items():
+            low, high = of.interval(name)
+            assert low <= value <= high, (of.law.name, name, value, of.interval(name))
+    # Intervals that hold because they are endless would say nothing.
+    for of, most in ((fits.supervised, 1.5), (fits.distillation, 6.0)):
+        for name in of.law.names:
+            low, high = of.interval(name)
+            assert 0 < low < high < most * low, (of.law.name, name, low, high)
+    low, high = fits.supervised.interval("E")
+    assert high - low < 0.1 and fits.supervised.held_out_error < 0.005 and fits.distillation.held_out_error < 0.005
+    assert not fits.supervised.undetermined and fits.not_fitted == []
+
+
+def test_without_noise_the_coefficients_are_those_planted():
+    of = fit_law(SUPERVISED, "", planted(0.0, taught=False), draws=0, seed=0)
+    assert of.coefficients == pytest.approx(ALONE, rel=0.01) and of.held_out_error < 1e-4 and of.interval("E") is None
+
+
+def test_a_fit_says_which_law_it_is_at(capsys):
+    some = [p for p in planted(0.0, taught=False) if p.parameters == SIZES[0]]
+    fit_law(POWER, "over tokens", some, draws=1, seed=0, axis="tokens")
+    assert capsys.readouterr().err.startswith("fitting the power law over tokens to 5 runs")
+
+
+@pytest.mark.slow
+def test_intervals_narrow_with_noise_and_one_seed_gives_one_answer():
+    def width(noise, seed=0):
+        of = fit_law(SUPERVISED, "", planted(noise, taught=False), draws=20, seed=seed)
+        low, high = of.interval("beta")
+        return high - low
+
+    assert width(0.0005) < width(0.005) / 3
+    assert width(0.001) == width(0.001) != width(0.001, seed=1)
+
+
+def test_seeds_of_one_setting_are_drawn_together():
+    alone = planted(0.002, taught=False)
+    once, thrice = (fit_law(POWER, "", some, 40, 0, axis="tokens") for some in (alone, 3 * alone))
+    for name in POWER.names:  # the same runs three times tell no more
+        assert thrice.interval(name) == pytest.approx(once.interval(name), rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_intervals_cover_what_is_planted_where_seeds_share_an_offset(monkeypatch, seed):
+    some = repeated(planted(0, taught=False), offset=0.005, noise=0.0005, seed=seed)
+
+    def missed():
+        of = fit_law(SUPERVISED, "", some, 20, 0)
+        return [k for k, true in ALONE.items() if not of.interval(k)[0] <= true <= of.interval(k)[1]]
+
+    assert not missed()
+    monkeypatch.setattr(fitting, "setting_numbers", lambda runs: np.arange(len(runs)))  # as if no run shared anything
+    assert missed()
+
+
+def test_held_out_runs_are_the_largest_and_are_not_seen(fits):
+    of = fits.supervised
+    compute = column(of.runs, "compute")
+    assert of.held_out.sum() >= 0.2 * len(of.runs) and compute[of.held_out].min() > compute[~of.held_out].max()
+    # Whatever stands in the runs that are held out, the fit without them is the same, and its error on them is not.
+    wrong = [p._replace(loss=2 * p.loss) if out else p for p, out in zip(of.runs, of.held_out)]
+    again = fit_law(SUPERVISED, "", wrong, draws=0, seed=0)
+    assert again.fit_coefficients == of.fit_coefficients and again.held_out_error == pytest.approx(0.5, abs=0.01)
+    alone = [p for p, out in zip(of.runs, of.held_out) if not out]
+    assert fit_law(SUPERVISED, "", alone, draws=0, seed=0).coefficients == of.fit_coefficients
+
+
+def test_lack_of_fit_tells_a_law_that_misses_settings():
+    exact = planted(0, taught=False)
+    holds, misses = (fit_law(SUPERVISED, "", repeated(exact, offset, 0.002, seed=0), 0, 0) for offset in (0.0, 0.01))
+    assert holds.lack_of_fit.freedom == (20 - 6, 40) and holds.lack_of_fit.p > 0.1 and holds.lack_of_fit.within_noise
+    assert misses.lack_of_fit.p < 1e-4 and not misses.lack_of_fit.within_noise
+    assert "by more than the noise of seeds (lack of fit: F(14, 40) =" in misses.lack_of_fit_text
+    exact_fit = fit_law(SUPERVISED, "", exact, 0, 0)
+    assert exact_fit.lack_of_fit is None and exact_fit.lack_of_fit_text == ""
+
+
+def test_a_straight_line_in_logarithms_stands_beside_the_error(fits):
+    n, d = np.log([1e5, 1e6, 1e5, 1e6, 1e7]), np.log([1e6, 1e6, 1e7, 1e7, 1e8])
+    loss, seen = 2 - 0.1 * n - 0.05 * d, np.array([True] * 4 + [False])
+    assert solver.loglinear(np.stack([n, d]), loss, seen) == pytest.approx(loss)
+    of = fits.supervised
+    assert of.held_out_error < of.loglinear_error < 0.2
+    assert f"{of.held_out_error:.2%} (straight line in logarithms: {of.loglinear_error:.2%})" in verdict(fits)
+
+
+def test_what_cannot_be_fitted_is_said():
+    alone = planted(0.001, taught=False)
+    only = fit_all("x", alone, [], draws=0, seed=0)
+    assert only.supervised and only.distillation is None and "no run learns from a teacher" in only.not_fitted[0]
+    one = fit_all("x", [p for p in alone if p.parameters == 1e6], [], draws=0, seed=0)
+    assert (
+        one.supervised is None
+        and "5 settings in 5 runs, 1 size and" in one.not_fitted[0]
+        and set(one.powers) >= {"tokens"}
+    )
+    taught = [p for p in planted(0.001) if p.teacher in (None, "large")]
+    assert "2 teachers" in " ".join(fit_all("x", taught, [], draws=0, seed=0).not_fitted)
+    nothing = fit_all("x", alone[:2], [], draws=0, seed=0)
+    assert nothing.fits == [] and verdict(nothing).startswith("nothing could be fitted")
+
+
+@pytest.mark.parametrize(("sizes", "amounts"), [(SIZES[:2], AMOUNTS[:2]), (SIZES[:2], AMOUNTS[:3])])
+def test_a_law_needs_more_settings_than_coefficients_however_often_each_was_run(sizes, amounts):
+    some = [p for p in planted(0.0, taught=False) if p.parameters in sizes and p.tokens in amounts]
+    runs = [p._replace(seed=str(seed), loss=p.loss + 0.001 * seed) for p in some for seed in range(4)]
+    fits = fit_all("x", runs, [], draws=5, seed=0)
+    assert fits.supervised is None and fits.distillation is None
+    reason = f"at least 7 settings of at least 2 student sizes .* here: {len(some)} settings in {len(runs)} runs"
+    assert re.search(reason, fits.not_fitted[0])
+    headline = verdict(fits)
+    assert headline.startswith("nothing could be fitted") and "irreducible loss" not in headline
+    # So do the settings that a teacher's students have, and those that are left where the largest are held out.
+    taught = [p for p in planted(0.0) if p.teacher and p.parameters in sizes and p.tokens in amounts[:2]]
+    assert too_few([p._replace(seed=str(seed)) for p in taught[:9] for seed in range(4)], DISTILLATION)
+
+
+def test_limits_are_in_the_verdict_and_in_the_warnings():
+    some = [p for p in planted(0.001, taught=False) if p.parameters in SIZES[:2]]
+    fits = fit_all("x", some, [], draws=10, seed=0)
+    of, headline = fits.supervised, verdict(fits)
+    assert {"E", "A", "alpha"} <= set(of.undetermined) and not {"B", "beta"} & set(of.too_few_values)
+    assert "irreducible loss of language modelling cannot be told from these runs" in headline
+    assert "but the supervised law is fitted to 2 student sizes: an exponent needs at least 3" in headline
+    assert "but 10 settings are few for the 6 coefficients of the supervised law" in headline
+    assert set(of.limits) <= set(of.warnings)
+    coefficients = as_json(fits)["fits"][0]["coefficients"]
+    assert not coefficients["E"]["known"] and not coefficients["alpha"]["known"]
+
+
+def test_a_coefficient_that_runs_do_not_tell_is_said():
+    # Where size costs nothing, the exponent of size cannot be seen.
+    blind = {**ALONE, "A": 1e-6}
+    rng = np.random.default_rng(0)
+    some = [p._replace(loss=laws.supervised(blind, p.parameters, p.tokens) * math.exp(0.001 * rng.normal()))
+            for p in planted(0, taught=False)]  # fmt: skip
+    of = fit_law(SUPERVISED, "", some, draws=20, seed=0)
+    assert "irreducible loss of language modelling is" in verdict(ScalingFits("x", some, [], supervised=of))
+    of.bootstrap[:] = [sample | {"E": 0.01 * 2**i} for i, sample in enumerate(of.bootstrap)]
+    assert "cannot be told" in verdict(ScalingFits("x", some, [], supervised=of))
+    assert of.undetermined and any("alpha" in line and "cannot be told" in line for line in of.warnings), of.warnings
+    assert of.coefficients["E"] == pytest.approx(ALONE["E"], rel=0.02)
+
+
+def test_ends_of_what_was_searched_are_no_values(fits):
+    of = replace(fits.distillation, coefficients=fits.distillation.coefficients | {"gamma": 4.97, "f1": 0.01004})
+    assert (of.value_text("gamma"), of.value_text("f1")) == ("≥ 4.97", "≤ 0.01004") and of.at_bounds == ["gamma", "f1"]
+    assert {"gamma", "f1"} <= set(of.undetermined) and any("gamma and f1" in line for line in of.warnings)
+    of.bootstrap = [s | {"alpha": 5.0 if i % 2 else 0.8} for i, s in enumerate(of.bootstrap)]
+    assert (
+        of.interval_text("alpha") == "0.8 to ≥ 5" and "≥" not in of.interval_text("beta") and "alpha" in of.undetermined
+    )
+    page = fit_page(replace(fits, distillation=of), "x")
+    assert '<td class="bad">≥ 4.97</td>' in page and '<span class="bad">' in page
+    # E is counted in units of the least loss: 0.3 % above its bound is at it.
+    least = min(p.loss for p in fits.supervised.runs)
+    at_end = replace(fits.supervised, coefficients=fits.supervised.coefficients | {"E": 1.003e-3 * least})
+    assert at_end.at_bounds == ["E"] and not fits.supervised.at_bounds
+
+
+@pytest.mark.parametrize("name", ["A", "alpha"])
+def test_what_spans_more_than_an_order_of_magnitude_is_not_known(fits, name):
+    of = replace(
+        fits.supervised, bootstrap=[s | {name: 0.37 * 1.2**i} for i, s in enumerate(fits.supervised.bootstrap)]
+    )
+    assert of.undetermined == [name]
+
+
+def test_power_law_over_one_axis(fits):
+    of = fits.powers["tokens"]
+    assert {p.parameters for p in of.runs} == {max(SIZES)} and len(of.runs) == len(AMOUNTS)
+    best = fits.powers["compute"].runs
+    assert all(not any(q.compute <= p.compute and q.loss < p.loss for q in fits.supervised_runs) for p in best)

@@ -1,0 +1,86 @@
+"""Formulas of scaling laws and their solver, against numbers made by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from sweeps.fit import laws, solver
+from sweeps.fit.laws import DISTILLATION, POWER, PUBLISHED, SUPERVISED
+from sweeps.fit.solver import Data, Problem
+from tests.sweeps.planted import ALONE, TAUGHT
+
+
+def test_published_law_gives_the_published_prediction():
+    # arXiv 2502.08606: a teacher of 1.82B parameters and a student of 546M, both with 20 tokens per parameter.
+    supervised, distillation = PUBLISHED["supervised"], PUBLISHED["distillation"]
+    teacher, n = laws.supervised(supervised, 1.82e9, 20 * 1.82e9), 546e6
+    alone = laws.supervised(supervised, n, 20 * n)
+    assert laws.distilled(distillation, n, 20 * n, teacher, alone) == pytest.approx(2.42, abs=0.005)
+    assert alone > 2.5
+
+
+def test_laws_by_hand():
+    c = {"E": 1.0, "A": 8.0, "B": 27.0, "alpha": 0.5, "beta": 1.0, "gamma": 2.0}
+    assert laws.supervised(c, 16.0, 9.0) == pytest.approx(1 + (8 / 4 + 27 / 9) ** 2)
+    assert laws.power({"E": 1.0, "C": 6.0, "kappa": 0.5}, 9.0) == pytest.approx(3.0)
+    # L_T / (L d1) = 2 / (1 * 1) and f1 = 1/2: the factor is (1 + 2^2)^-(2/2) = 1/5, and L_T^-c0 is 1/4.
+    c |= {"c0": 2.0, "c1": 2.0, "f1": 0.5, "d1": 1.0}
+    assert laws.distilled(c, 16.0, 9.0, 2.0, 1.0) == pytest.approx(2 + 25 / 20)
+
+
+def test_distillation_in_the_limits():
+    d = {**TAUGHT, "c1": 1e-9}
+    far, near = (laws.distilled(d, n, n * 20, 2.0, 2.2) for n in (1e5, 1e12))
+    assert far > near > 2.0 and near == pytest.approx(2.0, abs=0.01)  # a student without limits copies its teacher
+    worse = laws.distilled(TAUGHT, 1e6, 1e6, 50.0, 2.0)
+    assert worse == pytest.approx(50.0, rel=1e-3) and math.isfinite(worse)
+
+
+@pytest.mark.parametrize("law", [POWER, SUPERVISED, DISTILLATION], ids=lambda law: law.name)
+def test_gradient_is_the_finite_difference_and_the_fitted_form_is_the_written_one(law):
+    rng = np.random.default_rng(0)
+    n, d, teacher = np.exp(rng.normal(12, 2, 9)), np.exp(rng.normal(14, 2, 9)), rng.uniform(1.8, 4, 9)
+    alone = laws.supervised(ALONE, n, d)
+    problem = Problem(law, Data(n, d, rng.uniform(2, 4, 9), teacher), alone if law is DISTILLATION else None)
+    for theta in problem.grid[rng.integers(len(problem.grid), size=20)]:
+        theta = theta + rng.normal(0, 0.1, len(theta))
+        value, slopes = law.log(theta, problem.inputs)
+        steps = 1e-6 * np.eye(len(theta))
+        around = [(law.log(theta + s, problem.inputs)[0] - law.log(theta - s, problem.inputs)[0]) / 2e-6 for s in steps]
+        np.testing.assert_allclose(slopes, np.stack(around), rtol=1e-5, atol=1e-8)
+        c = problem.coefficients(theta)
+        written = {POWER.name: lambda c: laws.power(c, n), SUPERVISED.name: lambda c: laws.supervised(c, n, d),
+                   DISTILLATION.name: lambda c: laws.distilled(c, n, d, teacher, alone)}[law.name]  # fmt: skip
+        np.testing.assert_allclose(np.exp(value), written(c), rtol=1e-9)
+
+
+def test_huber_by_hand_and_its_slope():
+    value, slope = solver.huber(np.array([0.0, 0.5, -3.0]), delta=1.0)
+    assert value.tolist() == [0.0, 0.125, 2.5] and slope.tolist() == [0.0, 0.5, -1.0]
+
+
+def test_lack_of_fit_by_hand():
+    residuals, settings = np.array([0.1, 0.3, -0.1, 0.1, 0.0, 0.2]), np.array([0, 0, 1, 1, 2, 2])
+    # Means 0.2, 0 and 0.1: 2 (0.04 + 0.01) / 2 against 6 * 0.01 / 3. P(F(2, 3) > f) = (1 + 2 f / 3)^(-3/2).
+    got = solver.lack_of_fit(residuals, settings, np.zeros(6, int), 1)
+    assert got.f == pytest.approx(2.5) and got.freedom == (2, 3)
+    assert got.p == pytest.approx((1 + 5 / 3) ** -1.5) and got.within_noise
+    assert solver.lack_of_fit(residuals, np.arange(6), np.zeros(6, int), 1) is None  # one seed each
+    assert solver.lack_of_fit(residuals, settings, np.zeros(6, int), 3) is None
+    # A shift that all runs of a seed share changes nothing, whatever it is: half the differences of the two seeds of a
+    # setting are 0.1, 0.1 and 0.07, and what is left are these without their mean, with 2 degrees of freedom.
+    seeds, uneven = np.array([0, 1] * 3), residuals + np.array([0, 0, 0, 0, 0, -0.06])
+    shifted = solver.lack_of_fit(uneven + np.array([-0.25, 0.25] * 3), settings, seeds, 1)
+    halves = np.array([0.1, 0.1, 0.07])
+    pure = 2 * ((halves - halves.mean()) ** 2).sum() / 2
+    means = np.array([0.2, 0.0, 0.07])
+    assert shifted.freedom == (2, 2) and shifted.f == pytest.approx((2 * means**2).sum() / 2 / pure)
+
+
+def test_runs_of_equal_compute_are_held_out_together():
+    compute = np.array([1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 8.0, 8.0 + 1e-9])
+    each, pairs = np.arange(8), np.arange(8) // 2
+    assert solver.held_out(compute, each, 2).tolist() == [False] * 6 + [True] * 2
+    assert not solver.held_out(compute, each, 7).any()  # too few would be left
+    assert solver.held_out(compute, pairs, 3).any() and not solver.held_out(compute, pairs, 4).any()

@@ -1,0 +1,115 @@
+"""Reports: their files, warnings and damaged runs; nothing in them that a file could inject."""
+
+import json
+import math
+import re
+import socket
+
+import pytest
+
+from kd.errors import UserError
+from kd.evaluation.catalog import LOSS
+from sweeps.report.__main__ import main
+from sweeps.report.load import exposure_curve, learning_curve
+from sweeps.report.report import build_report
+from tests.sweeps.fake import cells
+
+
+def test_learning_curve_is_the_mean_at_the_steps_of_all_seeds(sweep):
+    (group,) = sweep.losses(fkl=[2.0, 3.0]).groups()
+    assert learning_curve([*group.runs.values()]) == [(s * 4096, s * 1e9, 2.5 + 300 - s) for s in (100, 200, 300)]
+
+
+def test_failed_missing_unfinished_and_damaged_runs_are_listed_and_not_counted(sweep):
+    sweep.losses(lm=[2.5], fkl=[2.3])
+    diverged = {"state": "diverged", "reason": "train/loss is not finite at step 7"}
+    sweep.add(["loss=rkl"], {"state.json": json.dumps(diverged)})
+    gone = json.dumps({"state": "running", "pid": 1, "host": socket.gethostname(), "boot": "an earlier one"})
+    sweep.add(["loss=jsd"], {"state.json": gone}).add(["loss=mse", "data.files=my text.txt"])
+    sweep.add(["loss=tvd"], {"result.json": '{"state": '}).add(["loss=skl"], {"result.json": '{"state": "done"}'})
+    sweep.done("akl", 0, math.nan)
+    page = sweep.page()
+    states = re.findall(r'<td class="state ([\w ]+)">', page[page.index('<table class="runs">') :])
+    assert states == [
+        "done", "done", "diverged", "stale", "missing", "damaged", "damaged", "damaged",
+    ]  # fmt: skip
+    assert "train/loss is not finite at step 7" in page
+    assert "python train.py loss=mse &#39;data.files=my text.txt&#39;" in page
+    verdict = sweep.report().verdict
+    assert verdict.startswith("fkl: 2.300") and verdict.endswith("[6 of 8 runs are not done and not counted]")
+    with pytest.raises(AssertionError, match="no row"):
+        cells(page, "akl")
+
+
+def test_warns_of_other_code_and_other_text(sweep):
+    sweep.done("lm", 0, 2.5).done("fkl", 0, 2.4, git="def+").done("rkl", 0, 2.4, **{"data.val_rows": 32})
+    page = sweep.page()
+    assert "Runs differ in git revision" in page and "2 of abc, 1 of def+" in page and "not committed" in page
+    assert "Held-out text differs (data.val_rows)" in page
+
+
+def test_nothing_is_loaded_and_nothing_injected(sweep):
+    evil = "</script><img src=x onerror=alert(1)>"
+    sweep.losses(lm=[2.5, 2.6]).done(evil, 0, 2.4).done(evil, 1, 2.5, git=evil).done(
+        "fkl", 0, 2.3, **{"data.name": evil}
+    )
+    sweep.add([f"loss={evil}"], {"state.json": json.dumps({"state": "failed", "reason": evil})})
+    page = sweep.page()
+    assert "<img" not in page and "&lt;img src=x onerror=alert(1)&gt;" in page
+    assert page.count("<script") == page.count("</script>") == 1 + page.count('class="plotly-graph-div"')
+    assert not re.search(r"<(script|img|iframe|source)[^>]+src=|<link|@import|url\(|https?://", page)
+    assert "default-src 'none'" in page
+
+
+def test_unknown_sweep_lists_those_there_are(sweep, capsys):
+    sweep.losses(fkl=[2.3]).page()
+    assert main(["nope", "--root", str(sweep.root)]) == 2
+    error = capsys.readouterr().err
+    assert "There: s." in error and "python train.py sweeps=nope" in error and "Traceback" not in error
+
+
+def test_no_finished_run_lists_their_states(sweep):
+    sweep.add(["loss=fkl"]).add(["loss=rkl"], {"state.json": '{"state": "failed", "reason": "out of luck"}'})
+    with pytest.raises(UserError, match=r"(?s)No run .* done yet.*missing +loss=fkl.*failed +loss=rkl  out of luck"):
+        sweep.page()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"runs": [{}]}', '{"runs": 3}'])
+def test_damaged_manifest_says_what_to_type(tmp_path, text):
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "s.json").write_text(text)
+    with pytest.raises(UserError, match=r"damaged.*python train.py sweeps=s"):
+        build_report(tmp_path, "s")
+
+
+def test_main_prints_one_line_and_the_root_comes_from_the_environment(sweep, capsys, monkeypatch):
+    sweep.losses(lm=[2.5], fkl=[2.3]).page()
+    monkeypatch.setenv("KD_ROOT", str(sweep.root))
+    assert main(["s"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out.startswith(f"{sweep.root / 'sweeps' / 's.html'}: fkl: 2.300 nats per token")
+
+
+def test_a_run_without_responses_has_the_sweep_judged_by_loss(sweep):
+    sweep.wrote("lm", 0, 0.2, 2.5).wrote("fkl", 0, 0.3, 2.4).done("rkl", 0, 2.3, data="instructions")
+    assert sweep.report().metric is LOSS and sweep.verdict().best == "rkl"
+
+
+def test_rows_that_learned_from_more_tokens_in_the_same_steps_are_warned_of(sweep):
+    sweep.wrote("lm", 0, 0.2).wrote("fkl", 0, 0.3)
+    page = sweep.page()
+    assert "The same in all rows: ece 0.032" not in page and "The same in all rows: exaccerr 0.250." in page
+    assert "different numbers of tokens" not in page and "with the same student, data and steps, seed by seed" in page
+    path = sweep.root / "run-1" / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokens": 3_000_000}))
+    page = sweep.page()
+    assert "different numbers of tokens in the same steps, 1.23M (SFT) to 3M (fkl): a row that is better may" in page
+    assert "student, data and tokens" not in page + sweep.file("md")
+
+
+def test_excess_error_is_the_mean_as_far_as_all_seeds_have_one(sweep):
+    (group,) = sweep.wrote("fkl", 0, 0.3, curve=[0, 0.2, 0.4]).wrote("fkl", 1, 0.3, curve=[0, 0.4]).groups()
+    assert exposure_curve([*group.runs.values()]) == pytest.approx([0, 0.3])
+    assert 'id="exposure"' in sweep.page()
+    (sweep.root / "run-1" / "exaccerr.json").write_text("{")
+    assert exposure_curve([*group.runs.values()]) == [] and 'id="exposure"' not in sweep.page()
