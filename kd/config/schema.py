@@ -135,6 +135,13 @@ class TruncationConfig(Component):
         """Name and settings, without the place of a store and what is accepted of losses."""
         return {"name": self.name} | {k: v for k, v in self.args.items() if k not in ("path", "biased")}
 
+    def build(self, group: str) -> Callable:
+        """Return the function; the place of a store is not one of its arguments."""
+        node = self.to_dict()
+        if group == "record":
+            node.pop("path", None)
+        return components.build(node, group)
+
     @property
     def is_full(self) -> bool:
         """Whether everything is kept."""
