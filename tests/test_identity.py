@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from kd.config.components import CONF
 from kd.config.compose import composed, default_config
 from kd.config.fields import all_traits, hints, setting
-from kd.config.schema import ExperimentConfig, TrainerConfig
+from kd.config.groups import TrainerConfig
+from kd.config.schema import ExperimentConfig
 from kd.data import corpora, instructions, packing
 from kd.experiment.dependencies import Plan, cached_corpus
 from kd.runs import identity
