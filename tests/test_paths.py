@@ -12,7 +12,7 @@ from shutil import which
 import pytest
 from rich.table import Table
 
-from kd.errors import UserError, for_people, is_mistake
+from kd.errors import for_people, is_mistake
 from kd.experiment.summary import show
 from kd.launch.pool import Job, Pool
 from kd.launch.sweeper import summary
@@ -23,6 +23,7 @@ from kd.system.console import Steps, Terminal, console, styled, track
 from kd.system.remote import home
 from sweeps.fit.__main__ import main as fit_main
 from sweeps.report.__main__ import main as report_main
+from tests.refusals import refused
 from tests.small import ENVIRONMENT, SMALL, TOP, TRAIN, here, listed, small_config, train, write
 
 
@@ -54,7 +55,7 @@ def test_the_home_folder_is_expanded_in_every_setting_that_is_a_path(at_home, op
     for typed, whole in (("~/a b/*[1]", f"{at_home}/a b/*[1]"), ("~", f"{at_home}"), ("a/~/b", "a/~/b")):
         made = small_config("runs", *more, f"{option}='{typed}'")
         assert made.flat()[option] == whole
-    with pytest.raises(UserError, match="there is no home folder for ~nobody-here"):
+    with refused(option="~nobody-here/x", why="no home folder for ~nobody-here"):
         small_config("runs", *more, f"{option}='~nobody-here/x'")
 
 

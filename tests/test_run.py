@@ -14,11 +14,13 @@ import filelock
 import pytest
 import torch
 
+from kd.errors import UserError
 from kd.runs.identity import axes, sizes_of
 from kd.runs.run import Run
+from kd.system.checkpoint_files import DigestIO
 from kd.system.signals import Preempted, Requests, requests
 from kd.training.module import DistillationModule
-from tests.small import folder, here, outcome, result, shared, start, train
+from tests.small import folder, here, outcome, result, shared, start, train, type_in
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +177,7 @@ def test_full_disk_says_so_and_leaves_no_half_file(begun):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
     output = process.communicate()[0]
     assert process.returncode == 2, output
-    assert "No room to write" in output and "Traceback" not in output
+    assert "the disk is full" in output and "Traceback" not in output
     assert not [p for p in begun.rglob("*.tmp")] and not list(begun.glob("fkl*/checkpoints/*.ckpt"))
     train(begun, *RUN, "trainer.steps=13")
 
@@ -371,6 +373,19 @@ def test_a_step_that_was_saved_is_not_saved_again_and_one_that_nothing_came_befo
             here(tmp_path / "new", *words)
     requests.pending = False
     assert not list(tmp_path.glob("new/*/checkpoints/*"))
+
+
+def test_a_checkpoint_of_another_version_is_refused_with_what_to_type(tmp_path, monkeypatch):
+    words = ("logits=none", "teacher=none", "trainer.batch=4", "trainer.micro_batch=2", f"trainer.steps={STEPS}")
+    run = interrupted(tmp_path, monkeypatch, 4, None, *words)
+    (path,) = (run / "checkpoints").glob("*.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    for change in ({"format": checkpoint["format"] + 1}, {"format": None}):
+        DigestIO().save_checkpoint(checkpoint | change, path)
+        with pytest.raises(UserError, match="saved by another version of kd") as refused:
+            here(tmp_path, *words)
+    type_in(str(refused.value))
+    assert here(tmp_path, *words) == run and result(run)["state"] == "done"
 
 
 def test_a_batch_larger_than_the_data_is_said(tmp_path, capsys):

@@ -204,7 +204,7 @@ def test_plan_measures_writing_and_the_rows_it_makes(root, words, monkeypatch):
         (("rollout=student", "routing=entropy"), "the student's own"),
         (("rollout=student", "rollout.engine=vllm", "trainer.devices=2"), "vllm writes in one process"),
         (("lm=plain", "logits=none"), "nothing of the instructions"),
-        (("lm=plain", "alpha.peak=1"), "alpha is 1 throughout"),
+        (("lm=plain", "alpha.peak=1"), "alpha is 1 in all steps"),
         (("lm=plain", "logits=cotrained"), "learns from one text"),
         (("rollout=mixed", "loss=minillm", "temperature.tau=2"), "temperature 1"),
         (("loss=minillm",), "rollout=mixed"),

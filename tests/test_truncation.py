@@ -32,6 +32,7 @@ from tests.cases import (
     shuffled,
     without_some,
 )
+from tests.refusals import refused
 from tests.small import small_config as typed
 
 ODDS = 1e-6  # of a correct sampler failing a test here, if the seeds were not fixed
@@ -275,7 +276,7 @@ def test_uniform_numbers_look_independent_of_their_neighbours(seed, rows, column
 def test_a_setting_without_meaning_is_refused_by_name(name, setting, value):
     changes = ({"k": 5} if name == "top_p_k" else {}) | {setting: value}
     truncation = option("truncation", name, **changes)
-    with pytest.raises(UserError, match=rf"truncation\.{setting}={value}: need"):
+    with refused(option=f"truncation.{setting}", got=value, hint=f"type truncation.{setting}="):
         truncation(dense(logits(1)))
 
 

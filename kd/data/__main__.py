@@ -51,7 +51,7 @@ def main() -> None:
 
         rows = next((word for word in reversed(given.words) if word.startswith("rows=")), "rows=3")
         if not rows.removeprefix("rows=").isdecimal():
-            raise UserError(f"{rows}: need a number of rows, e.g. rows=3.")
+            raise UserError(option=rows, need="a number of rows", hint="type e.g. rows=3")
         config, packed = pack_data([word for word in given.words if not word.startswith("rows=")])
         tokenizer = load_tokenizer(str(packed.tokenizer), "The tokenizer of the packed data")
         of = packed, tokenizer, int(rows.removeprefix("rows=")), config.data.args.get("date")

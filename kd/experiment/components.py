@@ -49,28 +49,30 @@ class Components:
                 self.keep(target)
             except UserError as error:
                 group = "record" if config.record else "truncation"
-                raise UserError(str(error).replace("truncation.", f"{group}.")) from None
+                option, hint = (str(text).replace("truncation.", f"{group}.") for text in (error.option, error.hint))
+                raise error.replace(option=option, hint=hint) from None
         student = logp.flip(0).requires_grad_()
         self.objective.distance(student, target).sum().backward()
         if not student.grad.any():
             raise UserError(
-                "This loss has no gradient on what the truncation keeps, so the student would learn nothing from it "
-                "(mse compares differences of logits, and one token has none): keep more, e.g. truncation.k=10."
+                option="loss",
+                why="has no gradient on the tokens that the truncation keeps, so that the student would learn nothing "
+                "(mse compares differences of logits, and one token has none)",
+                hint="keep more tokens, e.g. truncation.k=10",
             )
         try:
             self.optim([{"params": [torch.nn.Parameter(torch.zeros(1))], "width": 1}])
         except UserError:
             raise
         except (ValueError, TypeError) as error:  # as torch says it
-            raise UserError(f"optim: {error}.") from None
+            raise UserError(option="optim", why=error) from None
         for progress in (step / 100 for step in range(101)):
             if not 0 <= self.alpha(progress) <= 1:
-                raise UserError(
-                    f"alpha is {self.alpha(progress)} at {progress:.0%} of the run: need a share from 0 to 1."
-                )
+                why, need = f"is {self.alpha(progress)} at {progress:.0%} of the run", "a share from 0 to 1"
+                raise UserError(option="alpha", why=why, need=need)
             if not 0 <= self.lr(progress) < math.inf:
-                raise UserError(f"lr is {self.lr(progress)} at {progress:.0%} of the run: need a number of at least 0.")
+                why, need = f"is {self.lr(progress)} at {progress:.0%} of the run", "a number of at least 0"
+                raise UserError(option="lr", why=why, need=need)
         if config.lm == "plain" and all(self.alpha(step / 100) == 1 for step in range(101)):
-            raise UserError(
-                "lm=plain would do nothing, as alpha is 1 throughout; type alpha.peak=0.5, or leave it out."
-            )
+            why, hint = "would do nothing, as alpha is 1 in all steps", "type alpha.peak=0.5, or leave lm=plain out"
+            raise UserError(option="lm", got="plain", why=why, hint=hint)

@@ -120,14 +120,16 @@ def _packing(config: ExperimentConfig, data: Component, group: str) -> tuple[Cor
     make = conf.load(data.target, group)
     parameters = {*conf.parameters_of(make)[0], *packing.OPTIONS}
     for name in data.args.keys() - parameters:
-        raise UserError(f"{group}.{name}={data.args[name]}: no such option of this data.")
+        hint = f"leave {group}.{name} out"
+        raise UserError(option=f"{group}.{name}", got=data.args[name], why="this data has no such option", hint=hint)
     source = cached_corpus(make, **conf.checked(make, data.args, group))
     how = conf.checked(packing.pack, data.args, group)
     how["code"] = provenance.component(group, data.name)
     if not source.words:
         how["tokenizer"] = config.tokenizer
     elif tokenizer := data.args.get("tokenizer"):
-        raise UserError(f"data.tokenizer={tokenizer}: this data has a vocabulary of its own; leave it out.")
+        why, hint = "this data has a vocabulary of its own", "leave data.tokenizer out"
+        raise UserError(option="data.tokenizer", got=tokenizer, why=why, hint=hint)
     return source, how
 
 
@@ -158,10 +160,8 @@ def start_config(config: ExperimentConfig) -> ExperimentConfig | None:
     start, student = config.start, config.student
     if isinstance(start, FineTunedInit):
         if not corpus(config)[0].pairs:
-            raise UserError(
-                "start=sft fine-tunes on instructions, and this data is plain text; type data=instructions, or "
-                "start=scratch."
-            )
+            why = "needs instructions to fine-tune on, and this data is plain text"
+            raise UserError(option="start", got="sft", why=why, hint="type data=instructions, or start=scratch")
         before, lr = ("scratch", 1e-4) if student.name else ("pretrained", 1e-3)
         return _language_modelling(
             config, student, before, start.sft_steps, start.sft_batch, start.sft_lr or lr, start.seed
@@ -169,7 +169,9 @@ def start_config(config: ExperimentConfig) -> ExperimentConfig | None:
     if not isinstance(start, PretrainedInit):
         return None
     if student.name:
-        raise UserError(f"start=pretrained: student.name={student.name} is pretrained as it is; leave it out.")
+        why, hint = "this student is pretrained as it is", "leave start=pretrained out"
+        conflict = f"student.name={student.name}"
+        raise UserError(option="start", got="pretrained", conflict=conflict, why=why, hint=hint)
     made = _language_modelling(config, student, "scratch", start.steps, start.batch, start.lr, start.seed)
     return made.derive(data=plain_data(config))
 

@@ -82,12 +82,16 @@ def fit(run: Run, config: ExperimentConfig, inputs: Inputs) -> dict:
         if outcome.state == RunState.PREEMPTED and first:
             console.print(f"{name}: {outcome.reason}", soft_wrap=True)
         if outcome.state == RunState.DIVERGED:
-            raise UserError(f"{name}: {error}. Not counted as a result; details are in {path}.") from None
+            why = f"{error}. The run is not counted as a result; its report is in {path}"
+            hint = "choose a lower lr.peak, or trainer.precision=fp32"
+            raise UserError(option=name, why=why, hint=hint) from None
         if outcome.state == RunState.OUT_OF_MEMORY:
             raise UserError(
-                f"{name} ran out of memory at step {module.global_step}, with {module.micro_batch_size} rows at once: "
-                f"{error}\nTake trainer.chunk={max(1, (module.objective.chunk or 256) // 2)}, a smaller model, or "
-                f"data.seq_len={seq_len // 2}. Details are in {path}."
+                option=name,
+                why=f"ran out of memory at step {module.global_step}, with {module.micro_batch_size} rows at once: "
+                f"{error}\nThe report of the run is in {path}",
+                hint=f"type trainer.chunk={max(1, (module.objective.chunk or 256) // 2)} or "
+                f"data.seq_len={seq_len // 2}, or choose a smaller model",
             ) from None
         raise
     finally:
@@ -145,8 +149,10 @@ def latest_checkpoint(run: Run, sharded: bool) -> Path | None:
     checkpoint = collectives.gather(newest(run / "checkpoints") if collectives.number() == 0 else None)[0]
     if checkpoint and checkpoint.is_dir() != sharded:
         raise UserError(
-            f"{checkpoint} was saved {'in shards' if checkpoint.is_dir() else 'whole'}: go on with trainer.strategy="
-            f"{'fsdp' if checkpoint.is_dir() else 'ddp'}, or, to train anew, type:\n  {run.removal('checkpoints')}"
+            option=checkpoint,
+            why=f"was saved {'in shards' if checkpoint.is_dir() else 'whole'}",
+            hint=f"continue with trainer.strategy={'fsdp' if checkpoint.is_dir() else 'ddp'}, or, to train anew, type",
+            commands=[run.removal("checkpoints")],
         )
     return checkpoint
 

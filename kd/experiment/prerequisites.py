@@ -105,8 +105,10 @@ def check_recorded(config: ExperimentConfig) -> None:
     run, store = planned.run, planned.store
     if store and not store.manifest().exists() and not config.logits.source.distils:
         raise UserError(
-            f"{run.name} is done, and nothing was recorded. To train it once more and record it, type:\n"
-            f"  {run.removal()}\nand the same command again."
+            option=run.name,
+            why="is done, and nothing was recorded",
+            hint="to train the run once more and record it, type this, and then the same command again",
+            commands=[run.removal()],
         )
 
 
@@ -173,7 +175,11 @@ def teacher_model(config: ExperimentConfig, components: Components, train: Train
     planned = Plan.of(config)
     name = ensure_trained(planned.teacher, train) if planned.teacher else config.teacher.name
     if name is None:
-        raise UserError(f"There is no store at {planned.store.path}, and teacher=none cannot write one.")
+        raise UserError(
+            option=planned.store.path,
+            why="does not exist, and teacher=none cannot write a store",
+            hint="give the path of a store as logits.path, or choose a teacher, e.g. teacher=1m",
+        )
     check_student(config.teacher.name)
     check_tokenizers(config, components.tokenizer, name)
     vocab = vocabulary_size(components.tokenizer)

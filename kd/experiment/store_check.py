@@ -21,7 +21,8 @@ def compare_with_teacher(store: Store, root: str, train: Train) -> str:
         settings = settings | {"root": root, "logits": settings["logits"] | {"path": store.path}}
         config = ExperimentConfig.from_dict(settings)
     except (KeyError, TypeError) as error:
-        raise UserError(f"{store.path}: its settings are not those of a run ({error!r}).") from None
+        why, hint = f"has settings that are not those of a run ({error!r})", "do not use this store"
+        raise UserError(option=store.path, why=why, hint=hint) from None
     teacher, name = Plan.of(config).teacher, config.teacher.name
     if (teacher and not Plan.of(teacher).run.result()) or (name and not teacher and not Path(name).is_dir()):
         return f"Its teacher {store.of['teacher']} is not in {root}, so no row was computed again."

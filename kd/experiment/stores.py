@@ -54,7 +54,9 @@ def described(config: ExperimentConfig, packed: Packed) -> dict:
         weights = hub.revision(name)
     part = config.stored.spec
     if part.get("draws", 0) > MOST_DRAWS:
-        raise UserError(f"draws={part['draws']}: a store counts at most {MOST_DRAWS:,} draws per position; take fewer.")
+        group = "record" if config.record else "truncation"
+        need, hint = f"at most {MOST_DRAWS:,} draws per position for a store", f"type {group}.draws={MOST_DRAWS}"
+        raise UserError(option=f"{group}.draws", got=part["draws"], need=need, hint=hint)
     return {
         "format": FORMAT, "teacher": called, "weights": weights,
         "tokenizer": files.digest_of([v for k, v in sorted(packed.digests.items()) if k.startswith("tokenizer/")]),
@@ -113,14 +115,20 @@ def opened(config: ExperimentConfig, packed: Packed) -> Store | None:
         return found
     if not within(truncation, of["truncation"]):
         raise UserError(
-            f"truncation={truncation['name']} asks for more than record={of['truncation']['name']} would have the "
-            "store hold. Record more, or leave record out to store just what is asked for."
+            option="truncation",
+            got=truncation["name"],
+            conflict=f"record={of['truncation']['name']}",
+            why="needs more than the store would hold",
+            hint="record more, or leave record out to store what this truncation keeps",
         )
     _measurable(config, of["truncation"])
     if window is not None and not config.logits.source.is_recorded:
         raise UserError(
-            f"logits.window={config.logits.window}: there is no store at {where.path}, and one that is written "
-            "now, by a finished teacher, covers no window of its training. Leave it out, or give logits.path=…"
+            option="logits.window",
+            got=config.logits.window,
+            why=f"{where.path} does not exist, and a store that is written now, by a finished teacher, covers no "
+            "window of its training",
+            hint="leave logits.window out, or give a recorded store by logits.path=…",
         )
     return None
 
@@ -133,15 +141,21 @@ def _measurable(config: ExperimentConfig, held: dict) -> None:
     routing = config.routing.name
     if routing != "none" and held["name"] == "random":
         raise UserError(
-            f"routing={routing} is measured on what the teacher says, and the store holds {said(held)}, too little to "
-            "tell where it is sure. Take a store of the most probable tokens (record=top_k; without logits.path), of "
-            "everything (record=full), logits=online, or routing=none."
+            option="routing",
+            got=routing,
+            why=f"is measured on the teacher's probabilities, and the store holds {said(held)}, too little to tell "
+            "where the teacher is sure",
+            need="a store of the most probable tokens or of everything",
+            hint="type record=top_k or record=full (without logits.path), logits=online, or routing=none",
         )
     name = config.temperature.name
     if name != "fixed" and held != FULL:
         raise UserError(
-            f"temperature={name} is measured on the teacher's whole distribution, and the store holds {said(held)}. "
-            "Take a store of everything (record=full; without logits.path), logits=online, or temperature=fixed."
+            option="temperature",
+            got=name,
+            why=f"is measured on the teacher's whole distribution, and the store holds {said(held)}",
+            need="a store of everything",
+            hint="type record=full (without logits.path), logits=online, or temperature=fixed",
         )
 
 
@@ -220,7 +234,8 @@ def compare(found: Store, packed: Packed, keep: Keep, model: CausalLM, accelerat
             f"KL from what it says now to what is stored {off.mean():.1e} nats in the mean, {off.max():.1e} at most."
         )
     if not abs(off.mean()) <= 0.01 + 5 * error:  # NaN is far, too
-        raise UserError(f"{found.path} is not what this teacher says: {words}")
+        why, hint = f"does not hold the probabilities of this teacher: {words}", "do not use this store"
+        raise UserError(option=found.path, why=why, hint=hint)
     return words
 
 

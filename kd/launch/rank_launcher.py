@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from kd.parallel import collectives
-from kd.runs.outcome import GOES_ON, Outcome, RunState, classify, classify_exit
+from kd.runs.outcome import Outcome, RunState, classify, classify_exit
 
 if TYPE_CHECKING:
     from kd.experiment.prerequisites import Inputs
@@ -187,7 +187,11 @@ def _failed(run: Run, server: dist.TCPStore, codes: list[int | None], out_of_mem
     where = run.end(outcome)
     if message is None:
         print(outcome.details.get("traceback", ""), file=sys.stderr, end="")
-        message = f"{run.name}: {outcome.reason}. Details are in {where}; {GOES_ON}."
+        why, hint = (
+            f"{outcome.reason}. The report of the run is in {where}",
+            "type the same command to continue the run",
+        )
+        raise UserError(option=run.name, why=why, hint=hint)
     raise UserError(message)
 
 

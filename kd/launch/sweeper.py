@@ -114,7 +114,7 @@ def at_scale(sweep: Mapping, scale: str) -> tuple[str, list[tuple[str, str]]]:
     """What all lines begin with, and name and words of each; ends with an error where the sweep has no such scale."""
     scales = sweep.get("scales") or {"cpu": {}}
     if scale not in scales:
-        end_with(UserError(f"scale={scale}: this sweep has {' and '.join(scales)}."))
+        end_with(UserError(option="scale", got=scale, need=f"a scale of this sweep, {' or '.join(scales)}"))
     own = scales[scale]
     lines = [line if isinstance(line, Mapping) else {"": line} for of in (sweep, own) for line in of.get("runs", [])]
     return f"{sweep.get('base', '')} {own.get('base', '')}", [pair for line in lines for pair in line.items()]
@@ -226,13 +226,16 @@ class Runs(Launcher):
         for number, job in enumerate(jobs):
             try:
                 made.append(make(job))
-            except (UserError, HydraException) as error:
-                wrong[number] = str(error)
+            except UserError as error:
+                wrong[number] = error
+            except HydraException as error:
+                wrong[number] = UserError(error)
         if not wrong:
             return made
-        if len(set(wrong.values())) == 1 and len(wrong) == len(jobs):
-            raise UserError(wrong[0])
-        raise UserError(refused(jobs, said, wrong))
+        reasons = {number: str(error) for number, error in wrong.items()}
+        if len(set(reasons.values())) == 1 and len(wrong) == len(jobs):
+            raise wrong[0]
+        raise UserError(refused(jobs, said, reasons))
 
     def _run_config(self, words: Sequence[str]) -> ExperimentConfig:
         return ExperimentConfig.from_hydra(self.composer.compose(words), list(words))
@@ -311,8 +314,10 @@ def discard(runs: Iterable[Run]) -> None:
         for run in runs:
             if not run.claim():
                 raise UserError(
-                    f"force=true: another copy of this sweep makes {run.name}, and this one would remove what that one "
-                    "has made anew. Type the same command without force=true, and the copies share the runs."
+                    option="force",
+                    got=True,
+                    why=f"another copy of this sweep works on {run.name}, and this copy would remove its results",
+                    hint="type the same command without force=true, so that the copies share the runs",
                 )
             claimed.append(run)
         for run in filter(Run.is_done, runs):

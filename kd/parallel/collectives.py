@@ -98,6 +98,8 @@ def check_devices(trainer: TrainerConfig) -> None:
         there = 1
     if trainer.devices > there:
         raise UserError(
-            f"trainer.devices={trainer.devices}: this machine has {there}; type trainer.devices={there}, or "
-            "trainer.accelerator=cpu for ranks that share its processor."
+            option="trainer.devices",
+            got=trainer.devices,
+            why=f"this machine has {there}",
+            hint=f"type trainer.devices={there}, or trainer.accelerator=cpu for ranks that share its processor",
         )

@@ -39,8 +39,9 @@ def check_single() -> None:
     """Raise UserError where an agent started a sweep, whose runs would all be the same W&B run."""
     if asked():
         raise UserError(
-            "WANDB_SWEEP_ID is set: an agent of W&B asks for one run at a time. Leave -m and sweeps=… out of the "
-            "command of its sweep, or unset WANDB_SWEEP_ID."
+            option="WANDB_SWEEP_ID",
+            why="is set in the environment, and an agent of W&B asks for one run at a time",
+            hint="leave -m and sweeps=… out of the command of its sweep, or unset WANDB_SWEEP_ID",
         )
 
 

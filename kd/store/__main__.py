@@ -41,7 +41,7 @@ def write_store(words: list[str]) -> Store | None:
     part = next((word for word in words if word.startswith("part=")), "part=1/1")
     numbers = re.fullmatch(r"part=(\d+)/(\d+)", part)
     if not numbers or not 1 <= int(numbers[1]) <= int(numbers[2]):
-        raise UserError(f"{part}: need which part of how many, e.g. part=1/2.")
+        raise UserError(option=part, need="the number of the part and of all parts", hint="type e.g. part=1/2")
     words = [word for word in words if word != part]
     config = config_of(["logits=offline", *words])
     if config.record:  # whatever a student asks for
@@ -123,9 +123,8 @@ def main() -> None:
         elif given.command == "merge":
             for path in (given.path, *given.part):
                 if "://" in path:
-                    raise UserError(
-                        f"{path}: merge joins folders. Copy the parts here, merge them, and copy the store."
-                    )
+                    hint = "copy the parts to this machine, merge them, and copy the store"
+                    raise UserError(option=path, why="merge joins folders", hint=hint)
             writer.merge(Path(given.path), [Path(files.expanded(p)) for p in given.part])
             store = Store(given.path, Path())
         else:

@@ -1,4 +1,4 @@
-"""Outcome of an optimizer step, and the error that ends a run whose numbers are not finite."""
+"""Terms of an optimizer step's loss, and the report of what it did."""
 
 from __future__ import annotations
 
