@@ -880,7 +880,7 @@ def test_prompts_alone_are_for_rollouts_that_write_all_responses(root, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "fields"),
     [
         ((), {"option": "rollout", "got": "none", "why": "prompts and no responses", "hint": "rollout.share=1"}),
         (("rollout=student",), {"option": "rollout.share", "got": 0.5, "why": "learns from the data"}),

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from kd.config.compose import composed
+from kd.config.compose import composed, default_config
 from kd.data.batches import Batch, to_batch
 from kd.experiment import fit, prerequisites
-from kd.experiment.dependencies import resolved
 from kd.models import hub
 from kd.objective.chunked import Objective
 from kd.objective.losses import akl
@@ -338,7 +337,7 @@ def test_a_rank_composes_no_config(root, monkeypatch):
     monkeypatch.setattr(fit, "fit", lambda *of: given.append(of) or {})
     here(root, "logits=offline", "record=top_k", "record.k=5", "trainer.steps=2", *TOP)
     composed.cache_clear()
-    resolved.cache_clear()
+    default_config.cache_clear()
     assert real(*given[0])["state"] == "done"
 
 

@@ -10,7 +10,8 @@ from kd.config.secrets import check_secrets
 from kd.errors import UserError, check
 
 if TYPE_CHECKING:
-    from kd.config.schema import Component, ExperimentConfig, TrainerConfig
+    from kd.config.groups import Component, TrainerConfig
+    from kd.config.schema import ExperimentConfig
 
 
 def check_deletions(overrides: Iterable[str]) -> None:
