@@ -222,7 +222,7 @@ def test_recorded_logits_teach(recorded):
     "window", ["middle", "[1.0,0.5]", "[0.5]", "[0,2]", "[-0.5,0.5]", "[0.5,0.5]", "0.5", "[0,0.5,1]"]
 )
 def test_a_window_that_cannot_be_is_refused(recorded, window):
-    with refused(option="logits.window", hint="logits.window=[0.5,1.0]"):
+    with refused(option="logits.window", need=" "):
         student(recorded[0], f"logits.window={window}")
 
 
