@@ -219,6 +219,8 @@ def test_plan_measures_writing_and_the_rows_it_makes(root, words, monkeypatch):
     ],
 )
 def test_rollouts_that_cannot_be(root, words, more, option, fields):
+    named = "student=hub" in more  # has a tokenizer, so that data.vocab would be refused first
+    words = [word for word in words if not (named and word.startswith("data.vocab"))]
     with refused(option=option, **fields):
         here(root, *words, *more)
 
