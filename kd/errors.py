@@ -28,7 +28,7 @@ class UserError(ValueError):
     why: the reason, where value and need do not say it: a clause, or a predicate of the option ("is damaged: …").
     need: what would be right, as a noun phrase.
     hint: what to do, beginning with a verb ("type truncation.k=10").
-    commands: lines for a shell that do what the hint says.
+    commands: lines to type that do what the hint says.
     """
 
     def __init__(

@@ -82,7 +82,8 @@ def function_of(node: dict):
 @pytest.mark.parametrize("option", [*(option for option in OPTIONS if option not in PRESET), *SIZED])
 def test_every_option_composes_and_its_function_binds_and_its_settings_are_listed(option):
     group, _, name = option.partition("=")
-    node = getattr(config_of(option), group).to_dict()
+    chosen = getattr(config_of(option), group)
+    node = chosen.to_dict()
     if "_target_" in node:
         function = components.load(node["_target_"], group)
         settings = components.checked(function, node, group) if group in ("data", "plain") else given(node)
@@ -90,7 +91,7 @@ def test_every_option_composes_and_its_function_binds_and_its_settings_are_liste
         inspect.signature(function).bind_partial(**settings)
     if option in SIZED:
         assert node["size"] == name and node["name"] is None
-    assert options.options(group)[name].keys() == node.keys() - {*options.NOTES}
+    assert options.options(group)[name].keys() - {*chosen.INPUT_ONLY} == node.keys() - {*options.NOTES}
 
 
 @pytest.mark.parametrize("file", sorted(components.SWEEPS.glob("*.yaml")), ids=lambda p: p.stem)

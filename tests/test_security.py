@@ -276,7 +276,7 @@ def test_hostile_bytes_within_a_shard_are_not_run(sharded, canary):
     index[key] |= {"start": shard.stat().st_size, "length": len(evil.getvalue())}
     shard.write_bytes(shard.read_bytes() + evil.getvalue())
     (sharded / "index.json").write_text(json.dumps(index))
-    with refused(option=shard, why="something other than numbers", commands=f"rm -r {shard.parent}"):
+    with refused(option=sharded, why="something other than numbers", commands=f"rm -r {sharded.parent}"):
         read(sharded)
 
 
