@@ -25,10 +25,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from kd.config.rules import Settings, resolve
+from kd.config.schema import ExperimentConfig
 from kd.errors import MISTAKES, for_people
 from kd.experiment import prerequisites, summary
-from kd.experiment.dependencies import plan
+from kd.experiment.dependencies import Plan
 from kd.experiment.prerequisites import Outcome
 from kd.launch import command_line
 from kd.runs import wandb_agent
@@ -39,45 +39,45 @@ from kd.system.console import end_with
 def main(cfg: DictConfig) -> None:
     requests.watch()
     try:
-        settings = resolve(cfg, HydraConfig.get().overrides.task)
-        if settings["plan"]:
+        config = ExperimentConfig.from_hydra(cfg, HydraConfig.get().overrides.task)
+        if config.plan:
             from kd.experiment import planner
 
-            return planner.show_plan([settings], ["this run"], 1)
-        outcome = train(settings, wait=settings["sweep"] is not None)
+            return planner.show_plan([config], ["this run"], 1)
+        outcome = train(config, wait=config.sweep is not None)
         outcome.check_files()
-        wandb_agent.tell(outcome.run, settings, outcome.result)
+        wandb_agent.tell(outcome.run, config, outcome.result)
         summary.show(outcome)
     except MISTAKES as error:
         end_with(for_people(error))
 
 
-def train(settings: Settings, wait: bool = True) -> Outcome:
+def train(config: ExperimentConfig, wait: bool = True) -> Outcome:
     """Return the result of a run: read if it is done, resumed if it was begun; what it needs is made first.
 
     wait: for another process that works on the same run, instead of raising UserError. With force=true the run is made
     anew. Its old result is removed when the new run begins, after all checks.
     """
-    run = plan(settings).run
-    anew = settings["force"] and run.is_done()
+    run = Plan.of(config).run
+    anew = config.force and run.is_done()
     if not anew and (result := run.result()):
         run.settle()
-        prerequisites.check_recorded(settings)
+        prerequisites.check_recorded(config)
         return Outcome(run, result, before=True)
-    inputs = prerequisites.ensure(settings, train)
+    inputs = prerequisites.ensure(config, train)
     if anew:
-        prerequisites.check_logger(settings)
+        prerequisites.check_logger(config)
     with run.lock(wait):
         if not anew and (result := run.result()):
             return Outcome(run, result, before=True)
         with run.recorded():
-            if settings["trainer"]["devices"] > 1:
+            if config.trainer.devices > 1:
                 from kd.launch.rank_launcher import fit_in_ranks
 
-                return Outcome(run, fit_in_ranks(__file__, run, settings, inputs), before=False)
+                return Outcome(run, fit_in_ranks(__file__, run, config, inputs), before=False)
             from kd.experiment.fit import fit
 
-            return Outcome(run, fit(run, settings, inputs), before=False)
+            return Outcome(run, fit(run, config, inputs), before=False)
 
 
 command_line.register()

@@ -12,12 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import filelock
-import hydra
 import pytest
 
 import train as product
-from kd.config.components import CONF
-from kd.config.rules import Settings, resolve
+from kd.config.compose import composed
+from kd.config.schema import ExperimentConfig
 from kd.store import __main__ as store_program
 from kd.store import reader
 from kd.system import files
@@ -107,19 +106,16 @@ def outcome(path: Path) -> tuple[bytes, bytes]:
     return (path / "metrics.jsonl").read_bytes(), (path / "student" / "model.safetensors").read_bytes()
 
 
-def settings(root: Path, *words: str) -> Settings:
-    """Of the tiny run with `words`, in `root`."""
+def small_config(root: Path, *words: str) -> ExperimentConfig:
+    """Return the config of the tiny run with `words`, in `root`."""
     own = any(word.startswith("data=") for word in words)
     typed = [*(word for word in TINY if not (own and word.startswith("data"))), f"root={root}", *words]
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return resolve(hydra.compose("config", typed), typed)
+    return ExperimentConfig.from_hydra(composed(*typed), typed)
 
 
 def here(root: Path, *words: str) -> Path:
     """The folder of the tiny run, done in this process; UserError is raised, not shown."""
-    made = settings(root, *words)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return product.train(made)[0].folder
+    return product.train(small_config(root, *words))[0].folder
 
 
 def write(root: Path, *words: str) -> reader.Store:

@@ -12,10 +12,10 @@ import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args, load_sweep_config
 
 from kd.config import security
-from kd.config.components import CONF, SWEEPS, flat
+from kd.config.components import CONF, SWEEPS
 from kd.runs import wandb_agent
 from kd.system.files import read_metrics
-from tests.small import ENVIRONMENT, FORK, SMALL, TRAIN, folder, result, settings
+from tests.small import ENVIRONMENT, FORK, SMALL, TRAIN, folder, result, small_config
 from tests.test_security import typed
 
 FILES = sorted((SWEEPS / "wandb").glob("*.yaml"))
@@ -171,7 +171,7 @@ def test_every_file_for_agents_composes_and_gets_through(path, tmp_path):
     for values in corners(of["parameters"]):
         words = create_sweep_command_args({"args": {k: {"value": v} for k, v in values.items()}})["args_no_hyphens"]
         security.check_command_line([*fixed, *words])
-        made = flat(settings(tmp_path, *fixed, *words))
+        made = small_config(tmp_path, *fixed, *words).flat()
         assert {k: made[k] for k in values} == values  # numbers, where numbers are meant
 
 

@@ -9,7 +9,7 @@ from kd.bench import __main__ as command
 from kd.bench import memory
 from kd.bench.cases import CASES, CUDA_CASES, NEEDS
 from kd.bench.work import SHAPES, Shape, measure
-from kd.errors import UserError
+from tests.refusals import refused
 from tests.small import ENVIRONMENT
 
 TINY = SHAPES["tiny"]
@@ -48,18 +48,18 @@ def test_every_case_trains_as_many_steps_as_asked(name):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("word", "fields"),
     [
-        (["only=nothing"], "only=nothing"),
-        (["steps=0"], "steps=0"),
-        (["shape=huge"], "shape=huge"),
-        (["x=1"], "x"),
-        (["precision=fp8"], "precision=fp8"),
+        ("only=nothing", {"got": "nothing", "need": "one of the cases lm"}),
+        ("steps=0", {"got": "0", "need": "at least 1"}),
+        ("shape=huge", {"got": "huge", "need": "one of "}),
+        ("x=1", {"why": "no such word here"}),
+        ("precision=fp8", {"got": "fp8", "need": "one of "}),
     ],
 )
-def test_a_word_without_meaning_is_refused_by_name(words, says, tmp_path):
-    with pytest.raises(UserError, match=says):
-        command.main([*words, f"root={tmp_path}"])
+def test_a_word_without_meaning_is_refused_by_name(word, fields, tmp_path):
+    with refused(option=word.partition("=")[0], **fields):
+        command.main([word, f"root={tmp_path}"])
     assert not list(tmp_path.iterdir())
 
 
@@ -76,7 +76,7 @@ def test_results_are_in_the_home_folder_where_its_sign_is_typed(by, tmp_path, mo
 
 def test_a_url_is_no_place_for_results(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="type root=FOLDER"):
+    with refused(option="root", got="s3://bucket/kd", hint="type root=FOLDER"):
         command.main(["only=lm", "root=s3://bucket/kd"])
     assert not list(tmp_path.iterdir())
 
@@ -84,7 +84,7 @@ def test_a_url_is_no_place_for_results(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", NEEDS)
 def test_a_missing_package_is_named_with_what_installs_it(name, monkeypatch):
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda package: None)
-    with pytest.raises(UserError, match=rf"{name} .*pip install 'kd\[bench\]'"):
+    with refused(option="only", got=name, need="the package ", hint="pip install 'kd[bench]'"):
         command.check([name])
 
 

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import hydra
 import lightning
 import pytest
 import torch
@@ -23,8 +22,6 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import OmegaConf
 
 import train as product
-from kd.config.components import CONF
-from kd.errors import UserError
 from kd.launch import cluster
 from kd.launch.pool import Job, Local, fitting, gpus
 from kd.launch.ray_launcher import Ray
@@ -33,7 +30,8 @@ from kd.launch.sweeper import Processes, Runs
 from kd.parallel import collectives, ddp
 from kd.runs.run import Run
 from kd.system.checkpoint_files import newest
-from tests.small import ENVIRONMENT, outcome, settings, shared, start, train
+from tests.refusals import refused
+from tests.small import ENVIRONMENT, outcome, shared, small_config, start, train
 from tests.test_faults import STEP, Fault, ended, processes, runs, state, states, table, until
 
 SLURM = ("-m", "hydra/launcher=submitit_slurm")
@@ -176,7 +174,7 @@ def test_nothing_is_queued_twice_while_slurm_does_not_answer(tmp_path, monkeypat
     record, jobs = tmp_path / "jobs.json", [Job(Run(tmp_path, "run"), [], "run")]
     assert SlurmPool("", jobs, 1, None, record).waiting == jobs  # of a new sweep none can be queued
     record.write_text('{"run": "7_0"}')
-    with pytest.raises(UserError, match="when squeue answers"):
+    with refused(option="squeue", hint="when squeue answers"):
         SlurmPool("", jobs, 1, None, record)
 
 
@@ -210,22 +208,21 @@ def test_devices_are_counted_where_a_run_is_done(tmp_path, monkeypatch):
     """Not on the login node that a sweep is started on."""
     monkeypatch.setattr(collectives, "processor", lambda accelerator: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    told = settings(tmp_path, "trainer.devices=4", "teacher.steps=1")
-    monkeypatch.setattr(Runs, "_settings", lambda self, words: told)
+    told = small_config(tmp_path, "trainer.devices=4", "teacher.steps=1")
+    monkeypatch.setattr(Runs, "_run_config", lambda self, words: told)
     monkeypatch.setattr(Runs, "config", SimpleNamespace(force=False), raising=False)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        ray, local = Ray(None, 1, 4), Processes()
-        ray.config = local.config = SimpleNamespace(force=False)
-        assert ray._run([])[1] == 4
-        for work in (local._run, lambda words: product.train(told)):
-            with pytest.raises(UserError, match=r"trainer\.devices=4: this machine has 1"):
-                work([])
+    ray, local = Ray(None, 1, 4), Processes()
+    ray.config = local.config = SimpleNamespace(force=False)
+    assert ray._run([])[1] == 4
+    for work in (local._run, lambda words: product.train(told)):
+        with refused(option="trainer.devices", got=4, why="this machine has 1", hint="trainer.devices=1"):
+            work([])
 
 
 @pytest.mark.parametrize("package, extra", [("submitit", "slurm"), ("ray", "ray")])
 def test_what_to_type_without_a_package(package, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"pip install 'kd\[{extra}\]'"):
+    with refused(option="hydra/launcher", need=package, hint=f"pip install 'kd[{extra}]'"):
         cluster.needs(package, extra, "x")
 
 

@@ -15,12 +15,15 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-import train
+import train  # noqa: F401, registers what Hydra knows
 from kd.config import components, options, security
 from kd.config.compose import register
+from kd.config.schema import ExperimentConfig
 from kd.config.sizes import SIZES
 from kd.data import packing
 from kd.errors import UserError
+from kd.experiment import dependencies
+from kd.experiment.dependencies import Plan
 from kd.launch.sweeper import at_scale
 from kd.training import schedules
 from tests.cases import each, settings
@@ -39,8 +42,8 @@ def conf():
         yield
 
 
-def resolved(*words: str) -> dict:
-    """The settings that these words on the command line make; what is missing then is typed as x."""
+def config_of(*words: str) -> ExperimentConfig:
+    """Return the config that these words make; what is missing then is typed as x."""
     words = [*words, *(["logits=none"] if "teacher=none" in words else [])]
     words += ["truncation=top_k"] if "logits=recorded" in words else []
     words += ["logits=offline"] if any(w.startswith("record=") for w in words) else []
@@ -53,7 +56,7 @@ def resolved(*words: str) -> dict:
     composed = compose("config", words)
     for missing in OmegaConf.missing_keys(composed):
         OmegaConf.update(composed, missing, "x")
-    return train.resolve(composed, words)
+    return ExperimentConfig.from_hydra(composed, words)
 
 
 def given(node: dict) -> dict:
@@ -78,7 +81,7 @@ def function_of(node: dict):
 @pytest.mark.parametrize("option", [*(option for option in OPTIONS if option not in PRESET), *SIZED])
 def test_every_option_composes_and_its_function_binds_and_its_settings_are_listed(option):
     group, _, name = option.partition("=")
-    node = resolved(option)[group]
+    node = getattr(config_of(option), group).to_dict()
     if "_target_" in node:
         function = components.load(node["_target_"], group)
         settings = components.checked(function, node, group) if group in ("data", "plain") else given(node)
@@ -101,7 +104,7 @@ def test_every_run_of_every_sweep_composes(file):
             words = parser.parse_overrides(shlex.split(base) + shlex.split(line))
             jobs = BasicSweeper.split_arguments(words, None)[0]
             for job in (job for job in jobs if not {"seed=1", "seed=2"} & set(job)):  # which compose as seed=0 does
-                made = components.flat(resolved(*job))
+                made = config_of(*job).flat()
                 read = made["trainer.steps"] * made["trainer.batch"] * made["data.seq_len"]
                 assert made["data"] != "hub" or (made["data.tokens"] or read) >= read  # of new text
                 group, _, name = ASKS.get(made["loss"], "loss=").partition("=")
@@ -121,7 +124,7 @@ def test_every_run_of_every_sweep_composes(file):
 def test_what_would_have_no_effect_is_refused(words, says):
     words = words.split()
     with pytest.raises(UserError, match=re.escape(says)):
-        train.resolve(compose("config", words), words)
+        ExperimentConfig.from_hydra(compose("config", words), words)
 
 
 # What a loss cannot do without.
@@ -228,10 +231,10 @@ def test_every_optimizer_takes_its_settings(name, settings):
 )  # fmt: skip
 def test_value_of_another_type_is_refused_by_name(word):
     option = word.partition("=")[0]
-    made = resolved("truncation=top_p_k", "target=revise", "routing=entropy", "logger=wandb", word)
+    made = config_of("truncation=top_p_k", "target=revise", "routing=entropy", "logger=wandb", word)
     group = option.partition(".")[0]
     with pytest.raises(UserError, match=rf"^{option}=.*: need (a|true)\b.*got \w+"):
-        components.build(made[group], group)
+        getattr(made, group).build(group)
 
 
 @each(
@@ -253,11 +256,11 @@ def test_no_setting_takes_just_anything(case):
 @pytest.mark.parametrize("word", ["data.seq_len=abc", "data.tokens=1.5", "data.val_share=true", "data.tokenizer=5"])
 def test_data_setting_of_another_type_is_refused_by_name(word):
     with pytest.raises(UserError, match=f"^{word.partition('=')[0]}="):
-        train.corpus(resolved(word))
+        dependencies.corpus(config_of(word))
 
 
 def test_numbers_of_the_trainer_without_meaning_are_refused_by_name():
-    plain = resolved()
+    plain = config_of().to_dict()
     counts = ["trainer.steps", "trainer.batch", "trainer.micro_batch", "trainer.chunk", "trainer.log_every",
               "trainer.val_every", "trainer.checkpoint_every", "teacher.steps", "teacher.batch"]  # fmt: skip
     wrong = {option: [0, -1, 1.0, True, "8"] + [None] * (option != "trainer.chunk") for option in counts}
@@ -269,13 +272,13 @@ def test_numbers_of_the_trainer_without_meaning_are_refused_by_name():
             changed = OmegaConf.create(plain)
             OmegaConf.update(changed, option, value)
             with pytest.raises(UserError, match=f"^{option}="):
-                components.check_plain(OmegaConf.to_container(changed))
+                ExperimentConfig.from_dict(OmegaConf.to_container(changed))
 
 
 @pytest.mark.parametrize("word", ["trainer.steps=0", "seed=-1", "trainer.precision=fp16", "trainer.clip=.nan"])
 def test_numbers_of_the_command_line_are_checked(word):
     with pytest.raises(UserError, match=f"^{word.partition('=')[0]}="):
-        resolved(word)
+        config_of(word)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +288,7 @@ def test_numbers_of_the_command_line_are_checked(word):
 )  # fmt: skip
 def test_every_other_setting_is_checked_by_name_too(word):
     with pytest.raises(UserError, match=word.partition("=")[0]):
-        train.plan(resolved("data=markov", word))
+        Plan.of(config_of("data=markov", word))
 
 
 @pytest.mark.parametrize(
@@ -298,52 +301,52 @@ def test_every_other_setting_is_checked_by_name_too(word):
 def test_what_is_looked_at_before_functions_are_loaded_is_checked_first(words):
     words = words.split()
     with pytest.raises(UserError, match=f"^{words[0].partition('=')[0]}.*need"):
-        train.plan(train.resolve(compose("config", words), words))
+        Plan.of(ExperimentConfig.from_hydra(compose("config", words), words))
 
 
 @pytest.mark.parametrize("root", ["s3://bucket/kd", "runs", "/"])
 def test_a_root_with_a_slash_at_its_end_is_the_same_place(root):
-    assert resolved(f"root={root}/")["root"] == resolved(f"root={root}")["root"] == root
+    assert config_of(f"root={root}/").root == config_of(f"root={root}").root == root
 
 
 @pytest.mark.parametrize("word", ["optim.weight_decay=abc", "optim.betas=3", "optim.eps=null"])
 def test_setting_of_the_optimizer_of_another_type_is_refused_by_name(word):
     with pytest.raises(UserError, match=word.partition("=")[0]):
-        components.build(resolved(word)["optim"], "optim")
+        config_of(word).optim.build("optim")
 
 
 @pytest.mark.parametrize("word", ["+loss.beta=0.5", "+truncation.k=5", "+lr.decay=0.1", "+optim.rho=1"])
 def test_setting_that_an_option_does_not_have_is_refused_by_name(word):
     group, name = word[1:].partition("=")[0].split(".")
     with pytest.raises(UserError, match=rf"^{group}\.{name}=.*no such option here"):
-        components.build(resolved(word)[group], group)
+        getattr(config_of(word), group).build(group)
 
 
 @pytest.mark.parametrize("word", ["+data.beta=1", "+trainer.beta=1", "+student.beta=1", "+teacher.beta=1", "+beta=1"])
 def test_setting_that_nothing_reads_is_refused_by_name(word):
     with pytest.raises(UserError, match="beta=1"):
-        train.plan(resolved(word))
+        Plan.of(config_of(word))
 
 
 @pytest.mark.parametrize("word", ["+alpha.progress=0.5", "+lr.progress=0.5", "+optim.lr=1", "+optim.params=1"])
 def test_argument_that_is_not_the_users_is_refused_by_name(word):
     group = word[1:].partition(".")[0]
     with pytest.raises(UserError, match=word[1:]):
-        components.build(resolved(word)[group], group)
+        getattr(config_of(word), group).build(group)
 
 
 def test_missing_setting_is_named():
     for word, needed in (("data=text", "data.files"), ("data=hub", "data.name"), ("student=hub", "student.name")):
         with pytest.raises(UserError, match=f"^{needed} is needed"):
-            train.resolve(compose("config", [word]), [word])
+            ExperimentConfig.from_hydra(compose("config", [word]), [word])
 
 
 @pytest.mark.parametrize("word", ["loss=akl", "truncation=top_k", "temperature.tau=2", "alpha=wsd", "alpha.peak=1",
                                   "target=rest", "routing=entropy"])  # fmt: skip
 def test_setting_without_a_signal_to_apply_to_is_refused(word):
-    resolved("teacher=none")
+    config_of("teacher=none")
     with pytest.raises(UserError, match=f"{word} would do nothing"):
-        resolved("teacher=none", word)
+        config_of("teacher=none", word)
 
 
 @pytest.mark.parametrize("truncation", ["full", "random"])
@@ -351,12 +354,12 @@ def test_setting_without_a_signal_to_apply_to_is_refused(word):
 def test_a_place_for_what_is_not_dropped_is_refused(truncation, target):
     words = [f"truncation={truncation}", f"target={target}"]
     with pytest.raises(UserError, match=rf"^target={target} says where .* truncation={truncation}"):
-        train.resolve(compose("config", words), words)
+        ExperimentConfig.from_hydra(compose("config", words), words)
 
 
 def test_signal_without_a_teacher_is_refused():
     with pytest.raises(UserError, match="needs a teacher"):
-        train.resolve(compose("config", ["teacher=none"]), [])
+        ExperimentConfig.from_hydra(compose("config", ["teacher=none"]), [])
 
 
 # A config runs nothing but what it may.
@@ -452,14 +455,14 @@ def test_target_that_is_no_text_is_refused(target):
 )
 def test_hostile_command_line_is_refused_before_it_runs(words, canary):
     with pytest.raises(UserError, match=r"_target_=os\.system: not something a config may call"):
-        resolved(*(word.format(canary=canary) if "touch" in word else word for word in words))
+        config_of(*(word.format(canary=canary) if "touch" in word else word for word in words))
     assert not canary.exists()
 
 
 @pytest.mark.parametrize("key", ["trust_remote_code", "allow_pickle", "weights_only", "use_safetensors"])
 def test_argument_that_lets_foreign_code_in_is_refused_anywhere(key):
     with pytest.raises(UserError, match=rf"^student\.{key}=True: not accepted from a config"):
-        resolved(f"+student.{key}=true")
+        config_of(f"+student.{key}=true")
     for tree in ({key: False}, {"data": {"a": {"b": {key: 1}}}}, {"trainer": {"a": [[{key: None}]]}}):
         with pytest.raises(UserError, match=rf"{key}=\w+: not accepted from a config"):
             components.check_targets(tree)
@@ -467,11 +470,12 @@ def test_argument_that_lets_foreign_code_in_is_refused_anywhere(key):
 
 def test_a_number_of_tokens_is_a_number_of_steps():
     words = ("trainer.batch=4", "data.seq_len=32")
-    assert resolved("trainer.tokens=257", *words) == resolved("trainer.steps=3", *words)  # 128 a step, at least 257
+    tokens, steps = config_of("trainer.tokens=257", *words), config_of("trainer.steps=3", *words)
+    assert tokens.to_dict() == steps.to_dict()  # 128 a step, at least 257
     with pytest.raises(UserError, match=r"trainer\.tokens=9 and trainer\.steps=3: one of them"):
-        resolved("trainer.tokens=9", "trainer.steps=3")
+        config_of("trainer.tokens=9", "trainer.steps=3")
     with pytest.raises(UserError, match=r"trainer\.tokens=0: need a number of at least 1"):
-        resolved("trainer.tokens=0")
+        config_of("trainer.tokens=0")
 
 
 # A group takes the name of one option, and settings that this option has.

@@ -13,13 +13,13 @@ import torch
 import transformers
 
 from kd.data.batches import IGNORE
-from kd.errors import UserError
 from kd.models.causal_lm import CausalLM
 from kd.objective.chunked import log_probabilities
 from kd.rollout import vllm
 from kd.rollout.generate import write
 from kd.rollout.strategies import Writers
 from tests.cases import option
+from tests.refusals import refused
 from tests.test_generate import END, PROMPTS, T, V, batch, seeds
 
 INSTALLED = importlib.util.find_spec("vllm") is not None
@@ -134,7 +134,7 @@ def test_weights_that_were_not_taken_are_noticed(stub, monkeypatch):
     writer = vllm.Engine(made, T, learns=True)
     writer.write(given, END, seeds(6), temperature=0)
     made.load_state_dict(model(1).state_dict())
-    with pytest.raises(UserError, match=r"did not take the weights.*rollout\.engine=kd"):
+    with refused(option="rollout.engine", got="vllm", why="did not take the weights", hint="rollout.engine=kd"):
         writer.write(given, END, seeds(6), temperature=0)
 
 
@@ -154,10 +154,10 @@ def test_a_step_under_autocast_still_learns(stub, monkeypatch):
 
 @pytest.mark.skipif(INSTALLED, reason="needs no vLLM")
 def test_without_vllm_the_command_is_said():
-    with pytest.raises(UserError, match=r"pip install 'kd\[vllm\]'"):
+    with refused(option="rollout.engine", got="vllm", hint="pip install 'kd[vllm]'"):
         option("rollout", "teacher", engine="vllm")(None)
 
 
 def test_an_engine_has_a_name():
-    with pytest.raises(UserError, match=r"rollout\.engine=sglang.*kd or vllm"):
+    with refused(option="rollout.engine", got="sglang", need="kd or vllm"):
         option("rollout", "teacher", engine="sglang")(None)

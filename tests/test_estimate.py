@@ -2,16 +2,14 @@
 
 import shutil
 
-import hydra
 import numpy as np
 import pytest
 import torch
 
-from kd.config.components import CONF
 from kd.experiment import planner
 from kd.system import console
 from kd.system.console import Terminal, silence_libraries
-from tests.small import here, result, settings, train, write
+from tests.small import here, result, small_config, train, write
 
 
 @pytest.fixture(autouse=True)
@@ -21,9 +19,8 @@ def quick(monkeypatch):
 
 def of(root, *words):
     silence_libraries()
-    told = settings(root, *words)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return planner.estimate(told)
+    told = small_config(root, *words)
+    return planner.estimate(told)
 
 
 @pytest.mark.parametrize("words", ["logits=none", "logits=online", "logits=cotrained", "logits=online routing=entropy"])
@@ -91,8 +88,8 @@ def test_rows_that_do_not_fit_are_halved_as_in_a_run(tmp_path, monkeypatch):
     step = planner.Step({"student": planner.Cost(10, 8, 100.0)}, rows=1, micro_batch=2.0)
     tried = []
 
-    def measure(settings, *_):
-        tried.append(settings["trainer"]["micro_batch"])
+    def measure(config, *_):
+        tried.append(config.trainer.micro_batch)
         if len(tried) < 3:
             raise torch.OutOfMemoryError
         return step

@@ -350,8 +350,8 @@ def test_full_disk_and_then_damaged_checkpoints_stop_one_run_of_a_sweep(clean, r
     output = ended(process, 1)
     assert states(root) == {"seed=0": "failed", "seed=1": "done"}
     bad = runs(root)["seed=0"]
-    assert "No room to write" in state(bad)["reason"] and state(bad)["exit_code"] == 2
-    assert "No room to write" in table(output)["seed=0"] and "Traceback" not in (bad / "log.txt").read_text()
+    assert "the disk is full" in state(bad)["reason"] and state(bad)["exit_code"] == 2
+    assert "the disk is full" in table(output)["seed=0"] and "Traceback" not in (bad / "log.txt").read_text()
     assert not list(root.rglob("*.tmp"))
 
     older, newer = sorted(bad.glob("checkpoints/*.ckpt"))
@@ -360,8 +360,8 @@ def test_full_disk_and_then_damaged_checkpoints_stop_one_run_of_a_sweep(clean, r
     flip(older)
     output = train(root, *PAIR, code=1)
     assert states(root) == {"seed=0": "failed", "seed=1": "done"}
-    assert "Every checkpoint of this run is damaged" in state(bad)["reason"] and state(bad)["exit_code"] == 2
-    assert "Every checkpoint of this run is damaged" in table(output)["seed=0"]
+    assert "every checkpoint of this run is damaged" in state(bad)["reason"] and state(bad)["exit_code"] == 2
+    assert "every checkpoint of this run is damaged" in table(output)["seed=0"]
     assert f"  rm -r {bad / 'checkpoints'}" in (bad / "log.txt").read_text()
 
     older.write_bytes(whole)

@@ -1,84 +1,60 @@
 """Names of runs."""
 
-import copy
 import os
-from functools import cache
+from dataclasses import make_dataclass
 from pathlib import Path
+from typing import Any
 
-import hydra
 import pytest
-from omegaconf import DictConfig, OmegaConf
 
-from kd.config import components
-from kd.config.components import CONF, flat
-from kd.config.compose import composed
-from kd.config.rules import resolve
+from kd.config import schema
+from kd.config.fields import setting, traits_of
+from kd.config.schema import ExperimentConfig, TrainerConfig
 from kd.data import corpora, instructions, packing
-from kd.experiment.dependencies import cached_corpus, plan
+from kd.experiment.dependencies import Plan, cached_corpus
 from kd.runs import identity
-from tests.small import settings
-from tests.test_golden import NOWHERE, names
-
-# Of runs that need a teacher, a start and a store between them.
-NAMED = (("loss=rkl",), ("logits=offline", "truncation=top_k"), ("data=instructions", "start=sft", "alpha.peak=0.5"))
+from tests.small import small_config
 
 
-@cache
-def composed_as_it_is(*words: str, compose=hydra.compose) -> DictConfig:
-    return compose("config", list(words))
+def with_option(config: ExperimentConfig, option: Any, value: Any) -> ExperimentConfig:
+    """Return the config under a schema that has one more option, trainer.new."""
+    frozen = {"frozen": True, "kw_only": True}
+    trainer = make_dataclass("Trainer", [("new", int | None, option)], bases=(TrainerConfig,), **frozen)
+    node = config.to_dict()
+    node["trainer"] = trainer.from_node(node["trainer"] | ({} if value is ABSENT else {"new": value}), "trainer")
+    return config.derive(trainer=node["trainer"])
 
 
-def names_with(defaults: dict[str, object], monkeypatch) -> set[str]:
-    """Names of NAMED and of all that these runs need, if the configs had these defaults, some of new options."""
-
-    def compose(_: str, words: list[str]) -> DictConfig:
-        config = copy.deepcopy(composed_as_it_is(*words))
-        for option, value in defaults.items():
-            OmegaConf.update(config, option, value, force_add=True)
-        return config
-
-    found = set()
-    with monkeypatch.context() as patch:
-        patch.setattr(packing, "key", lambda *_, **__: "0" * 16)
-        patch.setattr(hydra, "compose", compose)
-        composed.cache_clear()
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            for words in NAMED:
-                typed = [*words, *NOWHERE]
-                found |= set(names(resolve(hydra.compose("config", typed), typed)))
-    composed.cache_clear()
-    return found
+ABSENT = object()
 
 
-@pytest.mark.parametrize(
-    ("table", "option", "default", "renames"),
-    [
-        ("NEUTRAL", "trainer.new", 1, False),
-        ("NEUTRAL", "trainer.new", 2, True),
-        (None, "trainer.new", 1, True),
-        ("NO_EFFECT", "trainer.new", 1, False),
-        (None, "trainer.clip", 0.5, True),
-        (None, "trainer.checkpoint_every", 7, False),
-        (None, "token_names", "any", False),
-    ],
-)
-def test_what_a_default_renames(table, option, default, renames, monkeypatch):
-    """A new option renames nothing while it has its neutral value or no effect; another default renames all runs."""
-    monkeypatch.setitem(components.PLAIN, "trainer", components.PLAIN["trainer"] | {"new": int})
-    if table == "NEUTRAL":
-        monkeypatch.setattr(identity, "NEUTRAL", identity.NEUTRAL | {option: 1})
-    if table == "NO_EFFECT":
-        monkeypatch.setattr(identity, "NO_PART", (*identity.NO_PART, option))
-    usual, found = names_with({}, monkeypatch), names_with({option: default}, monkeypatch)
-    assert len(found) == len(usual) == 8
-    assert found.isdisjoint(usual) if renames else found == usual
+def name_with(monkeypatch, config: ExperimentConfig, option: Any, value: Any) -> str:
+    monkeypatch.setattr(identity, "TRAITS", schema.TRAITS | {"trainer.new": traits_of(option)})
+    return identity.identity(with_option(config, option, value).flat())
 
 
-def test_a_seed_is_part_of_every_name_and_a_root_of_none(tmp_path):
-    config = flat(settings(tmp_path))
-    name = identity.identity(config)
-    assert identity.identity(config | {"root": "elsewhere"}) == name
-    assert identity.identity(config | {"seed": 1}) != name
+def test_an_option_with_its_neutral_value_renames_nothing(tmp_path, monkeypatch):
+    small = small_config(tmp_path)
+    name = identity.identity(small.flat())
+    for value in (None, ABSENT):  # typed, and in a config that is older than the option
+        assert name_with(monkeypatch, small, setting(neutral=None), value) == name
+    assert name_with(monkeypatch, small, setting(neutral=None), 1) != name
+
+
+def test_a_default_that_changes_renames(tmp_path, monkeypatch):
+    small = small_config(tmp_path)
+    before = name_with(monkeypatch, small, setting(neutral=None, default=None), ABSENT)
+    after = name_with(monkeypatch, small, setting(neutral=None, default=3), ABSENT)
+    assert before == identity.identity(small.flat()) != after
+    changed = small.derive(responses={"samples": 2}, trainer={"clip": 2.0})
+    assert identity.identity(changed.flat()) != before
+
+
+def test_an_option_without_effect_renames_nothing(tmp_path, monkeypatch):
+    small = small_config(tmp_path)
+    monkeypatch.setattr(identity, "NO_PART", (*identity.NO_PART, "trainer.new"))
+    names = {name_with(monkeypatch, small, setting(effect=False), value) for value in (None, 1)}
+    assert names == {identity.identity(small.flat())}
 
 
 def edit(path: Path, old: bytes, new: bytes) -> None:
@@ -91,9 +67,7 @@ def edit(path: Path, old: bytes, new: bytes) -> None:
 
 def name_of(root: Path, *words: str) -> str:
     cached_corpus.cache_clear()  # as in a process of its own
-    made = settings(root, *words)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return plan(made).run.name
+    return Plan.of(small_config(root, *words)).run.name
 
 
 def test_the_name_of_a_run_is_of_what_is_in_the_models_it_is_given_by_path(tmp_path):

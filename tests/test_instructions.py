@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
-import hydra
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,8 +23,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from kd.config import components
-from kd.config.components import CONF
-from kd.config.rules import resolve
+from kd.config.compose import config_of
+from kd.config.schema import ExperimentConfig
 from kd.data import corpora, instructions, packing, templates
 from kd.data.batches import IGNORE, Batches, Packed, ValidationBatches, to_batch
 from kd.data.examples import Example, Turn
@@ -33,10 +32,12 @@ from kd.data.instructions import functions
 from kd.data.packing import END
 from kd.data.templates import alpaca, encode, end_of_response, plain, tokens
 from kd.errors import UserError
-from kd.experiment import dependencies, planner, prerequisites, stores, summary
+from kd.experiment import planner, prerequisites, stores, summary
+from kd.experiment.dependencies import Plan
 from kd.runs.run import Run
 from kd.store import __main__ as store_program
 from tests import small
+from tests.refusals import refused
 from tests.small import outcome
 
 
@@ -288,12 +289,12 @@ def test_packed_examples_are_opened_as_they_were_written(tmp_path):
     assert (again.train_spans == made.train_spans).all() and (again.val_spans == made.val_spans).all()
     assert again.end == made.end == AutoTokenizer.from_pretrained(made.tokenizer).eos_token_id
     (made.folder / "val_spans.npy").write_bytes(b"")
-    with pytest.raises(UserError, match=r"val_spans\.npy is damaged"):
+    with refused(option=made.folder / "val_spans.npy", why="is damaged"):
         packing.opened(made.folder)
 
 
 def test_examples_that_leave_a_side_empty_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"left out: 40 with a prompt beyond data\.prompt_len.*data\.prompt_len="):
+    with refused(why="left out: 40 with a prompt beyond data.prompt_len", hint="data.prompt_len="):
         pack(tmp_path, *many(), prompt_len=1)
     assert not [p for p in (tmp_path / "packed").iterdir() if p.is_dir()]
 
@@ -403,7 +404,7 @@ def test_a_dataset_of_the_hub_is_read_from_a_folder(tmp_path):
     before = made.fingerprint
     write(folder / "train.jsonl", DOLLY | {"response": "another"})
     assert instructions.instructions(64, name=str(folder)).fingerprint != before
-    with pytest.raises(UserError, match=r"data\.split=nope"):
+    with refused(option="data.name", got=folder, conflict="data.split=nope"):
         instructions.instructions(64, name=str(folder), split="nope").load()
 
 
@@ -415,16 +416,16 @@ def test_columns_can_be_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("of", "says"),
-    [({}, r"has the columns ask, say, which are none.*instruction, context, response.*data\.prompt=COLUMN"),
-     ({"prompt": "no", "response": "say"}, r"the columns ask, say, and no 'no'\. Type data\.prompt=ONE"),
-     ({"prompt": "ask", "response": "no"}, r"the columns ask, say, and no 'no'\. Type data\.response=ONE"),
-     ({"response": "say"}, r"ask, say\. data\.response=say needs data\.prompt="),
-     ({"prompt": "ask"}, r"'ask' is no list of messages.*data\.response=ONE_OF ask, say")],
+    ("of", "fields"),
+    [({}, {"why": "has the columns ask, say", "need": "instruction, context, response", "hint": "data.prompt=COLUMN"}),
+     ({"prompt": "no", "response": "say"}, {"why": "the columns ask, say, and no 'no'", "hint": "data.prompt=ONE"}),
+     ({"prompt": "ask", "response": "no"}, {"why": "the columns ask, say, and no 'no'", "hint": "data.response=ONE"}),
+     ({"response": "say"}, {"conflict": "data.response=say", "why": "ask, say", "hint": "data.prompt="}),
+     ({"prompt": "ask"}, {"why": ("'ask' is no list of messages", "ask, say"), "hint": "data.response=ONE_OF"})],
 )  # fmt: skip
-def test_wrong_columns_are_refused_with_those_there_are(tmp_path, of, says):
+def test_wrong_columns_are_refused_with_those_there_are(tmp_path, of, fields):
     file = write(tmp_path / "a.jsonl", {"ask": "P", "say": "R"})
-    with pytest.raises(UserError, match=rf"data\.files={file}: .*{says}"):
+    with refused(option="data.files", got=file, **fields):
         read(file, **of)
 
 
@@ -434,28 +435,30 @@ def test_wrong_columns_are_refused_with_those_there_are(tmp_path, of, says):
      {"messages": [{"role": "user", "content": None}, TWO]}],
 )  # fmt: skip
 def test_a_column_without_text_is_named(tmp_path, row):
-    with pytest.raises(UserError, match=rf"column '({'|'.join(row)})' holds .* where it needs text, or a list of"):
+    with refused(option="data.files", need="text, or a list of messages") as caught:
         read(write(tmp_path / "a.jsonl", row))
+    assert any(f"column '{name}' holds" in caught.value.why for name in row)
 
 
 @pytest.mark.parametrize(
-    ("of", "says"),
-    [({"template": "llama"}, r"data\.template=llama: need alpaca, chat or plain"),
-     ({"prompt_len": 0}, r"data\.prompt_len=0: need from 1 to data\.seq_len=64"), ({"prompt_len": 65}, "prompt_len=65"),
-     ({"files": "a.jsonl", "name": "b"}, r"data\.files=a\.jsonl and data\.name=b: one of them"),
-     ({"prompt": "p"}, r"data\.prompt=p would do nothing without data\.name=… or data\.files="),
-     ({"files": "a.jsonl", "split": "test"}, r"data\.split=test would do nothing without data\.name="),
-     ({"subset": "x"}, r"data\.subset=x would do nothing"), ({"files": "none.jsonl"}, "no such file.*jsonl"),
-     ({"files": "none.csv"}, "no such file")],
+    ("of", "option", "fields"),
+    [({"template": "llama"}, "template", {"need": "alpaca, chat or plain"}),
+     ({"prompt_len": 0}, "prompt_len", {"need": "from 1 to data.seq_len=64"}), ({"prompt_len": 65}, "prompt_len", {}),
+     ({"files": "a.jsonl", "name": "b"}, "files", {"conflict": "data.name=b"}),
+     ({"prompt": "p"}, "prompt", {"why": "would do nothing without data.name=… or data.files="}),
+     ({"split": "test", "files": "a.jsonl"}, "split", {"why": "would do nothing without data.name="}),
+     ({"subset": "x"}, "subset", {"why": "would do nothing"}),
+     ({"files": "none.jsonl"}, "files", {"why": "no such file", "hint": ".jsonl"}),
+     ({"files": "none.csv"}, "files", {"why": "no such file"})],
 )  # fmt: skip
-def test_settings_without_a_meaning_are_refused(of, says):
-    with pytest.raises(UserError, match=says):
+def test_settings_without_a_meaning_are_refused(of, option, fields):
+    with refused(option=f"data.{option}", got=of[option], **fields):
         instructions.instructions(64, **of)
 
 
 def test_text_is_not_read_as_examples(tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(UserError, match=r"need files of one kind, \.jsonl, \.json, \.parquet; got \.txt"):
+    with refused(option="data.files", why="files of .txt", need="files of one kind, .jsonl, .json, .parquet"):
         instructions.instructions(64, files=str(tmp_path / "a.txt"))
 
 
@@ -517,7 +520,7 @@ def test_the_end_of_a_turn_is_the_texts_where_the_template_has_none():
 def test_transformers_that_would_take_it_for_one_is_refused(monkeypatch):
     fast = tokenizer()
     monkeypatch.setattr(fast, "apply_chat_template", lambda messages, **how: [])  # as before 5.23
-    with pytest.raises(UserError, match=r"pip install 'transformers>=5.23', or data.template=alpaca"):
+    with refused(option="data.template", got="chat", hint="pip install 'transformers>=5.23', or data.template=alpaca"):
         encoded(Short((("user", "x"),), "y"), "chat", fast)
 
 
@@ -544,15 +547,16 @@ def test_template_is_chat_for_messages_where_the_tokenizer_has_it():
 
 
 def test_chat_without_a_template_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"data\.template=chat: .*trained on the examples has none.*data\.tokenizer="):
+    why = "a tokenizer that is trained on the examples has no chat template"
+    with refused(option="data.template", got="chat", why=why, hint="data.tokenizer="):
         pack(tmp_path, *many(), template="chat")
     tokenizer(chat_template=None).save_pretrained(tmp_path / "own")
-    with pytest.raises(UserError, match=r"data\.template=chat: the tokenizer has none"):
+    with refused(option="data.template", got="chat", why="the tokenizer has no chat template"):
         pack(tmp_path, *many(), template="chat", tokenizer=str(tmp_path / "own"), vocab=None)
 
 
 def test_what_a_chat_template_does_not_take_is_said():
-    with pytest.raises(UserError, match=r"data\.template=chat: .*does not take .*No tool.*data\.template=alpaca"):
+    with refused(option="data.template", got="chat", why=("does not take", "No tool"), hint="data.template=alpaca"):
         encoded(Short((("user", "a"), ("tool", "b")), "c"), "chat", tokenizer())
 
 
@@ -736,8 +740,8 @@ def words_of(root: Path, *words: str) -> list[str]:
     return [*of, "data.template=plain", f"data.files={root / 'examples.jsonl'}", *words]
 
 
-def settings(root: Path, *words: str) -> dependencies.Settings:
-    return small.settings(root, *words_of(root, *words))
+def config(root: Path, *words: str) -> ExperimentConfig:
+    return small.small_config(root, *words_of(root, *words))
 
 
 def run(root: Path, *words: str) -> Path:
@@ -791,20 +795,19 @@ def test_a_run_from_a_whole_store_is_one_online(root):
 
 
 def test_a_store_holds_responses_and_no_more(root):
-    made = settings(root, *OFFLINE)
+    made = config(root, *OFFLINE)
     run(root, *OFFLINE)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        packed, _ = prerequisites.prepare(made)
-        found = stores.opened(made, packed)
-        counted = int((packed.train_spans @ [-1, 1]).sum())
-        assert found.manifest["positions"] == counted and found.manifest["entries"] == 5 * counted
-        assert counted < 0.5 * packed.train[:, 1:].size
-        batch = next(iter(Batches(packed.train, 4, 0, 0, 1, read=found.read, spans=packed.train_spans)))
-        kept = batch.labels != IGNORE
-        assert torch.equal(batch.stored.count > 0, kept)
-        target = found.signal(batch, kept)(slice(0, int(kept.sum())))
-        assert (target.logp > -torch.inf).all() and (target.logp.exp().sum(-1) <= 1 + 1e-5).all()
-        assert torch.equal(target.label, batch.labels[kept])
+    packed, _ = prerequisites.prepare(made)
+    found = stores.opened(made, packed)
+    counted = int((packed.train_spans @ [-1, 1]).sum())
+    assert found.manifest["positions"] == counted and found.manifest["entries"] == 5 * counted
+    assert counted < 0.5 * packed.train[:, 1:].size
+    batch = next(iter(Batches(packed.train, 4, 0, 0, 1, read=found.read, spans=packed.train_spans)))
+    kept = batch.labels != IGNORE
+    assert torch.equal(batch.stored.count > 0, kept)
+    target = found.signal(batch, kept)(slice(0, int(kept.sum())))
+    assert (target.logp > -torch.inf).all() and (target.logp.exp().sum(-1) <= 1 + 1e-5).all()
+    assert torch.equal(target.label, batch.labels[kept])
     assert "KL from what it says now to what is stored" in store_program.compare_with_teacher(found, str(root))
 
 
@@ -813,21 +816,19 @@ def test_the_words_of_a_store_describe_that_store(root, start):
     """They name what decides the tokenizer, and how the teacher was pretrained."""
     (root / "plain.txt").write_text("A line of text.\n\n" * 9)
     more = (*start, *(["start.steps=7", "start.lr=1e-3"] if start else []))
-    made = settings(root, *OFFLINE, *more, "plain=text", f"plain.files={root / 'plain.txt'}")
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        words = ["logits=offline", *shlex.split(stores.words_of(made)), f"root={root}"]
-        again = resolve(hydra.compose("config", words), words)
-        assert dependencies.plan(again).store.key == dependencies.plan(made).store.key
+    made = config(root, *OFFLINE, *more, "plain=text", f"plain.files={root / 'plain.txt'}")
+    words = ["logits=offline", *shlex.split(stores.words_of(made)), f"root={root}"]
+    again = config_of(words)
+    assert Plan.of(again).store.key == Plan.of(made).store.key
 
 
 def test_a_store_of_other_prompts_is_another(root):
     """The same rows, of which other tokens are asked: what is now to be learned may not be stored."""
-    made = settings(root, *OFFLINE)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        packed, _ = prerequisites.prepare(made)
-        for part in ("train_spans.npy", "val_spans.npy"):
-            other = replace(packed, digests=packed.digests | {part: "another"})
-            assert stores.described(made, other)["data"] != stores.described(made, packed)["data"]
+    made = config(root, *OFFLINE)
+    packed, _ = prerequisites.prepare(made)
+    for part in ("train_spans.npy", "val_spans.npy"):
+        other = replace(packed, digests=packed.digests | {part: "another"})
+        assert stores.described(made, other)["data"] != stores.described(made, packed)["data"]
 
 
 @pytest.mark.slow
@@ -851,9 +852,8 @@ def test_micro_batches_of_any_size_learn_the_same(root):
 
 
 def test_an_estimate_counts_what_counts(root):
-    asked = settings(root, "logits=none", "teacher=none", "seed=99", "trainer.steps=50")
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        made = planner.estimate(asked)
+    asked = config(root, "logits=none", "teacher=none", "seed=99", "trainer.steps=50")
+    made = planner.estimate(asked)
     (packed,) = (packing.opened(p.parent) for p in root.glob("data/*/train_spans.npy"))
     assert [of.tokens for of in made.values()] == [round(50 * 4 * packed.counted)]
 
@@ -893,8 +893,8 @@ def test_prompts_alone_are_for_rollouts_that_write_all_responses(root, tmp_path,
 def test_prompts_alone_are_refused_where_responses_are_learned(tmp_path, words, says):
     file = write(tmp_path / "prompts.jsonl", *({"prompt": f"{n}="} for n in range(60)))
     of = [word for word in words_of(tmp_path) if not word.startswith("data.files")]
-    made = small.settings(tmp_path, *of, f"data.files={file}", *words)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(UserError, match=says):
+    made = small.small_config(tmp_path, *of, f"data.files={file}", *words)
+    with pytest.raises(UserError, match=says):
         prerequisites.prepare(made)
 
 

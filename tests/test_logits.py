@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import shutil
 import signal
 from collections import Counter
@@ -9,16 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
-import hydra
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
-from kd.config.components import CONF
 from kd.data.batches import rows_of_step
 from kd.errors import UserError
-from kd.experiment.dependencies import plan
+from kd.experiment.dependencies import Plan
 from kd.models import causal_lm
 from kd.store import recorder, writer
 from kd.store.reader import Store
@@ -26,7 +25,8 @@ from kd.system import checkpoint_files
 from kd.system.files import read_metrics
 from kd.teachers.stored import window_share
 from kd.training import module
-from tests.small import FORK, TOP, content, folder, here, outcome, result, settings, type_in
+from tests.refusals import refused
+from tests.small import FORK, TOP, content, folder, here, outcome, result, small_config, type_in
 
 STEPS, ROWS, BATCH = 20, 60, 4
 PLAIN = ("logits=none", "teacher=none", f"trainer.steps={STEPS}", "trainer.val_every=50")
@@ -223,20 +223,20 @@ def test_recorded_logits_teach(recorded):
     "window", ["middle", "[1.0,0.5]", "[0.5]", "[0,2]", "[-0.5,0.5]", "[0.5,0.5]", "0.5", "[0,0.5,1]"]
 )
 def test_a_window_that_cannot_be_is_refused(recorded, window):
-    with pytest.raises(UserError, match=r"logits\.window"):
+    with refused(option="logits.window", hint="logits.window=[0.5,1.0]"):
         student(recorded[0], f"logits.window={window}")
 
 
 def test_a_window_without_a_step_is_refused(recorded):
-    with pytest.raises(UserError, match=r"no step of the teacher's training is in it"):
+    with refused(option="logits.window", got=[0.51, 0.54], why="no step of the teacher's training"):
         student(recorded[0], "logits.window=[0.51,0.54]")
 
 
 def test_a_window_of_a_finished_teacher_is_refused_before_a_store_is_written(taught, tmp_path):
     root = shutil.copytree(taught, tmp_path / "root")
-    with pytest.raises(UserError, match=r"covers no window"):
+    with refused(option="logits.window", why="covers no window", hint="leave logits.window out"):
         here(root, "logits=offline", *TOP, "logits.window=late")
-    with pytest.raises(UserError, match=r"covers no window"):
+    with refused(option="logits.window", why="covers no window"):
         here(root, "logits=offline", *TOP, "logits.window=late", f"logits.path={tmp_path / 'none'}")
     assert not (tmp_path / "none").exists()
 
@@ -248,7 +248,7 @@ def test_shares_that_words_stand_for():
 
 def test_a_teacher_that_is_named_has_to_be_the_recorded_one(recorded):
     root, _ = recorded
-    with pytest.raises(UserError, match=r"its teacher is lm-100k-.*, and here it is lm-100k-"):
+    with refused(why=("its teacher is lm-100k-", ", and here it is lm-100k-")):
         student(root, "teacher=100k")
 
 
@@ -267,7 +267,7 @@ def test_whole_distributions_of_a_teacher_in_training_are_refused(tmp_path):
 def test_a_run_that_is_done_is_recorded_by_what_is_printed(recorded, tmp_path):
     here(tmp_path, *PLAIN)
     words = (*RECORD, f"record.path={tmp_path / 'store'}")
-    with pytest.raises(UserError, match=r"is done, and nothing was recorded") as caught:
+    with refused(why="is done, and nothing was recorded", commands="rm -r ") as caught:
         here(tmp_path, *words)
     type_in(str(caught.value))
     here(tmp_path, *words)
@@ -282,7 +282,7 @@ def test_damage_to_what_cannot_be_made_again_is_said(recorded, tmp_path, name):
     whole = path.read_bytes()
     path.write_bytes(whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:])
     try:
-        with pytest.raises(UserError, match=f"{name} is damaged.* copy that file again"):
+        with refused(option=path, why="is damaged", hint="copy that file again"):
             student(recorded[0], "seed=5")
     finally:
         path.write_bytes(whole)
@@ -313,8 +313,9 @@ def shard_removed(root: Path) -> tuple[str, ...]:
 @pytest.mark.parametrize("begun", [begun_without, begun_with_less, store_removed, shard_removed])
 def test_a_recording_that_would_lack_its_beginning_is_refused_with_what_mends_it(recorded, tmp_path, begun):
     words = (*begun(tmp_path), f"record.path={tmp_path / 'store'}")
-    with pytest.raises(UserError, match=r"goes on at step 9, and .* recorded up to step [03]: the rest") as caught:
+    with refused(option=tmp_path / "store", why="continues at step 9: the rest", commands="rm -r ") as caught:
         here(tmp_path, *words)
+    assert re.search("recorded up to step [03],", caught.value.why)
     type_in(str(caught.value))
     here(tmp_path, *words)
     assert opened(tmp_path)[0].manifest["count"] == opened(recorded[0])[0].manifest["count"]
@@ -389,16 +390,15 @@ def test_seed_of_a_cotrained_teacher_is_part_of_the_run(cotrained, tmp_path):
 
 
 def settings_run(root: Path, *words: str):
-    made = settings(root, *words)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return plan(made).run.name
+    made = small_config(root, *words)
+    return Plan.of(made).run.name
 
 
 def test_a_pretrained_teacher_does_not_learn_at_the_rates_of_sizes(tmp_path):
     words = ("logits=cotrained", "teacher=hub", "teacher.name=org/model")
     with pytest.raises(UserError, match=r"type optim=adamw lr\.peak=1e-4"):
-        settings(tmp_path, *words)
-    assert settings(tmp_path, *words, "optim=adamw", "lr.peak=1e-4")
+        small_config(tmp_path, *words)
+    assert small_config(tmp_path, *words, "optim=adamw", "lr.peak=1e-4")
 
 
 def test_cotrained_student_is_exported_without_its_teacher(cotrained, tmp_path):

@@ -10,16 +10,15 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import train  # noqa: F401, registers the sizes
-from kd.config import security
-from kd.config.components import CONF, PRESETS, flat, option_names
+from kd.config.components import CONF, PRESETS, option_names
+from kd.config.compose import config_of
 from kd.config.options import option_of, words_of
-from kd.config.rules import resolve
 from kd.errors import UserError
 from kd.experiment.prerequisites import prepare
 from kd.launch.sweeper import Lines
 from kd.runs.identity import whole_as_float
 from kd.system.files import read_metrics
-from tests.small import here, settings
+from tests.small import here, small_config
 
 METHODS = option_names("method")
 README = (CONF.parent / "README.md").read_text()
@@ -28,9 +27,7 @@ TABLE = dict(re.findall(r"^\| `method=(\w+)` \|.*\| `([^`]+)` \|$", README, re.M
 
 def composed(*words: str) -> dict:
     """The flat settings of a command line that is accepted; a run's name is made of these alone."""
-    security.check_words(words)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return whole_as_float(flat(resolve(hydra.compose("config", list(words)), list(words))))
+    return whole_as_float(config_of(words).flat())
 
 
 # What a name stands for
@@ -171,7 +168,7 @@ def words(root):
 @pytest.mark.parametrize("method", METHODS)
 def test_components_of_every_method_are_built(root, words, method):
     """Its loss, on what its rollout and routing tell, has a finite gradient."""
-    components = prepare(settings(root, f"method={method}", *words))[1]
+    components = prepare(small_config(root, f"method={method}", *words))[1]
     assert components.objective and components.rollout
 
 

@@ -24,6 +24,7 @@ from kd.objective.truncation import fewer
 from kd.store import reader
 from kd.store.format import STEP, from_bytes
 from tests.cases import LOSSES, TREATMENTS, close, each, gradient, option, sample
+from tests.refusals import refused
 from tests.small import TOP, folder, here, result, shared, write
 from tests.test_entries import ROWS, SIZE, heavy, read, written
 
@@ -333,7 +334,7 @@ def test_runs_of_many_kinds_read_one_store(root, monkeypatch):
 
 
 def test_a_rank_composes_no_config(root, monkeypatch):
-    """It is given settings, and Hydra is not there; what a store is to hold is asked of who writes it alone."""
+    """It is given a config, and Hydra is not there; what a store is to hold is asked of who writes it alone."""
     given, real = [], fit.fit
     monkeypatch.setattr(fit, "fit", lambda *of: given.append(of) or {})
     here(root, "logits=offline", "record=top_k", "record.k=5", "trainer.steps=2", *TOP)
@@ -349,7 +350,7 @@ def test_a_run_with_a_store_costs_no_flops_of_a_teacher(root):
 
 
 def test_a_store_that_needs_a_teacher_says_so(root, tmp_path):
-    with pytest.raises(UserError, match=r"no store at .*none.* and teacher=none cannot write one"):
+    with refused(option=tmp_path / "none", why="teacher=none cannot write a store", hint="logits.path"):
         here(root, "logits=offline", "teacher=none", f"logits.path={tmp_path / 'none'}", *TOP)
     with pytest.raises(UserError, match=r"logits=offline needs a teacher"):
         here(root, "logits=offline", "teacher=none")
@@ -363,7 +364,7 @@ def test_full_store_answers_with_a_projection(root):
     signal = held.reference(batch, kept)
     assert isinstance(signal, ProjectedSignal) and signal(slice(3, 9)).logp.shape == (6, V)
     other = to_batch(rows[3:5], np.array([2, 3]), np.zeros((2, 32), np.int64))
-    with pytest.raises(UserError, match=r"those of validation row 2 differ"):
+    with refused(option=held.path, why="those of validation row 2 differ"):
         held.reference(other, kept)
 
 

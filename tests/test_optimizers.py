@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from kd.config import sizes
-from kd.errors import UserError
 from kd.models import causal_lm
 from kd.models.optimizers import mup
 from kd.teachers.none import NoTeacher
 from kd.training.module import DistillationModule
+from tests.refusals import refused
 from tests.small import here
 
 
@@ -54,7 +54,7 @@ def test_step_of_a_matrix_is_that_of_adamw_at_its_own_rate():
 
 
 def test_width_is_a_number_of_at_least_one():
-    with pytest.raises(UserError, match=r"optim\.base_width=0"):
+    with refused(option="optim.base_width", got=0, need="at least 1"):
         mup([{"params": [], "width": 1}], base_width=0)
 
 

@@ -12,7 +12,7 @@ from shutil import which
 import pytest
 from rich.table import Table
 
-from kd.errors import UserError, for_people, is_mistake
+from kd.errors import for_people, is_mistake
 from kd.experiment.summary import show
 from kd.launch.pool import Job, Pool
 from kd.launch.sweeper import summary
@@ -23,7 +23,8 @@ from kd.system.console import Steps, Terminal, console, styled, track
 from kd.system.remote import home
 from sweeps.fit.__main__ import main as fit_main
 from sweeps.report.__main__ import main as report_main
-from tests.small import ENVIRONMENT, SMALL, TOP, TRAIN, here, listed, settings, train, write
+from tests.refusals import refused
+from tests.small import ENVIRONMENT, SMALL, TOP, TRAIN, here, listed, small_config, train, write
 
 
 @pytest.fixture
@@ -51,12 +52,11 @@ def at_home(tmp_path, monkeypatch) -> Path:
     ],
 )
 def test_the_home_folder_is_expanded_in_every_setting_that_is_a_path(at_home, option, more):
-    group, _, name = option.rpartition(".")
     for typed, whole in (("~/a b/*[1]", f"{at_home}/a b/*[1]"), ("~", f"{at_home}"), ("a/~/b", "a/~/b")):
-        made = settings("runs", *more, f"{option}='{typed}'")
-        assert (made[group] if group else made)[name] == whole
-    with pytest.raises(UserError, match="there is no home folder for ~nobody-here"):
-        settings("runs", *more, f"{option}='~nobody-here/x'")
+        made = small_config("runs", *more, f"{option}='{typed}'")
+        assert made.flat()[option] == whole
+    with refused(option="~nobody-here/x", why="no home folder for ~nobody-here"):
+        small_config("runs", *more, f"{option}='~nobody-here/x'")
 
 
 def test_the_home_folder_is_expanded_where_no_shell_did_it():

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from kd.errors import UserError
 from kd.parallel import collectives
-from tests.small import folder, outcome, result, settings, start, train
+from tests.small import folder, outcome, result, small_config, start, train
 
 pytestmark = pytest.mark.slow
 
@@ -226,7 +226,7 @@ def test_in_a_sweep(root):
 )
 def test_what_cannot_be_shared_out_is_said_with_what_to_type(tmp_path, words, says):
     with pytest.raises(UserError, match=re.escape(says)):
-        settings(tmp_path, *words)
+        small_config(tmp_path, *words)
 
 
 def test_shares_cover_every_row_once(monkeypatch):

@@ -23,7 +23,20 @@ from kd.runs.run import Run
 from kd.system import remote
 from kd.system.processes import alive, boot, whereabouts
 from kd.system.remote import Remote
-from tests.small import ENVIRONMENT, FORK, TRAIN, folder, here, listed, outcome, settings, shared, start, train
+from tests.refusals import refused
+from tests.small import (
+    ENVIRONMENT,
+    FORK,
+    TRAIN,
+    folder,
+    here,
+    listed,
+    outcome,
+    shared,
+    small_config,
+    start,
+    train,
+)
 
 
 class Broken(LocalFileSystem):
@@ -126,7 +139,8 @@ def test_checkpoint_and_metrics_belong_together_and_a_damaged_one_is_passed_over
         assert run.pull_checkpoint(-1)
     assert [json.loads(x)["step"] for x in open(run.folder / "metrics.jsonl")] == list(range(1, 7))
     (objects / "step-00000006.jsonl").unlink()
-    with pytest.warns(UserWarning), pytest.raises(UserError, match="Every checkpoint of this run is damaged"):
+    damaged = "step-00000009.json, checkpoints/step-00000006.json"
+    with pytest.warns(UserWarning), refused(option=run.url, why=damaged, hint=f"remove {run.url}/checkpoints"):
         run.pull_checkpoint(-1)
 
 
@@ -135,7 +149,7 @@ def test_a_note_that_names_another_place_is_refused(cache, tmp_path, name):
     run, objects = pushed(tmp_path / "there", cache)
     (tmp_path / "there" / "evil").write_text("evil")
     (objects / "step-00000099.json").write_text(json.dumps({"files": {name.format(root=tmp_path): ""}, "digest": ""}))
-    with pytest.raises(UserError, match="evil; nothing was copied"):
+    with refused(option=run.url, why="evil; nothing was copied"):
         run.pull_checkpoint(-1)
     assert [p for p in tmp_path.rglob("evil") if p.parent != tmp_path / "there"] == []
 
@@ -164,7 +178,7 @@ def test_a_copy_that_fails_is_said_and_made_up_for(there, cache, monkeypatch, re
     here(cache.parent, f"root={root}", "teacher=none", "logits=none", "seed=5")
     assert any("no access (403 Forbidden)" in str(w.message) and "here alone" in str(w.message) for w in recwarn)
     monkeypatch.setattr(Broken, "refuses", lambda path: "student" in path)
-    with pytest.raises(UserError, match=r"no access .403 Forbidden"):
+    with refused(why="no access (403 Forbidden", hint="credentials"):
         here(cache.parent, f"root={root}", "teacher=none", "logits=none", "seed=6")
     (name,) = (p.name for p in there.iterdir() if (p / "state.json").exists() and not (p / "result.json").exists())
     made = Run(root, name)
@@ -241,7 +255,7 @@ def test_a_machine_that_is_gone_is_followed_and_one_that_is_there_is_not(cache, 
     with held(tmp_path, whereabouts() | {"pid": gone.pid, "id": "x", "beat": 0}).lease(whereabouts(), alive, False):
         assert time.monotonic() - began < 5
     with (
-        pytest.raises(UserError, match=f"being worked on by process {os.getpid()}"),
+        refused(why=f"being worked on by process {os.getpid()}", hint="wait for that process to end"),
         held(tmp_path, whereabouts() | {"id": "x", "beat": 0, "boot": boot()}).lease(whereabouts(), alive, False),
     ):
         raise AssertionError
@@ -273,8 +287,8 @@ def test_urls_that_cannot_be(cache, tmp_path, root, says):
 
 
 def test_a_folder_is_no_url(tmp_path):
-    made = settings(tmp_path)
-    assert remote.home(made["root"]) == tmp_path and Run(tmp_path, "x").remote is None
+    made = small_config(tmp_path)
+    assert remote.home(made.root) == tmp_path and Run(tmp_path, "x").remote is None
 
 
 class Away(LocalFileSystem):
@@ -380,7 +394,7 @@ def test_why_a_run_failed_is_not_lost_in_an_outage(away, tmp_path, monkeypatch):
     run = Run(away, "run")
     run.folder.mkdir(parents=True)
     monkeypatch.setattr(remote, "SOON", 0)
-    run.begin({})
+    run.begin(small_config(tmp_path))
     Away.go(1000)
     with pytest.warns(UserWarning), pytest.raises(ZeroDivisionError), run.recorded():
         1 / 0  # noqa: B018

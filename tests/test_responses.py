@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import Strategy
 
+from kd.config.schema import ExperimentConfig
 from kd.data import corpora, packing
 from kd.data.batches import Batch, ValidationBatches
 from kd.errors import UserError
@@ -21,7 +22,6 @@ from kd.evaluation import metrics, responses, text_scores
 from kd.evaluation.exposure import excess_error, gap
 from kd.evaluation.responses import Responses, Written
 from kd.evaluation.text_scores import Response, distinct, exact_match, rouge_l, summary
-from kd.experiment import dependencies
 from kd.parallel import collectives
 from kd.rollout import generate
 from kd.runs import identity, run
@@ -248,8 +248,8 @@ def words_of(root: Path, *words: str) -> list[str]:
             f"plain.files={root / 'plain.txt'}", "start=pretrained", "start.steps=4", *words]  # fmt: skip
 
 
-def settings(root: Path, *words: str) -> dependencies.Settings:
-    return small.settings(root, *words_of(root, *words))
+def config(root: Path, *words: str) -> ExperimentConfig:
+    return small.small_config(root, *words_of(root, *words))
 
 
 def here(root: Path, *words: str) -> Path:
@@ -397,7 +397,7 @@ def test_plain_text_asks_for_no_responses_and_settings_of_them_are_refused(tmp_p
     config = result(folder)["config"]
     assert "responses.seed" in config and not any(k.startswith("responses") for k in identity.part_of_outcome(config))
     with pytest.raises(UserError, match=r"responses\.samples=2 would do nothing"):
-        small.settings(tmp_path, "responses.samples=2")
+        small.small_config(tmp_path, "responses.samples=2")
 
 
 @pytest.mark.parametrize(
@@ -408,7 +408,7 @@ def test_plain_text_asks_for_no_responses_and_settings_of_them_are_refused(tmp_p
 )  # fmt: skip
 def test_settings_without_a_meaning_are_refused(root, words, says):
     with pytest.raises(UserError, match=says):
-        settings(root, *words)
+        config(root, *words)
 
 
 @pytest.mark.slow

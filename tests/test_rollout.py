@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from kd.data.batches import IGNORE, Batch
-from kd.errors import UserError
 from kd.parallel import collectives
 from kd.rollout import generate, strategies
 from kd.rollout.strategies import Writers, returns, whiten
 from kd.runs.run import Run
 from kd.training.callbacks.checkpoints import Checkpoints
 from tests.cases import close, each, option, settings
+from tests.refusals import refused
 from tests.test_generate import END, T, batch, model, whole
 
 PROMPTS = [2, 7, T, 4]
@@ -285,7 +285,7 @@ def test_rows_at_once_change_nothing(models):
 
 @pytest.mark.parametrize("name", ["teacher", "pairs", "mixed", "mixed_code"])
 def test_a_teacher_that_is_not_there_is_asked_for(name, models):
-    with pytest.raises(UserError, match=r"there is none .*logits=online"):
+    with refused(option="rollout", why="needs a teacher", hint="logits=online"):
         made(models | {"teacher": None}, name)(data(), 0, 0.0)
 
 
@@ -438,7 +438,7 @@ def test_another_number_of_ranks_goes_on_where_none_has_text_of_its_own(models):
     checkpoints.load_state_dict(state | {"rollout": [before, before]})
     assert going.rollout.reference == 2.5 and going.rollout.threshold == 1.0
     asked(data(), 0, 0.0)
-    with pytest.raises(UserError, match=r"saved by 2 processes.* Type trainer\.devices=2"):
+    with refused(option="trainer.devices", got=1, need="2 processes", hint="type trainer.devices=2"):
         checkpoints.load_state_dict(state | {"rollout": [before, asked.state()]})
 
 
@@ -462,5 +462,5 @@ def test_another_number_of_ranks_goes_on_where_none_has_text_of_its_own(models):
 )  # fmt: skip
 def test_a_setting_without_meaning_is_refused_by_name_before_there_is_a_model(name, setting, values):
     for value in values:
-        with pytest.raises(UserError, match=rf"rollout\.{setting}={value}: need"):
+        with refused(option=f"rollout.{setting}", got=value, need=" "):
             option("rollout", name, **{setting: value})(None)

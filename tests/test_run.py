@@ -177,7 +177,7 @@ def test_full_disk_says_so_and_leaves_no_half_file(begun):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
     output = process.communicate()[0]
     assert process.returncode == 2, output
-    assert "No room to write" in output and "Traceback" not in output
+    assert "the disk is full" in output and "Traceback" not in output
     assert not [p for p in begun.rglob("*.tmp")] and not list(begun.glob("fkl*/checkpoints/*.ckpt"))
     train(begun, *RUN, "trainer.steps=13")
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -11,10 +10,10 @@ import time
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from kd.errors import UserError
 from kd.launch import optuna_search
 from kd.launch.optuna_search import Watched, axis
 from kd.runs.run import Run
+from tests.refusals import refused
 from tests.small import listed, result, start, train
 
 optuna = pytest.importorskip("optuna")
@@ -86,7 +85,7 @@ def test_changed_axes_are_another_search_and_n_jobs_is_not():
 
 
 def test_a_sweep_file_is_no_search(tmp_path):
-    assert "leave sweeps= out" in train(tmp_path, "-m", "hydra/sweeper=optuna", "sweeps=demo", AXES[0], code=2)
+    assert "Leave sweeps= out" in train(tmp_path, "-m", "hydra/sweeper=optuna", "sweeps=demo", AXES[0], code=2)
 
 
 @pytest.mark.slow
@@ -98,7 +97,7 @@ def test_more_trials_are_added_to_those_there_are(searched, tmp_path):
 
 
 def test_a_search_without_an_axis_says_what_one_is(tmp_path):
-    assert "needs an axis" in train(tmp_path, "-m", "hydra/sweeper=optuna", "loss=fkl", code=2)
+    assert "need an axis" in train(tmp_path, "-m", "hydra/sweeper=optuna", "loss=fkl", code=2)
 
 
 def test_a_root_that_is_no_folder_is_said(tmp_path):
@@ -109,7 +108,7 @@ def test_a_root_that_is_no_folder_is_said(tmp_path):
 
 def test_what_to_type_without_optuna(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(UserError, match=r"pip install 'kd\[optuna\]'"):
+    with refused(option="hydra/sweeper", got="optuna", need="the package Optuna", hint="pip install 'kd[optuna]'"):
         optuna_search._optuna()
 
 
@@ -129,7 +128,8 @@ def test_axes_are_those_of_hydra(typed, expected):
 
 @pytest.mark.parametrize("typed", ["x=tag(log,interval(0,1e-2))", "x=interval(1,0)", "x=tag(int,log,interval(0,8))"])
 def test_an_interval_that_is_none_is_named(typed):
-    with pytest.raises(UserError, match=f"^{re.escape(typed)}: need the smaller number first, and with log one above"):
+    need = "the smaller number first, and with log a number above 0"
+    with refused(option="x", got=typed.removeprefix("x="), need=need):
         axis(optuna, OverridesParser.create().parse_override(typed))
 
 

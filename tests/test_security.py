@@ -34,6 +34,7 @@ from kd.store import reader
 from kd.system import checkpoint_files, files
 from kd.system.console import Terminal, styled
 from sweeps.report.__main__ import main as report_main
+from tests.refusals import refused
 from tests.small import FORK, SMALL, TINY, TRAIN, folder, here, listed, train
 
 
@@ -203,10 +204,10 @@ def test_checkpoint_that_is_a_pickle_is_not_read_though_its_digest_is_right(cana
         torch.save(content, path)
         path.with_suffix(".xxh3").write_text(files.digest(path))
         assert checkpoint_files.newest(canary.parent) == path
-        with pytest.raises(UserError, match="holds something other than numbers"):
+        with refused(option=path, why="something other than numbers", commands=f"rm -r {path.parent}"):
             checkpoint_files.DigestIO().load_checkpoint(path)
     path.write_bytes(pickle.dumps(Payload(canary)))
-    with pytest.raises(UserError, match="holds something other than numbers"):
+    with refused(option=path, why="something other than numbers", commands=f"rm -r {path.parent}"):
         checkpoint_files.DigestIO().load_checkpoint(path)
 
 
@@ -246,10 +247,10 @@ def test_hostile_metadata_of_shards_is_not_read(sharded, canary):
     (sharded / ".metadata").write_bytes(evil)
     assert read(sharded)["optimizer_0"] == state()["optimizer_0"]
     (sharded / "index.json").write_bytes(evil)
-    with pytest.raises(UserError, match="is no checkpoint of kd"):
+    with refused(option=sharded, why="is no checkpoint of kd", commands=f"rm -r {sharded.parent}"):
         fsdp.Reader(sharded).read_metadata()
     (sharded / "index.json").unlink()
-    with pytest.raises(UserError, match="is no checkpoint of kd"):
+    with refused(option=sharded, why="is no checkpoint of kd", commands=f"rm -r {sharded.parent}"):
         fsdp.Reader(sharded).read_metadata()
 
 
@@ -263,7 +264,7 @@ def test_hostile_index_of_shards_is_refused(sharded, canary, name, field, value)
     found = next(key for key in index if key == name or (name.endswith(".lr") and key.endswith(".lr")))
     index[found][field] = value
     (sharded / "index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="is no checkpoint of kd"):
+    with refused(option=sharded, why="is no checkpoint of kd", commands=f"rm -r {sharded.parent}"):
         fsdp.Reader(sharded).read_metadata()
 
 
@@ -276,7 +277,7 @@ def test_hostile_bytes_within_a_shard_are_not_run(sharded, canary):
     index[key] |= {"start": shard.stat().st_size, "length": len(evil.getvalue())}
     shard.write_bytes(shard.read_bytes() + evil.getvalue())
     (sharded / "index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="holds something other than numbers"):
+    with refused(option=shard, why="something other than numbers", commands=f"rm -r {shard.parent}"):
         read(sharded)
 
 
@@ -312,14 +313,14 @@ def test_store_behind_a_url_writes_and_removes_nothing_elsewhere(root):
     victim.parent.mkdir()
     victim.write_text("mine")
     (at.parent / "victim").write_text("theirs")
-    with pytest.raises(UserError, match="is no file of a store"):
+    with refused(option=f"file://{at}/manifest.json", why="is no file of a store"):
         reader.Store(f"file://{at}", cache)
     assert victim.read_text() == "mine"
 
 
 def test_words_of_a_store_are_shown_so_that_a_shell_runs_none(root):
     at = altered(root, words="data=markov; touch canary $(touch canary) `touch canary`", format=0)
-    with pytest.raises(UserError, match="is damaged"):
+    with refused(option=at / "shard-00000.safetensors", why="is damaged"):
         (at / "shard-00000.safetensors").write_bytes(b"")
         reader.Store(at, root / "stores")
     shown = reader.Store.__new__(reader.Store)
@@ -345,7 +346,7 @@ def test_shard_that_is_a_pickle_is_not_read_though_its_digest_is_right(root, can
     notes = json.loads(path.read_text())["files"]
     notes[evil.name] |= {"size": evil.stat().st_size, "digest": files.digest(evil)}
     found = reader.Store(altered(root, files=notes), root / "stores")
-    with pytest.raises(UserError, match="it is no file of tensors"):
+    with refused(option=evil, why="it is no file of tensors"):
         found.read(np.array([0]), np.zeros((1, 32)))
 
 
@@ -380,11 +381,11 @@ def test_model_with_code_of_its_own_is_refused(root, canary):
     (hub / "hubconf.py").write_text(f"open({str(canary)!r}, 'w')\nC = M = T = object\n")
     plain = json.loads((hub / "config.json").read_text())
     (hub / "config.json").write_text(json.dumps(plain | MODEL))
-    with pytest.raises(UserError, match="could not be loaded"):
+    with refused(option="student.name", got=hub, why="could not be loaded"):
         causal_lm.build(None, str(hub), 17, 32, "student.name")
     (hub / "config.json").write_text(json.dumps(plain | {"attn_implementation": "evil/kernel",
                                                          "_attn_implementation": "evil/kernel"}))  # fmt: skip
-    with pytest.raises(UserError, match="asks for code of the Hub"):
+    with refused(option="student.name", got=hub, why="asks for code of the Hub"):
         causal_lm.build(None, str(hub), 17, 32, "student.name")
     (hub / "config.json").write_text(json.dumps(plain))
     told = json.loads((hub / "tokenizer_config.json").read_text())
@@ -399,10 +400,10 @@ def test_weights_that_are_a_pickle_are_not_read(root, canary):
     weights = hub / "model.safetensors"
     weights.unlink()
     torch.save(Payload(canary), hub / "pytorch_model.bin")
-    with pytest.raises(UserError, match="could not be loaded"):
+    with refused(option="student.name", got=hub, why="could not be loaded"):
         causal_lm.build(None, str(hub), 17, 32, "student.name")
     weights.write_bytes(pickle.dumps(Payload(canary)))
-    with pytest.raises(UserError, match="could not be loaded"):
+    with refused(option="student.name", got=hub, why="could not be loaded"):
         causal_lm.build(None, str(hub), 17, 32, "student.name")
 
 

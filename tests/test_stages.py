@@ -4,22 +4,21 @@ import io
 import json
 import shutil
 
-import hydra
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from kd.config.components import CONF
+from kd.config.schema import ExperimentConfig
 from kd.data import packing
 from kd.errors import UserError
 from kd.experiment import planner, summary
-from kd.experiment.dependencies import plan, recording, start_settings
+from kd.experiment.dependencies import Plan
 from kd.rollout import teacher_text
 from kd.system import console
 from kd.system.files import read_metrics
 from sweeps.report.load import learning_curve, read_run
-from tests.small import here, settings
+from tests.small import here, small_config
 
 SFT = ("start=sft", "start.steps=3", "start.batch=2", "start.sft_steps=3")
 
@@ -53,29 +52,22 @@ def made(root, words):
     return here(root, *words, *SFT)
 
 
-def planned(of):
-    """What a run depends on is composed when it is asked for."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return plan(of)
-
-
-def before(of):
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return start_settings(of)
+def before(config: ExperimentConfig) -> ExperimentConfig | None:
+    return Plan.of(config).start
 
 
 def test_stages_are_runs_that_are_made_once(root, words, made):
     """Language modelling on plain text, fine-tuning on instructions, distillation: each from the weights before."""
-    told = settings(root, *words, *SFT)
+    told = small_config(root, *words, *SFT)
     sft = before(told)
     pretrained = before(sft)
     assert before(pretrained) is None
     assert (
-        planned(sft).run.result()["config"]["data"] == "instructions"
-        and planned(sft).run.result()["config"]["logits"] == "none"
+        Plan.of(sft).run.result()["config"]["data"] == "instructions"
+        and Plan.of(sft).run.result()["config"]["logits"] == "none"
     )
-    assert planned(pretrained).run.result()["config"]["data"] == "text"
-    assert planned(planned(told).teacher).start is not None  # the teacher was pretrained as well
+    assert Plan.of(pretrained).run.result()["config"]["data"] == "text"
+    assert Plan.of(Plan.of(told).teacher).start is not None  # the teacher was pretrained as well
     tokenizers = {(run / "student" / "tokenizer.json").read_bytes() for run in root.glob("*-100k-*")}
     assert len(tokenizers) == 1  # that of the plain text
     times = {p: p.stat().st_mtime_ns for p in root.rglob("model.safetensors")}
@@ -86,13 +78,13 @@ def test_stages_are_runs_that_are_made_once(root, words, made):
 def test_a_student_starts_from_the_weights_of_its_stage(root, words):
     """With a learning rate of 0 it stays where it starts."""
     still = here(root, *words, *SFT, "lr.peak=0")
-    sft = planned(before(settings(root, *words, *SFT))).run.folder
+    sft = Plan.of(before(small_config(root, *words, *SFT))).run.folder
     a, b = (load_file(run / "student" / "model.safetensors") for run in (still, sft))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_student_that_is_not_random_is_validated_before_its_first_step(root, words, made):
-    stage = planned(before(settings(root, *words, *SFT))).run
+    stage = Plan.of(before(small_config(root, *words, *SFT))).run
     outcome, rows = json.loads((made / "result.json").read_text()), read_metrics(made / "metrics.jsonl")
     (first,) = (row for row in rows if row["step"] == 0)
     assert rows[0] == first == outcome["initial"] | {"step": 0}
@@ -106,18 +98,18 @@ def test_a_student_that_is_not_random_is_validated_before_its_first_step(root, w
 
 
 def test_a_random_student_is_not_validated_before_its_first_step(root, words, made):
-    stage = planned(before(before(settings(root, *words, *SFT)))).run
+    stage = Plan.of(before(before(small_config(root, *words, *SFT)))).run
     assert stage.result()["initial"] is None and min(row["step"] for row in read_metrics(stage / "metrics.jsonl")) > 0
 
 
 def test_a_named_teacher_is_fine_tuned_first_where_that_is_asked(root, words, made):
-    name = planned(before(before(settings(root, *words, *SFT)))).run.folder / "student"  # pretrained on plain text
+    name = Plan.of(before(before(small_config(root, *words, *SFT)))).run.folder / "student"  # pretrained on plain text
     own = [word for word in words if not word.startswith("data.vocab")]  # a model has a tokenizer of its own
     named = (*own, "student=hub", f"student.name={name}", "teacher=hub", f"teacher.name={name}")
     plain, tuned = here(root, *named), here(root, *named, "teacher.sft=true", "teacher.steps=5")
-    assert planned(settings(root, *named)).teacher is None and plain != tuned
-    told = planned(settings(root, *named, "teacher.sft=true", "teacher.steps=5")).teacher
-    stage = planned(told).run
+    assert Plan.of(small_config(root, *named)).teacher is None and plain != tuned
+    told = Plan.of(small_config(root, *named, "teacher.sft=true", "teacher.steps=5")).teacher
+    stage = Plan.of(told).run
     of = stage.result()["config"]
     assert (of["data"], of["logits"], of["trainer.steps"], of["student.name"]) == ("instructions", "none", 5, str(name))
     assert (of["optim"], of["lr.peak"]) == ("AdamW", 1e-4)
@@ -140,12 +132,12 @@ def test_a_named_teacher_is_fine_tuned_first_where_that_is_asked(root, words, ma
 def test_a_teacher_that_cannot_be_fine_tuned_is_refused(more, says, root, words):
     with pytest.raises(UserError, match=says):
         given = [word for word in words if not word.startswith("data.vocab") and "data=markov" not in more]
-        planned(settings(root, *given, *more.split(), "teacher.sft=true"))
+        Plan.of(small_config(root, *given, *more.split(), "teacher.sft=true"))
 
 
 def test_stages_are_part_of_what_a_run_is(root, words):
     names = {
-        planned(settings(root, *words, *more)).run.name
+        Plan.of(small_config(root, *words, *more)).run.name
         for more in ((), SFT, (*SFT, "start.sft_lr=1e-5"), (*SFT, "start.seed=1"), (*SFT, "lm=plain"))
     }
     assert len(names) == 5
@@ -153,9 +145,8 @@ def test_stages_are_part_of_what_a_run_is(root, words):
 
 def estimated(root, *more) -> planner.Estimate:
     """What plan=true says of the run itself."""
-    told = settings(root, *more)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return list(planner.estimate(told).values())[-1]
+    told = small_config(root, *more)
+    return list(planner.estimate(told).values())[-1]
 
 
 @pytest.mark.parametrize(
@@ -185,12 +176,10 @@ def test_plan_names_all_that_is_made_first_for_recorded_logits(root, words, monk
     step = planner.Step({role: planner.Cost(10, 8, 0.001) for role in ("student", "teacher")}, micro_batch=0.0)
     monkeypatch.setattr(planner, "_measure", lambda *_: step)
     monkeypatch.setattr(planner, "_measured", {})
-    told = settings(root, *words, *SFT, "start.seed=5", "teacher.seed=5", "logits=recorded", "truncation=top_k")
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        before, record = start_settings(told), recording(told)
-        made = [*(plan(start_settings(of)).run.name for of in (record, before)), plan(record).run.name]
-        made += [plan(before).run.name, plan(told).run.name]
-        assert planner.estimate(told).keys() == {*made}
+    told = small_config(root, *words, *SFT, "start.seed=5", "teacher.seed=5", "logits=recorded", "truncation=top_k")
+    start, record = before(told), Plan.of(told).recording
+    made = {Plan.of(config).run.name for config in (before(record), before(start), record, start, told)}
+    assert planner.estimate(told).keys() == made
 
 
 def test_plan_measures_writing_and_the_rows_it_makes(root, words, monkeypatch):
@@ -215,7 +204,7 @@ def test_plan_measures_writing_and_the_rows_it_makes(root, words, monkeypatch):
         (("rollout=student", "routing=entropy"), "the student's own"),
         (("rollout=student", "rollout.engine=vllm", "trainer.devices=2"), "vllm writes in one process"),
         (("lm=plain", "logits=none"), "nothing of the instructions"),
-        (("lm=plain", "alpha.peak=1"), "alpha is 1 throughout"),
+        (("lm=plain", "alpha.peak=1"), "alpha is 1 in all steps"),
         (("lm=plain", "logits=cotrained"), "learns from one text"),
         (("rollout=mixed", "loss=minillm", "temperature.tau=2"), "temperature 1"),
         (("loss=minillm",), "rollout=mixed"),

@@ -7,14 +7,14 @@ import re
 import subprocess
 import sys
 
-import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from kd.config.components import CONF, SWEEPS
-from kd.config.rules import NO_SIGNAL, group_of
+from kd.config.components import SWEEPS
+from kd.config.rules import group_of
+from kd.config.schema import NO_SIGNAL
 from kd.errors import UserError
-from kd.experiment.dependencies import plan
+from kd.experiment.dependencies import Plan
 from kd.launch.sweeper import Processes, asked_for, at_scale, discard, varying
 from kd.models import flops as flops_module
 from kd.runs.run import Run
@@ -27,7 +27,8 @@ from sweeps.report.load import load_sweep
 from sweeps.report.report import build_report
 from sweeps.report.write import write_report
 from tests.cases import option
-from tests.small import ENVIRONMENT, TRAIN, folder, listed, outcome, result, settings, train
+from tests.refusals import refused
+from tests.small import ENVIRONMENT, TRAIN, folder, listed, outcome, result, small_config, train
 
 
 def test_multirun_makes_every_run_and_again_makes_none(tmp_path):
@@ -67,16 +68,14 @@ def test_words_that_make_other_runs_name_another_sweep(words):
 
 
 def test_a_damaged_teacher_is_said_before_any_run_starts(tmp_path):
-    asked = settings(tmp_path, "student=100k")
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        planned = plan(asked)
-        teacher = plan(planned.teacher).run
-        Processes().check_before(planned, set())  # it is not there yet
-        teacher.folder.mkdir(parents=True)
-        (teacher / "result.json").write_text("{")
-        with pytest.raises(UserError, match=r"result\.json is damaged"):
-            Processes().check_before(planned, set())
-        Processes().check_before(planned, {files.digest_of(planned.teacher)})
+    planned = Plan.of(small_config(tmp_path, "student=100k"))
+    teacher = Plan.of(planned.teacher).run
+    Processes().check_before(planned, set())  # it is not there yet
+    teacher.folder.mkdir(parents=True)
+    (teacher / "result.json").write_text("{")
+    with refused(option=teacher.folder / "result.json", why="is damaged"):
+        Processes().check_before(planned, set())
+    Processes().check_before(planned, {files.digest_of(planned.teacher.to_dict())})
 
 
 def test_one_run_is_said_to_be_one():
@@ -90,7 +89,7 @@ def test_a_copy_removes_no_result_while_another_one_is_at_work(tmp_path):
         run.release()
     (done / "result.json").write_text("{}")
     (begun / "claim.lock").write_text(json.dumps(whereabouts() | {"pid": os.getppid()}))
-    with pytest.raises(UserError, match=r"another copy of this sweep makes begun.* without force=true"):
+    with refused(option="force", got=True, why="another copy of this sweep works on begun", hint="without force=true"):
         discard([done, begun])
     assert done.is_done() and not (done / "claim.lock").exists() and (begun / "claim.lock").exists()
     (begun / "claim.lock").unlink()
@@ -161,8 +160,9 @@ def test_runs_of_a_line_go_by_its_name(tmp_path):
 
 
 def test_wrong_scale_names_those_there_are(tmp_path):
-    assert "scale=huge: this sweep has cpu and full" in train(tmp_path, "sweeps=scaling", "scale=huge", code=2)
-    assert "scale=full: this sweep has cpu" in train(tmp_path, "sweeps=demo", "scale=full", code=2)
+    output = train(tmp_path, "sweeps=scaling", "scale=huge", code=2)
+    assert "scale=huge: need a scale of this sweep, cpu or full" in output
+    assert "scale=full: need a scale of this sweep, cpu" in train(tmp_path, "sweeps=demo", "scale=full", code=2)
     assert "only a sweep has scales" in train(tmp_path, "scale=full", code=2)
 
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kd.errors import UserError
 from kd.objective.target import FLOOR, Target, log1mexp
 from tests.cases import (
     COMPLETE,
@@ -20,6 +19,7 @@ from tests.cases import (
     shuffled,
     with_rest,
 )
+from tests.refusals import refused
 
 
 def test_log1mexp_keeps_its_digits_at_both_ends():
@@ -132,7 +132,7 @@ def test_temperature_one_changes_nothing():
 
 @pytest.mark.parametrize("tau", [2.0, torch.full((6,), 2.0)])
 def test_a_rest_cannot_be_softened(tau):
-    with pytest.raises(UserError, match=r"target=rest.*temperature\.tau=1"):
+    with refused(option="target", got="rest", hint="temperature.tau=1"):
         FORMS["sparse-rest"](logits(1)).soften(tau)
 
 
@@ -184,7 +184,7 @@ def test_what_is_known_of_positions_goes_with_them():
     part = replace(target, ids=None).keep(*target.logp.topk(3))[torch.tensor([4, 1])]
     assert part.of_sample("weight").tolist() == target.of_sample("weight")[[4, 1]].tolist()
     assert target[1:3].soften(2.0).sampled.keys() == target.sampled.keys()
-    with pytest.raises(UserError, match=r"asks for hard of each position.* routing=uncertainty"):
+    with refused(option="loss", why="needs hard of each position", hint="routing=uncertainty"):
         replace(target, sampled=None).of_sample("hard")
 
 

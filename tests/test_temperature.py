@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from kd.errors import UserError
 from kd.objective.chunked import Objective
 from kd.objective.temperature import soften
 from tests.cases import (
@@ -26,6 +25,7 @@ from tests.cases import (
     slope,
     without_some,
 )
+from tests.refusals import refused
 
 
 def distance(temperature, truncation=TRUNCATIONS["full"], loss=LOSSES["fkl"]):
@@ -217,7 +217,7 @@ def test_least_is_the_softened_teacher_where_it_alone_is_softened(temperature, t
 
 @pytest.mark.parametrize("theta", [-1.0, math.inf, math.nan])
 def test_a_theta_below_0_is_refused_by_name(theta):
-    with pytest.raises(UserError, match=rf"temperature\.theta={theta}: need"):
+    with refused(option="temperature.theta", got=theta, need="at least 0"):
         option("temperature", "entropy", theta=theta)(logits(1).log_softmax(-1), dense(logits(2)))
 
 
@@ -228,5 +228,5 @@ def test_a_theta_below_0_is_refused_by_name(theta):
 )
 def test_a_temperature_that_is_not_above_0_is_refused_by_name(name, setting, tau):
     temperature = option("temperature", name, **{setting: tau})
-    with pytest.raises(UserError, match=rf"temperature\.{setting}={tau}: need"):
+    with refused(option=f"temperature.{setting}", got=tau, need="above 0"):
         temperature(logits(1).log_softmax(-1), dense(logits(2)))

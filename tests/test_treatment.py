@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-from kd.errors import UserError
 from kd.objective.chunked import Objective
 from kd.objective.target import Target
 from tests.cases import (
@@ -27,6 +26,7 @@ from tests.cases import (
     slope,
     without_some,
 )
+from tests.refusals import refused
 
 FKL, PLAIN = LOSSES["fkl"], TEMPERATURES["fixed"]
 PARTIAL = {name: form for name, form in FORMS.items() if "rest" not in name}
@@ -197,5 +197,5 @@ def test_a_sum_of_float32_above_1_leaves_nothing_over():
 
 @pytest.mark.parametrize("eta", [0.0, 1.0, -0.5, math.nan])
 def test_an_eta_without_meaning_is_refused_by_name(eta):
-    with pytest.raises(UserError, match=rf"target\.eta={eta}: need"):
+    with refused(option="target.eta", got=eta, need="between 0 and 1"):
         option("target", "revise", eta=eta)(dense(logits(1)))

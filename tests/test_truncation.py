@@ -4,12 +4,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hydra import initialize_config_dir
 
-from kd.config.components import CONF, build
-from kd.config.rules import is_unbiased
+from kd.config.components import build
+from kd.config.rules import not_linear
+from kd.config.schema import Component
 from kd.errors import UserError
-from kd.experiment.dependencies import plan
+from kd.experiment.dependencies import Plan
 from kd.objective import truncation
 from kd.objective.chunked import Objective
 from kd.objective.target import Target
@@ -32,7 +32,8 @@ from tests.cases import (
     shuffled,
     without_some,
 )
-from tests.small import settings as typed
+from tests.refusals import refused
+from tests.small import small_config as typed
 
 ODDS = 1e-6  # of a correct sampler failing a test here, if the seeds were not fixed
 
@@ -275,7 +276,7 @@ def test_uniform_numbers_look_independent_of_their_neighbours(seed, rows, column
 def test_a_setting_without_meaning_is_refused_by_name(name, setting, value):
     changes = ({"k": 5} if name == "top_p_k" else {}) | {setting: value}
     truncation = option("truncation", name, **changes)
-    with pytest.raises(UserError, match=rf"truncation\.{setting}={value}: need"):
+    with refused(option=f"truncation.{setting}", got=value, hint=f"type truncation.{setting}="):
         truncation(dense(logits(1)))
 
 
@@ -348,7 +349,7 @@ def test_unbiased_is_what_has_the_gradient_of_the_whole_teacher_in_the_mean(loss
         sampled = Objective(makes, lambda target: truncation._sampled(target, draws), *ways)
         mean = (weight * gradients(sampled, student[rows], one[rows])).view(N, len(DRAWS), 4).sum(1)
         unbiased = torch.allclose(mean, whole, rtol=1e-9, atol=1e-12)
-        assert unbiased == is_unbiased({"loss": loss, "temperature": temperature, "target": target}), (a, b)
+        assert unbiased == (not not_linear(*map(Component.from_node, (loss, temperature, target)))), (a, b)
 
 
 @pytest.mark.parametrize("source", ["logits=online", "logits=offline", "logits=recorded", "logits=cotrained"])
@@ -368,8 +369,7 @@ def test_accepting_a_bias_changes_neither_names_nor_stores(tmp_path):
     for source in ("logits=online", "logits=offline", "logits=recorded"):
         words = [source, "truncation=random", "truncation.draws=9"]
         usual, accepted = typed(tmp_path, *words), typed(tmp_path, *words, "truncation.biased=true")
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            assert plan(usual).run.name == plan(accepted).run.name and plan(usual).store == plan(accepted).store
+        assert Plan.of(usual).run.name == Plan.of(accepted).run.name and Plan.of(usual).store == Plan.of(accepted).store
 
 
 def test_an_unbiased_sample_and_one_that_nothing_reads_are_not_refused(tmp_path):

@@ -22,6 +22,7 @@ from kd.models import causal_lm
 from kd.store import writer
 from kd.store.reader import Store
 from kd.system import files
+from tests.refusals import refused
 from tests.small import FORK, TOP, content, folder, here, result, type_in, write
 
 OFFLINE = ("logits=offline", *TOP)
@@ -226,7 +227,7 @@ def test_parts_of_different_stores_are_not_merged(root, parts, tmp_path):
 
 @pytest.mark.parametrize("part", ["part=0/2", "part=3/2", "part=1", "part=a/b", "part=-1/2"])
 def test_a_part_that_cannot_be(root, part):
-    with pytest.raises(UserError, match=f"{part}: need which part of how many"):
+    with refused(option="part", got=part.removeprefix("part="), hint="part=1/2"):
         write(root, *TOP, part)
 
 
@@ -236,9 +237,9 @@ def test_a_part_that_cannot_be(root, part):
 def test_no_room_is_said_before_anything_is_written(root, clean, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 70_000))
-        with pytest.raises(UserError, match=r"No room for the store: 1,920 tokens .* 70 kB are free") as caught:
+        with refused(why=("has no room for the store: 1,920 tokens ", " 70 kB are free"), hint="top_k") as caught:
             write(root, "truncation=full")
-        assert "top_k" in str(caught.value) and not list(store_of(root).glob("*.safetensors"))
+        assert caught.value.option == str(store_of(root)) and not list(store_of(root).glob("*.safetensors"))
     shutil.rmtree(root / "stores")
     write(root, *TOP)
     assert shards(content(store_of(root))) == shards(clean)
@@ -259,7 +260,7 @@ def test_nothing_is_stored_of_a_teacher_that_says_nan(root, words, monkeypatch):
     real = causal_lm.CausalLM.hidden_states
     monkeypatch.setattr(causal_lm.CausalLM, "hidden_states", lambda self, ids: real(self, ids) * math.nan)
     monkeypatch.setattr(causal_lm.CausalLM, "check", lambda self, option: None)
-    with pytest.raises(UserError, match="NaN or infinity of row 0 of the data, in fp32"):
+    with refused(option="teacher", why="row 0 of the data, in fp32", hint="trainer.precision=fp32"):
         write(root, *words, f"logits.path={root / 'store'}")
     assert not list((root / "store").glob("*.safetensors"))
 
@@ -269,7 +270,7 @@ def test_a_beginning_cut_into_other_shards_is_not_gone_on_with(root, monkeypatch
     (store_of(root) / "manifest.json").unlink()
     (store_of(root) / "shard-00000.safetensors").unlink()
     monkeypatch.setattr(writer, "SHARDS", 3)
-    with pytest.raises(UserError, match="other shards") as caught:
+    with refused(option=store_of(root), why="other shards") as caught:
         write(root, *TOP)
     type_in(str(caught.value))
     assert len(write(root, *TOP).shards) == 3

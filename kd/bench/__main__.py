@@ -21,6 +21,7 @@ if __name__ == "__main__":  # before a library that reads them is loaded
 
 from rich.table import Table
 
+from kd import errors
 from kd.bench import memory
 from kd.bench.cases import CASES, CUDA_CASES, NEEDS
 from kd.bench.work import GIB, SHAPES, Shape, measured
@@ -37,21 +38,19 @@ def main(words: list[str]) -> None:
     if unknown := [w for w in plain if w != "memory"] + [
         k for k in given if k not in ("only", "steps", "shape", "precision", "root")
     ]:
-        raise UserError(f"{unknown[0]}: no such word here.\n\n{__doc__}")
+        raise UserError(option=unknown[0], why=f"no such word here.\n\n{__doc__}")
     on_gpu = has_gpu()
     names = given["only"].split(",") if "only" in given else [*CASES, *(CUDA_CASES if on_gpu else ())]
     steps = given.get("steps", "5")
-    if not steps.isdecimal() or int(steps) < 1:
-        raise UserError(f"steps={steps}: need a whole number of at least 1.")
+    errors.check("steps", steps, steps.isdecimal() and int(steps) >= 1, "a whole number of at least 1")
     shape = given.get("shape", "gpu" if on_gpu else "cpu")
-    if shape not in SHAPES:
-        raise UserError(f"shape={shape}: need one of {', '.join(SHAPES)}.")
+    errors.check("shape", shape, shape in SHAPES, f"one of {', '.join(SHAPES)}")
     precision = given.get("precision") or ("bf16" if computes_in_bf16() else "fp32")
-    if precision not in PRECISIONS:
-        raise UserError(f"precision={precision}: need one of {', '.join(PRECISIONS)}.")
+    errors.check("precision", precision, precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
     root = given.get("root") or os.environ.get("KD_ROOT") or "runs"
     if is_url(root):
-        raise UserError(f"root={root}: what is measured is written to this machine; type root=FOLDER.")
+        why, hint = "the benchmark writes its results to this machine alone", "type root=FOLDER"
+        raise UserError(option="root", got=root, why=why, hint=hint)
     folder = Path(files.expanded(root)) / "bench"
     if not plain:
         check(names)
@@ -80,13 +79,11 @@ def has_gpu() -> bool:
 def check(names: list[str]) -> None:
     """Raise UserError for a case that there is not, or whose package is missing."""
     for name in names:
-        if name not in CASES | CUDA_CASES:
-            raise UserError(f"only={name}: no such case; there is {', '.join(CASES | CUDA_CASES)}.")
+        errors.check("only", name, name in CASES | CUDA_CASES, f"one of the cases {', '.join(CASES | CUDA_CASES)}")
         package = NEEDS.get(name)
         if package and not importlib.util.find_spec(package):
-            raise UserError(
-                f"The case {name} needs {package}: type pip install 'kd[bench]', or leave it out by only=…."
-            )
+            hint = f"type pip install 'kd[bench]', or leave {name} out by only=…"
+            raise UserError(option="only", got=name, need=f"the package {package}", hint=hint)
 
 
 def compare(folder: Path, names: list[str], shape: Shape, steps: int, on_gpu: bool) -> None:

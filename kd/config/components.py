@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-import math
 import re
 import types
 import typing
@@ -105,7 +104,7 @@ def locate(target: str, path: str) -> tuple[str, str]:
 
 @cache
 def _allowed(path: str) -> list[str]:
-    """List what a `_target_` of the group `path` may be."""
+    """What `_target_` may be in a group."""
     options = option_files(path) if path in MODULES else ()
     modules = modules_of(path)
     allowed = sorted({f"kd.{m}.{f.stem}" for f in options for m in modules if f.stem in functions(m)})
@@ -209,93 +208,14 @@ def _say(hint) -> str:
     return " or ".join(words.get(option, str(option)) for option in options)
 
 
-def checked(function, node: Node, path: str) -> Node:
+def checked(function, node: Mapping[str, typing.Any], path: str) -> Node:
     """The part of node that the function has parameters for, with their types checked."""
     settings = {k: v for k, v in node.items() if k in parameters_of(function)[0]}
     check_types(function, settings, path)
     return settings
 
 
-PLAIN = {  # settings that no function takes as they are, and their types
-    "": {"seed": int, "root": str, "scale": str, "sweep": str | None, "n_jobs": int | None, "on_failure": str,
-         "plan": bool, "force": bool, "lm": str, "token_names": str},
-    "start": {"stage": str, "steps": int, "batch": int, "lr": float, "seed": int, "sft_steps": int, "sft_batch": int,
-              "sft_lr": float | None},
-    "student": {"size": str | None, "name": str | None},
-    "teacher": {"size": str | None, "name": str | None, "steps": int, "batch": int, "lr": float, "seed": int,
-                "precision": str, "sft": bool},
-    "responses": {"samples": int, "temperature": float, "seed": int},
-    "trainer": {"steps": int, "tokens": int | None, "batch": int, "micro_batch": int, "clip": float,
-                "precision": str, "compile": bool | None, "chunk": int | None, "log_every": int, "val_every": int,
-                "checkpoint_every": int, "accelerator": str, "devices": int, "strategy": str,
-                "shard_teacher": bool | None},
-}  # fmt: skip
-EARLY = {  # settings that are looked at before the functions that take them are loaded, and torch with them
-    "data": {"seq_len": int},
-    "logits": {"path": str | None, "seed": int},
-    "record": {"path": str | None},
-    "rollout": {"capacity": int},
-}  # fmt: skip
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # as Lightning calls them
-CHOICES = {
-    "strategy": ("auto", "ddp", "fsdp"),
-    "precision": tuple(PRECISIONS),
-    "on_failure": ("continue", "stop"),
-    "lm": ("data", "plain"),
-    "token_names": ("same", "any"),
-    "stage": ("scratch", "pretrained", "sft"),
-    "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
-    "size": (*SIZES, None),
-}
-
-
-def check_plain(settings: Node) -> None:
-    """Raise UserError for a setting of the run, student, teacher or trainer that is unknown or that none could have."""
-    for group in (*MODULES, *filter(None, PLAIN)):
-        if group == "record" and settings[group] is None:
-            continue
-        if not isinstance(settings.get(group), dict) or (group not in PLAIN and "_target_" not in settings[group]):
-            option = next((f"{group}={name}" for name in option_names(group)), None)
-            raise UserError(f"{group}: needs {f'one of its options, as in {option}' if option else 'its settings'}.")
-    for group, kinds in PLAIN.items():
-        node = settings[group] if group else {k: v for k, v in settings.items() if k not in (*GROUPS, *PLAIN)}
-        for name, value in node.items():
-            option = f"{group}.{name}" if group else name
-            if name not in kinds:
-                raise UserError(f"{option}={value}: no such option; there is {', '.join(kinds)}.")
-            _check_value(option, value, kinds[name])
-            if value not in CHOICES.get(name, (value,)):
-                raise UserError(f"{option}={value}: need one of {', '.join(filter(None, CHOICES[name]))}.")
-    for group, kinds in EARLY.items():
-        for name in kinds.keys() & (settings[group] or {}).keys():
-            _check_value(f"{group}.{name}", settings[group][name], kinds[name])
-    check_sweep(settings["sweep"])
-    of = settings["responses"]
-    if of["samples"] > 1 and of["temperature"] == 0:
-        raise UserError(
-            f"responses.samples={of['samples']}: with responses.temperature=0 they are all the same; take one."
-        )
-    for role in ("student", "teacher"):
-        node = settings[role]
-        if node["size"] and node["name"]:
-            raise UserError(
-                f"{role}.name={node['name']}: {role}.size={node['size']} is set too; type {role}=hub first."
-            )
-        if role == "student" and not (node["size"] or node["name"]):
-            raise UserError(
-                f"student.size={node['size']}: need a size, e.g. student=200k, or student=hub student.name=…."
-            )
-
-
-def _check_value(option: str, value, kind) -> None:
-    """Raise UserError for a value of another type, or a number that none could have."""
-    check_type(option, value, kind)
-    seed = option.rpartition(".")[2] == "seed"
-    if seed and not 0 <= value < 2**32:
-        raise UserError(f"{option}={value}: need a whole number from 0 to {2**32 - 1}.")
-    least = 1 if kind in (int, int | None) and not seed else 0
-    if type(value) in (int, float) and not least <= value < math.inf:
-        raise UserError(f"{option}={value}: need a number of at least {least}.")
 
 
 def check_sweep(name: str | None) -> None:

@@ -15,8 +15,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString, Sweep
 from hydra.errors import HydraException
 
-from kd.config.components import GROUPS, PLAIN, PRESETS, option_names
+from kd.config.components import GROUPS, PRESETS, option_names
 from kd.config.options import NOTES, defaults, options, overridden, settings_of_preset, words_of
+from kd.config.schema import GROUPLESS, RUN_OPTIONS
 from kd.config.sizes import SIZES
 from kd.errors import UserError
 
@@ -182,12 +183,12 @@ def _check_setting(override: Override, chosen: dict[str, str | None]) -> None:
     """Raise UserError for a setting that the chosen option of its group does not have; chosen: the groups known."""
     group, _, key = override.key_or_group.partition(".")
     word, text, added = override.input_line, override.input_line.partition("=")[2], override.is_add()
-    if not key and not added and group not in (*GROUPS, *PLAIN, *PLAIN[""]) and "/" not in group:
+    if not key and not added and group not in (*GROUPS, *GROUPLESS, *RUN_OPTIONS) and "/" not in group:
         raise UserError(f"{word}: there is no option {group}; {_anywhere(group, text, chosen)}.")
     if group in PRESETS and key:
         raise UserError(f"{word}: {group} has no settings of its own; {_anywhere(key, text, chosen)}.")
-    if group in PLAIN and group not in GROUPS:  # no options to choose from
-        settings, others, which = dict.fromkeys(PLAIN[group]), [], group
+    if group in GROUPLESS:
+        settings, others, which = dict.fromkeys(GROUPLESS[group]), [], group
     elif group in chosen:
         name = chosen[group]
         settings, which = options(group).get(name, {}), f"{group}={name}" if name else f"{group}=null"
@@ -216,14 +217,14 @@ def _anywhere(key: str, text: str, chosen: dict[str, str | None]) -> str:
     """Where a setting of this name is, in any group."""
     chosen = dict(sorted(chosen.items(), key=lambda item: item[0] in BESIDE))
     here = [group for group, name in chosen.items() if name and key in options(group)[name]]
-    here += [group for group in PLAIN if group not in GROUPS and key in PLAIN[group]]
+    here += [group for group in GROUPLESS if key in GROUPLESS[group]]
     if here:
         return f"type {', or '.join(f'{group}.{key}={text}' for group in here)}"
     there = [(group, name) for group in chosen for name, of in options(group).items() if key in of]
     there = [pair for pair in there if pair[0] not in BESIDE] or there
     if there:
         return "type " + ", or ".join(f"{group}={name} {group}.{key}={text}" for group, name in there)
-    close = difflib.get_close_matches(key, [*GROUPS, *PLAIN[""]], 1)
+    close = difflib.get_close_matches(key, [*GROUPS, *RUN_OPTIONS], 1)
     return f"type {close[0]}={text}" if close else "python train.py --help shows all"
 
 

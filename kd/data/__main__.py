@@ -11,8 +11,8 @@ from kd.system.launchers import forget_ranks
 if __name__ == "__main__":  # before a library that reads them is loaded
     forget_ranks(os.environ)
 
-from kd.config.compose import settings_of
-from kd.config.rules import Settings
+from kd.config.compose import config_of
+from kd.config.schema import ExperimentConfig
 from kd.data import packing
 from kd.data.batches import Packed
 from kd.errors import UserError
@@ -22,14 +22,14 @@ from kd.system.console import silence_libraries
 from kd.system.remote import home
 
 
-def pack_data(words: list[str]) -> tuple[Settings, Packed]:
-    """Return the settings of `python train.py WORDS`, and its data, packed."""
+def pack_data(words: list[str]) -> tuple[ExperimentConfig, Packed]:
+    """Return the config of `python train.py WORDS`, and its data, packed."""
     import train  # noqa: F401, registers the sizes
 
-    with settings_of(files.expanded_words(words)) as settings:
-        silence_libraries()
-        source, how = corpus(settings)
-        return settings, packing.pack(source, home(settings["root"]) / "data", **how, announce=False)
+    config = config_of(files.expanded_words(words))
+    silence_libraries()
+    source, how = corpus(config)
+    return config, packing.pack(source, home(config.root) / "data", **how, announce=False)
 
 
 def main() -> None:
@@ -51,10 +51,10 @@ def main() -> None:
 
         rows = next((word for word in reversed(given.words) if word.startswith("rows=")), "rows=3")
         if not rows.removeprefix("rows=").isdecimal():
-            raise UserError(f"{rows}: need a number of rows, e.g. rows=3.")
-        settings, packed = pack_data([word for word in given.words if not word.startswith("rows=")])
+            raise UserError(option=rows, need="a number of rows", hint="type e.g. rows=3")
+        config, packed = pack_data([word for word in given.words if not word.startswith("rows=")])
         tokenizer = load_tokenizer(str(packed.tokenizer), "The tokenizer of the packed data")
-        of = packed, tokenizer, int(rows.removeprefix("rows=")), settings["data"].get("date")
+        of = packed, tokenizer, int(rows.removeprefix("rows=")), config.data.args.get("date")
         if given.json:
             print(preview.as_json(*of))
         else:

@@ -116,10 +116,12 @@ class Reader:
             if name not in self.used and (value.strip() if isinstance(value, str) else messages_in(value))
         ]  # fmt: skip
         if others and not self.named:
+            response = others[0] if len(others) == 1 else "ONE_OF_THEM"
             raise UserError(
-                f"{self.option}: column 'prompt' has no response, and {', '.join(others)} may hold it. Type "
-                f"data.prompt=prompt data.response={others[0] if len(others) == 1 else 'ONE_OF_THEM'} to learn it, or "
-                "data.prompt=prompt for prompts alone."
+                option=self.option,
+                why=f"column 'prompt' has no response, and {', '.join(others)} may hold the response",
+                hint=f"type data.prompt=prompt data.response={response} to learn that column, or data.prompt=prompt "
+                "for prompts alone",
             )
 
     def _conversation(self, row: dict, unused: list[str]) -> tuple[list[Turn], bool]:
@@ -154,18 +156,19 @@ class Reader:
         """Raise UserError unless all system prompts in a row are the same."""
         for turn in systems:
             if turn.content.strip() != systems[0].content.strip():
-                raise UserError(
-                    f"{self.option}: a row has two system prompts, {_brief(systems[0].content)} and "
-                    f"{_brief(turn.content)}, in its columns or messages. Keep one of them."
-                )
+                both = f"{_brief(systems[0].content)} and {_brief(turn.content)}"
+                why = f"a row has two system prompts, {both}, in its columns or messages"
+                raise UserError(option=self.option, why=why, hint="keep one of these system prompts")
 
     def _whole(self, asked: list[Turn], answer: list[Turn]) -> tuple[list[Turn], list[Turn]]:
         """A conversation in the response's column, which has to begin with the prompt."""
         if not _begins(answer, asked):
+            column = self.shape.response
             raise UserError(
-                f"{self.option}: column {self.shape.response!r} holds turns of the user, and does not begin with "
-                f"column {self.shape.prompt!r}: {_brief([list(t[:2]) for t in answer])}. To learn from it alone, type "
-                f"data.prompt={self.shape.response} and leave data.response out."
+                option=self.option,
+                why=f"column {column!r} holds turns of the user, and does not begin with column {self.shape.prompt!r}: "
+                f"{_brief([list(t[:2]) for t in answer])}",
+                hint=f"to learn from column {column!r} alone, type data.prompt={column} and leave data.response out",
             )
         systems = [turn for turn in asked if turn.role == "system"]
         if any(turn.role == "system" for turn in answer):
@@ -204,8 +207,10 @@ class Reader:
         role, written = _role(keys), str(keys.pop("role", None) or keys.pop("from", None))
         if role is None:
             raise UserError(
-                f"{self.option}: column {column!r} has a message of the role {written!r}; known are "
-                f"{', '.join(ROLES)}. Rename it, or leave such rows out."
+                option=self.option,
+                why=f"column {column!r} has a message of the role {written!r}",
+                need=f"one of the roles {', '.join(ROLES)}",
+                hint="rename that role, or leave such rows out",
             )
         calls = [self._call(keys, key, filled) for key in CALLS if _is_there(keys.get(key))]
         content = keys.pop("content", keys.pop("value", "" if calls else None))
@@ -219,8 +224,10 @@ class Reader:
                 value = keys.pop(key)
                 if not _is_decision(value):
                     raise UserError(
-                        f"{self.option}: {key}={_brief(value)} in a message, and a turn is learned as a whole or not "
-                        "at all: need 0 or 1. Leave that key out, or such rows."
+                        option=self.option,
+                        why=f"{key}={_brief(value)} in a message, and a turn is learned as a whole or not at all",
+                        need="0 or 1",
+                        hint="leave that key out, or such rows",
                     )
                 learned = learned and bool(value) == LEARNED[key]
         if role != "assistant" and learned and any(LEARNED.get(key) and message.get(key) for key in message):
@@ -286,9 +293,11 @@ class Reader:
             raise self._refused(OPTIONS, _brief(value), "an object")
         options = {key: option for key, option in options.items() if option is not None}
         if taken := RENDERING & options.keys():
+            names = ", ".join(sorted(taken))
             raise UserError(
-                f"{self.option}: column {OPTIONS!r} sets {', '.join(sorted(taken))}, which kd sets itself. Leave it "
-                "out of that column; tools belong in a column 'tools'."
+                option=self.option,
+                why=f"column {OPTIONS!r} sets {names}, which kd sets itself",
+                hint=f"leave {names} out of that column; tools belong in a column 'tools'",
             )
         return options
 
@@ -300,8 +309,10 @@ class Reader:
             if _is_there(value):
                 if not _is_decision(value):
                     raise UserError(
-                        f"{self.option}: column {name!r} holds {_brief(value)}, and a row is learned as a whole or not "
-                        "at all: need 0 or 1. Leave that column out, or rename it."
+                        option=self.option,
+                        why=f"column {name!r} holds {_brief(value)}, and a row is learned as a whole or not at all",
+                        need="0 or 1",
+                        hint="leave that column out, or rename it",
                     )
                 weighted = weighted and bool(value) == yes
         label = row.get(LABEL) if LABEL not in self.shape else None
@@ -312,8 +323,10 @@ class Reader:
 
     def _refused(self, column: str, got: str, need: str = MESSAGES) -> UserError:
         return UserError(
-            f"{self.option}: column {column!r} holds {got} where it needs {need}. "
-            "Name others with data.prompt= and data.response=, or leave such rows out."
+            option=self.option,
+            why=f"column {column!r} holds {got}",
+            need=need,
+            hint="name other columns with data.prompt= and data.response=, or leave such rows out",
         )
 
 
@@ -326,19 +339,23 @@ def examples(rows, prompt: str | None, response: str | None, learn: str, option:
     value = documents.first().get(shape.prompt)
     if shape.response is None and shape not in SHAPES[-1:] and value is not None and messages_in(value) is None:
         raise UserError(
-            f"{option}: column {shape.prompt!r} is no list of messages with role and content, so the response is "
-            f"elsewhere: type data.response=ONE_OF {', '.join(columns)}. Prompts alone need a column called prompt."
+            option=option,
+            why=f"column {shape.prompt!r} is no list of messages with role and content, so that the response has to be "
+            f"in another of the columns {', '.join(columns)}",
+            hint="type data.response=ONE_OF_THEM. Prompts alone need a column called prompt",
         )
     return documents
 
 
 def _shape(columns: list[str], prompt: str | None, response: str | None, option: str) -> Shape:
-    there = f"{option}: it has the columns {', '.join(columns)}"
+    has = f"has the columns {', '.join(columns)}"
     if response and not prompt:
-        raise UserError(f"{there}. data.response={response} needs data.prompt=ONE_OF_THEM too.")
+        hint = "type data.prompt=ONE_OF_THEM too"
+        raise UserError(option=option, conflict=f"data.response={response}", why=has, need="data.prompt", hint=hint)
     for name, column in (("prompt", prompt), ("response", response)):
         if column and column not in columns:
-            raise UserError(f"{there}, and no {column!r}. Type data.{name}=ONE_OF_THEM.")
+            hint = f"type data.{name}=ONE_OF_THEM"
+            raise UserError(option=option, why=f"{has}, and no {column!r}", hint=hint)
     if prompt:
         known = any(shape.prompt == prompt and shape.response for shape in SHAPES)
         return _with_input(Shape(prompt, None, response), columns) if known else Shape(prompt, None, response)
@@ -346,8 +363,12 @@ def _shape(columns: list[str], prompt: str | None, response: str | None, option:
         if shape.prompt in columns and shape.response in (None, *columns):
             return _with_input(shape, columns)
     known = "; ".join(", ".join(filter(None, shape)) for shape in SHAPES)
-    raise UserError(f"{there}, which are none of the shapes that are known ({known}). Say which ones to take: "
-                    "data.prompt=COLUMN data.response=COLUMN.")  # fmt: skip
+    raise UserError(
+        option=option,
+        why=has,
+        need=f"columns of one of these names: {known}",
+        hint="or name the columns: type data.prompt=COLUMN data.response=COLUMN",
+    )
 
 
 def _with_input(shape: Shape, columns: list[str]) -> Shape:

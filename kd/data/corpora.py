@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 
 from kd.data.tables import Documents, Joined, cache_of, is_saved, kind_of, local_tables, saved_rows, stamps
-from kd.errors import UserError, first_line
+from kd.errors import UserError, check, first_line, typed
 from kd.system import files as on_disk
 from kd.system.network import offline_unless_reachable
 
@@ -61,7 +61,8 @@ def standard_library() -> list[str]:
     skip = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
     files = [f for f in sorted(root.rglob("*.py")) if not skip & set(f.relative_to(root).parts)]
     if not files:
-        raise UserError(f"There are no source files in {root}. Choose other text, e.g. data=text data.files=my.txt.")
+        hint = "choose other text, e.g. data=text data.files=my.txt"
+        raise UserError(option=root, why="has no source files of Python", hint=hint)
     return [f.read_text(encoding="utf-8", errors="replace") for f in files]
 
 
@@ -71,15 +72,11 @@ def markov(seq_len: int, size: int = 2_000_000, states: int = 128, branching: in
     From each of `states` states, `branching` successors with Dirichlet(1) probabilities. Every document is one row of
     seq_len + 1 tokens that starts in the stationary distribution; there are enough of them for `size` tokens.
     """
-    for option, value, good in (
-        ("states", states, states >= 2), ("branching", branching, 1 <= branching <= states),
-        ("size", size, size > 0), ("seed", seed, seed >= 0), ("seq_len", seq_len, seq_len >= 1),
-    ):  # fmt: skip
-        if not good:
-            raise UserError(
-                f"data.{option}={value}: a Markov chain needs at least 2 states, branching from 1 to the number of "
-                "states, a size and a seq_len above 0 and a seed that is not negative."
-            )
+    check("data.states", states, states >= 2, "at least 2 states of the Markov chain")
+    check("data.branching", branching, 1 <= branching <= states, f"from 1 to data.states={states} successors")
+    check("data.size", size, size > 0, "at least 1 token")
+    check("data.seed", seed, seed >= 0, "a number from 0 on")
+    check("data.seq_len", seq_len, seq_len >= 1, "at least 1 token")
     rng = np.random.default_rng(seed)
     successors = np.stack([rng.choice(states, branching, replace=False) for _ in range(states)])  # [S, branching]
     successors[:, 0] = (np.arange(states) + 1) % states  # one ring through all states: the chain is irreducible
@@ -119,7 +116,8 @@ def hub(
         return _column(hub_rows(name, subset, split, revision, streaming), field, f"data.name={name}")
 
     if not name:
-        raise UserError("data=hub needs the name of a dataset, e.g. data.name=roneneldan/TinyStories.")
+        hint = "type e.g. data.name=roneneldan/TinyStories"
+        raise UserError(option="data.name", why="is not set", need="the name of a dataset for data=hub", hint=hint)
     fingerprint = dict(name=name, subset=subset, split=split, field=field, revision=revision, streaming=streaming)
     fingerprint["version"] = ROWS
     if stamp := on_disk.stamp(name):
@@ -143,14 +141,20 @@ def hub_rows(name: str, subset: str | None, split: str, revision: str | None, st
     except Exception as error:  # of many kinds, from several libraries
         if isinstance(error, ValueError) or Path(name).is_dir():
             of_files = Path(name).is_dir() and not is_saved(name)
-            files = f" Columns may differ between files of data.files='{name}/*.jsonl'." if of_files else ""
+            files = f"if columns differ between its files, type data.files='{name}/*.jsonl'" if of_files else ""
             raise UserError(
-                f"data.name={name} data.subset={subset} data.split={split}: {first_line(error)}{files}"
+                option="data.name",
+                got=name,
+                conflict=f"data.subset={typed(subset)} data.split={split}",
+                why=first_line(error),
+                hint=files or "choose a name, subset and split that go together",
             ) from error
         raise UserError(
-            f"data.name={name}: could not be read from the Hugging Face Hub ({first_line(error)}). Check the name "
-            "and the network; private sets need `hf auth login`. Local files: data=text data.files=my.txt, "
-            "or data=instructions data.files=my.jsonl."
+            option="data.name",
+            got=name,
+            why=f"could not be read from the Hugging Face Hub ({first_line(error)})",
+            hint="check the name and the network; private sets need `hf auth login`. For local files type data=text "
+            "data.files=my.txt, or data=instructions data.files=my.jsonl",
         ) from error
 
 
@@ -159,8 +163,8 @@ def text(files: str, field: str = "text", sample_by: str = "paragraph") -> Corpu
 
     sample_by says what one document of a .txt is: paragraph, line or document (the whole file).
     """
-    if sample_by not in ("paragraph", "line", "document"):
-        raise UserError(f"data.sample_by={sample_by}: need paragraph, line or document.")
+    units = ("paragraph", "line", "document")
+    check("data.sample_by", sample_by, sample_by in units, "paragraph, line or document")
     paths, builder = local_files(files, {".txt": "text", ".md": "text"} | TABLES)
     extra = {"sample_by": sample_by} if builder == "text" else {}
     fingerprint = dict(field=field, sample_by=sample_by, files=stamps(paths), version=ROWS)
@@ -184,23 +188,26 @@ def local_files(files: str, kinds: dict[str, str]) -> tuple[list[Path], str]:
     paths = _matching(str(files)) if files else []
     if not paths:
         example = f"\"data.files='text/*{next(iter(kinds))}'\""
-        raise UserError(f"{option}: no such file. Type a path or a quoted pattern, e.g. {example}.")
+        hint = f"type a path or a quoted pattern, e.g. {example}"
+        raise UserError(option="data.files", got=files or "", why="no such file", hint=hint)
     for path in filter(is_saved, paths):
-        raise UserError(f"{option}: {path} is a folder of save_to_disk. Type data.name={path}, and no data.files.")
+        why, hint = f"{path} is a folder of save_to_disk", f"type data.name={path} in place of data.files"
+        raise UserError(option=option, why=why, hint=hint)
     kind = {kinds.get(p.suffix) for p in paths}
     if len(kind) > 1 or None in kind:
         found = ", ".join(sorted({p.suffix or "no ending" for p in paths}))
-        raise UserError(f"{option}: need files of one kind, {', '.join(kinds)}; got {found}.")
+        raise UserError(option=option, why=f"got files of {found}", need=f"files of one kind, {', '.join(kinds)}")
     builder = kind.pop()
     for path in paths:
         if path.is_dir():
-            raise UserError(f"{option}: {path} is a folder. Type a pattern for the files in it, e.g. '{path}/*.txt'.")
+            hint = f"type a pattern for the files in it, e.g. '{path}/*.txt'"
+            raise UserError(option=option, why=f"{path} is a folder", hint=hint)
         with open(path, "rb") as file:
             start = file.read(1 << 16)
         if not start:
-            raise UserError(f"{option}: {path} is empty.")
+            raise UserError(option=option, why=f"{path} is empty", hint="leave this file out")
         if builder != "parquet" and b"\0" in start:
-            raise UserError(f"{option}: {path} is binary, not text.")
+            raise UserError(option=option, why=f"{path} is binary, not text", hint="leave this file out")
     return paths, builder
 
 
@@ -216,16 +223,17 @@ def _column(rows, field: str, option: str) -> Documents:
     def text(row: dict) -> str:
         if not isinstance(value := row.get(field), str):
             raise UserError(
-                f"{option}: column {field!r} holds {kind_of(value)} where it needs text. "
-                "Type data.field=ANOTHER, or leave such rows out of the file."
+                option=option,
+                why=f"column {field!r} holds {kind_of(value)} in a row",
+                need="text in each row",
+                hint="type data.field=ANOTHER, or leave such rows out of the file",
             )
         return value
 
     texts = Documents(rows, text, option)
     if field not in texts.columns:
-        raise UserError(
-            f"{option}: has no column {field!r}; it has {', '.join(texts.columns)}. Type data.field=ONE_OF_THEM."
-        )
+        why = f"has no column {field!r}, only {', '.join(texts.columns)}"
+        raise UserError(option=option, why=why, hint="type data.field=ONE_OF_THEM")
     return texts
 
 

@@ -17,7 +17,7 @@ from kd.data import columns, corpora, tables
 from kd.data.corpora import Corpus, Pairs
 from kd.data.examples import Example
 from kd.data.tables import Documents, Joined
-from kd.errors import UserError
+from kd.errors import UserError, check
 from kd.system import files as on_disk
 
 
@@ -36,24 +36,24 @@ def instructions(
     a row of its own. date: YYYY-MM-DD, for chat templates that write today's date. Raises UserError for settings that
     do nothing, or do not go together.
     """
-    if template not in (None, "alpaca", "chat", "plain"):
-        raise UserError(f"data.template={template}: need alpaca, chat or plain.")
-    if turns not in ("last", "all"):
-        raise UserError(f"data.turns={turns}: need last or all.")
+    check("data.template", template, template in (None, "alpaca", "chat", "plain"), "alpaca, chat or plain")
+    check("data.turns", turns, turns in ("last", "all"), "last or all")
     if date is not None:
         _check_date(date)
     if prompt_len is None:
         prompt_len = max(1, seq_len // 2)
-    elif not 1 <= prompt_len <= seq_len:
-        raise UserError(f"data.prompt_len={prompt_len}: need from 1 to data.seq_len={seq_len} tokens.")
+    check("data.prompt_len", prompt_len, 1 <= prompt_len <= seq_len, f"from 1 to data.seq_len={seq_len} tokens")
     if files and name:
-        raise UserError(f"data.files={files} and data.name={name}: one of them says where the examples are.")
+        why = "each of them names the examples"
+        hint = "leave data.files or data.name out"
+        raise UserError(option="data.files", got=files, conflict=f"data.name={name}", why=why, hint=hint)
     of_hub = {"subset": (subset, None), "split": (split, "train"), "revision": (revision, None)}
     of_tables = {"prompt": (prompt, None), "response": (response, None), "turns": (turns, "last")}
     for option, (value, usual) in ({} if name else of_hub if files else of_hub | of_tables).items():
         if value != usual:
             which = "data.name=… or data.files=…" if option in of_tables else "data.name=…"
-            raise UserError(f"data.{option}={value} would do nothing without {which}: leave it out.")
+            why, hint = f"would do nothing without {which}", f"leave data.{option} out"
+            raise UserError(option=f"data.{option}", got=value, why=why, hint=hint)
     how = dict(prompt_len=prompt_len, template=template, prompt=prompt, response=response)
     how |= {
         option: value for option, value, usual in (("turns", turns, "last"), ("date", date, None)) if value != usual
@@ -89,7 +89,7 @@ def _check_date(date: str) -> None:
     try:
         datetime.date.fromisoformat(date)
     except ValueError:
-        raise UserError(f"data.date={date}: need a day, e.g. data.date=2026-01-31.") from None
+        raise UserError(option="data.date", got=date, need="a day", hint="type e.g. data.date=2026-01-31") from None
 
 
 # Functions

@@ -26,7 +26,7 @@ from kd.data.corpora import Corpus
 from kd.data.counts import in_words
 from kd.data.examples import Example
 from kd.data.tokenizer import bos_by_name, bos_of, byte_counts, load_tokenizer, vocabulary_size
-from kd.errors import UserError
+from kd.errors import UserError, check
 from kd.system import files
 from kd.system.console import console, track
 from kd.system.files import read_json
@@ -68,15 +68,15 @@ def pack(
     for option, value in dict(seq_len=seq_len, val_rows=val_rows, tokens=tokens).items():
         least = seq_len + 1 if option == "tokens" else 1
         if value is not None and value < least:
-            raise UserError(f"data.{option}={value}: need at least {least}{', one row' if least > 1 else ''}.")
-    if not 0 < val_share < 1:
-        raise UserError(f"data.val_share={val_share}: need a share of the documents between 0 and 1, e.g. 0.05.")
-    if tokenizer is None and not corpus.words and vocab < 257:
-        raise UserError(f"data.vocab={vocab}: need at least 257, one token per byte and one for the end of a text.")
-    if special not in ("text", "tokens"):
-        raise UserError(f"data.special={special}: need text or tokens.")
+            need = f"at least {least}{', one row' if least > 1 else ''}"
+            raise UserError(option=f"data.{option}", got=value, need=need)
+    check("data.val_share", val_share, 0 < val_share < 1, "a share of the documents between 0 and 1, e.g. 0.05")
+    if tokenizer is None and not corpus.words:
+        check("data.vocab", vocab, vocab >= 257, "at least 257, one token per byte and one for the end of a text")
+    check("data.special", special, special in ("text", "tokens"), "text or tokens")
     if special == "tokens" and corpus.words:
-        raise UserError("data.special=tokens: this data has a vocabulary of its own; leave it out.")
+        why, hint = "this data has a vocabulary of its own, without special tokens", "leave data.special out"
+        raise UserError(option="data.special", got=special, why=why, hint=hint)
     settings["special"] = special
     settings |= {"tokenizer": tokenizer} if tokenizer else {"vocab": vocab}
 
@@ -127,13 +127,12 @@ def _remove_old(folder: Path, code: dict[str, str] | None) -> None:
 
 def opened(folder: Path) -> Packed:
     """What was packed into a folder; raises UserError if it is not what was written."""
-    again = f"Remove it and type the same command again:\n  {shlex.join(['rm', '-r', str(folder)])}"
     manifest = read_json(folder / "manifest.json")
     if manifest.pop("digest", None) != files.digest_of(manifest):
-        raise UserError(f"{folder / 'manifest.json'} is damaged: it is not what was written. {again}")
+        raise _damaged(folder, "manifest.json")
     for name, expected in manifest["digests"].items():
         if not (folder / name).exists() or files.digest(folder / name) != expected:
-            raise UserError(f"{folder / name} is damaged: it is not what was written. {again}")
+            raise _damaged(folder, name)
     train, val = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("train", "val"))
     of = manifest["bytes_per_token"], manifest["entropy"], manifest["digests"]
     counts = manifest.get("counts", {})
@@ -141,6 +140,15 @@ def opened(folder: Path) -> Packed:
         return Packed(folder, train, val, *of, counts=counts, boundary=tuple(manifest.get("boundary", ())))
     spans = (np.load(folder / f"{part}_spans.npy") for part in ("train", "val"))
     return Packed(folder, train, val, *of, *spans, manifest["end"], counts=counts, template=manifest["template"])
+
+
+def _damaged(folder: Path, name: str) -> UserError:
+    return UserError(
+        option=folder / name,
+        why="is damaged: its bytes are not those that were written",
+        hint="remove the packed data and type the same command again",
+        commands=[shlex.join(["rm", "-r", str(folder)])],
+    )
 
 
 def _write(
@@ -153,7 +161,12 @@ def _write(
     fast = _tokenizer(corpus, documents, sides, vocab, tokenizer)
     fast.save_pretrained(folder / "tokenizer")
     if fast.eos_token_id is None and not corpus.words:
-        raise UserError(f"data.tokenizer={tokenizer}: has no token for the end of a text, which separates documents.")
+        raise UserError(
+            option="data.tokenizer",
+            got=tokenizer,
+            why="has no token for the end of a text, which separates documents",
+            hint="choose a tokenizer that has an eos_token",
+        )
     write = _write_examples if corpus.pairs else _write_text
     about = write(folder, corpus, documents, sides, fast, seq_len, tokens or math.inf, val_rows, special == "tokens")
     worth_it = corpus.pairs or about["counts"]["left_out"].keys() - {"limit"} or about["counts"]["special_as_text"]
@@ -231,7 +244,8 @@ def _announced_bos(fast, seq_len: int) -> list[int]:
     """The tokens that the tokenizer puts in front of a text, of which one line is printed."""
     bos = bos_of(fast)
     if len(bos) > seq_len:
-        raise UserError(f"data.seq_len={seq_len}: the tokenizer puts {len(bos)} tokens in front of a text; need more.")
+        why = f"the tokenizer puts {len(bos)} tokens in front of a text"
+        raise UserError(option="data.seq_len", got=seq_len, why=why, need=f"at least {len(bos)}")
     if bos:
         names = " ".join(fast.convert_ids_to_tokens(bos))
         console.print(
@@ -310,8 +324,10 @@ def _write_examples(
     counts.rows = counts.used | {"val": min(len(spans["val"]), val_rows)}
     if not all(counts.used.values()):
         raise UserError(
-            f"{in_words(counts.as_dict())}. Each side needs one: give more examples, longer rows (data.seq_len=, "
-            "data.prompt_len=), or more of them to validation (data.val_share=0.2)."
+            in_words(counts.as_dict()),
+            need="at least one example for training and one for validation",
+            hint="give more examples, longer rows (data.seq_len=, data.prompt_len=), or a larger share of the examples "
+            "to validation (data.val_share=0.2)",
         )
     for side, of in spans.items():
         taken = _save(folder, side, dtype, (len(of), size), val_rows)
@@ -375,8 +391,9 @@ def _save(folder: Path, side: str, dtype: type, shape: tuple[int, int], val_rows
 
 def _too_short(count: dict[str, int], size: int):
     raise UserError(
-        f"The text gives {count['train']:,} tokens for training and {count['val']:,} for validation, and one row needs "
-        f"{size:,}. Choose more text, shorter rows (data.seq_len=64), or more validation (data.val_share=0.2)."
+        f"the text gives {count['train']:,} tokens for training and {count['val']:,} for validation",
+        need=f"{size:,} tokens of each, one row",
+        hint="choose more text, shorter rows (data.seq_len=64), or more validation (data.val_share=0.2)",
     )
 
 

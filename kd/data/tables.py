@@ -23,7 +23,8 @@ class Documents:
         self.rows, self.make, self.option = rows, make, option
         self.columns = rows.column_names or list(self.first())
         if not self.columns:
-            raise UserError(f"{option}: it has no row with a named column. Give files that have rows.")
+            why = "has no row with a named column"
+            raise UserError(option=option, why=why, hint="give files that have rows")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -42,7 +43,8 @@ class Documents:
         try:
             yield from self.rows
         except Exception as error:  # a stream finds damage, or loses its network, on the way
-            raise UserError(f"{self.option}: could not be read: {first_line(error.__cause__ or error)}") from error
+            why = f"could not be read: {first_line(error.__cause__ or error)}"
+            raise UserError(option=self.option, why=why) from error
 
 
 class Joined:
@@ -134,7 +136,8 @@ def local_tables(files: str, paths: list[Path], builder: str, **how) -> list:
             raise
         except Exception as error:  # pyarrow and datasets have many
             cause = error.__cause__ or error
-            raise UserError(f"data.files={files}: could not be read as {builder}: {first_line(cause)}") from error
+            why = f"could not be read as {builder}: {first_line(cause)}"
+            raise UserError(option="data.files", got=files, why=why) from error
     return tables
 
 

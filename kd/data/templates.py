@@ -63,10 +63,15 @@ def template_of(pairs: Pairs, examples: Iterable[Example], tokenizer=None) -> st
     """
     able = getattr(tokenizer, "chat_template", None) is not None
     if pairs.template == "chat" and not able:
-        has = "a tokenizer that is trained on the examples has none" if tokenizer is None else "the tokenizer has none"
+        which = "a tokenizer that is trained on the examples" if tokenizer is None else "the tokenizer"
+        has = f"{which} has no chat template"
         raise UserError(
-            f"data.template=chat: {has}. Take that of a model for chats (data.tokenizer=NAME_OR_FOLDER, or the model "
-            "itself: student=hub student.name=…), or data.template=alpaca."
+            option="data.template",
+            got="chat",
+            why=has,
+            need="the chat template of a model for chats",
+            hint="type data.tokenizer=NAME_OR_FOLDER, or the model itself: student=hub student.name=…, or "
+            "data.template=alpaca",
         )
     if pairs.template:
         return pairs.template
@@ -149,8 +154,11 @@ def special_as_text(tokenizer, special: bool, template: str | None = None) -> Ca
 def check_date(date: str | None, template: str, tokenizer) -> None:
     """Raise UserError for a date that no template asks for."""
     if date and not (template == "chat" and "strftime_now" in str(tokenizer.chat_template)):
-        asks = ": the tokenizer's chat template does not ask for one" if template == "chat" else ""
-        raise UserError(f"data.date={date} would do nothing with data.template={template}{asks}. Leave it out.")
+        asks = ", as the tokenizer's chat template does not ask for a date" if template == "chat" else ""
+        why = f"would do nothing{asks}"
+        raise UserError(
+            option="data.date", got=date, conflict=f"data.template={template}", why=why, hint="leave data.date out"
+        )
 
 
 CALLS = ("tool_calls", "function_call")
@@ -168,9 +176,11 @@ def _unwritten(template: str, example: Example, before: Sequence[Turn], answer: 
 def _tools_are_lost(template: str) -> UserError:
     needed = "another" if template == "chat" else "data.template=chat and a"
     return UserError(
-        f"data.template={template} writes no {'such ' if template == 'chat' else ''}tools or calls of tools, and an "
-        f"example has them. Take {needed} tokenizer whose chat template does (data.tokenizer=NAME_OR_FOLDER), or "
-        "leave such examples out."
+        option="data.template",
+        got=template,
+        why=f"writes no {'such ' if template == 'chat' else ''}tools or calls of tools, and an example has some",
+        hint=f"take {needed} tokenizer whose chat template writes tools (data.tokenizer=NAME_OR_FOLDER), or leave such "
+        "examples out",
     )
 
 
@@ -187,8 +197,11 @@ class Chat:
     def __init__(self, tokenizer, special: bool = False, date: str | None = None):
         if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
             raise UserError(
-                "data.template=chat: this transformers takes text that looks like a special token for one, so that a "
-                "prompt could end itself. Type pip install 'transformers>=5.23', or data.template=alpaca."
+                option="data.template",
+                got="chat",
+                why="the installed version of transformers reads text that looks like a special token as that token, "
+                "so that a prompt could end itself",
+                hint="type pip install 'transformers>=5.23', or data.template=alpaca",
             )
         from transformers.utils import chat_template_utils as utils
 
@@ -268,9 +281,8 @@ class Chat:
         try:
             return self.utils.encode_marked_chat(self.tokenizer, text)
         except ValueError as error:
-            raise UserError(
-                f"data.template=chat: {error}. Leave such examples out, or type data.special=tokens."
-            ) from error
+            hint = "leave such examples out, or type data.special=tokens"
+            raise UserError(option="data.template", got="chat", why=error, hint=hint) from error
 
     def _rendered(self, messages: list[dict], tools: list | None = None, options: Mapping = NOTHING, **how) -> str:
         from jinja2 import TemplateError
@@ -290,8 +302,10 @@ class Chat:
             raise
         except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:  # templates are Hub files
             raise UserError(
-                f"data.template=chat: the tokenizer's chat template does not take {_brief(messages)}: {error}. Take "
-                "data.template=alpaca, or leave such examples out."
+                option="data.template",
+                got="chat",
+                why=f"the tokenizer's chat template does not take {_brief(messages)}: {error}",
+                hint="type data.template=alpaca, or leave such examples out",
             ) from error
 
     def _on_some_day(self, messages: list[dict], **how) -> str:
@@ -306,8 +320,11 @@ class Chat:
         """The day that was set, in place of the clock."""
         if self.date is None:
             raise UserError(
-                "data.template=chat: the tokenizer's chat template writes today's date into every prompt, so the same "
-                f"words would make other data tomorrow. Choose the day: data.date={datetime.date.today()}, say."
+                option="data.template",
+                got="chat",
+                why="the tokenizer's chat template writes today's date into every prompt, so that the same command "
+                "would make other data tomorrow",
+                hint=f"choose the day: type e.g. data.date={datetime.date.today()}",
             )
         return datetime.datetime.fromisoformat(self.date).strftime(form)
 
@@ -339,17 +356,21 @@ class Chat:
         place = next((i for i, pair in enumerate(zip_longest(alone, both)) if pair[0] != pair[1]), len(alone))
         alone, both = _around(alone, place), _around(both, place)
         return UserError(
-            f"data.template=chat: the tokenizer's chat template {why}, so no row can be what it writes.\n"
-            f"With the prompt alone it writes: {alone!r}\nWith the answer: {both!r}\n"
-            "Take data.template=alpaca, a tokenizer with another chat template (data.tokenizer=FOLDER), or leave such "
-            "examples out."
+            option="data.template",
+            got="chat",
+            why=f"the tokenizer's chat template {why}, so that no row can be what it writes.\n"
+            f"With the prompt alone it writes: {alone!r}\nWith the answer: {both!r}",
+            hint="type data.template=alpaca, take a tokenizer with another chat template (data.tokenizer=FOLDER), or "
+            "leave such examples out",
         )
 
 
 def _random(*args, **how):
     raise UserError(
-        "data.template=chat: the tokenizer's chat template draws random text, so the same words would make other data "
-        "each time. Take data.template=alpaca, or a tokenizer with another chat template (data.tokenizer=FOLDER)."
+        option="data.template",
+        got="chat",
+        why="the tokenizer's chat template draws random text, so that the same command would make other data each time",
+        hint="type data.template=alpaca, or take a tokenizer with another chat template (data.tokenizer=FOLDER)",
     )
 
 

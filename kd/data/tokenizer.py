@@ -30,8 +30,10 @@ def load_tokenizer(name: str, label: str):
     except UserError as error:
         if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
             raise UserError(
-                f"{label} could not be loaded: {name} has a tokenizer.model and no tokenizer.json, and that format "
-                "needs two more packages. Type pip install sentencepiece protobuf, and the same command again."
+                option=label,
+                why=f"could not be loaded: {name} has a tokenizer.model and no tokenizer.json",
+                need="the packages sentencepiece and protobuf for that format",
+                hint="type pip install sentencepiece protobuf, and the same command again",
             ) from error
         raise
 

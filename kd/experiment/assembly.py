@@ -1,4 +1,4 @@
-"""Parts of a run, put together from its settings: teacher, module, data and callbacks."""
+"""Parts of a run, put together from its config: teacher, module, data and callbacks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from kd.config.rules import Settings, check_shards, is_pretrained, kept_of, name_of
+from kd.config.rules import check_shards
+from kd.config.schema import ExperimentConfig
 from kd.data.datamodule import DistillationData
 from kd.data.tokenizer import vocabulary_size
 from kd.evaluation import responses
@@ -30,47 +31,47 @@ from kd.training.callbacks.throughput import Throughput
 from kd.training.module import DistillationModule, Schedules
 
 
-def build_teacher(settings: Settings, inputs: Inputs) -> Teacher:
+def build_teacher(config: ExperimentConfig, inputs: Inputs) -> Teacher:
     """Return the teacher of a run: its model is loaded, or begins from teacher.seed, unless a store stands for it."""
-    size, name = settings["teacher"]["size"], inputs.teacher
+    size, name = config.teacher.size, inputs.teacher
     if inputs.store or not (size or name):
         return inputs.components.logits(TeacherOrigin(store=inputs.store))
-    vocab, seq_len = vocabulary_size(inputs.components.tokenizer), settings["data"]["seq_len"]
+    vocab, seq_len = vocabulary_size(inputs.components.tokenizer), config.data.seq_len
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings["teacher"]["seed"])
+        torch.manual_seed(config.teacher.seed)
         model = causal_lm.build(None if name else size, name, vocab, seq_len, "teacher.name")
     return inputs.components.logits(TeacherOrigin(model, flops.cost(model.model, seq_len)))
 
 
 def build_module(
-    settings: Settings, components: Components, student: CausalLM, teacher: Teacher, eos_token_id: int | None,
+    config: ExperimentConfig, components: Components, student: CausalLM, teacher: Teacher, eos_token_id: int | None,
     sharded: tuple[str, ...] = (),
 ) -> DistillationModule:  # fmt: skip
-    """Return the module that trains a student, as settings say."""
-    trainer, objective = settings["trainer"], components.objective
-    truncation = teacher.truncation(kept_of(settings["truncation"]), objective.truncation)
+    """Return the module that trains a student."""
+    trainer, objective = config.trainer, components.objective
+    truncation = teacher.truncation(config.truncation.spec, objective.truncation)
     rollout = None
-    if name_of(settings["rollout"]) not in ("none", "teacher"):  # what a teacher writes is in the data
+    if not (config.rollout.is_none or config.rollout.by_teacher):  # what a teacher writes is in the data
         rollout = components.rollout(
-            strategies.Writers(student, teacher.model, eos_token_id, settings["seed"], trainer["micro_batch"])
+            strategies.Writers(student, teacher.model, eos_token_id, config.seed, trainer.micro_batch)
         )
-    if trainer["compile"]:
+    if trainer.compile:
         for model in filter(None, (student, teacher.frozen)):
             model.compile_layers()
     return DistillationModule(
         student, teacher, replace(objective, truncation=truncation), Schedules(components.alpha, components.lr),
-        components.optim, max_steps=trainer["steps"], micro_batch_size=trainer["micro_batch"],
-        grad_clip=trainer["clip"], rollout=rollout, sharded=sharded,
-        token_selection=None if name_of(settings["routing"]) == "none" else components.route,
+        components.optim, max_steps=trainer.steps, micro_batch_size=trainer.micro_batch,
+        grad_clip=trainer.clip, rollout=rollout, sharded=sharded,
+        token_selection=None if config.routing.name == "none" else components.route,
     )  # fmt: skip
 
 
-def build_data(settings: Settings, inputs: Inputs, teacher: Teacher) -> DistillationData:
+def build_data(config: ExperimentConfig, inputs: Inputs, teacher: Teacher) -> DistillationData:
     """Return the batches of this rank."""
-    trainer = settings["trainer"]
+    trainer = config.trainer
     return DistillationData(
-        inputs.packed, trainer["batch"], settings["seed"], trainer["steps"], teacher_rows=teacher.rows,
-        read_teacher=teacher.read, lm_data=inputs.plain, rank_slice=collectives.share(trainer["batch"]),
+        inputs.packed, trainer.batch, config.seed, trainer.steps, teacher_rows=teacher.rows,
+        read_teacher=teacher.read, lm_data=inputs.plain, rank_slice=collectives.share(trainer.batch),
     )  # fmt: skip
 
 
@@ -91,63 +92,63 @@ class RunCallbacks(NamedTuple):
 
 
 def build_callbacks(
-    run: Run, settings: Settings, inputs: Inputs, module: DistillationModule, data: DistillationData, *,
-    config: dict, code: dict, title: str, start: int,
+    run: Run, config: ExperimentConfig, inputs: Inputs, module: DistillationModule, data: DistillationData, *,
+    options: dict, code: dict, title: str, start: int,
 ) -> RunCallbacks:  # fmt: skip
     """Return what stands around the steps of a run that goes on at step `start`."""
-    trainer, packed, teacher, sharded = settings["trainer"], inputs.packed, module.teacher, bool(module.sharded)
+    trainer, packed, teacher, sharded = config.trainer, inputs.packed, module.teacher, bool(module.sharded)
     recorder = None
-    if settings["record"] and not teacher.distils:
-        recorder = stores.recorder(settings, packed, inputs.components.keep, module.student, start)
+    if config.record and not teacher.distils:
+        recorder = stores.recorder(config, packed, inputs.components.keep, module.student, start)
     saving = {"before_save": recorder.flush, "before_send": recorder.send} if recorder else {}
-    student_flops = flops.cost(module.student.model, settings["data"]["seq_len"]).flops_per_token
+    student_flops = flops.cost(module.student.model, config.data.seq_len).flops_per_token
     teacher_flops = teacher.flops_per_token(module.token_selection is not None)
-    throughput = Throughput(student_flops, teacher_flops, trainer["log_every"])
+    throughput = Throughput(student_flops, teacher_flops, trainer.log_every)
     rows, least = collectives.share(len(packed.val)), 0
     if sharded:  # as many batches on each rank
-        least = -(-len(packed.val) // (trainer["micro_batch"] * collectives.count()))
+        least = -(-len(packed.val) // (trainer.micro_batch * collectives.count()))
     validation = Validation(
-        trainer["val_every"], teacher, data.validation_batches(trainer["micro_batch"], rows, least), throughput.axes,
-        packed.bytes_per_token, is_pretrained(settings),
+        trainer.val_every, teacher, data.validation_batches(trainer.micro_batch, rows, least), throughput.axes,
+        packed.bytes_per_token, config.is_pretrained,
     )  # fmt: skip
     return RunCallbacks(
-        Checkpoints(run, trainer["checkpoint_every"], config, code, **saving),
+        Checkpoints(run, trainer.checkpoint_every, options, code, **saving),
         LogitsRecorder(recorder) if recorder else None,
         throughput,
-        MetricLog(trainer["log_every"], throughput.axes),
+        MetricLog(trainer.log_every, throughput.axes),
         validation,
-        ProgressBar(title, trainer["steps"], shown=collectives.number() == 0),
-        _responses(run, settings, inputs, teacher, validation),
+        ProgressBar(title, trainer.steps, shown=collectives.number() == 0),
+        _responses(run, config, inputs, teacher, validation),
     )
 
 
 def _responses(
-    run: Run, settings: Settings, inputs: Inputs, teacher: Teacher, validation: Validation
+    run: Run, config: ExperimentConfig, inputs: Inputs, teacher: Teacher, validation: Validation
 ) -> responses.Responses | None:
     """Return the evaluation of what models write to held-out prompts, where the data has prompts."""
-    packed, asked, trainer = inputs.packed, settings["responses"], settings["trainer"]
+    packed, sampling, trainer = inputs.packed, config.responses.to_dict(), config.trainer
     if packed.val_spans is None:
         return None
     kept = inputs.teacher and responses.kept(
-        settings["root"], packed, inputs.teacher, **asked, precision=trainer["precision"]
+        config.root, packed, inputs.teacher, **sampling, precision=trainer.precision
     )
     return responses.Responses(
-        run.folder, packed, inputs.components.tokenizer, teacher, validation, kept, trainer["chunk"], **asked
+        run.folder, packed, inputs.components.tokenizer, teacher, validation, kept, trainer.chunk, **sampling
     )
 
 
-def sharded_roles(settings: Settings, teacher: Teacher) -> tuple[str, ...]:
+def sharded_roles(config: ExperimentConfig, teacher: Teacher) -> tuple[str, ...]:
     """Return which of student and teacher the ranks are to hold parts of."""
-    trainer = settings["trainer"]
+    trainer = config.trainer
     if collectives.count() == 1:
         return ()
-    roles = ["student"] if trainer["strategy"] == "fsdp" else []
-    shard_teacher = trainer["shard_teacher"]
+    roles = ["student"] if trainer.strategy == "fsdp" else []
+    shard_teacher = trainer.shard_teacher
     if teacher.trainable:
-        shard_teacher = trainer["strategy"] == "fsdp"
+        shard_teacher = trainer.strategy == "fsdp"
     elif teacher.model and shard_teacher is None:
-        size = 2 if trainer["precision"] == "bf16" else 4
-        shard_teacher = not fsdp.fits(teacher.cost.parameters, size, collectives.device(trainer["accelerator"]))
+        size = 2 if trainer.precision == "bf16" else 4
+        shard_teacher = not fsdp.fits(teacher.cost.parameters, size, collectives.device(trainer.accelerator))
         if shard_teacher:
-            check_shards(trainer, f"The teacher is too large for one device of {trainer['devices']}")
+            check_shards(trainer, f"The teacher is too large for one device of {trainer.devices}")
     return (*roles, *(["teacher"] if teacher.model and shard_teacher else []))

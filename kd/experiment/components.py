@@ -5,11 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from kd.config import components as conf
-from kd.config.rules import (
-    Settings,
-    kept_of,
-)
+from kd.config.schema import ExperimentConfig
 from kd.data.batches import Packed
 from kd.data.tokenizer import load_tokenizer, vocabulary_size
 from kd.errors import UserError
@@ -19,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class Components:
-    """The functions that settings name, tried once on a small random target so that no wrong number gets further."""
+    """The functions that a config names, tried once on a small random target so that no wrong number gets further."""
 
-    def __init__(self, settings: Settings, packed: Packed):
+    def __init__(self, config: ExperimentConfig, packed: Packed):
         import torch
 
         from kd.objective.chunked import Objective
@@ -29,16 +25,15 @@ class Components:
 
         axes = ("loss", "truncation", "target", "temperature", "routing", "alpha", "lr", "logits", "optim", "logger",
                 "rollout")  # fmt: skip
-        made = {name: conf.build(settings[name], name) for name in axes}
+        made = {name: getattr(config, name).build(name) for name in axes}
         self.alpha, self.lr, self.logits = made["alpha"], made["lr"], made["logits"]
         self.optim, self.logger = made["optim"], made["logger"]
         self.route, self.rollout = made["routing"], made["rollout"]
-        node = {k: v for k, v in (settings["record"] or settings["truncation"]).items() if k != "path"}
         # What a store keeps; None for everything.
-        self.keep = conf.build(node, "record") if kept_of(node) != {"name": "full"} else None
-        trainer = settings["trainer"]
+        self.keep = None if config.stored.is_full else config.stored.build("record")
+        trainer = config.trainer
         self.objective = Objective(
-            made["loss"], made["truncation"], made["target"], made["temperature"], trainer["chunk"], trainer["compile"]
+            made["loss"], made["truncation"], made["target"], made["temperature"], trainer.chunk, trainer.compile
         )
         self.tokenizer = load_tokenizer(str(packed.tokenizer), "The tokenizer of the packed data")
         vocab = vocabulary_size(self.tokenizer)
@@ -53,29 +48,31 @@ class Components:
             try:
                 self.keep(target)
             except UserError as error:
-                group = "record" if settings["record"] else "truncation"
-                raise UserError(str(error).replace("truncation.", f"{group}.")) from None
+                group = "record" if config.record else "truncation"
+                option, hint = (str(text).replace("truncation.", f"{group}.") for text in (error.option, error.hint))
+                raise error.replace(option=option, hint=hint) from None
         student = logp.flip(0).requires_grad_()
         self.objective.distance(student, target).sum().backward()
         if not student.grad.any():
             raise UserError(
-                "This loss has no gradient on what the truncation keeps, so the student would learn nothing from it "
-                "(mse compares differences of logits, and one token has none): keep more, e.g. truncation.k=10."
+                option="loss",
+                why="has no gradient on the tokens that the truncation keeps, so that the student would learn nothing "
+                "(mse compares differences of logits, and one token has none)",
+                hint="keep more tokens, e.g. truncation.k=10",
             )
         try:
             self.optim([{"params": [torch.nn.Parameter(torch.zeros(1))], "width": 1}])
         except UserError:
             raise
         except (ValueError, TypeError) as error:  # as torch says it
-            raise UserError(f"optim: {error}.") from None
+            raise UserError(option="optim", why=error) from None
         for progress in (step / 100 for step in range(101)):
             if not 0 <= self.alpha(progress) <= 1:
-                raise UserError(
-                    f"alpha is {self.alpha(progress)} at {progress:.0%} of the run: need a share from 0 to 1."
-                )
+                why, need = f"is {self.alpha(progress)} at {progress:.0%} of the run", "a share from 0 to 1"
+                raise UserError(option="alpha", why=why, need=need)
             if not 0 <= self.lr(progress) < math.inf:
-                raise UserError(f"lr is {self.lr(progress)} at {progress:.0%} of the run: need a number of at least 0.")
-        if settings["lm"] == "plain" and all(self.alpha(step / 100) == 1 for step in range(101)):
-            raise UserError(
-                "lm=plain would do nothing, as alpha is 1 throughout; type alpha.peak=0.5, or leave it out."
-            )
+                why, need = f"is {self.lr(progress)} at {progress:.0%} of the run", "a number of at least 0"
+                raise UserError(option="lr", why=why, need=need)
+        if config.lm == "plain" and all(self.alpha(step / 100) == 1 for step in range(101)):
+            why, hint = "would do nothing, as alpha is 1 in all steps", "type alpha.peak=0.5, or leave lm=plain out"
+            raise UserError(option="lm", got="plain", why=why, hint=hint)

@@ -1,14 +1,24 @@
-"""From the composed config to what is to be done: the run, its data, its teacher and its store. No model, no torch."""
+"""Plan of a run: its folder, its data, the runs that make its teacher and its first weights, its store. Needs no
+model and no torch."""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from kd.config import components as conf
-from kd.config.compose import composed
-from kd.config.rules import Settings, is_recorded, name_of, resolve, source_of, stored_part, tokenizer_name
+from kd.config.compose import default_config
+from kd.config.schema import (
+    Component,
+    DataConfig,
+    ExperimentConfig,
+    FineTunedInit,
+    ModelConfig,
+    PretrainedInit,
+    TeacherConfig,
+)
 from kd.data import packing
 from kd.data.corpora import Corpus
 from kd.errors import UserError
@@ -19,166 +29,173 @@ from kd.store.location import FORMAT, Place
 from kd.system import files, remote
 from kd.system.files import read_json
 
+_plans: WeakKeyDictionary[ExperimentConfig, Plan] = WeakKeyDictionary()
+
 
 class Plan(NamedTuple):
-    """The run that settings describe, the settings of the runs that make its teacher and what its student starts from,
-    and the place of its store."""
+    """Everything that a config stands for on disk."""
 
     run: Run
-    teacher: Settings | None  # None if it is not to be made
-    start: Settings | None
-    store: Place | None
+    teacher: ExperimentConfig | None  # run that makes the teacher; None if it is not to be made
+    start: ExperimentConfig | None  # run that makes the student's first weights
+    store: Place | None  # of the teacher's logits, to be read or written
+    recording: ExperimentConfig | None  # run that records the store, for logits=recorded
+
+    @classmethod
+    def of(cls, config: ExperimentConfig) -> Plan:
+        """Return the plan of a config, made once. Data, teacher and store are part of a run's identity."""
+        if config not in _plans:
+            _plans[config] = _made(config)
+        return _plans[config]
 
 
-def plan(settings: Settings) -> Plan:
-    """What is to be done; fast: no model, no torch. Data, teacher and store are part of a run's identity."""
-    source, how = corpus(settings)
-    teacher = store = None
+def _made(config: ExperimentConfig) -> Plan:
+    source, how = corpus(config)
     digests = {"data": packing.key(source, **how)}
-    for role in ("student", "teacher"):
-        if stamp := files.stamp(settings[role]["name"]):
+    for role, model in (("student", config.student), ("teacher", config.teacher)):
+        if stamp := files.stamp(model.name):
             digests[f"{role}.name"] = stamp
-    if (settings["teacher"]["size"] or settings["teacher"].get("sft")) and source_of(settings) != "cotrained":
-        teacher = teacher_settings(settings)
-        digests["teacher"] = plan(teacher).run.name
-    if start := start_settings(settings):
-        digests["start"] = plan(start).run.name
-    if settings["lm"] == "plain":
-        text, how = plain_corpus(settings)
+    teacher = store = recording = None
+    if (config.teacher.size or config.teacher.sft) and not config.logits.source.trains_teacher:
+        teacher = teacher_config(config)
+        digests["teacher"] = Plan.of(teacher).run.name
+    if start := start_config(config):
+        digests["start"] = Plan.of(start).run.name
+    if config.lm == "plain":
+        text, how = plain_corpus(config)
         digests["plain"] = packing.key(text, **how)
-    if source_of(settings) == "offline":
-        part, name = stored_part(settings), settings["teacher"]["name"]
-        told = {k: v for k, v in digests.items() if k in ("data", "teacher", "teacher.name")}
-        of = [FORMAT, told, settings["trainer"]["precision"]]
-        of += [whole_as_float(part)]
-        of += [settings["logits"]["seed"] if part["name"] == "random" else None]
-        of += [None if "teacher.name" in digests else name]  # of the Hub
-        made = recording(settings)
-        store = plan(made).store if made else place(settings, files.digest_of(of)[:16], settings["logits"]["path"])
+    if config.logits.source.reads_store:
+        recording = recording_config(config) if config.logits.source.is_recorded else None
+        found = Plan.of(recording).store if recording else None
+        store = found or place(config, _store_key(config, digests), config.logits.path)
         digests["store"] = store.key
-    run = Run(settings["root"], identity(conf.flat(settings), **digests))
-    if source_of(settings) == "none" and settings["record"]:
-        store = place(settings, files.digest_of([run.name, stored_part(settings)])[:16], settings["record"]["path"])
-    return Plan(run, teacher, start, store)
+    run = Run(config.root, identity(config.flat(), **digests))
+    if config.record and not config.logits.source.distils:
+        store = place(config, files.digest_of([run.name, config.record.spec])[:16], config.record.path)
+    return Plan(run, teacher, start, store, recording)
 
 
-def place(settings: Settings, key: str, path: str | None) -> Place:
-    """A store that is there already has the key that it was written with, whatever config reads it."""
-    cache = remote.home(settings["root"]) / "stores"
-    usual = f"{settings['root']}/stores/{key}" if remote.is_url(settings["root"]) else str(cache / key)
-    found = Place(path or usual, key, cache)
+def _store_key(config: ExperimentConfig, digests: dict[str, str]) -> str:
+    """Name of a store's folder: a digest of all that its content depends on."""
+    spec = config.stored.spec
+    inputs = {k: v for k, v in digests.items() if k in ("data", "teacher", "teacher.name")}
+    seed = config.logits.seed if spec["name"] == "random" else None
+    on_hub = None if "teacher.name" in digests else config.teacher.name
+    return files.digest_of([FORMAT, inputs, config.trainer.precision, whole_as_float(spec), seed, on_hub])[:16]
+
+
+def place(config: ExperimentConfig, key: str, path: str | None) -> Place:
+    """Return the place of a store; one that exists keeps the key it was written under, whatever config reads it."""
+    folder = remote.home(config.root) / "stores"
+    usual = f"{config.root}/stores/{key}" if remote.is_url(config.root) else str(folder / key)
+    found = Place(path or usual, key, folder)
     try:
         manifest = read_json(found.manifest()) or {}
-    except UserError:  # damaged: said by who opens it, with what mends it
+    except UserError:  # damaged: whoever opens it says so, with what mends it
         manifest = {}
     return found._replace(key=str(manifest.get("key", key)))
 
 
-def recording(settings: Settings) -> Settings | None:
-    """The run that makes the store of logits=recorded: the teacher's own, in a root of its own; None for others."""
-    if not is_recorded(settings):
-        return None
-    made = teacher_settings(settings) | {"root": f"{settings['root']}/recorded"}
-    made["record"] = {**(settings["record"] or settings["truncation"]), "path": None}
-    return made
+def recording_config(config: ExperimentConfig) -> ExperimentConfig:
+    """Return the run that makes the store of logits=recorded: the teacher's, in a root of its own."""
+    record = config.stored.derive(path=None)
+    return teacher_config(config).derive(root=f"{config.root}/recorded", record=record)
 
 
-def corpus(settings: Settings) -> tuple[Corpus, dict]:
-    """The text, and how it is packed. Pretrained models bring a tokenizer; instructions take that of the plain text."""
-    source, how = _packing(settings, settings["data"], "data")
+def corpus(config: ExperimentConfig) -> tuple[Corpus, dict[str, Any]]:
+    """Return the text, and how it is packed. Pretrained models bring a tokenizer; instructions take that of the plain
+    text."""
+    source, how = _packing(config, config.data, "data")
     if source.pairs and not how["tokenizer"]:
-        how["tokenizer_of"] = plain_corpus(settings)
+        how["tokenizer_of"] = plain_corpus(config)
     return source, how
 
 
-def plain_corpus(settings: Settings) -> tuple[Corpus, dict]:
-    """The plain text beside the data, and how it is packed: as the data is."""
-    return _packing(settings, plain_data(settings), "plain")
+def plain_corpus(config: ExperimentConfig) -> tuple[Corpus, dict[str, Any]]:
+    """Return the plain text beside the data, and how it is packed: as the data is."""
+    return _packing(config, plain_data(config), "plain")
 
 
-def plain_data(settings: Settings) -> Settings:
-    """Settings of a run on the plain text."""
+def plain_data(config: ExperimentConfig) -> DataConfig:
+    """Return the plain text as the data of a run."""
     shared = ("seq_len", "vocab", "tokenizer", "val_rows", "val_share", "special")
-    alike = {k: settings["data"][k] for k in shared if k in settings["data"]}  # a store of before has no special
-    return {"tokens": None} | settings["plain"] | alike
+    alike = {k: config.data.args[k] for k in shared if k in config.data.args}  # an old store's has no special
+    return DataConfig.from_node({"tokens": None} | config.plain.to_dict() | alike, "plain")
 
 
-def _packing(settings: Settings, node: Settings, group: str) -> tuple[Corpus, dict]:
-    make = conf.load(node["_target_"], group)
-    known = {"_target_", *conf.parameters_of(make)[0], *packing.OPTIONS}
-    for name in node.keys() - known:
-        raise UserError(f"{group}.{name}={node[name]}: no such option of this data.")
-    source = cached_corpus(make, **conf.checked(make, node, group))
-    how = conf.checked(packing.pack, node, group)
-    how["code"] = provenance.component(group, name_of(node))
-    if source.words and node["tokenizer"]:
-        raise UserError(f"data.tokenizer={node['tokenizer']}: this data has a vocabulary of its own; leave it out.")
+def _packing(config: ExperimentConfig, data: Component, group: str) -> tuple[Corpus, dict[str, Any]]:
+    make = conf.load(data.target, group)
+    parameters = {*conf.parameters_of(make)[0], *packing.OPTIONS}
+    for name in data.args.keys() - parameters:
+        hint = f"leave {group}.{name} out"
+        raise UserError(option=f"{group}.{name}", got=data.args[name], why="this data has no such option", hint=hint)
+    source = cached_corpus(make, **conf.checked(make, data.args, group))
+    how = conf.checked(packing.pack, data.args, group)
+    how["code"] = provenance.component(group, data.name)
     if not source.words:
-        how["tokenizer"] = tokenizer_name(settings)
+        how["tokenizer"] = config.tokenizer
+    elif tokenizer := data.args.get("tokenizer"):
+        why, hint = "this data has a vocabulary of its own", "leave data.tokenizer out"
+        raise UserError(option="data.tokenizer", got=tokenizer, why=why, hint=hint)
     return source, how
 
 
 @cache
-def cached_corpus(make, **arguments):
-    """A sweep asks for the same corpus once per run."""
+def cached_corpus(make: Callable[..., Corpus], **arguments: Any) -> Corpus:
+    """Return a corpus, made once for all runs of a sweep."""
     return make(**arguments)
 
 
-def teacher_settings(settings: Settings) -> Settings:
-    """A teacher of a size is itself a run: language modelling with the defaults, whatever the student's settings are.
+def teacher_config(config: ExperimentConfig) -> ExperimentConfig:
+    """Return the run that makes a teacher of a size: language modelling with the defaults, whatever the student has.
 
     It is what `python train.py logits=none teacher=none student=SIZE trainer.steps=… lr.peak=… data=…` would be; on
     instructions, after a run on the plain text, for which alone start.steps and its like are the student's too. So is
     a named one with teacher.sft=true, from the weights it has.
     """
-    of = settings["teacher"]
-    start = "pretrained" if of["size"] and corpus(settings)[0].pairs else "scratch"
-    student = {"size": of["size"], "name": of["name"]}
-    return _language_modelling(settings, student, start, **{k: of[k] for k in ("steps", "batch", "lr", "seed")},
-                               precision=of["precision"])  # fmt: skip
+    teacher = config.teacher
+    start = "pretrained" if teacher.size and corpus(config)[0].pairs else "scratch"
+    return _language_modelling(config, teacher, start, teacher.steps, teacher.batch, teacher.lr, teacher.seed,
+                               teacher.precision)  # fmt: skip
 
 
-def start_settings(settings: Settings) -> Settings | None:
-    """The run that made the weights which a student starts from; None where they are those that its name or size says.
+def start_config(config: ExperimentConfig) -> ExperimentConfig | None:
+    """Return the run that makes a student's first weights; None where they are those that its name or size says.
 
     Raises UserError for a stage that this student or data cannot have.
     """
-    of, student = settings["start"], settings["student"]
-    if of["stage"] == "scratch":
+    start, student = config.start, config.student
+    if isinstance(start, FineTunedInit):
+        if not corpus(config)[0].pairs:
+            why = "needs instructions to fine-tune on, and this data is plain text"
+            raise UserError(option="start", got="sft", why=why, hint="type data=instructions, or start=scratch")
+        before, lr = ("scratch", 1e-4) if student.name else ("pretrained", 1e-3)
+        return _language_modelling(
+            config, student, before, start.sft_steps, start.sft_batch, start.sft_lr or lr, start.seed
+        )  # fmt: skip
+    if not isinstance(start, PretrainedInit):
         return None
-    if of["stage"] == "pretrained":
-        if student["name"]:
-            raise UserError(f"start=pretrained: student.name={student['name']} is pretrained as it is; leave it out.")
-        made = _language_modelling(settings, student, "scratch", of["steps"], of["batch"], of["lr"], of["seed"])
-        return made | {"data": plain_data(settings)}
-    if not corpus(settings)[0].pairs:
-        raise UserError(
-            "start=sft fine-tunes on instructions, and this data is plain text; type data=instructions, or "
-            "start=scratch."
-        )
-    before, rate = ("scratch", 1e-4) if student["name"] else ("pretrained", 1e-3)
-    return _language_modelling(
-        settings, student, before, of["sft_steps"], of["sft_batch"], of["sft_lr"] or rate, of["seed"]
-    )  # fmt: skip
-
-
-@cache
-def resolved(*typed: str) -> Settings:
-    """Resolve these words, for callers that copy what they change: a sweep asks for the same teacher once per run."""
-    return resolve(composed(*typed), list(typed))
+    if student.name:
+        why, hint = "this student is pretrained as it is", "leave start=pretrained out"
+        conflict = f"student.name={student.name}"
+        raise UserError(option="start", got="pretrained", conflict=conflict, why=why, hint=hint)
+    made = _language_modelling(config, student, "scratch", start.steps, start.batch, start.lr, start.seed)
+    return made.derive(data=plain_data(config))
 
 
 def _language_modelling(
-    settings: Settings, student: Settings, start: str, steps: int, batch: int, lr: float, seed: int,
-    precision: str = "fp32",
-) -> Settings:  # fmt: skip
-    """A run on the data of settings, with the defaults but for what is given here."""
-    typed = ["teacher=none", "logits=none", f"seed={seed}", f"lr.peak={lr}", f"start={start}"]
-    typed += [f"trainer.steps={steps}", f"trainer.batch={batch}", f"trainer.micro_batch={batch}"]
-    typed += ["optim=adamw"] if student["name"] else []  # as student=hub has it
-    made = copy.deepcopy(resolved(*typed, f"trainer.precision={precision}"))
-    made["data"] = settings["data"] | {"tokenizer": corpus(settings)[1]["tokenizer"]}
-    made["student"] = student
-    made["trainer"]["accelerator"] = settings["trainer"]["accelerator"]
-    made["start"] |= {k: v for k, v in settings["start"].items() if k in made["start"] and k != "stage"}
-    return made | {k: settings[k] for k in ("root", "logger", "sweep", "plain", "token_names")}
+    config: ExperimentConfig, model: ModelConfig | TeacherConfig, start: str, steps: int, batch: int, lr: float,
+    seed: int, precision: str = "fp32",
+) -> ExperimentConfig:  # fmt: skip
+    """Return a run on the config's data, with the defaults but for what is given here."""
+    optimizer = ["optim=adamw"] if model.name else []  # as student=hub has it
+    usual = default_config("teacher=none", "logits=none", f"start={start}", *optimizer)
+    stage = {k: v for k, v in config.start.to_dict().items() if k in usual.start.to_dict() and k != "stage"}
+    accelerator = config.trainer.accelerator
+    return usual.derive(
+        seed=seed, lr={"peak": lr}, start=stage, student=ModelConfig(size=model.size, name=model.name),
+        trainer={"steps": steps, "batch": batch, "micro_batch": batch, "precision": precision,
+                 "accelerator": accelerator},
+        data=config.data.derive(tokenizer=corpus(config)[1]["tokenizer"]),
+        root=config.root, logger=config.logger, sweep=config.sweep, plain=config.plain, token_names=config.token_names,
+    )  # fmt: skip

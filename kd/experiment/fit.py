@@ -8,8 +8,7 @@ from pathlib import Path
 
 import lightning
 
-from kd.config import components as conf
-from kd.config.rules import Settings
+from kd.config.schema import ExperimentConfig
 from kd.data import packing
 from kd.data.batches import Packed
 from kd.data.datamodule import DistillationData
@@ -56,24 +55,24 @@ class Assembly:
     loggers: list
     checkpoint: Path | None  # to go on with
     metadata: About
-    config: dict  # flat
+    options: dict  # the flat config
     code: dict
     student_cost: flops.Cost
 
 
-def fit(run: Run, settings: Settings, inputs: Inputs) -> dict:
+def fit(run: Run, config: ExperimentConfig, inputs: Inputs) -> dict:
     """Train, or go on with training, and write the result."""
-    parts = assemble(run, settings, inputs)
+    parts = assemble(run, config, inputs)
     trainer, module, name = parts.trainer, parts.module, parts.metadata.name
-    first, seq_len = collectives.number() == 0, settings["data"]["seq_len"]
+    first, seq_len = collectives.number() == 0, config.data.seq_len
     if first:
-        warn_of_bf16(settings, trainer)
-        warn_of_large_batches(settings, parts.data)
+        warn_of_bf16(config, trainer)
+        warn_of_large_batches(config, parts.data)
     final = None  # until all of the run is done
     try:
         with requests.in_steps():
             trainer.fit(module, datamodule=parts.data, ckpt_path=parts.checkpoint)
-        final, result = finish(run, settings, inputs, parts)
+        final, result = finish(run, config, inputs, parts)
         return result
     except BaseException as error:
         if isinstance(error, Preempted):
@@ -83,12 +82,16 @@ def fit(run: Run, settings: Settings, inputs: Inputs) -> dict:
         if outcome.state == RunState.PREEMPTED and first:
             console.print(f"{name}: {outcome.reason}", soft_wrap=True)
         if outcome.state == RunState.DIVERGED:
-            raise UserError(f"{name}: {error}. Not counted as a result; details are in {path}.") from None
+            why = f"{error}. The run is not counted as a result; its report is in {path}"
+            hint = "choose a lower lr.peak, or trainer.precision=fp32"
+            raise UserError(option=name, why=why, hint=hint) from None
         if outcome.state == RunState.OUT_OF_MEMORY:
             raise UserError(
-                f"{name} ran out of memory at step {module.global_step}, with {module.micro_batch_size} rows at once: "
-                f"{error}\nTake trainer.chunk={max(1, (module.objective.chunk or 256) // 2)}, a smaller model, or "
-                f"data.seq_len={seq_len // 2}. Details are in {path}."
+                option=name,
+                why=f"ran out of memory at step {module.global_step}, with {module.micro_batch_size} rows at once: "
+                f"{error}\nThe report of the run is in {path}",
+                hint=f"type trainer.chunk={max(1, (module.objective.chunk or 256) // 2)} or "
+                f"data.seq_len={seq_len // 2}, or choose a smaller model",
             ) from None
         raise
     finally:
@@ -97,44 +100,44 @@ def fit(run: Run, settings: Settings, inputs: Inputs) -> dict:
             logger.close(final)
 
 
-def assemble(run: Run, settings: Settings, inputs: Inputs) -> Assembly:
+def assemble(run: Run, config: ExperimentConfig, inputs: Inputs) -> Assembly:
     """Build what a run trains with."""
     silence_libraries()
-    config, trainer = conf.flat(settings), settings["trainer"]
-    code = source_code(config, inputs)
-    lightning.seed_everything(settings["seed"], verbose=False)
-    student, teacher = inputs.student(settings), build_teacher(settings, inputs)
+    options, trainer = config.flat(), config.trainer
+    code = source_code(options, inputs)
+    lightning.seed_everything(config.seed, verbose=False)
+    student, teacher = inputs.student(config), build_teacher(config, inputs)
     if inputs.packed.val_spans is not None:  # they respond to prompts when training has ended
         for model in filter(None, (student, teacher.model)):
             generate.check_cache(model)
-    sharded = sharded_roles(settings, teacher)
-    run.begin(settings)
+    sharded = sharded_roles(config, teacher)
+    run.begin(config)
     checkpoint = latest_checkpoint(run, "student" in sharded)
     start = int(checkpoint.stem.partition("-")[2]) if checkpoint else 0
-    student_cost = flops.cost(student.model, settings["data"]["seq_len"])
+    student_cost = flops.cost(student.model, config.data.seq_len)
     sizes = {role: cost[:2] for role, cost in (("student", student_cost), ("teacher", teacher.cost)) if cost}
-    metadata = about(run.name, config, sizes, code["environment"]["git"])
+    metadata = about(run.name, options, sizes, code["environment"]["git"])
     loggers = []
     if collectives.number() == 0:
         loggers.append(MetricsFile(run / "metrics.jsonl", start))
         loggers += views(inputs.components.logger, run.folder, metadata)
-    module = build_module(settings, inputs.components, student, teacher, inputs.packed.end, sharded)
-    data = build_data(settings, inputs, teacher)
+    module = build_module(config, inputs.components, student, teacher, inputs.packed.end, sharded)
+    data = build_data(config, inputs, teacher)
     callbacks = build_callbacks(
-        run, settings, inputs, module, data, config=config, code=code, title=metadata.name, start=start
+        run, config, inputs, module, data, options=options, code=code, title=metadata.name, start=start
     )
     lightning_trainer = build_trainer(
-        trainer["steps"], trainer["precision"], trainer["accelerator"], trainer["devices"], "student" in sharded,
+        trainer.steps, trainer.precision, trainer.accelerator, trainer.devices, "student" in sharded,
         callbacks.present(), loggers, run.folder,
     )  # fmt: skip
     return Assembly(
-        lightning_trainer, module, data, callbacks, loggers, checkpoint, metadata, config, code, student_cost
+        lightning_trainer, module, data, callbacks, loggers, checkpoint, metadata, options, code, student_cost
     )  # fmt: skip
 
 
-def source_code(config: dict, inputs: Inputs) -> dict:
+def source_code(options: dict, inputs: Inputs) -> dict:
     """Return what a result keeps of the code that makes it, as it is now, before anybody edits it."""
-    code = {"environment": environment(), "sources": provenance.sources(config), "origins": inputs.origins}
+    code = {"environment": environment(), "sources": provenance.sources(options), "origins": inputs.origins}
     for group, rows in (("data", inputs.packed), ("plain", inputs.plain)):
         if rows and group in code["sources"] and (packed_by := packing.code_of(rows.folder)):
             code["sources"][group] = packed_by
@@ -146,23 +149,25 @@ def latest_checkpoint(run: Run, sharded: bool) -> Path | None:
     checkpoint = collectives.gather(newest(run / "checkpoints") if collectives.number() == 0 else None)[0]
     if checkpoint and checkpoint.is_dir() != sharded:
         raise UserError(
-            f"{checkpoint} was saved {'in shards' if checkpoint.is_dir() else 'whole'}: go on with trainer.strategy="
-            f"{'fsdp' if checkpoint.is_dir() else 'ddp'}, or, to train anew, type:\n  {run.removal('checkpoints')}"
+            option=checkpoint,
+            why=f"was saved {'in shards' if checkpoint.is_dir() else 'whole'}",
+            hint=f"continue with trainer.strategy={'fsdp' if checkpoint.is_dir() else 'ddp'}, or, to train anew, type",
+            commands=[run.removal("checkpoints")],
         )
     return checkpoint
 
 
-def warn_of_bf16(settings: Settings, trainer: lightning.Trainer) -> None:
+def warn_of_bf16(config: ExperimentConfig, trainer: lightning.Trainer) -> None:
     """Print a warning where bf16 is slower than fp32."""
-    bf16 = settings["trainer"]["precision"] == "bf16"
+    bf16 = config.trainer.precision == "bf16"
     if bf16 and (slowdown := slowdown_in_bf16(trainer.strategy.root_device)) > 1.5:
         console.print(f"This processor has no arithmetic for bf16: a product takes {slowdown:.0f} times as long as in "
                       "fp32. trainer.precision=fp32 is faster here.", soft_wrap=True)  # fmt: skip
 
 
-def warn_of_large_batches(settings: Settings, data: DistillationData) -> None:
+def warn_of_large_batches(config: ExperimentConfig, data: DistillationData) -> None:
     """Print a warning where a step reads rows more than once."""
-    batch = settings["trainer"]["batch"]
+    batch = config.trainer.batch
     for text, rows in (("data", data.train_rows), ("plain text", len(data.lm_data.train) if data.lm_data else batch)):
         if batch > rows:
             console.print(f"A batch of {batch:,} rows is larger than the {text}, of {rows:,} rows: each step "
@@ -170,7 +175,7 @@ def warn_of_large_batches(settings: Settings, data: DistillationData) -> None:
                           soft_wrap=True)  # fmt: skip
 
 
-def finish(run: Run, settings: Settings, inputs: Inputs, parts: Assembly) -> tuple[dict | None, dict]:
+def finish(run: Run, config: ExperimentConfig, inputs: Inputs, parts: Assembly) -> tuple[dict | None, dict]:
     """Write the trained student and the result. Return final metrics and result; nothing of them on other ranks."""
     memory = max(collectives.gather(peak_memory()))
     student, tokenizer = parts.module.student, inputs.components.tokenizer
@@ -181,14 +186,14 @@ def finish(run: Run, settings: Settings, inputs: Inputs, parts: Assembly) -> tup
     if parts.callbacks.recorder:
         device = parts.trainer.strategy.root_device
         student.to(device)  # Lightning has moved it to the CPU
-        trainer = settings["trainer"]
+        trainer = config.trainer
         parts.callbacks.recorder.recorder.finish(
-            OnlineTeacher(student), device, inputs.packed.val, trainer["micro_batch"], trainer["steps"]
+            OnlineTeacher(student), device, inputs.packed.val, trainer.micro_batch, trainer.steps
         )
     if weights:
-        student = inputs.student(settings)
+        student = inputs.student(config)
         student.load_state_dict(weights)
-    export(run, student.model, tokenizer, row_ends(settings, inputs.packed, tokenizer), settings, result)
+    export(run, student.model, tokenizer, row_ends(config, inputs.packed, tokenizer), config, result)
     return parts.callbacks.validation.metrics, run.finish(result)
 
 
@@ -197,7 +202,7 @@ def result_of(run: Run, inputs: Inputs, parts: Assembly, memory: int) -> dict:
     packed, throughput, validation = inputs.packed, parts.callbacks.throughput, parts.callbacks.validation
     student, teacher = parts.student_cost, parts.module.teacher.cost
     return {
-        "state": "done", "run": run.name, "date": time.strftime("%Y-%m-%d %H:%M:%S"), "config": parts.config,
+        "state": "done", "run": run.name, "date": time.strftime("%Y-%m-%d %H:%M:%S"), "config": parts.options,
         **parts.code, "parameters": student.parameters, "non_embedding": student.non_embedding,
         "active_parameters": student.active_parameters, "flops_per_token": student.flops_per_token,
         **{f"teacher_{name}": getattr(teacher, name, None) for name in flops.Cost._fields},
@@ -209,30 +214,30 @@ def result_of(run: Run, inputs: Inputs, parts: Assembly, memory: int) -> dict:
     }  # fmt: skip
 
 
-def row_ends(settings: Settings, packed: Packed, tokenizer) -> list[int]:
+def row_ends(config: ExperimentConfig, packed: Packed, tokenizer) -> list[int]:
     """Return the tokens that end a response or a text in the rows of a run; none where rows have no end."""
     ends = [packed.end]
     if packed.end is None:
-        ends = [] if corpus(settings)[0].words else [tokenizer.eos_token_id]
-    if settings["lm"] == "plain":
+        ends = [] if corpus(config)[0].words else [tokenizer.eos_token_id]
+    if config.lm == "plain":
         ends.append(tokenizer.eos_token_id)
     return list(dict.fromkeys(ends))
 
 
-def as_job(run: Run, settings: Settings, inputs: Inputs) -> dict:
+def as_job(run: Run, config: ExperimentConfig, inputs: Inputs) -> dict:
     """Return what each rank of a run needs, as plain containers; from_job() reads it."""
     store, plain = inputs.store, inputs.plain
     return {
-        "settings": settings, "run": run.name, "data": str(inputs.packed.folder), "teacher": inputs.teacher,
+        "config": config.to_dict(), "run": run.name, "data": str(inputs.packed.folder), "teacher": inputs.teacher,
         "start": inputs.start, "plain": str(plain.folder) if plain else None, "origins": inputs.origins,
         "store": [store.path, str(store.cache)] if store else None,
     }  # fmt: skip
 
 
-def from_job(job: dict) -> Inputs:
+def from_job(job: dict, config: ExperimentConfig) -> Inputs:
     """Return the inputs of a rank: data, teacher and store exist already."""
     packed = packing.opened(Path(job["data"]))
     store = Store(job["store"][0], Path(job["store"][1])) if job["store"] else None
     plain = packing.opened(Path(job["plain"])) if job["plain"] else None
-    components = Components(job["settings"], packed)
+    components = Components(config, packed)
     return Inputs(packed, components, job["teacher"], job["start"], store, plain, job["origins"])

@@ -17,14 +17,13 @@ from lightning.pytorch.callbacks import Callback
 from rich.table import Table
 from torch import Tensor
 
-from kd.config.components import flat
-from kd.config.rules import Settings, is_pretrained, name_of, of_instructions, source_of
+from kd.config.schema import ExperimentConfig, RolloutConfig
 from kd.data.batches import IGNORE, Batch, Packed, to_batch
 from kd.data.tokenizer import vocabulary_size
 from kd.experiment import stores
 from kd.experiment.assembly import build_module
 from kd.experiment.components import Components
-from kd.experiment.dependencies import plan, recording
+from kd.experiment.dependencies import Plan
 from kd.experiment.prerequisites import check_tokenizers, prepare
 from kd.models import causal_lm
 from kd.models import flops as flops_module
@@ -84,53 +83,55 @@ class Step(NamedTuple):
 _measured: dict[str, Step] = {}  # a sweep has many runs of one shape
 
 
-def sampled(settings: Settings) -> tuple[Settings, float]:
-    """The settings with a sample of their text, which is packed in no time, and how many times as much is asked for."""
-    of = settings["data"]
-    if (of["tokens"] or 0) <= SAMPLE:
-        return settings, 1.0
-    return settings | {"data": of | {"tokens": SAMPLE}}, of["tokens"] / SAMPLE
+def sampled(config: ExperimentConfig) -> tuple[ExperimentConfig, float]:
+    """Return a config with a sample of its text, which is packed in no time, and how many times as much it needs."""
+    tokens = config.data.tokens or 0
+    if tokens <= SAMPLE:
+        return config, 1.0
+    return config.derive(data={"tokens": SAMPLE}), tokens / SAMPLE
 
 
-def of_run(settings: Settings, packed: Packed, times: float, components: Components, vocab: int) -> Estimate:
+def of_run(config: ExperimentConfig, packed: Packed, times: float, components: Components, vocab: int) -> Estimate:
     """Of a run on `times` as many rows as are packed. Its teacher may be still to be made; its size tells as much.
 
     What is written is counted as long as it may be: models that have learned nothing do not end.
     """
-    shape = {k: v for k, v in part_of_outcome(flat(settings)).items() if not k.startswith(NO_SHAPE)}
-    shape |= {k: settings["trainer"][k] for k in ("accelerator", "devices", "strategy")}
+    shape = {k: v for k, v in part_of_outcome(config.flat()).items() if not k.startswith(NO_SHAPE)}
+    trainer, seq_len = config.trainer, config.data.seq_len
+    shape |= {"accelerator": trainer.accelerator, "devices": trainer.devices, "strategy": trainer.strategy}
     key = json.dumps([shape, vocab, _alpha(components)], sort_keys=True)
     loaded = before_measuring()
     if key not in _measured:
-        _measured[key] = _fitting(settings, packed, components, vocab)
-    step, of, seq_len = _measured[key], settings["trainer"], settings["data"]["seq_len"]
+        _measured[key] = _fitting(config, packed, components, vocab)
+    step = _measured[key]
     student, teacher = step.costs["student"], step.costs.get("teacher")
-    rows = of["steps"] * of["batch"]
+    rows = trainer.steps * trainer.batch
     positions = rows * step.wider * seq_len
-    beside = rows * seq_len if settings["lm"] == "plain" else 0  # of plain text
+    beside = rows * seq_len if config.lm == "plain" else 0  # of plain text
     tokens = round(rows * step.wider * packed.counted) + beside
-    planned = _teacher_by_cost(settings, components, step.costs, vocab)
-    once = 3 * student.flops_per_token + planned.flops_per_token(name_of(settings["routing"]) != "none")
+    planned = _teacher_by_cost(config, components, step.costs, vocab)
+    once = 3 * student.flops_per_token + planned.flops_per_token(config.routing.name != "none")
     # All rows once by a teacher before training, or some of those of the steps.
-    if name_of(settings["rollout"]) == "teacher":
+    if config.rollout.by_teacher:
         written = len(packed.train) * times
     else:
-        written = rows * components.rollout(None).writes / of["devices"]
+        written = rows * components.rollout(None).writes / trainer.devices
     seconds = None
     if step.micro_batch is not None:
-        parts = -(-of["batch"] // of["devices"] // step.rows)
-        seconds = STARTS + of["steps"] * (parts * step.micro_batch + step.optimizer)
+        parts = -(-trainer.batch // trainer.devices // step.rows)
+        seconds = STARTS + trainer.steps * (parts * step.micro_batch + step.optimizer)
         # A validation is forward passes alone, of the student and, if there is one, of the teacher.
-        looked = (-(-of["steps"] // of["val_every"]) + is_pretrained(settings)) * packed.val[:, 1:].size / of["devices"]
+        looked = -(-trainer.steps // trainer.val_every) + config.is_pretrained
+        looked = looked * packed.val[:, 1:].size / trainer.devices
         looked *= student.flops_per_token + (teacher.flops_per_token if teacher else 0)
         seconds += looked / once * step.micro_batch / (step.rows * step.wider * seq_len)
         seconds += written / step.rows * step.writing
         if packed.val_spans is not None:
-            seconds += settings["responses"]["samples"] * len(packed.val) / step.rows * step.answering
+            seconds += config.responses.samples * len(packed.val) / step.rows * step.answering
     flops = positions * once + beside * 3 * student.flops_per_token  # without those of writing
     learned = student.parameters + (teacher.parameters if planned.trainable else 0)
-    memory = held(step.costs, settings) + step.kept
-    if collectives.device(of["accelerator"]).type == "cpu":
+    memory = held(step.costs, config) + step.kept
+    if collectives.device(trainer.accelerator).type == "cpu":
         memory += loaded
     disk, active = 4 * student.parameters, student.active_parameters
     return Estimate(tokens, seconds, disk, student.parameters, flops, memory, 24 * learned, active)
@@ -142,64 +143,64 @@ def before_measuring() -> int:
     return peak_memory()
 
 
-def held(costs: dict[str, Cost], settings: Settings) -> int:
+def held(costs: dict[str, Cost], config: ExperimentConfig) -> int:
     """Bytes of weights, and of gradients and AdamW's two moments of what learns."""
-    half = settings["trainer"]["precision"] == "bf16"
+    half = config.trainer.precision == "bf16"
     # A teacher that is loaded; beside language modelling alone for the validation.
-    each = {"cotrained": 16, "offline": 0}.get(source_of(settings), 2 if half else 4)
+    source = config.logits.source
+    each = 16 if source.trains_teacher else 0 if source.reads_store else 2 if half else 4
     return 16 * costs["student"].parameters + (each * costs["teacher"].parameters if "teacher" in costs else 0)
 
 
-def of_store(settings: Settings, packed: Packed, times: float, keep, vocab: int, described: dict) -> Estimate:
+def of_store(config: ExperimentConfig, packed: Packed, times: float, keep, vocab: int, described: dict) -> Estimate:
     """Of writing the store that a run reads, of `times` as many rows as are packed.
 
     Of an untrained teacher, which a nucleus keeps more of than of any.
     """
-    of, seq_len = settings["trainer"], settings["data"]["seq_len"]
-    model = _teacher(settings, vocab)
-    encoder = RowEncoder.finished(OnlineTeacher(model), described, keep, of["accelerator"])
+    trainer, seq_len = config.trainer, config.data.seq_len
+    model = _teacher(config, vocab)
+    encoder = RowEncoder.finished(OnlineTeacher(model), described, keep, trainer.accelerator)
     rows = len(packed.train) * times
     flops = rows * seq_len * flops_module.cost(model.model, seq_len).flops_per_token
-    tokens, size, beside, seconds = takes(encoder, packed, of["micro_batch"], rows)
+    tokens, size, beside, seconds = takes(encoder, packed, trainer.micro_batch, rows)
     return Estimate(tokens, seconds, int(size) + beside, flops=flops)
 
 
-def _teacher(settings: Settings, vocab: int) -> CausalLM:
-    of = settings["teacher"]
-    return causal_lm.build(of["size"], of["name"], vocab, settings["data"]["seq_len"], "teacher.name")
+def _teacher(config: ExperimentConfig, vocab: int) -> CausalLM:
+    return causal_lm.build(config.teacher.size, config.teacher.name, vocab, config.data.seq_len, "teacher.name")
 
 
-def _fitting(settings: Settings, *of) -> Step:
+def _fitting(config: ExperimentConfig, *of) -> Step:
     """What is measured of as many rows at once as memory holds: a run halves them, too."""
-    rows = min(settings["trainer"]["micro_batch"], settings["trainer"]["batch"])
+    rows = min(config.trainer.micro_batch, config.trainer.batch)
     try:
-        return _measure(settings, *of)
+        return _measure(config, *of)
     except Exception as error:
         if rows == 1 or not out_of_memory(error):
             raise
-    return _fitting(settings | {"trainer": settings["trainer"] | {"micro_batch": rows // 2}}, *of)
+    return _fitting(config.derive(trainer={"micro_batch": rows // 2}), *of)
 
 
-def _measure(settings: Settings, packed: Packed, components: Components, vocab: int) -> Step:
+def _measure(config: ExperimentConfig, packed: Packed, components: Components, vocab: int) -> Step:
     """Measure some steps of the run's own module on one micro-batch; values of weights do not matter here."""
-    costs = _costs(settings, vocab)
-    device = collectives.device(settings["trainer"]["accelerator"])
-    if held(costs, settings) > 0.9 * capacity(device):
+    costs = _costs(config, vocab)
+    device = collectives.device(config.trainer.accelerator)
+    if held(costs, config) > 0.9 * capacity(device):
         return Step(costs)
-    seq_len = settings["data"]["seq_len"]
-    student = causal_lm.build(**settings["student"], vocab=vocab, seq_len=seq_len, option="student.name").to(device)
-    teacher = _planned_teacher(settings, components, costs, vocab)
-    batch, writing, answering = _written(settings, packed, components, student, teacher)
-    trainer = settings["trainer"] | {"compile": False}  # of the layers, which takes a minute
-    planned = settings | {"trainer": trainer, "rollout": {"_target_": "kd.rollout.strategies.none"}}
+    seq_len = config.data.seq_len
+    student = causal_lm.build(config.student.size, config.student.name, vocab, seq_len, "student.name").to(device)
+    teacher = _planned_teacher(config, components, costs, vocab)
+    batch, writing, answering = _written(config, packed, components, student, teacher)
+    trainer, rollout = {"compile": False}, RolloutConfig("kd.rollout.strategies.none")  # compiling takes a minute
+    planned = config.derive(trainer=trainer, rollout=rollout)
     module = build_module(planned, components, student, teacher, packed.end)
     alpha = _alpha(components)
     module.schedules = Schedules(lambda progress: alpha, lambda progress: 0.0)
     times = StepTimes()
     build_trainer(
-        10**9, settings["trainer"]["precision"], settings["trainer"]["accelerator"], callbacks=[times]
+        10**9, config.trainer.precision, config.trainer.accelerator, callbacks=[times]
     ).fit(module, repeat(batch))  # fmt: skip
-    rows = min(trainer["micro_batch"], trainer["batch"])
+    rows = min(config.trainer.micro_batch, config.trainer.batch)
     parts = -(-rows // module.micro_batch_size)  # more than one where memory ran out
     counted = int((batch.labels[: module.micro_batch_size] != IGNORE).sum())
     logits = min(counted, module.objective.chunk or fitting(student.head)) * vocab * 4 * ALIVE
@@ -216,53 +217,53 @@ def _alpha(components: Components) -> float:
     return highest if highest in (0, 1) else 0.5
 
 
-def _costs(settings: Settings, vocab: int) -> dict[str, Cost]:
+def _costs(config: ExperimentConfig, vocab: int) -> dict[str, Cost]:
     """Return the costs of student and teacher, from their shapes alone."""
-    seq_len = settings["data"]["seq_len"]
+    seq_len = config.data.seq_len
     return {
-        role: flops_module.cost_of(model["size"], model["name"], vocab, seq_len, f"{role}.name")
-        for role in ("student", "teacher")
-        if (model := settings[role])["size"] or model["name"]
+        role: flops_module.cost_of(model.size, model.name, vocab, seq_len, f"{role}.name")
+        for role, model in (("student", config.student), ("teacher", config.teacher))
+        if model.size or model.name
     }
 
 
-def _teacher_by_cost(settings: Settings, components: Components, costs: dict[str, Cost], vocab: int) -> Teacher:
+def _teacher_by_cost(config: ExperimentConfig, components: Components, costs: dict[str, Cost], vocab: int) -> Teacher:
     """Return the teacher of a run without its model, and with a store that is not written."""
-    store = UnwrittenStore(vocab, costs.get("teacher")) if source_of(settings) == "offline" else None
+    store = UnwrittenStore(vocab, costs.get("teacher")) if config.logits.source.reads_store else None
     return components.logits(TeacherOrigin(cost=costs.get("teacher"), store=store))
 
 
-def _planned_teacher(settings: Settings, components: Components, costs: dict[str, Cost], vocab: int) -> Teacher:
+def _planned_teacher(config: ExperimentConfig, components: Components, costs: dict[str, Cost], vocab: int) -> Teacher:
     """Return a teacher of the run's shape, with a model if its steps or its data need one."""
-    teacher = _teacher_by_cost(settings, components, costs, vocab)
-    in_steps = teacher.distils and source_of(settings) != "offline"
-    if not in_steps and name_of(settings["rollout"]) != "teacher":
+    teacher = _teacher_by_cost(config, components, costs, vocab)
+    in_steps = teacher.distils and not config.logits.source.reads_store
+    if not in_steps and not config.rollout.by_teacher:
         return teacher
-    device = collectives.device(settings["trainer"]["accelerator"])
-    teacher = components.logits(TeacherOrigin(_teacher(settings, vocab).to(device), costs["teacher"]))
-    if teacher.frozen and settings["trainer"]["precision"] == "bf16":
+    device = collectives.device(config.trainer.accelerator)
+    teacher = components.logits(TeacherOrigin(_teacher(config, vocab).to(device), costs["teacher"]))
+    if teacher.frozen and config.trainer.precision == "bf16":
         hold_in(torch.bfloat16, teacher.frozen)
     return teacher
 
 
 def _written(
-    settings: Settings, packed: Packed, components: Components, student: CausalLM, teacher: Teacher
+    config: ExperimentConfig, packed: Packed, components: Components, student: CausalLM, teacher: Teacher
 ) -> tuple[Batch, float, float]:  # fmt: skip
     """Return a micro-batch as a step gets it, and the seconds that the rollout and the student's responses take."""
-    trainer, device = settings["trainer"], next(student.parameters()).device
-    rows = packed.train[: min(trainer["micro_batch"], trainer["batch"])]
+    trainer, device = config.trainer, next(student.parameters()).device
+    rows = packed.train[: min(trainer.micro_batch, trainer.batch)]
     spans = None if packed.train_spans is None else packed.train_spans[: len(rows)]
     data = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans, packed.boundary)
     batch = data = Batch(*(x.to(device) for x in data[:4]))
     writers = Writers(student, teacher.model, packed.end, 0)
     writing = answering = 0.0
-    with torch.autocast(device.type, torch.bfloat16, enabled=trainer["precision"] == "bf16"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=trainer.precision == "bf16"):
         if spans is not None:
             _, answering = _timed(device, lambda: writers.write(data, "student"))
-        rollout = components.rollout(writers, **({"engine": "kd"} if "engine" in settings["rollout"] else {}))
+        rollout = components.rollout(writers, **({"engine": "kd"} if "engine" in config.rollout.args else {}))
         if rollout.writes:
             batch, writing = _timed(device, lambda: rollout.write(data))
-    plain = settings["lm"] == "plain" or batch is not data  # language modelling is of other text then
+    plain = config.lm == "plain" or batch is not data  # language modelling is of other text then
     return (batch._replace(beside=data) if plain else batch), writing, answering
 
 
@@ -392,10 +393,10 @@ def shortened(names: list[str]) -> list[str]:
     return short if len({*short}) == len(names) and all(short) else names
 
 
-def show(made: dict[str, Estimate], names: dict[str, str], done: int, settings: Settings, at_once: float) -> None:
+def show(made: dict[str, Estimate], names: dict[str, str], done: int, config: ExperimentConfig, at_once: float) -> None:
     """A line for each of `made` (name of its folder -> estimate), called as `names` say, and what all take together.
 
-    settings: of one of the runs, for where they run.
+    config: of one of the runs, for where they run.
     """
     if not made:
         console.print("Nothing is left to do.")
@@ -409,7 +410,7 @@ def show(made: dict[str, Estimate], names: dict[str, str], done: int, settings: 
         )  # fmt: skip
         rows[names.get(name, name)] = [amount or "–" for amount in takes]
     print_rows(dict(zip(shortened(list(rows)), rows.values(), strict=True)))
-    root, device = home(settings["root"]).resolve(), collectives.device(settings["trainer"]["accelerator"])
+    root, device = home(config.root).resolve(), collectives.device(config.trainer.accelerator)
     there = next(folder for folder in (root, *root.parents) if folder.exists())
     at_once = min(at_once, len(made))
     disk = sum(of.disk for of in made.values()) + at_once * max(of.beside for of in made.values())
@@ -420,7 +421,7 @@ def show(made: dict[str, Estimate], names: dict[str, str], done: int, settings: 
     if all(of.seconds for of in made.values()):
         says += f", about {clock(sum(of.seconds for of in made.values()))} one after another"
     says += f"; {files.amount(disk)} of disk at most, where {files.amount(free)} are free. Nothing was started."
-    if of_instructions(settings):
+    if config.data.is_instructions:
         says += " Responses that models write are taken to be as long as they may be, and count to the time alone."
     console.print(says, soft_wrap=True)
     for what, needed, has in (("memory", memory, capacity(device)), ("disk", disk, free)):
@@ -429,30 +430,30 @@ def show(made: dict[str, Estimate], names: dict[str, str], done: int, settings: 
             console.print(text, style="red", soft_wrap=True)
 
 
-def estimate(settings: Settings) -> dict[str, Estimate]:
+def estimate(config: ExperimentConfig) -> dict[str, Estimate]:
     """Return what a run takes, and before it its teacher and its store, by name; nothing of what is done."""
-    run, teacher, start, where = plan(settings)
-    if not settings["force"] and run.result() is not None:
+    run, teacher, start, place, record = Plan.of(config)
+    if not config.force and run.result() is not None:
         return {}
-    less, times = sampled(settings)
+    less, times = sampled(config)
     packed, components = prepare(less)
-    check_tokenizers(settings, components.tokenizer, settings["teacher"]["name"])
-    vocab, stored = vocabulary_size(components.tokenizer), source_of(settings) == "offline"
-    record, there = recording(settings), stored and where.manifest().exists()
+    check_tokenizers(config, components.tokenizer, config.teacher.name)
+    vocab, stored = vocabulary_size(components.tokenizer), config.logits.source.reads_store
+    exists = stored and place.manifest().exists()
     first = record or teacher
-    made = estimate(first) if first and not there else {}
+    made = estimate(first) if first and not exists else {}
     made |= estimate(start) if start else {}
-    if stored and not there and not record:
-        of = stores.described(settings, packed)
-        made[f"store {where.folder.name}"] = of_store(settings, packed, times, components.keep, vocab, of)
-    return made | {run.name: of_run(settings, packed, times, components, vocab)}
+    if stored and not exists and not record:
+        spec = stores.described(config, packed)
+        made[f"store {place.folder.name}"] = of_store(config, packed, times, components.keep, vocab, spec)
+    return made | {run.name: of_run(config, packed, times, components, vocab)}
 
 
-def show_plan(all_settings: list[Settings], said: list[str], at_once: float) -> None:
+def show_plan(configs: list[ExperimentConfig], said: list[str], at_once: float) -> None:
     """Print what runs take, called as `said`, so many at once, and what is made first for them; each thing once."""
     silence_libraries()
-    made, names = {}, {plan(of).run.name: words for of, words in zip(all_settings, said, strict=True)}
-    for of in track(all_settings, "measuring steps"):
-        made |= {name: takes for name, takes in estimate(of).items() if name not in made}
-    done = sum(not of["force"] and plan(of).run.result() is not None for of in all_settings)
-    show(made, names, done, all_settings[0], at_once)
+    made, names = {}, {Plan.of(config).run.name: words for config, words in zip(configs, said, strict=True)}
+    for config in track(configs, "measuring steps"):
+        made |= {name: takes for name, takes in estimate(config).items() if name not in made}
+    done = sum(not config.force and Plan.of(config).run.result() is not None for config in configs)
+    show(made, names, done, configs[0], at_once)

@@ -6,17 +6,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from kd.config.rules import (
-    Settings,
-    check_prompts_only,
-    name_of,
-    source_of,
-)
+from kd.config.rules import check_prompts_only
+from kd.config.schema import ExperimentConfig
 from kd.data import packing
 from kd.data.batches import Packed
 from kd.data.tokenizer import load_tokenizer, vocabulary_size
 from kd.errors import UserError
-from kd.experiment.dependencies import corpus, plain_corpus, plan, recording
+from kd.experiment.dependencies import Plan, corpus, plain_corpus
 from kd.runs import provenance, wandb_agent
 from kd.runs.run import SEALED, Run, check_student
 from kd.system import files
@@ -43,13 +39,13 @@ class Inputs(NamedTuple):
     plain: Packed | None  # text of the language-modelling term, where that is not the data's
     origins: dict[str, dict]  # role -> provenance.origin() of its run
 
-    def student(self, settings: Settings) -> CausalLM:
+    def student(self, config: ExperimentConfig) -> CausalLM:
         """Return the student as it starts."""
         from kd.models import causal_lm
 
-        which = {"size": None, "name": self.start} if self.start else settings["student"]
+        size, name = (None, self.start) if self.start else (config.student.size, config.student.name)
         vocab = vocabulary_size(self.components.tokenizer)
-        return causal_lm.build(**which, vocab=vocab, seq_len=settings["data"]["seq_len"], option="student.name")
+        return causal_lm.build(size, name, vocab=vocab, seq_len=config.data.seq_len, option="student.name")
 
 
 class Outcome(NamedTuple):
@@ -71,60 +67,63 @@ class Outcome(NamedTuple):
                 run.check(self.result, *names)
 
 
-Train = Callable[[Settings], Outcome]  # trains what the settings say, unless it is done
+Train = Callable[[ExperimentConfig], Outcome]  # trains a run, unless it is done
 
 
-def ensure(settings: Settings, train: Train) -> Inputs:
+def ensure(config: ExperimentConfig, train: Train) -> Inputs:
     """Check what a run needs, and make what is missing: data, teacher, initial weights, store, text by the teacher."""
-    _, teacher, start, where = plan(settings)
-    if settings["trainer"]["devices"] > 1:
+    planned = Plan.of(config)
+    if config.trainer.devices > 1:
         from kd.parallel import collectives
 
-        collectives.check_devices(settings["trainer"])
-    packed, components = prepare(settings)
-    for model in (settings["student"]["name"], settings["teacher"]["name"], settings["data"]["tokenizer"]):
+        collectives.check_devices(config.trainer)
+    packed, components = prepare(config)
+    for model in (config.student.name, config.teacher.name, config.data.tokenizer):
         check_student(model)
-    name, store = settings["teacher"]["name"], None
-    if source_of(settings) == "offline":
+    name, store = config.teacher.name, None
+    if config.logits.source.reads_store:
         from kd.experiment import stores
 
-        if (record := recording(settings)) and not where.manifest().exists():
+        if planned.recording and not planned.store.manifest().exists():
             with wandb_agent.hidden():
-                train(record)
+                train(planned.recording)
         name = None
-        store = stores.stored(settings, packed, components.keep, lambda: teacher_model(settings, components, train))
+        store = stores.stored(config, packed, components.keep, lambda: teacher_model(config, components, train))
         requests.end_if_asked()
-    elif teacher:
-        name = ensure_trained(teacher, train)
-    check_tokenizers(settings, components.tokenizer, name)
-    packed = written_by_teacher(settings, packed, components, train)
-    start_path = ensure_trained(start, train) if start else None
-    before = origins({"teacher": teacher, "start": start})
-    return Inputs(packed, components, name, start_path, store, plain_text(settings), before)
+    elif planned.teacher:
+        name = ensure_trained(planned.teacher, train)
+    check_tokenizers(config, components.tokenizer, name)
+    packed = written_by_teacher(config, packed, components, train)
+    start_path = ensure_trained(planned.start, train) if planned.start else None
+    before = origins({"teacher": planned.teacher, "start": planned.start})
+    return Inputs(packed, components, name, start_path, store, plain_text(config), before)
 
 
-def check_recorded(settings: Settings) -> None:
+def check_recorded(config: ExperimentConfig) -> None:
     """Raise UserError for a run that is done without the recording that is asked for now."""
-    run, _, _, where = plan(settings)
-    if where and not where.manifest().exists() and source_of(settings) == "none":
+    planned = Plan.of(config)
+    run, store = planned.run, planned.store
+    if store and not store.manifest().exists() and not config.logits.source.distils:
         raise UserError(
-            f"{run.name} is done, and nothing was recorded. To train it once more and record it, type:\n"
-            f"  {run.removal()}\nand the same command again."
+            option=run.name,
+            why="is done, and nothing was recorded",
+            hint="to train the run once more and record it, type this, and then the same command again",
+            commands=[run.removal()],
         )
 
 
-def check_logger(settings: Settings) -> None:
+def check_logger(config: ExperimentConfig) -> None:
     """Raise UserError for a logger that would not start."""
     from kd.runs import loggers
 
     silence_libraries()
-    loggers.check(name_of(settings["logger"]))
+    loggers.check(config.logger.name)
 
 
-def ensure_trained(model: Settings, train: Train) -> str:
-    """Return the folder of the model that these settings make, trained first if there is none."""
+def ensure_trained(config: ExperimentConfig, train: Train) -> str:
+    """Return the folder of the model that a run makes, trained first if there is none."""
     with wandb_agent.hidden():  # which asked for the run that needs it
-        made, result, before = train(model)
+        made, result, before = train(config)
     made.check(result, "student")
     if before and (reasons := provenance.reasons(result)):
         console.print(
@@ -135,83 +134,87 @@ def ensure_trained(model: Settings, train: Train) -> str:
     return str(made / "student")
 
 
-def origins(models: dict[str, Settings | None]) -> dict[str, dict]:
+def origins(models: dict[str, ExperimentConfig | None]) -> dict[str, dict]:
     """Return what a result keeps of the runs behind it; nothing of a store whose teacher is elsewhere or damaged."""
     found = {}
-    for role, settings in models.items():
+    for role, config in models.items():
         with suppress(UserError):
-            if settings and (result := plan(settings).run.result()):
+            if config and (result := Plan.of(config).run.result()):
                 found[role] = provenance.origin(result)
     return found
 
 
-def prepare(settings: Settings) -> tuple[Packed, Components]:
+def prepare(config: ExperimentConfig) -> tuple[Packed, Components]:
     """The data, packed, and the parts of the run, tried; all that can be wrong short of the models is found here."""
-    source, how = corpus(settings)
-    anew = settings["force"] and not settings["plan"]
-    packed = packing.pack(source, home(settings["root"]) / "data", **how, anew=anew)
-    parts = Components(settings, packed)
+    source, how = corpus(config)
+    anew = config.force and not config.plan
+    packed = packing.pack(source, home(config.root) / "data", **how, anew=anew)
+    parts = Components(config, packed)
     if packed.prompts_only:
-        check_prompts_only(settings, any(parts.alpha(step / 100) < 1 for step in range(101)))
-    if source_of(settings) == "offline":
+        check_prompts_only(config, any(parts.alpha(step / 100) < 1 for step in range(101)))
+    if config.logits.source.reads_store:
         from kd.experiment import stores
 
-        stores.opened(settings, packed)
+        stores.opened(config, packed)
     return packed, parts
 
 
-def plain_text(settings: Settings) -> Packed | None:
+def plain_text(config: ExperimentConfig) -> Packed | None:
     """The text of the language-modelling term, packed; None where it is the data's own."""
-    if settings["lm"] != "plain":
+    if config.lm != "plain":
         return None
-    source, how = plain_corpus(settings)
-    return packing.pack(source, home(settings["root"]) / "data", **how)
+    source, how = plain_corpus(config)
+    return packing.pack(source, home(config.root) / "data", **how)
 
 
-def teacher_model(settings: Settings, components: Components, train: Train) -> CausalLM:
+def teacher_model(config: ExperimentConfig, components: Components, train: Train) -> CausalLM:
     """The finished teacher, made first if there is none."""
     from kd.models import causal_lm
 
     silence_libraries()
-    _, teacher, _, where = plan(settings)
-    name = ensure_trained(teacher, train) if teacher else settings["teacher"]["name"]
+    planned = Plan.of(config)
+    name = ensure_trained(planned.teacher, train) if planned.teacher else config.teacher.name
     if name is None:
-        raise UserError(f"There is no store at {where.path}, and teacher=none cannot write one.")
-    check_student(settings["teacher"]["name"])
-    check_tokenizers(settings, components.tokenizer, name)
+        raise UserError(
+            option=planned.store.path,
+            why="does not exist, and teacher=none cannot write a store",
+            hint="give the path of a store as logits.path, or choose a teacher, e.g. teacher=1m",
+        )
+    check_student(config.teacher.name)
+    check_tokenizers(config, components.tokenizer, name)
     vocab = vocabulary_size(components.tokenizer)
-    return causal_lm.build(None, name, vocab, settings["data"]["seq_len"], "teacher.name")
+    return causal_lm.build(None, name, vocab, config.data.seq_len, "teacher.name")
 
 
-def written_by_teacher(settings: Settings, packed: Packed, components: Components, train: Train) -> Packed:
+def written_by_teacher(config: ExperimentConfig, packed: Packed, components: Components, train: Train) -> Packed:
     """The data with what the teacher writes, once: all responses for rollout=teacher, references that are missing."""
     from kd.parallel import collectives
     from kd.rollout import strategies, teacher_text
 
-    writes = name_of(settings["rollout"]) == "teacher"
+    writes = config.rollout.by_teacher
     sides = (*(["train"] if writes else []), *(["val"] if packed.prompts_only else []))
     if not sides:
         return packed
-    of = plan(settings)
-    who = of.teacher and plan(of.teacher).run.name, files.stamp(settings["teacher"]["name"]), settings["teacher"]
-    # As the settings of a rollout used to be written, so that folders keep their names.
-    how = settings["rollout"] | {"_target_": "kd.rollout.teacher", "_partial_": True} if writes else None
-    made = [packed.folder.name, how, who, *([sides] if packed.prompts_only else [])]
-    folder = home(settings["root"]) / "rollouts" / files.digest_of(made)[:16]
+    teacher = Plan.of(config).teacher
+    teacher_id = teacher and Plan.of(teacher).run.name, files.stamp(config.teacher.name), config.teacher.to_dict()
+    # As a rollout used to be written in configs, so that folders keep their names.
+    rollout = {"_target_": "kd.rollout.teacher", "_partial_": True, **config.rollout.args} if writes else None
+    key = [packed.folder.name, rollout, teacher_id, *([sides] if packed.prompts_only else [])]
+    folder = home(config.root) / "rollouts" / files.digest_of(key)[:16]
 
     def writers() -> strategies.Writers:
-        model = teacher_model(settings, components, train).to(collectives.device(settings["trainer"]["accelerator"]))
-        return strategies.Writers(None, model, packed.end, settings["teacher"]["seed"])
+        model = teacher_model(config, components, train).to(collectives.device(config.trainer.accelerator))
+        return strategies.Writers(None, model, packed.end, config.teacher.seed)
 
     return teacher_text.by_teacher(packed, folder, components.rollout if writes else strategies.teacher, writers, sides)
 
 
-def check_tokenizers(settings: Settings, ours, teacher_name: str | None) -> None:
+def check_tokenizers(config: ExperimentConfig, ours, teacher_name: str | None) -> None:
     """Raise UserError unless pretrained models use the tokenizer of the data."""
     from kd.models import causal_lm
 
-    for option, name in (("student.name", settings["student"]["name"]), ("teacher.name", teacher_name)):
+    for option, name in (("student.name", config.student.name), ("teacher.name", teacher_name)):
         if name:
             theirs = load_tokenizer(name, f"The tokenizer of {option}={name}")
-            causal_lm.same_vocabulary(ours, theirs, f"{option}={name}", settings["token_names"] == "any")
+            causal_lm.same_vocabulary(ours, theirs, f"{option}={name}", config.token_names == "any")
             causal_lm.check_rows(theirs, name, option)

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kd.config import components as conf
+from kd.config.schema import ExperimentConfig
 from kd.errors import UserError
-from kd.experiment.dependencies import plan
+from kd.experiment.dependencies import Plan
 from kd.experiment.prerequisites import Train, prepare, teacher_model
 from kd.experiment.stores import compare
 from kd.store.reader import Store
 
 
 def compare_with_teacher(store: Store, root: str, train: Train) -> str:
-    """Recompute some rows of a store with its teacher, if that is at hand; needs an initialised Hydra."""
+    """Recompute some rows of a store with its teacher, if that is at hand."""
     if "steps" in store.manifest:
         return "It was recorded from a teacher in training, so no row can be computed again."
-    settings = conf.renamed(store.manifest["settings"]) | {"root": root}
-    settings["logits"] = settings["logits"] | {"path": store.path}  # it may have been moved
-    try:
-        conf.check_targets(settings)
-        conf.check_plain(settings)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{store.path}: its settings are not those of a run ({error!r}).") from None
-    teacher, name = plan(settings).teacher, settings["teacher"]["name"]
-    if (teacher and not plan(teacher).run.result()) or (name and not teacher and not Path(name).is_dir()):
+    settings = store.manifest["settings"]
+    try:  # the store may have been moved
+        settings = settings | {"root": root, "logits": settings["logits"] | {"path": store.path}}
+        config = ExperimentConfig.from_dict(settings)
+    except (KeyError, TypeError) as error:
+        why, hint = f"has settings that are not those of a run ({error!r})", "do not use this store"
+        raise UserError(option=store.path, why=why, hint=hint) from None
+    teacher, name = Plan.of(config).teacher, config.teacher.name
+    if (teacher and not Plan.of(teacher).run.result()) or (name and not teacher and not Path(name).is_dir()):
         return f"Its teacher {store.of['teacher']} is not in {root}, so no row was computed again."
-    packed, components = prepare(settings)
-    return compare(
-        store, packed, components.keep, teacher_model(settings, components, train), settings["trainer"]["accelerator"]
-    )
+    packed, components = prepare(config)
+    model = teacher_model(config, components, train)
+    return compare(store, packed, components.keep, model, config.trainer.accelerator)

@@ -11,15 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from omegaconf import OmegaConf
 
 from kd.config import components as conf
-from kd.config.compose import composed
-from kd.config.rules import Settings, is_recorded, kept_of, name_of, of_instructions, stored_part
-from kd.config.security import redacted
+from kd.config.compose import default_options
+from kd.config.schema import ExperimentConfig
+from kd.config.secrets import redacted
 from kd.data.batches import IGNORE, Packed, to_batch
 from kd.errors import UserError
-from kd.experiment.dependencies import corpus, plan
+from kd.experiment.dependencies import Plan, corpus
 from kd.models import flops, hub
 from kd.models.causal_lm import CausalLM
 from kd.objective.chunked import chunks
@@ -42,26 +41,28 @@ ROWS = ("train.npy", "train_spans.npy", "val.npy", "val_spans.npy")  # what pack
 Keep = Callable[[Target], Target] | None  # what a store keeps of a target, with true probabilities; None for everything
 
 
-def described(settings: Settings, packed: Packed) -> dict:
-    """What a store of these settings is of; weights of a teacher that is not at hand are None."""
-    teacher, name, weights = plan(settings).teacher, settings["teacher"]["name"], None
-    called = name if name and not Path(name).is_dir() else model_name(conf.flat(settings), "teacher")
+def described(config: ExperimentConfig, packed: Packed) -> dict:
+    """Return what a store's content depends on; weights of a teacher that is not at hand are None."""
+    teacher, name, weights = Plan.of(config).teacher, config.teacher.name, None
+    called = name if name and not Path(name).is_dir() else model_name(config.flat(), "teacher")
     if teacher:
-        made = plan(teacher).run
-        called, weights = made.name, (made.result() or {}).get("weights")
+        run = Plan.of(teacher).run
+        called, weights = run.name, (run.result() or {}).get("weights")
     elif name and Path(name).is_dir():
         weights = _weights(name, files.stamp(name))
     elif name:
         weights = hub.revision(name)
-    part = stored_part(settings)
+    part = config.stored.spec
     if part.get("draws", 0) > MOST_DRAWS:
-        raise UserError(f"draws={part['draws']}: a store counts at most {MOST_DRAWS:,} draws per position; take fewer.")
+        group = "record" if config.record else "truncation"
+        need, hint = f"at most {MOST_DRAWS:,} draws per position for a store", f"type {group}.draws={MOST_DRAWS}"
+        raise UserError(option=f"{group}.draws", got=part["draws"], need=need, hint=hint)
     return {
         "format": FORMAT, "teacher": called, "weights": weights,
         "tokenizer": files.digest_of([v for k, v in sorted(packed.digests.items()) if k.startswith("tokenizer/")]),
         "data": files.digest_of([v for k, v in sorted(packed.digests.items()) if k in ROWS]),
-        "truncation": part, "precision": settings["trainer"]["precision"],
-        "seed": settings["logits"].get("seed") if part["name"] == "random" else None,
+        "truncation": part, "precision": config.trainer.precision,
+        "seed": config.logits.seed if part["name"] == "random" and config.logits.source.reads_store else None,
     }  # fmt: skip
 
 
@@ -71,117 +72,129 @@ def _weights(folder: str, stamp: str) -> dict[str, str]:
     return {p.name: files.digest(p) for p in sorted(Path(folder).glob("*.safetensors"))}
 
 
-def about_store(settings: Settings, packed: Packed, model: CausalLM, key: str) -> dict:
-    """What a store's manifest says beside what it is of."""
-    seq_len, head = settings["data"]["seq_len"], model.head
+def about_store(config: ExperimentConfig, packed: Packed, model: CausalLM, key: str) -> dict:
+    """Return what a store's manifest has beside what its content depends on."""
+    seq_len, head = config.data.seq_len, model.head
     return {
-        "key": key, "words": words_of(settings), "settings": redacted(settings), "seq_len": seq_len,
+        "key": key, "words": words_of(config), "settings": redacted(config.to_dict()), "seq_len": seq_len,
         "vocab": head.vocab, "validation": len(packed.val), "head": {"softcap": head.softcap, "scale": head.scale},
         "cost": flops.cost(model.model, seq_len)._asdict(),
     }  # fmt: skip
 
 
-def words_of(settings: Settings) -> str:
-    """What to type for the teacher, the data and the truncation of a store; what is so by default is left out."""
-    teacher, part = settings["teacher"], stored_part(settings)
-    typed = [f"data={conf.flat(settings)['data']}", f"truncation={part['name']}"]
-    typed += [f"teacher={teacher['size'] or ('hub' if teacher['name'] else 'none')}"]
-    typed += [f"plain={name_of(settings['plain'])}"] if of_instructions(settings) else []
-    own = {k: v for k, v in conf.flat(settings).items() if not k.startswith(("truncation.", "start."))}
+def words_of(config: ExperimentConfig) -> str:
+    """Return what to type for the teacher, the data and the truncation of a store; defaults are left out."""
+    teacher, part = config.teacher, config.stored.spec
+    typed = [f"data={config.data.name}", f"truncation={part['name']}"]
+    typed += [f"teacher={teacher.size or ('hub' if teacher.name else 'none')}"]
+    typed += [f"plain={config.plain.name}"] if config.data.is_instructions else []
+    own = {k: v for k, v in config.flat().items() if not k.startswith(("truncation.", "start."))}
     own |= {f"truncation.{k}": v for k, v in part.items()}
-    made = plan(settings).teacher
-    if made and made["start"]["stage"] != "scratch" != settings["start"]["stage"]:  # it was pretrained as the student
-        typed.append(f"start={made['start']['stage']}")
-        own |= conf.flat({"start": made["start"]})
-    if (tokenizer := corpus(settings)[1]["tokenizer"]) != teacher["name"]:  # a pretrained student's
+    made = Plan.of(config).teacher
+    if made and made.start.stage != "scratch" != config.start.stage:  # it was pretrained as the student
+        typed.append(f"start={made.start.stage}")
+        own |= conf.flat({"start": made.start.to_dict()})
+    if (tokenizer := corpus(config)[1]["tokenizer"]) != teacher.name:  # a pretrained student's
         own["data.tokenizer"] = tokenizer
-    usual = conf.flat(OmegaConf.to_container(composed("logits=offline", *typed)))
+    usual = default_options("logits=offline", *typed)
     groups = ("token_names", "data.", "plain.", "start.", "teacher.", "truncation.", "logits.seed", "trainer.precision")
     own = {k: v for k, v in own.items() if k.startswith(groups) and k in usual and v != usual[k]}
     typed += [f"{k}={conf.typed(v)}" for k, v in own.items()]
     return shlex.join(typed)
 
 
-def opened(settings: Settings, packed: Packed) -> Store | None:
+def opened(config: ExperimentConfig, packed: Packed) -> Store | None:
     """The store of a run with logits=offline, if it is there; raises UserError if it is not what the run needs."""
-    where, of, asked = plan(settings).store, described(settings, packed), kept_of(settings["truncation"])
-    window = window_share(settings["logits"]["window"])
+    where, of, truncation = Plan.of(config).store, described(config, packed), config.truncation.spec
+    window = window_share(config.logits.window)
     if where.manifest().exists():
         found = Store(where.path, where.cache)
-        expected = {k: v for k, v in of.items() if k != "precision"} | {"truncation": asked}
-        found.check(expected, by_path=settings["logits"].get("path") is not None or is_recorded(settings))
-        _measurable(settings, found.truncation)
+        expected = {k: v for k, v in of.items() if k != "precision"} | {"truncation": truncation}
+        found.check(expected, by_path=config.logits.path is not None or config.logits.source.is_recorded)
+        _measurable(config, found.truncation)
         return found
-    if not within(asked, of["truncation"]):
+    if not within(truncation, of["truncation"]):
         raise UserError(
-            f"truncation={asked['name']} asks for more than record={of['truncation']['name']} would have the store "
-            "hold. Record more, or leave record out to store just what is asked for."
+            option="truncation",
+            got=truncation["name"],
+            conflict=f"record={of['truncation']['name']}",
+            why="needs more than the store would hold",
+            hint="record more, or leave record out to store what this truncation keeps",
         )
-    _measurable(settings, of["truncation"])
-    if window is not None and not is_recorded(settings):
+    _measurable(config, of["truncation"])
+    if window is not None and not config.logits.source.is_recorded:
         raise UserError(
-            f"logits.window={settings['logits']['window']}: there is no store at {where.path}, and one that is written "
-            "now, by a finished teacher, covers no window of its training. Leave it out, or give logits.path=…"
+            option="logits.window",
+            got=config.logits.window,
+            why=f"{where.path} does not exist, and a store that is written now, by a finished teacher, covers no "
+            "window of its training",
+            hint="leave logits.window out, or give a recorded store by logits.path=…",
         )
     return None
 
 
-def _measurable(settings: Settings, held: dict) -> None:
+def _measurable(config: ExperimentConfig, held: dict) -> None:
     """Raise UserError for what is measured on the whole distribution, of which a store holds a part.
 
     The most probable tokens tell well enough where a teacher is sure to route by, and a few draws do not.
     """
-    routing = name_of(settings["routing"])
+    routing = config.routing.name
     if routing != "none" and held["name"] == "random":
         raise UserError(
-            f"routing={routing} is measured on what the teacher says, and the store holds {said(held)}, too little to "
-            "tell where it is sure. Take a store of the most probable tokens (record=top_k; without logits.path), of "
-            "everything (record=full), logits=online, or routing=none."
+            option="routing",
+            got=routing,
+            why=f"is measured on the teacher's probabilities, and the store holds {said(held)}, too little to tell "
+            "where the teacher is sure",
+            need="a store of the most probable tokens or of everything",
+            hint="type record=top_k or record=full (without logits.path), logits=online, or routing=none",
         )
-    name = name_of(settings["temperature"])
+    name = config.temperature.name
     if name != "fixed" and held != FULL:
         raise UserError(
-            f"temperature={name} is measured on the teacher's whole distribution, and the store holds {said(held)}. "
-            "Take a store of everything (record=full; without logits.path), logits=online, or temperature=fixed."
+            option="temperature",
+            got=name,
+            why=f"is measured on the teacher's whole distribution, and the store holds {said(held)}",
+            need="a store of everything",
+            hint="type record=full (without logits.path), logits=online, or temperature=fixed",
         )
 
 
-def stored(settings: Settings, packed: Packed, keep: Keep, teacher: Callable[[], CausalLM]) -> Store:
+def stored(config: ExperimentConfig, packed: Packed, keep: Keep, teacher: Callable[[], CausalLM]) -> Store:
     """The store of a run with logits=offline, written first if there is none, by one process while others wait."""
-    found = opened(settings, packed)
+    found = opened(config, packed)
     if found is None:
-        where = plan(settings).store
+        where = Plan.of(config).store
         run = Run(where.folder.parent, where.folder.name)
         url = is_url(where.path)
         lease = Remote(where.path, where.folder).lease(whereabouts(), alive, True) if url else nullcontext()
         with run.lock(wait=True), lease:  # one process of this machine, and of all machines that share a URL
-            found = opened(settings, packed) or write(settings, packed, keep, teacher())
+            found = opened(config, packed) or write(config, packed, keep, teacher())
     if "://" not in found.path:  # of a URL, each file is checked when it has been copied
         found.verify()
     return found
 
 
 def write(
-    settings: Settings, packed: Packed, keep: Keep, model: CausalLM, part: tuple[int, int] = (1, 1)
+    config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM, part: tuple[int, int] = (1, 1)
 ) -> Store | None:
-    """Write the store that settings describe, and open it; None for a part, which is to be merged with others."""
-    where, of = plan(settings).store, described(settings, packed)
-    encoder = RowEncoder.finished(OnlineTeacher(model), of, keep, settings["trainer"]["accelerator"])
-    about = about_store(settings, packed, model, where.key)
-    writer.write(where.folder, of, about, packed, encoder, settings["trainer"]["micro_batch"], part)
+    """Write the store that a config describes, and open it; None for a part, which is to be merged with others."""
+    where, of = Plan.of(config).store, described(config, packed)
+    encoder = RowEncoder.finished(OnlineTeacher(model), of, keep, config.trainer.accelerator)
+    about = about_store(config, packed, model, where.key)
+    writer.write(where.folder, of, about, packed, encoder, config.trainer.micro_batch, part)
     if part[1] > 1:
         return None
     if "://" in where.path:
         writer.upload(where.folder, where.path)
-    return opened(settings, packed)
+    return opened(config, packed)
 
 
-def recorder(settings: Settings, packed: Packed, keep: Keep, model: CausalLM, start: int) -> Recorder:
-    """What stores the logits of a model in training, from step `start` on; settings ask for that."""
-    run, _, _, where = plan(settings)
-    of = described(settings, packed) | {"teacher": run.name, "weights": None}
+def recorder(config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM, start: int) -> Recorder:
+    """What stores the logits of a model in training, from step `start` on."""
+    run, where = Plan.of(config).run, Plan.of(config).store
+    of = described(config, packed) | {"teacher": run.name, "weights": None}
     url = where.path if "://" in where.path else None
-    about = about_store(settings, packed, model, where.key)
+    about = about_store(config, packed, model, where.key)
     return Recorder(where.folder, of, about, keep, start, run / "checkpoints", url)
 
 
@@ -221,7 +234,8 @@ def compare(found: Store, packed: Packed, keep: Keep, model: CausalLM, accelerat
             f"KL from what it says now to what is stored {off.mean():.1e} nats in the mean, {off.max():.1e} at most."
         )
     if not abs(off.mean()) <= 0.01 + 5 * error:  # NaN is far, too
-        raise UserError(f"{found.path} is not what this teacher says: {words}")
+        why, hint = f"does not hold the probabilities of this teacher: {words}", "do not use this store"
+        raise UserError(option=found.path, why=why, hint=hint)
     return words
 
 

@@ -183,4 +183,5 @@ def needs(package: str, extra: str, launcher: str):
     try:
         return __import__(package)
     except ModuleNotFoundError:
-        raise UserError(f"hydra/launcher={launcher} needs {package}: type pip install 'kd[{extra}]'.") from None
+        need, hint = f"the package {package}", f"type pip install 'kd[{extra}]'"
+        raise UserError(option="hydra/launcher", got=launcher, need=need, hint=hint) from None

@@ -52,13 +52,15 @@ class Search(Multirun):
     def _search(self, arguments: list[str]) -> list[JobReturn]:
         optuna = _optuna()
         if not isinstance(self.config.sweep, str | None):
-            raise UserError("A search makes runs of its own: leave sweeps= out, and name the search by sweep=NAME.")
+            why, hint = "a search makes its runs itself", "leave sweeps= out, and name the search by sweep=NAME"
+            raise UserError(option="hydra/sweeper", got="optuna", conflict="sweeps=", why=why, hint=hint)
         check_sweep(self.config.sweep)
         self.name_from(arguments)
         check_words(arguments)
         fixed, space = self._space(optuna, arguments)
         if self._at_once() == math.inf:
-            raise UserError("A search learns from trials that are done: type n_jobs=, how many to make at once.")
+            why, hint = "is not set, and a search learns from trials that are done", "type n_jobs=, the trials at once"
+            raise UserError(option="n_jobs", why=why, hint=hint)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         path = home(self.config.root) / "sweeps" / f"{self.config.sweep}.optuna"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +142,8 @@ class Search(Multirun):
             else:
                 fixed.append(override.input_line)
         if not space:
-            raise UserError("A search needs an axis: type e.g. lr.peak='tag(log,interval(1e-3,3e-2))'.")
+            need, hint = "an axis to search", "type e.g. lr.peak='tag(log,interval(1e-3,3e-2))'"
+            raise UserError(option="hydra/sweeper", got="optuna", need=need, hint=hint)
         return fixed, space
 
 
@@ -192,9 +195,9 @@ def axis(optuna, override: Override):
     try:
         return _distribution(optuna.distributions, override)
     except ValueError as error:  # Optuna's
-        raise UserError(
-            f"{override.input_line}: need the smaller number first, and with log one above 0 ({error})."
-        ) from None
+        need = f"the smaller number first, and with log a number above 0 ({error})"
+        option, _, got = override.input_line.partition("=")
+        raise UserError(option=option, got=got, need=need) from None
 
 
 def _distribution(of, override: Override):
@@ -215,5 +218,6 @@ def _optuna():
     try:
         import optuna
     except ModuleNotFoundError:
-        raise UserError("hydra/sweeper=optuna needs Optuna: type pip install 'kd[optuna]'.") from None
+        need, hint = "the package Optuna", "type pip install 'kd[optuna]'"
+        raise UserError(option="hydra/sweeper", got="optuna", need=need, hint=hint) from None
     return optuna

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from kd.config.schema import TrainerConfig
 from kd.errors import UserError
 from kd.launch.warm import Forked, Warm
 from kd.runs.outcome import Outcome, RunState, classify_exit
@@ -382,9 +383,9 @@ class Process:
     memory: int = 0  # the most it held, bytes
 
 
-def gpus(trainer: Mapping) -> int:
-    """How many GPUs a run with these settings asks for, where there are any."""
-    return 0 if trainer["accelerator"] == "cpu" else trainer["devices"]
+def gpus(trainer: TrainerConfig) -> int:
+    """Return how many GPUs a run asks for, where there are any."""
+    return 0 if trainer.accelerator == "cpu" else trainer.devices
 
 
 def fitting(devices: list[str], each: int) -> int:

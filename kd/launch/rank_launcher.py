@@ -12,10 +12,9 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from kd.parallel import collectives
-from kd.runs.outcome import GOES_ON, Outcome, RunState, classify, classify_exit
+from kd.runs.outcome import Outcome, RunState, classify, classify_exit
 
 if TYPE_CHECKING:
-    from kd.config.rules import Settings
     from kd.experiment.prerequisites import Inputs
 
 import gc
@@ -32,6 +31,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from kd.config.schema import ExperimentConfig
 from kd.errors import UserError, for_people, is_mistake
 from kd.parallel.collectives import number, processor
 from kd.runs.run import Run
@@ -52,7 +52,7 @@ class Job:
         rank, of = map(int, place.split("/"))
         self.store = dist.TCPStore("127.0.0.1", int(port), is_master=False)
         self.given = json.loads(self.store.get("job"))
-        accelerator = self.given["settings"]["trainer"]["accelerator"]
+        accelerator = self.given["config"]["trainer"]["accelerator"]
         backend = "gloo" if processor(accelerator) == "cpu" else "cpu:gloo,cuda:nccl"
         if backend != "gloo":
             torch.cuda.set_device(rank)
@@ -71,7 +71,7 @@ class Shared(Run):
         super().__init__(root, name)
         self.job = job
 
-    def begin(self, config: dict) -> None:
+    def begin(self, config: ExperimentConfig) -> None:
         pass
 
     def end(self, outcome: Outcome) -> Path:
@@ -102,7 +102,7 @@ def _listen() -> None:
 
 
 def launch(program: str, run: Run, job: dict, ranks: int) -> None:
-    """Have so many processes do a job, and wait for them; the job's settings are a run's.
+    """Have so many processes do a job, and wait for them; the job's config is a run's.
 
     Raises UserError when one of them fails, as soon as it does; the others are ended, and state.json says why. Asked to
     end, it asks the ranks, which save a checkpoint first; asked once more, it ends them at once.
@@ -187,16 +187,20 @@ def _failed(run: Run, server: dist.TCPStore, codes: list[int | None], out_of_mem
     where = run.end(outcome)
     if message is None:
         print(outcome.details.get("traceback", ""), file=sys.stderr, end="")
-        message = f"{run.name}: {outcome.reason}. Details are in {where}; {GOES_ON}."
+        why, hint = (
+            f"{outcome.reason}. The report of the run is in {where}",
+            "type the same command to continue the run",
+        )
+        raise UserError(option=run.name, why=why, hint=hint)
     raise UserError(message)
 
 
-def fit_in_ranks(program: str, run: Run, settings: Settings, inputs: Inputs) -> dict:
+def fit_in_ranks(program: str, run: Run, config: ExperimentConfig, inputs: Inputs) -> dict:
     """Train in several processes, each of which is `program` with the words of a rank, and return the result."""
     from kd.experiment.fit import as_job
 
-    run.begin(settings)
-    launch(program, run, as_job(run, settings, inputs), settings["trainer"]["devices"])
+    run.begin(config)
+    launch(program, run, as_job(run, config, inputs), config.trainer.devices)
     return run.result()
 
 
@@ -206,5 +210,5 @@ def fit_as_rank(job: Job) -> None:
 
     if collectives.number():
         warnings.simplefilter("ignore")  # the first rank shows them
-    settings = job.given["settings"]
-    fit(Shared(settings["root"], job.given["run"], job), settings, from_job(job.given))
+    config = ExperimentConfig.from_dict(job.given["config"])
+    fit(Shared(config.root, job.given["run"], job), config, from_job(job.given, config))

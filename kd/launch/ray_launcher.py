@@ -32,10 +32,11 @@ class Ray(Away):
         if not any(all(node.get(kind, 0) >= amount for kind, amount in each.items()) for node in nodes):
             asked = ", ".join(f"{amount:g} {kind}" for kind, amount in each.items() if amount)
             there = "; ".join(", ".join(f"{node.get(kind, 0):g} {kind}" for kind in each) for node in nodes)
-            said = f"No node has what a run asks for: {asked}. There is {there}."
+            said = f"no node has what a run needs, {asked}: there is {there}"
             if address is None:
-                raise UserError(f"{said} Type hydra.launcher.num_cpus=, or num_gpus=.")
-            console.print(f"{said} The runs wait for one that has.", soft_wrap=True)
+                hint = "type hydra.launcher.num_cpus=, or num_gpus="
+                raise UserError(option="hydra/launcher", got="ray", why=said, hint=hint)
+            console.print(f"{said.capitalize()}. The runs wait for a node that has it.", soft_wrap=True)
         return RayPool(self.program, jobs, self.at_once([job.gpus for job in jobs]), ray, each)
 
     def _connect(self, ray, address: str | None) -> None:
@@ -49,8 +50,11 @@ class Ray(Away):
             ray._private.worker._worker_logs_enabled = False
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"hydra.launcher.address={address}: no Ray cluster answers there ({error}). Type HOST:PORT as "
-                "ray start --head said, auto on a machine of the cluster, or leave it out to start one here."
+                option="hydra.launcher.address",
+                got=address,
+                why=f"no Ray cluster answers there ({error})",
+                hint="type HOST:PORT as ray start --head printed it, auto on a machine of the cluster, or leave the "
+                "address out to start a cluster here",
             ) from None
 
 

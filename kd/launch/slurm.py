@@ -61,8 +61,10 @@ class Slurm(Away):
         missing = [word for word in ("sbatch", "srun", "squeue", "scancel") if not shutil.which(word)]
         if missing:
             raise UserError(
-                f"hydra/launcher=submitit_slurm needs SLURM, and there is no {' nor '.join(missing)} on this machine: "
-                "type the command on a login node of the cluster, or leave the launcher out to run here."
+                option="hydra/launcher",
+                got="submitit_slurm",
+                why=f"needs SLURM, and there is no {' nor '.join(missing)} on this machine",
+                hint="type the command on a login node of the cluster, or leave the launcher out to run here",
             )
         folder = home(self.config.root).absolute() / "sweeps" / f"{name}.slurm"
         of = {key: value for key, value in self.parameters.items() if value is not None}
@@ -94,8 +96,9 @@ class SlurmPool(Elsewhere):
         listed, left = self.queue(), read_json(record) or {}
         if listed is None and any(job.run.name in left for job in self.waiting):
             raise UserError(
-                "Whether jobs of this sweep are queued still cannot be known, and they would be queued once more. Type "
-                "the same command again when squeue answers."
+                option="squeue",
+                why="does not answer, so that jobs of this sweep that are still queued would be queued once more",
+                hint="type the same command again when squeue answers",
             )
         for job in list(self.waiting):
             number = left.get(job.run.name)
@@ -114,7 +117,8 @@ class SlurmPool(Elsewhere):
             numbers = [made.job_id for made in self.executor.submit_array(tasks)]
         except Exception as error:  # submitit's own, with what sbatch printed
             self.running = []
-            raise UserError(f"SLURM takes no job: {str(error).strip()}") from None
+            hint = "correct what sbatch names, e.g. by hydra.launcher.partition=…"
+            raise UserError(option="sbatch", why=f"takes no job: {str(error).strip()}", hint=hint) from None
         files.write_json(self.path, (read_json(self.path) or {}) | {j.run.name: n for j, n in zip(jobs, numbers)})
         for job, number in zip(jobs, numbers):
             self.of(job).number = number

@@ -24,15 +24,16 @@ from rich.table import Table
 from kd.config.components import check_sweep
 from kd.config.composer import Composer
 from kd.config.options import option_of
-from kd.config.rules import NO_SIGNAL, group_of, name_of, resolve
+from kd.config.rules import group_of
+from kd.config.schema import NO_EFFECT, NO_SIGNAL, ExperimentConfig
 from kd.config.security import check_words
 from kd.errors import MISTAKES, UserError, for_people
-from kd.experiment.dependencies import Plan, plan
+from kd.experiment.dependencies import Plan
 from kd.experiment.prerequisites import prepare
 from kd.launch.pool import Job, Local, Pool, Watch, fitting, gpus, visible_devices
 from kd.launch.warm import Warm
 from kd.runs import wandb_agent
-from kd.runs.identity import NO_EFFECT, below
+from kd.runs.identity import below
 from kd.runs.outcome import RunState
 from kd.runs.provenance import doubts
 from kd.runs.run import SEALED, Run
@@ -113,7 +114,7 @@ def at_scale(sweep: Mapping, scale: str) -> tuple[str, list[tuple[str, str]]]:
     """What all lines begin with, and name and words of each; ends with an error where the sweep has no such scale."""
     scales = sweep.get("scales") or {"cpu": {}}
     if scale not in scales:
-        end_with(UserError(f"scale={scale}: this sweep has {' and '.join(scales)}."))
+        end_with(UserError(option="scale", got=scale, need=f"a scale of this sweep, {' or '.join(scales)}"))
     own = scales[scale]
     lines = [line if isinstance(line, Mapping) else {"": line} for of in (sweep, own) for line in of.get("runs", [])]
     return f"{sweep.get('base', '')} {own.get('base', '')}", [pair for line in lines for pair in line.items()]
@@ -142,7 +143,7 @@ class Runs(Launcher):
         """What is to do the jobs of sweep `name`; raises UserError where it cannot."""
         raise NotImplementedError
 
-    def check_place(self, settings: dict) -> None:
+    def check_place(self, config: ExperimentConfig) -> None:
         """Raise UserError for a run that cannot be done where it is to be; of other machines nothing is known."""
 
     def launch(
@@ -171,10 +172,10 @@ class Runs(Launcher):
         check_sweep(name)
         wandb_agent.check_single()
         if self.config.plan:
-            told = self._each(self._settings, job_overrides, said)
+            configs = self._each(self._run_config, job_overrides, said)
             from kd.experiment import planner
 
-            planner.show_plan(told, said, self.at_once([gpus(of["trainer"]) for of in told]))
+            planner.show_plan(configs, said, self.at_once([gpus(config.trainer) for config in configs]))
             sys.exit()
         # Done here, once: runs that are started again on the way go on where they were.
         job_overrides = [[word for word in job if word.partition("=")[0] != "force"] for job in job_overrides]
@@ -225,16 +226,19 @@ class Runs(Launcher):
         for number, job in enumerate(jobs):
             try:
                 made.append(make(job))
-            except (UserError, HydraException) as error:
-                wrong[number] = str(error)
+            except UserError as error:
+                wrong[number] = error
+            except HydraException as error:
+                wrong[number] = UserError(error)
         if not wrong:
             return made
-        if len(set(wrong.values())) == 1 and len(wrong) == len(jobs):
-            raise UserError(wrong[0])
-        raise UserError(refused(jobs, said, wrong))
+        reasons = {number: str(error) for number, error in wrong.items()}
+        if len(set(reasons.values())) == 1 and len(wrong) == len(jobs):
+            raise wrong[0]
+        raise UserError(refused(jobs, said, reasons))
 
-    def _settings(self, words: Sequence[str]) -> dict:
-        return resolve(self.composer.compose(words), list(words))
+    def _run_config(self, words: Sequence[str]) -> ExperimentConfig:
+        return ExperimentConfig.from_hydra(self.composer.compose(words), list(words))
 
     def _prepare_wandb(self, name: str, runs: Iterable[Run]) -> None:
         """Ask W&B's server once for all runs, and put those that were made outside of any sweep into this one's group.
@@ -262,34 +266,34 @@ class Runs(Launcher):
     def _run(self, words: Sequence[str], sound: set[str]) -> tuple[Run, int, str]:
         """The run that the words describe, how many GPUs it asks for, and where it is logged.
 
-        sound: digests of the settings of runs, teachers and starts that were tried already.
+        sound: digests of the configs of runs, teachers and starts that were tried already.
         """
-        settings = self._settings(words)
-        planned = plan(settings)
+        config = self._run_config(words)
+        planned = Plan.of(config)
         run = planned.run
         if self.config.force or (result := run.result()) is None:
-            self.check_place(settings)
+            self.check_place(config)
             self.check_before(planned, sound)
-            trial = files.digest_of(settings | {"seed": None})  # which it does not depend on
+            trial = files.digest_of(config.to_dict() | {"seed": None})  # which it does not depend on
             if trial not in sound:
-                prepare(settings)
+                prepare(config)
                 sound.add(trial)
         else:
             run.settle()
             if not run.remote:
                 run.check(result, *(name for name in SEALED if name != "student"))
-        return run, gpus(settings["trainer"]), name_of(settings["logger"])
+        return run, gpus(config.trainer), config.logger.name
 
     def check_before(self, planned: Plan, sound: set[str]) -> None:
         """Raise UserError for a damaged run that makes the teacher or start of a run.
 
-        sound: digests of the settings of those that were checked already.
+        sound: digests of the configs of those that were checked already.
         """
         stored = planned.store is not None and planned.store.manifest().exists()
         for model in filter(None, (planned.start, None if stored else planned.teacher)):
-            if (digest := files.digest_of(model)) in sound:
+            if (digest := files.digest_of(model.to_dict())) in sound:
                 continue
-            before = plan(model)
+            before = Plan.of(model)
             if result := before.run.result():
                 before.run.check(result, "student")
             else:
@@ -310,8 +314,10 @@ def discard(runs: Iterable[Run]) -> None:
         for run in runs:
             if not run.claim():
                 raise UserError(
-                    f"force=true: another copy of this sweep makes {run.name}, and this one would remove what that one "
-                    "has made anew. Type the same command without force=true, and the copies share the runs."
+                    option="force",
+                    got=True,
+                    why=f"another copy of this sweep works on {run.name}, and this copy would remove its results",
+                    hint="type the same command without force=true, so that the copies share the runs",
                 )
             claimed.append(run)
         for run in filter(Run.is_done, runs):
@@ -376,11 +382,11 @@ class Processes(Runs):
         super().setup(**given)
         self.warm = Warm(self.program) if sys.platform == "linux" else None  # for all batches of a search
 
-    def check_place(self, settings: dict) -> None:
-        if settings["trainer"]["devices"] > 1:
+    def check_place(self, config: ExperimentConfig) -> None:
+        if config.trainer.devices > 1:
             from kd.parallel import collectives  # and torch
 
-            collectives.check_devices(settings["trainer"])
+            collectives.check_devices(config.trainer)
 
     def at_once(self, asked: Sequence[int]) -> int:
         return self.config.n_jobs or fitting(visible_devices(), min(asked, default=1))

@@ -78,17 +78,20 @@ class CausalLM(nn.Module):
             if out_of_memory(error):
                 raise
             raise UserError(
-                f"{option}: {type(self.model).__name__} could not be run as a body and an output layer "
-                f"({type(error).__name__}: {first_line(error)}). Choose another model."
+                option=option,
+                why=f"{type(self.model).__name__} could not be run as a body and an output layer "
+                f"({type(error).__name__}: {first_line(error)})",
+                hint="choose another model",
             ) from error
         self.model.train(training)
         tolerance = 1e-4 if whole.dtype == next(self.model.parameters()).dtype else 0.05
         off = ((whole - ours).abs().max() / whole.abs().max().clamp(min=1)).item()
         if off > tolerance:
             raise UserError(
-                f"{option}: the output layer of {type(self.model).__name__} applied to its hidden states is off from "
-                f"the model's own logits by {off:.1%}, so it does something there that kd does not know. "
-                "Choose another model, or add it to Head in kd/models/causal_lm.py."
+                option=option,
+                why=f"the output layer of {type(self.model).__name__} applied to its hidden states is off from the "
+                f"model's own logits by {off:.1%}, so that the model does something there that kd does not know",
+                hint="choose another model, or add this model to Head in kd/models/causal_lm.py",
             )
 
 
@@ -98,12 +101,14 @@ def build(size: str | None, name: str | None, vocab: int, seq_len: int, option: 
     width = model.get_output_embeddings().weight.shape[0]
     if width < vocab:
         raise UserError(
-            f"{option}: the model knows {width:,} tokens and the tokenizer {vocab:,}. They do not belong together; "
-            "leave data.tokenizer out, so that the model's own is used."
+            option=option,
+            why=f"the model knows {width:,} tokens and the tokenizer {vocab:,}, so that they do not belong together",
+            hint="leave data.tokenizer out, so that the model's own tokenizer is used",
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or seq_len
     if positions < seq_len:
-        raise UserError(f"{option}: reads at most {positions:,} tokens at once; type data.seq_len={positions} or less.")
+        why, hint = f"reads at most {positions:,} tokens at once", f"type data.seq_len={positions} or less"
+        raise UserError(option=option, why=why, hint=hint)
     causal = CausalLM(model, vocab)
     causal.check(option)
     return causal
@@ -152,18 +157,21 @@ def same_vocabulary(ours, theirs, option: str, by_ids: bool = False) -> None:
     shown = [[repr(names[index]) if index in names else "no token" for names in by_id] for index in differ[:3]]
     examples = [f"{index:,} is {one} in the data's and {other} in its" for index, (one, other) in zip(differ, shown)]
     if renamed:
-        advice = (
-            "The ids are the same, and only special or added tokens have other names. If they mean the same, type "
-            "token_names=any."
+        hint = (
+            "if these tokens mean the same, type token_names=any: the ids are the same, and only special or added "
+            "tokens have other names"
         )
     else:
-        advice = (
-            "Distillation compares the same ids on both sides, so all must share one tokenizer. Choose a teacher and a "
-            "student of one family, or a size from scratch (student=200k), which takes the teacher's tokenizer."
+        hint = (
+            "choose a teacher and a student of one family, or a size from scratch (student=200k), which takes the "
+            "teacher's tokenizer"
         )
     raise UserError(
-        f"{option}: its tokenizer has {len(b):,} tokens and the data's {len(a):,}; {count:,} of them differ "
-        f"(id {'; id '.join(examples)}{'; …' if len(differ) > 3 else ''}). {advice}"
+        option=option,
+        why=f"its tokenizer has {len(b):,} tokens and the data's {len(a):,}; {count:,} of them differ "
+        f"(id {'; id '.join(examples)}{'; …' if len(differ) > 3 else ''})",
+        need="one tokenizer for the data and all models, as distillation compares the same ids on both sides",
+        hint=hint,
     )
 
 
@@ -174,11 +182,17 @@ def check_rows(tokenizer, name: str, option: str) -> None:
     if not beyond:
         return
     shown = ", ".join(f"{token} ({index:,})" for index, token in beyond[:5]) + (", …" if len(beyond) > 5 else "")
-    raise UserError(
-        f"{option}={name}: its tokenizer has {len(beyond):,} tokens beyond the {rows:,} that the model knows: {shown}. "
-        f"The model needs a row for each. Type this once, and then {option}=NEW_FOLDER:\n"
-        "  python -c 'import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+    command = (
+        "python -c 'import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
         "name, new = sys.argv[1:]; m, t = M.from_pretrained(name), T.from_pretrained(name); "
         "m.resize_token_embeddings(max(t.get_vocab().values()) + 1); m.save_pretrained(new); t.save_pretrained(new)' "
         f"{shlex.quote(name)} NEW_FOLDER"
+    )
+    raise UserError(
+        option=option,
+        got=name,
+        why=f"its tokenizer has {len(beyond):,} tokens beyond the {rows:,} that the model knows: {shown}",
+        need="a row of the model for each token",
+        hint=f"type this once, and then {option}=NEW_FOLDER",
+        commands=[command],
     )

@@ -65,9 +65,9 @@ def experts(model) -> Iterator[tuple[nn.Module, float]]:
         chosen = _first_number((config, getattr(config, "ffn_config", None), *places), EXPERTS_PER_TOKEN)
         if not count or not chosen:
             raise UserError(
-                f"{type(model).__name__} has experts in {name}, and its config does not say as one that kd knows how "
-                "many there are and how many of them a token uses. Choose another model, or add the names to EXPERTS "
-                "and EXPERTS_PER_TOKEN in kd/models/causal_lm.py."
+                f"{type(model).__name__} has experts in {name}, and its config has none of the names that kd knows for "
+                "the number of experts and the number of experts that a token uses",
+                hint="choose another model, or add the names to EXPERTS and EXPERTS_PER_TOKEN in kd/models/flops.py",
             )
         yield module, min(1.0, chosen / count)
 

@@ -36,8 +36,10 @@ def pretrained(name: str, option: str):
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(
-            f"{option}={name}: its files lack {len(missing)} weights, {', '.join(missing[:3])} among them, "
-            "which would be left random. Download it again, or choose another."
+            option=option,
+            got=name,
+            why=f"its files lack {len(missing)} weights, {', '.join(missing[:3])} among them, which would stay random",
+            hint="download the model again, or choose another one",
         )
     return model
 
@@ -55,18 +57,22 @@ def config_of(name: str, option: str):
             method = getattr(method, "value", method)
             if not method and isinstance(quantisation, dict) and {"load_in_4bit", "load_in_8bit"} & quantisation.keys():
                 method = "bitsandbytes"  # whose older files do not name it
-            refused = (
-                f"{option}={name}: its weights are quantised ({method or 'unknown method'}), and kd needs those in "
-                "floating point. Give the model that it was quantised from, which its model card names"
+            refused = UserError(
+                option=option,
+                got=name,
+                why=f"its weights are quantised ({method or 'unknown method'})",
+                need="weights in floating point",
+                hint="give the model from which this one was quantised, which its model card names",
             )
             if not str(method).startswith("bitsandbytes"):  # transformers cannot turn the weights of others back
-                raise UserError(f"{refused}.")
-            raise UserError(
-                f"{refused}; or, with the package bitsandbytes and a place for the new folder, type:\n"
-                "  python -c 'import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+                raise refused
+            command = (
+                "python -c 'import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
                 "name, new = sys.argv[1:]; M.from_pretrained(name).dequantize().save_pretrained(new); "
                 f"T.from_pretrained(name).save_pretrained(new)' {shlex.quote(name)} NEW_FOLDER"
             )
+            hint = f"{refused.hint}; or, with the package bitsandbytes and a place for the new folder, type"
+            raise refused.replace(hint=hint, commands=(command,))
     return config
 
 
@@ -77,8 +83,10 @@ def adapter_base(name: str, option: str) -> str | None:
         return None
     if from_hub(_File, name, f"{option}={name}", file="config.json") is not None:
         raise UserError(
-            f"{option}={name}: holds a whole model (config.json) and an adapter ({ADAPTER}), and only one of them can "
-            "be meant. Keep the adapter in a folder of its own, or remove it where it is merged into the model already."
+            option=option,
+            got=name,
+            why=f"holds a whole model (config.json) and an adapter ({ADAPTER}), and only one of them can be meant",
+            hint="keep the adapter in another folder, or remove the adapter if it is merged into the model already",
         )
     try:
         base = json.loads(Path(path).read_text(encoding="utf-8")).get(BASE)
@@ -86,8 +94,10 @@ def adapter_base(name: str, option: str) -> str | None:
         base = None
     if not base or not isinstance(base, str):
         raise UserError(
-            f"{option}={name}: its {ADAPTER} does not name the model that it belongs to. Type that model's name or "
-            f"folder there, as {BASE}."
+            option=option,
+            got=name,
+            why=f"its {ADAPTER} does not name the model that the adapter belongs to",
+            hint=f"write that model's name or folder into {ADAPTER}, as {BASE}",
         )
     return base
 
@@ -96,14 +106,21 @@ def with_adapter(model, name: str, option: str):
     """The model with the adapter of that Hub name or folder merged into its weights; raises UserError without PEFT."""
     if from_hub(_File, name, f"{option}={name}", file="adapter_model.safetensors") is None:
         raise UserError(
-            f"{option}={name}: an adapter needs its weights in adapter_model.safetensors, and has no such file."
+            option=option,
+            got=name,
+            why="is an adapter without its weights",
+            need="the file adapter_model.safetensors beside its config",
+            hint="save the adapter anew with save_pretrained of PEFT, or choose another one",
         )
     try:
         from peft import PeftModel
     except ImportError as error:
         raise UserError(
-            f"{option}={name}: this is an adapter, and merging it into its model needs PEFT. Type "
-            "pip install 'kd[peft]', or give a folder where it is merged."
+            option=option,
+            got=name,
+            why="is an adapter, and PEFT is not installed",
+            need="the package PEFT to merge the adapter into its model",
+            hint="type pip install 'kd[peft]', or give a folder where the adapter is merged",
         ) from error
 
     class Merged:
@@ -169,8 +186,9 @@ def from_hub(auto, name: str, what: str, **settings):
             reason = f"{type(error).__name__}: {reason}"
         where = "in that folder" if folder else "it is no folder here, and the Hub did not give it"
         raise UserError(
-            f"{what} could not be loaded ({where}): {reason}\n"
-            "Check the name and the network, or give the folder of a downloaded model."
+            option=what,
+            why=f"could not be loaded ({where}): {reason}",
+            hint="check the name and the network, or give the folder of a downloaded model",
         ) from error
 
 

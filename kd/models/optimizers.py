@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kd.errors import UserError
+from kd.errors import check
 from kd.models.causal_lm import CausalLM
 
 
@@ -24,8 +24,7 @@ def mup(
     width of 64 to 192 (RESULTS.md), and to be tried anew at one of thousands. What weight decay takes off per step
     stays as it is. Raises UserError for a base_width below 1.
     """
-    if base_width < 1:
-        raise UserError(f"optim.base_width={base_width}: need a width of at least 1, e.g. 64, that of size 100k.")
+    check("optim.base_width", base_width, base_width >= 1, "a width of at least 1, e.g. 64, that of size 100k")
     groups = []
     for group in params:
         scale = base_width / group["width"] if group["width"] else 1.0

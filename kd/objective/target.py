@@ -55,8 +55,9 @@ class Target:
         """One of KNOWN_BY of each position [N]; raises UserError where it is not known, which says what gives it."""
         if name not in (self.sampled or ()):
             raise UserError(
-                f"This loss asks for {name} of each position, which nothing gives here: type {KNOWN_BY[name]} too, or "
-                "take another loss."
+                option="loss",
+                why=f"needs {name} of each position, which only {KNOWN_BY[name]} computes",
+                hint=f"type {KNOWN_BY[name]} too, or choose another loss",
             )
         return self.sampled[name]
 
@@ -74,8 +75,11 @@ class Target:
             tau = tau[:, None]
         if self.rest:
             raise UserError(
-                "target=rest keeps what was dropped as one column, and how that column would soften is unknown. Set "
-                "the temperature to 1 (temperature=fixed temperature.tau=1), or take target=renormalise."
+                option="target",
+                got="rest",
+                why="keeps all dropped tokens as one column, whose softened probability cannot be computed",
+                need="a temperature of 1",
+                hint="type temperature=fixed temperature.tau=1, or target=renormalise",
             )
         return replace(self, logp=(self.logp / tau).log_softmax(-1))
 

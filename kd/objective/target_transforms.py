@@ -45,7 +45,7 @@ def revise(target: Target, eta: float = 0.8) -> Target:
     takes is not known here. A temperature softens the outcome. Raises UserError for eta outside (0, 1).
     """
     if not 0 < eta < 1:
-        raise UserError(f"target.eta={eta}: need a number between 0 and 1, e.g. target.eta=0.8.")
+        raise UserError(option="target.eta", got=eta, need="a number between 0 and 1", hint="type target.eta=0.8")
     target = renormalise(target)
     best, true = target.logp.amax(-1).exp(), target.of_label().exp()  # [N]
     beta = torch.where(best > true, eta / (best - true + 1), 1.0)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kd.errors import UserError
+from kd.errors import check
 from kd.objective.target import Target
 
 
@@ -66,8 +66,8 @@ def entropy(student: Tensor, target: Target, tau: float = 2.0, theta: float = 1.
     above 0 or theta below 0.
     """
     _positive("temperature.tau", tau)
-    if not 0 <= theta < math.inf:
-        raise UserError(f"temperature.theta={theta}: need a number of at least 0 (0 leaves the temperature at tau).")
+    need = "a number of at least 0 (0 leaves the temperature at tau)"
+    check("temperature.theta", theta, 0 <= theta < math.inf, need)
     uncertainty = target.entropy(student.shape[-1]).clamp(min=1e-6)  # of none, nothing can be divided by
     return Softening((tau * 0.8 ** (theta / uncertainty)).clamp(min=1e-3), 1.0, 1.0)
 
@@ -99,5 +99,4 @@ def _spread(logp: Tensor) -> Tensor:
 
 
 def _positive(option: str, tau: float) -> None:
-    if not (tau > 0 and math.isfinite(tau)):
-        raise UserError(f"{option}={tau}: need a number above 0 (1 leaves the distribution as it is).")
+    check(option, tau, tau > 0 and math.isfinite(tau), "a number above 0 (1 leaves the distribution as it is)")

@@ -34,7 +34,9 @@ def entropy(measured: Measured, share: float = 0.15) -> dict[str, Tensor]:
     outside [0, 1].
     """
     if not 0 <= share <= 1:
-        raise UserError(f"routing.share={share}: need a share from 0 to 1, e.g. routing.share=0.15.")
+        raise UserError(
+            option="routing.share", got=share, need="a share from 0 to 1", hint="type e.g. routing.share=0.15"
+        )
     order = measured(Target.entropy).argsort(
         stable=True
     )  # equals go in the order of the batch, whose rows are shuffled

@@ -61,7 +61,7 @@ def random(target: Target, draws: int = 50, biased: bool = False) -> Target:
     resumed. Raises UserError for draws below 1.
     """
     if draws < 1:
-        raise UserError(f"truncation.draws={draws}: need at least 1 draw, e.g. truncation.draws=50.")
+        raise UserError(option="truncation.draws", got=draws, need="at least 1 draw", hint="type truncation.draws=50")
     assert target.seed is not None and not target.rest
     return _sampled(target, drawn(target.logp.exp(), uniform(target.seed, draws)))
 
@@ -126,9 +126,8 @@ def _sampled(target: Target, columns: Tensor) -> Target:
 def _top(target: Target, k: int) -> tuple[Tensor, Tensor]:
     columns = target.logp.shape[-1]
     if k < 1 or (target.ids is None and k > columns):
-        raise UserError(
-            f"truncation.k={k}: need a number from 1 to {columns:,}, the tokens that the teacher's signal has."
-        )
+        need = f"a number from 1 to {columns:,}, the number of tokens that the teacher's signal has"
+        raise UserError(option="truncation.k", got=k, need=need, hint=f"type truncation.k={min(columns, 10)}")
     # A stored target is as wide as its widest position; those that are kept are among them.
     return _largest(target.logp, min(k, columns))
 
@@ -152,7 +151,8 @@ def _blocks(x: Tensor, fill: float) -> Tensor:
 def nucleus(logp: Tensor, p: float) -> Tensor:
     """Log-probabilities sorted from the largest [N, K], with -inf where the ones before already add up to p."""
     if not 0 < p <= 1:
-        raise UserError(f"truncation.p={p}: need a probability above 0 and at most 1, e.g. truncation.p=0.95.")
+        need = "a probability above 0 and at most 1"
+        raise UserError(option="truncation.p", got=p, need=need, hint="type truncation.p=0.95")
     if p == 1:
         return logp
     probability = logp.exp()

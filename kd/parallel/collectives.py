@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from kd.config.schema import TrainerConfig
 from kd.errors import UserError
 
 BUCKET = 2**24  # gradients that are summed at once
@@ -90,13 +91,15 @@ def device(accelerator: str) -> torch.device:
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
-def check_devices(trainer: dict) -> None:
+def check_devices(trainer: TrainerConfig) -> None:
     """Raise UserError where this machine has too few devices for the ranks."""
-    there = torch.cuda.device_count() if processor(trainer["accelerator"]) == "cuda" else trainer["devices"]
-    if trainer["accelerator"] == "mps":
+    there = torch.cuda.device_count() if processor(trainer.accelerator) == "cuda" else trainer.devices
+    if trainer.accelerator == "mps":
         there = 1
-    if trainer["devices"] > there:
+    if trainer.devices > there:
         raise UserError(
-            f"trainer.devices={trainer['devices']}: this machine has {there}; type trainer.devices={there}, or "
-            "trainer.accelerator=cpu for ranks that share its processor."
+            option="trainer.devices",
+            got=trainer.devices,
+            why=f"this machine has {there}",
+            hint=f"type trainer.devices={there}, or trainer.accelerator=cpu for ranks that share its processor",
         )

@@ -172,9 +172,12 @@ class Reader(dcp.FileSystemReader):
             index = json.loads((Path(self.path) / INDEX).read_text())
             return _metadata(index)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            where = shlex.join(["rm", "-r", str(Path(self.path).parent)])
-            raise UserError(f"{self.path} is no checkpoint of kd ({error}). Should it be from elsewhere, remove it:\n"
-                            f"  {where}") from None  # fmt: skip
+            raise UserError(
+                option=self.path,
+                why=f"is no checkpoint of kd ({error})",
+                hint="if it is from elsewhere, remove its folder",
+                commands=[shlex.join(["rm", "-r", str(Path(self.path).parent)])],
+            ) from None
 
 
 def _metadata(index: dict) -> Metadata:

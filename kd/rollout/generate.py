@@ -186,20 +186,21 @@ def check(model: CausalLM, length: int) -> None:
     spread = whole.amax() - whole.amin()
     off = ((whole - parts).abs().max() / spread.clamp(min=1e-6)).item()
     if not off < (1e-3 if weight.dtype == torch.float32 else 0.1):
-        raise UserError(_unreadable(model, f"what it says is then off by {off:.1%}"))
+        raise _unreadable(model, f"its log-probabilities are then off by {off:.1%}")
     _checked.add(model)
 
 
 def check_cache(model: CausalLM) -> None:
     """Raise UserError for a model that keeps no keys and values, as a state-space model."""
     if "past_key_values" not in inspect.signature(model.model.base_model.forward).parameters:
-        raise UserError(_unreadable(model, "it has no past_key_values"))
+        raise _unreadable(model, "it has no past_key_values")
 
 
-def _unreadable(model: CausalLM, why: str) -> str:
-    return (
+def _unreadable(model: CausalLM, why: str) -> UserError:
+    return UserError(
         f"{type(model.model).__name__} cannot read a text piece by piece as kd does it, with a cache and padding on "
-        f"the left: {why}. So it can write none here: take another model, or plain text (data=text) without a rollout."
+        f"the left: {why}. So this model cannot write responses",
+        hint="choose another model, or plain text (data=text) without a rollout",
     )
 
 

@@ -52,8 +52,9 @@ class Writers:
         models = {name: getattr(self, name) for name in names}
         if None in models.values():
             raise UserError(
-                "This rollout has the teacher write, and there is none at hand: take logits=online and a teacher, or "
-                "rollout=none."
+                option="rollout",
+                why="needs a teacher that writes responses, and this run has none",
+                hint="type logits=online and a teacher, or rollout=none",
             )
         start = time.perf_counter()
         salt = {"student": 1, "teacher": 2}[names[-1]] << 32  # the numbers as they are draw samples of the teacher

@@ -49,8 +49,10 @@ class Engine:
             )  # fmt: skip
         except Exception as error:  # of many kinds
             raise UserError(
-                f"rollout.engine=vllm: vLLM could not load {type(model.model).__name__} ({type(error).__name__}: "
-                f"{first_line(error)}). Type rollout.engine=kd."
+                option="rollout.engine",
+                got="vllm",
+                why=f"vLLM could not load {type(model.model).__name__} ({type(error).__name__}: {first_line(error)})",
+                hint="type rollout.engine=kd",
             ) from error
 
     def _save(self) -> None:
@@ -103,8 +105,11 @@ class Engine:
         off = (ours - torch.tensor(theirs, device=ids.device)).abs().mean().item()
         if not off < OFF:
             raise UserError(
-                f"vLLM says something else than {type(self.model.model).__name__} itself, by {off:.2f} nats a token: "
-                "it did not take the weights, or computes otherwise. Type rollout.engine=kd."
+                option="rollout.engine",
+                got="vllm",
+                why=f"vLLM's log-probabilities differ from those of {type(self.model.model).__name__} by {off:.2f} "
+                "nats a token: vLLM did not take the weights, or computes otherwise",
+                hint="type rollout.engine=kd",
             )
 
 
@@ -113,4 +118,5 @@ def check_installed() -> None:
     from importlib.util import find_spec
 
     if find_spec("vllm") is None:
-        raise UserError("rollout.engine=vllm needs vLLM, and a GPU: type pip install 'kd[vllm]'.")
+        hint = "type pip install 'kd[vllm]', or rollout.engine=kd"
+        raise UserError(option="rollout.engine", got="vllm", need="the package vLLM, and a GPU", hint=hint)

@@ -8,7 +8,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from kd.config.security import redacted
+from kd.config.schema import ExperimentConfig
+from kd.config.secrets import redacted
 from kd.runs.identity import model_name, size_text
 from kd.runs.run import Run
 from kd.system import files
@@ -58,7 +59,7 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 """
 
 
-def export(run: Run, model, tokenizer, ends: list[int], config: dict, result: dict) -> None:
+def export(run: Run, model, tokenizer, ends: list[int], config: ExperimentConfig, result: dict) -> None:
     """Write the student with its tokenizer and a model card, for plain transformers.
 
     ends: tokens that ended rows in training, at which generate() is to stop; whatever the model named before is left.
@@ -81,4 +82,4 @@ def export(run: Run, model, tokenizer, ends: list[int], config: dict, result: di
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card)
-        files.write_json(temporary / "kd.json", redacted(config))
+        files.write_json(temporary / "kd.json", redacted(config.to_dict()))

@@ -8,23 +8,15 @@ from dataclasses import dataclass, field
 
 import xxhash
 
-from kd.config.rules import NO_SIGNAL
+from kd.config.fields import UNSET
+from kd.config.schema import NO_SIGNAL, TRAITS
 
-# What a run is called, where it is kept and how often it is saved change nothing of what comes out.
-NO_EFFECT = (
-    "root", "scale", "sweep", "n_jobs", "on_failure", "plan", "force", "token_names", "logger",
-    "trainer.checkpoint_every",
-    "trainer.accelerator",
-    "trainer.devices", "trainer.strategy", "trainer.shard_teacher",  # by rounding alone
-    "record.path",
-    "truncation.biased",  # accepted or refused, the draws are the same
-)  # fmt: skip
-# No part of a run's name: of the last three, what was made of them is.
-NO_PART = (*NO_EFFECT, "logits.path", "plain", "start")
-
-# Options that are newer than the names of existing runs. One that has the value given here is left out of the name, so
-# that adding it renames no run. A default that changes must rename: it does not belong here.
-NEUTRAL: dict[str, object] = {"data.special": "text", "data.turns": "last", "data.date": None}
+# No part of a run's name. NO_EFFECT changes nothing of what comes out; of the others, what is made of them is part.
+NO_PART = tuple(name for name, traits in TRAITS.items() if not traits.effect or not traits.identity)
+# Options that are newer than the names of existing runs: with this value they are left out of the name, so that adding
+# one renames no run. A default that changes must rename: it does not belong here. Here are those of components, whose
+# schema is a function's signature; others have it in kd/config/schema.py.
+NEUTRAL: dict[str, object] = {"data.turns": "last", "data.date": None}
 
 # Settings that people filter, group and plot by; what is below them (alpha.peak) too.
 AXES = ("seed", "data.tokens", "logits", *NO_SIGNAL, "rollout", "lr", "optim")
@@ -49,7 +41,8 @@ def part_of_outcome(config: dict) -> dict:
         without += ("responses",)
     if config["logits"] not in ("offline", "recorded"):  # recording changes nothing of what is learned
         without += ("record",)
-    part = {k: v for k, v in config.items() if not below(k, without) and not (k in NEUTRAL and v == NEUTRAL[k])}
+    neutral = NEUTRAL | {k: traits.neutral for k, traits in TRAITS.items() if traits.neutral is not UNSET}
+    part = {k: v for k, v in config.items() if not below(k, without) and not (k in neutral and v == neutral[k])}
     seeded = config["logits"] == "cotrained" or config.get("rollout") == "teacher"  # which draws with it
     own = ("teacher.size", "teacher.name", *(["teacher.seed"] if seeded else []))
     part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in own}

@@ -13,7 +13,7 @@ from pathlib import Path
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from kd.config.security import SECRET, redacted
+from kd.config.secrets import SECRET, redacted
 from kd.errors import MISTAKES, UserError, first_line
 from kd.runs import wandb_agent
 from kd.runs.identity import About, about, sizes_of
@@ -91,7 +91,8 @@ def _explained(name: str) -> Iterator[None]:
     except MISTAKES:
         raise
     except Exception as error:
-        raise UserError(f"logger={name} did not start: {_reason(error)}. Mend that, or type logger=none.") from error
+        why, hint = f"could not start: {_reason(error)}", "correct that, or type logger=none"
+        raise UserError(option="logger", got=name, why=why, hint=hint) from error
 
 
 def _reason(error: Exception) -> str:
@@ -127,7 +128,8 @@ def _need_tensorboard() -> None:
     try:
         import tensorboard  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UserError("logger=tensorboard needs TensorBoard: pip install 'kd[tensorboard]'.") from error
+        hint = "type pip install 'kd[tensorboard]'"
+        raise UserError(option="logger", got="tensorboard", need="the package TensorBoard", hint=hint) from error
 
 
 def wandb(folder: Path, about: About, project: str = "kd", entity: str | None = None) -> list[Logger]:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import filelock
 
-from kd.config.security import redacted
+from kd.config.schema import ExperimentConfig
+from kd.config.secrets import redacted
 from kd.errors import UserError
 from kd.runs.outcome import Outcome, RunState, classify
 from kd.system import files, remote
@@ -72,10 +73,8 @@ class Run:
         except remote.Damaged:
             found = {"digest": None}
         if found is not None and not _is_whole(found):
-            raise UserError(
-                f"{self.where}/result.json is damaged: it is not what was written. To make the run anew, remove it and "
-                f"type the same command again:\n  {self.removal()}"
-            )
+            why = "is damaged: its content is not what was written"
+            raise UserError(option=f"{self.where}/result.json", why=why, **self._made_anew())
         return found
 
     def is_done(self) -> bool:
@@ -148,12 +147,13 @@ class Run:
         except filelock.Timeout:
             owner = read_json(self / "state.json") or {}
             used = (
-                f"{self.folder} is being used by another process ({owner.get('pid', 'unknown')} on "
+                f"is being used by another process ({owner.get('pid', 'unknown')} on "
                 f"{owner.get('host', 'this machine')}, since {owner.get('since', 'now')})"
             )
             if not wait:
-                raise UserError(f"{used}. Wait for it to end: the same command then shows its result.") from None
-            console.print(f"{used}; waiting for it.", soft_wrap=True)
+                hint = "wait for that process to end: the same command then shows the run's result"
+                raise UserError(option=self.folder, why=used, hint=hint) from None
+            console.print(f"{self.folder} {used}; waiting for it.", soft_wrap=True)
             lock.acquire()
         try:
             with self._beyond_this_machine(wait):
@@ -176,19 +176,19 @@ class Run:
                 left = [p for p in self.folder.iterdir() if p.name not in ("checkpoints", "student", "result.json")]
                 self.remote.tell(*(p.name for p in left if p.is_dir() or p.stat().st_mtime >= began))
 
-    def begin(self, config: dict) -> None:
+    def begin(self, config: ExperimentConfig) -> None:
         """Make ready to work: the resolved config is written, and how an earlier try ended is forgotten.
 
         What killed processes left half-written is removed, and a checkpoint that is further at the URL is copied here.
         With force=true a run that is done is removed first.
         """
-        if config.get("force") and self.is_done():
+        if config.force and self.is_done():
             self.discard()
         for folder in (self.folder, self / "checkpoints"):
             files.clear(folder)
         if self.remote:
             self._pull()
-        files.write_json(self / "config.json", redacted(config))
+        files.write_json(self / "config.json", redacted(config.to_dict()))
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         files.write_json(self / "state.json", {"state": RunState.RUNNING, **whereabouts(), "since": since})
         if self.remote:
@@ -245,10 +245,8 @@ class Run:
         try:
             found = read_json(self / "state.json")
         except UserError as error:
-            return {
-                "state": RunState.NOT_BEGUN,
-                "reason": f"{error}".partition(". ")[0] + "; the same command begins it anew",
-            }
+            reason = f"{error.option} {error.why}; the same command begins the run anew"
+            return {"state": RunState.NOT_BEGUN, "reason": reason}
         if self.remote and not (found and found["state"] == RunState.RUNNING and alive(found)):
             there = self.remote.now_and_then("state.json", wait)
             found = found if found and there and _same_process(found, there) else there or found
@@ -282,14 +280,13 @@ class Run:
             if found.get(name) != digest:
                 first, _, inner = name.partition("/")
                 state = "not what was written" if name in found else "gone"
-                raise UserError(
-                    f"{self.where}/{first} is damaged: {inner or 'it'} is {state}. To make the run anew, remove it and "
-                    f"type the same command again:\n  {self.removal()}"
-                )
+                why = f"is damaged: {inner or first} is {state}"
+                raise UserError(option=f"{self.where}/{first}", why=why, **self._made_anew())
         if strange := sorted(found.keys() - kept.keys()):
             raise UserError(
-                f"{self.where}/{strange[0]} was not written by the run, and could change what is loaded from there. "
-                "Move it elsewhere."
+                option=f"{self.where}/{strange[0]}",
+                why="was not written by the run, and could change what is loaded from its folder",
+                hint="move this file to another folder",
             )
 
     def _digests(self, names: Iterable[str]) -> dict[str, str]:
@@ -306,6 +303,11 @@ class Run:
         program = f"from kd.system.remote import Remote; Remote({self.remote.url!r}, None).remove({name!r})"
         return f"{shlex.join(['python', '-c', program])}\n  {shlex.join(['rm', '-rf', str(self / name)])}"
 
+    def _made_anew(self) -> dict:
+        """Return the fields of an error that say how to make the run anew."""
+        hint = "to make the run anew, remove the run and type the same command again"
+        return {"hint": hint, "commands": [self.removal()]}
+
     def finish(self, result: dict) -> dict:
         """Write the result, sealed, which makes the run done, and drop the checkpoints that nothing needs any more.
 
@@ -321,8 +323,9 @@ class Run:
                 self.remote.write("result.json", result)
             except remote.Unreachable as error:
                 raise UserError(
-                    f"{error} The student is in {self.folder}, and the run is done once it is there too: type the "
-                    "same command again, on this machine, when the URL answers."
+                    option=error.option,
+                    why=f"{error.why}. The student is in {self.folder}, and the run is done when it is copied too",
+                    hint="type the same command again, on this machine, when the URL answers",
                 ) from None
         files.write_json(self / "result.json", result)
         self._tidy()

@@ -12,8 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from kd.config.components import build
-from kd.config.rules import name_of
+from kd.config.schema import ExperimentConfig
 from kd.errors import UserError
 from kd.runs.identity import about, sizes_of
 from kd.runs.run import RESPONSES, Run
@@ -40,14 +39,15 @@ def check_single() -> None:
     """Raise UserError where an agent started a sweep, whose runs would all be the same W&B run."""
     if asked():
         raise UserError(
-            "WANDB_SWEEP_ID is set: an agent of W&B asks for one run at a time. Leave -m and sweeps=… out of the "
-            "command of its sweep, or unset WANDB_SWEEP_ID."
+            option="WANDB_SWEEP_ID",
+            why="is set in the environment, and an agent of W&B asks for one run at a time",
+            hint="leave -m and sweeps=… out of the command of its sweep, or unset WANDB_SWEEP_ID",
         )
 
 
-def tell(run: Run, settings: dict, result: dict) -> None:
+def tell(run: Run, config: ExperimentConfig, result: dict) -> None:
     """Tell the agent's W&B run what came out of a run that was done before, or by another process."""
-    if not asked() or name_of(settings["logger"]) != "wandb":
+    if not asked() or config.logger.name != "wandb":
         return
     kept = run.copy("wandb-id")
     if kept.exists() and kept.read_text() == asked():
@@ -57,8 +57,8 @@ def tell(run: Run, settings: dict, result: dict) -> None:
     run.copy("metrics.jsonl")
     run.check(result, "metrics.jsonl", RESPONSES)
     git = result.get("environment", {}).get("git")
-    told = about(run.name, result["config"] | {"sweep": settings["sweep"]}, sizes_of(result), git)
-    for view in views(build(settings["logger"], "logger"), run.folder, told):
+    told = about(run.name, result["config"] | {"sweep": config.sweep}, sizes_of(result), git)
+    for view in views(config.logger.build("logger"), run.folder, told):
         view.close(result["final"])
 
 

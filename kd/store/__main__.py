@@ -17,15 +17,14 @@ from kd.system.launchers import forget_ranks
 if __name__ == "__main__":  # before a library that reads them is loaded
     forget_ranks(os.environ)
 
-import hydra
 from rich.table import Table
 
-from kd.config.components import CONF
-from kd.config.compose import settings_of
-from kd.config.security import check_secrets
+from kd.config.compose import config_of
+from kd.config.schema import TruncationConfig
+from kd.config.secrets import check_secrets
 from kd.errors import MISTAKES, UserError, for_people
 from kd.experiment import store_check, stores
-from kd.experiment.dependencies import plan
+from kd.experiment.dependencies import Plan
 from kd.experiment.prerequisites import prepare, teacher_model
 from kd.store.reader import FULL, Store, said
 from kd.system import files
@@ -42,30 +41,31 @@ def write_store(words: list[str]) -> Store | None:
     part = next((word for word in words if word.startswith("part=")), "part=1/1")
     numbers = re.fullmatch(r"part=(\d+)/(\d+)", part)
     if not numbers or not 1 <= int(numbers[1]) <= int(numbers[2]):
-        raise UserError(f"{part}: need which part of how many, e.g. part=1/2.")
+        raise UserError(option=part, need="the number of the part and of all parts", hint="type e.g. part=1/2")
     words = [word for word in words if word != part]
-    with settings_of(["logits=offline", *words]) as settings:
-        if settings["record"]:  # whatever a student asks for
-            settings["truncation"] = {k: v for k, v in settings["record"].items() if k != "path"}
-        packed, components = prepare(settings)
-        if store := stores.opened(settings, packed):
-            return store
-        share = int(numbers[1]), int(numbers[2])
-        teacher = teacher_model(settings, components, train.train)
-        store = stores.write(settings, packed, components.keep, teacher, share)
-        if store is None:
-            folder = plan(settings).store.folder
-            console.print(f"Part {share[0]} of {share[1]} is in {folder}. When all parts are on one disk, type\n"
-                          f"  python -m kd.store merge STORE {folder} …", soft_wrap=True)  # fmt: skip
+    config = config_of(["logits=offline", *words])
+    if config.record:  # whatever a student asks for
+        truncation = {"_target_": config.record.target} | config.record.args
+        truncation.pop("path", None)
+        config = config.derive(truncation=TruncationConfig.from_node(truncation, "truncation"))
+    packed, components = prepare(config)
+    if store := stores.opened(config, packed):
         return store
+    share = int(numbers[1]), int(numbers[2])
+    teacher = teacher_model(config, components, train.train)
+    store = stores.write(config, packed, components.keep, teacher, share)
+    if store is None:
+        folder = Plan.of(config).store.folder
+        console.print(f"Part {share[0]} of {share[1]} is in {folder}. When all parts are on one disk, type\n"
+                      f"  python -m kd.store merge STORE {folder} …", soft_wrap=True)  # fmt: skip
+    return store
 
 
 def compare_with_teacher(store: Store, root: str) -> str:
     """Recompute some rows of a store with its teacher, if that is at hand; return what came of it as a sentence."""
     import train
 
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return store_check.compare_with_teacher(store, root, train.train)
+    return store_check.compare_with_teacher(store, root, train.train)
 
 
 def info(store: Store) -> Table:
@@ -123,9 +123,8 @@ def main() -> None:
         elif given.command == "merge":
             for path in (given.path, *given.part):
                 if "://" in path:
-                    raise UserError(
-                        f"{path}: merge joins folders. Copy the parts here, merge them, and copy the store."
-                    )
+                    hint = "copy the parts to this machine, merge them, and copy the store"
+                    raise UserError(option=path, why="merge joins folders", hint=hint)
             writer.merge(Path(given.path), [Path(files.expanded(p)) for p in given.part])
             store = Store(given.path, Path())
         else:

@@ -84,8 +84,10 @@ class Store:
             manifest = {}
         if manifest is None:
             raise UserError(
-                f"There is no store at {self.path}: it has no manifest.json, which is written last. To write it, or to "
-                f"go on with writing it, type\n  {self._command()}"
+                option=self.path,
+                why="is no store: the folder has no manifest.json, which is written last",
+                hint="to write the store, or to continue writing it, type",
+                commands=[self._command()],
             )
         if manifest.pop("digest", None) != files.digest_of(manifest):
             raise self._damaged("manifest.json", "it is not what was written")
@@ -96,8 +98,10 @@ class Store:
         self.manifest, self.of, self.words = manifest, manifest["of"], manifest["words"]
         if self.of["format"] != FORMAT:
             raise UserError(
-                f"{self.path} has format {self.of['format']}, and this version of kd reads format {FORMAT}. Write it "
-                f"again, elsewhere:\n  python -m kd.store write {self.words} logits.path=FOLDER"
+                option=self.path,
+                why=f"has format {self.of['format']}, and this version of kd reads format {FORMAT}",
+                hint="write the store again, in another folder",
+                commands=[f"python -m kd.store write {self.words} logits.path=FOLDER"],
             )
         self.truncation, self.draws = self.of["truncation"], self.of["truncation"].get("draws")
         notes = {name: note for name, note in manifest["files"].items() if name.startswith("shard-")}
@@ -124,17 +128,19 @@ class Store:
             if None not in (held, value) and held != value
         ]
         if differing:
-            mend = "Leave out logits.path, so that a store of this config is found or written, or give what it was "
-            mend += f"written with:\n  {self.words}"
+            refused = UserError(option=self.path, why=f"does not belong to this config: {'; '.join(differing)}")
             if not by_path:  # it is where a store of this config belongs
-                mend = f"To have it written anew, type\n  {shlex.join(['rm', '-r', str(self.folder)])}\n"
-                mend += "and the same command again."
-            raise UserError(f"{self.path} is a store of something else: {'; '.join(differing)}. {mend}")
+                hint = "to have the store written anew, type this, and then the same command again"
+                raise refused.replace(hint=hint, commands=(shlex.join(["rm", "-r", str(self.folder)]),))
+            hint = "leave logits.path out, so that a store of this config is found or written, or give the config that "
+            raise refused.replace(hint=f"{hint}the store was written with: {self.words}")
         if not within(expected["truncation"], self.truncation):
             raise UserError(
-                f"{said(expected['truncation'])} asks for more than {self.path} holds, which is "
-                f"{said(self.truncation)}. Ask for a part of that, or have a store written that holds more: leave out "
-                "logits.path, and say what to keep with e.g. record=top_k record.k=100."
+                option="truncation",
+                got=said(expected["truncation"]),
+                why=f"needs more than {self.path} holds, which is {said(self.truncation)}",
+                hint="choose a truncation that keeps a part of that, or have a store written that holds more: leave "
+                "logits.path out, and type e.g. record=top_k record.k=100",
             )
 
     def verify(self) -> None:
@@ -163,8 +169,10 @@ class Store:
         if "steps" not in self.manifest:
             if window is not None:
                 raise UserError(
-                    f"logits.window={list(window)}: {self.path} was written by a finished teacher and covers no window "
-                    "of its training. Leave it out, or take a store made with record=… on a teacher's own run."
+                    option="logits.window",
+                    got=window,
+                    why=f"{self.path} was written by a finished teacher and covers no window of its training",
+                    hint="leave logits.window out, or give a store that a teacher's own run wrote with record=…",
                 )
             return None
         low, high = (share * self.manifest["steps"] for share in window or (0, 1))
@@ -177,7 +185,12 @@ class Store:
                 rows.append(shard.rows[chosen])
                 places.append(np.stack([np.full(len(chosen), number), chosen], 1))
         if not rows or not sum(map(len, rows)):
-            raise UserError(f"logits.window={list(window)}: no step of the teacher's training is in it.")
+            raise UserError(
+                option="logits.window",
+                got=window,
+                why="no step of the teacher's training is in this window",
+                hint="choose a wider window",
+            )
         # A row that was trained on more than once counts as the teacher last said it.
         everything, where = np.concatenate(rows)[::-1], np.concatenate(places)[::-1]
         self._rows, first = np.unique(everything, return_index=True)
@@ -295,10 +308,11 @@ class Store:
             (self.folder / name).unlink(missing_ok=True)  # the copy, so that the next one is read anew
         stem = name.partition(".")[0]
         gone = shlex.join(str(self.folder / n) for n in dict.fromkeys(("manifest.json", f"{stem}.json", name)))
-        mend = f"write that file anew, and no other:\n  rm -f {gone}\n  {self._command()}"
+        damaged = UserError(option=f"{self.path}/{name}", why=f"is damaged: {why}")
         if "://" in self.path or "words" not in self.manifest or "steps" in self.manifest:
-            mend = "copy that file again from where it came: it cannot be made again here."
-        return UserError(f"{self.path}/{name} is damaged: {why}. To mend it, {mend}")
+            return damaged.replace(hint="copy that file again from its source: it cannot be made again here")
+        commands = (f"rm -f {gone}", self._command())
+        return damaged.replace(hint="to write that file anew, and no other, type", commands=commands)
 
     def _command(self) -> str:
         """What writes this store, here."""
@@ -316,8 +330,10 @@ class Store:
 
     def _other_tokens(self, row: int, part: str = "") -> UserError:
         return UserError(
-            f"{self.path} was written for other tokens: those of {part}row {row} differ from this data's. Use the data "
-            "that it was written with, or leave out logits.path to have a store of this data written."
+            option=self.path,
+            why=f"was written for other tokens: those of {part}row {row} differ from this data's",
+            hint="use the data that the store was written with, or leave logits.path out to have a store of this data "
+            "written",
         )
 
 

@@ -46,9 +46,11 @@ class Recorder:
                 covered = note["steps"][1]
         if covered != step:
             raise UserError(
-                f"The run goes on at step {step}, and {folder} has what was recorded up to step {covered}: the rest "
-                f"would be missing. To train and record it from the start, type\n"
-                f"  {shlex.join(['rm', '-r', str(checkpoints), str(folder)])}\nand the same command again."
+                option=folder,
+                why=f"has what was recorded up to step {covered}, and the run continues at step {step}: the rest would "
+                "be missing",
+                hint="to train and record the run from the start, type this, and then the same command again",
+                commands=[shlex.join(["rm", "-r", str(checkpoints), str(folder)])],
             )
         self.begun, self.there = step, set()
         self.pieces: list[Positions] = []

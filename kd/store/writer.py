@@ -112,13 +112,18 @@ def begin(folder: Path, of: dict, **about) -> None:
         begun = begun["of"]
         field = next(f for f in of if begun.get(f) != of[f])
         raise UserError(
-            f"{folder} holds the beginning of another store: its {field} is {said(begun.get(field))}, and here it is "
-            f"{said(of[field])}. Choose another place, or remove it:\n  {shlex.join(['rm', '-r', str(folder)])}"
+            option=folder,
+            why=f"holds the beginning of another store: its {field} is {said(begun.get(field))}, and here it is "
+            f"{said(of[field])}",
+            hint="choose another folder, or remove this one",
+            commands=[shlex.join(["rm", "-r", str(folder)])],
         )
     elif begun.get("shards") != about.get("shards"):
         raise UserError(
-            f"{folder} was begun by a version of kd that cut the data into other shards. Remove it:\n"
-            f"  {shlex.join(['rm', '-r', str(folder)])}"
+            option=folder,
+            why="was begun by a version of kd that cut the data into other shards",
+            hint="remove this folder",
+            commands=[shlex.join(["rm", "-r", str(folder)])],
         )
 
 
@@ -159,8 +164,10 @@ class RowEncoder:
     ):  # fmt: skip
         if teacher.model is None:
             raise UserError(
-                "A store holds a teacher's output layer and hidden states of the validation rows, and this teacher has "
-                "no model here. Take logits=online to learn from it directly."
+                option="teacher",
+                why="has no model in this process, and a store holds a teacher's output layer and hidden states of the "
+                "validation rows",
+                hint="type logits=online to learn from the teacher directly",
             )
         self.teacher, self.spec, self.truncate, self.device = teacher, spec, truncate, device
         self.head = teacher.model.head
@@ -219,8 +226,9 @@ class RowEncoder:
             ids, mask, signal = self.signal(table, index)
             if not isinstance(signal, ProjectedSignal):
                 raise UserError(
-                    "A store holds hidden states of the validation rows, and this teacher's signal has none. Take "
-                    "logits=online to learn from it directly."
+                    option="teacher",
+                    why="has a signal without hidden states, and a store holds those of the validation rows",
+                    hint="type logits=online to learn from the teacher directly",
                 )
             self._check_finite(signal.features, index, mask)
             out.add(ids, signal.features.view(*ids.shape, -1).to(self.dtype))
@@ -228,9 +236,12 @@ class RowEncoder:
     def _check_finite(self, features: Tensor, index: np.ndarray, mask: np.ndarray) -> None:
         finite = features.isfinite().all(-1).cpu().numpy()  # [N]
         if not finite.all():
+            row = index[mask.nonzero()[0][~finite][0]]
             raise UserError(
-                f"The teacher says NaN or infinity of row {index[mask.nonzero()[0][~finite][0]]} of the data, in "
-                f"{self.spec['precision']}. Nothing of it was stored; try trainer.precision=fp32, or another teacher."
+                option="teacher",
+                why=f"has NaN or infinity in its hidden states for row {row} of the data, in {self.spec['precision']}. "
+                "The row was not stored",
+                hint="type trainer.precision=fp32, or choose another teacher",
             )
 
     def save_head(self, folder: Path) -> None:
@@ -338,8 +349,10 @@ def _announce(folder: Path, encoder: RowEncoder, packed: Packed, batch: int, row
     )
     if 1.1 * (size + beside) > free:
         raise UserError(
-            f"No room for the store: {say}. Keep less of each position (e.g. record=top_k record.k=20), take less text "
-            "(data.tokens=…), or choose another disk with logits.path=…"
+            option=folder,
+            why=f"has no room for the store: {say}",
+            hint="keep less of each position (e.g. record=top_k record.k=20), take less text (data.tokens=…), or "
+            "choose another disk with logits.path=…",
         )
     console.print(f"Writing {say}; {clock(seconds)} if no one helps.", soft_wrap=True)
 
@@ -367,25 +380,29 @@ def merge(folder: Path, parts: list[Path]) -> None:
     begun = {part: read_json(part / "begun.json") for part in parts}
     for part, of in begun.items():
         if of is None:
-            raise UserError(f"{part} is no part of a store: it has no begun.json.")
+            why, hint = "is no part of a store: the folder has no begun.json", "give the folders of the parts"
+            raise UserError(option=part, why=why, hint=hint)
         if "shards" not in of:
-            raise UserError(f"{part} was recorded in training, by one process: there is nothing to merge.")
+            why = "was recorded in training, by one process: there is nothing to merge"
+            raise UserError(option=part, why=why, hint="use this folder as a store as it is")
         begin(folder, **of)
     notes = {name: (part, note) for part in parts for name, note in _notes(part).items()}
     missing = [name for name in ("head", "validation", *begun[parts[0]]["shards"]) if name not in notes]
     if missing:
         words = quoted(begun[parts[0]]["about"]["words"])
         raise UserError(
-            f"{counted(len(missing), 'file is', 'files are')} in none of the parts, "
-            f"{missing[0]}.safetensors among them. Give the part that "
-            f"has them, or write it, where NUMBER is its own:\n  python -m kd.store write {words} part=NUMBER/OF"
+            f"{counted(len(missing), 'file is', 'files are')} in none of the parts, {missing[0]}.safetensors among "
+            "them",
+            hint="give the part that has these files, or write that part, where NUMBER is the number of the part",
+            commands=[f"python -m kd.store write {words} part=NUMBER/OF"],
         )
     for name, (part, note) in track(notes.items(), "merging"):
         source = part / f"{name}.safetensors"
         with files.atomic(folder / source.name) as temporary:
             shutil.copyfile(source, temporary)
             if files.digest(temporary) != note["digest"]:
-                raise UserError(f"{source} is damaged: its bytes are not those that were written. Copy it again.")
+                why, hint = "is damaged: its bytes are not those that were written", "copy that file again"
+                raise UserError(option=source, why=why, hint=hint)
         files.write_json(folder / f"{name}.json", note)
     commit(folder, begun[parts[0]]["of"], begun[parts[0]]["about"])
 
@@ -395,8 +412,11 @@ def upload(folder: Path, url: str) -> None:
     manifest = read_json(folder / "manifest.json")
     there = read_json(files.fetch(url, folder, "manifest.json"))
     if there and there["of"] != manifest["of"]:
-        raise UserError(f"{url} holds another store, of {there['of']['teacher']}. Choose another place; this one is in "
-                        f"{folder}.")  # fmt: skip
+        raise UserError(
+            option=url,
+            why=f"holds another store, of {there['of']['teacher']}",
+            hint=f"choose another URL for the store in {folder}",
+        )
     if there:
         return  # another machine was first
     remote = Remote(url, folder)
@@ -406,7 +426,9 @@ def upload(folder: Path, url: str) -> None:
             remote.put(name)
     except UserError as error:
         raise UserError(
-            f"The store is whole in {folder}, and could not be copied: {error}\nThe same command goes on."
+            option=url,
+            why=f"the store is whole in {folder}, and could not be copied there: {error}",
+            hint="type the same command again to continue copying",
         ) from error
 
 

@@ -52,8 +52,10 @@ def load(path: Path, map_location="cpu", part: io.BytesIO | None = None):
         return torch.load(part or path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path} holds something other than numbers and text, which no checkpoint of kd does, so it was not read. "
-            f"Should it be from elsewhere, remove it:\n  {shlex.join(['rm', '-r', str(Path(path).parent)])}"
+            option=path,
+            why="holds something other than numbers and text, which no checkpoint of kd does, so it was not read",
+            hint="if it is from elsewhere, remove its folder",
+            commands=[shlex.join(["rm", "-r", str(Path(path).parent)])],
         ) from None
 
 
@@ -62,9 +64,11 @@ def checked(checkpoint: dict, path: Path) -> dict:
     if isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT:
         return checkpoint
     raise UserError(
-        f"{path} was saved by another version of kd, which keeps other things in a checkpoint. To go on with this run, "
-        "take that version; to train it anew with this one, type:\n"
-        f"  {shlex.join(['rm', '-r', str(path.parent)])}\nand the same command again."
+        option=path,
+        why="was saved by another version of kd, which keeps other things in a checkpoint",
+        hint="to continue the run, use that version. To train it anew with this version, type this, and then the same "
+        "command again",
+        commands=[shlex.join(["rm", "-r", str(path.parent)])],
     )
 
 
@@ -102,8 +106,10 @@ def newest(folder: Path) -> Path | None:
         warnings.warn(f"{path} is damaged (its bytes are not those that were written); going back to the one before.")
     if found:
         raise UserError(
-            f"Every checkpoint of this run is damaged: {', '.join(map(str, found))}. To train it anew, type:\n"
-            f"  {shlex.join(['rm', '-r', str(folder)])}"
+            option=folder,
+            why=f"every checkpoint of this run is damaged: {', '.join(path.name for path in found)}",
+            hint="to train it anew, type",
+            commands=[shlex.join(["rm", "-r", str(folder)])],
         )
     return None
 

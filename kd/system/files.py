@@ -78,8 +78,10 @@ def disk_full(path: Path) -> UserError:
     """The error for a write that found no room."""
     free = shutil.disk_usage(Path(path).parent).free
     return UserError(
-        f"No room to write {path}: {free / 1e6:,.0f} MB are free there. Nothing was half-written. Free some space or "
-        "choose another place with root=/other/folder, then type the same command: it goes on from the last checkpoint."
+        option=path,
+        why=f"could not be written, as the disk is full: {free / 1e6:,.0f} MB are free there. Nothing was half-written",
+        hint="free some space or choose another place with root=/other/folder, and type the same command: the run "
+        "continues from its last checkpoint",
     )
 
 
@@ -173,7 +175,8 @@ def expanded(path: str) -> str:
     """
     whole = os.path.expanduser(path)
     if whole.startswith("~"):
-        raise UserError(f"{path}: there is no home folder for {whole.partition('/')[0]}. Type the whole path.")
+        why = f"there is no home folder for {whole.partition('/')[0]}"
+        raise UserError(option=path, why=why, hint="type the whole path")
     return whole
 
 
@@ -226,8 +229,10 @@ def check_cache(folder: str | Path, variable: str) -> None:
         reason = error.strerror
     if reason:
         raise UserError(
-            f"{folder}: {reason}. Copies of what is read are kept in this folder, so it has to be writable. Choose "
-            f"another in the environment: type {variable}=/other/folder before the command."
+            option=folder,
+            why=reason,
+            need="a folder that can be written, as copies of remote data and runs are kept in it",
+            hint=f"choose another one in the environment: type {variable}=/other/folder before the command",
         )
 
 
@@ -252,4 +257,5 @@ def read_metrics(path: Path) -> list[dict]:
 
 def _damaged(path: Path, error: ValueError) -> UserError:
     removal = shlex.join(["rm", "-r", str(path.parent)])
-    return UserError(f"{path} is damaged ({error}). Remove its folder to make it again:\n  {removal}")
+    hint = "remove its folder to make it again"
+    return UserError(option=path, why=f"is damaged ({error})", hint=hint, commands=[removal])

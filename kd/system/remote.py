@@ -84,7 +84,7 @@ def patiently(url: str, what: str, act: Callable[[], T], wait: float | None = No
     wait, pause = PATIENCE if wait is None else wait, PAUSES[0]
     since, said = math.inf, False
     if wait == 0 and is_away(url):
-        raise Unreachable(f"{url} could not be {what}: {bucket(url)} does not answer.")
+        raise Unreachable(option=url, why=f"could not be {what}: {bucket(url)} does not answer")
     while True:
         try:
             value = act()
@@ -117,15 +117,17 @@ def patiently(url: str, what: str, act: Callable[[], T], wait: float | None = No
 
 def explained(url: str, what: str, error: Exception) -> UserError:
     """The error of a file system, each of which has errors of its own, for people."""
-    says = f"{url} could not be {what}"
-    if isinstance(error, ImportError):  # fsspec says which package
-        return UserError(f"{says}: {error}, with pip install.")
+    failed = f"could not be {what}"
+    if isinstance(error, ImportError):  # fsspec names the package in it
+        hint = "install the package that this error names with pip install"
+        return UserError(option=url, why=f"{failed}: {error}", hint=hint)
     if isinstance(error, FileNotFoundError):
-        return UserError(f"{says}: {error}. Is its bucket or server there?")
+        return UserError(option=url, why=f"{failed}: {error}", hint="check that its bucket or server exists")
     if isinstance(error, PermissionError) or re.search("Credential|Authentication", type(error).__name__):
-        return UserError(f"{says}: no access ({error}). Give the credentials that its package reads.")
+        hint = "give the credentials that the package for this kind of URL reads, e.g. in the environment"
+        return UserError(option=url, why=f"{failed}: no access ({error})", hint=hint)
     lasts = isinstance(error, LASTING) or getattr(error, "errno", None) in NUMBERS
-    return (UserError if lasts else Unreachable)(f"{says} ({type(error).__name__}: {error}).")
+    return (UserError if lasts else Unreachable)(option=url, why=f"{failed} ({type(error).__name__}: {error})")
 
 
 def is_url(root: str | Path) -> bool:
@@ -195,7 +197,8 @@ class Remote:
             except FileNotFoundError:
                 return None
             except ValueError as error:
-                raise Damaged(f"{self.url}/{name} is damaged ({error}). Remove it to make it again.") from None
+                why, hint = f"is damaged ({error})", "remove this file to make it again"
+                raise Damaged(option=f"{self.url}/{name}", why=why, hint=hint) from None
 
         return self._tried("read", act, wait)
 
@@ -220,7 +223,8 @@ class Remote:
         to: where to; by default the same name in the folder.
         """
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise UserError(f"{self.url} names a file outside of itself, {name}; nothing was copied there.")
+            why = f"has a note that names a file outside of it, {name}; nothing was copied there"
+            raise UserError(option=self.url, why=why, hint="remove that note if it is not from kd")
         to = to or self.folder / name
 
         def act(system, path: str) -> bool:
@@ -309,8 +313,9 @@ class Remote:
             warnings.warn(f"{self.url}/{name} is of a damaged checkpoint; going back to the one before.")
         if notes and step < 0:
             raise UserError(
-                f"Every checkpoint of this run is damaged: {', '.join(f'{self.url}/{x}' for x in notes)}. Remove "
-                f"{self.url}/checkpoints to train it anew."
+                option=self.url,
+                why=f"every checkpoint of this run is damaged: {', '.join(notes)}",
+                hint=f"remove {self.url}/checkpoints to train it anew",
             )
         return False
 
@@ -392,12 +397,13 @@ class Remote:
                 if (self.read("lease.json") or {}).get("id") == mine["id"]:
                     break
                 continue
-            used = f"{self.url} is being worked on by process {there['pid']} on {there['host']}"
+            used = f"is being worked on by process {there['pid']} on {there['host']}"
             if not patient and (here or renewed):
-                raise UserError(f"{used}. Wait for it to end: the same command then shows its result.")
+                hint = "wait for that process to end: the same command then shows the run's result"
+                raise UserError(option=self.url, why=used, hint=hint)
             if not said:
                 until = "waiting for it" if patient else f"it is taken over if that says nothing for {EXPIRES} seconds"
-                console.print(f"{used}; {until}.", soft_wrap=True)
+                console.print(f"{self.url} {used}; {until}.", soft_wrap=True)
             said = True
             time.sleep(POLL)
         ended = threading.Event()
@@ -429,8 +435,10 @@ class Remote:
                 return False
             except (TypeError, NotImplementedError) as error:
                 raise UserError(
-                    f"{self.url}: this file system cannot create a file only where there is none, so two "
-                    "machines could not share a root there. Choose another one, or a folder."
+                    option=self.url,
+                    why="this file system cannot create a file only if it does not exist, so that two machines could "
+                    "not share a root there",
+                    hint="choose a URL of another file system, or a folder",
                 ) from error
             return True
 

@@ -74,7 +74,9 @@ def window_share(window: str | tuple | None) -> tuple[float, float] | None:
     numbers = isinstance(low_high, list | tuple) and len(low_high) == 2
     if not numbers or not all(type(x) in (int, float) for x in low_high) or not 0 <= low_high[0] < low_high[1] <= 1:
         raise UserError(
-            f"logits.window={window}: need early, late, or two shares of the teacher's training from 0 to 1, the "
-            "smaller first, e.g. logits.window=[0.5,1.0]."
+            option="logits.window",
+            got=window,
+            need="early, late, or two shares of the teacher's training from 0 to 1, the smaller first",
+            hint="type e.g. logits.window=[0.5,1.0]",
         )
     return tuple(map(float, low_high))

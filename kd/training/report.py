@@ -1,4 +1,4 @@
-"""Terms of an optimizer step, and what it did."""
+"""Terms of an optimizer step's loss, and the report of what it did."""
 
 from __future__ import annotations
 

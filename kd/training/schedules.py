@@ -57,7 +57,7 @@ def period(progress: float, peak: float = 1.0, end: float = 0.0, cycles: int = 4
     """
     _shares(warmup)
     if cycles < 1:
-        raise UserError(f"cycles={cycles}: need at least 1, e.g. alpha.cycles=4.")
+        raise UserError(option="cycles", got=cycles, need="at least 1", hint="type e.g. alpha.cycles=4")
     if progress < warmup:
         return _warm(progress, warmup) * peak
     place = (2 * cycles - 1) * (progress - warmup) / (1 - warmup)  # even numbers: peaks; odd numbers: feet
@@ -85,6 +85,10 @@ def _warm(progress: float, warmup: float) -> float:
 def _shares(warmup: float, decay: float = 0.0) -> None:
     if not (0 <= warmup < 1 and 0 <= decay <= 1 and warmup + decay <= 1):
         raise UserError(
-            f"warmup={warmup}, decay={decay}: these are shares of the run, so need numbers from 0 to 1 that do not "
-            "add up to more than 1, e.g. lr.warmup=0.05 alpha.decay=0.2."
+            option="warmup",
+            got=warmup,
+            conflict=f"decay={decay}",
+            why="each of them is a share of the run",
+            need="numbers from 0 to 1 that do not add up to more than 1",
+            hint="type e.g. lr.warmup=0.05 alpha.decay=0.2",
         )

@@ -57,9 +57,11 @@ class Checkpoints(Callback):
     def load_state_dict(self, state: dict) -> None:
         if changed := differences(state["code"], self.code, self.config):
             raise UserError(
-                f"{self.run.name} was begun with other code: that of {', '.join(changed)} has changed since its "
-                "checkpoint. To go on with it, bring that code back. To train it anew with the code as it is, type:\n"
-                f"  {self.run.removal('checkpoints')}\nand the same command again."
+                option=self.run.name,
+                why=f"was started with other code: that of {', '.join(changed)} has changed since its checkpoint",
+                hint="to continue the run, restore that code. To train it anew with the code as it is, type this, and "
+                "then the same command again",
+                commands=[self.run.removal("checkpoints")],
             )
         self.module.micro_batch_size = state["micro_batch_size"]
         self._load_rollout(state["rollout"])
@@ -74,8 +76,11 @@ class Checkpoints(Callback):
             return
         if len(states) != collectives.count() and any(map(rollout.is_own, states)):
             raise UserError(
-                f"This run was saved by {len(states)} processes, each of which keeps what it wrote; it cannot go on "
-                f"with {collectives.count()}. Type trainer.devices={len(states)}."
+                option="trainer.devices",
+                got=collectives.count(),
+                why=f"the checkpoint is of {len(states)} processes, each of which keeps the responses that it wrote",
+                need=f"{len(states)} processes to continue this run",
+                hint=f"type trainer.devices={len(states)}",
             )
         rollout.load(states[min(collectives.number(), len(states) - 1)])
 
