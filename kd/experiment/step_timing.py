@@ -13,7 +13,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from kd.config.schema import ExperimentConfig, RolloutConfig
+from kd.config.groups import RolloutConfig
+from kd.config.schema import ExperimentConfig
 from kd.data.batches import IGNORE, Batch, Packed, to_batch
 from kd.experiment.assembly import build_module
 from kd.experiment.components import Components
