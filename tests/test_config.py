@@ -116,7 +116,7 @@ def test_every_run_of_every_sweep_composes(file):
         ("plain=text plain.files=a.txt", "plain=text would do nothing beside plain text"),
         ("responses.samples=2", "responses.samples=2 would do nothing beside plain text"),
         ("data=instructions rollout=mixed", "for loss=minillm, and this is loss=fkl"),
-        ("data=instructions rollout=mixed loss=distillm2", "type loss=minillm, or rollout=none"),
+        ("data=instructions rollout=mixed loss=distillm2", "Type loss=minillm, or rollout=none"),
         ("data=instructions rollout=mixed loss=minillm loss.single_step=false", "type rollout.from_next=false"),
         ("routing=uncertainty", "computes is_hard and weight for loss=atkd, and this is loss=fkl"),
     ],
@@ -153,6 +153,9 @@ def test_declarations_in_the_source_are_those_of_the_functions():
         assert real and components.declared(components.MODULES[group], attribute) == real
     for loss in components.declared(components.MODULES["loss"], "needs"):
         assert all(token_info.providers_of(name, loss) for name in token_info.needs(loss))
+    assert all(
+        token_info.losses_for(provider) for provider in token_info.providers() if token_info.unique_fields(provider)
+    )
 
 
 NOT_AS_THE_FUNCTION = ("alpha", "lr", "optim", "data", "record")

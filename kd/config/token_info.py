@@ -31,15 +31,15 @@ def providers() -> dict[str, tuple[str, ...]]:
     }
 
 
-def unique_fields(provider: str) -> set[str]:
+def unique_fields(provider: str) -> list[str]:
     """Return the fields that only this provider provides."""
-    return set(providers()[provider]).difference(*(names for other, names in providers().items() if other != provider))
+    elsewhere = {name for other, names in providers().items() if other != provider for name in names}
+    return [name for name in providers()[provider] if name not in elsewhere]
 
 
 def is_useful(provider: str, loss: str) -> bool:
     """Return False where a loss needs nothing of what only this provider computes."""
-    only = unique_fields(provider)
-    return not only or bool(only.intersection(needs(loss)))
+    return not unique_fields(provider) or loss in losses_for(provider)
 
 
 def check_token_info(config: ExperimentConfig) -> None:
@@ -49,7 +49,7 @@ def check_token_info(config: ExperimentConfig) -> None:
     for provider in filter(providers().get, chosen):
         if not is_useful(provider, loss):
             group, _, name = provider.partition("=")
-            others, fields = [f"loss={other}" for other in losses_for(provider)], _list(providers()[provider], "and")
+            others, fields = [f"loss={other}" for other in losses_for(provider)], _list(unique_fields(provider), "and")
             raise UserError(
                 option=group,
                 got=name,
@@ -76,9 +76,10 @@ def providers_of(name: str, loss: str) -> list[str]:
 
 def losses_for(provider: str) -> list[str]:
     """Return the losses that need what only this provider computes."""
-    return [loss for loss in declared(MODULES["loss"], "needs") if unique_fields(provider).intersection(needs(loss))]
+    fields = unique_fields(provider)
+    return [loss for loss, names in declared(MODULES["loss"], "needs").items() if set(fields) & set(names)]
 
 
 def _list(words: Sequence[str], last: str) -> str:
     """Join words: a, b and c."""
-    return f" {last} ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+    return f" {last} ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
