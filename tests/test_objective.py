@@ -199,12 +199,20 @@ def test_what_the_teacher_says_of_a_token_that_is_not_distilled_changes_nothing(
     assert all(torch.equal(x, y) for x, y in pairs)
 
 
+@pytest.mark.parametrize("name", ["minillm", "distillm2", "atkd"])
+def test_a_loss_without_its_token_information_is_refused(name):
+    head, hidden, label, target = case()
+    target = replace(target, token_info=replace(target.token_info, advantage=None, by_student=None, is_hard=None))
+    with refused(option="loss", why="of each token, which neither the rollout nor the token selection provides"):
+        Objective(LOSSES[name], FULL, SAME, PLAIN, 5)(head, hidden, label, target.__getitem__, 0.7)
+
+
 def test_all_or_none_distilled_is_alpha_or_0():
     head, hidden, label, target = case()
     objective = Objective(LOSSES["rkl"], FULL, SAME, PLAIN, 5)
     for which, alpha in ((True, 0.7), (False, 0.0)):
         mask = torch.full((ROWS,), which)
-        found = objective(head, hidden, label, target.__getitem__, 0.7, distilled=mask)
+        found = objective(head, hidden, label, target.__getitem__, 0.7, kd_mask=mask)
         expected = objective(head, hidden, label, target.__getitem__, alpha)
         same([found.total, found.lm], [expected.total, expected.lm])
         same(grads_of(found.total, head, hidden), grads_of(expected.total, head, hidden))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Selection:
     def split(self, sizes: Sequence[int]) -> list[Selection]:
         """Split into parts of these sizes."""
         bounds = [0, *accumulate(sizes)]
-        return [self.map(lambda x, part=slice(*ends): x[part]) for ends in pairwise(bounds)]
+        return [self.map(itemgetter(slice(*ends))) for ends in pairwise(bounds)]
 
 
 def none(measured: Measured) -> Selection:
