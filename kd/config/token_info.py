@@ -53,7 +53,8 @@ def check_token_info(config: ExperimentConfig) -> None:
             raise UserError(
                 option=group,
                 got=name,
-                why=f"computes {fields} for {_list(others, 'and')}, and this is loss={loss}",
+                conflict=f"loss={loss}",
+                why=f"computes {fields}, which only {_list(others, 'or')} needs",
                 hint=f"type {_list(others, 'or')}, or {group}=none",
             )
     if not config.logits.source.distils:
