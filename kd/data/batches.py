@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     row: object  # [B]    which row of the data
     seed: object  # [B, T] int64, a random number per position, for whatever samples
     stored: object = None  # what a store holds of these rows: Entries, or hidden states [B, T, D]
-    sampled: object = None  # what is known of text that a model wrote: kd.rollout.generate.Sampled
+    token_info: object = None  # of text that a model wrote, [B, T] like the labels: kd.objective.token_info.TokenInfo
     beside: object = None  # a Batch of plain text for the language-modelling term
 
     def split(self, rows: int) -> Iterator[Batch]:
