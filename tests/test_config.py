@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 import train  # noqa: F401, registers what Hydra knows
 from kd.config import components, options, security, token_info
 from kd.config.compose import register
+from kd.config.groups import LogitsConfig
 from kd.config.schema import ExperimentConfig
 from kd.config.sizes import SIZES
 from kd.data import packing
@@ -156,6 +157,14 @@ def test_declarations_in_the_source_are_those_of_the_functions():
         functions = {name: getattr(module, name) for name in components.functions(components.MODULES[group])}
         real = {name: getattr(f, attribute) for name, f in functions.items() if hasattr(f, attribute)}
         assert real and components.declared(components.MODULES[group], attribute) == real
+    for module in components.modules_of("logits"):
+        loaded = importlib.import_module(f"kd.{module}")
+        real = {
+            name: f.traits for name in components.functions(module) if hasattr(f := getattr(loaded, name), "traits")
+        }
+        assert components.declared(module, "traits") == real
+    assert LogitsConfig("kd.teachers.none.none").source.distils is False
+    assert LogitsConfig("kd.teachers.stored.recorded").source.is_recorded
     for loss in components.declared(components.MODULES["loss"], "needs"):
         assert all(token_info.providers_of(name, loss) for name in token_info.needs(loss))
     assert all(

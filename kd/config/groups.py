@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, ClassVar, Literal, Self
 
 from kd.config import components
@@ -17,39 +16,43 @@ from kd.config.sizes import SIZES
 Precision = Literal["fp32", "bf16"]
 
 
-class LogitsSource(StrEnum):
-    """Where the teacher's distributions come from."""
+@dataclass(frozen=True)
+class LogitsSource:
+    """Source of the teacher's distributions. Its traits are what its function declares (kd.teachers.base.traits).
 
-    NONE = "none"
-    ONLINE = "online"
-    OFFLINE = "offline"
-    RECORDED = "recorded"
-    COTRAINED = "cotrained"
+    One without any runs a finished teacher in the training step.
+    """
+
+    name: str
+    traits: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def distils(self) -> bool:
         """Whether there is a signal from a teacher."""
-        return self is not LogitsSource.NONE
+        return "no_signal" not in self.traits
 
     @property
     def reads_store(self) -> bool:
         """Whether distributions are read from a store."""
-        return self in (LogitsSource.OFFLINE, LogitsSource.RECORDED)
+        return "reads_store" in self.traits
 
     @property
     def runs_teacher(self) -> bool:
         """Whether a teacher computes in the training step."""
-        return self in (LogitsSource.ONLINE, LogitsSource.COTRAINED)
+        return self.distils and not self.reads_store
 
     @property
     def trains_teacher(self) -> bool:
         """Whether the teacher learns in the same step."""
-        return self is LogitsSource.COTRAINED
+        return "trains_teacher" in self.traits
 
     @property
     def is_recorded(self) -> bool:
         """Whether the store is written while the teacher is trained."""
-        return self is LogitsSource.RECORDED
+        return "recorded" in self.traits
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,8 @@ class LogitsConfig(Component):
 
     @property
     def source(self) -> LogitsSource:
-        return LogitsSource(self.name)
+        module = self.target.rpartition(".")[0].removeprefix("kd.")
+        return LogitsSource(self.name, components.declared(module, "traits").get(self.name, ()))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,14 @@
 
 A teacher answers for the target positions of a micro-batch: those that `mask` [B, T] selects, flattened to N. To add a
 source of logits, write a file here with a class and a function that builds it, and conf/logits/NAME.yaml, which names
-that function. The arguments of the function after `origin` are the settings logits.….
+that function. The arguments of the function after `origin` are the settings logits.…. A source that does not run a
+finished teacher in the step says so by @traits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +25,27 @@ if TYPE_CHECKING:
     from kd.teachers.stored import SignalStore
 
 Truncation = Callable[[Target], Target]
+
+
+TRAITS = (
+    "no_signal",  # language modelling alone
+    "reads_store",  # the teacher is not loaded
+    "recorded",  # the store is written while the teacher is trained
+    "trains_teacher",  # the teacher learns in the same steps
+)
+Function = TypeVar("Function", bound=Callable)
+
+
+def traits(*names: str) -> Callable[[Function], Function]:
+    """Declare what the rules of configs have to know of a source of logits; they read it without importing it."""
+    if unknown := set(names) - set(TRAITS):
+        raise TypeError(f"there is no trait {', '.join(sorted(unknown))}")
+
+    def declare(function: Function) -> Function:
+        function.traits = names
+        return function
+
+    return declare
 
 
 class TeacherOrigin(NamedTuple):

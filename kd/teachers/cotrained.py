@@ -10,9 +10,10 @@ from kd.models.causal_lm import CausalLM
 from kd.models.flops import Cost
 from kd.objective.chunked import Objective
 from kd.objective.signals import ProjectedSignal
-from kd.teachers.base import Teacher, TeacherOrigin, project
+from kd.teachers.base import Teacher, TeacherOrigin, project, traits
 
 
+@traits("trains_teacher")
 def cotrained(origin: TeacherOrigin) -> Teacher:
     """The teacher learns beside the student in one run, by language modelling on the same batches.
 

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from kd.data.batches import Batch
 from kd.objective.chunked import Signal
-from kd.teachers.base import Teacher, TeacherOrigin
+from kd.teachers.base import Teacher, TeacherOrigin, traits
 from kd.teachers.online import OnlineTeacher
 
 
+@traits("no_signal")
 def none(origin: TeacherOrigin) -> Teacher:
     """No teacher in training: plain language modelling, which is also how a teacher is made."""
     return NoTeacher(OnlineTeacher(origin.model, origin.cost) if origin.model else None)

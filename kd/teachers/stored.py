@@ -11,9 +11,10 @@ from kd.data.batches import Batch
 from kd.errors import UserError
 from kd.models.flops import Cost
 from kd.objective.chunked import Signal
-from kd.teachers.base import Teacher, TeacherOrigin, Truncation
+from kd.teachers.base import Teacher, TeacherOrigin, Truncation, traits
 
 
+@traits("reads_store")
 def offline(
     origin: TeacherOrigin, path: str | None = None, window: str | tuple | None = None, seed: int = 0
 ) -> Teacher:
@@ -25,6 +26,7 @@ def offline(
     return StoredTeacher(origin.store, window)
 
 
+@traits("reads_store", "recorded")
 def recorded(origin: TeacherOrigin, window: str | tuple | None = "late", seed: int = 0) -> Teacher:
     """What the teacher said while it was itself trained, which is recorded first; Peng et al. call this online logits.
 
