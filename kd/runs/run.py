@@ -44,7 +44,7 @@ class Run:
 
     def __init__(self, root: str | Path, name: str):
         self.name = name
-        self.root = root if remote.is_url(root) else str(Path(root).absolute())
+        self.root = str(root) if remote.is_url(root) else str(Path(root).absolute())
         self.folder = remote.home(root) / name
         self.remote = remote.Remote(f"{root}/{name}", self.folder) if remote.is_url(root) else None
         self.begun = time.monotonic()

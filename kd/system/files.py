@@ -251,9 +251,15 @@ def check_cache(folder: str | Path, variable: str) -> None:
 def read_json(path: Path) -> dict | None:
     """A JSON file, or None if it is not there; raises UserError if it is damaged."""
     try:
-        return json.loads(path.read_text())
+        return load_json(path)
     except FileNotFoundError:
         return None
+
+
+def load_json(path: Path) -> dict:
+    """A JSON file, which has to be there; raises UserError if it is damaged."""
+    try:
+        return json.loads(path.read_text())
     except ValueError as error:
         raise _damaged(path, error) from None
 

@@ -45,12 +45,13 @@ def _from_store(origin: TeacherOrigin, window: str | tuple | None) -> StoredTeac
 class SignalStore(Protocol):
     """What a teacher reads of a store; see kd.store.reader.Store."""
 
-    cost: Cost
+    @property
+    def cost(self) -> Cost | None: ...
 
     def select_window(self, window: tuple[float, float] | None) -> np.ndarray | None: ...
     def signal(self, batch: Batch, mask: Tensor) -> Signal: ...
     def reference(self, batch: Batch, mask: Tensor) -> Signal: ...
-    def read(self, row_ids: np.ndarray, ids: np.ndarray) -> Entries | Tensor: ...
+    def read(self, row_ids: np.ndarray, ids: np.ndarray) -> Entries | Tensor | None: ...
     def truncation_for(self, requested: dict, function: Truncation) -> Truncation: ...
 
 
@@ -67,7 +68,7 @@ class StoredTeacher(Teacher):
     def reference(self, batch: Batch, mask: Tensor) -> Signal:
         return self.store.reference(batch, mask)
 
-    def read(self, row_ids: np.ndarray, ids: np.ndarray) -> Entries | Tensor:
+    def read(self, row_ids: np.ndarray, ids: np.ndarray) -> Entries | Tensor | None:
         return self.store.read(row_ids, ids)
 
     def truncation(self, requested: dict, function: Truncation) -> Truncation:
