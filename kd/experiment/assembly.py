@@ -118,7 +118,7 @@ def build_callbacks(
             code,
             recorder.flush if recorder else None,
             recorder.send if recorder else None,
-        ),  # fmt: skip
+        ),
         LogitsRecorder(recorder) if recorder else None,
         throughput,
         MetricLog(trainer.log_every, throughput.axes),
