@@ -86,18 +86,18 @@ class Objective:
         truncated: Target | None = None,
     ) -> tuple[Tensor, Sums]:  # fmt: skip
         """The gradient of `total` with respect to the student's logits [n, V], and the sums."""
-
-        def distillation(student: Tensor) -> tuple[Tensor, Tensor]:
-            kd = self.distance(student, target, truncated)
-            kd = (kd if distilled is None else torch.where(distilled, kd, 0)).sum()
-            return alpha * kd, kd
-
         student, chain = torch.func.vjp(lambda logits: logits.float().log_softmax(-1), logits)  # [n, V]
         lm = -student.gather(-1, label[:, None])  # [n, 1]
         share = 1 - (alpha if distilled is None else alpha * distilled[:, None])  # of language modelling
         if target is None:
             grad, kd = torch.zeros_like(student), torch.zeros_like(lm.sum())
         else:
+
+            def distillation(student: Tensor) -> tuple[Tensor, Tensor]:
+                kd = self.distance(student, target, truncated)
+                kd = (kd if distilled is None else torch.where(distilled, kd, 0)).sum()
+                return alpha * kd, kd
+
             grad, kd = torch.func.grad(distillation, has_aux=True)(student)
         # That of language modelling, one number per row, is put in its place; autograd would add [n, V] zeros.
         grad.scatter_add_(-1, label[:, None], (-share).to(grad).expand(len(label), 1))
@@ -124,6 +124,9 @@ def fitting(head: torch.nn.Module) -> int:
     return max(64, budget // (4 * len(output)))
 
 
+_compile_failed = False  # in this process; said once
+
+
 def _compiled(objective: Objective) -> Callable:
     """Compiled `slope`. Where compiling is a default, what torch cannot compile is computed as it is."""
     compiled = torch.compile(objective.slope)
@@ -131,11 +134,12 @@ def _compiled(objective: Objective) -> Callable:
         return compiled
 
     def slope(*arguments) -> tuple[Tensor, Sums]:
-        if not _compiled.failed:
+        global _compile_failed
+        if not _compile_failed:
             try:
                 return compiled(*arguments)
             except TorchDynamoException as error:
-                _compiled.failed = True
+                _compile_failed = True
                 reason = first_line(error)
                 console.print(
                     f"torch.compile failed, so the loss is slower and takes more memory than it could: {reason}\n"
@@ -145,9 +149,6 @@ def _compiled(objective: Objective) -> Callable:
         return objective.slope(*arguments)
 
     return slope
-
-
-_compiled.failed = False  # in this process; said once
 
 
 def _cast(head: torch.nn.Module, device: str) -> dict[str, Tensor]:

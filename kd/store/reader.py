@@ -263,8 +263,9 @@ class Store:
 
     def _place(self, row: int) -> tuple[str, int]:
         if "steps" in self.manifest:
-            if self._rows is None or self._places is None:  # no window was picked
+            if self._rows is None:  # no window was picked
                 self.select_window(None)
+            assert self._rows is not None and self._places is not None, "a window is picked"
             number, place = self._places[np.searchsorted(self._rows, row)]
             return self.shards[number], place
         number = int(np.searchsorted(self.first, row, side="right")) - 1
