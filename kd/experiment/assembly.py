@@ -100,6 +100,7 @@ def build_callbacks(
     recorder = None
     if config.record and not teacher.distils:
         recorder = stores.recorder(config, packed, inputs.components.keep, module.student, start)
+    saving = (recorder.flush, recorder.send) if recorder else (None, None)
     student_flops = flops.cost(module.student.model, config.data.seq_len).flops_per_token
     teacher_flops = teacher.flops_per_token(module.token_selection is not None)
     throughput = Throughput(student_flops, teacher_flops, trainer.log_every)
@@ -111,14 +112,7 @@ def build_callbacks(
         packed.bytes_per_token, config.is_pretrained,
     )  # fmt: skip
     return RunCallbacks(
-        Checkpoints(
-            run,
-            trainer.checkpoint_every,
-            options,
-            code,
-            recorder.flush if recorder else None,
-            recorder.send if recorder else None,
-        ),
+        Checkpoints(run, trainer.checkpoint_every, options, code, *saving),
         LogitsRecorder(recorder) if recorder else None,
         throughput,
         MetricLog(trainer.log_every, throughput.axes),
