@@ -19,6 +19,7 @@ bench: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
 .venv/installed: pyproject.toml constraints.txt

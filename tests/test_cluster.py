@@ -213,8 +213,8 @@ def test_devices_are_counted_where_a_run_is_done(tmp_path, monkeypatch):
     monkeypatch.setattr(Runs, "config", SimpleNamespace(force=False), raising=False)
     ray, local = Ray(None, 1, 4), Processes()
     ray.config = local.config = SimpleNamespace(force=False)
-    assert ray._run([])[1] == 4
-    for work in (local._run, lambda words: product.train(told)):
+    assert ray._run([], set())[1] == 4
+    for work in (lambda words: local._run(words, set()), lambda words: product.train(told)):
         with refused(option="trainer.devices", got=4, why="this machine has 1", hint="trainer.devices=1"):
             work([])
 

@@ -1,60 +1,103 @@
 """Names of runs."""
 
+import copy
 import os
 from dataclasses import make_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
 
+import hydra
 import pytest
+from omegaconf import DictConfig, OmegaConf
 
-from kd.config import schema
-from kd.config.fields import setting, traits_of
-from kd.config.schema import ExperimentConfig, TrainerConfig
+from kd.config.components import CONF
+from kd.config.compose import composed, default_config
+from kd.config.fields import all_traits, hints, setting
+from kd.config.groups import TrainerConfig
+from kd.config.schema import ExperimentConfig
 from kd.data import corpora, instructions, packing
 from kd.experiment.dependencies import Plan, cached_corpus
 from kd.runs import identity
 from tests.small import small_config
+from tests.test_golden import NOWHERE, names
+
+# Of runs that need a teacher, a start and a store between them.
+NAMED = (("loss=rkl",), ("logits=offline", "truncation=top_k"), ("data=instructions", "start=sft", "alpha.peak=0.5"))
 
 
-def with_option(config: ExperimentConfig, option: Any, value: Any) -> ExperimentConfig:
-    """Return the config under a schema that has one more option, trainer.new."""
-    frozen = {"frozen": True, "kw_only": True}
-    trainer = make_dataclass("Trainer", [("new", int | None, option)], bases=(TrainerConfig,), **frozen)
-    node = config.to_dict()
-    node["trainer"] = trainer.from_node(node["trainer"] | ({} if value is ABSENT else {"new": value}), "trainer")
-    return config.derive(trainer=node["trainer"])
+@cache
+def composed_as_it_is(*words: str, compose=hydra.compose) -> DictConfig:
+    return compose("config", list(words))
 
 
-ABSENT = object()
+def names_with(defaults: dict[str, object], monkeypatch) -> set[str]:
+    """Names of NAMED and of all that these runs need, if the configs had these defaults, some of new options."""
+
+    def compose(_: str, words: list[str]) -> DictConfig:
+        config = copy.deepcopy(composed_as_it_is(*words))
+        for option, value in defaults.items():
+            OmegaConf.update(config, option, value, force_add=True)
+        return config
+
+    found = set()
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "key", lambda *_, **__: "0" * 16)
+        patch.setattr(hydra, "compose", compose)
+        forget()
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            for words in NAMED:
+                typed = [*words, *NOWHERE]
+                found |= set(names(ExperimentConfig.from_hydra(hydra.compose("config", typed), typed)))
+    forget()
+    return found
 
 
-def name_with(monkeypatch, config: ExperimentConfig, option: Any, value: Any) -> str:
-    monkeypatch.setattr(identity, "TRAITS", schema.TRAITS | {"trainer.new": traits_of(option)})
-    return identity.identity(with_option(config, option, value).flat())
+def forget() -> None:
+    composed.cache_clear()
+    default_config.cache_clear()
 
 
-def test_an_option_with_its_neutral_value_renames_nothing(tmp_path, monkeypatch):
-    small = small_config(tmp_path)
-    name = identity.identity(small.flat())
-    for value in (None, ABSENT):  # typed, and in a config that is older than the option
-        assert name_with(monkeypatch, small, setting(neutral=None), value) == name
-    assert name_with(monkeypatch, small, setting(neutral=None), 1) != name
+@pytest.mark.parametrize(
+    ("new", "option", "default", "renames"),
+    [
+        (setting(neutral=1), "trainer.new", 1, False),
+        (setting(neutral=1), "trainer.new", 2, True),
+        (setting(), "trainer.new", 1, True),
+        (setting(effect=False), "trainer.new", 1, False),
+        (None, "trainer.clip", 0.5, True),
+        (None, "data.special", "tokens", True),
+        (None, "trainer.checkpoint_every", 7, False),
+        (None, "token_names", "any", False),
+    ],
+)
+def test_what_a_default_renames(new, option, default, renames, monkeypatch):
+    """A new option renames nothing while it has its neutral value or no effect; another default renames all runs."""
+    usual = names_with({}, monkeypatch)
+    if new:
+        trainer = make_dataclass("Trainer", [("new", int, new)], bases=(TrainerConfig,), frozen=True, kw_only=True)
+        monkeypatch.setitem(hints(ExperimentConfig), "trainer", trainer)
+        monkeypatch.setattr(identity, "TRAITS", all_traits(ExperimentConfig))
+    found = names_with({option: default}, monkeypatch)
+    assert len(found) == len(usual) == 8
+    assert found.isdisjoint(usual) if renames else found == usual
 
 
-def test_a_default_that_changes_renames(tmp_path, monkeypatch):
-    small = small_config(tmp_path)
-    before = name_with(monkeypatch, small, setting(neutral=None, default=None), ABSENT)
-    after = name_with(monkeypatch, small, setting(neutral=None, default=3), ABSENT)
-    assert before == identity.identity(small.flat()) != after
-    changed = small.derive(responses={"samples": 2}, trainer={"clip": 2.0})
-    assert identity.identity(changed.flat()) != before
+def test_a_config_from_before_an_option_keeps_its_name(tmp_path, monkeypatch):
+    config = small_config(tmp_path)
+    new = setting(neutral=1)
+    trainer = make_dataclass("Trainer", [("new", int, new)], bases=(TrainerConfig,), frozen=True, kw_only=True)
+    monkeypatch.setitem(hints(ExperimentConfig), "trainer", trainer)
+    monkeypatch.setattr(identity, "TRAITS", all_traits(ExperimentConfig))
+    again = ExperimentConfig.from_dict(config.to_dict())
+    assert again.flat() == config.flat() | {"trainer.new": 1}
+    assert identity.identity(again.flat()) == identity.identity(config.flat())
 
 
-def test_an_option_without_effect_renames_nothing(tmp_path, monkeypatch):
-    small = small_config(tmp_path)
-    monkeypatch.setattr(identity, "NO_PART", (*identity.NO_PART, "trainer.new"))
-    names = {name_with(monkeypatch, small, setting(effect=False), value) for value in (None, 1)}
-    assert names == {identity.identity(small.flat())}
+def test_a_seed_is_part_of_every_name_and_a_root_of_none(tmp_path):
+    config = small_config(tmp_path).flat()
+    name = identity.identity(config)
+    assert identity.identity(config | {"root": "elsewhere"}) == name
+    assert identity.identity(config | {"seed": 1}) != name
 
 
 def edit(path: Path, old: bytes, new: bytes) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kd.config.components import build
+from kd.config.groups import Component
 from kd.config.rules import not_linear
-from kd.config.schema import Component
 from kd.errors import UserError
 from kd.experiment.dependencies import Plan
 from kd.objective import truncation

@@ -68,8 +68,6 @@ def default_options(*words: str) -> dict[str, Any]:
 
 def config_of(words: Iterable[str]) -> ExperimentConfig:
     """Return the config of `python train.py WORDS`; raise UserError for words that train.py would refuse."""
-    from kd.config.schema import ExperimentConfig
-
     words = list(words)
     check_words(words)
     try:

@@ -32,16 +32,17 @@ class Traits:
 def setting(*, default: Any = UNSET, **traits: Any) -> Any:
     """Return a field of a ConfigNode; traits are those of Traits.
 
-    An option that is newer than the names of existing runs needs a neutral value, or effect=False. Configs that were
-    written before it was there get that value. A neutral value must not change later, whereas a default may: then
-    runs are renamed, as they should be.
+    default: value of an option that a config lacks. Defaults of what people type are in conf/.
+    neutral: for an option that is newer than the names of existing runs. With this value it is left out of a run's
+    name, and configs from before it was there have it. It must not change later, whereas a default in conf/ may: then
+    runs are renamed, as they should be. An option that cannot change the outcome has effect=False instead.
     """
     known = Traits(**traits)
-    default = known.neutral if default is UNSET else default
-    return field(default=MISSING if default is UNSET else default, metadata={"traits": known})
+    absent = known.neutral if default is UNSET else default
+    return field(default=MISSING if absent is UNSET else absent, metadata={"traits": known})
 
 
-def seed() -> Any:
+def seed_setting() -> Any:
     """Return a field for a seed."""
     return setting(least=0, most=MAX_SEED)
 

@@ -10,7 +10,8 @@ from kd.config.secrets import check_secrets
 from kd.errors import UserError, check
 
 if TYPE_CHECKING:
-    from kd.config.schema import Component, ExperimentConfig, TrainerConfig
+    from kd.config.groups import Component, TrainerConfig
+    from kd.config.schema import ExperimentConfig
 
 
 def check_deletions(overrides: Iterable[str]) -> None:
@@ -41,9 +42,7 @@ def check_steps(config: ExperimentConfig, overrides: Iterable[str]) -> None:
     """Refuse trainer.steps beside trainer.tokens."""
     trainer = config.trainer
     if trainer.tokens is not None and any(word.lstrip("+").startswith("trainer.steps=") for word in overrides):
-        raise UserError(
-            f"trainer.tokens={trainer.tokens} and trainer.steps={trainer.steps}: set one of them, not both."
-        )
+        raise UserError(f"trainer.tokens={trainer.tokens} and trainer.steps={trainer.steps}: one of them says it all.")
 
 
 def check_all(config: ExperimentConfig, overrides: Iterable[str]) -> None:

@@ -10,15 +10,8 @@ from weakref import WeakKeyDictionary
 
 from kd.config import components as conf
 from kd.config.compose import default_config
-from kd.config.schema import (
-    Component,
-    DataConfig,
-    ExperimentConfig,
-    FineTunedInit,
-    ModelConfig,
-    PretrainedInit,
-    TeacherConfig,
-)
+from kd.config.groups import Component, DataConfig, FineTunedInit, ModelConfig, PretrainedInit, TeacherConfig
+from kd.config.schema import ExperimentConfig
 from kd.data import packing
 from kd.data.corpora import Corpus
 from kd.errors import UserError

@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import Callback
 from rich.table import Table
 from torch import Tensor
 
-from kd.config.schema import ExperimentConfig, RolloutConfig
+from kd.config.groups import RolloutConfig
+from kd.config.schema import ExperimentConfig
 from kd.data.batches import IGNORE, Batch, Packed, to_batch
 from kd.data.tokenizer import vocabulary_size
 from kd.experiment import stores

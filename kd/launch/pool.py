@@ -22,7 +22,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kd.config.schema import TrainerConfig
+from kd.config.groups import TrainerConfig
 from kd.errors import UserError
 from kd.launch.warm import Forked, Warm
 from kd.runs.outcome import Outcome, RunState, classify_exit

@@ -55,7 +55,7 @@ def random(target: Target, draws: int = 50, biased: bool = False) -> Target:
     Unbiased where top_k is not: Anshumann et al. 2025, arXiv 2503.16870, section 4. So is the gradient of a loss that
     is linear in the teacher's probabilities: of fkl and nll, at temperature.tau=1 with target=renormalise. Through any
     other loss, temperature or target, the mean over the draws is the gradient for another teacher; `biased` accepts
-    that, and changes nothing else (kd.config.rules.is_unbiased has the rule).
+    that, and changes nothing else (kd.config.rules.not_linear has the rule).
 
     The draws are a function of `target.seed`, so they depend neither on chunk or batch size nor on where a run was
     resumed. Raises UserError for draws below 1.

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from kd.config.schema import TrainerConfig
+from kd.config.groups import TrainerConfig
 from kd.errors import UserError
 
 BUCKET = 2**24  # gradients that are summed at once

@@ -11,8 +11,6 @@ import xxhash
 from kd.config.fields import UNSET
 from kd.config.schema import NO_SIGNAL, TRAITS
 
-# No part of a run's name. NO_EFFECT changes nothing of what comes out; of the others, what is made of them is part.
-NO_PART = tuple(name for name, traits in TRAITS.items() if not traits.effect or not traits.identity)
 # Options that are newer than the names of existing runs: with this value they are left out of the name, so that adding
 # one renames no run. A default that changes must rename: it does not belong here. Here are those of components, whose
 # schema is a function's signature; others have it in kd/config/schema.py.
@@ -36,7 +34,9 @@ def part_of_outcome(config: dict) -> dict:
     How the teacher is made is part of the teacher's own run, and without a signal in training, nothing of how a signal
     is treated is part of any.
     """
-    without = (*NO_PART, *(NO_SIGNAL if config["logits"] == "none" else ()))
+    # Of what is not part of the name but has an effect, what is made of it is part.
+    without = [name for name, traits in TRAITS.items() if not traits.effect or not traits.identity]
+    without += NO_SIGNAL if config["logits"] == "none" else ()
     if config["data"] != "instructions":
         without += ("responses",)
     if config["logits"] not in ("offline", "recorded"):  # recording changes nothing of what is learned

@@ -20,7 +20,7 @@ if __name__ == "__main__":  # before a library that reads them is loaded
 from rich.table import Table
 
 from kd.config.compose import config_of
-from kd.config.schema import TruncationConfig
+from kd.config.groups import TruncationConfig
 from kd.config.secrets import check_secrets
 from kd.errors import MISTAKES, UserError, for_people
 from kd.experiment import store_check, stores

@@ -1,0 +1,259 @@
+"""Configs of the groups: what is chosen in each, and the options of models, teacher, trainer and responses.
+
+A component's options are the parameters of its function. Those that are declared here are read by others, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, ClassVar, Literal, Self
+
+from kd.config import components
+from kd.config.fields import MAX_SEED, ConfigNode, check_shape, converted, options, seed_setting, setting
+from kd.config.sizes import SIZES
+
+Precision = Literal["fp32", "bf16"]
+
+
+class LogitsSource(StrEnum):
+    """Where the teacher's distributions come from."""
+
+    NONE = "none"
+    ONLINE = "online"
+    OFFLINE = "offline"
+    RECORDED = "recorded"
+    COTRAINED = "cotrained"
+
+    @property
+    def distils(self) -> bool:
+        """Whether there is a signal from a teacher."""
+        return self is not LogitsSource.NONE
+
+    @property
+    def reads_store(self) -> bool:
+        """Whether distributions are read from a store."""
+        return self in (LogitsSource.OFFLINE, LogitsSource.RECORDED)
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether a teacher computes in the training step."""
+        return self in (LogitsSource.ONLINE, LogitsSource.COTRAINED)
+
+    @property
+    def trains_teacher(self) -> bool:
+        """Whether the teacher learns in the same step."""
+        return self is LogitsSource.COTRAINED
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the store is written while the teacher is trained."""
+        return self is LogitsSource.RECORDED
+
+
+@dataclass(frozen=True)
+class Component(ConfigNode):
+    """Option chosen in a config group: `loss=akl loss.mu=0.3` is Component("kd.objective.losses.akl", {"mu": 0.3}).
+
+    Fields of a subclass repeat arguments that are read without the function.
+    """
+
+    NO_OPTIONS: ClassVar = ("target", "args")
+
+    target: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_node(cls, node: Any, path: str = "") -> Self:
+        check_shape(node, path, component=True)
+        args = {k: v for k, v in node.items() if k != "_target_"}
+        return cls(target=node["_target_"], args=args, **converted(cls, args, path))
+
+    @property
+    def name(self) -> str:
+        """Name of the option, such as akl."""
+        return self.target.rpartition(".")[2]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"_target_": self.target, **self.args}
+
+    def derive(self, **changes: Any) -> Self:
+        """Return a copy with other arguments."""
+        return self.from_node(self.to_dict() | changes)
+
+    def build(self, group: str) -> Callable:
+        """Return the function with these arguments; raise UserError for a wrong target, name or type."""
+        return components.build(self.to_dict(), group)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Component):
+    """Text, and how it is packed."""
+
+    seq_len: int = setting(default=256, least=1)  # tokens per row
+    vocab: int = setting(default=1024)  # of the tokenizer trained on the text
+    tokenizer: str | None = setting(default=None)
+    tokens: int | None = setting(default=None)  # at most so many for training
+    val_rows: int = setting(default=64)
+    val_share: float = setting(default=0.05)  # of the documents
+    special: str = setting(neutral="text")
+
+    @property
+    def is_instructions(self) -> bool:
+        """Whether the text is prompts and responses."""
+        return self.name == "instructions"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain containers; the options of packing come first, as in config.yaml."""
+        packing = {option.name: self.args[option.name] for option in options(DataConfig) if option.name in self.args}
+        return packing | super().to_dict()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruncationConfig(Component):
+    """Part of the teacher's distribution that is kept, in training or in a store."""
+
+    biased: bool = setting(default=False, effect=False)  # accepted or refused, the draws are the same
+    path: str | None = setting(default=None, effect=False)  # of a store
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Name and settings, without the place of a store and what is accepted of losses."""
+        return {"name": self.name} | {k: v for k, v in self.args.items() if k not in ("path", "biased")}
+
+    def build(self, group: str) -> Callable:
+        """Return the function; the place of a store is not one of its arguments."""
+        node = self.to_dict()
+        if group == "record":
+            node.pop("path", None)
+        return components.build(node, group)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether everything is kept."""
+        return self.name == "full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsConfig(Component):
+    """Source of the teacher's distributions."""
+
+    path: str | None = setting(default=None, identity=False)  # of a store
+    window: str | tuple | None = setting(default=None)  # share of a recorded teacher's training
+    seed: int = setting(default=0, least=0, most=MAX_SEED)  # of the draws of a store of samples
+
+    @property
+    def source(self) -> LogitsSource:
+        return LogitsSource(self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(Component):
+    """Writer of the responses that are learned from."""
+
+    capacity: int = setting(default=1000, least=1)  # rows of rollout=adaptive
+
+    @property
+    def is_none(self) -> bool:
+        """Whether responses are those of the data."""
+        return self.name == "none"
+
+    @property
+    def by_teacher(self) -> bool:
+        """Whether the teacher writes all responses before training."""
+        return self.name == "teacher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(ConfigNode):
+    """A size of kd/config/sizes.py, or a name on the Hub or folder."""
+
+    size: str | None = setting(choices=tuple(SIZES))
+    name: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig(ConfigNode):
+    """Teacher, and how one of a size is trained."""
+
+    steps: int = setting(least=1)
+    batch: int = setting(least=1)
+    lr: float = setting(least=0)
+    seed: int = seed_setting()
+    precision: Precision
+    sft: bool = setting(default=False)
+    size: str | None = setting(choices=tuple(SIZES))
+    name: str | None
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a teacher."""
+        return bool(self.size or self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig(ConfigNode):
+    """Training that a student has had: none, for stage=scratch."""
+
+    stage: Literal["scratch", "pretrained", "sft"]
+
+    @classmethod
+    def from_node(cls, node: Any, path: str = "") -> Self:
+        kinds = {"pretrained": PretrainedInit, "sft": FineTunedInit}
+        stage = node.get("stage") if isinstance(node, Mapping) else None
+        kind = kinds.get(stage, InitConfig) if isinstance(stage, str) else InitConfig
+        check_shape(node, path)
+        # `stage` chooses the class, and not the class that was called.
+        return super(InitConfig, kind).from_node(node, path)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedInit(InitConfig):
+    """Language modelling on plain text."""
+
+    steps: int = setting(least=1)
+    batch: int = setting(least=1)
+    lr: float = setting(least=0)
+    seed: int = seed_setting()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTunedInit(PretrainedInit):
+    """Fine-tuning on the instructions after that."""
+
+    sft_steps: int = setting(least=1)
+    sft_batch: int = setting(least=1)
+    sft_lr: float | None = setting(least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponsesConfig(ConfigNode):
+    """Responses of a trained student to the prompts of the validation rows."""
+
+    samples: int = setting(least=1)
+    temperature: float = setting(least=0)
+    seed: int = seed_setting()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig(ConfigNode):
+    """Length of training, batches, precision and devices."""
+
+    INPUT_ONLY: ClassVar = ("tokens",)
+
+    devices: int = setting(effect=False, least=1)
+    strategy: Literal["auto", "ddp", "fsdp"] = setting(effect=False)
+    shard_teacher: bool | None = setting(default=None, effect=False)
+    steps: int = setting(least=1)
+    tokens: int | None = setting(default=None, least=1)  # resolved into steps
+    batch: int = setting(least=1)  # rows per optimizer step
+    micro_batch: int = setting(least=1)  # rows per forward pass
+    clip: float = setting(least=0)  # norm of the gradients; 0 = unlimited
+    precision: Precision
+    compile: bool | None
+    chunk: int | None = setting(least=1)  # positions whose logits are in memory at a time
+    log_every: int = setting(least=1)
+    val_every: int = setting(least=1)
+    checkpoint_every: int = setting(effect=False, least=1)
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = setting(effect=False)
