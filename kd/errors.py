@@ -23,12 +23,12 @@ class UserError(ValueError):
     A message in one piece, which is printed as it is, is for what no option, file or URL is to blame for.
 
     option: the option ("truncation.k"), file or URL that is wrong; an option also as it is typed ("truncation.k=0").
-    got: its value, if it has one.
+    got: its value; ... where it has none.
     conflict: the other setting ("logits=none"), where two contradict each other.
     why: the reason, where value and need do not say it: a clause, or a predicate of the option ("is damaged: …").
     need: what would be right, as a noun phrase.
     hint: what to do, beginning with a verb ("type truncation.k=10").
-    commands: lines for a shell that do what the hint says.
+    commands: lines to type that do what the hint says.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class UserError(ValueError):
         why: object = "",
         *,
         option: object = None,
-        got: object = None,
+        got: object = ...,
         conflict: str = "",
         need: str = "",
         hint: str = "",
@@ -44,7 +44,7 @@ class UserError(ValueError):
     ):
         self.why, self.need, self.hint, self.conflict = str(why), need, hint, conflict
         self.option, self.got = None if option is None else str(option), got
-        if got is None and (word := re.match(r"([\w.]+)=(.*)", self.option or "", re.DOTALL)):
+        if got is ... and (word := re.match(r"([\w.]+)=(.*)", self.option or "", re.DOTALL)):
             self.option, self.got = word.groups()
         self.commands = tuple(commands)
         super().__init__(str(self))
@@ -62,7 +62,7 @@ class UserError(ValueError):
 
     def _subject(self) -> str:
         """Return what is wrong, as it was typed."""
-        value = "" if self.got is None else f"={typed(self.got)}"
+        value = "" if self.got is ... else f"={typed(self.got)}"
         conflict = f" with {self.conflict}" if self.conflict else ""
         return f"{self.option or ''}{value}{conflict}".strip()
 
@@ -97,7 +97,7 @@ def _ended(text: str, sign: str = ".") -> str:
 def check(option: str, got: object, good: bool, need: str, hint: str = "") -> None:
     """Raise UserError unless the value that an option got is good."""
     if not good:
-        raise UserError(option=option, got="null" if got is None else got, need=need, hint=hint)
+        raise UserError(option=option, got=got, need=need, hint=hint)
 
 
 # What may be a mistake: whether an OSError is one, is_mistake() tells.

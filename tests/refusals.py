@@ -20,13 +20,13 @@ def refused(**fields: object) -> Iterator[pytest.ExceptionInfo[UserError]]:
         yield caught
     error = caught.value
     assert error.option or error.hint or error.commands, error
-    message = str(error).replace("\n  ", "\n").lower()
+    message = str(error).lower()
     for name, expected in fields.items():
         value = getattr(error, name)
         if name in ("option", "got"):
             assert typed(value) == typed(expected), f"{name} of {error!r}"
         else:
-            value = "\n".join(value) if name == "commands" else value
+            value = "\n  ".join(value) if name == "commands" else value
             for piece in expected if isinstance(expected, tuple) else (expected,):
                 assert str(piece) in value, f"{name} of {error!r}: {value!r} lacks {piece!r}"
-        assert typed(value).lower() in message, f"{name} of {error!r} is not in its message"
+        assert value is ... or typed(value).lower() in message, f"{name} of {error!r} is not in its message"

@@ -61,7 +61,7 @@ def test_values_are_shown_as_they_are_typed():
 
 
 def test_a_value_that_is_null_is_shown():
-    with refused(option="loss.beta", got="null", need="a number"):
+    with refused(option="loss.beta", got=None, need="a number"):
         check("loss.beta", None, False, "a number")
     check("loss.beta", None, True, "a number")
 

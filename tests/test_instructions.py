@@ -31,7 +31,6 @@ from kd.data.examples import Example, Turn
 from kd.data.instructions import functions
 from kd.data.packing import END
 from kd.data.templates import alpaca, encode, end_of_response, plain, tokens
-from kd.errors import UserError
 from kd.experiment import planner, prerequisites, stores, summary
 from kd.experiment.dependencies import Plan
 from kd.runs.run import Run
@@ -881,20 +880,20 @@ def test_prompts_alone_are_for_rollouts_that_write_all_responses(root, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "fields"),
     [
-        ((), "prompts and no responses, and rollout=none learns from the data.*rollout.share=1"),
-        (("rollout=student",), "rollout=student rollout.share=0.5 learns from the data"),
-        (("rollout=adaptive",), "rollout=adaptive learns from the data"),
-        (("rollout=student", "rollout.share=1"), "alpha is below 1.*alpha.peak=1, or lm=plain"),
-        (ON_POLICY, "teacher.size=100k is fine-tuned on responses.*teacher.name=NAME"),
+        ((), {"option": "rollout", "got": "none", "why": "prompts and no responses", "hint": "rollout.share=1"}),
+        (("rollout=student",), {"option": "rollout.share", "got": 0.5, "why": "learns from the data"}),
+        (("rollout=adaptive",), {"option": "rollout", "got": "adaptive", "why": "learns from the data"}),
+        (("rollout=student", "rollout.share=1"), {"option": "alpha", "hint": "alpha.peak=1, or lm=plain"}),
+        (ON_POLICY, {"option": "teacher.size", "got": "100k", "hint": "teacher.name=NAME"}),
     ],
 )
-def test_prompts_alone_are_refused_where_responses_are_learned(tmp_path, words, says):
+def test_prompts_alone_are_refused_where_responses_are_learned(tmp_path, words, fields):
     file = write(tmp_path / "prompts.jsonl", *({"prompt": f"{n}="} for n in range(60)))
     of = [word for word in words_of(tmp_path) if not word.startswith("data.files")]
     made = small.small_config(tmp_path, *of, f"data.files={file}", *words)
-    with pytest.raises(UserError, match=says):
+    with refused(**fields):
         prerequisites.prepare(made)
 
 
@@ -915,5 +914,5 @@ def test_a_result_has_what_became_of_all_rows(root, tmp_path, capsys):
 def test_a_config_may_call_instructions_and_nothing_else_there():
     assert components.locate("kd.data.instructions.instructions", "data") == ("kd.data.instructions", "instructions")
     for name in ("functions", "tokens", "corpora.hub", "alpaca"):
-        with pytest.raises(UserError, match=r"kd\.corpora\.hub, .*kd\.instructions\.instructions"):
+        with refused(option="data._target_", need=("kd.data.corpora.hub, ", "kd.data.instructions.instructions")):
             components.locate(f"kd.data.instructions.{name}", "data")

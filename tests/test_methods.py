@@ -13,11 +13,11 @@ import train  # noqa: F401, registers the sizes
 from kd.config.components import CONF, PRESETS, option_names
 from kd.config.compose import config_of
 from kd.config.options import option_of, words_of
-from kd.errors import UserError
 from kd.experiment.prerequisites import prepare
 from kd.launch.sweeper import Lines
 from kd.runs.identity import whole_as_float
 from kd.system.files import read_metrics
+from tests.refusals import refused
 from tests.small import here, small_config
 
 METHODS = option_names("method")
@@ -91,19 +91,21 @@ def test_a_method_goes_with_an_experiment():
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "fields"),
     [
-        ("method=sft loss=rkl", "logits=none trains on text alone; loss=rkl would do nothing"),
-        ("method=gkd logits=none", "rollout=student would do nothing, as logits=none"),
-        ("method=opd rollout=adaptive", "method=opd sets rollout.share, which rollout=adaptive does not have; leave "
-         "method=opd out, and type what else it stands for: data=instructions start=sft loss=rkl alpha.peak=1."),
-        ("experiment=c4_330m teacher=1b", "type teacher=1b teacher.name=null."),
-        ("experiment=c4_330m method=kd", "do not agree; type data=hub start=scratch, or data=instructions start=sft."),
+        ("method=sft loss=rkl", {"option": "loss", "got": "rkl", "conflict": "logits=none"}),
+        ("method=gkd logits=none", {"option": "rollout", "got": "student", "conflict": "logits=none"}),
+        ("method=opd rollout=adaptive", {
+            "option": "rollout", "got": "adaptive", "conflict": "method=opd", "why": "sets rollout.share",
+            "hint": ("leave method=opd out", "stands for: data=instructions start=sft loss=rkl alpha.peak=1")}),
+        ("experiment=c4_330m teacher=1b", {"option": "teacher", "got": "1b", "hint": "teacher=1b teacher.name=null"}),
+        ("experiment=c4_330m method=kd", {"why": "do not agree",
+                                          "hint": "data=hub start=scratch, or data=instructions start=sft"}),
     ],
 )  # fmt: skip
-def test_what_does_not_go_with_it_is_refused(line, says):
+def test_what_does_not_go_with_it_is_refused(line, fields):
     for words in (line.split(), reversed(line.split())):
-        with pytest.raises(UserError, match=re.escape(says)):
+        with refused(**fields):
             composed(*words)
 
 

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from kd.config.compose import composed
+from kd.config.compose import composed, default_config
 from kd.data.batches import Batch, to_batch
-from kd.errors import UserError
 from kd.experiment import fit, prerequisites
-from kd.experiment.dependencies import resolved
 from kd.models import hub
 from kd.objective.chunked import Objective
 from kd.objective.losses import akl
@@ -339,7 +337,7 @@ def test_a_rank_composes_no_config(root, monkeypatch):
     monkeypatch.setattr(fit, "fit", lambda *of: given.append(of) or {})
     here(root, "logits=offline", "record=top_k", "record.k=5", "trainer.steps=2", *TOP)
     composed.cache_clear()
-    resolved.cache_clear()
+    default_config.cache_clear()
     assert real(*given[0])["state"] == "done"
 
 
@@ -352,7 +350,7 @@ def test_a_run_with_a_store_costs_no_flops_of_a_teacher(root):
 def test_a_store_that_needs_a_teacher_says_so(root, tmp_path):
     with refused(option=tmp_path / "none", why="teacher=none cannot write a store", hint="logits.path"):
         here(root, "logits=offline", "teacher=none", f"logits.path={tmp_path / 'none'}", *TOP)
-    with pytest.raises(UserError, match=r"logits=offline needs a teacher"):
+    with refused(option="logits", got="offline", need="a teacher"):
         here(root, "logits=offline", "teacher=none")
 
 
@@ -406,5 +404,5 @@ def test_recorded_logits_are_those_of_a_teacher_recorded_by_hand(tmp_path):
     "words", [["truncation=full"], ["teacher=none", *TOP], ["teacher=hub", "teacher.name=x", *TOP]]
 )
 def test_recorded_logits_need_a_size_and_a_truncation(words, tmp_path):
-    with pytest.raises(UserError, match=r"logits=recorded, .*take teacher=1m, say, and truncation=top_p_k"):
+    with refused(option="logits", got="recorded", hint="teacher=1m truncation=top_p_k"):
         here(tmp_path, "logits=recorded", *words)

@@ -17,7 +17,6 @@ from lightning.pytorch.strategies import Strategy
 from kd.config.schema import ExperimentConfig
 from kd.data import corpora, packing
 from kd.data.batches import Batch, ValidationBatches
-from kd.errors import UserError
 from kd.evaluation import metrics, responses, text_scores
 from kd.evaluation.exposure import excess_error, gap
 from kd.evaluation.responses import Responses, Written
@@ -30,6 +29,7 @@ from kd.teachers.none import NoTeacher
 from kd.teachers.online import OnlineTeacher
 from tests import small
 from tests.cases import close
+from tests.refusals import refused
 from tests.small import ENVIRONMENT, SMALL, TRAIN, result
 from tests.test_generate import END, T, batch, model
 
@@ -396,18 +396,20 @@ def test_plain_text_asks_for_no_responses_and_settings_of_them_are_refused(tmp_p
     assert not (folder / "responses.jsonl").exists() and "val/rouge_l" not in result(folder)["final"]
     config = result(folder)["config"]
     assert "responses.seed" in config and not any(k.startswith("responses") for k in identity.part_of_outcome(config))
-    with pytest.raises(UserError, match=r"responses\.samples=2 would do nothing"):
+    with refused(option="responses.samples", got="2", why="would do nothing", hint="data=instructions"):
         small.small_config(tmp_path, "responses.samples=2")
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
-    [(("responses.samples=2", "responses.temperature=0"), "all the same"), (("responses.samples=0",), "at least 1"),
-     (("responses.temperature=-1",), "at least 0"), (("++responses.greedy=true",), "no such option"),
-     (("~responses",), "responses: needs its settings")],
+    ("words", "option", "fields"),
+    [(("responses.samples=2", "responses.temperature=0"), ".samples", {"conflict": "responses.temperature=0"}),
+     (("responses.samples=0",), ".samples", {"need": "at least 1"}),
+     (("responses.temperature=-1",), ".temperature", {"need": "at least 0"}),
+     (("++responses.greedy=true",), ".greedy", {"why": "no such option"}),
+     (("~responses",), "", {"need": "settings of this group"})],
 )  # fmt: skip
-def test_settings_without_a_meaning_are_refused(root, words, says):
-    with pytest.raises(UserError, match=says):
+def test_settings_without_a_meaning_are_refused(root, words, option, fields):
+    with refused(option=f"responses{option}", **fields):
         config(root, *words)
 
 

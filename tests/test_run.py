@@ -14,12 +14,12 @@ import filelock
 import pytest
 import torch
 
-from kd.errors import UserError
 from kd.runs.identity import axes, sizes_of
 from kd.runs.run import Run
 from kd.system.checkpoint_files import DigestIO
 from kd.system.signals import Preempted, Requests, requests
 from kd.training.module import DistillationModule
+from tests.refusals import refused
 from tests.small import folder, here, outcome, result, shared, start, train, type_in
 
 
@@ -382,9 +382,9 @@ def test_a_checkpoint_of_another_version_is_refused_with_what_to_type(tmp_path, 
     checkpoint = torch.load(path, weights_only=True)
     for change in ({"format": checkpoint["format"] + 1}, {"format": None}):
         DigestIO().save_checkpoint(checkpoint | change, path)
-        with pytest.raises(UserError, match="saved by another version of kd") as refused:
+        with refused(option=path, why="saved by another version of kd", commands="rm -r ") as caught:
             here(tmp_path, *words)
-    type_in(str(refused.value))
+    type_in(str(caught.value))
     assert here(tmp_path, *words) == run and result(run)["state"] == "done"
 
 

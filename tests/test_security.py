@@ -24,7 +24,6 @@ from rich.table import Table
 
 from kd.config import components, compose, overrides, security
 from kd.data import packing
-from kd.errors import UserError
 from kd.launch import optuna_search
 from kd.models import causal_lm
 from kd.parallel import fsdp
@@ -185,7 +184,7 @@ def test_sweep_with_a_tag_of_yaml_is_refused(tag, canary, monkeypatch):
     (canary.parent / "sweeps").mkdir()
     monkeypatch.setattr(components, "SWEEPS", canary.parent / "sweeps")
     (canary.parent / "sweeps" / "mine.yaml").write_text(f"# What?\nruns:\n- {tag}\n")
-    with pytest.raises(UserError, match=r"mine\.yaml is no plain YAML"):
+    with refused(option=canary.parent / "sweeps" / "mine.yaml", why="is no plain YAML"):
         compose.register()
 
 
@@ -277,7 +276,7 @@ def test_hostile_bytes_within_a_shard_are_not_run(sharded, canary):
     index[key] |= {"start": shard.stat().st_size, "length": len(evil.getvalue())}
     shard.write_bytes(shard.read_bytes() + evil.getvalue())
     (sharded / "index.json").write_text(json.dumps(index))
-    with refused(option=shard, why="something other than numbers", commands=f"rm -r {shard.parent}"):
+    with refused(option=sharded, why="something other than numbers", commands=f"rm -r {sharded.parent}"):
         read(sharded)
 
 

@@ -22,7 +22,7 @@ import train as product
 from kd.config.components import FORMER, typed
 from kd.config.compose import composed, config_of
 from kd.errors import UserError
-from kd.experiment import store_check
+from kd.experiment import prerequisites, store_check
 from kd.experiment.dependencies import Plan, cached_corpus
 from kd.models import causal_lm
 from kd.models import hub as hub_module
@@ -513,7 +513,7 @@ def test_what_is_within(asked, held, inside):
 
 @pytest.mark.parametrize("asked", ["full", "random", "top_p", "top_k"])
 def test_asking_for_more_names_both_before_anything_is_done(root, asked, monkeypatch):
-    monkeypatch.setattr(product, "teacher_model", None)  # not even loaded
+    monkeypatch.setattr(prerequisites, "teacher_model", None)  # not even loaded
     for words in ((f"logits.path={only(root)}",), (f"logits.path={root / 'none'}", "record=top_k", "record.k=5")):
         with refused(option="truncation") as caught:
             here(
@@ -629,7 +629,7 @@ def test_a_url_is_written_to_and_an_upload_that_was_cut_off_goes_on(root, monkey
     assert {n: system.cat_file(f"{url}/{n}") for n in expected} == expected
     shutil.rmtree(root / "stores")
     here(root, *OFFLINE, f"logits.path={url}", "teacher=none", "seed=1")  # from the URL alone
-    with refused(option="nosuch://bucket/store/manifest.json", why="could not be read"):
+    with refused(option="nosuch://bucket/store", why="could not be read"):
         here(root, *OFFLINE, "logits.path=nosuch://bucket/store")
 
 

@@ -8,7 +8,6 @@ import torch
 from kd.config.components import build
 from kd.config.groups import Component
 from kd.config.rules import not_linear
-from kd.errors import UserError
 from kd.experiment.dependencies import Plan
 from kd.objective import truncation
 from kd.objective.chunked import Objective
@@ -358,10 +357,10 @@ def test_unbiased_is_what_has_the_gradient_of_the_whole_teacher_in_the_mean(loss
 )
 def test_a_biased_sample_is_refused_unless_it_is_accepted(tmp_path, source, words):
     words = [source, "truncation=random", *words.split()]
-    with pytest.raises(UserError, match=r"biased.*type truncation\.biased=true") as error:
+    with refused(option="truncation", got="random", why="biased", hint="truncation.biased=true") as caught:
         typed(tmp_path, *words)
     group = {"temperature.tau=2": "temperature=fixed", "loss=nll": "temperature=std"}.get(words[2], words[2])
-    assert str(error.value).startswith(f"truncation=random with {group}")
+    assert caught.value.conflict.startswith(group)
     typed(tmp_path, *words, "truncation.biased=true")
 
 

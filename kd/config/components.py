@@ -69,7 +69,8 @@ def check_targets(node, path: str = "") -> None:
             if key == "_target_":
                 locate(value, path)
             if key in FORBIDDEN:
-                raise UserError(f"{where}={value}: not accepted from a config, since it can run foreign code.")
+                why, hint = "not accepted from a config, since it can run foreign code", f"leave {where} out"
+                raise UserError(option=where, got=value, why=why, hint=hint)
             check_targets(value, where)
     elif isinstance(node, list):
         for index, value in enumerate(node):
@@ -96,8 +97,10 @@ def locate(target: str, path: str) -> tuple[str, str]:
     allowed = _allowed(path)
     if target not in allowed:
         raise UserError(
-            f"{path}._target_={target}: not something a config may call. "
-            + (f"Here it may call {', '.join(allowed)}." if allowed else "Nothing is called here.")
+            option=f"{path}._target_",
+            got=target,
+            why="not something a config may call",
+            need=f"one of {', '.join(allowed)}" if allowed else "no function at all here",
         )
     return module, name
 
@@ -144,7 +147,13 @@ def check_types(function, settings: Node, path: str) -> None:
     known = [name for name in parameters if name not in GIVEN and (path, name) != ("optim", "lr")]
     for name, value in settings.items():
         if name not in known:
-            raise UserError(f"{path}.{name}={value}: no such option here; there is {', '.join(known) or 'none'}.")
+            raise UserError(
+                option=f"{path}.{name}",
+                got=value,
+                why="no such option here",
+                need=f"one of {', '.join(known)}" if known else "",
+                hint="" if known else f"leave {path}.{name} out",
+            )
         # What torch says of its types is too loose to check; its defaults tell, where they are not None.
         default = parameters[name].default
         hint = hints.get(name, float if type(default) is int else type(default))
@@ -162,7 +171,7 @@ def parameters_of(function) -> tuple[Mapping[str, inspect.Parameter], dict]:
 def check_type(option: str, value, hint) -> None:
     """Raise UserError for a value of another type."""
     if not _fits(value, hint):
-        raise UserError(f"{option}={value}: need {_say(hint)}, got {_got(value)}.")
+        raise UserError(option=option, got=value, why=f"got {_got(value)}", need=_say(hint))
 
 
 # Arguments that kd gives, never the config.
@@ -221,7 +230,7 @@ PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # as Lightning calls the
 def check_sweep(name: str | None) -> None:
     """Raise UserError for a sweep whose files would land elsewhere than in the folder of sweeps."""
     if name is not None and not files.is_name(name):
-        raise UserError(f"sweep={name}: need a name and no path, e.g. sweep=mine.")
+        raise UserError(option="sweep", got=name, need="a name and no path", hint="type e.g. sweep=mine")
 
 
 def flat(node: Node, prefix: str = "") -> Node:

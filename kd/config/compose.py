@@ -35,7 +35,8 @@ def register() -> None:
         try:
             sweep = OmegaConf.load(file)
         except YAMLError as error:
-            raise UserError(f"{file} is no plain YAML: {error}") from None
+            why, hint = f"is no plain YAML: {error}", "correct this file, or remove it"
+            raise UserError(option=file, why=why, hint=hint) from None
         node = {"sweep": {"name": file.stem, **sweep}, "hydra": {"mode": "MULTIRUN"}}
         store.store(group="sweeps", name=file.stem, node=node, package="_global_")
     OmegaConf.register_new_resolver("axes", axes, replace=True)

@@ -67,7 +67,10 @@ class ConfigNode:
         for name in node:
             if name not in names:
                 raise UserError(
-                    f"{joined(path, name)}={node[name]}: no such option; there is {', '.join(scalars(cls))}."
+                    option=joined(path, name),
+                    got=node[name],
+                    why="no such option",
+                    need=f"one of {', '.join(scalars(cls))}",
                 )
         return cls(**converted(cls, node, path))
 
@@ -90,7 +93,9 @@ def check_shape(node: Any, path: str, component: bool = False) -> None:
     """Raise UserError unless the node of a group is a mapping, and that of a component names its function."""
     if not isinstance(node, Mapping) or (component and "_target_" not in node):
         names = option_names(path) if path in GROUPS else []
-        raise UserError(f"{path}: needs {f'one of its options, as in {path}={names[0]}' if names else 'its settings'}.")
+        need = "one of the options of this group" if names else "a mapping with the settings of this group"
+        hint = f"type e.g. {path}={names[0]}" if names else f"leave {path} as it is"
+        raise UserError(option=path, need=need, hint=hint)
 
 
 def converted(cls: type, node: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -103,7 +108,7 @@ def converted(cls: type, node: Mapping[str, Any], path: str) -> dict[str, Any]:
         elif option.default is MISSING:
             if group_type(hints(cls)[option.name]):
                 check_shape(None, name)
-            raise UserError(f"{name} is needed here: type {name}=VALUE.")
+            raise UserError(option=name, why="is needed here", hint=f"type {name}=VALUE")
     return values
 
 
@@ -117,11 +122,11 @@ def value_of(value: Any, hint: Any, traits: Traits, name: str) -> Any:
     check_type(name, value, str if literal else hint)
     number = type(value) in (int, float)
     if number and traits.most is not None and not (traits.least or 0) <= value <= traits.most:
-        raise UserError(f"{name}={value}: need a whole number from {traits.least} to {traits.most}.")
+        raise UserError(option=name, got=value, need=f"a whole number from {traits.least} to {traits.most}")
     if number and traits.least is not None and not traits.least <= value < math.inf:
-        raise UserError(f"{name}={value}: need a number of at least {traits.least}.")
+        raise UserError(option=name, got=value, need=f"a number of at least {traits.least}")
     if words and value is not None and value not in words:
-        raise UserError(f"{name}={value}: need one of {', '.join(words)}.")
+        raise UserError(option=name, got=value, need=f"one of {', '.join(words)}")
     return value
 
 

@@ -21,7 +21,7 @@ def to_node(cfg: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise UserError(str(error)) from None
     if missing := sorted(_missing(node)):
-        raise UserError(f"{missing[0]} is needed here: type {missing[0]}=VALUE.")
+        raise UserError(option=missing[0], why="is needed here", hint=f"type {missing[0]}=VALUE")
     expand_paths(node)
     return node
 

@@ -37,7 +37,7 @@ def check_groups(words: Iterable[str]) -> None:
     for override in filter(Override.is_delete, overrides):
         group = override.key_or_group
         if group in GROUPS and group not in OPTIONAL:
-            raise UserError(f"{override.input_line}: {group} needs an option; {_instead(group)}.")
+            raise _refused(override.input_line, f"{group} needs an option", _instead(group))
     overrides = [override for override in overrides if not override.is_delete()]
     for override in overrides:
         if override.key_or_group in (*GROUPS, *PLUGINS):
@@ -54,9 +54,14 @@ def check_single(words: Iterable[str]) -> None:
     """Raise UserError for an override with several values, in a command that makes one run."""
     for override in filter(None, map(parsed, words)):
         if override.is_sweep_override():
-            raise UserError(
-                f"{override.input_line}: one command makes one run; for a run of each value, type -m first."
-            )
+            hint = "for a run of each value, type -m first"
+            raise _refused(override.input_line, "one command makes one run", hint)
+
+
+def _refused(word: str, why: str, hint: str) -> UserError:
+    """Return the error for an override as it was typed."""
+    option, equals, value = word.partition("=")
+    return UserError(option=option, got=value if equals else ..., why=why, hint=hint)
 
 
 @cache
@@ -90,7 +95,7 @@ def _check_slash(word: str) -> None:
         needed = "/".join(parts)
     else:
         needed = parts[-1] if parts and parts[-1].partition(".")[0] in GROUPS else ".".join(parts)
-    raise UserError(f"{word}: no setting of kd has a / in its name; type {needed or 'NAME'}={text}.")
+    raise _refused(word, "no setting of kd has a / in its name", f"type {needed or 'NAME'}={text}")
 
 
 def _named(names: Iterable[str]) -> str:
@@ -103,11 +108,11 @@ def _named(names: Iterable[str]) -> str:
 def _instead(group: str, value: bool | None = None) -> str:
     """What to type in place of null, true or false for a group."""
     if group in PLUGINS:
-        return f"leave it out, or type {group}={PLUGINS[group]}"
+        return f"leave {group} out, or type {group}={PLUGINS[group]}"
     names = option_names(group)
     if value is not True and "none" in names:
         return f"type {group}=none"
-    leave = "leave it out for none, or " if value is not True and group in OPTIONAL else ""
+    leave = f"leave {group} out for none, or " if value is not True and group in OPTIONAL else ""
     return f"{leave}choose one of {_named(names)}"
 
 
@@ -118,31 +123,34 @@ def _check_option(override: Override) -> None:
     if several := next((v for v in values if isinstance(v, list)), None):
         listed = ",".join(dict.fromkeys(text.translate(str.maketrans("", "", "[] ")).split(",")))
         one_by_one = group in ("sweeps", "logger", *PLUGINS)
-        raise UserError(
-            f"{word}: this is a list of {len(several)}, and a run takes one option of {group}; "
-            + (f"choose one of {listed}." if one_by_one else f"for a run of each, type -m {_renamed(group, listed)}.")
-        )
+        hint = f"choose one of {listed}" if one_by_one else f"for a run of each, type -m {_renamed(group, listed)}"
+        raise _refused(word, f"this is a list of {len(several)}, and a run takes one option of {group}", hint)
     if group == "sweeps" and len(values) > 1:
-        raise UserError(f"{word}: one command makes one sweep; type sweeps={values[0]}, and the others after it.")
+        hint = f"type sweeps={values[0]}, and then a command for each of the others"
+        raise _refused(word, "one command makes one sweep", hint)
     for value in values:
         if value is None or isinstance(value, bool) or (group in PLUGINS and _is_number(value)):
             got = "null" if value is None else str(value).lower()
-            raise UserError(f"{word}: {group} needs the name of an option, and got {got}; {_instead(group, value)}.")
+            raise _refused(word, f"{group} needs the name of an option, and got {got}", _instead(group, value))
     if group in PLUGINS:
         return
     if override.is_add() or override.is_force_add():
-        raise UserError(f"{word}: every group has an option already; type {group}={text}, without the +.")
+        raise _refused(word, "every group has an option already", f"type {group}={text}, without the +")
     names = option_names(group)
     for value in values:
         if _is_number(value) and group != "sweeps":
             shown = text if all(map(_is_number, values)) else str(value)
             needed = _for_number(group, value, shown)
-            raise UserError(f"{word}: {group} needs the name of an option, and this is a number; {needed}.")
+            raise _refused(word, f"{group} needs the name of an option, and this is a number", needed)
         if type(value) in (str, int, float) and str(value) not in names:
             matches = difflib.get_close_matches(str(value), names, 1)
             close = f"type {group}={matches[0]}, or another of" if matches else "choose one of"
-            hub = f"; what the Hub calls so is {group}=hub {group}.name={value}" if "hub" in names else ""
-            raise UserError(f"{word}: there is no {group}={value}; {close} {_named(names)}{hub}.")
+            hub = (
+                f"; for a model of that name on the Hub, type {group}=hub {group}.name={value}"
+                if "hub" in names
+                else ""
+            )
+            raise _refused(word, f"{group} has no option {value}", f"{close} {_named(names)}{hub}")
 
 
 def _renamed(group: str, values: str) -> str:
@@ -184,9 +192,9 @@ def _check_setting(override: Override, chosen: dict[str, str | None]) -> None:
     group, _, key = override.key_or_group.partition(".")
     word, text, added = override.input_line, override.input_line.partition("=")[2], override.is_add()
     if not key and not added and group not in (*GROUPS, *GROUPLESS, *RUN_OPTIONS) and "/" not in group:
-        raise UserError(f"{word}: there is no option {group}; {_anywhere(group, text, chosen)}.")
+        raise _refused(word, f"kd has no setting {group}", _anywhere(group, text, chosen))
     if group in PRESETS and key:
-        raise UserError(f"{word}: {group} has no settings of its own; {_anywhere(key, text, chosen)}.")
+        raise _refused(word, f"{group} has no settings of its own", _anywhere(key, text, chosen))
     if group in GROUPLESS:
         settings, others, which = dict.fromkeys(GROUPLESS[group]), [], group
     elif group in chosen:
@@ -200,8 +208,8 @@ def _check_setting(override: Override, chosen: dict[str, str | None]) -> None:
         return
     others.sort(key=lambda other: len(options(group)[other]))
     if others:
-        also = f" (or take it with {' or '.join(others[1:])})" if others[1:] else ""
-        raise UserError(f"{word}: {which} has no {key}; type {group}={others[0]} {group}.{key}={text}{also}.")
+        also = f" (or {key} with {' or '.join(others[1:])})" if others[1:] else ""
+        raise _refused(word, f"{which} has no {key}", f"type {group}={others[0]} {group}.{key}={text}{also}")
     close = difflib.get_close_matches(key, settings, 1)
     if close:
         needed = f"type {group}.{close[0]}={text}"
@@ -209,8 +217,10 @@ def _check_setting(override: Override, chosen: dict[str, str | None]) -> None:
         value = _values(override)[0]
         needed = _for_number(key, value, text) if _is_number(value) else f"type {key}={text}"
     else:
-        needed = f"it has {', '.join(settings)}" if settings else "it has no settings; leave it out"
-    raise UserError(f"{word}: {which} has no {key}; {needed}.")
+        needed = (
+            f"choose one of {', '.join(settings)}" if settings else f"leave {group}.{key} out: {which} has no settings"
+        )
+    raise _refused(word, f"{which} has no {key}", needed)
 
 
 def _anywhere(key: str, text: str, chosen: dict[str, str | None]) -> str:
@@ -225,7 +235,7 @@ def _anywhere(key: str, text: str, chosen: dict[str, str | None]) -> str:
     if there:
         return "type " + ", or ".join(f"{group}={name} {group}.{key}={text}" for group, name in there)
     close = difflib.get_close_matches(key, [*GROUPS, *RUN_OPTIONS], 1)
-    return f"type {close[0]}={text}" if close else "python train.py --help shows all"
+    return f"type {close[0]}={text}" if close else "see all settings by python train.py --help"
 
 
 def _chosen(overrides: list[Override]) -> dict[str, str | None]:
@@ -257,7 +267,8 @@ def _check_conflict(chosen: dict[str, str | None], typed: set[str]) -> None:
         groups = [group for group in some.keys() & others.keys() - typed if some[group] != others[group]]
         if groups:
             ways = (" ".join(f"{group}={of[group]}" for group in sorted(groups)) for of in (some, others))
-            raise UserError(f"{first} and {second} do not agree; type {', or '.join(ways)}.")
+            why, hint = "these two do not agree", f"type {', or '.join(ways)}"
+            raise UserError(option=first, conflict=second, why=why, hint=hint)
 
 
 def _check_preset(preset: str, chosen: dict[str, str | None], words: list[str]) -> None:
@@ -272,10 +283,11 @@ def _check_preset(preset: str, chosen: dict[str, str | None], words: list[str]) 
         for key in settings.keys() - options(group).get(option, {}).keys():
             others = [other for other in words_of(preset, name) if not other.startswith((f"{group}=", f"{group}."))]
             raise UserError(
-                f"{word}: {preset}={name} sets {group}.{key}, which {word} does not have; leave {preset}={name} out, "
-                f"and type what else it stands for: {' '.join(others)}."
+                option=word,
+                conflict=f"{preset}={name}",
+                why=f"{preset}={name} sets {group}.{key}, which {word} does not have",
+                hint=f"leave {preset}={name} out, and type the rest of what {name} stands for: {' '.join(others)}",
             )
         if "name" in settings and option in SIZES and f"{group}.name=null" not in words:
-            raise UserError(
-                f"{word}: {preset}={name} sets {group}.name, and this is a size; type {word} {group}.name=null."
-            )
+            why = f"{preset}={name} sets {group}.name, and {option} is a size"
+            raise UserError(option=word, conflict=f"{preset}={name}", why=why, hint=f"type {word} {group}.name=null")

@@ -18,7 +18,7 @@ def check_deletions(overrides: Iterable[str]) -> None:
     """Refuse an override that removes a setting."""
     for word in overrides:
         if word.startswith("~") and word.strip("~").partition("=")[0] not in (*conf.GROUPS, "responses"):
-            raise UserError(f"{word}: every setting is needed; type NAME=VALUE to change it.")
+            raise UserError(option=word, why="every setting is needed", hint="type NAME=VALUE to change a setting")
 
 
 def check_values(config: ExperimentConfig) -> None:
@@ -26,15 +26,27 @@ def check_values(config: ExperimentConfig) -> None:
     conf.check_sweep(config.sweep)
     if config.responses.samples > 1 and config.responses.temperature == 0:
         raise UserError(
-            f"responses.samples={config.responses.samples}: with responses.temperature=0 they are all the same; take "
-            "one."
+            option="responses.samples",
+            got=config.responses.samples,
+            conflict="responses.temperature=0",
+            why="greedy responses to a prompt are all the same",
+            hint="type responses.samples=1, or responses.temperature=1",
         )
     for role, model in (("student", config.student), ("teacher", config.teacher)):
         if model.size and model.name:
-            raise UserError(f"{role}.name={model.name}: {role}.size={model.size} is set too; type {role}=hub first.")
+            raise UserError(
+                option=f"{role}.name",
+                got=model.name,
+                conflict=f"{role}.size={model.size}",
+                why="a model has either a name or a size",
+                hint=f"type {role}=hub first",
+            )
     if not config.student.size and not config.student.name:
         raise UserError(
-            f"student.size={config.student.size}: need a size, e.g. student=200k, or student=hub student.name=…."
+            option="student.size",
+            got=None,
+            need="a size, or the name of a model",
+            hint="type e.g. student=200k, or student=hub student.name=…",
         )
 
 
@@ -42,7 +54,13 @@ def check_steps(config: ExperimentConfig, overrides: Iterable[str]) -> None:
     """Refuse trainer.steps beside trainer.tokens."""
     trainer = config.trainer
     if trainer.tokens is not None and any(word.lstrip("+").startswith("trainer.steps=") for word in overrides):
-        raise UserError(f"trainer.tokens={trainer.tokens} and trainer.steps={trainer.steps}: one of them says it all.")
+        raise UserError(
+            option="trainer.tokens",
+            got=trainer.tokens,
+            conflict=f"trainer.steps={trainer.steps}",
+            why="each of them sets the length of the training",
+            hint="leave trainer.tokens or trainer.steps out",
+        )
 
 
 def check_all(config: ExperimentConfig, overrides: Iterable[str]) -> None:
@@ -56,38 +74,46 @@ def check_all(config: ExperimentConfig, overrides: Iterable[str]) -> None:
 def check_unused(config: ExperimentConfig, overrides: Iterable[str]) -> None:
     """Refuse an override that would do nothing in this config."""
     for word in overrides:
-        if reason := unused(config, word):
-            raise UserError(reason)
+        if error := unused(config, word):
+            raise error
 
 
-def unused(config: ExperimentConfig, word: str) -> str | None:
-    """Return why an override would do nothing in this config; None where it does something."""
+def unused(config: ExperimentConfig, word: str) -> UserError | None:
+    """Return the error for an override that would do nothing in this config; None where it does something."""
     source, group = config.logits.source, group_of(word)
-    traits = config.traits.get(group)
+    traits, name = config.traits.get(group), word.lstrip("+").partition("=")[0]
+    refused = UserError(option=word, why="would do nothing")
     if not source.distils and traits and traits.needs_signal:
-        return f"logits={source} trains on text alone; {word} would do nothing: leave it out, or take logits=online."
+        why, hint = (
+            "would do nothing, as the student learns from text alone",
+            f"leave {name} out, or type logits=online",
+        )
+        return refused.replace(conflict=f"logits={source}", why=why, hint=hint)
     if source.runs_teacher and group == "record":
-        return (
-            f"logits={source} stores nothing; {word} would do nothing: leave it out, or take logits=offline to read "
-            "what a store holds, or logits=none to record what a teacher says while it trains."
+        why = "would do nothing, as this source of logits stores nothing"
+        hint = (
+            "leave record out, or type logits=offline to read a store, or logits=none to record a teacher in training"
         )
+        return refused.replace(conflict=f"logits={source}", why=why, hint=hint)
     if not config.data.is_instructions and group in ("responses", "plain"):
-        return f"{word} would do nothing beside plain text; type data=instructions, or leave it out."
+        hint = f"type data=instructions, or leave {name} out"
+        return refused.replace(why="would do nothing beside plain text", hint=hint)
     if config.student.name and word.startswith(("start.steps=", "start.batch=", "start.lr=")):
-        return (
-            f"{word} is of pretraining, and student.name={config.student.name} is pretrained; leave it out."
-            " Of fine-tuning are start.sft_steps, start.sft_batch and start.sft_lr."
-        )
+        hint = f"leave {name} out, or set the fine-tuning by start.sft_steps, start.sft_batch and start.sft_lr"
+        why = "would do nothing, as it is for pretraining and this student is pretrained"
+        return refused.replace(conflict=f"student.name={config.student.name}", why=why, hint=hint)
     vocabulary = "the states of the chain" if config.data.name == "markov" else config.tokenizer
     if vocabulary and word.lstrip("+").startswith("data.vocab="):
-        return f"data.vocab would do nothing: no tokenizer is trained, since there is {vocabulary}. Leave it out."
+        why = f"would do nothing, as no tokenizer is trained: this data has {vocabulary}"
+        return refused.replace(why=why, hint="leave data.vocab out")
     return None
 
 
 def check_scale(config: ExperimentConfig) -> None:
     """Refuse a scale, which runs of a sweep are not given."""
     if config.scale != "cpu":
-        raise UserError(f"scale={config.scale}: only a sweep has scales; type sweeps=scaling, or leave it out.")
+        hint = "type e.g. sweeps=scaling, or leave scale out"
+        raise UserError(option="scale", got=config.scale, why="only a sweep has scales", hint=hint)
 
 
 def check_logits(config: ExperimentConfig) -> None:
@@ -96,27 +122,40 @@ def check_logits(config: ExperimentConfig) -> None:
     if source.is_recorded and (not config.teacher.size or config.stored.is_full):
         what = "truncation=full" if config.teacher.size else f"teacher.size={config.teacher.size}"
         raise UserError(
-            f"logits=recorded, {what}: a teacher of a size is trained, and some of what it says at each step is kept: "
-            "take teacher=1m, say, and truncation=top_p_k."
+            option="logits",
+            got="recorded",
+            conflict=what,
+            why="a teacher of a size is trained, and a part of its distribution is kept at each step",
+            hint="type e.g. teacher=1m truncation=top_p_k",
         )
     if source.distils and truncation in ("full", "random") and target in ("rest", "leftover"):
+        drops = "drops none" if truncation == "full" else "is a sample that adds up to 1"
         raise UserError(
-            f"target={target} says where the probability goes that a truncation drops, and truncation={truncation} "
-            f"{'drops none' if truncation == 'full' else 'is a sample that adds up to 1'}: leave it out, or take "
-            "truncation=top_k, top_p or top_p_k."
+            option="target",
+            got=target,
+            conflict=f"truncation={truncation}",
+            why=f"the target decides where the probability goes that a truncation drops, and this truncation {drops}",
+            hint="leave target out, or type truncation=top_k, top_p or top_p_k",
         )
     if source.trains_teacher and config.teacher.name and config.optim.name == "mup":
         raise UserError(
-            "logits=cotrained has a pretrained teacher learn as the student does, and optim=mup is for sizes from "
-            "scratch: type optim=adamw lr.peak=1e-4."
+            option="optim",
+            got="mup",
+            conflict="logits=cotrained",
+            why="the optimizer trains the pretrained teacher too, and mup is for sizes from scratch",
+            hint="type optim=adamw lr.peak=1e-4",
         )
     if source.distils and not config.teacher.exists and not config.logits.path:
-        also = ", or logits.path=… to read a store, whoever wrote it" if source.reads_store else ""
-        raise UserError(f"logits={source} needs a teacher: type teacher=1m, or logits=none to train without one{also}.")
+        also = ", or logits.path=… to read a store" if source.reads_store else ""
+        hint = f"type teacher=1m, or logits=none to train without a teacher{also}"
+        raise UserError(option="logits", got=str(source), need="a teacher", hint=hint)
     if not source.distils and config.record and config.record.is_full:
         raise UserError(
-            "record=full: a teacher in training has another output layer at each step, so its whole distributions "
-            "would take a number per token of the vocabulary. Take record=top_p_k, or record=random."
+            option="record",
+            got="full",
+            why="a teacher in training has another output layer at each step, so that its whole distributions would "
+            "take a number per token of the vocabulary",
+            hint="type record=top_p_k, or record=random",
         )
 
 
@@ -125,15 +164,24 @@ def check_loss(config: ExperimentConfig) -> None:
     loss, temperature = config.loss.name, config.temperature
     if loss == "minillm" and not config.loss.args["single_step"] and config.rollout.args.get("from_next"):
         raise UserError(
-            "loss.single_step=false: nothing would tell of a token itself, as its return begins with the next one; "
-            "type rollout.from_next=false."
+            option="loss.single_step",
+            got=False,
+            conflict="rollout.from_next=true",
+            why="the reward of a token itself would not count, as its return begins with the next token",
+            hint="type rollout.from_next=false",
         )
     unscaled = temperature.name == "fixed" and temperature.args["tau"] == temperature.args["student_tau"] == 1
     if loss == "minillm" and config.logits.source.distils and not unscaled:
-        raise UserError("loss=minillm compares what was drawn at temperature 1; leave temperature out.")
+        why, hint = "needs responses drawn at temperature 1", "leave temperature out"
+        raise UserError(option="loss", got="minillm", conflict=f"temperature={temperature.name}", why=why, hint=hint)
     if config.routing.name == "uncertainty" and loss != "atkd":
-        raise UserError(f"routing=uncertainty tells loss=atkd which tokens are hard, and this is loss={loss}; type "
-                        "loss=atkd, or routing=none.")  # fmt: skip
+        raise UserError(
+            option="routing",
+            got="uncertainty",
+            conflict=f"loss={loss}",
+            why="only loss=atkd uses which tokens are hard",
+            hint="type loss=atkd, or routing=none",
+        )
 
 
 # Where the gradient is linear in the teacher's probabilities: options, with the settings that make them so.
@@ -168,10 +216,14 @@ def check_sampling(config: ExperimentConfig) -> None:
         return
     if words := not_linear(config.loss, config.temperature, config.target):
         raise UserError(
-            f"truncation=random with {' '.join(words)}: the gradient is biased, as it is not linear in the "
-            "teacher's probabilities, so its mean over the draws is not that of the whole teacher. Unbiased are "
-            "loss=fkl and loss=nll at temperature.tau=1 with target=renormalise. Take one of these, or "
-            "truncation=top_p_k, or type truncation.biased=true to train on the biased gradient."
+            option="truncation",
+            got="random",
+            conflict=" ".join(words),
+            why="the gradient is biased: it is not linear in the teacher's probabilities, so that its mean over the "
+            "draws is not that of the whole teacher",
+            need="a loss with an unbiased gradient, as loss=fkl and loss=nll at temperature.tau=1 with "
+            "target=renormalise",
+            hint="type one of these, or truncation=top_p_k, or truncation.biased=true to train on the biased gradient",
         )
 
 
@@ -180,9 +232,11 @@ def check_lm(config: ExperimentConfig) -> None:
     source = config.logits.source
     if config.lm == "plain" and (source.trains_teacher or not source.distils):
         why = "the teacher learns from one text" if source.distils else "nothing of the instructions would be learned"
-        raise UserError(f"lm=plain with logits={source}: {why}; leave it out, or type logits=online.")
+        hint = "leave lm out, or type logits=online"
+        raise UserError(option="lm", got="plain", conflict=f"logits={source}", why=why, hint=hint)
     if config.lm == "plain" and not config.data.is_instructions:
-        raise UserError("lm=plain takes plain text beside instructions, and this data is plain text; leave it out.")
+        why = "takes plain text beside instructions, and this data is plain text"
+        raise UserError(option="lm", got="plain", why=why, hint="leave lm out, or type data=instructions")
 
 
 def check_teacher(config: ExperimentConfig) -> None:
@@ -190,15 +244,14 @@ def check_teacher(config: ExperimentConfig) -> None:
     if not config.teacher.sft:
         return
     if not config.teacher.name:
-        raise UserError(
-            "teacher.sft=true needs a teacher by name: teacher=hub teacher.name=… (a size is always fine-tuned)."
-        )
+        need, hint = "a teacher by name, as a size is always fine-tuned", "type teacher=hub teacher.name=…"
+        raise UserError(option="teacher.sft", got=True, need=need, hint=hint)
     if not config.data.is_instructions:
-        raise UserError(
-            "teacher.sft=true fine-tunes on instructions, and this data is plain text; type data=instructions."
-        )
+        why = "needs instructions to fine-tune on, and this data is plain text"
+        raise UserError(option="teacher.sft", got=True, why=why, hint="type data=instructions")
     if config.logits.source.trains_teacher:
-        raise UserError("teacher.sft=true with logits=cotrained: that teacher learns on the way; leave it out.")
+        why, hint = "a cotrained teacher learns while the student does", "leave teacher.sft out"
+        raise UserError(option="teacher.sft", got=True, conflict="logits=cotrained", why=why, hint=hint)
 
 
 def check_rollout(config: ExperimentConfig) -> None:
@@ -209,55 +262,70 @@ def check_rollout(config: ExperimentConfig) -> None:
         return
     if name == "mixed" and loss != "minillm":
         raise UserError(
-            f"rollout=mixed says what its text is worth to loss=minillm, and this is loss={loss}; type loss=minillm, "
-            "or rollout=student."
+            option="rollout",
+            got="mixed",
+            conflict=f"loss={loss}",
+            why="only loss=minillm uses the advantages that this rollout computes",
+            hint="type loss=minillm, or rollout=student",
         )
     if name == "adaptive":
         least, most = config.trainer.batch, rollout.capacity
         check("rollout.capacity", most, most >= least, f"at least a batch, {least} rows")
-    option = f"rollout={name}"
+
     if not config.data.is_instructions:
-        raise UserError(f"{option} writes responses to prompts, and this data is plain text; type data=instructions.")
+        why = "writes responses to prompts, and this data is plain text"
+        raise UserError(option="rollout", got=name, why=why, hint="type data=instructions")
     if source.reads_store or source.trains_teacher:
-        why = "a store knows nothing of new text" if source.reads_store else "the teacher would write while it learns"
-        raise UserError(f"{option} with logits={source}: {why}; type logits=online.")
+        why = "a store has no logits of new text" if source.reads_store else "the teacher would write while it learns"
+        hint = "type logits=online"
+        raise UserError(option="rollout", got=name, conflict=f"logits={source}", why=why, hint=hint)
     if not source.distils and not rollout.by_teacher:
-        raise UserError(f"{option} would do nothing, as logits=none learns from the data alone; type logits=online.")
+        why = "would do nothing, as the student learns from the data alone"
+        raise UserError(option="rollout", got=name, conflict="logits=none", why=why, hint="type logits=online")
     if not config.teacher.exists:
-        raise UserError(f"{option} needs a teacher; type teacher=1m.")
+        raise UserError(option="rollout", got=name, need="a teacher", hint="type teacher=1m")
     if config.routing.name == "entropy" and not rollout.by_teacher:
         raise UserError(
-            f"{option} with routing=entropy: tokens that are not distilled are learned as text, and this text is the "
-            "student's own. Leave routing out."
+            option="rollout",
+            got=name,
+            conflict="routing=entropy",
+            why="tokens that are not distilled are learned as text, and this text is the student's own",
+            hint="leave routing out",
         )
     if rollout.args.get("engine") == "vllm" and config.trainer.devices > 1:
-        raise UserError("rollout.engine=vllm writes in one process; type trainer.devices=1, or rollout.engine=kd.")
+        why, hint = "vllm writes in one process", "type trainer.devices=1, or rollout.engine=kd"
+        conflict = f"trainer.devices={config.trainer.devices}"
+        raise UserError(option="rollout.engine", got="vllm", conflict=conflict, why=why, hint=hint)
     if config.record:
-        raise UserError(f"{option} and record: a store is of the text of the data. Leave one of them out.")
+        why, hint = "a store is of the text of the data", "leave rollout or record out"
+        raise UserError(option="rollout", got=name, conflict=f"record={config.record.name}", why=why, hint=hint)
 
 
 def check_prompts_only(config: ExperimentConfig, learns_data: bool) -> None:
     """Refuse prompts without responses unless a rollout writes them all. learns_data: whether alpha is ever below 1."""
     name, rollout = config.rollout.name, config.rollout
-    missing = "This data has prompts and no responses"
+    missing = "this data has prompts and no responses"
     if name not in ("teacher", "pairs", "mixed") and not (name == "student" and rollout.args["share"] == 1):
-        got = f"rollout={name}" + (f" rollout.share={rollout.args['share']}" if name == "student" else "")
+        option, got = ("rollout.share", rollout.args["share"]) if name == "student" else ("rollout", name)
         raise UserError(
-            f"{missing}, and {got} learns from the data: need a rollout that writes them all. Type rollout=student "
-            "rollout.share=1 alpha.peak=1, or rollout=teacher. If there is a column of responses, name it: "
-            "data.prompt=COLUMN data.response=COLUMN."
+            option=option,
+            got=got,
+            why=f"{missing}, and this rollout learns from the data",
+            need="a rollout that writes all responses",
+            hint="type rollout=student rollout.share=1 alpha.peak=1, or rollout=teacher. If the data has a column of "
+            "responses, name the columns: data.prompt=COLUMN data.response=COLUMN",
         )
     if name != "teacher" and learns_data and config.lm == "data":
-        raise UserError(
-            f"{missing}, and alpha is below 1, so some would be learned as text: type alpha.peak=1, or lm=plain."
-        )
+        why = f"is below 1, so that responses would be learned as text, and {missing}"
+        raise UserError(option="alpha", why=why, hint="type alpha.peak=1, or lm=plain")
     stage = config.start.stage == "sft"
     if stage or config.teacher.size or config.teacher.sft:
         what = "start=sft" if stage else f"teacher.size={config.teacher.size}"
         what = what if stage or config.teacher.size else "teacher.sft=true"
         raise UserError(
-            f"{missing}, and {what} is fine-tuned on responses. Type teacher=hub teacher.name=NAME_OR_FOLDER, and "
-            "start=scratch or start=pretrained."
+            option=what,
+            why=f"needs responses to fine-tune on, and {missing}",
+            hint="type teacher=hub teacher.name=NAME_OR_FOLDER, and start=scratch or start=pretrained",
         )
 
 
@@ -266,36 +334,53 @@ def check_ranks(config: ExperimentConfig) -> None:
     trainer, source = config.trainer, config.logits.source
     if trainer.devices > trainer.batch:
         raise UserError(
-            f"trainer.devices={trainer.devices}: a batch of {trainer.batch} rows leaves some without a row; type "
-            f"trainer.devices={trainer.batch}, or trainer.batch={trainer.devices}."
+            option="trainer.devices",
+            got=trainer.devices,
+            conflict=f"trainer.batch={trainer.batch}",
+            why="some devices would have no row of a batch",
+            hint=f"type trainer.devices={trainer.batch}, or trainer.batch={trainer.devices}",
         )
     if trainer.devices > 1 and not source.distils and config.record:
         raise UserError(
-            f"trainer.devices={trainer.devices}: one process records what a teacher says while it trains; type "
-            "trainer.devices=1, or leave record out."
+            option="trainer.devices",
+            got=trainer.devices,
+            conflict=f"record={config.record.name}",
+            why="a teacher in training is recorded by one process",
+            hint="type trainer.devices=1, or leave record out",
         )
     for option in ("trainer.strategy=fsdp", "trainer.shard_teacher=true"):
         name, value = option.removeprefix("trainer.").split("=")
         if str(getattr(trainer, name)).lower() != value:
             continue
         if trainer.devices == 1:
-            raise UserError(f"{option}: there is one process and nothing to share; type trainer.devices=2.")
+            why, hint = "there is one process and nothing to share", "type trainer.devices=2"
+            raise UserError(option=option, conflict="trainer.devices=1", why=why, hint=hint)
         check_shards(trainer, option)
     if trainer.shard_teacher and (source.reads_store or (source.trains_teacher and trainer.strategy != "fsdp")):
-        learns = "it learns as the student does; type trainer.strategy=fsdp"
-        why = "no teacher is loaded" if source.reads_store else learns
-        raise UserError(f"trainer.shard_teacher=true would do nothing with logits={source}: {why}. Leave it out.")
+        why, hint = "as no teacher is loaded", "leave trainer.shard_teacher out"
+        if not source.reads_store:
+            why, hint = "as the teacher learns as the student does", f"{hint}, or type trainer.strategy=fsdp"
+        raise UserError(
+            option="trainer.shard_teacher",
+            got=True,
+            conflict=f"logits={source}",
+            why=f"would do nothing, {why}",
+            hint=hint,
+        )
 
 
 def check_shards(trainer: TrainerConfig, option: str) -> None:
     """Refuse shards that the ranks would not need at the same time."""
     if trainer.batch % trainer.devices:
         raise UserError(
-            f"{option}: each device needs as many rows as any other, and a batch has {trainer.batch}; type "
-            f"trainer.batch={trainer.batch // trainer.devices * trainer.devices}."
+            option=option,
+            conflict=f"trainer.batch={trainer.batch}",
+            need=f"as many rows for each of the {trainer.devices} devices",
+            hint=f"type trainer.batch={trainer.batch // trainer.devices * trainer.devices}",
         )
     if trainer.compile:
-        raise UserError(f"{option}: trainer.compile=true is not made for models in shards; leave it out.")
+        why, hint = "models in shards cannot be compiled", "leave trainer.compile out"
+        raise UserError(option=option, conflict="trainer.compile=true", why=why, hint=hint)
 
 
 def group_of(word: str) -> str:

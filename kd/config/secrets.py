@@ -25,9 +25,10 @@ def check_secrets(words: Iterable[str]) -> None:
         if name or SECRETS.search(word) or any(secret in word for secret in known):
             hidden = not value or SECRETS.search(key) or any(s in key for s in known)
             raise UserError(
-                f"{'the command line' if hidden else key}: there seems to be a secret in it, and settings are kept in "
-                "files. Give it to the library that needs it in the environment, e.g. as WANDB_API_KEY, HF_TOKEN or "
-                "AWS_SECRET_ACCESS_KEY."
+                option="the command line" if hidden else key,
+                why="there seems to be a secret in it, and settings are kept in files",
+                hint="give the secret in the environment to the library that needs it, e.g. as WANDB_API_KEY, HF_TOKEN "
+                "or AWS_SECRET_ACCESS_KEY",
             )
 
 

@@ -26,7 +26,8 @@ def check_command_line(words: list[str]) -> None:
     given = get_args_parser().parse_args(words)
     for switch in ELSEWHERE:
         if getattr(given, switch) is not None:
-            raise UserError(f"--{switch.replace('_', '-')}={getattr(given, switch)}: kd reads no config but its own.")
+            option, why = f"--{switch.replace('_', '-')}", "kd reads no config but its own"
+            raise UserError(option=option, got=getattr(given, switch), why=why, hint=f"leave {option} out")
     check_words(given.overrides)
     several = ("sweeps=", "hydra.mode=")
     if not given.multirun and not any(word.startswith(several) for word in given.overrides):
@@ -44,11 +45,13 @@ def check_words(words: Iterable[str]) -> None:
             continue  # it gets no further, and Hydra says best what is wrong with it
         key, value = override.key_or_group, word.partition("=")[2]
         if override.package is not None or (key.startswith("hydra") and not HYDRA.fullmatch(key)):
-            raise UserError(f"{word}: not something a config may set.")
+            raise UserError(option=word, why="not something a config may set", hint=f"leave {key} out")
         if re.search(r"\$\{.*:", value):  # the environment's, which would then be in files
-            raise UserError(f"{word}: a value may refer to other settings, not to anything outside of them.")
+            need = "a value that refers to other settings at most, not to anything outside of them"
+            raise UserError(option=word, need=need, hint="type the value itself")
         if key.startswith("hydra") and "{" in value:
-            raise UserError(f"{word}: not something a config may call.")
+            raise UserError(option=word, why="not something a config may call", hint=f"leave {key} out")
         if (key in GROUPS or "/" in key) and re.search(r"[/\\{]|\.\.", value):
-            raise UserError(f"{word}: need the name of an option, and no path; type --help to see them.")
+            need, hint = "the name of an option, and no path", "type --help to see all names"
+            raise UserError(option=word, need=need, hint=hint)
     overrides.check_groups(words)

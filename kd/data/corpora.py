@@ -189,7 +189,7 @@ def local_files(files: str, kinds: dict[str, str]) -> tuple[list[Path], str]:
     if not paths:
         example = f"\"data.files='text/*{next(iter(kinds))}'\""
         hint = f"type a path or a quoted pattern, e.g. {example}"
-        raise UserError(option="data.files", got=files or "", why="no such file", hint=hint)
+        raise UserError(option="data.files", got=files, why="no such file", hint=hint)
     for path in filter(is_saved, paths):
         why, hint = f"{path} is a folder of save_to_disk", f"type data.name={path} in place of data.files"
         raise UserError(option=option, why=why, hint=hint)

@@ -132,8 +132,8 @@ class Store:
             if not by_path:  # it is where a store of this config belongs
                 hint = "to have the store written anew, type this, and then the same command again"
                 raise refused.replace(hint=hint, commands=(shlex.join(["rm", "-r", str(self.folder)]),))
-            hint = "leave logits.path out, so that a store of this config is found or written, or give the config that "
-            raise refused.replace(hint=f"{hint}the store was written with: {self.words}")
+            hint = "leave logits.path out, so that a store of this config is found or written, or type the words that "
+            raise refused.replace(hint=f"{hint}this store was written with", commands=(self.words,))
         if not within(expected["truncation"], self.truncation):
             raise UserError(
                 option="truncation",

@@ -58,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
             folder, name, entries = home(options.root) / "sweeps", options.name, load_sweep(options.root, options.name)
             runs, notes = from_sweep(entries)
         if not runs:
-            raise UserError(" ".join([f"No run of {name} can be used.", *notes]))
+            why = "; ".join(["has no run that can be used", *(note.rstrip(".") for note in notes)])
+            raise UserError(option=name, why=why)
         fits = fit_all(name, runs, notes, options.bootstrap, options.seed)
         line = verdict(fits)
         paths = write_fits(folder, fits, line, question(name) if options.name else "")

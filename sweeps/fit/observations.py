@@ -145,17 +145,19 @@ def from_csv(path: Path) -> list[Observation]:
             reader = csv.reader(file)
             rows = [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--csv {path}: cannot be read: {error}") from None
+        raise UserError(option=path, why=f"could not be read: {error}", hint="give a CSV file with --csv") from None
     columns = [name.strip() for name in rows[0][1]] if rows else []
     if missing := set(REQUIRED) - set(columns):
         split = next((mark for mark in ";\t" if any(mark in name for name in columns)), None)
         raise UserError(
-            f"--csv {path}: lacks {join_words(sorted(missing))}. Its columns are to be "
-            f"{', '.join(Observation._fields)}; run and those after loss may be left out or empty."
-            + (f" They are separated by {split!r} here; needed are commas, and a point in numbers." if split else "")
+            option=path,
+            why=f"has no columns {join_words(sorted(missing))}"
+            + (f", and its columns are separated by {split!r}" if split else ""),
+            need=f"the columns {', '.join(Observation._fields)}, of which run and those after loss may be left out or "
+            "empty" + (", separated by commas, with a point in numbers" if split else ""),
         )
     lines = [(number, dict(zip(columns, row))) for number, row in rows[1:]]
-    return [from_line(line, number, f"--csv {path}, line {number}") for number, line in lines]
+    return [from_line(line, number, f"{path}, line {number}") for number, line in lines]
 
 
 def from_line(line: dict[str, str], number: int, where: str) -> Observation:
@@ -165,12 +167,12 @@ def from_line(line: dict[str, str], number: int, where: str) -> Observation:
     try:
         values: dict[str, Any] = {k: (v or None) if k in TEXT else float(v) if v else None for k, v in given.items()}
     except ValueError as error:
-        raise UserError(f"{where}: {error}.") from None
+        raise UserError(option=where, why=error, need="a number") from None
     for name, value in values.items():
         if (value is None and name in REQUIRED) or (type(value) is float and not 0 < value < math.inf):
-            raise UserError(f"{where}: {name}={given[name] or 'nothing'}: need a number above 0.")
+            raise UserError(option=where, why=f"{name}={given[name] or 'nothing'}", need="a number above 0")
     if (values["teacher"] is None) is not (values["teacher_loss"] is None):
-        raise UserError(f"{where}: need teacher and teacher_loss both, or neither.")
+        raise UserError(option=where, need="both teacher and teacher_loss, or neither")
     for role in ("", "teacher_"):
         if values[f"{role}flops_per_token"] is None and values[f"{role}parameters"]:
             values[f"{role}flops_per_token"] = 2 * values[f"{role}parameters"]

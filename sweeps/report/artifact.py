@@ -38,5 +38,5 @@ def keep_artifact(paths: list[Path], name: str, kind: str, notes: str, place: di
         folder, url = run.settings.sync_dir, None if run.offline or run.disabled else run.url
         run.finish()
     except (wandb.Error, ValueError, OSError) as error:
-        raise UserError(f"W&B did not take the {kind} ({error}). It is in {paths[0]}.") from None
+        raise UserError(f"W&B did not take the {kind} ({error})", hint=f"see the {kind} in {paths[0]}") from None
     return url or ("nowhere, as W&B is disabled" if run.disabled else f"{folder}; to send it: wandb sync {folder}")

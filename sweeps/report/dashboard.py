@@ -39,7 +39,8 @@ def wandb_ids(root: str | Path, entries: list[Entry]) -> list[str]:
     paths = [Run(root, e.folder.name).copy("wandb-id") for e in entries if e.result]
     ids = [path.read_text() for path in paths if path.exists()]
     if not ids:
-        raise UserError("None of the runs that are done was logged to W&B (logger=wandb), so there is nothing to show.")
+        why, hint = "none of the runs that are done was logged to W&B", "run the sweep with logger=wandb"
+        raise UserError(option="logger", why=why, hint=hint)
     return ids
 
 
@@ -98,7 +99,8 @@ def check_package() -> None:
     try:
         import wandb_workspaces  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UserError("Views and reports of W&B need its package for them: pip install 'kd[workspaces]'.") from error
+        need, hint = "the package wandb-workspaces for views and reports of W&B", "type pip install 'kd[workspaces]'"
+        raise UserError(option="--wandb", need=need, hint=hint) from error
 
 
 def save_dashboard(root: str | Path, report: Report, paths: list[Path]) -> list[str]:
@@ -112,8 +114,9 @@ def save_dashboard(root: str | Path, report: Report, paths: list[Path]) -> list[
     page, text = paths[:2]
     if os.environ.get("WANDB_MODE", "online") != "online" or not logged_in():
         raise UserError(
-            "Views and reports are kept by W&B itself, and there is no key here, or WANDB_MODE is not online. Type "
-            f"wandb login, and the same command again. The report of this machine is {page}."
+            "views and reports are kept by W&B itself, and this machine has no key, or WANDB_MODE is not online. The "
+            f"report of this machine is {page}",
+            hint="type wandb login, and the same command again",
         )
     keys, ids, place = varying_axes(report.entries), wandb_ids(root, report.entries), wandb_place(report.entries)
     try:
@@ -124,4 +127,5 @@ def save_dashboard(root: str | Path, report: Report, paths: list[Path]) -> list[
         )
         return [item.save().url for item in both]
     except (wandb.Error, ValueError, OSError) as error:
-        raise UserError(f"W&B did not take it ({error}). The report of this machine is {page}.") from None
+        why, hint = f"W&B did not take the view or the report ({error})", f"see the report of this machine, {page}"
+        raise UserError(why, hint=hint) from None

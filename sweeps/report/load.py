@@ -54,7 +54,7 @@ def load_sweep(root: str | Path, name: str) -> list[Entry]:
 def read_manifest(root: str | Path, name: str) -> list[dict]:
     """Return the runs of a sweep as kd.launch.sweeper wrote them; raise UserError if there is no such sweep."""
     check_sweep(name)
-    path, hint = latest(root, f"sweeps/{name}.json"), f"To run it, type: python train.py sweeps={name}"
+    path, hint = latest(root, f"sweeps/{name}.json"), f"to run the sweep, type python train.py sweeps={name}"
     try:
         runs = json.loads(path.read_text())["runs"]
         if not all(files.is_name(line["run"]) for line in runs):
@@ -62,9 +62,11 @@ def read_manifest(root: str | Path, name: str) -> list[dict]:
         return [line | {"overrides": [str(word) for word in line["overrides"]]} for line in runs]
     except FileNotFoundError:
         names = join_words(sorted(p.stem for p in path.parent.glob("*.json"))) or "none yet"
-        raise UserError(f"No sweep {name} in {path.parent.resolve()}. There: {names}. {hint}") from None
+        why = f"does not exist in {path.parent.resolve()}, which has {names}"
+        raise UserError(option="sweeps", got=name, why=why, hint=hint) from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged. {hint} (finished runs are not run again)") from None
+        hint = f"{hint} (finished runs are not run again)"
+        raise UserError(option=path, why="is damaged: its content is not what was written", hint=hint) from None
 
 
 def read_run(root: str | Path, line: dict) -> Entry:

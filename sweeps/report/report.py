@@ -59,7 +59,8 @@ def build_report(root: str | Path, name: str) -> Report:
     groups = group_runs(entries)
     if not groups:
         listing = "\n".join(f"  {e.state:<10}  {shlex.join(e.overrides)}  {e.message}".rstrip() for e in entries)
-        raise UserError(f"No run of the sweep {name} is done yet. Type: python train.py sweeps={name}\n{listing}")
+        why, hint = f"has no run that is done yet:\n{listing}", f"type python train.py sweeps={name}"
+        raise UserError(option="sweeps", got=name, why=why, hint=hint)
     metric, rows, lines = primary_metric(groups), rows_of(groups), reference_lines(groups)
     columns = columns_of(rows, metric, lines)
     return Report(

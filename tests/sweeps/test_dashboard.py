@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from kd.errors import UserError
 from kd.evaluation.catalog import LOSS, ROUGE_L
 from kd.runs import loggers
 from sweeps import dashboard as command
@@ -19,6 +18,7 @@ from sweeps.report import dashboard
 from sweeps.report.__main__ import main as report_main
 from sweeps.report.artifact import wandb_place
 from sweeps.report.load import Entry, read_run
+from tests.refusals import refused
 from tests.small import FORK
 from tests.sweeps.fake import Sweep
 from tests.test_agent import inspect
@@ -99,7 +99,7 @@ def test_fit_is_kept_as_an_artefact(tmp_path):
 def test_what_w_and_b_does_not_take_is_an_error_that_says_where_it_is(sweep, monkeypatch, capsys):
     monkeypatch.setattr(loggers, "wandb_run", lambda **_: (_ for _ in ()).throw(OSError("disk")))
     assert report_main(["s", "--root", str(sweep.root), "--wandb"]) == 2
-    assert re.search(r"W&B did not take the report \(disk\)\. It is in .*/s\.html\.", capsys.readouterr().err)
+    assert re.search(r"W&B did not take the report \(disk\)\. See the report in .*/s\.html\.", capsys.readouterr().err)
 
 
 def test_place_is_that_of_the_runs(sweep, tmp_path):
@@ -171,5 +171,5 @@ def test_without_the_package_it_says_what_to_install(sweep, monkeypatch, capsys)
 def test_runs_that_were_not_logged_are_nothing_to_show(sweep):
     for path in sweep.root.glob("*/wandb-id"):
         path.unlink()
-    with pytest.raises(UserError, match="logger=wandb"):
+    with refused(option="logger", hint="logger=wandb"):
         dashboard.wandb_ids(sweep.root, entries(sweep))

@@ -47,9 +47,9 @@ def test_command_without_teachers_or_with_nothing(tmp_path, capsys):
     page = (tmp_path / "p.fit.html").read_text()
     assert 'id="isoflop"' in page and 'id="winners"' not in page
     path.write_text("parameters,tokens,loss\n")
-    assert main(["--csv", str(path)]) == 2 and "No run of p can be used" in capsys.readouterr().err
+    assert main(["--csv", str(path)]) == 2 and "p has no run that can be used" in capsys.readouterr().err
     assert main(["none", "--root", str(tmp_path)]) == 2
-    assert "No sweep none" in capsys.readouterr().err
+    assert "sweeps=none does not exist" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main([])
 

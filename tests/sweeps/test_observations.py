@@ -1,13 +1,12 @@
 """Observations from sweeps and CSV files."""
 
 import json
-import re
 
 import pytest
 
-from kd.errors import UserError
 from sweeps.fit.observations import from_csv, from_sweep, to_csv
 from sweeps.report.load import read_run
+from tests.refusals import refused
 from tests.sweeps.fake import Sweep
 from tests.sweeps.planted import finished, planted
 
@@ -30,14 +29,14 @@ def test_csv_of_a_spreadsheet_is_read(tmp_path, written):
     ]  # fmt: skip
     path.write_bytes(written("parameters,tokens,loss,seed\n\n1e6,2e6,x,0\n"))
     number = 4 if path.read_bytes().startswith(b"\n") else 3
-    with pytest.raises(UserError, match=f"line {number}: "):
+    with refused(option=f"{path}, line {number}"):
         from_csv(path)
 
 
 def test_csv_with_other_separators_is_refused_with_what_is_needed(tmp_path):
     path = tmp_path / "p.csv"
     path.write_text("parameters;tokens;loss\n1e6;2e6;2,5\n")
-    with pytest.raises(UserError, match=r"lacks .* separated by ';' here; needed are commas"):
+    with refused(option=path, why="separated by ';'", need="separated by commas"):
         from_csv(path)
 
 
@@ -73,13 +72,14 @@ def test_csv_gives_the_points_back_and_says_what_is_wrong(tmp_path):
     )
     a, b = from_csv(path)
     assert (a.run, a.flops_per_token, a.teacher) == ("2", 2e6, None) and b.teacher_flops_per_token == 1e7
-    for text, says in (
-        ("tokens,loss\n1,2\n", "lacks parameters"),
-        ("parameters,tokens,loss\n1e6,,2\n", "line 2: tokens=nothing: need a number above 0"),
-        ("parameters,tokens,loss\n1e6,1e6,nan\n", "loss=nan"),
-        ("parameters,tokens,loss\n1e6,1e6,low\n", "line 2: could not convert"),
-        ("parameters,tokens,loss,teacher\n1e6,1e6,2,t\n", "teacher and teacher_loss both"),
+    line = f"{path}, line 2"
+    for text, option, fields in (
+        ("tokens,loss\n1,2\n", path, {"why": "has no columns parameters"}),
+        ("parameters,tokens,loss\n1e6,,2\n", line, {"why": "tokens=nothing", "need": "a number above 0"}),
+        ("parameters,tokens,loss\n1e6,1e6,nan\n", line, {"why": "loss=nan"}),
+        ("parameters,tokens,loss\n1e6,1e6,low\n", line, {"why": "could not convert"}),
+        ("parameters,tokens,loss,teacher\n1e6,1e6,2,t\n", line, {"need": "both teacher and teacher_loss"}),
     ):
         path.write_text(text)
-        with pytest.raises(UserError, match=re.escape(says)):
+        with refused(option=option, **fields):
             from_csv(path)

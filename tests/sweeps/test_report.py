@@ -7,11 +7,11 @@ import socket
 
 import pytest
 
-from kd.errors import UserError
 from kd.evaluation.catalog import LOSS
 from sweeps.report.__main__ import main
 from sweeps.report.load import exposure_curve, learning_curve
 from sweeps.report.report import build_report
+from tests.refusals import refused
 from tests.sweeps.fake import cells
 
 
@@ -65,20 +65,21 @@ def test_unknown_sweep_lists_those_there_are(sweep, capsys):
     sweep.losses(fkl=[2.3]).page()
     assert main(["nope", "--root", str(sweep.root)]) == 2
     error = capsys.readouterr().err
-    assert "There: s." in error and "python train.py sweeps=nope" in error and "Traceback" not in error
+    assert "which has s." in error and "python train.py sweeps=nope" in error and "Traceback" not in error
 
 
 def test_no_finished_run_lists_their_states(sweep):
     sweep.add(["loss=fkl"]).add(["loss=rkl"], {"state.json": '{"state": "failed", "reason": "out of luck"}'})
-    with pytest.raises(UserError, match=r"(?s)No run .* done yet.*missing +loss=fkl.*failed +loss=rkl  out of luck"):
+    with refused(option="sweeps", why="no run that is done yet", hint="python train.py sweeps=") as caught:
         sweep.page()
+    assert re.search(r"(?s)missing +loss=fkl.*failed +loss=rkl  out of luck", caught.value.why)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"runs": [{}]}', '{"runs": 3}'])
 def test_damaged_manifest_says_what_to_type(tmp_path, text):
     (tmp_path / "sweeps").mkdir()
     (tmp_path / "sweeps" / "s.json").write_text(text)
-    with pytest.raises(UserError, match=r"damaged.*python train.py sweeps=s"):
+    with refused(option=tmp_path / "sweeps" / "s.json", why="is damaged", hint="python train.py sweeps=s"):
         build_report(tmp_path, "s")
 
 
