@@ -4,7 +4,7 @@ A new yaml in conf/ is one more case of each test that loops over its group.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kd.config.components import as_record, build, option_files
 from kd.errors import UserError
-from kd.objective.target import KNOWN_BY, Target
+from kd.objective.target import Target
+from kd.objective.token_info import TokenInfo
 
 N, V, K = 6, 17, 5
 
@@ -51,20 +52,19 @@ def dense(teacher: Tensor) -> Target:
     """The target that a live teacher with these logits [N, V] gives, with all that a loss can ask for beside it."""
     rows = torch.arange(len(teacher))
     label = rows % teacher.shape[-1]
-    return Target(label, teacher.log_softmax(-1), seed=1000 + rows, sampled=sample(len(rows), teacher.dtype))
+    return Target(label, teacher.log_softmax(-1), seed=1000 + rows, token_info=token_info(len(rows), teacher.dtype))
 
 
-def sample(rows: int, dtype=torch.float64) -> dict[str, Tensor]:
-    """What could be known of so many positions: text by both, of both kinds, some of it better than was expected."""
+def token_info(rows: int, dtype=torch.float64) -> TokenInfo:
+    """All fields for so many positions: text by both, of both kinds, some of it better than was expected."""
     place = torch.arange(rows, dtype=dtype)
-    known = {
-        "student": -1 - place.sin().square(),
-        "teacher": -1 - place.cos().square(),
-        "importance": 1 + place.sin() / 2,
-    }
-    known |= {"advantage": (3 * place).cos(), "by_student": place % 2, "hard": place // 2 % 2, "weight": 1 + place % 3}
-    assert known.keys() == KNOWN_BY.keys()
-    return known
+    info = TokenInfo(
+        student_logp=-1 - place.sin().square(), teacher_logp=-1 - place.cos().square(),
+        importance=1 + place.sin() / 2, advantage=(3 * place).cos(), by_student=place % 2, is_hard=place // 2 % 2,
+        weight=1 + place % 3,
+    )  # fmt: skip
+    assert info.provided().keys() == {field.name for field in fields(TokenInfo)}
+    return info
 
 
 def shuffled(target: Target, columns: int) -> Target:

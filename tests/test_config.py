@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import train  # noqa: F401, registers what Hydra knows
-from kd.config import components, options, security
+from kd.config import components, options, security, token_info
 from kd.config.compose import register
 from kd.config.schema import ExperimentConfig
 from kd.config.sizes import SIZES
@@ -109,8 +109,6 @@ def test_every_run_of_every_sweep_composes(file):
                 made = config_of(*job).flat()
                 read = made["trainer.steps"] * made["trainer.batch"] * made["data.seq_len"]
                 assert made["data"] != "hub" or (made["data.tokens"] or read) >= read  # of new text
-                group, _, name = ASKS.get(made["loss"], "loss=").partition("=")
-                assert made["logits"] == "none" or not name or made[group] == name
 
 
 @pytest.mark.parametrize(
@@ -119,6 +117,7 @@ def test_every_run_of_every_sweep_composes(file):
         ("plain=text plain.files=a.txt", "plain", {"why": "would do nothing beside plain text"}),
         ("responses.samples=2", "responses.samples", {"why": "would do nothing beside plain text"}),
         ("data=instructions rollout=mixed", "rollout", {"conflict": "loss=fkl", "hint": "loss=minillm"}),
+        ("data=instructions rollout=mixed loss=distillm2", "rollout", {"hint": "type loss=minillm, or rollout=none"}),
         (
             "data=instructions rollout=mixed loss=minillm loss.single_step=false",
             "loss.single_step",
@@ -133,8 +132,37 @@ def test_what_would_have_no_effect_is_refused(words, option, fields):
         ExperimentConfig.from_hydra(compose("config", words), words)
 
 
-# What a loss cannot do without.
-ASKS = {"minillm": "rollout=mixed", "distillm2": "rollout=pairs", "atkd": "routing=uncertainty"}
+@pytest.mark.parametrize(
+    ("words", "needed", "sources"),
+    [
+        ("loss=minillm", "student_logp, importance and advantage", "rollout=mixed"),
+        ("loss=minillm data=instructions rollout=student", "student_logp, importance and advantage", "rollout=mixed"),
+        ("loss=distillm2", "by_student", "rollout=student, rollout=pairs or rollout=adaptive"),
+        ("loss=distillm2 data=instructions rollout=teacher", "by_student", "rollout=student, rollout=pairs or"),
+        ("loss=atkd", "is_hard and weight", "routing=uncertainty"),
+        ("loss=atkd routing=entropy", "is_hard and weight", "routing=uncertainty"),
+    ],
+)
+def test_a_loss_without_its_token_information_is_refused_with_what_provides_it(words, needed, sources):
+    words = words.split()
+    with refused(option="loss", why=f"needs {needed} of each token, which only {sources}", hint=f"type {sources}"):
+        ExperimentConfig.from_hydra(compose("config", words), words)
+
+
+def test_declarations_in_the_source_are_those_of_the_functions():
+    """The rules read them without importing the functions; every need has a provider."""
+    for group, attribute in (("loss", "needs"), ("rollout", "provides"), ("routing", "provides")):
+        module = importlib.import_module(f"kd.{components.MODULES[group]}")
+        functions = {name: getattr(module, name) for name in components.functions(components.MODULES[group])}
+        real = {name: getattr(f, attribute) for name, f in functions.items() if hasattr(f, attribute)}
+        assert real and components.declared(components.MODULES[group], attribute) == real
+    for loss in components.declared(components.MODULES["loss"], "needs"):
+        assert all(token_info.providers_of(name, loss) for name in token_info.needs(loss))
+    assert all(
+        token_info.losses_for(provider) for provider in token_info.providers() if token_info.unique_fields(provider)
+    )
+
+
 NOT_AS_THE_FUNCTION = ("alpha", "lr", "optim", "data", "record")
 OTHER_VALUES = {"rollout=mixed_code": "mixed"}  # options that are another one's function
 

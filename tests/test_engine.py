@@ -91,7 +91,7 @@ def test_what_it_writes_is_what_kd_writes(vocab, max_tokens, request):
     ours = vllm.Engine(made, T, learns=False).write(given, END, seeds(6), temperature=0, max_tokens=max_tokens)
     theirs = write(given, END, seeds(6), made, temperature=0, max_tokens=max_tokens)
     same(ours, theirs)
-    assert not ours.sampled.by_student.any() and ours.sampled.student is None and ours.row is given.row
+    assert not ours.token_info.by_student.any() and ours.token_info.student_logp is None and ours.row is given.row
 
 
 def test_a_model_that_reads_no_more_than_a_row_writes_all_but_its_last_token(request):
@@ -121,7 +121,7 @@ def test_a_student_writes_with_the_weights_it_has(stub):
     rollout = rollout(Writers(made, None, end=END, seed=5))
     before = rollout(given, 0, 0.0)
     same(before, write(given, END, seeds(6), made, temperature=0))
-    assert torch.equal(before.sampled.by_student, (before.labels != IGNORE).float())
+    assert torch.equal(before.token_info.by_student, (before.labels != IGNORE).float())
     made.load_state_dict(model(1).state_dict())
     after = rollout(given, 1, 0.0)
     same(after, write(given, END, seeds(6), made, temperature=0))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kd.experiment import planner
+from kd.experiment import planner, step_timing
+from kd.models.flops import Cost
 from kd.system import console
 from kd.system.console import Terminal, silence_libraries
 from tests.small import here, result, small_config, train, write
@@ -14,7 +15,7 @@ from tests.small import here, result, small_config, train, write
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(planner, "PROBE", 0.0)
+    monkeypatch.setattr(step_timing, "PROBE", 0.0)
 
 
 def of(root, *words):
@@ -76,8 +77,8 @@ def test_what_is_kept_for_the_backward_pass_grows_with_rows_and_the_rest_does_no
 
 
 def test_time_is_that_of_the_steps_measured(tmp_path, monkeypatch):
-    step = planner.Step({"student": planner.Cost(10, 8, 100.0)}, rows=2, micro_batch=2.0, optimizer=0.5)
-    monkeypatch.setattr(planner, "_measure", lambda *_: step)
+    step = step_timing.Step({"student": Cost(10, 8, 100.0)}, rows=2, micro_batch=2.0, optimizer=0.5)
+    monkeypatch.setattr(step_timing, "_measure", lambda *_: step)
     words = ("logits=none", "teacher=none", "trainer.steps=10", "trainer.batch=4", "trainer.micro_batch=2")
     (said,) = of(tmp_path, *words, "trainer.val_every=5", "seed=9").values()
     # 10 steps of two parts and an optimizer; 2 validations of 8 rows, of which 2 take a third of a part.
@@ -85,7 +86,7 @@ def test_time_is_that_of_the_steps_measured(tmp_path, monkeypatch):
 
 
 def test_rows_that_do_not_fit_are_halved_as_in_a_run(tmp_path, monkeypatch):
-    step = planner.Step({"student": planner.Cost(10, 8, 100.0)}, rows=1, micro_batch=2.0)
+    step = step_timing.Step({"student": Cost(10, 8, 100.0)}, rows=1, micro_batch=2.0)
     tried = []
 
     def measure(config, *_):
@@ -94,7 +95,7 @@ def test_rows_that_do_not_fit_are_halved_as_in_a_run(tmp_path, monkeypatch):
             raise torch.OutOfMemoryError
         return step
 
-    monkeypatch.setattr(planner, "_measure", measure)
+    monkeypatch.setattr(step_timing, "_measure", measure)
     words = ("logits=none", "teacher=none", "trainer.steps=10", "trainer.batch=4", "trainer.micro_batch=4", "seed=8")
     (said,) = of(tmp_path, *words, "trainer.val_every=10").values()
     assert tried == [4, 2, 1] and said.seconds == pytest.approx(planner.STARTS + 10 * 4 * 2.0 + 8 / 3 * 2.0)
@@ -110,7 +111,7 @@ def test_a_teacher_that_is_loaded_is_counted(tmp_path):
 
 
 def test_models_larger_than_memory_are_not_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(planner, "capacity", lambda device: 10**6)
+    monkeypatch.setattr(step_timing, "capacity", lambda device: 10**6)
     (said,) = of(tmp_path, "logits=none", "teacher=none", "student=6.8b").values()
     assert said.seconds is None and said.memory > 16 * 5.5e9 and said.flops > 1e12
 

@@ -11,9 +11,10 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from kd.data.batches import IGNORE, Batch
 from kd.models.causal_lm import CausalLM
 from kd.objective.chunked import log_probabilities
+from kd.objective.token_info import TokenInfo
 from kd.parallel import collectives
 from kd.rollout import generate
-from kd.rollout.generate import Sampled, write
+from kd.rollout.generate import write
 from tests.cases import close, logits
 from tests.refusals import refused
 from tests.test_models import CONFIGS, GATED, V
@@ -109,7 +110,7 @@ def test_a_row_without_a_response_stays_as_it_is():
     given.labels[1] = IGNORE
     ours = write(given, END, seeds(3), model())
     assert torch.equal(ours.ids[1], given.ids[1]) and (ours.labels[1] == IGNORE).all()
-    assert all((x[1] == 0).all() for x in ours.sampled if x is not None)
+    assert all((x[1] == 0).all() for x in ours.token_info.provided().values())
     alone = write(rows_of(given, [1]), END, seeds(1), model())
     assert torch.equal(alone.ids[0], given.ids[1]) and (alone.labels == IGNORE).all()
 
@@ -126,22 +127,22 @@ def test_what_is_known_is_what_a_whole_pass_says(name):
     student, teacher = model(name), model("llama", 1)
     ours = write(batch(PROMPTS * 2), END, seeds(12), student, teacher, share=0.3)
     log_q, log_p = whole(student, ours), whole(teacher, ours)
-    close(ours.sampled.student, log_q, rtol=0, atol=1e-5 * log_q.abs().max())
-    close(ours.sampled.teacher, log_p, rtol=0, atol=1e-5 * log_p.abs().max())
+    close(ours.token_info.student_logp, log_q, rtol=0, atol=1e-5 * log_q.abs().max())
+    close(ours.token_info.teacher_logp, log_p, rtol=0, atol=1e-5 * log_p.abs().max())
     kept = ours.labels != IGNORE
     by_hand = kept / (0.3 * (log_p - log_q).double().exp() + 0.7)
-    close(ours.sampled.importance.double(), by_hand, rtol=1e-3, atol=1e-6)
-    assert torch.equal(ours.sampled.by_student, kept.float())
-    assert ours.sampled.advantage is None
+    close(ours.token_info.importance.double(), by_hand, rtol=1e-3, atol=1e-6)
+    assert torch.equal(ours.token_info.by_student, kept.float())
+    assert ours.token_info.advantage is None
 
 
 def test_what_one_model_writes_says_nothing_of_the_other():
     made = model()
-    alone = write(batch(PROMPTS), END, seeds(6), made).sampled
-    assert alone.teacher is None and (alone.importance - (alone.by_student)).abs().max() < 1e-5
-    teacher = write(batch(PROMPTS), END, seeds(6), teacher=made).sampled
-    assert teacher.student is None and teacher.importance is None and not teacher.by_student.any()
-    assert torch.equal(teacher.teacher, alone.student)
+    alone = write(batch(PROMPTS), END, seeds(6), made).token_info
+    assert alone.teacher_logp is None and (alone.importance - (alone.by_student)).abs().max() < 1e-5
+    teacher = write(batch(PROMPTS), END, seeds(6), teacher=made).token_info
+    assert teacher.student_logp is None and teacher.importance is None and not teacher.by_student.any()
+    assert torch.equal(teacher.teacher_logp, alone.student_logp)
 
 
 @pytest.mark.parametrize(("share", "same"), [(0.0, "student"), (1.0, "teacher")])
@@ -150,7 +151,7 @@ def test_ends_of_the_mixture_are_one_model(share, same):
     both = write(batch(PROMPTS), END, seeds(6), **models, share=share)
     alone = write(batch(PROMPTS), END, seeds(6), **{same: models[same]})
     assert torch.equal(both.labels, alone.labels)
-    assert both.sampled.student is not None and both.sampled.teacher is not None
+    assert both.token_info.student_logp is not None and both.token_info.teacher_logp is not None
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
@@ -159,7 +160,8 @@ def test_a_row_is_the_same_alone_in_any_order_and_in_any_batch(temperature):
 
     def written(rows: list[int]) -> tuple:
         found = write(rows_of(given, rows), END, seed[rows], student, teacher, 0.5, temperature)
-        return found.ids, found.labels, *found.sampled[:3]
+        info = found.token_info
+        return found.ids, found.labels, info.student_logp, info.teacher_logp, info.importance
 
     given, seed = batch(PROMPTS), seeds(6)
     together, order = written([0, 1, 2, 3, 4, 5]), [5, 2, 0, 3, 1, 4]
@@ -240,7 +242,7 @@ def test_importance_is_of_what_was_drawn_from():
     one = batch([6])
     many = Batch(*(x.expand(COUNT, *x.shape[1:]).clone() for x in one[:4]))
     ours = write(many, END, seeds(COUNT), made, temperature=2.5, max_tokens=1)
-    weight = ours.sampled.importance[:, 5].double()
+    weight = ours.token_info.importance[:, 5].double()
     assert weight.mean() == pytest.approx(1, abs=4 * weight.std().item() / COUNT**0.5)
     mass = torch.zeros(VOCAB, dtype=torch.float64).index_add(0, ours.labels[:, 5], weight) / COUNT
     assert (mass - said(made).exp()).abs().max() < 0.03
@@ -255,7 +257,7 @@ def test_models_stay_in_the_mode_they_were_in_and_dropout_is_off_meanwhile():
     made = CausalLM(transformers.GPT2LMHeadModel(config), V).train()
     ours = write(batch(PROMPTS), END, seeds(6), made)
     assert made.training and made.model.transformer.drop.training
-    close(ours.sampled.student, whole(made, ours), rtol=0, atol=1e-4)
+    close(ours.token_info.student_logp, whole(made, ours), rtol=0, atol=1e-4)
     made.eval()
     write(batch(PROMPTS), END, seeds(6), made)
     assert not made.training
@@ -277,7 +279,7 @@ def test_a_step_under_autocast_still_learns():
 
 def test_no_gradient_is_kept():
     ours = write(batch(PROMPTS), END, seeds(6), model(), model("gpt2", 1), 0.5)
-    assert not any(x.requires_grad for x in ours.sampled if x is not None)
+    assert not any(x.requires_grad for x in ours.token_info.provided().values())
 
 
 def test_compiled_models_are_not_compiled_for_every_length():
@@ -343,18 +345,19 @@ def test_a_model_without_keys_and_values_is_refused():
         write(batch(PROMPTS), END, seeds(6), made)
 
 
-# Sampled
+# Token information
 
 
-def test_sampled_is_split_and_flattened_with_its_batch():
+def test_token_info_is_split_and_flattened_with_its_batch():
     x = torch.arange(6 * T).view(6, T).float()
-    given = batch(PROMPTS)._replace(sampled=Sampled(student=x, by_student=-x))
+    given = batch(PROMPTS)._replace(token_info=TokenInfo(student_logp=x, by_student=-x))
     parts = list(given.split(4))
     assert [len(p.ids) for p in parts] == [4, 2] and all(p.stored is None for p in parts)
-    assert torch.equal(torch.cat([p.sampled.student for p in parts]), x) and parts[0].sampled.teacher is None
+    assert torch.equal(TokenInfo.concatenate([p.token_info for p in parts]).student_logp, x)
+    assert parts[0].token_info.teacher_logp is None
     kept = given.labels != IGNORE
-    found = given.sampled.at(kept)
-    assert found.keys() == {"student", "by_student"} and torch.equal(found["student"], x[kept])
+    found = given.token_info[kept].provided()
+    assert found.keys() == {"student_logp", "by_student"} and torch.equal(found["student_logp"], x[kept])
 
 
 def test_ranks_that_share_a_model_go_on_together(monkeypatch):

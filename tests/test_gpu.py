@@ -26,7 +26,7 @@ from kd.objective.truncation import full
 from kd.parallel import fsdp
 from kd.teachers.online import OnlineTeacher
 from kd.training.module import DistillationModule, Schedules
-from tests.cases import FORMS, LOSSES, TRUNCATIONS, each, option, sample
+from tests.cases import FORMS, LOSSES, TRUNCATIONS, each, option, token_info
 from tests.cases import logits as random_logits
 from tests.small import folder, here, result, start, train
 
@@ -103,7 +103,7 @@ def moved(target):
         return x.to(DEVICE, torch.float32 if x.is_floating_point() else x.dtype)
 
     values = {name: move(x) if isinstance(x, torch.Tensor) else x for name, x in vars(target).items()}
-    values["sampled"] = {name: move(x) for name, x in target.sampled.items()}
+    values["token_info"] = target.token_info.map(move)
     return type(target)(**values)
 
 
@@ -119,10 +119,10 @@ def test_compiled_loss_equals_the_eager_one(loss, cut):
     hidden = torch.randn(300, 64, device=DEVICE, requires_grad=True)
     label = torch.randint(1000, (300,), device=DEVICE)
     other = torch.randn(300, 1000, device=DEVICE).log_softmax(-1)
-    known = {name: x.to(DEVICE) for name, x in sample(300, torch.float32).items()}
+    info = token_info(300, torch.float32).to(DEVICE)
 
     def signal(rows):
-        return Target(label, other, whole=True, sampled=known)[rows]
+        return Target(label, other, whole=True, token_info=info)[rows]
 
     sums = []
     for compiled in (False, True):

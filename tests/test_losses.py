@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from kd.config import token_info
+from kd.config.components import option_files
 from kd.objective import losses, truncation
 from kd.objective.target import Target
 from kd.objective.target_transforms import renormalise
+from kd.objective.token_info import TokenInfo
 from kd.rollout.strategies import returns
 from tests.cases import (
     COMPLETE,
@@ -309,8 +312,8 @@ def at_ratio(rho: float, advantage: float, clip: float = 0.2) -> tuple[float, fl
     """The long term of minillm, and its slope by log q(y), where rho is the ratio."""
     target = dense(torch.zeros(1, 4, dtype=torch.float64))
     student = torch.tensor([[0.4, 0.1, 0.2, 0.3]], dtype=torch.float64).log()
-    known = {"student": torch.full((1,), math.log(0.8)), "importance": torch.full((1,), 2 * rho)}
-    target = replace(target, sampled=known | {"advantage": torch.full((1,), advantage)})
+    values = {"student_logp": math.log(0.8), "importance": 2 * rho, "advantage": advantage}
+    target = replace(target, token_info=TokenInfo(**{name: torch.full((1,), x) for name, x in values.items()}))
     loss = option("loss", "minillm", clip=clip, single_step=False)
     (slopes,) = gradient(lambda log_q: loss(log_q, target), student)
     assert not slopes[1:].any()  # of the true token alone
@@ -340,8 +343,8 @@ def test_the_ratio_is_clipped_worked_by_hand(rho, advantage, value, steepness):
 def test_at_ratio_1_the_gradient_is_that_of_the_return_and_of_rkl():
     target, student = dense(logits(1)), logits(2)
     log_q = student.log_softmax(-1).gather(-1, target.label[:, None])[:, 0]
-    target = replace(target, sampled=target.sampled | {"student": log_q, "importance": torch.ones(len(log_q))})
-    advantage = target.sampled["advantage"]
+    info = replace(target.token_info, student_logp=log_q, importance=torch.ones(len(log_q)))
+    target, advantage = replace(target, token_info=info), info.advantage
     long = advantage[:, None] * (student.softmax(-1) - torch.nn.functional.one_hot(target.label, V))  # -A grad log q
     close(gradient(on_logits(option("loss", "minillm", single_step=False), target), student), long)
     whole = long + gradient(on_logits(LOSSES["rkl"], target), student)
@@ -366,9 +369,9 @@ class Sequences:
         """The mean, over what the student writes, of the gradients of the sums of minillm over tokens."""
         log_q, log_p = self.of_tokens(self.student), self.of_tokens(self.teacher)
         advantage = returns(log_p - log_q, torch.ones(27, 3), 1.0, False, from_next)
-        known = {"student": log_q, "importance": torch.ones_like(log_q), "advantage": advantage}
+        info = TokenInfo(student_logp=log_q, importance=torch.ones_like(log_q), advantage=advantage)
         teacher = self.teacher.log_softmax(-1)[self.place].flatten(0, 1)
-        target = Target(self.all.flatten(), teacher, sampled={name: x.flatten() for name, x in known.items()})
+        target = Target(self.all.flatten(), teacher, token_info=info.map(torch.Tensor.flatten))
         chance = log_q.sum(-1).exp()
 
         def mean(table: torch.Tensor) -> torch.Tensor:
@@ -405,8 +408,9 @@ def test_importance_makes_up_for_what_the_teacher_drew(share):
     mixture = share * p.softmax(-1) + (1 - share) * q.softmax(-1)
     every = torch.arange(V)
     reward = (p.log_softmax(-1) - q.log_softmax(-1))[0]
-    known = {"student": q.log_softmax(-1)[0], "importance": (q.softmax(-1) / mixture)[0], "advantage": reward}
-    target = Target(every, p.log_softmax(-1).expand(V, V), sampled=known)
+    log_q, importance = q.log_softmax(-1)[0], (q.softmax(-1) / mixture)[0]
+    info = TokenInfo(student_logp=log_q, importance=importance, advantage=reward)
+    target = Target(every, p.log_softmax(-1).expand(V, V), token_info=info)
     loss = option("loss", "minillm", single_step=False, clip=1e9)
     found = gradient(lambda z: mixture[0] * loss(z.log_softmax(-1).expand(V, V), target), q)
     close(found, gradient(on_logits(LOSSES["rkl"], dense(p)), q))
@@ -437,7 +441,7 @@ def test_target_and_diversity_terms_worked_by_hand():
     close(dkd, [DKD])
     close(tkd + 0.5 * dkd, [0.25 * math.log(2)])  # fkl
     for hard, expected in ((1.0, 0.8 * (TKD + DKD)), (0.0, 0.2 * DKD)):
-        told = replace(target, sampled={"hard": torch.tensor([hard]), "weight": torch.tensor([3.0])})
+        told = replace(target, token_info=TokenInfo(is_hard=torch.tensor([hard]), weight=torch.tensor([3.0])))
         close(LOSSES["atkd"](THREE[1], told), [3 * expected])
 
 
@@ -487,25 +491,17 @@ def test_the_true_token_alone_is_all_target_term():
         close(dkd, [0.0])
 
 
-# What is asked for and not there
-
-
-@pytest.mark.parametrize(
-    ("name", "missing", "by"),
-    [
-        *(("minillm", missing, "rollout=mixed") for missing in ("student", "importance", "advantage")),
-        ("distillm2", "by_student", "rollout=pairs"),
-        *(("atkd", missing, "routing=uncertainty") for missing in ("hard", "weight")),
-    ],
-)
-def test_what_nothing_gives_is_asked_for_by_name(name, missing, by):
+@pytest.mark.parametrize("name", sorted(path.stem for path in option_files("loss")))
+def test_a_loss_reads_the_token_information_that_it_declares(name):
+    """With all of it the loss is computed, and without any one field it cannot be."""
     target, student = dense(logits(1)), logits(2).log_softmax(-1)
-    less = {k: v for k, v in target.sampled.items() if k != missing}
-    for known in (None, less):
-        with refused(option="loss", why=f"which only {by} computes", hint=f"type {by} too"):
-            LOSSES[name](student, replace(target, sampled=known))
-    with refused(option="loss", why=f"needs {missing} of each position"):
-        LOSSES[name](student, replace(target, sampled=less))
+    needed = {field: target.token_info.provided()[field] for field in token_info.needs(name)}
+    whole = LOSSES[name](student, target)
+    assert torch.equal(LOSSES[name](student, replace(target, token_info=TokenInfo(**needed))), whole)
+    for field in needed:
+        less = TokenInfo(**{other: x for other, x in needed.items() if other != field})
+        with pytest.raises((TypeError, AttributeError)):
+            LOSSES[name](student, replace(target, token_info=less))
 
 
 @pytest.mark.parametrize(

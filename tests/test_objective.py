@@ -25,8 +25,8 @@ from tests.cases import (
     each,
     logits,
     option,
-    sample,
     slope,
+    token_info,
 )
 from tests.refusals import refused
 
@@ -177,12 +177,12 @@ def test_alpha_mixes_the_two_terms():
 @each("loss", LOSSES)
 def test_where_a_token_is_not_distilled_alpha_is_0(loss, chunk):
     head, hidden, label, target = case()
-    distilled = torch.arange(ROWS) % 3 > 0
+    kd_mask = torch.arange(ROWS) % 3 > 0
     objective = Objective(loss, FULL, SAME, PLAIN, chunk)
-    found = objective(head, hidden, label, target.__getitem__, 0.7, distilled=distilled)
+    found = objective(head, hidden, label, target.__getitem__, 0.7, kd_mask=kd_mask)
     parts = [
         objective(head, hidden[rows], label[rows], target[rows].__getitem__, alpha)
-        for rows, alpha in ((distilled, 0.7), (~distilled, 0.0))
+        for rows, alpha in ((kd_mask, 0.7), (~kd_mask, 0.0))
     ]
     same(found, (parts[0].total + parts[1].total, parts[0].kd, parts[0].lm + parts[1].lm))
     same(grads_of(found.total, head, hidden), grads_of(parts[0].total + parts[1].total, head, hidden))
@@ -190,13 +190,21 @@ def test_where_a_token_is_not_distilled_alpha_is_0(loss, chunk):
 
 def test_what_the_teacher_says_of_a_token_that_is_not_distilled_changes_nothing():
     head, hidden, label, target = case()
-    distilled = torch.arange(ROWS) % 3 > 0
-    other = replace(target, logp=torch.where(distilled[:, None], target.logp, logits(9, ROWS).float().log_softmax(-1)))
+    kd_mask = torch.arange(ROWS) % 3 > 0
+    other = replace(target, logp=torch.where(kd_mask[:, None], target.logp, logits(9, ROWS).float().log_softmax(-1)))
     objective = Objective(LOSSES["fkl"], FULL, SAME, PLAIN, 5)
-    a, b = (objective(head, hidden, label, t.__getitem__, 0.7, distilled=distilled) for t in (target, other))
+    a, b = (objective(head, hidden, label, t.__getitem__, 0.7, kd_mask=kd_mask) for t in (target, other))
     assert a.total == b.total and a.kd == b.kd
     pairs = zip(grads_of(a.total, head, hidden), grads_of(b.total, head, hidden), strict=True)
     assert all(torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize("name", ["minillm", "distillm2", "atkd"])
+def test_a_loss_without_its_token_information_is_refused(name):
+    head, hidden, label, target = case()
+    target = replace(target, token_info=replace(target.token_info, advantage=None, by_student=None, is_hard=None))
+    with refused(option="loss", why="of each token, which neither the rollout nor the token selection provides"):
+        Objective(LOSSES[name], FULL, SAME, PLAIN, 5)(head, hidden, label, target.__getitem__, 0.7)
 
 
 def test_all_or_none_distilled_is_alpha_or_0():
@@ -204,7 +212,7 @@ def test_all_or_none_distilled_is_alpha_or_0():
     objective = Objective(LOSSES["rkl"], FULL, SAME, PLAIN, 5)
     for which, alpha in ((True, 0.7), (False, 0.0)):
         mask = torch.full((ROWS,), which)
-        found = objective(head, hidden, label, target.__getitem__, 0.7, distilled=mask)
+        found = objective(head, hidden, label, target.__getitem__, 0.7, kd_mask=mask)
         expected = objective(head, hidden, label, target.__getitem__, alpha)
         same([found.total, found.lm], [expected.total, expected.lm])
         same(grads_of(found.total, head, hidden), grads_of(expected.total, head, hidden))
@@ -212,16 +220,16 @@ def test_all_or_none_distilled_is_alpha_or_0():
 
 
 def test_gradient_of_a_step_with_tokens_that_are_not_distilled_is_that_of_finite_differences():
-    label, target, distilled = torch.arange(4), dense(logits(1, 4)), torch.tensor([True, False, True, False])
+    label, target, kd_mask = torch.arange(4), dense(logits(1, 4)), torch.tensor([True, False, True, False])
     objective = Objective(LOSSES["fkl"], FULL, SAME, PLAIN)
 
     def total(z):  # per position, in float64
         student = z.log_softmax(-1)
         lm = -student.gather(-1, label[:, None])[:, 0]
-        return torch.where(distilled, 0.7 * objective.distance(student, target) + 0.3 * lm, lm)
+        return torch.where(kd_mask, 0.7 * objective.distance(student, target) + 0.3 * lm, lm)
 
     z, single = logits(2, 4), replace(target, logp=target.logp.float())
-    grad, sums = objective.slope(z.float(), label, single, torch.tensor(0.7), distilled)
+    grad, sums = objective.slope(z.float(), label, single, torch.tensor(0.7), kd_mask)
     close(grad.double(), slope(total, z), rtol=1e-4, atol=1e-5)
     close(sums.total.double(), total(z).sum(), rtol=1e-5)
 
@@ -360,7 +368,7 @@ def most_elements(total_of, rows: int = 600, columns: int = 64) -> float:
 
     def signal(rows):
         logp = teacher(hidden[rows].detach()).log_softmax(-1).detach()
-        return Target(label[rows], logp, seed=seed[rows], sampled=sample(len(logp), torch.float32))
+        return Target(label[rows], logp, seed=seed[rows], token_info=token_info(len(logp), torch.float32))
 
     with Elements() as elements:
         total_of(head, hidden, label, signal).backward()
@@ -391,11 +399,11 @@ def test_the_count_of_elements_sees_logits_in_one_piece_or_in_many():
 @pytest.mark.slow
 def test_compiled_equals_eager():
     head, hidden, label, target = case()
-    cut, leftover, distilled = TRUNCATIONS["top_k-k=5"], TREATMENTS["leftover"], torch.arange(ROWS) % 3 > 0
+    cut, leftover, kd_mask = TRUNCATIONS["top_k-k=5"], TREATMENTS["leftover"], torch.arange(ROWS) % 3 > 0
     for alpha in (0.9, 0.3):  # that alpha changes must not be compiled in
         eager, compiled = (
             Objective(LOSSES["akl"], cut, leftover, PLAIN, 5, compile)(
-                head, hidden, label, target.__getitem__, alpha, distilled=distilled
+                head, hidden, label, target.__getitem__, alpha, kd_mask=kd_mask
             )
             for compile in (False, True)
         )

@@ -21,7 +21,7 @@ from kd.objective.target_transforms import renormalise
 from kd.objective.truncation import fewer
 from kd.store import reader
 from kd.store.format import STEP, from_bytes
-from tests.cases import LOSSES, TREATMENTS, close, each, gradient, option, sample
+from tests.cases import LOSSES, TREATMENTS, close, each, gradient, option, token_info
 from tests.refusals import refused
 from tests.small import TOP, folder, here, result, shared, write
 from tests.test_entries import ROWS, SIZE, heavy, read, written
@@ -192,7 +192,7 @@ FORMS = {
 @each("form", FORMS)
 def test_every_loss_of_stored_logits_is_that_of_the_rounded_ones(loss, form):
     name, treatment = form
-    target = replace(heavy(ROWS * SIZE, V), sampled=sample(ROWS * SIZE, torch.float32))
+    target = replace(heavy(ROWS * SIZE, V), token_info=token_info(ROWS * SIZE, torch.float32))
     student = torch.randn(ROWS * SIZE, V, generator=torch.Generator().manual_seed(3))
     computed = option("truncation", name, **STORED[name])(target)
     expected = treatment(computed if name == "random" else rounded(computed))

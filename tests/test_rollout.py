@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from kd.config.components import declared
 from kd.data.batches import IGNORE, Batch
+from kd.objective.token_info import TokenInfo
 from kd.parallel import collectives
 from kd.rollout import generate, strategies
 from kd.rollout.strategies import Writers, returns, whiten
@@ -157,8 +159,8 @@ def made(models, name: str, **changes):
 def same(a: Batch, b: Batch) -> None:
     for name in ("ids", "labels", "row", "seed"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
-    for x, y in zip(a.sampled or (), b.sampled or (), strict=True):
-        assert (x is None) == (y is None) and (x is None or torch.equal(x, y))
+    one, two = ({} if x.token_info is None else x.token_info.provided() for x in (a, b))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def prompts_of(batch: Batch) -> list[list[int]]:
@@ -169,11 +171,12 @@ def prompts_of(batch: Batch) -> list[list[int]]:
 def test_every_option_gives_what_it_says_for_every_batch(name, models):
     changes = {"capacity": 4, "threshold": 0.6} if name == "adaptive" else {}
     asked = made(models, name, **changes)
+    provided = {*declared("rollout.strategies", "provides").get(name.removesuffix("_code"), ())}
     for step in range(8):
         given = data(step)
         found = asked(given, step, step / 8)
-        known = {} if found.sampled is None else found.sampled.at(found.labels != IGNORE)
-        assert {*asked.gives} <= known.keys() and all(x.isfinite().all() for x in known.values())
+        info = {} if found.token_info is None else found.token_info[found.labels != IGNORE].provided()
+        assert provided <= info.keys() and all(x.isfinite().all() for x in info.values())
         if name not in ("adaptive", "mixed", "mixed_code"):
             assert set(map(tuple, prompts_of(found))) == set(map(tuple, prompts_of(given)))
         loaded = torch.load(saved(asked.state()), weights_only=True)
@@ -226,11 +229,11 @@ def test_the_student_writes_a_share_of_the_batches(share, models, monkeypatch):
     monkeypatch.setattr(
         generate,
         "write",
-        lambda part, *_, **__: part._replace(sampled=generate.Sampled(by_student=part.labels * 0 + 1.0)),
+        lambda part, *_, **__: part._replace(token_info=TokenInfo(by_student=part.labels * 0 + 1.0)),
     )
     for step in range(400):
         found = asked(data(), step, step / 400)
-        wrote += found.sampled.by_student.any().item()
+        wrote += found.token_info.by_student.any().item()
     assert abs(wrote - 400 * share) <= 4 * (400 * share * (1 - share)) ** 0.5
 
 
@@ -240,16 +243,16 @@ def test_what_the_student_writes_is_what_generate_writes(models):
     seed = given.seed[:, 0] ^ (1 << 32)
     how = dict(temperature=0.7, top_k=9, top_p=1.0, max_tokens=4)
     same(found, strategies._only_who(generate.write(given, END, seed, models["student"], **how)))
-    assert torch.equal(found.sampled.by_student, (found.labels != IGNORE).float())
+    assert torch.equal(found.token_info.by_student, (found.labels != IGNORE).float())
     left = made(models, "student", share=0.0)(given, 3, 0.0)
-    same(left, given._replace(sampled=generate.Sampled(by_student=torch.zeros(4, T))))
+    same(left, given._replace(token_info=TokenInfo(by_student=torch.zeros(4, T))))
 
 
 def test_the_teacher_writes(models):
     found = made(models, "teacher", temperature=0.0)(data(), 0, 0.0)
     alone = generate.write(data(), END, data().seed[:, 0], teacher=models["teacher"], temperature=0.0)
-    assert torch.equal(found.labels, alone.labels) and not found.sampled.by_student.any()
-    close(found.sampled.teacher, whole(models["teacher"], found), rtol=0, atol=1e-4)
+    assert torch.equal(found.labels, alone.labels) and not found.token_info.by_student.any()
+    close(found.token_info.teacher_logp, whole(models["teacher"], found), rtol=0, atol=1e-4)
 
 
 def test_pairs_are_the_teachers_rows_and_then_the_students(models):
@@ -258,7 +261,7 @@ def test_pairs_are_the_teachers_rows_and_then_the_students(models):
     assert prompts_of(found) == prompts_of(given) * 2 and len(found.ids) == 8
     assert torch.equal(found.row, given.row.repeat(2)) and torch.equal(found.seed, given.seed.repeat(2, 1))
     counted = (found.labels != IGNORE).float()
-    assert torch.equal(found.sampled.by_student, torch.cat([torch.zeros(4, T), counted[4:]]))
+    assert torch.equal(found.token_info.by_student, torch.cat([torch.zeros(4, T), counted[4:]]))
     assert [len(part.ids) for part in found.split(3)] == [3, 3, 2]
     greedy = {name: made(models, "pairs", temperature=0.0)(given, 0, 0.0) for name in models}["student"]
     for name, rows in (("teacher", slice(0, 4)), ("student", slice(4, 8))):
@@ -308,7 +311,7 @@ def sources(models, monkeypatch, progress: float, replay: str, threshold: float 
 
     def write(part, *_, **__):
         wrote.append(1)
-        return part._replace(sampled=generate.Sampled(by_student=part.labels * 0 + 1.0))
+        return part._replace(token_info=TokenInfo(by_student=part.labels * 0 + 1.0))
 
     monkeypatch.setattr(generate, "write", write)
     asked = made(models, "adaptive", threshold=threshold, capacity=4 if full else 10**6, replay=replay)
@@ -317,7 +320,7 @@ def sources(models, monkeypatch, progress: float, replay: str, threshold: float 
         before = len(wrote)
         found = asked(data(), step, progress)
         new = len(wrote) > before
-        count["new" if new else "replayed" if found.sampled.by_student.any() else "data"] += 1
+        count["new" if new else "replayed" if found.token_info.by_student.any() else "data"] += 1
     return count
 
 
@@ -353,7 +356,7 @@ def test_rows_are_replayed_as_they_were_written(models):
         assert len(rows) == 4  # no row twice
         assert all(written[row] == rows[row] for row in rows)
         assert min(rows) >= 2  # twelve were written, and the last ten are kept
-        assert torch.equal(found.sampled.by_student, (found.labels != IGNORE).float())
+        assert torch.equal(found.token_info.by_student, (found.labels != IGNORE).float())
         assert torch.equal(found.seed, data(step).seed)
     assert any(labels[-1] == IGNORE for _, labels in written.values())  # before the row is full
     assert all(x.dtype == torch.int32 and len(x) == 10 for x in asked.state()["rows"].values())
@@ -404,17 +407,17 @@ def test_the_advantage_is_that_of_the_paper_and_that_of_the_code(name, models):
     if name == "mixed_code":
         values = expected[counted]
         expected[counted] = (values - values.mean()) / np.sqrt(values.var() + 1e-8)
-    close(found.sampled.advantage.double(), expected, rtol=1e-3, atol=1e-4)
+    close(found.token_info.advantage.double(), expected, rtol=1e-3, atol=1e-4)
     mixture = 0.2 * np.exp(log_p) + 0.8 * np.exp(log_q)
     weight = np.where(counted, np.exp(log_q) / mixture, 0)
-    close(found.sampled.importance.double(), weight, rtol=1e-3, atol=1e-5)
+    close(found.token_info.importance.double(), weight, rtol=1e-3, atol=1e-5)
 
 
 def test_rewards_are_scaled_and_then_cut(models):
     plain = dict(gamma=0.0, length_norm=False, from_next=False)
-    one = made(models, "mixed", **plain)(data(), 0, 0.0).sampled
+    one = made(models, "mixed", **plain)(data(), 0, 0.0).token_info
     close(one.advantage, one.teacher - one.student, rtol=1e-6)
-    two = made(models, "mixed", **plain, scale=0.25, clip=2.0)(data(), 0, 0.0).sampled
+    two = made(models, "mixed", **plain, scale=0.25, clip=2.0)(data(), 0, 0.0).token_info
     close(two.advantage, (4 * (one.teacher - one.student)).clamp(-2, 2), rtol=1e-6)
     assert (two.advantage.abs() == 2).any() and (two.advantage.abs() < 2).any()
 
@@ -422,8 +425,8 @@ def test_rewards_are_scaled_and_then_cut(models):
 def test_without_a_share_of_the_teacher_the_student_writes_alone(models):
     found = made(models, "mixed", teacher_share=0.0)(data(), 0, 0.0)
     kept = found.labels != IGNORE
-    close(found.sampled.importance[kept], torch.ones(int(kept.sum())), rtol=1e-5)
-    assert found.sampled.teacher[kept].any()
+    close(found.token_info.importance[kept], torch.ones(int(kept.sum())), rtol=1e-5)
+    assert found.token_info.teacher_logp[kept].any()
 
 
 def test_another_number_of_ranks_goes_on_where_none_has_text_of_its_own(models):

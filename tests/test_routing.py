@@ -11,8 +11,9 @@ from kd.data.batches import IGNORE, Batch
 from kd.objective import losses
 from kd.objective.chunked import Objective
 from kd.objective.target import Target
+from kd.objective.token_info import TokenInfo
+from kd.objective.token_selection import Selection
 from kd.parallel import collectives
-from kd.rollout.generate import Sampled
 from kd.teachers.base import Teacher
 from kd.training import module
 from kd.training.module import DistillationModule, Schedules
@@ -29,9 +30,9 @@ ROWS, T, V = 6, 5, 17
 )
 def test_the_surest_go_first_by_hand(share, expected):
     """Of equals, the first in the batch."""
-    said = option("routing", "entropy", share=share)(lambda measure: torch.tensor([0.5, 0.1, 2.0, 0.0, 0.5]))
-    assert said.keys() == {"distilled"}
-    assert (~said["distilled"]).nonzero().flatten().tolist() == expected
+    selection = option("routing", "entropy", share=share)(lambda measure: torch.tensor([0.5, 0.1, 2.0, 0.0, 0.5]))
+    assert selection.token_info == TokenInfo()
+    assert (~selection.kd_mask).nonzero().flatten().tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -46,17 +47,20 @@ def test_the_surest_go_first_by_hand(share, expected):
     ],
 )
 def test_the_uncertain_are_hard_by_hand(found, hard, weight):
-    said = option("routing", "uncertainty")(lambda measure: torch.tensor(found))
-    assert said.keys() == {"hard", "weight"} and said["hard"].tolist() == hard
-    torch.testing.assert_close(said["weight"], torch.tensor(weight, dtype=torch.float32))
+    selection = option("routing", "uncertainty")(lambda measure: torch.tensor(found))
+    info = selection.token_info
+    assert (
+        selection.kd_mask is None and info.provided().keys() == {"is_hard", "weight"} and info.is_hard.tolist() == hard
+    )
+    torch.testing.assert_close(info.weight, torch.tensor(weight, dtype=torch.float32))
 
 
 def test_weights_make_one_mean_of_two():
     found, value = torch.rand(101), torch.rand(101)
-    said = option("routing", "uncertainty")(lambda measure: found)
+    weight = option("routing", "uncertainty")(lambda measure: found).token_info.weight
     hard = found >= found.median()
     means = value[hard].mean() + value[~hard].mean()
-    torch.testing.assert_close((value * said["weight"]).mean(), means)
+    torch.testing.assert_close((value * weight).mean(), means)
 
 
 def test_what_is_measured_is_what_the_teacher_leaves_to_other_tokens():
@@ -66,7 +70,7 @@ def test_what_is_measured_is_what_the_teacher_leaves_to_other_tokens():
 
 
 def test_none_asks_for_nothing():
-    assert option("routing", "none")(None) == {}
+    assert option("routing", "none")(None) == Selection()
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
@@ -145,7 +149,7 @@ def step(of: Module, given: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
 def asked_for(of: Module, given: Batch) -> torch.Tensor:
     """Which of the counted positions are distilled."""
     parts = [(part, part.labels != IGNORE) for part in given.split(of.micro_batch_size)]
-    return torch.cat([known["distilled"] for known in of.select_tokens(parts)[1]])
+    return torch.cat([selection.kd_mask for selection in of.select_tokens(parts)[1]])
 
 
 def expected(share: float) -> torch.Tensor:
@@ -207,7 +211,7 @@ def test_atkd_of_each_micro_batch_would_be_another():
 def test_what_a_rollout_knows_reaches_the_loss(micro_batch):
     """Beside what the routing says, for the positions that count."""
     by_student = (torch.arange(ROWS) % 2)[:, None].expand(ROWS, T).float()
-    given = batch()._replace(sampled=Sampled(by_student=by_student))
+    given = batch()._replace(token_info=TokenInfo(by_student=by_student))
     of = made(micro_batch, 7, loss="distillm2")
     sums, _ = step(of, given)
     kept = given.labels != IGNORE
@@ -299,9 +303,9 @@ def test_a_store_of_a_part_routes_nearly_as_the_teacher(root):
         seen = []
 
         def spy(self, parts, seen=seen):
-            signals, known = real(self, parts)
-            seen.append(torch.cat([of["distilled"] for of in known]))
-            return signals, known
+            signals, selections = real(self, parts)
+            seen.append(torch.cat([selection.kd_mask for selection in selections]))
+            return signals, selections
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module.DistillationModule, "select_tokens", spy)
@@ -323,7 +327,12 @@ def test_atkd_is_a_loss_and_a_routing(root):
 
 
 @pytest.mark.parametrize(
-    ("loss", "by"), [("atkd", "routing=uncertainty"), ("distillm2", "rollout=pairs"), ("minillm", "rollout=mixed")]
+    ("loss", "by"),
+    [
+        ("atkd", "routing=uncertainty"),
+        ("distillm2", "rollout=student, rollout=pairs or rollout=adaptive"),
+        ("minillm", "rollout=mixed"),
+    ],
 )
 def test_a_loss_that_is_not_told_what_it_asks_for_is_refused_before_anything_is_trained(root, loss, by):
     with refused(option="loss", hint=f"type {by} too"):

@@ -378,7 +378,7 @@ def test_a_step_that_was_saved_is_not_saved_again_and_one_that_nothing_came_befo
 def test_a_checkpoint_of_another_version_is_refused_with_what_to_type(tmp_path, monkeypatch):
     words = ("logits=none", "teacher=none", "trainer.batch=4", "trainer.micro_batch=2", f"trainer.steps={STEPS}")
     run = interrupted(tmp_path, monkeypatch, 4, None, *words)
-    (path,) = (run / "checkpoints").glob("*.ckpt")
+    path = max((run / "checkpoints").glob("*.ckpt"))
     checkpoint = torch.load(path, weights_only=True)
     for change in ({"format": checkpoint["format"] + 1}, {"format": None}):
         DigestIO().save_checkpoint(checkpoint | change, path)

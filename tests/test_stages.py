@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from kd.config.schema import ExperimentConfig
 from kd.data import packing
-from kd.experiment import planner, summary
+from kd.experiment import planner, step_timing, summary
 from kd.experiment.dependencies import Plan
+from kd.models.flops import Cost
 from kd.rollout import teacher_text
 from kd.system import console
 from kd.system.files import read_metrics
@@ -161,9 +162,9 @@ def estimated(root, *more) -> planner.Estimate:
     ],
 )
 def test_plan_counts_the_time_of_writing(rollout, written, root, words, monkeypatch):
-    costs = {role: planner.Cost(10, 8, 0.001) for role in ("student", "teacher")}
-    step = planner.Step(costs, rows=2, micro_batch=0.0, writing=7.0, answering=5.0)
-    monkeypatch.setattr(planner, "_measure", lambda *_: step)
+    costs = {role: Cost(10, 8, 0.001) for role in ("student", "teacher")}
+    step = step_timing.Step(costs, rows=2, micro_batch=0.0, writing=7.0, answering=5.0)
+    monkeypatch.setattr(step_timing, "_measure", lambda *_: step)
     monkeypatch.setattr(planner, "_measured", {})
     more = f"rollout={rollout} trainer.steps=10 trainer.batch=4 trainer.micro_batch=2 responses.samples=3 seed=7"
     said = estimated(root, *words[:-2], *more.split())
@@ -173,8 +174,8 @@ def test_plan_counts_the_time_of_writing(rollout, written, root, words, monkeypa
 
 def test_plan_names_all_that_is_made_first_for_recorded_logits(root, words, monkeypatch):
     """The teacher's recorded run in place of the teacher, and what the student starts from beside it."""
-    step = planner.Step({role: planner.Cost(10, 8, 0.001) for role in ("student", "teacher")}, micro_batch=0.0)
-    monkeypatch.setattr(planner, "_measure", lambda *_: step)
+    step = step_timing.Step({role: Cost(10, 8, 0.001) for role in ("student", "teacher")}, micro_batch=0.0)
+    monkeypatch.setattr(step_timing, "_measure", lambda *_: step)
     monkeypatch.setattr(planner, "_measured", {})
     told = small_config(root, *words, *SFT, "start.seed=5", "teacher.seed=5", "logits=recorded", "truncation=top_k")
     start, record = before(told), Plan.of(told).recording
@@ -184,7 +185,7 @@ def test_plan_names_all_that_is_made_first_for_recorded_logits(root, words, monk
 
 def test_plan_measures_writing_and_the_rows_it_makes(root, words, monkeypatch):
     monkeypatch.setattr(planner, "_measured", {})
-    monkeypatch.setattr(planner, "PROBE", 0.0)
+    monkeypatch.setattr(step_timing, "PROBE", 0.0)
     one = estimated(root, *words, "seed=7")
     both = estimated(root, *words, "seed=7", "rollout=pairs", "loss=distillm2", "alpha.peak=1")
     steps = [step for step in planner._measured.values() if step.wider == 2]

@@ -182,10 +182,8 @@ def test_uncertainty_of_a_sure_teacher_is_exact():
 def test_what_is_known_of_positions_goes_with_them():
     target = dense(logits(1))
     part = replace(target, ids=None).keep(*target.logp.topk(3))[torch.tensor([4, 1])]
-    assert part.of_sample("weight").tolist() == target.of_sample("weight")[[4, 1]].tolist()
-    assert target[1:3].soften(2.0).sampled.keys() == target.sampled.keys()
-    with refused(option="loss", why="needs hard of each position", hint="routing=uncertainty"):
-        replace(target, sampled=None).of_sample("hard")
+    assert part.token_info.weight.tolist() == target.token_info.weight[[4, 1]].tolist()
+    assert target[1:3].soften(2.0).token_info.provided().keys() == target.token_info.provided().keys()
 
 
 @each("form", FORMS)

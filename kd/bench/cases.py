@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from kd.bench import offline
 from kd.bench.work import WARM_UP, Work
 from kd.config.components import CONF
+from kd.config.token_info import needs
 
 if TYPE_CHECKING:
     from kd.data.batches import Batches
@@ -263,8 +264,7 @@ def breakdown(work: Work) -> dict[str, dict[str, float]]:
     return {"parts": {part: seconds / counted for part, seconds in parts}}
 
 
-ON_SAMPLES = {"atkd", "distillm2", "minillm"}  # losses that ask what a rollout or a routing knows
-LOSSES = sorted({path.stem for path in (CONF / "loss").glob("*.yaml")} - ON_SAMPLES)
+LOSSES = sorted(path.stem for path in (CONF / "loss").glob("*.yaml") if not needs(path.stem))  # of token information
 CASES: dict[str, Callable[[Work], dict | None]] = {
     "lm": lm,
     "full": full,

@@ -130,6 +130,19 @@ def functions(module: str) -> dict[str, str]:
     return {f.name: (ast.get_docstring(f) or "").partition("\n")[0] for f in functions}
 
 
+@cache
+def declared(module: str, decorator: str) -> dict[str, tuple[str, ...]]:
+    """Arguments of a decorator on public functions of a module of kd, read from its source: function -> texts."""
+    source = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
+    return {
+        function.name: tuple(ast.literal_eval(argument) for argument in call.args)
+        for function in source.body
+        if isinstance(function, ast.FunctionDef)
+        for call in function.decorator_list
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == decorator
+    }
+
+
 def build(node: Node, path: str):
     """The function that node names, with the node's other keys as arguments; the rest is given when it is called.
 

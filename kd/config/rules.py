@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kd.config import components as conf
 from kd.config.secrets import check_secrets
+from kd.config.token_info import check_token_info
 from kd.errors import UserError, check
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def check_logits(config: ExperimentConfig) -> None:
 
 
 def check_loss(config: ExperimentConfig) -> None:
-    """Refuse a loss whose inputs nothing provides, and an option whose output no loss uses."""
+    """Refuse a temperature or return with which loss=minillm has no meaning."""
     loss, temperature = config.loss.name, config.temperature
     if loss == "minillm" and not config.loss.args["single_step"] and config.rollout.args.get("from_next"):
         raise UserError(
@@ -174,14 +175,6 @@ def check_loss(config: ExperimentConfig) -> None:
     if loss == "minillm" and config.logits.source.distils and not unscaled:
         why, hint = "needs responses drawn at temperature 1", "leave temperature out"
         raise UserError(option="loss", got="minillm", conflict=f"temperature={temperature.name}", why=why, hint=hint)
-    if config.routing.name == "uncertainty" and loss != "atkd":
-        raise UserError(
-            option="routing",
-            got="uncertainty",
-            conflict=f"loss={loss}",
-            why="only loss=atkd uses which tokens are hard",
-            hint="type loss=atkd, or routing=none",
-        )
 
 
 # Where the gradient is linear in the teacher's probabilities: options, with the settings that make them so.
@@ -256,18 +249,10 @@ def check_teacher(config: ExperimentConfig) -> None:
 
 def check_rollout(config: ExperimentConfig) -> None:
     """Refuse a rollout that nobody could write, or that would not be learned."""
-    rollout, source, loss = config.rollout, config.logits.source, config.loss.name
+    rollout, source = config.rollout, config.logits.source
     name = rollout.name
     if rollout.is_none:
         return
-    if name == "mixed" and loss != "minillm":
-        raise UserError(
-            option="rollout",
-            got="mixed",
-            conflict=f"loss={loss}",
-            why="only loss=minillm uses the advantages that this rollout computes",
-            hint="type loss=minillm, or rollout=student",
-        )
     if name == "adaptive":
         least, most = config.trainer.batch, rollout.capacity
         check("rollout.capacity", most, most >= least, f"at least a batch, {least} rows")
@@ -390,5 +375,6 @@ def group_of(word: str) -> str:
 
 Rule = Callable[["ExperimentConfig"], None]
 RULES: tuple[Rule, ...] = (
-    check_scale, check_logits, check_ranks, check_loss, check_sampling, check_lm, check_teacher, check_rollout
+    check_scale, check_logits, check_ranks, check_loss, check_token_info, check_sampling, check_lm, check_teacher,
+    check_rollout,
 )  # fmt: skip

@@ -21,7 +21,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kd.rollout.generate import Sampled
+    from kd.objective.token_info import TokenInfo
     from kd.store.format import Entries
 
 IGNORE = -100  # label of a position that is not counted
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     row: Tensor  # [B]    which row of the data
     seed: Tensor  # [B, T] int64, a random number per position, for whatever samples
     stored: Entries | Tensor | None = None  # what a store holds of these rows; a Tensor: hidden states [B, T, D]
-    sampled: Sampled | None = None  # what is known of text that a model wrote
+    token_info: TokenInfo | None = None  # of text that a model wrote, [B, T] like the labels
     beside: Batch | None = None  # plain text for the language-modelling term
 
     def split(self, rows: int) -> Iterator[Batch]:

@@ -62,7 +62,7 @@ def build_module(
         student, teacher, replace(objective, truncation=truncation), Schedules(components.alpha, components.lr),
         components.optim, max_steps=trainer.steps, micro_batch_size=trainer.micro_batch,
         grad_clip=trainer.clip, rollout=rollout, sharded=sharded,
-        token_selection=None if config.routing.name == "none" else components.route,
+        token_selection=None if config.routing.name == "none" else components.token_selection,
     )  # fmt: skip
 
 

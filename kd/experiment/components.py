@@ -22,13 +22,14 @@ class Components:
 
         from kd.objective.chunked import Objective
         from kd.objective.target import Target
+        from kd.objective.token_info import TokenInfo, needs_of
 
         axes = ("loss", "truncation", "target", "temperature", "routing", "alpha", "lr", "logits", "optim", "logger",
                 "rollout")  # fmt: skip
         made = {name: getattr(config, name).build(name) for name in axes}
         self.alpha, self.lr, self.logits = made["alpha"], made["lr"], made["logits"]
         self.optim, self.logger = made["optim"], made["logger"]
-        self.route, self.rollout = made["routing"], made["rollout"]
+        self.token_selection, self.rollout = made["routing"], made["rollout"]
         # What a store keeps; None for everything.
         self.keep = None if config.stored.is_full else config.stored.build("record")
         trainer = config.trainer
@@ -38,12 +39,10 @@ class Components:
         self.tokenizer = load_tokenizer(str(packed.tokenizer), "The tokenizer of the packed data")
         vocab = vocabulary_size(self.tokenizer)
         logp = torch.linspace(0, 1, 2 * vocab).view(2, vocab).sin().log_softmax(-1)
-        known = {name: torch.ones(2) for name in self.rollout(None).gives} | self.route(lambda measure: torch.zeros(2))
-        known |= {
-            name: torch.tensor([0.0, 1.0]) for name in ("by_student", "hard") if name in known
-        }  # one of each kind
+        self.rollout(None)  # both refuse wrong numbers
+        self.token_selection(lambda measure: torch.zeros(2))
         zeros = torch.zeros(2, dtype=torch.long)
-        target = Target(zeros, logp, seed=zeros, sampled=known)
+        target = Target(zeros, logp, seed=zeros, token_info=TokenInfo.example(needs_of(made["loss"])))
         if self.keep is not None:
             try:
                 self.keep(target)

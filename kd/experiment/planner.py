@@ -4,53 +4,32 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
-import time
-from collections.abc import Callable
 from functools import cache
-from itertools import repeat
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from lightning.pytorch.callbacks import Callback
 from rich.table import Table
-from torch import Tensor
 
-from kd.config.groups import RolloutConfig
 from kd.config.schema import ExperimentConfig
-from kd.data.batches import IGNORE, Batch, Packed, to_batch
+from kd.data.batches import Packed
 from kd.data.tokenizer import vocabulary_size
 from kd.experiment import stores
-from kd.experiment.assembly import build_module
 from kd.experiment.components import Components
 from kd.experiment.dependencies import Plan
 from kd.experiment.prerequisites import check_tokenizers, prepare
-from kd.models import causal_lm
+from kd.experiment.step_timing import Step, alpha_kind, build_teacher_model, held, measure, teacher_by_cost
 from kd.models import flops as flops_module
-from kd.models.causal_lm import CausalLM
-from kd.models.flops import Cost
-from kd.objective.chunked import Signal, fitting
-from kd.objective.target import Target
 from kd.parallel import collectives
-from kd.rollout.strategies import Writers
 from kd.runs.identity import part_of_outcome, size_text
 from kd.store.writer import RowEncoder, takes
 from kd.system import files
 from kd.system.console import Terminal, clock, console, silence_libraries, track
-from kd.system.hardware import capacity, hold_in, out_of_memory
+from kd.system.hardware import capacity
 from kd.system.processes import peak_memory
 from kd.system.remote import home
-from kd.system.signals import requests
-from kd.teachers.base import Teacher, TeacherOrigin, Truncation
 from kd.teachers.online import OnlineTeacher
-from kd.training.module import Schedules
-from kd.training.trainer import build_trainer
 
 STARTS = 8.0  # seconds that a process takes to load what it needs
 SAMPLE = 1_000_000  # tokens that are enough to know a text by
-PROBE = 2.0  # seconds for a measurement, which has three steps at least
-ALIVE = 6  # tensors as wide as a chunk's logits at one time: logits, two distributions and what becomes of them
 # What the time of a step does not depend on.
 NO_SHAPE = ("seed", "trainer.steps", "trainer.val_every", "trainer.log_every", "alpha", "lr", "optim", "teacher.steps")
 
@@ -66,19 +45,6 @@ class Estimate(NamedTuple):
     memory: int | None = None  # bytes
     beside: int = 0  # bytes on disk as well, while it runs: two checkpoints
     active: int | None = None  # parameters that a token uses
-
-
-class Step(NamedTuple):
-    """What was measured of one shape; nothing where its models do not fit into memory."""
-
-    costs: dict[str, Cost]
-    rows: int = 1  # of a micro-batch
-    micro_batch: float | None = None  # seconds
-    optimizer: float = 0.0  # seconds
-    kept: int = 0  # bytes, for the backward pass
-    writing: float = 0.0  # seconds that a rollout takes for a micro-batch, whose responses never end
-    answering: float = 0.0  # seconds that the student does
-    wider: int = 1  # rows that a rollout makes of one
 
 
 _measured: dict[str, Step] = {}  # a sweep has many runs of one shape
@@ -100,17 +66,17 @@ def of_run(config: ExperimentConfig, packed: Packed, times: float, components: C
     shape = {k: v for k, v in part_of_outcome(config.flat()).items() if not k.startswith(NO_SHAPE)}
     trainer, seq_len = config.trainer, config.data.seq_len
     shape |= {"accelerator": trainer.accelerator, "devices": trainer.devices, "strategy": trainer.strategy}
-    key = json.dumps([shape, vocab, _alpha(components)], sort_keys=True)
+    key = json.dumps([shape, vocab, alpha_kind(components)], sort_keys=True)
     loaded = before_measuring()
     if key not in _measured:
-        _measured[key] = _fitting(config, packed, components, vocab)
+        _measured[key] = measure(config, packed, components, vocab)
     step = _measured[key]
     student, teacher = step.costs["student"], step.costs.get("teacher")
     rows = trainer.steps * trainer.batch
     positions = rows * step.wider * seq_len
     beside = rows * seq_len if config.lm == "plain" else 0  # of plain text
     tokens = round(rows * step.wider * packed.counted) + beside
-    planned = _teacher_by_cost(config, components, step.costs, vocab)
+    planned = teacher_by_cost(config, components, step.costs, vocab)
     once = 3 * student.flops_per_token + planned.flops_per_token(config.routing.name != "none")
     # All rows once by a teacher before training, or some of those of the steps.
     if config.rollout.by_teacher:
@@ -144,217 +110,18 @@ def before_measuring() -> int:
     return peak_memory()
 
 
-def held(costs: dict[str, Cost], config: ExperimentConfig) -> int:
-    """Bytes of weights, and of gradients and AdamW's two moments of what learns."""
-    half = config.trainer.precision == "bf16"
-    # A teacher that is loaded; beside language modelling alone for the validation.
-    source = config.logits.source
-    each = 16 if source.trains_teacher else 0 if source.reads_store else 2 if half else 4
-    return 16 * costs["student"].parameters + (each * costs["teacher"].parameters if "teacher" in costs else 0)
-
-
 def of_store(config: ExperimentConfig, packed: Packed, times: float, keep, vocab: int, described: dict) -> Estimate:
     """Of writing the store that a run reads, of `times` as many rows as are packed.
 
     Of an untrained teacher, which a nucleus keeps more of than of any.
     """
     trainer, seq_len = config.trainer, config.data.seq_len
-    model = _teacher(config, vocab)
+    model = build_teacher_model(config, vocab)
     encoder = RowEncoder.finished(OnlineTeacher(model), described, keep, trainer.accelerator)
     rows = len(packed.train) * times
     flops = rows * seq_len * flops_module.cost(model.model, seq_len).flops_per_token
     tokens, size, beside, seconds = takes(encoder, packed, trainer.micro_batch, rows)
     return Estimate(tokens, seconds, int(size) + beside, flops=flops)
-
-
-def _teacher(config: ExperimentConfig, vocab: int) -> CausalLM:
-    return causal_lm.build(config.teacher.size, config.teacher.name, vocab, config.data.seq_len, "teacher.name")
-
-
-def _fitting(config: ExperimentConfig, *of) -> Step:
-    """What is measured of as many rows at once as memory holds: a run halves them, too."""
-    rows = min(config.trainer.micro_batch, config.trainer.batch)
-    try:
-        return _measure(config, *of)
-    except Exception as error:
-        if rows == 1 or not out_of_memory(error):
-            raise
-    return _fitting(config.derive(trainer={"micro_batch": rows // 2}), *of)
-
-
-def _measure(config: ExperimentConfig, packed: Packed, components: Components, vocab: int) -> Step:
-    """Measure some steps of the run's own module on one micro-batch; values of weights do not matter here."""
-    costs = _costs(config, vocab)
-    device = collectives.device(config.trainer.accelerator)
-    if held(costs, config) > 0.9 * capacity(device):
-        return Step(costs)
-    seq_len = config.data.seq_len
-    student = causal_lm.build(config.student.size, config.student.name, vocab, seq_len, "student.name").to(device)
-    teacher = _planned_teacher(config, components, costs, vocab)
-    batch, writing, answering = _written(config, packed, components, student, teacher)
-    trainer, rollout = {"compile": False}, RolloutConfig("kd.rollout.strategies.none")  # compiling takes a minute
-    planned = config.derive(trainer=trainer, rollout=rollout)
-    module = build_module(planned, components, student, teacher, packed.end)
-    alpha = _alpha(components)
-    module.schedules = Schedules(lambda progress: alpha, lambda progress: 0.0)
-    times = StepTimes()
-    build_trainer(
-        10**9, config.trainer.precision, config.trainer.accelerator, callbacks=[times]
-    ).fit(module, repeat(batch))  # fmt: skip
-    rows = min(config.trainer.micro_batch, config.trainer.batch)
-    parts = -(-rows // module.micro_batch_size)  # more than one where memory ran out
-    counted = int((batch.labels[: module.micro_batch_size] != IGNORE).sum())
-    logits = min(counted, module.objective.chunk or fitting(student.head)) * vocab * 4 * ALIVE
-    return Step(
-        costs, min(rows, module.micro_batch_size), statistics.median(times.gradients) / parts,
-        statistics.median(times.updates), kept=times.saved_bytes + logits, writing=writing, answering=answering,
-        wider=len(batch.ids) // rows,
-    )  # fmt: skip
-
-
-def _alpha(components: Components) -> float:
-    """Return 0 or 1 where alpha is at most that, so that a step leaves out a loss or its text, and 0.5 for the rest."""
-    highest = max(components.alpha(step / 100) for step in range(101))
-    return highest if highest in (0, 1) else 0.5
-
-
-def _costs(config: ExperimentConfig, vocab: int) -> dict[str, Cost]:
-    """Return the costs of student and teacher, from their shapes alone."""
-    seq_len = config.data.seq_len
-    return {
-        role: flops_module.cost_of(model.size, model.name, vocab, seq_len, f"{role}.name")
-        for role, model in (("student", config.student), ("teacher", config.teacher))
-        if model.size or model.name
-    }
-
-
-def _teacher_by_cost(config: ExperimentConfig, components: Components, costs: dict[str, Cost], vocab: int) -> Teacher:
-    """Return the teacher of a run without its model, and with a store that is not written."""
-    store = UnwrittenStore(vocab, costs.get("teacher")) if config.logits.source.reads_store else None
-    return components.logits(TeacherOrigin(cost=costs.get("teacher"), store=store))
-
-
-def _planned_teacher(config: ExperimentConfig, components: Components, costs: dict[str, Cost], vocab: int) -> Teacher:
-    """Return a teacher of the run's shape, with a model if its steps or its data need one."""
-    teacher = _teacher_by_cost(config, components, costs, vocab)
-    in_steps = teacher.distils and not config.logits.source.reads_store
-    if not in_steps and not config.rollout.by_teacher:
-        return teacher
-    device = collectives.device(config.trainer.accelerator)
-    teacher = components.logits(TeacherOrigin(_teacher(config, vocab).to(device), costs["teacher"]))
-    if teacher.frozen and config.trainer.precision == "bf16":
-        hold_in(torch.bfloat16, teacher.frozen)
-    return teacher
-
-
-def _written(
-    config: ExperimentConfig, packed: Packed, components: Components, student: CausalLM, teacher: Teacher
-) -> tuple[Batch, float, float]:  # fmt: skip
-    """Return a micro-batch as a step gets it, and the seconds that the rollout and the student's responses take."""
-    trainer, device = config.trainer, next(student.parameters()).device
-    rows = packed.train[: min(trainer.micro_batch, trainer.batch)]
-    spans = None if packed.train_spans is None else packed.train_spans[: len(rows)]
-    data = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans, packed.boundary)
-    batch = data = Batch(*(x.to(device) for x in data[:4]))
-    writers = Writers(student, teacher.model, packed.end, 0)
-    writing = answering = 0.0
-    with torch.autocast(device.type, torch.bfloat16, enabled=trainer.precision == "bf16"):
-        if spans is not None:
-            _, answering = _timed(device, lambda: writers.write(data, "student"))
-        rollout = components.rollout(writers, **({"engine": "kd"} if "engine" in config.rollout.args else {}))
-        if rollout.writes:
-            batch, writing = _timed(device, lambda: rollout.write(data))
-    plain = config.lm == "plain" or batch is not data  # language modelling is of other text then
-    return (batch._replace(beside=data) if plain else batch), writing, answering
-
-
-class UnwrittenStore:
-    """Stand-in for a store that does not exist yet: one complete distribution for all positions."""
-
-    def __init__(self, vocab: int, cost: Cost | None):
-        self.vocab, self.cost = vocab, cost
-
-    def select_window(self, window: tuple[float, float] | None) -> None:
-        return None
-
-    def signal(self, batch: Batch, mask: Tensor) -> Signal:
-        logp = torch.linspace(0, 1, self.vocab, device=mask.device).sin().log_softmax(-1)
-        label, seed = batch.labels[mask], batch.seed[mask]
-        return lambda rows: Target(label[rows], logp.expand(len(label[rows]), -1), seed=seed[rows], whole=True)
-
-    reference = signal
-
-    def read(self, row_ids: np.ndarray, ids: np.ndarray) -> None:
-        return None
-
-    def truncation_for(self, requested: dict, function: Truncation) -> Truncation:
-        return function
-
-
-class StepTimes(Callback):
-    """Seconds of gradients and of updates of at least three steps, and bytes that the backward pass keeps.
-
-    The first step is not counted: memory is allocated in it.
-    """
-
-    def __init__(self) -> None:
-        self.gradients: list[float] = []
-        self.updates: list[float] = []
-        self.saved_bytes = 0
-
-    def on_train_start(self, trainer, module) -> None:
-        requests.watch()  # Lightning has put handlers of its own in their place
-        self._begun = _now(module.device)
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        self._step_start = _now(module.device)
-        if batch_idx == 0:
-            self._watch_saved(module.student)
-
-    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
-        self._update_start = _now(module.device)
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        end = _now(module.device)
-        if batch_idx == 0:
-            del module.student.hidden_states  # the method of the class again
-            self._begun = end
-            return
-        self.gradients.append(self._update_start - self._step_start)
-        self.updates.append(end - self._update_start)
-        trainer.should_stop = len(self.gradients) >= 3 and end - self._begun >= PROBE
-
-    def _watch_saved(self, student: CausalLM) -> None:
-        """Count what the student's body keeps for its backward pass, in the largest micro-batch."""
-        parameters = {p.untyped_storage().data_ptr() for p in student.parameters()}
-        forward = student.hidden_states
-
-        def hidden_states(ids: Tensor) -> Tensor:
-            sizes: dict[int, int] = {}
-
-            def save(tensor: Tensor) -> Tensor:
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in parameters:
-                    sizes[storage.data_ptr()] = storage.nbytes()
-                return tensor
-
-            with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-                hidden = forward(ids)
-            self.saved_bytes = max(self.saved_bytes, sum(sizes.values()))
-            return hidden
-
-        student.__dict__["hidden_states"] = hidden_states  # in place of the method, for this model alone
-
-
-def _timed(device: torch.device, work: Callable[[], Batch]) -> tuple[Batch, float]:
-    start = _now(device)
-    return work(), _now(device) - start
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 COLUMNS = ("parameters", "tokens", "FLOPs", "time", "memory", "disk")

@@ -19,16 +19,15 @@ from torch.func import functional_call
 from kd.errors import first_line
 from kd.objective.target import Target
 from kd.objective.temperature import Softening, soften
+from kd.objective.token_info import TokenInfo, check_needs
 from kd.system.console import console
 
 Signal = Callable[[slice], Target]  # what a logits source answers for a batch: rows -> Target
 
 
-def with_sample(signal: Signal, known: dict[str, Tensor]) -> Signal:
-    """The signal, whose targets hold what is known of each position [N] beside the teacher's distribution."""
-    if not known:
-        return signal
-    return lambda rows: replace(signal(rows), sampled={name: x[rows] for name, x in known.items()})
+def with_token_info(signal: Signal, info: TokenInfo) -> Signal:
+    """Return the signal with information about each position [N] in its targets."""
+    return lambda rows: replace(signal(rows), token_info=info[rows])
 
 
 class Sums(NamedTuple):
@@ -67,35 +66,35 @@ class Objective:
 
     def __call__(
         self, head: torch.nn.Module, hidden: Tensor, label: Tensor, signal: Signal | None, alpha: float,
-        watch: Callable[[slice, Tensor], None] | None = None, distilled: Tensor | None = None,
+        watch: Callable[[slice, Tensor], None] | None = None, kd_mask: Tensor | None = None,
     ) -> Sums:  # fmt: skip
         """Sums over the rows of hidden [N, D] of alpha * distillation + (1 - alpha) * language modelling.
 
         head maps hidden states to logits and owns parameters; without a signal the distillation term is 0. watch is
-        shown the student's logits [n, V], chunk by chunk. distilled: where it is false [N], alpha is 0.
+        shown the student's logits [n, V], chunk by chunk. kd_mask: where it is False [N], alpha is 0.
         """
         parameters = [p for p in head.parameters() if p.requires_grad]
-        return Sums(*_Chunked.apply(self, head, label, signal, alpha, watch, distilled, hidden, *parameters))
+        return Sums(*_Chunked.apply(self, head, label, signal, alpha, watch, kd_mask, hidden, *parameters))
 
     def language_modelling(self, head: torch.nn.Module, hidden: Tensor, label: Tensor) -> Tensor:
         """Return the language-modelling loss of hidden [N, D], summed over positions, in nats."""
         return self(head, hidden, label, None, 0.0).total
 
     def slope(
-        self, logits: Tensor, label: Tensor, target: Target | None, alpha: Tensor, distilled: Tensor | None = None,
+        self, logits: Tensor, label: Tensor, target: Target | None, alpha: Tensor, kd_mask: Tensor | None = None,
         truncated: Target | None = None,
     ) -> tuple[Tensor, Sums]:  # fmt: skip
         """The gradient of `total` with respect to the student's logits [n, V], and the sums."""
         student, chain = torch.func.vjp(lambda logits: logits.float().log_softmax(-1), logits)  # [n, V]
         lm = -student.gather(-1, label[:, None])  # [n, 1]
-        share = 1 - (alpha if distilled is None else alpha * distilled[:, None])  # of language modelling
+        share = 1 - (alpha if kd_mask is None else alpha * kd_mask[:, None])  # of language modelling
         if target is None:
             grad, kd = torch.zeros_like(student), torch.zeros_like(lm.sum())
         else:
 
             def distillation(student: Tensor) -> tuple[Tensor, Tensor]:
                 kd = self.distance(student, target, truncated)
-                kd = (kd if distilled is None else torch.where(distilled, kd, 0)).sum()
+                kd = (kd if kd_mask is None else torch.where(kd_mask, kd, 0)).sum()
                 return alpha * kd, kd
 
             grad, kd = torch.func.grad(distillation, has_aux=True)(student)
@@ -167,7 +166,7 @@ class _Chunked(torch.autograd.Function):
     """Objective over all chunks: forward already makes the gradients, backward only scales them."""
 
     @staticmethod
-    def forward(ctx, objective: Objective, head, label, signal, alpha, watch, distilled, hidden, *parameters):
+    def forward(ctx, objective: Objective, head, label, signal, alpha, watch, kd_mask, hidden, *parameters):
         compiles = hidden.is_cuda if objective.compile is None else objective.compile
         slope = _compiled(objective) if compiles else objective.slope
         alpha = torch.tensor(alpha, device=hidden.device)  # a number would be compiled in, and anew when it changes
@@ -178,6 +177,8 @@ class _Chunked(torch.autograd.Function):
         sums = torch.zeros(3, device=hidden.device, dtype=torch.float64)
         for rows in chunks(len(hidden), objective.chunk or fitting(head)):
             target = signal(rows) if signal is not None else None
+            if target is not None:
+                check_needs(objective.loss, target.token_info)
             # Not within what is compiled: how many columns a top-p keeps is seen when it is computed.
             truncated = None if target is None else objective.truncation(target)
             with torch.enable_grad():
@@ -185,7 +186,7 @@ class _Chunked(torch.autograd.Function):
                 logits = functional_call(head, weights, (piece,))  # [n, V]
             if watch is not None:
                 watch(rows, logits.detach())
-            which = distilled[rows] if distilled is not None else None
+            which = kd_mask[rows] if kd_mask is not None else None
             logits_grad, values = slope(logits.detach(), label[rows], target, alpha, which, truncated)
             hidden_grad[rows], *parts = torch.autograd.grad(logits, (piece, *learned), logits_grad)
             for whole, part in zip(parameter_grads, parts, strict=True):

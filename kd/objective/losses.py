@@ -1,9 +1,10 @@
 """Every loss, side by side: (student log-probabilities [N, V], Target) -> nats per position [N].
 
 A loss is un-reduced and knows nothing of temperature, truncation, masks or chunks; these happen once, in
-chunked.py. The last three ask for more of a position than two distributions, by Target.of_sample. Below p is
-the teacher and q the student, over the columns that the target keeps. To add a loss, write the function here and two
-lines in conf/loss/NAME.yaml.
+chunked.py. The last three need more of a position than two distributions: fields of Target.token_info, which they
+declare by @needs. Below p is the teacher and q the student, over the columns that the target keeps. To add a loss,
+write the function here and two lines in conf/loss/NAME.yaml. A loss that needs new information needs a field of
+TokenInfo (token_info.py) too, and a rollout or token selection that provides it.
 """
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from kd.errors import check
 from kd.objective.target import FLOOR, Target
+from kd.objective.token_info import needs
 
 
 def fkl(student: Tensor, target: Target) -> Tensor:
@@ -126,6 +128,7 @@ def nll(student: Tensor, target: Target) -> Tensor:
     return -(p.exp() * q).sum(-1)
 
 
+@needs("student_logp", "importance", "advantage")
 def minillm(student: Tensor, target: Target, clip: float = 0.2, single_step: bool = True) -> Tensor:
     """MiniLLM: policy gradient of what follows a token, and the exact rkl of the token itself, per position [N].
 
@@ -134,41 +137,42 @@ def minillm(student: Tensor, target: Target, clip: float = 0.2, single_step: boo
     are a surrogate, whose gradient is meant and not its value. Gu et al. 2023, arXiv 2306.08543, section 2.2. There
     both terms are weighed by q_old / p~; here, as in the authors' code, the exact one is as it is. Without
     single_step, A has to tell of the token itself too (rollout.from_next=false). The student is to be at temperature 1.
-    Raises UserError for a negative clip, or on text that no rollout=mixed wrote.
+    Raises UserError for a negative clip.
     """
     check("loss.clip", clip, clip >= 0, "a number of at least 0, e.g. loss.clip=0.2")
-    old, advantage = target.of_sample("student"), target.of_sample("advantage")
+    info, advantage = target.token_info, target.token_info.advantage
     log_q = student.gather(-1, target.label[:, None])[:, 0]
-    ratio = (log_q - old + target.of_sample("importance").log()).exp()
+    ratio = (log_q - info.student_logp + info.importance.log()).exp()
     long = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     return long + rkl(student, target) if single_step else long
 
 
+@needs("by_student")
 def distillm2(student: Tensor, target: Target, beta: float = 1.0, alpha: float = 0.1) -> Tensor:
     """DistiLLM-2: (2 - beta) skl on what the teacher wrote, beta srkl on what the student wrote, nats [N].
 
     Ko et al. 2025, arXiv 2503.07067, where their code gives the student within the mixture of srkl no gradient;
     here it has one. They average over the tokens of each response first and add both means; here a token counts as
     much as any other, so that the whole is about half of theirs. Their code can also change beta over time and alpha by
-    response, and does not by default. Raises UserError for beta outside [0, 2] or alpha outside [0, 1), or on text of
-    which it is not known who wrote it (rollout=pairs says so).
+    response, and does not by default. Raises UserError for beta outside [0, 2] or alpha outside [0, 1).
     """
     check("loss.beta", beta, 0 <= beta <= 2, "a number from 0 (skl alone) to 2 (srkl alone)")
-    by_student = target.of_sample("by_student") > 0
+    by_student = target.token_info.by_student > 0
     return torch.where(by_student, beta * srkl(student, target, alpha), (2 - beta) * skl(student, target, alpha))
 
 
+@needs("is_hard", "weight")
 def atkd(student: Tensor, target: Target, share: float = 0.2) -> Tensor:
     """ATKD: target and diversity terms on hard tokens, diversity alone on easy ones, nats times a weight [N].
 
     Its mean over a step is share * mean of dkd over the easy tokens + (1 - share) * mean of (tkd + dkd) over the hard
-    ones, whatever the micro-batches: routing=uncertainty says which is which, and weighs them. Zhong et al. 2024,
-    arXiv 2402.11890, section 3; share is their lambda. Raises UserError for a share outside [0, 1].
+    ones, whatever the micro-batches: token_selection.uncertainty says which is which, and weighs them. Zhong et al.
+    2024, arXiv 2402.11890, section 3; share is their lambda. Raises UserError for a share outside [0, 1].
     """
     check("loss.share", share, 0 <= share <= 1, "a share from 0 (hard tokens alone) to 1")
-    hard, weight = target.of_sample("hard") > 0, target.of_sample("weight")
+    info = target.token_info
     tkd, dkd = _decoupled(student, target)
-    return weight * torch.where(hard, (1 - share) * (tkd + dkd), share * dkd)
+    return info.weight * torch.where(info.is_hard > 0, (1 - share) * (tkd + dkd), share * dkd)
 
 
 def _decoupled(student: Tensor, target: Target) -> tuple[Tensor, Tensor]:

@@ -7,20 +7,18 @@ V vocabulary, K kept columns, D hidden width. All probabilities are natural-log,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from kd.errors import UserError
+from kd.objective.token_info import TokenInfo
 
 # What pair() gives a column outside the support, on both sides: its exp is 0, as that of -inf, but 0 * FLOOR is no NaN.
 # Far below any log-probability, so that an improbable column is never taken for a dropped one.
 FLOOR = -1e9
 LEAST = -16.1  # of a teacher's rest: 1 minus the kept columns is no surer than 1e-7 in float32
-# What a loss can ask of each position, beside the distributions: kd.rollout.generate.Sampled, and what routings say.
-KNOWN_BY = dict.fromkeys(("student", "teacher", "importance", "advantage"), "rollout=mixed")
-KNOWN_BY |= {"by_student": "rollout=pairs", "hard": "routing=uncertainty", "weight": "routing=uncertainty"}
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -43,23 +41,12 @@ class Target:
     rest: bool = False  # one more column in pair(): all probability that is not in ids
     seed: Tensor | None = None  # [N]     a random number per position, for truncations that sample
     whole: bool = False  # no column is dropped, so pair() need not look
-    sampled: dict[str, Tensor] | None = None  # of each position [N], by name: see of_sample()
+    token_info: TokenInfo = field(default_factory=TokenInfo)  # [N]     beside the distributions
 
     def __getitem__(self, rows) -> Target:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        if self.sampled is not None:
-            values["sampled"] = {name: x[rows] for name, x in self.sampled.items()}
-        return Target(**{k: v[rows] if isinstance(v, Tensor) else v for k, v in values.items()})
-
-    def of_sample(self, name: str) -> Tensor:
-        """One of KNOWN_BY of each position [N]; raises UserError where it is not known, which says what gives it."""
-        if name not in (self.sampled or ()):
-            raise UserError(
-                option="loss",
-                why=f"needs {name} of each position, which only {KNOWN_BY[name]} computes",
-                hint=f"type {KNOWN_BY[name]} too, or choose another loss",
-            )
-        return self.sampled[name]
+        ids, seed = (None if x is None else x[rows] for x in (self.ids, self.seed))
+        info = self.token_info[rows]
+        return replace(self, label=self.label[rows], logp=self.logp[rows], ids=ids, seed=seed, token_info=info)
 
     def keep(self, logp: Tensor, columns: Tensor) -> Target:
         """The target cut to `columns` [N, K'] of this one with log-probabilities `logp` [N, K'], true as they were."""

@@ -10,7 +10,6 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -23,30 +22,9 @@ from kd.data.batches import IGNORE, Batch
 from kd.errors import UserError
 from kd.models.causal_lm import CausalLM
 from kd.objective.chunked import log_probabilities
+from kd.objective.token_info import TokenInfo
 from kd.objective.truncation import drawn, nucleus, uniform
 from kd.parallel import collectives
-
-
-class Sampled(NamedTuple):
-    """What is known of text that a model wrote, per position [B, T] like its labels, 0 where none is counted.
-
-    Probabilities are those at temperature 1 with no token cut off, as they were when it was written. None: not known.
-    """
-
-    student: Tensor | None = None  # log q(y)
-    teacher: Tensor | None = None  # log p(y)
-    importance: Tensor | None = None  # q(y) / p~(y) of this token alone, where p~ is what it was drawn from
-    advantage: Tensor | None = None  # what the text that follows is worth, see kd/rollout/strategies.py
-    by_student: Tensor | None = None  # 1 where the student wrote the row, 0 where it is data or the teacher's
-
-    def split(self, rows: int) -> list[Sampled]:
-        """At most `rows` rows each, like Tensor.split."""
-        known = {name: x.split(rows) for name, x in self._asdict().items() if x is not None}
-        return [Sampled(**dict(zip(known, parts, strict=True))) for parts in zip(*known.values(), strict=True)]
-
-    def at(self, kept: Tensor) -> dict[str, Tensor]:
-        """What is known, by name, of the positions where kept [B, T] is true."""
-        return {name: x[kept] for name, x in self._asdict().items() if x is not None}
 
 
 @torch.no_grad()
@@ -55,7 +33,7 @@ def write(
     share: float = 0.0, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
     max_tokens: int | None = None, watch: Callable[[int, int], None] = lambda done, tokens: None,
 ) -> Batch:  # fmt: skip
-    """The batch with new responses to its prompts, and what is known of them in `sampled`.
+    """The batch with new responses to its prompts, and `token_info` of their tokens, 0 elsewhere.
 
     A prompt is all of a row before the first token that counts; a row without one stays as it is. A response goes on
     until the token `end` is written, until there are `max_tokens`, or until the row has T + 1 tokens, of which ids and
@@ -71,8 +49,8 @@ def write(
     prompt, tokens = prompts(batch, end)
     room = (length + 1 - prompt).clamp(0, max_tokens)  # [B] tokens that may be written
     labels, points = torch.full_like(batch.labels, IGNORE), uniform(seed, length)  # [B, T]
-    names = (*(("student", "importance") if student else ()), *(("teacher",) if teacher else ()))
-    known = {name: torch.zeros(labels.shape, device=labels.device) for name in names}
+    names = (*(("student_logp", "importance") if student else ()), *(("teacher_logp",) if teacher else ()))
+    values = {name: torch.zeros(labels.shape, device=labels.device) for name in names}
     rows, count = (room > 0).nonzero()[:, 0], 0  # [b] those that are being written, and how many tokens each has got
     written = 0
     with _reading(student, teacher, length) as readers:
@@ -83,9 +61,9 @@ def write(
             at = prompt[rows] + count - 1  # [b] the place of the new token among labels
             token = drawn(choice.exp(), points[rows, at][:, None])  # [b, 1]
             if student:
-                known["importance"][rows, at] = (said["student"] - choice).gather(-1, token)[:, 0].exp()
+                values["importance"][rows, at] = (said["student"] - choice).gather(-1, token)[:, 0].exp()
             for name, logp in said.items():
-                known[name][rows, at] = logp.gather(-1, token)[:, 0]
+                values[f"{name}_logp"][rows, at] = logp.gather(-1, token)[:, 0]
             tokens[rows, at + 1] = labels[rows, at] = token[:, 0]
             count += 1
             left = ((token[:, 0] != end) & (count < room[rows])).nonzero()[:, 0]
@@ -95,8 +73,8 @@ def write(
             mask = functional.pad(mask[left], (0, 1), value=True)
             written += len(token)
             watch(len(room) - len(rows), written)
-    sampled = Sampled(**known, by_student=(labels != IGNORE).float() * (student is not None))
-    return batch._replace(ids=tokens[:, :-1].contiguous(), labels=labels, stored=None, sampled=sampled)
+    info = TokenInfo(**values, by_student=(labels != IGNORE).float() * (student is not None))
+    return batch._replace(ids=tokens[:, :-1].contiguous(), labels=labels, stored=None, token_info=info)
 
 
 def prompts(batch: Batch, end: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -20,12 +20,11 @@ from torch import Tensor
 from kd.data.batches import IGNORE, Batch
 from kd.errors import UserError, check
 from kd.models.causal_lm import CausalLM
+from kd.objective.token_info import TokenInfo, provides
 from kd.parallel import collectives
 from kd.rollout import generate
-from kd.rollout.generate import Sampled
 from kd.rollout.vllm import Engine, check_installed
 
-OWN = ("by_student",)  # what of a sample is known whoever wrote it
 RISE = 0.1  # of the threshold of `adaptive`, each time
 
 
@@ -35,7 +34,7 @@ class Writers:
 
     student: CausalLM | None
     teacher: CausalLM | None
-    end: int  # the token that ends a response
+    end: int | None  # the token that ends a response; None for text without responses
     seed: int
     rows: int | None = None
     tokens: int = 0  # written so far
@@ -56,6 +55,7 @@ class Writers:
                 why="needs a teacher that writes responses, and this run has none",
                 hint="type logits=online and a teacher, or rollout=none",
             )
+        assert self.end is not None, "a response ends with a token"
         start = time.perf_counter()
         salt = {"student": 1, "teacher": 2}[names[-1]] << 32  # the numbers as they are draw samples of the teacher
         if engine == "vllm":
@@ -84,16 +84,21 @@ class Writers:
 class Rollout:
     """The text of each step as it comes; others write some of it anew.
 
-    `gives` names what a loss can ask of every position of the sample (see Sampled). `state` holds tensors and numbers.
-    write() is what is written anew for a batch, in the way `how`, at the share `writes` of the steps, at most.
+    `state` holds tensors and numbers. write() is what is written anew for a batch, in the way `how`, at the share
+    `writes` of the steps, at most. The functions below, which build rollouts, declare the TokenInfo of every batch.
     """
 
-    gives: tuple[str, ...] = ()
     writes = 0.0
     looks_first = False  # whether it is to be told of a validation before the first step
 
     def __init__(self, writers: Writers | None, **how):
-        self.writers, self.how = writers, how
+        self._writers, self.how = writers, how
+
+    @property
+    def writers(self) -> Writers:
+        """Models that write; a rollout that is only planned has none."""
+        assert self._writers is not None, "this rollout was built to be planned"
+        return self._writers
 
     def __call__(self, batch: Batch, step: int, progress: float) -> Batch:
         """The batch of a step, at which the share `progress` of the run is done."""
@@ -123,6 +128,7 @@ def none(writers: Writers | None) -> Rollout:
     return Rollout(writers)
 
 
+@provides("by_student")
 def student(
     writers: Writers | None, share: float = 0.5, temperature: float = 1.0, top_k: int | None = None,
     top_p: float = 1.0, max_tokens: int | None = None, engine: str = "kd",
@@ -149,6 +155,7 @@ def teacher(
     return Teacher(writers, **_sampling(temperature, top_k, top_p, max_tokens, engine))
 
 
+@provides("by_student")
 def pairs(
     writers: Writers | None, temperature: float = 0.8, top_k: int | None = None, top_p: float = 1.0,
     max_tokens: int | None = None, engine: str = "kd",
@@ -161,6 +168,7 @@ def pairs(
     return Pairs(writers, **_sampling(temperature, top_k, top_p, max_tokens, engine))
 
 
+@provides("by_student")
 def adaptive(
     writers: Writers | None, threshold: float = 0.0, tolerance: float = 0.1, capacity: int = 1000,
     replay: str = "decreasing", temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
@@ -183,6 +191,7 @@ def adaptive(
     )
 
 
+@provides("student_logp", "teacher_logp", "importance", "advantage", "by_student")
 def mixed(
     writers: Writers | None, teacher_share: float = 0.2, scale: float = 1.0, clip: float | None = None,
     gamma: float = 1.0, length_norm: bool = True, from_next: bool = True, whiten: bool = False, epochs: int = 4,
@@ -241,8 +250,6 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 
 class Student(Rollout):
-    gives = OWN
-
     def __init__(self, writers: Writers | None, share: float, **how):
         super().__init__(writers, **how)
         self.writes = share
@@ -262,7 +269,6 @@ class Teacher(Rollout):
 
 
 class Pairs(Rollout):
-    gives = OWN
     writes = 1.0
 
     def write(self, batch: Batch) -> Batch:
@@ -323,8 +329,6 @@ class Adaptive(Student):
 class Mixed(Rollout):
     """Its state: the batch that is being learned from, and which of the runs of `epochs` steps it is for."""
 
-    gives = Sampled._fields
-
     def __init__(
         self, writers: Writers | None, how: dict, scale: float, clip: float | None, returned: dict, whiten: bool,
         epochs: int,
@@ -342,11 +346,12 @@ class Mixed(Rollout):
 
     def write(self, batch: Batch) -> Batch:
         written = self.writers.write(batch, "student", "teacher", **self.how)
-        advantage = self._advantage(written.sampled, written.labels != IGNORE)
-        return written._replace(sampled=written.sampled._replace(advantage=advantage))
+        info = _info(written)
+        advantage = self._advantage(info, written.labels != IGNORE)
+        return written._replace(token_info=replace(info, advantage=advantage))
 
-    def _advantage(self, sampled: Sampled, counted: Tensor) -> Tensor:
-        reward = (sampled.teacher - sampled.student) / self.scale
+    def _advantage(self, info: TokenInfo, counted: Tensor) -> Tensor:
+        reward = (info.teacher_logp - info.student_logp) / self.scale
         if self.clip is not None:
             reward = reward.clamp(-self.clip, self.clip)
         earned = returns(reward, counted, **self.returned)
@@ -356,15 +361,13 @@ class Mixed(Rollout):
         if self.epochs == 1 or self.batch is None:
             return {}
         given = {name: x.cpu() for name, x in self.batch._asdict().items() if isinstance(x, Tensor)}
-        return given | {
-            "sampled": {name: x.cpu() for name, x in self.batch.sampled._asdict().items()},
-            "round": self.round,
-        }
+        return given | {"token_info": _info(self.batch).to("cpu").provided(), "round": self.round}
 
     def load(self, state: dict) -> None:
         if state:
             given = {name: x for name, x in state.items() if name != "round"}
-            self.batch, self.round = Batch(**given | {"sampled": Sampled(**state["sampled"])}), state["round"]
+            self.batch = Batch(**given | {"token_info": TokenInfo(**state["token_info"])})
+            self.round = state["round"]
         else:
             self.batch, self.round = None, -1
 
@@ -383,22 +386,26 @@ def _sampling(
     return dict(temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, engine=engine)
 
 
+def _info(batch: Batch) -> TokenInfo:
+    """Return the token information of text that a model wrote."""
+    assert batch.token_info is not None, "a rollout gives token information"
+    return batch.token_info
+
+
 def _data(batch: Batch) -> Batch:
     """A batch that is as it was, among others that the student wrote."""
-    return batch._replace(sampled=Sampled(by_student=torch.zeros(batch.labels.shape, device=batch.labels.device)))
+    return batch._replace(token_info=TokenInfo(by_student=torch.zeros(batch.labels.shape, device=batch.labels.device)))
 
 
 def _only_who(batch: Batch) -> Batch:
-    """Without what is not known of every batch of a run."""
-    return batch._replace(sampled=Sampled(by_student=batch.sampled.by_student))
+    """Drop the token information that not every batch of a run has."""
+    return batch._replace(token_info=TokenInfo(by_student=_info(batch).by_student))
 
 
 def _joined(parts: list[Batch]) -> Batch:
-    """The rows of several batches, of whose samples the same is known."""
-    sampled = [{name: x for name, x in part.sampled._asdict().items() if x is not None} for part in parts]
-    together = {name: torch.cat([part[name] for part in sampled]) for name in sampled[0]}
+    """Concatenate batches with the same fields of token information."""
     ids, labels, row, seed = (torch.cat(x) for x in zip(*(part[:4] for part in parts), strict=True))
-    return Batch(ids, labels, row, seed, sampled=Sampled(**together))
+    return Batch(ids, labels, row, seed, token_info=TokenInfo.concatenate([_info(part) for part in parts]))
 
 
 def as_rows(batch: Batch) -> dict[str, Tensor]:
@@ -416,4 +423,6 @@ def _unpacked(rows: dict[str, Tensor], batch: Batch) -> Batch:
     counted = (place >= span[:, :1]) & (place < span[:, 1:])
     labels = tokens[:, 1:].masked_fill(~counted, IGNORE)
     ids = tokens[:, :-1].contiguous()
-    return batch._replace(ids=ids, labels=labels, row=row, stored=None, sampled=Sampled(by_student=counted.float()))
+    return batch._replace(
+        ids=ids, labels=labels, row=row, stored=None, token_info=TokenInfo(by_student=counted.float())
+    )

@@ -15,7 +15,8 @@ from torch import Tensor
 from kd.data.batches import IGNORE, Batch
 from kd.errors import UserError, first_line
 from kd.models.causal_lm import CausalLM
-from kd.rollout.generate import Sampled, evaluated, prompts
+from kd.objective.token_info import TokenInfo
+from kd.rollout.generate import evaluated, prompts
 
 SHARE = 0.3  # of a GPU's memory for vLLM's weights and cache; training takes the rest
 OFF = 0.1  # nats by which the two may differ on a token, in the mean: rounding in bfloat16 is some hundredths
@@ -94,7 +95,7 @@ class Engine:
             said = [said[token].logprob for token, said in zip(of.token_ids, of.logprobs, strict=True)]
             self._compare(ids[row], labels[row], said)
         by_student = (labels != IGNORE).float() * self.learns
-        return batch._replace(ids=ids, labels=labels, stored=None, sampled=Sampled(by_student=by_student))
+        return batch._replace(ids=ids, labels=labels, stored=None, token_info=TokenInfo(by_student=by_student))
 
     def _compare(self, ids: Tensor, labels: Tensor, theirs: list[float]) -> None:
         """Raise UserError unless our model says of a row [T] what vLLM said when it wrote it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -15,9 +16,10 @@ from torch import Tensor
 from kd.data.batches import IGNORE, Batch
 from kd.models.causal_lm import CausalLM
 from kd.models.optimizers import parameter_groups
-from kd.objective.chunked import Objective, Signal, chunks, fitting, with_sample
+from kd.objective.chunked import Objective, Signal, chunks, fitting, with_token_info
 from kd.objective.target import Target
-from kd.objective.token_selection import Measured
+from kd.objective.token_info import TokenInfo
+from kd.objective.token_selection import Measured, Selection
 from kd.parallel import collectives, fsdp
 from kd.runs.outcome import NonFinite
 from kd.system.console import console
@@ -29,7 +31,7 @@ from kd.training.report import LossTerm, StepReport
 if TYPE_CHECKING:
     from kd.rollout.strategies import Rollout
 
-TokenSelection = Callable[[Measured], dict[str, Tensor]]
+TokenSelection = Callable[[Measured], Selection]
 
 
 class Schedules(NamedTuple):
@@ -85,7 +87,9 @@ class DistillationModule(lightning.LightningModule):
             hold_in(torch.bfloat16, self.teacher.frozen)
         models = {"student": self.student, "teacher": self.teacher.model}
         for role in self.sharded:
-            fsdp.shard(models[role], self.trainer.strategy.root_device)
+            model = models[role]
+            assert model is not None, f"the {role} is in this process"
+            fsdp.shard(model, self.trainer.strategy.root_device)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         fused = {"fused": True} if self.device.type == "cuda" else {}  # one kernel for all of it
@@ -160,10 +164,10 @@ class DistillationModule(lightning.LightningModule):
 
     def loss_terms(self, distill_batch: Batch, batch: Batch, alpha: float) -> list[LossTerm]:
         """Return what this step learns. Language modelling is never of what the student itself wrote."""
-        sampled = distill_batch.sampled
-        by_student = sampled is not None and collectives.any_of(bool(sampled.by_student.any()))
+        info = distill_batch.token_info
+        by_student = info is not None and collectives.any_of(bool(info.by_student.any()))
         if batch.beside is None and not by_student:
-            terms = [(distill_batch, alpha, 1 - alpha)]
+            terms: list[tuple[Batch, float | None, float | None]] = [(distill_batch, alpha, 1 - alpha)]
         else:
             lm_batch = batch._replace(beside=None) if batch.beside is None else batch.beside
             terms = [(distill_batch, alpha, None), (lm_batch, None, 1 - alpha)]
@@ -206,7 +210,7 @@ class DistillationModule(lightning.LightningModule):
         for term in terms:
             tokens, kd, lm = max(term.target_tokens, 1), term.kd or 0.0, term.lm or 0.0
             parts = [(part, part.labels != IGNORE) for part in term.batch.split(self.micro_batch_size)]
-            signals, token_info = self.select_tokens(parts) if kd else ([], [])
+            signals, selections = self.select_tokens(parts) if kd else ([], [])
             for number, (part, mask) in enumerate(parts):
                 if done:
                     self._stop_if_requested()
@@ -218,10 +222,10 @@ class DistillationModule(lightning.LightningModule):
                     signal = self.teacher.signal(part, mask) if kd or self.teacher.trainable else None
                 features = self.student.hidden_states(part.ids)[mask]  # [N, D]
                 observe = partial(self.logits_observer.observe, part.seed[mask]) if self.logits_observer else None
-                kd_mask = token_info[number].pop("distilled", None) if kd else None
-                known = with_sample(signal, token_info[number]) if kd else None
+                kd_mask = selections[number].kd_mask if kd else None
+                kd_signal = with_token_info(signal, selections[number].token_info) if kd else None
                 sums = self.objective(
-                    self.student.head, features, part.labels[mask], known, kd / (kd + lm), observe, kd_mask
+                    self.student.head, features, part.labels[mask], kd_signal, kd / (kd + lm), observe, kd_mask
                 )
                 self.manual_backward(sums.total * ((kd + lm) / tokens))
                 seen = [sums.total.detach() * (kd + lm), sums.kd, sums.lm * (term.lm is not None)]
@@ -232,8 +236,8 @@ class DistillationModule(lightning.LightningModule):
         return losses
 
     @torch.no_grad()
-    def select_tokens(self, parts: list[tuple[Batch, Tensor]]) -> tuple[list[Signal], list[dict[str, Tensor]]]:
-        """Return the teacher's signals per micro-batch, empty if no selection reads them, and per-token information.
+    def select_tokens(self, parts: list[tuple[Batch, Tensor]]) -> tuple[list[Signal], list[Selection]]:
+        """Return the teacher's signals per micro-batch, empty if no selection reads them, and the selections.
 
         Tokens are selected over the whole step, so the teacher is asked for all of it before the student learns. The
         signals are kept, but for those of a teacher that learns, which are made anew with what its gradient needs.
@@ -251,11 +255,15 @@ class DistillationModule(lightning.LightningModule):
             sizes.extend(map(len, everyone))
             return torch.cat(everyone)
 
-        selected = self.token_selection(measured) if self.token_selection else {}
-        counts = [int(mask.sum()) for _, mask in parts]
-        mine = {k: v.split(sizes)[collectives.number()].to(self.device).split(counts) for k, v in selected.items()}
-        sampled = [part.sampled.at(mask) if part.sampled is not None else {} for part, mask in parts]
-        return signals, [info | {k: v[number] for k, v in mine.items()} for number, info in enumerate(sampled)]
+        selection = self.token_selection(measured) if self.token_selection else Selection()
+        if sizes:
+            selection = selection.split(sizes)[collectives.number()].map(lambda x: x.to(self.device))
+        rollout_info = [TokenInfo() if part.token_info is None else part.token_info[mask] for part, mask in parts]
+        selections = selection.split([int(mask.sum()) for _, mask in parts])
+        return signals, [
+            replace(part, token_info=info | part.token_info)
+            for part, info in zip(selections, rollout_info, strict=True)
+        ]
 
     def _stop_if_requested(self) -> None:
         """Between two micro-batches: raise Stopped where this process was asked to end.
@@ -295,7 +303,7 @@ class DistillationModule(lightning.LightningModule):
 def _counts(batch: Batch) -> list[int]:
     """Return target tokens of a batch, its positions, and the target tokens that the student wrote."""
     mask = batch.labels != IGNORE
-    by_student = 0 if batch.sampled is None else int(batch.sampled.by_student[mask].sum())
+    by_student = 0 if batch.token_info is None else int(batch.token_info.by_student[mask].sum())
     return [int(mask.sum()), mask.numel(), by_student]
 
 

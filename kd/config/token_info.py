@@ -1,0 +1,86 @@
+"""Rules for per-token information: a loss gets what it needs, and nothing is computed for a loss that needs none of it.
+
+Losses declare their needs, rollouts and token selections what they provide, by decorators (kd/objective/token_info.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+from kd.config.components import MODULES, declared
+from kd.errors import UserError
+
+if TYPE_CHECKING:
+    from kd.config.schema import ExperimentConfig
+
+PROVIDERS = ("rollout", "routing")  # config groups
+
+
+def needs(loss: str) -> tuple[str, ...]:
+    """Return the fields of TokenInfo that a loss needs."""
+    return declared(MODULES["loss"], "needs").get(loss, ())
+
+
+@cache
+def providers() -> dict[str, tuple[str, ...]]:
+    """Return the fields that every rollout and routing provides, by what one types to choose it."""
+    return {
+        f"{group}={name}": names for group in PROVIDERS for name, names in declared(MODULES[group], "provides").items()
+    }
+
+
+def unique_fields(provider: str) -> list[str]:
+    """Return the fields that only this provider provides."""
+    elsewhere = {name for other, names in providers().items() if other != provider for name in names}
+    return [name for name in providers()[provider] if name not in elsewhere]
+
+
+def is_useful(provider: str, loss: str) -> bool:
+    """Return False where a loss needs nothing of what only this provider computes."""
+    return not unique_fields(provider) or loss in losses_for(provider)
+
+
+def check_token_info(config: ExperimentConfig) -> None:
+    """Refuse a loss without the information that it needs, and information for another loss."""
+    loss = config.loss.name
+    chosen = [f"{group}={getattr(config, group).name}" for group in PROVIDERS]
+    for provider in filter(providers().get, chosen):
+        if not is_useful(provider, loss):
+            group, _, name = provider.partition("=")
+            others, fields = [f"loss={other}" for other in losses_for(provider)], _list(unique_fields(provider), "and")
+            raise UserError(
+                option=group,
+                got=name,
+                conflict=f"loss={loss}",
+                why=f"computes {fields}, which only {_list(others, 'or')} needs",
+                hint=f"type {_list(others, 'or')}, or {group}=none",
+            )
+    if not config.logits.source.distils:
+        return
+    given = {name for option in chosen for name in providers().get(option, ())}
+    if missing := [name for name in needs(loss) if name not in given]:
+        sources = " and ".join(dict.fromkeys(_list(providers_of(name, loss), "or") for name in missing))
+        raise UserError(
+            option="loss",
+            got=loss,
+            why=f"needs {_list(missing, 'and')} of each token, which only {sources} computes",
+            hint=f"type {sources} too, or choose another loss",
+        )
+
+
+def providers_of(name: str, loss: str) -> list[str]:
+    """Return what provides a field to a loss and is not refused with it."""
+    return [provider for provider, names in providers().items() if name in names and is_useful(provider, loss)]
+
+
+def losses_for(provider: str) -> list[str]:
+    """Return the losses that need what only this provider computes."""
+    fields = unique_fields(provider)
+    return [loss for loss, names in declared(MODULES["loss"], "needs").items() if set(fields) & set(names)]
+
+
+def _list(words: Sequence[str], last: str) -> str:
+    """Join words: a, b and c."""
+    return f" {last} ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
