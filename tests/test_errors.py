@@ -5,6 +5,7 @@ import pickle
 import pytest
 
 from kd.errors import UserError, check, for_people, typed
+from kd.runs.outcome import classify
 from kd.system.remote import Unreachable
 from tests.refusals import refused
 
@@ -70,3 +71,8 @@ def test_a_folder_that_cannot_be_written_says_what_to_choose():
     assert "/x" in error.why and "root=/other/folder" in error.hint
     with pytest.raises(ZeroDivisionError):
         for_people(ZeroDivisionError())
+
+
+def test_exit_with_a_text_is_exit_code_1():
+    assert classify(SystemExit("no room")).exit_code == 1
+    assert classify(SystemExit(3)).exit_code == 3

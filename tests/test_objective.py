@@ -449,7 +449,7 @@ def test_a_loss_that_cannot_be_compiled_by_default_is_computed_as_it_is_and_that
         raise TorchDynamoException("no C compiler\nin many lines")
 
     monkeypatch.setattr(torch, "compile", lambda function: fails)
-    monkeypatch.setattr(module._compiled, "failed", False)
+    monkeypatch.setattr(module, "_compile_failed", False)
     head, hidden, label, target = case()
     objective = Objective(LOSSES["fkl"], FULL, SAME, PLAIN, compile=None)
     given = head(hidden).detach(), label, target, torch.tensor(0.7)

@@ -88,7 +88,7 @@ def check(names: list[str]) -> None:
 
 def compare(folder: Path, names: list[str], shape: Shape, steps: int, on_gpu: bool) -> None:
     """Measure the cases in turn and print a table; all numbers go to speed.json as soon as they are there."""
-    found = {}
+    found: dict[str, dict] = {}
     with console.status("") as status:
         results = measured([(name, shape, steps) for name in names], on_gpu)
         for name in names:

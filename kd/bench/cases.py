@@ -279,7 +279,7 @@ CASES: dict[str, Callable[[Work], dict | None]] = {
     **{f"read_{kept}": partial(offline.read, kept=kept) for kept in ("random", "top_12", "top_50")},
     "breakdown": breakdown,
 }
-CUDA_CASES = {
+CUDA_CASES: dict[str, Callable[[Work], dict | None]] = {
     **{f"online_{loss}_compiled": partial(online, loss=loss, compile=True) for loss in ("rkl", "jsd", "akl")},
     "offline_top_50_compiled": partial(offline.train, kept="top_50", compile=True),
     "trl_jsd": partial(trl, beta=0.5),

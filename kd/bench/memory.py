@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from kd.bench.work import GIB, Shape, measured
@@ -17,7 +16,7 @@ BUFFERS = 12  # of float32 logits, that the obvious loop holds at once
 
 def write(folder: Path, middle: Shape, on_gpu: bool) -> None:
     """Measure around the shape `middle`, one size at a time; numbers go to memory.json and a plot to memory.html."""
-    shapes = {size: [replace(middle, **{size: int(f * getattr(middle, size))}) for f in factors]
+    shapes = {size: [Shape(**(vars(middle) | {size: int(f * getattr(middle, size))})) for f in factors]
               for size, factors in FACTORS.items()}  # fmt: skip
     asked = list(dict.fromkeys((case, shape) for case in SHOWN for line in shapes.values() for shape in line))
     room = available()

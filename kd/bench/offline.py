@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kd.store.reader import Store
     from kd.store.writer import RowEncoder
 
-KEPT = {
+KEPT: dict[str, dict] = {
     "random": {"name": "random", "draws": 50},
     "top_12": {"name": "top_k", "k": 12},
     "top_50": {"name": "top_k", "k": 50},
@@ -150,9 +150,10 @@ def _write_all(folder: Path, shape: Shape, kept: str) -> None:
 
     work = Work(shape, 1)
     encoder, rows = encoder_of(work, kept), work.rows()
-    head = encoder.head
+    head, model = encoder.head, encoder.teacher.model
+    assert model is not None, "an encoder's teacher runs here"
     about = {"key": "", "words": "", "seq_len": shape.seq_len, "vocab": shape.vocab, "validation": 1,
              "head": {"softcap": head.softcap, "scale": head.scale},
-             "cost": cost(encoder.teacher.model.model, shape.seq_len)._asdict()}  # fmt: skip
+             "cost": cost(model.model, shape.seq_len)._asdict()}  # fmt: skip
     packed = Packed(folder, rows, rows[:1], None, None, {})
     writer.write(folder, described(kept, shape.precision), about, packed, encoder, shape.batch)

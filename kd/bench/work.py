@@ -171,8 +171,8 @@ def measure(name: str, shape: Shape, steps: int) -> dict:
         torch.cuda.reset_peak_memory_stats()
     also = (CASES | CUDA_CASES)[name](work) or {}
     memory = peak_memory()  # before the limit is measured, which takes some itself
-    steps = list(itertools.pairwise(work.ticks))[WARM_UP - 1 :]
-    seconds, busy = ([after[i] - before[i] for before, after in steps] for i in (0, 1))
+    counted = list(itertools.pairwise(work.ticks))[WARM_UP - 1 :]
+    seconds, busy = ([after[i] - before[i] for before, after in counted] for i in (0, 1))
     return {
         "case": name, "shape": asdict(shape), "seconds": seconds, "processor_seconds": busy,
         "tokens_per_second": shape.tokens / statistics.median(seconds),
@@ -207,7 +207,7 @@ def _in_a_process(cases: list[Case]) -> Iterator[dict]:
         done = 0
         with tempfile.TemporaryFile("w+") as log:
             with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as process:
-                for line in process.stdout:
+                for line in process.stdout or ():
                     done += 1
                     yield json.loads(line)
             log.seek(0)

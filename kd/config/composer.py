@@ -27,7 +27,8 @@ class Composer:
 
     def compose(self, words: Sequence[str]) -> DictConfig:
         """Return what Hydra makes of a run's words; raises what Hydra raises."""
-        choices, values = [], []
+        choices: list[Override] = []
+        values: list[Override] = []
         for word in words:
             override = parsed(word)
             if override is None or override.is_sweep_override():

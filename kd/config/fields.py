@@ -144,9 +144,9 @@ def hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def options(cls: type) -> list[Field]:
+def options(cls: type[ConfigNode]) -> list[Field]:
     """Return the fields of a dataclass that are options, in a component's without its function and arguments."""
-    return [option for option in fields(cls) if option.name not in cls.NO_OPTIONS]  # type: ignore[attr-defined]
+    return [option for option in fields(cls) if option.name not in cls.NO_OPTIONS]
 
 
 def scalars(cls: type) -> tuple[str, ...]:

@@ -208,6 +208,7 @@ class InitConfig(ConfigNode):
         stage = node.get("stage") if isinstance(node, Mapping) else None
         kind = kinds.get(stage, InitConfig) if isinstance(stage, str) else InitConfig
         check_shape(node, path)
+        # `stage` chooses the class, and not the class that was called.
         return super(InitConfig, kind).from_node(node, path)  # type: ignore[return-value]
 
 

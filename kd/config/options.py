@@ -42,7 +42,8 @@ def _settings(group: str, name: str) -> dict:
         return {key: value for key, value in as_record(_yaml(f"truncation/{name}")).items() if key not in NOTES}
     if group in ("student", "teacher") and name in SIZES:
         return {"size": name, "name": None}
-    node, inherited = _yaml(f"{group}/{name}"), {}
+    node = _yaml(f"{group}/{name}")
+    inherited: dict = {}
     for entry in node.get("defaults", []):
         if isinstance(entry, str):
             inherited |= _settings(group, entry)

@@ -121,9 +121,9 @@ def _check_option(override: Override) -> None:
     group, word, text = override.key_or_group, override.input_line, override.input_line.partition("=")[2]
     values = _values(override)
     if several := next((v for v in values if isinstance(v, list)), None):
-        names = ",".join(dict.fromkeys(text.translate(str.maketrans("", "", "[] ")).split(",")))
+        listed = ",".join(dict.fromkeys(text.translate(str.maketrans("", "", "[] ")).split(",")))
         one_by_one = group in ("sweeps", "logger", *PLUGINS)
-        hint = f"choose one of {names}" if one_by_one else f"for a run of each, type -m {_renamed(group, names)}"
+        hint = f"choose one of {listed}" if one_by_one else f"for a run of each, type -m {_renamed(group, listed)}"
         raise _refused(word, f"this is a list of {len(several)}, and a run takes one option of {group}", hint)
     if group == "sweeps" and len(values) > 1:
         hint = f"type sweeps={values[0]}, and then a command for each of the others"
@@ -143,8 +143,8 @@ def _check_option(override: Override) -> None:
             needed = _for_number(group, value, shown)
             raise _refused(word, f"{group} needs the name of an option, and this is a number", needed)
         if type(value) in (str, int, float) and str(value) not in names:
-            close = difflib.get_close_matches(str(value), names, 1)
-            close = f"type {group}={close[0]}, or another of" if close else "choose one of"
+            matches = difflib.get_close_matches(str(value), names, 1)
+            close = f"type {group}={matches[0]}, or another of" if matches else "choose one of"
             hub = (
                 f"; for a model of that name on the Hub, type {group}=hub {group}.name={value}"
                 if "hub" in names
@@ -199,7 +199,7 @@ def _check_setting(override: Override, chosen: dict[str, str | None]) -> None:
         settings, others, which = dict.fromkeys(GROUPLESS[group]), [], group
     elif group in chosen:
         name = chosen[group]
-        settings, which = options(group).get(name, {}), f"{group}={name}" if name else f"{group}=null"
+        settings, which = (options(group).get(name, {}), f"{group}={name}") if name else ({}, f"{group}=null")
         others = [other for other, of in options(group).items() if key.partition(".")[0] in of]
     else:
         return

@@ -21,19 +21,22 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kd.objective.token_info import TokenInfo
+    from kd.store.format import Entries
+
 IGNORE = -100  # label of a position that is not counted
 
 
 class Batch(NamedTuple):
     """One optimizer step, or a micro-batch of it, as tensors."""
 
-    ids: object  # [B, T] int64
-    labels: object  # [B, T] int64, already shifted; -100 = ignore
-    row: object  # [B]    which row of the data
-    seed: object  # [B, T] int64, a random number per position, for whatever samples
-    stored: object = None  # what a store holds of these rows: Entries, or hidden states [B, T, D]
-    token_info: object = None  # of text that a model wrote, [B, T] like the labels: kd.objective.token_info.TokenInfo
-    beside: object = None  # a Batch of plain text for the language-modelling term
+    ids: Tensor  # [B, T] int64
+    labels: Tensor  # [B, T] int64, already shifted; -100 = ignore
+    row: Tensor  # [B]    which row of the data
+    seed: Tensor  # [B, T] int64, a random number per position, for whatever samples
+    stored: Entries | Tensor | None = None  # what a store holds of these rows; a Tensor: hidden states [B, T, D]
+    token_info: TokenInfo | None = None  # of text that a model wrote, [B, T] like the labels
+    beside: Batch | None = None  # plain text for the language-modelling term
 
     def split(self, rows: int) -> Iterator[Batch]:
         """Micro-batches of at most `rows` sequences."""
@@ -112,9 +115,9 @@ class Batches:
 
     def __init__(
         self, rows: np.ndarray, batch: int, seed: int, start: int, steps: int,
-        among: np.ndarray | None = None, read: Callable[[np.ndarray, np.ndarray], object] | None = None,
-        part: slice = slice(None), spans: np.ndarray | None = None, beside: Batches | None = None,
-        boundary: Sequence[int] = (),
+        among: np.ndarray | None = None,
+        read: Callable[[np.ndarray, np.ndarray], Entries | Tensor | None] | None = None, part: slice = slice(None),
+        spans: np.ndarray | None = None, beside: Batches | None = None, boundary: Sequence[int] = (),
     ):  # fmt: skip
         self.rows, self.batch, self.seed, self.start, self.steps = rows, batch, seed, start, steps
         self.among, self.read, self.part, self.spans, self.beside = among, read, part, spans, beside

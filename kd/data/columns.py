@@ -257,7 +257,7 @@ class Reader:
         if messages_in(value) is not None:
             return self._turns(row, HISTORY, "user", unused, as_json=True)[0]
         parsed = _parsed(value)
-        pairs = parsed if isinstance(parsed, list) else [None]
+        pairs: list = parsed if isinstance(parsed, list) else [None]
         if not all(isinstance(p, list) and len(p) == 2 and all(isinstance(t, str) for t in p) for p in pairs):
             raise self._refused(HISTORY, _brief(value), "a list of [question, answer]")
         return [turn for ask, say in pairs for turn in (Turn("user", ask), Turn("assistant", say, learned=True))]
@@ -362,11 +362,11 @@ def _shape(columns: list[str], prompt: str | None, response: str | None, option:
     for shape in SHAPES:
         if shape.prompt in columns and shape.response in (None, *columns):
             return _with_input(shape, columns)
-    known = "; ".join(", ".join(filter(None, shape)) for shape in SHAPES)
+    names = "; ".join(", ".join(filter(None, shape)) for shape in SHAPES)
     raise UserError(
         option=option,
         why=has,
-        need=f"columns of one of these names: {known}",
+        need=f"columns of one of these names: {names}",
         hint="or name the columns: type data.prompt=COLUMN data.response=COLUMN",
     )
 

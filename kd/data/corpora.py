@@ -35,7 +35,7 @@ class Corpus:
     documents are no text but prompts with responses (kd.data.examples.Example), each a row of its own.
     """
 
-    load: Callable[[], Sequence | Iterable]
+    load: Callable[[], Iterable]  # a sequence, unless streaming
     fingerprint: dict
     streaming: bool = False
     entropy: float | None = None
@@ -49,7 +49,7 @@ ROWS = 2  # since empty documents are left out, and equal ones no longer lie sid
 def python() -> Corpus:
     """The source of the Python standard library on this machine: some 600 files, 11 MB; one file is one document."""
     documents = standard_library()
-    fingerprint = {"name": "python", "content": digest_all(documents)}
+    fingerprint: dict = {"name": "python", "content": digest_all(documents)}
     if len(set(documents)) < len(documents) or not all(map(str.strip, documents)):
         fingerprint["version"] = ROWS
     return Corpus(lambda: documents, fingerprint)
@@ -118,7 +118,7 @@ def hub(
     if not name:
         hint = "type e.g. data.name=roneneldan/TinyStories"
         raise UserError(option="data.name", why="is not set", need="the name of a dataset for data=hub", hint=hint)
-    fingerprint = dict(name=name, subset=subset, split=split, field=field, revision=revision, streaming=streaming)
+    fingerprint: dict = dict(name=name, subset=subset, split=split, field=field, revision=revision, streaming=streaming)
     fingerprint["version"] = ROWS
     if stamp := on_disk.stamp(name):
         fingerprint["content"] = stamp
@@ -193,11 +193,10 @@ def local_files(files: str, kinds: dict[str, str]) -> tuple[list[Path], str]:
     for path in filter(is_saved, paths):
         why, hint = f"{path} is a folder of save_to_disk", f"type data.name={path} in place of data.files"
         raise UserError(option=option, why=why, hint=hint)
-    kind = {kinds.get(p.suffix) for p in paths}
-    if len(kind) > 1 or None in kind:
+    builder, *others = {kinds.get(p.suffix) for p in paths}
+    if others or builder is None:
         found = ", ".join(sorted({p.suffix or "no ending" for p in paths}))
         raise UserError(option=option, why=f"got files of {found}", need=f"files of one kind, {', '.join(kinds)}")
-    builder = kind.pop()
     for path in paths:
         if path.is_dir():
             hint = f"type a pattern for the files in it, e.g. '{path}/*.txt'"

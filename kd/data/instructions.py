@@ -54,10 +54,11 @@ def instructions(
             which = "data.name=… or data.files=…" if option in of_tables else "data.name=…"
             why, hint = f"would do nothing without {which}", f"leave data.{option} out"
             raise UserError(option=f"data.{option}", got=value, why=why, hint=hint)
-    how = dict(prompt_len=prompt_len, template=template, prompt=prompt, response=response)
+    how: dict = dict(prompt_len=prompt_len, template=template, prompt=prompt, response=response)
     how |= {
         option: value for option, value, usual in (("turns", turns, "last"), ("date", date, None)) if value != usual
     }
+    load: Callable[[], Documents | Joined | list[Example]]
     if name:
         how |= dict(name=name, subset=subset, split=split, revision=revision, content=on_disk.stamp(name), version=ROWS)
         rows = partial(corpora.hub_rows, name, subset, split, revision)
@@ -77,12 +78,12 @@ def instructions(
 ROWS = 2  # since all columns and keys are looked at, and rows are what a chat template writes
 
 
-def _of_table(rows: Callable, *how) -> Documents:
-    return columns.examples(rows(), *how)
+def _of_table(rows: Callable, prompt: str | None, response: str | None, turns: str, option: str) -> Documents:
+    return columns.examples(rows(), prompt, response, turns, option)
 
 
-def _of_files(rows: Callable, *how) -> Joined:
-    return Joined([columns.examples(table, *how) for table in rows()])
+def _of_files(rows: Callable, prompt: str | None, response: str | None, turns: str, option: str) -> Joined:
+    return Joined([columns.examples(table, prompt, response, turns, option) for table in rows()])
 
 
 def _check_date(date: str) -> None:
@@ -136,7 +137,7 @@ def _asked_for(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str
         return "", ""
     first = min(node.lineno for node in (function, *function.decorator_list)) - 1
     # Behind the closing quotes, so that the response begins with the end of a line: no tokenizer joins the two.
-    last = docstring.end_lineno - 1
+    last = (docstring.end_lineno or docstring.lineno) - 1  # from a parser, it has an end
     quoted = lines[last].encode()[: docstring.end_col_offset].decode()
     prompt = "\n".join([*lines[first:last], quoted])
     response = "\n".join([lines[last].removeprefix(quoted), *lines[last + 1 : function.end_lineno]])

@@ -14,6 +14,7 @@ import math
 import shlex
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import filelock
@@ -64,7 +65,7 @@ def pack(
     code: digests of the source of the corpus, kept in the manifest. anew: what other code packed is packed anew.
     Raises UserError for text too short for one row.
     """
-    settings = dict(seq_len=seq_len, tokens=tokens, val_rows=val_rows, val_share=val_share)
+    settings: dict = dict(seq_len=seq_len, tokens=tokens, val_rows=val_rows, val_share=val_share)
     for option, value in dict(seq_len=seq_len, val_rows=val_rows, tokens=tokens).items():
         least = seq_len + 1 if option == "tokens" else 1
         if value is not None and value < least:
@@ -90,7 +91,7 @@ def pack(
     if anew and code_of(folder) not in (None, code):
         _remove_old(folder, code)
     packed = once(folder, make)
-    known = corpus.words or corpus.pairs or read_json(packed.folder / "manifest.json").get("measured_bytes")
+    known = corpus.words or corpus.pairs or (read_json(packed.folder / "manifest.json") or {}).get("measured_bytes")
     if not known:  # packed before the bytes of the measured rows were counted
         console.print(
             "Bits per byte of this data may be off by some per cent, as they are from before the bytes of the rows "
@@ -127,19 +128,22 @@ def _remove_old(folder: Path, code: dict[str, str] | None) -> None:
 
 def opened(folder: Path) -> Packed:
     """What was packed into a folder; raises UserError if it is not what was written."""
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_json(folder / "manifest.json") or {}
     if manifest.pop("digest", None) != files.digest_of(manifest):
         raise _damaged(folder, "manifest.json")
     for name, expected in manifest["digests"].items():
         if not (folder / name).exists() or files.digest(folder / name) != expected:
             raise _damaged(folder, name)
     train, val = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("train", "val"))
-    of = manifest["bytes_per_token"], manifest["entropy"], manifest["digests"]
-    counts = manifest.get("counts", {})
+    packed = Packed(
+        folder, train, val, manifest["bytes_per_token"], manifest["entropy"], manifest["digests"],
+        counts=manifest.get("counts", {}),
+    )  # fmt: skip
     if "end" not in manifest:
-        return Packed(folder, train, val, *of, counts=counts, boundary=tuple(manifest.get("boundary", ())))
-    spans = (np.load(folder / f"{part}_spans.npy") for part in ("train", "val"))
-    return Packed(folder, train, val, *of, *spans, manifest["end"], counts=counts, template=manifest["template"])
+        return replace(packed, boundary=tuple(manifest.get("boundary", ())))
+    train_spans, val_spans = (np.load(folder / f"{part}_spans.npy") for part in ("train", "val"))
+    end, template = manifest["end"], manifest["template"]
+    return replace(packed, train_spans=train_spans, val_spans=val_spans, end=end, template=template)
 
 
 def _damaged(folder: Path, name: str) -> UserError:
@@ -285,6 +289,7 @@ def _write_examples(
     val_rows: int, special: bool,
 ) -> dict:  # fmt: skip
     """Write rows of one response each, and their spans, and return the manifest's entries about them."""
+    assert corpus.pairs, "a corpus of examples says how they become rows"
     most, date = corpus.pairs.prompt_len, corpus.pairs.date
     template = templates.template_of(corpus.pairs, documents, fast)
     templates.check_date(date, template, fast)
@@ -341,7 +346,7 @@ def _write_examples(
     }  # fmt: skip
 
 
-def _without_ends(tokens: list[int], end: int) -> list[int]:
+def _without_ends(tokens: list[int], end: int | None) -> list[int]:
     """Tokens without those ends behind them that are written out."""
     count = len(tokens)
     while count and tokens[count - 1] == end:
@@ -413,7 +418,8 @@ def _ordered(corpus: Corpus, sides: _Sides):
     documents = corpus.load()
     if corpus.streaming:
         return documents
-    digests, places, on, again = [], [], [], Counter()
+    digests, places, on = [], [], []
+    again: Counter[int] = Counter()
     for document in documents:
         text = (document if isinstance(document, str) else document.content).encode()
         digest = xxhash.xxh3_64_intdigest(text)
@@ -424,7 +430,7 @@ def _ordered(corpus: Corpus, sides: _Sides):
             on.append(sides(document) if document.strip() else "left out")
         # The first of equal documents where it would be alone, the others elsewhere.
         places.append(xxhash.xxh3_64_intdigest(text, seed=again[digest] - 1) if again[digest] > 1 else digest)
-    order = sorted(range(len(documents)), key=places.__getitem__)
+    order = sorted(range(len(places)), key=places.__getitem__)
     for side in {*on} - {"left out"}:
         of = [place for place, i in enumerate(order) if on[i] == side]
         for place, i in zip(of, _apart([order[place] for place in of], digests), strict=True):
@@ -459,7 +465,7 @@ class _Reordered:
         return (self.documents[i] for i in self.order)
 
 
-def _tokenizer(corpus: Corpus, documents: Iterable[str], sides: _Sides, vocab: int | None, name: str | None):
+def _tokenizer(corpus: Corpus, documents: Iterable, sides: _Sides, vocab: int | None, name: str | None):
     """The pretrained tokenizer `name`, one token per word, or byte-level BPE trained on up to 20 MB of the text."""
     from transformers import PreTrainedTokenizerFast
 

@@ -41,8 +41,8 @@ def shown(packed: Packed, tokenizer, count: int) -> list[Shown]:
         labels = [IGNORE, *batch.labels[row].tolist()][:total]
         learned = [label for label in labels if label != IGNORE]
         parts = (ids[row, :total], ids[row, :prompt], learned)
-        texts = (tokenizer.decode(np.array(part, int)) for part in parts)
-        found.append(Shown(row, *texts, ids[row, :total].tolist(), labels))
+        text, asked, answer = (tokenizer.decode(np.array(part, int)) for part in parts)
+        found.append(Shown(row, text, asked, answer, ids[row, :total].tolist(), labels))
     return found
 
 
@@ -59,7 +59,7 @@ def layout(packed: Packed, tokenizer, date: str | None = None) -> dict[str, str]
 
 def as_json(packed: Packed, tokenizer, count: int, date: str | None = None) -> str:
     """Rows, counts and the template, for programs."""
-    about = {"folder": str(packed.folder), "template": packed.template, "layout": layout(packed, tokenizer, date)}
+    about: dict = {"folder": str(packed.folder), "template": packed.template, "layout": layout(packed, tokenizer, date)}
     about |= {"counts": packed.counts, "train_rows": len(packed.train), "val_rows": len(packed.val)}
     rows = [row._asdict() for row in shown(packed, tokenizer, count)]
     return json.dumps(about | {"rows": rows}, ensure_ascii=False, indent=1)

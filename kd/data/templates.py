@@ -97,6 +97,7 @@ def encode(examples: Sequence[Example], template: str, tokenizer, special: bool 
     what the template puts between its generation prompt and the answer.
     """
     rows = [(example, *row) for example in examples for row in example.rows()]
+    bare: Callable[[str], str]  # a text without marks
     if template == "chat":
         chat = Chat(tokenizer, special, date)
         texts, unused = [chat.split(*row) for row in rows], [chat.unused(*row) for row in rows]
@@ -308,11 +309,11 @@ class Chat:
                 hint="type data.template=alpaca, or leave such examples out",
             ) from error
 
-    def _on_some_day(self, messages: list[dict], **how) -> str:
+    def _on_some_day(self, messages: list[dict], tools: list | None = None, options: Mapping = NOTHING, **how) -> str:
         """A conversation without an option of its example, which may be the date: on that of Chat, or a fixed one."""
         date, self.date = self.date, self.date or "2000-01-01"
         try:
-            return self._rendered(messages, **how)
+            return self._rendered(messages, tools, options, **how)
         finally:
             self.date = date
 
@@ -334,17 +335,17 @@ class Chat:
         names = {key for message in messages for key in message} - {"role", "content"}
         if not names and not example.tools and not example.options:
             return ()
-        how = {"tools": list(example.tools) or None, "options": example.options}
-        whole, unused = self._rendered(messages, **how), []
-        if example.tools and self._on_some_day(messages, **(how | {"tools": None})) == whole:
+        tools, options = list(example.tools) or None, example.options
+        whole, unused = self._rendered(messages, tools, options), []
+        if example.tools and self._on_some_day(messages, None, options) == whole:
             raise _tools_are_lost("chat")
-        for option in example.options:
-            less = {k: v for k, v in example.options.items() if k != option}
-            if self._on_some_day(messages, **(how | {"options": less})) == whole:
+        for option in options:
+            other_options = {k: v for k, v in options.items() if k != option}
+            if self._on_some_day(messages, tools, other_options) == whole:
                 unused.append(f"chat_template_kwargs {option}")
         for key in sorted(names):
             less = [{k: v for k, v in message.items() if k != key} for message in messages]
-            if self._on_some_day(less, **how) == whole:
+            if self._on_some_day(less, tools, options) == whole:
                 if key in CALLS:
                     raise _tools_are_lost("chat")
                 unused += [f"key {key}"] * sum(key in message for message in messages)

@@ -58,6 +58,7 @@ def gap(student: CausalLM, teacher: Teacher, batches: Iterable[Batch], length: i
         kept = batch.labels != IGNORE
         place = (torch.arange(length, device=device) - generate.lengths(batch)[:, None] + 1)[kept]  # [N]
         signal, hidden = teacher.reference(batch, kept), student.hidden_states(batch.ids)[kept]
+        assert signal is not None, "a teacher with a model has complete distributions"
         for rows in chunks(len(place), chunk or fitting(student.head)):
             q, target = log_probabilities(student.head, hidden[rows]), signal(rows)
             apart = [measure(q, target).double() for measure in (losses.fkl, losses.rkl, losses.tvd)]

@@ -93,7 +93,7 @@ class Responses(Callback):
         with trainer.precision_plugin.val_step_context():
             own = self._write(module.student, "the student responds", bool(module.sharded))
             theirs = self._of_teacher(teacher, bool(module.sharded)) if teacher else None
-            gaps = [self._gap(module, text) for text in (own, theirs)] if teacher else []
+            gaps = [self._gap(module, text) for text in (own, theirs) if text] if teacher else []
         if collectives.number() == 0:
             metrics = self.validation.metrics
             metrics |= {f"val/{name}": value for name, value in self._result(own, theirs, gaps).items()}
@@ -121,7 +121,8 @@ class Responses(Callback):
         prompts = self._batches(self.packed.val, self.packed.val_spans, self.at_once, sharded, self.samples)
         device = next(model.parameters()).device
         progress = Steps(title, len(prompts.index), 0, "response", collectives.number() == 0)
-        rows, tokens = [], 0
+        rows: list[tuple] = []  # tokens and span of each response
+        tokens = 0
 
         def watch(done: int, more: int) -> None:
             requests.end_if_asked()
@@ -167,8 +168,10 @@ class Responses(Callback):
 
     def _result(self, own: Written, theirs: Written | None, gaps: list[Gap]) -> dict[str, float]:
         """Write the files, and say what was measured."""
+        spans = self.packed.val_spans
+        assert spans is not None, "only prompts have responses"
         says = [self._says(tokens, span) for tokens, span in zip(*own, strict=True)]
-        wanted = [self._says(*row) for row in zip(self.packed.val, self.packed.val_spans, strict=True)] * self.samples
+        wanted = [self._says(*row) for row in zip(self.packed.val, spans, strict=True)] * self.samples
         responses = self._scored(own, wanted)
         result = summary(responses, self.samples)
         lines = [

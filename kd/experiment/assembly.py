@@ -100,7 +100,7 @@ def build_callbacks(
     recorder = None
     if config.record and not teacher.distils:
         recorder = stores.recorder(config, packed, inputs.components.keep, module.student, start)
-    saving = {"before_save": recorder.flush, "before_send": recorder.send} if recorder else {}
+    saving = (recorder.flush, recorder.send) if recorder else (None, None)
     student_flops = flops.cost(module.student.model, config.data.seq_len).flops_per_token
     teacher_flops = teacher.flops_per_token(module.token_selection is not None)
     throughput = Throughput(student_flops, teacher_flops, trainer.log_every)
@@ -112,7 +112,7 @@ def build_callbacks(
         packed.bytes_per_token, config.is_pretrained,
     )  # fmt: skip
     return RunCallbacks(
-        Checkpoints(run, trainer.checkpoint_every, options, code, **saving),
+        Checkpoints(run, trainer.checkpoint_every, options, code, *saving),
         LogitsRecorder(recorder) if recorder else None,
         throughput,
         MetricLog(trainer.log_every, throughput.axes),
@@ -129,9 +129,9 @@ def _responses(
     packed, sampling, trainer = inputs.packed, config.responses.to_dict(), config.trainer
     if packed.val_spans is None:
         return None
-    kept = inputs.teacher and responses.kept(
-        config.root, packed, inputs.teacher, **sampling, precision=trainer.precision
-    )
+    kept = None
+    if inputs.teacher:
+        kept = responses.kept(config.root, packed, inputs.teacher, **sampling, precision=trainer.precision)
     return responses.Responses(
         run.folder, packed, inputs.components.tokenizer, teacher, validation, kept, trainer.chunk, **sampling
     )
@@ -147,6 +147,7 @@ def sharded_roles(config: ExperimentConfig, teacher: Teacher) -> tuple[str, ...]
     if teacher.trainable:
         shard_teacher = trainer.strategy == "fsdp"
     elif teacher.model and shard_teacher is None:
+        assert teacher.cost is not None, "a model comes with its cost"
         size = 2 if trainer.precision == "bf16" else 4
         shard_teacher = not fsdp.fits(teacher.cost.parameters, size, collectives.device(trainer.accelerator))
         if shard_teacher:

@@ -34,6 +34,12 @@ class Plan(NamedTuple):
     store: Place | None  # of the teacher's logits, to be read or written
     recording: ExperimentConfig | None  # run that records the store, for logits=recorded
 
+    @property
+    def store_place(self) -> Place:
+        """Place of the store, for a config that reads or writes one."""
+        assert self.store is not None, "this run neither reads nor writes a store"
+        return self.store
+
     @classmethod
     def of(cls, config: ExperimentConfig) -> Plan:
         """Return the plan of a config, made once. Data, teacher and store are part of a run's identity."""
@@ -59,8 +65,8 @@ def _made(config: ExperimentConfig) -> Plan:
         digests["plain"] = packing.key(text, **how)
     if config.logits.source.reads_store:
         recording = recording_config(config) if config.logits.source.is_recorded else None
-        found = Plan.of(recording).store if recording else None
-        store = found or place(config, _store_key(config, digests), config.logits.path)
+        recorded = Plan.of(recording).store if recording else None
+        store = recorded or place(config, _store_key(config, digests), config.logits.path)
         digests["store"] = store.key
     run = Run(config.root, identity(config.flat(), **digests))
     if config.record and not config.logits.source.distils:

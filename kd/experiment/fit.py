@@ -137,7 +137,7 @@ def assemble(run: Run, config: ExperimentConfig, inputs: Inputs) -> Assembly:
 
 def source_code(options: dict, inputs: Inputs) -> dict:
     """Return what a result keeps of the code that makes it, as it is now, before anybody edits it."""
-    code = {"environment": environment(), "sources": provenance.sources(options), "origins": inputs.origins}
+    code: dict = {"environment": environment(), "sources": provenance.sources(options), "origins": inputs.origins}
     for group, rows in (("data", inputs.packed), ("plain", inputs.plain)):
         if rows and group in code["sources"] and (packed_by := packing.code_of(rows.folder)):
             code["sources"][group] = packed_by
@@ -216,8 +216,9 @@ def result_of(run: Run, inputs: Inputs, parts: Assembly, memory: int) -> dict:
 
 def row_ends(config: ExperimentConfig, packed: Packed, tokenizer) -> list[int]:
     """Return the tokens that end a response or a text in the rows of a run; none where rows have no end."""
-    ends = [packed.end]
-    if packed.end is None:
+    if packed.end is not None:
+        ends = [packed.end]
+    else:
         ends = [] if corpus(config)[0].words else [tokenizer.eos_token_id]
     if config.lm == "plain":
         ends.append(tokenizer.eos_token_id)

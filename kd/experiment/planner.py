@@ -96,7 +96,7 @@ def of_run(config: ExperimentConfig, packed: Packed, times: float, components: C
         if packed.val_spans is not None:
             seconds += config.responses.samples * len(packed.val) / step.rows * step.answering
     flops = positions * once + beside * 3 * student.flops_per_token  # without those of writing
-    learned = student.parameters + (teacher.parameters if planned.trainable else 0)
+    learned = student.parameters + (teacher.parameters if teacher and planned.trainable else 0)
     memory = held(step.costs, config) + step.kept
     if collectives.device(trainer.accelerator).type == "cpu":
         memory += loaded
@@ -186,8 +186,9 @@ def show(made: dict[str, Estimate], names: dict[str, str], done: int, config: Ex
     memory = max(of.memory or 0 for of in made.values()) * (1 if device.type == "cuda" else at_once)
     free, says = shutil.disk_usage(there).free, f"{len(made)} to do{f', {done} done before' if done else ''}: "
     says += f"{sum(of.flops or 0 for of in made.values()):.1e} FLOPs"
-    if all(of.seconds for of in made.values()):
-        says += f", about {clock(sum(of.seconds for of in made.values()))} one after another"
+    seconds = [of.seconds for of in made.values() if of.seconds]
+    if len(seconds) == len(made):
+        says += f", about {clock(sum(seconds))} one after another"
     says += f"; {files.amount(disk)} of disk at most, where {files.amount(free)} are free. Nothing was started."
     if config.data.is_instructions:
         says += " Responses that models write are taken to be as long as they may be, and count to the time alone."
@@ -207,11 +208,11 @@ def estimate(config: ExperimentConfig) -> dict[str, Estimate]:
     packed, components = prepare(less)
     check_tokenizers(config, components.tokenizer, config.teacher.name)
     vocab, stored = vocabulary_size(components.tokenizer), config.logits.source.reads_store
-    exists = stored and place.manifest().exists()
+    exists = stored and place is not None and place.manifest().exists()
     first = record or teacher
     made = estimate(first) if first and not exists else {}
     made |= estimate(start) if start else {}
-    if stored and not exists and not record:
+    if stored and place is not None and not exists and not record:
         spec = stores.described(config, packed)
         made[f"store {place.folder.name}"] = of_store(config, packed, times, components.keep, vocab, spec)
     return made | {run.name: of_run(config, packed, times, components, vocab)}
@@ -220,7 +221,8 @@ def estimate(config: ExperimentConfig) -> dict[str, Estimate]:
 def show_plan(configs: list[ExperimentConfig], said: list[str], at_once: float) -> None:
     """Print what runs take, called as `said`, so many at once, and what is made first for them; each thing once."""
     silence_libraries()
-    made, names = {}, {Plan.of(config).run.name: words for config, words in zip(configs, said, strict=True)}
+    made: dict[str, Estimate] = {}
+    names = {Plan.of(config).run.name: words for config, words in zip(configs, said, strict=True)}
     for config in track(configs, "measuring steps"):
         made |= {name: takes for name, takes in estimate(config).items() if name not in made}
     done = sum(not config.force and Plan.of(config).run.result() is not None for config in configs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -58,7 +58,8 @@ class Outcome(NamedTuple):
     def check_files(self) -> None:
         """Check the files of a run that was done before; of one under a URL all but the student. Raises UserError."""
         if self.before:
-            run, names = self.run, SEALED
+            run = self.run
+            names: Sequence[str] = SEALED
             if run.remote:
                 names = [name for name in self.result.get("files", {}) if name in SEALED]
                 for name in names:
@@ -84,7 +85,7 @@ def ensure(config: ExperimentConfig, train: Train) -> Inputs:
     if config.logits.source.reads_store:
         from kd.experiment import stores
 
-        if planned.recording and not planned.store.manifest().exists():
+        if planned.recording and not planned.store_place.manifest().exists():
             with wandb_agent.hidden():
                 train(planned.recording)
         name = None
@@ -176,7 +177,7 @@ def teacher_model(config: ExperimentConfig, components: Components, train: Train
     name = ensure_trained(planned.teacher, train) if planned.teacher else config.teacher.name
     if name is None:
         raise UserError(
-            option=planned.store.path,
+            option=planned.store_place.path,
             why="does not exist, and teacher=none cannot write a store",
             hint="give the path of a store as logits.path, or choose a teacher, e.g. teacher=1m",
         )

@@ -105,7 +105,7 @@ def words_of(config: ExperimentConfig) -> str:
 
 def opened(config: ExperimentConfig, packed: Packed) -> Store | None:
     """The store of a run with logits=offline, if it is there; raises UserError if it is not what the run needs."""
-    where, of, truncation = Plan.of(config).store, described(config, packed), config.truncation.spec
+    where, of, truncation = Plan.of(config).store_place, described(config, packed), config.truncation.spec
     window = window_share(config.logits.window)
     if where.manifest().exists():
         found = Store(where.path, where.cache)
@@ -163,7 +163,7 @@ def stored(config: ExperimentConfig, packed: Packed, keep: Keep, teacher: Callab
     """The store of a run with logits=offline, written first if there is none, by one process while others wait."""
     found = opened(config, packed)
     if found is None:
-        where = Plan.of(config).store
+        where = Plan.of(config).store_place
         run = Run(where.folder.parent, where.folder.name)
         url = is_url(where.path)
         lease = Remote(where.path, where.folder).lease(whereabouts(), alive, True) if url else nullcontext()
@@ -174,24 +174,29 @@ def stored(config: ExperimentConfig, packed: Packed, keep: Keep, teacher: Callab
     return found
 
 
-def write(
-    config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM, part: tuple[int, int] = (1, 1)
-) -> Store | None:
-    """Write the store that a config describes, and open it; None for a part, which is to be merged with others."""
-    where, of = Plan.of(config).store, described(config, packed)
+def write_part(config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM, part: tuple[int, int]) -> None:
+    """Write one of several parts of the store that a config describes, to be merged with the others."""
+    where, of = Plan.of(config).store_place, described(config, packed)
     encoder = RowEncoder.finished(OnlineTeacher(model), of, keep, config.trainer.accelerator)
     about = about_store(config, packed, model, where.key)
     writer.write(where.folder, of, about, packed, encoder, config.trainer.micro_batch, part)
-    if part[1] > 1:
-        return None
-    if "://" in where.path:
-        writer.upload(where.folder, where.path)
-    return opened(config, packed)
+
+
+def write(config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM) -> Store:
+    """Write the store that a config describes, and open it."""
+    write_part(config, packed, keep, model, (1, 1))
+    place = Plan.of(config).store_place
+    if "://" in place.path:
+        writer.upload(place.folder, place.path)
+    store = opened(config, packed)
+    assert store is not None, "the store was written just now"
+    return store
 
 
 def recorder(config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM, start: int) -> Recorder:
     """What stores the logits of a model in training, from step `start` on."""
-    run, where = Plan.of(config).run, Plan.of(config).store
+    assert keep is not None, "a recorder keeps a part of each distribution"
+    run, where = Plan.of(config).run, Plan.of(config).store_place
     of = described(config, packed) | {"teacher": run.name, "weights": None}
     url = where.path if "://" in where.path else None
     about = about_store(config, packed, model, where.key)

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import filelock
 from rich.console import Group
@@ -69,7 +70,7 @@ class OnNode(Local):
     signal other than SIGUSR2 that comes twice, as from a second Ctrl-C, has the run killed here.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.heard: list[str] = []
 
@@ -142,6 +143,7 @@ class Elsewhere(Pool):
         facts = {"seconds": round(time.monotonic() - begun, 2), "peak_memory": None, "log": str(job.log)}
         if not self._said(job, job.run.state()):
             outcome = Outcome(RunState.PREEMPTED, f"asked to end; {GOES_ON}") if self.asked else of.why
+            assert outcome is not None, "the scheduler told the end of a run that did not"
             with contextlib.suppress(filelock.Timeout), filelock.FileLock(job.run / ".lock", timeout=0):
                 job.run.end(replace(outcome, details=facts))  # nobody works on it: not what another sweep began either
         return facts
@@ -158,7 +160,7 @@ class Handed:
 
     log: int  # bytes of its log at that time
     before: dict | None  # its state then, None where its URL did not answer
-    number: object = None  # what the scheduler calls it
+    number: Any = None  # what the scheduler calls it: text of SLURM, a reference of Ray
     waits: str = ""  # for what, while it is queued
     why: Outcome | None = None  # of a run that is over and did not say so itself
     since: float = field(default=0.0)  # when the scheduler was first heard to say that it is over

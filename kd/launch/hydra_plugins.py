@@ -30,7 +30,7 @@ def register() -> None:
     except ModuleNotFoundError:
         package = sys.modules["hydra_plugins"] = types.ModuleType("hydra_plugins")
         package.__path__ = []
-    package.kd = sys.modules[NAME] = sys.modules[__name__]
+    package.__dict__["kd"] = sys.modules[NAME] = sys.modules[__name__]
     for plugin in (Lines, Search, Processes, Slurm, Ray):
         plugin.__module__ = NAME
         Plugins.instance().register(plugin)

@@ -125,9 +125,9 @@ class Search(Multirun):
             )
         if any(t.state == states.COMPLETE for t in study.trials):
             best = study.best_trial
-            said = "  ".join(f"{key}={value}" for key, value in best.params.items())
+            settings = "  ".join(f"{key}={value}" for key, value in best.params.items())
             console.print(
-                f"best of {counted(len(study.trials), 'trial', 'trials')}: {MEASURE} {best.value:.4f} with  {said}",
+                f"best of {counted(len(study.trials), 'trial', 'trials')}: {MEASURE} {best.value:.4f} with  {settings}",
                 soft_wrap=True,
             )
         return returns

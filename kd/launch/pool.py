@@ -116,6 +116,7 @@ class Pool:
             if job not in (*self.waiting, *self.running):
                 job.state = {"state": RunState.DONE, "reason": ""}
                 result = job.run.result()
+                assert result is not None, "a run that waits no more is done"
                 self._say(job, "; ".join([done_before(result), *doubts(result)]), number)
         live = Live(get_renderable=self.board, console=console, transient=True, refresh_per_second=2)
         heard = 0
@@ -178,8 +179,8 @@ class Pool:
 
     def board(self) -> Group:
         """What runs, and how far the sweep is."""
-        ended = [job for job in self.jobs if job.state]
-        done, queued = sum(j.state["state"] == RunState.DONE for j in ended), sum(not job.begun for job in self.running)
+        ended = [job.state["state"] for job in self.jobs if job.state]
+        done, queued = ended.count(RunState.DONE), sum(not job.begun for job in self.running)
         says = f"{done} done, {len(self.running) - queued} running, {len(ended) - done} not done, "
         says += f"{len(self.waiting) + queued} to come"
         if self.endings:
@@ -213,11 +214,13 @@ class Pool:
 
     def _ended(self, job: Job) -> None:
         """Say in which state a run ended."""
-        if job.state["state"] == RunState.DONE:
+        state = job.state
+        assert state is not None, "an end that is recorded has a state"
+        if state["state"] == RunState.DONE:
             self.spent.append(job.facts["seconds"])
         elif self.stop_on_failure and not job.cut:
             self.stopped = True
-        self._say(job, f"{job.state['state']} after {clock(job.facts['seconds'])}  {job.state['reason']}")
+        self._say(job, f"{state['state']} after {clock(job.facts['seconds'])}  {state['reason']}")
 
     def _ask(self, name: str) -> None:
         """Take a signal that asks the sweep to end, to be passed on by work()."""
@@ -277,7 +280,7 @@ class Local(Pool):
             free = [job for job in self.waiting if self._room(job)]
             if not free:
                 break
-            if self.warm and not self._is_ready(free[0]):
+            if self.warm and not self._is_ready(self.warm, free[0]):
                 break  # work() asks again
             job = self._next(free)
             if job is None:
@@ -289,11 +292,11 @@ class Local(Pool):
                 self._say(job, f"could not be started: {error}")
                 self.stopped = self.stopped or self.stop_on_failure
 
-    def _is_ready(self, job: Job) -> bool:
+    def _is_ready(self, warm: Warm, job: Job) -> bool:
         """Whether runs can be started now; without a server to fork them from, they start by themselves."""
         try:
             job.run.folder.mkdir(parents=True, exist_ok=True)
-            ready = self.warm.ready(self._environment([]), job.log)
+            ready = warm.ready(self._environment([]), job.log)
         except OSError:
             return True  # so that the start fails, and says why
         self._check_server()
@@ -317,14 +320,14 @@ class Local(Pool):
     def _start(self, job: Job) -> None:
         self._say(job, f"starts{self._left()}")
         loads = self._loads()
-        devices = sorted(self.devices, key=loads.get)[: job.gpus]
+        devices = sorted(self.devices, key=loads.__getitem__)[: job.gpus]
         job.run.folder.mkdir(parents=True, exist_ok=True)
         job.begun, killed = time.monotonic(), killed_for_memory()
         with open(job.log, "ab") as log:
-            process = self.warm and self.warm.fork(job.words, log.fileno())
+            forked = self.warm.fork(job.words, log.fileno()) if self.warm else None
             self._check_server()
             # A session of its own: what a terminal sends to all is passed on by the sweep, once.
-            process = process or subprocess.Popen(
+            process = forked or subprocess.Popen(
                 [sys.executable, self.program, *job.words], env=self._environment(devices), start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
@@ -335,7 +338,7 @@ class Local(Pool):
         """Return the environment of a run that has these GPUs."""
         environment = os.environ | {PARENT: str(os.getpid())}
         if self.at_once > 1:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             environment = {"OMP_NUM_THREADS": str(max(1, cores // min(self.at_once, len(self.jobs))))} | environment
         return environment | ({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if self.devices else {})
 
@@ -357,7 +360,9 @@ class Local(Pool):
     def record(self, job: Job) -> dict:
         of, state = self.processes[job.run.name], job.run.state()
         seconds = round(time.monotonic() - job.begun, 2)
-        facts = {"exit_code": of.process.returncode, "seconds": seconds, "peak_memory": of.memory, "log": str(job.log)}
+        code = of.process.returncode
+        assert code is not None, "the process has ended"
+        facts = {"exit_code": code, "seconds": seconds, "peak_memory": of.memory, "log": str(job.log)}
         if state["state"] == RunState.RUNNING and state["pid"] != of.process.pid:
             pass  # of another sweep, which says what becomes of it
         elif state["state"] == RunState.DONE:
@@ -368,7 +373,7 @@ class Local(Pool):
         else:
             with suppress(filelock.Timeout), filelock.FileLock(job.run / ".lock", timeout=0):
                 memory = killed_for_memory() > of.killed
-                ended = classify_exit(facts["exit_code"], memory, len(self.asked) > 1, job.last_line())
+                ended = classify_exit(code, memory, len(self.asked) > 1, job.last_line())
                 job.run.end(replace(ended, details=facts))  # nobody works on it: not what another sweep began either
         return facts
 

@@ -123,9 +123,9 @@ def launch(program: str, run: Run, job: dict, ranks: int) -> None:
         requests.end_if_asked()
         codes = _watch(processes)
     except Preempted:
-        for process in processes:
+        for pipe in [process.stdin for process in processes if process.stdin]:
             with suppress(OSError):
-                os.write(process.stdin.fileno(), b"x")
+                os.write(pipe.fileno(), b"x")
         while any(process.poll() is None for process in processes):  # a second signal ends it
             time.sleep(0.05)
         _preempted(run, server)
@@ -135,7 +135,8 @@ def launch(program: str, run: Run, job: dict, ranks: int) -> None:
             if process.poll() is None:
                 process.kill()
             process.wait()
-            process.stdin.close()
+            if process.stdin:
+                process.stdin.close()
     if EXIT_CODE in codes:
         _preempted(run, server)
         raise Preempted
@@ -179,7 +180,7 @@ def _failed(run: Run, server: dist.TCPStore, codes: list[int | None], out_of_mem
     if rank is not None:
         exit_ = classify_exit(code, out_of_memory, killed_by_us=False)
         outcome, message = replace(exit_, reason=f"rank {rank} of {ranks}: {exit_.reason}", exit_code=2), None
-    elif message or (outcome := _outcome(server)) is None:
+    else:
         rank, code = next((r, c) for r, c in enumerate(codes) if c)
         outcome = _outcome(server) or Outcome(
             RunState.FAILED, message or f"rank {rank} of {ranks} ended with exit code {code}", 2
@@ -201,7 +202,9 @@ def fit_in_ranks(program: str, run: Run, config: ExperimentConfig, inputs: Input
 
     run.begin(config)
     launch(program, run, as_job(run, config, inputs), config.trainer.devices)
-    return run.result()
+    result = run.result()
+    assert result is not None, "the first rank has written it"
+    return result
 
 
 def fit_as_rank(job: Job) -> None:

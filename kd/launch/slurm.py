@@ -31,13 +31,15 @@ OVER = (*LOST, "COMPLETED", "FAILED", "OUT_OF_MEMORY", "SPECIAL_EXIT")
 class SlurmTask(Task):
     """Requeued by submitit alone: SIGUSR2 says that its time is nearly over, or that another job comes first."""
 
-    def __call__(self) -> None:
+    def __call__(self) -> list[str]:
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's
         asked = super().__call__()
         if not self.done():
             if "SIGUSR2" in asked:
+                assert callable(requeue), "submitit handles the signal"
                 requeue(signal.SIGUSR2, None)  # the run has saved a checkpoint and ended; does not return
             sys.exit(EXIT_CODE if asked else 1)  # SLURM is to know too
+        return asked
 
     def checkpoint(self):
         from submitit.helpers import DelayedSubmission
@@ -128,11 +130,12 @@ class SlurmPool(Elsewhere):
         # One controller serves all: it is asked less and less often.
         if time.monotonic() - self.looked > max(1, min(15, (self.looked - self.begun) / 20)):
             listed = self.queue()
-            for job in self.running if listed is not None else ():
-                of = self.of(job)
-                stands, why = listed.get(of.number, ("", ""))
-                of.waits = f"SLURM says {why}" if why != "None" else ""
-                of.why = self._why(job, stands) if stands in OVER or not stands else None
+            if listed is not None:
+                for job in self.running:
+                    of = self.of(job)
+                    stands, why = listed.get(of.number, ("", ""))
+                    of.waits = f"SLURM says {why}" if why != "None" else ""
+                    of.why = self._why(job, stands) if stands in OVER or not stands else None
             self.looked = time.monotonic()
         return super().over()
 

@@ -133,7 +133,9 @@ class Runs(Launcher):
         config.root = files.expanded(config.root)  # the settings of a run are expanded when they are resolved
         self.hydra_context, self.config = hydra_context, config
         self.composer = Composer(hydra_context.config_loader, config)
-        self.program = sys.modules[task_function.__module__].__file__
+        program = sys.modules[task_function.__module__].__file__
+        assert program is not None, "a command line starts a file"
+        self.program = program
 
     def at_once(self, asked: Sequence[int]) -> float:
         """How many runs there are at a time, at most; asked: how many GPUs each of them asks for."""
@@ -202,7 +204,8 @@ class Runs(Launcher):
         if listed != before:  # a sweep that is done may be in a root that is read alone
             files.write_json(path, {"name": name, "runs": listed})
             remote.publish(self.config.root, f"sweeps/{name}.json")
-        order, by_name = [run.name for run, *_ in made], {}
+        order = [run.name for run, *_ in made]
+        by_name: dict[str, Job] = {}
         for (run, number, _), w, words in zip(made, job_overrides, said):
             by_name.setdefault(run.name, Job(run, [*w, f"sweep={name}"], words, number))
         jobs = list(by_name.values())
@@ -340,9 +343,10 @@ def refused(jobs: Sequence[Sequence[str]], said: Sequence[str], wrong: Mapping[i
     for key in dict.fromkeys(word.partition("=")[0] for job in jobs for word in job):
         values = [next((w.partition("=")[2] for w in job if w.startswith(f"{key}=")), None) for job in jobs]
         bad = {value for number, value in enumerate(values) if number in wrong}
-        good = list(dict.fromkeys(value for number, value in enumerate(values) if number not in wrong))
-        if good and None not in good and bad.isdisjoint(good):
-            lines.append(f"To leave them out, type {key}={','.join(good)}.")
+        good = dict.fromkeys(value for number, value in enumerate(values) if number not in wrong)
+        typed = [value for value in good if value is not None]
+        if good and len(typed) == len(good) and bad.isdisjoint(good):
+            lines.append(f"To leave them out, type {key}={','.join(typed)}.")
             break
     return "\n".join(lines)
 

@@ -66,7 +66,7 @@ class Warm:
             self.close()
             self._start(environment, log)
             self.made_for = wanted
-        if not self.is_ready and select.select([self.socket], [], [], 0)[0]:
+        if not self.is_ready and self.socket and select.select([self.socket], [], [], 0)[0]:
             self.is_ready = self.socket.recv(len(READY)) == READY
             if not self.is_ready:
                 self._fail(f", as {log} says")
@@ -74,7 +74,7 @@ class Warm:
 
     def fork(self, words: list[str], log: int) -> Forked | None:
         """Start a run that writes to an open file, as a child of this process; None where that is not possible."""
-        if not self.is_ready:
+        if not self.is_ready or self.socket is None:
             return None
         libc = ctypes.CDLL(None)
         libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -91,8 +91,9 @@ class Warm:
     def close(self) -> int | None:
         """End the server, but none of its runs, and return its exit code."""
         code = None
-        if self.server:
+        if self.socket:
             self.socket.close()
+        if self.server:
             self.server.kill()  # it may not listen; one that has ended keeps its exit code
             code = self.server.wait()
         self.server = self.socket = self.made_for = None
@@ -104,8 +105,9 @@ class Warm:
         self.failed = f"The process that runs are forked from has ended with exit code {code}{where}"
 
     def _start(self, environment: dict[str, str], log: Path) -> None:
-        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket.settimeout(PATIENCE)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.settimeout(PATIENCE)
+        self.socket = ours
         command = [sys.executable, self.program, WORD, str(theirs.fileno()), " " * ROOM]
         with theirs, open(log, "ab") as file:
             self.server = subprocess.Popen(

@@ -97,7 +97,11 @@ class CausalLM(nn.Module):
 
 def build(size: str | None, name: str | None, vocab: int, seq_len: int, option: str) -> CausalLM:
     """A model of a size of kd/config/sizes.py with fresh weights, or the one of that Hub name or folder, float32."""
-    model = from_size(size, vocab, seq_len) if size else pretrained(name, option)
+    if size:
+        model = from_size(size, vocab, seq_len)
+    else:
+        assert name, "a model without a size has a name"
+        model = pretrained(name, option)
     width = model.get_output_embeddings().weight.shape[0]
     if width < vocab:
         raise UserError(

@@ -52,7 +52,8 @@ EXPERTS_PER_TOKEN = (
 
 def experts(model) -> Iterator[tuple[nn.Module, float]]:
     """Modules that hold the routed experts of a layer, and the share of them that a token is sent to."""
-    config, inside = model.config.get_text_config(), ()
+    config = model.config.get_text_config()
+    inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         path, _, own = name.rpartition(".")
         routed = own == "experts" or (type(module).__name__.endswith("Experts") and "shared" not in own)
@@ -78,7 +79,7 @@ def _first_number(places: Iterable, names: Iterable[str]) -> float | None:
             value = getattr(place, name, None)
             if isinstance(value, list) and value:  # one for each layer
                 value = sum(value) / len(value)
-            if type(value) in (int, float):
+            if type(value) is int or type(value) is float:
                 return value
     return None
 
@@ -97,6 +98,7 @@ def cost_of(size: str | None, name: str | None, vocab: int, seq_len: int, option
     with torch.device("meta"):
         if size:
             return cost(from_size(size, vocab, seq_len), seq_len)
+        assert name, "a model without a size has a name"
         base = adapter_base(name, option)
         config = config_of(base, f"{option}={name} {BASE}") if base else config_of(name, option)
         model = from_hub(_FromConfig, name, f"{option}={name}", config=config)

@@ -85,18 +85,18 @@ class Objective:
         truncated: Target | None = None,
     ) -> tuple[Tensor, Sums]:  # fmt: skip
         """The gradient of `total` with respect to the student's logits [n, V], and the sums."""
-
-        def distillation(student: Tensor) -> tuple[Tensor, Tensor]:
-            kd = self.distance(student, target, truncated)
-            kd = (kd if kd_mask is None else torch.where(kd_mask, kd, 0)).sum()
-            return alpha * kd, kd
-
         student, chain = torch.func.vjp(lambda logits: logits.float().log_softmax(-1), logits)  # [n, V]
         lm = -student.gather(-1, label[:, None])  # [n, 1]
         share = 1 - (alpha if kd_mask is None else alpha * kd_mask[:, None])  # of language modelling
         if target is None:
             grad, kd = torch.zeros_like(student), torch.zeros_like(lm.sum())
         else:
+
+            def distillation(student: Tensor) -> tuple[Tensor, Tensor]:
+                kd = self.distance(student, target, truncated)
+                kd = (kd if kd_mask is None else torch.where(kd_mask, kd, 0)).sum()
+                return alpha * kd, kd
+
             grad, kd = torch.func.grad(distillation, has_aux=True)(student)
         # That of language modelling, one number per row, is put in its place; autograd would add [n, V] zeros.
         grad.scatter_add_(-1, label[:, None], (-share).to(grad).expand(len(label), 1))
@@ -123,6 +123,9 @@ def fitting(head: torch.nn.Module) -> int:
     return max(64, budget // (4 * len(output)))
 
 
+_compile_failed = False  # in this process; said once
+
+
 def _compiled(objective: Objective) -> Callable:
     """Compiled `slope`. Where compiling is a default, what torch cannot compile is computed as it is."""
     compiled = torch.compile(objective.slope)
@@ -130,11 +133,12 @@ def _compiled(objective: Objective) -> Callable:
         return compiled
 
     def slope(*arguments) -> tuple[Tensor, Sums]:
-        if not _compiled.failed:
+        global _compile_failed
+        if not _compile_failed:
             try:
                 return compiled(*arguments)
             except TorchDynamoException as error:
-                _compiled.failed = True
+                _compile_failed = True
                 reason = first_line(error)
                 console.print(
                     f"torch.compile failed, so the loss is slower and takes more memory than it could: {reason}\n"
@@ -144,9 +148,6 @@ def _compiled(objective: Objective) -> Callable:
         return objective.slope(*arguments)
 
     return slope
-
-
-_compiled.failed = False  # in this process; said once
 
 
 def _cast(head: torch.nn.Module, device: str) -> dict[str, Tensor]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,10 +11,11 @@ from kd.objective.chunked import log_probabilities
 from kd.objective.target import Target
 
 
-class ProjectedSignal(NamedTuple):
+@dataclass(frozen=True)
+class ProjectedSignal:
     """Signal whose distributions an output layer makes for the positions asked for, no more; it carries no gradient."""
 
-    head: Callable[[Tensor], Tensor]
+    head: torch.nn.Module
     features: Tensor  # [N, D]
     label: Tensor  # [N]
     seed: Tensor  # [N]

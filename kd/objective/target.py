@@ -7,7 +7,7 @@ V vocabulary, K kept columns, D hidden width. All probabilities are natural-log,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -44,8 +44,9 @@ class Target:
     token_info: TokenInfo = field(default_factory=TokenInfo)  # [N]     beside the distributions
 
     def __getitem__(self, rows) -> Target:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Target(**{k: v[rows] if isinstance(v, Tensor | TokenInfo) else v for k, v in values.items()})
+        ids, seed = (None if x is None else x[rows] for x in (self.ids, self.seed))
+        info = self.token_info[rows]
+        return replace(self, label=self.label[rows], logp=self.logp[rows], ids=ids, seed=seed, token_info=info)
 
     def keep(self, logp: Tensor, columns: Tensor) -> Target:
         """The target cut to `columns` [N, K'] of this one with log-probabilities `logp` [N, K'], true as they were."""

@@ -62,7 +62,8 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
     # Of a model in shards the gradients are summed as they are made.
     left = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
     while left:
-        bucket, size = [], 0
+        bucket: list[Tensor] = []
+        size = 0
         while left and (not bucket or (size + left[0].numel() <= BUCKET and left[0].dtype == bucket[0].dtype)):
             bucket.append(left.pop(0))
             size += bucket[-1].numel()

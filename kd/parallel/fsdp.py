@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -89,7 +89,7 @@ class Sharded(ModelParallelStrategy):
 
     def __init__(self, count: int):
         super().__init__(data_parallel_size=count, tensor_parallel_size=1)
-        self.writing = None  # the checkpoint on its way
+        self.writing: Future | None = None  # the checkpoint on its way
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.group = None
 

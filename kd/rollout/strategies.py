@@ -34,7 +34,7 @@ class Writers:
 
     student: CausalLM | None
     teacher: CausalLM | None
-    end: int  # the token that ends a response
+    end: int | None  # the token that ends a response; None for text without responses
     seed: int
     rows: int | None = None
     tokens: int = 0  # written so far
@@ -55,6 +55,7 @@ class Writers:
                 why="needs a teacher that writes responses, and this run has none",
                 hint="type logits=online and a teacher, or rollout=none",
             )
+        assert self.end is not None, "a response ends with a token"
         start = time.perf_counter()
         salt = {"student": 1, "teacher": 2}[names[-1]] << 32  # the numbers as they are draw samples of the teacher
         if engine == "vllm":
@@ -91,7 +92,13 @@ class Rollout:
     looks_first = False  # whether it is to be told of a validation before the first step
 
     def __init__(self, writers: Writers | None, **how):
-        self.writers, self.how = writers, how
+        self._writers, self.how = writers, how
+
+    @property
+    def writers(self) -> Writers:
+        """Models that write; a rollout that is only planned has none."""
+        assert self._writers is not None, "this rollout was built to be planned"
+        return self._writers
 
     def __call__(self, batch: Batch, step: int, progress: float) -> Batch:
         """The batch of a step, at which the share `progress` of the run is done."""
@@ -339,8 +346,9 @@ class Mixed(Rollout):
 
     def write(self, batch: Batch) -> Batch:
         written = self.writers.write(batch, "student", "teacher", **self.how)
-        advantage = self._advantage(written.token_info, written.labels != IGNORE)
-        return written._replace(token_info=replace(written.token_info, advantage=advantage))
+        info = _info(written)
+        advantage = self._advantage(info, written.labels != IGNORE)
+        return written._replace(token_info=replace(info, advantage=advantage))
 
     def _advantage(self, info: TokenInfo, counted: Tensor) -> Tensor:
         reward = (info.teacher_logp - info.student_logp) / self.scale
@@ -353,7 +361,7 @@ class Mixed(Rollout):
         if self.epochs == 1 or self.batch is None:
             return {}
         given = {name: x.cpu() for name, x in self.batch._asdict().items() if isinstance(x, Tensor)}
-        return given | {"token_info": self.batch.token_info.to("cpu").provided(), "round": self.round}
+        return given | {"token_info": _info(self.batch).to("cpu").provided(), "round": self.round}
 
     def load(self, state: dict) -> None:
         if state:
@@ -378,6 +386,12 @@ def _sampling(
     return dict(temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, engine=engine)
 
 
+def _info(batch: Batch) -> TokenInfo:
+    """Return the token information of text that a model wrote."""
+    assert batch.token_info is not None, "a rollout gives token information"
+    return batch.token_info
+
+
 def _data(batch: Batch) -> Batch:
     """A batch that is as it was, among others that the student wrote."""
     return batch._replace(token_info=TokenInfo(by_student=torch.zeros(batch.labels.shape, device=batch.labels.device)))
@@ -385,13 +399,13 @@ def _data(batch: Batch) -> Batch:
 
 def _only_who(batch: Batch) -> Batch:
     """Drop the token information that not every batch of a run has."""
-    return batch._replace(token_info=TokenInfo(by_student=batch.token_info.by_student))
+    return batch._replace(token_info=TokenInfo(by_student=_info(batch).by_student))
 
 
 def _joined(parts: list[Batch]) -> Batch:
     """Concatenate batches with the same fields of token information."""
     ids, labels, row, seed = (torch.cat(x) for x in zip(*(part[:4] for part in parts), strict=True))
-    return Batch(ids, labels, row, seed, token_info=TokenInfo.concatenate([part.token_info for part in parts]))
+    return Batch(ids, labels, row, seed, token_info=TokenInfo.concatenate([_info(part) for part in parts]))
 
 
 def as_rows(batch: Batch) -> dict[str, Tensor]:

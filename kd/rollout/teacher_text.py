@@ -42,7 +42,7 @@ def by_teacher(
             np.save(temporary / f"{side}_spans.npy", spans)
         about = json.loads((temporary / "manifest.json").read_text())
         about = {k: v for k, v in about.items() if k not in ("digest", "digests")}
-        spans = written["train"][1] if "train" in sides else packed.train_spans
+        spans = written["train"][1] if "train" in sides else _spans(packed, "train")
         packing.seal(temporary, about | {"train_tokens": int(spans[:, 1].sum()), "written": folder.name})
 
     made = packing.once(folder, make)
@@ -55,7 +55,7 @@ def _all_parts(packed: Packed, side: str, parts: Path, rollout, writers) -> tupl
     from kd.system.console import clock, console, track
 
     parts.mkdir(exist_ok=True)
-    rows, asked = (packed.train, packed.train_spans) if side == "train" else (packed.val, packed.val_spans)
+    rows, asked = packed.train if side == "train" else packed.val, _spans(packed, side)
     name, salt = ("", []) if side == "train" else ("val-", [1])
     chosen = np.flatnonzero(_without_response(packed)) if side == "val" else np.arange(len(rows))
     paths = {start: parts / f"{name}{start:09}.npz" for start in range(0, len(chosen), AT_ONCE)}
@@ -79,9 +79,16 @@ def _all_parts(packed: Packed, side: str, parts: Path, rollout, writers) -> tupl
     return tokens, spans
 
 
+def _spans(packed: Packed, side: str) -> np.ndarray:
+    """Tokens of the prompt of each row, and all that are no padding [R, 2]."""
+    spans = packed.train_spans if side == "train" else packed.val_spans
+    assert spans is not None, "only prompts get responses"
+    return spans
+
+
 def _without_response(packed: Packed) -> np.ndarray:
     """Which validation rows have nothing but the end behind their prompt, [R]."""
-    first, end = packed.val_spans.T
+    first, end = _spans(packed, "val").T
     return (end - first == 1) & (packed.val[np.arange(len(packed.val)), first] == packed.end)
 
 

@@ -126,8 +126,8 @@ def nested(config: dict) -> dict:
 def sizes_of(result: dict) -> dict[str, tuple[int, int]]:
     """The sizes that axes() asks for, of a run that is done."""
     roles = {"student": "", "teacher": "teacher_"}
-    found = {role: tuple(result.get(f"{of}{k}") for k in ("parameters", "non_embedding")) for role, of in roles.items()}
-    return {role: counts for role, counts in found.items() if None not in counts}
+    found = {role: (result.get(f"{of}parameters"), result.get(f"{of}non_embedding")) for role, of in roles.items()}
+    return {role: (count, inner) for role, (count, inner) in found.items() if count is not None and inner is not None}
 
 
 def size_text(parameters: int, active: int | None) -> str:

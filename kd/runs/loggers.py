@@ -97,10 +97,11 @@ def _explained(name: str) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """What an error says in one line; of W&B's settings, which variables of the environment they come from."""
-    if type(error).__name__ != "ValidationError":  # of pydantic
+    errors = getattr(error, "errors", None)
+    if type(error).__name__ != "ValidationError" or errors is None:  # of pydantic
         return f"{type(error).__name__}: {first_line(error)}"
     wrong = []
-    for item in error.errors():
+    for item in errors():
         option = f"WANDB_{'_'.join(map(str, item['loc'])).upper()}"
         wrong.append(f"{option}={os.environ.get(option, item['input'])}: {item['msg']}")
     return "; ".join(wrong)

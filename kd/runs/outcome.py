@@ -73,6 +73,8 @@ def classify(error: BaseException) -> Outcome:
         return Outcome(RunState.DIVERGED, str(error), 2, error.report)
     full = isinstance(error, Exception) and out_of_memory(error)
     code = error.code if isinstance(error, SystemExit) else 2 if full or is_mistake(error) else 1
+    if isinstance(code, str):
+        code = 1  # the interpreter prints the text, and exits with 1
     if code == EXIT_CODE:
         return Outcome(RunState.PREEMPTED, preempted_at(error), EXIT_CODE)
     reason = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -33,7 +33,9 @@ def sources(config: dict) -> dict[str, dict[str, str]]:
 def component(group: str, name: str | None) -> dict[str, str]:
     """Digests of the source of one component; none of another library's."""
     module = _module(group, name)
-    return {used: _digest(module, used) for used in sorted(_used(module, name))} if module else {}
+    if name is None or module is None:
+        return {}
+    return {used: digest for used in sorted(_used(module, name)) if (digest := _digest(module, used))}
 
 
 def differences(kept: dict, now: dict, config: dict) -> list[str]:
@@ -134,7 +136,7 @@ def _definitions(module: str) -> dict[str, list[ast.stmt] | tuple[str, str]]:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             for name in {x.id for target in targets for x in ast.walk(target) if isinstance(x, ast.Name)}:
                 found[name] = [*(old if isinstance(old := found.get(name), list) else []), node]
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kd."):
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("kd."):
             found |= {x.asname or x.name: (node.module.removeprefix("kd."), x.name) for x in node.names}
     return found
 
@@ -172,7 +174,7 @@ def _digest(module: str, name: str) -> str | None:
     definition = _definitions(module).get(name)
     if isinstance(definition, tuple):
         return _digest(*definition) if (PACKAGE / f"{definition[0].replace('.', '/')}.py").exists() else None
-    return definition and files.digest_of([_plain(node) for node in definition])[:16]
+    return files.digest_of([_plain(node) for node in definition])[:16] if definition else None
 
 
 def _plain(node):

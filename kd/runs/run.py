@@ -44,12 +44,12 @@ class Run:
 
     def __init__(self, root: str | Path, name: str):
         self.name = name
-        self.root = root if remote.is_url(root) else str(Path(root).absolute())
+        self.root = str(root) if remote.is_url(root) else str(Path(root).absolute())
         self.folder = remote.home(root) / name
         self.remote = remote.Remote(f"{root}/{name}", self.folder) if remote.is_url(root) else None
         self.begun = time.monotonic()
 
-    def __truediv__(self, name: str) -> Path:
+    def __truediv__(self, name: str | Path) -> Path:
         return self.folder / name
 
     @property
@@ -187,7 +187,7 @@ class Run:
         for folder in (self.folder, self / "checkpoints"):
             files.clear(folder)
         if self.remote:
-            self._pull()
+            self._pull(self.remote)
         files.write_json(self / "config.json", redacted(config.to_dict()))
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         files.write_json(self / "state.json", {"state": RunState.RUNNING, **whereabouts(), "since": since})
@@ -195,13 +195,13 @@ class Run:
             self.remote.put("config.json", "state.json")
         self.begun = time.monotonic()
 
-    def _pull(self) -> None:
+    def _pull(self, source: remote.Remote) -> None:
         """Copy from the URL what the work goes on with, if it is further there than here."""
         from kd.system.checkpoint_files import latest_step
 
-        self.remote.pull_checkpoint(latest_step(self / "checkpoints"))
+        source.pull_checkpoint(latest_step(self / "checkpoints"))
         if not (self / "wandb-id").exists():
-            self.remote.get("wandb-id")
+            source.get("wandb-id")
 
     def end(self, outcome: Outcome) -> Path:
         """Write how a process's work on the run ended, with its wall time and peak memory; return the file."""

@@ -45,7 +45,7 @@ def write_store(words: list[str]) -> Store | None:
     words = [word for word in words if word != part]
     config = config_of(["logits=offline", *words])
     if config.record:  # whatever a student asks for
-        truncation = {"_target_": config.record.target} | config.record.args
+        truncation = {"_target_": config.record.target, **config.record.args}
         truncation.pop("path", None)
         config = config.derive(truncation=TruncationConfig.from_node(truncation, "truncation"))
     packed, components = prepare(config)
@@ -53,12 +53,13 @@ def write_store(words: list[str]) -> Store | None:
         return store
     share = int(numbers[1]), int(numbers[2])
     teacher = teacher_model(config, components, train.train)
-    store = stores.write(config, packed, components.keep, teacher, share)
-    if store is None:
-        folder = Plan.of(config).store.folder
-        console.print(f"Part {share[0]} of {share[1]} is in {folder}. When all parts are on one disk, type\n"
-                      f"  python -m kd.store merge STORE {folder} …", soft_wrap=True)  # fmt: skip
-    return store
+    if share[1] == 1:
+        return stores.write(config, packed, components.keep, teacher)
+    stores.write_part(config, packed, components.keep, teacher, share)
+    folder = Plan.of(config).store_place.folder
+    console.print(f"Part {share[0]} of {share[1]} is in {folder}. When all parts are on one disk, type\n"
+                  f"  python -m kd.store merge STORE {folder} …", soft_wrap=True)  # fmt: skip
+    return None
 
 
 def compare_with_teacher(store: Store, root: str) -> str:
@@ -129,7 +130,7 @@ def main() -> None:
             store = Store(given.path, Path())
         else:
             store = Store(given.path, home(given.root) / "stores")
-        if given.command == "verify":
+        if store and given.command == "verify":
             store.verify()
             console.print(f"{counted(len(store.manifest['files']), 'file is', 'files are all')} what was written.")
             console.print(compare_with_teacher(store, given.root), soft_wrap=True)

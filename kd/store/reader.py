@@ -181,6 +181,7 @@ class Store:
             begin, end = self.manifest["files"][name]["steps"]
             if begin < high and end > low:
                 shard = self._shard(name)
+                assert shard.rows is not None and shard.steps is not None, "a shard was recorded in training steps"
                 chosen = np.flatnonzero((shard.steps >= low) & (shard.steps < high))
                 rows.append(shard.rows[chosen])
                 places.append(np.stack([np.full(len(chosen), number), chosen], 1))
@@ -215,7 +216,9 @@ class Store:
         """Return the stored signal at the target positions of a batch, whose rows read() has read."""
         label, seed = batch.labels[mask], batch.seed[mask]
         if self.truncation == FULL:
+            assert isinstance(batch.stored, Tensor), "a complete store has hidden states"
             return ProjectedSignal(self.head.to(label.device), batch.stored[mask].float(), label, seed)
+        assert isinstance(batch.stored, Entries), "a truncated store has entries"
         positions = batch.stored.at(mask)
         return lambda rows: positions.target(rows, label[rows], seed[rows], self.draws)
 
@@ -262,6 +265,7 @@ class Store:
         if "steps" in self.manifest:
             if self._rows is None:  # no window was picked
                 self.select_window(None)
+            assert self._rows is not None and self._places is not None, "a window is picked"
             number, place = self._places[np.searchsorted(self._rows, row)]
             return self.shards[number], place
         number = int(np.searchsorted(self.first, row, side="right")) - 1

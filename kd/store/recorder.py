@@ -34,7 +34,7 @@ class Recorder:
         self.folder, self.of, self.about, self.keep, self.url = folder, of, about, keep, url
         begin(folder, of)
         if url and step:
-            self._pull()
+            self._pull(url)
         (folder / "manifest.json").unlink(missing_ok=True)
         covered = 0
         for name, note in _notes(folder).items():
@@ -52,7 +52,8 @@ class Recorder:
                 hint="to train and record the run from the start, type this, and then the same command again",
                 commands=[shlex.join(["rm", "-r", str(checkpoints), str(folder)])],
             )
-        self.begun, self.there = step, set()
+        self.begun = step
+        self.there: set[str] = set()
         self.pieces: list[Positions] = []
         self.out = Rows()
 
@@ -81,9 +82,9 @@ class Recorder:
             self.out.save(self.folder, f"shard-{self.begun:08}", steps=[self.begun, step])
         self.begun, self.out = step, Rows()
 
-    def _pull(self) -> None:
+    def _pull(self, url: str) -> None:
         """Copy from the URL the shards that are not here; one that was cut off on its way there is left out."""
-        there = Remote(self.url, self.folder)
+        there = Remote(url, self.folder)
         for note in (x for x in there.names() if x.startswith("shard-") and x.endswith(".json")):
             name = note.removesuffix(".json")
             if _note(self.folder, name) is None and there.get(f"{name}.safetensors"):

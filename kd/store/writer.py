@@ -43,7 +43,7 @@ SHARDS = 8  # at least so many where there are rows enough, so that a killed wri
 class Rows:
     """Rows of a shard to be, in memory."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.hashes: list[int] = []
         self.bodies: list[Tensor | bytes] = []
         self.rows: list[int] = []
@@ -265,7 +265,8 @@ def write(
     batch: rows per forward pass. part: which of how many machines that do not share a disk; with more than one there
     is no manifest before merge(). Raises UserError if there is no room.
     """
-    shards = _cut(*packed.train.shape, encoder)
+    rows, size = packed.train.shape
+    shards = _cut(rows, size, encoder)
     begin(folder, of, about=about, shards=list(shards))
     if encoder.device.type == "cpu":
         keep_freed()
@@ -301,7 +302,7 @@ def write(
     finally:
         progress.stop()
     if part[1] == 1:
-        commit(folder, of, read_json(folder / "begun.json")["about"])
+        commit(folder, of, files.load_json(folder / "begun.json")["about"])
         for lock in folder.glob(".*.lock"):
             lock.unlink(missing_ok=True)
 
@@ -377,8 +378,9 @@ def merge(folder: Path, parts: list[Path]) -> None:
 
     Raises UserError if the parts are not of one store, if one is damaged, or if a shard is missing.
     """
-    begun = {part: read_json(part / "begun.json") for part in parts}
-    for part, of in begun.items():
+    begun: dict[Path, dict] = {}
+    for part in parts:
+        of = read_json(part / "begun.json")
         if of is None:
             why, hint = "is no part of a store: the folder has no begun.json", "give the folders of the parts"
             raise UserError(option=part, why=why, hint=hint)
@@ -386,6 +388,7 @@ def merge(folder: Path, parts: list[Path]) -> None:
             why = "was recorded in training, by one process: there is nothing to merge"
             raise UserError(option=part, why=why, hint="use this folder as a store as it is")
         begin(folder, **of)
+        begun[part] = of
     notes = {name: (part, note) for part in parts for name, note in _notes(part).items()}
     missing = [name for name in ("head", "validation", *begun[parts[0]]["shards"]) if name not in notes]
     if missing:
@@ -409,7 +412,7 @@ def merge(folder: Path, parts: list[Path]) -> None:
 
 def upload(folder: Path, url: str) -> None:
     """Copy a whole store to a URL, the manifest last."""
-    manifest = read_json(folder / "manifest.json")
+    manifest = files.load_json(folder / "manifest.json")
     there = read_json(files.fetch(url, folder, "manifest.json"))
     if there and there["of"] != manifest["of"]:
         raise UserError(

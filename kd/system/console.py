@@ -7,8 +7,8 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import NoReturn
+from collections.abc import Iterable, Iterator, Sized
+from typing import NoReturn, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -67,7 +67,7 @@ def track(items: Iterable, title: str) -> Iterator:
 
 def _lines(items: Iterable, title: str) -> Iterator:
     try:
-        total = f"/{len(items)}"
+        total = f"/{len(cast(Sized, items))}"
     except TypeError:  # a stream, whose length nobody knows
         total = ""
     begun = time.monotonic()

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypedDict
 
 import xxhash
 
@@ -93,10 +94,12 @@ def write_json(path: Path, value) -> None:
 
 def amount(size: float) -> str:
     """12 kB, 3.4 MB, 1.2 TB"""
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            return f"{size:,.0f} {unit}" if size >= 10 or unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
+    unit = "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:,.0f} {unit}" if size >= 10 or unit == "bytes" else f"{size:.1f} {unit}"
 
 
 def digest(path: Path) -> str:
@@ -157,8 +160,17 @@ def known_digest(path: Path) -> str:
     return made
 
 
-def _state(path: Path) -> dict[str, str | int]:
-    """What changes with the content of a file."""
+class _FileState(TypedDict):
+    """Values that change with the content of a file."""
+
+    path: str
+    inode: int
+    size: int
+    mtime: int  # ns, as is ctime
+    ctime: int
+
+
+def _state(path: Path) -> _FileState:
     of = path.stat()
     return {"path": str(path), "inode": of.st_ino, "size": of.st_size, "mtime": of.st_mtime_ns, "ctime": of.st_ctime_ns}
 
@@ -239,9 +251,15 @@ def check_cache(folder: str | Path, variable: str) -> None:
 def read_json(path: Path) -> dict | None:
     """A JSON file, or None if it is not there; raises UserError if it is damaged."""
     try:
-        return json.loads(path.read_text())
+        return load_json(path)
     except FileNotFoundError:
         return None
+
+
+def load_json(path: Path) -> dict:
+    """A JSON file, which has to be there; raises UserError if it is damaged."""
+    try:
+        return json.loads(path.read_text())
     except ValueError as error:
         raise _damaged(path, error) from None
 

@@ -24,4 +24,4 @@ def forget_ranks(environment: MutableMapping[str, str]) -> None:
     for name in [name for name in environment if RANKS.fullmatch(name)]:
         del environment[name]
     if own is not None:
-        environment |= {"LOCAL_RANK": own, "NODE_RANK": "0"}
+        environment.update(LOCAL_RANK=own, NODE_RANK="0")

@@ -24,7 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kd.errors import UserError
 from kd.system import files
@@ -166,10 +166,10 @@ class Remote:
     def __init__(self, url: str, folder: Path):
         self.url, self.folder = url.rstrip("/"), folder
         self.lost = False  # whether another machine works on it now
-        self._seen: dict[str, tuple] = {}
-        self._thread = None
+        self._seen: dict[str, tuple[float, int, dict | None]] = {}  # read at, time of the local state, content
+        self._thread: ThreadPoolExecutor | None = None
         self._sending: Future | None = None
-        self._system = None
+        self._system: tuple[Any, str] | None = None  # file system of fsspec, and the path in it
 
     def _tried(self, what: str, act: Callable[..., T], wait: float | None) -> T:
         """Return act(system, path), with a connection of its own at each try."""
@@ -178,8 +178,8 @@ class Remote:
             import fsspec  # takes its time, which a folder has no use for
 
             try:
-                self._system = self._system or fsspec.core.url_to_fs(self.url)
-                return act(self._system[0], self._system[1].rstrip("/"))
+                system, path = self._system = self._system or fsspec.core.url_to_fs(self.url)
+                return act(system, path.rstrip("/"))
             except Exception as error:
                 if self._system and isinstance(explained(self.url, what, error), Unreachable):
                     type(self._system[0]).clear_instance_cache()
@@ -207,11 +207,14 @@ class Remote:
         local = self.folder / "state.json"
         written = local.stat().st_mtime_ns if local.exists() else 0
         seen = self._seen.get(name)
-        done = seen and seen[2] and name == "result.json"  # which never changes
-        if not done and (seen is None or seen[1] != written or time.monotonic() - seen[0] > ASK_AGAIN):
-            there = self.read(name, wait)
-            self._seen[name] = seen = (time.monotonic(), written, there)
-        return seen[2]
+        if seen is not None:
+            read_at, state, content = seen
+            done = content and name == "result.json"  # which never changes
+            if done or (state == written and time.monotonic() - read_at <= ASK_AGAIN):
+                return content
+        content = self.read(name, wait)
+        self._seen[name] = (time.monotonic(), written, content)
+        return content
 
     def forget(self) -> None:
         """Ask anew, whatever was there a moment ago."""
@@ -302,7 +305,7 @@ class Remote:
         notes = [name for name in notes if step_of(name) > step]
         for name in notes:
             try:
-                note = self.read(name)
+                note = self.read(name) or {}
                 if all(self._pull(part, of) for part, of in note["files"].items()):
                     # First the metrics: without the digest there is no checkpoint yet that goes with them.
                     os.replace((self.folder / name).with_suffix(".jsonl"), self.folder / "metrics.jsonl")
@@ -357,8 +360,8 @@ class Remote:
         metrics = self.folder / f"{name}.jsonl"
         with files.atomic(metrics) as temporary:  # of the steps that are not run again
             temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-        parts = [p for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else [path]
-        parts = [p.relative_to(self.folder).as_posix() for p in (*parts, metrics)]
+        written = [p for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else [path]
+        parts = [p.relative_to(self.folder).as_posix() for p in (*written, metrics)]
         digests = {p: files.digest(self.folder / p) for p in parts}
         self.put(*parts, "metrics.jsonl", "state.json", wait=wait)
         metrics.unlink()

@@ -8,7 +8,7 @@ from torch import Tensor
 from kd.data.batches import Batch
 from kd.models.causal_lm import CausalLM
 from kd.models.flops import Cost
-from kd.objective.chunked import Objective
+from kd.objective.chunked import Objective, Signal
 from kd.objective.signals import ProjectedSignal
 from kd.teachers.base import Teacher, TeacherOrigin, project, traits
 
@@ -42,8 +42,10 @@ class CotrainedTeacher(Teacher):
     def reference(self, batch: Batch, mask: Tensor) -> ProjectedSignal:
         return project(self.model, batch, mask)
 
-    def own_loss(self, batch: Batch, mask: Tensor, signal: ProjectedSignal, objective: Objective) -> Tensor:
-        return objective.language_modelling(self.model.head, signal.features, batch.labels[mask])
+    def own_loss(self, batch: Batch, mask: Tensor, signal: Signal, objective: Objective) -> Tensor:
+        assert isinstance(signal, ProjectedSignal), "this teacher's signal comes from its hidden states"
+        return objective.language_modelling(signal.head, signal.features, batch.labels[mask])
 
     def flops_per_token(self, selects_tokens: bool) -> float:
+        assert self.cost is not None, "the cost of a teacher's model is known before it is asked for"
         return self.cost.flops_per_token * (4 if selects_tokens else 3)  # selection has a forward pass of its own

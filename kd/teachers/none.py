@@ -26,5 +26,8 @@ class NoTeacher(Teacher):
         if reference:
             self.model, self.cost = reference.model, reference.cost
 
+    def signal(self, batch: Batch, mask: Tensor) -> Signal:
+        raise RuntimeError("a run without a teacher has no training signal")
+
     def reference(self, batch: Batch, mask: Tensor) -> Signal | None:
         return self.compared.reference(batch, mask) if self.compared else None

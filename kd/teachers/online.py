@@ -35,4 +35,5 @@ class OnlineTeacher(Teacher):
         return self.signal(batch, mask)
 
     def flops_per_token(self, selects_tokens: bool) -> float:
+        assert self.cost is not None, "the cost of a teacher's model is known before it is asked for"
         return self.cost.flops_per_token + (2 * self.cost.output if selects_tokens else 0)  # its head runs twice

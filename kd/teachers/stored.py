@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -12,6 +12,9 @@ from kd.errors import UserError
 from kd.models.flops import Cost
 from kd.objective.chunked import Signal
 from kd.teachers.base import Teacher, TeacherOrigin, Truncation, traits
+
+if TYPE_CHECKING:
+    from kd.store.format import Entries
 
 
 @traits("reads_store")
@@ -23,7 +26,7 @@ def offline(
     path: folder or URL of the store. window: early, late or [0.5,1.0], the share of a recorded teacher's training to
     read. seed: of the draws of a store of samples.
     """
-    return StoredTeacher(origin.store, window)
+    return _from_store(origin, window)
 
 
 @traits("reads_store", "recorded")
@@ -33,18 +36,24 @@ def recorded(origin: TeacherOrigin, window: str | tuple | None = "late", seed: i
     window: early, late or [0.5,1.0], the share of the teacher's training to read. seed: of the draws of a store of
     samples. Peng et al. 2024, arXiv 2410.16215, section 3.4.
     """
+    return _from_store(origin, window)
+
+
+def _from_store(origin: TeacherOrigin, window: str | tuple | None) -> StoredTeacher:
+    assert origin.store is not None, "a run with stored logits has opened its store"
     return StoredTeacher(origin.store, window)
 
 
 class SignalStore(Protocol):
     """What a teacher reads of a store; see kd.store.reader.Store."""
 
-    cost: Cost
+    @property
+    def cost(self) -> Cost | None: ...
 
     def select_window(self, window: tuple[float, float] | None) -> np.ndarray | None: ...
     def signal(self, batch: Batch, mask: Tensor) -> Signal: ...
     def reference(self, batch: Batch, mask: Tensor) -> Signal: ...
-    def read(self, row_ids: np.ndarray, ids: np.ndarray) -> object: ...
+    def read(self, row_ids: np.ndarray, ids: np.ndarray) -> Entries | Tensor | None: ...
     def truncation_for(self, requested: dict, function: Truncation) -> Truncation: ...
 
 
@@ -61,7 +70,7 @@ class StoredTeacher(Teacher):
     def reference(self, batch: Batch, mask: Tensor) -> Signal:
         return self.store.reference(batch, mask)
 
-    def read(self, row_ids: np.ndarray, ids: np.ndarray) -> object:
+    def read(self, row_ids: np.ndarray, ids: np.ndarray) -> Entries | Tensor | None:
         return self.store.read(row_ids, ids)
 
     def truncation(self, requested: dict, function: Truncation) -> Truncation:
@@ -72,13 +81,13 @@ def window_share(window: str | tuple | None) -> tuple[float, float] | None:
     """Return the share of the teacher's training that logits.window names; raises UserError for what has no meaning."""
     if window is None:
         return None
-    low_high = {"early": (0.0, 0.5), "late": (0.5, 1.0)}.get(window, window) if isinstance(window, str) else window
-    numbers = isinstance(low_high, list | tuple) and len(low_high) == 2
-    if not numbers or not all(type(x) in (int, float) for x in low_high) or not 0 <= low_high[0] < low_high[1] <= 1:
+    shares = {"early": (0.0, 0.5), "late": (0.5, 1.0)}.get(window, ()) if isinstance(window, str) else window
+    pair = isinstance(shares, list | tuple) and len(shares) == 2 and all(type(x) in (int, float) for x in shares)
+    if not pair or not 0 <= shares[0] < shares[1] <= 1:
         raise UserError(
             option="logits.window",
             got=window,
             need="early, late, or two shares of the teacher's training from 0 to 1, the smaller first",
             hint="type e.g. logits.window=[0.5,1.0]",
         )
-    return tuple(map(float, low_high))
+    return float(shares[0]), float(shares[1])

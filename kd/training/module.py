@@ -87,7 +87,9 @@ class DistillationModule(lightning.LightningModule):
             hold_in(torch.bfloat16, self.teacher.frozen)
         models = {"student": self.student, "teacher": self.teacher.model}
         for role in self.sharded:
-            fsdp.shard(models[role], self.trainer.strategy.root_device)
+            model = models[role]
+            assert model is not None, f"the {role} is in this process"
+            fsdp.shard(model, self.trainer.strategy.root_device)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         fused = {"fused": True} if self.device.type == "cuda" else {}  # one kernel for all of it
@@ -165,7 +167,7 @@ class DistillationModule(lightning.LightningModule):
         info = distill_batch.token_info
         by_student = info is not None and collectives.any_of(bool(info.by_student.any()))
         if batch.beside is None and not by_student:
-            terms = [(distill_batch, alpha, 1 - alpha)]
+            terms: list[tuple[Batch, float | None, float | None]] = [(distill_batch, alpha, 1 - alpha)]
         else:
             lm_batch = batch._replace(beside=None) if batch.beside is None else batch.beside
             terms = [(distill_batch, alpha, None), (lm_batch, None, 1 - alpha)]

@@ -21,7 +21,7 @@ from sweeps.fit.output import print_fits, write_fits
 from sweeps.fit.verdict import verdict
 from sweeps.report.arguments import path_argument, sweep_parser
 from sweeps.report.artifact import keep_artifact, wandb_place
-from sweeps.report.load import load_sweep
+from sweeps.report.load import Entry, load_sweep
 from sweeps.report.question import question
 
 
@@ -48,9 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("need the name of a sweep, or --csv FILE")
     if options.bootstrap < 0:
         parser.error(f"--bootstrap {options.bootstrap}: need 0 (no intervals) or more")
+    entries: list[Entry] = []
+    notes: list[str] = []
     try:
         if options.csv:
-            folder, name, entries, notes = options.csv.parent, options.csv.stem, [], []
+            folder, name = options.csv.parent, options.csv.stem
             runs = from_csv(options.csv)
         else:
             folder, name, entries = home(options.root) / "sweeps", options.name, load_sweep(options.root, options.name)

@@ -70,7 +70,10 @@ class Fit:
     def interval(self, name: str) -> tuple[float, float] | None:
         """Return the 95% interval of a coefficient, from the bootstrap."""
         values = [sample[name] for sample in self.bootstrap]
-        return tuple(float(x) for x in np.quantile(values, [0.025, 0.975])) if values else None
+        if not values:
+            return None
+        low, high = np.quantile(values, [0.025, 0.975])
+        return float(low), float(high)
 
     def bound_mark(self, name: str, value: float) -> str:
         """Return ≤ or ≥ if a value is at an end of the search, within 1%, so that the truth may be beyond."""
@@ -101,16 +104,14 @@ class Fit:
         for axis, (noun, names) in axes.items():
             count = len({getattr(run, axis) for run in self.runs})
             if count < FEWEST_VALUES and (axis != "teacher_loss" or self.law is DISTILLATION):
-                names = names.split() + (
-                    ["E"] if self.law is SUPERVISED else []
-                )  # the rest of a loss without that term
-                few |= {name: f"{count} {noun}" for name in names if name not in few}
+                rest = ["E"] if self.law is SUPERVISED else []  # of a loss without that term
+                few |= {name: f"{count} {noun}" for name in [*names.split(), *rest] if name not in few}
         return few
 
     @property
     def undetermined(self) -> list[str]:
         """Coefficients at a bound, of too few values, or of an interval that is wide or ends at a bound."""
-        ends = {name: self.interval(name) for name in self.law.names} if self.bootstrap else {}
+        ends = {name: interval for name in self.law.names if (interval := self.interval(name))}
         wide = [name for name, (low, high) in ends.items() if high > low * UNDETERMINED
                 or self.bound_mark(name, low) or self.bound_mark(name, high)]  # fmt: skip
         loose = {*wide, *self.at_bounds, *self.too_few_values}
@@ -134,10 +135,15 @@ class Fit:
         return lines
 
     @property
+    def better_than_teacher(self) -> int:
+        """Number of students with a loss below their teacher's."""
+        return sum(run.teacher_loss is not None and run.loss < run.teacher_loss for run in self.runs)
+
+    @property
     def warnings(self) -> list[str]:
         """What the runs cannot tell of the coefficients."""
         lines = self.limits
-        if self.law is DISTILLATION and (better := sum(run.loss < run.teacher_loss for run in self.runs)):
+        if self.law is DISTILLATION and (better := self.better_than_teacher):
             lines.append(
                 f"{counted(better, 'student is better than its', 'students are better than their')} teacher, "
                 f"which the {self.title} does not allow for."

@@ -34,8 +34,8 @@ def fit_law(
         data = data._replace(n=column(runs, axis))
 
     def problem(rows, base: Coefficients | None) -> Problem:
-        some = data[rows]
-        return Problem(law, some, laws.supervised(base, some.n, some.d) if supervised else None)
+        some = data.select(rows)
+        return Problem(law, some, None if base is None else laws.supervised(base, some.n, some.d))
 
     def log_errors(c: Coefficients, base: Coefficients | None) -> np.ndarray:
         if law is POWER:
@@ -45,15 +45,16 @@ def fit_law(
             loss = laws.distilled(c, data.n, data.d, data.teacher_loss, loss)
         return np.log(loss) - np.log(data.loss)
 
-    whole = problem(slice(None), supervised and supervised.coefficients)
+    given = supervised.coefficients if supervised else None
+    whole = problem(slice(None), given)
     misfits = whole.misfits()
     optima = whole.optima(misfits)
     best = whole.coefficients(optima[0])
-    errors = log_errors(best, supervised and supervised.coefficients)
+    errors = log_errors(best, given)
     held_out = solver.held_out(column(runs, "compute"), settings, len(law.names) + 1)
     fit_coefficients = None
     if held_out.any():
-        base = supervised and (supervised.fit_coefficients or supervised.coefficients)
+        base = (supervised.fit_coefficients or given) if supervised else None
         rest = problem(~held_out, base)
         fit_coefficients = rest.coefficients(rest.optima(rest.misfits())[0])
         errors[held_out] = log_errors(fit_coefficients, base)[held_out]

@@ -8,7 +8,7 @@ import math
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,7 +45,12 @@ class Observation(NamedTuple):
     @property
     def compute(self) -> float:
         """FLOPs of training the student: forward, and twice that backward."""
-        return 3 * self.flops_per_token * self.tokens
+        return 3 * self.forward_flops * self.tokens
+
+    @property
+    def forward_flops(self) -> float:
+        """FLOPs of a forward pass of the student, per token."""
+        return 2 * self.parameters if self.flops_per_token is None else self.flops_per_token
 
 
 REQUIRED = ("parameters", "tokens", "loss")
@@ -82,13 +87,13 @@ def from_sweep(entries: list[Entry]) -> tuple[list[Observation], list[str]]:
             f"{unfinished} of {len(entries)} runs {'is' if unfinished == 1 else 'are'} not done and not counted: "
             "python -m sweeps.report says why."
         )
-    usable = [e for e in done if e.result["config"]["logits"] in ("none", "online", "offline")]
+    usable = [e for e in done if e.finished["config"]["logits"] in ("none", "online", "offline")]
     if learning := len(done) - len(usable):
         notes.append(
             f"{counted(learning, 'run has', 'runs have')} a teacher that still learns (cotrained, recorded): "
             "no law here is of those."
         )
-    old = [e for e in usable if not {"non_embedding", "flops_per_token"} <= e.result.keys()]
+    old = [e for e in usable if not {"non_embedding", "flops_per_token"} <= e.finished.keys()]
     if old:
         removal = shlex.join(["rm", "-r", *(str(e.folder) for e in old)])
         notes.append(
@@ -96,8 +101,8 @@ def from_sweep(entries: list[Entry]) -> tuple[list[Observation], list[str]]:
             f"make them anew, type {removal} and the command of the sweep again."
         )
     usable = [e for e in usable if e not in old]
-    notes += doubts_of_many(e.result for e in usable)
-    configs = [e.result["config"] for e in usable]
+    notes += doubts_of_many(e.finished for e in usable)
+    configs = [e.finished["config"] for e in usable]
     distilled = [c for c in configs if c["logits"] != "none"]
     supervised = [c for c in configs if c["logits"] == "none"]
     for some, kind in ((supervised, "by language modelling"), (distilled, "that learn from a teacher")):
@@ -106,13 +111,14 @@ def from_sweep(entries: list[Entry]) -> tuple[list[Observation], list[str]]:
     teachers = [json.loads(text) for text in sorted({subset(c, "teacher") for c in distilled})]
     names = {model_name(teacher, "teacher") for teacher in teachers}
     keys = varying(teachers) if len(names) < len(teachers) else []
-    repeated = [e for e in usable if e.result["tokens"] > e.result["train_rows"] * e.result["config"]["data.seq_len"]]
+    results = [e.finished for e in usable]
+    repeated = [r for r in results if r["tokens"] > r["train_rows"] * r["config"]["data.seq_len"]]
     if repeated:
         notes.append(
             f"{counted(len(repeated), 'run reads its', 'runs read their')} text more than once; "
             "the laws take D as if it were all new."
         )
-    return [observation(e.folder.name, e.result, keys) for e in usable], notes
+    return [observation(e.folder.name, e.finished, keys) for e in usable], notes
 
 
 def observation(run: str, result: dict, teacher_keys: list[str]) -> Observation:
@@ -159,7 +165,7 @@ def from_line(line: dict[str, str], number: int, where: str) -> Observation:
     given = {k: (line.get(k) or "").strip() for k in Observation._fields}
     given["run"] = given["run"] or str(number)
     try:
-        values = {k: (v or None) if k in TEXT else float(v) if v else None for k, v in given.items()}
+        values: dict[str, Any] = {k: (v or None) if k in TEXT else float(v) if v else None for k, v in given.items()}
     except ValueError as error:
         raise UserError(option=where, why=error, need="a number") from None
     for name, value in values.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sweeps.fit.fits import Fit, ScalingFits
 from sweeps.fit.observations import Observation
-from sweeps.fit.plots import agreement_plot, isoflop_plot, power_plot
+from sweeps.fit.plots import BestSize, agreement_plot, isoflop_plot, power_plot
 from sweeps.fit.tradeoff import SCENARIOS, teachers_of, tradeoffs_of
 from sweeps.fit.tradeoff_plots import students_plot, tradeoff_plot
 from sweeps.report.html_page import render
@@ -49,7 +49,8 @@ def predicted(fit: Fit) -> list[float]:
 
 def fit_page(fits: ScalingFits, verdict: str, question: str = "") -> str:
     """Return the fits as HTML."""
-    tradeoffs, best_sizes, figures = tradeoffs_of(fits), [], {}
+    tradeoffs, figures = tradeoffs_of(fits), {}
+    best_sizes: list[BestSize] = []
     if fits.main:
         figures["agreement"] = agreement_plot(fits.main)
     if fits.supervised:

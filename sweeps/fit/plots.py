@@ -73,7 +73,7 @@ def agreement_plot(fits: list[Fit]) -> go.Figure:
 
 def flops_per_token(runs: list[Observation]) -> Callable[[np.ndarray], np.ndarray]:
     """Return forward FLOPs per token over parameters: between the measured sizes, a straight line of logarithms."""
-    known = sorted({(run.parameters, run.flops_per_token) for run in runs})
+    known = sorted({(run.parameters, run.forward_flops) for run in runs})
     n, per = np.log([x for x, _ in known]), np.log([f / x for x, f in known])
     return lambda size: size * np.exp(np.interp(np.log(size), n, per))
 

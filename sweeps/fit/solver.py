@@ -26,7 +26,8 @@ class Data(NamedTuple):
     loss: np.ndarray  # [n]
     teacher_loss: np.ndarray | None = None  # [n]
 
-    def __getitem__(self, rows) -> Data:
+    def select(self, rows) -> Data:
+        """Return some of the runs."""
         return Data(*(x if x is None else x[rows] for x in self))
 
 

@@ -28,8 +28,15 @@ class TeacherCost:
 
     @property
     def training(self) -> float:
-        """FLOPs of its training."""
-        return 3 * self.flops_per_token * self.tokens
+        """FLOPs of its training, of a teacher whose tokens are known."""
+        assert self.tokens is not None, f"the tokens of teacher {self.label} are not known"
+        return 3 * self.inference * self.tokens
+
+    @property
+    def inference(self) -> float:
+        """FLOPs of a forward pass per token, of a teacher whose cost is known."""
+        assert self.flops_per_token is not None, f"the cost of teacher {self.label} is not known"
+        return self.flops_per_token
 
 
 @dataclass(frozen=True)
@@ -88,10 +95,11 @@ def teachers_of(runs: list[Observation]) -> list[TeacherCost]:
     for run in runs:
         if run.teacher is not None:
             by_label.setdefault(run.teacher, []).append(run)
-    teachers = [
-        TeacherCost(label, fmean(run.teacher_loss for run in some), some[0].teacher_parameters, some[0].teacher_tokens,
-                    some[0].teacher_flops_per_token) for label, some in by_label.items()
-    ]  # fmt: skip
+    teachers = []
+    for label, some in by_label.items():
+        loss, first = fmean(run.teacher_loss for run in some if run.teacher_loss is not None), some[0]
+        size, flops = first.teacher_parameters, first.teacher_flops_per_token
+        teachers.append(TeacherCost(label, loss, size, first.teacher_tokens, flops))
     return sorted(teachers, key=lambda teacher: teacher.loss)
 
 
@@ -103,7 +111,7 @@ def student_tokens(compute, flops: float, teacher: TeacherCost, scenario: Scenar
     if not scenario.knows(teacher):
         return np.full_like(compute, np.nan)
     remaining = compute - (teacher.training if scenario.training else 0)
-    per_token = 3 * flops + (teacher.flops_per_token if scenario.inference else 0)
+    per_token = 3 * flops + (teacher.inference if scenario.inference else 0)
     return np.where(remaining > 0, remaining, np.nan) / per_token
 
 
@@ -138,19 +146,19 @@ def distillation_cost(run: Observation, scenario: Scenario) -> float:
     (teacher,) = teachers_of([run])
     if not scenario.knows(teacher):
         return 0.0
-    inference = teacher.flops_per_token * run.tokens if scenario.inference else 0
+    inference = teacher.inference * run.tokens if scenario.inference else 0
     return run.compute + inference + (teacher.training if scenario.training else 0)
 
 
 def tradeoffs_of(fits: ScalingFits) -> list[ComputeTradeoff]:
     """Return the tradeoff of every student that was distilled, in every scenario."""
-    if not fits.distillation:
+    if not fits.supervised or not fits.distillation:
         return []
     teachers, tradeoffs = teachers_of(fits.distilled_runs), []
     pairs = list(zip(fits.supervised.bootstrap, fits.distillation.bootstrap))
     trainings = [t.training for t in teachers if t.flops_per_token and t.tokens]
     most = 3 * (max(run.compute for run in fits.runs) + min(trainings, default=0))
-    for student in sorted({(run.parameters, run.flops_per_token) for run in fits.distilled_runs}):
+    for student in sorted({(run.parameters, run.forward_flops) for run in fits.distilled_runs}):
         # The laws are not asked about less text than the student was ever given.
         least = min(run.tokens for run in fits.runs if run.parameters == student[0])
         compute = np.geomspace(3 * student[1] * least, most, GRID)

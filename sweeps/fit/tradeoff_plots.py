@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from html import escape
 from statistics import fmean
 
@@ -24,6 +25,8 @@ MOST_AMOUNTS = 4  # of tokens that have a button
 
 def students_plot(fits: ScalingFits) -> go.Figure:
     """Return loss over the student's size, a line per teacher and one for language modelling; buttons for D."""
+    assert fits.supervised and fits.distillation, "both laws are fitted"
+    supervised, distillation = fits.supervised.coefficients, fits.distillation.coefficients
     teachers = teachers_of(fits.distilled_runs)
     amounts = sorted(d for d, _ in Counter(run.tokens for run in fits.distilled_runs).most_common(MOST_AMOUNTS))
     plot = canvas(500, buttons=len(amounts) > 1)
@@ -31,10 +34,10 @@ def students_plot(fits: ScalingFits) -> go.Figure:
     grid, groups, ranges = np.geomspace(sizes[0] / 1.3, sizes[-1] * 1.3, 80), [], []
     for tokens in amounts:
         first, visible = len(plot.data), tokens == amounts[-1]
-        baseline = laws.supervised(fits.supervised.coefficients, grid, tokens)
+        baseline = laws.supervised(supervised, grid, tokens)
         series = [(SUPERVISED, baseline, fits.supervised_runs, GREY, "dash")]
         for teacher, color in zip(teachers, (*COLORS, *(GREY for _ in teachers))):
-            loss = laws.distilled(fits.distillation.coefficients, grid, tokens, teacher.loss, baseline)
+            loss = laws.distilled(distillation, grid, tokens, teacher.loss, baseline)
             runs = [run for run in fits.distilled_runs if run.teacher == teacher.label]
             series.append((f"teacher {teacher.label}, loss {teacher.loss:.3f}", loss, runs, color, "solid"))
         for name, loss, runs, color, dash in series:
@@ -60,7 +63,7 @@ def students_plot(fits: ScalingFits) -> go.Figure:
 
 
 def group_buttons(
-    labels: list[str], groups: list[tuple[int, int]], ranges: list[list[float]], active: int
+    labels: Sequence[str], groups: list[tuple[int, int]], ranges: list[list[float]], active: int
 ) -> list[dict]:
     """Return buttons that show one group of traces each, in its own range of y."""
     count, choices = groups[-1][1], {}

@@ -41,6 +41,13 @@ def axis_value(group: Group, key: str) -> float | str | None:
     return float(setting) if type(setting) in (int, float) else json.dumps(setting)
 
 
+def axis_number(group: Group, key: str) -> float:
+    """Return a setting that is a number."""
+    value = axis_value(group, key)
+    assert isinstance(value, float), f"{key}={value} of {group.label} is no number"
+    return value
+
+
 def axis_text(group: Group, key: str) -> str:
     """Return a setting as a person writes it: 1m, 0.5, wsd."""
     setting, result = group.config.get(key), group.results[0]
@@ -52,12 +59,13 @@ def axis_text(group: Group, key: str) -> str:
 def ordered_texts(rows: list[Row], key: str) -> list[str]:
     """Return the values of a setting: numbers by size, names by the mean loss with them."""
     losses: dict[str, list[float]] = {}
-    numbers = {}
+    values = {}
     for row in rows:
-        losses.setdefault(axis_text(row.group, key), []).append(row.group.mean().mean)
-        numbers[axis_text(row.group, key)] = axis_value(row.group, key)
-    if all(type(n) is float for n in numbers.values()):
-        return sorted(losses, key=numbers.get)
+        losses.setdefault(axis_text(row.group, key), []).append(row.group.required_mean().mean)
+        values[axis_text(row.group, key)] = axis_value(row.group, key)
+    sizes = {text: value for text, value in values.items() if isinstance(value, float)}
+    if len(sizes) == len(values):
+        return sorted(losses, key=sizes.__getitem__)
     return sorted(losses, key=lambda text: fmean(losses[text]))
 
 

@@ -10,7 +10,7 @@ from itertools import product
 
 import plotly.graph_objects as go
 
-from sweeps.report.axes import TITLES, axes_of, axis_text, axis_value, ordered_texts, short_title
+from sweeps.report.axes import TITLES, axes_of, axis_number, axis_text, axis_value, ordered_texts, short_title
 from sweeps.report.groups import SUPERVISED, Group, label
 from sweeps.report.plots import blank, folded, padded
 from sweeps.report.statistics import indistinguishable
@@ -72,13 +72,15 @@ def colored(cells: list[list[Row | None]], paired: bool) -> dict:
     rows = [row for line in cells for row in line if row]
     lowest: dict[str, float] = {}
     for row in rows:
-        lowest[row.group.task] = min(row.group.mean().mean, lowest.get(row.group.task, math.inf))
+        lowest[row.group.task] = min(row.group.required_mean().mean, lowest.get(row.group.task, math.inf))
     levels = lowest if len(lowest) > 1 else {}
 
     def height(row: Row | None) -> float | None:
-        if row is None or paired:
-            return row and row.difference.mean
-        return row.group.mean().mean - levels.get(row.group.task, 0.0)
+        if row is None:
+            return None
+        if paired:
+            return row.difference and row.difference.mean
+        return row.group.required_mean().mean - levels.get(row.group.task, 0.0)
 
     z = [[height(row) for row in line] for line in cells]
     known = [value for line in z for value in line if value is not None]
@@ -96,7 +98,7 @@ def colored(cells: list[list[Row | None]], paired: bool) -> dict:
 def labels_within_noise(rows: list[Row], paired: bool) -> set[str]:
     """Return the groups within noise of their baseline, or if some row has none of the lowest loss of their task."""
     if paired:
-        return {row.group.label for row in rows if row.difference.within_noise}
+        return {row.group.label for row in rows if row.difference and row.difference.within_noise}
     tasks: dict[str, list[Group]] = {}
     for row in rows:
         tasks.setdefault(row.group.task, []).append(row.group)
@@ -104,13 +106,13 @@ def labels_within_noise(rows: list[Row], paired: bool) -> set[str]:
 
 
 def lowest_loss(groups: list[Group]) -> Group:
-    return min(groups, key=lambda group: group.mean().mean)
+    return min(groups, key=lambda group: group.required_mean().mean)
 
 
 def cell_text(row: Row | None, paired: bool, marked: bool) -> str:
     if row is None:
         return "–"
-    mean = row.difference if paired else row.group.mean()
+    mean = (row.difference if paired else None) or row.group.required_mean()
     half = f'<br><span style="font-size:11px">± {format_number(mean.half)}</span>' if mean.half is not None else ""
     return f"{'≈ ' if marked else ''}{format_number(mean.mean, 4, paired)}{half}"
 
@@ -132,7 +134,7 @@ def line_plots(table: list[Row]) -> list[Plot]:
         on = [row for row in rows if type(axis_value(row.group, key)) is float]
         off = [row for row in rows if axis_value(row.group, key) is None]
         series: dict[str, list[Row]] = {}
-        for row in sorted(on, key=lambda row: axis_value(row.group, key)):
+        for row in sorted(on, key=lambda row: axis_number(row.group, key)):
             series.setdefault(label(row.group.config, [k for k in keys if k != key]), []).append(row)
         if len(series) <= 6 and any(len(line) > 2 for line in series.values()):
             plots.append(Plot(line_plot(key, series, off if len(off) <= 4 else []), key))
@@ -147,17 +149,17 @@ def line_plot(key: str, series: dict[str, list[Row]], constant: list[Row]) -> go
     plot = blank(430, margin={"l": 10, "r": 16, "t": 14, "b": 10}, hovermode="closest", legend=legend)
     for (name, line), color in zip(series.items(), COLORS):
         kind = SUPERVISED if line[0].group.supervised else "distilled"
-        points = {axis_value(row.group, key): row.group for row in line}
+        points = {axis_number(row.group, key): row.group for row in line}
         dots = {"size": 9, "color": [color if several else row.color for row in line]}
         plot.add_scatter(**trace(points, name or kind, color if several else GREY, marker=dots))
-    ends = [min(axis_value(r.group, key) for r in rows), max(axis_value(r.group, key) for r in rows)]
+    ends = [min(axis_number(r.group, key) for r in rows), max(axis_number(r.group, key) for r in rows)]
     levels = [(row.group, row.color, "dot", row.group.label) for row in constant]
     if len({id(group) for group in bases.values()}) == 1:
         levels.append((next(iter(bases.values())), GREY, "dash", SUPERVISED))
     elif bases:
         plot.add_scatter(**trace(bases, SUPERVISED, GREY, dash="dash", marker={"size": 8, "color": GREY}))
     for group, color, dash, name in levels:
-        mean = group.mean()
+        mean = group.required_mean()
         plot.add_scatter(
             x=ends, y=[mean.mean] * 2, mode="lines", name=escape(name), line={"color": color, "width": 2, "dash": dash},
             hovertemplate=f"<b>{folded(name)}</b><br>%{{y:.4f}}<extra></extra>",
@@ -176,7 +178,7 @@ def line_plot(key: str, series: dict[str, list[Row]], constant: list[Row]) -> go
 
 def trace(points: dict[float, Group], name: str, color: str, *, dash: str = "solid", marker: dict) -> dict:
     """Return a line of mean losses with their intervals."""
-    means = [group.mean() for group in points.values()]
+    means = [group.required_mean() for group in points.values()]
     return {
         "x": list(points), "y": [m.mean for m in means], "mode": "lines+markers", "name": escape(name),
         "line": {"color": color, "width": 2, "dash": dash}, "marker": marker,
@@ -197,6 +199,6 @@ def baselines(key: str, rows: list[Row]) -> dict[float, Group]:
     for row in rows:
         if row.baseline is None:
             return {}
-        if bases.setdefault(axis_value(row.group, key), row.baseline) is not row.baseline:
+        if bases.setdefault(axis_number(row.group, key), row.baseline) is not row.baseline:
             return {}
     return bases

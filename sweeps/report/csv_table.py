@@ -30,6 +30,7 @@ def csv_table(report: Report) -> str:
                      "tokens", "flops", "seconds", "command"])  # fmt: skip
     for entry in runs:
         row, result = rows.get(entry.folder), entry.result
+        cells: list
         if result is None:
             typed = typed_settings(entry)
             cells = ["", *(typed.get(k, "") for k in keys), typed.get("seed", ""), *[""] * (len(metrics) + 5)]
@@ -37,8 +38,8 @@ def csv_table(report: Report) -> str:
             config, final, seed = outcome_settings(result["config"]), result["final"], result["config"]["seed"]
             cells = [row.group.label if row else "", *(config.get(k) for k in keys), seed]
             cells += [final.get(k) for k in metrics]
-            others = (row.baseline, row.best) if row else (None, None)
-            cells += [seed_difference(row.group, other, seed, report.metric.key) if other else None for other in others]
+            for other in (row.baseline, row.best) if row else (None, None):
+                cells.append(seed_difference(row.group, other, seed, report.metric.key) if row and other else None)
             cells += [result.get(k) for k in ("tokens", "flops", "seconds")]
         writer.writerow(map(safe_cell, [entry.folder.name, entry.state, entry.message, *cells, entry.command]))
     return out.getvalue()

@@ -65,7 +65,7 @@ def pinned_columns(keys: list[str], metric: Metric) -> list[str]:
     return [*(f"config:{key}.value" for key in keys), *dict.fromkeys(f"summary:{m.final_key}" for m in metrics)]
 
 
-def view(name: str, keys: list[str], ids: list[str], place: dict[str, str], metric: Metric):
+def view(name: str, keys: list[str], ids: list[str], place: dict[str, str | None], metric: Metric):
     """Return the view of the project to save: these runs, the best first."""
     import wandb_workspaces.workspaces as ws
     from wandb_workspaces import expr
@@ -79,7 +79,7 @@ def view(name: str, keys: list[str], ids: list[str], place: dict[str, str], metr
     return ws.Workspace(**place, name=f"kd {name}", sections=sections, runset_settings=runs, settings=settings)
 
 
-def document(report: Report, text: str, keys: list[str], ids: list[str], place: dict[str, str]):
+def document(report: Report, text: str, keys: list[str], ids: list[str], place: dict[str, str | None]):
     """Return the W&B report to save: the report's Markdown, and panels over these runs."""
     import wandb_workspaces.reports.v2 as wr
     from wandb_workspaces import expr

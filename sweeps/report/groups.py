@@ -26,7 +26,7 @@ class Group:
 
     @property
     def results(self) -> list[dict]:
-        return [entry.result for entry in self.runs.values()]
+        return [entry.finished for entry in self.runs.values()]
 
     @property
     def supervised(self) -> bool:
@@ -48,11 +48,18 @@ class Group:
 
     def values(self, key: str) -> dict[int, float]:
         """Return a metric of the final validation, by seed."""
-        finals = {seed: entry.result["final"] for seed, entry in self.runs.items()}
+        finals = {seed: entry.finished["final"] for seed, entry in self.runs.items()}
         return {seed: final[key] for seed, final in finals.items() if key in final}
 
-    def mean(self, key: str = LOSS.key) -> Interval | None:
+    def mean(self, key: str) -> Interval | None:
+        """Return the mean of a metric, None if no run has it."""
         return interval(self.values(key).values())
+
+    def required_mean(self, key: str = LOSS.key) -> Interval:
+        """Return the mean of a metric that every run has, such as the loss."""
+        mean = self.mean(key)
+        assert mean is not None, f"no run of {self.label} has {key}"
+        return mean
 
 
 def is_supervised(config: dict) -> bool:
@@ -69,7 +76,7 @@ def name_without_loss(config: dict) -> str | None:
 
 def baseline_name(groups: list[Group]) -> str:
     """Return what language modelling alone is called in a sweep."""
-    return next((name_without_loss(g.config) for g in groups if g.supervised), SUPERVISED)
+    return next((name_without_loss(g.config) for g in groups if g.supervised), None) or SUPERVISED
 
 
 def primary_metric(groups: list[Group]) -> Metric:
@@ -84,7 +91,7 @@ def group_runs(entries: list[Entry]) -> list[Group]:
         if entry.result is not None:
             config = entry.result["config"]
             runs.setdefault(json.dumps(outcome_settings(config), sort_keys=True), {})[config["seed"]] = entry
-    pairs = [(outcome_settings(next(iter(seeds.values())).result["config"]), seeds) for seeds in runs.values()]
+    pairs = [(outcome_settings(next(iter(seeds.values())).finished["config"]), seeds) for seeds in runs.values()]
     names = [next(iter(seeds.values())).name or name_without_loss(config) for config, seeds in pairs]
     keys = {n: varying([config for (config, _), name in zip(pairs, names) if name == n]) for n in names}
     groups = []
@@ -93,7 +100,7 @@ def group_runs(entries: list[Entry]) -> list[Group]:
         line = {"line": next(iter(seeds.values())).name} if all(names) else {}
         groups.append(Group(text or str(config.get("loss")), config | line, seeds))
     metric = primary_metric(groups)
-    return sorted(groups, key=lambda g: -metric.sign * g.mean(metric.key).mean)
+    return sorted(groups, key=lambda g: -metric.sign * g.required_mean(metric.key).mean)
 
 
 def tasks_of(groups: list[Group]) -> list[list[Group]]:
@@ -111,7 +118,8 @@ def describe_task(groups: list[Group]) -> str:
 
 def outcome_settings(config: dict) -> dict:
     """Return the settings that the outcome depends on, without the seed, and those that made its teacher and start."""
-    made = ("teacher",) if config["logits"] != "none" and (config["teacher.size"] or config.get("teacher.sft")) else ()
+    made: tuple[str, ...] = ()
+    made += ("teacher",) if config["logits"] != "none" and (config["teacher.size"] or config.get("teacher.sft")) else ()
     made += ("start", "plain") if config["data"] == "instructions" else ()  # which has the tokenizer of the plain text
     prerequisites = whole_as_float({k: v for k, v in config.items() if below(k, made)})
     return {k: v for k, v in (prerequisites | part_of_outcome(config)).items() if k != "seed"}

@@ -30,7 +30,7 @@ def html_page(report: Report) -> str:
     main = list(dict.fromkeys((report.metric, LOSS)))
     for metric in main:
         bases = [g for g in report.groups if g.supervised]
-        level = [ReferenceLine(g.label, "dash", {metric.key: g.mean(metric.key).mean}) for g in bases]
+        level = [ReferenceLine(g.label, "dash", {metric.key: g.required_mean(metric.key).mean}) for g in bases]
         figures[metric.name] = dots(rows, metric.key, lines + (level if len(level) == 1 else []))
     small = {metric: dots(rows, metric.key, width=16) for metric in METRICS if metric.plot}
     small = {metric: figure for metric, figure in small.items() if figure}

@@ -36,6 +36,12 @@ class Entry(NamedTuple):
     name: str | None = None  # of the line of the sweep file
 
     @property
+    def finished(self) -> dict:
+        """Result of a run that is done."""
+        assert self.result is not None, f"{self.folder} is {self.state}"
+        return self.result
+
+    @property
     def command(self) -> str:
         return shlex.join(["python", "train.py", *self.overrides])
 

@@ -55,7 +55,7 @@ def table_lines(report: Report) -> list[str]:
         }
         numbers = [compared[title] for title in comparisons] + [format_number(m and m.mean, 3) for m in means]
         count = [str(len(row.group.runs)) for _ in seeds]
-        value = row.group.mean(metric.key)
+        value = row.group.required_mean(metric.key)
         main = format_number(value.mean) + plus_minus(value.half)
         lines.append(line([plain(row.group.label), main, *numbers, *count, clock(row.group.seconds)]))
     for reference in report.reference_lines:

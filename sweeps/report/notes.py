@@ -81,7 +81,7 @@ def token_warnings(groups: list[Group]) -> list[str]:
     """Return a warning for the first task whose rows learn from different numbers of tokens."""
     for task in tasks_of(groups):
         tokens = {g.label: fmean(r.get("tokens", 0) for r in g.results) for g in task}
-        least, most = min(tokens, key=tokens.get), max(tokens, key=tokens.get)
+        least, most = min(tokens, key=tokens.__getitem__), max(tokens, key=tokens.__getitem__)
         if tokens[most] > MORE_TOKENS * tokens[least]:
             return [
                 f"Rows learn from different numbers of tokens in the same steps, {format_amount(tokens[least])} "

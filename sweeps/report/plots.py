@@ -47,7 +47,7 @@ def padded(values: Iterable[float]) -> list[float]:
 
 def dots(table: list[Row], key: str, lines: Iterable[ReferenceLine] = (), width: int = 24) -> go.Figure | None:
     """Return a metric per group: mean, interval, single seeds and reference lines; None if no group has the metric."""
-    shown = [(row, row.group.values(key), row.group.mean(key)) for row in table if row.group.values(key)]
+    shown = [(row, row.group.values(key), mean) for row in table if (mean := row.group.mean(key))]
     if not shown:
         return None
     labels = [folded(row.group.label, width) for row, _, _ in shown]

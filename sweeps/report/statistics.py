@@ -73,7 +73,7 @@ def gap_closed(group: Group, base: Group | None, metric: Metric = LOSS) -> Inter
         return None
     share = fmean(changes) / fmean(gaps)
     spread = interval((change - share * gap) / fmean(gaps) for change, gap in zip(changes, gaps))
-    return spread._replace(mean=share)
+    return spread and spread._replace(mean=share)
 
 
 def best_group(groups: list[Group], metric: Metric) -> Group:

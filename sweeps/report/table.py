@@ -77,7 +77,7 @@ def by_loss(rows: list[Row]) -> list[Row]:
     compared = [
         replace(r, difference=difference(r.group, r.baseline), gap_closed=gap_closed(r.group, r.baseline)) for r in rows
     ]
-    return sorted(compared, key=lambda row: row.group.mean().mean)
+    return sorted(compared, key=lambda row: row.group.required_mean().mean)
 
 
 def columns_of(rows: list[Row], metric: Metric, lines: list[ReferenceLine]) -> Columns:
@@ -134,7 +134,8 @@ def reference_lines(groups: list[Group]) -> list[ReferenceLine]:
             values["val/bpb"] = values[LOSS.key] / math.log(2) / per_token
         lines.append(ReferenceLine(f"teacher {name.removeprefix('teacher=')}{note}", "solid", values))
     lines += before_training(groups)
-    floors = {result.get("entropy") for g in groups for result in g.results} - {None}
+    entropies = (result.get("entropy") for g in groups for result in g.results)
+    floors = {entropy for entropy in entropies if entropy is not None}
     return lines + [ReferenceLine("entropy of the data", "dot", {LOSS.key: floor}) for floor in sorted(floors)]
 
 

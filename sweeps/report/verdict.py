@@ -54,7 +54,7 @@ class Verdict:
         half = "" if change else plus_minus(self.value.half, self.digits)
         parts = [f"{self.best}{rank}: {format_number(self.value.mean, self.digits)}{half} {self.metric.unit}"]
         if change:
-            parts.append(f"{self._change()} against {self.baseline}")
+            parts.append(f"{self._change(change)} against {self.baseline}")
             parts += ["within noise"] if change.within_noise else []
             if not self.improves:
                 parts.append("which is no improvement")
@@ -74,7 +74,7 @@ class Verdict:
 
     def short(self) -> str:
         """Return task, best group and its difference."""
-        change = f" ({self._change()})" if self.difference else ""
+        change = f" ({self._change(self.difference)})" if self.difference else ""
         tied = f", like {shortened([self._within_task(name) for name in self.tied])}" if self.tied else ""
         value = format_number(self.value.mean, self.digits)
         return f"{self.task}: {self._within_task(self.best)} {value}{change}{tied}"
@@ -82,8 +82,8 @@ class Verdict:
     def _within_task(self, label: str) -> str:
         return " ".join(word for word in label.split(" ") if word not in self.task.split(" "))
 
-    def _change(self) -> str:
-        return format_number(self.difference.mean, self.digits, True) + plus_minus(self.difference.half, self.digits)
+    def _change(self, change: Interval) -> str:
+        return format_number(change.mean, self.digits, True) + plus_minus(change.half, self.digits)
 
 
 def verdicts_of(groups: list[Group]) -> list[Verdict]:
@@ -103,13 +103,14 @@ def judge(task: list[Group], metric: Metric, name: str) -> Verdict:
     changes = [(g, difference(g, baseline(g, task), metric.key)) for g in rivals if not g.supervised]
     sure = [g for g, c in changes if c and metric.sign * c.mean > 0 and c.beyond_noise]
     leads = [(g, difference(g, best, metric.key)) for g in rivals if g is not best]
-    values = {seed: x for seed, x in best.values(metric.key).items() if base is None or seed in base.runs}
+    value = interval(x for seed, x in best.values(metric.key).items() if base is None or seed in base.runs)
+    assert value is not None, "the best group has runs, and shares seeds with its baseline"
     return Verdict(
         task=name,
         best=best.label,
         rivals=len(rivals),
         metric=metric,
-        value=interval(values.values()),
+        value=value,
         baseline=None if best.supervised else base.label if base else SUPERVISED,
         difference=change,
         gap_closed=gap_closed(best, base, metric),
@@ -123,13 +124,13 @@ def headline(verdicts: list[Verdict], groups: list[Group]) -> str:
     """Return the verdict on a sweep as one line: in full for one task, else the best of each task."""
     if len(verdicts) == 1:
         return verdicts[0].line()
-    changes, metric = [v for v in verdicts if v.difference], verdicts[0].metric
+    changes, metric = [(v, v.difference) for v in verdicts if v.difference], verdicts[0].metric
     best, settings = f"{extreme(metric)} {metric.label}", f"settings of {describe_task(groups)}"
     summary = f"{best} in {len(verdicts)} {settings}"
     if changes:
-        sure = sum(v.improves and v.difference.beyond_noise for v in changes)
+        sure = sum(v.improves and change.beyond_noise for v, change in changes)
         better = f"better than {baseline_name(groups)}, beyond noise in {sure}"
-        summary = f"in {sum(v.improves for v in changes)} of {len(changes)} {settings} the {best} is {better}"
+        summary = f"in {sum(v.improves for v, _ in changes)} of {len(changes)} {settings} the {best} is {better}"
     parts = [summary, *(verdict.short() for verdict in verdicts[:MOST_TASKS])]
     more = len(verdicts) - MOST_TASKS
     return "; ".join([*parts, f"{more} more in the table"] if more > 0 else parts)

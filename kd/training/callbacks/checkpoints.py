@@ -30,7 +30,7 @@ class Checkpoints(Callback):
     """
 
     def __init__(
-        self, run: Run, every: int, config: dict, code: dict, before_save: Callable[[int], None] = lambda step: None,
+        self, run: Run, every: int, config: dict, code: dict, before_save: Callable[[int], None] | None = None,
         before_send: Callable[[float], None] | None = None,
     ):  # fmt: skip
         self.run, self.folder, self.every, self.remote = run, run / "checkpoints", every, run.remote
@@ -127,7 +127,8 @@ class Checkpoints(Callback):
         """Save a checkpoint. wait: seconds for a URL that is away."""
         for logger in trainer.loggers:
             logger.save()  # what was measured before a checkpoint is not measured again
-        self.before_save(trainer.global_step)
+        if self.before_save:
+            self.before_save(trainer.global_step)
         path = self.folder / f"step-{trainer.global_step:08}.ckpt"
         trainer.save_checkpoint(path)
         if self.remote and collectives.number() == 0:

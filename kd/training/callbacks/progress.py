@@ -21,11 +21,11 @@ class ProgressBar(Callback):
         self._step_start = 0.0
 
     def on_train_start(self, trainer, module) -> None:
-        self.bar = Steps(self.title, self.steps, trainer.global_step, shown=self.shown)
+        bar = self.bar = Steps(self.title, self.steps, trainer.global_step, shown=self.shown)
 
         def on_micro_batch(done: int, count: int) -> None:
             if time.monotonic() - self._step_start > LONG:
-                self.bar.update(trainer.global_step, self.tokens, f"micro-batch {done}/{count}  ")
+                bar.update(trainer.global_step, self.tokens, f"micro-batch {done}/{count}  ")
 
         module.on_micro_batch = on_micro_batch
 
@@ -36,7 +36,8 @@ class ProgressBar(Callback):
         self.tokens += module.last_step.tokens
         writers = module.rollout.writers if module.rollout else None
         written = f"writes {writers.tokens / writers.seconds:,.0f} tokens/s  " if writers and writers.seconds else ""
-        self.bar.update(trainer.global_step, self.tokens, f"loss {module.last_step.metrics['loss']:.3f}  {written}")
+        if self.bar:
+            self.bar.update(trainer.global_step, self.tokens, f"loss {module.last_step.metrics['loss']:.3f}  {written}")
 
     def on_train_end(self, trainer, module) -> None:
         self.stop()
