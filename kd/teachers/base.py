@@ -43,7 +43,7 @@ def traits(*names: str) -> Callable[[Function], Function]:
         raise TypeError(f"there is no trait {', '.join(sorted(unknown))}")
 
     def declare(function: Function) -> Function:
-        function.traits = names
+        setattr(function, "traits", names)  # noqa: B010, a function has no such attribute by its type
         return function
 
     return declare
