@@ -19,9 +19,9 @@ from sweeps.report.__main__ import main as report_main
 from sweeps.report.artifact import wandb_place
 from sweeps.report.load import Entry, read_run
 from tests.refusals import refused
+from tests.runs.test_wandb_agent import inspect
 from tests.small import FORK
 from tests.sweeps.fake import Sweep
-from tests.test_agent import inspect
 from tests.wandb_server import serving
 
 LOGGED = {"logger": "wandb", "logger.project": "mine", "logger.entity": None}

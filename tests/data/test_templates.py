@@ -14,10 +14,23 @@ from kd.data import corpora, instructions, packing, templates
 from kd.data.examples import Example, Turn
 from kd.data.templates import Chat, encode
 from kd.errors import UserError
+from tests.data.test_columns import CALL, TOOL, first
+from tests.data.test_instructions import (
+    BYTES,
+    CHAT,
+    END,
+    FOUR,
+    ONE,
+    SYSTEM,
+    THREE,
+    TWO,
+    Short,
+    encoded,
+    tokenizer,
+    write,
+)
+from tests.data.test_instructions import cache as cache
 from tests.refusals import refused
-from tests.test_columns import CALL, TOOL, first
-from tests.test_instructions import BYTES, CHAT, END, FOUR, ONE, SYSTEM, THREE, TWO, Short, encoded, tokenizer, write
-from tests.test_instructions import cache as cache
 
 START, STOP = "<|im_start|>", "<|im_end|>"
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

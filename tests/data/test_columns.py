@@ -14,8 +14,8 @@ from kd.data import columns, corpora, instructions, packing
 from kd.data.batches import IGNORE
 from kd.data.examples import Example
 from kd.rollout.teacher_text import by_teacher as by_teacher_of
+from tests.data.test_instructions import FOUR, ONE, SYSTEM, THREE, TWO, Short, cache, load, short, write  # noqa: F401
 from tests.refusals import refused
-from tests.test_instructions import FOUR, ONE, SYSTEM, THREE, TWO, Short, cache, load, short, write  # noqa: F401
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}

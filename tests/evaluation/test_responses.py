@@ -30,8 +30,8 @@ from kd.teachers.online import OnlineTeacher
 from tests import small
 from tests.cases import close
 from tests.refusals import refused
+from tests.rollout.test_generate import END, T, batch, model
 from tests.small import ENVIRONMENT, SMALL, TRAIN, result
-from tests.test_generate import END, T, batch, model
 
 # Text
 

@@ -15,8 +15,8 @@ from kd.config import security
 from kd.config.components import CONF, SWEEPS
 from kd.runs import wandb_agent
 from kd.system.files import read_metrics
+from tests.config.test_security import typed
 from tests.small import ENVIRONMENT, FORK, SMALL, TRAIN, folder, result, small_config
-from tests.test_security import typed
 
 FILES = sorted((SWEEPS / "wandb").glob("*.yaml"))
 WORDS = [*SMALL, "logger=wandb", "trainer.steps=150", "trainer.val_every=50"]

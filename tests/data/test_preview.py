@@ -10,10 +10,10 @@ from tokenizers.processors import TemplateProcessing
 from kd.data import __main__ as data_main
 from kd.data import preview
 from kd.data.batches import IGNORE
+from tests.data.test_instructions import cache as cache
+from tests.data.test_instructions import tokenizer, write
+from tests.data.test_templates import THINK
 from tests.small import SMALL
-from tests.test_instructions import cache as cache
-from tests.test_instructions import tokenizer, write
-from tests.test_templates import THINK
 
 MESSAGES = [{"role": "user", "content": "Say 1"}, {"role": "assistant", "content": "one", "weight": 1, "id": "x"}]
 

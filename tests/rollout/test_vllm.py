@@ -20,7 +20,7 @@ from kd.rollout.generate import write
 from kd.rollout.strategies import Writers
 from tests.cases import option
 from tests.refusals import refused
-from tests.test_generate import END, PROMPTS, T, V, batch, seeds
+from tests.rollout.test_generate import END, PROMPTS, T, V, batch, seeds
 
 INSTALLED = importlib.util.find_spec("vllm") is not None
 

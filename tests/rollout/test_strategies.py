@@ -18,7 +18,7 @@ from kd.runs.run import Run
 from kd.training.callbacks.checkpoints import Checkpoints
 from tests.cases import close, each, option, settings
 from tests.refusals import refused
-from tests.test_generate import END, T, batch, model, whole
+from tests.rollout.test_generate import END, T, batch, model, whole
 
 PROMPTS = [2, 7, T, 4]
 ROLLOUTS = settings("rollout")

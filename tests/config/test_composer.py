@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from kd.config.components import CONF, SWEEPS
 from kd.config.composer import Composer
+from tests.launch.test_sweeper import jobs
 from tests.small import SMALL
-from tests.test_sweep import jobs
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from kd.store.format import STEP, from_bytes
 from tests.cases import LOSSES, TREATMENTS, close, each, gradient, option, token_info
 from tests.refusals import refused
 from tests.small import TOP, folder, here, result, shared, write
-from tests.test_entries import ROWS, SIZE, heavy, read, written
+from tests.store.test_format import ROWS, SIZE, heavy, read, written
 
 V = 17  # of the tiny data
 

@@ -54,7 +54,7 @@ class Slurm:
     def __init__(self, folder: Path):
         self.folder = folder
         (folder / "bin").mkdir(parents=True)
-        program = Path(__file__).parent / "slurm.py"
+        program = Path(__file__).parent.parent / "slurm.py"
         for name in ("sbatch", "srun", "scancel", "squeue", "sacct", "scontrol"):
             path = folder / "bin" / name
             path.write_text(f'#!/bin/sh\nexec {sys.executable} {program} {name} "$@"\n')

@@ -16,9 +16,9 @@ from kd.parallel import collectives
 from kd.rollout import generate
 from kd.rollout.generate import write
 from tests.cases import close, logits
+from tests.models.test_models import CONFIGS, GATED, V
+from tests.objective.test_truncation import ODDS, odds
 from tests.refusals import refused
-from tests.test_models import CONFIGS, GATED, V
-from tests.test_truncation import ODDS, odds
 
 T, END = 15, 3
 MODELS = CONFIGS | {
