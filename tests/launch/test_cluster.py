@@ -239,7 +239,7 @@ import os, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
-from kd.slurm import SlurmTask
+from kd.launch.slurm import SlurmTask
 
 folder = Path(sys.argv[1])
 signal.signal(signal.SIGUSR2, lambda *_: (folder / "requeued").touch() or sys.exit(1))  # submitit's
@@ -277,7 +277,7 @@ import sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
-from kd.signals import requests
+from kd.system.signals import requests
 
 requests.watch()
 with requests.in_steps():
