@@ -44,21 +44,27 @@ def conf():
         yield
 
 
+# What an option cannot do without, beside what any config has.
+NEEDED = {
+    "teacher=none": "logits=none", "logits=recorded": "truncation=top_k", "record=": "logits=offline",
+    "rollout=mixed": "loss=minillm", "loss=minillm": "rollout=mixed", "loss=distillm2": "rollout=pairs",
+    "routing=uncertainty": "loss=atkd", "loss=atkd": "routing=uncertainty",
+    "target=rest": "truncation=top_k", "target=leftover": "truncation=top_k",
+    "plain=": "data=instructions", "rollout=": "data=instructions",
+}  # fmt: skip
+
+
 def config_of(*words: str) -> ExperimentConfig:
-    """Return the config that these words make; what is missing then is typed as x."""
-    words = [*words, *(["logits=none"] if "teacher=none" in words else [])]
-    words += ["truncation=top_k"] if "logits=recorded" in words else []
-    words += ["logits=offline"] if any(w.startswith("record=") for w in words) else []
-    words += ["data=instructions"] if any(w.startswith(("plain=", "rollout=")) for w in words) else []
-    words += (
-        ["loss=minillm"] if any(w.startswith("rollout=mixed") for w in words) and "loss=minillm" not in words else []
-    )
-    words += ["loss=atkd"] if "routing=uncertainty" in words and "loss=atkd" not in words else []
-    words += ["truncation=top_k"] if {"target=rest", "target=leftover"} & {*words} else []
-    composed = compose("config", words)
+    """Return the config that these words make, with what they need; what is missing then is typed as x."""
+    typed = list(words)
+    for option, needed in NEEDED.items():
+        groups = {word.partition("=")[0] for word in typed}
+        if any(word.startswith(option) for word in typed) and needed.partition("=")[0] not in groups:
+            typed.append(needed)
+    composed = compose("config", typed)
     for missing in OmegaConf.missing_keys(composed):
         OmegaConf.update(composed, missing, "x")
-    return ExperimentConfig.from_hydra(composed, words)
+    return ExperimentConfig.from_hydra(composed, typed)
 
 
 def given(node: dict) -> dict:
