@@ -29,7 +29,7 @@ from kd.config.schema import ExperimentConfig
 from kd.errors import MISTAKES, for_people
 from kd.experiment import prerequisites, summary
 from kd.experiment.dependencies import Plan
-from kd.experiment.prerequisites import Outcome
+from kd.experiment.prerequisites import FinishedRun
 from kd.launch import command_line
 from kd.runs import wandb_agent
 from kd.system.console import end_with
@@ -52,7 +52,7 @@ def main(cfg: DictConfig) -> None:
         end_with(for_people(error))
 
 
-def train(config: ExperimentConfig, wait: bool = True) -> Outcome:
+def train(config: ExperimentConfig, wait: bool = True) -> FinishedRun:
     """Return the result of a run: read if it is done, resumed if it was begun; what it needs is made first.
 
     wait: for another process that works on the same run, instead of raising UserError. With force=true the run is made
@@ -63,21 +63,21 @@ def train(config: ExperimentConfig, wait: bool = True) -> Outcome:
     if not anew and (result := run.result()):
         run.settle()
         prerequisites.check_recorded(config)
-        return Outcome(run, result, before=True)
+        return FinishedRun(run, result, before=True)
     inputs = prerequisites.ensure(config, train)
     if anew:
         prerequisites.check_logger(config)
     with run.lock(wait):
         if not anew and (result := run.result()):
-            return Outcome(run, result, before=True)
+            return FinishedRun(run, result, before=True)
         with run.recorded():
             if config.trainer.devices > 1:
                 from kd.launch.rank_launcher import fit_in_ranks
 
-                return Outcome(run, fit_in_ranks(__file__, run, config, inputs), before=False)
+                return FinishedRun(run, fit_in_ranks(__file__, run, config, inputs), before=False)
             from kd.experiment.fit import fit
 
-            return Outcome(run, fit(run, config, inputs), before=False)
+            return FinishedRun(run, fit(run, config, inputs), before=False)
 
 
 command_line.register()

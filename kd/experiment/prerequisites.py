@@ -48,7 +48,7 @@ class Inputs(NamedTuple):
         return causal_lm.build(size, name, vocab=vocab, seq_len=config.data.seq_len, option="student.name")
 
 
-class Outcome(NamedTuple):
+class FinishedRun(NamedTuple):
     """A run and its result; before: whether it was done already, so that this command trained nothing."""
 
     run: Run
@@ -68,7 +68,7 @@ class Outcome(NamedTuple):
                 run.check(self.result, *names)
 
 
-Train = Callable[[ExperimentConfig], Outcome]  # trains a run, unless it is done
+Train = Callable[[ExperimentConfig], FinishedRun]  # trains a run, unless it is done
 
 
 def ensure(config: ExperimentConfig, train: Train) -> Inputs:

@@ -6,14 +6,14 @@ from rich.table import Table
 
 from kd.data.counts import in_words
 from kd.evaluation.catalog import METRICS
-from kd.experiment.prerequisites import Outcome
+from kd.experiment.prerequisites import FinishedRun
 from kd.runs import provenance
 from kd.system.console import clock, console, styled
 
 NOT_ALL = ("cut", "unlearned", "unused", "special_as_text", "prompts_only")  # counts that a run's table has
 
 
-def show(outcome: Outcome) -> None:
+def show(outcome: FinishedRun) -> None:
     """Print the result of a run as a table; of one that was done before, under what is doubtful about it."""
     run, result = outcome.run, outcome.result
     notes = [provenance.done_before(result), *provenance.doubts(result)] if outcome.before else []

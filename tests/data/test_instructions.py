@@ -906,7 +906,7 @@ def test_a_result_has_what_became_of_all_rows(root, tmp_path, capsys):
     counts = result["data"]
     assert counts["read"] == 150 == sum(counts["used"].values()) + sum(counts["left_out"].values())
     assert counts["left_out"]["no_response"] == 30 and counts["unused"] == {"column tag": 30}
-    summary.show(prerequisites.Outcome(Run(str(tmp_path), folder.name), result, before=False))
+    summary.show(prerequisites.FinishedRun(Run(str(tmp_path), folder.name), result, before=False))
     shown = " ".join(capsys.readouterr().err.split())
     assert "Data: 150 examples read" in shown and "30 without a response" in shown and "column tag in 30" in shown
 

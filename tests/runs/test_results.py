@@ -35,7 +35,7 @@ def root(made, tmp_path) -> Path:
     return tmp_path / "root"
 
 
-def show(root: Path, *words: str) -> prerequisites.Outcome:
+def show(root: Path, *words: str) -> prerequisites.FinishedRun:
     """What a command on the run does, in this process, up to where its table is printed."""
     given = small_config(root, *RUN, *words)
     outcome = product.train(given)

@@ -13,9 +13,11 @@ import pytest
 from rich.table import Table
 
 from kd.errors import for_people, is_mistake
+from kd.experiment.prerequisites import FinishedRun
 from kd.experiment.summary import show
 from kd.launch.pool import Job, Pool
 from kd.launch.sweeper import summary
+from kd.runs import provenance
 from kd.runs.run import Run
 from kd.store.reader import Store
 from kd.system import files
@@ -119,10 +121,12 @@ ODD = ("r[/b]m", "r[x]", "r[red]m", "r:x:", "a\\[b]")
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_no_name_is_markup(name, tmp_path, capsys):
+def test_no_name_is_markup(name, tmp_path, capsys, monkeypatch):
     run = Run(tmp_path / name, f"fkl{name}")
     result = {"final": {"val/lm": 1.0}, "entropy": 1.0, "tokens": 1, "seconds": 1.0, "flops": 1.0}
-    show(run, result, [f"A note on {name}."])
+    monkeypatch.setattr(provenance, "done_before", lambda result: "done before")
+    monkeypatch.setattr(provenance, "doubts", lambda result: [f"a note on {name}"])
+    show(FinishedRun(run, result, before=True))
     job = Job(run, [], f"words={name}")
     Pool([job], 1)._say(job, f"says {name}")
     console.print(Pool([job], 1).board())
