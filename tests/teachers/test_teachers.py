@@ -139,7 +139,7 @@ def at_checkpoint(number: int) -> None:
 
 
 def at_the_end(_: int) -> None:
-    writer.commit = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    recorder.commit = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def die(root: Path, words: tuple[str, ...], how: Callable[[int], None], number: int) -> None:
