@@ -14,7 +14,7 @@ LINES = """
 seed=3 root=/tmp/x
 loss=akl loss.mu=0.3 alpha.peak=0.25
 truncation=top_p_k truncation.k=7 ++truncation.p=0.5 target=rest
-logits=offline record=top_k record.k=5 ~record.path
+logits=offline record=top_p_k record.k=5 ~record.p
 +loss.new=[1,2] loss=jsd
 data=text data.files=[a.txt,b.txt] data.seq_len=64
 student=hub student.name=a/b teacher=none

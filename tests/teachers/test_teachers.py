@@ -18,7 +18,7 @@ import torch
 from kd.data.batches import rows_of_step
 from kd.experiment.dependencies import Plan
 from kd.models import causal_lm
-from kd.store import recorder, writer
+from kd.store import recorder
 from kd.store.reader import Store
 from kd.system import checkpoint_files
 from kd.system.files import read_metrics
@@ -321,7 +321,7 @@ def test_a_recording_that_would_lack_its_beginning_is_refused_with_what_mends_it
 
 
 def test_checkpoints_far_apart_do_not_fill_the_memory(recorded, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "SHARD_BYTES", 100)
+    monkeypatch.setattr(recorder, "SHARD_BYTES", 100)
     here(tmp_path, *RECORD, f"record.path={tmp_path / 'store'}", "trainer.checkpoint_every=10")
     (held, rows), (expected, same) = opened(tmp_path), opened(recorded[0])
     assert len(held.shards) == STEPS and (rows == same).all()
