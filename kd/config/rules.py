@@ -121,7 +121,7 @@ def check_logits(config: ExperimentConfig) -> None:
     """Refuse a source of logits that lacks something."""
     source, truncation, target = config.logits.source, config.truncation.name, config.target.name
     if source.is_recorded and (not config.teacher.size or config.stored.is_full):
-        what = "truncation=full" if config.teacher.size else f"teacher.size={config.teacher.size}"
+        what = "truncation=full" if config.teacher.size else "teacher.size=null"
         raise UserError(
             option="logits",
             got="recorded",
