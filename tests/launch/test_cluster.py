@@ -427,4 +427,5 @@ def test_as_many_runs_as_fit_by_what_they_ask_for(monkeypatch):
 
 
 def test_runs_on_a_processor_ask_for_no_gpu():
-    assert gpus({"accelerator": "auto", "devices": 4}) == 4 and gpus({"accelerator": "cpu", "devices": 4}) == 0
+    assert gpus(SimpleNamespace(accelerator="auto", devices=4)) == 4
+    assert gpus(SimpleNamespace(accelerator="cpu", devices=4)) == 0
