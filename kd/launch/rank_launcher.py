@@ -8,11 +8,11 @@ others, and when it is gone itself, by SIGKILL even, they end at once.
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kd.parallel import collectives
-from kd.runs.outcome import Outcome, RunState, classify, classify_exit
+from kd.runs.outcome import Outcome, RunState, classify, classify_kill
 
 if TYPE_CHECKING:
     from kd.experiment.prerequisites import Inputs
@@ -77,7 +77,7 @@ class Shared(Run):
     def end(self, outcome: Outcome) -> Path:
         if outcome.state == RunState.DONE:
             return super().end(outcome)
-        self.job.tell("end", asdict(outcome))
+        self.job.tell("end", outcome.to_json())
         return self / "state.json"
 
 
@@ -90,7 +90,7 @@ def work(words: list[str]) -> None:
         if is_mistake(error):
             job.tell("message", str(for_people(error)))
             sys.exit(2)
-        job.tell("end", asdict(replace(classify(error), exit_code=2)))
+        job.tell("end", replace(classify(error), exit_code=2).to_json())
         sys.exit(1)
 
 
@@ -161,7 +161,7 @@ def _published(server: dist.TCPStore, key: str):
 def _outcome(server: dist.TCPStore) -> Outcome | None:
     """Return how the first rank that said so says that the run ended."""
     end = _published(server, "end")
-    return Outcome(**end | {"state": RunState(end["state"])}) if end else None
+    return Outcome.from_json(end) if end else None
 
 
 def _preempted(run: Run, server: dist.TCPStore) -> None:
@@ -178,8 +178,8 @@ def _failed(run: Run, server: dist.TCPStore, codes: list[int | None], out_of_mem
     message, ranks = _published(server, "message"), len(codes)
     rank, code = next(((r, c) for r, c in enumerate(codes) if c and c < 0), (None, 0))
     if rank is not None:
-        exit_ = classify_exit(code, out_of_memory, killed_by_us=False)
-        outcome, message = replace(exit_, reason=f"rank {rank} of {ranks}: {exit_.reason}", exit_code=2), None
+        kill = classify_kill(code, out_of_memory)
+        outcome, message = replace(kill, reason=f"rank {rank} of {ranks}: {kill.reason}", exit_code=2), None
     else:
         rank, code = next((r, c) for r, c in enumerate(codes) if c)
         outcome = _outcome(server) or Outcome(

@@ -47,6 +47,10 @@ class Outcome:
     exit_code: int | None = None
     details: Mapping = field(default_factory=dict)
 
+    def to_json(self) -> dict:
+        """Return the fields of state.json."""
+        return {"state": self.state, "reason": self.reason, "exit_code": self.exit_code, **self.details}
+
     @classmethod
     def from_json(cls, state: Mapping) -> Outcome:
         """Return what state.json holds of a run that ended."""
@@ -98,8 +102,13 @@ def classify_exit(code: int, out_of_memory: bool, killed_by_us: bool, last_line:
         return Outcome(RunState.PREEMPTED, "asked to end before its first step; the same command starts it", code)
     if code == -signal.SIGKILL and killed_by_us:
         return Outcome(RunState.PREEMPTED, f"asked to end at once; {GOES_ON}", code)
+    if code < 0:
+        return classify_kill(code, out_of_memory)
+    return Outcome(RunState.FAILED, last_line or f"exit code {code}", code)
+
+
+def classify_kill(code: int, out_of_memory: bool) -> Outcome:
+    """Return how a process ended that was killed by the signal of a negative exit status, and not by request."""
     if code == -signal.SIGKILL and out_of_memory:
         return Outcome(RunState.OUT_OF_MEMORY, "killed by the kernel, which had no memory left", code)
-    if code < 0:
-        return Outcome(RunState.FAILED, f"killed by {signal.Signals(-code).name}", code)
-    return Outcome(RunState.FAILED, last_line or f"exit code {code}", code)
+    return Outcome(RunState.FAILED, f"killed by {signal.Signals(-code).name}", code)

@@ -207,11 +207,10 @@ class Run:
         """Write how a process's work on the run ended, with its wall time and peak memory; return the file."""
         if outcome.state != RunState.DONE and (self / "result.json").exists():
             return self / "state.json"  # it was done before whatever came
-        report = {"seconds": round(time.monotonic() - self.begun, 2), **whereabouts()}
-        report |= {"exit_code": outcome.exit_code, **outcome.details}
+        report = {"seconds": round(time.monotonic() - self.begun, 2), **whereabouts(), **outcome.to_json()}
         report.setdefault("peak_memory", peak_memory())
         report = {name: value for name, value in report.items() if value is not None}
-        files.write_json(self / "state.json", {"state": outcome.state, "reason": outcome.reason, **report})
+        files.write_json(self / "state.json", report)
         if self.remote:
             self.remote.tell("state.json", "log.txt")
         return self / "state.json"

@@ -19,7 +19,7 @@ from sweeps.fit.fitting import fit_all
 from sweeps.fit.observations import Observation, from_csv, from_sweep
 from sweeps.fit.output import print_fits, write_fits
 from sweeps.fit.verdict import verdict
-from sweeps.report.arguments import path_argument, sweep_parser
+from sweeps.report.arguments import add_wandb_switch, path_argument, sweep_parser
 from sweeps.report.artifact import keep_artifact, wandb_place
 from sweeps.report.load import Entry, load_sweep
 from sweeps.report.question import question
@@ -36,7 +36,7 @@ def argument_parser() -> ArgumentParser:
         "language modelling alone."
     )
     parser.add_argument("--csv", type=lambda text: Path(path_argument(text)), metavar="FILE", help=columns)
-    parser.add_argument("--wandb", action="store_true", help="also keep it in Weights & Biases, with the runs")
+    add_wandb_switch(parser)
     return parser
 
 

@@ -15,7 +15,7 @@ if __name__ == "__main__":  # before a library that reads them is loaded
 
 from kd.errors import MISTAKES, for_people
 from kd.system.console import harmless
-from sweeps.report.arguments import sweep_parser
+from sweeps.report.arguments import add_wandb_switch, sweep_parser
 from sweeps.report.artifact import keep_artifact, wandb_place
 from sweeps.report.report import build_report
 from sweeps.report.write import write_report
@@ -24,7 +24,7 @@ from sweeps.report.write import write_report
 def main(arguments: list[str] | None = None) -> int:
     """Write the report of a sweep; return the exit code."""
     parser = sweep_parser("report", "A sweep as one page of HTML, as Markdown and as CSV.")
-    parser.add_argument("--wandb", action="store_true", help="also keep it in Weights & Biases, with the runs")
+    add_wandb_switch(parser)
     options = parser.parse_args(arguments)
     try:
         report = build_report(options.root, options.name)

@@ -25,3 +25,8 @@ def sweep_parser(program: str, description: str, nargs: str | None = None) -> ar
     help_ = "folder or URL where runs are kept (default: $KD_ROOT, or runs)"
     parser.add_argument("--root", default=root, type=path_argument, help=help_)
     return parser
+
+
+def add_wandb_switch(parser: argparse.ArgumentParser) -> None:
+    """Add --wandb, by which what is written is also kept as an artefact."""
+    parser.add_argument("--wandb", action="store_true", help="also keep it in Weights & Biases, with the runs")
