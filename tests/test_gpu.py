@@ -129,8 +129,9 @@ def test_compiled_loss_equals_the_eager_one(loss, cut):
         objective = Objective(loss, cut, renormalise, fixed, chunk=128, compile=compiled)
         total, kd, lm = objective(head, hidden, label, signal, 0.7)
         sums.append([*torch.autograd.grad(total, (hidden, head.weight)), total, kd, lm])
+    # By norm: where p and q are equal but for rounding, the gradient of tvd has either sign.
     for eager, fused in zip(*sums, strict=True):
-        torch.testing.assert_close(fused, eager, rtol=1e-3, atol=1e-4)
+        assert (fused - eager).norm() <= 1e-3 * eager.norm()
 
 
 def test_compiled_run_equals_the_eager_one(tmp_path):
@@ -229,8 +230,9 @@ def test_fsdp2_on_one_device_equals_no_fsdp(tmp_path, monkeypatch):
 def test_killed_and_resumed_ends_as_if_never_killed(tmp_path):
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    train(tmp_path / "whole", "trainer.precision=bf16")
-    process = start(tmp_path / "killed", "trainer.precision=bf16")
+    # Cold: torch for CUDA starts a thread while it is loaded, and such a process cannot be forked.
+    train(tmp_path / "whole", "trainer.precision=bf16", cold=True)
+    process = start(tmp_path / "killed", "trainer.precision=bf16", cold=True)
     deadline = time.monotonic() + 100
     while process.poll() is None and time.monotonic() < deadline:
         lines = [f.read_bytes().count(b"\n") for f in (tmp_path / "killed").glob("fkl*/metrics.jsonl")]
@@ -240,7 +242,7 @@ def test_killed_and_resumed_ends_as_if_never_killed(tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert list((tmp_path / "killed").glob("fkl*/checkpoints/*.ckpt"))
-    train(tmp_path / "killed", "trainer.precision=bf16")
+    train(tmp_path / "killed", "trainer.precision=bf16", cold=True)
     ends = [folder(tmp_path / name, "fkl") for name in ("whole", "killed")]
     one, two = ([json.loads(line) for line in (e / "metrics.jsonl").read_text().splitlines()] for e in ends)
     assert [line["step"] for line in one] == [line["step"] for line in two]

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd.bench.work import ROUNDS, Shape, Work
+from kd.bench.work import ROUNDS, WARM_UP, Shape, Work
 from kd.store.location import FORMAT
 
 if TYPE_CHECKING:
@@ -38,19 +38,24 @@ def forward(work: Work) -> None:
         work.tick()
 
 
-def write(work: Work, kept: str) -> None:
-    """Shards as kd.store writes them, one per step."""
+def write(work: Work, kept: str) -> dict[str, float]:
+    """A shard as kd.store writes it, a batch per step; the last step waits for all of it to be on disk."""
     import numpy as np
 
     from kd.store.writer import Rows
 
     encoder, table = encoder_of(work, kept), work.rows()
+    out = Rows()
     with tempfile.TemporaryDirectory() as folder:
         for step in range(work.steps):
-            out = Rows()
+            if step == WARM_UP:
+                out = Rows()
             encoder.encode(table, np.arange(work.shape.batch) + step % ROUNDS * work.shape.batch, out)
-            out.save(Path(folder), f"shard-{step}")
+            if step == work.steps - 1:
+                out.save(Path(folder), "shard")
             work.tick()
+    (start, _), (end, _) = work.ticks[WARM_UP - 1], work.ticks[-1]
+    return {"tokens_per_second": work.shape.tokens * (work.steps - WARM_UP) / (end - start)}
 
 
 def train(work: Work, kept: str, compile: bool = False) -> dict[str, float]:

@@ -236,8 +236,13 @@ def peaked_and_flat(columns: int = 200):
     return scale * logits(1, 5, columns), logits(2, 5, columns)
 
 
+HEADS = (losses._head_by_counting, losses._head_by_halving)  # on a CPU, on a GPU
+
+
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("mu", [0.0, 0.1, 0.5, 0.9, 0.999])
-def test_head_of_akl_is_that_of_a_full_sort(mu):
+def test_head_of_akl_is_that_of_a_full_sort(mu, head, monkeypatch):
+    monkeypatch.setattr(losses, "_head_by_counting", head)
     teacher, student = peaked_and_flat()
     loss = option("loss", "akl", mu=mu)
     p, q = (x.softmax(-1).numpy() for x in (teacher, student))
@@ -259,10 +264,21 @@ def test_head_of_akl_is_that_of_a_full_sort(mu):
         ([0.6, 0.2, 0.2], 0.5, 1),
     ],
 )
-def test_head_of_akl_takes_equal_tokens_until_mu(p, mu, head):
+@pytest.mark.parametrize("find", HEADS)
+def test_head_of_akl_takes_equal_tokens_until_mu(find, p, mu, head, monkeypatch):
+    monkeypatch.setattr(losses, "_head_by_counting", find)
     assert losses._most_probable(torch.tensor([p]).log(), mu).sum() == head
     order = torch.randperm(len(p), generator=torch.Generator().manual_seed(0))
     assert losses._most_probable(torch.tensor([p]).log()[:, order], mu).sum() == head
+
+
+@pytest.mark.parametrize("mu", [0.0, 1e-4, 0.5, 0.95])
+def test_both_heads_of_akl_are_the_same_columns(mu):
+    scale = torch.tensor([[6.0], [3.0], [1.0], [0.1], [0.0]])
+    teacher = (scale * torch.randn(5, 5000, generator=torch.Generator().manual_seed(0))).round(decimals=1)  # many equal
+    counted, halved = (head(teacher.log_softmax(-1), mu + 1e-6) for head in HEADS)
+    assert torch.equal(counted, halved)
+    assert 1 <= halved.sum(-1).min() and halved.sum(-1).max() < 5000
 
 
 def test_akl_of_equal_tokens_worked_by_hand():
