@@ -160,7 +160,8 @@ def check() -> tuple[list[str], list[str]]:
 
 def main() -> int:
     faults, clean = check()
-    print("\n".join(faults))
+    for fault in faults:
+        print(fault)
     if clean:
         print(f"No longer needed in tests/words.py: {', '.join(clean)}")
     print(f"words: {len(faults)} faults in {len(documents())} documents and {len(sources())} source files")
