@@ -34,7 +34,7 @@ BANNED = {
 NAMES = {"of", "told", "made", "asked", "known", "found", "how", "there", "own", "beside"}
 OPENINGS = re.compile(r"(?:What|Whether|Which|Where|Of|The same)\b")
 
-DOCUMENTS_LATER = {"docs/results.md", "docs/speed.md", "docs/architecture.md"}
+DOCUMENTS_LATER: set[str] = set()
 NAMES_LATER = {
     "kd/bench", "kd/config", "kd/data", "kd/evaluation", "kd/experiment", "kd/launch", "kd/models", "kd/objective",
     "kd/parallel", "kd/rollout", "kd/runs", "kd/store", "kd/system", "kd/training", "sweeps/fit", "sweeps/report",
@@ -49,11 +49,15 @@ def documents() -> list[str]:
 
 
 def paragraphs(text: str) -> Iterator[tuple[int, str]]:
-    """Yield line number and text of each paragraph, list item, heading and cell; code becomes the word `code`."""
+    """Yield line number and text of each paragraph, list item, heading and cell.
+
+    Code becomes the word `code`. Quotes are left out: they are output of programs.
+    """
     text = re.sub(r"^```.*?^```", lambda match: "\n" * match[0].count("\n"), text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     begin, parts = 1, []
     for number, line in enumerate([*text.splitlines(), ""], 1):
+        line = "" if line.startswith(">") else line  # quotes are output of programs
         is_row = line.startswith("|")
         if parts and (is_row or re.match(r"\s*(?:$|[-*#]|\d+\.\s)", line)):
             yield begin, " ".join(parts)
@@ -75,7 +79,7 @@ def plain(line: str) -> str:
 
 def sentences(paragraph: str) -> list[str]:
     """Split a paragraph at full stops, question marks and exclamation marks that end a sentence."""
-    paragraph = re.sub(r"\b(e\.g|i\.e|et al|eq|arXiv)\. ", r"\1 ", paragraph)
+    paragraph = re.sub(r"\b(e\.g|i\.e|et al|eq|arXiv)\. (?=[a-z0-9(])", r"\1 ", paragraph)
     return re.split(r"(?<=[.!?])[\"')]*\s+(?=[A-Z(\"'0-9]|code\b)", paragraph)
 
 
