@@ -1,6 +1,6 @@
 """Commands of the README, CONTRIBUTING and docs: each is parsed as it stands, and run at a tiny size.
 
-The slow test runs all commands of a page in turn, in one folder, with settings that make them small. Names of the Hub
+The slow test runs all commands of a page in turn, with settings that make them small. Names of the Hub
 are folders there with tiny models and texts, so names stay as typed. A bucket is a folder, and SLURM is tests/slurm.py.
 """
 
@@ -334,8 +334,9 @@ def run(command: Command, folder: Path, cluster: dict[str, str]) -> None:
 
 
 @pytest.fixture(scope="session")
-def stand_ins(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("stand-ins")
+def folder(tmp_path_factory) -> Path:
+    """The folder of all commands, so that what several pages show is run once."""
+    root = tmp_path_factory.mktemp("commands")
     put_models(root)
     put_texts(root)
     return root
@@ -344,11 +345,7 @@ def stand_ins(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", sorted({c.page for c in ALL if c.program not in NOT_RUN} - PARSED.keys()))
-def test_commands_of_a_page_run(page, stand_ins, cluster, tmp_path):
-    folder = tmp_path / "there"
-    folder.mkdir()
-    for path in stand_ins.iterdir():
-        (folder / path.name).symlink_to(path)
+def test_commands_of_a_page_run(page, folder, cluster):
     for command in commands(page):
         if command.program not in NOT_RUN:
             run(command, folder, cluster)
