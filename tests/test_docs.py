@@ -23,6 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import train  # noqa: F401, registers the sizes
 from kd.config import security
+from kd.config.components import option_names
 from kd.config.compose import config_of
 from kd.config.options import option_of
 from kd.config.rules import group_of
@@ -95,6 +96,22 @@ def test_every_page_of_the_site_is_in_its_navigation():
     site = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)
     pages = set(re.findall(r"[\w/]+\.md", str(site["nav"])))
     assert pages == {str(path.relative_to(ROOT / "docs")) for path in ROOT.glob("docs/**/*.md")}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_a_page_lead_to_files(page):
+    for link in re.findall(r"\]\((?!https?://)([^)#]+)", (ROOT / page).read_text()):
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+
+
+def test_readme_names_all_options():
+    rows = dict(re.findall(r"^\| (`[\w`, ]+) \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE))
+    for groups, row in rows.items():
+        for group in re.findall(r"\w+", groups):
+            if group not in ("student", "teacher", "start", "optim", "experiment", "sweeps"):  # in words, or elsewhere
+                missing = set(option_names(group)) - set(re.findall(r"`(\w+)`", row))
+                assert not missing, f"{group}: {missing}"
+    assert {"loss", "rollout", "method"} <= {group for groups in rows for group in re.findall(r"\w+", groups)}
 
 
 # Parsed as they stand
