@@ -221,7 +221,7 @@ NOT_RUN = {
 PARSED = {"docs/results.md": "its commands are all sweeps of sweeps/, which are hundreds of runs even if each is small"}
 SMALL = """trainer.steps=2 trainer.batch=4 trainer.micro_batch=2 trainer.val_every=2 trainer.checkpoint_every=2
 trainer.log_every=1 teacher.steps=2 teacher.batch=2 start.steps=2 start.sft_steps=2 data.seq_len=64 data.val_rows=4
-data.tokens=4000 rollout.max_tokens=4 responses.samples=1 logger=none""".split()  # noqa: SIM905
+data.tokens=4000 data.template=plain rollout.max_tokens=4 responses.samples=1 logger=none""".split()  # noqa: SIM905
 PARTLY = {"trainer.devices": "2", "n_jobs": "2", "hydra.sweeper.n_trials": "2", "rollout.capacity": "4"}
 LISTS = {"trainer.steps": ("2", "4", "6"), "seed": ("0",)}
 
@@ -241,7 +241,7 @@ def shrunk(arguments: list[str]) -> list[str]:
         words.append(word)
     typed = {word.partition("=")[0] for word in words}
     if not typed & {"data", "method", "experiment", "sweeps"}:
-        words += ["data=markov", "data.states=16", "data.branching=4"]  # the default takes seconds to be packed
+        words += ["data=markov", "data.states=100", "data.branching=4"]  # the default takes seconds to be packed
     every = jobs(words)
     for word in SMALL:
         name = word.partition("=")[0]
