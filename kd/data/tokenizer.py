@@ -1,7 +1,8 @@
-"""Tokenizers: load one by name, and read off what packing and models need to know of it."""
+"""Tokenizers: load one by name or train one, and read off what packing and models need to know of it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 from kd.errors import UserError
 from kd.system import files
 
+END = "<|endoftext|>"  # of tokenizers that are trained here
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -36,6 +38,32 @@ def load_tokenizer(name: str, label: str):
                 hint="type pip install sentencepiece protobuf, and the same command again",
             ) from error
         raise
+
+
+def word_tokenizer(words: Sequence[str]):
+    """Return a tokenizer with one token per word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    word_level = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*words, END])}, unk_token=END))
+    word_level.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=word_level, eos_token=END)
+
+
+def train_tokenizer(texts: Iterable[str], vocab: int | None):
+    """Return a byte-level BPE with `vocab` tokens, trained on texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END)
 
 
 def vocabulary_size(tokenizer) -> int:

@@ -237,8 +237,8 @@ def as_job(run: Run, config: ExperimentConfig, inputs: Inputs) -> dict:
 
 def from_job(job: dict, config: ExperimentConfig) -> Inputs:
     """Return the inputs of a rank: data, teacher and store exist already."""
-    packed = packing.opened(Path(job["data"]))
+    packed = packing.open_packed(Path(job["data"]))
     store = Store(job["store"][0], Path(job["store"][1])) if job["store"] else None
-    plain = packing.opened(Path(job["plain"])) if job["plain"] else None
+    plain = packing.open_packed(Path(job["plain"])) if job["plain"] else None
     components = Components(config, packed)
     return Inputs(packed, components, job["teacher"], job["start"], store, plain, job["origins"])

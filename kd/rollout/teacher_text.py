@@ -43,9 +43,9 @@ def by_teacher(
         about = json.loads((temporary / "manifest.json").read_text())
         about = {k: v for k, v in about.items() if k not in ("digest", "digests")}
         spans = written["train"][1] if "train" in sides else _spans(packed, "train")
-        packing.seal(temporary, about | {"train_tokens": int(spans[:, 1].sum()), "written": folder.name})
+        packing.write_manifest(temporary, about | {"train_tokens": int(spans[:, 1].sum()), "written": folder.name})
 
-    made = packing.once(folder, make)
+    made = packing.build_once(folder, make)
     shutil.rmtree(parts, ignore_errors=True)
     return made
 

@@ -357,7 +357,7 @@ def test_packed_rows_that_are_a_pickle_are_not_read(root, canary):
     manifest["digests"]["train.npy"] = files.digest(path.parent / "train.npy")
     path.write_text(json.dumps(manifest | {"digest": files.digest_of(manifest)}))
     with pytest.raises(ValueError, match=r"allow_pickle|[Pp]ython objects"):
-        packing.opened(path.parent)
+        packing.open_packed(path.parent)
 
 
 @pytest.mark.parametrize("name", ["config.json", "result.json", "state.json"])

@@ -29,8 +29,9 @@ from kd.data import corpora, instructions, packing, templates
 from kd.data.batches import IGNORE, Batches, Packed, ValidationBatches, to_batch
 from kd.data.examples import Example, Turn
 from kd.data.instructions import functions
-from kd.data.packing import END
+from kd.data.split import TrainValSplit
 from kd.data.templates import alpaca, encode, end_of_response, plain, tokens
+from kd.data.tokenizer import END
 from kd.experiment import planner, prerequisites, stores, summary
 from kd.experiment.dependencies import Plan
 from kd.runs.run import Run
@@ -284,12 +285,12 @@ def test_fewer_tokens_are_the_first_of_more(tmp_path):
 
 def test_packed_examples_are_opened_as_they_were_written(tmp_path):
     made = pack(tmp_path, *many())
-    again = packing.opened(made.folder)
+    again = packing.open_packed(made.folder)
     assert (again.train_spans == made.train_spans).all() and (again.val_spans == made.val_spans).all()
     assert again.end == made.end == AutoTokenizer.from_pretrained(made.tokenizer).eos_token_id
     (made.folder / "val_spans.npy").write_bytes(b"")
     with refused(option=made.folder / "val_spans.npy", why="is damaged"):
-        packing.opened(made.folder)
+        packing.open_packed(made.folder)
 
 
 def test_examples_that_leave_a_side_empty_are_refused(tmp_path):
@@ -701,7 +702,7 @@ def test_prompt_and_response_have_the_tokens_of_the_text_that_they_are(library, 
 
 def test_functions_are_on_the_side_of_their_file():
     """What is measured on was not read by a student that was pre-trained on the plain text."""
-    side = packing._Sides(0.5)
+    side = TrainValSplit(0.5)
     sources = [SOURCE.replace("twice", f"{i} times") for i in range(20)]
     sides = {source: side(source) for source in sources}
     assert set(sides.values()) == {"train", "val"}
@@ -759,7 +760,7 @@ def root(tmp_path_factory) -> Path:
 def test_only_what_counts_is_counted(root):
     folder = run(root, "logits=none", "teacher=none")
     made, (packed,) = json.loads((folder / "result.json").read_text()), root.glob("data/*/train_spans.npy")
-    of = packing.opened(packed.parent)
+    of = packing.open_packed(packed.parent)
     steps = Batches(of.train, 4, 0, 0, 12, spans=of.train_spans)
     assert made["tokens"] == sum((b.labels != IGNORE).sum().item() for b in steps) < 12 * 4 * 32
     student = AutoModelForCausalLM.from_pretrained(folder / "student")
@@ -774,12 +775,12 @@ def test_only_what_counts_is_counted(root):
 def test_what_is_not_counted_teaches_nothing(root, monkeypatch):
     """Other tokens behind the end, which nothing counted looks back on, and the run is the same, bit for bit."""
     before = outcome(run(root, "logits=none", "teacher=none", "seed=7"))
-    (packed,) = (packing.opened(p.parent) for p in root.glob("data/*/train_spans.npy"))
+    (packed,) = (packing.open_packed(p.parent) for p in root.glob("data/*/train_spans.npy"))
     changed = packed.train.copy()
     for row, (_, total) in zip(changed, packed.train_spans, strict=True):
         row[total:] = np.arange(5, 5 + len(row) - total)
     assert (changed != packed.train).mean() > 0.2
-    monkeypatch.setattr(packing, "opened", lambda folder: replace(packed, train=changed))
+    monkeypatch.setattr(packing, "open_packed", lambda folder: replace(packed, train=changed))
     (root / "other").mkdir()
     shutil.copy(root / "examples.jsonl", root / "other")
     after = outcome(run(root / "other", "logits=none", "teacher=none", "seed=7"))
@@ -853,7 +854,7 @@ def test_micro_batches_of_any_size_learn_the_same(root):
 def test_an_estimate_counts_what_counts(root):
     asked = config(root, "logits=none", "teacher=none", "seed=99", "trainer.steps=50")
     made = planner.estimate(asked)
-    (packed,) = (packing.opened(p.parent) for p in root.glob("data/*/train_spans.npy"))
+    (packed,) = (packing.open_packed(p.parent) for p in root.glob("data/*/train_spans.npy"))
     assert [of.tokens for of in made.values()] == [round(50 * 4 * packed.counted)]
 
 
@@ -873,7 +874,7 @@ def test_prompts_alone_are_for_rollouts_that_write_all_responses(root, tmp_path,
     result = json.loads((folder / "result.json").read_text())
     assert result["data"]["prompts_only"] == 60 and "left_out" in result["data"]
     assert 0 < result["final"]["val/lm"] < 20
-    (written,) = (packing.opened(p.parent) for p in tmp_path.glob("rollouts/*/manifest.json"))
+    (written,) = (packing.open_packed(p.parent) for p in tmp_path.glob("rollouts/*/manifest.json"))
     lengths = written.val_spans[:, 1] - written.val_spans[:, 0]
     assert len(written.val) == 4 and lengths.max() > 1  # the teacher's responses are the references
     assert ((written.train_spans @ [-1, 1]).max() > 1) == ("rollout=teacher" in words)

@@ -277,7 +277,7 @@ def test_what_a_message_says_to_remove_is_quoted(made, tmp_path):
     for name in ("train.npy", "manifest.json"):
         flip(data / name)
         with pytest.raises(UserError) as caught:
-            packing.opened(data)
+            packing.open_packed(data)
         wanted.append((data, str(caught.value)))
         flip(data / name)
     for path, message in wanted:
