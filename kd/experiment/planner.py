@@ -25,7 +25,7 @@ from kd.system import files
 from kd.system.console import Terminal, clock, console, silence_libraries, track
 from kd.system.hardware import capacity
 from kd.system.processes import peak_memory
-from kd.system.remote import home
+from kd.system.remote import local_root
 from kd.teachers.online import OnlineTeacher
 
 STARTS = 8.0  # seconds that a process takes to load what it needs
@@ -178,7 +178,7 @@ def show(made: dict[str, Estimate], names: dict[str, str], done: int, config: Ex
         )  # fmt: skip
         rows[names.get(name, name)] = [amount or "–" for amount in takes]
     print_rows(dict(zip(shortened(list(rows)), rows.values(), strict=True)))
-    root, device = home(config.root).resolve(), collectives.device(config.trainer.accelerator)
+    root, device = local_root(config.root).resolve(), collectives.device(config.trainer.accelerator)
     there = next(folder for folder in (root, *root.parents) if folder.exists())
     at_once = min(at_once, len(made))
     disk = sum(of.disk for of in made.values()) + at_once * max(of.beside for of in made.values())

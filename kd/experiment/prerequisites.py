@@ -17,7 +17,7 @@ from kd.runs import provenance, wandb_agent
 from kd.runs.run import SEALED, Run, check_student
 from kd.system import files
 from kd.system.console import console, silence_libraries
-from kd.system.remote import home
+from kd.system.remote import local_root
 from kd.system.signals import requests
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def prepare(config: ExperimentConfig) -> tuple[Packed, Components]:
     """The data, packed, and the parts of the run, tried; all that can be wrong short of the models is found here."""
     source, how = corpus(config)
     anew = config.force and not config.plan
-    packed = packing.pack(source, home(config.root) / "data", **how, anew=anew)
+    packed = packing.pack(source, local_root(config.root) / "data", **how, anew=anew)
     parts = Components(config, packed)
     if packed.prompts_only:
         check_prompts_only(config, any(parts.alpha(step / 100) < 1 for step in range(101)))
@@ -165,7 +165,7 @@ def plain_text(config: ExperimentConfig) -> Packed | None:
     if config.lm != "plain":
         return None
     source, how = plain_corpus(config)
-    return packing.pack(source, home(config.root) / "data", **how)
+    return packing.pack(source, local_root(config.root) / "data", **how)
 
 
 def teacher_model(config: ExperimentConfig, components: Components, train: Train) -> CausalLM:
@@ -201,7 +201,7 @@ def written_by_teacher(config: ExperimentConfig, packed: Packed, components: Com
     # As a rollout used to be written in configs, so that folders keep their names.
     rollout = {"_target_": "kd.rollout.teacher", "_partial_": True, **config.rollout.args} if writes else None
     key = [packed.folder.name, rollout, teacher_id, *([sides] if packed.prompts_only else [])]
-    folder = home(config.root) / "rollouts" / files.digest_of(key)[:16]
+    folder = local_root(config.root) / "rollouts" / files.digest_of(key)[:16]
 
     def writers() -> strategies.Writers:
         model = teacher_model(config, components, train).to(collectives.device(config.trainer.accelerator))

@@ -32,6 +32,7 @@ from kd.store.reader import FULL, Store, said, within
 from kd.store.recorder import Recorder
 from kd.store.writer import RowEncoder
 from kd.system import files
+from kd.system.lease import lease
 from kd.system.processes import alive, whereabouts
 from kd.system.remote import Remote, is_url
 from kd.teachers.online import OnlineTeacher
@@ -166,8 +167,8 @@ def stored(config: ExperimentConfig, packed: Packed, keep: Keep, teacher: Callab
         where = Plan.of(config).store_place
         run = Run(where.folder.parent, where.folder.name)
         url = is_url(where.path)
-        lease = Remote(where.path, where.folder).lease(whereabouts(), alive, True) if url else nullcontext()
-        with run.lock(wait=True), lease:  # one process of this machine, and of all machines that share a URL
+        held = lease(Remote(where.path, where.folder), whereabouts(), alive, True) if url else nullcontext()
+        with run.lock(wait=True), held:  # one process of this machine, and of all machines that share a URL
             found = opened(config, packed) or write(config, packed, keep, teacher())
     if "://" not in found.path:  # of a URL, each file is checked when it has been copied
         found.verify()

@@ -24,7 +24,7 @@ from kd.launch.sweeper import Multirun, asked_for
 from kd.runs.run import Run
 from kd.system.console import console, counted, end_with
 from kd.system.files import read_metrics
-from kd.system.remote import home
+from kd.system.remote import local_root
 
 MEASURE = "val/lm"  # what every run has, in nats per token
 
@@ -62,7 +62,7 @@ class Search(Multirun):
             why, hint = "is not set, and a search learns from trials that are done", "type n_jobs=, the trials at once"
             raise UserError(option="n_jobs", why=why, hint=hint)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        path = home(self.config.root) / "sweeps" / f"{self.config.sweep}.optuna"
+        path = local_root(self.config.root) / "sweeps" / f"{self.config.sweep}.optuna"
         path.parent.mkdir(parents=True, exist_ok=True)
         with alone(path.with_suffix(".search")):
             storage = optuna.storages.InMemoryStorage()  # for plan=true, which leaves nothing behind

@@ -30,7 +30,7 @@ from kd.runs.provenance import done_before, doubts
 from kd.runs.run import Run
 from kd.system.console import clock, console, counted, harmless, styled
 from kd.system.processes import killed_for_memory
-from kd.system.remote import Unreachable
+from kd.system.retries import Unreachable
 from kd.system.signals import PARENT, SAME, received
 
 Watch = Callable[[int, Run], str | None]  # which run of a batch -> why it is to end early

@@ -186,7 +186,7 @@ class Runs(Launcher):
         requests.end_if_asked()
         if self.config.force:
             discard({run.name: run for run, *_ in made}.values())
-        path = remote.latest(self.config.root, f"sweeps/{name}.json")
+        path = remote.fetch(self.config.root, f"sweeps/{name}.json")
         before = _listed(path)
         listed = list(before) if further else []
         listed += [

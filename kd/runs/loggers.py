@@ -183,7 +183,7 @@ def join(run: Run, result: dict, group: str) -> bool:
     view.close(result["final"], responses=False)
     note.write_text(group)
     if run.remote:
-        run.remote.tell("wandb-group")
+        run.remote.put_best_effort("wandb-group")
     return True
 
 

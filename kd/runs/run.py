@@ -18,10 +18,13 @@ from kd.config.schema import ExperimentConfig
 from kd.config.secrets import redacted
 from kd.errors import UserError
 from kd.runs.outcome import Outcome, RunState, classify
-from kd.system import files, remote
+from kd.system import files, remote, retries
 from kd.system.console import console
 from kd.system.files import read_json
+from kd.system.lease import lease
 from kd.system.processes import _same_process, alive, peak_memory, whereabouts
+from kd.system.remote_checkpoints import RemoteCheckpoints
+from kd.system.retries import Unreachable
 
 # Responses of the student to the validation prompts (kd/evaluation/responses.py), and the curve of its ExAccErr.
 RESPONSES, EXACCERR = "responses.jsonl", "exaccerr.json"
@@ -45,7 +48,7 @@ class Run:
     def __init__(self, root: str | Path, name: str):
         self.name = name
         self.root = str(root) if remote.is_url(root) else str(Path(root).absolute())
-        self.folder = remote.home(root) / name
+        self.folder = remote.local_root(root) / name
         self.remote = remote.Remote(f"{root}/{name}", self.folder) if remote.is_url(root) else None
         self.begun = time.monotonic()
 
@@ -66,10 +69,10 @@ class Run:
     def result(self, wait: float | None = None) -> dict | None:
         """The result, or None if the run is not done; raises UserError if it is not what was written.
 
-        wait: seconds for a URL that is away, see kd.system.remote.
+        wait: seconds for a URL that is away, see kd/system/retries.py.
         """
         try:
-            found = self.remote.now_and_then("result.json", wait) if self.remote else read_json(self / "result.json")
+            found = self.remote.read_cached("result.json", wait) if self.remote else read_json(self / "result.json")
         except remote.Damaged:
             found = {"digest": None}
         if found is not None and not _is_whole(found):
@@ -81,7 +84,7 @@ class Run:
         """Whether there is a result, damaged or not."""
         try:
             return self.result() is not None
-        except remote.Unreachable:
+        except Unreachable:
             raise
         except UserError:
             return True
@@ -167,14 +170,14 @@ class Run:
         if not self.remote:
             yield
             return
-        with self.remote.lease(whereabouts(), alive, wait):
+        with lease(self.remote, whereabouts(), alive, wait):
             self.remote.forget()
             began = time.time()
             try:
                 yield
             finally:
                 left = [p for p in self.folder.iterdir() if p.name not in ("checkpoints", "student", "result.json")]
-                self.remote.tell(*(p.name for p in left if p.is_dir() or p.stat().st_mtime >= began))
+                self.remote.put_best_effort(*(p.name for p in left if p.is_dir() or p.stat().st_mtime >= began))
 
     def begin(self, config: ExperimentConfig) -> None:
         """Make ready to work: the resolved config is written, and how an earlier try ended is forgotten.
@@ -199,7 +202,7 @@ class Run:
         """Copy from the URL what the work goes on with, if it is further there than here."""
         from kd.system.checkpoint_files import latest_step
 
-        source.pull_checkpoint(latest_step(self / "checkpoints"))
+        RemoteCheckpoints(source).pull(latest_step(self / "checkpoints"))
         if not (self / "wandb-id").exists():
             source.get("wandb-id")
 
@@ -212,7 +215,7 @@ class Run:
         report = {name: value for name, value in report.items() if value is not None}
         files.write_json(self / "state.json", report)
         if self.remote:
-            self.remote.tell("state.json", "log.txt")
+            self.remote.put_best_effort("state.json", "log.txt")
         return self / "state.json"
 
     @contextmanager
@@ -247,7 +250,7 @@ class Run:
             reason = f"{error.option} {error.why}; the same command begins the run anew"
             return {"state": RunState.NOT_BEGUN, "reason": reason}
         if self.remote and not (found and found["state"] == RunState.RUNNING and alive(found)):
-            there = self.remote.now_and_then("state.json", wait)
+            there = self.remote.read_cached("state.json", wait)
             found = found if found and there and _same_process(found, there) else there or found
         if found is None:
             return {"state": RunState.NOT_BEGUN, "reason": ""}
@@ -320,7 +323,7 @@ class Run:
             try:
                 self.remote.put("config.json", "metrics.jsonl", "student", RESPONSES, EXACCERR)
                 self.remote.write("result.json", result)
-            except remote.Unreachable as error:
+            except Unreachable as error:
                 raise UserError(
                     option=error.option,
                     why=f"{error.why}. The student is in {self.folder}, and the run is done when it is copied too",
@@ -346,7 +349,7 @@ class Run:
         shutil.rmtree(self / "checkpoints", ignore_errors=True)
         if self.remote:
             try:
-                self.remote.remove("checkpoints", wait=remote.SOON)
+                self.remote.remove("checkpoints", wait=retries.SOON)
             except UserError as error:
                 warnings.warn(f"{error} The run is done; its checkpoints there are of no use any more.")
 

@@ -29,7 +29,7 @@ from kd.experiment.prerequisites import prepare, teacher_model
 from kd.store.reader import FULL, Store, said
 from kd.system import files
 from kd.system.console import console, counted, end_with, styled
-from kd.system.remote import home
+from kd.system.remote import local_root
 
 
 def write_store(words: list[str]) -> Store | None:
@@ -129,7 +129,7 @@ def main() -> None:
             writer.merge(Path(given.path), [Path(files.expanded(p)) for p in given.part])
             store = Store(given.path, Path())
         else:
-            store = Store(given.path, home(given.root) / "stores")
+            store = Store(given.path, local_root(given.root) / "stores")
         if store and given.command == "verify":
             store.verify()
             console.print(f"{counted(len(store.manifest['files']), 'file is', 'files are all')} what was written.")

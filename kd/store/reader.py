@@ -40,7 +40,7 @@ from kd.store.location import FORMAT
 from kd.system import files
 from kd.system.console import track
 from kd.system.files import read_json
-from kd.system.remote import home, is_url
+from kd.system.remote import is_url, local_root
 
 FULL = {"name": "full"}
 FIELDS = ("format", "teacher", "weights", "tokenizer", "data", "truncation", "precision", "seed")
@@ -324,7 +324,7 @@ class Store:
             return "python -m kd.store write and the words of the run that reads it"
         words, key, root = [self.manifest["words"]], self.manifest.get("key", ""), str(self.cache.parent)
         under = self.path.removesuffix(f"/stores/{key}")
-        if is_url(under) and home(under) == self.cache.parent:
+        if is_url(under) and local_root(under) == self.cache.parent:
             root = under
         elif self.folder != self.cache / key:
             words.append(shlex.quote(f"logits.path={conf.typed(self.path)}"))

@@ -95,7 +95,7 @@ class Recorder:
     def send(self, wait: float) -> None:
         """Copy the shards that were written to the URL, so that another machine can go on with them.
 
-        wait: seconds for a URL that is away, see kd.system.remote.
+        wait: seconds for a URL that is away, see kd/system/retries.py.
         """
         if not self.url:
             return

@@ -31,7 +31,7 @@ from kd.store import reader, writer
 from kd.store.reader import Store, within
 from kd.system import files
 from kd.system.console import console
-from kd.system.remote import Remote, home
+from kd.system.remote import Remote, local_root
 from tests.refusals import refused
 from tests.small import SMALL, TOP, content, folder, here, outcome, put_result, result, train, type_in, write
 
@@ -619,7 +619,7 @@ def test_a_url_is_written_to_and_an_upload_that_was_cut_off_goes_on(root, monkey
     shutil.rmtree(root / "stores")
     with monkeypatch.context() as patch:
         patch.setattr(type(system), "put_file", fail)
-        patch.setattr("kd.system.remote.PATIENCE", 0)
+        patch.setattr("kd.system.retries.PATIENCE", 0)
         with refused(option=url, why="the network is gone", hint="type the same command again"):
             here(root, *OFFLINE, f"logits.path={url}")
     assert not system.exists(f"{url}/manifest.json")
@@ -636,7 +636,7 @@ def test_a_url_is_written_to_and_an_upload_that_was_cut_off_goes_on(root, monkey
 def test_a_store_of_a_root_under_a_url_is_written_under_that_url(root, monkeypatch, tmp_path):
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
     url = f"memory://{root.name}/kd"
-    cache = home(url) / "stores"
+    cache = local_root(url) / "stores"
     path = f"{url}/stores/{only(root).name}"
     files.local(path, cache).mkdir(parents=True)
     shutil.copy(only(root) / "begun.json", files.local(path, cache))
