@@ -71,7 +71,7 @@ class ConversationReader:
                 raise UserError(option=self.option, why=why, hint="keep one of these system prompts")
 
     def _whole(self, asked: list[Turn], answer: list[Turn]) -> tuple[list[Turn], list[Turn]]:
-        """Return system prompts and turns of a conversation in the response's column; it has to begin with the prompt."""
+        """Return system prompts and turns of a conversation in the response's column that begins with the prompt."""
         if not begins_with(answer, asked):
             column = self.shape.response
             raise UserError(

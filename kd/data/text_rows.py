@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from kd.data import templates
 from kd.data.batches import between
 from kd.data.corpora import Corpus
 from kd.data.counts import Counts
 from kd.data.row_files import announced_bos, in_batches, save_rows, token_dtype
 from kd.data.split import TrainValSplit
-from kd.data.tokenizer import byte_counts
+from kd.data.templates import special_as_text
+from kd.data.tokenizer import byte_counts, tokenize
 from kd.errors import UserError
 
 
@@ -23,7 +23,7 @@ def write_text(
     val_rows: int, special: bool,
 ) -> dict:  # fmt: skip
     """Write rows of documents that are joined, and return the manifest's entries about them."""
-    dtype, counts, as_text = token_dtype(fast), Counts("documents"), templates.special_as_text(fast, special)
+    dtype, counts, as_text = token_dtype(fast), Counts("documents"), special_as_text(fast, special)
     count, size = {"train": 0, "val": 0}, seq_len + 1
     # Of a stream the first validation rows, of a whole the same random ones, however much there is for training.
     limit = {"train": tokens, "val": val_rows * size if corpus.streaming else math.inf}
@@ -38,7 +38,7 @@ def write_text(
             pairs = [(text, split(text)) for text in batch if text.strip()]
             counts.left_out["empty"] += len(batch) - len(pairs)
             pairs = [(text, side) for text, side in pairs if count[side] < limit[side]]
-            encoded = templates.tokens([text for text, _ in pairs], fast, special)
+            encoded = tokenize([text for text, _ in pairs], fast, special)
             for (text, side), ids in zip(pairs, encoded, strict=True):
                 if count[side] < limit[side]:
                     part = _own(ids, end, bos) if special else slice(None)

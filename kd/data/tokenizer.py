@@ -93,6 +93,13 @@ def _bos_by_name(name: str, stamp: str | None) -> list[int]:
     return bos_of(load_tokenizer(name, f"The tokenizer of {name}"))
 
 
+def tokenize(texts: list[str], tokenizer, special: bool = False) -> list[list[int]]:
+    """Return the tokens of plain texts. None is added, and none is special unless `special` is true."""
+    if not texts:
+        return []
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=not special, verbose=False)["input_ids"]
+
+
 def byte_counts(text: str, ids: list[int], tokenizer) -> np.ndarray:
     """Return how many bytes of the text each of its tokens stands for; the sum is the size of the text.
 

@@ -30,8 +30,8 @@ from kd.data.batches import IGNORE, Batches, Packed, ValidationBatches, to_batch
 from kd.data.examples import Example, Turn
 from kd.data.instructions import functions
 from kd.data.split import TrainValSplit
-from kd.data.templates import alpaca, encode, end_of_response, plain, tokens
-from kd.data.tokenizer import END
+from kd.data.templates import alpaca, encode, end_of_response, plain
+from kd.data.tokenizer import END, tokenize
 from kd.experiment import planner, prerequisites, stores, summary
 from kd.experiment.dependencies import Plan
 from kd.runs.run import Run
@@ -227,8 +227,8 @@ def test_prompts_of_text_begin_as_the_tokenizer_has_it_and_chats_as_their_templa
     ids, example = fast.convert_tokens_to_ids(before), Example.from_texts(("user", "ask"), response="say")
     for template, text in (("plain", "ask"), ("alpaca", alpaca(example.turns[:-1]))):
         (((prompt, response, *_),),) = encode([example], template, fast)
-        assert prompt == ids + tokens([text], fast)[0] == fast(text)["input_ids"]
-        assert response == tokens(["say"], fast)[0]
+        assert prompt == ids + tokenize([text], fast)[0] == fast(text)["input_ids"]
+        assert response == tokenize(["say"], fast)[0]
     (((prompt, *_),),) = encode([example], "chat", fast)
     assert fast.decode(prompt) == "<|im_start|>user\nask<|im_end|>\n<|im_start|>assistant\n"
     fast.save_pretrained(tmp_path / "own")
@@ -580,8 +580,8 @@ def test_a_response_has_the_tokens_that_it_has_behind_its_prompt():
     fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<s>")
     prompt, response = encoded(Short((("user", "Say it.\n"),), "ok"), "plain", fast)
     assert fast.convert_ids_to_tokens(response) == ["o", "k"]
-    assert fast.convert_ids_to_tokens(tokens(["ok"], fast)[0])[0] == "▁"
-    assert prompt == tokens(["Say it.\n"], fast)[0]
+    assert fast.convert_ids_to_tokenize(tokens(["ok"], fast)[0])[0] == "▁"
+    assert prompt == tokenize(["Say it.\n"], fast)[0]
 
 
 def test_a_token_over_both_is_cut_where_the_prompt_ends():
@@ -590,7 +590,7 @@ def test_a_token_over_both_is_cut_where_the_prompt_ends():
     merged["model"]["vocab"]["ab"] = 259
     merged["model"]["merges"] = [["a", "b"]]
     fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(merged)), eos_token=END)
-    assert tokens(["ab"], fast) == [[259]]
+    assert tokenize(["ab"], fast) == [[259]]
     prompt, response = encoded(Short((("user", "xa"),), "bx"), "plain", fast)
     assert fast.convert_ids_to_tokens(prompt + response) == ["x", "a", "b", "x"] and len(prompt) == 2
 
@@ -695,8 +695,8 @@ def test_prompt_and_response_have_the_tokens_of_the_text_that_they_are(library, 
     fast = AutoTokenizer.from_pretrained(made.tokenizer)
     sample = library[::3]
     for example, ((prompt, response, *_),) in zip(sample, encode(sample, "plain", fast), strict=True):
-        assert prompt + response == tokens([templates.written(example, "plain")], fast)[0]
-        assert response == tokens([example.turns[-1].content], fast)[0]
+        assert prompt + response == tokenize([templates.written(example, "plain")], fast)[0]
+        assert response == tokenize([example.turns[-1].content], fast)[0]
     assert fast.decode(made.train[0][: made.train_spans[0, 0]]) in {e.turns[0].content for e in library}
 
 
