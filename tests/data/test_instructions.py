@@ -580,7 +580,7 @@ def test_a_response_has_the_tokens_that_it_has_behind_its_prompt():
     fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<s>")
     prompt, response = encoded(Short((("user", "Say it.\n"),), "ok"), "plain", fast)
     assert fast.convert_ids_to_tokens(response) == ["o", "k"]
-    assert fast.convert_ids_to_tokenize(tokens(["ok"], fast)[0])[0] == "▁"
+    assert fast.convert_ids_to_tokens(tokenize(["ok"], fast)[0])[0] == "▁"
     assert prompt == tokenize(["Say it.\n"], fast)[0]
 
 
