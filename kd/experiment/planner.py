@@ -20,7 +20,8 @@ from kd.experiment.step_timing import Step, alpha_kind, build_teacher_model, hel
 from kd.models import flops as flops_module
 from kd.parallel import collectives
 from kd.runs.identity import part_of_outcome, size_text
-from kd.store.writer import RowEncoder, takes
+from kd.store.cost import estimate_cost
+from kd.store.encoder import RowEncoder
 from kd.system import files
 from kd.system.console import Terminal, clock, console, silence_libraries, track
 from kd.system.hardware import capacity
@@ -120,7 +121,7 @@ def of_store(config: ExperimentConfig, packed: Packed, times: float, keep, vocab
     encoder = RowEncoder.finished(OnlineTeacher(model), described, keep, trainer.accelerator)
     rows = len(packed.train) * times
     flops = rows * seq_len * flops_module.cost(model.model, seq_len).flops_per_token
-    tokens, size, beside, seconds = takes(encoder, packed, trainer.micro_batch, rows)
+    tokens, size, beside, seconds = estimate_cost(encoder, packed, trainer.micro_batch, rows)
     return Estimate(tokens, seconds, int(size) + beside, flops=flops)
 
 

@@ -25,12 +25,13 @@ from kd.objective.chunked import chunks
 from kd.objective.target import Target
 from kd.runs.identity import model_name
 from kd.runs.run import Run
-from kd.store import writer
+from kd.store import transfer, writer
+from kd.store.encoder import RowEncoder
 from kd.store.format import MOST_DRAWS
 from kd.store.location import FORMAT
-from kd.store.reader import FULL, Store, said, within
+from kd.store.reader import Store
 from kd.store.recorder import Recorder
-from kd.store.writer import RowEncoder
+from kd.store.spec import FULL, covers, describe
 from kd.system import files
 from kd.system.lease import lease
 from kd.system.processes import alive, whereabouts
@@ -114,7 +115,7 @@ def opened(config: ExperimentConfig, packed: Packed) -> Store | None:
         found.check(expected, by_path=config.logits.path is not None or config.logits.source.is_recorded)
         _measurable(config, found.truncation)
         return found
-    if not within(truncation, of["truncation"]):
+    if not covers(of["truncation"], truncation):
         raise UserError(
             option="truncation",
             got=truncation["name"],
@@ -144,7 +145,7 @@ def _measurable(config: ExperimentConfig, held: dict) -> None:
         raise UserError(
             option="routing",
             got=routing,
-            why=f"is measured on the teacher's probabilities, and the store holds {said(held)}, too little to tell "
+            why=f"is measured on the teacher's probabilities, and the store holds {describe(held)}, too little to tell "
             "where the teacher is sure",
             need="a store of the most probable tokens or of everything",
             hint="type record=top_k or record=full (without logits.path), logits=online, or routing=none",
@@ -154,7 +155,7 @@ def _measurable(config: ExperimentConfig, held: dict) -> None:
         raise UserError(
             option="temperature",
             got=name,
-            why=f"is measured on the teacher's whole distribution, and the store holds {said(held)}",
+            why=f"is measured on the teacher's whole distribution, and the store holds {describe(held)}",
             need="a store of everything",
             hint="type record=full (without logits.path), logits=online, or temperature=fixed",
         )
@@ -188,7 +189,7 @@ def write(config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM)
     write_part(config, packed, keep, model, (1, 1))
     place = Plan.of(config).store_place
     if "://" in place.path:
-        writer.upload(place.folder, place.path)
+        transfer.upload(place.folder, place.path)
     store = opened(config, packed)
     assert store is not None, "the store was written just now"
     return store

@@ -26,7 +26,8 @@ from kd.errors import MISTAKES, UserError, for_people
 from kd.experiment import store_check, stores
 from kd.experiment.dependencies import Plan
 from kd.experiment.prerequisites import prepare, teacher_model
-from kd.store.reader import FULL, Store, said
+from kd.store.reader import Store
+from kd.store.spec import FULL, describe
 from kd.system import files
 from kd.system.console import console, counted, end_with, styled
 from kd.system.remote import local_root
@@ -78,7 +79,7 @@ def info(store: Store) -> Table:
     recorded = f", recorded over {m['steps']:,} steps of its training" if "steps" in m else ""
     rows = {
         "teacher": f"{of['teacher']}{recorded}",
-        "holds": f"{said(store.truncation)}, computed in {of['precision']}",
+        "holds": f"{describe(store.truncation)}, computed in {of['precision']}",
         "of": f"{m['count']:,} rows of {m['seq_len']} tokens, {tokens:,} in all; vocabulary {m['vocab']:,}",
     }
     if store.truncation != FULL:
@@ -114,7 +115,7 @@ def main() -> None:
     merge.add_argument("path")
     merge.add_argument("part", nargs="+")
     given = parser.parse_args()
-    from kd.store import writer
+    from kd.store import transfer
 
     try:
         for name in {"path", "root"} & vars(given).keys():
@@ -126,7 +127,7 @@ def main() -> None:
                 if "://" in path:
                     hint = "copy the parts to this machine, merge them, and copy the store"
                     raise UserError(option=path, why="merge joins folders", hint=hint)
-            writer.merge(Path(given.path), [Path(files.expanded(p)) for p in given.part])
+            transfer.merge(Path(given.path), [Path(files.expanded(p)) for p in given.part])
             store = Store(given.path, Path())
         else:
             store = Store(given.path, local_root(given.root) / "stores")

@@ -13,8 +13,11 @@ from torch import Tensor
 from kd.data.batches import IGNORE, Batch
 from kd.errors import UserError
 from kd.objective.target import Target
+from kd.store.encoder import RowEncoder
+from kd.store.folder import begin, commit, note_of, notes_of
 from kd.store.format import Positions, encode
-from kd.store.writer import SHARD_BYTES, RowEncoder, Rows, _note, _notes, begin, commit, upload
+from kd.store.rows import SHARD_BYTES, Rows
+from kd.store.transfer import upload
 from kd.system import files
 from kd.system.remote import Remote
 from kd.teachers.base import Teacher
@@ -37,7 +40,7 @@ class Recorder:
             self._pull(url)
         (folder / "manifest.json").unlink(missing_ok=True)
         covered = 0
-        for name, note in _notes(folder).items():
+        for name, note in notes_of(folder).items():
             if not name.startswith("shard-"):
                 continue
             if note["steps"][0] >= step:  # recorded after the checkpoint: it is recorded again
@@ -87,7 +90,7 @@ class Recorder:
         there = Remote(url, self.folder)
         for note in (x for x in there.names() if x.startswith("shard-") and x.endswith(".json")):
             name = note.removesuffix(".json")
-            if _note(self.folder, name) is None and there.get(f"{name}.safetensors"):
+            if note_of(self.folder, name) is None and there.get(f"{name}.safetensors"):
                 written = there.read(note)
                 if written and files.digest(self.folder / f"{name}.safetensors") == written["digest"]:
                     files.write_json(self.folder / note, written)
@@ -100,7 +103,7 @@ class Recorder:
         if not self.url:
             return
         there = Remote(self.url, self.folder)
-        for name in sorted(_notes(self.folder).keys() - self.there):
+        for name in sorted(notes_of(self.folder).keys() - self.there):
             there.put(f"{name}.safetensors", f"{name}.json", wait=wait)
             self.there.add(name)
 

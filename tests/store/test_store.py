@@ -27,8 +27,9 @@ from kd.experiment.dependencies import Plan, cached_corpus
 from kd.models import causal_lm
 from kd.models import hub as hub_module
 from kd.store import __main__ as store_main
-from kd.store import reader, writer
-from kd.store.reader import Store, within
+from kd.store import reader, transfer
+from kd.store.reader import Store
+from kd.store.spec import covers
 from kd.system import files
 from kd.system.console import console
 from kd.system.remote import Remote, local_root
@@ -507,8 +508,8 @@ def top(**settings) -> dict:
         (top(p=0.1), RANDOM, False),
     ],
 )
-def test_what_is_within(asked, held, inside):
-    assert within(asked, held) is inside
+def test_what_a_store_covers(asked, held, inside):
+    assert covers(held, asked) is inside
 
 
 @pytest.mark.parametrize("asked", ["full", "random", "top_p", "top_k"])
@@ -655,7 +656,7 @@ def test_an_upload_leaves_out_what_was_sent_while_it_was_recorded(root, monkeypa
     monkeypatch.setattr(
         type(system), "put_file", lambda self, a, b, **m: copied.append(Path(a).name) or put(self, a, b)
     )
-    writer.upload(folder, url)
+    transfer.upload(folder, url)
     assert sorted([*copied, SHARDS[0]]) == sorted([p.name for p in folder.glob("*.safetensors")] + ["manifest.json"])
     Store(url, root / "other").verify()
 
@@ -666,8 +667,8 @@ def test_an_upload_replaces_no_other_store(root):
     before = fsspec.filesystem("memory").cat_file(f"{url}/manifest.json")
     other = write(root, "truncation=top_k", "truncation.k=3", f"logits.path={root / 'other'}")
     with refused(option=url, why="holds another store, of "):
-        writer.upload(Path(other.path), url)
-    writer.upload(only_of(root, before), url)  # the same one, from another machine
+        transfer.upload(Path(other.path), url)
+    transfer.upload(only_of(root, before), url)  # the same one, from another machine
     assert fsspec.filesystem("memory").cat_file(f"{url}/manifest.json") == before
 
 
