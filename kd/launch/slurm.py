@@ -13,7 +13,8 @@ from pathlib import Path
 
 from kd.errors import UserError
 from kd.launch.cluster import Away, Elsewhere, Task, needs
-from kd.launch.pool import Job, Pool
+from kd.launch.job import Job
+from kd.launch.pool import Pool
 from kd.runs.outcome import GOES_ON, Outcome, RunState
 from kd.system import files
 from kd.system.console import console

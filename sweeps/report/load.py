@@ -52,7 +52,7 @@ def load_sweep(root: str | Path, name: str) -> list[Entry]:
 
 
 def read_manifest(root: str | Path, name: str) -> list[dict]:
-    """Return the runs of a sweep as kd.launch.sweeper wrote them; raise UserError if there is no such sweep."""
+    """Return the runs of a sweep as kd/launch/sweep_list.py wrote them; raise UserError if there is no such sweep."""
     check_sweep(name)
     path, hint = fetch(root, f"sweeps/{name}.json"), f"to run the sweep, type python train.py sweeps={name}"
     try:

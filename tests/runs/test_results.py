@@ -11,7 +11,7 @@ import train as product
 from kd.data import packing
 from kd.errors import UserError
 from kd.experiment import planner, prerequisites
-from kd.launch.pool import Job
+from kd.launch.job import Job
 from kd.runs import provenance
 from kd.runs.outcome import RunState
 from kd.runs.run import Run, check_student

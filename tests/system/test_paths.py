@@ -15,8 +15,9 @@ from rich.table import Table
 from kd.errors import for_people, is_mistake
 from kd.experiment.prerequisites import FinishedRun
 from kd.experiment.summary import show
-from kd.launch.pool import Job, Pool
-from kd.launch.sweeper import summary
+from kd.launch.job import Job
+from kd.launch.pool import Pool
+from kd.launch.summary import summary
 from kd.runs import provenance
 from kd.runs.run import Run
 from kd.store.reader import Store

@@ -16,8 +16,9 @@ from fsspec.implementations.local import LocalFileSystem
 from rich.console import Console
 
 from kd.launch import cluster
-from kd.launch.pool import Job, Local
-from kd.launch.sweeper import summary
+from kd.launch.job import Job
+from kd.launch.local import LocalPool
+from kd.launch.summary import summary
 from kd.runs.run import Run
 from kd.system import remote, retries
 from kd.system.lease import lease
@@ -484,7 +485,7 @@ def jobs_at(root: str, folder: Path, *seconds: float) -> list[Job]:
 
 def test_an_outage_at_the_end_of_a_run_ends_no_other_and_stops_no_sweep(away, tmp_path, monkeypatch, capsys):
     jobs = jobs_at(away, tmp_path, 0.2, 2.5, 0.2, 0.2)
-    pool = Local(str(tmp_path / "program.py"), jobs, 2, [])
+    pool = LocalPool(str(tmp_path / "program.py"), jobs, 2, [])
     real = pool.over
 
     def over():
@@ -504,7 +505,7 @@ def test_an_outage_at_the_end_of_a_run_ends_no_other_and_stops_no_sweep(away, tm
 def test_a_run_whose_end_cannot_be_read_is_unknown_and_the_table_says_so(away, tmp_path, monkeypatch):
     monkeypatch.setattr(retries, "PATIENCE", 0.3)
     jobs = jobs_at(away, tmp_path, 0.1, 0.1)
-    pool = Local(str(tmp_path / "program.py"), jobs, 2, [])
+    pool = LocalPool(str(tmp_path / "program.py"), jobs, 2, [])
     Away.go(1000)
     pool.work()
     table = Console(file=io.StringIO(), width=200)
@@ -533,7 +534,7 @@ def test_a_scheduler_is_not_taken_at_its_word_while_the_url_is_away(away, tmp_pa
 
 def copy_of_a_sweep(root: str, folder: Path, count: int) -> None:
     jobs = jobs_at(root, folder, *[0.7] * count)
-    Local(str(folder / "program.py"), jobs, 1, []).work()
+    LocalPool(str(folder / "program.py"), jobs, 1, []).work()
 
 
 @pytest.mark.parametrize("url", [False, True])
