@@ -33,7 +33,7 @@ from kd.evaluation.validation import Validation
 from kd.models.causal_lm import CausalLM
 from kd.parallel import collectives
 from kd.rollout import generate
-from kd.rollout.strategies import as_rows
+from kd.rollout.rows import as_rows
 from kd.rollout.teacher_text import keep, whole
 from kd.runs.run import EXACCERR, RESPONSES
 from kd.system import files

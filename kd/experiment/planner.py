@@ -83,7 +83,7 @@ def of_run(config: ExperimentConfig, packed: Packed, times: float, components: C
     if config.rollout.by_teacher:
         written = len(packed.train) * times
     else:
-        written = rows * components.rollout(None).writes / trainer.devices
+        written = rows * components.rollout(None).sampling_rate / trainer.devices
     seconds = None
     if step.micro_batch is not None:
         parts = -(-trainer.batch // trainer.devices // step.rows)

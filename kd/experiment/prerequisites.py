@@ -191,6 +191,7 @@ def written_by_teacher(config: ExperimentConfig, packed: Packed, components: Com
     """The data with what the teacher writes, once: all responses for rollout=teacher, references that are missing."""
     from kd.parallel import collectives
     from kd.rollout import strategies, teacher_text
+    from kd.rollout.samplers import Samplers
 
     writes = config.rollout.by_teacher
     sides = (*(["train"] if writes else []), *(["val"] if packed.prompts_only else []))
@@ -203,11 +204,13 @@ def written_by_teacher(config: ExperimentConfig, packed: Packed, components: Com
     key = [packed.folder.name, rollout, teacher_id, *([sides] if packed.prompts_only else [])]
     folder = local_root(config.root) / "rollouts" / files.digest_of(key)[:16]
 
-    def writers() -> strategies.Writers:
+    def samplers() -> Samplers:
         model = teacher_model(config, components, train).to(collectives.device(config.trainer.accelerator))
-        return strategies.Writers(None, model, packed.end, config.teacher.seed)
+        return Samplers(None, model, packed.end, config.teacher.seed)
 
-    return teacher_text.by_teacher(packed, folder, components.rollout if writes else strategies.teacher, writers, sides)
+    return teacher_text.by_teacher(
+        packed, folder, components.rollout if writes else strategies.teacher, samplers, sides
+    )
 
 
 def check_tokenizers(config: ExperimentConfig, ours, teacher_name: str | None) -> None:

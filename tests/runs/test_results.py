@@ -375,10 +375,20 @@ class Both:
     def two(self): return fixed
 """)
     code("rollout.strategies")
-    assert provenance._used("rollout.strategies", "mixed") == {"mixed", "helper"}
-    assert provenance._used("rollout.strategies", "student") == {"student", "teacher", "LIMIT"}
-    assert provenance._used("rollout.strategies", "Both") >= {"Both", "fixed"}
-    assert "student" not in provenance._used("rollout.strategies", "Both")
+    used = {of: {name for _, name in provenance._used("rollout.strategies", of)} for of in ("mixed", "student", "Both")}
+    assert used["mixed"] == {"mixed", "helper"}
+    assert used["student"] == {"student", "teacher", "LIMIT"}
+    assert used["Both"] >= {"Both", "fixed"} and "student" not in used["Both"]
+
+
+def test_a_rollout_is_old_where_the_module_of_its_method_has_changed(made, code):
+    config = result(made)["config"] | {"data": "instructions", "rollout": "mixed"}
+    before = {"config": config, "sources": provenance.sources(config)}
+    assert {"mixed", "TeacherMixedSampling", "returns", "Rollout", "Samplers"} <= before["sources"]["rollout"].keys()
+    code("rollout.replay", ("RISE = 0.1", "RISE = 0.2"))
+    assert provenance.changes(before) == []
+    code("rollout.mixed", ("r + gamma * total", "r + total"))
+    assert provenance.changes(before) == ["rollout=mixed (returns)"]
 
 
 def test_a_result_is_shown_as_old_where_the_code_of_its_teacher_has_changed(made, code):

@@ -76,7 +76,7 @@ class Checkpoints(Callback):
         rollout = self.module.rollout
         if not rollout:
             return
-        if len(states) != collectives.count() and any(map(rollout.is_own, states)):
+        if len(states) != collectives.count() and any(map(rollout.is_rank_local, states)):
             raise UserError(
                 option="trainer.devices",
                 got=collectives.count(),
