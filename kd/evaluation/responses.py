@@ -35,7 +35,7 @@ from kd.parallel import collectives
 from kd.rollout import generate
 from kd.rollout.rows import as_rows
 from kd.rollout.teacher_text import keep, whole
-from kd.runs.run import EXACCERR, RESPONSES
+from kd.runs.seal import EXACCERR, RESPONSES
 from kd.system import files
 from kd.system.console import Steps
 from kd.system.hardware import out_of_memory

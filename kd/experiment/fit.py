@@ -111,7 +111,7 @@ def assemble(run: Run, config: ExperimentConfig, inputs: Inputs) -> Assembly:
         for model in filter(None, (student, teacher.model)):
             generate.check_cache(model)
     sharded = sharded_roles(config, teacher)
-    run.begin(config)
+    run.start(config)
     checkpoint = latest_checkpoint(run, "student" in sharded)
     start = int(checkpoint.stem.partition("-")[2]) if checkpoint else 0
     student_cost = flops.cost(student.model, config.data.seq_len)
@@ -152,7 +152,7 @@ def latest_checkpoint(run: Run, sharded: bool) -> Path | None:
             option=checkpoint,
             why=f"was saved {'in shards' if checkpoint.is_dir() else 'whole'}",
             hint=f"continue with trainer.strategy={'fsdp' if checkpoint.is_dir() else 'ddp'}, or, to train anew, type",
-            commands=[run.removal("checkpoints")],
+            commands=[run.removal_command("checkpoints")],
         )
     return checkpoint
 

@@ -14,7 +14,8 @@ from kd.data.tokenizer import load_tokenizer, vocabulary_size
 from kd.errors import UserError
 from kd.experiment.dependencies import Plan, corpus, plain_corpus
 from kd.runs import provenance, wandb_agent
-from kd.runs.run import SEALED, Run, check_student
+from kd.runs.run import Run, check_student
+from kd.runs.seal import SEALED
 from kd.system import files
 from kd.system.console import console, silence_libraries
 from kd.system.remote import local_root
@@ -109,7 +110,7 @@ def check_recorded(config: ExperimentConfig) -> None:
             option=run.name,
             why="is done, and nothing was recorded",
             hint="to train the run once more and record it, type this, and then the same command again",
-            commands=[run.removal()],
+            commands=[run.removal_command()],
         )
 
 
@@ -129,7 +130,7 @@ def ensure_trained(config: ExperimentConfig, train: Train) -> str:
     if before and (reasons := provenance.reasons(result)):
         console.print(
             f"{made.name}, which this run needs, may not be what this code would make: {'; '.join(reasons)}. To make "
-            f"it anew, type:\n  {made.removal()}\nand the same command again, with force=true.", soft_wrap=True,
+            f"it anew, type:\n  {made.removal_command()}\nand the same command again, with force=true.", soft_wrap=True,
         )  # fmt: skip
     requests.end_if_asked()
     return str(made / "student")

@@ -115,7 +115,7 @@ class Pool:
 
     def _claim(self, job: Job) -> bool:
         try:
-            return job.run.claim()
+            return job.run.claim.take()
         except (UserError, OSError):  # a claim is for speed alone: the lock of the run counts
             return True
 
@@ -160,7 +160,7 @@ class Pool:
         job.facts = self.record(job)
         if job.stop_reason and job.run.result() is None:
             job.run.end(Outcome(RunState.PREEMPTED, job.stop_reason, details=job.facts))
-        job.run.release()
+        job.run.claim.release()
 
     def _ended(self, job: Job) -> None:
         """Say in which state a run ended."""

@@ -28,7 +28,8 @@ from kd.launch.pool import Pool
 from kd.launch.summary import outcome, refused, summary, varying
 from kd.runs import wandb_agent
 from kd.runs.outcome import RunState
-from kd.runs.run import SEALED, Run
+from kd.runs.run import Run
+from kd.runs.seal import SEALED
 from kd.system import files
 from kd.system.console import console, counted, end_with
 from kd.system.signals import Preempted, requests
@@ -200,7 +201,7 @@ class RunLauncher(Launcher):
                 prepare(config)
                 sound.add(trial)
         else:
-            run.settle()
+            run.clean_up_if_done()
             if not run.remote:
                 run.check(result, *(name for name in SEALED if name != "student"))
         return PlannedRun(run, gpus(config.trainer), config.logger.name)
@@ -242,7 +243,7 @@ def discard(runs: Iterable[Run]) -> None:
     runs, claimed = list(runs), []
     try:
         for run in runs:
-            if not run.claim():
+            if not run.claim.take():
                 raise UserError(
                     option="force",
                     got=True,
@@ -255,4 +256,4 @@ def discard(runs: Iterable[Run]) -> None:
                 run.discard()
     finally:
         for run in claimed:
-            run.release()
+            run.claim.release()

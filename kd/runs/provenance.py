@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kd.config.components import MODULES, modules_of
 from kd.runs.identity import part_of_outcome
-from kd.runs.run import is_sealed
+from kd.runs.seal import is_sealed
 from kd.system import files
 
 PACKAGE = Path(__file__).parent.parent

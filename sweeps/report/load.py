@@ -12,7 +12,8 @@ from typing import NamedTuple
 from kd.config.components import check_sweep
 from kd.errors import UserError
 from kd.evaluation.catalog import LOSS, ROUGE_L
-from kd.runs.run import EXACCERR, RESPONSES, Run, is_sealed
+from kd.runs.run import Run
+from kd.runs.seal import EXACCERR, RESPONSES, is_sealed
 from kd.system import files
 from kd.system.files import read_json, read_metrics
 from kd.system.remote import fetch, local_root
@@ -90,7 +91,11 @@ def read_run(root: str | Path, line: dict) -> Entry:
     except UserError as error:
         state, message, result = "damaged", str(error), None
     except (KeyError, TypeError, AttributeError):
-        state, message, result = "damaged", f"not what a run writes; to run it anew, first {run.removal()}", None
+        state, message, result = (
+            "damaged",
+            f"not what a run writes; to run it anew, first {run.removal_command()}",
+            None,
+        )
     return Entry(folder, line["overrides"], state, message, result, line.get("name"))
 
 

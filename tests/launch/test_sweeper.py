@@ -88,8 +88,8 @@ def test_one_run_is_said_to_be_one():
 def test_a_copy_removes_no_result_while_another_one_is_at_work(tmp_path):
     done, begun = Run(tmp_path, "done"), Run(tmp_path, "begun")
     for run in (done, begun):
-        assert run.claim()
-        run.release()
+        assert run.claim.take()
+        run.claim.release()
     (done / "result.json").write_text("{}")
     (begun / "claim.lock").write_text(json.dumps(whereabouts() | {"pid": os.getppid()}))
     with refused(option="force", got=True, why="another copy of this sweep works on begun", hint="without force=true"):

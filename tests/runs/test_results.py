@@ -214,7 +214,7 @@ def test_what_is_damaged_under_a_url_is_said_and_a_damaged_copy_is_fetched_anew(
     whole = (there / run.name / "result.json").read_text()
     (there / run.name / "result.json").write_text(whole[:100])
     of = Run(f"file://{there}", run.name)
-    with refused(option=f"{of.where}/result.json", why="is damaged", commands=of.removal()):
+    with refused(option=f"{of.where}/result.json", why="is damaged", commands=of.removal_command()):
         of.result()
     (there / run.name / "result.json").write_text(whole)
     edit(there / run.name / "result.json", '"val/lm": ', '"val/lm": 1')

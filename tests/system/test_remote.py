@@ -399,9 +399,9 @@ def test_why_a_run_failed_is_not_lost_in_an_outage(away, tmp_path, monkeypatch):
     run = Run(away, "run")
     run.folder.mkdir(parents=True)
     monkeypatch.setattr(retries, "SOON", 0)
-    run.begin(small_config(tmp_path))
+    run.start(small_config(tmp_path))
     Away.go(1000)
-    with pytest.warns(UserWarning), pytest.raises(ZeroDivisionError), run.recorded():
+    with pytest.warns(UserWarning), pytest.raises(ZeroDivisionError), run.records_failure():
         1 / 0  # noqa: B018
     assert json.loads((run / "state.json").read_text())["reason"] == "ZeroDivisionError: division by zero"
 
@@ -556,10 +556,10 @@ def test_a_claim_of_a_process_that_is_gone_is_none(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
     run = Run(tmp_path, "run")
-    assert run.claim() and run.claim()
+    assert run.claim.take() and run.claim.take()
     (run / "claim.lock").write_text(json.dumps(whereabouts() | {"pid": os.getppid()}))
-    assert not run.claim()
+    assert not run.claim.take()
     (run / "claim.lock").write_text(json.dumps(whereabouts() | {"pid": gone.pid}))
-    assert run.claim()
-    run.release()
+    assert run.claim.take()
+    run.claim.release()
     assert not (run / "claim.lock").exists()

@@ -63,7 +63,7 @@ class Checkpoints(Callback):
                 why=f"was started with other code: that of {', '.join(changed)} has changed since its checkpoint",
                 hint="to continue the run, restore that code. To train it anew with the code as it is, type this, and "
                 "then the same command again",
-                commands=[self.run.removal("checkpoints")],
+                commands=[self.run.removal_command("checkpoints")],
             )
         self.module.micro_batch_size = state["micro_batch_size"]
         self._load_rollout(state["rollout"])
