@@ -91,11 +91,8 @@ def read_run(root: str | Path, line: dict) -> Entry:
     except UserError as error:
         state, message, result = "damaged", str(error), None
     except (KeyError, TypeError, AttributeError):
-        state, message, result = (
-            "damaged",
-            f"not what a run writes; to run it anew, first {run.removal_command()}",
-            None,
-        )
+        message = f"not what a run writes; to run it anew, first {run.removal_command()}"
+        state, result = "damaged", None
     return Entry(folder, line["overrides"], state, message, result, line.get("name"))
 
 
