@@ -62,15 +62,15 @@ def build_teacher_model(config: ExperimentConfig, vocab: int) -> CausalLM:
     return causal_lm.build(config.teacher.size, config.teacher.name, vocab, config.data.seq_len, "teacher.name")
 
 
-def measure(config: ExperimentConfig, *of) -> Step:
-    """What is measured of as many rows at once as memory holds: a run halves them, too."""
+def measure(config: ExperimentConfig, packed: Packed, components: Components, vocab: int) -> Step:
+    """Return what a step takes with as many rows at once as memory holds: as in a run, they are halved where it ends."""
     rows = min(config.trainer.micro_batch, config.trainer.batch)
     try:
-        return _measure(config, *of)
+        return _measure(config, packed, components, vocab)
     except Exception as error:
         if rows == 1 or not out_of_memory(error):
             raise
-    return measure(config.derive(trainer={"micro_batch": rows // 2}), *of)
+    return measure(config.derive(trainer={"micro_batch": rows // 2}), packed, components, vocab)
 
 
 def _measure(config: ExperimentConfig, packed: Packed, components: Components, vocab: int) -> Step:
