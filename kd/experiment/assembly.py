@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from kd.config.rules import check_shards
+from kd.config.device_rules import check_shards
 from kd.config.schema import ExperimentConfig
 from kd.data.datamodule import DistillationData
 from kd.data.tokenizer import vocabulary_size

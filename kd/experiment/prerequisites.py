@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from kd.config.rules import check_prompts_only
+from kd.config.rollout_rules import check_prompts_only
 from kd.config.schema import ExperimentConfig
 from kd.data import packing
 from kd.data.batches import Packed

@@ -63,7 +63,7 @@ def build_teacher_model(config: ExperimentConfig, vocab: int) -> CausalLM:
 
 
 def measure(config: ExperimentConfig, packed: Packed, components: Components, vocab: int) -> Step:
-    """Return what a step takes with as many rows at once as memory holds: as in a run, they are halved where it ends."""
+    """Return what a step takes with as many rows at once as memory holds; as in a run, rows are halved."""
     rows = min(config.trainer.micro_batch, config.trainer.batch)
     try:
         return _measure(config, packed, components, vocab)
