@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -23,60 +24,89 @@ def write_examples(
 ) -> dict:  # fmt: skip
     """Write rows of one response each, and their spans, and return the manifest's entries about them."""
     assert corpus.pairs, "a corpus of examples says how they become rows"
-    most, date = corpus.pairs.prompt_len, corpus.pairs.date
+    date = corpus.pairs.date
     template = templates.template_of(corpus.pairs, documents, fast)
     templates.check_date(date, template, fast)
     if template != "chat":
         announced_bos(fast, seq_len)
-    end, size, dtype = templates.end_of_response(template, fast, date), seq_len + 1, token_dtype(fast)
+    end = templates.end_of_response(template, fast, date)
     as_text = templates.special_as_text(fast, special, template)
-    spans: dict[str, list] = {"train": [], "val": []}
-    val_response_bytes: list[float] = []  # bytes of the responses of validation, as far as rows hold them
-    counts, read = Counts("examples"), 0
-    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
-        out = {"train": train, "val": val}
+    rows = _ExampleRows(folder, split, fast, end, seq_len + 1, corpus.pairs.prompt_len, tokens)
+    with closing(rows):
         for batch in in_batches(documents, 256):
-            for example, rows in zip(batch, templates.encode(batch, template, fast, special, date), strict=True):
-                counts.add(example, rows, as_text)
-                for prompt, given, text, _ in rows:
-                    response = _without_ends(given, end)
-                    says = any(token not in (end, fast.eos_token_id) for token in given)
-                    if not 0 < len(prompt) <= most or not (says or example.prompt_only):
-                        reason = "prompt_too_long" if says or example.prompt_only else "no_response"
-                        counts.left_out[reason if prompt else "no_prompt"] += 1
-                        continue
-                    side, whole = split(example), [*prompt, *response, end]
-                    row = whole[:size]
-                    if side == "train":
-                        read += len(row)
-                        if read > tokens:  # what comes later may be shorter, but less is to be a part of more
-                            counts.left_out["limit"] += 1
-                            continue
-                    else:
-                        sizes = byte_counts(text, given, fast)[: len(response)]
-                        val_response_bytes.append(sizes[: size - len(prompt)].sum())
-                    np.array(row + [end] * (size - len(row)), dtype).tofile(out[side])
-                    spans[side].append((len(prompt), len(row)))
-                    counts.cut += len(whole) > size
-    counts.used = {side: len(of) for side, of in spans.items()}
-    counts.rows = counts.used | {"val": min(len(spans["val"]), val_rows)}
-    if not all(counts.used.values()):
-        raise UserError(
-            in_words(counts.as_dict()),
-            need="at least one example for training and one for validation",
-            hint="give more examples, longer rows (data.seq_len=, data.prompt_len=), or a larger share of the examples "
-            "to validation (data.val_share=0.2)",
-        )
-    for side, of in spans.items():
-        taken = save_rows(folder, side, dtype, (len(of), size), val_rows)
-        table = np.array(of, np.int32)[taken]
-        np.save(folder / f"{side}_spans.npy", table)
-    learned = (table[:, 1] - table[:, 0]).sum()  # of the validation rows
-    return {
-        "train_tokens": sum(total for _, total in spans["train"]),
-        "bytes_per_token": float(np.array(val_response_bytes)[taken].sum() / learned) or None,
-        "template": template, "end": end, "counts": counts.as_dict(),
-    }  # fmt: skip
+            for example, found in zip(batch, templates.encode(batch, template, fast, special, date), strict=True):
+                rows.counts.add(example, found, as_text)
+                for row in found:
+                    rows.add(example, row)
+    return rows.manifest(val_rows) | {"template": template, "end": end}
+
+
+class _ExampleRows:
+    """Rows of examples under way: SIDE.bin, and where prompt and response of each row end.
+
+    end: token that ends a response. size: tokens of a row. prompt_len: tokens of a prompt, at most. limit: tokens for
+    training, at most.
+    """
+
+    def __init__(
+        self, folder: Path, split: TrainValSplit, fast, end: int | None, size: int, prompt_len: int, limit: float
+    ):
+        self.folder, self.split, self.fast, self.end = folder, split, fast, end
+        self.size, self.prompt_len, self.limit = size, prompt_len, limit
+        self.dtype, self.counts, self.tokens = token_dtype(fast), Counts("examples"), 0
+        self.spans: dict[str, list[tuple[int, int]]] = {"train": [], "val": []}
+        self.val_response_bytes: list[float] = []  # as far as rows hold them
+        self.files = {side: open(folder / f"{side}.bin", "wb") for side in ("train", "val")}
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+    def add(self, example: Example, found: templates.Row) -> None:
+        """Write a row of an example, if its prompt is short enough and there is something to learn."""
+        prompt, given = found.prompt, found.response
+        response = _without_ends(given, self.end)
+        is_learned = example.prompt_only or any(token not in (self.end, self.fast.eos_token_id) for token in given)
+        if not 0 < len(prompt) <= self.prompt_len or not is_learned:
+            reason = "prompt_too_long" if is_learned else "no_response"
+            self.counts.left_out[reason if prompt else "no_prompt"] += 1
+            return
+        side, whole = self.split(example), [*prompt, *response, self.end]
+        row = whole[: self.size]
+        if side == "train":
+            self.tokens += len(row)
+            if self.tokens > self.limit:  # what comes later may be shorter, but less is to be a part of more
+                self.counts.left_out["limit"] += 1
+                return
+        else:
+            sizes = byte_counts(found.text, given, self.fast)[: len(response)]
+            self.val_response_bytes.append(sizes[: self.size - len(prompt)].sum())
+        np.array(row + [self.end] * (self.size - len(row)), self.dtype).tofile(self.files[side])
+        self.spans[side].append((len(prompt), len(row)))
+        self.counts.cut += len(whole) > self.size
+
+    def manifest(self, val_rows: int) -> dict:
+        """Make tables of the files, and return the manifest's entries about them; raises UserError for an empty side."""
+        counts = self.counts
+        counts.used = {side: len(spans) for side, spans in self.spans.items()}
+        counts.rows = counts.used | {"val": min(len(self.spans["val"]), val_rows)}
+        if not all(counts.used.values()):
+            raise UserError(
+                in_words(counts.as_dict()),
+                need="at least one example for training and one for validation",
+                hint="give more examples, longer rows (data.seq_len=, data.prompt_len=), or a larger share of the "
+                "examples to validation (data.val_share=0.2)",
+            )
+        for side, spans in self.spans.items():
+            taken = save_rows(self.folder, side, self.dtype, (len(spans), self.size), val_rows)
+            table = np.array(spans, np.int32)[taken]
+            np.save(self.folder / f"{side}_spans.npy", table)
+        learned = (table[:, 1] - table[:, 0]).sum()  # of the validation rows
+        return {
+            "train_tokens": sum(total for _, total in self.spans["train"]),
+            "bytes_per_token": float(np.array(self.val_response_bytes)[taken].sum() / learned) or None,
+            "counts": counts.as_dict(),
+        }
 
 
 def _without_ends(tokens: list[int], end: int | None) -> list[int]:

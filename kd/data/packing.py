@@ -4,9 +4,9 @@
               as they come
 2. split      a document belongs to validation if its hash says so: the same text never lands on both sides
 3. tokens     by a tokenizer trained on the spot, or the pretrained model's own
-4. rows       documents joined with an end-of-text token and cut into rows of T + 1 tokens (text_rows.py), on disk, once,
-              under a lock; prompts with responses (templates.py): each a row of its own, [prompt, response, end], padded
-              with the end, and beside the rows where the prompt and all of it end (example_rows.py)
+4. rows       documents joined with an end-of-text token and cut into rows of T + 1 tokens (text_rows.py), on disk,
+              once, under a lock; prompts with responses (templates.py): each a row of its own, [prompt, response, end],
+              padded with the end, and beside the rows where the prompt and all of it end (example_rows.py)
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -23,54 +24,77 @@ def write_text(
     val_rows: int, special: bool,
 ) -> dict:  # fmt: skip
     """Write rows of documents that are joined, and return the manifest's entries about them."""
-    dtype, counts, as_text = token_dtype(fast), Counts("documents"), special_as_text(fast, special)
-    count, size = {"train": 0, "val": 0}, seq_len + 1
+    rows = _TextRows(folder, corpus, fast, seq_len, special)
     # Of a stream the first validation rows, of a whole the same random ones, however much there is for training.
-    limit = {"train": tokens, "val": val_rows * size if corpus.streaming else math.inf}
-    end, bos = ([], []) if corpus.words else ([fast.eos_token_id], announced_bos(fast, seq_len))
-    with (
-        open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val,
-        open(folder / "val_bytes.bin", "wb") as val_bytes,
-    ):  # fmt: skip
-        out = {"train": train, "val": val}
+    limit = {"train": tokens, "val": val_rows * rows.size if corpus.streaming else math.inf}
+    with closing(rows):
         for batch in in_batches(documents, 256):
-            counts.read += len(batch)
-            pairs = [(text, split(text)) for text in batch if text.strip()]
-            counts.left_out["empty"] += len(batch) - len(pairs)
-            pairs = [(text, side) for text, side in pairs if count[side] < limit[side]]
-            encoded = tokenize([text for text, _ in pairs], fast, special)
-            for (text, side), ids in zip(pairs, encoded, strict=True):
-                if count[side] < limit[side]:
-                    part = _own(ids, end, bos) if special else slice(None)
-                    if special and not ids[part]:
-                        counts.left_out["empty"] += 1
-                        continue
-                    counts.used[side] += 1
-                    counts.special_as_text += not corpus.words and as_text(text)
-                    place = count[side] % size
-                    row = _with_bos(ids[part] + end, bos, place, size)
-                    np.array(row, dtype).tofile(out[side])
-                    count[side] += len(row)
-                    if side == "val" and not corpus.words:
-                        spread = [*byte_counts(text, ids, fast)[part], *(0 for _ in end)]
-                        np.array(_with_bos(spread, [0 for _ in bos], place, size), np.float32).tofile(val_bytes)
-            if all(count[side] >= limit[side] for side in count):
+            rows.add(batch, split, limit)
+            if all(rows.tokens[side] >= limit[side] for side in rows.tokens):
                 break
-    for side in ("train", "val"):
-        rows = int(min(count[side], limit[side] if side == "train" else math.inf)) // size
-        if rows == 0:
-            _too_short(count, size)
-        counts.rows[side] = min(rows, val_rows) if side == "val" else rows
-        taken = save_rows(folder, side, dtype, (rows, size), val_rows)
-    counts.left_out["limit"] = counts.read - sum(counts.used.values()) - counts.left_out["empty"]
-    about = {"counts": counts.as_dict(), "train_tokens": count["train"], "bytes_per_token": None}
-    if not corpus.words:
-        boundary = (*end, *bos)
-        bytes_per_token = _bytes_per_token(folder, (rows, size), taken, boundary)
-        about |= {"bytes_per_token": bytes_per_token, "measured_bytes": True}
-        about |= {"boundary": boundary} if bos else {}
-    (folder / "val_bytes.bin").unlink()
-    return about
+    return rows.manifest(tokens, val_rows)
+
+
+class _TextRows:
+    """Rows of a text under way: SIDE.bin, and the bytes that each token of the validation stands for."""
+
+    def __init__(self, folder: Path, corpus: Corpus, fast, seq_len: int, special: bool):
+        self.folder, self.fast, self.special, self.has_words = folder, fast, special, bool(corpus.words)
+        self.dtype, self.counts, self.size = token_dtype(fast), Counts("documents"), seq_len + 1
+        self.as_text = special_as_text(fast, special)
+        self.end, self.bos = ([], []) if corpus.words else ([fast.eos_token_id], announced_bos(fast, seq_len))
+        self.tokens = {"train": 0, "val": 0}
+        self.files = {name: open(folder / f"{name}.bin", "wb") for name in ("train", "val", "val_bytes")}
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+    def add(self, batch: list[str], split: TrainValSplit, limit: dict[str, float]) -> None:
+        """Write a batch of documents, each to its side unless that has reached its limit of tokens."""
+        self.counts.read += len(batch)
+        pairs = [(text, split(text)) for text in batch if text.strip()]
+        self.counts.left_out["empty"] += len(batch) - len(pairs)
+        pairs = [(text, side) for text, side in pairs if self.tokens[side] < limit[side]]
+        encoded = tokenize([text for text, _ in pairs], self.fast, self.special)
+        for (text, side), ids in zip(pairs, encoded, strict=True):
+            if self.tokens[side] < limit[side]:
+                self._add(text, side, ids)
+
+    def _add(self, text: str, side: str, ids: list[int]) -> None:
+        part = _own(ids, self.end, self.bos) if self.special else slice(None)
+        if self.special and not ids[part]:
+            self.counts.left_out["empty"] += 1
+            return
+        self.counts.used[side] += 1
+        self.counts.special_as_text += not self.has_words and self.as_text(text)
+        place = self.tokens[side] % self.size
+        row = _with_bos(ids[part] + self.end, self.bos, place, self.size)
+        np.array(row, self.dtype).tofile(self.files[side])
+        self.tokens[side] += len(row)
+        if side == "val" and not self.has_words:
+            spread = [*byte_counts(text, ids, self.fast)[part], *(0 for _ in self.end)]
+            spread = _with_bos(spread, [0 for _ in self.bos], place, self.size)
+            np.array(spread, np.float32).tofile(self.files["val_bytes"])
+
+    def manifest(self, tokens: float, val_rows: int) -> dict:
+        """Make tables of the files, and return the manifest's entries about them. tokens: for training, at most."""
+        counts = self.counts
+        for side in ("train", "val"):
+            rows = int(min(self.tokens[side], tokens if side == "train" else math.inf)) // self.size
+            if rows == 0:
+                _too_short(self.tokens, self.size)
+            counts.rows[side] = min(rows, val_rows) if side == "val" else rows
+            taken = save_rows(self.folder, side, self.dtype, (rows, self.size), val_rows)
+        counts.left_out["limit"] = counts.read - sum(counts.used.values()) - counts.left_out["empty"]
+        about = {"counts": counts.as_dict(), "train_tokens": self.tokens["train"], "bytes_per_token": None}
+        if not self.has_words:
+            boundary = (*self.end, *self.bos)
+            bytes_per_token = _bytes_per_token(self.folder, (rows, self.size), taken, boundary)
+            about |= {"bytes_per_token": bytes_per_token, "measured_bytes": True}
+            about |= {"boundary": boundary} if self.bos else {}
+        (self.folder / "val_bytes.bin").unlink()
+        return about
 
 
 def _bytes_per_token(
