@@ -38,7 +38,7 @@ def write_examples(
                 rows.counts.add(example, found, as_text)
                 for row in found:
                     rows.add(example, row)
-    return rows.manifest(val_rows) | {"template": template, "end": end}
+    return rows.manifest(val_rows, template)
 
 
 class _ExampleRows:
@@ -85,8 +85,8 @@ class _ExampleRows:
         self.spans[side].append((len(prompt), len(row)))
         self.counts.cut += len(whole) > self.size
 
-    def manifest(self, val_rows: int) -> dict:
-        """Make tables of the files, and return the manifest's entries about them; raises UserError for an empty side."""
+    def manifest(self, val_rows: int, template: str) -> dict:
+        """Make tables of the files, and return the manifest's entries; raises UserError if a side is empty."""
         counts = self.counts
         counts.used = {side: len(spans) for side, spans in self.spans.items()}
         counts.rows = counts.used | {"val": min(len(self.spans["val"]), val_rows)}
@@ -105,8 +105,8 @@ class _ExampleRows:
         return {
             "train_tokens": sum(total for _, total in self.spans["train"]),
             "bytes_per_token": float(np.array(self.val_response_bytes)[taken].sum() / learned) or None,
-            "counts": counts.as_dict(),
-        }
+            "template": template, "end": self.end, "counts": counts.as_dict(),
+        }  # fmt: skip
 
 
 def _without_ends(tokens: list[int], end: int | None) -> list[int]:

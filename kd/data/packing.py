@@ -66,19 +66,8 @@ def pack(
     code: digests of the source of the corpus, kept in the manifest. anew: what other code packed is packed anew.
     Raises UserError for text too short for one row.
     """
+    _check_settings(corpus, seq_len, vocab, tokenizer, tokens, val_rows, val_share, special)
     settings: dict = dict(seq_len=seq_len, tokens=tokens, val_rows=val_rows, val_share=val_share)
-    for option, value in dict(seq_len=seq_len, val_rows=val_rows, tokens=tokens).items():
-        least = seq_len + 1 if option == "tokens" else 1
-        if value is not None and value < least:
-            need = f"at least {least}{', one row' if least > 1 else ''}"
-            raise UserError(option=f"data.{option}", got=value, need=need)
-    check("data.val_share", val_share, 0 < val_share < 1, "a share of the documents between 0 and 1, e.g. 0.05")
-    if tokenizer is None and not corpus.words:
-        check("data.vocab", vocab, vocab >= 257, "at least 257, one token per byte and one for the end of a text")
-    check("data.special", special, special in ("text", "tokens"), "text or tokens")
-    if special == "tokens" and corpus.words:
-        why, hint = "this data has a vocabulary of its own, without special tokens", "leave data.special out"
-        raise UserError(option="data.special", got=special, why=why, hint=hint)
     settings["special"] = special
     settings |= {"tokenizer": tokenizer} if tokenizer else {"vocab": vocab}
 
@@ -92,15 +81,39 @@ def pack(
     if anew and code_of(folder) not in (None, code):
         _remove_old(folder, code)
     packed = build_once(folder, make)
-    known = corpus.words or corpus.pairs or (read_json(packed.folder / "manifest.json") or {}).get("measured_bytes")
-    if not known:  # packed before the bytes of the measured rows were counted
-        console.print(
-            "Bits per byte of this data may be off by some per cent, as they are from before the bytes of the rows "
-            f"that are measured were counted. To count them, remove the data, which is then packed anew:\n"
-            f"  {shlex.join(['rm', '-r', str(packed.folder)])}",
-            soft_wrap=True,
-        )  # fmt: skip
+    _warn_of_old_bytes(corpus, packed)
     return packed
+
+
+def _check_settings(
+    corpus: Corpus, seq_len: int, vocab: int, tokenizer: str | None, tokens: int | None, val_rows: int,
+    val_share: float, special: str,
+) -> None:  # fmt: skip
+    """Raise UserError for a setting of pack() without a meaning."""
+    for option, value in dict(seq_len=seq_len, val_rows=val_rows, tokens=tokens).items():
+        least = seq_len + 1 if option == "tokens" else 1
+        if value is not None and value < least:
+            need = f"at least {least}{', one row' if least > 1 else ''}"
+            raise UserError(option=f"data.{option}", got=value, need=need)
+    check("data.val_share", val_share, 0 < val_share < 1, "a share of the documents between 0 and 1, e.g. 0.05")
+    if tokenizer is None and not corpus.words:
+        check("data.vocab", vocab, vocab >= 257, "at least 257, one token per byte and one for the end of a text")
+    check("data.special", special, special in ("text", "tokens"), "text or tokens")
+    if special == "tokens" and corpus.words:
+        why, hint = "this data has a vocabulary of its own, without special tokens", "leave data.special out"
+        raise UserError(option="data.special", got=special, why=why, hint=hint)
+
+
+def _warn_of_old_bytes(corpus: Corpus, packed: Packed) -> None:
+    """Print a line if text was packed before the bytes of the measured rows were counted."""
+    if corpus.words or corpus.pairs or (read_json(packed.folder / "manifest.json") or {}).get("measured_bytes"):
+        return
+    console.print(
+        "Bits per byte of this data may be off by some per cent, as they are from before the bytes of the rows "
+        f"that are measured were counted. To count them, remove the data, which is then packed anew:\n"
+        f"  {shlex.join(['rm', '-r', str(packed.folder)])}",
+        soft_wrap=True,
+    )  # fmt: skip
 
 
 def build_once(folder: Path, make: Callable[[Path], None]) -> Packed:
