@@ -42,40 +42,47 @@ def write(
     if encoder.device.type == "cpu":
         keep_freed()
     mine = dict(list(shards.items())[part[0] - 1 :: part[1]])
-    left = {name: rows for name, rows in mine.items() if note_of(folder, name) is None}
-    if left:
-        print_cost(folder, encoder, packed, batch, sum(map(len, left.values())))
-    progress = Steps(f"store of {of['teacher']}", sum(map(len, left.values())), 0, "row")
-    done = 0
-
-    def make(name: str) -> None:
-        nonlocal done
-        files.clear(folder, f"{name}*")
-        if name == "head":
-            return encoder.save_head(folder)
-        if name == "validation":
-            return encoder.save_validation(folder, packed.val, batch)
-        out = Rows()
-        for piece in chunks(len(left[name]), batch):
-            index = np.array(left[name][piece])
-            encoder.encode(packed.train, index, out, spans=packed.train_spans, boundary=packed.boundary)
-            done += piece.stop - piece.start
-            progress.update(done, done * (packed.train.shape[1] - 1))
-        out.save(folder, name, first=left[name].start)
-
+    missing = {name: rows for name, rows in mine.items() if note_of(folder, name) is None}
+    work = _Files(folder, packed, encoder, batch, missing)
+    if missing:
+        print_cost(folder, encoder, packed, batch, work.rows)
+    progress = Steps(f"store of {of['teacher']}", work.rows, 0, "row")
     try:
         # First what no other process holds; then wait for the others, and do what a dead one has left.
         for wait in (False, True):
-            for name in [*(["head", "validation"] if part[0] == 1 else []), *left]:
+            for name in [*(["head", "validation"] if part[0] == 1 else []), *missing]:
                 with try_lock(folder / f".{name}.lock", wait) as held:
                     if held and note_of(folder, name) is None:
-                        make(name)
+                        work.write(name, progress)
     finally:
         progress.stop()
     if part[1] == 1:
         commit(folder, of, files.load_json(folder / "begun.json")["about"])
         for lock in folder.glob(".*.lock"):
             lock.unlink(missing_ok=True)
+
+
+class _Files:
+    """Files that a process may have to write. shards: rows of the data for each of them."""
+
+    def __init__(self, folder: Path, packed: Packed, encoder: RowEncoder, batch: int, shards: dict[str, range]):
+        self.folder, self.packed, self.encoder, self.batch, self.shards = folder, packed, encoder, batch, shards
+        self.rows, self.done = sum(map(len, shards.values())), 0
+
+    def write(self, name: str, progress: Steps) -> None:
+        """Write a file: head, validation or a shard."""
+        files.clear(self.folder, f"{name}*")
+        if name == "head":
+            return self.encoder.save_head(self.folder)
+        if name == "validation":
+            return self.encoder.save_validation(self.folder, self.packed.val, self.batch)
+        out, packed = Rows(), self.packed
+        for piece in chunks(len(self.shards[name]), self.batch):
+            index = np.array(self.shards[name][piece])
+            self.encoder.encode(packed.train, index, out, spans=packed.train_spans, boundary=packed.boundary)
+            self.done += piece.stop - piece.start
+            progress.update(self.done, self.done * (packed.train.shape[1] - 1))
+        out.save(self.folder, name, first=self.shards[name].start)
 
 
 def shard_ranges(rows: int, size: int, encoder: RowEncoder) -> dict[str, range]:
