@@ -1,4 +1,4 @@
-"""The chat template of a tokenizer: a conversation as the text that it writes, and as tokens.
+"""Chat template of a tokenizer: a conversation as the text that it writes, and as tokens.
 
 What is packed is what the template writes: prompt, response and end are the beginning of the whole conversation as it
 renders it. What it puts between its generation prompt and the answer is part of the prompt, unless a token of the
@@ -61,11 +61,11 @@ class ChatTemplate:
 
     @property
     def end(self) -> int | None:
-        """The token that ends a response."""
+        """Token that ends a response."""
         return self.tokenizer.convert_tokens_to_ids(self.text_end) if self.text_end else self.tokenizer.eos_token_id
 
     def split(self, example: Example, before: Sequence[Turn], answer: Turn) -> tuple[str, str, str]:
-        """Generation prompt, prompt and response as the template writes them, without the end.
+        """Return generation prompt, prompt and response as the template writes them, without the end.
 
         The prompt begins with the generation prompt. Marks are around what is not special. Raises UserError, with both
         texts, where they cannot be the beginning of the whole conversation.
@@ -91,14 +91,14 @@ class ChatTemplate:
         return opening, start, whole[len(start) : len(whole) - len(tail) + kept]
 
     def layout(self) -> tuple[str, str, str]:
-        """The generation prompt of an example with {user} as its prompt, what comes before the answer, and after it."""
+        """Return generation prompt, text before and text after the answer, of an example with {user} as its prompt."""
         messages = [{"role": "user", "content": "{user}"}]
         opening = self._on_some_day(messages, add_generation_prompt=True)
         head, _, tail = self._on_some_day([*messages, {"role": "assistant", "content": MARK}]).rpartition(MARK)
         return opening, head.removeprefix(opening), tail
 
     def _text_end(self) -> str | None:
-        """The first added token that the template puts behind an answer, as text; white space is none."""
+        """Return the first added token that the template puts behind an answer, as text; white space is none."""
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": MARK}]
         _, found, tail = self._on_some_day(messages).rpartition(MARK)
         known = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content.strip()}
@@ -106,20 +106,20 @@ class ChatTemplate:
         return min(places)[2] if places else None
 
     def _marked(self, value, pattern: re.Pattern):
-        """A value with marks around what looks like a token of the template, so that it stays text."""
+        """Return a value with marks around what looks like a token of the template, so that it stays text."""
         return value if self.special else self.utils.mark_control_tokens(value, pattern)
 
     def bare(self, text: str) -> str:
-        """A text without marks."""
+        """Return a text without marks."""
         return text.replace(self.utils._CONTROL_TOKEN_START, "").replace(self.utils._CONTROL_TOKEN_END, "")
 
     def ids(self, texts: list[str]) -> list[list[int]]:
-        """Tokens of texts with marks."""
+        """Return the tokens of texts with marks."""
         plain = iter(tokenize([text for text in texts if self.bare(text) == text], self.tokenizer, special=True))
         return [next(plain) if self.bare(text) == text else self._ids_marked(text) for text in texts]
 
     def ids_behind(self, text: str) -> list[int]:
-        """Tokens of a text as it is behind another."""
+        """Return the tokens of a text as it is behind another."""
         line, both = self.ids(["\n", f"\n{text}"])
         return both[len(line) :] if both[: len(line)] == line else self.ids([text])[0]
 
@@ -163,7 +163,7 @@ class ChatTemplate:
             self.date = date
 
     def _now(self, form: str) -> str:
-        """The day that was set, in place of the clock."""
+        """Return the day that was set, in place of the clock."""
         if self.date is None:
             raise UserError(
                 option="data.template",
@@ -175,7 +175,7 @@ class ChatTemplate:
         return datetime.datetime.fromisoformat(self.date).strftime(form)
 
     def unused(self, example: Example, before: Sequence[Turn], answer: Turn) -> tuple[str, ...]:
-        """Keys of messages and options that change nothing of the text; raises UserError for tools and their calls."""
+        """Return keys of messages and options that do not change the text; raises UserError for tools and calls."""
         messages = _messages([*before, answer])
         names = {key for message in messages for key in message} - {"role", "content"}
         if not names and not example.tools and not example.options:
@@ -197,7 +197,7 @@ class ChatTemplate:
         return tuple(unused)
 
     def _differs(self, why: str, opening: str, whole: str) -> UserError:
-        """The error with both texts, about where they begin to differ."""
+        """Return the error with both texts, about where they begin to differ."""
         alone, both = self.bare(opening), self.bare(whole)
         place = next((i for i, pair in enumerate(zip_longest(alone, both)) if pair[0] != pair[1]), len(alone))
         alone, both = _around(alone, place), _around(both, place)
@@ -221,7 +221,7 @@ def _random(*args, **how):
 
 
 def _messages(turns: Iterable[Turn]) -> list[dict]:
-    """Turns as chat templates take them; an input belongs to the turn before it."""
+    """Return turns as chat templates take them; an input belongs to the turn before it."""
     messages: list[dict] = []
     for turn in turns:
         if turn.role == "input" and messages:
@@ -232,6 +232,6 @@ def _messages(turns: Iterable[Turn]) -> list[dict]:
 
 
 def _around(text: str, place: int) -> str:
-    """Some 200 characters of a text about a place."""
+    """Return some 200 characters of a text about a place."""
     start, end = max(0, place - 100), place + 100
     return f"{'…' if start else ''}{text[start:end]}{'…' if end < len(text) else ''}"

@@ -39,7 +39,7 @@ OPTIONS = ("seq_len", "vocab", "tokenizer", "tokens", "val_rows", "val_share", "
 
 
 def key(corpus: Corpus, **settings) -> str:
-    """Name of the packed data: a digest of everything that its content depends on, but for the code."""
+    """Return the name of the packed data: a digest of everything that its content depends on, but for the code."""
     settings.pop("code", None)
     content, name = files.stamp(settings.get("tokenizer")), settings.get("tokenizer")
     if settings.get("special") == "text":  # an option that is newer than many folders
@@ -57,7 +57,7 @@ def pack(
     tokenizer_of: tuple[Corpus, dict] | None = None, special: str = "text", announce: bool = True,
     code: dict[str, str] | None = None, anew: bool = False,
 ) -> Packed:  # fmt: skip
-    """The corpus as rows of seq_len + 1 tokens, made once and kept in `cache`.
+    """Return the corpus as rows of seq_len + 1 tokens, which are made once and kept in `cache`.
 
     vocab: size of the tokenizer to train, unless `tokenizer` names a pretrained one, or it is that of other text,
     `tokenizer_of`, which is packed too. tokens: at most so many for training, padding not counted (a smaller amount is
@@ -117,7 +117,7 @@ def _warn_of_old_bytes(corpus: Corpus, packed: Packed) -> None:
 
 
 def build_once(folder: Path, make: Callable[[Path], None]) -> Packed:
-    """What is packed in a folder, filled by `make` under a temporary name where it is not there; one at a time."""
+    """Return what is packed in a folder; if it is not there, one process fills it by `make` under a temporary name."""
     if not (folder / "manifest.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{folder}.lock"):
@@ -141,7 +141,7 @@ def _remove_old(folder: Path, code: dict[str, str] | None) -> None:
 
 
 def open_packed(folder: Path) -> Packed:
-    """What was packed into a folder; raises UserError if it is not what was written."""
+    """Return what was packed into a folder; raises UserError if it is not what was written."""
     manifest = read_json(folder / "manifest.json") or {}
     if manifest.pop("digest", None) != files.digest_of(manifest):
         raise _damaged(folder, "manifest.json")

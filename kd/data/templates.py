@@ -47,12 +47,12 @@ WRITTEN = {"alpaca": alpaca, "plain": plain}
 
 
 def written(example: Example, template: str) -> str:
-    """Prompt and response as one text, by a template that needs no tokenizer."""
+    """Return prompt and response as one text, by a template that needs no tokenizer."""
     return "\n\n".join(WRITTEN[template](before) + answer.content for before, answer in example.rows())
 
 
 def template_of(pairs: Pairs, examples: Iterable[Example], tokenizer=None) -> str:
-    """The name of the template that was asked for, or is usual; raises UserError for chat with a tokenizer without it.
+    """Return the name of the template that was chosen, or is usual; raises UserError for chat that a tokenizer lacks.
 
     tokenizer: None for one that is still to be trained.
     """
@@ -120,7 +120,7 @@ def encode(examples: Sequence[Example], template: str, tokenizer, special: bool 
 
 
 def end_of_response(template: str, tokenizer, date: str | None = None) -> int | None:
-    """The token that ends a response: the first added one that a chat template puts behind it, else a text's end."""
+    """Return the token that ends a response: the first added one that a chat template puts there, or a text's end."""
     return ChatTemplate(tokenizer, date=date).end if template == "chat" else tokenizer.eos_token_id
 
 
@@ -151,7 +151,7 @@ def check_date(date: str | None, template: str, tokenizer) -> None:
 
 
 def _unwritten(template: str, example: Example, before: Sequence[Turn], answer: Turn) -> tuple[str, ...]:
-    """Names of the keys of messages, for a template that writes none; raises UserError for tools."""
+    """Return the names of the keys of messages, for a template that writes none; raises UserError for tools."""
     turns = [*before, answer]
     if example.tools or any(key in turn.keys for turn in turns for key in CALLS):
         raise lost_tools(template)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 def _arguments(messages: list[dict]) -> Iterator[tuple[dict, object]]:
-    """Each call of a tool that has arguments, and these."""
+    """Yield each call of a tool that has arguments, and these."""
     for message in messages:
         calls = message.get("tool_calls")
         for call in [*(calls if isinstance(calls, list) else []), message]:
@@ -18,7 +18,7 @@ def _arguments(messages: list[dict]) -> Iterator[tuple[dict, object]]:
 
 
 def with_arguments_as(messages: list[dict], form: str | None = None) -> list[dict]:
-    """Messages with the arguments of calls as an object or as JSON text, which templates expect one or the other."""
+    """Return messages with the arguments of calls as objects or JSON text. form: object, text, or None for neither."""
     if form is None:
         return messages
     messages = copy.deepcopy(messages)
@@ -34,7 +34,7 @@ def with_arguments_as(messages: list[dict], form: str | None = None) -> list[dic
 
 
 def is_mangled(messages: list[dict], text: str) -> bool:
-    """True where the arguments of a call are in a text as a quoted string, or as Python writes an object."""
+    """Return True where the arguments of a call are in a text as a quoted string, or as Python writes an object."""
     for _, arguments in _arguments(messages):
         if isinstance(arguments, str):
             quoted = json.dumps(arguments, ensure_ascii=False)

@@ -13,12 +13,12 @@ def gpus(trainer: TrainerConfig) -> int:
 
 
 def max_parallel_runs(devices: list[str], each: int) -> int:
-    """How many runs that ask for so many GPUs each fit on the devices without sharing one; at least one."""
+    """Return how many runs of so many GPUs each fit on the devices without sharing one; at least 1."""
     return max(1, len(devices) // max(1, each))
 
 
 def visible_devices() -> list[str]:
-    """The GPUs that there are to share out, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs that there are to share out, as CUDA_VISIBLE_DEVICES names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [x for x in named.split(",") if x]

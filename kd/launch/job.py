@@ -1,4 +1,4 @@
-"""A run of a sweep as a job, and what is known of it while it waits, runs and ends."""
+"""Jobs: runs of a sweep, and what is known of each while it waits, runs and ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kd.system.retries import Unreachable
 
 @dataclass
 class Job:
-    """A run of a sweep, and what works on it."""
+    """Run of a sweep, and what works on it."""
 
     run: Run
     words: list[str]

@@ -77,7 +77,7 @@ class LocalPool(Pool):
                 self.stopped = self.stopped or self.stop_on_failure
 
     def _is_ready(self, warm: Warm, job: Job) -> bool:
-        """Whether runs can be started now; without a server to fork them from, they start by themselves."""
+        """Return True if runs can be started now; without a server to fork them from, they start by themselves."""
         try:
             job.run.folder.mkdir(parents=True, exist_ok=True)
             ready = warm.ready(self._environment([]), job.log)
@@ -92,12 +92,12 @@ class LocalPool(Pool):
             self.warm = None
 
     def _room(self, job: Job) -> bool:
-        """Whether there are GPUs for a job: shared only where more runs were asked for than there are GPUs."""
+        """Return True if there are GPUs for a job: shared only where more runs were asked for than there are GPUs."""
         free = len(self.devices) - sum(self._loads().values())
         return free >= job.gpus or len(self.devices) < self.at_once or not self.running
 
     def _loads(self) -> dict[str, int]:
-        """How many runs are on each GPU."""
+        """Return how many runs are on each GPU."""
         used = [device for job in self.running for device in self.processes[job.run.name].devices]
         return {device: used.count(device) for device in self.devices}
 
@@ -164,7 +164,7 @@ class LocalPool(Pool):
 
 @dataclass
 class Process:
-    """What works on a job on this machine."""
+    """Process that works on a job on this machine."""
 
     process: subprocess.Popen | Forked
     devices: list[str]  # GPUs it may use

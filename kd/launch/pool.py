@@ -27,8 +27,8 @@ from kd.system.signals import SAME, received
 class Pool:
     """Has jobs done, some at once, until all have ended or it is asked to end.
 
-    What is done with a job is for each kind to say: start() one or more, tell which are over(), record() how one ended
-    that could not say so itself, and stop() them.
+    Each kind of pool has its own way to start() jobs, to tell which are over(), to record() how one ended that could
+    not do so itself, and to stop() them.
     """
 
     pause = 0.05  # seconds between looks
@@ -49,11 +49,11 @@ class Pool:
         raise NotImplementedError
 
     def over(self) -> list[Job]:
-        """Those of the running that have ended."""
+        """Return the running jobs that have ended."""
         raise NotImplementedError
 
     def record(self, job: Job) -> dict:
-        """Make sure that a run that has ended is in one recorded state; what else is known of its end."""
+        """Make sure that how a run ended is recorded; return what else is known of its end."""
         raise NotImplementedError
 
     def stop(self, jobs: list[Job], at_once: bool) -> None:
@@ -61,7 +61,7 @@ class Pool:
         raise NotImplementedError
 
     def work(self) -> None:
-        """Until no job runs and none is to be started."""
+        """Do the jobs, until none runs and none is to be started."""
         for number, job in enumerate(self.jobs, 1):
             if job not in (*self.waiting, *self.running):
                 job.state = {"state": RunState.DONE, "reason": ""}
@@ -128,7 +128,7 @@ class Pool:
                 self.stop([job], False)
 
     def board(self) -> Group:
-        """What runs, and how far the sweep is."""
+        """Return a table of what runs, and how far the sweep is."""
         ended = [job.state["state"] for job in self.jobs if job.state]
         done, queued = ended.count(RunState.DONE), sum(not job.started_at for job in self.running)
         says = f"{done} done, {len(self.running) - queued} running, {len(ended) - done} not done, "
@@ -185,7 +185,7 @@ class Pool:
 
 
 class Ending:
-    """The end of a job while it is recorded: of a run under a URL in a thread, since the URL may not answer."""
+    """End of a job while it is recorded: of a run under a URL in a thread, since the URL may not answer."""
 
     def __init__(self, job: Job, record: Callable[[Job], None]):
         self.job, self.record, self.said = job, record, False
@@ -209,5 +209,5 @@ class Ending:
         return self.job.state is not None
 
     def waits(self) -> bool:
-        """Whether it takes so long that the URL must be away."""
+        """Return True if it takes so long that the URL must be away."""
         return not self.over() and time.monotonic() - self.begun > 5

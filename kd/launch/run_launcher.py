@@ -38,7 +38,7 @@ Watch = Callable[[int, Run], str | None]  # which run of a batch -> why it is to
 
 
 class PlannedRun(NamedTuple):
-    """A run of a sweep before it is a job."""
+    """Run of a sweep before it is a job."""
 
     run: Run
     gpus: int  # that it asks for
@@ -46,9 +46,9 @@ class PlannedRun(NamedTuple):
 
 
 class RunLauncher(Launcher):
-    """A process per run, on this machine or others, n_jobs at once; finished runs are not started again.
+    """Launcher of a process per run, on this machine or others, n_jobs at once; finished runs are not started again.
 
-    A run says itself how it ended; what cannot, since it was killed, is said here. The first signal that asks to end
+    A run records itself how it ended; of a run that was killed it is recorded here. The first signal that asks to end
     is passed on to the runs, which save a checkpoint; the second kills them.
     """
 
@@ -230,7 +230,7 @@ class RunLauncher(Launcher):
 
 
 class NotDone(UserError):
-    """A run of a sweep is not done. again: True if the same command may end otherwise, as the run was interrupted."""
+    """Error of a run that is not done. again: True if the run was interrupted, and the same command may finish it."""
 
     def __init__(self, run: Run, state: dict):
         super().__init__(f"{run.name} is not done: {state['reason']}")

@@ -23,7 +23,7 @@ from kd.system.console import end_with
 
 
 class LaunchingSweeper(Sweeper):
-    """A sweeper that hands its jobs to the launcher."""
+    """Sweeper that hands its jobs to the launcher."""
 
     def setup(self, *, hydra_context, task_function, config) -> None:
         self.hydra_context, self.config = hydra_context, config
@@ -43,7 +43,7 @@ class LaunchingSweeper(Sweeper):
 
 
 def asked_for(arguments: Sequence[str]) -> str:
-    """All that was typed, but for what changes nothing of what comes out."""
+    """Return all that was typed, but for what changes no result."""
     return str(sorted(word for word in arguments if not below(word.lstrip("+~").partition("=")[0], NO_EFFECT)))
 
 
@@ -90,7 +90,7 @@ class SweepFileSweeper(LaunchingSweeper):
 
 
 def at_scale(sweep: Mapping, scale: str) -> tuple[str, list[tuple[str, str]]]:
-    """What all lines begin with, and name and words of each; ends with an error where the sweep has no such scale."""
+    """Return what all lines begin with, and name and words of each; ends with an error if there is no such scale."""
     scales = sweep.get("scales") or {"cpu": {}}
     if scale not in scales:
         end_with(UserError(option="scale", got=scale, need=f"a scale of this sweep, {' or '.join(scales)}"))

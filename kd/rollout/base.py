@@ -1,4 +1,4 @@
-"""Base class of all rollouts."""
+"""Rollout: the text that a step learns from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from kd.rollout.samplers import Samplers
 
 
 class Rollout:
-    """The text of the data. Other rollouts write some of it anew.
+    """Text of the data. Other rollouts write some of it anew.
 
     write() returns a batch with new responses, sampled with the options `how`, in at most the share `sampling_rate` of
     the steps. The functions that build rollouts (kd/rollout/strategies.py) declare the TokenInfo of every batch.

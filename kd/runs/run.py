@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, its state, its result, and the student that comes out."""
+"""Folder of a run: its lock, its state, its result, and the student that comes out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from kd.system.retries import Unreachable
 
 
 class Run:
-    """The folder of one run.
+    """Folder of one run.
 
     config.json  resolved settings    metrics.jsonl  what was measured    checkpoints/  to resume from
     result.json  there only when the run is done, with digests of the other files and of itself

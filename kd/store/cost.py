@@ -1,4 +1,4 @@
-"""What writing a store takes: tokens, bytes and seconds."""
+"""Cost of writing a store: tokens, bytes and seconds."""
 
 from __future__ import annotations
 

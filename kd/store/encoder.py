@@ -1,4 +1,4 @@
-"""A teacher's signal for rows of the data, as a store holds it."""
+"""Encoder of a teacher's signal for rows of the data, as a store holds it."""
 
 from __future__ import annotations
 

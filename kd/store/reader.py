@@ -43,7 +43,7 @@ from kd.system.remote import is_url, local_root
 
 
 class Store:
-    """A whole store, opened without reading more than its manifest; its files are checked when they are first touched.
+    """Whole store, opened without reading more than its manifest; its files are checked when they are first touched.
 
     path: folder or URL. cache: folder that keeps local copies of what is read from a URL.
     """
@@ -126,7 +126,7 @@ class Store:
         self._same("begun.json", self.of, "of")
 
     def _same(self, name: str, expected: dict, key: str | None = None) -> None:
-        """What only a writer reads, if it is there, says what the manifest says."""
+        """Raise UserError if a file that only writers read is there, and contradicts the manifest."""
         try:
             note = read_json(self.folder / name)
             good = note is None or (note[key] if key else note) == expected
@@ -166,7 +166,7 @@ class Store:
                 why="no step of the teacher's training is in this window",
                 hint="choose a wider window",
             )
-        # A row that was trained on more than once counts as the teacher last said it.
+        # A row that was trained on more than once counts as it was recorded last.
         everything, where = np.concatenate(rows)[::-1], np.concatenate(places)[::-1]
         self._rows, first = np.unique(everything, return_index=True)
         self._places = where[first]
@@ -255,7 +255,7 @@ class Store:
         return self._open[name]
 
     def _file(self, name: str) -> Path:
-        """Where a file is on this machine, after a look at its bytes."""
+        """Return the path of a file on this machine, after a look at its bytes."""
         path = files.fetch(self.path, self.folder, name)
         if name in self._checked:
             return path
@@ -293,7 +293,7 @@ class Store:
         return damaged.replace(hint="to write that file anew, and no other, type", commands=commands)
 
     def _command(self) -> str:
-        """What writes this store, here."""
+        """Return the command that writes this store, here."""
         if "words" not in self.manifest:
             return "python -m kd.store write and the words of the run that reads it"
         words, key, root = [self.manifest["words"]], self.manifest.get("key", ""), str(self.cache.parent)

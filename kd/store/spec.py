@@ -1,4 +1,4 @@
-"""What a store is of, and what its manifest says: shared by its writers and readers."""
+"""Specification of a store: what it holds, and of what. Writers and readers share it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A root under an fsspec URL: what is worked on is a folder of this machine, and what counts is there.
+"""Roots under an fsspec URL: what is worked on is a folder of this machine, and what counts is there.
 
 Nothing is renamed there, as object stores cannot: a checkpoint is objects of names of its own, and then a note with
 their digests, without which they are not a checkpoint; a run is done by its result.json, written last.
@@ -25,7 +25,7 @@ ASK_AGAIN = 5  # seconds: what was not there is not asked for sooner
 
 
 class Damaged(UserError):
-    """A file under a URL is not what was written."""
+    """Error of a file under a URL that is not what was written."""
 
 
 def is_url(root: str | Path) -> bool:
@@ -56,7 +56,7 @@ def publish(root: str | Path, name: str) -> None:
 
 
 class Remote:
-    """A folder under a URL, and its copy on this machine. All methods raise UserError where the URL fails.
+    """Folder under a URL, and its copy on this machine. All methods raise UserError where the URL fails.
 
     wait: for how many seconds a URL that does not answer is tried again, None for retries.PATIENCE.
     """

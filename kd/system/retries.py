@@ -27,12 +27,12 @@ NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EI
 
 
 class Unreachable(UserError):
-    """A URL does not answer, and may do so later."""
+    """Error of a URL that does not answer, and may do so later."""
 
 
 @dataclass
 class Outage:
-    """The time in which no try to reach a bucket or server succeeded."""
+    """Time in which no try to reach a bucket or server succeeded."""
 
     since: float
     last: float
