@@ -69,6 +69,12 @@ class RowReader:
             answer = Turn("assistant", "", learned=True)
             return Example((*turns, answer), are_messages, tools=self._tools(row), options=self._options(row),
                            unused=tuple(unused), prompt_only=True)  # fmt: skip
+        return self._learned(row, turns, answers, len(greetings), are_messages, unused)
+
+    def _learned(
+        self, row: dict, turns: list[Turn], answers: list[int], greetings: int, are_messages: bool, unused: list[str]
+    ) -> Example:  # fmt: skip
+        """Return the example with the turns that are learned; answers: places of the assistant's turns, no greeting."""
         full = [place for place in answers if turns[place].learned and has_content(turns[place])]
         if not full or (self.learn == "last" and not has_content(turns[max(p for p in answers if turns[p].learned)])):
             weighted = answers and not any(turns[place].learned for place in answers)
@@ -78,7 +84,7 @@ class RowReader:
         weights = sum(not turns[place].learned for place in answers)
         empty = sum(turns[place].learned and not has_content(turns[place]) for place in answers)
         unlearned = {"weight": weights, "empty": empty, "earlier": len(answers) - weights - empty - len(learned),
-                     "no_prompt": len(greetings)}  # fmt: skip
+                     "no_prompt": greetings}  # fmt: skip
         return Example(
             tuple(turn._replace(learned=place in learned) for place, turn in enumerate(turns[: learned[-1] + 1])),
             are_messages, tools=self._tools(row), options=self._options(row),
