@@ -107,23 +107,23 @@ def words_of(config: ExperimentConfig) -> str:
 
 def opened(config: ExperimentConfig, packed: Packed) -> Store | None:
     """The store of a run with logits=offline, if it is there; raises UserError if it is not what the run needs."""
-    where, of, truncation = Plan.of(config).store_place, described(config, packed), config.truncation.spec
+    where, spec, truncation = Plan.of(config).store_place, described(config, packed), config.truncation.spec
     window = window_share(config.logits.window)
     if where.manifest().exists():
         found = Store(where.path, where.cache)
-        expected = {k: v for k, v in of.items() if k != "precision"} | {"truncation": truncation}
+        expected = {k: v for k, v in spec.items() if k != "precision"} | {"truncation": truncation}
         found.check(expected, by_path=config.logits.path is not None or config.logits.source.is_recorded)
         _measurable(config, found.truncation)
         return found
-    if not covers(of["truncation"], truncation):
+    if not covers(spec["truncation"], truncation):
         raise UserError(
             option="truncation",
             got=truncation["name"],
-            conflict=f"record={of['truncation']['name']}",
+            conflict=f"record={spec['truncation']['name']}",
             why="needs more than the store would hold",
             hint="record more, or leave record out to store what this truncation keeps",
         )
-    _measurable(config, of["truncation"])
+    _measurable(config, spec["truncation"])
     if window is not None and not config.logits.source.is_recorded:
         raise UserError(
             option="logits.window",
@@ -178,10 +178,10 @@ def stored(config: ExperimentConfig, packed: Packed, keep: Keep, teacher: Callab
 
 def write_part(config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM, part: tuple[int, int]) -> None:
     """Write one of several parts of the store that a config describes, to be merged with the others."""
-    where, of = Plan.of(config).store_place, described(config, packed)
-    encoder = RowEncoder.finished(OnlineTeacher(model), of, keep, config.trainer.accelerator)
+    where, spec = Plan.of(config).store_place, described(config, packed)
+    encoder = RowEncoder.finished(OnlineTeacher(model), spec, keep, config.trainer.accelerator)
     about = about_store(config, packed, model, where.key)
-    writer.write(where.folder, of, about, packed, encoder, config.trainer.micro_batch, part)
+    writer.write(where.folder, spec, about, packed, encoder, config.trainer.micro_batch, part)
 
 
 def write(config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM) -> Store:
@@ -199,17 +199,17 @@ def recorder(config: ExperimentConfig, packed: Packed, keep: Keep, model: Causal
     """What stores the logits of a model in training, from step `start` on."""
     assert keep is not None, "a recorder keeps a part of each distribution"
     run, where = Plan.of(config).run, Plan.of(config).store_place
-    of = described(config, packed) | {"teacher": run.name, "weights": None}
+    spec = described(config, packed) | {"teacher": run.name, "weights": None}
     url = where.path if "://" in where.path else None
     about = about_store(config, packed, model, where.key)
-    return Recorder(where.folder, of, about, keep, start, run / "checkpoints", url)
+    return Recorder(where.folder, spec, about, keep, start, run / "checkpoints", url)
 
 
 def compare(found: Store, packed: Packed, keep: Keep, model: CausalLM, accelerator: str, count: int = 8) -> str:
     """How far rows of a store are from what its teacher says now, in words; raises UserError where that is far."""
     index = np.unique(np.linspace(0, len(packed.train) - 1, count).astype(int))
     rows = packed.train[index]
-    encoder = RowEncoder.finished(OnlineTeacher(model), found.of, keep, accelerator)
+    encoder = RowEncoder.finished(OnlineTeacher(model), found.spec, keep, accelerator)
     spans = packed.train_spans
     seed = np.zeros(rows[:, 1:].shape, int)
     batch = to_batch(rows, index, seed, None if spans is None else spans[index], packed.boundary)

@@ -72,14 +72,14 @@ def compare_with_teacher(store: Store, root: str) -> str:
 
 def info(store: Store) -> Table:
     """What a store is, on one screen."""
-    m, of = store.manifest, store.of
+    m, spec = store.manifest, store.spec
     tokens = m["count"] * m["seq_len"]
     positions = m.get("positions", tokens)  # those that count
     table = Table(box=None, show_header=False, pad_edge=False)
     recorded = f", recorded over {m['steps']:,} steps of its training" if "steps" in m else ""
     rows = {
-        "teacher": f"{of['teacher']}{recorded}",
-        "holds": f"{describe(store.truncation)}, computed in {of['precision']}",
+        "teacher": f"{spec['teacher']}{recorded}",
+        "holds": f"{describe(store.truncation)}, computed in {spec['precision']}",
         "of": f"{m['count']:,} rows of {m['seq_len']} tokens, {tokens:,} in all; vocabulary {m['vocab']:,}",
     }
     if store.truncation != FULL:

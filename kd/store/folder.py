@@ -11,18 +11,18 @@ from kd.system import files
 from kd.system.files import read_json
 
 
-def begin(folder: Path, of: dict, **about) -> None:
+def begin(folder: Path, spec: dict, **about) -> None:
     """Write to `folder` what the store is to be; raises UserError if it holds the beginning of another one."""
     begun = read_json(folder / "begun.json")
     if begun is None:
-        files.write_json(folder / "begun.json", {"of": of, **about})
-    elif begun["of"] != of:
+        files.write_json(folder / "begun.json", {"of": spec, **about})
+    elif begun["of"] != spec:
         begun = begun["of"]
-        field = next(f for f in of if begun.get(f) != of[f])
+        field = next(f for f in spec if begun.get(f) != spec[f])
         raise UserError(
             option=folder,
             why=f"holds the beginning of another store: its {field} is {describe(begun.get(field))}, and here it is "
-            f"{describe(of[field])}",
+            f"{describe(spec[field])}",
             hint="choose another folder, or remove this one",
             commands=[shlex.join(["rm", "-r", str(folder)])],
         )
@@ -50,11 +50,11 @@ def notes_of(folder: Path) -> dict[str, dict]:
     return {name: note for name in names if (note := note_of(folder, name))}
 
 
-def commit(folder: Path, of: dict, about: dict) -> None:
+def commit(folder: Path, spec: dict, about: dict) -> None:
     """Write the manifest, which makes the store whole."""
     notes = {f"{name}.safetensors": note for name, note in notes_of(folder).items()}
     shards = [note for name, note in notes.items() if name.startswith("shard-")]
     sums = {key: sum(note[key] for note in shards) for key in ("count", "entries", "mass", "size")}
     sums["positions"] = sum(note.get("positions", note["count"] * about["seq_len"]) for note in shards)
-    manifest = {"of": of, **about, **sums, "files": notes}
+    manifest = {"of": spec, **about, **sums, "files": notes}
     files.write_json(folder / "manifest.json", manifest | {"digest": files.digest_of(manifest)})

@@ -69,15 +69,15 @@ class Store:
             check_manifest(manifest)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._damaged("manifest.json", f"it is not what kd writes ({error})") from None
-        self.manifest, self.of, self.words = manifest, manifest["of"], manifest["words"]
-        if self.of["format"] != FORMAT:
+        self.manifest, self.spec, self.words = manifest, manifest["of"], manifest["words"]
+        if self.spec["format"] != FORMAT:
             raise UserError(
                 option=self.path,
-                why=f"has format {self.of['format']}, and this version of kd reads format {FORMAT}",
+                why=f"has format {self.spec['format']}, and this version of kd reads format {FORMAT}",
                 hint="write the store again, in another folder",
                 commands=[f"python -m kd.store write {self.words} logits.path=FOLDER"],
             )
-        self.truncation, self.draws = self.of["truncation"], self.of["truncation"].get("draws")
+        self.truncation, self.draws = self.spec["truncation"], self.spec["truncation"].get("draws")
         notes = {name: note for name, note in manifest["files"].items() if name.startswith("shard-")}
         self.shards = sorted(notes, key=lambda name: notes[name].get("first", notes[name].get("steps")))
         self.first = np.array([notes[name].get("first", 0) for name in self.shards])
@@ -95,7 +95,7 @@ class Store:
 
         by_path: whether the store was asked for by its path.
         """
-        pairs = {f: (self.of[f], value) for f, value in expected.items() if f != "truncation"}
+        pairs = {f: (self.spec[f], value) for f, value in expected.items() if f != "truncation"}
         differing = [
             f"its {field} is {describe(held)}, and here it is {describe(value)}"
             for field, (held, value) in pairs.items()
@@ -123,7 +123,7 @@ class Store:
         for name, note in track(self.manifest["files"].items(), "checking the store"):
             self._file(name)
             self._same(f"{name.partition('.')[0]}.json", note)
-        self._same("begun.json", self.of, "of")
+        self._same("begun.json", self.spec, "of")
 
     def _same(self, name: str, expected: dict, key: str | None = None) -> None:
         """Raise UserError if a file that only writers read is there, and contradicts the manifest."""

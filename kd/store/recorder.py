@@ -31,11 +31,11 @@ class Recorder:
     """
 
     def __init__(
-        self, folder: Path, of: dict, about: dict, keep: Callable[[Target], Target], step: int,
+        self, folder: Path, spec: dict, about: dict, keep: Callable[[Target], Target], step: int,
         checkpoints: Path, url: str | None = None,
     ):  # fmt: skip
-        self.folder, self.of, self.about, self.keep, self.url = folder, of, about, keep, url
-        begin(folder, of)
+        self.folder, self.spec, self.about, self.keep, self.url = folder, spec, about, keep, url
+        begin(folder, spec)
         if url and step:
             self._pull(url)
         (folder / "manifest.json").unlink(missing_ok=True)
@@ -64,7 +64,7 @@ class Recorder:
         """Logits [n, V] of the positions `rows` of a batch, whose random numbers are seed [N]."""
         # No truncation looks at the label.
         target = Target(seed[rows], logits.float().log_softmax(-1), seed=seed[rows])
-        self.pieces.append(encode(self.keep(target), self.of["truncation"].get("draws")))
+        self.pieces.append(encode(self.keep(target), self.spec["truncation"].get("draws")))
 
     def discard(self) -> None:
         """Forget what was observed of a batch that is computed again."""
@@ -110,9 +110,9 @@ class Recorder:
     def finish(self, trained: Teacher, device: torch.device, validation: np.ndarray, batch: int, steps: int) -> None:
         """Write the rest, and the hidden states of the trained model for the validation rows."""
         self.flush(steps)
-        encoder = RowEncoder(trained, self.of, self.keep, device)
+        encoder = RowEncoder(trained, self.spec, self.keep, device)
         encoder.save_head(self.folder)
         encoder.save_validation(self.folder, validation, batch)
-        commit(self.folder, self.of, self.about | {"steps": steps})
+        commit(self.folder, self.spec, self.about | {"steps": steps})
         if self.url:
             upload(self.folder, self.url)

@@ -19,17 +19,9 @@ def merge(folder: Path, parts: list[Path]) -> None:
 
     Raises UserError if the parts are not of one store, if one is damaged, or if a shard is missing.
     """
-    begun: dict[Path, dict] = {}
-    for part in parts:
-        of = read_json(part / "begun.json")
-        if of is None:
-            why, hint = "is no part of a store: the folder has no begun.json", "give the folders of the parts"
-            raise UserError(option=part, why=why, hint=hint)
-        if "shards" not in of:
-            why = "was recorded in training, by one process: there is nothing to merge"
-            raise UserError(option=part, why=why, hint="use this folder as a store as it is")
-        begin(folder, **of)
-        begun[part] = of
+    begun = {part: _begun(part) for part in parts}
+    for note in begun.values():
+        begin(folder, note["of"], about=note["about"], shards=note["shards"])
     notes = {name: (part, note) for part in parts for name, note in notes_of(part).items()}
     missing = [name for name in ("head", "validation", *begun[parts[0]]["shards"]) if name not in notes]
     if missing:
@@ -49,6 +41,18 @@ def merge(folder: Path, parts: list[Path]) -> None:
                 raise UserError(option=source, why=why, hint=hint)
         files.write_json(folder / f"{name}.json", note)
     commit(folder, begun[parts[0]]["of"], begun[parts[0]]["about"])
+
+
+def _begun(part: Path) -> dict:
+    """Return what a part of a store is to be; raises UserError for a folder that is no part."""
+    begun = read_json(part / "begun.json")
+    if begun is None:
+        why, hint = "is no part of a store: the folder has no begun.json", "give the folders of the parts"
+        raise UserError(option=part, why=why, hint=hint)
+    if "shards" not in begun:
+        why = "was recorded in training, by one process: there is nothing to merge"
+        raise UserError(option=part, why=why, hint="use this folder as a store as it is")
+    return begun
 
 
 def upload(folder: Path, url: str) -> None:

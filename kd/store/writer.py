@@ -29,16 +29,22 @@ SHARDS = 8  # at least so many where there are rows enough, so that a killed wri
 
 
 def write(
-    folder: Path, of: dict, about: dict, packed: Packed, encoder: RowEncoder, batch: int, part: tuple[int, int] = (1, 1)
+    folder: Path,
+    spec: dict,
+    about: dict,
+    packed: Packed,
+    encoder: RowEncoder,
+    batch: int,
+    part: tuple[int, int] = (1, 1),
 ) -> None:
-    """Write what is missing of the store that `of` describes, together with whatever other process does the same.
+    """Write what is missing of the store that `spec` describes, together with whatever other process does the same.
 
     batch: rows per forward pass. part: which of how many machines that do not share a disk; with more than one there
     is no manifest before merge(). Raises UserError if there is no room.
     """
     rows, size = packed.train.shape
     shards = shard_ranges(rows, size, encoder)
-    begin(folder, of, about=about, shards=list(shards))
+    begin(folder, spec, about=about, shards=list(shards))
     if encoder.device.type == "cpu":
         keep_freed()
     mine = dict(list(shards.items())[part[0] - 1 :: part[1]])
@@ -46,7 +52,7 @@ def write(
     work = _Files(folder, packed, encoder, batch, missing)
     if missing:
         print_cost(folder, encoder, packed, batch, work.rows)
-    progress = Steps(f"store of {of['teacher']}", work.rows, 0, "row")
+    progress = Steps(f"store of {spec['teacher']}", work.rows, 0, "row")
     try:
         # First what no other process holds; then wait for the others, and do what a dead one has left.
         for wait in (False, True):
@@ -57,7 +63,7 @@ def write(
     finally:
         progress.stop()
     if part[1] == 1:
-        commit(folder, of, files.load_json(folder / "begun.json")["about"])
+        commit(folder, spec, files.load_json(folder / "begun.json")["about"])
         for lock in folder.glob(".*.lock"):
             lock.unlink(missing_ok=True)
 
