@@ -243,6 +243,8 @@ def shrunk(arguments: list[str]) -> list[str]:
     typed = {word.partition("=")[0] for word in words}
     if not typed & {"data", "method", "experiment"} and option_of("sweeps", words) != "minillm":
         words += ["data=markov", "data.states=100", "data.branching=4"]  # the default takes seconds to be packed
+    if "," in (option_of("method", words) or "") or option_of("sweeps", words) == "minillm":
+        words += ["data=instructions", "start=sft"]  # as of each run, so that settings below them can be typed
     every = jobs(words)
     for word in SMALL:
         name = word.partition("=")[0]
