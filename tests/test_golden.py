@@ -115,10 +115,10 @@ def names(config: ExperimentConfig) -> list[str]:
     return [planned.run.name, *([planned.store.key] if planned.store else []), *needed]
 
 
-def names_of(words: Iterable[str]) -> list[str]:
+def config_of(words: Iterable[str]) -> ExperimentConfig:
     words = [*words, *NOWHERE]
     with hydra_ready():
-        return names(ExperimentConfig.from_hydra(hydra.compose("config", words), words))
+        return ExperimentConfig.from_hydra(hydra.compose("config", words), words)
 
 
 def runs_of(file: Path, scale: str) -> list[list[str]]:
@@ -143,7 +143,7 @@ def lines_of(file: Path, scale: str) -> list[str]:
 
 
 def of_lines() -> dict[str, list[str]]:
-    return {line: names_of(line.split()) for line in LINES}
+    return {line: names(config_of(line.split())) for line in LINES}
 
 
 def of_sweep(file: Path) -> dict[str, dict[str, list[str]]]:
@@ -151,10 +151,16 @@ def of_sweep(file: Path) -> dict[str, dict[str, list[str]]]:
     found = {}
     for scale in scales_of(file):
         common = shlex.split(lines_of(file, scale)[0])
-        found[scale] = {
-            " ".join(w for w in words if w not in common): names_of(words) for words in runs_of(file, scale)
-        }
+        configs = {" ".join(w for w in words if w not in common): config_of(words) for words in runs_of(file, scale)}
+        found[scale] = {words: names(config) for words, config in configs.items()}
+        assert all(map(reads_new_text, configs.values()))
     return found
+
+
+def reads_new_text(config: ExperimentConfig) -> bool:
+    """Tell whether the text of a hub, as far as a run takes it, suffices for all steps."""
+    read = config.trainer.steps * config.trainer.batch * config.data.seq_len
+    return config.data.name != "hub" or (config.data.tokens or read) >= read
 
 
 @pytest.fixture
@@ -176,6 +182,7 @@ def test_no_name_has_moved(same_data):
 def test_no_name_of_a_sweep_has_moved(same_data, sweep):
     """The words are for who reads the file: a sweep may come to say the same in other words."""
     now, before = of_sweep(sweep), golden("sweeps")[sweep.stem]
+    assert all(now.values())
     assert {scale: [*runs.values()] for scale, runs in now.items()} == {
         s: [*runs.values()] for s, runs in before.items()
     }

@@ -33,7 +33,7 @@ from kd.system import files
 from kd.system.console import console
 from kd.system.remote import Remote, home
 from tests.refusals import refused
-from tests.small import SMALL, TOP, content, folder, here, outcome, put_result, result, train, type_in, write
+from tests.small import SMALL, TOP, content, folder, here, outcome, put_result, python, result, train, type_in, write
 
 OFFLINE = ("logits=offline", *TOP)
 
@@ -184,9 +184,10 @@ def test_from_the_command_line(root):
     output = train(root, *words, code=2)
     assert f"{path / SHARDS[0]} is damaged" in output and "Traceback" not in output
     command = "\n".join(line for line in output.splitlines() if line.startswith("  "))
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    product = Path(reader.__file__).parent.parent
-    subprocess.run(["bash", "-ec", command], check=True, env=environment | {"PYTHONPATH": str(product)}, cwd=root)
+    shell = f"python() {{ printf '%s\\0' \"$@\"; }}\n{command}"
+    printed = subprocess.run(["bash", "-ec", shell], check=True, stdout=subprocess.PIPE, text=True, cwd=root).stdout
+    process = python([sys.executable, *printed.split("\0")[:-1]], root)
+    assert process.communicate(timeout=240)[0] and process.returncode == 0
     assert content(path) == before
     here(root, *OFFLINE)
 

@@ -245,14 +245,14 @@ def test_no_room_is_said_before_anything_is_written(root, clean, monkeypatch):
     assert shards(content(store_of(root))) == shards(clean)
 
 
-@pytest.mark.parametrize("words", [TOP, ("truncation=random",), ("truncation=full",)], ids=lambda w: w[0])
-def test_the_estimate_is_what_the_store_takes(root, words, monkeypatch):
-    said = []
-    monkeypatch.setattr(writer.console, "print", lambda *text, **_: said.extend(text))
-    held = write(root, *words, "data.tokens=20000", f"logits.path={root / 'store'}", "teacher.steps=6")
-    amounts = [float(n) * {"kB": 1e3, "MB": 1e6}[unit] for n, unit in re.findall(r"([\d.]+) (kB|MB)", said[0])]
-    taken = sum(note["size"] for note in held.manifest["files"].values())
-    assert amounts[0] + amounts[1] == pytest.approx(taken, rel=0.1)
+def test_the_estimate_is_what_the_store_takes(tmp_path, monkeypatch):
+    for words in (TOP, ("truncation=random",), ("truncation=full",)):  # of one teacher
+        printed = []
+        monkeypatch.setattr(writer.console, "print", lambda *text, to=printed, **_: to.extend(text))
+        held = write(tmp_path, *words, "data.tokens=20000")
+        amounts = [float(n) * {"kB": 1e3, "MB": 1e6}[unit] for n, unit in re.findall(r"([\d.]+) (kB|MB)", printed[0])]
+        taken = sum(note["size"] for note in held.manifest["files"].values())
+        assert amounts[0] + amounts[1] == pytest.approx(taken, rel=0.1), words
 
 
 @pytest.mark.parametrize("words", [TOP, ("truncation=full",)], ids=lambda w: w[0])
