@@ -1,4 +1,4 @@
-"""Configs of many commands, composed by Hydra once per choice of groups: alone, it reads every file for each command."""
+"""Configs of many commands, composed by Hydra once per choice of groups: alone, it reads all files for each."""
 
 from __future__ import annotations
 

@@ -111,8 +111,8 @@ def refused(composer: Composer, words: list[str]) -> None:
     assert errors[0] == errors[1]
 
 
-WRONG = """nosuch=1 loss=no_such lr.peek=1 +lr.peak=1 ~lr.peek lr.peak=[ seed=1,2 loss=fkl,rkl loss@x=fkl +loss=fkl lr={peek:1}
-trainer.steps.more=1 = ~data=hub hydra.nosuch=1 hydra/launcher=nosuch""".split()  # noqa: SIM905
+WRONG = """nosuch=1 loss=no_such lr.peek=1 +lr.peak=1 ~lr.peek lr.peak=[ seed=1,2 loss=fkl,rkl loss@x=fkl +loss=fkl
+lr={peek:1} trainer.steps.more=1 = ~data=hub hydra.nosuch=1 hydra/launcher=nosuch""".split()  # noqa: SIM905
 
 
 @pytest.mark.parametrize("word", WRONG)

@@ -27,7 +27,7 @@ from kd.experiment.dependencies import Plan, cached_corpus
 from kd.models import causal_lm
 from kd.models import hub as hub_module
 from kd.store import __main__ as store_main
-from kd.store import reader, writer
+from kd.store import writer
 from kd.store.reader import Store, within
 from kd.system import files
 from kd.system.console import console
