@@ -44,13 +44,7 @@ def conf():
 
 
 # What an option cannot do without, beside what any config has.
-NEEDED = {
-    "teacher=none": "logits=none", "logits=recorded": "truncation=top_k", "record=": "logits=offline",
-    "rollout=mixed": "loss=minillm", "loss=minillm": "rollout=mixed", "loss=distillm2": "rollout=pairs",
-    "routing=uncertainty": "loss=atkd", "loss=atkd": "routing=uncertainty",
-    "target=rest": "truncation=top_k", "target=leftover": "truncation=top_k",
-    "plain=": "data=instructions", "rollout=": "data=instructions",
-}  # fmt: skip
+NEEDED = {"teacher=none": "logits=none", "target=rest": "truncation=top_k"}
 
 
 def config_of(*words: str) -> ExperimentConfig:
