@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from kd.errors import UserError
 from kd.experiment.dependencies import Plan, corpus, plain_corpus
 from kd.experiment.disk import PLACES, RunUse, all_runs, disk_use, sweeps_of
 from kd.runs.outcome import RunState
-from kd.system import files
+from kd.system import files, programs
 from kd.system.files import read_json
 
 KINDS = {  # what `clean` removes by default comes first
@@ -63,6 +64,16 @@ class Root:
         self.runs = {use.run.name: use for use in all_runs(folder)}
         self.sweeps = sweeps_of(folder)
 
+    def find(self, name: str) -> RunUse:
+        """Return a run by its name, or by its folder; raise UserError for one that does not exist."""
+        name = Path(name).name
+        if name not in self.runs:
+            close = difflib.get_close_matches(name, self.runs, 1, 0.3)
+            listing = f"{programs.command('runs')} list root={self.folder}"
+            hint = f"type {close[0]}" if close else f"see all runs by {listing}"
+            raise UserError(option=name, why=f"is no run in {self.folder}", hint=hint)
+        return self.runs[name]
+
     def sweeps_with(self, name: str) -> list[str]:
         """Return the sweeps that list a run."""
         return [sweep for sweep, runs in self.sweeps.items() if name in runs]
@@ -105,7 +116,7 @@ def needs_of(config: ExperimentConfig, root: Path) -> Needs:
     texts = [corpus(config)]
     if config.data.is_instructions or config.lm == "plain":
         texts.append(plain_corpus(config))
-    data = {packing.key(source, **settings) for source, settings in texts}
+    data = {packing.folder_name(source, **settings) for source, settings in texts}
     stores = {planned.store.folder.resolve()} if planned.store else set()
     return Needs(frozenset(runs), frozenset(data), frozenset(stores), config.data.is_instructions)
 
@@ -119,14 +130,12 @@ def named_runs(root: Root, names: list[str]) -> list[Leftover]:
     """Return runs by their names, to be removed; raise UserError for one that does not exist or is at work."""
     found = []
     for name in names:
-        use = root.runs.get(name)
-        if use is None:
-            raise UserError(option=name, why=f"is no run in {root.folder}", hint="see all runs by the command list")
+        use = root.find(name)
         if use.state == RunState.RUNNING:
             raise UserError(
-                option=name, why=f"is at work: {use.run / 'state.json'} names its process", hint="end it first"
+                option=name, why=f"is at work, as {use.run / 'state.json'} says", hint="end its process first"
             )
-        found.append(Leftover("run", use.run.folder, use.size, str(use.state), _needed(root, name)))
+        found.append(Leftover("run", use.run.folder, use.size, str(use.state), _needed(root, use.run.name)))
     return found
 
 

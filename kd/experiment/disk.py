@@ -41,7 +41,7 @@ class RunUse(NamedTuple):
 def local_folder(root: str) -> Path:
     """Return a root as a folder; raise UserError for a URL, or where there is none."""
     if is_url(root):
-        hint = "remove what is there by the tools of that storage; kd removes copies on this machine itself"
+        hint = f"use the tools of that storage for what is there; copies on this machine are in {files.cache()}"
         raise UserError(option="root", got=root, need="a folder of this machine", hint=hint)
     folder = Path(files.expanded(root))
     run_names(folder)  # refuses a folder that does not exist

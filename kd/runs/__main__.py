@@ -40,13 +40,13 @@ out = Terminal(highlight=False)
 def parse_words(command: str, words: list[str]) -> tuple[list[str], dict[str, str]]:
     """Return the names and the settings among the words of a command; raise UserError for an unknown setting."""
     names = [word for word in words if "=" not in word]
-    settings = {"root": os.environ.get("KD_ROOT") or "runs"}
+    settings: dict[str, str] = {}
     for word in files.expanded_words([word for word in words if "=" in word]):
         key, _, value = word.partition("=")
         if key not in SETTINGS[command]:
-            close = difflib.get_close_matches(key, SETTINGS[command], 1, 0.0)
-            why, need = f"no setting of {command}", f"one of {', '.join(SETTINGS[command])}"
-            raise UserError(option=word, why=why, need=need, hint=f"type {close[0]}={value}")
+            close = difflib.get_close_matches(key, SETTINGS[command], 1)
+            why, need = f"no setting of {command}", " or ".join(f"{name}=" for name in SETTINGS[command])
+            raise UserError(option=word, why=why, need=need, hint=f"type {close[0]}={value}" if close else "")
         settings[key] = value
     return names, settings
 
@@ -98,8 +98,8 @@ def list_runs(root: Path) -> None:
         if (root / name).is_dir():
             summary.add_row(str(root / name), amount(disk.disk_use(root / name)), meaning)
     cache = files.cache()
-    if cache.is_dir():
-        summary.add_row(str(cache), amount(disk.disk_use(cache)), "digests, and copies of roots under URLs")
+    if size := disk.disk_use(cache):
+        summary.add_row(str(cache), amount(size), "digests, and copies of roots under URLs")
     out.print(summary)
 
 
@@ -108,13 +108,9 @@ def show_run(root: Path, names: list[str]) -> None:
     if len(names) != 1:
         hint = f"type {programs.command('runs')} show RUN"
         raise UserError(option="show", why=f"got {len(names)} names", need="the name of one run", hint=hint)
-    name = Path(names[0]).name
     found = Root(root)
-    if name not in found.runs:
-        close = difflib.get_close_matches(name, found.runs, 1, 0.3)
-        hint = f"type {close[0]}" if close else f"see all runs by {programs.command('runs')} list root={root}"
-        raise UserError(option=name, why=f"is no run in {root}", hint=hint)
-    use = found.runs[name]
+    use = found.find(names[0])
+    name = use.run.name
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     rows = {"run": name, "state": f"{use.state}  {use.reason}".strip(), "size": amount(use.size), "at": use.run.where}
@@ -122,7 +118,7 @@ def show_run(root: Path, names: list[str]) -> None:
     if result:
         rows["settings"] = readable(name, result["config"])
         rows["done"] = f"{result.get('date', 'at an unknown time')}, {result['tokens']:,} tokens"
-        rows |= {key: f"{value:.4f}" for key, value in result["final"].items()}
+        rows |= {key: f"{value:.4f}" for key, value in result["final"].items() if "/" in key}
         for role, origin in result.get("origins", {}).items():
             rows[role] = origin["run"]
     rows["in sweeps"] = " ".join(found.sweeps_with(name)) or "none"
@@ -142,7 +138,7 @@ def clean(root: Path, names: list[str], settings: dict[str, str]) -> None:
         raise UserError(option="what", got=settings["what"], conflict=names[0], need="runs by name, or kinds")
     kinds = kinds_of(settings)
     chosen = (
-        cleanup.named_runs(found, [Path(name).name for name in names]) if names else cleanup.leftovers(found, kinds)
+        cleanup.named_runs(found, names) if names else cleanup.leftovers(found, kinds)
     )
     free = [leftover for leftover in chosen if needed or not leftover.needed]
     held = [leftover for leftover in chosen if leftover not in free]
@@ -206,7 +202,7 @@ def main() -> None:
     given = parser.parse_args()
     try:
         names, settings = parse_words(given.command, given.words)
-        root = disk.local_folder(settings["root"])
+        root = disk.local_folder(settings.get("root") or os.environ.get("KD_ROOT") or "runs")
         command_line.register()
         if given.command == "list":
             if names:
