@@ -7,6 +7,7 @@ In a notebook or a trainer of your own; each name is loaded when it is first use
     kd.Target, kd.Objective                                  what a loss of your own reads; the loss in chunks
     kd.load_results("runs", sweep="loss")                    a record per run, for pandas.DataFrame
     kd.load_student("runs/RUN")                              model and tokenizer of transformers
+    kd.UserError                                             raised for what the caller can mend
 """
 
 from __future__ import annotations

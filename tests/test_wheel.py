@@ -81,17 +81,22 @@ def test_a_run_a_sweep_its_report_and_the_other_programs_in_an_empty_folder(prog
     report = (tmp_path / "runs/sweeps/mine.md").read_text()
     assert "kd-train data=markov" in report and "train.py" not in report
     assert "mine" in typed(programs, "kd-runs", tmp_path, "list")
-    # Of a user's folder nothing is imported, and a program does what its own --help says.
-    (tmp_path / "train.py").write_text("raise SystemExit('not this one')")
-    (tmp_path / "sweeps.py").write_text("raise SystemExit('nor this one')")
-    store = ["record=top_k", "record.k=5", "logits.path=kept", "teacher.steps=2"]
-    assert "kept" in typed(programs, "kd-store", tmp_path, "write", *SHORT, *store)
-    assert "as they were written" not in typed(programs, "kd-store", tmp_path, "verify", "kept")
-    assert '"ids"' in typed(programs, "kd-data", tmp_path, "show", *SHORT, "rows=1", "--json")
-    assert "Traceback" not in typed(programs, "kd-fit", tmp_path, "mine", code=2)
-    for program in ("kd-train", "kd-report", "kd-fit", "kd-store", "kd-data", "kd-runs", "kd-dashboard"):
-        help_ = typed(programs, program, tmp_path, "--help")
-        assert program in help_ and "python " not in help_, help_
+
+
+@pytest.mark.slow
+def test_programs_import_nothing_from_the_folder_they_are_started_in(programs, tmp_path):
+    for name in ("train.py", "sweeps.py", "kd.py"):
+        (tmp_path / name).write_text("raise SystemExit('not this one')")
+    store = ["teacher.steps=2", "record=top_k", "record.k=5", "logits.path=kept"]
+    assert "5 entries" in typed(programs, "kd-store", tmp_path, "write", *SMALL, *store)
+    printed = typed(programs, "kd-report", tmp_path, "mine", code=2)
+    assert "To run the sweep, type kd-train sweeps=mine." in printed
+
+
+@pytest.mark.slow
+def test_help_and_errors_name_the_program_that_was_typed(programs, tmp_path):
+    help_ = typed(programs, "kd-train", tmp_path, "--help")
+    assert "\n  kd-train sweeps=loss " in help_ and "\n  kd-report loss " in help_ and "python train.py" not in help_
     assert typed(programs, "kd-train", tmp_path, "--nope", code=2).splitlines()[-1].startswith("kd-train: error:")
     assert "kd-train --help" in typed(programs, "kd-train", tmp_path, "qzx=1", code=2)
 

@@ -20,6 +20,7 @@ from kd.experiment.dependencies import Plan, corpus, plain_corpus
 from kd.experiment.disk import PLACES, RunUse, all_runs, disk_use, sweeps_of
 from kd.runs.outcome import RunState
 from kd.system import files, programs
+from kd.system.console import counted
 from kd.system.files import read_json
 
 KINDS = {  # what `clean` removes by default comes first
@@ -93,7 +94,7 @@ class Root:
         reasons = [f"the config of {name} cannot be read" for name in self.runs if name not in self.needs]
         for sweep, runs in self.sweeps.items():
             if missing := [name for name in runs if name not in self.runs]:
-                reasons.append(f"sweep {sweep} has {len(missing)} runs that have not begun")
+                reasons.append(f"sweep {sweep} has {counted(len(missing), 'run that has', 'runs that have')} not begun")
         return reasons
 
     def _needs_of(self, use: RunUse) -> Needs | None:

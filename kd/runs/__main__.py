@@ -137,9 +137,7 @@ def clean(root: Path, names: list[str], settings: dict[str, str]) -> None:
     if names and "what" in settings:
         raise UserError(option="what", got=settings["what"], conflict=names[0], need="runs by name, or kinds")
     kinds = kinds_of(settings)
-    chosen = (
-        cleanup.named_runs(found, names) if names else cleanup.leftovers(found, kinds)
-    )
+    chosen = cleanup.named_runs(found, names) if names else cleanup.leftovers(found, kinds)
     free = [leftover for leftover in chosen if needed or not leftover.needed]
     held = [leftover for leftover in chosen if leftover not in free]
     if yes:
@@ -152,8 +150,8 @@ def clean(root: Path, names: list[str], settings: dict[str, str]) -> None:
     if not chosen:
         console.print(f"Nothing to remove in {root}.")
     elif free and not yes:
-        words = shlex.join([*names, *(f"{key}={value}" for key, value in settings.items() if key != "yes")])
-        console.print(f"Nothing was removed. To remove it, type:\n  {programs.command('runs')} clean {words} yes=true",
+        words = [*names, *(f"{key}={value}" for key, value in settings.items() if key != "yes"), "yes=true"]
+        console.print(f"Nothing was removed. To remove it, type:\n  {programs.command('runs')} clean {shlex.join(words)}",
                       soft_wrap=True)  # fmt: skip
     if not names and not yes:
         _print_other_kinds(found, kinds)

@@ -6,6 +6,7 @@ import tomllib
 from importlib.util import find_spec
 
 import pytest
+import yaml
 
 from kd.system import programs
 from tests.small import TRAIN
@@ -37,3 +38,10 @@ def test_a_script_is_its_module_and_says_its_name(name, monkeypatch, capsys):
         getattr(programs, name)()
     assert ended.value.code == 0 and started == [programs.MODULES[name]]
     assert f"usage: kd-{name} " in capsys.readouterr().out
+
+
+def test_hooks_before_a_commit_are_checks_of_make_lint():
+    (repository,) = yaml.safe_load((TRAIN.parent / ".pre-commit-config.yaml").read_text())["repos"]
+    programs_of = {hook["entry"].split()[0].removeprefix(".venv/bin/") for hook in repository["hooks"]}
+    lint = (TRAIN.parent / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
+    assert len(programs_of) == 2 and all(f"$(BIN)/{program}" in lint for program in programs_of)
