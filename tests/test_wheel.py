@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.small import ENVIRONMENT, SMALL, shared
+from tests.small import ENVIRONMENT, TINY, shared
 
 REPOSITORY = Path(__file__).parent.parent
 SOURCES = ("kd", "sweeps", "conf", "train.py", "setup.py", "pyproject.toml", "README.md", "LICENSE")
-SHORT = [*SMALL, "trainer.steps=2", "teacher.steps=2"]
+SHORT = [*TINY, "trainer.steps=2", "teacher.steps=2"]
 
 
 def build(folder: Path) -> None:
@@ -88,7 +88,7 @@ def test_programs_import_nothing_from_the_folder_they_are_started_in(programs, t
     for name in ("train.py", "sweeps.py", "kd.py"):
         (tmp_path / name).write_text("raise SystemExit('not this one')")
     store = ["teacher.steps=2", "record=top_k", "record.k=5", "logits.path=kept"]
-    assert "5 entries" in typed(programs, "kd-store", tmp_path, "write", *SMALL, *store)
+    assert "5.0 entries" in typed(programs, "kd-store", tmp_path, "write", *TINY, *store)
     printed = typed(programs, "kd-report", tmp_path, "mine", code=2)
     assert "To run the sweep, type kd-train sweeps=mine." in printed
 
@@ -103,7 +103,7 @@ def test_help_and_errors_name_the_program_that_was_typed(programs, tmp_path):
 
 @pytest.mark.slow
 def test_a_program_takes_signals_as_train_py_does(programs, tmp_path):
-    process = start(programs, "kd-train", tmp_path, *SMALL, "trainer.steps=100000", "teacher.steps=2")
+    process = start(programs, "kd-train", tmp_path, *TINY, "trainer.steps=100000", "teacher.steps=2")
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("runs/fkl-*/checkpoints/*.ckpt")) and time.monotonic() < deadline:
         assert process.poll() is None, process.stdout.read()

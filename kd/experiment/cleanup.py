@@ -85,24 +85,25 @@ class Root:
 
     @cached_property
     def needs(self) -> dict[str, Needs]:
-        """What each run needs, of runs whose config can be read; `unknown` names the others."""
+        """What each run needs, where that is known."""
         return {name: needs for name, use in self.runs.items() if (needs := self._needs_of(use))}
 
     @property
     def unknown(self) -> list[str]:
-        """Reasons why something may be needed that no config names."""
-        reasons = [f"the config of {name} cannot be read" for name in self.runs if name not in self.needs]
+        """Reasons why something may be needed that `needs` does not have."""
+        unclear = "config, data or models are not what they were"
+        reasons = [f"what {name} needs is unknown: its {unclear}" for name in self.runs if name not in self.needs]
         for sweep, runs in self.sweeps.items():
             if missing := [name for name in runs if name not in self.runs]:
                 reasons.append(f"sweep {sweep} has {counted(len(missing), 'run that has', 'runs that have')} not begun")
         return reasons
 
     def _needs_of(self, use: RunUse) -> Needs | None:
-        """Return what a run needs; None where that cannot be known."""
+        """Return what a run needs; None where its config, with data and models as they are now, is another run's."""
         try:
-            node = read_json(use.run / "config.json")
-            config = ExperimentConfig.from_dict(node).derive(root=str(self.folder)) if node else None
-            return needs_of(config, self.folder) if config else None
+            node = read_json(use.run / "config.json") or {}
+            config = ExperimentConfig.from_dict(node).derive(root=str(self.folder))
+            return needs_of(config, self.folder) if Plan.of(config).run.name == use.run.name else None
         except (UserError, OSError, KeyError, TypeError, AttributeError):
             return None
 
@@ -192,7 +193,7 @@ def _checkpoints(root: Root) -> Iterator[Leftover]:
 
 def _unfinished(root: Root) -> Iterator[Leftover]:
     for name, use in root.runs.items():
-        if use.state not in (RunState.DONE, RunState.RUNNING) and not root.sweeps_with(name):
+        if use.state not in (RunState.DONE, RunState.RUNNING, RunState.UNKNOWN) and not root.sweeps_with(name):
             needed = _needed(root, name)
             yield Leftover("unfinished", use.run.folder, use.size, f"{use.state}; it could go on", needed)
 

@@ -164,11 +164,23 @@ def test_what_a_sweep_or_an_unfinished_run_may_need_stays_until_needed_is_typed(
     assert len(list(root.glob("stores/*"))) == 1 and not (root / student).exists() and (root / teacher).exists()
 
 
-def test_a_config_that_cannot_be_read_keeps_data_and_stores(root):
-    (root / run_of(root, "fkl") / "config.json").write_text("{")
+def other_seed(text: str) -> str:
+    """A config that is another run's."""
+    return json.dumps(json.loads(text) | {"seed": 7})
+
+
+@pytest.mark.parametrize("change", [lambda text: "{", lambda text: "{}", other_seed])
+def test_a_config_that_is_not_the_runs_keeps_data_and_stores(root, change):
+    path = root / run_of(root, "fkl") / "config.json"
+    path.write_text(change(path.read_text()))
     (root / "data" / "feedfacefeedface").mkdir()
-    assert all("cannot be read" in needed for needed in found(root, "data", "stores").values())
-    assert "feedfacefeedface" in found(root, "data")
+    leftovers = found(root, "data", "stores")
+    assert "feedfacefeedface" in leftovers and all("is unknown" in needed for needed in leftovers.values())
+
+
+def test_a_run_whose_result_is_damaged_is_not_unfinished(root):
+    (root / run_of(root, "fkl") / "result.json").write_text("{")
+    assert found(root, "unfinished") == {}
 
 
 def test_an_unfinished_run_goes_only_by_name_or_kind(root, typed):
