@@ -41,7 +41,7 @@ def distillation_loss(
         loss = kd.distillation_loss(student(ids).logits[:, :-1], teacher(ids).logits[:, :-1], ids[:, 1:],
                                     loss=partial(kd.losses.akl, mu=0.3), truncation=partial(kd.truncation.top_k, k=50))
     """
-    chosen = {"loss": loss, "truncation": truncation, "target": target, "temperature": temperature}
+    chosen: dict[str, Callable] = {"loss": loss, "truncation": truncation, "target": target, "temperature": temperature}
     _check(student_logits, teacher_logits, labels, chosen, reduction)
     check_needs(loss, TokenInfo())
     counted = labels != IGNORE
