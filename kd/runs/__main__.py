@@ -151,8 +151,8 @@ def clean(root: Path, names: list[str], settings: dict[str, str]) -> None:
         console.print(f"Nothing to remove in {root}.")
     elif free and not yes:
         words = [*names, *(f"{key}={value}" for key, value in settings.items() if key != "yes"), "yes=true"]
-        console.print(f"Nothing was removed. To remove it, type:\n  {programs.command('runs')} clean {shlex.join(words)}",
-                      soft_wrap=True)  # fmt: skip
+        command = f"{programs.command('runs')} clean {shlex.join(words)}"
+        console.print(f"Nothing was removed. To remove it, type:\n  {command}", soft_wrap=True)
     if not names and not yes:
         _print_other_kinds(found, kinds)
 
