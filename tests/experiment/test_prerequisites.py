@@ -13,11 +13,12 @@ from kd.config.schema import ExperimentConfig
 from kd.data import packing
 from kd.experiment import planner, step_timing, summary
 from kd.experiment.dependencies import Plan
+from kd.experiment.results import read_run
 from kd.models.flops import Cost
 from kd.rollout import teacher_text
 from kd.system import console
 from kd.system.files import read_metrics
-from sweeps.report.load import learning_curve, read_run
+from sweeps.report.curves import learning_curve
 from tests.refusals import refused
 from tests.small import here, small_config
 

@@ -15,6 +15,7 @@ from kd.config.rules import group_of
 from kd.config.schema import NO_SIGNAL
 from kd.errors import UserError
 from kd.experiment.dependencies import Plan
+from kd.experiment.results import load_sweep
 from kd.launch.local import LocalLauncher
 from kd.launch.run_launcher import discard
 from kd.launch.summary import varying
@@ -26,7 +27,6 @@ from kd.system.console import counted
 from kd.system.processes import whereabouts
 from kd.teachers.base import TeacherOrigin
 from sweeps.report.groups import SUPERVISED, group_runs
-from sweeps.report.load import load_sweep
 from sweeps.report.report import build_report
 from sweeps.report.write import write_report
 from tests.cases import option

@@ -7,11 +7,11 @@ import re
 import pytest
 from plotly.offline import get_plotlyjs
 
+from kd.experiment.results import load_sweep
 from sweeps.fit.__main__ import main
 from sweeps.fit.fitting import fit_all
 from sweeps.fit.observations import from_sweep, to_csv
 from sweeps.fit.page import fit_page
-from sweeps.report.load import load_sweep
 from tests.small import here
 from tests.sweeps.fake import Sweep
 from tests.sweeps.planted import ALONE, finished, planted
