@@ -65,7 +65,10 @@ class Finder:
         return spec
 
 
-sys.meta_path.insert(0, Finder)
+if WHERE in sys.modules:  # of a process that is forked with everything imported
+    patch(sys.modules[WHERE])
+else:
+    sys.meta_path.insert(0, Finder)
 '''
 # The teacher has six steps, so a student alone comes to step 7; it has saved checkpoints at 3 and 6 by then.
 STEP = """
