@@ -13,4 +13,4 @@ def sweep(tmp_path):
 
 @pytest.fixture(scope="session")
 def fits() -> ScalingFits:
-    return fit_all("planted", planted(0.002, seed=1), [], draws=40, seed=0)
+    return fit_all("planted", planted(0.002, seed=1), [], draws=20, seed=0)
