@@ -541,7 +541,7 @@ def test_signal_before_training_ends_at_once(clean, tmp_path):
         "pack": Fault(tmp_path / "pack", "kd.data.packing", packing),
         "teach": Fault(tmp_path / "teach", "kd.training.module", STEP, AT=4, ACT="hold()"),
     }.items():
-        process = start(root, "seed=0", **fault.environment)
+        process = start(root, "seed=0", cold=name == "load", **fault.environment)
         fault.wait(process)
         process.terminate()
         if name == "teach":

@@ -102,7 +102,7 @@ class Forked(subprocess.Popen):
 
 
 def preload() -> int:
-    """Import what train.py imports, short of train.py, and fill what libraries remember; return how many threads run."""
+    """Import what train.py imports, short of train.py, and fill caches of libraries; return the number of threads."""
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 

@@ -74,8 +74,8 @@ class Requests:
         again, self.pending = self.pending, True  # Python loses what is raised within a callback of its own
         if again and (self.in_sweep or time.monotonic() - self._first < SAME):
             return
+        self._first = time.monotonic()  # before anything within which the next signal is answered
         if again or not self._in_steps:
-            self._first = time.monotonic()
             raise Preempted
         from kd.system.console import console
 

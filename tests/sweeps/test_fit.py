@@ -29,7 +29,7 @@ def test_command_writes_page_numbers_and_points(tmp_path, capsys):
     assert not re.search(r"<(script|img|iframe|source)[^>]+src=|<link|@import|url\(|https?://", page)
     numbers = json.loads((tmp_path / "sweeps" / "s.fit.json").read_text())
     first = numbers["fits"][0]
-    assert page.count("held out</small>") == sum(fit["held_out"]["runs"] for fit in numbers["fits"][:2]) > 0
+    assert page.count("held out</small>") == sum(len(fit["held_out"]["runs"]) for fit in numbers["fits"][:2]) > 0
     assert first["law"] == "supervised" and set(first["coefficients"]) == set(ALONE) and first["held_out"]["runs"]
     assert numbers["distillation_wins"] and numbers["entropy"] == 1.7
     with open(tmp_path / "sweeps" / "s.points.csv") as file:
