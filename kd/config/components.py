@@ -188,7 +188,7 @@ def check_type(option: str, value, hint) -> None:
 
 
 # Arguments that kd gives, never the config.
-GIVEN = ("student", "target", "measured", "progress", "params", "origin", "writers", "folder", "about", "corpus",
+GIVEN = ("student", "target", "measured", "progress", "params", "origin", "samplers", "folder", "about", "corpus",
          "cache")  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from kd.objective import losses, truncation
 from kd.objective.target import Target
 from kd.objective.target_transforms import renormalise
 from kd.objective.token_info import TokenInfo
-from kd.rollout.strategies import returns
+from kd.rollout.mixed import returns
 from tests.cases import (
     COMPLETE,
     FORMS,
@@ -278,7 +278,7 @@ def test_both_heads_of_akl_are_the_same_columns(mu):
     teacher = (scale * torch.randn(5, 5000, generator=torch.Generator().manual_seed(0))).round(decimals=1)  # many equal
     counted, halved = (head(teacher.log_softmax(-1), mu + 1e-6) for head in HEADS)
     assert torch.equal(counted, halved)
-    assert 1 <= halved.sum(-1).min() and halved.sum(-1).max() < 5000
+    assert halved.sum(-1).min() >= 1 and halved.sum(-1).max() < 5000
 
 
 def test_akl_of_equal_tokens_worked_by_hand():
