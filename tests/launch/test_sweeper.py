@@ -103,7 +103,7 @@ def test_a_copy_removes_no_result_while_another_one_is_at_work(tmp_path):
 def test_run_in_a_sweep_equals_the_run_alone(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    train(tmp_path / "a", "-m", "loss=rkl,fkl", "trainer.steps=3")
+    train(tmp_path / "a", "-m", "loss=rkl,fkl", "trainer.steps=3", cold=True)
     train(tmp_path / "b", "loss=fkl", "trainer.steps=3")
     assert outcome(folder(tmp_path / "a", "fkl")) == outcome(folder(tmp_path / "b", "fkl"))
 
