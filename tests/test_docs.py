@@ -31,6 +31,7 @@ from kd.config.rules import group_of
 from kd.config.schema import NO_SIGNAL
 from kd.errors import UserError
 from kd.launch.sweeper import at_scale
+from kd.runs import __main__ as runs_program
 from sweeps.fit.__main__ import argument_parser
 from sweeps.report.arguments import add_wandb_switch, sweep_parser
 from tests import words as words_check
@@ -167,6 +168,11 @@ def check_fit(arguments: list[str]) -> None:
         argument_parser().parse_args(arguments)
 
 
+def check_runs(arguments: list[str]) -> None:
+    action, *words = arguments
+    runs_program.parse_words(action, words)
+
+
 def check_make(arguments: list[str]) -> None:
     (target,) = arguments
     assert f"\n{target}: .venv/installed\n" in (ROOT / "Makefile").read_text()
@@ -190,6 +196,7 @@ CHECKS: dict[str, Callable[[list[str]], object]] = {
     "train.py": check_train,
     "kd.store": check_store,
     "kd.data": check_data,
+    "kd.runs": check_runs,
     "sweeps.report": check_report,
     "sweeps.fit": check_fit,
     "sweeps.dashboard": sweep_parser("dashboard", "").parse_args,
