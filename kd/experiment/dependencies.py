@@ -52,7 +52,7 @@ def _made(config: ExperimentConfig) -> Plan:
     source, how = corpus(config)
     digests = {"data": packing.key(source, **how)}
     for role, model in (("student", config.student), ("teacher", config.teacher)):
-        if stamp := files.stamp(model.name):
+        if stamp := files.folder_fingerprint(model.name):
             digests[f"{role}.name"] = stamp
     teacher = store = recording = None
     if (config.teacher.size or config.teacher.sft) and not config.logits.source.trains_teacher:
