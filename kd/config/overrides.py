@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 from collections.abc import Iterable
 from functools import cache
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString, Sweep
+from hydra.core.override_parser.types import ChoiceSweep, Override, OverrideType, QuotedString, Sweep
 from hydra.errors import HydraException
 
 from kd.config.components import GROUPS, PRESETS, option_names
@@ -72,6 +73,34 @@ def parsed(word: str) -> Override | None:
         return OverridesParser.create().parse_override(word)
     except HydraException:
         return None  # Hydra refuses it, and says where it ends
+
+
+def deferred(words: list[str]) -> list[str]:
+    """Return the words of a sweep with the settings of options that vary as axes of one value.
+
+    Hydra composes a sweep itself from the words that do not vary. In loss=fkl,akl loss.mu=0.3, that config has the
+    default loss, and no loss.mu; the runs do.
+    """
+    overrides = {word: override for word in words if (override := parsed(word))}
+    varying = {override.key_or_group for override in overrides.values() if override.is_sweep_override()}
+    by_file = any(override.key_or_group == "sweeps" for override in overrides.values())
+
+    def is_deferred(override: Override) -> bool:
+        group, dot, _ = override.key_or_group.partition(".")
+        varies = by_file or group in varying or varying & set(PRESETS)
+        plain = override.type == OverrideType.CHANGE and not override.is_sweep_override()
+        return bool(dot and group in GROUPS and varies and plain)
+
+    def axis(word: str) -> str:
+        key, _, value = word.partition("=")
+        return f"{key}=choice({value})"
+
+    return [axis(word) if word in overrides and is_deferred(overrides[word]) else word for word in words]
+
+
+def typed(word: str) -> str:
+    """Return an axis of one value as it was typed, before deferred()."""
+    return re.sub(r"^([\w.]+)=choice\(([^(),]*)\)$", r"\1=\2", word)
 
 
 def _values(override: Override) -> list:

@@ -13,6 +13,7 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
 from kd.config.options import option_of
+from kd.config.overrides import typed
 from kd.config.rules import group_of
 from kd.config.schema import NO_EFFECT, NO_SIGNAL
 from kd.config.security import check_words
@@ -44,7 +45,8 @@ class LaunchingSweeper(Sweeper):
 
 def asked_for(arguments: Sequence[str]) -> str:
     """Return all that was typed, but for what changes no result."""
-    return str(sorted(word for word in arguments if not is_under(word.lstrip("+~").partition("=")[0], NO_EFFECT)))
+    words = map(typed, arguments)
+    return str(sorted(word for word in words if not is_under(word.lstrip("+~").partition("=")[0], NO_EFFECT)))
 
 
 class SweepFileSweeper(LaunchingSweeper):
@@ -62,7 +64,7 @@ class SweepFileSweeper(LaunchingSweeper):
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
         self.name_from(arguments)
-        typed = [a for a in arguments if not a.startswith(("sweeps=", "scale="))]
+        more = [a for a in arguments if not a.startswith(("sweeps=", "scale="))]
         # Lines as they stand: what they refer to is said by the config of each run.
         of = OmegaConf.to_container(self.config)["sweep"]
         base, lines = at_scale(of if isinstance(of, dict) else {"runs": [""]}, self.config.scale)
@@ -70,7 +72,7 @@ class SweepFileSweeper(LaunchingSweeper):
         jobs: list[list[str]] = []
         names: list[str] = []
         for name, line in lines:
-            words = files.expanded_words(shlex.split(base) + shlex.split(line)) + typed
+            words = files.expanded_words(shlex.split(base) + shlex.split(line)) + more
             for job in BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]:
                 if option_of("logits", job) == "none":
                     job = [w for w in job if group_of(w) not in NO_SIGNAL]
