@@ -21,6 +21,7 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 from rich.table import Table
 
+from kd.config import search_path
 from kd.config.components import check_sweep
 from kd.config.composer import Composer
 from kd.config.options import option_of
@@ -190,7 +191,7 @@ class Runs(Launcher):
         before = _listed(path)
         listed = list(before) if further else []
         listed += [
-            {"run": run.name, "overrides": list(words)} | ({"name": line} if line else {})
+            {"run": run.name, "overrides": [*search_path.words(), *words]} | ({"name": line} if line else {})
             for (run, *_), words, line in zip(made, job_overrides, names, strict=True)
         ]
         # Several lists of words may describe one run: tau=1 and tau=1.0.
@@ -207,7 +208,7 @@ class Runs(Launcher):
         order = [run.name for run, *_ in made]
         by_name: dict[str, Job] = {}
         for (run, number, _), w, words in zip(made, job_overrides, said):
-            by_name.setdefault(run.name, Job(run, [*w, f"sweep={name}"], words, number))
+            by_name.setdefault(run.name, Job(run, [*search_path.words(), *w, f"sweep={name}"], words, number))
         jobs = list(by_name.values())
         self._prepare_wandb(name, {run.name: run for run, _, logger in made if logger == "wandb"}.values())
         pool = self.pool(name, jobs)
