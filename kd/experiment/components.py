@@ -42,7 +42,9 @@ class Components:
         target = Target(zeros, logp, seed=zeros, token_info=TokenInfo.example(needs_of(made["loss"])))
         if self.keep is not None:
             try:
-                self.keep(target)
+                if self.keep(target).ids is None:
+                    why, hint = "keeps whole distributions, and a store holds columns", "return target.keep(…) in it"
+                    raise UserError(option="truncation", got=config.stored.name, why=why, hint=hint)
             except UserError as error:
                 group = "record" if config.record else "truncation"
                 option, hint = (str(text).replace("truncation.", f"{group}.") for text in (error.option, error.hint))

@@ -62,6 +62,8 @@ def within(asked: dict, held: dict) -> bool:
     kinds = held["name"], asked["name"]
     if kinds[0] == "full":
         return True
+    if not {*kinds} <= {"full", "random", "top_k", "top_p", "top_p_k"}:  # what a plug-in keeps is not known here
+        return asked == held
     if "random" in kinds:
         return kinds == ("random", "random") and asked["draws"] <= held["draws"]
     # What a truncation does not limit, p or k, it asks for without limit.

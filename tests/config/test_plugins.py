@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from kd.experiment.dependencies import Plan
 from kd.launch.cluster import Task
 from kd.launch.warm import Warm
 from kd.objective.target import Target
+from tests.cases import settings
 from tests.refusals import refused
 from tests.small import TRAIN, here, listed, result, small_config, train
 
@@ -407,6 +409,56 @@ def test_a_changed_plugin_has_other_warm_processes(allowed):
     before = Warm(str(TRAIN))._sources()
     write(allowed, {"losses.py": FILES["losses.py"] + "\n"})
     assert Warm(str(TRAIN))._sources() != before
+
+
+# The page of the documentation.
+
+BLOCK = re.compile(r"```(?:python|yaml)\n# (mypackage/\S+)\n(.*?)```", re.DOTALL)
+
+
+@pytest.fixture
+def documented(package, monkeypatch):
+    """The package that docs/extending.md describes."""
+    page = (components.PACKAGE.parent / "docs" / "extending.md").read_text()
+    write(package.parent, dict(BLOCK.findall(page)))
+    monkeypatch.setenv(plugins.VARIABLE, "mypackage")
+    compose.register_folders()
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mypackage"]:
+        del sys.modules[name]
+
+
+WORDS = [
+    "truncation=above", "target=sharpened", "temperature=by_confidence", "routing=surprise", "loss=weighted_fkl",
+    "lr=steps", "optim=rmsprop", "logits=smoothed",
+]  # fmt: skip
+
+
+def test_every_kind_in_the_documentation_trains(documented, tmp_path):
+    run = here(tmp_path / "runs", *WORDS, "trainer.steps=2", "teacher.steps=2", "truncation.least=0.02")
+    found = result(run)
+    assert [found["config"][word.partition("=")[0]] for word in WORDS] == [word.partition("=")[2] for word in WORDS]
+    assert "val/confidence_ratio" in found["final"] and found["plugins"][0]["name"] == "mypackage"
+    words = ["data=instructions", "rollout=early", "rollout.until=0.25", "start=sft", "alpha.peak=1"]
+    config = compose.config_of(words)
+    rollout = config.rollout.build("rollout")(None)
+    assert (rollout.until, rollout.writes) == (0.25, 0.25)
+
+
+def test_kinds_of_the_documentation_are_the_groups():
+    page = (components.PACKAGE.parent / "docs" / "extending.md").read_text()
+    rows = re.findall(r"^\| (`.*?`) \| `\((.*?)\)", page, re.MULTILINE)
+    groups = {group: takes for names, takes in rows for group in re.findall(r"`(\w+)`", names)}
+    plain = {group: re.sub(r" \[.*?\]|,? ?…", "", takes).replace(",", "") for group, takes in groups.items()}
+    assert plain == components.TAKES and components.TAKES.keys() == components.MODULES.keys()
+
+
+@pytest.mark.parametrize("group", [group for group in components.MODULES if group != "optim"])
+def test_functions_of_kd_take_what_plugins_of_their_group_take(group):
+    targets = {node["_target_"] for node in settings(group).values() if "_target_" in node}
+    for module, name in (components.locate(target, group) for target in targets):
+        path = components.PACKAGE.parent / f"{module.replace('.', '/')}.py"
+        assert components.takes_group(plugins.functions(path)[name], group), name
 
 
 # The example.
