@@ -85,9 +85,9 @@ def check_dropped_columns(loss: Loss) -> None:
         for whole in (without_some(base), with_rest(without_some(base))):
             value, grad = on_logits(loss, whole)(student), gradient(on_logits(loss, whole), student)
             for row in range(3):
-                kept = whole.logp[row] > -torch.inf
+                mask = whole.logp[row] > -torch.inf
                 ids = torch.arange(V) if whole.ids is None else whole.ids[row]
-                short = replace(whole[row : row + 1], logp=whole.logp[row, kept][None], ids=ids[kept][None])
+                short = replace(whole[row : row + 1], logp=whole.logp[row, mask][None], ids=ids[mask][None])
                 close(value[row], on_logits(loss, short)(student[row, None])[0])
                 close(grad[row], gradient(on_logits(loss, short), student[row, None])[0])
 

@@ -130,7 +130,7 @@ def _check_plugin(target: object, path: str, allowed: list[str]) -> None:
         why = f"no public function {begins} of the plug-in {package}"
         hint = f"type {path}._target_={others[0]}" if others else f"write such a function in {package}"
         raise refused.replace(why=why, need=f"one of {', '.join(others)}" if others else "", hint=hint)
-    if name in {known.rpartition(".")[2] for known in allowed}:
+    if name in {option.rpartition(".")[2] for option in allowed}:
         why, hint = f"has the name of {path}={name} of kd, so that results of the two look alike", "rename the function"
         raise refused.replace(why=why, need="another name", hint=hint)
 
@@ -147,7 +147,7 @@ def takes_group(function: ast.FunctionDef, group: str) -> bool:
 @cache
 def _allowed(path: str) -> list[str]:
     """What `_target_` may be in a group."""
-    options = own_files(path) if path in MODULES else ()
+    options = builtin_files(path) if path in MODULES else ()
     modules = modules_of(path)
     allowed = sorted({f"kd.{m}.{f.stem}" for f in options for m in modules if f.stem in functions(m)})
     return [*allowed, *(CLASSES if path == "optim" else ())]
@@ -183,8 +183,8 @@ def _definitions(module: str) -> dict[str, ast.FunctionDef]:
 @cache
 def declared(module: str, decorator: str) -> dict[str, tuple[str, ...]]:
     """Arguments of a decorator on public functions of a module of kd, read from its source: function -> texts."""
-    found = {name: plugins.decorator(function, decorator) for name, function in _definitions(module).items()}
-    return {name: arguments[0] for name, arguments in found.items() if arguments}
+    calls = {name: plugins.decorator(function, decorator) for name, function in _definitions(module).items()}
+    return {name: arguments[0] for name, arguments in calls.items() if arguments}
 
 
 def declarations(target: str, decorator: str) -> tuple[str, ...]:
@@ -323,18 +323,18 @@ def option_files(group: str) -> list[Path]:
     """Files of the options of a config group, of kd and then of others. A store keeps what a truncation can keep."""
     folder = "truncation" if group == "record" else group
     others = [file for place in plugins.folders() for file in sorted((place / folder).glob("*.yaml"))]
-    return own_files(group) + others
+    return builtin_files(group) + others
 
 
-def own_files(group: str) -> list[Path]:
-    """Files of kd's own options of a group."""
+def builtin_files(group: str) -> list[Path]:
+    """Files of the options of a group that kd brings along."""
     folder = {"sweeps": SWEEPS, "record": CONF / "truncation"}.get(group, CONF / group)
     return sorted(folder.glob("*.yaml"))
 
 
-def own_option_names(group: str) -> list[str]:
-    """Names of kd's own options of a group."""
-    return [*(SIZES if group in ("student", "teacher") else ()), *(file.stem for file in own_files(group))]
+def builtin_option_names(group: str) -> list[str]:
+    """Names of the options of a group that kd brings along."""
+    return [*(SIZES if group in ("student", "teacher") else ()), *(file.stem for file in builtin_files(group))]
 
 
 def option_names(group: str) -> list[str]:

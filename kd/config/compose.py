@@ -29,9 +29,9 @@ def register() -> None:
     for size in SIZES:
         for group in ("student", "teacher"):
             store.store(group=group, name=size, node={"size": size, "name": None})
-    for file in components.own_files("record"):
+    for file in components.builtin_files("record"):
         store.store(group="record", name=file.stem, node=as_record(dict(OmegaConf.load(file))))
-    for file in components.own_files("sweeps"):
+    for file in components.builtin_files("sweeps"):
         try:
             sweep = OmegaConf.load(file)
         except YAMLError as error:

@@ -85,15 +85,15 @@ def allowed() -> dict[str, Plugin]:
 @cache
 def _allowed(named: str, path: tuple[str, ...]) -> dict[str, Plugin]:
     """Return the allowed packages. path: sys.path, for which the answer holds."""
-    found: dict[str, Plugin] = {}
+    packages: dict[str, Plugin] = {}
     for point in metadata.entry_points(group=ENTRY_POINTS):
         name = point.module.partition(".")[0]
         hint = f"reinstall or uninstall the distribution {point.dist.name if point.dist else point.name}"
-        found.setdefault(name, Plugin(name, _spec(name, f"the entry point {point.name}", hint), point.dist))
+        packages.setdefault(name, Plugin(name, _spec(name, f"the entry point {point.name}", hint), point.dist))
     for name in filter(None, map(str.strip, named.split(","))):
         hint = f"install it, or type PYTHONPATH=FOLDER {VARIABLE}={name} … with the folder that holds it"
-        found.setdefault(name, Plugin(name, _spec(name, VARIABLE, hint), None))
-    return found
+        packages.setdefault(name, Plugin(name, _spec(name, VARIABLE, hint), None))
+    return packages
 
 
 def _spec(name: str, option: str, hint: str) -> ModuleSpec:
@@ -111,12 +111,12 @@ def _modules(name: str, spec: ModuleSpec) -> dict[str, Path]:
     """Return the Python files of a package by the names of their modules."""
     if spec.submodule_search_locations is None:
         return {name: Path(spec.origin)} if spec.origin and spec.origin.endswith(".py") else {}
-    found = {}
+    modules = {}
     for folder in map(Path, spec.submodule_search_locations):
         for file in sorted(folder.rglob("*.py")):
             parts = file.relative_to(folder).with_suffix("").parts
-            found[".".join((name, *(parts[:-1] if parts[-1] == "__init__" else parts)))] = file
-    return found
+            modules[".".join((name, *(parts[:-1] if parts[-1] == "__init__" else parts)))] = file
+    return modules
 
 
 def plugin_of(target: object) -> Plugin | None:
@@ -126,8 +126,8 @@ def plugin_of(target: object) -> Plugin | None:
 
 def used(targets: Iterable[object]) -> list[Plugin]:
     """Return the packages that some of these dotted names are in, by name."""
-    found = {plugin.name: plugin for target in targets if (plugin := plugin_of(target))}
-    return [found[name] for name in sorted(found)]
+    by_name = {plugin.name: plugin for target in targets if (plugin := plugin_of(target))}
+    return [by_name[name] for name in sorted(by_name)]
 
 
 def digests(targets: Iterable[object]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from kd.config import components, overrides, plugins
-from kd.config.components import GROUPS, PRESETS, own_option_names, typed
+from kd.config.components import GROUPS, PRESETS, builtin_option_names, typed
 from kd.config.schema import GROUPLESS, RUN_OPTIONS
 from kd.errors import UserError
 
@@ -80,24 +80,24 @@ def _folder(place: str, option: str) -> Path:
         folders = [folder.joinpath(*inner) for folder in plugin.folders]
     else:
         folders = [Path(rest if mark else place).expanduser().absolute()] if place else []
-    found = next(filter(Path.is_dir, folders), None)
-    if found is None:
+    folder = next(filter(Path.is_dir, folders), None)
+    if folder is None:
         hint = f"type {option} with the folder that holds e.g. loss/NAME.yaml"
         raise UserError(option=option, got=place, why="no such folder", hint=hint)
-    return found
+    return folder
 
 
 def options() -> Iterator[Option]:
     """Yield the options of all folders that are not kd's; raise UserError for a file that kd does not take."""
     files: dict[tuple[str, str], Path] = {}
     for folder in plugins.folders():
-        found = [(group, file) for group in GROUPS for file in sorted((folder / group).glob("*.yaml"))]
-        if not found:
+        listed = [(group, file) for group in GROUPS for file in sorted((folder / group).glob("*.yaml"))]
+        if not listed and folder in plugins.typed_folders():
             hint = f"put options into folders that are called as their groups, e.g. {folder}/loss/NAME.yaml"
             raise UserError(option=folder, why="has no options", hint=hint)
-        for group, file in found:
+        for group, file in listed:
             name = file.stem
-            if name in own_option_names(group):
+            if name in builtin_option_names(group):
                 why = f"would take the place of kd's own {group}={name}"
                 raise UserError(option=file, why=why, hint="give the file another name")
             if other := files.get((group, name)):

@@ -37,8 +37,8 @@ def _declared(group: str, decorator: str, packages: tuple[str, ...]) -> dict[str
 
 def providers() -> dict[str, tuple[str, ...]]:
     """Return the fields that every rollout and routing provides, by what one types to choose it."""
-    found = {group: _declared(group, "provides", tuple(plugins.allowed())) for group in PROVIDERS}
-    return {f"{group}={name}": names for group, functions in found.items() for name, names in functions.items()}
+    declarations = {group: _declared(group, "provides", tuple(plugins.allowed())) for group in PROVIDERS}
+    return {f"{group}={name}": names for group, functions in declarations.items() for name, names in functions.items()}
 
 
 def unique_fields(provider: str) -> list[str]:

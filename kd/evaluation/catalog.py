@@ -99,16 +99,16 @@ def metric(
 
 def metrics() -> tuple[Metric, ...]:
     """Return kd's metrics and those of allowed plug-ins; raise UserError for two of one name."""
-    found = dict(BY_NAME)
+    by_name = dict(BY_NAME)
     for target, function, (_, fields) in plugins.decorated("metric"):
-        if function.name in found:
-            other = found[function.name].function or "a metric of kd"
+        if function.name in by_name:
+            other = by_name[function.name].function or "a metric of kd"
             hint = "give the function another name"
             raise UserError(option=target, why=f"has the name of {other}", hint=hint)
-        found[function.name] = _of_plugin(
+        by_name[function.name] = _of_plugin(
             target, function.name, plugins.first_docstring_line(function).rstrip("."), fields
         )
-    return tuple(found.values())
+    return tuple(by_name.values())
 
 
 def _of_plugin(target: str, name: str, meaning: str, fields: dict[str, Any]) -> Metric:

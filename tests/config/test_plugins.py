@@ -281,8 +281,12 @@ def test_a_folder_adds_options_to_every_group(package):
     assert compose.config_of(["logits=offline", "record=top_3"]).record.args["k"] == 3
     assert compose.composed("sweeps=mus").sweep.name == "mus"
     text = axes()
-    for said in ("method=tail              Akl with a tail", "sweeps=mus               Which mu?", "truncation=top_3 "):
-        assert said in text
+    for piece in (
+        "method=tail              Akl with a tail",
+        "sweeps=mus               Which mu?",
+        "truncation=top_3 ",
+    ):
+        assert piece in text
     assert "evil" not in text
     with refused(option="loss", got="mine"):
         compose.config_of(["loss=mine"])
@@ -316,6 +320,13 @@ def test_a_package_on_the_search_path_is_not_imported(allowed):
     write(allowed, {"more/loss/yours.yaml": "_target_: mypkg.losses.mine\nbeta: 1.0\n"})
     search_path.take(["hydra.searchpath=[pkg://mypkg.more]"])
     assert "yours" in components.option_names("loss")
+
+
+def test_conf_of_a_plugin_may_hold_other_things(allowed):
+    (allowed / "conf" / "loss" / "mine.yaml").unlink()
+    write(allowed, {"conf/server/app.yaml": "port: 80\n"})
+    compose.register_folders()
+    assert "mine" not in components.option_names("loss")
 
 
 def test_a_folder_without_options_is_refused(package):
@@ -436,9 +447,9 @@ WORDS = [
 
 def test_every_kind_in_the_documentation_trains(documented, tmp_path):
     run = here(tmp_path / "runs", *WORDS, "trainer.steps=2", "teacher.steps=2", "truncation.least=0.02")
-    found = result(run)
-    assert [found["config"][word.partition("=")[0]] for word in WORDS] == [word.partition("=")[2] for word in WORDS]
-    assert "val/confidence_ratio" in found["final"] and found["plugins"][0]["name"] == "mypackage"
+    record = result(run)
+    assert [record["config"][word.partition("=")[0]] for word in WORDS] == [word.partition("=")[2] for word in WORDS]
+    assert "val/confidence_ratio" in record["final"] and record["plugins"][0]["name"] == "mypackage"
     words = ["data=instructions", "rollout=early", "rollout.until=0.25", "start=sft", "alpha.peak=1"]
     config = compose.config_of(words)
     rollout = config.rollout.build("rollout")(None)
@@ -495,8 +506,8 @@ def test_sweeps_and_ranks_have_the_plugins_of_their_command(tmp_path):
     environment = {"KD_PLUGINS": "kd_example", "PYTHONPATH": path}
     train(root, "-m", f"hydra.searchpath=[file://{folder}]", "loss=half,fkl", "trainer.steps=2", **environment)
     results = [result(root / line["run"]) for line in json.loads(listed(root).read_text())["runs"]]
-    assert [found["config"]["loss"] for found in results] == ["alpha_divergence", "fkl"]
-    assert all(found["plugins"][0]["name"] == "kd_example" for found in results)  # whose metric both measure
+    assert [record["config"]["loss"] for record in results] == ["alpha_divergence", "fkl"]
+    assert all(record["plugins"][0]["name"] == "kd_example" for record in results)  # whose metric both measure
     assert str(folder) in listed(root).read_text()
     words = (f"loss._target_={loss}", "trainer.steps=2", "seed=1")
     train(root, *words, "trainer.devices=2", **environment)
