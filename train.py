@@ -61,7 +61,7 @@ def train(config: ExperimentConfig, wait: bool = True) -> FinishedRun:
     run = Plan.of(config).run
     anew = config.force and run.is_done()
     if not anew and (result := run.result()):
-        run.settle()
+        run.clean_up_if_done()
         prerequisites.check_recorded(config)
         return FinishedRun(run, result, before=True)
     inputs = prerequisites.ensure(config, train)
@@ -70,7 +70,7 @@ def train(config: ExperimentConfig, wait: bool = True) -> FinishedRun:
     with run.lock(wait):
         if not anew and (result := run.result()):
             return FinishedRun(run, result, before=True)
-        with run.recorded():
+        with run.records_failure():
             if config.trainer.devices > 1:
                 from kd.launch.rank_launcher import fit_in_ranks
 

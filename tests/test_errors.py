@@ -6,7 +6,7 @@ import pytest
 
 from kd.errors import UserError, check, for_people, typed
 from kd.runs.outcome import classify
-from kd.system.remote import Unreachable
+from kd.system.retries import Unreachable
 from tests.refusals import refused
 
 WORDED = {

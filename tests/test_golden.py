@@ -23,7 +23,7 @@ from kd.config.compose import hydra_ready
 from kd.config.schema import ExperimentConfig
 from kd.data import packing
 from kd.experiment.dependencies import Plan
-from kd.launch.sweeper import Lines, at_scale
+from kd.launch.sweeper import SweepFileSweeper, at_scale
 
 GOLDEN = Path(__file__).parent / "golden"
 REPOSITORY = Path(__file__).parent.parent  # a line names a file in it
@@ -124,7 +124,7 @@ def names_of(words: Iterable[str]) -> list[str]:
 def runs_of(file: Path, scale: str) -> list[list[str]]:
     """The words of each run of a sweep; of several seeds, those of the first."""
     listed = []
-    sweeper = Lines()
+    sweeper = SweepFileSweeper()
     sweeper.config = OmegaConf.create({"sweep": {"name": file.stem, **OmegaConf.load(file)}, "scale": scale})
     sweeper.hydra_context = SimpleNamespace(config_loader=None)
     sweeper.validate_batch_is_legal = lambda _: None  # it would compose every run

@@ -157,6 +157,7 @@ def fitted(work: Work, loss: str, compile: bool, store: Store | None = None, on_
     from kd.objective import target_transforms, temperature, truncation
     from kd.objective.chunked import Objective
     from kd.rollout import strategies
+    from kd.rollout.samplers import Samplers
     from kd.teachers.online import OnlineTeacher
     from kd.teachers.stored import StoredTeacher
     from kd.training.module import DistillationModule, Schedules
@@ -167,12 +168,12 @@ def fitted(work: Work, loss: str, compile: bool, store: Store | None = None, on_
     compared = components.build(OmegaConf.to_container(OmegaConf.load(CONF / "loss" / f"{loss}.yaml")), "loss")
     cut = teacher.truncation(store.truncation if store else {"name": "full"}, truncation.full)
     objective = Objective(compared, cut, target_transforms.renormalise, temperature.fixed, compile=compile or None)
-    writers = strategies.Writers(student, teacher.model, work.shape.vocab - 1, 0)
+    samplers = Samplers(student, teacher.model, work.shape.vocab - 1, 0)
     module = DistillationModule(
         student, teacher, objective, Schedules(lambda progress: 1.0 if on_policy else ALPHA, lambda progress: RATE),
         partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.1),
         max_steps=work.steps, micro_batch_size=work.shape.batch, grad_clip=CLIP,
-        rollout=strategies.student(writers, 1.0) if on_policy else None,
+        rollout=strategies.student(samplers, 1.0) if on_policy else None,
     )  # fmt: skip
     if compile:
         for model in filter(None, (student, teacher.frozen)):

@@ -15,8 +15,8 @@ from kd.bench.work import ROUNDS, WARM_UP, Shape, Work
 from kd.store.location import FORMAT
 
 if TYPE_CHECKING:
+    from kd.store.encoder import RowEncoder
     from kd.store.reader import Store
-    from kd.store.writer import RowEncoder
 
 KEPT: dict[str, dict] = {
     "random": {"name": "random", "draws": 50},
@@ -42,7 +42,7 @@ def write(work: Work, kept: str) -> dict[str, float]:
     """A shard as kd.store writes it, a batch per step; the last step waits for all of it to be on disk."""
     import numpy as np
 
-    from kd.store.writer import Rows
+    from kd.store.rows import Rows
 
     encoder, table = encoder_of(work, kept), work.rows()
     out = Rows()
@@ -116,7 +116,7 @@ def encoder_of(work: Work, kept: str) -> RowEncoder:
 
     from kd.models.causal_lm import CausalLM
     from kd.objective import truncation
-    from kd.store.writer import RowEncoder
+    from kd.store.encoder import RowEncoder
     from kd.system.hardware import keep_freed
     from kd.teachers.online import OnlineTeacher
 

@@ -37,7 +37,7 @@ CLASSES = ("torch.optim.AdamW", "torch.optim.Adam", "torch.optim.SGD")
 TAKES = {
     "loss": "student target", "truncation": "target", "record": "target", "target": "target",
     "temperature": "student target", "routing": "measured", "alpha": "progress", "lr": "progress", "logits": "origin",
-    "rollout": "writers", "data": "", "plain": "", "optim": "params", "logger": "folder about",
+    "rollout": "samplers", "data": "", "plain": "", "optim": "params", "logger": "folder about",
 }  # fmt: skip
 # Arguments that would make a library run code it downloaded or unpickle what it reads.
 FORBIDDEN = ("trust_remote_code", "allow_pickle", "weights_only", "use_safetensors")
@@ -248,7 +248,7 @@ def check_type(option: str, value, hint) -> None:
 
 
 # Arguments that kd gives, never the config.
-GIVEN = ("student", "target", "measured", "progress", "params", "origin", "writers", "folder", "about", "corpus",
+GIVEN = ("student", "target", "measured", "progress", "params", "origin", "samplers", "folder", "about", "corpus",
          "cache")  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from kd.errors import UserError
 from kd.experiment.dependencies import corpus
 from kd.system import files
 from kd.system.console import silence_libraries
-from kd.system.remote import home
+from kd.system.remote import local_root
 
 
 def pack_data(words: list[str]) -> tuple[ExperimentConfig, Packed]:
@@ -29,7 +29,7 @@ def pack_data(words: list[str]) -> tuple[ExperimentConfig, Packed]:
     config = config_of(files.expanded_words(words))
     silence_libraries()
     source, how = corpus(config)
-    return config, packing.pack(source, home(config.root) / "data", **how, announce=False)
+    return config, packing.pack(source, local_root(config.root) / "data", **how, announce=False)
 
 
 def main() -> None:

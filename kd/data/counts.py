@@ -1,12 +1,15 @@
-"""Counts of packed data, in words."""
+"""Counts of what was read and packed, and a line for people about them."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+from kd.data.examples import Example
 
+if TYPE_CHECKING:
+    from kd.data.templates import Row
 
 REASONS = {  # of what is left out or not learned
     "empty": "empty", "no_prompt": "without a prompt", "no_response": "without a response",
@@ -38,3 +41,29 @@ def in_words(counts: dict) -> str:
     if counts["prompts_only"]:
         parts += [f"{counts['prompts_only']:,} prompts without a response, for a rollout that writes them all"]
     return "; ".join(parts)
+
+
+class Counts:
+    """Numbers of what was read and what became of it. unit: of what is read, documents or examples."""
+
+    def __init__(self, unit: str):
+        self.unit, self.read, self.cut, self.special_as_text, self.prompts_only = unit, 0, 0, 0, 0
+        self.used, self.rows = {"train": 0, "val": 0}, {"train": 0, "val": 0}
+        self.left_out: Counter[str] = Counter()  # by reason
+        self.unlearned: Counter[str] = Counter()  # turns of the assistant, by reason
+        self.unused: Counter[str] = Counter()  # columns and keys, by name
+
+    def add(self, example: Example, rows: list[Row], as_text: Callable[[str], bool]) -> None:
+        """Count an example. as_text: see kd.data.templates.special_as_text."""
+        self.read += 1
+        self.unused.update(dict.fromkeys([*example.unused, *(name for row in rows for name in row.unused)], 1))
+        self.unlearned.update(example.unlearned)
+        if example.left_out:
+            self.left_out[example.left_out] += 1
+        self.prompts_only += example.prompt_only
+        self.special_as_text += any(as_text(turn.content) for turn in example.turns)
+
+    def as_dict(self) -> dict:
+        """For a manifest, without reasons and names that have none."""
+        return {name: {k: n for k, n in value.items() if n or name in ("used", "rows")} if isinstance(value, dict)
+                else value for name, value in vars(self).items()}  # fmt: skip

@@ -29,7 +29,7 @@ def instructions(
     """Prompts and responses, of which the responses are learned: of files, of the Hub, or else functions() of Python.
 
     files: a .jsonl, .json or .parquet, or a pattern. name, subset, split, revision: of a dataset of the Hub, or of a
-    folder of one. prompt, response: its columns, where their names are none of columns.SHAPES; a column may hold
+    folder of one. prompt, response: its columns, where their names are none of shapes.SHAPES; a column may hold
     text, or a list of messages with role and content. template: alpaca, chat or plain; None takes plain for functions,
     chat for messages where the tokenizer has a chat template, and alpaca for all else. prompt_len: longer prompts are
     left out, tokens; None for half of seq_len. turns: the turns of the assistant that are learned, last or all, each in

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from kd.data import templates
 from kd.data.batches import IGNORE, Packed, to_batch
+from kd.data.chat_template import ChatTemplate
 from kd.data.counts import in_words
 from kd.data.examples import Turn
 from kd.system.console import Terminal, counted, harmless
@@ -53,7 +54,7 @@ def layout(packed: Packed, tokenizer, date: str | None = None) -> dict[str, str]
     if packed.template != "chat":
         prompt, inserted = templates.WRITTEN[packed.template]([Turn("user", "{user}")]), ""
     else:
-        prompt, inserted, _ = templates.Chat(tokenizer, date=date).layout()
+        prompt, inserted, _ = ChatTemplate(tokenizer, date=date).layout()
     return {"prompt": prompt, "inserted": inserted, "learned": "{assistant}", "end": tokenizer.decode([packed.end])}
 
 

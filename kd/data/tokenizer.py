@@ -1,7 +1,8 @@
-"""Tokenizers: load one by name, and read off what packing and models need to know of it."""
+"""Tokenizers: load one by name or train one, and read off what packing and models need to know of it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 from kd.errors import UserError
 from kd.system import files
 
+END = "<|endoftext|>"  # of tokenizers that are trained here
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -38,6 +40,32 @@ def load_tokenizer(name: str, label: str):
         raise
 
 
+def word_tokenizer(words: Sequence[str]):
+    """Return a tokenizer with one token per word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    word_level = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*words, END])}, unk_token=END))
+    word_level.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=word_level, eos_token=END)
+
+
+def train_tokenizer(texts: Iterable[str], vocab: int | None):
+    """Return a byte-level BPE with `vocab` tokens, trained on texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END)
+
+
 def vocabulary_size(tokenizer) -> int:
     """Return the largest id + 1. Ids may have holes, so there can be fewer tokens than that."""
     return max(tokenizer.get_vocab().values()) + 1
@@ -63,6 +91,13 @@ def bos_by_name(name: str) -> list[int]:
 @cache
 def _bos_by_name(name: str, stamp: str | None) -> list[int]:
     return bos_of(load_tokenizer(name, f"The tokenizer of {name}"))
+
+
+def tokenize(texts: list[str], tokenizer, special: bool = False) -> list[list[int]]:
+    """Return the tokens of plain texts. None is added, and none is special unless `special` is true."""
+    if not texts:
+        return []
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=not special, verbose=False)["input_ids"]
 
 
 def byte_counts(text: str, ids: list[int], tokenizer) -> np.ndarray:

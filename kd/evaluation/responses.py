@@ -33,13 +33,13 @@ from kd.evaluation.validation import Validation
 from kd.models.causal_lm import CausalLM
 from kd.parallel import collectives
 from kd.rollout import generate
-from kd.rollout.strategies import as_rows
+from kd.rollout.rows import as_rows
 from kd.rollout.teacher_text import keep, whole
-from kd.runs.run import EXACCERR, RESPONSES
+from kd.runs.seal import EXACCERR, RESPONSES
 from kd.system import files
 from kd.system.console import Steps
 from kd.system.hardware import out_of_memory
-from kd.system.remote import home
+from kd.system.remote import local_root
 from kd.system.signals import requests
 from kd.teachers.base import Teacher
 
@@ -63,7 +63,7 @@ def kept(root: str, packed: Packed, teacher: str, **how) -> Path:
     """
     asked = [packed.digests[f"{name}.npy"] for name in ("val", "val_spans")]
     key = files.digest_of([asked, files.stamp(teacher) or teacher, how])[:16]
-    return home(root) / "responses" / f"{key}.npz"
+    return local_root(root) / "responses" / f"{key}.npz"
 
 
 class Responses(Callback):

@@ -40,7 +40,7 @@ class Validation(Callback):
         self.metrics, self.initial = state["metrics"], state["initial"]
 
     def on_train_start(self, trainer, module) -> None:
-        needed = self.before_training or (module.rollout is not None and module.rollout.looks_first)
+        needed = self.before_training or (module.rollout is not None and module.rollout.validate_before_training)
         if needed and trainer.global_step == 0:
             self.validate(trainer, module)
             self.initial = dict(self.metrics)
@@ -67,7 +67,7 @@ class Validation(Callback):
             result["bpb"] = result["lm"] / math.log(2) / self.bytes_per_token
         module.check_finite("val", result)
         if module.rollout and "lm" in result:
-            module.rollout.validated(result["lm"])
+            module.rollout.on_validation(result["lm"])
         self.metrics = {f"val/{name}": value for name, value in result.items()} | self.axes()
         for logger in trainer.loggers:
             logger.log_metrics(self.metrics, step=trainer.global_step)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from kd.config.rules import check_shards
+from kd.config.device_rules import check_shards
 from kd.config.schema import ExperimentConfig
 from kd.data.datamodule import DistillationData
 from kd.data.tokenizer import vocabulary_size
@@ -20,7 +20,7 @@ from kd.experiment.prerequisites import Inputs
 from kd.models import causal_lm, flops
 from kd.models.causal_lm import CausalLM
 from kd.parallel import collectives, fsdp
-from kd.rollout import strategies
+from kd.rollout.samplers import Samplers
 from kd.runs.run import Run
 from kd.teachers.base import Teacher, TeacherOrigin
 from kd.training.callbacks.checkpoints import Checkpoints
@@ -52,9 +52,7 @@ def build_module(
     truncation = teacher.truncation(config.truncation.spec, objective.truncation)
     rollout = None
     if not (config.rollout.is_none or config.rollout.by_teacher):  # what a teacher writes is in the data
-        rollout = components.rollout(
-            strategies.Writers(student, teacher.model, eos_token_id, config.seed, trainer.micro_batch)
-        )
+        rollout = components.rollout(Samplers(student, teacher.model, eos_token_id, config.seed, trainer.micro_batch))
     if trainer.compile:
         for model in filter(None, (student, teacher.frozen)):
             model.compile_layers()

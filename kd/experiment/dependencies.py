@@ -102,7 +102,7 @@ def _store_key(config: ExperimentConfig, digests: dict[str, Any]) -> str:
 
 def place(config: ExperimentConfig, key: str, path: str | None) -> Place:
     """Return the place of a store; one that exists keeps the key it was written under, whatever config reads it."""
-    folder = remote.home(config.root) / "stores"
+    folder = remote.local_root(config.root) / "stores"
     usual = f"{config.root}/stores/{key}" if remote.is_url(config.root) else str(folder / key)
     found = Place(path or usual, key, folder)
     try:

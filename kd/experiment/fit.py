@@ -113,7 +113,7 @@ def assemble(run: Run, config: ExperimentConfig, inputs: Inputs) -> Assembly:
         for model in filter(None, (student, teacher.model)):
             generate.check_cache(model)
     sharded = sharded_roles(config, teacher)
-    run.begin(config)
+    run.start(config)
     checkpoint = latest_checkpoint(run, "student" in sharded)
     start = int(checkpoint.stem.partition("-")[2]) if checkpoint else 0
     student_cost = flops.cost(student.model, config.data.seq_len)
@@ -159,7 +159,7 @@ def latest_checkpoint(run: Run, sharded: bool) -> Path | None:
             option=checkpoint,
             why=f"was saved {'in shards' if checkpoint.is_dir() else 'whole'}",
             hint=f"continue with trainer.strategy={'fsdp' if checkpoint.is_dir() else 'ddp'}, or, to train anew, type",
-            commands=[run.removal("checkpoints")],
+            commands=[run.removal_command("checkpoints")],
         )
     return checkpoint
 
@@ -244,8 +244,8 @@ def as_job(run: Run, config: ExperimentConfig, inputs: Inputs) -> dict:
 
 def from_job(job: dict, config: ExperimentConfig) -> Inputs:
     """Return the inputs of a rank: data, teacher and store exist already."""
-    packed = packing.opened(Path(job["data"]))
+    packed = packing.open_packed(Path(job["data"]))
     store = Store(job["store"][0], Path(job["store"][1])) if job["store"] else None
-    plain = packing.opened(Path(job["plain"])) if job["plain"] else None
+    plain = packing.open_packed(Path(job["plain"])) if job["plain"] else None
     components = Components(config, packed)
     return Inputs(packed, components, job["teacher"], job["start"], store, plain, job["origins"])

@@ -20,12 +20,13 @@ from kd.experiment.step_timing import Step, alpha_kind, build_teacher_model, hel
 from kd.models import flops as flops_module
 from kd.parallel import collectives
 from kd.runs.identity import part_of_outcome, size_text
-from kd.store.writer import RowEncoder, takes
+from kd.store.cost import estimate_cost
+from kd.store.encoder import RowEncoder
 from kd.system import files
 from kd.system.console import Terminal, clock, console, silence_libraries, track
 from kd.system.hardware import capacity
 from kd.system.processes import peak_memory
-from kd.system.remote import home
+from kd.system.remote import local_root
 from kd.teachers.online import OnlineTeacher
 
 STARTS = 8.0  # seconds that a process takes to load what it needs
@@ -82,7 +83,7 @@ def of_run(config: ExperimentConfig, packed: Packed, times: float, components: C
     if config.rollout.by_teacher:
         written = len(packed.train) * times
     else:
-        written = rows * components.rollout(None).writes / trainer.devices
+        written = rows * components.rollout(None).sampling_rate / trainer.devices
     seconds = None
     if step.micro_batch is not None:
         parts = -(-trainer.batch // trainer.devices // step.rows)
@@ -120,7 +121,7 @@ def of_store(config: ExperimentConfig, packed: Packed, times: float, keep, vocab
     encoder = RowEncoder.finished(OnlineTeacher(model), described, keep, trainer.accelerator)
     rows = len(packed.train) * times
     flops = rows * seq_len * flops_module.cost(model.model, seq_len).flops_per_token
-    tokens, size, beside, seconds = takes(encoder, packed, trainer.micro_batch, rows)
+    tokens, size, beside, seconds = estimate_cost(encoder, packed, trainer.micro_batch, rows)
     return Estimate(tokens, seconds, int(size) + beside, flops=flops)
 
 
@@ -178,7 +179,7 @@ def show(made: dict[str, Estimate], names: dict[str, str], done: int, config: Ex
         )  # fmt: skip
         rows[names.get(name, name)] = [amount or "–" for amount in takes]
     print_rows(dict(zip(shortened(list(rows)), rows.values(), strict=True)))
-    root, device = home(config.root).resolve(), collectives.device(config.trainer.accelerator)
+    root, device = local_root(config.root).resolve(), collectives.device(config.trainer.accelerator)
     there = next(folder for folder in (root, *root.parents) if folder.exists())
     at_once = min(at_once, len(made))
     disk = sum(of.disk for of in made.values()) + at_once * max(of.beside for of in made.values())

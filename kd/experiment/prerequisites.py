@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from kd.config.rules import check_prompts_only
+from kd.config.rollout_rules import check_prompts_only
 from kd.config.schema import ExperimentConfig
 from kd.data import packing
 from kd.data.batches import Packed
@@ -14,10 +14,11 @@ from kd.data.tokenizer import load_tokenizer, vocabulary_size
 from kd.errors import UserError
 from kd.experiment.dependencies import Plan, corpus, plain_corpus
 from kd.runs import provenance, wandb_agent
-from kd.runs.run import SEALED, Run, check_student
+from kd.runs.run import Run, check_student
+from kd.runs.seal import SEALED
 from kd.system import files
 from kd.system.console import console, silence_libraries
-from kd.system.remote import home
+from kd.system.remote import local_root
 from kd.system.signals import requests
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def check_recorded(config: ExperimentConfig) -> None:
             option=run.name,
             why="is done, and nothing was recorded",
             hint="to train the run once more and record it, type this, and then the same command again",
-            commands=[run.removal()],
+            commands=[run.removal_command()],
         )
 
 
@@ -129,7 +130,7 @@ def ensure_trained(config: ExperimentConfig, train: Train) -> str:
     if before and (reasons := provenance.reasons(result)):
         console.print(
             f"{made.name}, which this run needs, may not be what this code would make: {'; '.join(reasons)}. To make "
-            f"it anew, type:\n  {made.removal()}\nand the same command again, with force=true.", soft_wrap=True,
+            f"it anew, type:\n  {made.removal_command()}\nand the same command again, with force=true.", soft_wrap=True,
         )  # fmt: skip
     requests.end_if_asked()
     return str(made / "student")
@@ -149,7 +150,7 @@ def prepare(config: ExperimentConfig) -> tuple[Packed, Components]:
     """The data, packed, and the parts of the run, tried; all that can be wrong short of the models is found here."""
     source, how = corpus(config)
     anew = config.force and not config.plan
-    packed = packing.pack(source, home(config.root) / "data", **how, anew=anew)
+    packed = packing.pack(source, local_root(config.root) / "data", **how, anew=anew)
     parts = Components(config, packed)
     if packed.prompts_only:
         check_prompts_only(config, any(parts.alpha(step / 100) < 1 for step in range(101)))
@@ -165,7 +166,7 @@ def plain_text(config: ExperimentConfig) -> Packed | None:
     if config.lm != "plain":
         return None
     source, how = plain_corpus(config)
-    return packing.pack(source, home(config.root) / "data", **how)
+    return packing.pack(source, local_root(config.root) / "data", **how)
 
 
 def teacher_model(config: ExperimentConfig, components: Components, train: Train) -> CausalLM:
@@ -191,6 +192,7 @@ def written_by_teacher(config: ExperimentConfig, packed: Packed, components: Com
     """The data with what the teacher writes, once: all responses for rollout=teacher, references that are missing."""
     from kd.parallel import collectives
     from kd.rollout import strategies, teacher_text
+    from kd.rollout.samplers import Samplers
 
     writes = config.rollout.by_teacher
     sides = (*(["train"] if writes else []), *(["val"] if packed.prompts_only else []))
@@ -201,13 +203,15 @@ def written_by_teacher(config: ExperimentConfig, packed: Packed, components: Com
     # As a rollout used to be written in configs, so that folders keep their names.
     rollout = {"_target_": "kd.rollout.teacher", "_partial_": True, **config.rollout.args} if writes else None
     key = [packed.folder.name, rollout, teacher_id, *([sides] if packed.prompts_only else [])]
-    folder = home(config.root) / "rollouts" / files.digest_of(key)[:16]
+    folder = local_root(config.root) / "rollouts" / files.digest_of(key)[:16]
 
-    def writers() -> strategies.Writers:
+    def samplers() -> Samplers:
         model = teacher_model(config, components, train).to(collectives.device(config.trainer.accelerator))
-        return strategies.Writers(None, model, packed.end, config.teacher.seed)
+        return Samplers(None, model, packed.end, config.teacher.seed)
 
-    return teacher_text.by_teacher(packed, folder, components.rollout if writes else strategies.teacher, writers, sides)
+    return teacher_text.by_teacher(
+        packed, folder, components.rollout if writes else strategies.teacher, samplers, sides
+    )
 
 
 def check_tokenizers(config: ExperimentConfig, ours, teacher_name: str | None) -> None:

@@ -25,7 +25,7 @@ from kd.models.flops import Cost
 from kd.objective.chunked import Signal, fitting
 from kd.objective.target import Target
 from kd.parallel import collectives
-from kd.rollout.strategies import Writers
+from kd.rollout.samplers import Samplers
 from kd.system.hardware import capacity, hold_in, out_of_memory
 from kd.system.signals import requests
 from kd.teachers.base import Teacher, TeacherOrigin, Truncation
@@ -62,15 +62,15 @@ def build_teacher_model(config: ExperimentConfig, vocab: int) -> CausalLM:
     return causal_lm.build(config.teacher.size, config.teacher.name, vocab, config.data.seq_len, "teacher.name")
 
 
-def measure(config: ExperimentConfig, *of) -> Step:
-    """What is measured of as many rows at once as memory holds: a run halves them, too."""
+def measure(config: ExperimentConfig, packed: Packed, components: Components, vocab: int) -> Step:
+    """Return what a step takes with as many rows at once as memory holds; as in a run, rows are halved."""
     rows = min(config.trainer.micro_batch, config.trainer.batch)
     try:
-        return _measure(config, *of)
+        return _measure(config, packed, components, vocab)
     except Exception as error:
         if rows == 1 or not out_of_memory(error):
             raise
-    return measure(config.derive(trainer={"micro_batch": rows // 2}), *of)
+    return measure(config.derive(trainer={"micro_batch": rows // 2}), packed, components, vocab)
 
 
 def _measure(config: ExperimentConfig, packed: Packed, components: Components, vocab: int) -> Step:
@@ -147,13 +147,13 @@ def _written(
     spans = None if packed.train_spans is None else packed.train_spans[: len(rows)]
     data = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans, packed.boundary)
     batch = data = Batch(*(x.to(device) for x in data[:4]))
-    writers = Writers(student, teacher.model, packed.end, 0)
+    samplers = Samplers(student, teacher.model, packed.end, 0)
     writing = answering = 0.0
     with torch.autocast(device.type, torch.bfloat16, enabled=trainer.precision == "bf16"):
         if spans is not None:
-            _, answering = _timed(device, lambda: writers.write(data, "student"))
-        rollout = components.rollout(writers, **({"engine": "kd"} if "engine" in config.rollout.args else {}))
-        if rollout.writes:
+            _, answering = _timed(device, lambda: samplers.write(data, "student"))
+        rollout = components.rollout(samplers, **({"engine": "kd"} if "engine" in config.rollout.args else {}))
+        if rollout.sampling_rate:
             batch, writing = _timed(device, lambda: rollout.write(data))
     plain = config.lm == "plain" or batch is not data  # language modelling is of other text then
     return (batch._replace(beside=data) if plain else batch), writing, answering

@@ -25,7 +25,7 @@ def compare_with_teacher(store: Store, root: str, train: Train) -> str:
         raise UserError(option=store.path, why=why, hint=hint) from None
     teacher, name = Plan.of(config).teacher, config.teacher.name
     if (teacher and not Plan.of(teacher).run.result()) or (name and not teacher and not Path(name).is_dir()):
-        return f"Its teacher {store.of['teacher']} is not in {root}, so no row was computed again."
+        return f"Its teacher {store.spec['teacher']} is not in {root}, so no row was computed again."
     packed, components = prepare(config)
     model = teacher_model(config, components, train)
     return compare(store, packed, components.keep, model, config.trainer.accelerator)

@@ -25,13 +25,15 @@ from kd.objective.chunked import chunks
 from kd.objective.target import Target
 from kd.runs.identity import model_name
 from kd.runs.run import Run
-from kd.store import writer
+from kd.store import transfer, writer
+from kd.store.encoder import RowEncoder
 from kd.store.format import MOST_DRAWS
 from kd.store.location import FORMAT
-from kd.store.reader import FULL, Store, said, within
+from kd.store.reader import Store
 from kd.store.recorder import Recorder
-from kd.store.writer import RowEncoder
+from kd.store.spec import FULL, covers, describe
 from kd.system import files
+from kd.system.lease import lease
 from kd.system.processes import alive, whereabouts
 from kd.system.remote import Remote, is_url
 from kd.teachers.online import OnlineTeacher
@@ -105,23 +107,23 @@ def words_of(config: ExperimentConfig) -> str:
 
 def opened(config: ExperimentConfig, packed: Packed) -> Store | None:
     """The store of a run with logits=offline, if it is there; raises UserError if it is not what the run needs."""
-    where, of, truncation = Plan.of(config).store_place, described(config, packed), config.truncation.spec
+    where, spec, truncation = Plan.of(config).store_place, described(config, packed), config.truncation.spec
     window = window_share(config.logits.window)
     if where.manifest().exists():
         found = Store(where.path, where.cache)
-        expected = {k: v for k, v in of.items() if k != "precision"} | {"truncation": truncation}
+        expected = {k: v for k, v in spec.items() if k != "precision"} | {"truncation": truncation}
         found.check(expected, by_path=config.logits.path is not None or config.logits.source.is_recorded)
         _measurable(config, found.truncation)
         return found
-    if not within(truncation, of["truncation"]):
+    if not covers(spec["truncation"], truncation):
         raise UserError(
             option="truncation",
             got=truncation["name"],
-            conflict=f"record={of['truncation']['name']}",
+            conflict=f"record={spec['truncation']['name']}",
             why="needs more than the store would hold",
             hint="record more, or leave record out to store what this truncation keeps",
         )
-    _measurable(config, of["truncation"])
+    _measurable(config, spec["truncation"])
     if window is not None and not config.logits.source.is_recorded:
         raise UserError(
             option="logits.window",
@@ -143,7 +145,7 @@ def _measurable(config: ExperimentConfig, held: dict) -> None:
         raise UserError(
             option="routing",
             got=routing,
-            why=f"is measured on the teacher's probabilities, and the store holds {said(held)}, too little to tell "
+            why=f"is measured on the teacher's probabilities, and the store holds {describe(held)}, too little to tell "
             "where the teacher is sure",
             need="a store of the most probable tokens or of everything",
             hint="type record=top_k or record=full (without logits.path), logits=online, or routing=none",
@@ -153,7 +155,7 @@ def _measurable(config: ExperimentConfig, held: dict) -> None:
         raise UserError(
             option="temperature",
             got=name,
-            why=f"is measured on the teacher's whole distribution, and the store holds {said(held)}",
+            why=f"is measured on the teacher's whole distribution, and the store holds {describe(held)}",
             need="a store of everything",
             hint="type record=full (without logits.path), logits=online, or temperature=fixed",
         )
@@ -166,8 +168,8 @@ def stored(config: ExperimentConfig, packed: Packed, keep: Keep, teacher: Callab
         where = Plan.of(config).store_place
         run = Run(where.folder.parent, where.folder.name)
         url = is_url(where.path)
-        lease = Remote(where.path, where.folder).lease(whereabouts(), alive, True) if url else nullcontext()
-        with run.lock(wait=True), lease:  # one process of this machine, and of all machines that share a URL
+        held = lease(Remote(where.path, where.folder), whereabouts(), alive, True) if url else nullcontext()
+        with run.lock(wait=True), held:  # one process of this machine, and of all machines that share a URL
             found = opened(config, packed) or write(config, packed, keep, teacher())
     if "://" not in found.path:  # of a URL, each file is checked when it has been copied
         found.verify()
@@ -176,10 +178,10 @@ def stored(config: ExperimentConfig, packed: Packed, keep: Keep, teacher: Callab
 
 def write_part(config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM, part: tuple[int, int]) -> None:
     """Write one of several parts of the store that a config describes, to be merged with the others."""
-    where, of = Plan.of(config).store_place, described(config, packed)
-    encoder = RowEncoder.finished(OnlineTeacher(model), of, keep, config.trainer.accelerator)
+    where, spec = Plan.of(config).store_place, described(config, packed)
+    encoder = RowEncoder.finished(OnlineTeacher(model), spec, keep, config.trainer.accelerator)
     about = about_store(config, packed, model, where.key)
-    writer.write(where.folder, of, about, packed, encoder, config.trainer.micro_batch, part)
+    writer.write(where.folder, spec, about, packed, encoder, config.trainer.micro_batch, part)
 
 
 def write(config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM) -> Store:
@@ -187,7 +189,7 @@ def write(config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM)
     write_part(config, packed, keep, model, (1, 1))
     place = Plan.of(config).store_place
     if "://" in place.path:
-        writer.upload(place.folder, place.path)
+        transfer.upload(place.folder, place.path)
     store = opened(config, packed)
     assert store is not None, "the store was written just now"
     return store
@@ -197,17 +199,17 @@ def recorder(config: ExperimentConfig, packed: Packed, keep: Keep, model: Causal
     """What stores the logits of a model in training, from step `start` on."""
     assert keep is not None, "a recorder keeps a part of each distribution"
     run, where = Plan.of(config).run, Plan.of(config).store_place
-    of = described(config, packed) | {"teacher": run.name, "weights": None}
+    spec = described(config, packed) | {"teacher": run.name, "weights": None}
     url = where.path if "://" in where.path else None
     about = about_store(config, packed, model, where.key)
-    return Recorder(where.folder, of, about, keep, start, run / "checkpoints", url)
+    return Recorder(where.folder, spec, about, keep, start, run / "checkpoints", url)
 
 
 def compare(found: Store, packed: Packed, keep: Keep, model: CausalLM, accelerator: str, count: int = 8) -> str:
     """How far rows of a store are from what its teacher says now, in words; raises UserError where that is far."""
     index = np.unique(np.linspace(0, len(packed.train) - 1, count).astype(int))
     rows = packed.train[index]
-    encoder = RowEncoder.finished(OnlineTeacher(model), found.of, keep, accelerator)
+    encoder = RowEncoder.finished(OnlineTeacher(model), found.spec, keep, accelerator)
     spans = packed.train_spans
     seed = np.zeros(rows[:, 1:].shape, int)
     batch = to_batch(rows, index, seed, None if spans is None else spans[index], packed.boundary)

@@ -1,6 +1,6 @@
 """Sweeps on other machines: what hydra/launcher=submitit_slurm (slurm.py) and =ray (ray_launcher.py) share.
 
-What goes to a machine is words alone. There a run is a sweep of one, pool.Local, which says what became of it; the
+What goes to a machine is words alone. There a run is a sweep of one, LocalPool, which says what became of it; the
 machine that the sweep was started on waits, shows how far it is, and speaks for runs that could not. All of them see
 the folder of the runs.
 """
@@ -23,8 +23,10 @@ from rich.console import Group
 from kd.config import components as conf
 from kd.config import plugins
 from kd.errors import UserError
-from kd.launch.pool import Job, Local, Pool
-from kd.launch.sweeper import Runs
+from kd.launch.job import Job
+from kd.launch.local import LocalPool
+from kd.launch.pool import Pool
+from kd.launch.run_launcher import RunLauncher
 from kd.runs.outcome import GOES_ON, Outcome, RunState
 from kd.runs.run import Run
 from kd.system.console import styled
@@ -73,7 +75,7 @@ class Task:
         return Run(self.root, self.run).result() is not None
 
 
-class OnNode(Local):
+class OnNode(LocalPool):
     """A pool of one run on a node.
 
     SLURM may send SIGUSR2 and SIGTERM, in any order, for one reason, and ends by itself what takes too long. Only a
@@ -110,7 +112,7 @@ class Elsewhere(Pool):
         self.running.append(job)
         self.handed[job.run.name] = Handed(self._size(job), job.look())
         words = [*job.words, f"root={conf.typed(job.run.root)}"]  # an environment variable may say another one there
-        return self.task(self.program, os.getcwd(), job.run.root, job.run.name, words, job.said, job.gpus)
+        return self.task(self.program, os.getcwd(), job.run.root, job.run.name, words, job.label, job.gpus)
 
     def of(self, job: Job) -> Handed:
         return self.handed[job.run.name]
@@ -121,14 +123,14 @@ class Elsewhere(Pool):
     def over(self) -> list[Job]:
         if self.stopped and not self.asked and not self.withdrawn:  # since a run failed: the others may end in peace
             self.withdrawn = True
-            self.stop([job for job in self.running if not job.begun], False)
+            self.stop([job for job in self.running if not job.started_at], False)
         ended = []
         for job in list(self.running):
             of = self.of(job)
-            if not job.begun and self._size(job) != of.log:
-                job.begun = time.monotonic()
+            if not job.started_at and self._size(job) != of.log:
+                job.started_at = time.monotonic()
                 self._say(job, "starts")
-            if of.why and self.stopped and not job.begun:
+            if of.why and self.stopped and not job.started_at:
                 self.running.remove(job)
                 self.waiting.append(job)
             elif of.why:
@@ -149,7 +151,7 @@ class Elsewhere(Pool):
 
     def record(self, job: Job) -> dict:
         of = self.of(job)
-        begun = job.begun or time.monotonic()
+        begun = job.started_at or time.monotonic()
         facts = {"seconds": round(time.monotonic() - begun, 2), "peak_memory": None, "log": str(job.log)}
         if not self._said(job, job.run.state()):
             outcome = Outcome(RunState.PREEMPTED, f"asked to end; {GOES_ON}") if self.asked else of.why
@@ -159,7 +161,7 @@ class Elsewhere(Pool):
         return facts
 
     def board(self) -> Group:
-        waits = Counter(self.of(job).waits for job in self.running if not job.begun)
+        waits = Counter(self.of(job).waits for job in self.running if not job.started_at)
         lines = [styled(f"{number} queued: {why}", "dim") for why, number in waits.items() if why]
         return Group(super().board(), *lines)
 
@@ -176,7 +178,7 @@ class Handed:
     since: float = field(default=0.0)  # when the scheduler was first heard to say that it is over
 
 
-class Away(Runs):
+class Away(RunLauncher):
     """What launchers of runs on other machines share. parameters: of hydra.launcher, and what they may be."""
 
     def __init__(self, parameters: dict):

@@ -19,17 +19,17 @@ from hydra.core.utils import JobReturn, JobStatus
 from kd.config.components import check_sweep
 from kd.config.security import check_words
 from kd.errors import MISTAKES, UserError, for_people
-from kd.launch.pool import gpus
-from kd.launch.sweeper import Multirun, asked_for
+from kd.launch.devices import gpus
+from kd.launch.sweeper import LaunchingSweeper, asked_for
 from kd.runs.run import Run
 from kd.system.console import console, counted, end_with
 from kd.system.files import read_metrics
-from kd.system.remote import home
+from kd.system.remote import local_root
 
 MEASURE = "val/lm"  # what every run has, in nats per token
 
 
-class Search(Multirun):
+class Search(LaunchingSweeper):
     """Trials until n_trials are done, as many at once as the launcher has processes.
 
     What has been tried is kept in sweeps/NAME.optuna beside the runs: the same command goes on, first with the trials
@@ -62,7 +62,7 @@ class Search(Multirun):
             why, hint = "is not set, and a search learns from trials that are done", "type n_jobs=, the trials at once"
             raise UserError(option="n_jobs", why=why, hint=hint)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        path = home(self.config.root) / "sweeps" / f"{self.config.sweep}.optuna"
+        path = local_root(self.config.root) / "sweeps" / f"{self.config.sweep}.optuna"
         path.parent.mkdir(parents=True, exist_ok=True)
         with alone(path.with_suffix(".search")):
             storage = optuna.storages.InMemoryStorage()  # for plan=true, which leaves nothing behind
@@ -100,8 +100,8 @@ class Search(Multirun):
                 check_words(job)
             self.validate_batch_is_legal(jobs)
             watched = Watched(optuna, trials) if self.prune else None
-            said = [" ".join(job[len(fixed) :]) for job in jobs]
-            batch = self.launcher.launch(jobs, initial_job_idx=done, said=said, watch=watched)
+            labels = [" ".join(job[len(fixed) :]) for job in jobs]
+            batch = self.launcher.launch(jobs, initial_job_idx=done, labels=labels, watch=watched)
             pruned = watched.pruned if watched else set()
             failed = 0
             for trial, job in zip(trials, batch, strict=True):

@@ -200,7 +200,7 @@ def fit_in_ranks(program: str, run: Run, config: ExperimentConfig, inputs: Input
     """Train in several processes, each of which is `program` with the words of a rank, and return the result."""
     from kd.experiment.fit import as_job
 
-    run.begin(config)
+    run.start(config)
     launch(program, run, as_job(run, config, inputs), config.trainer.devices)
     result = run.result()
     assert result is not None, "the first rank has written it"

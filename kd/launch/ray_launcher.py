@@ -7,7 +7,8 @@ import socket
 
 from kd.errors import UserError
 from kd.launch.cluster import Away, Elsewhere, Task, needs
-from kd.launch.pool import Job, Pool
+from kd.launch.job import Job
+from kd.launch.pool import Pool
 from kd.runs.outcome import GOES_ON, Outcome, RunState
 from kd.system.console import console
 from kd.system.signals import requests

@@ -13,12 +13,13 @@ from pathlib import Path
 
 from kd.errors import UserError
 from kd.launch.cluster import Away, Elsewhere, Task, needs
-from kd.launch.pool import Job, Pool
+from kd.launch.job import Job
+from kd.launch.pool import Pool
 from kd.runs.outcome import GOES_ON, Outcome, RunState
 from kd.system import files
 from kd.system.console import console
 from kd.system.files import read_json
-from kd.system.remote import home
+from kd.system.remote import local_root
 from kd.system.signals import EXIT_CODE
 
 HERE = Path(__file__).parent.parent.parent
@@ -68,7 +69,7 @@ class Slurm(Away):
                 why=f"needs SLURM, and there is no {' nor '.join(missing)} on this machine",
                 hint="type the command on a login node of the cluster, or leave the launcher out to run here",
             )
-        folder = home(self.config.root).absolute() / "sweeps" / f"{name}.slurm"
+        folder = local_root(self.config.root).absolute() / "sweeps" / f"{name}.slurm"
         of = {key: value for key, value in self.parameters.items() if value is not None}
         executor = submitit.SlurmExecutor(folder, max_num_timeout=of.pop("max_num_timeout"))
         if "mem_gb" in of:

@@ -31,7 +31,7 @@ class TokenInfo:
     student_logp: Tensor = NOT_PROVIDED  # log q(y)
     teacher_logp: Tensor = NOT_PROVIDED  # log p(y)
     importance: Tensor = NOT_PROVIDED  # q(y) / p~(y) of this token alone, drawn from p~
-    advantage: Tensor = NOT_PROVIDED  # value of the text that follows, see kd/rollout/strategies.py
+    advantage: Tensor = NOT_PROVIDED  # value of the text that follows, see kd.rollout.mixed.returns
     by_student: Tensor = NOT_PROVIDED  # 1 in rows that the student wrote, 0 in those of the data or the teacher
     is_hard: Tensor = NOT_PROVIDED  # 1 where the teacher is uncertain of the target token, else 0
     weight: Tensor = NOT_PROVIDED  # of the token in the loss

@@ -17,14 +17,16 @@ from lightning.fabric.utilities import move_data_to_device
 
 from kd.data import packing
 from kd.data.batches import Packed, to_batch
-from kd.rollout.strategies import Rollout, Writers, as_rows
+from kd.rollout.base import Rollout
+from kd.rollout.rows import as_rows
+from kd.rollout.samplers import Samplers
 from kd.system import files
 
 AT_ONCE = 64  # rows that are written together, and kept in a file
 
 
 def by_teacher(
-    packed: Packed, folder: Path, rollout: Callable[[Writers], Rollout], writers: Callable[[], Writers],
+    packed: Packed, folder: Path, rollout: Callable[[Samplers], Rollout], samplers: Callable[[], Samplers],
     sides: tuple[str, ...] = ("train",),
 ) -> Packed:  # fmt: skip
     """The packed examples with the teacher's responses, made in `folder` where they are not there yet.
@@ -34,7 +36,7 @@ def by_teacher(
     parts = folder.with_name(f"{folder.name}.parts")
 
     def make(temporary: Path) -> None:
-        given = cache(writers)
+        given = cache(samplers)
         written = {side: _all_parts(packed, side, parts, rollout, given) for side in sides}
         shutil.copytree(packed.folder, temporary)
         for side, (tokens, spans) in written.items():
@@ -43,14 +45,14 @@ def by_teacher(
         about = json.loads((temporary / "manifest.json").read_text())
         about = {k: v for k, v in about.items() if k not in ("digest", "digests")}
         spans = written["train"][1] if "train" in sides else _spans(packed, "train")
-        packing.seal(temporary, about | {"train_tokens": int(spans[:, 1].sum()), "written": folder.name})
+        packing.write_manifest(temporary, about | {"train_tokens": int(spans[:, 1].sum()), "written": folder.name})
 
-    made = packing.once(folder, make)
+    made = packing.build_once(folder, make)
     shutil.rmtree(parts, ignore_errors=True)
     return made
 
 
-def _all_parts(packed: Packed, side: str, parts: Path, rollout, writers) -> tuple[np.ndarray, np.ndarray]:
+def _all_parts(packed: Packed, side: str, parts: Path, rollout, samplers) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [R, T + 1] and spans [R, 2] of all rows of a side; what the teacher wrote is kept in files of `parts`."""
     from kd.system.console import clock, console, track
 
@@ -61,7 +63,7 @@ def _all_parts(packed: Packed, side: str, parts: Path, rollout, writers) -> tupl
     paths = {start: parts / f"{name}{start:09}.npz" for start in range(0, len(chosen), AT_ONCE)}
     missing = [start for start, path in paths.items() if not whole(path)]
     if missing:
-        given = writers()
+        given = samplers()
         write, before = rollout(given), (given.tokens, given.seconds)
         for start in track(missing, "the teacher writes"):
             index = chosen[start : start + AT_ONCE]

@@ -138,7 +138,7 @@ def size_text(parameters: int, active: int | None) -> str:
 def about(name: str, config: dict, sizes: dict[str, tuple[int, int]], git: str | None = None) -> About:
     """Return what W&B and TensorBoard show of a run: a readable name, what to group by, the axes and all settings.
 
-    git: revision of the code, as kd.runs.run.environment() has it.
+    git: revision of the code, as kd.runs.export.environment() has it.
     """
     how = method(config)
     kind = "distil" if how != "lm" else "lm" if model_name(config, "teacher") else "teacher"

@@ -17,7 +17,8 @@ from kd.config.secrets import SECRET, redacted
 from kd.errors import MISTAKES, UserError, first_line
 from kd.runs import wandb_agent
 from kd.runs.identity import About, about, sizes_of
-from kd.runs.run import RESPONSES, Run
+from kd.runs.run import Run
+from kd.runs.seal import RESPONSES
 from kd.system import files
 from kd.system.console import console
 from kd.system.files import read_metrics
@@ -183,7 +184,7 @@ def join(run: Run, result: dict, group: str) -> bool:
     view.close(result["final"], responses=False)
     note.write_text(group)
     if run.remote:
-        run.remote.tell("wandb-group")
+        run.remote.put_best_effort("wandb-group")
     return True
 
 

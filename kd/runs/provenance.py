@@ -13,18 +13,20 @@ from pathlib import Path
 
 from kd.config.components import MODULES, modules_of
 from kd.runs.identity import part_of_outcome
-from kd.runs.run import is_sealed
+from kd.runs.seal import is_sealed
 from kd.system import files
 
 PACKAGE = Path(__file__).parent.parent
+PACKAGES = ("rollout",)  # whose components are spread over modules
 UNSEALED = "from before results were sealed: neither damage nor a change of code would be noticed"
 
 
 def sources(config: dict) -> dict[str, dict[str, str]]:
     """Digests of the source behind a flat config: group -> name -> digest, of its function and what that uses.
 
-    What it uses is followed within its own module, through functions, classes and constants. Components of other
-    libraries (optim=adamw) have versions instead, in the result's environment.
+    What it uses is followed within its own module, or its package if that is one of PACKAGES, through functions,
+    classes and constants. Components of other libraries (optim=adamw) have versions instead, in the result's
+    environment.
     """
     chosen = [group for group in MODULES if group in part_of_outcome(config)]
     return {group: code for group in chosen if (code := component(group, config.get(group)))}
@@ -35,7 +37,8 @@ def component(group: str, name: str | None) -> dict[str, str]:
     module = _module(group, name)
     if name is None or module is None:
         return {}
-    return {used: digest for used in sorted(_used(module, name)) if (digest := _digest(module, used))}
+    used = sorted(_used(module, name), key=lambda place: place[1])
+    return {name: digest for module, name in used if (digest := _digest(module, name))}
 
 
 def differences(kept: dict, now: dict, config: dict) -> list[str]:
@@ -51,8 +54,11 @@ def changes(result: dict) -> list[str]:
     """The components of a result whose source is not what it was, in words: "loss=akl (akl, _gap)"."""
     found, config = [], result["config"]
     for group, kept in result.get("sources", {}).items():
-        module = _module(group, config.get(group))
-        changed = [name for name, digest in kept.items() if not module or _digest(module, name) != digest]
+        module, now = _module(group, config.get(group)), component(group, config.get(group))
+        changed = [
+            name for name, digest in kept.items()
+            if not module or (now.get(name) or _digest(module, name)) != digest
+        ]  # fmt: skip
         if changed:
             found.append(f"{group}={config.get(group)} ({', '.join(changed)})")
     return found
@@ -142,16 +148,24 @@ def _definitions(module: str) -> dict[str, list[ast.stmt] | tuple[str, str]]:
 
 
 @cache
-def _used(module: str, name: str) -> frozenset[str]:
-    """A name of a module and all names of the same module that its definition uses, directly or not."""
-    found, left = set(), [name]
+def _used(module: str, name: str) -> frozenset[tuple[str, str]]:
+    """Return module and name of a definition, and of all that it uses, directly or not."""
+    found, left = set(), [(module, name)]
     while left:
-        one = left.pop()
-        definition = _definitions(module).get(one)
-        if one not in found and isinstance(definition, list):
-            found.add(one)
-            left += [name for node in definition for name in _names(node)]
+        place = left.pop()
+        definition = _definitions(place[0]).get(place[1])
+        if isinstance(definition, tuple) and _is_followed(place[0], definition[0]):
+            left.append(definition)
+        elif place not in found and isinstance(definition, list):
+            found.add(place)
+            left += [(place[0], name) for node in definition for name in _names(node)]
     return frozenset(found)
+
+
+def _is_followed(module: str, imported: str) -> bool:
+    """Return True if what a module imports by name from another one counts as a part of it."""
+    package = module.rpartition(".")[0]
+    return package in PACKAGES and imported.rpartition(".")[0] == package
 
 
 def _names(node: ast.AST) -> set[str]:

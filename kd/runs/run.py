@@ -1,14 +1,13 @@
-"""The folder of a run: its lock, its state, its result, and the student that comes out."""
+"""Folder of a run: its lock, its state, its result, and the student that comes out."""
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,21 +16,20 @@ import filelock
 from kd.config.schema import ExperimentConfig
 from kd.config.secrets import redacted
 from kd.errors import UserError
+from kd.runs.claim import CLAIM, Claim
 from kd.runs.outcome import Outcome, RunState, classify
-from kd.system import files, remote
+from kd.runs.seal import EXACCERR, RESPONSES, SEALED, digest_of_result, digests, is_sealed, is_whole
+from kd.system import files, remote, retries
 from kd.system.console import console
 from kd.system.files import read_json
-from kd.system.processes import _same_process, alive, peak_memory, whereabouts
-
-# Responses of the student to the validation prompts (kd/evaluation/responses.py), and the curve of its ExAccErr.
-RESPONSES, EXACCERR = "responses.jsonl", "exaccerr.json"
-# What result.json keeps digests of, beside its own; folders with all that is in them.
-SEALED = ("config.json", "metrics.jsonl", RESPONSES, EXACCERR, "student")
-CLAIM = "claim.lock"  # file that says which sweep is about to start the run; not copied with the others
+from kd.system.lease import lease
+from kd.system.processes import alive, is_same_process, peak_memory, whereabouts
+from kd.system.remote_checkpoints import RemoteCheckpoints
+from kd.system.retries import Unreachable
 
 
 class Run:
-    """The folder of one run.
+    """Folder of one run.
 
     config.json  resolved settings    metrics.jsonl  what was measured    checkpoints/  to resume from
     result.json  there only when the run is done, with digests of the other files and of itself
@@ -45,8 +43,9 @@ class Run:
     def __init__(self, root: str | Path, name: str):
         self.name = name
         self.root = str(root) if remote.is_url(root) else str(Path(root).absolute())
-        self.folder = remote.home(root) / name
+        self.folder = remote.local_root(root) / name
         self.remote = remote.Remote(f"{root}/{name}", self.folder) if remote.is_url(root) else None
+        self.claim = Claim(self.folder, self.remote)
         self.begun = time.monotonic()
 
     def __truediv__(self, name: str | Path) -> Path:
@@ -54,34 +53,34 @@ class Run:
 
     @property
     def where(self) -> str:
-        """Where it is kept."""
+        """URL or folder of the run."""
         return self.remote.url if self.remote else str(self.folder)
 
     def copy(self, name: str) -> Path:
-        """A file of the run, on this machine; it may not exist."""
+        """Return a file of the run, on this machine; it may not exist."""
         if self.remote:
             self.remote.get(name)
         return self / name
 
     def result(self, wait: float | None = None) -> dict | None:
-        """The result, or None if the run is not done; raises UserError if it is not what was written.
+        """Return the result, or None if the run is not done; raises UserError if it is not what was written.
 
-        wait: seconds for a URL that is away, see kd.system.remote.
+        wait: seconds for a URL that is away, see kd/system/retries.py.
         """
         try:
-            found = self.remote.now_and_then("result.json", wait) if self.remote else read_json(self / "result.json")
+            found = self.remote.read_cached("result.json", wait) if self.remote else read_json(self / "result.json")
         except remote.Damaged:
             found = {"digest": None}
-        if found is not None and not _is_whole(found):
+        if found is not None and not is_whole(found):
             why = "is damaged: its content is not what was written"
             raise UserError(option=f"{self.where}/result.json", why=why, **self._made_anew())
         return found
 
     def is_done(self) -> bool:
-        """Whether there is a result, damaged or not."""
+        """Return True if there is a result, damaged or not."""
         try:
             return self.result() is not None
-        except remote.Unreachable:
+        except Unreachable:
             raise
         except UserError:
             return True
@@ -96,46 +95,6 @@ class Run:
         for path in self.folder.iterdir():
             if path.name not in (".lock", CLAIM):
                 files.remove(path)
-
-    def claim(self) -> bool:
-        """Announce that this process will start the run; whether no other one that is there still has done so.
-
-        That is for copies of a sweep to share its runs, no lock.
-        """
-        me = whereabouts()
-        if self.remote:
-            if self.remote.create(CLAIM, me, wait=0):
-                return True
-            owner = self.remote.read(CLAIM, wait=0)
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                with open(self / CLAIM, "x") as file:
-                    json.dump(me, file)
-                return True
-            except FileExistsError:
-                owner = self._claimed_by()
-        if owner is None or (not _same_process(owner, me) and alive(owner)):
-            return False
-        if self.remote:
-            self.remote.write(CLAIM, me, wait=0)
-        else:
-            files.write_json(self / CLAIM, me)
-        return True
-
-    def _claimed_by(self) -> dict | None:
-        try:
-            return read_json(self / CLAIM)
-        except UserError:  # it is being written
-            return None
-
-    def release(self) -> None:
-        """Withdraw this process's claim."""
-        with suppress(UserError, OSError):
-            if not self.remote and _same_process(self._claimed_by() or {}, whereabouts()):
-                (self / CLAIM).unlink()
-            if self.remote and _same_process(self.remote.read(CLAIM, wait=0) or {}, whereabouts()):
-                self.remote.remove(CLAIM, wait=0)
 
     @contextmanager
     def lock(self, wait: bool) -> Iterator[None]:
@@ -163,21 +122,21 @@ class Run:
 
     @contextmanager
     def _beyond_this_machine(self, wait: bool) -> Iterator[None]:
-        """The same among machines, of a run under a URL; when the work has ended, what it left here is copied there."""
+        """Hold the lease of a run under a URL; when the work has ended, copy there what it left here."""
         if not self.remote:
             yield
             return
-        with self.remote.lease(whereabouts(), alive, wait):
+        with lease(self.remote, whereabouts(), alive, wait):
             self.remote.forget()
             began = time.time()
             try:
                 yield
             finally:
                 left = [p for p in self.folder.iterdir() if p.name not in ("checkpoints", "student", "result.json")]
-                self.remote.tell(*(p.name for p in left if p.is_dir() or p.stat().st_mtime >= began))
+                self.remote.put_best_effort(*(p.name for p in left if p.is_dir() or p.stat().st_mtime >= began))
 
-    def begin(self, config: ExperimentConfig) -> None:
-        """Make ready to work: the resolved config is written, and how an earlier try ended is forgotten.
+    def start(self, config: ExperimentConfig) -> None:
+        """Make ready to work: write the resolved config, and forget how an earlier try ended.
 
         What killed processes left half-written is removed, and a checkpoint that is further at the URL is copied here.
         With force=true a run that is done is removed first.
@@ -199,7 +158,7 @@ class Run:
         """Copy from the URL what the work goes on with, if it is further there than here."""
         from kd.system.checkpoint_files import latest_step
 
-        source.pull_checkpoint(latest_step(self / "checkpoints"))
+        RemoteCheckpoints(source).pull(latest_step(self / "checkpoints"))
         if not (self / "wandb-id").exists():
             source.get("wandb-id")
 
@@ -212,12 +171,12 @@ class Run:
         report = {name: value for name, value in report.items() if value is not None}
         files.write_json(self / "state.json", report)
         if self.remote:
-            self.remote.tell("state.json", "log.txt")
+            self.remote.put_best_effort("state.json", "log.txt")
         return self / "state.json"
 
     @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Whatever ends this process's work within, before it could say so itself, is how the run ended."""
+    def records_failure(self) -> Iterator[None]:
+        """Record an error that ends this process's work within, unless how it ended is recorded already."""
         try:
             yield
         except BaseException as error:
@@ -226,7 +185,7 @@ class Run:
             raise
 
     def _ended_here(self) -> bool:
-        """Whether this process wrote how its work ended; asks no URL, which may be what failed."""
+        """Return True if this process wrote how its work ended; asks no URL, which may be what failed."""
         try:
             last = read_json(self / "state.json") or {}
         except UserError:
@@ -247,8 +206,8 @@ class Run:
             reason = f"{error.option} {error.why}; the same command begins the run anew"
             return {"state": RunState.NOT_BEGUN, "reason": reason}
         if self.remote and not (found and found["state"] == RunState.RUNNING and alive(found)):
-            there = self.remote.now_and_then("state.json", wait)
-            found = found if found and there and _same_process(found, there) else there or found
+            there = self.remote.read_cached("state.json", wait)
+            found = found if found and there and is_same_process(found, there) else there or found
         if found is None:
             return {"state": RunState.NOT_BEGUN, "reason": ""}
         if found["state"] == RunState.RUNNING and not alive(found):
@@ -268,11 +227,11 @@ class Run:
         names, sealed = names or SEALED, is_sealed(result)
         kept = result["files"] if sealed else {f"student/{k}": v for k, v in result.get("weights", {}).items()}
         kept = {name: digest for name, digest in kept.items() if name.partition("/")[0] in names}
-        found = self._digests(names)
+        found = digests(self.folder, names)
         if self.remote and not kept.items() <= found.items():
             for name in kept if sealed else self.remote.names("student"):
                 self.remote.get(name)
-            found = self._digests(names)
+            found = digests(self.folder, names)
         if not sealed:
             found = {name: digest for name, digest in found.items() if name in kept}
         for name, digest in kept.items():
@@ -288,13 +247,7 @@ class Run:
                 hint="move this file to another folder",
             )
 
-    def _digests(self, names: Iterable[str]) -> dict[str, str]:
-        """Digests of files, and of all files in folders, by their names in this folder; hidden ones are left out."""
-        there = [p for name in names for p in (self / name, *(self / name).rglob("*")) if p.is_file()]
-        there = sorted(p.relative_to(self.folder) for p in there)
-        return {p.as_posix(): files.digest(self / p) for p in there if not any(x[0] == "." for x in p.parts)}
-
-    def removal(self, name: str = "") -> str:
+    def removal_command(self, name: str = "") -> str:
         """Return what to type to remove the run, or a folder in it, so that it is made anew."""
         if not self.remote:
             return shlex.join(["rm", "-r", str(self / name)])
@@ -305,7 +258,7 @@ class Run:
     def _made_anew(self) -> dict:
         """Return the fields of an error that say how to make the run anew."""
         hint = "to make the run anew, remove the run and type the same command again"
-        return {"hint": hint, "commands": [self.removal()]}
+        return {"hint": hint, "commands": [self.removal_command()]}
 
     def finish(self, result: dict) -> dict:
         """Write the result, sealed, which makes the run done, and drop the checkpoints that nothing needs any more.
@@ -314,24 +267,24 @@ class Run:
         """
         if (self / "metrics.jsonl").exists():  # the others were synced when they were written
             files.sync(self / "metrics.jsonl")
-        result = result | {"weights": self.weights(), "files": self._digests(SEALED)}
-        result["digest"] = _own_digest(result)
+        result = result | {"weights": self.weights(), "files": digests(self.folder, SEALED)}
+        result["digest"] = digest_of_result(result)
         if self.remote:
             try:
                 self.remote.put("config.json", "metrics.jsonl", "student", RESPONSES, EXACCERR)
                 self.remote.write("result.json", result)
-            except remote.Unreachable as error:
+            except Unreachable as error:
                 raise UserError(
                     option=error.option,
                     why=f"{error.why}. The student is in {self.folder}, and the run is done when it is copied too",
                     hint="type the same command again, on this machine, when the URL answers",
                 ) from None
         files.write_json(self / "result.json", result)
-        self._tidy()
+        self.clean_up()
         return result
 
-    def settle(self) -> None:
-        """Of a run that is done: do what a kill just after it was done left undone."""
+    def clean_up_if_done(self) -> None:
+        """Finish the clean-up of a completed run that was killed before it could do so."""
         try:
             state = (read_json(self / "state.json") or {}).get("state")
         except UserError:
@@ -339,30 +292,16 @@ class Run:
         if not self.remote and (state != RunState.DONE or (self / "checkpoints").exists()):
             # Of a root that is read alone, nothing can be tidied.
             with suppress(filelock.Timeout, OSError), filelock.FileLock(self / ".lock", timeout=0):
-                self._tidy()
+                self.clean_up()
 
-    def _tidy(self) -> None:
+    def clean_up(self) -> None:
         self.end(Outcome(RunState.DONE, exit_code=0))
         shutil.rmtree(self / "checkpoints", ignore_errors=True)
         if self.remote:
             try:
-                self.remote.remove("checkpoints", wait=remote.SOON)
+                self.remote.remove("checkpoints", wait=retries.SOON)
             except UserError as error:
                 warnings.warn(f"{error} The run is done; its checkpoints there are of no use any more.")
-
-
-def is_sealed(result: dict) -> bool:
-    """Whether a result has digests; those of earlier versions of kd have none."""
-    return "digest" in result or "files" in result
-
-
-def _is_whole(result) -> bool:
-    """Whether a result is what was written, as far as its digest tells."""
-    return isinstance(result, dict) and (not is_sealed(result) or result.get("digest") == _own_digest(result))
-
-
-def _own_digest(result: dict) -> str:
-    return files.digest_of({k: v for k, v in result.items() if k != "digest"})
 
 
 def check_student(name: str | None) -> None:
@@ -372,9 +311,3 @@ def check_student(name: str | None) -> None:
         run = Run(folder.parent.parent, folder.parent.name)
         if (result := run.result()) is not None:
             run.check(result, "student")
-
-
-def _no_memory(error: BaseException) -> bool:
-    from kd.system.hardware import out_of_memory
-
-    return isinstance(error, Exception) and out_of_memory(error)

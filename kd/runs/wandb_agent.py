@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from kd.config.schema import ExperimentConfig
 from kd.errors import UserError
 from kd.runs.identity import about, sizes_of
-from kd.runs.run import RESPONSES, Run
+from kd.runs.run import Run
+from kd.runs.seal import RESPONSES
 
 WANTED = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 

@@ -26,10 +26,11 @@ from kd.errors import MISTAKES, UserError, for_people
 from kd.experiment import store_check, stores
 from kd.experiment.dependencies import Plan
 from kd.experiment.prerequisites import prepare, teacher_model
-from kd.store.reader import FULL, Store, said
+from kd.store.reader import Store
+from kd.store.spec import FULL, describe
 from kd.system import files
 from kd.system.console import console, counted, end_with, styled
-from kd.system.remote import home
+from kd.system.remote import local_root
 
 
 def write_store(words: list[str]) -> Store | None:
@@ -71,14 +72,14 @@ def compare_with_teacher(store: Store, root: str) -> str:
 
 def info(store: Store) -> Table:
     """What a store is, on one screen."""
-    m, of = store.manifest, store.of
+    m, spec = store.manifest, store.spec
     tokens = m["count"] * m["seq_len"]
     positions = m.get("positions", tokens)  # those that count
     table = Table(box=None, show_header=False, pad_edge=False)
     recorded = f", recorded over {m['steps']:,} steps of its training" if "steps" in m else ""
     rows = {
-        "teacher": f"{of['teacher']}{recorded}",
-        "holds": f"{said(store.truncation)}, computed in {of['precision']}",
+        "teacher": f"{spec['teacher']}{recorded}",
+        "holds": f"{describe(store.truncation)}, computed in {spec['precision']}",
         "of": f"{m['count']:,} rows of {m['seq_len']} tokens, {tokens:,} in all; vocabulary {m['vocab']:,}",
     }
     if store.truncation != FULL:
@@ -114,7 +115,7 @@ def main() -> None:
     merge.add_argument("path")
     merge.add_argument("part", nargs="+")
     given = parser.parse_args()
-    from kd.store import writer
+    from kd.store import transfer
 
     try:
         for name in {"path", "root"} & vars(given).keys():
@@ -126,10 +127,10 @@ def main() -> None:
                 if "://" in path:
                     hint = "copy the parts to this machine, merge them, and copy the store"
                     raise UserError(option=path, why="merge joins folders", hint=hint)
-            writer.merge(Path(given.path), [Path(files.expanded(p)) for p in given.part])
+            transfer.merge(Path(given.path), [Path(files.expanded(p)) for p in given.part])
             store = Store(given.path, Path())
         else:
-            store = Store(given.path, home(given.root) / "stores")
+            store = Store(given.path, local_root(given.root) / "stores")
         if store and given.command == "verify":
             store.verify()
             console.print(f"{counted(len(store.manifest['files']), 'file is', 'files are all')} what was written.")

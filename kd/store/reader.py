@@ -5,15 +5,13 @@ shard-00000.safetensors rows of the data: token hashes, and per row its entries 
                         the teacher's last hidden states, from which the output layer makes the whole distribution
 shard-00000.json        size and digest of the file of that name; there once it is whole, and never written again
 head.safetensors        the teacher's output layer
-validation.safetensors  the teacher's hidden states of the validation rows, so that measures are of whole distributions
+validation.safetensors  the teacher's hidden states of the validation rows, so that metrics use complete distributions
 manifest.json           written last: the store is whole, and every file's size and digest
 """
 
 from __future__ import annotations
 
-import math
 import os
-import re
 import shlex
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import safetensors
 import torch
-import xxhash
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -35,50 +32,25 @@ from kd.objective import truncation
 from kd.objective.chunked import Signal
 from kd.objective.signals import ProjectedSignal
 from kd.objective.target import Target
-from kd.store.format import Entries, from_bytes
+from kd.store.format import Entries
 from kd.store.location import FORMAT
+from kd.store.shard import Shard, collate_rows
+from kd.store.spec import FULL, before_manifest, check_manifest, covers, describe, row_hash
 from kd.system import files
 from kd.system.console import track
 from kd.system.files import read_json
-from kd.system.remote import home, is_url
-
-FULL = {"name": "full"}
-FIELDS = ("format", "teacher", "weights", "tokenizer", "data", "truncation", "precision", "seed")
-NAME = re.compile(r"(shard-\d+|head|validation)\.safetensors")
-
-
-def row_hash(ids: np.ndarray) -> int:
-    """Of the tokens [T] that a teacher reads, whatever integer type they are held in."""
-    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(ids, np.uint32).tobytes()) >> 1  # fits an int64
-
-
-def joined(rows: list[Tensor | bytes]) -> Tensor | Entries:
-    """Rows as they are in a shard: hidden states [B, T, D], or entries."""
-    return torch.stack(rows) if isinstance(rows[0], Tensor) else from_bytes(rows)
-
-
-def within(asked: dict, held: dict) -> bool:
-    """Whether all that one truncation keeps is in a store of another; both are {"name": …, setting: value}."""
-    kinds = held["name"], asked["name"]
-    if kinds[0] == "full":
-        return True
-    if not {*kinds} <= {"full", "random", "top_k", "top_p", "top_p_k"}:  # what a plug-in keeps is not known here
-        return asked == held
-    if "random" in kinds:
-        return kinds == ("random", "random") and asked["draws"] <= held["draws"]
-    # What a truncation does not limit, p or k, it asks for without limit.
-    return asked["name"] != "full" and all(asked.get(x, math.inf) <= held.get(x, math.inf) for x in "pk")
+from kd.system.remote import is_url, local_root
 
 
 class Store:
-    """A whole store, opened without reading more than its manifest; its files are checked when they are first touched.
+    """Whole store, opened without reading more than its manifest; its files are checked when they are first touched.
 
     path: folder or URL. cache: folder that keeps local copies of what is read from a URL.
     """
 
     def __init__(self, path: str | Path, cache: Path):
         self.path, self.folder, self.cache = str(path), files.local(path, cache), Path(cache)
-        self.manifest = _begun(self.folder)
+        self.manifest = before_manifest(self.folder)
         copy = files.fetch(self.path, self.folder, "manifest.json")
         try:
             manifest = read_json(copy)
@@ -94,23 +66,23 @@ class Store:
         if manifest.pop("digest", None) != files.digest_of(manifest):
             raise self._damaged("manifest.json", "it is not what was written")
         try:
-            _check(manifest)
+            check_manifest(manifest)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._damaged("manifest.json", f"it is not what kd writes ({error})") from None
-        self.manifest, self.of, self.words = manifest, manifest["of"], manifest["words"]
-        if self.of["format"] != FORMAT:
+        self.manifest, self.spec, self.words = manifest, manifest["of"], manifest["words"]
+        if self.spec["format"] != FORMAT:
             raise UserError(
                 option=self.path,
-                why=f"has format {self.of['format']}, and this version of kd reads format {FORMAT}",
+                why=f"has format {self.spec['format']}, and this version of kd reads format {FORMAT}",
                 hint="write the store again, in another folder",
                 commands=[f"python -m kd.store write {self.words} logits.path=FOLDER"],
             )
-        self.truncation, self.draws = self.of["truncation"], self.of["truncation"].get("draws")
+        self.truncation, self.draws = self.spec["truncation"], self.spec["truncation"].get("draws")
         notes = {name: note for name, note in manifest["files"].items() if name.startswith("shard-")}
         self.shards = sorted(notes, key=lambda name: notes[name].get("first", notes[name].get("steps")))
         self.first = np.array([notes[name].get("first", 0) for name in self.shards])
         self._checked: set[str] = set()
-        self._open: dict[str, _Shard] = {}
+        self._open: dict[str, Shard] = {}
         self._head: Head | None = None
         self._rows: np.ndarray | None = None  # of a store that was recorded in training: those of the window, ascending
         self._places: np.ndarray | None = None  # and the number of the shard of each, and its place there
@@ -123,9 +95,9 @@ class Store:
 
         by_path: whether the store was asked for by its path.
         """
-        pairs = {f: (self.of[f], value) for f, value in expected.items() if f != "truncation"}
+        pairs = {f: (self.spec[f], value) for f, value in expected.items() if f != "truncation"}
         differing = [
-            f"its {field} is {said(held)}, and here it is {said(value)}"
+            f"its {field} is {describe(held)}, and here it is {describe(value)}"
             for field, (held, value) in pairs.items()
             if None not in (held, value) and held != value
         ]
@@ -136,11 +108,11 @@ class Store:
                 raise refused.replace(hint=hint, commands=(shlex.join(["rm", "-r", str(self.folder)]),))
             hint = "leave logits.path out, so that a store of this config is found or written, or type the words that "
             raise refused.replace(hint=f"{hint}this store was written with", commands=(self.words,))
-        if not within(expected["truncation"], self.truncation):
+        if not covers(self.truncation, expected["truncation"]):
             raise UserError(
                 option="truncation",
-                got=said(expected["truncation"]),
-                why=f"needs more than {self.path} holds, which is {said(self.truncation)}",
+                got=describe(expected["truncation"]),
+                why=f"needs more than {self.path} holds, which is {describe(self.truncation)}",
                 hint="choose a truncation that keeps a part of that, or have a store written that holds more: leave "
                 "logits.path out, and type e.g. record=top_k record.k=100",
             )
@@ -151,10 +123,10 @@ class Store:
         for name, note in track(self.manifest["files"].items(), "checking the store"):
             self._file(name)
             self._same(f"{name.partition('.')[0]}.json", note)
-        self._same("begun.json", self.of, "of")
+        self._same("begun.json", self.spec, "of")
 
     def _same(self, name: str, expected: dict, key: str | None = None) -> None:
-        """What only a writer reads, if it is there, says what the manifest says."""
+        """Raise UserError if a file that only writers read is there, and contradicts the manifest."""
         try:
             note = read_json(self.folder / name)
             good = note is None or (note[key] if key else note) == expected
@@ -194,7 +166,7 @@ class Store:
                 why="no step of the teacher's training is in this window",
                 hint="choose a wider window",
             )
-        # A row that was trained on more than once counts as the teacher last said it.
+        # A row that was trained on more than once counts as it was recorded last.
         everything, where = np.concatenate(rows)[::-1], np.concatenate(places)[::-1]
         self._rows, first = np.unique(everything, return_index=True)
         self._places = where[first]
@@ -212,7 +184,7 @@ class Store:
             if shard.hashes[place] != row_hash(tokens):
                 raise self._other_tokens(int(row))
             found.append(shard.row(place))
-        return joined(found)
+        return collate_rows(found)
 
     def signal(self, batch: Batch, mask: Tensor) -> Signal:
         """Return the stored signal at the target positions of a batch, whose rows read() has read."""
@@ -273,17 +245,17 @@ class Store:
         number = int(np.searchsorted(self.first, row, side="right")) - 1
         return self.shards[number], row - int(self.first[number])
 
-    def _shard(self, name: str) -> _Shard:
+    def _shard(self, name: str) -> Shard:
         if name not in self._open:
             path = self._file(name)
             try:
-                self._open[name] = _Shard(path)
+                self._open[name] = Shard(path)
             except safetensors.SafetensorError as error:
                 raise self._damaged(name, f"it is no file of tensors ({error})") from None
         return self._open[name]
 
     def _file(self, name: str) -> Path:
-        """Where a file is on this machine, after a look at its bytes."""
+        """Return the path of a file on this machine, after a look at its bytes."""
         path = files.fetch(self.path, self.folder, name)
         if name in self._checked:
             return path
@@ -321,12 +293,12 @@ class Store:
         return damaged.replace(hint="to write that file anew, and no other, type", commands=commands)
 
     def _command(self) -> str:
-        """What writes this store, here."""
+        """Return the command that writes this store, here."""
         if "words" not in self.manifest:
             return "python -m kd.store write and the words of the run that reads it"
         words, key, root = [self.manifest["words"]], self.manifest.get("key", ""), str(self.cache.parent)
         under = self.path.removesuffix(f"/stores/{key}")
-        if is_url(under) and home(under) == self.cache.parent:
+        if is_url(under) and local_root(under) == self.cache.parent:
             root = under
         elif self.folder != self.cache / key:
             words.append(shlex.quote(f"logits.path={conf.typed(self.path)}"))
@@ -341,54 +313,3 @@ class Store:
             hint="use the data that the store was written with, or leave logits.path out to have a store of this data "
             "written",
         )
-
-
-def _begun(folder: Path) -> dict:
-    """What is known of a store before its manifest is there."""
-    try:
-        about = (read_json(folder / "begun.json") or {}).get("about", {})
-        return about | {"words": quoted(about["words"])} if "words" in about else about
-    except (UserError, AttributeError, TypeError, ValueError):
-        return {}
-
-
-def quoted(words: str) -> str:
-    """Words that a file says to type, so that a shell runs nothing in them."""
-    return shlex.join(shlex.split(words))
-
-
-def _check(manifest: dict) -> None:
-    """Raise an error for a manifest, from wherever it came, that names files outside of its store or lacks something.
-
-    Its words are quoted anew, since messages say to type them.
-    """
-    if strange := [name for name in manifest["files"] if not NAME.fullmatch(name)]:
-        raise ValueError(f"{strange[0]} is no file of a store")
-    if missing := [f"of.{field}" for field in FIELDS if field not in manifest["of"]]:
-        raise ValueError(f"it lacks {', '.join(missing)}")
-    manifest["words"] = quoted(manifest["words"])
-
-
-class _Shard:
-    """One file of rows, mapped."""
-
-    def __init__(self, path: Path):
-        self.file = safetensors.safe_open(path, framework="pt")
-        names = set(self.file.keys())
-        small = {n: self.file.get_tensor(n).numpy() for n in names - {"hidden", "entries"}}
-        self.hashes, self.offset = small["hash"], small.get("offset")
-        self.rows, self.steps = small.get("row"), small.get("step")
-        self.body = self.file.get_slice("entries" if "entries" in names else "hidden")
-
-    def row(self, place: int) -> Tensor | bytes:
-        """Hidden states [T, D], or compressed entries."""
-        if self.offset is None:
-            return self.body[place]
-        return self.body[int(self.offset[place]) : int(self.offset[place + 1])].numpy().tobytes()
-
-
-def said(value) -> str:
-    """A field of a store, for people: top_k k=50."""
-    if not isinstance(value, dict):
-        return str(value)
-    return " ".join([str(value.get("name", "")), *(f"{k}={v}" for k, v in value.items() if k != "name")]).strip()

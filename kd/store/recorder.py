@@ -13,8 +13,11 @@ from torch import Tensor
 from kd.data.batches import IGNORE, Batch
 from kd.errors import UserError
 from kd.objective.target import Target
+from kd.store.encoder import RowEncoder
+from kd.store.folder import begin, commit, note_of, notes_of
 from kd.store.format import Positions, encode
-from kd.store.writer import SHARD_BYTES, RowEncoder, Rows, _note, _notes, begin, commit, upload
+from kd.store.rows import SHARD_BYTES, Rows
+from kd.store.transfer import upload
 from kd.system import files
 from kd.system.remote import Remote
 from kd.teachers.base import Teacher
@@ -28,16 +31,16 @@ class Recorder:
     """
 
     def __init__(
-        self, folder: Path, of: dict, about: dict, keep: Callable[[Target], Target], step: int,
+        self, folder: Path, spec: dict, about: dict, keep: Callable[[Target], Target], step: int,
         checkpoints: Path, url: str | None = None,
     ):  # fmt: skip
-        self.folder, self.of, self.about, self.keep, self.url = folder, of, about, keep, url
-        begin(folder, of)
+        self.folder, self.spec, self.about, self.keep, self.url = folder, spec, about, keep, url
+        begin(folder, spec)
         if url and step:
             self._pull(url)
         (folder / "manifest.json").unlink(missing_ok=True)
         covered = 0
-        for name, note in _notes(folder).items():
+        for name, note in notes_of(folder).items():
             if not name.startswith("shard-"):
                 continue
             if note["steps"][0] >= step:  # recorded after the checkpoint: it is recorded again
@@ -61,7 +64,7 @@ class Recorder:
         """Logits [n, V] of the positions `rows` of a batch, whose random numbers are seed [N]."""
         # No truncation looks at the label.
         target = Target(seed[rows], logits.float().log_softmax(-1), seed=seed[rows])
-        self.pieces.append(encode(self.keep(target), self.of["truncation"].get("draws")))
+        self.pieces.append(encode(self.keep(target), self.spec["truncation"].get("draws")))
 
     def discard(self) -> None:
         """Forget what was observed of a batch that is computed again."""
@@ -87,7 +90,7 @@ class Recorder:
         there = Remote(url, self.folder)
         for note in (x for x in there.names() if x.startswith("shard-") and x.endswith(".json")):
             name = note.removesuffix(".json")
-            if _note(self.folder, name) is None and there.get(f"{name}.safetensors"):
+            if note_of(self.folder, name) is None and there.get(f"{name}.safetensors"):
                 written = there.read(note)
                 if written and files.digest(self.folder / f"{name}.safetensors") == written["digest"]:
                     files.write_json(self.folder / note, written)
@@ -95,21 +98,21 @@ class Recorder:
     def send(self, wait: float) -> None:
         """Copy the shards that were written to the URL, so that another machine can go on with them.
 
-        wait: seconds for a URL that is away, see kd.system.remote.
+        wait: seconds for a URL that is away, see kd/system/retries.py.
         """
         if not self.url:
             return
         there = Remote(self.url, self.folder)
-        for name in sorted(_notes(self.folder).keys() - self.there):
+        for name in sorted(notes_of(self.folder).keys() - self.there):
             there.put(f"{name}.safetensors", f"{name}.json", wait=wait)
             self.there.add(name)
 
     def finish(self, trained: Teacher, device: torch.device, validation: np.ndarray, batch: int, steps: int) -> None:
         """Write the rest, and the hidden states of the trained model for the validation rows."""
         self.flush(steps)
-        encoder = RowEncoder(trained, self.of, self.keep, device)
+        encoder = RowEncoder(trained, self.spec, self.keep, device)
         encoder.save_head(self.folder)
         encoder.save_validation(self.folder, validation, batch)
-        commit(self.folder, self.of, self.about | {"steps": steps})
+        commit(self.folder, self.spec, self.about | {"steps": steps})
         if self.url:
             upload(self.folder, self.url)

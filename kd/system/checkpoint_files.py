@@ -15,7 +15,7 @@ from lightning.fabric.plugins import CheckpointIO
 
 from kd.errors import UserError
 from kd.system import files
-from kd.system.remote import step_of
+from kd.system.remote_checkpoints import step_of
 
 FORMAT = 2  # of checkpoints
 

@@ -41,7 +41,8 @@ def alive(process: dict) -> bool:
     return True
 
 
-def _same_process(a: dict, b: dict) -> bool:
+def is_same_process(a: dict, b: dict) -> bool:
+    """Return True for two reports of whereabouts() by one process."""
     return all(a.get(key) == b.get(key) for key in ("pid", "host", "boot"))
 
 

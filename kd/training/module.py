@@ -29,7 +29,7 @@ from kd.teachers.base import Teacher
 from kd.training.report import LossTerm, StepReport
 
 if TYPE_CHECKING:
-    from kd.rollout.strategies import Rollout
+    from kd.rollout.base import Rollout
 
 TokenSelection = Callable[[Measured], Selection]
 
@@ -153,12 +153,12 @@ class DistillationModule(lightning.LightningModule):
         """Return the batch to distil, with text that models wrote for it, and how many tokens they read for that."""
         if not self.rollout or not alpha:
             return batch, {}
-        writers = self.rollout.writers
-        before = dict(writers.read)
+        samplers = self.rollout.samplers
+        before = dict(samplers.tokens_read)
         if collectives.count() == 1:
-            writers.between = self._stop_if_requested
+            samplers.between = self._stop_if_requested
         written = self.rollout(batch, self.global_step, self.progress)
-        read = torch.tensor([float(writers.read[name] - before[name]) for name in ("student", "teacher")])
+        read = torch.tensor([float(samplers.tokens_read[name] - before[name]) for name in ("student", "teacher")])
         student, teacher = collectives.total(read).tolist()
         return written, {"student": student, "teacher": teacher}
 

@@ -14,7 +14,7 @@ if __name__ == "__main__":  # before a library that reads them is loaded
 
 from kd.errors import MISTAKES, UserError, for_people
 from kd.system.console import Terminal, harmless
-from kd.system.remote import home, publish
+from kd.system.remote import local_root, publish
 from sweeps.fit.fitting import fit_all
 from sweeps.fit.observations import Observation, from_csv, from_sweep
 from sweeps.fit.output import print_fits, write_fits
@@ -55,7 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
             folder, name = options.csv.parent, options.csv.stem
             runs = from_csv(options.csv)
         else:
-            folder, name, entries = home(options.root) / "sweeps", options.name, load_sweep(options.root, options.name)
+            folder, name, entries = (
+                local_root(options.root) / "sweeps",
+                options.name,
+                load_sweep(options.root, options.name),
+            )
             runs, notes = from_sweep(entries)
         if not runs:
             why = "; ".join(["has no run that can be used", *(note.rstrip(".") for note in notes)])

@@ -12,10 +12,11 @@ from typing import NamedTuple
 from kd.config.components import check_sweep
 from kd.errors import UserError
 from kd.evaluation.catalog import LOSS, ROUGE_L
-from kd.runs.run import EXACCERR, RESPONSES, Run, is_sealed
+from kd.runs.run import Run
+from kd.runs.seal import EXACCERR, RESPONSES, is_sealed
 from kd.system import files
 from kd.system.files import read_json, read_metrics
-from kd.system.remote import home, latest
+from kd.system.remote import fetch, local_root
 from sweeps.report.wording import join_words
 
 REQUIRED = {  # keys of a result; others may be missing
@@ -52,9 +53,9 @@ def load_sweep(root: str | Path, name: str) -> list[Entry]:
 
 
 def read_manifest(root: str | Path, name: str) -> list[dict]:
-    """Return the runs of a sweep as kd.launch.sweeper wrote them; raise UserError if there is no such sweep."""
+    """Return the runs of a sweep as kd/launch/sweep_list.py wrote them; raise UserError if there is no such sweep."""
     check_sweep(name)
-    path, hint = latest(root, f"sweeps/{name}.json"), f"to run the sweep, type python train.py sweeps={name}"
+    path, hint = fetch(root, f"sweeps/{name}.json"), f"to run the sweep, type python train.py sweeps={name}"
     try:
         runs = json.loads(path.read_text())["runs"]
         if not all(files.is_name(line["run"]) for line in runs):
@@ -71,7 +72,7 @@ def read_manifest(root: str | Path, name: str) -> list[dict]:
 
 def read_run(root: str | Path, line: dict) -> Entry:
     """Return a run of a manifest with its state, whatever its folder holds."""
-    folder = home(root) / line["run"]
+    folder = local_root(root) / line["run"]
     result, resumable = None, "still running, or stopped: the same command goes on with it"
     try:
         run = Run(root, line["run"])
@@ -90,7 +91,8 @@ def read_run(root: str | Path, line: dict) -> Entry:
     except UserError as error:
         state, message, result = "damaged", str(error), None
     except (KeyError, TypeError, AttributeError):
-        state, message, result = "damaged", f"not what a run writes; to run it anew, first {run.removal()}", None
+        message = f"not what a run writes; to run it anew, first {run.removal_command()}"
+        state, result = "damaged", None
     return Entry(folder, line["overrides"], state, message, result, line.get("name"))
 
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 
 from kd.runs.identity import model_name
-from kd.runs.run import RESPONSES
+from kd.runs.seal import RESPONSES
 from kd.system.console import harmless
 from sweeps.report.groups import Group, subset
 from sweeps.report.table import GREY, Row

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kd.system import files
-from kd.system.remote import home, publish
+from kd.system.remote import local_root, publish
 from sweeps.report.csv_table import csv_table
 from sweeps.report.html_page import html_page
 from sweeps.report.markdown import markdown
@@ -18,7 +18,7 @@ def write_report(root: str | Path, report: Report) -> list[Path]:
     """Write all files of a report and return their paths, the page first."""
     paths = []
     for kind, render in RENDERERS.items():
-        path = home(root) / "sweeps" / f"{report.name}.{kind}"
+        path = local_root(root) / "sweeps" / f"{report.name}.{kind}"
         text = render(report)
         with files.atomic(path) as temporary:
             temporary.write_text(text, encoding="utf-8", newline="")

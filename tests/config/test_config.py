@@ -216,7 +216,7 @@ def test_data_settings_are_those_of_pack():
         ("temperature", ["student", "target"]),
         ("routing", ["measured"]),
         ("logits", ["origin"]),
-        ("rollout", ["writers"]),
+        ("rollout", ["samplers"]),
         ("logger", ["folder", "about"]),
         ("alpha", ["progress"]),
         ("lr", ["progress"]),

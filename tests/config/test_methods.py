@@ -14,7 +14,7 @@ from kd.config.components import CONF, PRESETS, option_names
 from kd.config.compose import config_of
 from kd.config.options import option_of, words_of
 from kd.experiment.prerequisites import prepare
-from kd.launch.sweeper import Lines
+from kd.launch.sweeper import SweepFileSweeper
 from kd.runs.identity import whole_as_float
 from kd.system.files import read_metrics
 from tests.refusals import refused
@@ -119,7 +119,7 @@ def test_what_a_message_says_to_type_is_accepted():
 
 def launched(*words: str) -> dict[str, list[str]]:
     """Words and names of the runs of a sweep."""
-    lines, found = Lines(), {}
+    lines, found = SweepFileSweeper(), {}
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         lines.hydra_context = SimpleNamespace(config_loader=GlobalHydra.instance().config_loader())
     lines.config = OmegaConf.create({"sweep": "several", "scale": "cpu"})

@@ -46,7 +46,7 @@ def _hidden(student, target): ...
 class Loss: ...
 
 @provides("advantage")
-def giver(writers, share: float = 0.5): ...
+def giver(samplers, share: float = 0.5): ...
 
 @traits("trains_teacher")
 def source(origin): ...
@@ -453,7 +453,7 @@ def test_every_kind_in_the_documentation_trains(documented, tmp_path):
     words = ["data=instructions", "rollout=early", "rollout.until=0.25", "start=sft", "alpha.peak=1"]
     config = compose.config_of(words)
     rollout = config.rollout.build("rollout")(None)
-    assert (rollout.until, rollout.writes) == (0.25, 0.25)
+    assert (rollout.until, rollout.sampling_rate) == (0.25, 0.25)
 
 
 def test_kinds_of_the_documentation_are_the_groups():

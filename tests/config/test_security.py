@@ -29,7 +29,7 @@ from kd.models import causal_lm
 from kd.parallel import fsdp
 from kd.runs.outcome import Outcome, RunState
 from kd.runs.run import Run
-from kd.store import reader
+from kd.store import reader, spec
 from kd.system import checkpoint_files, files
 from kd.system.console import Terminal, styled
 from sweeps.report.__main__ import main as report_main
@@ -324,7 +324,7 @@ def test_words_of_a_store_are_shown_so_that_a_shell_runs_none(root):
         (at / "shard-00000.safetensors").write_bytes(b"")
         reader.Store(at, root / "stores")
     shown = reader.Store.__new__(reader.Store)
-    shown.manifest = {"words": reader.quoted("a; touch canary $(touch canary)")}
+    shown.manifest = {"words": spec.quote_words("a; touch canary $(touch canary)")}
     subprocess.run(["sh", "-c", f"echo {shown.manifest['words']}"], cwd=root.parent, check=True)
 
 
@@ -358,7 +358,7 @@ def test_packed_rows_that_are_a_pickle_are_not_read(root, canary):
     manifest["digests"]["train.npy"] = files.digest(path.parent / "train.npy")
     path.write_text(json.dumps(manifest | {"digest": files.digest_of(manifest)}))
     with pytest.raises(ValueError, match=r"allow_pickle|[Pp]ython objects"):
-        packing.opened(path.parent)
+        packing.open_packed(path.parent)
 
 
 @pytest.mark.parametrize("name", ["config.json", "result.json", "state.json"])

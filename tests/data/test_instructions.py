@@ -29,8 +29,9 @@ from kd.data import corpora, instructions, packing, templates
 from kd.data.batches import IGNORE, Batches, Packed, ValidationBatches, to_batch
 from kd.data.examples import Example, Turn
 from kd.data.instructions import functions
-from kd.data.packing import END
-from kd.data.templates import alpaca, encode, end_of_response, plain, tokens
+from kd.data.split import TrainValSplit
+from kd.data.templates import alpaca, encode, end_of_response, plain
+from kd.data.tokenizer import END, tokenize
 from kd.experiment import planner, prerequisites, stores, summary
 from kd.experiment.dependencies import Plan
 from kd.runs.run import Run
@@ -226,8 +227,8 @@ def test_prompts_of_text_begin_as_the_tokenizer_has_it_and_chats_as_their_templa
     ids, example = fast.convert_tokens_to_ids(before), Example.from_texts(("user", "ask"), response="say")
     for template, text in (("plain", "ask"), ("alpaca", alpaca(example.turns[:-1]))):
         (((prompt, response, *_),),) = encode([example], template, fast)
-        assert prompt == ids + tokens([text], fast)[0] == fast(text)["input_ids"]
-        assert response == tokens(["say"], fast)[0]
+        assert prompt == ids + tokenize([text], fast)[0] == fast(text)["input_ids"]
+        assert response == tokenize(["say"], fast)[0]
     (((prompt, *_),),) = encode([example], "chat", fast)
     assert fast.decode(prompt) == "<|im_start|>user\nask<|im_end|>\n<|im_start|>assistant\n"
     fast.save_pretrained(tmp_path / "own")
@@ -284,12 +285,12 @@ def test_fewer_tokens_are_the_first_of_more(tmp_path):
 
 def test_packed_examples_are_opened_as_they_were_written(tmp_path):
     made = pack(tmp_path, *many())
-    again = packing.opened(made.folder)
+    again = packing.open_packed(made.folder)
     assert (again.train_spans == made.train_spans).all() and (again.val_spans == made.val_spans).all()
     assert again.end == made.end == AutoTokenizer.from_pretrained(made.tokenizer).eos_token_id
     (made.folder / "val_spans.npy").write_bytes(b"")
     with refused(option=made.folder / "val_spans.npy", why="is damaged"):
-        packing.opened(made.folder)
+        packing.open_packed(made.folder)
 
 
 def test_examples_that_leave_a_side_empty_are_refused(tmp_path):
@@ -579,8 +580,8 @@ def test_a_response_has_the_tokens_that_it_has_behind_its_prompt():
     fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<s>")
     prompt, response = encoded(Short((("user", "Say it.\n"),), "ok"), "plain", fast)
     assert fast.convert_ids_to_tokens(response) == ["o", "k"]
-    assert fast.convert_ids_to_tokens(tokens(["ok"], fast)[0])[0] == "▁"
-    assert prompt == tokens(["Say it.\n"], fast)[0]
+    assert fast.convert_ids_to_tokens(tokenize(["ok"], fast)[0])[0] == "▁"
+    assert prompt == tokenize(["Say it.\n"], fast)[0]
 
 
 def test_a_token_over_both_is_cut_where_the_prompt_ends():
@@ -589,7 +590,7 @@ def test_a_token_over_both_is_cut_where_the_prompt_ends():
     merged["model"]["vocab"]["ab"] = 259
     merged["model"]["merges"] = [["a", "b"]]
     fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(merged)), eos_token=END)
-    assert tokens(["ab"], fast) == [[259]]
+    assert tokenize(["ab"], fast) == [[259]]
     prompt, response = encoded(Short((("user", "xa"),), "bx"), "plain", fast)
     assert fast.convert_ids_to_tokens(prompt + response) == ["x", "a", "b", "x"] and len(prompt) == 2
 
@@ -694,14 +695,14 @@ def test_prompt_and_response_have_the_tokens_of_the_text_that_they_are(library, 
     fast = AutoTokenizer.from_pretrained(made.tokenizer)
     sample = library[::3]
     for example, ((prompt, response, *_),) in zip(sample, encode(sample, "plain", fast), strict=True):
-        assert prompt + response == tokens([templates.written(example, "plain")], fast)[0]
-        assert response == tokens([example.turns[-1].content], fast)[0]
+        assert prompt + response == tokenize([templates.written(example, "plain")], fast)[0]
+        assert response == tokenize([example.turns[-1].content], fast)[0]
     assert fast.decode(made.train[0][: made.train_spans[0, 0]]) in {e.turns[0].content for e in library}
 
 
 def test_functions_are_on_the_side_of_their_file():
     """What is measured on was not read by a student that was pre-trained on the plain text."""
-    side = packing._Sides(0.5)
+    side = TrainValSplit(0.5)
     sources = [SOURCE.replace("twice", f"{i} times") for i in range(20)]
     sides = {source: side(source) for source in sources}
     assert set(sides.values()) == {"train", "val"}
@@ -759,7 +760,7 @@ def root(tmp_path_factory) -> Path:
 def test_only_what_counts_is_counted(root):
     folder = run(root, "logits=none", "teacher=none")
     made, (packed,) = json.loads((folder / "result.json").read_text()), root.glob("data/*/train_spans.npy")
-    of = packing.opened(packed.parent)
+    of = packing.open_packed(packed.parent)
     steps = Batches(of.train, 4, 0, 0, 12, spans=of.train_spans)
     assert made["tokens"] == sum((b.labels != IGNORE).sum().item() for b in steps) < 12 * 4 * 32
     student = AutoModelForCausalLM.from_pretrained(folder / "student")
@@ -774,12 +775,12 @@ def test_only_what_counts_is_counted(root):
 def test_what_is_not_counted_teaches_nothing(root, monkeypatch):
     """Other tokens behind the end, which nothing counted looks back on, and the run is the same, bit for bit."""
     before = outcome(run(root, "logits=none", "teacher=none", "seed=7"))
-    (packed,) = (packing.opened(p.parent) for p in root.glob("data/*/train_spans.npy"))
+    (packed,) = (packing.open_packed(p.parent) for p in root.glob("data/*/train_spans.npy"))
     changed = packed.train.copy()
     for row, (_, total) in zip(changed, packed.train_spans, strict=True):
         row[total:] = np.arange(5, 5 + len(row) - total)
     assert (changed != packed.train).mean() > 0.2
-    monkeypatch.setattr(packing, "opened", lambda folder: replace(packed, train=changed))
+    monkeypatch.setattr(packing, "open_packed", lambda folder: replace(packed, train=changed))
     (root / "other").mkdir()
     shutil.copy(root / "examples.jsonl", root / "other")
     after = outcome(run(root / "other", "logits=none", "teacher=none", "seed=7"))
@@ -853,7 +854,7 @@ def test_micro_batches_of_any_size_learn_the_same(root):
 def test_an_estimate_counts_what_counts(root):
     asked = config(root, "logits=none", "teacher=none", "seed=99", "trainer.steps=50")
     made = planner.estimate(asked)
-    (packed,) = (packing.opened(p.parent) for p in root.glob("data/*/train_spans.npy"))
+    (packed,) = (packing.open_packed(p.parent) for p in root.glob("data/*/train_spans.npy"))
     assert [of.tokens for of in made.values()] == [round(50 * 4 * packed.counted)]
 
 
@@ -873,7 +874,7 @@ def test_prompts_alone_are_for_rollouts_that_write_all_responses(root, tmp_path,
     result = json.loads((folder / "result.json").read_text())
     assert result["data"]["prompts_only"] == 60 and "left_out" in result["data"]
     assert 0 < result["final"]["val/lm"] < 20
-    (written,) = (packing.opened(p.parent) for p in tmp_path.glob("rollouts/*/manifest.json"))
+    (written,) = (packing.open_packed(p.parent) for p in tmp_path.glob("rollouts/*/manifest.json"))
     lengths = written.val_spans[:, 1] - written.val_spans[:, 0]
     assert len(written.val) == 4 and lengths.max() > 1  # the teacher's responses are the references
     assert ((written.train_spans @ [-1, 1]).max() > 1) == ("rollout=teacher" in words)

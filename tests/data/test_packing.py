@@ -32,13 +32,15 @@ from kd.data.batches import (
     to_batch,
 )
 from kd.data.corpora import Corpus, Pairs, markov
+from kd.data.split import TrainValSplit, ordered
+from kd.data.tokenizer import END
 from kd.errors import UserError
 from tests.refusals import refused
 
 SETTINGS = dict(seq_len=16, vocab=280, val_rows=5, val_share=0.2)
 NO_VOCAB = {k: v for k, v in SETTINGS.items() if k != "vocab"}  # for a pretrained tokenizer
 FORK = multiprocessing.get_context("fork")
-BOS = pytest.mark.parametrize("bos", [("<s>",), ("[gMASK]", "<sop>"), (packing.END,)], ids=["one", "two", "end"])
+BOS = pytest.mark.parametrize("bos", [("<s>",), ("[gMASK]", "<sop>"), (END,)], ids=["one", "two", "end"])
 
 
 def documents(count: int = 300, seed: int = 0) -> list[str]:
@@ -174,7 +176,7 @@ def test_rows_are_the_documents_joined_with_an_end_each(packed):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(packed.tokenizer)
     end = tokenizer.eos_token_id
     text = tokenizer.decode(packed.train.flatten())
-    found = text.split(packing.END)[:-1]  # the last one may be cut
+    found = text.split(END)[:-1]  # the last one may be cut
     assert len(found) > 200 and set(found) < set(documents())
     assert end is not None and (packed.train == end).sum() >= len(found)
     assert len(tokenizer) == SETTINGS["vocab"] > packed.train.max()
@@ -183,17 +185,17 @@ def test_rows_are_the_documents_joined_with_an_end_each(packed):
 def test_text_of_the_end_token_stays_text(tmp_path):
     """A document that speaks of it would else end there."""
     texts = documents()
-    texts[::3] = [f"{text} {packing.END}{packing.END} and on" for text in texts[::3]]
+    texts[::3] = [f"{text} {END}{END} and on" for text in texts[::3]]
     made = packing.pack(corpus(texts), tmp_path, **SETTINGS)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(made.tokenizer)
     rows = made.train.flatten()
     whole = [tokenizer.decode(part[1:]) for part in np.split(rows, np.flatnonzero(rows == tokenizer.eos_token_id))]
-    assert set(whole[1:-1]) < set(texts) and sum(packing.END in text for text in whole) > 50
+    assert set(whole[1:-1]) < set(texts) and sum(END in text for text in whole) > 50
 
 
 def test_empty_documents_are_left_out_and_equal_ones_apart(tmp_path, capfd):
     """Lines of an encyclopedia as rows: four in ten are empty, and headings come again and again."""
-    heading = next(f" = {n} = \n" for n in range(99) if packing._Sides(0.2)(f" = {n} = \n") == "train")
+    heading = next(f" = {n} = \n" for n in range(99) if TrainValSplit(0.2)(f" = {n} = \n") == "train")
     texts = [x for n in range(100) for x in ("", f" text {n} of its own \n", heading, " \n")]
     made = packing.pack(corpus(texts), tmp_path, **SETTINGS | {"seq_len": 8})
     assert made.counts["read"] == 400 and made.counts["left_out"] == {"empty": 200}
@@ -202,7 +204,7 @@ def test_empty_documents_are_left_out_and_equal_ones_apart(tmp_path, capfd):
     fast = PreTrainedTokenizerFast.from_pretrained(made.tokenizer)
     rows, end = made.train.flatten(), fast.eos_token_id
     assert not ((rows[1:] == end) & (rows[:-1] == end)).any()
-    found = fast.decode(rows).split(packing.END)
+    found = fast.decode(rows).split(END)
     same = np.array([text == heading for text in found])
     assert same.sum() >= 99 and (same[1:] & same[:-1]).sum() < 0.4 * same.sum()  # they are more than the others
     again = packing.pack(corpus(texts[::-1]), tmp_path / "other", **SETTINGS | {"seq_len": 8})
@@ -211,16 +213,16 @@ def test_empty_documents_are_left_out_and_equal_ones_apart(tmp_path, capfd):
 
 @pytest.mark.parametrize("equal", [10, 50, 99])
 def test_equal_documents_are_never_neighbours_where_others_can_be_between_them(equal):
-    sides = packing._Sides(0.3)
-    own = [text for n in range(999) if sides(text := f"text {n}") == "train"][:100]
-    heading = next(f"= {n} =" for n in range(99) if sides(f"= {n} =") == "train")
-    others = [text for n in range(999) if sides(text := f"other {n}") == "val"][:60]
+    split = TrainValSplit(0.3)
+    own = [text for n in range(999) if split(text := f"text {n}") == "train"][:100]
+    heading = next(f"= {n} =" for n in range(99) if split(f"= {n} =") == "train")
+    others = [text for n in range(999) if split(text := f"other {n}") == "val"][:60]
     texts = [*own, *others, *[heading] * equal, *[" "] * 50]
-    order = [*packing._ordered(corpus(texts), sides)]
-    train = [text for text in order if text.strip() and sides(text) == "train"]
+    order = [*ordered(corpus(texts), split)]
+    train = [text for text in order if text.strip() and split(text) == "train"]
     assert sorted(order) == sorted(texts)
     assert not any(a == b for a, b in pairwise(train))
-    assert [*packing._ordered(corpus(own), sides)] == [text for text in train if text != heading]
+    assert [*ordered(corpus(own), split)] == [text for text in train if text != heading]
 
 
 def test_the_standard_library_has_another_name_where_its_rows_are_others(monkeypatch):
@@ -238,7 +240,7 @@ def test_the_usual_value_of_a_new_option_is_no_part_of_a_name(packed):
 
 
 def test_special_tokens_in_text_are_counted_or_read(tmp_path, capfd):
-    texts = [f"{text}{packing.END}more" for text in documents(200)] + documents(100, 1)
+    texts = [f"{text}{END}more" for text in documents(200)] + documents(100, 1)
     made = packing.pack(corpus(texts), tmp_path, **SETTINGS)
     assert made.counts["special_as_text"] == 200
     assert "200 documents hold special tokens" in (line := capfd.readouterr().err) and "data.special=tokens" in line
@@ -266,7 +268,7 @@ def test_rows_of_plain_text_are_named_and_made_as_ever(packed, tmp_path):
 
 
 def test_tokenizer_is_trained_without_the_validation_text(tmp_path):
-    side = packing._Sides(0.2)
+    side = TrainValSplit(0.2)
     texts = [f"{i} zq zq zq" if side(f"{i} zq zq zq") == "val" else f"{i} pw pw pw" for i in range(400)]
     made = packing.pack(corpus(texts), tmp_path, **SETTINGS)
     vocabulary = PreTrainedTokenizerFast.from_pretrained(made.tokenizer).get_vocab()
@@ -372,7 +374,7 @@ def test_data_from_before_bytes_were_counted_is_said_to_be(cache, packed, capsys
     packing.pack(corpus(documents()), cache, **SETTINGS)
     assert "Bits per byte" not in capsys.readouterr().err
     manifest = json.loads((cache / packed.folder.name / "manifest.json").read_text())
-    packing.seal(
+    packing.write_manifest(
         cache / packed.folder.name, {k: v for k, v in manifest.items() if k not in ("measured_bytes", "digest")}
     )
     packing.pack(corpus(documents()), cache, **SETTINGS)
@@ -419,7 +421,7 @@ def test_whatever_changes_the_rows_changes_the_folder(packed, tmp_path):
 def tokenizer_with(folder: Path, packed: Packed, *bos: str) -> str:
     """The folder of the trained tokenizer, with `bos` in front of every text; the end is the last new token."""
     fast = PreTrainedTokenizerFast.from_pretrained(packed.tokenizer)
-    fast.add_special_tokens({"additional_special_tokens": [t for t in bos if t != packing.END]})
+    fast.add_special_tokens({"additional_special_tokens": [t for t in bos if t != END]})
     if bos:
         special = [(t, fast.convert_tokens_to_ids(t)) for t in bos]
         fast.backend_tokenizer.post_processor = TemplateProcessing(single=f"{' '.join(bos)} $A", special_tokens=special)
@@ -457,7 +459,7 @@ def test_every_text_and_every_row_begins_as_the_tokenizer_has_it_and_that_is_not
         assert batch.labels[0].tolist() == expected
         learned += [label for label in expected if label != IGNORE]
     # Without what is put in front, the text is whole and ends as ever.
-    found = fast.decode(learned).split(packing.END)[1:-1]
+    found = fast.decode(learned).split(END)[1:-1]
     assert len(found) > 200 and set(found) <= texts
     assert made.counted == pytest.approx(len(learned) / len(made.train))
 
@@ -501,7 +503,7 @@ def test_ids_with_holes_are_no_smaller_vocabulary(packed, tmp_path):
     state = json.loads(fast.backend_tokenizer.to_str())
     vocabulary = state["model"]["vocab"]
     vocabulary["w"] = 70_000
-    changed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token=packing.END)
+    changed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token=END)
     changed.save_pretrained(tmp_path / "tokenizer")
     made = packing.pack(corpus(documents()), tmp_path, tokenizer=str(tmp_path / "tokenizer"), **NO_VOCAB)
     assert tokenizer.vocabulary_size(changed) == 70_001 > len(changed)
@@ -574,7 +576,9 @@ def test_damaged_manifest_is_named(packed, cache, damage):
         packing.pack(corpus(documents()), cache, **SETTINGS)
 
 
-WHERE = pytest.mark.parametrize("where", ["_tokenizer", "_batches", "np.save", "files.write_json"])
+WHERE = pytest.mark.parametrize(
+    "where", ["packing._tokenizer", "text_rows.in_batches", "row_files.np.save", "packing.files.write_json"]
+)
 
 
 def killed(*args, **more):
@@ -584,7 +588,7 @@ def killed(*args, **more):
 @WHERE
 def test_killed_packing_is_made_again_whole(packed, tmp_path, monkeypatch, where):
     with monkeypatch.context() as patch:
-        patch.setattr(f"kd.data.packing.{where}", killed)
+        patch.setattr(f"kd.data.{where}", killed)
         process = FORK.Process(target=packing.pack, args=(corpus(documents()), tmp_path), kwargs=SETTINGS)
         process.start()
         process.join()
@@ -593,7 +597,7 @@ def test_killed_packing_is_made_again_whole(packed, tmp_path, monkeypatch, where
 
 
 def test_killed_packing_leaves_nothing_for_ever(packed, tmp_path, monkeypatch):
-    test_killed_packing_is_made_again_whole(packed, tmp_path, monkeypatch, "files.write_json")
+    test_killed_packing_is_made_again_whole(packed, tmp_path, monkeypatch, "packing.files.write_json")
     assert {p.name for p in tmp_path.iterdir()} == {packed.folder.name, f"{packed.folder.name}.lock"}
 
 
@@ -603,7 +607,7 @@ def test_packing_that_fails_leaves_nothing(packed, tmp_path, monkeypatch, where,
     def fail(*args, **more):
         raise error
 
-    monkeypatch.setattr(f"kd.data.packing.{where}", fail)
+    monkeypatch.setattr(f"kd.data.{where}", fail)
     with pytest.raises(error):
         packing.pack(corpus(documents()), tmp_path, **SETTINGS)
     assert not [p for p in tmp_path.iterdir() if p.suffix != ".lock"]

@@ -11,8 +11,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from kd.data import corpora, instructions, packing, templates
+from kd.data.chat_template import ChatTemplate
 from kd.data.examples import Example, Turn
-from kd.data.templates import Chat, encode
+from kd.data.templates import encode
 from kd.errors import UserError
 from tests.data.test_columns import CALL, TOOL, first
 from tests.data.test_instructions import (
@@ -74,7 +75,7 @@ def test_prompt_response_and_end_begin_what_the_template_writes(template, answer
     made = [fast.decode(part) for part in encoded(Short((("user", "Hi"),), answer, True), "chat", fast)]
     assert made == [prompt, response]
     whole = fast.apply_chat_template([ONE, {"role": "assistant", "content": answer}], tokenize=False)
-    end = fast.convert_ids_to_tokens(Chat(fast).end)
+    end = fast.convert_ids_to_tokens(ChatTemplate(fast).end)
     assert whole.startswith(prompt + response + (end if end in whole else ""))
     asked = fast.apply_chat_template([ONE], tokenize=False, add_generation_prompt=True)
     assert prompt.startswith(asked)
@@ -102,7 +103,7 @@ def test_tokens_are_those_of_the_template_where_it_merges_text_with_the_answer(t
     fast = of_words("[INST] Hello [/INST] Hello USER: Hello ASSISTANT: Hello", template)
     prompt, response = encoded(Short((("user", "Hello"),), "Hello", True), "chat", fast)
     whole = fast.apply_chat_template([ONE | {"content": "Hello"}, {"role": "assistant", "content": "Hello"}])
-    assert [*prompt, *response, Chat(fast).end] == whole["input_ids"]
+    assert [*prompt, *response, ChatTemplate(fast).end] == whole["input_ids"]
     assert fast.convert_ids_to_tokens(response) == ["\u0120Hello"]
     asked = fast.apply_chat_template([ONE | {"content": "Hello"}], add_generation_prompt=True)
     assert prompt == asked["input_ids"]
@@ -226,7 +227,7 @@ def test_an_end_that_is_an_added_token_but_no_special_one_ends_a_response():
     for name in (START, STOP):
         fast.add_tokens([AddedToken(name, special=False, normalized=False)])
     stop = fast.convert_tokens_to_ids(STOP)
-    assert not fast.added_tokens_decoder[stop].special and Chat(fast).end == stop
+    assert not fast.added_tokens_decoder[stop].special and ChatTemplate(fast).end == stop
     text = f"x{STOP}y"
     prompt, response = encoded(Short((("user", text),), text, True), "chat", fast)
     assert prompt.count(stop) == 1 and stop not in response and fast.decode(response) == text
@@ -236,7 +237,7 @@ def test_an_end_that_is_an_added_token_but_no_special_one_ends_a_response():
         assert not templates.special_as_text(fast, True, template)(text)
     spaces = tokenizer(chat_template=CHAT.replace("<|im_end|>", "\n<|im_end|>"))
     spaces.add_tokens([AddedToken("\n", special=False, normalized=False)])
-    assert Chat(spaces).text_end == STOP
+    assert ChatTemplate(spaces).text_end == STOP
 
 
 # Time and chance
@@ -255,7 +256,7 @@ def test_the_clock_is_not_in_the_data():
     example = turns.example()._replace(options={"date": "1 May 2025"})
     ((row,),) = encode([example], "chat", tokenizer(chat_template=given))
     assert fast.decode(row.prompt).startswith("1 May 2025\n")
-    assert Chat(tokenizer(chat_template=given)).layout()[1:] == ("", f"{STOP}\n")
+    assert ChatTemplate(tokenizer(chat_template=given)).layout()[1:] == ("", f"{STOP}\n")
     unasked = "{% if tools %}{{ strftime_now('%Y') }}{% endif %}" + CHAT  # no date in this data
     assert encoded(turns, "chat", tokenizer(chat_template=unasked))
 
@@ -356,7 +357,7 @@ def test_a_response_of_nothing_but_an_end_is_no_response(tmp_path, template):
 
 
 def test_the_place_of_an_answer_is_shown():
-    opening, inserted, behind = Chat(tokenizer(chat_template=THINK)).layout()
+    opening, inserted, behind = ChatTemplate(tokenizer(chat_template=THINK)).layout()
     assert opening == f"{START}user\n{{user}}{STOP}\n{HEAD}" and inserted == "<think>\n\n</think>\n\n"
     assert behind == f"{STOP}\n"
 

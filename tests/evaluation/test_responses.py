@@ -278,7 +278,7 @@ def student(root) -> Path:
 def test_measures_of_a_run_are_those_of_its_file(root, student):
     final, rows = result(student)["final"], lines(student)
     (packed,) = (
-        p for p in map(packing.opened, (p.parent for p in root.glob("data/*/manifest.json"))) if p.end is not None
+        p for p in map(packing.open_packed, (p.parent for p in root.glob("data/*/manifest.json"))) if p.end is not None
     )
     examples = {row["prompt"]: row["response"] for row in lines(root, "examples.jsonl")}
     assert [row["row"] for row in rows] == list(range(6)) == list(range(len(packed.val)))

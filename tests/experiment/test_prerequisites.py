@@ -240,8 +240,8 @@ def test_what_a_teacher_wrote_is_written_once_and_learned_from(root, words):
     """SeqKD: prompts as they are, responses of the teacher; a kill in between costs the part that was being written."""
     here(root, *words, "logits=none", "rollout=teacher")
     (folder,) = (p.parent for p in (root / "rollouts").glob("*/manifest.json"))
-    own = packing.opened(next(p.parent for p in (root / "data").glob("*/train_spans.npy")))
-    written = packing.opened(folder)
+    own = packing.open_packed(next(p.parent for p in (root / "data").glob("*/train_spans.npy")))
+    written = packing.open_packed(folder)
     assert np.array_equal(written.val, own.val) and written.train.shape == own.train.shape
     asked = own.train_spans[:, 0]
     assert np.array_equal(written.train_spans[:, 0], asked)

@@ -23,10 +23,12 @@ from omegaconf import OmegaConf
 
 import train as product
 from kd.launch import cluster
-from kd.launch.pool import Job, Local, fitting, gpus
+from kd.launch.devices import gpus, max_parallel_runs
+from kd.launch.job import Job
+from kd.launch.local import LocalLauncher, LocalPool
 from kd.launch.ray_launcher import Ray
+from kd.launch.run_launcher import RunLauncher
 from kd.launch.slurm import HERE, SlurmPool
-from kd.launch.sweeper import Processes, Runs
 from kd.parallel import collectives, ddp
 from kd.runs.run import Run
 from kd.system.checkpoint_files import newest
@@ -209,9 +211,9 @@ def test_devices_are_counted_where_a_run_is_done(tmp_path, monkeypatch):
     monkeypatch.setattr(collectives, "processor", lambda accelerator: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     told = small_config(tmp_path, "trainer.devices=4", "teacher.steps=1")
-    monkeypatch.setattr(Runs, "_run_config", lambda self, words: told)
-    monkeypatch.setattr(Runs, "config", SimpleNamespace(force=False), raising=False)
-    ray, local = Ray(None, 1, 4), Processes()
+    monkeypatch.setattr(RunLauncher, "_run_config", lambda self, words: told)
+    monkeypatch.setattr(RunLauncher, "config", SimpleNamespace(force=False), raising=False)
+    ray, local = Ray(None, 1, 4), LocalLauncher()
     ray.config = local.config = SimpleNamespace(force=False)
     assert ray._run([], set())[1] == 4
     for work in (lambda words: local._run(words, set()), lambda words: product.train(told)):
@@ -320,7 +322,7 @@ def test_one_request_that_comes_by_several_ways_is_one(in_sweep, signals, saved,
 
 
 def test_a_sweep_takes_signals_at_one_moment_for_one_request():
-    pool = Local("", [], 1, [])
+    pool = LocalPool("", [], 1, [])
     for name in ("SIGTERM", "SIGTERM", "SIGUSR2"):
         pool._ask(name)
     assert len(pool.asked) == 1
@@ -400,8 +402,8 @@ print("ends", "", time.time())
 def test_every_run_has_the_gpus_it_asks_for(asks, n_jobs, devices, most, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     jobs = [Job(Run(tmp_path, f"run{n}"), [], str(n), asked) for n, asked in enumerate(asks)]
-    at_once = n_jobs or fitting(list(devices), min(asks))
-    Local(str(tmp_path / "program.py"), jobs, at_once, list(devices)).work()
+    at_once = n_jobs or max_parallel_runs(list(devices), min(asks))
+    LocalPool(str(tmp_path / "program.py"), jobs, at_once, list(devices)).work()
     spans = []
     for job, asked in zip(jobs, asks):
         gets, ends = (line.split(" ") for line in job.log.read_text().splitlines()[:2])
@@ -418,7 +420,7 @@ def test_every_run_has_the_gpus_it_asks_for(asks, n_jobs, devices, most, tmp_pat
 def test_as_many_runs_as_fit_by_what_they_ask_for(monkeypatch):
     """Not by what stands in the config that their words change."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    here, there = Processes(), Ray(None, 1, 0)
+    here, there = LocalLauncher(), Ray(None, 1, 0)
     here.config = there.config = OmegaConf.create({"n_jobs": None, "trainer": {"accelerator": "auto", "devices": 1}})
     assert [here.at_once(asked) for asked in ([1, 1], [2, 2], [4, 2], [])] == [4, 2, 2, 4]
     assert there.at_once([1]) == math.inf

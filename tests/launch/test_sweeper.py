@@ -15,7 +15,10 @@ from kd.config.rules import group_of
 from kd.config.schema import NO_SIGNAL
 from kd.errors import UserError
 from kd.experiment.dependencies import Plan
-from kd.launch.sweeper import Processes, asked_for, at_scale, discard, varying
+from kd.launch.local import LocalLauncher
+from kd.launch.run_launcher import discard
+from kd.launch.summary import varying
+from kd.launch.sweeper import asked_for, at_scale
 from kd.models import flops as flops_module
 from kd.runs.run import Run
 from kd.system import files
@@ -70,12 +73,12 @@ def test_words_that_make_other_runs_name_another_sweep(words):
 def test_a_damaged_teacher_is_said_before_any_run_starts(tmp_path):
     planned = Plan.of(small_config(tmp_path, "student=100k"))
     teacher = Plan.of(planned.teacher).run
-    Processes().check_before(planned, set())  # it is not there yet
+    LocalLauncher().check_before(planned, set())  # it is not there yet
     teacher.folder.mkdir(parents=True)
     (teacher / "result.json").write_text("{")
     with refused(option=teacher.folder / "result.json", why="is damaged"):
-        Processes().check_before(planned, set())
-    Processes().check_before(planned, {files.digest_of(planned.teacher.to_dict())})
+        LocalLauncher().check_before(planned, set())
+    LocalLauncher().check_before(planned, {files.digest_of(planned.teacher.to_dict())})
 
 
 def test_one_run_is_said_to_be_one():
@@ -85,8 +88,8 @@ def test_one_run_is_said_to_be_one():
 def test_a_copy_removes_no_result_while_another_one_is_at_work(tmp_path):
     done, begun = Run(tmp_path, "done"), Run(tmp_path, "begun")
     for run in (done, begun):
-        assert run.claim()
-        run.release()
+        assert run.claim.take()
+        run.claim.release()
     (done / "result.json").write_text("{}")
     (begun / "claim.lock").write_text(json.dumps(whereabouts() | {"pid": os.getppid()}))
     with refused(option="force", got=True, why="another copy of this sweep works on begun", hint="without force=true"):
@@ -240,7 +243,7 @@ def test_all_runs_that_cannot_be_made_are_named_with_what_to_type_for_the_others
             raise UserError(f"{job[0]} needs more.")
         return job
 
-    launcher = Processes.__new__(Processes)
+    launcher = LocalLauncher.__new__(LocalLauncher)
     said = [" ".join(job) for job in jobs]
     with pytest.raises(UserError) as error:
         launcher._each(make, jobs, said)

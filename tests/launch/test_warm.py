@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kd.launch.pool import Job, Local
+from kd.launch.job import Job
+from kd.launch.local import LocalPool
 from kd.launch.warm import Warm
 from kd.runs.run import Run
 
@@ -49,7 +50,7 @@ def warm(program):
 def done(folder: Path, warm: Warm | None, *codes: str, at_once: int = 1, devices: tuple[str, ...] = ()) -> list[Job]:
     """Jobs of these programs, done one after another."""
     jobs = [Job(Run(folder / "runs", f"run{n}"), [code], str(n)) for n, code in enumerate(codes)]
-    Local(str(folder / "program.py"), jobs, at_once, list(devices), warm).work()
+    LocalPool(str(folder / "program.py"), jobs, at_once, list(devices), warm).work()
     return jobs
 
 
@@ -137,7 +138,7 @@ def test_changed_code_is_what_the_next_run_runs(tmp_path, program, warm):
 def test_without_the_server_runs_go_on_and_start_by_themselves(tmp_path, warm, capsys):
     kill = f"import time; os.kill({os.getpid()}, 0); time.sleep(0.5); print('done')"
     jobs = [Job(Run(tmp_path / "runs", f"run{n}"), [kill], str(n)) for n in range(2)]
-    pool = Local(str(tmp_path / "program.py"), jobs, 1, [], warm)
+    pool = LocalPool(str(tmp_path / "program.py"), jobs, 1, [], warm)
     real = pool.over
 
     def over():
@@ -161,14 +162,15 @@ def test_a_server_that_cannot_begin_says_why_in_the_log_and_the_run_starts_by_it
 SWEEP = """
 import sys
 from pathlib import Path
-from kd.launch.pool import Job, Local
+from kd.launch.job import Job
+from kd.launch.local import LocalPool
 from kd.launch.warm import Warm
 from kd.runs.run import Run
 
 folder = Path(sys.argv[1])
 code = "print(os.getpid(), flush=True); import time; time.sleep(600)"
 jobs = [Job(Run(folder / "runs", "run"), [code], "")]
-Local(str(folder / "program.py"), jobs, 1, [], Warm(str(folder / "program.py"))).work()
+LocalPool(str(folder / "program.py"), jobs, 1, [], Warm(str(folder / "program.py"))).work()
 """
 
 

@@ -457,7 +457,7 @@ def test_a_student_without_attention_learns_from_a_mixture_with_a_bos(tmp_path):
     result = json.loads((folder / "result.json").read_text())
     assert result["active_parameters"] == result["parameters"]
     assert result["teacher_active_parameters"] < result["teacher_parameters"]
-    (data,) = (packing.opened(path) for path in (tmp_path / "runs" / "data").iterdir() if path.is_dir())
+    (data,) = (packing.open_packed(path) for path in (tmp_path / "runs" / "data").iterdir() if path.is_dir())
     assert (data.val[:, 0] == 42).all() and (data.val[:, 1:] == 42).any() and data.boundary == (1, 42)
     # The loss of plain transformers, on all labels but those in front of a text.
     rows, student = torch.from_numpy(data.val.astype(int)), folder / "student"

@@ -13,7 +13,7 @@ from kd.objective import losses, truncation
 from kd.objective.target import Target
 from kd.objective.target_transforms import renormalise
 from kd.objective.token_info import TokenInfo
-from kd.rollout.strategies import returns
+from kd.rollout.mixed import returns
 from tests.cases import (
     FORMS,
     LOSSES,

@@ -12,8 +12,10 @@ from kd.config.components import declared
 from kd.data.batches import IGNORE, Batch
 from kd.objective.token_info import TokenInfo
 from kd.parallel import collectives
-from kd.rollout import generate, strategies
-from kd.rollout.strategies import Writers, returns, whiten
+from kd.rollout import generate
+from kd.rollout.mixed import returns, whiten
+from kd.rollout.rows import only_by_student
+from kd.rollout.samplers import Samplers
 from kd.runs.run import Run
 from kd.training.callbacks.checkpoints import Checkpoints
 from tests.cases import close, each, option, settings
@@ -153,7 +155,7 @@ def models():
 
 
 def made(models, name: str, **changes):
-    return option("rollout", name, **changes)(Writers(**models, end=END, seed=5))
+    return option("rollout", name, **changes)(Samplers(**models, eos_token_id=END, seed=5))
 
 
 def same(a: Batch, b: Batch) -> None:
@@ -201,7 +203,7 @@ def test_a_run_that_was_killed_writes_what_it_would_have_written(name, models):
         for step in range(start, stop):
             found.append(asked(data(step), step, step / 10))
             if step % 3 == 2:
-                asked.validated(losses[step // 3])
+                asked.on_validation(losses[step // 3])
         return found
 
     one = made(models, name, **changes)
@@ -242,7 +244,7 @@ def test_what_the_student_writes_is_what_generate_writes(models):
     found = made(models, "student", share=1.0, temperature=0.7, top_k=9, max_tokens=4)(given, 3, 0.0)
     seed = given.seed[:, 0] ^ (1 << 32)
     how = dict(temperature=0.7, top_k=9, top_p=1.0, max_tokens=4)
-    same(found, strategies._only_who(generate.write(given, END, seed, models["student"], **how)))
+    same(found, only_by_student(generate.write(given, END, seed, models["student"], **how)))
     assert torch.equal(found.token_info.by_student, (found.labels != IGNORE).float())
     left = made(models, "student", share=0.0)(given, 3, 0.0)
     same(left, given._replace(token_info=TokenInfo(by_student=torch.zeros(4, T))))
@@ -279,9 +281,9 @@ def test_rows_at_once_change_nothing(models):
         changes = {"share": 1.0} if name == "student" else {}
         make, found = option("rollout", name, **changes), []
         for rows in (None, 1, 3):
-            writers = Writers(**models, end=END, seed=5, rows=rows)
-            found.append(make(writers)(data(), 0, 0.0))
-            assert writers.tokens == (found[-1].labels != IGNORE).sum() and writers.seconds > 0
+            samplers = Samplers(**models, eos_token_id=END, seed=5, rows=rows)
+            found.append(make(samplers)(data(), 0, 0.0))
+            assert samplers.tokens == (found[-1].labels != IGNORE).sum() and samplers.seconds > 0
         for other in found[1:]:
             assert torch.equal(other.labels, found[0].labels)
 
@@ -299,7 +301,7 @@ def test_the_threshold_rises_as_in_the_authors_code(models):
     asked = made(models, "adaptive", tolerance=0.1)
     seen = []
     for loss in (2.0, 2.05, 1.5, 2.1, 2.15, 2.25, 1.0, 2.35, *[9.0 + n for n in range(12)]):
-        asked.validated(loss)
+        asked.on_validation(loss)
         seen.append(round(asked.threshold, 6))
     # The loss to beat stays at 2.0 until 2.1 is there, then at 2.1 until 2.25, and so on; never below.
     assert seen[:8] == [0, 0, 0, 0.1, 0.1, 0.2, 0.2, 0.3] and seen[-1] == 1.0 and seen[-6] == 1.0
@@ -384,7 +386,7 @@ def test_a_batch_is_learned_from_in_so_many_steps(epochs, models):
     for step in range(6):
         assert found[step].row.tolist() == data(step - step % epochs).row.tolist()
         same(found[step], found[step - step % epochs])
-    assert asked.writers.tokens == sum((found[step].labels != IGNORE).sum() for step in range(0, 6, epochs))
+    assert asked.samplers.tokens == sum((found[step].labels != IGNORE).sum() for step in range(0, 6, epochs))
 
 
 @pytest.mark.parametrize("name", ["mixed", "mixed_code"])
@@ -431,7 +433,7 @@ def test_without_a_share_of_the_teacher_the_student_writes_alone(models):
 
 def test_another_number_of_ranks_goes_on_where_none_has_text_of_its_own(models):
     asked = made(models, "adaptive", threshold=1.0, capacity=8)
-    asked.validated(2.5)
+    asked.on_validation(2.5)
     before = asked.state()
     going = SimpleNamespace(rollout=made(models, "adaptive"))
     code = {"sources": {}, "origins": {}}

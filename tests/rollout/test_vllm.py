@@ -17,7 +17,7 @@ from kd.models.causal_lm import CausalLM
 from kd.objective.chunked import log_probabilities
 from kd.rollout import vllm
 from kd.rollout.generate import write
-from kd.rollout.strategies import Writers
+from kd.rollout.samplers import Samplers
 from tests.cases import option
 from tests.refusals import refused
 from tests.rollout.test_generate import END, PROMPTS, T, V, batch, seeds
@@ -118,14 +118,14 @@ def test_drawn_tokens_depend_on_the_row_and_its_seed_alone():
 def test_a_student_writes_with_the_weights_it_has(stub):
     made, given = model(0), batch(PROMPTS)
     rollout = option("rollout", "student", share=1.0, temperature=0.0, engine="vllm")
-    rollout = rollout(Writers(made, None, end=END, seed=5))
+    rollout = rollout(Samplers(made, None, eos_token_id=END, seed=5))
     before = rollout(given, 0, 0.0)
     same(before, write(given, END, seeds(6), made, temperature=0))
     assert torch.equal(before.token_info.by_student, (before.labels != IGNORE).float())
     made.load_state_dict(model(1).state_dict())
     after = rollout(given, 1, 0.0)
     same(after, write(given, END, seeds(6), made, temperature=0))
-    assert not torch.equal(after.ids, before.ids) and rollout.writers.engines.keys() == {"student"}
+    assert not torch.equal(after.ids, before.ids) and rollout.samplers.engines.keys() == {"student"}
 
 
 def test_weights_that_were_not_taken_are_noticed(stub, monkeypatch):

@@ -18,8 +18,8 @@ import pytest
 
 from kd.errors import UserError
 from kd.experiment import fit
+from kd.launch.local import LocalLauncher
 from kd.launch.ray_launcher import Ray
-from kd.launch.sweeper import Processes
 from kd.runs import loggers
 from kd.runs.identity import About, about
 from kd.runs.loggers import MetricsFile, join, views, wandb
@@ -341,12 +341,12 @@ def test_a_sweep_asks_wandb_for_all_of_its_runs(online, tmp_path):
     asked = []
     online.setattr(loggers, "silent_server", lambda: asked.append(1) or "no answer")
     runs = [Run(tmp_path, name) for name in "ab"]
-    Processes()._prepare_wandb("s", runs)
+    LocalLauncher()._prepare_wandb("s", runs)
     assert asked == [1] and os.environ[loggers.ANSWER] == "offline"  # which its runs inherit
     del os.environ[loggers.ANSWER]
     os.environ["WANDB_MODE"] = "online"
     Ray(None, 1, 0)._prepare_wandb("s", runs)  # other machines may reach it, or not
-    Processes()._prepare_wandb("s", [])
+    LocalLauncher()._prepare_wandb("s", [])
     assert asked == [1]
 
 

@@ -11,7 +11,7 @@ import train as product
 from kd.data import packing
 from kd.errors import UserError
 from kd.experiment import planner, prerequisites
-from kd.launch.pool import Job
+from kd.launch.job import Job
 from kd.runs import provenance
 from kd.runs.outcome import RunState
 from kd.runs.run import Run, check_student
@@ -214,7 +214,7 @@ def test_what_is_damaged_under_a_url_is_said_and_a_damaged_copy_is_fetched_anew(
     whole = (there / run.name / "result.json").read_text()
     (there / run.name / "result.json").write_text(whole[:100])
     of = Run(f"file://{there}", run.name)
-    with refused(option=f"{of.where}/result.json", why="is damaged", commands=of.removal()):
+    with refused(option=f"{of.where}/result.json", why="is damaged", commands=of.removal_command()):
         of.result()
     (there / run.name / "result.json").write_text(whole)
     edit(there / run.name / "result.json", '"val/lm": ', '"val/lm": 1')
@@ -277,7 +277,7 @@ def test_what_a_message_says_to_remove_is_quoted(made, tmp_path):
     for name in ("train.npy", "manifest.json"):
         flip(data / name)
         with pytest.raises(UserError) as caught:
-            packing.opened(data)
+            packing.open_packed(data)
         wanted.append((data, str(caught.value)))
         flip(data / name)
     for path, message in wanted:
@@ -375,10 +375,20 @@ class Both:
     def two(self): return fixed
 """)
     code("rollout.strategies")
-    assert provenance._used("rollout.strategies", "mixed") == {"mixed", "helper"}
-    assert provenance._used("rollout.strategies", "student") == {"student", "teacher", "LIMIT"}
-    assert provenance._used("rollout.strategies", "Both") >= {"Both", "fixed"}
-    assert "student" not in provenance._used("rollout.strategies", "Both")
+    used = {of: {name for _, name in provenance._used("rollout.strategies", of)} for of in ("mixed", "student", "Both")}
+    assert used["mixed"] == {"mixed", "helper"}
+    assert used["student"] == {"student", "teacher", "LIMIT"}
+    assert used["Both"] >= {"Both", "fixed"} and "student" not in used["Both"]
+
+
+def test_a_rollout_is_old_where_the_module_of_its_method_has_changed(made, code):
+    config = result(made)["config"] | {"data": "instructions", "rollout": "mixed"}
+    before = {"config": config, "sources": provenance.sources(config)}
+    assert {"mixed", "TeacherMixedSampling", "returns", "Rollout", "Samplers"} <= before["sources"]["rollout"].keys()
+    code("rollout.replay", ("RISE = 0.1", "RISE = 0.2"))
+    assert provenance.changes(before) == []
+    code("rollout.mixed", ("r + gamma * total", "r + total"))
+    assert provenance.changes(before) == ["rollout=mixed (returns)"]
 
 
 def test_a_result_is_shown_as_old_where_the_code_of_its_teacher_has_changed(made, code):

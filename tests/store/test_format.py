@@ -10,7 +10,7 @@ import torch
 from kd.objective.chunked import chunks
 from kd.objective.target import Target
 from kd.store.format import MOST_DRAWS, STEP, Entries, encode, from_bytes
-from kd.store.writer import Rows
+from kd.store.rows import Rows
 from tests.cases import option
 
 ROWS, SIZE = 4, 8  # of the data: 4 rows of 8 positions

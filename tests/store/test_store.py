@@ -27,11 +27,12 @@ from kd.experiment.dependencies import Plan, cached_corpus
 from kd.models import causal_lm
 from kd.models import hub as hub_module
 from kd.store import __main__ as store_main
-from kd.store import reader, writer
-from kd.store.reader import Store, within
+from kd.store import reader, transfer
+from kd.store.reader import Store
+from kd.store.spec import covers
 from kd.system import files
 from kd.system.console import console
-from kd.system.remote import Remote, home
+from kd.system.remote import Remote, local_root
 from tests.refusals import refused
 from tests.small import SMALL, TOP, content, folder, here, outcome, put_result, result, train, type_in, write
 
@@ -513,8 +514,8 @@ def top(**settings) -> dict:
         (top(k=1), PLUGIN, False),
     ],
 )
-def test_what_is_within(asked, held, inside):
-    assert within(asked, held) is inside
+def test_what_a_store_covers(asked, held, inside):
+    assert covers(held, asked) is inside
 
 
 @pytest.mark.parametrize("asked", ["full", "random", "top_p", "top_k"])
@@ -625,7 +626,7 @@ def test_a_url_is_written_to_and_an_upload_that_was_cut_off_goes_on(root, monkey
     shutil.rmtree(root / "stores")
     with monkeypatch.context() as patch:
         patch.setattr(type(system), "put_file", fail)
-        patch.setattr("kd.system.remote.PATIENCE", 0)
+        patch.setattr("kd.system.retries.PATIENCE", 0)
         with refused(option=url, why="the network is gone", hint="type the same command again"):
             here(root, *OFFLINE, f"logits.path={url}")
     assert not system.exists(f"{url}/manifest.json")
@@ -642,7 +643,7 @@ def test_a_url_is_written_to_and_an_upload_that_was_cut_off_goes_on(root, monkey
 def test_a_store_of_a_root_under_a_url_is_written_under_that_url(root, monkeypatch, tmp_path):
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
     url = f"memory://{root.name}/kd"
-    cache = home(url) / "stores"
+    cache = local_root(url) / "stores"
     path = f"{url}/stores/{only(root).name}"
     files.local(path, cache).mkdir(parents=True)
     shutil.copy(only(root) / "begun.json", files.local(path, cache))
@@ -661,7 +662,7 @@ def test_an_upload_leaves_out_what_was_sent_while_it_was_recorded(root, monkeypa
     monkeypatch.setattr(
         type(system), "put_file", lambda self, a, b, **m: copied.append(Path(a).name) or put(self, a, b)
     )
-    writer.upload(folder, url)
+    transfer.upload(folder, url)
     assert sorted([*copied, SHARDS[0]]) == sorted([p.name for p in folder.glob("*.safetensors")] + ["manifest.json"])
     Store(url, root / "other").verify()
 
@@ -672,8 +673,8 @@ def test_an_upload_replaces_no_other_store(root):
     before = fsspec.filesystem("memory").cat_file(f"{url}/manifest.json")
     other = write(root, "truncation=top_k", "truncation.k=3", f"logits.path={root / 'other'}")
     with refused(option=url, why="holds another store, of "):
-        writer.upload(Path(other.path), url)
-    writer.upload(only_of(root, before), url)  # the same one, from another machine
+        transfer.upload(Path(other.path), url)
+    transfer.upload(only_of(root, before), url)  # the same one, from another machine
     assert fsspec.filesystem("memory").cat_file(f"{url}/manifest.json") == before
 
 

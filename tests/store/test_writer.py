@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from kd.errors import UserError
 from kd.experiment import stores
 from kd.models import causal_lm
-from kd.store import writer
+from kd.store import cost, rows, transfer, writer
 from kd.store.reader import Store
 from kd.system import files
 from tests.refusals import refused
@@ -68,7 +68,7 @@ def at_once(count: int, task: Callable[[int], object]) -> list[int]:
 
 def watched(log: Path, before: Callable[[int], None] = lambda count: None) -> None:
     """Note in a file which process saves what; `before` is told how much it has saved."""
-    real, count = writer._save, 0
+    real, count = rows.save_tensors, 0
 
     def save(tensors, where, name, **note) -> None:
         nonlocal count
@@ -78,7 +78,7 @@ def watched(log: Path, before: Callable[[int], None] = lambda count: None) -> No
             file.write(f"{os.getpid()} {name}\n")
         real(tensors, where, name, **note)
 
-    writer._save = save
+    rows.save_tensors = save
 
 
 def saved(log: Path) -> list[tuple[str, ...]]:
@@ -182,7 +182,7 @@ def test_parts_are_merged_to_what_one_machine_writes(root, clean, parts, tmp_pat
     written = [set(shards(content(path))) for path in parts]
     assert not written[0] & written[1] and all(len(names) > 3 for names in written)
     assert not any((path / "manifest.json").exists() for path in parts)
-    writer.merge(tmp_path / "whole", parts)
+    transfer.merge(tmp_path / "whole", parts)
     found = content(tmp_path / "whole")
     assert shards(found) == shards(clean)
     assert {n: d for n, d in found.items() if n.startswith("shard")}.items() <= clean.items()
@@ -192,7 +192,7 @@ def test_parts_are_merged_to_what_one_machine_writes(root, clean, parts, tmp_pat
 
 def merging(parts: list[Path], tmp_path: Path) -> str:
     with pytest.raises(UserError) as caught:
-        writer.merge(tmp_path / "whole", parts)
+        transfer.merge(tmp_path / "whole", parts)
     assert not (tmp_path / "whole" / "manifest.json").exists()
     return str(caught.value)
 
@@ -214,7 +214,7 @@ def test_a_damaged_part_is_refused_by_file_and_the_whole_one_is_taken(parts, tmp
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert f"{path} is damaged" in merging(parts, tmp_path)
     path.write_bytes(whole)
-    writer.merge(tmp_path / "whole", parts)
+    transfer.merge(tmp_path / "whole", parts)
     assert shards(content(tmp_path / "whole")) == shards(clean)
 
 
@@ -248,7 +248,7 @@ def test_no_room_is_said_before_anything_is_written(root, clean, monkeypatch):
 @pytest.mark.parametrize("words", [TOP, ("truncation=random",), ("truncation=full",)], ids=lambda w: w[0])
 def test_the_estimate_is_what_the_store_takes(root, words, monkeypatch):
     said = []
-    monkeypatch.setattr(writer.console, "print", lambda *text, **_: said.extend(text))
+    monkeypatch.setattr(cost.console, "print", lambda *text, **_: said.extend(text))
     held = write(root, *words, "data.tokens=20000", f"logits.path={root / 'store'}", "teacher.steps=6")
     amounts = [float(n) * {"kB": 1e3, "MB": 1e6}[unit] for n, unit in re.findall(r"([\d.]+) (kB|MB)", said[0])]
     taken = sum(note["size"] for note in held.manifest["files"].values())

@@ -219,8 +219,8 @@ def test_a_cache_that_cannot_be_written_is_said_with_what_to_type(tmp_path, monk
     cache = {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "kd"}.get(folder, folder)
     monkeypatch.setenv("KD_CACHE", str(cache))
     with refused(option=cache, need="a folder that can be written", hint="type KD_CACHE=/other/folder"):
-        remote.home("memory://bucket/runs")
-    assert remote.home(tmp_path) == tmp_path
+        remote.local_root("memory://bucket/runs")
+    assert remote.local_root(tmp_path) == tmp_path
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     with refused(option=cache, need="a folder that can be written", hint="type HF_HOME=/other/folder"):

@@ -15,14 +15,15 @@ from rich.table import Table
 from kd.errors import for_people, is_mistake
 from kd.experiment.prerequisites import FinishedRun
 from kd.experiment.summary import show
-from kd.launch.pool import Job, Pool
-from kd.launch.sweeper import summary
+from kd.launch.job import Job
+from kd.launch.pool import Pool
+from kd.launch.summary import summary
 from kd.runs import provenance
 from kd.runs.run import Run
 from kd.store.reader import Store
 from kd.system import files
 from kd.system.console import Steps, Terminal, console, styled, track
-from kd.system.remote import home
+from kd.system.remote import local_root
 from sweeps.fit.__main__ import main as fit_main
 from sweeps.report.__main__ import main as report_main
 from tests.refusals import refused
@@ -73,9 +74,9 @@ def test_the_home_folder_is_expanded_where_no_shell_did_it():
 
 def test_a_cache_in_the_home_folder(at_home, monkeypatch):
     monkeypatch.setenv("KD_CACHE", "~/cache")
-    assert home("file:///x").parent == at_home / "cache"
+    assert local_root("file:///x").parent == at_home / "cache"
     monkeypatch.delenv("KD_CACHE")
-    assert home("file:///x").parent == at_home / ".cache" / "kd"
+    assert local_root("file:///x").parent == at_home / ".cache" / "kd"
 
 
 def test_runs_stores_and_reports_in_the_home_folder(at_home, capsys, monkeypatch):

@@ -16,12 +16,15 @@ from fsspec.implementations.local import LocalFileSystem
 from rich.console import Console
 
 from kd.launch import cluster
-from kd.launch.pool import Job, Local
-from kd.launch.sweeper import summary
+from kd.launch.job import Job
+from kd.launch.local import LocalPool
+from kd.launch.summary import summary
 from kd.runs.run import Run
-from kd.system import remote
+from kd.system import remote, retries
+from kd.system.lease import lease
 from kd.system.processes import alive, boot, whereabouts
 from kd.system.remote import Remote
+from kd.system.remote_checkpoints import RemoteCheckpoints
 from tests.refusals import refused
 from tests.small import (
     ENVIRONMENT,
@@ -67,8 +70,8 @@ def whole(tmp_path_factory) -> Path:
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(ENVIRONMENT, "KD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "SETTLES", 0.1)
-    monkeypatch.setattr(remote, "POLL", 0.1)
+    monkeypatch.setattr("kd.system.lease.SETTLES", 0.1)
+    monkeypatch.setattr("kd.system.lease.POLL", 0.1)
     return tmp_path / "cache"
 
 
@@ -119,8 +122,9 @@ def pushed(there: Path, cache: Path) -> tuple[Remote, Path]:
         path = run.folder / "checkpoints" / f"step-{step:08}.ckpt"
         path.write_bytes(bytes([step]) * 99)
         path.with_suffix(".xxh3").write_text("digest")
-        run.send_checkpoint(path, None, None)
-        run.finish_sending()
+        copies = RemoteCheckpoints(run)
+        copies.send(path, None, None)
+        copies.finish_sending()
     shutil.rmtree(cache)
     return run, there / "run" / "checkpoints"
 
@@ -129,18 +133,18 @@ def test_checkpoint_and_metrics_belong_together_and_a_damaged_one_is_passed_over
     run, objects = pushed(tmp_path / "there", cache)
     assert sorted(p.name for p in objects.glob("*.json")) == ["step-00000006.json", "step-00000009.json"]
     assert len(list(objects.iterdir())) == 6
-    assert run.pull_checkpoint(-1)
+    assert RemoteCheckpoints(run).pull(-1)
     assert [json.loads(x)["step"] for x in open(run.folder / "metrics.jsonl")] == list(range(1, 10))
-    assert not run.pull_checkpoint(9)  # as far as what is here
+    assert not RemoteCheckpoints(run).pull(9)  # as far as what is here
     shutil.rmtree(cache)
     (objects / "step-00000009.ckpt").write_bytes(b"\x09" * 98 + b"\x08")
     with pytest.warns(UserWarning, match="step-00000009.json is of a damaged checkpoint"):
-        assert run.pull_checkpoint(-1)
+        assert RemoteCheckpoints(run).pull(-1)
     assert [json.loads(x)["step"] for x in open(run.folder / "metrics.jsonl")] == list(range(1, 7))
     (objects / "step-00000006.jsonl").unlink()
     damaged = "step-00000009.json, checkpoints/step-00000006.json"
     with pytest.warns(UserWarning), refused(option=run.url, why=damaged, hint=f"remove {run.url}/checkpoints"):
-        run.pull_checkpoint(-1)
+        RemoteCheckpoints(run).pull(-1)
 
 
 @pytest.mark.parametrize("name", ["../evil", "checkpoints/../../evil", "{root}/evil"])
@@ -149,7 +153,7 @@ def test_a_note_that_names_another_place_is_refused(cache, tmp_path, name):
     (tmp_path / "there" / "evil").write_text("evil")
     (objects / "step-00000099.json").write_text(json.dumps({"files": {name.format(root=tmp_path): ""}, "digest": ""}))
     with refused(option=run.url, why="evil; nothing was copied"):
-        run.pull_checkpoint(-1)
+        RemoteCheckpoints(run).pull(-1)
     assert [p for p in tmp_path.rglob("evil") if p.parent != tmp_path / "there"] == []
 
 
@@ -161,10 +165,11 @@ def test_checkpoint_in_shards_is_a_folder_there_too(cache, tmp_path):
         (path / name).write_text(name)
     path.with_suffix(".xxh3").write_text("digest")
     (run.folder / "metrics.jsonl").write_text('{"step": 3}\n')
-    run.send_checkpoint(path, None, None)
-    run.finish_sending()
+    copies = RemoteCheckpoints(run)
+    copies.send(path, None, None)
+    copies.finish_sending()
     shutil.rmtree(cache)
-    assert run.pull_checkpoint(-1) and sorted(p.name for p in path.iterdir()) == [
+    assert RemoteCheckpoints(run).pull(-1) and sorted(p.name for p in path.iterdir()) == [
         ".metadata",
         "__0_0.distcp",
         "meta.pt",
@@ -242,20 +247,21 @@ def held(tmp_path: Path, lease: dict) -> Remote:
 
 
 def test_a_machine_that_is_gone_is_followed_and_one_that_is_there_is_not(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "EXPIRES", 0.5)
-    with held(tmp_path, other()).lease(whereabouts(), alive, patient=False):  # it says nothing for so long
-        lease = json.loads((tmp_path / "run" / "lease.json").read_text())
-        assert lease["pid"] == os.getpid()
+    monkeypatch.setattr("kd.system.lease.EXPIRES", 0.5)
+    with lease(held(tmp_path, other()), whereabouts(), alive, patient=False):  # it says nothing for so long
+        written = json.loads((tmp_path / "run" / "lease.json").read_text())
+        assert written["pid"] == os.getpid()
     assert not (tmp_path / "run" / "lease.json").exists()
-    monkeypatch.setattr(remote, "EXPIRES", 100)
+    monkeypatch.setattr("kd.system.lease.EXPIRES", 100)
     gone = subprocess.Popen(["true"])
     gone.wait()
     began = time.monotonic()
-    with held(tmp_path, whereabouts() | {"pid": gone.pid, "id": "x", "beat": 0}).lease(whereabouts(), alive, False):
+    run = held(tmp_path, whereabouts() | {"pid": gone.pid, "id": "x", "beat": 0})
+    with lease(run, whereabouts(), alive, patient=False):
         assert time.monotonic() - began < 5
     with (
         refused(why=f"being worked on by process {os.getpid()}", hint="wait for that process to end"),
-        held(tmp_path, whereabouts() | {"id": "x", "beat": 0, "boot": boot()}).lease(whereabouts(), alive, False),
+        lease(held(tmp_path, whereabouts() | {"id": "x", "beat": 0, "boot": boot()}), whereabouts(), alive, False),
     ):
         raise AssertionError
 
@@ -287,7 +293,7 @@ def test_urls_that_cannot_be(cache, tmp_path, root, why):
 
 def test_a_folder_is_no_url(tmp_path):
     made = small_config(tmp_path)
-    assert remote.home(made.root) == tmp_path and Run(tmp_path, "x").remote is None
+    assert remote.local_root(made.root) == tmp_path and Run(tmp_path, "x").remote is None
 
 
 class Away(LocalFileSystem):
@@ -321,9 +327,9 @@ fsspec.register_implementation("away", Away, clobber=True)
 
 @pytest.fixture
 def away(cache, monkeypatch, tmp_path) -> str:
-    monkeypatch.setattr(remote, "PAUSES", (0.05, 0.1))
+    monkeypatch.setattr(retries, "PAUSES", (0.05, 0.1))
     monkeypatch.setattr(Away, "until", 0.0)
-    remote._outages.clear()
+    retries._outages.clear()
     return f"away://{tmp_path}/there"
 
 
@@ -354,23 +360,23 @@ def test_a_url_is_asked_once_where_nothing_waits_and_not_for_ever(away, tmp_path
     there = Remote(away, tmp_path / "copy")
     Away.go(1000)
     for wait, least, most in ((0, 0, 0.3), (0.5, 0.3, 1.5), (None, 0, 0.3)):  # the last one, as it was away so long
-        monkeypatch.setattr(remote, "PATIENCE", 0.4)
+        monkeypatch.setattr(retries, "PATIENCE", 0.4)
         began = time.monotonic()
-        with pytest.raises(remote.Unreachable, match=r"could not be read"):
+        with pytest.raises(retries.Unreachable, match=r"could not be read"):
             there.read("one.json", wait)
         assert least <= time.monotonic() - began < most
 
 
 def test_what_can_never_be_written_is_given_up_although_the_rest_is_reached(away, tmp_path, monkeypatch):
     there = Remote(away, tmp_path / "copy")
-    monkeypatch.setattr(remote, "PATIENCE", 0.5)
+    monkeypatch.setattr(retries, "PATIENCE", 0.5)
 
     def too_large() -> None:
         there.write("small.json", {})
         raise OSError("too large")
 
-    with pytest.raises(remote.Unreachable, match="too large"):
-        remote.patiently(away, "written", too_large)
+    with pytest.raises(retries.Unreachable, match="too large"):
+        retries.patiently(away, "written", too_large)
 
 
 def test_a_run_that_ends_while_its_url_is_away_is_done(away, tmp_path):
@@ -392,16 +398,17 @@ def test_a_run_that_ends_while_its_url_is_away_is_done(away, tmp_path):
 def test_why_a_run_failed_is_not_lost_in_an_outage(away, tmp_path, monkeypatch):
     run = Run(away, "run")
     run.folder.mkdir(parents=True)
-    monkeypatch.setattr(remote, "SOON", 0)
-    run.begin(small_config(tmp_path))
+    monkeypatch.setattr(retries, "SOON", 0)
+    run.start(small_config(tmp_path))
     Away.go(1000)
-    with pytest.warns(UserWarning), pytest.raises(ZeroDivisionError), run.recorded():
+    with pytest.warns(UserWarning), pytest.raises(ZeroDivisionError), run.records_failure():
         1 / 0  # noqa: B018
     assert json.loads((run / "state.json").read_text())["reason"] == "ZeroDivisionError: division by zero"
 
 
 def test_training_does_not_wait_for_a_checkpoint_to_arrive_and_the_next_one_makes_up_for_it(away, tmp_path):
     run = Remote(f"{away}/run", tmp_path / "copy")
+    copies = RemoteCheckpoints(run)
     (run.folder / "checkpoints").mkdir(parents=True)
     (run.folder / "metrics.jsonl").write_text('{"step": 3}\n')
     began = time.monotonic()
@@ -410,20 +417,20 @@ def test_training_does_not_wait_for_a_checkpoint_to_arrive_and_the_next_one_make
         path.write_bytes(b"x")
         path.with_suffix(".xxh3").write_text("digest")
         Away.go(seconds)
-        run.send_checkpoint(path, None, None)
+        copies.send(path, None, None)
         if step == 3:
             with pytest.warns(UserWarning, match="the next one is copied again"):
-                run.finish_sending()
+                copies.finish_sending()
             assert time.monotonic() - began < 0.2
             time.sleep(0.25)
-    run.finish_sending()
+    copies.finish_sending()
     assert "checkpoints/step-00000006.json" in run.names()
 
 
 def test_no_lease_is_taken_over_for_an_outage(away, tmp_path, monkeypatch):
     """Its holder could not renew it either."""
-    monkeypatch.setattr(remote, "EXPIRES", 0.6)
-    monkeypatch.setattr(remote, "RENEWED", 0.3)
+    monkeypatch.setattr("kd.system.lease.EXPIRES", 0.6)
+    monkeypatch.setattr(retries, "RENEWED", 0.3)
     run = Remote(f"{away}/run", tmp_path / "copy")
     run.write("lease.json", other())
     real, reads = Remote.read, []
@@ -439,7 +446,7 @@ def test_no_lease_is_taken_over_for_an_outage(away, tmp_path, monkeypatch):
         return real(self, *args)
 
     monkeypatch.setattr(Remote, "read", read)
-    with pytest.raises(KeyboardInterrupt), run.lease(whereabouts(), alive, patient=True):
+    with pytest.raises(KeyboardInterrupt), lease(run, whereabouts(), alive, patient=True):
         raise AssertionError
     assert real(run, "lease.json")["id"] == "other"
 
@@ -452,7 +459,7 @@ def test_a_lease_whose_writing_was_not_answered_is_ones_own(away, tmp_path, monk
         return False
 
     monkeypatch.setattr(Remote, "create", create)
-    with Remote(f"{away}/run", tmp_path / "copy").lease(whereabouts(), alive, patient=False):
+    with lease(Remote(f"{away}/run", tmp_path / "copy"), whereabouts(), alive, patient=False):
         pass
 
 
@@ -478,7 +485,7 @@ def jobs_at(root: str, folder: Path, *seconds: float) -> list[Job]:
 
 def test_an_outage_at_the_end_of_a_run_ends_no_other_and_stops_no_sweep(away, tmp_path, monkeypatch, capsys):
     jobs = jobs_at(away, tmp_path, 0.2, 2.5, 0.2, 0.2)
-    pool = Local(str(tmp_path / "program.py"), jobs, 2, [])
+    pool = LocalPool(str(tmp_path / "program.py"), jobs, 2, [])
     real = pool.over
 
     def over():
@@ -496,9 +503,9 @@ def test_an_outage_at_the_end_of_a_run_ends_no_other_and_stops_no_sweep(away, tm
 
 
 def test_a_run_whose_end_cannot_be_read_is_unknown_and_the_table_says_so(away, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "PATIENCE", 0.3)
+    monkeypatch.setattr(retries, "PATIENCE", 0.3)
     jobs = jobs_at(away, tmp_path, 0.1, 0.1)
-    pool = Local(str(tmp_path / "program.py"), jobs, 2, [])
+    pool = LocalPool(str(tmp_path / "program.py"), jobs, 2, [])
     Away.go(1000)
     pool.work()
     table = Console(file=io.StringIO(), width=200)
@@ -527,7 +534,7 @@ def test_a_scheduler_is_not_taken_at_its_word_while_the_url_is_away(away, tmp_pa
 
 def copy_of_a_sweep(root: str, folder: Path, count: int) -> None:
     jobs = jobs_at(root, folder, *[0.7] * count)
-    Local(str(folder / "program.py"), jobs, 1, []).work()
+    LocalPool(str(folder / "program.py"), jobs, 1, []).work()
 
 
 @pytest.mark.parametrize("url", [False, True])
@@ -549,10 +556,10 @@ def test_a_claim_of_a_process_that_is_gone_is_none(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
     run = Run(tmp_path, "run")
-    assert run.claim() and run.claim()
+    assert run.claim.take() and run.claim.take()
     (run / "claim.lock").write_text(json.dumps(whereabouts() | {"pid": os.getppid()}))
-    assert not run.claim()
+    assert not run.claim.take()
     (run / "claim.lock").write_text(json.dumps(whereabouts() | {"pid": gone.pid}))
-    assert run.claim()
-    run.release()
+    assert run.claim.take()
+    run.claim.release()
     assert not (run / "claim.lock").exists()

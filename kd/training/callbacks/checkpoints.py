@@ -12,7 +12,8 @@ from kd.parallel import collectives
 from kd.runs.provenance import differences
 from kd.runs.run import Run
 from kd.system.checkpoint_files import FORMAT, steps
-from kd.system.remote import SOON
+from kd.system.remote_checkpoints import RemoteCheckpoints
+from kd.system.retries import SOON
 from kd.system.signals import Preempted, requests
 from kd.training.random_state import random_state, restore
 
@@ -33,7 +34,8 @@ class Checkpoints(Callback):
         self, run: Run, every: int, config: dict, code: dict, before_save: Callable[[int], None] | None = None,
         before_send: Callable[[float], None] | None = None,
     ):  # fmt: skip
-        self.run, self.folder, self.every, self.remote = run, run / "checkpoints", every, run.remote
+        self.run, self.folder, self.every = run, run / "checkpoints", every
+        self.copies = RemoteCheckpoints(run.remote) if run.remote else None
         self.config, self.code = config, {name: code[name] for name in ("sources", "origins")}
         self.before_save, self.before_send = before_save, before_send
         self.resumed_at = self.saved_at = -1
@@ -61,7 +63,7 @@ class Checkpoints(Callback):
                 why=f"was started with other code: that of {', '.join(changed)} has changed since its checkpoint",
                 hint="to continue the run, restore that code. To train it anew with the code as it is, type this, and "
                 "then the same command again",
-                commands=[self.run.removal("checkpoints")],
+                commands=[self.run.removal_command("checkpoints")],
             )
         self.module.micro_batch_size = state["micro_batch_size"]
         self._load_rollout(state["rollout"])
@@ -74,7 +76,7 @@ class Checkpoints(Callback):
         rollout = self.module.rollout
         if not rollout:
             return
-        if len(states) != collectives.count() and any(map(rollout.is_own, states)):
+        if len(states) != collectives.count() and any(map(rollout.is_rank_local, states)):
             raise UserError(
                 option="trainer.devices",
                 got=collectives.count(),
@@ -131,8 +133,8 @@ class Checkpoints(Callback):
             self.before_save(trainer.global_step)
         path = self.folder / f"step-{trainer.global_step:08}.ckpt"
         trainer.save_checkpoint(path)
-        if self.remote and collectives.number() == 0:
-            self.remote.send_checkpoint(path, self.before_send, getattr(trainer.strategy, "writing", None), wait)
+        if self.copies and collectives.number() == 0:
+            self.copies.send(path, self.before_send, getattr(trainer.strategy, "writing", None), wait)
         for old in steps(self.folder)[KEPT:]:
             trainer.strategy.remove_checkpoint(old)
         self.saved_at = trainer.global_step
@@ -143,5 +145,5 @@ class Checkpoints(Callback):
     def _finish(self, trainer) -> None:
         if hasattr(trainer.strategy, "finish_writing"):
             trainer.strategy.finish_writing()
-        if self.remote:
-            self.remote.finish_sending()
+        if self.copies:
+            self.copies.finish_sending()

@@ -34,8 +34,10 @@ class ProgressBar(Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         self.tokens += module.last_step.tokens
-        writers = module.rollout.writers if module.rollout else None
-        written = f"writes {writers.tokens / writers.seconds:,.0f} tokens/s  " if writers and writers.seconds else ""
+        samplers = module.rollout.samplers if module.rollout else None
+        written = (
+            f"writes {samplers.tokens / samplers.seconds:,.0f} tokens/s  " if samplers and samplers.seconds else ""
+        )
         if self.bar:
             self.bar.update(trainer.global_step, self.tokens, f"loss {module.last_step.metrics['loss']:.3f}  {written}")
 

@@ -1,0 +1,117 @@
+"""Prompts with responses as rows of tokens: [prompt, response, end], one response each, padded with the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+from kd.data import templates
+from kd.data.corpora import Corpus
+from kd.data.counts import Counts, in_words
+from kd.data.examples import Example
+from kd.data.row_files import announced_bos, in_batches, save_rows, token_dtype
+from kd.data.split import TrainValSplit
+from kd.data.tokenizer import byte_counts
+from kd.errors import UserError
+
+
+def write_examples(
+    folder: Path, corpus: Corpus, documents: Iterable[Example], split: TrainValSplit, fast, seq_len: int, tokens: float,
+    val_rows: int, special: bool,
+) -> dict:  # fmt: skip
+    """Write rows of one response each, and their spans, and return the manifest's entries about them."""
+    assert corpus.pairs, "a corpus of examples says how they become rows"
+    date = corpus.pairs.date
+    template = templates.template_of(corpus.pairs, documents, fast)
+    templates.check_date(date, template, fast)
+    if template != "chat":
+        announced_bos(fast, seq_len)
+    end = templates.end_of_response(template, fast, date)
+    as_text = templates.special_as_text(fast, special, template)
+    rows = _ExampleRows(folder, split, fast, end, seq_len + 1, corpus.pairs.prompt_len, tokens)
+    with closing(rows):
+        for batch in in_batches(documents, 256):
+            for example, found in zip(batch, templates.encode(batch, template, fast, special, date), strict=True):
+                rows.counts.add(example, found, as_text)
+                for row in found:
+                    rows.add(example, row)
+    return rows.manifest(val_rows, template)
+
+
+class _ExampleRows:
+    """Rows of examples under way: SIDE.bin, and where prompt and response of each row end.
+
+    end: token that ends a response. size: tokens of a row. prompt_len: tokens of a prompt, at most. limit: tokens for
+    training, at most.
+    """
+
+    def __init__(
+        self, folder: Path, split: TrainValSplit, fast, end: int | None, size: int, prompt_len: int, limit: float
+    ):
+        self.folder, self.split, self.fast, self.end = folder, split, fast, end
+        self.size, self.prompt_len, self.limit = size, prompt_len, limit
+        self.dtype, self.counts, self.tokens = token_dtype(fast), Counts("examples"), 0
+        self.spans: dict[str, list[tuple[int, int]]] = {"train": [], "val": []}
+        self.val_response_bytes: list[float] = []  # as far as rows hold them
+        self.files = {side: open(folder / f"{side}.bin", "wb") for side in ("train", "val")}
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+    def add(self, example: Example, found: templates.Row) -> None:
+        """Write a row of an example, if its prompt is short enough and there is something to learn."""
+        prompt, given = found.prompt, found.response
+        response = _without_ends(given, self.end)
+        is_learned = example.prompt_only or any(token not in (self.end, self.fast.eos_token_id) for token in given)
+        if not 0 < len(prompt) <= self.prompt_len or not is_learned:
+            reason = "prompt_too_long" if is_learned else "no_response"
+            self.counts.left_out[reason if prompt else "no_prompt"] += 1
+            return
+        side, whole = self.split(example), [*prompt, *response, self.end]
+        row = whole[: self.size]
+        if side == "train":
+            self.tokens += len(row)
+            if self.tokens > self.limit:  # what comes later may be shorter, but less is to be a part of more
+                self.counts.left_out["limit"] += 1
+                return
+        else:
+            sizes = byte_counts(found.text, given, self.fast)[: len(response)]
+            self.val_response_bytes.append(sizes[: self.size - len(prompt)].sum())
+        np.array(row + [self.end] * (self.size - len(row)), self.dtype).tofile(self.files[side])
+        self.spans[side].append((len(prompt), len(row)))
+        self.counts.cut += len(whole) > self.size
+
+    def manifest(self, val_rows: int, template: str) -> dict:
+        """Make tables of the files, and return the manifest's entries; raises UserError if a side is empty."""
+        counts = self.counts
+        counts.used = {side: len(spans) for side, spans in self.spans.items()}
+        counts.rows = counts.used | {"val": min(len(self.spans["val"]), val_rows)}
+        if not all(counts.used.values()):
+            raise UserError(
+                in_words(counts.as_dict()),
+                need="at least one example for training and one for validation",
+                hint="give more examples, longer rows (data.seq_len=, data.prompt_len=), or a larger share of the "
+                "examples to validation (data.val_share=0.2)",
+            )
+        for side, spans in self.spans.items():
+            taken = save_rows(self.folder, side, self.dtype, (len(spans), self.size), val_rows)
+            table = np.array(spans, np.int32)[taken]
+            np.save(self.folder / f"{side}_spans.npy", table)
+        learned = (table[:, 1] - table[:, 0]).sum()  # of the validation rows
+        return {
+            "train_tokens": sum(total for _, total in self.spans["train"]),
+            "bytes_per_token": float(np.array(self.val_response_bytes)[taken].sum() / learned) or None,
+            "template": template, "end": self.end, "counts": counts.as_dict(),
+        }  # fmt: skip
+
+
+def _without_ends(tokens: list[int], end: int | None) -> list[int]:
+    """Return tokens without those ends behind them that are written out."""
+    count = len(tokens)
+    while count and tokens[count - 1] == end:
+        count -= 1
+    return tokens[:count]

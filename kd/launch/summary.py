@@ -1,0 +1,76 @@
+"""Runs of a sweep for people: their labels, why they cannot be made, and what became of them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+
+from kd.errors import UserError
+from kd.launch.job import Job
+from kd.runs.outcome import RunState
+from kd.runs.provenance import doubts
+from kd.system import files
+from kd.system.console import clock, styled
+
+
+def varying(jobs: Sequence[Sequence[str]], names: Sequence[str]) -> list[str]:
+    """Return what was typed for each run, without what all have in common; a name stands for what all of it share."""
+    alike = {name: set.intersection(*(set(j) for j, of in zip(jobs, names) if of == name)) for name in names if name}
+    alike[""] = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+    return [" ".join([*filter(None, [of]), *(w for w in j if w not in alike[of])]) for j, of in zip(jobs, names)]
+
+
+def refused(jobs: Sequence[Sequence[str]], labels: Sequence[str], wrong: Mapping[int, str]) -> str:
+    """Return why some of the jobs cannot be done, and what to type for the others; wrong: number of a job -> reason."""
+    by_reason: dict[str, list[int]] = {}
+    for number, reason in wrong.items():
+        by_reason.setdefault(reason, []).append(number)
+    lines = [f"{len(wrong)} of {len(jobs)} runs cannot be made, so none is started:"]
+    for reason, numbers in by_reason.items():
+        others = f" and {len(numbers) - 1} more" if numbers[1:] else ""
+        lines.append(f"  {labels[numbers[0]] or shlex.join(jobs[numbers[0]])}{others}: {reason}")
+    for key in dict.fromkeys(word.partition("=")[0] for job in jobs for word in job):
+        values = [next((w.partition("=")[2] for w in job if w.startswith(f"{key}=")), None) for job in jobs]
+        bad = {value for number, value in enumerate(values) if number in wrong}
+        good = dict.fromkeys(value for number, value in enumerate(values) if number not in wrong)
+        typed = [value for value in good if value is not None]
+        if good and len(typed) == len(good) and bad.isdisjoint(good):
+            lines.append(f"To leave them out, type {key}={','.join(typed)}.")
+            break
+    return "\n".join(lines)
+
+
+def outcome(job: Job) -> tuple[dict | None, dict]:
+    """Return the result and the state of a run, as far as its URL answers."""
+    try:
+        return job.run.result(wait=0), job.run.state(wait=0)
+    except UserError as error:
+        return None, job.state or {"state": RunState.UNKNOWN, "reason": str(error)}
+
+
+def summary(name: str, jobs: Sequence[Job]) -> Table:
+    """Return a table of the runs of a sweep: state, loss (and Rouge-L), time, memory, and why a run is not done."""
+    table = Table(title=f"sweep {name}", title_justify="left", pad_edge=False, box=None)
+    results, states = zip(*map(outcome, jobs), strict=True) if jobs else ((), ())
+    measures = {"loss": "val/lm", "rouge-l": "val/rouge_l"}
+    measures = {k: v for k, v in measures.items() if k == "loss" or any(v in r["final"] for r in results if r)}
+    for column in ("run", "state", *measures, "time", "memory", ""):
+        table.add_column(column, justify="left" if column in ("run", "state", "") else "right")
+    for job, result, state in zip(jobs, results, states, strict=True):
+        ended, why = RunState(state["state"]), state["reason"]
+        failed = ended.is_failure
+        if ended == RunState.DONE:
+            why = "; ".join(doubts(result))
+        elif ended == RunState.NOT_BEGUN:
+            why = "the same command starts it"
+        elif failed:
+            why = f"{why[:100]}  {job.log}"
+        table.add_row(
+            job.label, styled(ended, "green" if ended == RunState.DONE else "red" if failed else "yellow"),
+            *(f"{result['final'][key]:.4f}" if result and key in result["final"] else "" for key in measures.values()),
+            clock(state["seconds"]) if "seconds" in state else "",
+            files.amount(state["peak_memory"]) if "peak_memory" in state else "", styled(why, "dim"),
+        )  # fmt: skip
+    return table

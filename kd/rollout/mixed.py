@@ -1,0 +1,92 @@
+"""Teacher-mixed sampling and returns: MiniLLM, Gu et al. 2023, arXiv 2306.08543, section 2.2."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+
+from kd.data.batches import IGNORE, Batch
+from kd.objective.token_info import TokenInfo
+from kd.parallel import collectives
+from kd.rollout.base import Rollout
+from kd.rollout.rows import token_info_of
+from kd.rollout.samplers import Samplers
+
+
+@torch.no_grad()
+def returns(reward: Tensor, mask: Tensor, gamma: float, length_norm: bool, from_next: bool) -> Tensor:
+    """Return what is earned from each position on [B, T]: G_t = r_t + gamma G_{t+1}, with r = 0 where mask is false.
+
+    from_next: G_{t+1} in place of G_t, what is earned after t, as the paper's long term has it beside the exact single
+    step; so it is 0 at the last position. length_norm: divided by how many rewards it sums. Gu et al. 2023, arXiv
+    2306.08543, section 2.2; the discount is in their code alone. 0 where mask is false.
+    """
+    mask = mask.to(reward.dtype)
+    total, earned = torch.zeros_like(reward[:, 0]), []
+    for r in reward.mul(mask).flip(-1).unbind(-1):
+        after, total = total, r + gamma * total
+        earned.append(after if from_next else total)
+    earned = torch.stack(earned, -1).flip(-1)  # [B, T]
+    if length_norm:
+        counted = mask.flip(-1).cumsum(-1).flip(-1) - (mask if from_next else 0)
+        earned = earned / counted.clamp(min=1)
+    return earned * mask
+
+
+@torch.no_grad()
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """Return x [B, T] with mean 0 and variance 1 over positions of all ranks where mask is true, and 0 elsewhere."""
+    mask = mask.double()
+    count = collectives.total(mask.sum()).clamp(min=1)
+    mean = collectives.total((x * mask).sum()) / count
+    variance = collectives.total(((x - mean).square() * mask).sum()) / count
+    return ((x - mean) * (variance + 1e-8).rsqrt() * mask).to(x.dtype)
+
+
+class TeacherMixedSampling(Rollout):
+    """Sampling from teacher and student. State: the batch that is learned from, and its number among those written."""
+
+    def __init__(
+        self, samplers: Samplers | None, how: dict, scale: float, clip: float | None, returned: dict, whiten: bool,
+        epochs: int,
+    ):  # fmt: skip
+        super().__init__(samplers, **how)
+        self.scale, self.clip, self.returned = scale, clip, returned
+        self.whiten, self.epochs, self.sampling_rate = whiten, epochs, 1 / epochs
+        self.batch: Batch | None = None
+        self.round = -1
+
+    def __call__(self, batch: Batch, step: int, progress: float) -> Batch:
+        if step // self.epochs != self.round:
+            self.batch, self.round = self.write(batch), step // self.epochs
+        return move_data_to_device(self.batch, batch.ids.device)  # a checkpoint is loaded to the CPU
+
+    def write(self, batch: Batch) -> Batch:
+        written = self.samplers.write(batch, "student", "teacher", **self.how)
+        info = token_info_of(written)
+        advantage = self._advantage(info, written.labels != IGNORE)
+        return written._replace(token_info=replace(info, advantage=advantage))
+
+    def _advantage(self, info: TokenInfo, counted: Tensor) -> Tensor:
+        reward = (info.teacher_logp - info.student_logp) / self.scale
+        if self.clip is not None:
+            reward = reward.clamp(-self.clip, self.clip)
+        earned = returns(reward, counted, **self.returned)
+        return whiten(earned, counted) if self.whiten else earned
+
+    def state(self) -> dict:
+        if self.epochs == 1 or self.batch is None:
+            return {}
+        given = {name: x.cpu() for name, x in self.batch._asdict().items() if isinstance(x, Tensor)}
+        return given | {"token_info": token_info_of(self.batch).to("cpu").provided(), "round": self.round}
+
+    def load(self, state: dict) -> None:
+        if state:
+            given = {name: x for name, x in state.items() if name != "round"}
+            self.batch = Batch(**given | {"token_info": TokenInfo(**state["token_info"])})
+            self.round = state["round"]
+        else:
+            self.batch, self.round = None, -1

@@ -1,0 +1,68 @@
+"""Models that write text during training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kd.data.batches import IGNORE, Batch
+from kd.errors import UserError
+from kd.models.causal_lm import CausalLM
+from kd.rollout import generate, vllm
+from kd.rollout.rows import concatenate
+
+
+@dataclass
+class Samplers:
+    """Models that can write, and how much they have written. rows: at most so many at once; None for all."""
+
+    student: CausalLM | None
+    teacher: CausalLM | None
+    eos_token_id: int | None  # ends a response; None for text without responses
+    seed: int
+    rows: int | None = None
+    tokens: int = 0  # written so far
+    seconds: float = 0.0  # that it took
+    tokens_read: dict[str, int] = field(default_factory=lambda: {"student": 0, "teacher": 0})  # tokens, prompts too
+    engines: dict[str, vllm.Engine] = field(default_factory=dict)
+    between: Callable[[], None] = lambda: None  # called before each `rows`
+
+    def write(self, batch: Batch, *names: str, engine: str = "kd", **how) -> Batch:
+        """Return what the student, the teacher, or the mixture of both write for a batch.
+
+        engine: kd, or for one of them vllm. how: see kd.rollout.generate.write.
+        """
+        models = {name: getattr(self, name) for name in names}
+        if None in models.values():
+            raise UserError(
+                option="rollout",
+                why="needs a teacher that writes responses, and this run has none",
+                hint="type logits=online and a teacher, or rollout=none",
+            )
+        assert self.eos_token_id is not None, "a response ends with a token"
+        start = time.perf_counter()
+        salt = {"student": 1, "teacher": 2}[names[-1]] << 32  # the numbers as they are draw samples of the teacher
+        if engine == "vllm":
+            (name,) = names
+            if name not in self.engines:
+                self.engines[name] = vllm.Engine(models[name], batch.ids.shape[1], learns=name == "student")
+            written = [self.engines[name].write(batch, self.eos_token_id, batch.seed[:, 0] ^ salt, **how)]
+        else:
+            parts = batch._replace(stored=None).split(self.rows or len(batch.ids))
+            written = []
+            for part in parts:
+                self.between()
+                written.append(generate.write(part, self.eos_token_id, part.seed[:, 0] ^ salt, **models, **how))
+        self.seconds += time.perf_counter() - start
+        new = sum(int((part.labels != IGNORE).sum()) for part in written)
+        self.tokens += new
+        for name in names:
+            self.tokens_read[name] += new + int(generate.lengths(batch).clamp(max=batch.ids.shape[1]).sum())
+        return concatenate(written)
+
+    def step_rng(self, step: int) -> np.random.Generator:
+        """Return random numbers of a step, the same on all ranks."""
+        return np.random.default_rng([self.seed, step, 2])

@@ -1,0 +1,59 @@
+"""Cost of writing a store: tokens, bytes and seconds."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from kd.data.batches import Packed
+from kd.errors import UserError
+from kd.store.encoder import RowEncoder
+from kd.store.folder import note_of
+from kd.store.rows import Rows
+from kd.system import files
+from kd.system.console import clock, console
+
+
+class StoreCost(NamedTuple):
+    """Cost of rows of a store."""
+
+    tokens: int  # that are stored
+    size: float  # bytes
+    head_and_validation: int  # bytes of the output layer and the validation rows
+    seconds: float
+
+
+def estimate_cost(encoder: RowEncoder, packed: Packed, batch: int, rows: float) -> StoreCost:
+    """Return the cost of so many rows like those that are packed, measured on one batch."""
+    output, each = encoder.head.output, packed.counted if encoder.truncate else packed.train.shape[1] - 1
+    rest = sum(p.numel() for p in output.parameters()) + packed.val[:, 1:].size * output.weight.shape[1]
+    for _ in range(2):  # the first forward pass is slower
+        out, started = Rows(), time.monotonic()
+        index = np.arange(min(batch, len(packed.train)))
+        encoder.encode(packed.train, index, out, spans=packed.train_spans, boundary=packed.boundary)
+    seconds, tokens = (time.monotonic() - started) / len(out.bodies) * rows, rows * each
+    return StoreCost(round(tokens), out.bytes / out.positions * tokens, rest * encoder.dtype.itemsize, seconds)
+
+
+def print_cost(folder: Path, encoder: RowEncoder, packed: Packed, batch: int, rows: int) -> None:
+    """Print what is to be written and how long it takes; raises UserError without room."""
+    tokens, size, rest, seconds = estimate_cost(encoder, packed, batch, rows)
+    rest *= note_of(folder, "head") is None
+    free = shutil.disk_usage(folder).free
+    say = (
+        f"{tokens:,} tokens at about {size / tokens:,.0f} bytes each, {files.amount(size)} in all, and "
+        f"{files.amount(rest)} of output layer and validation rows; "
+        f"{files.amount(free)} are free in {folder}"
+    )
+    if 1.1 * (size + rest) > free:
+        raise UserError(
+            option=folder,
+            why=f"has no room for the store: {say}",
+            hint="keep less of each position (e.g. record=top_k record.k=20), take less text (data.tokens=…), or "
+            "choose another disk with logits.path=…",
+        )
+    console.print(f"Writing {say}; {clock(seconds)} if no one helps.", soft_wrap=True)

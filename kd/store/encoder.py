@@ -1,0 +1,127 @@
+"""Encoder of a teacher's signal for rows of the data, as a store holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kd.data.batches import IGNORE, Batch, to_batch
+from kd.errors import UserError
+from kd.objective.chunked import Signal, chunks, fitting
+from kd.objective.signals import ProjectedSignal
+from kd.objective.target import Target
+from kd.parallel import collectives
+from kd.store import rows
+from kd.store.format import encode
+from kd.store.rows import Rows
+from kd.system.hardware import hold_in
+from kd.teachers.base import Teacher
+
+
+class RowEncoder:
+    """Teacher in front of a store: its signal for rows of the data, as the store holds it.
+
+    spec: what the store is of. truncate: what to keep of a target, leaving its probabilities true; None to keep hidden
+    states, from which the output layer makes all of it.
+    """
+
+    def __init__(
+        self, teacher: Teacher, spec: dict, truncate: Callable[[Target], Target] | None, device: torch.device
+    ):  # fmt: skip
+        if teacher.model is None:
+            raise UserError(
+                option="teacher",
+                why="has no model in this process, and a store holds a teacher's output layer and hidden states of the "
+                "validation rows",
+                hint="type logits=online to learn from the teacher directly",
+            )
+        self.teacher, self.spec, self.truncate, self.device = teacher, spec, truncate, device
+        self.head = teacher.model.head
+        # Hidden states in the precision that the output layer computes with lose nothing.
+        self.dtype = torch.bfloat16 if spec["precision"] == "bf16" else torch.float32
+
+    @classmethod
+    def finished(
+        cls, teacher: Teacher, spec: dict, truncate: Callable[[Target], Target] | None, accelerator: str
+    ) -> RowEncoder:
+        """Return the encoder of a teacher that learns no more, on the device and in the precision of training."""
+        device = collectives.device(accelerator)
+        if teacher.frozen:
+            teacher.frozen.to(device)
+            if spec["precision"] == "bf16":
+                hold_in(torch.bfloat16, teacher.frozen)
+        return cls(teacher, spec, truncate, device)
+
+    def signal(
+        self, table: np.ndarray, index: np.ndarray, spans: np.ndarray | None = None, boundary: Sequence[int] = ()
+    ) -> tuple[np.ndarray, np.ndarray, Signal]:
+        """Return tokens [B, T] of rows `index` of the data, the mask of target positions, and the signal for these."""
+        # Seeds by row, so that draws depend neither on the batch nor on the shard.
+        shape, first = table.shape[1] - 1, self.spec["seed"] or 0
+        seed = np.stack([np.random.default_rng([first, int(row)]).integers(0, 2**62, shape) for row in index])
+        cpu = to_batch(table[index], index, seed, None if spans is None else spans[index], boundary)
+        batch = Batch(*(x.to(self.device) for x in cpu[:4]))
+        mask = batch.labels != IGNORE
+        return cpu.ids.numpy(), mask.cpu().numpy(), self.teacher.signal(batch, mask)
+
+    def computing(self):
+        """Return the context with the precision that the store is to be computed in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    @torch.inference_mode()
+    def encode(
+        self, table: np.ndarray, index: np.ndarray, out: Rows, spans: np.ndarray | None = None,
+        boundary: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        """Put rows `index` of the data into `out`. spans, boundary: see kd.data.batches.to_batch."""
+        if self.truncate is None:
+            return self.encode_complete(table, index, out)
+        with self.computing():
+            ids, mask, signal = self.signal(table, index, spans, boundary)
+            if isinstance(signal, ProjectedSignal):
+                self._check_finite(signal.features, index, mask)
+            draws, pieces = self.spec["truncation"].get("draws"), []
+            for part in chunks(int(mask.sum()), fitting(self.head)):
+                pieces.append(encode(self.truncate(signal(part)), draws))
+            out.add_entries(ids, pieces, mask)
+
+    @torch.inference_mode()
+    def encode_complete(self, table: np.ndarray, index: np.ndarray, out: Rows) -> None:
+        """Put rows `index` of the data into `out` as hidden states, those of all positions, whichever count."""
+        with self.computing():
+            ids, mask, signal = self.signal(table, index)
+            if not isinstance(signal, ProjectedSignal):
+                raise UserError(
+                    option="teacher",
+                    why="has a signal without hidden states, and a store holds those of the validation rows",
+                    hint="type logits=online to learn from the teacher directly",
+                )
+            self._check_finite(signal.features, index, mask)
+            out.add(ids, signal.features.view(*ids.shape, -1).to(self.dtype))
+
+    def _check_finite(self, features: Tensor, index: np.ndarray, mask: np.ndarray) -> None:
+        finite = features.isfinite().all(-1).cpu().numpy()  # [N]
+        if not finite.all():
+            row = index[mask.nonzero()[0][~finite][0]]
+            raise UserError(
+                option="teacher",
+                why=f"has NaN or infinity in its hidden states for row {row} of the data, in {self.spec['precision']}. "
+                "The row was not stored",
+                hint="type trainer.precision=fp32, or choose another teacher",
+            )
+
+    def save_head(self, folder: Path) -> None:
+        """Save the output layer."""
+        weights = {k: v[: self.head.vocab].to(self.dtype) for k, v in self.head.output.state_dict().items()}
+        rows.save_tensors(weights, folder, "head")
+
+    def save_validation(self, folder: Path, table: np.ndarray, batch: int) -> None:
+        """Save the hidden states of the validation rows."""
+        out = Rows()
+        for part in chunks(len(table), batch):
+            self.encode_complete(table, np.arange(part.start, part.stop), out)
+        out.save(folder, "validation")

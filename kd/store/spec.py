@@ -1,0 +1,69 @@
+"""Specification of a store: what it holds, and of what. Writers and readers share it."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from kd.errors import UserError
+from kd.system.files import read_json
+
+FULL = {"name": "full"}
+FIELDS = ("format", "teacher", "weights", "tokenizer", "data", "truncation", "precision", "seed")
+NAME = re.compile(r"(shard-\d+|head|validation)\.safetensors")
+
+
+def row_hash(ids: np.ndarray) -> int:
+    """Return the hash of the tokens [T] that a teacher reads, whatever integer type they are held in."""
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(ids, np.uint32).tobytes()) >> 1  # fits an int64
+
+
+def covers(held: dict, requested: dict) -> bool:
+    """Return True if a store of one truncation has all that another keeps; both are {"name": …, setting: value}."""
+    kinds = held["name"], requested["name"]
+    if kinds[0] == "full":
+        return True
+    if not {*kinds} <= {"full", "random", "top_k", "top_p", "top_p_k"}:  # kd cannot compare those of plug-ins
+        return requested == held
+    if "random" in kinds:
+        return kinds == ("random", "random") and requested["draws"] <= held["draws"]
+    # A truncation that sets no p or k needs it without limit.
+    return requested["name"] != "full" and all(requested.get(x, math.inf) <= held.get(x, math.inf) for x in "pk")
+
+
+def describe(value) -> str:
+    """Return a field of a store for people: top_k k=50."""
+    if not isinstance(value, dict):
+        return str(value)
+    return " ".join([str(value.get("name", "")), *(f"{k}={v}" for k, v in value.items() if k != "name")]).strip()
+
+
+def quote_words(words: str) -> str:
+    """Return words that a file says to type, quoted so that a shell runs nothing in them."""
+    return shlex.join(shlex.split(words))
+
+
+def check_manifest(manifest: dict) -> None:
+    """Raise an error for a manifest, from wherever it came, that names files outside of its store or lacks something.
+
+    Its words are quoted anew, since messages say to type them.
+    """
+    if strange := [name for name in manifest["files"] if not NAME.fullmatch(name)]:
+        raise ValueError(f"{strange[0]} is no file of a store")
+    if missing := [f"of.{field}" for field in FIELDS if field not in manifest["of"]]:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    manifest["words"] = quote_words(manifest["words"])
+
+
+def before_manifest(folder: Path) -> dict:
+    """Return what begun.json says of a store, before its manifest is written."""
+    try:
+        about = (read_json(folder / "begun.json") or {}).get("about", {})
+        return about | {"words": quote_words(about["words"])} if "words" in about else about
+    except (UserError, AttributeError, TypeError, ValueError):
+        return {}
