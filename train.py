@@ -25,17 +25,17 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from kd.config.components import CONF
 from kd.config.schema import ExperimentConfig
 from kd.errors import MISTAKES, for_people
-from kd.experiment import prerequisites, summary
-from kd.experiment.dependencies import Plan
-from kd.experiment.prerequisites import FinishedRun
+from kd.experiment import summary
 from kd.launch import command_line
+from kd.launch.training import train
 from kd.runs import wandb_agent
 from kd.system.console import end_with
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(cfg: DictConfig) -> None:
     requests.watch()
     try:
@@ -50,34 +50,6 @@ def main(cfg: DictConfig) -> None:
         summary.show(outcome)
     except MISTAKES as error:
         end_with(for_people(error))
-
-
-def train(config: ExperimentConfig, wait: bool = True) -> FinishedRun:
-    """Return the result of a run: read if it is done, resumed if it was begun; what it needs is made first.
-
-    wait: for another process that works on the same run, instead of raising UserError. With force=true the run is made
-    anew. Its old result is removed when the new run begins, after all checks.
-    """
-    run = Plan.of(config).run
-    anew = config.force and run.is_done()
-    if not anew and (result := run.result()):
-        run.clean_up_if_done()
-        prerequisites.check_recorded(config)
-        return FinishedRun(run, result, before=True)
-    inputs = prerequisites.ensure(config, train)
-    if anew:
-        prerequisites.check_logger(config)
-    with run.lock(wait):
-        if not anew and (result := run.result()):
-            return FinishedRun(run, result, before=True)
-        with run.records_failure():
-            if config.trainer.devices > 1:
-                from kd.launch.rank_launcher import fit_in_ranks
-
-                return FinishedRun(run, fit_in_ranks(__file__, run, config, inputs), before=False)
-            from kd.experiment.fit import fit
-
-            return FinishedRun(run, fit(run, config, inputs), before=False)
 
 
 command_line.register()

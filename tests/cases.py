@@ -3,6 +3,7 @@
 A new yaml in conf/ is one more case of each test that loops over its group.
 """
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -52,9 +53,28 @@ def option(group: str, name: str, **changes) -> Callable:
     return build(settings(group)[name] | changes, group)
 
 
-def each(argument: str, cases: dict):
-    """Run a test once for each of the cases."""
-    return pytest.mark.parametrize(argument, cases.values(), ids=cases.keys())
+def each(argument: str, cases: dict, fast: dict | None = None):
+    """Run a test once for each of the cases; those outside of `fast` are slow tests."""
+    slow = set() if fast is None else cases.keys() - fast.keys()
+    params = [pytest.param(x, id=name, marks=[pytest.mark.slow] * (name in slow)) for name, x in cases.items()]
+    return pytest.mark.parametrize(argument, params)
+
+
+def pairs(parts: tuple) -> set[tuple]:
+    """Return all pairs of the parts of a case."""
+    return set(itertools.combinations(parts, 2))
+
+
+def pairwise(cases: dict[str, tuple]) -> dict[str, tuple]:
+    """Return some of the cases, in which any two parts meet that meet in any case."""
+    chosen: dict[str, tuple] = {}
+    met: set[tuple] = set()
+    for least in reversed(range(1, 1 + len(pairs(next(iter(cases.values())))))):  # new pairs in a case
+        for name, parts in cases.items():
+            if len(new := pairs(parts) - met) >= least:
+                chosen[name] = parts
+                met |= new
+    return chosen
 
 
 LOSSES = every("loss")
@@ -86,6 +106,7 @@ _ALL = {
 }
 WAYS = {name: way for name, way in _ALL.items() if _soft(*way)}
 REFUSED = {name: way for name, way in _ALL.items() if name not in WAYS}
+LOSSES_BY_WAYS = {f"{a}-{b}": (loss, *way) for a, loss in LOSSES.items() for b, way in WAYS.items()}
 
 
 def probabilities(target: Target, columns: int = V) -> Tensor:

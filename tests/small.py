@@ -20,7 +20,7 @@ from kd.config.schema import ExperimentConfig
 from kd.store import __main__ as store_program
 from kd.store import reader
 from kd.system import files
-from tests.zygote import Forked, Zygote
+from tests.zygote import Forked, start_zygote
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 SMALL = """data=markov data.tokens=20000 data.states=16 data.branching=4 data.seq_len=32 data.val_rows=8
@@ -35,8 +35,13 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLU
 
 
 @functools.cache
-def zygote() -> Zygote:
-    return Zygote(ENVIRONMENT)
+def popen() -> type[subprocess.Popen]:
+    """Return what starts commands: from the zygote, or cold where that cannot be."""
+    server = start_zygote(ENVIRONMENT) if sys.platform == "linux" else None
+    if server is None:
+        return subprocess.Popen
+    Forked.server = server
+    return Forked
 
 
 def python(command: list[str], folder: Path, cold: bool = False, **environment: str) -> subprocess.Popen:
@@ -45,10 +50,8 @@ def python(command: list[str], folder: Path, cold: bool = False, **environment: 
     It is forked from the zygote, unless it is to start cold or has an environment that the zygote has not.
     """
     options = {"env": ENVIRONMENT | environment, "cwd": folder, "text": True}
-    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    if cold or sys.platform != "linux" or not zygote().does(options["env"]):
-        return subprocess.Popen(command, **options)
-    return Forked(command, zygote(), **options)
+    start = subprocess.Popen if cold else popen()
+    return start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
 
 
 def shared(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], object]) -> Path:

@@ -65,7 +65,10 @@ class Finder:
         return spec
 
 
-sys.meta_path.insert(0, Finder)
+if WHERE in sys.modules:  # of a process that is forked with everything imported
+    patch(sys.modules[WHERE])
+else:
+    sys.meta_path.insert(0, Finder)
 '''
 # The teacher has six steps, so a student alone comes to step 7; it has saved checkpoints at 3 and 6 by then.
 STEP = """
@@ -538,7 +541,7 @@ def test_signal_before_training_ends_at_once(clean, tmp_path):
         "pack": Fault(tmp_path / "pack", "kd.data.packing", packing),
         "teach": Fault(tmp_path / "teach", "kd.training.module", STEP, AT=4, ACT="hold()"),
     }.items():
-        process = start(root, "seed=0", **fault.environment)
+        process = start(root, "seed=0", cold=name == "load", **fault.environment)
         fault.wait(process)
         process.terminate()
         if name == "teach":

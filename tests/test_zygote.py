@@ -3,14 +3,21 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.small import python
+from tests.small import popen, python
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="commands start cold")
+
+@pytest.fixture(autouse=True, scope="module")
+def warm():
+    if popen() is subprocess.Popen:
+        pytest.skip("commands start cold")
+
+
 REPORT = """
 import json, os, signal, sys, threading
 

@@ -1,15 +1,19 @@
-"""Commands of Python without seconds of imports: each is forked from a process that has done them.
+"""Commands of Python without seconds of imports: each is forked from a process that has done them, the zygote.
 
 To a test, `Forked` is the Popen that a cold start would give: a child of the process of the test, in its process group,
 with the command in /proc/PID/cmdline, the same code path from the first line of the program on, the same signals, exit
-codes and output. Two things are not the same. The forked processes share the seed of hash(), so at least one test of
-exact resume starts cold. And libraries have read the environment, so a command with another environment starts cold.
+codes and output. Commands of Python that a sweep starts are forked as well, from a process beside it.
+
+Three things are not the same. The forked processes share the seed of hash(), and a sitecustomize.py of PYTHONPATH is
+run after the imports; so at least one test of exact resume, and one of a sweep, starts cold. And libraries have read
+the environment, so a command with another environment starts cold.
 """
 
 import atexit
-import ctypes
+import fcntl
 import gc
 import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -19,136 +23,171 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
+import warnings
 from pathlib import Path
 
 import numpy
 
+from kd.system.forking import fork_children, request_child, show_words
+
 ROOT = Path(__file__).parent.parent
-SIZE = 1 << 17  # bytes, of a request
 ROOM = " " * 8192  # an argument of the zygote, for the command lines of what is forked from it
-SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
-READ_LATE = {"KD_CACHE"}  # environment variables that nothing reads while it is loaded
+# Environment variables that nothing reads while it is loaded; train.py sets OMP_WAIT_POLICY as the zygote does.
+READ_LATE = {"KD_CACHE", "KD_PARENT", "OMP_WAIT_POLICY", "PYTHONPATH"}
 
 
-class Zygote:
-    """Process to fork from, as seen from the tests."""
+class Server:
+    """A process to fork commands from, as the process sees it that starts them."""
 
-    def __init__(self, environment: dict[str, str]):
-        self.owner, self.environment = os.getpid(), dict(environment)
-        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, __file__, str(theirs.fileno()), ROOM]
-        self.process = subprocess.Popen(
-            command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        theirs.close()
-        atexit.register(self.end)
+    def __init__(self, channel: socket.socket, environment: dict[str, str]):
+        self.owner, self.channel, self.environment = os.getpid(), channel, dict(environment)
 
-    def does(self, environment: dict[str, str]) -> bool:
-        """Return whether a process that is forked here can have this environment: all but what is read late is its."""
+    def does(self, words: list[str], environment: dict[str, str]) -> bool:
+        """Return whether a command can be forked here: of this Python, with the server's environment as it is read."""
+        ours = words[0] == sys.executable and (words[1] == "-m" or words[1].endswith(".py"))
         other = {name for name, _ in environment.items() ^ self.environment.items()}
-        return os.getpid() == self.owner and other <= READ_LATE
+        return ours and os.getpid() == self.owner and other <= READ_LATE
 
-    def fork(self, words: list[str], folder: str, environment: dict[str, str], streams: list[int]) -> int:
-        """Start `python WORDS` in a folder, with these files as stdin, stdout and stderr; return its process id."""
-        adopt(True)
-        try:
-            command = {"words": words, "folder": folder, "environment": environment, "parent": self.owner}
-            socket.send_fds(self.channel, [json.dumps(command).encode()], streams)
-            answer = self.channel.recv(SIZE)
-        finally:
-            adopt(False)
-        if not answer:
-            raise RuntimeError(f"The zygote ended with {self.process.wait()}; its stderr says why.")
-        return int(answer)
 
-    def end(self) -> None:
-        if os.getpid() == self.owner:
-            self.channel.close()
-            self.process.wait()
+def start_zygote(environment: dict[str, str]) -> Server | None:
+    """Start the process that has done all imports; None, with a warning, where it cannot be forked."""
+    channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-m", "tests.zygote", str(theirs.fileno()), ROOM]
+    process = subprocess.Popen(
+        command, env=environment, cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    theirs.close()
+    threads = channel.recv(32)
+    if not threads:
+        raise RuntimeError(f"The zygote ended with {process.wait()}; its stderr says why.")
+    if int(threads) > 1:
+        warnings.warn(f"Commands start cold: libraries have started {int(threads) - 1} threads, which no fork has.")
+        channel.close()
+        process.wait()
+        return None
+    server = Server(channel, environment)
+
+    def end() -> None:
+        if os.getpid() == server.owner:
+            channel.close()
+            process.wait()
+
+    atexit.register(end)
+    return server
 
 
 class Forked(subprocess.Popen):
-    """A command of this Python, forked from the zygote."""
+    """A command that is forked from `server` where that can be, and starts cold elsewhere."""
 
-    def __init__(self, command: list[str], zygote: Zygote, **options):
-        self.zygote = zygote
-        super().__init__(command, **options)
+    server: Server
 
     def _execute_child(self, *arguments):
-        given = inspect.signature(subprocess.Popen._execute_child).bind(self, *arguments).arguments
+        given = inspect.signature(super()._execute_child).bind(*arguments).arguments
+        environment = os.environ if given["env"] is None else given["env"]
+        if not isinstance(given["args"], list) or not self.server.does(given["args"], environment):
+            return super()._execute_child(*arguments)
         streams = [given["p2cread"], given["c2pwrite"], given["errwrite"]]
-        streams = [number if stream < 0 else stream for number, stream in enumerate(streams)]
-        words, folder = list(map(str, given["args"][1:])), str(given["cwd"] or os.getcwd())
-        self.pid = self.zygote.fork(words, folder, dict(given["env"]), streams)
+        files = [number if stream < 0 else stream for number, stream in enumerate(streams)] + [*given["pass_fds"]]
+        command = {
+            "words": list(map(str, given["args"][1:])), "folder": str(given["cwd"] or os.getcwd()),
+            "environment": dict(environment), "numbers": [0, 1, 2, *given["pass_fds"]],
+            "session": given["start_new_session"],
+        }  # fmt: skip
+        self.pid = request_child(self.server.channel, json.dumps(command).encode(), files)
         self._child_created = True
         ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(given[end] for end in ends))
 
 
-def adopt(on: bool) -> None:
-    """Become the parent of what a process below this one leaves behind, or no longer."""
-    ctypes.CDLL(None).prctl(SUBREAPER, int(on), 0, 0, 0)
-
-
-def preload() -> None:
-    """Import what train.py imports, short of train.py."""
+def preload() -> int:
+    """Import what train.py imports, short of train.py, and fill caches of libraries; return the number of threads."""
     import transformers.models.llama.modeling_llama  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import kd
+    from kd.config import compose
+    from kd.launch import command_line
 
     for module in pkgutil.walk_packages(kd.__path__, "kd."):
         if not module.name.endswith("__main__") and not module.name.startswith("kd.bench"):
             importlib.import_module(module.name)
-    threads = os.listdir("/proc/self/task")
-    assert len(threads) == 1, "a library has started threads, which a fork would not have"
+    command_line.register()
+    compose.composed("loss=fkl", "trainer.steps=1")  # the parsers of Hydra
+    get_checkpoint_conversion_mapping("llama")  # hundreds of regular expressions
+    return len(os.listdir("/proc/self/task"))
 
 
-def serve(channel: socket.socket) -> list[str]:
+def serve(channel: socket.socket, environment: dict[str, str]) -> list[str]:
     """Fork at each request; return in the forked process alone, with the words of its command."""
-    while True:
-        request, streams, _, _ = socket.recv_fds(channel, SIZE, 3)
-        if not request:
-            os._exit(0)
-        reading, writing = os.pipe()
-        between = os.fork()  # its child goes to the tests' process when it ends
-        if not between:
-            if child := os.fork():
-                os.write(writing, str(child).encode())
-                os._exit(0)
-            for descriptor in (reading, writing, channel.detach()):
-                os.close(descriptor)
-            return become(json.loads(request), streams)
-        os.waitpid(between, 0)
-        channel.send(os.read(reading, SIZE))
-        for descriptor in (reading, writing, *streams):
-            os.close(descriptor)
+    request, files = fork_children(channel)
+    command = json.loads(request)
+    if is_sweep(command["words"]):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if os.fork() == 0:  # a server for what the sweep starts, which ends with it
+            for end in (ours.detach(), *files):
+                os.close(end)
+            return serve(theirs, environment)
+        theirs.close()
+        Forked.server = Server(ours, environment)
+        subprocess.Popen = Forked
+    become(command, files)
+    path = command["environment"].get("PYTHONPATH")
+    if path and path != environment.get("PYTHONPATH"):
+        customise(path)
+    return command["words"]
 
 
-def become(command: dict, streams: list[int]) -> list[str]:
+def is_sweep(words: list[str]) -> bool:
+    """Return whether a command is train.py for many runs."""
+    return words[0].endswith("train.py") and any(word == "-m" or word.startswith("sweeps=") for word in words)
+
+
+def become(command: dict, files: list[int]) -> None:
     """Take over what a process is given when it starts."""
-    while os.getppid() != command["parent"]:
-        time.sleep(0.001)
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-        os.close(stream)
+    if command["session"]:
+        os.setsid()
+    spare = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 1 + max(command["numbers"])) for file in files]
+    for file in files:
+        os.close(file)
+    for number, file in zip(command["numbers"], spare, strict=True):
+        os.dup2(file, number)
+        os.close(file)
     os.environ.clear()
     os.environ.update(command["environment"])
     os.chdir(command["folder"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     numpy.random.seed()
-    words = sys.orig_argv[:1] + command["words"]
-    sys.orig_argv = words
-    # What /proc/PID/cmdline reads: the memory where the system put the words of the zygote.
-    start, end = map(int, Path("/proc/self/stat").read_text().rpartition(")")[2].split()[45:47])
-    line = b"\0".join(map(os.fsencode, words))
-    assert len(line) < end - start
-    ctypes.memmove(start, line.ljust(end - start, b"\0"), end - start)
-    return words[1:]
+    sys.orig_argv = sys.orig_argv[:1] + command["words"]
+    show_words(sys.orig_argv)
+
+
+def customise(path: str) -> None:
+    """Run the sitecustomize.py of the first folder of PYTHONPATH, if it has one."""
+    file = Path(path.split(os.pathsep)[0], "sitecustomize.py")
+    if file.exists():
+        spec = importlib.util.spec_from_file_location("sitecustomize", file)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def run(words: list[str]) -> None:
-    """Do what `python WORDS` does."""
+    """Do what `python WORDS` does, but for taking the modules apart at the end, which takes a second."""
+    try:
+        execute(words)
+        code = 0
+    except SystemExit as end:
+        if not isinstance(end.code, int | None):
+            raise
+        code = end.code or 0
+    threading._shutdown()  # as Python ends, and as multiprocessing ends its processes
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code & 0xFF)
+
+
+def execute(words: list[str]) -> None:
     if words[0] == "-m":
         sys.path[0] = os.getcwd()
         sys.argv = words[1:]
@@ -161,9 +200,11 @@ def run(words: list[str]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal, which the tests' process answers
-    sys.path[0] = str(ROOT)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py, before torch is loaded
-    preload()
+    tests = socket.socket(fileno=int(sys.argv[1]))
+    environment = dict(os.environ)
+    threads = preload()
     gc.collect()
     gc.freeze()
-    run(serve(socket.socket(fileno=int(sys.argv[1]))))
+    tests.send(str(threads).encode())
+    run(serve(tests, environment))

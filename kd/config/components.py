@@ -18,9 +18,10 @@ from kd.config import plugins
 from kd.config.sizes import SIZES
 from kd.errors import UserError, first_line
 from kd.system import files
+from kd.system.programs import PACKAGE
 
-PACKAGE = Path(__file__).parent.parent
-CONF, SWEEPS = PACKAGE.parent / "conf", PACKAGE.parent / "sweeps"
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # of a wheel, or of a checkout
+SWEEPS = PACKAGE.parent / "sweeps"
 
 # A `_target_` of a group may name a public function of the group's modules that has a yaml of its name, or one of these
 # classes, and nothing else. `teachers.*` stands for every module of that package.

@@ -16,7 +16,7 @@ from yaml import YAMLError
 
 from kd.config import components, search_path
 from kd.config.components import CONF, as_record
-from kd.config.help import axes
+from kd.config.help import axes, examples
 from kd.config.schema import ExperimentConfig
 from kd.config.security import check_words
 from kd.config.sizes import SIZES
@@ -40,6 +40,7 @@ def register() -> None:
         _store_sweep(file.stem, sweep)
     register_folders()
     OmegaConf.register_new_resolver("axes", axes, replace=True)
+    OmegaConf.register_new_resolver("examples", examples, replace=True)
 
 
 def register_folders() -> None:

@@ -1,4 +1,4 @@
-"""Text of `python train.py --help`: the config groups, their options and what they mean."""
+"""Text of `python train.py --help`: commands to begin with, the config groups, their options and what they mean."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ from collections.abc import Iterator
 
 from kd.config.components import GROUPS, meaning, option_files
 from kd.config.sizes import SIZES
+from kd.system import programs
+
+EXAMPLES = (  # program, words, meaning
+    ("train", "", "one run with the defaults"),
+    ("train", "loss=akl truncation=top_k truncation.k=50 temperature.tau=2", "another one"),
+    ("train", "-m loss=fkl,rkl,akl seed=0,1,2", "a sweep by hand, each run in its own process"),
+    ("train", "sweeps=loss", "a predefined sweep; again: only what is missing"),
+    ("report", "loss", "its table and plots"),
+)
+
+
+def examples() -> str:
+    """Return the first commands to try, a line each."""
+    typed = [f"{programs.command(program)} {words}".rstrip() for program, words, _ in EXAMPLES]
+    width = max(map(len, typed)) + 2
+    return "\n".join(f"  {line:<{width}}{meaning}" for line, (*_, meaning) in zip(typed, EXAMPLES, strict=True))
 
 
 def axes() -> str:

@@ -20,6 +20,7 @@ from kd.config.options import NOTES, defaults, options, overridden, settings_of_
 from kd.config.schema import GROUPLESS, RUN_OPTIONS
 from kd.config.sizes import SIZES
 from kd.errors import UserError
+from kd.system import programs
 
 PLUGINS = {"hydra/launcher": "processes", "hydra/sweeper": "lines"}  # and what is taken where none is typed
 # Groups whose settings are also those of another, which is meant first.
@@ -102,7 +103,9 @@ def _named(names: Iterable[str]) -> str:
     """Names of options, the first of them where there are many."""
     names = list(names)
     shown = ", ".join(names if len(names) <= SHOWN else names[: SHOWN - 4])
-    return shown if len(names) <= SHOWN else f"{shown} or another ({len(names)} in all: python train.py --help)"
+    if len(names) <= SHOWN:
+        return shown
+    return f"{shown} or another ({len(names)} in all: {programs.command('train')} --help)"
 
 
 def _instead(group: str, value: bool | None = None) -> str:
@@ -235,7 +238,7 @@ def _anywhere(key: str, text: str, chosen: dict[str, str | None]) -> str:
     if there:
         return "type " + ", or ".join(f"{group}={name} {group}.{key}={text}" for group, name in there)
     close = difflib.get_close_matches(key, [*GROUPS, *RUN_OPTIONS], 1)
-    return f"type {close[0]}={text}" if close else "see all settings by python train.py --help"
+    return f"type {close[0]}={text}" if close else f"see all settings by {programs.command('train')} --help"
 
 
 def _chosen(overrides: list[Override]) -> dict[str, str | None]:

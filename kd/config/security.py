@@ -15,6 +15,7 @@ from kd.config import overrides
 from kd.config.components import GROUPS
 from kd.config.secrets import check_secrets
 from kd.errors import UserError
+from kd.system import programs
 
 HYDRA = re.compile(r"hydra/(launcher|sweeper)|hydra\.(mode|verbose|(launcher|sweeper)(\.[A-Za-z]\w*)+)")
 ELSEWHERE = ("config_dir", "config_path", "config_name", "experimental_rerun")  # Hydra's switches that read other files
@@ -23,7 +24,9 @@ ELSEWHERE = ("config_dir", "config_path", "config_name", "experimental_rerun")  
 def check_command_line(words: list[str]) -> None:
     """check_words() of a whole command line, with Hydra's switches; raises UserError."""
     check_secrets(words)
-    given = get_args_parser().parse_args(words)
+    parser = get_args_parser()
+    parser.prog = programs.command("train")
+    given = parser.parse_args(words)
     for switch in ELSEWHERE:
         if getattr(given, switch) is not None:
             option, why = f"--{switch.replace('_', '-')}", "kd reads no config but its own"

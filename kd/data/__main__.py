@@ -17,15 +17,15 @@ from kd.data import packing
 from kd.data.batches import Packed
 from kd.errors import UserError
 from kd.experiment.dependencies import corpus
-from kd.system import files
+from kd.launch import command_line
+from kd.system import files, programs
 from kd.system.console import silence_libraries
 from kd.system.remote import local_root
 
 
 def pack_data(words: list[str]) -> tuple[ExperimentConfig, Packed]:
     """Return the config of `python train.py WORDS`, and its data, packed."""
-    import train  # noqa: F401, registers the sizes
-
+    command_line.register()
     config = config_of(files.expanded_words(words))
     silence_libraries()
     source, how = corpus(config)
@@ -35,9 +35,10 @@ def pack_data(words: list[str]) -> tuple[ExperimentConfig, Packed]:
 def main() -> None:
     """The command line."""
     about = (
-        "pack the data of python train.py WORDS and print a few rows: what is prompt, what is learned, what is not used"
+        f"pack the data of {programs.command('train')} WORDS and print a few rows: "
+        "what is prompt, what is learned, what is not used"
     )
-    parser = argparse.ArgumentParser(prog="python -m kd.data")
+    parser = argparse.ArgumentParser(prog=programs.command("data"))
     command = parser.add_subparsers(dest="command", required=True).add_parser("show", help=about, description=about)
     command.add_argument("words", nargs="*", help="as for train.py, and rows=3 for another number of rows")
     command.add_argument("--json", action="store_true", help="text, ids, labels (-100: not learned) and counts")

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import shlex
 from collections.abc import Callable, Iterable, Iterator
@@ -49,6 +50,14 @@ def key(corpus: Corpus, **settings) -> str:
     if of := settings.pop("tokenizer_of", None):
         settings["tokenizer_of"] = key(of[0], **of[1])
     return files.digest_of([FORMAT, corpus.fingerprint, settings, content])[:16]
+
+
+def folder_name(corpus: Corpus, tokenizer_of: tuple[Corpus, dict] | None = None, **options) -> str:
+    """Name of the folder that pack() fills with these options, whether or not it has done so."""
+    given = {name: parameter.default for name, parameter in inspect.signature(pack).parameters.items()} | options
+    settings = {name: given[name] for name in ("seq_len", "tokens", "val_rows", "val_share", "special")}
+    settings |= {"tokenizer": given["tokenizer"]} if given["tokenizer"] else {"vocab": given["vocab"]}
+    return key(corpus, **settings, tokenizer_of=tokenizer_of)
 
 
 def pack(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import cache
 
 from kd.config import compose, search_path, security
 from kd.config.secrets import check_secrets
@@ -15,6 +16,7 @@ from kd.system.console import end_with
 from kd.system.signals import Preempted, end_with_parent
 
 
+@cache
 def register() -> None:
     """Make sizes, sweeps, sweepers and launchers known to Hydra; end the program where a sweep file is no YAML."""
     try:

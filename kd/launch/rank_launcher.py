@@ -126,9 +126,11 @@ def launch(program: str, run: Run, job: dict, ranks: int) -> None:
         for pipe in [process.stdin for process in processes if process.stdin]:
             with suppress(OSError):
                 os.write(pipe.fileno(), b"x")
-        while any(process.poll() is None for process in processes):  # a second signal ends it
-            time.sleep(0.05)
-        _preempted(run, server)
+        try:
+            while any(process.poll() is None for process in processes):  # a second signal ends it
+                time.sleep(0.05)
+        finally:  # ranks that saved a checkpoint have published its step
+            _preempted(run, server)
         raise
     finally:
         for process in processes:

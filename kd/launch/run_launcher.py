@@ -58,7 +58,7 @@ class RunLauncher(Launcher):
     def setup(self, *, hydra_context, task_function, config) -> None:
         config.root = files.expanded(config.root)  # the settings of a run are expanded when they are resolved
         self.hydra_context, self.config = hydra_context, config
-        self.composer = Composer(hydra_context.config_loader, config)
+        self.composer = Composer.of_sweep(hydra_context.config_loader, config)
         program = sys.modules[task_function.__module__].__file__
         assert program is not None, "a command line starts a file"
         self.program = program

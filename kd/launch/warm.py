@@ -11,7 +11,6 @@ or after an edit, there is another server.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import json
@@ -21,13 +20,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from kd.config import plugins
 from kd.config.components import PACKAGE
+from kd.system.forking import fork_children, request_child, show_words
 
 WORD = "--warm"  # how train.py is told that it is a server: --warm FILE_DESCRIPTOR
 # What a run loads beside what train.py does: training, with torch and Lightning, and what these load when they first
@@ -36,7 +35,6 @@ MODULES = ("kd.experiment.fit", "kd.models.optimizers", "safetensors.torch", "tr
 ROOM = 4096  # bytes for the words of a run, as ps shows them
 PATIENCE = 60  # seconds for a fork, however busy the machine is
 READY = b"ready"
-PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass
@@ -77,16 +75,11 @@ class Warm:
         """Start a run that writes to an open file, as a child of this process; None where that is not possible."""
         if not self.is_ready or self.socket is None:
             return None
-        libc = ctypes.CDLL(None)
-        libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
         try:
-            socket.send_fds(self.socket, [json.dumps(words).encode()], [log])
-            pid = int(self.socket.recv(32))
-        except (OSError, ValueError):  # ValueError: the server is gone, and nothing was read
+            pid = request_child(self.socket, json.dumps(words).encode(), [log])
+        except (OSError, ValueError):  # the server is gone
             self._fail()
             return None
-        finally:
-            libc.prctl(PR_SET_CHILD_SUBREAPER, 0)
         return Forked(pid)
 
     def close(self) -> int | None:
@@ -138,32 +131,13 @@ def serve(number: str) -> list[str]:
     gc.collect()
     gc.freeze()  # what is there is left alone by every run, so that its pages stay shared
     sweep.send(READY)
-    while True:
-        request, files, _, _ = socket.recv_fds(sweep, 1 << 20, 1)
-        if not request:
-            os._exit(0)
-        words = json.loads(request)
-        between = os.fork()
-        if between == 0 and _forked_again(sweep):
-            _write_to(files[0])
-            sys.argv[1:], sys.orig_argv[1:] = words, [sys.argv[0], *words]
-            _show([sys.executable, *sys.orig_argv[1:]])
-            return words
-        os.close(files[0])
-        os.waitpid(between, 0)
-
-
-def _forked_again(sweep: socket.socket) -> bool:
-    """End this process, and go on as its child once that belongs to the sweep, which is told its id."""
-    between = os.getpid()
-    if os.fork():
-        os._exit(0)
+    request, (log,) = fork_children(sweep)
     os.setsid()  # what a terminal sends to all is passed on by the sweep, once
-    while os.getppid() == between:
-        time.sleep(0.001)
-    with suppress(OSError), sweep:  # where the sweep is gone, the run will see that by itself
-        sweep.send(str(os.getpid()).encode())
-    return True
+    _write_to(log)
+    words = json.loads(request)
+    sys.argv[1:], sys.orig_argv[1:] = words, [sys.argv[0], *words]
+    show_words([sys.executable, *sys.orig_argv[1:]])
+    return words
 
 
 def _write_to(file: int) -> None:
@@ -173,12 +147,3 @@ def _write_to(file: int) -> None:
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
     os.close(file)
-
-
-def _show(words: list[str]) -> None:
-    """Have ps show these words in place of the server's, as far as there is room."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    start, end = (int(field) for field in fields[45:47])  # arg_start and arg_end of proc(5)
-    text = "\0".join(words).encode()[: end - start - 1]
-    ctypes.memset(start, 0, end - start)
-    ctypes.memmove(start, text, len(text))

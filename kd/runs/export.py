@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import kd
 from kd.config.schema import ExperimentConfig
 from kd.config.secrets import redacted
 from kd.runs.identity import model_name, size_text
@@ -48,7 +49,7 @@ A {student} student, {parameters}, trained on {tokens:,} tokens of `{data}` {how
 |---|---|
 {measures}
 
-Settings: `config.json` of the run `{name}` (kept here as `kd.json`). Trained with kd, git revision {git}.
+Settings: `config.json` of the run `{name}` (kept here as `kd.json`). Trained with kd {version}, git revision {git}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -73,7 +74,8 @@ def export(run: Run, model, tokenizer, ends: list[int], config: ExperimentConfig
     card = MODEL_CARD.format(
         name=run.name, student=model_name(flat, "student"), tokens=result["tokens"],
         parameters=size_text(result["parameters"], result["active_parameters"]),
-        data=flat["data"], how=how, measures=measures, git=result["environment"]["git"],
+        data=flat["data"], how=how, measures=measures, version=kd.__version__,
+        git=result["environment"]["git"] or "unknown",
     )  # fmt: skip
     eos = ends[0] if len(ends) == 1 else ends or None
     for settings in filter(None, (model.config, model.config.get_text_config(), model.generation_config)):

@@ -26,17 +26,18 @@ from kd.errors import MISTAKES, UserError, for_people
 from kd.experiment import store_check, stores
 from kd.experiment.dependencies import Plan
 from kd.experiment.prerequisites import prepare, teacher_model
+from kd.launch import command_line
+from kd.launch.training import train
 from kd.store.reader import Store
 from kd.store.spec import FULL, describe
-from kd.system import files
+from kd.system import files, programs
 from kd.system.console import console, counted, end_with, styled
 from kd.system.remote import local_root
 
 
 def write_store(words: list[str]) -> Store | None:
     """Write the store that `python train.py logits=offline WORDS` would read; return None for one part of several."""
-    import train
-
+    command_line.register()
     words = files.expanded_words(words)
     check_secrets(words)
     part = next((word for word in words if word.startswith("part=")), "part=1/1")
@@ -53,21 +54,20 @@ def write_store(words: list[str]) -> Store | None:
     if store := stores.opened(config, packed):
         return store
     share = int(numbers[1]), int(numbers[2])
-    teacher = teacher_model(config, components, train.train)
+    teacher = teacher_model(config, components, train)
     if share[1] == 1:
         return stores.write(config, packed, components.keep, teacher)
     stores.write_part(config, packed, components.keep, teacher, share)
     folder = Plan.of(config).store_place.folder
     console.print(f"Part {share[0]} of {share[1]} is in {folder}. When all parts are on one disk, type\n"
-                  f"  python -m kd.store merge STORE {folder} …", soft_wrap=True)  # fmt: skip
+                  f"  {programs.command('store')} merge STORE {folder} …", soft_wrap=True)  # fmt: skip
     return None
 
 
 def compare_with_teacher(store: Store, root: str) -> str:
     """Recompute some rows of a store with its teacher, if that is at hand; return what came of it as a sentence."""
-    import train
-
-    return store_check.compare_with_teacher(store, root, train.train)
+    command_line.register()
+    return store_check.compare_with_teacher(store, root, train)
 
 
 def info(store: Store) -> Table:
@@ -99,9 +99,12 @@ def info(store: Store) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m kd.store", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog=programs.command("store"), description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    about = "write the store that python train.py logits=offline WORDS would read; run it in several processes to share"
+    about = (
+        f"write the store that {programs.command('train')} logits=offline WORDS would read; "
+        "run it in several processes to share"
+    )
     write = commands.add_parser("write", help=about, description=about)
     write.add_argument("words", nargs="*", help="as for train.py, and part=1/2 to write one of two machines' shares")
     for name, help_ in (

@@ -40,12 +40,13 @@ class Requests:
     def __init__(self):
         self.pending = False  # a run is to save a checkpoint at its next step, and to raise Preempted
         self.told = False  # by the process that started this one, whose signals alone count
-        self.in_sweep = PARENT in os.environ  # whether a sweep started this process
+        self.in_sweep = False  # whether a sweep started this process
         self._first = 0.0  # time at which the first signal was answered
         self._in_steps = False
 
     def watch(self) -> None:
         """Receive the signals from now on."""
+        self.in_sweep = self.in_sweep or PARENT in os.environ
         for number in ASKED:
             signal.signal(number, signal.SIG_IGN if self.told else self._received)
 
@@ -73,8 +74,8 @@ class Requests:
         again, self.pending = self.pending, True  # Python loses what is raised within a callback of its own
         if again and (self.in_sweep or time.monotonic() - self._first < SAME):
             return
+        self._first = time.monotonic()  # before anything within which the next signal is answered
         if again or not self._in_steps:
-            self._first = time.monotonic()
             raise Preempted
         from kd.system.console import console
 

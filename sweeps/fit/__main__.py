@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before a library that reads them is loaded
     forget_ranks(os.environ)
 
 from kd.errors import MISTAKES, UserError, for_people
+from kd.experiment.results import Entry, load_sweep
 from kd.system.console import Terminal, harmless
 from kd.system.remote import local_root, publish
 from sweeps.fit.fitting import fit_all
@@ -21,7 +22,6 @@ from sweeps.fit.output import print_fits, write_fits
 from sweeps.fit.verdict import verdict
 from sweeps.report.arguments import add_wandb_switch, path_argument, sweep_parser
 from sweeps.report.artifact import keep_artifact, wandb_place
-from sweeps.report.load import Entry, load_sweep
 from sweeps.report.question import question
 
 

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kd.errors import UserError
+from kd.experiment.results import Entry
 from kd.runs.identity import below, model_name
 from kd.runs.provenance import doubts_of_many
-from kd.system import files
+from kd.system import files, programs
 from kd.system.console import counted
 from sweeps.fit.solver import Data
 from sweeps.report.groups import label, outcome_settings, subset, varying
-from sweeps.report.load import Entry
 from sweeps.report.wording import join_words
 
 # Settings that the laws are about, or that matter too little; a note names any others in which runs differ.
@@ -85,7 +85,7 @@ def from_sweep(entries: list[Entry]) -> tuple[list[Observation], list[str]]:
     if unfinished := len(entries) - len(done):
         notes.append(
             f"{unfinished} of {len(entries)} runs {'is' if unfinished == 1 else 'are'} not done and not counted: "
-            "python -m sweeps.report says why."
+            f"{programs.command('report')} says why."
         )
     usable = [e for e in done if e.finished["config"]["logits"] in ("none", "online", "offline")]
     if learning := len(done) - len(usable):

@@ -6,7 +6,7 @@ import argparse
 import os
 
 from kd.errors import UserError
-from kd.system import files
+from kd.system import files, programs
 
 
 def path_argument(text: str) -> str:
@@ -19,8 +19,8 @@ def path_argument(text: str) -> str:
 
 def sweep_parser(program: str, description: str, nargs: str | None = None) -> argparse.ArgumentParser:
     """Return a parser of a sweep's name and --root. nargs: "?" where the name may be left out."""
-    parser = argparse.ArgumentParser(prog=f"python -m sweeps.{program}", description=description)
-    parser.add_argument("name", nargs=nargs, help="of the sweep, as in python train.py sweeps=NAME")
+    parser = argparse.ArgumentParser(prog=programs.command(program), description=description)
+    parser.add_argument("name", nargs=nargs, help=f"of the sweep, as in {programs.command('train')} sweeps=NAME")
     root = os.environ.get("KD_ROOT") or "runs"
     help_ = "folder or URL where runs are kept (default: $KD_ROOT, or runs)"
     parser.add_argument("--root", default=root, type=path_argument, help=help_)

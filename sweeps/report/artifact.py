@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from kd.errors import UserError
-from sweeps.report.load import Entry
+from kd.experiment.results import Entry
 
 
 def wandb_place(entries: list[Entry]) -> dict[str, str | None]:

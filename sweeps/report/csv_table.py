@@ -6,9 +6,9 @@ import csv
 import io
 
 from kd.evaluation.catalog import LOSS
+from kd.experiment.results import Entry
 from kd.system.console import harmless
 from sweeps.report.groups import Group, name_without_loss, outcome_settings, varying
-from sweeps.report.load import Entry
 from sweeps.report.report import Report
 from sweeps.report.table import Row
 

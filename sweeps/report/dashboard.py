@@ -10,11 +10,11 @@ from pathlib import Path
 
 from kd.errors import UserError
 from kd.evaluation.catalog import LOSS, Metric, metrics
+from kd.experiment.results import Entry
 from kd.runs.identity import axes, sizes_of
 from kd.runs.loggers import logged_in
 from kd.runs.run import Run
 from sweeps.report.artifact import wandb_place
-from sweeps.report.load import Entry
 from sweeps.report.report import Report
 
 TOLD_BY_OTHERS = (

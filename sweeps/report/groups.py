@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from kd.evaluation.catalog import LOSS, ROUGE_L, Metric
+from kd.experiment.results import Entry
 from kd.runs.identity import below, part_of_outcome, whole_as_float
-from sweeps.report.load import Entry
 from sweeps.report.statistics import Interval, interval
 from sweeps.report.wording import format_amount
 

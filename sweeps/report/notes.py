@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Iterable
 from statistics import fmean
 
+from kd.experiment.results import Entry
 from kd.runs.identity import model_name, size_text
 from kd.runs.provenance import doubts_of_many
 from kd.system.console import clock
 from sweeps.report.groups import Group, subset, tasks_of, varying
-from sweeps.report.load import Entry
 from sweeps.report.table import ReferenceLine, Row
 from sweeps.report.wording import format_amount, join_words
 

@@ -10,7 +10,7 @@ from html import escape
 import plotly.graph_objects as go
 
 from kd.evaluation.catalog import LOSS
-from sweeps.report.load import exposure_curve, learning_curve
+from sweeps.report.curves import exposure_curve, learning_curve
 from sweeps.report.table import GREY, ReferenceLine, Row
 
 

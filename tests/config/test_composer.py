@@ -1,14 +1,16 @@
-"""The configs of a sweep's runs are those that Hydra composes, and its errors are Hydra's."""
+"""A Composer's configs are those that Hydra composes, and its errors are Hydra's."""
 
 import random
 
 import hydra
 import pytest
+from hydra.compose import compose as by_hydra  # tests/conftest.py replaces hydra.compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+import train  # noqa: F401, registers the sizes
 from kd.config.components import CONF, SWEEPS
 from kd.config.composer import Composer
 from tests.launch.test_sweeper import jobs
@@ -20,22 +22,31 @@ def composer():
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         made = GlobalHydra.instance().hydra
         master = made.compose_config("config", ["root=/somewhere"], run_mode=RunMode.MULTIRUN)
-        yield Composer(made.config_loader, master)
-
-
-def whole(composer: Composer, words: list[str]) -> dict:
-    config = composer.loader.load_sweep_config(composer.master, words)
-    return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+        yield Composer.of_sweep(made.config_loader, master)
 
 
 def same(composer: Composer, words: list[str]) -> None:
     """Nodes, types and interpolations, not their values alone; twice, since the first may compose the whole."""
-    expected = whole(composer, words)
+    expected = by_hydra("config", words)
     for _ in range(2):
         made = composer.compose(words)
-        assert made == expected and list(made) == list(expected)
+        assert made == expected and list(made) == list(expected) and OmegaConf.is_struct(made)
         for resolve in (False, True):
             assert OmegaConf.to_container(made, resolve=resolve) == OmegaConf.to_container(expected, resolve=resolve)
+        OmegaConf.update(made, "seed", 99)  # in this copy alone
+
+
+def test_hydra_composes_each_choice_of_groups_once(composer):
+    composed = []
+    counting = Composer(lambda words: composed.append(words) or composer.compose_all(words), composer.is_group)
+    for words, seed in ((["loss=rkl", "seed=1"], 1), (["seed=2", "loss=rkl"], 2), (["loss=rkl"], 0)):
+        assert counting.compose(words).seed == seed
+    assert composed == [["loss=rkl"]]
+
+
+def test_tests_compose_as_hydra_does(composer):
+    words = ["loss=rkl", "loss=akl", "loss.mu=0.3"]
+    assert hydra.compose("config", words) == by_hydra("config", words)
 
 
 def of_sweeps() -> list[tuple[str, str]]:
@@ -51,8 +62,8 @@ def runs_of(name: str, scale: str) -> list[list[str]]:
     return [[f"{key}={value}" for key, value in job] for job in sorted(jobs(sweep, scale))]
 
 
-@pytest.mark.parametrize("name, scale", of_sweeps())
-def test_a_run_of_each_sweep_has_the_config_that_hydra_gives_it(composer, name, scale):
+@pytest.mark.parametrize("name, scale", random.Random(0).sample(of_sweeps(), 5))  # see test_golden.py, too
+def test_runs_of_sweeps_have_the_configs_that_hydra_gives_them(composer, name, scale):
     words = random.Random(name).choice(runs_of(name, scale))
     random.Random(scale).shuffle(words)
     same(composer, words)
@@ -75,30 +86,40 @@ def test_every_run_of_each_sweep_has_the_config_that_hydra_gives_it(composer, na
         ["data.seq_len=64", "trainer={steps:3,batch:2}"],
         ["data=text", "data.files=[a.txt,b.txt]", 'loss."_partial_"=false'],
         ["record=top_k", "record.k=3", "sweep='a b'"],
+        ["logits=offline", "record=top_p_k", "record.k=5", "~record.p", "truncation=top_p_k", "++truncation.p=0.5"],
+        ["student=hub", "student.name=a/b", "teacher=none", "+loss.new=[1,2]", "loss=jsd"],
+        ["sweeps=loss", "trainer.steps=3"],
+        ["loss={_target_:x}", "trainer.log_every=2"],
+        [],
     ],
 )
 def test_words_of_every_kind_make_what_hydra_makes_of_them(composer, words):
     try:
-        whole(composer, words)
+        composer.compose_all(words)
     except HydraException:
         return refused(composer, words)
     same(composer, words)
 
 
 def refused(composer: Composer, words: list[str]) -> None:
-    told = []
-    for compose in (lambda: whole(composer, words), lambda: composer.compose(words), lambda: composer.compose(words)):
+    errors = []
+    for compose in (composer.compose_all, composer.compose):
         with pytest.raises(HydraException) as error:
-            compose()
-        told.append((type(error.value), str(error.value), str(error.value.__cause__)))
-    assert told[0] == told[1] == told[2]
+            compose(words)
+        errors.append((type(error.value), str(error.value), str(error.value.__cause__)))
+    assert errors[0] == errors[1]
 
 
-WRONG = """nosuch=1 loss=no_such lr.peek=1 +lr.peak=1 ~lr.peek lr.peak=[ seed=1,2 loss@x=fkl +loss=fkl lr={peek:1}
-trainer.steps.more=1 = ~data=hub hydra.nosuch=1 hydra/launcher=nosuch""".split()  # noqa: SIM905
+WRONG = """nosuch=1 loss=no_such lr.peek=1 +lr.peak=1 ~lr.peek lr.peak=[ seed=1,2 loss=fkl,rkl loss@x=fkl +loss=fkl
+lr={peek:1} trainer.steps.more=1 = ~data=hub hydra.nosuch=1 hydra/launcher=nosuch""".split()  # noqa: SIM905
 
 
 @pytest.mark.parametrize("word", WRONG)
-@pytest.mark.parametrize("others", [(), ("lr.peek=1",)])
-def test_a_wrong_word_has_the_error_that_hydra_gives(composer, word, others):
-    refused(composer, ["loss=akl", "seed=1", word, *others])
+def test_a_wrong_word_has_the_error_that_hydra_gives(composer, word):
+    refused(composer, ["loss=akl", "seed=1", word])
+
+
+@pytest.mark.parametrize("word", ["loss=no_such", "+lr.peak=1", "lr.peak=[", "seed=1,2"])
+def test_of_several_wrong_words_hydra_names_the_same(composer, word):
+    for words in (["lr.peek=1", word], [word, "lr.peek=1"]):
+        refused(composer, ["loss=akl", *words])

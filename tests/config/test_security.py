@@ -9,11 +9,13 @@ import io
 import json
 import os
 import pickle
+import re
 import runpy
 import shutil
 import subprocess
 import sys
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +35,10 @@ from kd.store import reader, spec
 from kd.system import checkpoint_files, files
 from kd.system.console import Terminal, styled
 from sweeps.report.__main__ import main as report_main
+from tests import small
 from tests.refusals import refused
-from tests.small import FORK, SMALL, TINY, TRAIN, folder, here, listed, train
+from tests.small import ENVIRONMENT, FORK, SMALL, TINY, TRAIN, folder, here, listed, train
+from tests.zygote import Zygote
 
 
 class Payload:
@@ -47,11 +51,17 @@ class Payload:
         return Path.touch, (self.canary,)
 
 
+def with_evil(home: Path) -> Path:
+    """Return the canary of a folder with a module `evil` that makes it, and knows no limits of Hydra's."""
+    path = home / "canary"
+    (home / "evil.py").write_text(f"open({str(path)!r}, 'w')\nclass Boom:\n    def __init__(self, *a, **k): pass\n")
+    return path
+
+
 @pytest.fixture
 def canary(tmp_path, monkeypatch) -> Path:
-    """Not to be there at the end. A module `evil` that makes it, and knows no limits of Hydra's, can be imported."""
-    path = tmp_path / "canary"
-    (tmp_path / "evil.py").write_text(f"open({str(path)!r}, 'w')\nclass Boom:\n    def __init__(self, *a, **k): pass\n")
+    """Not to be there at the end. The module `evil` that makes it can be imported."""
+    path = with_evil(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     yield path
@@ -59,10 +69,7 @@ def canary(tmp_path, monkeypatch) -> Path:
     assert not path.exists()
 
 
-def _main(words: list[str], program: Path | str, output: Path) -> None:
-    sys.stdout = sys.stderr = open(output, "w", buffering=1)
-    os.dup2(sys.stdout.fileno(), 1)
-    os.dup2(sys.stdout.fileno(), 2)
+def _main(words: list[str], program: Path | str) -> None:
     sys.argv = [str(program), *words]
     sys.modules.pop("evil", None)
     if isinstance(program, Path):
@@ -73,16 +80,46 @@ def _main(words: list[str], program: Path | str, output: Path) -> None:
         runpy.run_module(program, run_name="__main__")
 
 
-def typed(folder: Path, *words: str, program: Path | str = TRAIN) -> tuple[int, str]:
-    """Exit code and output of a command; FILE in words is `folder`."""
-    words = [word.replace("FILE", str(folder)) for word in words]
-    process = FORK.Process(target=_main, args=(words, program, folder / "output"))
+def _mains(commands: list[tuple[Path, list[str]]], program: Path | str) -> None:
+    """Run a command in each folder, up to the first that ends otherwise than by sys.exit()."""
+    for home, words in commands:
+        sys.stdout = sys.stderr = open(home / "output", "w", buffering=1)
+        os.dup2(sys.stdout.fileno(), 1)
+        os.dup2(sys.stdout.fileno(), 2)
+        os.chdir(home)
+        sys.path.insert(0, str(home))
+        code: object = None
+        try:
+            _main(words, program)
+        except SystemExit as error:
+            code = error.code
+        sys.path.remove(str(home))
+        (home / "code").write_text(str(1 if isinstance(code, str) else code or 0))
+
+
+def typed(commands: dict[Path, list[str]], program: Path | str = TRAIN) -> dict[Path, tuple[int | None, str]]:
+    """Exit code and output of a command in each folder, in one process; FILE in its words is the folder.
+
+    A command that ended the process, and those after it, have no exit code.
+    """
+    listed = [(home, [word.replace("FILE", str(home)) for word in words]) for home, words in commands.items()]
+    process = FORK.Process(target=_mains, args=(listed, program))
     process.start()
     process.join(200)
     process.kill()
     process.join()
-    output = (folder / "output").read_text(errors="replace") if (folder / "output").exists() else ""
-    return process.exitcode, output
+    found = {}
+    for home in commands:
+        code, output = ((home / name).read_text(errors="replace") if (home / name).exists() else None
+                        for name in ("code", "output"))  # fmt: skip
+        found[home] = int(code) if code else None, output or ""
+        (home / "code").unlink(missing_ok=True)
+    return found
+
+
+def typed_in(home: Path, *words: str, program: Path | str = TRAIN) -> tuple[int | None, str]:
+    """Exit code and output of one command."""
+    return typed({home: list(words)}, program)[home]
 
 
 BOOM = "{_target_:evil.Boom}"
@@ -135,24 +172,37 @@ WORDS = {  # what is typed after `python train.py`
 }  # fmt: skip
 
 
-@pytest.fixture
-def hostile(canary) -> Path:
-    """A folder with what the words above name."""
-    home = canary.parent
+def filled(home: Path) -> Path:
+    """Return a folder with what the words above name."""
     (home / "conf" / "loss").mkdir(parents=True)
     for path in (home / "conf" / "loss" / "evil.yaml", home / "evil.yaml", home / "conf" / "evil.yaml"):
         path.write_text(GLOBAL)
-    (home / "evil.pickle").write_bytes(pickle.dumps(Payload(canary)))
-    (home / "config.pickle").write_bytes(pickle.dumps(Payload(canary)))
+    for name in ("evil.pickle", "config.pickle"):
+        (home / name).write_bytes(pickle.dumps(Payload(home / "canary")))
     return home
 
 
-@pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
-def test_hostile_command_line_is_refused_before_anything_is_made(words, hostile):
-    before = {p for p in hostile.rglob("*") if "__pycache__" not in p.parts}
-    code, output = typed(hostile, "data=markov", "logger=none", "root=FILE/runs", *words)
+@pytest.fixture
+def hostile(canary) -> Path:
+    return filled(canary.parent)
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory) -> dict[str, tuple[int | None, str, set[str]]]:
+    """Exit code and output of each hostile command line, and the files that it made."""
+    homes = {name: filled(with_evil(tmp_path_factory.mktemp("hostile")).parent) for name in WORDS}
+    before = {name: set(home.rglob("*")) for name, home in homes.items()}
+    usual = ["data=markov", "logger=none", "root=FILE/runs"]
+    ends = typed({home: [*usual, *WORDS[name]] for name, home in homes.items()})
+    made = {n: {str(p.relative_to(home)) for p in {*home.rglob("*")} - before[n]} for n, home in homes.items()}
+    return {name: (*ends[home], made[name]) for name, home in homes.items()}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_hostile_command_line_is_refused_before_anything_is_made(refusals, name):
+    code, output, made = refusals[name]
     assert code in (1, 2) and "Traceback" not in output, output
-    assert {p for p in hostile.rglob("*") if "__pycache__" not in p.parts} - before == {hostile / "output"}
+    assert made == {"output"}
 
 
 @pytest.mark.parametrize("words", [WORDS[w] for w in ("callback", "option by a path", "logging", "search path")])
@@ -162,7 +212,7 @@ def test_the_canary_would_sing(words, hostile, monkeypatch):
     monkeypatch.setattr(components, "check_targets", lambda node: None)
     monkeypatch.setattr(security, "check_words", lambda words: None)
     monkeypatch.setattr(search_path, "take", lambda words: words)  # so that Hydra reads the folders itself
-    typed(hostile, "data=markov", "logger=none", "root=FILE/runs", "trainer.steps=0", *words)
+    typed_in(hostile, "data=markov", "logger=none", "root=FILE/runs", "trainer.steps=0", *words)
     assert (hostile / "canary").exists()
     (hostile / "canary").unlink()
 
@@ -175,7 +225,7 @@ def test_hostile_line_of_a_sweep_starts_no_run(line, hostile, monkeypatch):
     monkeypatch.setattr(components, "SWEEPS", hostile / "sweeps")
     words = " ".join(f'"{w}"' for w in WORDS[line]).replace("FILE", str(hostile))
     (hostile / "sweeps" / "mine.yaml").write_text(f"# What?\nruns:\n- seed=1\n- '{words}'\n".replace("$", "$"))
-    code, output = typed(hostile, "sweeps=mine", *SMALL, "root=FILE/runs")
+    code, output = typed_in(hostile, "sweeps=mine", *SMALL, "root=FILE/runs")
     assert code in (1, 2) and "Traceback" not in output and not list(hostile.glob("runs/*/config.json")), output
 
 
@@ -191,7 +241,7 @@ def test_sweep_with_a_tag_of_yaml_is_refused(tag, canary, monkeypatch):
 
 def test_hostile_words_to_write_a_store_are_refused(hostile):
     for words in (WORDS["target"], WORDS["callback"], WORDS["option by a path"]):
-        code, output = typed(hostile, "write", *TINY, "root=FILE/runs", *words, program="kd.store")
+        code, output = typed_in(hostile, "write", *TINY, "root=FILE/runs", *words, program="kd.store")
         assert code == 2 and "Traceback" not in output, output
 
 
@@ -296,13 +346,15 @@ def altered(root: Path, **changes) -> Path:
     return path.parent
 
 
-@pytest.mark.parametrize(
-    "name", ["../../x.safetensors", "/etc/passwd", "shard-00000.pkl", "", "shard-0/../x.safetensors"]
-)
-def test_store_that_names_a_file_elsewhere_is_refused(name, root):
-    at = altered(root, files={name: {"size": 1, "digest": "x"}})
-    for words in (["info", str(at)], ["verify", str(at)]):
-        code, output = typed(root.parent, *words, program="kd.store")
+@pytest.mark.parametrize("action", ["info", "verify"])
+def test_store_that_names_a_file_elsewhere_is_refused(action, taught, canary):
+    commands = {}
+    for number, name in enumerate(
+        ("../../x.safetensors", "/etc/passwd", "shard-00000.pkl", "", "shard-0/../x.safetensors")
+    ):
+        root = Path(shutil.copytree(taught, canary.parent / str(number)))
+        commands[root] = [action, str(altered(root, files={name: {"size": 1, "digest": "x"}}))]
+    for code, output in typed(commands, "kd.store").values():
         assert code == 2 and "is no file of a store" in output and "Traceback" not in output, output
 
 
@@ -335,7 +387,7 @@ def test_hostile_settings_of_a_store_call_nothing(change, root):
     (path,) = root.glob("stores/*/manifest.json")
     settings = json.loads(path.read_text())["settings"]
     at = altered(root, settings=settings | change)
-    code, output = typed(root.parent, "verify", str(at), "--root", str(root), program="kd.store")
+    code, output = typed_in(root.parent, "verify", str(at), "--root", str(root), program="kd.store")
     assert "Traceback" not in output and (code == 2 or "root" in change), output
 
 
@@ -391,7 +443,7 @@ def test_model_with_code_of_its_own_is_refused(root, canary):
     told = json.loads((hub / "tokenizer_config.json").read_text())
     told |= {"auto_map": {"AutoTokenizer": ["hubconf.T", "hubconf.T"]}, "tokenizer_class": "Evil"}
     (hub / "tokenizer_config.json").write_text(json.dumps(told))
-    code, output = typed(canary.parent, *TINY, f"root={root}", "teacher=hub", f"teacher.name={hub}")
+    code, output = typed_in(canary.parent, *TINY, f"root={root}", "teacher=hub", f"teacher.name={hub}")
     assert code == 2 and "Traceback" not in output, output
 
 
@@ -412,7 +464,7 @@ def test_dataset_with_code_of_its_own_is_refused(canary):
     hub.mkdir()
     (hub / "set.py").write_text(f"open({str(canary)!r}, 'w')\n")
     (hub / "train.pkl").write_bytes(pickle.dumps(Payload(canary)))
-    code, output = typed(canary.parent, "data=hub", f"data.name={hub}", "logger=none", "logits=none", "teacher=none")
+    code, output = typed_in(canary.parent, "data=hub", f"data.name={hub}", "logger=none", "logits=none", "teacher=none")
     assert code == 2 and "Traceback" not in output, output
 
 
@@ -442,7 +494,7 @@ def test_words_of_a_search_that_come_from_its_journal_are_checked(hostile):
     )
     trial = made.ask()
     trial.suggest_categorical("seed", ["${oc.env:HOME}"])
-    code, output = typed(hostile, "-m", "hydra/sweeper=optuna", *words, "seed=1,2")
+    code, output = typed_in(hostile, "-m", "hydra/sweeper=optuna", *words, "seed=1,2")
     assert code == 2 and "not to anything outside" in output and "Traceback" not in output, output
 
 
@@ -485,16 +537,13 @@ def contents(path: Path) -> bytes:
     found = [raw]
     if raw[:2] == b"\x1f\x8b":
         found.append(gzip.decompress(raw))
-    for start in range(len(raw) - 2):
-        if raw[start : start + 2] in (b"\x78\x9c", b"\x78\xda", b"\x78\x01"):
-            try:
-                found.append(zlib.decompressobj().decompress(raw[start:]))
-            except zlib.error:
-                continue
+    for start in re.finditer(rb"\x78[\x01\x9c\xda]", raw):
+        with suppress(zlib.error):
+            found.append(zlib.decompressobj().decompress(raw[start.start() :]))
     return b"".join(found)
 
 
-def test_secrets_of_the_environment_are_in_no_file(tmp_path):
+def test_secrets_of_the_environment_are_in_no_file(tmp_path, monkeypatch):
     root, home = tmp_path / "root", tmp_path / "home"
     root.mkdir()
     home.mkdir()
@@ -505,12 +554,14 @@ def test_secrets_of_the_environment_are_in_no_file(tmp_path):
     subprocess.run([*git, "remote", "add", "origin", f"https://{SECRET}@example.org/x.git"], check=True)
     environment = dict.fromkeys(NAMES, SECRET) | {"SLURM_JOB_ID": "1", "HTTPS_PROXY": f"http://me:{SECRET}@127.0.0.1:9"}
     environment |= {"HOME": str(home), "WANDB_MODE": "offline", "TMPDIR": str(home)}
+    loaded = Zygote(ENVIRONMENT | environment)  # libraries read the environment while they are loaded
+    monkeypatch.setattr(small, "zygote", lambda: loaded)
     words = ("teacher=none", "logits=none", "trainer.steps=2")
-    train(root, "-m", *words, "logger=wandb", **environment)
+    diverges = ("lr=constant", "lr.peak=1e30,1e-3", "trainer.clip=0")
+    train(root, "-m", *words, *diverges, "logger=wandb", code=1, **environment)
     train(root, *words, "seed=1", "logger=tensorboard", **environment)
-    train(
-        root, *words, "seed=2", "lr=constant", "lr.peak=1e30", "trainer.clip=0", "logger=wandb", code=2, **environment
-    )
+    loaded.end()
+    assert sorted(json.loads(p.read_text())["state"] for p in root.glob("*/state.json")) == ["diverged", "done", "done"]
     (root / ".git" / "config").write_bytes(git_config)
     seen = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert {"log.txt", "config.json", listed(root).name, "state.json"} <= {p.name for p in seen}
@@ -530,14 +581,14 @@ TYPED = [
 @pytest.mark.parametrize("how", [[], ["-m"]])
 def test_secret_that_is_typed_is_refused_and_shown_nowhere(word, how, canary, monkeypatch):
     monkeypatch.setenv("MY_TOKEN", SECRET)
-    code, output = typed(canary.parent, *how, "data=markov", f"root={canary.parent}/runs", word)
+    code, output = typed_in(canary.parent, *how, "data=markov", f"root={canary.parent}/runs", word)
     assert code == 2 and "there seems to be a secret" in output and "environment" in output, output
     assert "sesame" not in output.lower() and not (canary.parent / "runs").exists()
 
 
 def test_secret_in_the_path_that_the_environment_gives_is_refused(canary, monkeypatch):
     monkeypatch.setenv("KD_ROOT", "s3://me:sesame@bucket/runs")
-    code, output = typed(canary.parent, "data=markov", "logger=none")
+    code, output = typed_in(canary.parent, "data=markov", "logger=none")
     assert code == 2 and output.startswith("root: there seems to be a secret") and "sesame" not in output, output
 
 
@@ -545,7 +596,7 @@ def test_secret_in_a_file_of_a_sweep_is_refused(canary, monkeypatch):
     (canary.parent / "sweeps").mkdir()
     monkeypatch.setattr(components, "SWEEPS", canary.parent / "sweeps")
     (canary.parent / "sweeps" / "mine.yaml").write_text("# What?\nruns:\n- +logger.api_key=sesame\n")
-    code, output = typed(canary.parent, "sweeps=mine", *SMALL, f"root={canary.parent}/runs")
+    code, output = typed_in(canary.parent, "sweeps=mine", *SMALL, f"root={canary.parent}/runs")
     assert code == 2 and "logger.api_key: there seems to be a secret" in output and "sesame" not in output, output
 
 

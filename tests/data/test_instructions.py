@@ -722,6 +722,7 @@ def test_functions_are_told_apart_by_content(monkeypatch, tmp_path):
 # Runs.
 
 OFFLINE = ("logits=offline", "truncation=top_k", "truncation.k=5")
+SHORT = ("start=pretrained", "start.steps=6")  # what a teacher was before, too
 
 
 def words_of(root: Path, *words: str) -> list[str]:
@@ -741,11 +742,16 @@ def words_of(root: Path, *words: str) -> list[str]:
 
 
 def config(root: Path, *words: str) -> ExperimentConfig:
-    return small.small_config(root, *words_of(root, *words))
+    return small.small_config(root, *words_of(root, *started(words)))
 
 
 def run(root: Path, *words: str) -> Path:
-    return small.here(root, *words_of(root, *words))
+    return small.here(root, *words_of(root, *started(words)))
+
+
+def started(words: tuple[str, ...]) -> tuple[str, ...]:
+    starts = "teacher=none" not in words and not any(word.startswith("start=") for word in words)
+    return (*words, *SHORT) if starts else words
 
 
 @pytest.fixture(scope="module")
@@ -811,11 +817,11 @@ def test_a_store_holds_responses_and_no_more(root):
     assert "KL from what it says now to what is stored" in store_program.compare_with_teacher(found, str(root))
 
 
-@pytest.mark.parametrize("start", [(), ("start=pretrained",), ("start=sft", "start.sft_steps=2")])
+@pytest.mark.parametrize("start", [("start=scratch",), ("start=pretrained",), ("start=sft", "start.sft_steps=2")])
 def test_the_words_of_a_store_describe_that_store(root, start):
     """They name what decides the tokenizer, and how the teacher was pretrained."""
     (root / "plain.txt").write_text("A line of text.\n\n" * 9)
-    more = (*start, *(["start.steps=7", "start.lr=1e-3"] if start else []))
+    more = (*start, *(["start.steps=7", "start.lr=1e-3"] if "start=scratch" not in start else []))
     made = config(root, *OFFLINE, *more, "plain=text", f"plain.files={root / 'plain.txt'}")
     words = ["logits=offline", *shlex.split(stores.words_of(made)), f"root={root}"]
     again = config_of(words)

@@ -13,11 +13,12 @@ from kd.config.schema import ExperimentConfig
 from kd.data import packing
 from kd.experiment import planner, step_timing, summary
 from kd.experiment.dependencies import Plan
+from kd.experiment.results import read_run
 from kd.models.flops import Cost
 from kd.rollout import teacher_text
 from kd.system import console
 from kd.system.files import read_metrics
-from sweeps.report.load import learning_curve, read_run
+from sweeps.report.curves import learning_curve
 from tests.refusals import refused
 from tests.small import here, small_config
 
@@ -236,8 +237,9 @@ def test_what_plain_text_cannot_have(tmp_path, word):
         here(tmp_path, word)
 
 
-def test_what_a_teacher_wrote_is_written_once_and_learned_from(root, words):
+def test_what_a_teacher_wrote_is_written_once_and_learned_from(root, words, made):
     """SeqKD: prompts as they are, responses of the teacher; a kill in between costs the part that was being written."""
+    words = (*words, *SFT)
     here(root, *words, "logits=none", "rollout=teacher")
     (folder,) = (p.parent for p in (root / "rollouts").glob("*/manifest.json"))
     own = packing.open_packed(next(p.parent for p in (root / "data").glob("*/train_spans.npy")))
@@ -264,7 +266,7 @@ def test_a_teacher_that_was_killed_while_it_wrote_goes_on(root, words, made, tmp
         for name in ("data", *(p.name for p in root.glob("lm-100k-*"))):
             shutil.copytree(root / name, folder / name)
     monkeypatch.setattr(teacher_text, "AT_ONCE", 10)
-    more, real, kept = (*words, "logits=none", "rollout=teacher", "seed=3"), teacher_text.keep, []
+    more, real, kept = (*words, *SFT, "logits=none", "rollout=teacher", "seed=3"), teacher_text.keep, []
 
     def keep(path, **arrays):
         if len(kept) == 3:

@@ -15,6 +15,7 @@ from kd.config.rules import group_of
 from kd.config.schema import NO_SIGNAL
 from kd.errors import UserError
 from kd.experiment.dependencies import Plan
+from kd.experiment.results import load_sweep
 from kd.launch.local import LocalLauncher
 from kd.launch.run_launcher import discard
 from kd.launch.summary import varying
@@ -26,7 +27,6 @@ from kd.system.console import counted
 from kd.system.processes import whereabouts
 from kd.teachers.base import TeacherOrigin
 from sweeps.report.groups import SUPERVISED, group_runs
-from sweeps.report.load import load_sweep
 from sweeps.report.report import build_report
 from sweeps.report.write import write_report
 from tests.cases import option
@@ -103,7 +103,7 @@ def test_a_copy_removes_no_result_while_another_one_is_at_work(tmp_path):
 def test_run_in_a_sweep_equals_the_run_alone(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    train(tmp_path / "a", "-m", "loss=rkl,fkl", "trainer.steps=3")
+    train(tmp_path / "a", "-m", "loss=rkl,fkl", "trainer.steps=3", cold=True)
     train(tmp_path / "b", "loss=fkl", "trainer.steps=3")
     assert outcome(folder(tmp_path / "a", "fkl")) == outcome(folder(tmp_path / "b", "fkl"))
 

@@ -187,9 +187,11 @@ def test_a_rank_that_dies_ends_the_run_as_failed_and_leaves_no_other(root, numbe
 def test_asked_to_end_its_ranks_save_a_checkpoint_and_end_too(root, how):
     process = start(root, f"trainer={how}", "trainer.steps=3000")
     wait_for(3, root, process)
+    process.send_signal(signal.SIGSTOP)  # so that what follows reaches it at one moment, however busy the machine is
     for pid in (process.pid, *ranks_of(root)):  # as SLURM does, and one more for the same reason
         os.kill(pid, signal.SIGUSR2)
     process.terminate()
+    process.send_signal(signal.SIGCONT)
     assert process.wait(60) == 143 and gone(root, 1)
     state = json.loads((folder(root, "fkl") / "state.json").read_text())
     step = int(re.search(r"step (\d+) of 3000", state["reason"])[1])

@@ -11,12 +11,12 @@ import train as product
 from kd.data import packing
 from kd.errors import UserError
 from kd.experiment import planner, prerequisites
+from kd.experiment.results import read_run
 from kd.launch.job import Job
 from kd.runs import provenance
 from kd.runs.outcome import RunState
 from kd.runs.run import Run, check_student
 from kd.system import checkpoint_files, files
-from sweeps.report.load import read_run
 from tests.refusals import refused
 from tests.small import folder, here, shared, small_config, train, type_in
 

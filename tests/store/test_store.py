@@ -27,14 +27,14 @@ from kd.experiment.dependencies import Plan, cached_corpus
 from kd.models import causal_lm
 from kd.models import hub as hub_module
 from kd.store import __main__ as store_main
-from kd.store import reader, transfer
+from kd.store import transfer
 from kd.store.reader import Store
 from kd.store.spec import covers
 from kd.system import files
 from kd.system.console import console
 from kd.system.remote import Remote, local_root
 from tests.refusals import refused
-from tests.small import SMALL, TOP, content, folder, here, outcome, put_result, result, train, type_in, write
+from tests.small import SMALL, TOP, content, folder, here, outcome, put_result, python, result, train, type_in, write
 
 OFFLINE = ("logits=offline", *TOP)
 
@@ -185,9 +185,10 @@ def test_from_the_command_line(root):
     output = train(root, *words, code=2)
     assert f"{path / SHARDS[0]} is damaged" in output and "Traceback" not in output
     command = "\n".join(line for line in output.splitlines() if line.startswith("  "))
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    product = Path(reader.__file__).parent.parent
-    subprocess.run(["bash", "-ec", command], check=True, env=environment | {"PYTHONPATH": str(product)}, cwd=root)
+    shell = f"python() {{ printf '%s\\0' \"$@\"; }}\n{command}"
+    printed = subprocess.run(["bash", "-ec", shell], check=True, stdout=subprocess.PIPE, text=True, cwd=root).stdout
+    process = python([sys.executable, *printed.split("\0")[:-1]], root)
+    assert process.communicate(timeout=240)[0] and process.returncode == 0
     assert content(path) == before
     here(root, *OFFLINE)
 
@@ -348,7 +349,8 @@ def test_settings_of_a_foreign_store_are_checked_like_any(root, command_line):
 def test_store_of_something_else_is_refused_by_field(root, field, words):
     said = refusal(root, f"logits.path={only(root)}", *words)
     assert f"its {field} is " in said
-    here(root, "logits=offline", f"logits.path={only(root)}", *shlex.split(said.splitlines()[-1]))
+    words = shlex.split(said.splitlines()[-1])
+    here(root, "logits=offline", f"logits.path={only(root)}", "trainer.steps=1", *words)
 
 
 def test_all_that_differs_is_said(root):

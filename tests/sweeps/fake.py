@@ -6,8 +6,8 @@ import re
 
 from plotly.offline import get_plotlyjs
 
+from kd.experiment.results import read_run
 from sweeps.report.groups import group_runs
-from sweeps.report.load import read_run
 from sweeps.report.report import Report, build_report
 from sweeps.report.verdict import verdicts_of
 from sweeps.report.write import write_report

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from kd.evaluation.catalog import LOSS, ROUGE_L
+from kd.experiment.results import Entry, read_run
 from kd.runs import loggers
 from sweeps import dashboard as command
 from sweeps.fit.__main__ import main as fit_main
 from sweeps.report import dashboard
 from sweeps.report.__main__ import main as report_main
 from sweeps.report.artifact import wandb_place
-from sweeps.report.load import Entry, read_run
 from tests.refusals import refused
 from tests.runs.test_wandb_agent import inspect
 from tests.small import FORK

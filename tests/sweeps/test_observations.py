@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from kd.experiment.results import read_run
 from sweeps.fit.observations import from_csv, from_sweep, to_csv
-from sweeps.report.load import read_run
 from tests.refusals import refused
 from tests.sweeps.fake import Sweep
 from tests.sweeps.planted import finished, planted

@@ -9,7 +9,7 @@ import pytest
 
 from kd.evaluation.catalog import LOSS
 from sweeps.report.__main__ import main
-from sweeps.report.load import exposure_curve, learning_curve
+from sweeps.report.curves import exposure_curve, learning_curve
 from sweeps.report.report import build_report
 from tests.refusals import refused
 from tests.sweeps.fake import cells

@@ -34,7 +34,7 @@ def test_a_rank_that_kd_started_has_its_own_and_what_it_starts_has_none():
     assert environment == KEPT
 
 
-PROGRAMS = ["train.py", "kd.data", "kd.store", "kd.bench", "kd.bench.work", "sweeps.report", "sweeps.fit",
+PROGRAMS = ["train.py", "kd.data", "kd.store", "kd.runs", "kd.bench", "kd.bench.work", "sweeps.report", "sweeps.fit",
             "sweeps.dashboard"]  # fmt: skip
 
 

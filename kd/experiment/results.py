@@ -1,4 +1,4 @@
-"""Reader of a sweep's manifest, and of the results and curves of its runs."""
+"""Results of runs as they stand in a root: those of a sweep in the order of its list, or all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 import shlex
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
 
 from kd.config.components import check_sweep
@@ -14,11 +13,10 @@ from kd.errors import UserError
 from kd.evaluation.catalog import LOSS, ROUGE_L
 from kd.runs.run import Run
 from kd.runs.seal import EXACCERR, RESPONSES, is_sealed
-from kd.system import files
-from kd.system.files import read_json, read_metrics
-from kd.system.remote import fetch, local_root
-from sweeps.report.wording import join_words
+from kd.system import files, programs
+from kd.system.remote import Remote, fetch, is_url, local_root
 
+MARKS = ("state.json", "result.json")  # each of which makes a folder that of a run
 REQUIRED = {  # keys of a result; others may be missing
     "config": ("seed", "logits", "data", "student.size", "student.name", "teacher.size", "teacher.name"),
     "final": (LOSS.key,),
@@ -44,7 +42,8 @@ class Entry(NamedTuple):
 
     @property
     def command(self) -> str:
-        return shlex.join(["python", "train.py", *self.overrides])
+        """Command that makes the run."""
+        return f"{programs.command('train')} {shlex.join(self.overrides)}".rstrip()
 
 
 def load_sweep(root: str | Path, name: str) -> list[Entry]:
@@ -55,14 +54,17 @@ def load_sweep(root: str | Path, name: str) -> list[Entry]:
 def read_manifest(root: str | Path, name: str) -> list[dict]:
     """Return the runs of a sweep as kd/launch/sweep_list.py wrote them; raise UserError if there is no such sweep."""
     check_sweep(name)
-    path, hint = fetch(root, f"sweeps/{name}.json"), f"to run the sweep, type python train.py sweeps={name}"
+    path, hint = (
+        fetch(root, f"sweeps/{name}.json"),
+        f"to run the sweep, type {programs.command('train')} sweeps={name}",
+    )
     try:
         runs = json.loads(path.read_text())["runs"]
         if not all(files.is_name(line["run"]) for line in runs):
             raise ValueError("a run that is no folder of this root")
         return [line | {"overrides": [str(word) for word in line["overrides"]]} for line in runs]
     except FileNotFoundError:
-        names = join_words(sorted(p.stem for p in path.parent.glob("*.json"))) or "none yet"
+        names = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "none yet"
         why = f"does not exist in {path.parent.resolve()}, which has {names}"
         raise UserError(option="sweeps", got=name, why=why, hint=hint) from None
     except (ValueError, KeyError, TypeError):
@@ -109,22 +111,17 @@ def checked_result(result: dict) -> dict:
     return result
 
 
-def learning_curve(entries: list[Entry]) -> list[tuple[float, ...]]:
-    """Return tokens, FLOPs and mean validation loss at the steps that all of these runs have."""
-    axes, curves = ("tokens", "flops", LOSS.key), []
-    for entry in entries:
-        lines = read_metrics(entry.folder / "metrics.jsonl")
-        curves += [{x["step"]: [x[axis] for axis in axes] for x in lines if LOSS.key in x}]
-    common = sorted(set.intersection(*map(set, curves))) if curves else []
-    return [tuple(map(fmean, zip(*(steps[s] for steps in curves)))) for s in common]
+def read_runs(root: str | Path) -> list[Entry]:
+    """Return all runs of a root, by name; raise UserError if there is no such root."""
+    return [read_run(root, {"run": name, "overrides": []}) for name in run_names(root)]
 
 
-def exposure_curve(entries: list[Entry]) -> list[float]:
-    """Return the mean ExAccErr over length, up to the shortest; empty if a file is missing or damaged."""
-    curves = []
-    for entry in entries:
-        try:
-            curves.append([float(x) for x in (read_json(entry.folder / EXACCERR) or {})["exaccerr"]])
-        except (UserError, KeyError, TypeError, ValueError):
-            return []
-    return [mean for mean in map(fmean, zip(*curves)) if math.isfinite(mean)]
+def run_names(root: str | Path) -> list[str]:
+    """Return the names of the runs of a root; raise UserError if there is no such root."""
+    if is_url(root):
+        names = [name.split("/") for name in Remote(str(root), local_root(root)).names()]
+        return sorted({parts[0] for parts in names if len(parts) == 2 and parts[1] in MARKS})
+    if not Path(root).is_dir():
+        hint = "give the folder of your runs, or type a command that makes one"
+        raise UserError(option="root", got=root, why="does not exist", hint=hint)
+    return sorted({path.parent.name for mark in MARKS for path in Path(root).glob(f"*/{mark}")})

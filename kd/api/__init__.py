@@ -1,0 +1,1 @@
+"""Public functions of `import kd`, for notebooks and other trainers."""

@@ -1,0 +1,37 @@
+"""One run from its config to its result: what `python train.py` does once the config is composed."""
+
+from __future__ import annotations
+
+from kd.config.schema import ExperimentConfig
+from kd.experiment import prerequisites
+from kd.experiment.dependencies import Plan
+from kd.experiment.prerequisites import FinishedRun
+from kd.system.programs import TRAIN
+
+
+def train(config: ExperimentConfig, wait: bool = True) -> FinishedRun:
+    """Return the result of a run: read if it is done, resumed if it was begun; what it needs is made first.
+
+    wait: for another process that works on the same run, instead of raising UserError. With force=true the run is made
+    anew. Its old result is removed when the new run begins, after all checks.
+    """
+    run = Plan.of(config).run
+    anew = config.force and run.is_done()
+    if not anew and (result := run.result()):
+        run.clean_up_if_done()
+        prerequisites.check_recorded(config)
+        return FinishedRun(run, result, before=True)
+    inputs = prerequisites.ensure(config, train)
+    if anew:
+        prerequisites.check_logger(config)
+    with run.lock(wait):
+        if not anew and (result := run.result()):
+            return FinishedRun(run, result, before=True)
+        with run.records_failure():
+            if config.trainer.devices > 1:
+                from kd.launch.rank_launcher import fit_in_ranks
+
+                return FinishedRun(run, fit_in_ranks(str(TRAIN), run, config, inputs), before=False)
+            from kd.experiment.fit import fit
+
+            return FinishedRun(run, fit(run, config, inputs), before=False)

@@ -1,0 +1,42 @@
+"""kd's programs: console scripts that start them from any folder, and the commands that a person types."""
+
+from __future__ import annotations
+
+import runpy
+from functools import partial
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent
+TRAIN = PACKAGE.parent / "train.py"
+MODULES = {
+    "store": "kd.store", "data": "kd.data", "runs": "kd.runs",
+    "report": "sweeps.report", "fit": "sweeps.fit", "dashboard": "sweeps.dashboard",
+}  # fmt: skip
+
+_by_script = False  # whether a console script started this process
+
+
+def command(name: str) -> str:
+    """Return what a person types to start a program.
+
+    That is the console script (kd-train) where one was typed, and where kd is installed without its repository, since
+    no train.py is at hand there. In a checkout it is `python train.py` or `python -m kd.store`.
+    """
+    if _by_script or (PACKAGE / "conf").is_dir():
+        return f"kd-{name}"
+    return "python train.py" if name == "train" else f"python -m {MODULES[name]}"
+
+
+def start(name: str) -> None:
+    """Run a program from its first line on, as `python train.py` or `python -m MODULE` does."""
+    global _by_script
+    _by_script = True
+    if name == "train":
+        runpy.run_path(str(TRAIN), run_name="__main__")
+    else:
+        runpy.run_module(MODULES[name], run_name="__main__", alter_sys=True)
+
+
+# Entry points of pyproject.toml.
+train, store, data, runs = (partial(start, name) for name in ("train", "store", "data", "runs"))
+report, fit, dashboard = (partial(start, name) for name in ("report", "fit", "dashboard"))
