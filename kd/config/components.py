@@ -122,7 +122,10 @@ def _check_plugin(target: object, path: str, allowed: list[str]) -> None:
     package, name = str(target).partition(".")[0], str(target).rpartition(".")[2]
     plugin = plugins.plugin_of(target)
     if plugin is None:
-        raise refused if package in plugins.NO_PLUGIN else refused.replace(hint=plugins.how_to_allow(package))
+        if package in plugins.NO_PLUGIN:
+            raise refused
+        need = "a function of kd, or of a package that you allow"
+        raise refused.replace(need=need, hint=plugins.how_to_allow(package))
     function = plugins.definition(str(target))
     if function is None or not takes_group(function, path):
         others = [f"{m}.{f.name}" for m, file in plugin.modules.items() for f in plugins.functions(file).values()
