@@ -32,7 +32,7 @@ from kd.experiment import summary
 from kd.launch import command_line
 from kd.launch.training import train
 from kd.runs import wandb_agent
-from kd.system.console import end_with
+from kd.system.console import exit_with_error
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -49,7 +49,7 @@ def main(cfg: DictConfig) -> None:
         wandb_agent.tell(outcome.run, config, outcome.result)
         summary.show(outcome)
     except MISTAKES as error:
-        end_with(for_people(error))
+        exit_with_error(for_people(error))
 
 
 command_line.register()

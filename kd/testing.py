@@ -180,7 +180,7 @@ def without_some(target: Target) -> Target:
 
 def with_rest(target: Target) -> Target:
     """Target with one more column for all other tokens."""
-    return replace(target, rest=True)
+    return replace(target, has_residual_column=True)
 
 
 # Every form that a target can take, and those of them in which no probability is missing.

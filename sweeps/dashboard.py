@@ -11,7 +11,7 @@ if __name__ == "__main__":  # before a library that reads them is loaded
     forget_ranks(os.environ)
 
 from kd.errors import MISTAKES, for_people
-from kd.system.console import harmless
+from kd.system.console import strip_control_characters
 from sweeps.report.arguments import sweep_parser
 from sweeps.report.dashboard import check_package, save_dashboard
 from sweeps.report.report import build_report
@@ -27,9 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
         report = build_report(options.root, options.name)
         addresses = save_dashboard(options.root, report, write_report(options.root, report))
     except MISTAKES as error:
-        print(harmless(str(for_people(error))), file=sys.stderr)
+        print(strip_control_characters(str(for_people(error))), file=sys.stderr)
         return 2
-    print(harmless("\n".join(addresses)))
+    print(strip_control_characters("\n".join(addresses)))
     return 0
 
 

@@ -122,7 +122,7 @@ def test_compiled_loss_equals_the_eager_one(loss, cut):
     info = token_info(300, torch.float32).to(DEVICE)
 
     def signal(rows):
-        return Target(label, other, whole=True, token_info=info)[rows]
+        return Target(label, other, complete=True, token_info=info)[rows]
 
     sums = []
     for compiled in (False, True):
@@ -191,7 +191,7 @@ class _Kept(lightning.Callback):
 
 def losses(strategy, sharded: tuple[str, ...], checkpoint: Path | None = None) -> list[float]:
     torch.manual_seed(0)
-    student, teacher = (causal_lm.build(size, None, 300, 64, "size") for size in ("200k", "500k"))
+    student, teacher = (causal_lm.build_model(size, None, 300, 64, "size") for size in ("200k", "500k"))
     module = DistillationModule(
         student, OnlineTeacher(teacher), Objective(option("loss", "fkl"), full, renormalise, fixed),
         Schedules(lambda progress: 0.9, lambda progress: 1e-3), partial(torch.optim.AdamW, weight_decay=0.1),
@@ -220,7 +220,7 @@ def test_fsdp2_on_one_device_equals_no_fsdp(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", rank=0, world_size=1)
     try:
-        ours = losses(fsdp.Sharded(1), ("student", "teacher"), tmp_path)
+        ours = losses(fsdp.FSDP2Strategy(1), ("student", "teacher"), tmp_path)
     finally:
         dist.destroy_process_group()
     assert ours == pytest.approx(expected, rel=1e-4)
@@ -256,7 +256,7 @@ def test_killed_and_resumed_ends_as_if_never_killed(tmp_path):
 def test_masked_positions_reach_no_loss():
     """Labels of IGNORE on the device index nothing: an out-of-range index would be a device assert."""
     torch.manual_seed(0)
-    student = causal_lm.build("100k", None, 300, 32, "size").to(DEVICE)
+    student = causal_lm.build_model("100k", None, 300, 32, "size").to(DEVICE)
     ids = torch.randint(0, 300, (4, 32), device=DEVICE)
     labels = ids.clone()
     labels[:, ::2] = IGNORE

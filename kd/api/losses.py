@@ -51,7 +51,7 @@ def distillation_loss(
         seed = torch.randint(2**62, label.shape, device=label.device)
     student = student_logits[counted].float().log_softmax(-1)
     objective = Objective(loss, truncation, target, temperature)
-    values = objective.distance(student, Target(label, logp, seed=seed, whole=True))
+    values = objective.distillation_loss(student, Target(label, logp, seed=seed, complete=True))
     if reduction == "none":
         return values
     return values.sum() / (max(1, len(label)) if reduction == "mean" else 1)

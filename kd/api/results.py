@@ -38,8 +38,8 @@ def load_results(root: str | Path = "runs", sweep: str | None = None) -> list[di
     if states:
         counts = ", ".join(f"{number} {state}" for state, number in sorted(states.items()))
         warnings.warn(
-            f"{states.total()} of {len(entries)} runs in {local_root(root)} are not done ({counts}): their records have no "
-            "metrics, and `message` has the reason.",
+            f"{states.total()} of {len(entries)} runs in {local_root(root)} are not done ({counts}): their records "
+            "have no metrics, and `message` has the reason.",
             stacklevel=2,
         )
     return [record(entry) for entry in entries]

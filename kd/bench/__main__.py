@@ -28,7 +28,7 @@ from kd.bench.work import GIB, SHAPES, Shape, measured
 from kd.config.components import PRECISIONS
 from kd.errors import UserError
 from kd.system import files
-from kd.system.console import console, end_with
+from kd.system.console import console, exit_with_error
 from kd.system.remote import is_url
 
 
@@ -146,4 +146,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except UserError as error:
-        end_with(error)
+        exit_with_error(error)

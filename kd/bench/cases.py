@@ -198,7 +198,7 @@ def batches_of(work: Work, teacher: Teacher, on_policy: bool) -> Batches:
     rows = work.rows()
     prompt = work.shape.seq_len - work.shape.response_len
     spans = np.tile([prompt, work.shape.seq_len], (len(rows), 1)) if on_policy else None
-    return Batches(rows, work.shape.batch, 0, 0, work.steps, read=teacher.read, spans=spans)
+    return Batches(rows, work.shape.batch, 0, 0, work.steps, read_teacher=teacher.read, response_spans=spans)
 
 
 class Stopwatch:

@@ -81,7 +81,7 @@ def read(work: Work, kept: str) -> None:
         store = stored(Path(folder), work.shape, kept)
         for batch in Batches(work.rows(), work.shape.batch, 0, 0, work.steps):
             # Read here, not ahead in a thread as in training, so that it is timed.
-            batch = batch._replace(stored=store.read(batch.row.numpy(), batch.ids.numpy()))
+            batch = batch._replace(teacher_rows=store.read(batch.row_ids.numpy(), batch.ids.numpy()))
             signal = store.signal(batch, torch.ones_like(batch.ids, dtype=torch.bool))
             for rows in chunks(batch.ids.numel(), 256):
                 signal(rows)
@@ -117,13 +117,13 @@ def encoder_of(work: Work, kept: str) -> RowEncoder:
     from kd.models.causal_lm import CausalLM
     from kd.objective import truncation
     from kd.store.encoder import RowEncoder
-    from kd.system.hardware import keep_freed
+    from kd.system.hardware import disable_malloc_trim
     from kd.teachers.online import OnlineTeacher
 
     model = work.teacher()
     with torch.no_grad():
         model.model.norm.weight.mul_(SHARP)
-    keep_freed()
+    disable_malloc_trim()
     settings = {k: v for k, v in KEPT[kept].items() if k != "name"}
     keep = None if kept == "full" else partial(getattr(truncation, KEPT[kept]["name"]), **settings)
     teacher = OnlineTeacher(CausalLM(model, work.shape.vocab))

@@ -44,7 +44,7 @@ def main() -> None:
     command.add_argument("--json", action="store_true", help="text, ids, labels (-100: not learned) and counts")
     given = parser.parse_args(sorted(sys.argv[1:], key="--json".__eq__))  # argparse takes no option between words
     from kd.errors import MISTAKES, for_people
-    from kd.system.console import end_with
+    from kd.system.console import exit_with_error
 
     try:
         from kd.data import preview
@@ -61,7 +61,7 @@ def main() -> None:
         else:
             preview.show(*of)
     except MISTAKES as error:
-        end_with(for_people(error))
+        exit_with_error(for_people(error))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kd.objective.token_info import TokenInfo
-    from kd.store.format import Entries
+    from kd.store.format import EncodedRows
 
 IGNORE = -100  # label of a position that is not counted
 
@@ -32,11 +32,13 @@ class Batch(NamedTuple):
 
     ids: Tensor  # [B, T] int64
     labels: Tensor  # [B, T] int64, already shifted; -100 = ignore
-    row: Tensor  # [B]    which row of the data
-    seed: Tensor  # [B, T] int64, a random number per position, for whatever samples
-    stored: Entries | Tensor | None = None  # what a store holds of these rows; a Tensor: hidden states [B, T, D]
+    row_ids: Tensor  # [B]    which row of the data
+    position_seeds: Tensor  # [B, T] int64, a random number per position, for whatever samples
+    teacher_rows: EncodedRows | Tensor | None = (
+        None  # what a store holds of these rows; a Tensor: hidden states [B, T, D]
+    )
     token_info: TokenInfo | None = None  # of text that a model wrote, [B, T] like the labels
-    beside: Batch | None = None  # plain text for the language-modelling term
+    lm_batch: Batch | None = None  # plain text for the language-modelling term
 
     def split(self, rows: int) -> Iterator[Batch]:
         """Micro-batches of at most `rows` sequences."""
@@ -58,7 +60,7 @@ class Packed:
     # Of prompts with responses: tokens of the prompt, and all that are no padding; None where every token counts.
     train_spans: np.ndarray | None = None  # [R, 2] int32
     val_spans: np.ndarray | None = None  # [R', 2] int32
-    end: int | None = None  # the token that ends a response
+    eos_token_id: int | None = None  # the token that ends a response
     boundary: tuple[int, ...] = ()  # tokens between two plain texts: the end of one, then those in front of the next
     counts: dict = field(default_factory=dict)  # of what was read and what became of it; none in older folders
     template: str | None = None  # of prompts with responses
@@ -73,7 +75,7 @@ class Packed:
         return bool(self.counts.get("prompts_only"))
 
     @property
-    def counted(self) -> float:
+    def mean_target_tokens(self) -> float:
         """Tokens of a training row that are learned, in the mean."""
         if self.train_spans is None:
             return self.train.shape[1] - 1 - float(between(self.train, self.boundary).sum(-1).mean())
@@ -107,41 +109,49 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 class Batches:
     """The training batches of steps start … steps - 1; iterating again begins at `start` again.
 
-    among: which rows to take; None for all of them. read: what a store holds of rows (index [B], ids [B, T]). Batches
-    are made ahead of their use, in a thread, so that no step waits for a disk. part: which rows of every batch. spans:
-    of the rows [R, 2], where not all of them counts. beside: batches of plain text that go with these. boundary: see
-    to_batch().
+    A thread prepares batches before they are used, so that no step waits for a disk.
+    row_subset: indices of the rows to take; None for all. read_teacher: returns what a store holds of rows (index [B],
+    ids [B, T]). rank_slice: the part of every batch for this rank. response_spans: start and end of the target tokens
+    of every row [R, 2]; None where all count. lm_batches: batches of plain text, one per step, for the
+    language-modelling term. boundary: see to_batch().
     """
 
     def __init__(
         self, rows: np.ndarray, batch: int, seed: int, start: int, steps: int,
-        among: np.ndarray | None = None,
-        read: Callable[[np.ndarray, np.ndarray], Entries | Tensor | None] | None = None, part: slice = slice(None),
-        spans: np.ndarray | None = None, beside: Batches | None = None, boundary: Sequence[int] = (),
+        row_subset: np.ndarray | None = None,
+        read_teacher: Callable[[np.ndarray, np.ndarray], EncodedRows | Tensor | None] | None = None,
+        rank_slice: slice = slice(None), response_spans: np.ndarray | None = None,
+        lm_batches: Batches | None = None, boundary: Sequence[int] = (),
     ):  # fmt: skip
         self.rows, self.batch, self.seed, self.start, self.steps = rows, batch, seed, start, steps
-        self.among, self.read, self.part, self.spans, self.beside = among, read, part, spans, beside
+        self.row_subset, self.read_teacher, self.rank_slice, self.response_spans, self.lm_batches = (
+            row_subset,
+            read_teacher,
+            rank_slice,
+            response_spans,
+            lm_batches,
+        )
         self.boundary = boundary
 
     def __iter__(self) -> Iterator[Batch]:
-        return ahead(map(self._make, range(self.start, self.steps)))
+        return prefetch(map(self._make, range(self.start, self.steps)))
 
     def _make(self, step: int) -> Batch:
-        count = len(self.rows if self.among is None else self.among)
+        count = len(self.rows if self.row_subset is None else self.row_subset)
         index = rows_of_step(count, self.batch, self.seed, step)
-        if self.among is not None:
-            index = self.among[index]
+        if self.row_subset is not None:
+            index = self.row_subset[index]
         shape = (self.batch, self.rows.shape[1] - 1)
-        seed = np.random.default_rng([self.seed, step, 1]).integers(0, 2**62, shape)[self.part]
-        index = index[self.part]
-        spans = None if self.spans is None else self.spans[index]
+        seed = np.random.default_rng([self.seed, step, 1]).integers(0, 2**62, shape)[self.rank_slice]
+        index = index[self.rank_slice]
+        spans = None if self.response_spans is None else self.response_spans[index]
         batch = to_batch(self.rows[index], index, seed, spans, self.boundary)
-        if self.read is not None:
-            batch = batch._replace(stored=self.read(index, batch.ids.numpy()))
-        return batch if self.beside is None else batch._replace(beside=self.beside._make(step))
+        if self.read_teacher is not None:
+            batch = batch._replace(teacher_rows=self.read_teacher(index, batch.ids.numpy()))
+        return batch if self.lm_batches is None else batch._replace(lm_batch=self.lm_batches._make(step))
 
 
-def ahead(items: Iterator, count: int = 2) -> Iterator:
+def prefetch(items: Iterator, count: int = 2) -> Iterator:
     """The items, made in a thread of their own while those before are used."""
     end = object()
     with ThreadPoolExecutor(1, "ahead") as thread:
@@ -158,11 +168,11 @@ class ValidationBatches:
     """
 
     def __init__(
-        self, rows: np.ndarray, batch: int, part: slice = slice(None), passes: int = 0, spans: np.ndarray | None = None,
-        boundary: Sequence[int] = (),
+        self, rows: np.ndarray, batch: int, rank_slice: slice = slice(None), passes: int = 0,
+        response_spans: np.ndarray | None = None, boundary: Sequence[int] = (),
     ):  # fmt: skip
-        self.rows, self.batch, self.spans, self.boundary = rows, batch, spans, boundary
-        self.index, self.passes = np.arange(len(rows))[part], passes
+        self.rows, self.batch, self.response_spans, self.boundary = rows, batch, response_spans, boundary
+        self.index, self.passes = np.arange(len(rows))[rank_slice], passes
 
     def __len__(self) -> int:
         return max(self.passes, -(-len(self.index) // self.batch))
@@ -177,7 +187,7 @@ class ValidationBatches:
 
     def _make(self, index: np.ndarray) -> Batch:
         seed = np.zeros((len(index), self.rows.shape[1] - 1), np.int64)
-        spans = None if self.spans is None else self.spans[index]
+        spans = None if self.response_spans is None else self.response_spans[index]
         return to_batch(self.rows[index], index, seed, spans, self.boundary)
 
 

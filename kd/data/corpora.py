@@ -120,7 +120,7 @@ def hub(
         raise UserError(option="data.name", why="is not set", need="the name of a dataset for data=hub", hint=hint)
     fingerprint: dict = dict(name=name, subset=subset, split=split, field=field, revision=revision, streaming=streaming)
     fingerprint["version"] = ROWS
-    if stamp := on_disk.stamp(name):
+    if stamp := on_disk.folder_fingerprint(name):
         fingerprint["content"] = stamp
     return Corpus(load, fingerprint, streaming=streaming)
 
@@ -135,7 +135,7 @@ def hub_rows(name: str, subset: str | None, split: str, revision: str | None, st
     try:
         if is_saved(name):
             return saved_rows(name, subset, split, revision, streaming)
-        cache = cache_of(content) if (content := on_disk.stamp(name)) else None
+        cache = cache_of(content) if (content := on_disk.folder_fingerprint(name)) else None
         how = dict(split=split, revision=revision, streaming=streaming, cache_dir=cache)
         return datasets.load_dataset(name, subset, **how)
     except Exception as error:  # of many kinds, from several libraries

@@ -34,12 +34,12 @@ class DistillationData(lightning.LightningDataModule):
 
     def train_dataloader(self) -> Batches:
         order = self.batch_size, self.seed, self.trainer.global_step, self.max_steps
-        text, beside = self.lm_data, None
+        text, lm_batches = self.lm_data, None
         if text:
-            beside = Batches(text.train, *order, part=self.rank_slice, boundary=text.boundary)
+            lm_batches = Batches(text.train, *order, rank_slice=self.rank_slice, boundary=text.boundary)
         packed = self.packed
         return Batches(
-            packed.train, *order, self.teacher_rows, self.read_teacher, self.rank_slice, packed.train_spans, beside,
+            packed.train, *order, self.teacher_rows, self.read_teacher, self.rank_slice, packed.train_spans, lm_batches,
             packed.boundary,
         )  # fmt: skip
 

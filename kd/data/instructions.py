@@ -60,7 +60,14 @@ def instructions(
     }
     load: Callable[[], Documents | Joined | list[Example]]
     if name:
-        how |= dict(name=name, subset=subset, split=split, revision=revision, content=on_disk.stamp(name), version=ROWS)
+        how |= dict(
+            name=name,
+            subset=subset,
+            split=split,
+            revision=revision,
+            content=on_disk.folder_fingerprint(name),
+            version=ROWS,
+        )
         rows = partial(corpora.hub_rows, name, subset, split, revision)
         load = partial(_of_table, rows, prompt, response, turns, f"data.name={name}")
     elif files:

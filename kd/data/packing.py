@@ -42,7 +42,7 @@ OPTIONS = ("seq_len", "vocab", "tokenizer", "tokens", "val_rows", "val_share", "
 def key(corpus: Corpus, **settings) -> str:
     """Return the name of the packed data: a digest of everything that its content depends on, but for the code."""
     settings.pop("code", None)
-    content, name = files.stamp(settings.get("tokenizer")), settings.get("tokenizer")
+    content, name = files.folder_fingerprint(settings.get("tokenizer")), settings.get("tokenizer")
     if settings.get("special") == "text":  # an option that is newer than many folders
         del settings["special"]
     if name and not (corpus.pairs and corpus.pairs.template == "chat") and (bos := bos_by_name(name)):
@@ -166,7 +166,7 @@ def open_packed(folder: Path) -> Packed:
         return replace(packed, boundary=tuple(manifest.get("boundary", ())))
     train_spans, val_spans = (np.load(folder / f"{part}_spans.npy") for part in ("train", "val"))
     end, template = manifest["end"], manifest["template"]
-    return replace(packed, train_spans=train_spans, val_spans=val_spans, end=end, template=template)
+    return replace(packed, train_spans=train_spans, val_spans=val_spans, eos_token_id=end, template=template)
 
 
 def _damaged(folder: Path, name: str) -> UserError:

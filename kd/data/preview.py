@@ -13,7 +13,7 @@ from kd.data.batches import IGNORE, Packed, to_batch
 from kd.data.chat_template import ChatTemplate
 from kd.data.counts import in_words
 from kd.data.examples import Turn
-from kd.system.console import Terminal, counted, harmless
+from kd.system.console import Terminal, counted, strip_control_characters
 
 COLOURS = {"prompt": "cyan", "learned": "green"}
 
@@ -55,7 +55,12 @@ def layout(packed: Packed, tokenizer, date: str | None = None) -> dict[str, str]
         prompt, inserted = templates.WRITTEN[packed.template]([Turn("user", "{user}")]), ""
     else:
         prompt, inserted, _ = ChatTemplate(tokenizer, date=date).layout()
-    return {"prompt": prompt, "inserted": inserted, "learned": "{assistant}", "end": tokenizer.decode([packed.end])}
+    return {
+        "prompt": prompt,
+        "inserted": inserted,
+        "learned": "{assistant}",
+        "end": tokenizer.decode([packed.eos_token_id]),
+    }
 
 
 def as_json(packed: Packed, tokenizer, count: int, date: str | None = None) -> str:
@@ -79,7 +84,7 @@ def show(packed: Packed, tokenizer, count: int, date: str | None = None) -> None
         borders = np.flatnonzero(np.diff(is_special) | np.diff(learned)) + 1
         for piece, like, counts in zip(*(np.split(x, borders) for x in (ids, is_special, learned)), strict=True):
             style = COLOURS["learned" if counts[0] else "prompt"]
-            text.append(harmless(tokenizer.decode(piece)), f"reverse {style}" if like[0] else style)
+            text.append(strip_control_characters(tokenizer.decode(piece)), f"reverse {style}" if like[0] else style)
         out.print(text, soft_wrap=True)
 
     for row in shown(packed, tokenizer, count):
@@ -94,7 +99,7 @@ def show(packed: Packed, tokenizer, count: int, date: str | None = None) -> None
         out.print(Text(f"template {packed.template}", "bold"))
         for name, text in parts.items():
             if text:
-                out.print(Text(f"{name:<9}{harmless(text)!r}", COLOURS.get(name, "")), soft_wrap=True)
+                out.print(Text(f"{name:<9}{strip_control_characters(text)!r}", COLOURS.get(name, "")), soft_wrap=True)
         out.print()
     unknown = "Not known of this folder, which an earlier version packed."
     out.print(Text(in_words(packed.counts) or unknown), soft_wrap=True)

@@ -83,7 +83,7 @@ def bos_of(tokenizer) -> list[int]:
 def bos_by_name(name: str) -> list[int]:
     """Return bos_of() for a Hub name or a folder; nothing if that cannot be loaded, which packing then reports."""
     try:
-        return _bos_by_name(name, files.stamp(name))
+        return _bos_by_name(name, files.folder_fingerprint(name))
     except UserError:  # not cached, so that a network that comes back counts
         return []
 

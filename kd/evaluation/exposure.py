@@ -13,7 +13,7 @@ from kd.data.batches import IGNORE, Batch
 from kd.evaluation import metrics
 from kd.models.causal_lm import CausalLM
 from kd.objective import losses
-from kd.objective.chunked import chunks, fitting, log_probabilities
+from kd.objective.chunked import chunks, default_chunk_size, log_probabilities
 from kd.parallel import collectives
 from kd.rollout import generate
 from kd.teachers.base import Teacher
@@ -35,7 +35,7 @@ def excess_error(own: Tensor, oracle: Tensor) -> Tensor:
     return (regret - expected) / expected.clamp(min=1e-9)  # of a student that is its teacher, 0 / 0 is 0
 
 
-class Gap(NamedTuple):
+class TeacherGap(NamedTuple):
     """How far student and teacher are apart on some text."""
 
     by_place: Tensor  # [T, 4] positions, and sums of KL(p || q), KL(q || p) and total variation, by token of a response
@@ -48,7 +48,9 @@ class Gap(NamedTuple):
 
 
 @torch.no_grad()
-def gap(student: CausalLM, teacher: Teacher, batches: Iterable[Batch], length: int, chunk: int | None) -> Gap:
+def teacher_gap(
+    student: CausalLM, teacher: Teacher, batches: Iterable[Batch], length: int, chunk: int | None
+) -> TeacherGap:
     """How far student and teacher are apart at the counted positions of batches of `length` positions, on all ranks."""
     device = next(student.parameters()).device
     by_place = torch.zeros(length, 4, dtype=torch.float64, device=device)
@@ -56,13 +58,13 @@ def gap(student: CausalLM, teacher: Teacher, batches: Iterable[Batch], length: i
     for batch in batches:
         batch = move_data_to_device(batch, device)
         kept = batch.labels != IGNORE
-        place = (torch.arange(length, device=device) - generate.lengths(batch)[:, None] + 1)[kept]  # [N]
+        place = (torch.arange(length, device=device) - generate.prompt_lengths(batch)[:, None] + 1)[kept]  # [N]
         signal, hidden = teacher.reference(batch, kept), student.hidden_states(batch.ids)[kept]
         assert signal is not None, "a teacher with a model has complete distributions"
-        for rows in chunks(len(place), chunk or fitting(student.head)):
+        for rows in chunks(len(place), chunk or default_chunk_size(student.head)):
             q, target = log_probabilities(student.head, hidden[rows]), signal(rows)
             apart = [measure(q, target).double() for measure in (losses.fkl, losses.rkl, losses.tvd)]
             by_place.index_add_(0, place[rows], torch.stack([torch.ones_like(apart[0]), *apart], -1))
             bins += metrics.bins_by_teacher(q, target)
-    parts = collectives.gather((by_place.cpu(), bins.cpu()))
-    return Gap(*(sum(x) for x in zip(*parts, strict=True)))
+    parts = collectives.all_gather((by_place.cpu(), bins.cpu()))
+    return TeacherGap(*(sum(x) for x in zip(*parts, strict=True)))

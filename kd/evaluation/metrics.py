@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kd.config import plugins
 from kd.evaluation import catalog
-from kd.objective.chunked import Signal, chunks, fitting, log_probabilities
+from kd.objective.chunked import Signal, chunks, default_chunk_size, log_probabilities
 from kd.objective.target import Target
 
 BINS = 15  # of confidence; Guo et al. 2017
@@ -75,7 +75,7 @@ class Measures:
     def update(self, head: torch.nn.Module, hidden: Tensor, label: Tensor, signal: Signal | None) -> None:
         """Add the positions of hidden [N, D], label [N], and the teacher's signal for them if there is one."""
         self.tokens += len(label)
-        for rows in chunks(len(label), self.chunk or fitting(head)):
+        for rows in chunks(len(label), self.chunk or default_chunk_size(head)):
             student = log_probabilities(head, hidden[rows])
             self._add("lm", -student.gather(-1, label[rows, None]).double().sum())
             self._add("ece", calibration_bins(student, label[rows]))

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kd.data.batches import Batch, Packed, ValidationBatches
 from kd.evaluation.catalog import EXACCERR_LENGTH
-from kd.evaluation.exposure import Gap, excess_error, gap
+from kd.evaluation.exposure import TeacherGap, excess_error, teacher_gap
 from kd.evaluation.text_scores import Response, exact_match, rouge_l, summary
 from kd.evaluation.validation import Validation
 from kd.models.causal_lm import CausalLM
@@ -37,7 +37,7 @@ from kd.rollout.rows import as_rows
 from kd.rollout.teacher_text import keep, whole
 from kd.runs.seal import EXACCERR, RESPONSES
 from kd.system import files
-from kd.system.console import Steps
+from kd.system.console import StepProgress
 from kd.system.hardware import out_of_memory
 from kd.system.remote import local_root
 from kd.system.signals import requests
@@ -49,7 +49,7 @@ AT_ONCE = 64  # rows that are written together
 # Writing
 
 
-class Written(NamedTuple):
+class Generations(NamedTuple):
     """Responses as rows of tokens: a sample of all validation rows, then the next."""
 
     tokens: np.ndarray  # [S * R, T + 1]
@@ -62,11 +62,11 @@ def kept(root: str, packed: Packed, teacher: str, **how) -> Path:
     teacher: its folder, or its name on the Hub. how: all else that they depend on.
     """
     asked = [packed.digests[f"{name}.npy"] for name in ("val", "val_spans")]
-    key = files.digest_of([asked, files.stamp(teacher) or teacher, how])[:16]
+    key = files.digest_of([asked, files.folder_fingerprint(teacher) or teacher, how])[:16]
     return local_root(root) / "responses" / f"{key}.npz"
 
 
-class Responses(Callback):
+class ResponseEvaluation(Callback):
     """Has a trained student respond to the prompts of the validation rows, and puts what comes of it into the run.
 
     samples: of each prompt. temperature, seed: of the draws. The measures become part of the metrics of `validation`;
@@ -94,33 +94,33 @@ class Responses(Callback):
             own = self._write(module.student, "the student responds", bool(module.sharded))
             theirs = self._of_teacher(teacher, bool(module.sharded)) if teacher else None
             gaps = [self._gap(module, text) for text in (own, theirs) if text] if teacher else []
-        if collectives.number() == 0:
+        if collectives.rank() == 0:
             metrics = self.validation.metrics
             metrics |= {f"val/{name}": value for name, value in self._result(own, theirs, gaps).items()}
             for prefix in ("", "teacher_"):
                 if f"val/{prefix}lm" in metrics:
                     metrics[f"val/{prefix}perplexity"] = math.exp(metrics[f"val/{prefix}lm"])
 
-    def _of_teacher(self, teacher: CausalLM, sharded: bool) -> Written:
+    def _of_teacher(self, teacher: CausalLM, sharded: bool) -> Generations:
         """What the teacher writes: read, where it has been written before."""
         if self.kept is None:
             return self._write(teacher, "the teacher responds", sharded)
         self.kept.parent.mkdir(parents=True, exist_ok=True)
-        first = collectives.number() == 0
+        first = collectives.rank() == 0
         with filelock.FileLock(f"{self.kept}.lock") if first else nullcontext():
-            if collectives.any_of(first and whole(self.kept)):
+            if collectives.any_rank(first and whole(self.kept)):
                 with np.load(self.kept) as found:
-                    return Written(found["tokens"], found["span"])
+                    return Generations(found["tokens"], found["span"])
             written = self._write(teacher, "the teacher responds", sharded)
             if first:
                 keep(self.kept, **written._asdict())
             return written
 
-    def _write(self, model: CausalLM, title: str, sharded: bool) -> Written:
+    def _write(self, model: CausalLM, title: str, sharded: bool) -> Generations:
         """What a model writes, of all ranks."""
         prompts = self._batches(self.packed.val, self.packed.val_spans, self.at_once, sharded, self.samples)
         device = next(model.parameters()).device
-        progress = Steps(title, len(prompts.index), 0, "response", collectives.number() == 0)
+        progress = StepProgress(title, len(prompts.index), 0, "response", collectives.rank() == 0)
         rows: list[tuple] = []  # tokens and span of each response
         tokens = 0
 
@@ -130,48 +130,54 @@ class Responses(Callback):
 
         try:
             for batch in prompts:
-                seed = _seeds(batch.row, len(self.packed.val), self.seed)
-                for part in self._tried(model, move_data_to_device(batch, device), seed.to(device), watch, sharded):
-                    rows += list(zip(*(x.numpy() for x in (as_rows(part)[k] for k in Written._fields)), strict=True))
+                seed = _seeds(batch.row_ids, len(self.packed.val), self.seed)
+                for part in self._generate_with_retry(
+                    model, move_data_to_device(batch, device), seed.to(device), watch, sharded
+                ):
+                    rows += list(
+                        zip(*(x.numpy() for x in (as_rows(part)[k] for k in Generations._fields)), strict=True)
+                    )
                     tokens = int(sum(span[1] - span[0] for _, span in rows))
         finally:
             progress.stop()
-        everyone = [row for part in collectives.gather(rows[: len(prompts.index)]) for row in part]
-        return Written(*(np.stack(x) for x in zip(*everyone, strict=True)))
+        everyone = [row for part in collectives.all_gather(rows[: len(prompts.index)]) for row in part]
+        return Generations(*(np.stack(x) for x in zip(*everyone, strict=True)))
 
-    def _tried(self, model: CausalLM, batch: Batch, seed: Tensor, watch: Callable, sharded: bool) -> list[Batch]:
+    def _generate_with_retry(
+        self, model: CausalLM, batch: Batch, seed: Tensor, watch: Callable, sharded: bool
+    ) -> list[Batch]:
         """A batch with responses; in halves where memory runs out, and those after it too."""
         if len(seed) <= self.at_once:
             try:
                 how = dict(temperature=self.temperature, watch=watch)
-                return [generate.write(batch, self.packed.end, seed, model, **how)]
+                return [generate.sample(batch, self.packed.eos_token_id, seed, model, **how)]
             except (RuntimeError, MemoryError, OSError) as error:
                 if len(seed) == 1 or sharded or not out_of_memory(error):
                     raise
                 traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
             self.at_once = -(-len(seed) // 2)
         parts = zip(batch.split(self.at_once), seed.split(self.at_once), strict=True)
-        return [written for part in parts for written in self._tried(model, *part, watch, sharded)]
+        return [written for part in parts for written in self._generate_with_retry(model, *part, watch, sharded)]
 
     def _batches(
         self, tokens: np.ndarray, spans: np.ndarray, rows: int, sharded: bool, samples: int = 1
     ) -> ValidationBatches:
         """This rank's share of rows, each so many times; as many batches as any rank has, where parts are shared."""
         count = samples * len(tokens)
-        passes = -(-count // (rows * collectives.count())) if sharded else 0
+        passes = -(-count // (rows * collectives.world_size())) if sharded else 0
         every = np.tile(tokens, (samples, 1)), np.tile(spans, (samples, 1))
-        return ValidationBatches(every[0], rows, collectives.share(count), passes, every[1])
+        return ValidationBatches(every[0], rows, collectives.rank_slice(count), passes, every[1])
 
-    def _gap(self, module, text: Written) -> Gap:
+    def _gap(self, module, text: Generations) -> TeacherGap:
         batches = self._batches(*text, module.micro_batch_size, bool(module.sharded))
-        return gap(module.student, self.teacher, batches, text.tokens.shape[1] - 1, self.chunk)
+        return teacher_gap(module.student, self.teacher, batches, text.tokens.shape[1] - 1, self.chunk)
 
-    def _result(self, own: Written, theirs: Written | None, gaps: list[Gap]) -> dict[str, float]:
+    def _result(self, own: Generations, theirs: Generations | None, gaps: list[TeacherGap]) -> dict[str, float]:
         """Write the files, and say what was measured."""
         spans = self.packed.val_spans
         assert spans is not None, "only prompts have responses"
-        says = [self._says(tokens, span) for tokens, span in zip(*own, strict=True)]
-        wanted = [self._says(*row) for row in zip(self.packed.val, spans, strict=True)] * self.samples
+        says = [self._decode_row(tokens, span) for tokens, span in zip(*own, strict=True)]
+        wanted = [self._decode_row(*row) for row in zip(self.packed.val, spans, strict=True)] * self.samples
         responses = self._scored(own, wanted)
         result = summary(responses, self.samples)
         lines = [
@@ -193,15 +199,15 @@ class Responses(Callback):
             temporary.write_text(text, encoding="utf-8", newline="")
         return result
 
-    def _scored(self, written: Written, wanted: list[tuple[str, str]]) -> list[Response]:
+    def _scored(self, written: Generations, wanted: list[tuple[str, str]]) -> list[Response]:
         found = []
         for tokens, span, (_, reference) in zip(*written, wanted, strict=True):
-            text, ended = self._says(tokens, span)[1], bool(tokens[span[1] - 1] == self.packed.end)
+            text, ended = self._decode_row(tokens, span)[1], bool(tokens[span[1] - 1] == self.packed.eos_token_id)
             length = int(span[1] - span[0]) - ended
             found.append(Response(text, length, ended, rouge_l(text, reference), exact_match(text, reference)))
         return found
 
-    def _says(self, tokens: np.ndarray, span: np.ndarray) -> tuple[str, str]:
+    def _decode_row(self, tokens: np.ndarray, span: np.ndarray) -> tuple[str, str]:
         """Prompt and response of a row, as text."""
         parts = tokens[: span[0]], tokens[span[0] : span[1]]
         how = [dict(skip_special_tokens=skip, clean_up_tokenization_spaces=False) for skip in (False, True)]
@@ -214,7 +220,7 @@ def _seeds(place: Tensor, rows: int, seed: int) -> Tensor:
     return torch.tensor(drawn, dtype=torch.int64)
 
 
-def _curve(curve: list[float], gaps: list[Gap]) -> dict:
+def _curve(curve: list[float], gaps: list[TeacherGap]) -> dict:
     """ExAccErr over length, and what it is made of: mean KL(p || q) and number of responses, by token."""
     of = [gap.by_place[: len(curve), :2] for gap in gaps]
     made = {who: {"fkl": (x[:, 1] / x[:, 0]).tolist(), "responses": x[:, 0].long().tolist()}

@@ -76,6 +76,6 @@ class Validation(Callback):
     def _merged(measures: Measures) -> Measures:
         """Return the measures of all ranks together."""
         whole = Measures()
-        for tokens, sums in collectives.gather((measures.tokens, {k: v.cpu() for k, v in measures.sums.items()})):
+        for tokens, sums in collectives.all_gather((measures.tokens, {k: v.cpu() for k, v in measures.sums.items()})):
             whole.add(tokens, sums)
         return whole

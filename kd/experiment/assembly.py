@@ -39,7 +39,7 @@ def build_teacher(config: ExperimentConfig, inputs: Inputs) -> Teacher:
     vocab, seq_len = vocabulary_size(inputs.components.tokenizer), config.data.seq_len
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.teacher.seed)
-        model = causal_lm.build(None if name else size, name, vocab, seq_len, "teacher.name")
+        model = causal_lm.build_model(None if name else size, name, vocab, seq_len, "teacher.name")
     return inputs.components.logits(TeacherOrigin(model, flops.cost(model.model, seq_len)))
 
 
@@ -69,7 +69,7 @@ def build_data(config: ExperimentConfig, inputs: Inputs, teacher: Teacher) -> Di
     trainer = config.trainer
     return DistillationData(
         inputs.packed, trainer.batch, config.seed, trainer.steps, teacher_rows=teacher.rows,
-        read_teacher=teacher.read, lm_data=inputs.plain, rank_slice=collectives.share(trainer.batch),
+        read_teacher=teacher.read, lm_data=inputs.plain, rank_slice=collectives.rank_slice(trainer.batch),
     )  # fmt: skip
 
 
@@ -82,7 +82,7 @@ class RunCallbacks(NamedTuple):
     metric_log: MetricLog
     validation: Validation
     progress: ProgressBar
-    responses: responses.Responses | None
+    responses: responses.ResponseEvaluation | None
 
     def present(self) -> list[Callback]:
         """Return those that the run has."""
@@ -97,14 +97,14 @@ def build_callbacks(
     trainer, packed, teacher, sharded = config.trainer, inputs.packed, module.teacher, bool(module.sharded)
     recorder = None
     if config.record and not teacher.distils:
-        recorder = stores.recorder(config, packed, inputs.components.keep, module.student, start)
+        recorder = stores.recorder(config, packed, inputs.components.truncate, module.student, start)
     saving = (recorder.flush, recorder.send) if recorder else (None, None)
     student_flops = flops.cost(module.student.model, config.data.seq_len).flops_per_token
     teacher_flops = teacher.flops_per_token(module.token_selection is not None)
     throughput = Throughput(student_flops, teacher_flops, trainer.log_every)
-    rows, least = collectives.share(len(packed.val)), 0
+    rows, least = collectives.rank_slice(len(packed.val)), 0
     if sharded:  # as many batches on each rank
-        least = -(-len(packed.val) // (trainer.micro_batch * collectives.count()))
+        least = -(-len(packed.val) // (trainer.micro_batch * collectives.world_size()))
     validation = Validation(
         trainer.val_every, teacher, data.validation_batches(trainer.micro_batch, rows, least), throughput.axes,
         packed.bytes_per_token, config.is_pretrained,
@@ -115,14 +115,14 @@ def build_callbacks(
         throughput,
         MetricLog(trainer.log_every, throughput.axes),
         validation,
-        ProgressBar(title, trainer.steps, shown=collectives.number() == 0),
+        ProgressBar(title, trainer.steps, shown=collectives.rank() == 0),
         _responses(run, config, inputs, teacher, validation),
     )
 
 
 def _responses(
     run: Run, config: ExperimentConfig, inputs: Inputs, teacher: Teacher, validation: Validation
-) -> responses.Responses | None:
+) -> responses.ResponseEvaluation | None:
     """Return the evaluation of what models write to held-out prompts, where the data has prompts."""
     packed, sampling, trainer = inputs.packed, config.responses.to_dict(), config.trainer
     if packed.val_spans is None:
@@ -130,7 +130,7 @@ def _responses(
     kept = None
     if inputs.teacher:
         kept = responses.kept(config.root, packed, inputs.teacher, **sampling, precision=trainer.precision)
-    return responses.Responses(
+    return responses.ResponseEvaluation(
         run.folder, packed, inputs.components.tokenizer, teacher, validation, kept, trainer.chunk, **sampling
     )
 
@@ -138,7 +138,7 @@ def _responses(
 def sharded_roles(config: ExperimentConfig, teacher: Teacher) -> tuple[str, ...]:
     """Return which of student and teacher the ranks are to hold parts of."""
     trainer = config.trainer
-    if collectives.count() == 1:
+    if collectives.world_size() == 1:
         return ()
     roles = ["student"] if trainer.strategy == "fsdp" else []
     shard_teacher = trainer.shard_teacher
@@ -147,7 +147,7 @@ def sharded_roles(config: ExperimentConfig, teacher: Teacher) -> tuple[str, ...]
     elif teacher.model and shard_teacher is None:
         assert teacher.cost is not None, "a model comes with its cost"
         size = 2 if trainer.precision == "bf16" else 4
-        shard_teacher = not fsdp.fits(teacher.cost.parameters, size, collectives.device(trainer.accelerator))
+        shard_teacher = not fsdp.fits_unsharded(teacher.cost.parameters, size, collectives.device(trainer.accelerator))
         if shard_teacher:
             check_shards(trainer, f"The teacher is too large for one device of {trainer.devices}")
     return (*roles, *(["teacher"] if teacher.model and shard_teacher else []))

@@ -28,7 +28,7 @@ class Components:
         self.optim, self.logger = made["optim"], made["logger"]
         self.token_selection, self.rollout = made["routing"], made["rollout"]
         # What a store keeps; None for everything.
-        self.keep = None if config.stored.is_full else config.stored.build("record")
+        self.truncate = None if config.stored.is_full else config.stored.build("record")
         trainer = config.trainer
         self.objective = Objective(
             made["loss"], made["truncation"], made["target"], made["temperature"], trainer.chunk, trainer.compile
@@ -40,17 +40,17 @@ class Components:
         self.token_selection(lambda measure: torch.zeros(2))
         zeros = torch.zeros(2, dtype=torch.long)
         target = Target(zeros, logp, seed=zeros, token_info=TokenInfo.example(needs_of(made["loss"])))
-        if self.keep is not None:
+        if self.truncate is not None:
             try:
-                if self.keep(target).ids is None:
-                    why, hint = "keeps whole distributions, and a store holds columns", "return target.keep(…) in it"
+                if self.truncate(target).ids is None:
+                    why, hint = "keeps whole distributions, and a store holds columns", "return target.select(…) in it"
                     raise UserError(option="truncation", got=config.stored.name, why=why, hint=hint)
             except UserError as error:
                 group = "record" if config.record else "truncation"
                 option, hint = (str(text).replace("truncation.", f"{group}.") for text in (error.option, error.hint))
                 raise error.replace(option=option, hint=hint) from None
         student = logp.flip(0).requires_grad_()
-        self.objective.distance(student, target).sum().backward()
+        self.objective.distillation_loss(student, target).sum().backward()
         if not student.grad.any():
             raise UserError(
                 option="loss",

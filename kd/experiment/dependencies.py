@@ -18,7 +18,7 @@ from kd.data import packing
 from kd.data.corpora import Corpus
 from kd.errors import UserError
 from kd.runs import provenance
-from kd.runs.identity import identity, part_of_outcome, whole_as_float
+from kd.runs.identity import identity, identity_settings, whole_as_float
 from kd.runs.run import Run
 from kd.store.location import FORMAT, Place
 from kd.system import files, remote
@@ -54,7 +54,7 @@ def _made(config: ExperimentConfig) -> Plan:
     source, how = corpus(config)
     digests: dict[str, Any] = {"data": packing.key(source, **how)}
     for role, model in (("student", config.student), ("teacher", config.teacher)):
-        if stamp := files.stamp(model.name):
+        if stamp := files.folder_fingerprint(model.name):
             digests[f"{role}.name"] = stamp
     if plugged := plugins.digests(plugged_in(config)):
         digests["plugins"] = plugged
@@ -82,7 +82,7 @@ def plugged_in(config: ExperimentConfig) -> list[str]:
     """Return the functions of plug-ins that change what comes out of a run, as the config names them."""
     if not plugins.allowed():
         return []
-    part = part_of_outcome(config.flat())
+    part = identity_settings(config.flat())
     groups = [group for group in conf.MODULES if group in part]
     nodes = [getattr(config, group) for group in (*groups, *(("plain",) if config.data.is_instructions else ()))]
     targets = [node.target for node in nodes if isinstance(node, Component)]

@@ -31,7 +31,7 @@ from kd.parallel import collectives, fsdp
 from kd.rollout import generate
 from kd.runs import provenance
 from kd.runs.export import environment, export
-from kd.runs.identity import About, about
+from kd.runs.identity import WandbMetadata, wandb_metadata
 from kd.runs.loggers import MetricsFile, views
 from kd.runs.outcome import RunState, classify
 from kd.runs.run import Run
@@ -56,7 +56,7 @@ class Assembly:
     callbacks: RunCallbacks
     loggers: list
     checkpoint: Path | None  # to go on with
-    metadata: About
+    metadata: WandbMetadata
     options: dict  # the flat config
     code: dict
     student_cost: flops.Cost
@@ -66,7 +66,7 @@ def fit(run: Run, config: ExperimentConfig, inputs: Inputs) -> dict:
     """Train, or go on with training, and write the result."""
     parts = assemble(run, config, inputs)
     trainer, module, name = parts.trainer, parts.module, parts.metadata.name
-    first, seq_len = collectives.number() == 0, config.data.seq_len
+    first, seq_len = collectives.rank() == 0, config.data.seq_len
     if first:
         warn_of_bf16(config, trainer)
         warn_of_large_batches(config, parts.data)
@@ -118,12 +118,12 @@ def assemble(run: Run, config: ExperimentConfig, inputs: Inputs) -> Assembly:
     start = int(checkpoint.stem.partition("-")[2]) if checkpoint else 0
     student_cost = flops.cost(student.model, config.data.seq_len)
     sizes = {role: cost[:2] for role, cost in (("student", student_cost), ("teacher", teacher.cost)) if cost}
-    metadata = about(run.name, options, sizes, code["environment"]["git"])
+    metadata = wandb_metadata(run.name, options, sizes, code["environment"]["git"])
     loggers = []
-    if collectives.number() == 0:
+    if collectives.rank() == 0:
         loggers.append(MetricsFile(run / "metrics.jsonl", start))
         loggers += views(inputs.components.logger, run.folder, metadata)
-    module = build_module(config, inputs.components, student, teacher, inputs.packed.end, sharded)
+    module = build_module(config, inputs.components, student, teacher, inputs.packed.eos_token_id, sharded)
     data = build_data(config, inputs, teacher)
     callbacks = build_callbacks(
         run, config, inputs, module, data, options=options, code=code, title=metadata.name, start=start
@@ -153,7 +153,7 @@ def source_code(config: ExperimentConfig, inputs: Inputs) -> dict:
 
 def latest_checkpoint(run: Run, sharded: bool) -> Path | None:
     """Return the newest checkpoint that is whole; raises UserError if it is of the other kind, in shards or not."""
-    checkpoint = collectives.gather(newest(run / "checkpoints") if collectives.number() == 0 else None)[0]
+    checkpoint = collectives.all_gather(newest(run / "checkpoints") if collectives.rank() == 0 else None)[0]
     if checkpoint and checkpoint.is_dir() != sharded:
         raise UserError(
             option=checkpoint,
@@ -184,10 +184,10 @@ def warn_of_large_batches(config: ExperimentConfig, data: DistillationData) -> N
 
 def finish(run: Run, config: ExperimentConfig, inputs: Inputs, parts: Assembly) -> tuple[dict | None, dict]:
     """Write the trained student and the result. Return final metrics and result; nothing of them on other ranks."""
-    memory = max(collectives.gather(peak_memory()))
+    memory = max(collectives.all_gather(peak_memory()))
     student, tokenizer = parts.module.student, inputs.components.tokenizer
-    weights = fsdp.weights(student) if "student" in parts.module.sharded else None
-    if collectives.number() != 0:
+    weights = fsdp.full_state_dict(student) if "student" in parts.module.sharded else None
+    if collectives.rank() != 0:
         return None, {}
     result = result_of(run, inputs, parts, memory)
     if parts.callbacks.recorder:
@@ -223,8 +223,8 @@ def result_of(run: Run, inputs: Inputs, parts: Assembly, memory: int) -> dict:
 
 def row_ends(config: ExperimentConfig, packed: Packed, tokenizer) -> list[int]:
     """Return the tokens that end a response or a text in the rows of a run; none where rows have no end."""
-    if packed.end is not None:
-        ends = [packed.end]
+    if packed.eos_token_id is not None:
+        ends = [packed.eos_token_id]
     else:
         ends = [] if corpus(config)[0].words else [tokenizer.eos_token_id]
     if config.lm == "plain":

@@ -19,11 +19,11 @@ from kd.experiment.prerequisites import check_tokenizers, prepare
 from kd.experiment.step_timing import Step, alpha_kind, build_teacher_model, held, measure, teacher_by_cost
 from kd.models import flops as flops_module
 from kd.parallel import collectives
-from kd.runs.identity import part_of_outcome, size_text
+from kd.runs.identity import identity_settings, size_text
 from kd.store.cost import estimate_cost
 from kd.store.encoder import RowEncoder
 from kd.system import files
-from kd.system.console import Terminal, clock, console, silence_libraries, track
+from kd.system.console import Terminal, console, format_duration, silence_libraries, track
 from kd.system.hardware import capacity
 from kd.system.processes import peak_memory
 from kd.system.remote import local_root
@@ -64,7 +64,7 @@ def of_run(config: ExperimentConfig, packed: Packed, times: float, components: C
 
     What is written is counted as long as it may be: models that have learned nothing do not end.
     """
-    shape = {k: v for k, v in part_of_outcome(config.flat()).items() if not k.startswith(NO_SHAPE)}
+    shape = {k: v for k, v in identity_settings(config.flat()).items() if not k.startswith(NO_SHAPE)}
     trainer, seq_len = config.trainer, config.data.seq_len
     shape |= {"accelerator": trainer.accelerator, "devices": trainer.devices, "strategy": trainer.strategy}
     key = json.dumps([shape, vocab, alpha_kind(components)], sort_keys=True)
@@ -76,7 +76,7 @@ def of_run(config: ExperimentConfig, packed: Packed, times: float, components: C
     rows = trainer.steps * trainer.batch
     positions = rows * step.wider * seq_len
     beside = rows * seq_len if config.lm == "plain" else 0  # of plain text
-    tokens = round(rows * step.wider * packed.counted) + beside
+    tokens = round(rows * step.wider * packed.mean_target_tokens) + beside
     planned = teacher_by_cost(config, components, step.costs, vocab)
     once = 3 * student.flops_per_token + planned.flops_per_token(config.routing.name != "none")
     # All rows once by a teacher before training, or some of those of the steps.
@@ -175,7 +175,8 @@ def show(made: dict[str, Estimate], names: dict[str, str], done: int, config: Ex
         size = of.parameters and size_text(of.parameters, of.active).replace(" parameters", "")
         takes = (
             size, f"{of.tokens:,}", of.flops and f"{of.flops:.1e}",
-            of.seconds and clock(of.seconds), of.memory and files.amount(of.memory), files.amount(of.disk),
+            of.seconds and format_duration(of.seconds), of.memory and files.format_bytes(of.memory),
+            files.format_bytes(of.disk),
         )  # fmt: skip
         rows[names.get(name, name)] = [amount or "–" for amount in takes]
     print_rows(dict(zip(shortened(list(rows)), rows.values(), strict=True)))
@@ -189,14 +190,16 @@ def show(made: dict[str, Estimate], names: dict[str, str], done: int, config: Ex
     says += f"{sum(of.flops or 0 for of in made.values()):.1e} FLOPs"
     seconds = [of.seconds for of in made.values() if of.seconds]
     if len(seconds) == len(made):
-        says += f", about {clock(sum(seconds))} one after another"
-    says += f"; {files.amount(disk)} of disk at most, where {files.amount(free)} are free. Nothing was started."
+        says += f", about {format_duration(sum(seconds))} one after another"
+    says += (
+        f"; {files.format_bytes(disk)} of disk at most, where {files.format_bytes(free)} are free. Nothing was started."
+    )
     if config.data.is_instructions:
         says += " Responses that models write are taken to be as long as they may be, and count to the time alone."
     console.print(says, soft_wrap=True)
     for what, needed, has in (("memory", memory, capacity(device)), ("disk", disk, free)):
         if needed > has:
-            text = f"That needs {files.amount(needed)} of {what}, and there are {files.amount(has)}."
+            text = f"That needs {files.format_bytes(needed)} of {what}, and there are {files.format_bytes(has)}."
             console.print(text, style="red", soft_wrap=True)
 
 
@@ -214,8 +217,8 @@ def estimate(config: ExperimentConfig) -> dict[str, Estimate]:
     made = estimate(first) if first and not exists else {}
     made |= estimate(start) if start else {}
     if stored and place is not None and not exists and not record:
-        spec = stores.described(config, packed)
-        made[f"store {place.folder.name}"] = of_store(config, packed, times, components.keep, vocab, spec)
+        spec = stores.store_spec(config, packed)
+        made[f"store {place.folder.name}"] = of_store(config, packed, times, components.truncate, vocab, spec)
     return made | {run.name: of_run(config, packed, times, components, vocab)}
 
 

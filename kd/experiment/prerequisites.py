@@ -46,7 +46,7 @@ class Inputs(NamedTuple):
 
         size, name = (None, self.start) if self.start else (config.student.size, config.student.name)
         vocab = vocabulary_size(self.components.tokenizer)
-        return causal_lm.build(size, name, vocab=vocab, seq_len=config.data.seq_len, option="student.name")
+        return causal_lm.build_model(size, name, vocab=vocab, seq_len=config.data.seq_len, option="student.name")
 
 
 class FinishedRun(NamedTuple):
@@ -90,7 +90,9 @@ def ensure(config: ExperimentConfig, train: Train) -> Inputs:
             with wandb_agent.hidden():
                 train(planned.recording)
         name = None
-        store = stores.stored(config, packed, components.keep, lambda: teacher_model(config, components, train))
+        store = stores.open_or_write(
+            config, packed, components.truncate, lambda: teacher_model(config, components, train)
+        )
         requests.end_if_asked()
     elif planned.teacher:
         name = ensure_trained(planned.teacher, train)
@@ -185,7 +187,7 @@ def teacher_model(config: ExperimentConfig, components: Components, train: Train
     check_student(config.teacher.name)
     check_tokenizers(config, components.tokenizer, name)
     vocab = vocabulary_size(components.tokenizer)
-    return causal_lm.build(None, name, vocab, config.data.seq_len, "teacher.name")
+    return causal_lm.build_model(None, name, vocab, config.data.seq_len, "teacher.name")
 
 
 def written_by_teacher(config: ExperimentConfig, packed: Packed, components: Components, train: Train) -> Packed:
@@ -199,7 +201,11 @@ def written_by_teacher(config: ExperimentConfig, packed: Packed, components: Com
     if not sides:
         return packed
     teacher = Plan.of(config).teacher
-    teacher_id = teacher and Plan.of(teacher).run.name, files.stamp(config.teacher.name), config.teacher.to_dict()
+    teacher_id = (
+        teacher and Plan.of(teacher).run.name,
+        files.folder_fingerprint(config.teacher.name),
+        config.teacher.to_dict(),
+    )
     # As a rollout used to be written in configs, so that folders keep their names.
     rollout = {"_target_": "kd.rollout.teacher", "_partial_": True, **config.rollout.args} if writes else None
     key = [packed.folder.name, rollout, teacher_id, *([sides] if packed.prompts_only else [])]
@@ -207,7 +213,7 @@ def written_by_teacher(config: ExperimentConfig, packed: Packed, components: Com
 
     def samplers() -> Samplers:
         model = teacher_model(config, components, train).to(collectives.device(config.trainer.accelerator))
-        return Samplers(None, model, packed.end, config.teacher.seed)
+        return Samplers(None, model, packed.eos_token_id, config.teacher.seed)
 
     return teacher_text.by_teacher(
         packed, folder, components.rollout if writes else strategies.teacher, samplers, sides
@@ -221,5 +227,5 @@ def check_tokenizers(config: ExperimentConfig, ours, teacher_name: str | None) -
     for option, name in (("student.name", config.student.name), ("teacher.name", teacher_name)):
         if name:
             theirs = load_tokenizer(name, f"The tokenizer of {option}={name}")
-            causal_lm.same_vocabulary(ours, theirs, f"{option}={name}", config.token_names == "any")
+            causal_lm.check_same_vocabulary(ours, theirs, f"{option}={name}", config.token_names == "any")
             causal_lm.check_rows(theirs, name, option)

@@ -22,11 +22,11 @@ from kd.models import causal_lm
 from kd.models import flops as flops_module
 from kd.models.causal_lm import CausalLM
 from kd.models.flops import Cost
-from kd.objective.chunked import Signal, fitting
+from kd.objective.chunked import Signal, default_chunk_size
 from kd.objective.target import Target
 from kd.parallel import collectives
 from kd.rollout.samplers import Samplers
-from kd.system.hardware import capacity, hold_in, out_of_memory
+from kd.system.hardware import capacity, cast_parameters, out_of_memory
 from kd.system.signals import requests
 from kd.teachers.base import Teacher, TeacherOrigin, Truncation
 from kd.training.module import Schedules
@@ -59,7 +59,7 @@ def held(costs: dict[str, Cost], config: ExperimentConfig) -> int:
 
 
 def build_teacher_model(config: ExperimentConfig, vocab: int) -> CausalLM:
-    return causal_lm.build(config.teacher.size, config.teacher.name, vocab, config.data.seq_len, "teacher.name")
+    return causal_lm.build_model(config.teacher.size, config.teacher.name, vocab, config.data.seq_len, "teacher.name")
 
 
 def measure(config: ExperimentConfig, packed: Packed, components: Components, vocab: int) -> Step:
@@ -80,12 +80,12 @@ def _measure(config: ExperimentConfig, packed: Packed, components: Components, v
     if held(costs, config) > 0.9 * capacity(device):
         return Step(costs)
     seq_len = config.data.seq_len
-    student = causal_lm.build(config.student.size, config.student.name, vocab, seq_len, "student.name").to(device)
+    student = causal_lm.build_model(config.student.size, config.student.name, vocab, seq_len, "student.name").to(device)
     teacher = _planned_teacher(config, components, costs, vocab)
     batch, writing, answering = _written(config, packed, components, student, teacher)
     trainer, rollout = {"compile": False}, RolloutConfig("kd.rollout.strategies.none")  # compiling takes a minute
     planned = config.derive(trainer=trainer, rollout=rollout)
-    module = build_module(planned, components, student, teacher, packed.end)
+    module = build_module(planned, components, student, teacher, packed.eos_token_id)
     alpha = alpha_kind(components)
     module.schedules = Schedules(lambda progress: alpha, lambda progress: 0.0)
     times = StepTimes()
@@ -95,7 +95,7 @@ def _measure(config: ExperimentConfig, packed: Packed, components: Components, v
     rows = min(config.trainer.micro_batch, config.trainer.batch)
     parts = -(-rows // module.micro_batch_size)  # more than one where memory ran out
     counted = int((batch.labels[: module.micro_batch_size] != IGNORE).sum())
-    logits = min(counted, module.objective.chunk or fitting(student.head)) * vocab * 4 * ALIVE
+    logits = min(counted, module.objective.chunk or default_chunk_size(student.head)) * vocab * 4 * ALIVE
     return Step(
         costs, min(rows, module.micro_batch_size), statistics.median(times.gradients) / parts,
         statistics.median(times.updates), kept=times.saved_bytes + logits, writing=writing, answering=answering,
@@ -134,7 +134,7 @@ def _planned_teacher(config: ExperimentConfig, components: Components, costs: di
     device = collectives.device(config.trainer.accelerator)
     teacher = components.logits(TeacherOrigin(build_teacher_model(config, vocab).to(device), costs["teacher"]))
     if teacher.frozen and config.trainer.precision == "bf16":
-        hold_in(torch.bfloat16, teacher.frozen)
+        cast_parameters(torch.bfloat16, teacher.frozen)
     return teacher
 
 
@@ -147,7 +147,7 @@ def _written(
     spans = None if packed.train_spans is None else packed.train_spans[: len(rows)]
     data = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans, packed.boundary)
     batch = data = Batch(*(x.to(device) for x in data[:4]))
-    samplers = Samplers(student, teacher.model, packed.end, 0)
+    samplers = Samplers(student, teacher.model, packed.eos_token_id, 0)
     writing = answering = 0.0
     with torch.autocast(device.type, torch.bfloat16, enabled=trainer.precision == "bf16"):
         if spans is not None:
@@ -156,7 +156,7 @@ def _written(
         if rollout.sampling_rate:
             batch, writing = _timed(device, lambda: rollout.write(data))
     plain = config.lm == "plain" or batch is not data  # language modelling is of other text then
-    return (batch._replace(beside=data) if plain else batch), writing, answering
+    return (batch._replace(lm_batch=data) if plain else batch), writing, answering
 
 
 class UnwrittenStore:
@@ -170,8 +170,8 @@ class UnwrittenStore:
 
     def signal(self, batch: Batch, mask: Tensor) -> Signal:
         logp = torch.linspace(0, 1, self.vocab, device=mask.device).sin().log_softmax(-1)
-        label, seed = batch.labels[mask], batch.seed[mask]
-        return lambda rows: Target(label[rows], logp.expand(len(label[rows]), -1), seed=seed[rows], whole=True)
+        label, seed = batch.labels[mask], batch.position_seeds[mask]
+        return lambda rows: Target(label[rows], logp.expand(len(label[rows]), -1), seed=seed[rows], complete=True)
 
     reference = signal
 

@@ -28,4 +28,4 @@ def compare_with_teacher(store: Store, root: str, train: Train) -> str:
         return f"Its teacher {store.spec['teacher']} is not in {root}, so no row was computed again."
     packed, components = prepare(config)
     model = teacher_model(config, components, train)
-    return compare(store, packed, components.keep, model, config.trainer.accelerator)
+    return compare(store, packed, components.truncate, model, config.trainer.accelerator)

@@ -34,7 +34,7 @@ from kd.store.recorder import Recorder
 from kd.store.spec import FULL, covers, describe
 from kd.system import files
 from kd.system.lease import lease
-from kd.system.processes import alive, whereabouts
+from kd.system.processes import is_alive, process_info
 from kd.system.remote import Remote, is_url
 from kd.teachers.online import OnlineTeacher
 from kd.teachers.stored import window_share
@@ -43,7 +43,7 @@ ROWS = ("train.npy", "train_spans.npy", "val.npy", "val_spans.npy")  # what pack
 Keep = Callable[[Target], Target] | None  # what a store keeps of a target, with true probabilities; None for everything
 
 
-def described(config: ExperimentConfig, packed: Packed) -> dict:
+def store_spec(config: ExperimentConfig, packed: Packed) -> dict:
     """Return what a store's content depends on; weights of a teacher that is not at hand are None."""
     teacher, name, weights = Plan.of(config).teacher, config.teacher.name, None
     called = name if name and not Path(name).is_dir() else model_name(config.flat(), "teacher")
@@ -51,7 +51,7 @@ def described(config: ExperimentConfig, packed: Packed) -> dict:
         run = Plan.of(teacher).run
         called, weights = run.name, (run.result() or {}).get("weights")
     elif name and Path(name).is_dir():
-        weights = _weights(name, files.stamp(name))
+        weights = _weights(name, files.folder_fingerprint(name))
     elif name:
         weights = hub.revision(name)
     part = config.stored.spec
@@ -78,13 +78,13 @@ def about_store(config: ExperimentConfig, packed: Packed, model: CausalLM, key: 
     """Return what a store's manifest has beside what its content depends on."""
     seq_len, head = config.data.seq_len, model.head
     return {
-        "key": key, "words": words_of(config), "settings": redacted(config.to_dict()), "seq_len": seq_len,
+        "key": key, "words": write_command(config), "settings": redacted(config.to_dict()), "seq_len": seq_len,
         "vocab": head.vocab, "validation": len(packed.val), "head": {"softcap": head.softcap, "scale": head.scale},
         "cost": flops.cost(model.model, seq_len)._asdict(),
     }  # fmt: skip
 
 
-def words_of(config: ExperimentConfig) -> str:
+def write_command(config: ExperimentConfig) -> str:
     """Return what to type for the teacher, the data and the truncation of a store; defaults are left out."""
     teacher, part = config.teacher, config.stored.spec
     typed = [f"data={config.data.name}", f"truncation={part['name']}"]
@@ -107,7 +107,7 @@ def words_of(config: ExperimentConfig) -> str:
 
 def opened(config: ExperimentConfig, packed: Packed) -> Store | None:
     """The store of a run with logits=offline, if it is there; raises UserError if it is not what the run needs."""
-    where, spec, truncation = Plan.of(config).store_place, described(config, packed), config.truncation.spec
+    where, spec, truncation = Plan.of(config).store_place, store_spec(config, packed), config.truncation.spec
     window = window_share(config.logits.window)
     if where.manifest().exists():
         found = Store(where.path, where.cache)
@@ -161,14 +161,14 @@ def _measurable(config: ExperimentConfig, held: dict) -> None:
         )
 
 
-def stored(config: ExperimentConfig, packed: Packed, keep: Keep, teacher: Callable[[], CausalLM]) -> Store:
+def open_or_write(config: ExperimentConfig, packed: Packed, keep: Keep, teacher: Callable[[], CausalLM]) -> Store:
     """The store of a run with logits=offline, written first if there is none, by one process while others wait."""
     found = opened(config, packed)
     if found is None:
         where = Plan.of(config).store_place
         run = Run(where.folder.parent, where.folder.name)
         url = is_url(where.path)
-        held = lease(Remote(where.path, where.folder), whereabouts(), alive, True) if url else nullcontext()
+        held = lease(Remote(where.path, where.folder), process_info(), is_alive, True) if url else nullcontext()
         with run.lock(wait=True), held:  # one process of this machine, and of all machines that share a URL
             found = opened(config, packed) or write(config, packed, keep, teacher())
     if "://" not in found.path:  # of a URL, each file is checked when it has been copied
@@ -178,7 +178,7 @@ def stored(config: ExperimentConfig, packed: Packed, keep: Keep, teacher: Callab
 
 def write_part(config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM, part: tuple[int, int]) -> None:
     """Write one of several parts of the store that a config describes, to be merged with the others."""
-    where, spec = Plan.of(config).store_place, described(config, packed)
+    where, spec = Plan.of(config).store_place, store_spec(config, packed)
     encoder = RowEncoder.finished(OnlineTeacher(model), spec, keep, config.trainer.accelerator)
     about = about_store(config, packed, model, where.key)
     writer.write(where.folder, spec, about, packed, encoder, config.trainer.micro_batch, part)
@@ -199,7 +199,7 @@ def recorder(config: ExperimentConfig, packed: Packed, keep: Keep, model: Causal
     """What stores the logits of a model in training, from step `start` on."""
     assert keep is not None, "a recorder keeps a part of each distribution"
     run, where = Plan.of(config).run, Plan.of(config).store_place
-    spec = described(config, packed) | {"teacher": run.name, "weights": None}
+    spec = store_spec(config, packed) | {"teacher": run.name, "weights": None}
     url = where.path if "://" in where.path else None
     about = about_store(config, packed, model, where.key)
     return Recorder(where.folder, spec, about, keep, start, run / "checkpoints", url)
@@ -213,7 +213,7 @@ def compare(found: Store, packed: Packed, keep: Keep, model: CausalLM, accelerat
     spans = packed.train_spans
     seed = np.zeros(rows[:, 1:].shape, int)
     batch = to_batch(rows, index, seed, None if spans is None else spans[index], packed.boundary)
-    batch = move_data_to_device(batch._replace(stored=found.read(index, batch.ids.numpy())), encoder.device)
+    batch = move_data_to_device(batch._replace(teacher_rows=found.read(index, batch.ids.numpy())), encoder.device)
     kept = batch.labels != IGNORE
     held = found.signal(batch, kept)
     found_off, spread = [], []
@@ -221,7 +221,7 @@ def compare(found: Store, packed: Packed, keep: Keep, model: CausalLM, accelerat
         now = encoder.signal(packed.train, index, spans, packed.boundary)[-1]
         for part in chunks(int(kept.sum()), 64):
             if found.draws:
-                off, variance = surprise(now(part), held(part))
+                off, variance = sample_log_likelihood_gap(now(part), held(part))
                 spread.append(variance / found.draws)
             else:
                 target = keep(now(part)) if keep else now(part)
@@ -246,7 +246,7 @@ def compare(found: Store, packed: Packed, keep: Keep, model: CausalLM, accelerat
     return words
 
 
-def surprise(now: Target, held: Target) -> tuple[torch.Tensor, torch.Tensor]:
+def sample_log_likelihood_gap(now: Target, held: Target) -> tuple[torch.Tensor, torch.Tensor]:
     """How far the mean log-probability of stored draws is from its expectation, and the variance of one draw [N].
 
     Two samples cannot be compared draw by draw: a last bit of the teacher's arithmetic moves a draw to the next token.
@@ -259,5 +259,5 @@ def surprise(now: Target, held: Target) -> tuple[torch.Tensor, torch.Tensor]:
 
 def divergence(a: Target, b: Target, vocabulary: int) -> torch.Tensor:
     """KL(a || b) of two targets, per position [N], nats; what one leaves out is spread over the other tokens."""
-    p, q = a.spread(vocabulary), b.spread(vocabulary)
+    p, q = a.to_dense(vocabulary), b.to_dense(vocabulary)
     return (p.exp() * (p - q)).sum(-1)

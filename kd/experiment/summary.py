@@ -8,7 +8,7 @@ from kd.data.counts import in_words
 from kd.evaluation import catalog
 from kd.experiment.prerequisites import FinishedRun
 from kd.runs import provenance
-from kd.system.console import clock, console, styled
+from kd.system.console import console, format_duration, styled
 
 NOT_ALL = ("cut", "unlearned", "unused", "special_as_text", "prompts_only")  # counts that a run's table has
 
@@ -19,7 +19,7 @@ def show(outcome: FinishedRun) -> None:
     notes = [provenance.done_before(result), *provenance.doubts(result)] if outcome.before else []
     for note in notes:
         console.print(f"{note[0].upper()}{note[1:]}.", style="yellow", soft_wrap=True)
-    spent = f"{result['tokens']:,} tokens in {clock(result['seconds'])}, {result['flops']:.2e} FLOPs"
+    spent = f"{result['tokens']:,} tokens in {format_duration(result['seconds'])}, {result['flops']:.2e} FLOPs"
     console.print(measures(result))
     counts = result.get("data") or {}
     if counts.get("left_out", {}).keys() - {"limit"} or any(counts.get(name) for name in NOT_ALL):

@@ -36,7 +36,7 @@ SETTLE = 15  # seconds until what another machine wrote is surely seen here
 
 
 @dataclass
-class Task:
+class RemoteJob:
     """A run as it goes to another machine; when it is called there, it is done."""
 
     program: str
@@ -58,7 +58,7 @@ class Task:
             job.run.folder.mkdir(parents=True, exist_ok=True)
             with open(job.log, "a") as log:
                 log.write(f"on {socket.gethostname()}\n")
-            pool = OnNode(self.program, [job], 1, devices=[])  # the scheduler has shared out the GPUs
+            pool = NodePool(self.program, [job], 1, devices=[])  # the scheduler has shared out the GPUs
             for name in early:
                 pool._ask(name)
             pool.work()
@@ -75,7 +75,7 @@ class Task:
         return Run(self.root, self.run).result() is not None
 
 
-class OnNode(LocalPool):
+class NodePool(LocalPool):
     """A pool of one run on a node.
 
     SLURM may send SIGUSR2 and SIGTERM, in any order, for one reason, and ends by itself what takes too long. Only a
@@ -94,27 +94,27 @@ class OnNode(LocalPool):
             super()._ask(name)
 
 
-class Elsewhere(Pool):
+class ClusterPool(Pool):
     """What pools on other machines share: jobs are handed over, and the scheduler has them wait."""
 
     pause = 0.5
-    task: type[Task] = Task
+    task: type[RemoteJob] = RemoteJob
 
     def __init__(self, program: str, jobs: list[Job], at_once: float):
         super().__init__(jobs, at_once)
         self.program, self.withdrawn = program, False
-        self.handed: dict[str, Handed] = {}
+        self.handed: dict[str, SubmittedJob] = {}
 
-    def hand(self, job: Job) -> Task:
+    def submit(self, job: Job) -> RemoteJob:
         """Move a job to those that run; what its node is to do."""
         job.run.folder.mkdir(parents=True, exist_ok=True)
         self.waiting.remove(job)
         self.running.append(job)
-        self.handed[job.run.name] = Handed(self._size(job), job.look())
+        self.handed[job.run.name] = SubmittedJob(self._size(job), job.look())
         words = [*job.words, f"root={conf.typed(job.run.root)}"]  # an environment variable may say another one there
         return self.task(self.program, os.getcwd(), job.run.root, job.run.name, words, job.label, job.gpus)
 
-    def of(self, job: Job) -> Handed:
+    def of(self, job: Job) -> SubmittedJob:
         return self.handed[job.run.name]
 
     def _size(self, job: Job) -> int:
@@ -167,7 +167,7 @@ class Elsewhere(Pool):
 
 
 @dataclass
-class Handed:
+class SubmittedJob:
     """A job that a scheduler was given."""
 
     log: int  # bytes of its log at that time
@@ -178,7 +178,7 @@ class Handed:
     since: float = field(default=0.0)  # when the scheduler was first heard to say that it is over
 
 
-class Away(RunLauncher):
+class ClusterLauncher(RunLauncher):
     """What launchers of runs on other machines share. parameters: of hydra.launcher, and what they may be."""
 
     def __init__(self, parameters: dict):

@@ -12,7 +12,7 @@ from kd.errors import UserError
 from kd.launch import hydra_plugins, warm
 from kd.runs import wandb_agent
 from kd.system import files
-from kd.system.console import end_with
+from kd.system.console import exit_with_error
 from kd.system.signals import Preempted, end_with_parent
 
 
@@ -22,7 +22,7 @@ def register() -> None:
     try:
         compose.register()
     except UserError as error:
-        end_with(error)
+        exit_with_error(error)
     hydra_plugins.register()
 
 
@@ -42,7 +42,7 @@ def enter(main: Callable[[], None]) -> None:
         compose.register_folders()
         security.check_command_line(sys.argv[1:])
     except UserError as error:
-        end_with(error)
+        exit_with_error(error)
     try:
         main()
     except Preempted:

@@ -22,7 +22,7 @@ from kd.errors import MISTAKES, UserError, for_people
 from kd.launch.devices import gpus
 from kd.launch.sweeper import LaunchingSweeper, asked_for
 from kd.runs.run import Run
-from kd.system.console import console, counted, end_with
+from kd.system.console import console, counted, exit_with_error
 from kd.system.files import read_metrics
 from kd.system.remote import local_root
 
@@ -44,7 +44,7 @@ class Search(LaunchingSweeper):
         try:
             returns = self._search(arguments)
         except MISTAKES as error:
-            end_with(for_people(error))
+            exit_with_error(for_people(error))
         if any(r.status != JobStatus.COMPLETED for r in returns):
             sys.exit(1)
         return returns

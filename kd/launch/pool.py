@@ -20,7 +20,7 @@ from kd.launch.job import Job
 from kd.runs.outcome import Outcome, RunState
 from kd.runs.provenance import done_before, doubts
 from kd.runs.run import Run
-from kd.system.console import clock, console, counted, harmless, styled
+from kd.system.console import console, counted, format_duration, strip_control_characters, styled
 from kd.system.signals import SAME, received
 
 
@@ -137,19 +137,22 @@ class Pool:
             says += f", {len(self.endings)} ended, to be recorded"
         table = Table(box=None, show_header=False, pad_edge=False)
         for job in filter(lambda job: job.started_at, self.running):
-            table.add_row(job.label, clock(time.monotonic() - job.started_at), styled(job.last_line(), "dim"))
+            table.add_row(job.label, format_duration(time.monotonic() - job.started_at), styled(job.last_line(), "dim"))
         return Group(styled(f"{says}{self._left()}", "bold"), table)
 
     def _left(self) -> str:
         if not self.spent:
             return ""
         left = len(self.waiting + self.running)
-        return f", about {clock(sum(self.spent) / len(self.spent) * left / min(self.at_once, max(1, left)))} left"
+        seconds = sum(self.spent) / len(self.spent) * left / min(self.at_once, max(1, left))
+        return f", about {format_duration(seconds)} left"
 
     def _say(self, job: Job, what: str, number: int | None = None) -> None:
         number = number or self.jobs.index(job) + 1
         line = Text.assemble(
-            (f"run {number} of {len(self.jobs)}", "bold"), f"  {harmless(job.label)}  ", (harmless(what), "dim")
+            (f"run {number} of {len(self.jobs)}", "bold"),
+            f"  {strip_control_characters(job.label)}  ",
+            (strip_control_characters(what), "dim"),
         )
         console.print(line, soft_wrap=True)
 
@@ -170,7 +173,7 @@ class Pool:
             self.spent.append(job.facts["seconds"])
         elif self.stop_on_failure and not job.stop_reason:
             self.stopped = True
-        self._say(job, f"{state['state']} after {clock(job.facts['seconds'])}  {state['reason']}")
+        self._say(job, f"{state['state']} after {format_duration(job.facts['seconds'])}  {state['reason']}")
 
     def _ask(self, name: str) -> None:
         """Take a signal that asks the sweep to end, to be passed on by work()."""

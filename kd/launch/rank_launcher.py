@@ -33,7 +33,7 @@ import torch.distributed as dist
 
 from kd.config.schema import ExperimentConfig
 from kd.errors import UserError, for_people, is_mistake
-from kd.parallel.collectives import number, processor
+from kd.parallel.collectives import cpu_group, rank
 from kd.runs.run import Run
 from kd.system.launchers import OWN
 from kd.system.processes import killed_for_memory
@@ -53,14 +53,14 @@ class Job:
         self.store = dist.TCPStore("127.0.0.1", int(port), is_master=False)
         self.given = json.loads(self.store.get("job"))
         accelerator = self.given["config"]["trainer"]["accelerator"]
-        backend = "gloo" if processor(accelerator) == "cpu" else "cpu:gloo,cuda:nccl"
+        backend = "gloo" if cpu_group(accelerator) == "cpu" else "cpu:gloo,cuda:nccl"
         if backend != "gloo":
             torch.cuda.set_device(rank)
         dist.init_process_group(backend, store=dist.PrefixStore("group", self.store), rank=rank, world_size=of)
 
     def tell(self, what: str, value) -> bool:
         """Say something that only the first to say it is heard with; whether this one was."""
-        said = json.dumps([number(), value])
+        said = json.dumps([rank(), value])
         return self.store.compare_set(what, "", said).decode() == said
 
 
@@ -213,7 +213,7 @@ def fit_as_rank(job: Job) -> None:
     """Train as one of several processes."""
     from kd.experiment.fit import fit, from_job
 
-    if collectives.number():
+    if collectives.rank():
         warnings.simplefilter("ignore")  # the first rank shows them
     config = ExperimentConfig.from_dict(job.given["config"])
     fit(Shared(config.root, job.given["run"], job), config, from_job(job.given, config))

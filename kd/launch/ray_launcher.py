@@ -6,7 +6,7 @@ import os
 import socket
 
 from kd.errors import UserError
-from kd.launch.cluster import Away, Elsewhere, Task, needs
+from kd.launch.cluster import ClusterLauncher, ClusterPool, RemoteJob, needs
 from kd.launch.job import Job
 from kd.launch.pool import Pool
 from kd.runs.outcome import GOES_ON, Outcome, RunState
@@ -14,7 +14,7 @@ from kd.system.console import console
 from kd.system.signals import requests
 
 
-class Ray(Away):
+class Ray(ClusterLauncher):
     """A task of Ray per run. Dead nodes and workers cost no run: Ray has another one go on with it."""
 
     def __init__(self, address: str | None, num_cpus: float, num_gpus: float):
@@ -59,7 +59,7 @@ class Ray(Away):
             ) from None
 
 
-class RayPool(Elsewhere):
+class RayPool(ClusterPool):
     """Does jobs as tasks of Ray, of which at_once are there at a time."""
 
     def __init__(self, program: str, jobs: list[Job], at_once: float, ray, each: dict[str, float]):
@@ -74,7 +74,7 @@ class RayPool(Elsewhere):
             job = self._next(self.waiting[:])
             if job is None:
                 break
-            task = self.hand(job)
+            task = self.submit(job)
             self.of(job).number = self.perform.remote(task)
             self.of(job).waits = "Ray has no room for it yet"
 
@@ -99,6 +99,6 @@ class RayPool(Elsewhere):
             self.ray.cancel(self.of(job).number)  # the second one is passed on there too, and kills the run
 
 
-def perform(task: Task) -> None:
+def perform(task: RemoteJob) -> None:
     """What Ray calls on a node."""
     task()

@@ -32,7 +32,7 @@ from kd.runs.outcome import RunState
 from kd.runs.run import Run
 from kd.runs.seal import SEALED
 from kd.system import files
-from kd.system.console import console, counted, end_with
+from kd.system.console import console, counted, exit_with_error
 from kd.system.signals import Preempted, requests
 
 Watch = Callable[[int, Run], str | None]  # which run of a batch -> why it is to end early
@@ -89,7 +89,7 @@ class RunLauncher(Launcher):
         try:
             return self._launch(job_overrides, initial_job_idx > 0, labels, watch, names)
         except MISTAKES as error:
-            end_with(for_people(error))
+            exit_with_error(for_people(error))
 
     def _launch(
         self, job_overrides: Sequence[Sequence[str]], further: bool, labels: list[str], watch: Watch | None,

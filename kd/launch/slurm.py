@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from kd.errors import UserError
-from kd.launch.cluster import Away, Elsewhere, Task, needs
+from kd.launch.cluster import ClusterLauncher, ClusterPool, RemoteJob, needs
 from kd.launch.job import Job
 from kd.launch.pool import Pool
 from kd.runs.outcome import GOES_ON, Outcome, RunState
@@ -29,7 +29,7 @@ LOST = ("BOOT_FAIL", "CANCELLED", "DEADLINE", "NODE_FAIL", "PREEMPTED", "REVOKED
 OVER = (*LOST, "COMPLETED", "FAILED", "OUT_OF_MEMORY", "SPECIAL_EXIT")
 
 
-class SlurmTask(Task):
+class SlurmTask(RemoteJob):
     """Requeued by submitit alone: SIGUSR2 says that its time is nearly over, or that another job comes first."""
 
     def __call__(self) -> list[str]:
@@ -48,7 +48,7 @@ class SlurmTask(Task):
         return DelayedSubmission(self)
 
 
-class Slurm(Away):
+class Slurm(ClusterLauncher):
     """A job of SLURM per run, in one array."""
 
     def __init__(
@@ -84,7 +84,7 @@ class Slurm(Away):
         return SlurmPool(self.program, jobs, at_once, executor, folder / "jobs.json")
 
 
-class SlurmPool(Elsewhere):
+class SlurmPool(ClusterPool):
     """Does jobs as jobs of SLURM, and looks at its queue for what becomes of them.
 
     Jobs that a sweep left in the queue when it was killed are not handed over again. record: a file that names them.
@@ -106,7 +106,7 @@ class SlurmPool(Elsewhere):
         for job in list(self.waiting):
             number = left.get(job.run.name)
             if listed and number in listed and listed[number][0] not in OVER:
-                self.hand(job)
+                self.submit(job)
                 self.of(job).number = number
                 self._say(job, f"is in the queue since before, as job {number}")
 
@@ -115,7 +115,7 @@ class SlurmPool(Elsewhere):
         if len(self.running) >= AT_ONCE or (self.running and self.at_once < math.inf):
             return
         jobs = self.waiting[:AT_ONCE]
-        tasks = [self.hand(job) for job in jobs]
+        tasks = [self.submit(job) for job in jobs]
         try:
             numbers = [made.job_id for made in self.executor.submit_array(tasks)]
         except Exception as error:  # submitit's own, with what sbatch printed

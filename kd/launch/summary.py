@@ -12,7 +12,7 @@ from kd.launch.job import Job
 from kd.runs.outcome import RunState
 from kd.runs.provenance import doubts
 from kd.system import files
-from kd.system.console import clock, styled
+from kd.system.console import format_duration, styled
 
 
 def varying(jobs: Sequence[Sequence[str]], names: Sequence[str]) -> list[str]:
@@ -70,7 +70,7 @@ def summary(name: str, jobs: Sequence[Job]) -> Table:
         table.add_row(
             job.label, styled(ended, "green" if ended == RunState.DONE else "red" if failed else "yellow"),
             *(f"{result['final'][key]:.4f}" if result and key in result["final"] else "" for key in measures.values()),
-            clock(state["seconds"]) if "seconds" in state else "",
-            files.amount(state["peak_memory"]) if "peak_memory" in state else "", styled(why, "dim"),
+            format_duration(state["seconds"]) if "seconds" in state else "",
+            files.format_bytes(state["peak_memory"]) if "peak_memory" in state else "", styled(why, "dim"),
         )  # fmt: skip
     return table

@@ -17,9 +17,9 @@ from kd.config.rules import group_of
 from kd.config.schema import NO_EFFECT, NO_SIGNAL
 from kd.config.security import check_words
 from kd.errors import UserError
-from kd.runs.identity import below
+from kd.runs.identity import is_under
 from kd.system import files
-from kd.system.console import end_with
+from kd.system.console import exit_with_error
 
 
 class LaunchingSweeper(Sweeper):
@@ -44,7 +44,7 @@ class LaunchingSweeper(Sweeper):
 
 def asked_for(arguments: Sequence[str]) -> str:
     """Return all that was typed, but for what changes no result."""
-    return str(sorted(word for word in arguments if not below(word.lstrip("+~").partition("=")[0], NO_EFFECT)))
+    return str(sorted(word for word in arguments if not is_under(word.lstrip("+~").partition("=")[0], NO_EFFECT)))
 
 
 class SweepFileSweeper(LaunchingSweeper):
@@ -81,7 +81,7 @@ class SweepFileSweeper(LaunchingSweeper):
             for job in jobs:
                 check_words(job)
         except UserError as error:
-            end_with(error)
+            exit_with_error(error)
         self.validate_batch_is_legal(jobs)
         returns = self.launcher.launch(jobs, initial_job_idx=0, names=names)
         if any(r.status != JobStatus.COMPLETED for r in returns):
@@ -93,7 +93,7 @@ def at_scale(sweep: Mapping, scale: str) -> tuple[str, list[tuple[str, str]]]:
     """Return what all lines begin with, and name and words of each; ends with an error if there is no such scale."""
     scales = sweep.get("scales") or {"cpu": {}}
     if scale not in scales:
-        end_with(UserError(option="scale", got=scale, need=f"a scale of this sweep, {' or '.join(scales)}"))
+        exit_with_error(UserError(option="scale", got=scale, need=f"a scale of this sweep, {' or '.join(scales)}"))
     own = scales[scale]
     lines = [line if isinstance(line, Mapping) else {"": line} for of in (sweep, own) for line in of.get("runs", [])]
     return f"{sweep.get('base', '')} {own.get('base', '')}", [pair for line in lines for pair in line.items()]

@@ -95,7 +95,7 @@ class CausalLM(nn.Module):
             )
 
 
-def build(size: str | None, name: str | None, vocab: int, seq_len: int, option: str) -> CausalLM:
+def build_model(size: str | None, name: str | None, vocab: int, seq_len: int, option: str) -> CausalLM:
     """A model of a size of kd/config/sizes.py with fresh weights, or the one of that Hub name or folder, float32."""
     if size:
         model = from_size(size, vocab, seq_len)
@@ -143,7 +143,7 @@ def from_size(size: str, vocab: int, seq_len: int):
     return LlamaForCausalLM(config)
 
 
-def same_vocabulary(ours, theirs, option: str, by_ids: bool = False) -> None:
+def check_same_vocabulary(ours, theirs, option: str, by_ids: bool = False) -> None:
     """Raise UserError unless two tokenizers give every token the same id.
 
     by_ids: special and added tokens may have other names, if the ids are the same ones.

@@ -30,7 +30,7 @@ def with_token_info(signal: Signal, info: TokenInfo) -> Signal:
     return lambda rows: replace(signal(rows), token_info=info[rows])
 
 
-class Sums(NamedTuple):
+class LossSums(NamedTuple):
     """Sums over positions, nats; only `total` carries a gradient."""
 
     total: Tensor  # alpha * kd + (1 - alpha) * lm
@@ -42,48 +42,48 @@ class Sums(NamedTuple):
 class Objective:
     """How a student is compared with its teacher, `chunk` positions at a time.
 
-    chunk: None takes as many as `fitting` says; it changes nothing but time, memory and rounding. compile: make loss
-    and gradient of a chunk's logits one kernel by torch.compile, which needs a C++ compiler and some ten seconds once;
+    chunk: None takes `default_chunk_size`; it changes nothing but time, memory and rounding. compile: make loss and
+    gradient of a chunk's logits one kernel by torch.compile, which needs a C++ compiler and some ten seconds once;
     None does so on a GPU, and goes on without where that fails.
     """
 
     loss: Callable[[Tensor, Target], Tensor]
     truncation: Callable[[Target], Target]
-    treatment: Callable[[Target], Target]
+    target_transform: Callable[[Target], Target]
     temperature: Callable[[Tensor, Target], Softening]
     chunk: int | None = None
     compile: bool | None = False
 
-    def distance(self, student: Tensor, target: Target, truncated: Target | None = None) -> Tensor:
+    def distillation_loss(self, student: Tensor, target: Target, truncated: Target | None = None) -> Tensor:
         """The distillation loss per position [N] for student log-probabilities [N, V].
 
         Order: truncate (unless `truncated` is there already), say where the dropped probability goes, then soften. The
         temperature is of the whole target.
         """
         softening = self.temperature(student, target)
-        kept = self.treatment(truncated or self.truncation(target)).soften(softening.teacher)
+        kept = self.target_transform(truncated or self.truncation(target)).soften(softening.teacher)
         return softening.weight * self.loss(soften(student, softening.student), kept)
 
     def __call__(
         self, head: torch.nn.Module, hidden: Tensor, label: Tensor, signal: Signal | None, alpha: float,
-        watch: Callable[[slice, Tensor], None] | None = None, kd_mask: Tensor | None = None,
-    ) -> Sums:  # fmt: skip
+        observe_logits: Callable[[slice, Tensor], None] | None = None, kd_mask: Tensor | None = None,
+    ) -> LossSums:  # fmt: skip
         """Sums over the rows of hidden [N, D] of alpha * distillation + (1 - alpha) * language modelling.
 
-        head maps hidden states to logits and owns parameters; without a signal the distillation term is 0. watch is
-        shown the student's logits [n, V], chunk by chunk. kd_mask: where it is False [N], alpha is 0.
+        head maps hidden states to logits and owns parameters; without a signal the distillation term is 0.
+        observe_logits gets the student's logits [n, V], chunk by chunk. kd_mask: where it is False [N], alpha is 0.
         """
         parameters = [p for p in head.parameters() if p.requires_grad]
-        return Sums(*_Chunked.apply(self, head, label, signal, alpha, watch, kd_mask, hidden, *parameters))
+        return LossSums(*_Chunked.apply(self, head, label, signal, alpha, observe_logits, kd_mask, hidden, *parameters))
 
     def language_modelling(self, head: torch.nn.Module, hidden: Tensor, label: Tensor) -> Tensor:
         """Return the language-modelling loss of hidden [N, D], summed over positions, in nats."""
         return self(head, hidden, label, None, 0.0).total
 
-    def slope(
+    def logits_gradient(
         self, logits: Tensor, label: Tensor, target: Target | None, alpha: Tensor, kd_mask: Tensor | None = None,
         truncated: Target | None = None,
-    ) -> tuple[Tensor, Sums]:  # fmt: skip
+    ) -> tuple[Tensor, LossSums]:  # fmt: skip
         """The gradient of `total` with respect to the student's logits [n, V], and the sums."""
         student, chain = torch.func.vjp(lambda logits: logits.float().log_softmax(-1), logits)  # [n, V]
         lm = -student.gather(-1, label[:, None])  # [n, 1]
@@ -93,14 +93,14 @@ class Objective:
         else:
 
             def distillation(student: Tensor) -> tuple[Tensor, Tensor]:
-                kd = self.distance(student, target, truncated)
+                kd = self.distillation_loss(student, target, truncated)
                 kd = (kd if kd_mask is None else torch.where(kd_mask, kd, 0)).sum()
                 return alpha * kd, kd
 
             grad, kd = torch.func.grad(distillation, has_aux=True)(student)
         # That of language modelling, one number per row, is put in its place; autograd would add [n, V] zeros.
         grad.scatter_add_(-1, label[:, None], (-share).to(grad).expand(len(label), 1))
-        return chain(grad)[0], Sums(alpha * kd + (share * lm).sum(), kd, lm.sum())
+        return chain(grad)[0], LossSums(alpha * kd + (share * lm).sum(), kd, lm.sum())
 
 
 def log_probabilities(head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def chunks(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def fitting(head: torch.nn.Module) -> int:
+def default_chunk_size(head: torch.nn.Module) -> int:
     """How many positions to take at once: as many as fill 32 MiB with float32 logits, on a GPU 512 MiB; at least 64.
 
     32 MiB stay near a CPU's caches; fewer positions than 64 leave too little to do per read of the head's weights.
@@ -128,11 +128,11 @@ _compile_failed = False  # in this process; said once
 
 def _compiled(objective: Objective) -> Callable:
     """Compiled `slope`. Where compiling is a default, what torch cannot compile is computed as it is."""
-    compiled = torch.compile(objective.slope)
+    compiled = torch.compile(objective.logits_gradient)
     if objective.compile:
         return compiled
 
-    def slope(*arguments) -> tuple[Tensor, Sums]:
+    def slope(*arguments) -> tuple[Tensor, LossSums]:
         global _compile_failed
         if not _compile_failed:
             try:
@@ -145,7 +145,7 @@ def _compiled(objective: Objective) -> Callable:
                     "trainer.compile=false leaves it out; trainer.compile=true shows all of the error.",
                     soft_wrap=True,
                 )  # fmt: skip
-        return objective.slope(*arguments)
+        return objective.logits_gradient(*arguments)
 
     return slope
 
@@ -166,16 +166,16 @@ class _Chunked(torch.autograd.Function):
     """Objective over all chunks: forward already makes the gradients, backward only scales them."""
 
     @staticmethod
-    def forward(ctx, objective: Objective, head, label, signal, alpha, watch, kd_mask, hidden, *parameters):
+    def forward(ctx, objective: Objective, head, label, signal, alpha, observe_logits, kd_mask, hidden, *parameters):
         compiles = hidden.is_cuda if objective.compile is None else objective.compile
-        slope = _compiled(objective) if compiles else objective.slope
+        slope = _compiled(objective) if compiles else objective.logits_gradient
         alpha = torch.tensor(alpha, device=hidden.device)  # a number would be compiled in, and anew when it changes
         hidden_grad = torch.empty_like(hidden)
         parameter_grads = [torch.zeros_like(p) for p in parameters]
         weights = _cast(head, hidden.device.type)
         learned = [w for w in weights.values() if w.requires_grad]
         sums = torch.zeros(3, device=hidden.device, dtype=torch.float64)
-        for rows in chunks(len(hidden), objective.chunk or fitting(head)):
+        for rows in chunks(len(hidden), objective.chunk or default_chunk_size(head)):
             target = signal(rows) if signal is not None else None
             if target is not None:
                 check_needs(objective.loss, target.token_info)
@@ -184,8 +184,8 @@ class _Chunked(torch.autograd.Function):
             with torch.enable_grad():
                 piece = hidden[rows].detach().requires_grad_()
                 logits = functional_call(head, weights, (piece,))  # [n, V]
-            if watch is not None:
-                watch(rows, logits.detach())
+            if observe_logits is not None:
+                observe_logits(rows, logits.detach())
             which = kd_mask[rows] if kd_mask is not None else None
             logits_grad, values = slope(logits.detach(), label[rows], target, alpha, which, truncated)
             hidden_grad[rows], *parts = torch.autograd.grad(logits, (piece, *learned), logits_grad)

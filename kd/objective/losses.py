@@ -17,13 +17,13 @@ from kd.objective.token_info import needs
 
 def fkl(student: Tensor, target: Target) -> Tensor:
     """Forward KL(p || q), nats [N]. Hinton et al. 2015, arXiv 1503.02531."""
-    q, p = target.pair(student)
+    q, p = target.align(student)
     return -(p.exp() * (q - p)).sum(-1)  # this way round its gradient needs no change of sign
 
 
 def rkl(student: Tensor, target: Target) -> Tensor:
     """Reverse KL(q || p), nats [N]. Gu et al. 2023 (MiniLLM), arXiv 2306.08543, eq. 1, per token."""
-    q, p = target.pair(student)
+    q, p = target.align(student)
     return _reverse(q, p)
 
 
@@ -37,13 +37,13 @@ def jsd(student: Tensor, target: Target, beta: float = 0.5) -> Tensor:
     check("loss.beta", beta, 0 <= beta <= 1, "a number from 0 (fkl) to 1 (rkl)")
     if beta in (0, 1):
         return (fkl, rkl)[int(beta)](student, target)
-    q, p = target.pair(student)
+    q, p = target.align(student)
     with torch.no_grad():
         teacher, mass = p.exp(), q.exp()
         m = _log(torch.lerp(mass, teacher, beta))  # [N, K]
         gradient = (1 - beta) * mass * (q - m)  # what moves by way of m adds up to 0
         value = beta * (teacher * (p - m)).sum(-1) + gradient.sum(-1)
-    return _sloping(value, q, gradient)
+    return _with_gradient(value, q, gradient)
 
 
 def akl(student: Tensor, target: Target, mu: float = 0.5) -> Tensor:
@@ -57,10 +57,10 @@ def akl(student: Tensor, target: Target, mu: float = 0.5) -> Tensor:
     check("loss.mu", mu, 0 <= mu <= 1, "a probability from 0 to 1")
     if mu == 1:  # all is head; a running sum in float32 could pass 1 before the end
         return fkl(student, target)
-    q, p = target.pair(student)
+    q, p = target.align(student)
     with torch.no_grad():
         gap = (p.exp() - q.exp()).abs()  # [N, K]
-        head = gap.masked_fill(~_most_probable(p, mu), 0).sum(-1)
+        head = gap.masked_fill(~_top_mass_mask(p, mu), 0).sum(-1)
         total = gap.sum(-1)
         share = torch.where(total > 0, head / total, 0.5).clamp(0, 1)  # 0/0 when q = p, where both KLs are 0
     return share * (p.exp() * (p - q)).sum(-1) + (1 - share) * _reverse(q, p)
@@ -74,7 +74,7 @@ def skl(student: Tensor, target: Target, alpha: float = 0.1) -> Tensor:
     check("loss.alpha", alpha, 0 <= alpha < 1, "a number from 0 (fkl) to below 1")
     if alpha == 0:
         return fkl(student, target)
-    q, p = target.pair(student)
+    q, p = target.align(student)
     teacher = p.exp()
     return (teacher * (p - _log(torch.lerp(q.exp(), teacher, alpha)))).sum(-1)
 
@@ -87,14 +87,14 @@ def srkl(student: Tensor, target: Target, alpha: float = 0.1) -> Tensor:
     check("loss.alpha", alpha, 0 <= alpha < 1, "a number from 0 (rkl) to below 1")
     if alpha == 0:
         return rkl(student, target)
-    q, p = target.pair(student)
+    q, p = target.align(student)
     with torch.no_grad():
         mass = q.exp()
         m = torch.lerp(p.exp(), mass, alpha)  # [N, K]
         gap = q - _log(m)
         value = (mass * gap).sum(-1) - mass.sum(-1) + m.sum(-1)  # the mass terms of _reverse
         gradient = mass * (gap + alpha * (1 - gap.exp()))
-    return _sloping(value, q, gradient)
+    return _with_gradient(value, q, gradient)
 
 
 def tvd(student: Tensor, target: Target) -> Tensor:
@@ -102,7 +102,7 @@ def tvd(student: Tensor, target: Target) -> Tensor:
 
     1 - tvd is the acceptance rate of speculative decoding with the student as the draft (Leviathan et al. 2022).
     """
-    q, p = target.pair(student)
+    q, p = target.align(student)
     return 0.5 * (p.exp() - q.exp()).abs().sum(-1)
 
 
@@ -111,7 +111,7 @@ def mse(student: Tensor, target: Target) -> Tensor:
 
     A logit means nothing up to a constant, so each side is first centred over the kept columns.
     """
-    q, p = target.pair(student)
+    q, p = target.align(student)
     kept = (p > FLOOR).to(q.dtype)
     count = kept.sum(-1, keepdim=True)
     gap = (q - p) * kept  # [N, K]
@@ -124,7 +124,7 @@ def nll(student: Tensor, target: Target) -> Tensor:
 
     Its gradient is that of fkl; its value does not reach 0 but the teacher's entropy.
     """
-    q, p = target.pair(student)
+    q, p = target.align(student)
     return -(p.exp() * q).sum(-1)
 
 
@@ -171,19 +171,19 @@ def atkd(student: Tensor, target: Target, share: float = 0.2) -> Tensor:
     """
     check("loss.share", share, 0 <= share <= 1, "a share from 0 (hard tokens alone) to 1")
     info = target.token_info
-    tkd, dkd = _decoupled(student, target)
+    tkd, dkd = _decoupled_kl(student, target)
     return info.weight * torch.where(info.is_hard > 0, (1 - share) * (tkd + dkd), share * dkd)
 
 
-def _decoupled(student: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+def _decoupled_kl(student: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     """tkd and dkd [N], nats, of which fkl = tkd + u * dkd, where u is the teacher's probability of all other tokens.
 
     tkd is the KL of two outcomes, the true token or another; dkd is that among the others, renormalised on both sides.
     The student's others are all of the vocabulary, the teacher's those that are kept. Where the true token itself is
     dropped, what is known of it is in no column, and all of fkl is dkd. Zhao et al. 2022 (DKD), arXiv 2203.08679.
     """
-    q, p = target.pair(student)  # [N, K]
-    true = torch.nn.functional.pad(target.is_label(), (0, q.shape[-1] - target.logp.shape[-1]))  # a rest is another
+    q, p = target.align(student)  # [N, K]
+    true = torch.nn.functional.pad(target.label_mask(), (0, q.shape[-1] - target.logp.shape[-1]))  # a rest is another
     there, label = true.any(-1), target.label[:, None]
     log_p, log_q = p.masked_fill(~true, FLOOR).amax(-1), student.gather(-1, label)[:, 0]
     others_p = p.masked_fill(true, FLOOR).logsumexp(-1)  # log of their probability
@@ -204,10 +204,10 @@ def _reverse(q: Tensor, m: Tensor) -> Tensor:
         mass = q.exp()
         gradient = mass * (q - m)  # [N, K]
         value = gradient.sum(-1) - mass.sum(-1) + m.exp().sum(-1)
-    return _sloping(value, q, gradient)
+    return _with_gradient(value, q, gradient)
 
 
-def _sloping(value: Tensor, q: Tensor, gradient: Tensor) -> Tensor:
+def _with_gradient(value: Tensor, q: Tensor, gradient: Tensor) -> Tensor:
     """`value` [N] whose derivative by q is `gradient` [N, K]: half the passes over V that autograd takes."""
     lead = (gradient * q).sum(-1)
     return value + (lead - lead.detach())
@@ -218,17 +218,17 @@ def _log(probability: Tensor) -> Tensor:
     return probability.clamp(min=1e-38).log()
 
 
-def _most_probable(p: Tensor, mu: float) -> Tensor:
+def _top_mass_mask(p: Tensor, mu: float) -> Tensor:
     """The first column of log-probabilities [N, K] and all whose running probability stays <= mu, as a mask [N, K].
 
     To sort a vocabulary costs more than all the rest of a step, so the lowest log-probability of the head is searched
     for instead, to 1e-6 nats, the precision of float32 there. Of equal columns the first ones are in.
     """
     mu += 1e-6  # as sums of float32 that should be mu may be above it
-    return (_head_by_halving if p.is_cuda else _head_by_counting)(p, mu)
+    return (_top_mass_by_halving if p.is_cuda else _top_mass_by_counting)(p, mu)
 
 
-def _head_by_counting(p: Tensor, mu: float) -> Tensor:
+def _top_mass_by_counting(p: Tensor, mu: float) -> Tensor:
     """Mask [N, K] of the head: probability is counted in bins, then again within the bin that goes over mu."""
     bins = 256  # three rounds over some 11 nats come to 1e-6 nats
     low, high = _bounds(p, mu)
@@ -245,7 +245,7 @@ def _head_by_counting(p: Tensor, mu: float) -> Tensor:
     return (p > high) | (equal & (equal.cumsum(-1, dtype=torch.int32) <= _equal_columns(inside, high, mu)))
 
 
-def _head_by_halving(p: Tensor, mu: float) -> Tensor:
+def _top_mass_by_halving(p: Tensor, mu: float) -> Tensor:
     """The same mask for a GPU, where many columns that add to one bin wait for each other: 377 of 703 ms of a step.
 
     It sums in a fixed order, too. There is no running sum over K, which inductor of torch 2.11 cannot compile.
@@ -267,7 +267,7 @@ def _head_by_halving(p: Tensor, mu: float) -> Tensor:
 
 
 def _bounds(p: Tensor, mu: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [N, 1] between which the head ends: it is the first column of those that share what is beyond mu."""
+    """Return log-probabilities [N, 1] between which the head ends: the first column that shares what is beyond mu."""
     beyond = (p.exp().sum(-1, keepdim=True) - mu).clamp(min=1e-30)
     return (beyond / p.shape[-1]).log(), p.amax(-1, keepdim=True)
 

@@ -23,4 +23,4 @@ class ProjectedSignal:
     def __call__(self, rows: slice) -> Target:
         with torch.no_grad():
             logp = log_probabilities(self.head, self.features[rows])  # [n, V]
-        return Target(self.label[rows], logp, seed=self.seed[rows], whole=True)
+        return Target(self.label[rows], logp, seed=self.seed[rows], complete=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.objective.token_info import TokenInfo
 
-# What pair() gives a column outside the support, on both sides: its exp is 0, as that of -inf, but 0 * FLOOR is no NaN.
+# Value of a column outside the support in align(), on both sides: exp gives 0, as for -inf, but 0 * FLOOR is no NaN.
 # Far below any log-probability, so that an improbable column is never taken for a dropped one.
 FLOOR = -1e9
 LEAST = -16.1  # of a teacher's rest: 1 minus the kept columns is no surer than 1e-7 in float32
@@ -38,9 +38,9 @@ class Target:
     label: Tensor  # [N]     the true next token
     logp: Tensor  # [N, K]  teacher log-probabilities; K = V when dense
     ids: Tensor | None = None  # [N, K]  vocabulary id of each column
-    rest: bool = False  # one more column in pair(): all probability that is not in ids
+    has_residual_column: bool = False  # one more column in align(): all probability that is not in ids
     seed: Tensor | None = None  # [N]     a random number per position, for truncations that sample
-    whole: bool = False  # no column is dropped, so pair() need not look
+    complete: bool = False  # no column is dropped, so align() need not look
     token_info: TokenInfo = field(default_factory=TokenInfo)  # [N]     beside the distributions
 
     def __getitem__(self, rows) -> Target:
@@ -48,10 +48,10 @@ class Target:
         info = self.token_info[rows]
         return replace(self, label=self.label[rows], logp=self.logp[rows], ids=ids, seed=seed, token_info=info)
 
-    def keep(self, logp: Tensor, columns: Tensor) -> Target:
+    def select(self, logp: Tensor, columns: Tensor) -> Target:
         """The target cut to `columns` [N, K'] of this one with log-probabilities `logp` [N, K'], true as they were."""
         ids = columns if self.ids is None else self.ids.gather(-1, columns)
-        return replace(self, logp=logp, ids=ids, whole=False)
+        return replace(self, logp=logp, ids=ids, complete=False)
 
     def soften(self, tau: Tensor | float) -> Target:
         """softmax(logp / tau) over the kept columns; tau is a number or one per position [N]."""
@@ -60,7 +60,7 @@ class Target:
                 return self
         else:
             tau = tau[:, None]
-        if self.rest:
+        if self.has_residual_column:
             raise UserError(
                 option="target",
                 got="rest",
@@ -70,7 +70,7 @@ class Target:
             )
         return replace(self, logp=(self.logp / tau).log_softmax(-1))
 
-    def spread(self, vocabulary: int) -> Tensor:
+    def to_dense(self, vocabulary: int) -> Tensor:
         """Log-probabilities of all tokens [N, V]: true ones where they are known, the others sharing what is left."""
         if self.ids is None:
             return self.logp
@@ -84,22 +84,22 @@ class Target:
         there = self.logp > -math.inf
         known = -(self.logp.exp() * self.logp.masked_fill(~there, 0)).sum(-1)
         others = vocabulary - there.sum(-1)
-        left = torch.where(others > 0, self.left, 0)
+        left = torch.where(others > 0, self.residual_mass, 0)
         return known + torch.special.entr(left) + left * others.clamp(min=1).log()
 
     @property
-    def left(self) -> Tensor:
+    def residual_mass(self) -> Tensor:
         """The probability outside the kept columns [N]; exactly 0 where they hold all of it."""
         return -torch.expm1(self.logp.logsumexp(-1).clamp(max=0))
 
-    def of_label(self) -> Tensor:
+    def label_logp(self) -> Tensor:
         """The log-probability of the true token [N]; -inf where it is dropped."""
         label = self.label[:, None]
         if self.ids is None:
             return self.logp.gather(-1, label)[:, 0]
         return self.logp.masked_fill(self.ids != label, -math.inf).amax(-1)
 
-    def is_label(self) -> Tensor:
+    def label_mask(self) -> Tensor:
         """Which column is the true token [N, K]; none where it is dropped."""
         label = self.label[:, None]
         if self.ids is None:
@@ -108,10 +108,10 @@ class Target:
 
     def uncertainty(self) -> Tensor:
         """The probability of all but the true token [N], exact where it is small; 1 where the true token is dropped."""
-        others = self.logp.masked_fill(self.is_label(), -math.inf).logsumexp(-1).exp()
-        return others if self.whole else others + self.left
+        others = self.logp.masked_fill(self.label_mask(), -math.inf).logsumexp(-1).exp()
+        return others if self.complete else others + self.residual_mass
 
-    def with_label(self, mass: Tensor) -> Target:
+    def add_label_mass(self, mass: Tensor) -> Target:
         """`mass` [N] more probability on the true token, in a column of its own if it has none."""
         label, logp = self.label[:, None], self.logp  # [N, 1]
         if self.ids is None:
@@ -122,17 +122,17 @@ class Target:
         logp = logp.scatter(-1, column, _plus(logp.gather(-1, column), mass[:, None]))
         return replace(self, logp=logp, ids=torch.cat([self.ids, label], -1))
 
-    def pair(self, student: Tensor) -> tuple[Tensor, Tensor]:
+    def align(self, student: Tensor) -> tuple[Tensor, Tensor]:
         """Student log-probabilities [N, V] -> (student, teacher) on the same columns [N, K], floored.
 
         Columns outside the teacher's support hold FLOOR on both sides, so they add 0 to any divergence. With
         `rest`, column K+1 holds the mass of all other tokens.
         """
-        if self.whole:
+        if self.complete:
             return student, self.logp
         dropped, p = self.logp == -math.inf, self.logp
         q = student if self.ids is None else student.gather(-1, self.ids)  # [N, K]
-        if self.rest:
+        if self.has_residual_column:
             # Where the student is sure, 1 - kept would be 0, and so its gradient: there the others are added up.
             kept = self._kept(student.shape[-1])
             others = student.masked_fill(kept, FLOOR).logsumexp(-1, keepdim=True)

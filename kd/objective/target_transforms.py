@@ -16,7 +16,7 @@ def renormalise(target: Target) -> Target:
 
     Of top_k and top_p the bias is known: the student is told that the head is larger than it is.
     """
-    return target if target.whole else replace(target, logp=target.logp.log_softmax(-1))
+    return target if target.complete else replace(target, logp=target.logp.log_softmax(-1))
 
 
 def rest(target: Target) -> Target:
@@ -25,7 +25,7 @@ def rest(target: Target) -> Target:
     The "ghost token" of Anshumann et al. 2025, arXiv 2503.16870: fkl then has the term (1 - sum p) log((1 - sum p) / (1
     - sum q)), with sums over the kept tokens.
     """
-    return replace(target, rest=True)
+    return replace(target, has_residual_column=True)
 
 
 def leftover(target: Target) -> Target:
@@ -34,7 +34,7 @@ def leftover(target: Target) -> Target:
     Anshumann et al. 2025, arXiv 2503.16870, where it closes most of what top_k leaves open. A temperature other than 1,
     which the paper does not try, softens the outcome.
     """
-    return target.with_label(target.left)
+    return target.add_label_mass(target.residual_mass)
 
 
 def revise(target: Target, eta: float = 0.8) -> Target:
@@ -47,6 +47,6 @@ def revise(target: Target, eta: float = 0.8) -> Target:
     if not 0 < eta < 1:
         raise UserError(option="target.eta", got=eta, need="a number between 0 and 1", hint="type target.eta=0.8")
     target = renormalise(target)
-    best, true = target.logp.amax(-1).exp(), target.of_label().exp()  # [N]
+    best, true = target.logp.amax(-1).exp(), target.label_logp().exp()  # [N]
     beta = torch.where(best > true, eta / (best - true + 1), 1.0)
-    return replace(target, logp=target.logp + beta.log()[:, None]).with_label(1 - beta)
+    return replace(target, logp=target.logp + beta.log()[:, None]).add_label_mass(1 - beta)

@@ -25,7 +25,7 @@ def full(target: Target) -> Target:
 def top_k(target: Target, k: int = 50) -> Target:
     """The k most probable tokens. Raises UserError for k outside [1, columns of the target]."""
     logp, columns = _top(target, k)
-    return target.keep(logp, columns)
+    return target.select(logp, columns)
 
 
 def top_p(target: Target, p: float = 0.95) -> Target:
@@ -36,7 +36,7 @@ def top_p(target: Target, p: float = 0.95) -> Target:
     logp, columns = target.logp.sort(descending=True)
     logp = nucleus(logp, p)
     widest = int((logp > -math.inf).sum(-1).max())
-    return target.keep(logp[:, :widest], columns[:, :widest])
+    return target.select(logp[:, :widest], columns[:, :widest])
 
 
 def top_p_k(target: Target, p: float = 0.95, k: int = 50) -> Target:
@@ -46,7 +46,7 @@ def top_p_k(target: Target, p: float = 0.95, k: int = 50) -> Target:
     """
     # Cutting to k first leaves the running sums of the first k as they are, so the order of the two cuts is free.
     logp, columns = _top(target, k)
-    return target.keep(nucleus(logp, p), columns)
+    return target.select(nucleus(logp, p), columns)
 
 
 def random(target: Target, draws: int = 50, biased: bool = False) -> Target:
@@ -62,11 +62,11 @@ def random(target: Target, draws: int = 50, biased: bool = False) -> Target:
     """
     if draws < 1:
         raise UserError(option="truncation.draws", got=draws, need="at least 1 draw", hint="type truncation.draws=50")
-    assert target.seed is not None and not target.rest
-    return _sampled(target, drawn(target.logp.exp(), uniform(target.seed, draws)))
+    assert target.seed is not None and not target.has_residual_column
+    return _sampled(target, inverse_cdf_sample(target.logp.exp(), uniform(target.seed, draws)))
 
 
-def drawn(probability: Tensor, points: Tensor) -> Tensor:
+def inverse_cdf_sample(probability: Tensor, points: Tensor) -> Tensor:
     """The columns [N, draws] in which points in (0, 1) fall where probabilities [N, K] lie side by side.
 
     Of many columns, first the block and then the column in it: a running sum over all of them has to be float64, lest
@@ -87,7 +87,7 @@ def drawn(probability: Tensor, points: Tensor) -> Tensor:
     return block * BLOCK + place
 
 
-def fewer(made_of: int, draws: int, target: Target) -> Target:
+def subsample(made_of: int, draws: int, target: Target) -> Target:
     """`draws` of the `made_of` draws that a sampled target is, without replacement: again a sample of the teacher."""
     assert target.seed is not None
     count = (target.logp.exp() * made_of).round().long()  # [N, K]
@@ -120,7 +120,7 @@ def _sampled(target: Target, columns: Tensor) -> Target:
     first = torch.ones_like(columns, dtype=torch.bool)
     first[:, 1:] = columns[:, 1:] != columns[:, :-1]
     logp = (count.to(target.logp.dtype) / columns.shape[-1]).log().masked_fill(~first, -math.inf)
-    return target.keep(logp, columns)
+    return target.select(logp, columns)
 
 
 def _top(target: Target, k: int) -> tuple[Tensor, Tensor]:

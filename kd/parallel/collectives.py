@@ -15,49 +15,49 @@ from kd.errors import UserError
 BUCKET = 2**24  # gradients that are summed at once
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes work on this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def number() -> int:
+def rank() -> int:
     """Which of them this one is; 0 is the one that writes files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def share(rows: int) -> slice:
+def rank_slice(rows: int) -> slice:
     """Which of so many rows are this rank's: as many for each as can be, the first ranks have one more."""
-    each, more = divmod(rows, count())
-    start = number() * each + min(number(), more)
-    return slice(start, start + each + (number() < more))
+    each, more = divmod(rows, world_size())
+    start = rank() * each + min(rank(), more)
+    return slice(start, start + each + (rank() < more))
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum of `values` over all ranks, in place."""
-    if count() > 1:
+    if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
-def any_of(here: bool) -> bool:
+def any_rank(here: bool) -> bool:
     """Whether it is so on any rank."""
-    if count() == 1:
+    if world_size() == 1:
         return here
-    return bool(total(torch.tensor(int(here))))  # by gloo, whatever the device
+    return bool(all_reduce_sum(torch.tensor(int(here))))  # by gloo, whatever the device
 
 
-def gather(value) -> list:
+def all_gather(value) -> list:
     """The values of all ranks, in their order."""
-    if count() == 1:
+    if world_size() == 1:
         return [value]
-    values = [None] * count()
+    values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def sum_gradients(parameters: Iterable[Tensor]) -> None:
+def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
     """Add up the gradients of all ranks, so that every one has those of the whole batch."""
-    if count() == 1:
+    if world_size() == 1:
         return
     # Of a model in shards the gradients are summed as they are made.
     left = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
@@ -73,28 +73,28 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
             grad.copy_(summed.view_as(grad))
 
 
-def same_start(model: torch.nn.Module) -> None:
+def broadcast_parameters(model: torch.nn.Module) -> None:
     """Give all ranks the weights of the first, and each a stream of random numbers (dropout) of its own."""
-    if count() > 1:
+    if world_size() > 1:
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor.data, 0)
-        torch.manual_seed(torch.initial_seed() + number())
+        torch.manual_seed(torch.initial_seed() + rank())
 
 
-def processor(accelerator: str) -> str:
+def cpu_group(accelerator: str) -> str:
     """cpu or cuda: what several ranks compute on."""
     return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 def device(accelerator: str) -> torch.device:
     """What this rank computes on."""
-    kind = processor(accelerator)
+    kind = cpu_group(accelerator)
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
 def check_devices(trainer: TrainerConfig) -> None:
     """Raise UserError where this machine has too few devices for the ranks."""
-    there = torch.cuda.device_count() if processor(trainer.accelerator) == "cuda" else trainer.devices
+    there = torch.cuda.device_count() if cpu_group(trainer.accelerator) == "cuda" else trainer.devices
     if trainer.accelerator == "mps":
         there = 1
     if trainer.devices > there:

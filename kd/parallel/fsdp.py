@@ -54,7 +54,7 @@ def shard(model: CausalLM, device: torch.device) -> None:
     hidden_states(), so it belongs, with the embeddings, to what is kept whole from there to the end of the backward
     pass.
     """
-    mesh = init_device_mesh(device.type, (collectives.count(),))
+    mesh = init_device_mesh(device.type, (collectives.world_size(),))
     for module in list(model.modules()):
         if isinstance(module, torch.nn.ModuleList):
             for layer in module:
@@ -71,17 +71,17 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor that the ranks hold parts of; all of them have to ask."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def full_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """All weights of a sharded model, on the CPU of the first rank; empty on the others. All of them have to ask."""
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-class Sharded(ModelParallelStrategy):
+class FSDP2Strategy(ModelParallelStrategy):
     """Lightning's FSDP2, whose checkpoints are written while the training goes on.
 
     A checkpoint is a folder with a file per rank. It gets its name and its digest when all of it is on the disk.
@@ -99,20 +99,20 @@ class Sharded(ModelParallelStrategy):
             self.group = dist.new_group(backend="gloo")
         path = Path(filepath)
         temporary = path.with_name(f".{path.name}.ranks.tmp")
-        if collectives.number() == 0:
+        if collectives.rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         dist.barrier(self.group)
         state = {"state_dict": checkpoint.pop("state_dict")}
         state |= {f"optimizer_{i}": value for i, value in enumerate(checkpoint.pop("optimizer_states", []))}
-        if collectives.number() == 0:
+        if collectives.rank() == 0:
             torch.save(checkpoint, temporary / META)
         future = dcp.async_save(state, storage_writer=Writer(temporary), process_group=self.group)
         self.writing = self.thread.submit(self._seal, future, temporary, path)
 
     def _seal(self, future, temporary: Path, path: Path) -> None:
         future.result()  # on the first rank: of all of them
-        if collectives.number() == 0:
+        if collectives.rank() == 0:
             seal(temporary, path)
 
     def finish_writing(self) -> None:
@@ -224,7 +224,7 @@ def read(state: dict, path: Path, **settings) -> None:
         raise next(failure for failure, _ in error.failures.values()) from None
 
 
-def fits(parameters: int, size: int, device: torch.device) -> bool:
+def fits_unsharded(parameters: int, size: int, device: torch.device) -> bool:
     """Whether a whole teacher, at so many bytes per parameter, takes at most a quarter of each rank's memory."""
-    sharing = 1 if device.type == "cuda" else collectives.count()
+    sharing = 1 if device.type == "cuda" else collectives.world_size()
     return parameters * size <= capacity(device) / sharing / 4

@@ -23,12 +23,12 @@ from kd.errors import UserError
 from kd.models.causal_lm import CausalLM
 from kd.objective.chunked import log_probabilities
 from kd.objective.token_info import TokenInfo
-from kd.objective.truncation import drawn, nucleus, uniform
+from kd.objective.truncation import inverse_cdf_sample, nucleus, uniform
 from kd.parallel import collectives
 
 
 @torch.no_grad()
-def write(
+def sample(
     batch: Batch, end: int, seed: Tensor, student: CausalLM | None = None, teacher: CausalLM | None = None,
     share: float = 0.0, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
     max_tokens: int | None = None, watch: Callable[[int, int], None] = lambda done, tokens: None,
@@ -55,11 +55,11 @@ def write(
     written = 0
     with _reading(student, teacher, length) as readers:
         ids, positions, mask = _left_padded(tokens[rows], prompt[rows])
-        while _going_on(len(rows), readers):
+        while any_rows_left(len(rows), readers):
             said = {name: reader(ids, positions, mask) for name, reader in readers.items()}
             choice = _softened(_mixture(list(said.values()), share), temperature, top_k, top_p)  # [b, V]
             at = prompt[rows] + count - 1  # [b] the place of the new token among labels
-            token = drawn(choice.exp(), points[rows, at][:, None])  # [b, 1]
+            token = inverse_cdf_sample(choice.exp(), points[rows, at][:, None])  # [b, 1]
             if student:
                 values["importance"][rows, at] = (said["student"] - choice).gather(-1, token)[:, 0].exp()
             for name, logp in said.items():
@@ -74,22 +74,22 @@ def write(
             written += len(token)
             watch(len(room) - len(rows), written)
     info = TokenInfo(**values, by_student=(labels != IGNORE).float() * (student is not None))
-    return batch._replace(ids=tokens[:, :-1].contiguous(), labels=labels, stored=None, token_info=info)
+    return batch._replace(ids=tokens[:, :-1].contiguous(), labels=labels, teacher_rows=None, token_info=info)
 
 
 def prompts(batch: Batch, end: int) -> tuple[Tensor, Tensor]:
     """How many tokens the prompt of each row has [B], and the rows [B, T+1] with `end` for all behind it."""
-    prompt, place = lengths(batch), torch.arange(batch.ids.shape[1] + 1, device=batch.ids.device)
+    prompt, place = prompt_lengths(batch), torch.arange(batch.ids.shape[1] + 1, device=batch.ids.device)
     return prompt, functional.pad(batch.ids, (0, 1), value=end).masked_fill(place >= prompt[:, None], end)
 
 
-def lengths(batch: Batch) -> Tensor:
+def prompt_lengths(batch: Batch) -> Tensor:
     """Tokens of each row's prompt [B]: all before the first that counts, T + 1 where none does."""
     counted = batch.labels != IGNORE
     return torch.where(counted.any(-1), counted.int().argmax(-1) + 1, counted.shape[1] + 1)
 
 
-class _Reader:
+class CachedDecoder:
     """A model that reads rows piece by piece, and keeps the keys and values of what it has read."""
 
     def __init__(self, model: CausalLM):
@@ -115,17 +115,17 @@ class _Reader:
 
 
 @contextmanager
-def _reading(student: CausalLM | None, teacher: CausalLM | None, length: int) -> Iterator[dict[str, _Reader]]:
+def _reading(student: CausalLM | None, teacher: CausalLM | None, length: int) -> Iterator[dict[str, CachedDecoder]]:
     """Readers of the models that are given, in eval mode for so long."""
     models = {name: model for name, model in (("student", student), ("teacher", teacher)) if model}
-    with evaluated(*models.values()):
+    with eval_mode(*models.values()):
         for model in models.values():
             check(model, length)
-        yield {name: _Reader(model) for name, model in models.items()}
+        yield {name: CachedDecoder(model) for name, model in models.items()}
 
 
 @contextmanager
-def evaluated(*models: CausalLM) -> Iterator[None]:
+def eval_mode(*models: CausalLM) -> Iterator[None]:
     """Models in eval mode, within a training step."""
     training = [model.training for model in models]
     try:
@@ -157,7 +157,7 @@ def check(model: CausalLM, length: int) -> None:
     with torch.autocast(weight.device.type, enabled=False):
         whole = log_probabilities(model.head, model.hidden_states(text)[0, size - 1])  # [2, V]
         check_cache(model)
-        reader, start = _Reader(model), 0
+        reader, start = CachedDecoder(model), 0
         for end in range(length - min(3, int(size[1]) - 1), length + 1):
             parts = reader(ids[:, start:end], positions[:, start:end], mask[:, :end])
             start = end
@@ -190,10 +190,10 @@ def _left_padded(tokens: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tokens.gather(-1, positions), positions, mask
 
 
-def _going_on(rows: int, readers: dict[str, _Reader]) -> bool:
+def any_rows_left(rows: int, readers: dict[str, CachedDecoder]) -> bool:
     """Whether there are rows to write, here, or on any of the ranks that hold parts of a model."""
     together = any(isinstance(reader.model, FSDPModule) for reader in readers.values())
-    return collectives.any_of(rows > 0) if together else rows > 0
+    return collectives.any_rank(rows > 0) if together else rows > 0
 
 
 def _mixture(said: list[Tensor], share: float) -> Tensor:

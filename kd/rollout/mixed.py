@@ -40,9 +40,9 @@ def returns(reward: Tensor, mask: Tensor, gamma: float, length_norm: bool, from_
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """Return x [B, T] with mean 0 and variance 1 over positions of all ranks where mask is true, and 0 elsewhere."""
     mask = mask.double()
-    count = collectives.total(mask.sum()).clamp(min=1)
-    mean = collectives.total((x * mask).sum()) / count
-    variance = collectives.total(((x - mean).square() * mask).sum()) / count
+    count = collectives.all_reduce_sum(mask.sum()).clamp(min=1)
+    mean = collectives.all_reduce_sum((x * mask).sum()) / count
+    variance = collectives.all_reduce_sum(((x - mean).square() * mask).sum()) / count
     return ((x - mean) * (variance + 1e-8).rsqrt() * mask).to(x.dtype)
 
 

@@ -34,10 +34,10 @@ class AdaptiveReplay(StudentSampling):
 
     def __call__(self, batch: Batch, step: int, progress: float) -> Batch:
         chance = self.samplers.step_rng(step)
-        drawn, most = chance.random(), -(-self.capacity // collectives.count())
+        drawn, most = chance.random(), -(-self.capacity // collectives.world_size())
         if drawn >= self.threshold:
             return data_batch(batch)
-        if drawn < self.threshold * self.fresh(progress) or collectives.any_of(len(self.rows.get("row", ())) < most):
+        if drawn < self.threshold * self.fresh(progress) or collectives.any_rank(len(self.rows.get("row", ())) < most):
             written = self.write(batch)
             new = as_rows(written)
             self.rows = {name: torch.cat([*self._held(name), x])[-most:] for name, x in new.items()}

@@ -35,9 +35,9 @@ def concatenate(parts: list[Batch]) -> Batch:
 def as_rows(batch: Batch) -> dict[str, Tensor]:
     """Return rows that a model wrote, on the CPU: their tokens, and which of these are the response."""
     tokens = torch.cat([batch.ids, batch.labels[:, -1:].clamp(min=0)], -1)  # [B, T+1]
-    prompt = generate.lengths(batch)
+    prompt = generate.prompt_lengths(batch)
     span = torch.stack([prompt, prompt + (batch.labels != IGNORE).sum(-1)], -1)  # [B, 2]
-    return {name: x.to("cpu", torch.int32) for name, x in dict(tokens=tokens, span=span, row=batch.row).items()}
+    return {name: x.to("cpu", torch.int32) for name, x in dict(tokens=tokens, span=span, row=batch.row_ids).items()}
 
 
 def replace_rows(rows: dict[str, Tensor], batch: Batch) -> Batch:
@@ -48,5 +48,5 @@ def replace_rows(rows: dict[str, Tensor], batch: Batch) -> Batch:
     labels = tokens[:, 1:].masked_fill(~counted, IGNORE)
     ids = tokens[:, :-1].contiguous()
     return batch._replace(
-        ids=ids, labels=labels, row=row, stored=None, token_info=TokenInfo(by_student=counted.float())
+        ids=ids, labels=labels, row_ids=row, teacher_rows=None, token_info=TokenInfo(by_student=counted.float())
     )

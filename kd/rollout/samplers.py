@@ -33,7 +33,7 @@ class Samplers:
     def write(self, batch: Batch, *names: str, engine: str = "kd", **how) -> Batch:
         """Return what the student, the teacher, or the mixture of both write for a batch.
 
-        engine: kd, or for one of them vllm. how: see kd.rollout.generate.write.
+        engine: kd, or for one of them vllm. how: see kd.rollout.generate.sample.
         """
         models = {name: getattr(self, name) for name in names}
         if None in models.values():
@@ -49,18 +49,20 @@ class Samplers:
             (name,) = names
             if name not in self.engines:
                 self.engines[name] = vllm.Engine(models[name], batch.ids.shape[1], learns=name == "student")
-            written = [self.engines[name].write(batch, self.eos_token_id, batch.seed[:, 0] ^ salt, **how)]
+            written = [self.engines[name].write(batch, self.eos_token_id, batch.position_seeds[:, 0] ^ salt, **how)]
         else:
-            parts = batch._replace(stored=None).split(self.rows or len(batch.ids))
+            parts = batch._replace(teacher_rows=None).split(self.rows or len(batch.ids))
             written = []
             for part in parts:
                 self.between()
-                written.append(generate.write(part, self.eos_token_id, part.seed[:, 0] ^ salt, **models, **how))
+                written.append(
+                    generate.sample(part, self.eos_token_id, part.position_seeds[:, 0] ^ salt, **models, **how)
+                )
         self.seconds += time.perf_counter() - start
         new = sum(int((part.labels != IGNORE).sum()) for part in written)
         self.tokens += new
         for name in names:
-            self.tokens_read[name] += new + int(generate.lengths(batch).clamp(max=batch.ids.shape[1]).sum())
+            self.tokens_read[name] += new + int(generate.prompt_lengths(batch).clamp(max=batch.ids.shape[1]).sum())
         return concatenate(written)
 
     def step_rng(self, step: int) -> np.random.Generator:

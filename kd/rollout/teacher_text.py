@@ -54,7 +54,7 @@ def by_teacher(
 
 def _all_parts(packed: Packed, side: str, parts: Path, rollout, samplers) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [R, T + 1] and spans [R, 2] of all rows of a side; what the teacher wrote is kept in files of `parts`."""
-    from kd.system.console import clock, console, track
+    from kd.system.console import console, format_duration, track
 
     parts.mkdir(exist_ok=True)
     rows, asked = packed.train if side == "train" else packed.val, _spans(packed, side)
@@ -68,12 +68,14 @@ def _all_parts(packed: Packed, side: str, parts: Path, rollout, samplers) -> tup
         for start in track(missing, "the teacher writes"):
             index = chosen[start : start + AT_ONCE]
             shape = (len(index), rows.shape[1] - 1)
-            seed = np.random.default_rng([given.seed, start, *salt]).integers(0, 2**62, shape)
+            seed = np.random.default_rng([given.position_seeds, start, *salt]).integers(0, 2**62, shape)
             batch = to_batch(rows[index], index, seed, asked[index])
             new = as_rows(write(move_data_to_device(batch, given.teacher.model.device), 0, 0.0))
             keep(paths[start], tokens=new["tokens"].numpy(), span=new["span"].numpy())
         tokens, seconds = given.tokens - before[0], given.seconds - before[1]
-        console.print(f"The teacher wrote {tokens:,} tokens in {clock(seconds)}, {tokens / seconds:,.0f} tokens/s.")
+        console.print(
+            f"The teacher wrote {tokens:,} tokens in {format_duration(seconds)}, {tokens / seconds:,.0f} tokens/s."
+        )
     tokens, spans = np.array(rows), np.array(asked)
     for start, path in paths.items():
         index, part = chosen[start : start + AT_ONCE], np.load(path)
@@ -91,7 +93,7 @@ def _spans(packed: Packed, side: str) -> np.ndarray:
 def _without_response(packed: Packed) -> np.ndarray:
     """Which validation rows have nothing but the end behind their prompt, [R]."""
     first, end = _spans(packed, "val").T
-    return (end - first == 1) & (packed.val[np.arange(len(packed.val)), first] == packed.end)
+    return (end - first == 1) & (packed.val[np.arange(len(packed.val)), first] == packed.eos_token_id)
 
 
 def keep(path: Path, **arrays: np.ndarray) -> None:

@@ -16,7 +16,7 @@ from kd.data.batches import IGNORE, Batch
 from kd.errors import UserError, first_line
 from kd.models.causal_lm import CausalLM
 from kd.objective.token_info import TokenInfo
-from kd.rollout.generate import evaluated, prompts
+from kd.rollout.generate import eval_mode, prompts
 
 SHARE = 0.3  # of a GPU's memory for vLLM's weights and cache; training takes the rest
 OFF = 0.1  # nats by which the two may differ on a token, in the mean: rounding in bfloat16 is some hundredths
@@ -64,7 +64,7 @@ class Engine:
         self, batch: Batch, end: int, seed: Tensor, temperature: float = 1.0, top_k: int | None = None,
         top_p: float = 1.0, max_tokens: int | None = None,
     ) -> Batch:  # fmt: skip
-        """As kd.rollout.generate.write with one model, but that no probabilities are known of what is written.
+        """As kd.rollout.generate.sample with one model, but that no probabilities are known of what is written.
 
         Raises UserError where vLLM's model is not ours, as by weights that it did not take.
         """
@@ -95,12 +95,12 @@ class Engine:
             said = [said[token].logprob for token, said in zip(of.token_ids, of.logprobs, strict=True)]
             self._compare(ids[row], labels[row], said)
         by_student = (labels != IGNORE).float() * self.learns
-        return batch._replace(ids=ids, labels=labels, stored=None, token_info=TokenInfo(by_student=by_student))
+        return batch._replace(ids=ids, labels=labels, teacher_rows=None, token_info=TokenInfo(by_student=by_student))
 
     def _compare(self, ids: Tensor, labels: Tensor, theirs: list[float]) -> None:
         """Raise UserError unless our model says of a row [T] what vLLM said when it wrote it."""
         kept = labels != IGNORE
-        with evaluated(self.model):
+        with eval_mode(self.model):
             ours = self.model.model(input_ids=ids[None], use_cache=False).logits[0, kept].float().log_softmax(-1)
         ours = ours.gather(-1, labels[kept, None])[:, 0]
         off = (ours - torch.tensor(theirs, device=ids.device)).abs().mean().item()

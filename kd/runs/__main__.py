@@ -26,8 +26,8 @@ from kd.experiment.cleanup import DEFAULT, KINDS, Leftover, Root
 from kd.launch import command_line
 from kd.runs.identity import readable
 from kd.system import files, programs
-from kd.system.console import Terminal, console, counted, end_with, styled
-from kd.system.files import amount
+from kd.system.console import Terminal, console, counted, exit_with_error, styled
+from kd.system.files import format_bytes
 
 SETTINGS = {  # of each command
     "list": ("root",),
@@ -86,20 +86,20 @@ def list_runs(root: Path) -> None:
     runs = sorted(found.runs.values(), key=lambda use: -use.size)
     table = table_of("run", "state", "size", "checkpoints", "sweeps")
     for use in runs:
-        checkpoints = amount(use.checkpoints) if use.checkpoints else ""
+        checkpoints = format_bytes(use.checkpoints) if use.checkpoints else ""
         sweeps = " ".join(found.sweeps_with(use.run.name))
-        table.add_row(use.run.name, use.state, amount(use.size), checkpoints, sweeps)
+        table.add_row(use.run.name, use.state, format_bytes(use.size), checkpoints, sweeps)
     if runs:
         out.print(table)
         out.print()
     summary = table_of("folder", "size", "holds")
-    summary.add_row(str(root), amount(sum(use.size for use in runs)), counted(len(runs), "run", "runs"))
+    summary.add_row(str(root), format_bytes(sum(use.size for use in runs)), counted(len(runs), "run", "runs"))
     for name, meaning in disk.PLACES.items():
         if (root / name).is_dir():
-            summary.add_row(str(root / name), amount(disk.disk_use(root / name)), meaning)
+            summary.add_row(str(root / name), format_bytes(disk.disk_use(root / name)), meaning)
     cache = files.cache()
     if size := disk.disk_use(cache):
-        summary.add_row(str(cache), amount(size), "digests, and copies of roots under URLs")
+        summary.add_row(str(cache), format_bytes(size), "digests, and copies of roots under URLs")
     out.print(summary)
 
 
@@ -113,7 +113,12 @@ def show_run(root: Path, names: list[str]) -> None:
     name = use.run.name
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
-    rows = {"run": name, "state": f"{use.state}  {use.reason}".strip(), "size": amount(use.size), "at": use.run.where}
+    rows = {
+        "run": name,
+        "state": f"{use.state}  {use.reason}".strip(),
+        "size": format_bytes(use.size),
+        "at": use.run.where,
+    }
     result = use.run.result() if use.is_done else None
     if result:
         rows["settings"] = readable(name, result["config"])
@@ -125,7 +130,7 @@ def show_run(root: Path, names: list[str]) -> None:
     rows["needed by"] = " ".join(found.users_of(name)) or "no other run"
     for path in sorted(use.run.folder.iterdir()):
         if path.name[0] != ".":
-            rows[path.name + "/" * path.is_dir()] = amount(disk.disk_use(path))
+            rows[path.name + "/" * path.is_dir()] = format_bytes(disk.disk_use(path))
     for key, value in rows.items():
         table.add_row(styled(key, "dim"), value)
     out.print(table)
@@ -161,11 +166,11 @@ def _print_leftovers(title: str, leftovers: list[Leftover]) -> None:
     if not leftovers:
         return
     total = sum(leftover.size for leftover in leftovers)
-    out.print(styled(f"{title}: {amount(total)}", "bold"))
+    out.print(styled(f"{title}: {format_bytes(total)}", "bold"))
     table = table_of("kind", "size", "path", "why")
     for leftover in leftovers:
         why = f"needed by {leftover.needed}" if leftover.needed else leftover.why
-        table.add_row(leftover.kind, amount(leftover.size), str(leftover.path), why)
+        table.add_row(leftover.kind, format_bytes(leftover.size), str(leftover.path), why)
     out.print(table)
 
 
@@ -176,7 +181,7 @@ def _print_other_kinds(root: Root, kinds: tuple[str, ...]) -> None:
     table = table_of("kind", "size", "holds")
     for kind in others:
         if size := sum(leftover.size for leftover in free if leftover.kind == kind):
-            table.add_row(f"what={kind}", amount(size), KINDS[kind])
+            table.add_row(f"what={kind}", format_bytes(size), KINDS[kind])
     if table.row_count:
         out.print(styled("also, by name:", "bold"))
         out.print(table)
@@ -212,7 +217,7 @@ def main() -> None:
         else:
             clean(root, names, settings)
     except MISTAKES as error:
-        end_with(for_people(error))
+        exit_with_error(for_people(error))
 
 
 if __name__ == "__main__":

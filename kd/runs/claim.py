@@ -9,7 +9,7 @@ from pathlib import Path
 from kd.errors import UserError
 from kd.system import files
 from kd.system.files import read_json
-from kd.system.processes import alive, is_same_process, whereabouts
+from kd.system.processes import is_alive, is_same_process, process_info
 from kd.system.remote import Remote
 
 CLAIM = "claim.lock"  # file that names the process; not copied with the others
@@ -23,11 +23,11 @@ class Claim:
 
     def take(self) -> bool:
         """Announce that this process will start the run; return False if another one that is alive has done so."""
-        me = whereabouts()
+        me = process_info()
         if self._create(me):
             return True
         owner = self.remote.read(CLAIM, wait=0) if self.remote else self._owner_here()
-        if owner is None or (not is_same_process(owner, me) and alive(owner)):
+        if owner is None or (not is_same_process(owner, me) and is_alive(owner)):
             return False
         if self.remote:
             self.remote.write(CLAIM, me, wait=0)
@@ -56,7 +56,7 @@ class Claim:
     def release(self) -> None:
         """Withdraw this process's claim."""
         with suppress(UserError, OSError):
-            if not self.remote and is_same_process(self._owner_here() or {}, whereabouts()):
+            if not self.remote and is_same_process(self._owner_here() or {}, process_info()):
                 (self.folder / CLAIM).unlink()
-            if self.remote and is_same_process(self.remote.read(CLAIM, wait=0) or {}, whereabouts()):
+            if self.remote and is_same_process(self.remote.read(CLAIM, wait=0) or {}, process_info()):
                 self.remote.remove(CLAIM, wait=0)

@@ -28,7 +28,7 @@ CALLED = {
 TEACHING = {f"teacher.{name}": f"teacher_{name}" for name in ("steps", "batch", "lr", "seed", "precision")}
 
 
-def part_of_outcome(config: dict) -> dict:
+def identity_settings(config: dict) -> dict:
     """The settings of a flat config (kd.config.components.flat) that its outcome depends on.
 
     How the teacher is made is part of the teacher's own run, and without a signal in training, nothing of how a signal
@@ -42,7 +42,7 @@ def part_of_outcome(config: dict) -> dict:
     if config["logits"] not in ("offline", "recorded"):  # recording changes nothing of what is learned
         without += ("record",)
     neutral = NEUTRAL | {k: traits.neutral for k, traits in TRAITS.items() if traits.neutral is not UNSET}
-    part = {k: v for k, v in config.items() if not below(k, without) and not (k in neutral and v == neutral[k])}
+    part = {k: v for k, v in config.items() if not is_under(k, without) and not (k in neutral and v == neutral[k])}
     seeded = config["logits"] == "cotrained" or config.get("rollout") == "teacher"  # which draws with it
     own = ("teacher.size", "teacher.name", *(["teacher.seed"] if seeded else []))
     part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in own}
@@ -55,7 +55,7 @@ def whole_as_float(config: dict) -> dict:
     return {k: float(v) if type(v) is int else v for k, v in config.items()}
 
 
-def below(key: str, prefixes: Iterable[str]) -> bool:
+def is_under(key: str, prefixes: Iterable[str]) -> bool:
     """Whether a setting is one of prefixes or belongs to it: lr.peak to lr."""
     return any(key == p or key.startswith(f"{p}.") for p in prefixes)
 
@@ -66,12 +66,12 @@ def identity(config: dict, **digests) -> str:
     digests are those of the data, of plain text beside it, of local models and of the store, and the names of the runs
     that make the teacher and what the student starts from.
     """
-    part = part_of_outcome(config)
+    part = identity_settings(config)
     digest = xxhash.xxh3_128_hexdigest(json.dumps([part, digests], sort_keys=True).encode())[:12]
-    return f"{method(config)}-{model_name(config, 'student')}-{digest}"
+    return f"{loss_name(config)}-{model_name(config, 'student')}-{digest}"
 
 
-def method(config: dict) -> str:
+def loss_name(config: dict) -> str:
     """The loss of a flat config, lm where there is no signal from a teacher."""
     return "lm" if config["logits"] == "none" else config["loss"]
 
@@ -89,10 +89,10 @@ def axes(config: dict, sizes: dict[str, tuple[int, int]]) -> dict[str, str | int
     Language modelling alone is the loss lm with an alpha_peak of 0, so that it has a place on both axes.
     """
     called = CALLED | (TEACHING if trains_teacher(config) else {})
-    part = part_of_outcome(config)
-    keys = [k for k in config if (k in part and (below(k, AXES) or k in CALLED)) or (k in called and k in TEACHING)]
+    part = identity_settings(config)
+    keys = [k for k in config if (k in part and (is_under(k, AXES) or k in CALLED)) or (k in called and k in TEACHING)]
     found = {called.get(k, k): config[k] for k in keys}
-    found |= {"data": config["data"], "loss": method(config)}
+    found |= {"data": config["data"], "loss": loss_name(config)}
     if isinstance(found.get("data_files"), list):
         found["data_files"] = " ".join(map(str, found["data_files"]))
     found |= {role: model_name(config, role) for role in ("student", "teacher")}
@@ -135,21 +135,25 @@ def size_text(parameters: int, active: int | None) -> str:
     return f"{parameters:,} parameters" + (f", {active:,} of them active" if active not in (None, parameters) else "")
 
 
-def about(name: str, config: dict, sizes: dict[str, tuple[int, int]], git: str | None = None) -> About:
+def wandb_metadata(name: str, config: dict, sizes: dict[str, tuple[int, int]], git: str | None = None) -> WandbMetadata:
     """Return what W&B and TensorBoard show of a run: a readable name, what to group by, the axes and all settings.
 
     git: revision of the code, as kd.runs.export.environment() has it.
     """
-    how = method(config)
+    how = loss_name(config)
     kind = "distil" if how != "lm" else "lm" if model_name(config, "teacher") else "teacher"
     tags = [how, kind, str(config["data"])]
     shown = axes(config, sizes) | ({"git": git} if git else {})
-    return About(name, readable(name, config), config.get("sweep"), kind, tags, shown, nested(config))
+    return WandbMetadata(name, readable(name, config), config.get("sweep"), kind, tags, shown, nested(config))
 
 
 def readable(name: str, config: dict) -> str:
     """Return a name for tables and legends: what people vary most, and of the run's own name what makes it unique."""
-    parts = [method(config), model_name(config, "student"), f"lr{config['lr.peak']:g}" if "lr.peak" in config else None]
+    parts = [
+        loss_name(config),
+        model_name(config, "student"),
+        f"lr{config['lr.peak']:g}" if "lr.peak" in config else None,
+    ]
     if config["logits"] != "none":
         tau, kept = config.get("temperature.tau"), config["truncation"]
         parts += [
@@ -164,7 +168,7 @@ def readable(name: str, config: dict) -> str:
 
 
 @dataclass(frozen=True)
-class About:
+class WandbMetadata:
     """Description of a run for its views: shallow axes, since dashboards filter by them, and all settings beside."""
 
     id: str

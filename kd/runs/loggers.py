@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from kd.config.secrets import SECRET, redacted
 from kd.errors import MISTAKES, UserError, first_line
 from kd.runs import wandb_agent
-from kd.runs.identity import About, about, sizes_of
+from kd.runs.identity import WandbMetadata, sizes_of, wandb_metadata
 from kd.runs.run import Run
 from kd.runs.seal import RESPONSES
 from kd.system import files
@@ -78,7 +78,7 @@ def check(name: str) -> None:
             wandb_mode()
 
 
-def views(make: Callable[..., list[Logger]], folder: Path, about: About) -> list[Logger]:
+def views(make: Callable[..., list[Logger]], folder: Path, about: WandbMetadata) -> list[Logger]:
     """The loggers that a config asks for, started; raises UserError for whatever their library raises."""
     with _explained(getattr(make, "func", make).__name__):
         return make(folder=folder, about=about)
@@ -108,12 +108,12 @@ def _reason(error: Exception) -> str:
     return "; ".join(wrong)
 
 
-def none(folder: Path, about: About) -> list[Logger]:
+def none(folder: Path, about: WandbMetadata) -> list[Logger]:
     """No view beside metrics.jsonl."""
     return []
 
 
-def tensorboard(folder: Path, about: About) -> list[Logger]:
+def tensorboard(folder: Path, about: WandbMetadata) -> list[Logger]:
     """Event files in the run's folder."""
     _need_tensorboard()
     from lightning.pytorch.loggers import TensorBoardLogger
@@ -134,7 +134,7 @@ def _need_tensorboard() -> None:
         raise UserError(option="logger", got="tensorboard", need="the package TensorBoard", hint=hint) from error
 
 
-def wandb(folder: Path, about: About, project: str = "kd", entity: str | None = None) -> list[Logger]:
+def wandb(folder: Path, about: WandbMetadata, project: str = "kd", entity: str | None = None) -> list[Logger]:
     """Weights & Biases; offline without a key or a network, so that nothing asks, blocks or stops the training.
 
     WANDB_MODE (online, offline, disabled) is obeyed. `wandb sync runs/*/wandb/offline-run-*` uploads later.
@@ -152,7 +152,7 @@ def wandb(folder: Path, about: About, project: str = "kd", entity: str | None = 
     return [view]
 
 
-def _begin(folder: Path, about: About, project: str, entity: str | None):
+def _begin(folder: Path, about: WandbMetadata, project: str, entity: str | None):
     """Begin the W&B run of a run, or go on with it."""
     return wandb_run(
         project=project, entity=entity, dir=str(folder), id=_id(folder, about)[0], name=about.name, group=about.group,
@@ -171,7 +171,7 @@ def join(run: Run, result: dict, group: str) -> bool:
         return False
     if run.copy("wandb-group").exists() or not run.copy("wandb-id").exists():
         return False
-    of = about(run.name, config | {"sweep": group}, sizes_of(result), result.get("environment", {}).get("git"))
+    of = wandb_metadata(run.name, config | {"sweep": group}, sizes_of(result), result.get("environment", {}).get("git"))
     view = WandbView(
         _begin(run.folder, of, config.get("logger.project", "kd"), config.get("logger.entity")), run.folder
     )
@@ -273,7 +273,7 @@ def forget() -> None:
         warnings.warn(f"W&B's process had died ({error}); what it had not sent or written yet is lost to W&B.")
 
 
-def _id(folder: Path, about: About) -> tuple[str, bool]:
+def _id(folder: Path, about: WandbMetadata) -> tuple[str, bool]:
     """Of the W&B run, and whether it is new to this folder: the agent's, if one asks, else the one it had before.
 
     So the same run goes on after a kill, and one made anew is a new run.

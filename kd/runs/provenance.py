@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from kd.config.components import MODULES, modules_of
-from kd.runs.identity import part_of_outcome
+from kd.runs.identity import identity_settings
 from kd.runs.seal import is_sealed
 from kd.system import files
 
@@ -28,7 +28,7 @@ def sources(config: dict) -> dict[str, dict[str, str]]:
     classes and constants. Components of other libraries (optim=adamw) have versions instead, in the result's
     environment.
     """
-    chosen = [group for group in MODULES if group in part_of_outcome(config)]
+    chosen = [group for group in MODULES if group in identity_settings(config)]
     return {group: code for group in chosen if (code := component(group, config.get(group)))}
 
 

@@ -23,7 +23,7 @@ from kd.system import files, remote, retries
 from kd.system.console import console
 from kd.system.files import read_json
 from kd.system.lease import lease
-from kd.system.processes import alive, is_same_process, peak_memory, whereabouts
+from kd.system.processes import is_alive, is_same_process, peak_memory, process_info
 from kd.system.remote_checkpoints import RemoteCheckpoints
 from kd.system.retries import Unreachable
 
@@ -126,7 +126,7 @@ class Run:
         if not self.remote:
             yield
             return
-        with lease(self.remote, whereabouts(), alive, wait):
+        with lease(self.remote, process_info(), is_alive, wait):
             self.remote.forget()
             began = time.time()
             try:
@@ -149,7 +149,7 @@ class Run:
             self._pull(self.remote)
         files.write_json(self / "config.json", redacted(config.to_dict()))
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        files.write_json(self / "state.json", {"state": RunState.RUNNING, **whereabouts(), "since": since})
+        files.write_json(self / "state.json", {"state": RunState.RUNNING, **process_info(), "since": since})
         if self.remote:
             self.remote.put("config.json", "state.json")
         self.begun = time.monotonic()
@@ -166,7 +166,7 @@ class Run:
         """Write how a process's work on the run ended, with its wall time and peak memory; return the file."""
         if outcome.state != RunState.DONE and (self / "result.json").exists():
             return self / "state.json"  # it was done before whatever came
-        report = {"seconds": round(time.monotonic() - self.begun, 2), **whereabouts(), **outcome.to_json()}
+        report = {"seconds": round(time.monotonic() - self.begun, 2), **process_info(), **outcome.to_json()}
         report.setdefault("peak_memory", peak_memory())
         report = {name: value for name, value in report.items() if value is not None}
         files.write_json(self / "state.json", report)
@@ -205,12 +205,12 @@ class Run:
         except UserError as error:
             reason = f"{error.option} {error.why}; the same command begins the run anew"
             return {"state": RunState.NOT_BEGUN, "reason": reason}
-        if self.remote and not (found and found["state"] == RunState.RUNNING and alive(found)):
+        if self.remote and not (found and found["state"] == RunState.RUNNING and is_alive(found)):
             there = self.remote.read_cached("state.json", wait)
             found = found if found and there and is_same_process(found, there) else there or found
         if found is None:
             return {"state": RunState.NOT_BEGUN, "reason": ""}
-        if found["state"] == RunState.RUNNING and not alive(found):
+        if found["state"] == RunState.RUNNING and not is_alive(found):
             gone = f"its process {found['pid']} is gone; the same command goes on with it"
             return found | {"state": RunState.STALE, "reason": gone}
         return {"reason": "", **found}

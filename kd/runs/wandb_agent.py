@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from kd.config.schema import ExperimentConfig
 from kd.errors import UserError
-from kd.runs.identity import about, sizes_of
+from kd.runs.identity import sizes_of, wandb_metadata
 from kd.runs.run import Run
 from kd.runs.seal import RESPONSES
 
@@ -58,7 +58,7 @@ def tell(run: Run, config: ExperimentConfig, result: dict) -> None:
     run.copy("metrics.jsonl")
     run.check(result, "metrics.jsonl", RESPONSES)
     git = result.get("environment", {}).get("git")
-    told = about(run.name, result["config"] | {"sweep": config.sweep}, sizes_of(result), git)
+    told = wandb_metadata(run.name, result["config"] | {"sweep": config.sweep}, sizes_of(result), git)
     for view in views(config.logger.build("logger"), run.folder, told):
         view.close(result["final"])
 

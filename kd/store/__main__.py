@@ -31,7 +31,7 @@ from kd.launch.training import train
 from kd.store.reader import Store
 from kd.store.spec import FULL, describe
 from kd.system import files, programs
-from kd.system.console import console, counted, end_with, styled
+from kd.system.console import console, counted, exit_with_error, styled
 from kd.system.remote import local_root
 
 
@@ -56,8 +56,8 @@ def write_store(words: list[str]) -> Store | None:
     share = int(numbers[1]), int(numbers[2])
     teacher = teacher_model(config, components, train)
     if share[1] == 1:
-        return stores.write(config, packed, components.keep, teacher)
-    stores.write_part(config, packed, components.keep, teacher, share)
+        return stores.write(config, packed, components.truncate, teacher)
+    stores.write_part(config, packed, components.truncate, teacher, share)
     folder = Plan.of(config).store_place.folder
     console.print(f"Part {share[0]} of {share[1]} is in {folder}. When all parts are on one disk, type\n"
                   f"  {programs.command('store')} merge STORE {folder} …", soft_wrap=True)  # fmt: skip
@@ -87,9 +87,9 @@ def info(store: Store) -> Table:
         rows["each position"] = each + (f"; {positions:,} positions, the responses" if positions < tokens else "")
     rest = sum(file["size"] for name, file in m["files"].items() if not name.startswith("shard-"))
     rows |= {
-        "size": f"{files.amount(m['size'])} in {counted(len(store.shards), 'shard', 'shards')}, "
+        "size": f"{files.format_bytes(m['size'])} in {counted(len(store.shards), 'shard', 'shards')}, "
         f"{m['size'] / tokens:.1f} bytes per token",
-        "beside": f"{files.amount(rest)} of output layer and {m['validation']} validation rows, stored whole",
+        "beside": f"{files.format_bytes(rest)} of output layer and {m['validation']} validation rows, stored whole",
         "written with": store.words,
         "at": store.path,
     }
@@ -141,7 +141,7 @@ def main() -> None:
         elif store:
             console.print(info(store))
     except MISTAKES as error:
-        end_with(for_people(error))
+        exit_with_error(for_people(error))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from kd.store.encoder import RowEncoder
 from kd.store.folder import note_of
 from kd.store.rows import Rows
 from kd.system import files
-from kd.system.console import clock, console
+from kd.system.console import console, format_duration
 
 
 class StoreCost(NamedTuple):
@@ -29,7 +29,7 @@ class StoreCost(NamedTuple):
 
 def estimate_cost(encoder: RowEncoder, packed: Packed, batch: int, rows: float) -> StoreCost:
     """Return the cost of so many rows like those that are packed, measured on one batch."""
-    output, each = encoder.head.output, packed.counted if encoder.truncate else packed.train.shape[1] - 1
+    output, each = encoder.head.output, packed.mean_target_tokens if encoder.truncate else packed.train.shape[1] - 1
     rest = sum(p.numel() for p in output.parameters()) + packed.val[:, 1:].size * output.weight.shape[1]
     for _ in range(2):  # the first forward pass is slower
         out, started = Rows(), time.monotonic()
@@ -45,9 +45,9 @@ def print_cost(folder: Path, encoder: RowEncoder, packed: Packed, batch: int, ro
     rest *= note_of(folder, "head") is None
     free = shutil.disk_usage(folder).free
     say = (
-        f"{tokens:,} tokens at about {size / tokens:,.0f} bytes each, {files.amount(size)} in all, and "
-        f"{files.amount(rest)} of output layer and validation rows; "
-        f"{files.amount(free)} are free in {folder}"
+        f"{tokens:,} tokens at about {size / tokens:,.0f} bytes each, {files.format_bytes(size)} in all, and "
+        f"{files.format_bytes(rest)} of output layer and validation rows; "
+        f"{files.format_bytes(free)} are free in {folder}"
     )
     if 1.1 * (size + rest) > free:
         raise UserError(
@@ -56,4 +56,4 @@ def print_cost(folder: Path, encoder: RowEncoder, packed: Packed, batch: int, ro
             hint="keep less of each position (e.g. record=top_k record.k=20), take less text (data.tokens=…), or "
             "choose another disk with logits.path=…",
         )
-    console.print(f"Writing {say}; {clock(seconds)} if no one helps.", soft_wrap=True)
+    console.print(f"Writing {say}; {format_duration(seconds)} if no one helps.", soft_wrap=True)

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from kd.data.batches import IGNORE, Batch, to_batch
 from kd.errors import UserError
-from kd.objective.chunked import Signal, chunks, fitting
+from kd.objective.chunked import Signal, chunks, default_chunk_size
 from kd.objective.signals import ProjectedSignal
 from kd.objective.target import Target
 from kd.parallel import collectives
 from kd.store import rows
 from kd.store.format import encode
 from kd.store.rows import Rows
-from kd.system.hardware import hold_in
+from kd.system.hardware import cast_parameters
 from kd.teachers.base import Teacher
 
 
@@ -53,7 +53,7 @@ class RowEncoder:
         if teacher.frozen:
             teacher.frozen.to(device)
             if spec["precision"] == "bf16":
-                hold_in(torch.bfloat16, teacher.frozen)
+                cast_parameters(torch.bfloat16, teacher.frozen)
         return cls(teacher, spec, truncate, device)
 
     def signal(
@@ -85,7 +85,7 @@ class RowEncoder:
             if isinstance(signal, ProjectedSignal):
                 self._check_finite(signal.features, index, mask)
             draws, pieces = self.spec["truncation"].get("draws"), []
-            for part in chunks(int(mask.sum()), fitting(self.head)):
+            for part in chunks(int(mask.sum()), default_chunk_size(self.head)):
                 pieces.append(encode(self.truncate(signal(part)), draws))
             out.add_entries(ids, pieces, mask)
 

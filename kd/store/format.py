@@ -19,40 +19,47 @@ from torch.nn.functional import logsigmoid
 
 from kd.objective.target import Target
 
-STEP = 1 / 32  # nats; rounding to it costs at most STEP² / 8 = 1.2e-4 nats of KL, in the mean about a fifth of that
+QUANTIZATION_STEP = (
+    1 / 32
+)  # nats; rounding to it costs at most STEP² / 8 = 1.2e-4 nats of KL, in the mean about a fifth of that
 MOST_DRAWS = 2**15 - 1
 
 
-class Entries(NamedTuple):
+class EncodedRows(NamedTuple):
     """Entries of B rows of T positions, E in all, in order."""
 
     count: Tensor  # [B, T] int32    entries of each position
     log_odds: Tensor  # [B, T] float16  log-odds of the probability that the entries cover; inf where they cover all
-    gap: Tensor  # [E]    int32    id minus the id before it in the same position; the first one: id + 1
-    code: Tensor  # [E]    int16    -logp / STEP, or for a sample how often the token was drawn
+    id_delta: Tensor  # [E]    int32    id minus the id before it in the same position; the first one: id + 1
+    quantized_logp: Tensor  # [E]    int16    -logp / STEP, or for a sample how often the token was drawn
 
-    def split(self, rows: int) -> list[Entries]:
+    def split(self, rows: int) -> list[EncodedRows]:
         """At most `rows` rows each, like Tensor.split."""
         counts, log_odds = self.count.split(rows), self.log_odds.split(rows)
         sizes = [int(c.sum()) for c in counts]
-        return [Entries(*parts) for parts in zip(counts, log_odds, self.gap.split(sizes), self.code.split(sizes))]
+        return [
+            EncodedRows(*parts)
+            for parts in zip(counts, log_odds, self.id_delta.split(sizes), self.quantized_logp.split(sizes))
+        ]
 
-    def at(self, kept: Tensor) -> Positions:
+    def at(self, kept: Tensor) -> EncodedPositions:
         """The positions where kept [B, T] is true."""
         count = self.count.flatten().long()
         start = count.cumsum(0) - count
         chosen = kept.flatten()
-        return Positions(start[chosen], count[chosen], self.log_odds.flatten()[chosen], self.gap, self.code)
+        return EncodedPositions(
+            start[chosen], count[chosen], self.log_odds.flatten()[chosen], self.id_delta, self.quantized_logp
+        )
 
 
-class Positions(NamedTuple):
+class EncodedPositions(NamedTuple):
     """N positions of Entries: where each one's entries start, and how many they are."""
 
     start: Tensor  # [N]
     count: Tensor  # [N]
     log_odds: Tensor  # [N]
-    gap: Tensor  # [E]
-    code: Tensor  # [E]
+    id_delta: Tensor  # [E]
+    quantized_logp: Tensor  # [E]
 
     def target(self, rows: slice, label: Tensor, seed: Tensor, draws: int | None) -> Target:
         """The target of some of the positions [n], as wide as the widest; log-probabilities are true, float32.
@@ -62,17 +69,17 @@ class Positions(NamedTuple):
         start, count, log_odds = self.start[rows], self.count[rows], self.log_odds[rows]
         column = torch.arange(int(count.max()), device=count.device)
         there = column < count[:, None]  # [n, K]
-        at = (start[:, None] + column).clamp(max=len(self.gap) - 1)
-        ids = self.gap[at].masked_fill(~there, 0).cumsum(-1) - 1
-        code = self.code[at].float()
-        logp = (code / draws).log() if draws else -STEP * code
+        at = (start[:, None] + column).clamp(max=len(self.id_delta) - 1)
+        ids = self.id_delta[at].masked_fill(~there, 0).cumsum(-1) - 1
+        quantized_logp = self.quantized_logp[at].float()
+        logp = (quantized_logp / draws).log() if draws else -QUANTIZATION_STEP * quantized_logp
         logp = logp.masked_fill(~there, -math.inf)
         if not draws:  # what rounding did to their sum is undone
             logp = logp + (logsigmoid(log_odds.float()) - logp.logsumexp(-1))[:, None]
         return Target(label, logp, ids, seed=seed)
 
 
-def encode(target: Target, draws: int | None) -> Positions:
+def encode(target: Target, draws: int | None) -> EncodedPositions:
     """A sparse target with true log-probabilities [n, K] as entries."""
     assert target.ids is not None
     there = target.logp > -math.inf
@@ -80,24 +87,34 @@ def encode(target: Target, draws: int | None) -> Positions:
     logp = target.logp.gather(-1, order)
     there = there.gather(-1, order)
     count = there.sum(-1)
-    gap = ids.diff(dim=-1, prepend=torch.full_like(ids[:, :1], -1))[there]
+    id_delta = ids.diff(dim=-1, prepend=torch.full_like(ids[:, :1], -1))[there]
     if draws:
-        code, log_odds = (logp[there].exp() * draws).round(), torch.full((len(ids),), math.inf, device=ids.device)
+        quantized_logp, log_odds = (
+            (logp[there].exp() * draws).round(),
+            torch.full((len(ids),), math.inf, device=ids.device),
+        )
     else:
-        code = (logp[there] / -STEP).round().clamp(0, torch.iinfo(torch.int16).max)
+        quantized_logp = (logp[there] / -QUANTIZATION_STEP).round().clamp(0, torch.iinfo(torch.int16).max)
         # Log-odds, since of a probability near 0 or 1 a short float loses the smaller side.
         log_odds = logp.double().exp().sum(-1).clamp(max=1).logit()
-    return Positions(count.cumsum(0) - count, count, log_odds.half(), gap.to(torch.int32), code.to(torch.int16))
+    return EncodedPositions(
+        count.cumsum(0) - count, count, log_odds.half(), id_delta.to(torch.int32), quantized_logp.to(torch.int16)
+    )
 
 
-def to_bytes(count: np.ndarray, log_odds: np.ndarray, gap: np.ndarray, code: np.ndarray) -> bytes:
+def to_bytes(count: np.ndarray, log_odds: np.ndarray, id_delta: np.ndarray, quantized_logp: np.ndarray) -> bytes:
     """The entries of one row: the four lengths, and the four columns compressed."""
-    columns = (count.astype(np.uint32), log_odds.view(np.uint16), gap.astype(np.uint32), code.astype(np.uint16))
+    columns = (
+        count.astype(np.uint32),
+        log_odds.view(np.uint16),
+        id_delta.astype(np.uint32),
+        quantized_logp.astype(np.uint16),
+    )
     parts = [simple_compress(np.ascontiguousarray(c), ChunkConfig()) for c in columns]
     return np.array([len(p) for p in parts], np.uint32).tobytes() + b"".join(parts)
 
 
-def from_bytes(rows: list[bytes]) -> Entries:
+def from_bytes(rows: list[bytes]) -> EncodedRows:
     """The entries of some rows [B, T]."""
     columns: list[list[np.ndarray]] = [[], [], [], []]
     for row in rows:
@@ -106,5 +123,7 @@ def from_bytes(rows: list[bytes]) -> Entries:
             column.append(simple_decompress(row[place : place + size]))
             place += size
     count, log_odds = (torch.from_numpy(np.stack(c).view(k)) for c, k in zip(columns, (np.int32, np.float16)))
-    gap, code = (torch.from_numpy(np.concatenate(c).view(k)) for c, k in zip(columns[2:], (np.int32, np.int16)))
-    return Entries(count, log_odds, gap, code)
+    id_delta, quantized_logp = (
+        torch.from_numpy(np.concatenate(c).view(k)) for c, k in zip(columns[2:], (np.int32, np.int16))
+    )
+    return EncodedRows(count, log_odds, id_delta, quantized_logp)

@@ -19,7 +19,7 @@ class Place(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        return files.local(self.path, self.cache)
+        return files.local_path(self.path, self.cache)
 
     def manifest(self) -> Path:
-        return files.fetch(self.path, self.folder, "manifest.json")
+        return files.download(self.path, self.folder, "manifest.json")

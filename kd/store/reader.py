@@ -32,7 +32,7 @@ from kd.objective import truncation
 from kd.objective.chunked import Signal
 from kd.objective.signals import ProjectedSignal
 from kd.objective.target import Target
-from kd.store.format import Entries
+from kd.store.format import EncodedRows
 from kd.store.location import FORMAT
 from kd.store.shard import Shard, collate_rows
 from kd.store.spec import FULL, before_manifest, check_manifest, covers, describe, row_hash
@@ -49,9 +49,9 @@ class Store:
     """
 
     def __init__(self, path: str | Path, cache: Path):
-        self.path, self.folder, self.cache = str(path), files.local(path, cache), Path(cache)
+        self.path, self.folder, self.cache = str(path), files.local_path(path, cache), Path(cache)
         self.manifest = before_manifest(self.folder)
-        copy = files.fetch(self.path, self.folder, "manifest.json")
+        copy = files.download(self.path, self.folder, "manifest.json")
         try:
             manifest = read_json(copy)
         except UserError:
@@ -172,7 +172,7 @@ class Store:
         self._places = where[first]
         return self._rows
 
-    def read(self, index: np.ndarray, ids: np.ndarray) -> Tensor | Entries:
+    def read(self, index: np.ndarray, ids: np.ndarray) -> Tensor | EncodedRows:
         """Entries, or hidden states [B, T, D] of a full store, of rows index [B] whose tokens are ids [B, T].
 
         Raises UserError if the store was written for other tokens.
@@ -188,22 +188,24 @@ class Store:
 
     def signal(self, batch: Batch, mask: Tensor) -> Signal:
         """Return the stored signal at the target positions of a batch, whose rows read() has read."""
-        label, seed = batch.labels[mask], batch.seed[mask]
+        label, seed = batch.labels[mask], batch.position_seeds[mask]
         if self.truncation == FULL:
-            assert isinstance(batch.stored, Tensor), "a complete store has hidden states"
-            return ProjectedSignal(self.head.to(label.device), batch.stored[mask].float(), label, seed)
-        assert isinstance(batch.stored, Entries), "a truncated store has entries"
-        positions = batch.stored.at(mask)
+            assert isinstance(batch.teacher_rows, Tensor), "a complete store has hidden states"
+            return ProjectedSignal(self.head.to(label.device), batch.teacher_rows[mask].float(), label, seed)
+        assert isinstance(batch.teacher_rows, EncodedRows), "a truncated store has entries"
+        positions = batch.teacher_rows.at(mask)
         return lambda rows: positions.target(rows, label[rows], seed[rows], self.draws)
 
     def reference(self, batch: Batch, mask: Tensor) -> Signal:
         """Return complete distributions at the target positions of validation rows."""
         shard = self._shard("validation.safetensors")
-        for row, ids in zip(batch.row.tolist(), batch.ids.cpu().numpy(), strict=True):
+        for row, ids in zip(batch.row_ids.tolist(), batch.ids.cpu().numpy(), strict=True):
             if shard.hashes[row] != row_hash(ids):
                 raise self._other_tokens(row, "validation ")
-        hidden = torch.stack([shard.row(row) for row in batch.row.tolist()]).to(batch.ids.device).float()
-        return ProjectedSignal(self.head.to(hidden.device), hidden[mask], batch.labels[mask], batch.seed[mask])
+        hidden = torch.stack([shard.row(row) for row in batch.row_ids.tolist()]).to(batch.ids.device).float()
+        return ProjectedSignal(
+            self.head.to(hidden.device), hidden[mask], batch.labels[mask], batch.position_seeds[mask]
+        )
 
     @property
     def cost(self) -> Cost:
@@ -232,7 +234,7 @@ class Store:
         if requested == self.truncation:  # cut already, by exact probabilities
             return truncation.full
         if self.draws:
-            return partial(truncation.fewer, self.draws, requested["draws"])
+            return partial(truncation.subsample, self.draws, requested["draws"])
         return function
 
     def _place(self, row: int) -> tuple[str, int]:
@@ -256,7 +258,7 @@ class Store:
 
     def _file(self, name: str) -> Path:
         """Return the path of a file on this machine, after a look at its bytes."""
-        path = files.fetch(self.path, self.folder, name)
+        path = files.download(self.path, self.folder, name)
         if name in self._checked:
             return path
         try:
@@ -265,7 +267,7 @@ class Store:
             if "://" not in self.path:
                 raise
             path.unlink(missing_ok=True)  # a copy may be stale or damaged, where what it is of is neither
-            self._good(name, files.fetch(self.path, self.folder, name))
+            self._good(name, files.download(self.path, self.folder, name))
         self._checked.add(name)
         return path
 

@@ -15,7 +15,7 @@ from kd.errors import UserError
 from kd.objective.target import Target
 from kd.store.encoder import RowEncoder
 from kd.store.folder import begin, commit, note_of, notes_of
-from kd.store.format import Positions, encode
+from kd.store.format import EncodedPositions, encode
 from kd.store.rows import SHARD_BYTES, Rows
 from kd.store.transfer import upload
 from kd.system import files
@@ -34,7 +34,7 @@ class Recorder:
         self, folder: Path, spec: dict, about: dict, keep: Callable[[Target], Target], step: int,
         checkpoints: Path, url: str | None = None,
     ):  # fmt: skip
-        self.folder, self.spec, self.about, self.keep, self.url = folder, spec, about, keep, url
+        self.folder, self.spec, self.about, self.truncate, self.url = folder, spec, about, keep, url
         begin(folder, spec)
         if url and step:
             self._pull(url)
@@ -57,14 +57,14 @@ class Recorder:
             )
         self.begun = step
         self.there: set[str] = set()
-        self.pieces: list[Positions] = []
+        self.pieces: list[EncodedPositions] = []
         self.out = Rows()
 
     def observe(self, seed: Tensor, rows: slice, logits: Tensor) -> None:
         """Logits [n, V] of the positions `rows` of a batch, whose random numbers are seed [N]."""
         # No truncation looks at the label.
         target = Target(seed[rows], logits.float().log_softmax(-1), seed=seed[rows])
-        self.pieces.append(encode(self.keep(target), self.spec["truncation"].get("draws")))
+        self.pieces.append(encode(self.truncate(target), self.spec["truncation"].get("draws")))
 
     def discard(self) -> None:
         """Forget what was observed of a batch that is computed again."""
@@ -76,8 +76,8 @@ class Recorder:
             self.flush(step)
         self.out.add_entries(batch.ids.cpu().numpy(), self.pieces, (batch.labels != IGNORE).cpu().numpy())
         self.pieces = []
-        self.out.rows += batch.row.tolist()
-        self.out.steps += [step] * len(batch.row)
+        self.out.rows += batch.row_ids.tolist()
+        self.out.steps += [step] * len(batch.row_ids)
 
     def flush(self, step: int) -> None:
         """Write what was recorded before `step`."""
@@ -110,7 +110,7 @@ class Recorder:
     def finish(self, trained: Teacher, device: torch.device, validation: np.ndarray, batch: int, steps: int) -> None:
         """Write the rest, and the hidden states of the trained model for the validation rows."""
         self.flush(steps)
-        encoder = RowEncoder(trained, self.spec, self.keep, device)
+        encoder = RowEncoder(trained, self.spec, self.truncate, device)
         encoder.save_head(self.folder)
         encoder.save_validation(self.folder, validation, batch)
         commit(self.folder, self.spec, self.about | {"steps": steps})

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kd.store.format import Positions, to_bytes
+from kd.store.format import EncodedPositions, to_bytes
 from kd.store.spec import row_hash
 from kd.system import files
 
@@ -35,18 +35,20 @@ class Rows:
         self._bodies += hidden.cpu()
         self.positions += ids.size
 
-    def add_entries(self, ids: np.ndarray, pieces: list[Positions], mask: np.ndarray) -> None:
+    def add_entries(self, ids: np.ndarray, pieces: list[EncodedPositions], mask: np.ndarray) -> None:
         """Add rows ids [B, T] and entries of their positions where mask [B, T] is true, in order."""
         self.hashes += map(row_hash, ids)
-        columns = ("count", "log_odds", "gap", "code")
-        count, log_odds, gap, code = (np.concatenate([getattr(p, c).cpu().numpy() for p in pieces]) for c in columns)
+        columns = ("count", "log_odds", "id_delta", "quantized_logp")
+        count, log_odds, id_delta, quantized_logp = (
+            np.concatenate([getattr(p, c).cpu().numpy() for p in pieces]) for c in columns
+        )
         self.positions += len(count)
-        self.entries += len(gap)
+        self.entries += len(id_delta)
         self.mass += float(torch.from_numpy(log_odds).double().sigmoid().sum())
         count, log_odds = _spread(count, mask, 0), _spread(log_odds, mask, -np.inf)
         ends = count.sum(1).cumsum()
         for row, (start, end) in enumerate(zip([0, *ends], ends)):
-            columns = count[row], log_odds[row], gap[start:end], code[start:end]
+            columns = count[row], log_odds[row], id_delta[start:end], quantized_logp[start:end]
             self._bodies.append(self._compression.submit(to_bytes, *columns))
 
     @property

@@ -8,7 +8,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from kd.store.format import Entries, from_bytes
+from kd.store.format import EncodedRows, from_bytes
 
 
 class Shard:
@@ -29,6 +29,6 @@ class Shard:
         return self.body[int(self.offset[place]) : int(self.offset[place + 1])].numpy().tobytes()
 
 
-def collate_rows(rows: list[Tensor | bytes]) -> Tensor | Entries:
+def collate_rows(rows: list[Tensor | bytes]) -> Tensor | EncodedRows:
     """Return rows as a batch: hidden states [B, T, D], or entries."""
     return torch.stack(rows) if isinstance(rows[0], Tensor) else from_bytes(rows)

@@ -58,7 +58,7 @@ def _begun(part: Path) -> dict:
 def upload(folder: Path, url: str) -> None:
     """Copy a whole store to a URL, the manifest last."""
     manifest = files.load_json(folder / "manifest.json")
-    there = read_json(files.fetch(url, folder, "manifest.json"))
+    there = read_json(files.download(url, folder, "manifest.json"))
     if there and there["of"] != manifest["of"]:
         raise UserError(
             option=url,

@@ -21,8 +21,8 @@ from kd.store.encoder import RowEncoder
 from kd.store.folder import begin, commit, note_of
 from kd.store.rows import SHARD_BYTES, Rows
 from kd.system import files
-from kd.system.console import Steps
-from kd.system.hardware import keep_freed
+from kd.system.console import StepProgress
+from kd.system.hardware import disable_malloc_trim
 
 SHARD_TOKENS = 1 << 20  # positions of a shard, at most
 SHARDS = 8  # at least so many where there are rows enough, so that a killed writer loses little
@@ -46,13 +46,13 @@ def write(
     shards = shard_ranges(rows, size, encoder)
     begin(folder, spec, about=about, shards=list(shards))
     if encoder.device.type == "cpu":
-        keep_freed()
+        disable_malloc_trim()
     mine = dict(list(shards.items())[part[0] - 1 :: part[1]])
     missing = {name: rows for name, rows in mine.items() if note_of(folder, name) is None}
     work = _Files(folder, packed, encoder, batch, missing)
     if missing:
         print_cost(folder, encoder, packed, batch, work.rows)
-    progress = Steps(f"store of {spec['teacher']}", work.rows, 0, "row")
+    progress = StepProgress(f"store of {spec['teacher']}", work.rows, 0, "row")
     try:
         # First what no other process holds; then wait for the others, and do what a dead one has left.
         for wait in (False, True):
@@ -75,7 +75,7 @@ class _Files:
         self.folder, self.packed, self.encoder, self.batch, self.shards = folder, packed, encoder, batch, shards
         self.rows, self.done = sum(map(len, shards.values())), 0
 
-    def write(self, name: str, progress: Steps) -> None:
+    def write(self, name: str, progress: StepProgress) -> None:
         """Write a file: head, validation or a shard."""
         files.clear(self.folder, f"{name}*")
         if name == "head":

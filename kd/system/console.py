@@ -18,7 +18,7 @@ from rich.text import Text
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-def harmless(text: str) -> str:
+def strip_control_characters(text: str) -> str:
     """Without what a terminal would obey rather than show."""
     return CONTROL.sub("", text)
 
@@ -35,18 +35,18 @@ class Terminal(Console):
         super().__init__(**{"markup": False, "emoji": False} | how)
 
     def render_str(self, text: str, **how) -> Text:
-        return super().render_str(harmless(text), **how)
+        return super().render_str(strip_control_characters(text), **how)
 
 
 def styled(text: str, style: str) -> Text:
     """Text in a style, as rich calls it."""
-    return Text(harmless(text), style)
+    return Text(strip_control_characters(text), style)
 
 
 console = Terminal(stderr=True, highlight=False)
 
 
-def end_with(error: Exception) -> NoReturn:
+def exit_with_error(error: Exception) -> NoReturn:
     """Say what a person can mend, without a traceback, and exit with 2."""
     console.print(str(error), style="red", soft_wrap=True)
     sys.exit(2)
@@ -62,7 +62,7 @@ def track(items: Iterable, title: str) -> Iterator:
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        yield from progress.track(items, description=harmless(title))
+        yield from progress.track(items, description=strip_control_characters(title))
 
 
 def _lines(items: Iterable, title: str) -> Iterator:
@@ -75,18 +75,18 @@ def _lines(items: Iterable, title: str) -> Iterator:
     for number, item in enumerate(items):
         if time.monotonic() - printed > QUIET:
             printed = time.monotonic()
-            print(f"{title}  {number}{total}  {clock(printed - begun)}", file=sys.stderr, flush=True)
+            print(f"{title}  {number}{total}  {format_duration(printed - begun)}", file=sys.stderr, flush=True)
         yield item
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """1:05 or 2:03:04"""
     minutes, s = divmod(int(seconds + 0.5), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
-class Steps:
+class StepProgress:
     """Long work in equal steps: which of how many, tokens/s, time left. shown: False where another process shows it."""
 
     def __init__(self, title: str, steps: int, start: int, unit: str = "step", shown: bool = True):
@@ -96,7 +96,7 @@ class Steps:
             TextColumn("{task.description}", markup=False), BarColumn(bar_width=30), MofNCompleteColumn(),
             TextColumn("{task.fields[say]}", markup=False), console=console, transient=True, refresh_per_second=4,
         )  # fmt: skip
-        self.task = self.bar.add_task(harmless(title), total=steps, completed=start, say="")
+        self.task = self.bar.add_task(strip_control_characters(title), total=steps, completed=start, say="")
         if console.is_terminal and shown:
             self.bar.start()
 
@@ -105,7 +105,7 @@ class Steps:
         spent = time.monotonic() - self.begun
         say = f"{also}{tokens / max(spent, 1e-9):,.0f} tokens/s"
         if step > self.start:
-            say += f"  {clock(spent / (step - self.start) * (self.steps - step))} left"
+            say += f"  {format_duration(spent / (step - self.start) * (self.steps - step))} left"
         self.bar.update(self.task, completed=step, say=say)
         if self.shown and not console.is_terminal and (time.monotonic() - self.printed > 10 or step == self.steps):
             self.printed = time.monotonic()

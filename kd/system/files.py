@@ -92,7 +92,7 @@ def write_json(path: Path, value) -> None:
         temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def amount(size: float) -> str:
+def format_bytes(size: float) -> str:
     """12 kB, 3.4 MB, 1.2 TB"""
     unit = "bytes"
     for larger in ("kB", "MB", "GB", "TB"):
@@ -116,7 +116,7 @@ def digest_of(value) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
-def stamp(name: str | None) -> str | None:
+def folder_fingerprint(name: str | None) -> str | None:
     """Digest of the content of a local folder, names and bytes of its files; None where `name` is no folder.
 
     Hidden files are left out: tools keep notes of their own in them, such as when something was downloaded. Of an
@@ -128,7 +128,9 @@ def stamp(name: str | None) -> str | None:
     found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(name).parts)]
     described = [[str(p.relative_to(name)), known_digest(p)] for p in found]
     with suppress(OSError, ValueError, AttributeError):  # no adapter, or one that is refused when it is loaded
-        base = stamp(json.loads((Path(name) / "adapter_config.json").read_text()).get("base_model_name_or_path"))
+        base = folder_fingerprint(
+            json.loads((Path(name) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        )
         described += [["base", base]] if base else []
     return digest_of(described)
 
@@ -197,12 +199,12 @@ def expanded_words(words: list[str]) -> list[str]:
     return [re.sub(r"(?<=[=,(\[])~[\w.-]*(?=[/,)\]]|$)", lambda found: expanded(found[0]), word) for word in words]
 
 
-def local(path: str | Path, cache: Path) -> Path:
+def local_path(path: str | Path, cache: Path) -> Path:
     """A folder, or of a URL the folder in `cache` that keeps copies of what was read from it."""
     return Path(cache) / digest_of(str(path))[:16] if "://" in str(path) else Path(path)
 
 
-def fetch(path: str, folder: Path, name: str) -> Path:
+def download(path: str, folder: Path, name: str) -> Path:
     """Where file `name` of a folder or URL is on this machine, copied if need be; it may not exist.
 
     A manifest is always copied anew, beside one that was written here. Raises UserError if a URL cannot be read.

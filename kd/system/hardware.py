@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 
-def keep_freed() -> None:
+def disable_malloc_trim() -> None:
     """Have this process keep the memory that it frees, for what it allocates next.
 
     glibc maps tensors above 32 MiB anew each time and gives large ones back at once, and the kernel clears every page
@@ -23,7 +23,7 @@ def keep_freed() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def hold_in(dtype: torch.dtype, model: nn.Module) -> None:
+def cast_parameters(dtype: torch.dtype, model: nn.Module) -> None:
     """Keep the parameters of a frozen model in `dtype`, and compute in it, residual stream included.
 
     Buffers keep their precision: rotary frequencies in bfloat16 would be off by whole turns at far positions.

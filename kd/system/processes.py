@@ -8,12 +8,12 @@ import socket
 from pathlib import Path
 
 
-def whereabouts() -> dict:
+def process_info() -> dict:
     """This process, so that another one can tell whether it is still there."""
-    return {"pid": os.getpid(), "host": socket.gethostname(), "boot": boot()}
+    return {"pid": os.getpid(), "host": socket.gethostname(), "boot": boot_id()}
 
 
-def boot() -> str | None:
+def boot_id() -> str | None:
     """Of this start of this machine: a process id means nothing after the next one."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else None
@@ -26,11 +26,11 @@ def killed_for_memory() -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
-def alive(process: dict) -> bool:
+def is_alive(process: dict) -> bool:
     """Whether a process of whereabouts() is there still; one on another machine is taken to be."""
     if process["host"] != socket.gethostname():
         return True
-    if process["boot"] != boot():
+    if process["boot"] != boot_id():
         return False
     try:
         os.kill(process["pid"], 0)

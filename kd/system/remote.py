@@ -38,7 +38,7 @@ def local_root(root: str | Path) -> Path:
         return Path(root)
     cache = files.cache()
     files.check_cache(cache, "KD_CACHE")
-    return files.local(str(root).rstrip("/"), cache)
+    return files.local_path(str(root).rstrip("/"), cache)
 
 
 def fetch(root: str | Path, name: str) -> Path:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kd.errors import UserError
-from kd.system.console import clock, console
+from kd.system.console import console, format_duration
 
 T = TypeVar("T")
 RENEWED = 20  # seconds between two renewals of a lease (kd/system/lease.py)
@@ -80,14 +80,14 @@ def patiently(url: str, what: str, act: Callable[[], T], wait: float | None = No
             if left < pause:
                 raise failed from error
             if not said and not outage.said:
-                console.print(f"{failed} It is tried again for {clock(left)}.", soft_wrap=True)
+                console.print(f"{failed} It is tried again for {format_duration(left)}.", soft_wrap=True)
                 said = outage.said = True
             time.sleep(pause)
             pause = min(2 * pause, PAUSES[1])
         else:
             _outages.pop(bucket(url), None)
             if said:
-                away = clock(time.monotonic() - since)
+                away = format_duration(time.monotonic() - since)
                 console.print(f"{bucket(url)} answers again, after {away}.", soft_wrap=True)
             return value
 

@@ -22,7 +22,7 @@ from kd.objective.signals import ProjectedSignal
 from kd.objective.target import Target
 
 if TYPE_CHECKING:
-    from kd.store.format import Entries
+    from kd.store.format import EncodedRows
     from kd.teachers.stored import SignalStore
 
 Truncation = Callable[[Target], Target]
@@ -91,8 +91,8 @@ class Teacher(Protocol):
         """Return complete distributions for validation, or None if the teacher has none."""
         return None
 
-    def read(self, row_ids: np.ndarray, ids: np.ndarray) -> Entries | Tensor | None:
-        """Return data of the teacher for rows [B] with tokens [B, T]; it becomes Batch.stored.
+    def read(self, row_ids: np.ndarray, ids: np.ndarray) -> EncodedRows | Tensor | None:
+        """Return data of the teacher for rows [B] with tokens [B, T]; it becomes Batch.teacher_rows.
 
         Called ahead of the step, in the thread of the loader.
         """
@@ -118,4 +118,4 @@ def project(model: CausalLM | None, batch: Batch, mask: Tensor) -> ProjectedSign
     """Return a model's distributions at the target positions. Only its body runs here."""
     assert model is not None, "a teacher without its model can only tell its cost"
     features = model.hidden_states(batch.ids)[mask]  # [N, D]
-    return ProjectedSignal(model.head, features, batch.labels[mask], batch.seed[mask])
+    return ProjectedSignal(model.head, features, batch.labels[mask], batch.position_seeds[mask])

@@ -14,7 +14,7 @@ from kd.objective.chunked import Signal
 from kd.teachers.base import Teacher, TeacherOrigin, Truncation, traits
 
 if TYPE_CHECKING:
-    from kd.store.format import Entries
+    from kd.store.format import EncodedRows
 
 
 @traits("reads_store")
@@ -53,7 +53,7 @@ class SignalStore(Protocol):
     def select_window(self, window: tuple[float, float] | None) -> np.ndarray | None: ...
     def signal(self, batch: Batch, mask: Tensor) -> Signal: ...
     def reference(self, batch: Batch, mask: Tensor) -> Signal: ...
-    def read(self, row_ids: np.ndarray, ids: np.ndarray) -> Entries | Tensor | None: ...
+    def read(self, row_ids: np.ndarray, ids: np.ndarray) -> EncodedRows | Tensor | None: ...
     def truncation_for(self, requested: dict, function: Truncation) -> Truncation: ...
 
 
@@ -70,7 +70,7 @@ class StoredTeacher(Teacher):
     def reference(self, batch: Batch, mask: Tensor) -> Signal:
         return self.store.reference(batch, mask)
 
-    def read(self, row_ids: np.ndarray, ids: np.ndarray) -> Entries | Tensor | None:
+    def read(self, row_ids: np.ndarray, ids: np.ndarray) -> EncodedRows | Tensor | None:
         return self.store.read(row_ids, ids)
 
     def truncation(self, requested: dict, function: Truncation) -> Truncation:

@@ -16,14 +16,14 @@ from torch import Tensor
 from kd.data.batches import IGNORE, Batch
 from kd.models.causal_lm import CausalLM
 from kd.models.optimizers import parameter_groups
-from kd.objective.chunked import Objective, Signal, chunks, fitting, with_token_info
+from kd.objective.chunked import Objective, Signal, chunks, default_chunk_size, with_token_info
 from kd.objective.target import Target
 from kd.objective.token_info import TokenInfo
 from kd.objective.token_selection import Measured, Selection
 from kd.parallel import collectives, fsdp
 from kd.runs.outcome import NonFinite
 from kd.system.console import console
-from kd.system.hardware import hold_in, keep_freed, out_of_memory
+from kd.system.hardware import cast_parameters, disable_malloc_trim, out_of_memory
 from kd.system.signals import Preempted, Stopped, requests
 from kd.teachers.base import Teacher
 from kd.training.report import LossTerm, StepReport
@@ -82,9 +82,9 @@ class DistillationModule(lightning.LightningModule):
         self.end_unfinished_step: Callable[[], None] = _preempt
 
     def configure_model(self) -> None:
-        collectives.same_start(self)
+        collectives.broadcast_parameters(self)
         if self.trainer.precision == "bf16-mixed" and self.teacher.frozen:
-            hold_in(torch.bfloat16, self.teacher.frozen)
+            cast_parameters(torch.bfloat16, self.teacher.frozen)
         models = {"student": self.student, "teacher": self.teacher.model}
         for role in self.sharded:
             model = models[role]
@@ -102,7 +102,7 @@ class DistillationModule(lightning.LightningModule):
     def on_fit_start(self) -> None:
         self.train()  # a pretrained model comes in eval mode, and Lightning leaves it there
         if self.device.type == "cpu":
-            keep_freed()
+            disable_malloc_trim()
         if self.teacher.frozen:
             self.teacher.frozen.to(self.device)
 
@@ -117,18 +117,18 @@ class DistillationModule(lightning.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
         try:
-            distill_batch, rollout_tokens = self.run_rollout(batch._replace(beside=None), alpha)
+            distill_batch, rollout_tokens = self.run_rollout(batch._replace(lm_batch=None), alpha)
             terms = self.loss_terms(distill_batch, batch, alpha)
             losses = self.retry_with_smaller_micro_batches(terms)
         except Stopped:
             interrupted = True
-        if collectives.any_of(interrupted):
+        if collectives.any_rank(interrupted):
             self._leave_step()
-        losses = collectives.total(losses)
-        collectives.sum_gradients(self.parameters())
+        losses = collectives.all_reduce_sum(losses)
+        collectives.all_reduce_gradients(self.parameters())
         limit = self.grad_clip or math.inf
         norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), limit) for model in self.trained_models()]
-        metrics = self._metrics(terms, losses.tolist(), [fsdp.whole(norm).item() for norm in norms], alpha)
+        metrics = self._metrics(terms, losses.tolist(), [fsdp.full_tensor(norm).item() for norm in norms], alpha)
         self.check_finite("train", metrics, batch, alpha)
         optimizer.step()
         asked = sum(t.positions for t in terms if t.kd or self.teacher.trainable)
@@ -155,24 +155,24 @@ class DistillationModule(lightning.LightningModule):
             return batch, {}
         samplers = self.rollout.samplers
         before = dict(samplers.tokens_read)
-        if collectives.count() == 1:
+        if collectives.world_size() == 1:
             samplers.between = self._stop_if_requested
         written = self.rollout(batch, self.global_step, self.progress)
         read = torch.tensor([float(samplers.tokens_read[name] - before[name]) for name in ("student", "teacher")])
-        student, teacher = collectives.total(read).tolist()
+        student, teacher = collectives.all_reduce_sum(read).tolist()
         return written, {"student": student, "teacher": teacher}
 
     def loss_terms(self, distill_batch: Batch, batch: Batch, alpha: float) -> list[LossTerm]:
         """Return what this step learns. Language modelling is never of what the student itself wrote."""
         info = distill_batch.token_info
-        by_student = info is not None and collectives.any_of(bool(info.by_student.any()))
-        if batch.beside is None and not by_student:
+        by_student = info is not None and collectives.any_rank(bool(info.by_student.any()))
+        if batch.lm_batch is None and not by_student:
             terms: list[tuple[Batch, float | None, float | None]] = [(distill_batch, alpha, 1 - alpha)]
         else:
-            lm_batch = batch._replace(beside=None) if batch.beside is None else batch.beside
+            lm_batch = batch._replace(lm_batch=None) if batch.lm_batch is None else batch.lm_batch
             terms = [(distill_batch, alpha, None), (lm_batch, None, 1 - alpha)]
             terms = [term for term in terms if term[1] or term[2]]
-        counts = [collectives.total(torch.tensor(_counts(part))) for part, *_ in terms]
+        counts = [collectives.all_reduce_sum(torch.tensor(_counts(part))) for part, *_ in terms]
         return [LossTerm(*term, *map(int, count)) for term, count in zip(terms, counts, strict=True)]
 
     def retry_with_smaller_micro_batches(self, terms: list[LossTerm]) -> Tensor:
@@ -185,7 +185,9 @@ class DistillationModule(lightning.LightningModule):
             except (RuntimeError, MemoryError, OSError) as error:
                 rows = min(self.micro_batch_size, max(len(term.batch.ids) for term in terms))
                 selects = self.token_selection is not None
-                same_pace = self.sharded or (collectives.count() > 1 and selects)  # as many micro-batches on each rank
+                same_pace = self.sharded or (
+                    collectives.world_size() > 1 and selects
+                )  # as many micro-batches on each rank
                 if rows == 1 or same_pace or not out_of_memory(error):
                     raise
                 traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
@@ -221,7 +223,9 @@ class DistillationModule(lightning.LightningModule):
                 else:  # where alpha is 0 the teacher would run for nothing, unless it learns
                     signal = self.teacher.signal(part, mask) if kd or self.teacher.trainable else None
                 features = self.student.hidden_states(part.ids)[mask]  # [N, D]
-                observe = partial(self.logits_observer.observe, part.seed[mask]) if self.logits_observer else None
+                observe = (
+                    partial(self.logits_observer.observe, part.position_seeds[mask]) if self.logits_observer else None
+                )
                 kd_mask = selections[number].kd_mask if kd else None
                 kd_signal = with_token_info(signal, selections[number].token_info) if kd else None
                 sums = self.objective(
@@ -246,18 +250,18 @@ class DistillationModule(lightning.LightningModule):
         sizes: list[int] = []  # target positions of each rank
 
         def measured(measure: Callable[[Target, int], Tensor]) -> Tensor:
-            vocabulary, size = self.student.head.vocab, self.objective.chunk or fitting(self.student.head)
+            vocabulary, size = self.student.head.vocab, self.objective.chunk or default_chunk_size(self.student.head)
             found = []
             for part, mask in parts:
                 signals.append(self.teacher.signal(part, mask))
                 found += [measure(signals[-1](rows), vocabulary) for rows in chunks(int(mask.sum()), size)]
-            everyone = collectives.gather(torch.cat(found).cpu())
+            everyone = collectives.all_gather(torch.cat(found).cpu())
             sizes.extend(map(len, everyone))
             return torch.cat(everyone)
 
         selection = self.token_selection(measured) if self.token_selection else Selection()
         if sizes:
-            selection = selection.split(sizes)[collectives.number()].map(lambda x: x.to(self.device))
+            selection = selection.split(sizes)[collectives.rank()].map(lambda x: x.to(self.device))
         rollout_info = [TokenInfo() if part.token_info is None else part.token_info[mask] for part, mask in parts]
         selections = selection.split([int(mask.sum()) for _, mask in parts])
         return signals, [
@@ -270,7 +274,7 @@ class DistillationModule(lightning.LightningModule):
 
         Ranks agree on it after their micro-batches, but for models in shards, of which each pass needs all ranks.
         """
-        if collectives.any_of(requests.pending) if self.sharded else requests.pending:
+        if collectives.any_rank(requests.pending) if self.sharded else requests.pending:
             raise Stopped
 
     def _leave_step(self) -> None:
@@ -287,8 +291,8 @@ class DistillationModule(lightning.LightningModule):
         wrong = [name for name, value in metrics.items() if not math.isfinite(value)]
         if not wrong:
             return
-        weights = {n: fsdp.whole(p).abs().max().item() for n, p in self.student.named_parameters()}
-        rows = collectives.gather(batch.row.tolist()) if batch is not None else None
+        weights = {n: fsdp.full_tensor(p).abs().max().item() for n, p in self.student.named_parameters()}
+        rows = collectives.all_gather(batch.row_ids.tolist()) if batch is not None else None
         raise NonFinite({
             "what": f"{prefix}/{wrong[0]}",
             "step": self.global_step,

@@ -14,7 +14,7 @@ if __name__ == "__main__":  # before a library that reads them is loaded
 
 from kd.errors import MISTAKES, UserError, for_people
 from kd.experiment.results import Entry, load_sweep
-from kd.system.console import Terminal, harmless
+from kd.system.console import Terminal, strip_control_characters
 from kd.system.remote import local_root, publish
 from sweeps.fit.fitting import fit_all
 from sweeps.fit.observations import Observation, from_csv, from_sweep
@@ -70,11 +70,11 @@ def main(arguments: list[str] | None = None) -> int:
         for kind in ("html", "json") if options.name else ():
             publish(options.root, f"sweeps/{name}.fit.{kind}")
         print_fits(fits, Terminal(highlight=False))
-        print(harmless(f"{paths[0]}: {line}"))
+        print(strip_control_characters(f"{paths[0]}: {line}"))
         if options.wandb:
-            print(harmless(f"W&B: {keep_artifact(paths, name, 'fit', line, wandb_place(entries))}"))
+            print(strip_control_characters(f"W&B: {keep_artifact(paths, name, 'fit', line, wandb_place(entries))}"))
     except MISTAKES as error:
-        print(harmless(str(for_people(error))), file=sys.stderr)
+        print(strip_control_characters(str(for_people(error))), file=sys.stderr)
         return 2
     return 0
 

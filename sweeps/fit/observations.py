@@ -14,7 +14,7 @@ import numpy as np
 
 from kd.errors import UserError
 from kd.experiment.results import Entry
-from kd.runs.identity import below, model_name
+from kd.runs.identity import is_under, model_name
 from kd.runs.provenance import doubts_of_many
 from kd.system import files, programs
 from kd.system.console import counted
@@ -106,7 +106,7 @@ def from_sweep(entries: list[Entry]) -> tuple[list[Observation], list[str]]:
     distilled = [c for c in configs if c["logits"] != "none"]
     supervised = [c for c in configs if c["logits"] == "none"]
     for some, kind in ((supervised, "by language modelling"), (distilled, "that learn from a teacher")):
-        if keys := [k for k in varying([outcome_settings(c) for c in some]) if not below(k, MODELLED)]:
+        if keys := [k for k in varying([outcome_settings(c) for c in some]) if not is_under(k, MODELLED)]:
             notes.append(f"Runs {kind} also differ in {join_words(keys)}, which no law here models: taken as noise.")
     teachers = [json.loads(text) for text in sorted({subset(c, "teacher") for c in distilled})]
     names = {model_name(teacher, "teacher") for teacher in teachers}

@@ -14,7 +14,7 @@ if __name__ == "__main__":  # before a library that reads them is loaded
     forget_ranks(os.environ)
 
 from kd.errors import MISTAKES, for_people
-from kd.system.console import harmless
+from kd.system.console import strip_control_characters
 from sweeps.report.arguments import add_wandb_switch, sweep_parser
 from sweeps.report.artifact import keep_artifact, wandb_place
 from sweeps.report.report import build_report
@@ -29,12 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         report = build_report(options.root, options.name)
         paths = write_report(options.root, report)
-        print(harmless(f"{paths[0]}: {report.verdict}"))
+        print(strip_control_characters(f"{paths[0]}: {report.verdict}"))
         if options.wandb:
             place = keep_artifact(paths, report.name, "report", report.verdict, wandb_place(report.entries))
-            print(harmless(f"W&B: {place}"))
+            print(strip_control_characters(f"W&B: {place}"))
     except MISTAKES as error:
-        print(harmless(str(for_people(error))), file=sys.stderr)
+        print(strip_control_characters(str(for_people(error))), file=sys.stderr)
         return 2
     return 0
 

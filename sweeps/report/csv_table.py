@@ -7,7 +7,7 @@ import io
 
 from kd.evaluation.catalog import LOSS
 from kd.experiment.results import Entry
-from kd.system.console import harmless
+from kd.system.console import strip_control_characters
 from sweeps.report.groups import Group, name_without_loss, outcome_settings, varying
 from sweeps.report.report import Report
 from sweeps.report.table import Row
@@ -71,5 +71,5 @@ def safe_cell(cell: object) -> object:
     """Return a cell that no spreadsheet takes for a formula."""
     if type(cell) is not str:
         return cell
-    cell = harmless(cell)
+    cell = strip_control_characters(cell)
     return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell

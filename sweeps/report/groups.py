@@ -8,7 +8,7 @@ from statistics import fmean
 
 from kd.evaluation.catalog import LOSS, ROUGE_L, Metric
 from kd.experiment.results import Entry
-from kd.runs.identity import below, part_of_outcome, whole_as_float
+from kd.runs.identity import identity_settings, is_under, whole_as_float
 from sweeps.report.statistics import Interval, interval
 from sweeps.report.wording import format_amount
 
@@ -121,13 +121,13 @@ def outcome_settings(config: dict) -> dict:
     made: tuple[str, ...] = ()
     made += ("teacher",) if config["logits"] != "none" and (config["teacher.size"] or config.get("teacher.sft")) else ()
     made += ("start", "plain") if config["data"] == "instructions" else ()  # which has the tokenizer of the plain text
-    prerequisites = whole_as_float({k: v for k, v in config.items() if below(k, made)})
-    return {k: v for k, v in (prerequisites | part_of_outcome(config)).items() if k != "seed"}
+    prerequisites = whole_as_float({k: v for k, v in config.items() if is_under(k, made)})
+    return {k: v for k, v in (prerequisites | identity_settings(config)).items() if k != "seed"}
 
 
 def subset(config: dict, *prefixes: str) -> str:
     """Return the settings below prefixes, as text that can be compared."""
-    return json.dumps({k: v for k, v in config.items() if below(k, prefixes)}, sort_keys=True)
+    return json.dumps({k: v for k, v in config.items() if is_under(k, prefixes)}, sort_keys=True)
 
 
 def varying(configs: list[dict]) -> list[str]:

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from kd.evaluation.catalog import LOSS, metrics
-from kd.system.console import clock
+from kd.system.console import format_duration
 from sweeps.report.axis_plots import heat_map, line_plots
 from sweeps.report.plots import dots, exposure_curves, learning_curves
 from sweeps.report.report import Report
@@ -55,5 +55,5 @@ def render(template: str, figures: dict[str, go.Figure], folder: Path, **values)
         loader=jinja2.FileSystemLoader(list(dict.fromkeys([folder, TEMPLATES]))), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    jinja.filters |= {"number": format_number, "clock": clock}
+    jinja.filters |= {"number": format_number, "clock": format_duration}
     return jinja.get_template(template).render(plots=plots, library=get_plotlyjs(), **values)

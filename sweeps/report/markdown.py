@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from kd.system.console import clock, harmless
+from kd.system.console import format_duration, strip_control_characters
 from sweeps.report.groups import baseline_name
 from sweeps.report.report import Report
 from sweeps.report.samples import Sample
@@ -18,7 +18,7 @@ SPECIAL = re.compile(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))")  # an _ within a word 
 def markdown(report: Report) -> str:
     """Return the report as Markdown. Text that comes from files cannot be markup."""
     unfinished = [entry for entry in report.entries if entry.state != "done"]
-    commands = [harmless(entry.command).replace("\n", " ") for entry in report.entries]
+    commands = [strip_control_characters(entry.command).replace("\n", " ") for entry in report.entries]
     constant = ", ".join(f"{label} {value}" for label, value in report.columns.constant.items())
     parts = [
         f"## Sweep {plain(report.name)}{f': {plain(report.question)}' if report.question else ''}",
@@ -57,7 +57,7 @@ def table_lines(report: Report) -> list[str]:
         count = [str(len(row.group.runs)) for _ in seeds]
         value = row.group.required_mean(metric.key)
         main = format_number(value.mean) + plus_minus(value.half)
-        lines.append(line([plain(row.group.label), main, *numbers, *count, clock(row.group.seconds)]))
+        lines.append(line([plain(row.group.label), main, *numbers, *count, format_duration(row.group.seconds)]))
     for reference in report.reference_lines:
         values = reference.values
         numbers = [format_number(values[m.key], 3) if m.key in values else "" for m in columns.metrics]
@@ -100,7 +100,9 @@ def gap_cell(row: Row, footnote: bool) -> str:
 
 def plain(text: str) -> str:
     """Return text without a meaning in Markdown or HTML, on one line."""
-    text = " ".join(harmless(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = (
+        " ".join(strip_control_characters(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    )
     return SPECIAL.sub(r"\\\1", text)
 
 
@@ -112,7 +114,7 @@ def fenced(text: str) -> str:
     """Return text as it is, between more backticks than it has in a row, so that no part of it is markup."""
     most = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, most + 1)
-    return f"{fence}text\n{harmless(text)}\n{fence}"
+    return f"{fence}text\n{strip_control_characters(text)}\n{fence}"
 
 
 def sample_details(sample: Sample) -> str:

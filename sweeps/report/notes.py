@@ -10,7 +10,7 @@ from statistics import fmean
 from kd.experiment.results import Entry
 from kd.runs.identity import model_name, size_text
 from kd.runs.provenance import doubts_of_many
-from kd.system.console import clock
+from kd.system.console import format_duration
 from sweeps.report.groups import Group, subset, tasks_of, varying
 from sweeps.report.table import ReferenceLine, Row
 from sweeps.report.wording import format_amount, join_words
@@ -33,7 +33,7 @@ def facts(entries: list[Entry], groups: list[Group]) -> dict[str, str]:
         "tokens per run": alternatives(f"{n:,}" for n in tokens)
         if len(tokens) < 5
         else f"{tokens[0]:,} to {tokens[-1]:,}",
-        "time": f"{clock(sum(r.get('seconds', 0) for r in results))} in all",
+        "time": f"{format_duration(sum(r.get('seconds', 0) for r in results))} in all",
         "git": alternatives(str(r["environment"]["git"] or "unknown") for r in results),
     }
 

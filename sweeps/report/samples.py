@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kd.runs.identity import model_name
 from kd.runs.seal import RESPONSES
-from kd.system.console import harmless
+from kd.system.console import strip_control_characters
 from sweeps.report.groups import Group, subset
 from sweeps.report.table import GREY, Row
 
@@ -88,5 +88,5 @@ def score(value: object) -> float | None:
 
 
 def cut(text: str) -> str:
-    text = harmless(text)
+    text = strip_control_characters(text)
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} …"

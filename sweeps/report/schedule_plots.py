@@ -9,7 +9,7 @@ from statistics import fmean
 import plotly.graph_objects as go
 
 from kd.errors import UserError
-from kd.runs.identity import below
+from kd.runs.identity import is_under
 from kd.training import schedules
 from sweeps.report.axis_plots import Plot, axis_title, distilled_rows
 from sweeps.report.groups import label, varying
@@ -26,7 +26,7 @@ def schedule_plots(table: list[Row]) -> list[Plot]:
     for role, title in ROLES.items():
         rows = distilled_rows(table) if role == "alpha" else table
         sides = [[r.group.config for r in rows if r.group.supervised is side] for side in (False, True)]
-        keys = [k for k in dict.fromkeys(k for configs in sides for k in varying(configs)) if below(k, [role])]
+        keys = [k for k in dict.fromkeys(k for configs in sides for k in varying(configs)) if is_under(k, [role])]
         if role not in keys:
             continue
         curves: dict[str, dict[str, list[float]]] = {}

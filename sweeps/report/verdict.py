@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kd.evaluation.catalog import Metric
-from kd.runs.identity import below
+from kd.runs.identity import is_under
 from sweeps.report.groups import (
     SUPERVISED,
     TASK,
@@ -89,7 +89,7 @@ class Verdict:
 def verdicts_of(groups: list[Group]) -> list[Verdict]:
     """Return a verdict for each task that has something to compare. groups: the best first."""
     tasks = [task for task in tasks_of(groups) if not all(g.supervised for g in task)] or tasks_of(groups)
-    keys = [k for k in varying([g.config for g in groups]) if below(k, TASK)] if len(tasks) > 1 else []
+    keys = [k for k in varying([g.config for g in groups]) if is_under(k, TASK)] if len(tasks) > 1 else []
     metric = primary_metric(groups)
     return [judge(task, metric, label(task[0].config, keys)) for task in tasks]
 

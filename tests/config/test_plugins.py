@@ -17,7 +17,7 @@ from kd.config.schema import ExperimentConfig
 from kd.evaluation import catalog
 from kd.evaluation.metrics import Measures
 from kd.experiment.dependencies import Plan
-from kd.launch.cluster import Task
+from kd.launch.cluster import RemoteJob
 from kd.launch.warm import Warm
 from kd.objective.target import Target
 from tests.cases import settings
@@ -406,7 +406,7 @@ def test_a_metric_without_a_value_per_position_is_refused_before_training(allowe
 
 
 def test_another_machine_has_the_same_plugins(allowed, monkeypatch):
-    task = Task("train.py", ".", "runs", "run", [], "run", 0)
+    task = RemoteJob("train.py", ".", "runs", "run", [], "run", 0)
     assert task.environment == {"KD_PLUGINS": "mypkg", "PYTHONPATH": str(allowed.parent)}
     monkeypatch.delenv(plugins.VARIABLE)
     monkeypatch.setenv("PYTHONPATH", "/theirs")

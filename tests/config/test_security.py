@@ -361,7 +361,7 @@ def test_store_that_names_a_file_elsewhere_is_refused(action, taught, canary):
 def test_store_behind_a_url_writes_and_removes_nothing_elsewhere(root):
     at = altered(root, files={"../victim": {"size": 1, "digest": "x", "first": 0}})
     cache = root.parent / "cache"
-    victim = files.local(f"file://{at}", cache).parent / "victim"
+    victim = files.local_path(f"file://{at}", cache).parent / "victim"
     victim.parent.mkdir()
     victim.write_text("mine")
     (at.parent / "victim").write_text("theirs")
@@ -434,11 +434,11 @@ def test_model_with_code_of_its_own_is_refused(root, canary):
     plain = json.loads((hub / "config.json").read_text())
     (hub / "config.json").write_text(json.dumps(plain | MODEL))
     with refused(option="student.name", got=hub, why="could not be loaded"):
-        causal_lm.build(None, str(hub), 17, 32, "student.name")
+        causal_lm.build_model(None, str(hub), 17, 32, "student.name")
     (hub / "config.json").write_text(json.dumps(plain | {"attn_implementation": "evil/kernel",
                                                          "_attn_implementation": "evil/kernel"}))  # fmt: skip
     with refused(option="student.name", got=hub, why="asks for code of the Hub"):
-        causal_lm.build(None, str(hub), 17, 32, "student.name")
+        causal_lm.build_model(None, str(hub), 17, 32, "student.name")
     (hub / "config.json").write_text(json.dumps(plain))
     told = json.loads((hub / "tokenizer_config.json").read_text())
     told |= {"auto_map": {"AutoTokenizer": ["hubconf.T", "hubconf.T"]}, "tokenizer_class": "Evil"}
@@ -453,10 +453,10 @@ def test_weights_that_are_a_pickle_are_not_read(root, canary):
     weights.unlink()
     torch.save(Payload(canary), hub / "pytorch_model.bin")
     with refused(option="student.name", got=hub, why="could not be loaded"):
-        causal_lm.build(None, str(hub), 17, 32, "student.name")
+        causal_lm.build_model(None, str(hub), 17, 32, "student.name")
     weights.write_bytes(pickle.dumps(Payload(canary)))
     with refused(option="student.name", got=hub, why="could not be loaded"):
-        causal_lm.build(None, str(hub), 17, 32, "student.name")
+        causal_lm.build_model(None, str(hub), 17, 32, "student.name")
 
 
 def test_dataset_with_code_of_its_own_is_refused(canary):

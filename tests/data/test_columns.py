@@ -369,7 +369,7 @@ def test_the_teacher_writes_only_references_that_are_missing(tmp_path):
     written = []
 
     def write_x(batch, *_):
-        written.extend(batch.row.tolist())
+        written.extend(batch.row_ids.tolist())
         teacher.tokens, teacher.seconds = teacher.tokens + 2, teacher.seconds + 1
         labels = torch.full_like(batch.labels, IGNORE)
         return batch._replace(labels=labels.index_fill(1, torch.tensor([5, 6]), 7))

@@ -119,8 +119,8 @@ def said(packed: Packed) -> list[tuple[str, str, int, int]]:
         for row, labels, (prompt, total) in zip(rows, batch.labels, spans, strict=True):
             counted = labels[labels != IGNORE]
             assert counted.tolist() == row[prompt:total].tolist()
-            response = fast.decode([t for t in counted if t != packed.end])
-            ends = (counted == packed.end).sum().item()
+            response = fast.decode([t for t in counted if t != packed.eos_token_id])
+            ends = (counted == packed.eos_token_id).sum().item()
             found.append((fast.decode(row[:prompt]), response, ends, len(counted)))
     return sorted(found)
 
@@ -176,9 +176,9 @@ def test_rows_by_hand(tmp_path):
     assert made.train.shape[1] == 13 and made.train_spans.shape == (len(made.train), 2)
     assert made.train_spans.dtype == made.val_spans.dtype == np.int32
     for rows, spans in ((made.train, made.train_spans), (made.val, made.val_spans)):
-        assert all((row[total:] == made.end).all() for row, (_, total) in zip(rows, spans, strict=True))
+        assert all((row[total:] == made.eos_token_id).all() for row, (_, total) in zip(rows, spans, strict=True))
     counted = (made.train_spans[:, 1] - made.train_spans[:, 0]).mean()
-    assert made.counted == pytest.approx(counted)
+    assert made.mean_target_tokens == pytest.approx(counted)
     assert manifest["train_tokens"] == made.train_spans[:, 1].sum()
 
 
@@ -287,7 +287,7 @@ def test_packed_examples_are_opened_as_they_were_written(tmp_path):
     made = pack(tmp_path, *many())
     again = packing.open_packed(made.folder)
     assert (again.train_spans == made.train_spans).all() and (again.val_spans == made.val_spans).all()
-    assert again.end == made.end == AutoTokenizer.from_pretrained(made.tokenizer).eos_token_id
+    assert again.eos_token_id == made.eos_token_id == AutoTokenizer.from_pretrained(made.tokenizer).eos_token_id
     (made.folder / "val_spans.npy").write_bytes(b"")
     with refused(option=made.folder / "val_spans.npy", why="is damaged"):
         packing.open_packed(made.folder)
@@ -301,10 +301,10 @@ def test_examples_that_leave_a_side_empty_are_refused(tmp_path):
 
 def test_batches_are_masked_and_those_of_plain_text_are_not(tmp_path):
     made = pack(tmp_path, *many())
-    for batch in Batches(made.train, 4, 0, 0, 5, spans=made.train_spans):
+    for batch in Batches(made.train, 4, 0, 0, 5, response_spans=made.train_spans):
         counted = (batch.labels != IGNORE).sum(1)
-        assert counted.tolist() == (made.train_spans[batch.row] @ [-1, 1]).tolist()
-    batches = list(ValidationBatches(made.val, 4, spans=made.val_spans))
+        assert counted.tolist() == (made.train_spans[batch.row_ids] @ [-1, 1]).tolist()
+    batches = list(ValidationBatches(made.val, 4, response_spans=made.val_spans))
     assert sum((b.labels != IGNORE).sum().item() for b in batches) == (made.val_spans @ [-1, 1]).sum()
     (plain,) = Batches(made.train, 4, 0, 0, 1)
     assert (plain.labels != IGNORE).all()
@@ -565,10 +565,10 @@ def test_chats_are_packed_with_the_end_of_the_turn(tmp_path):
     of = dict(tokenizer=str(tmp_path / "own"), vocab=None, seq_len=60, prompt_len=50)
     made = pack(tmp_path, *many(), template="chat", **of)
     fast = AutoTokenizer.from_pretrained(made.tokenizer)
-    assert made.end == fast.convert_tokens_to_ids("<|im_end|>")
+    assert made.eos_token_id == fast.convert_tokens_to_ids("<|im_end|>")
     row, (prompt, total) = made.train[0], made.train_spans[0]
-    assert fast.decode(row[:prompt]).startswith("<|im_start|>user\nq") and row[total - 1] == made.end
-    assert (row[total:] == made.end).all() and len(row) > total + 1
+    assert fast.decode(row[:prompt]).startswith("<|im_start|>user\nq") and row[total - 1] == made.eos_token_id
+    assert (row[total:] == made.eos_token_id).all() and len(row) > total + 1
     assert {(ends, n > 2) for *_, ends, n in said(made)} == {(1, True)}
 
 
@@ -767,10 +767,10 @@ def test_only_what_counts_is_counted(root):
     folder = run(root, "logits=none", "teacher=none")
     made, (packed,) = json.loads((folder / "result.json").read_text()), root.glob("data/*/train_spans.npy")
     of = packing.open_packed(packed.parent)
-    steps = Batches(of.train, 4, 0, 0, 12, spans=of.train_spans)
+    steps = Batches(of.train, 4, 0, 0, 12, response_spans=of.train_spans)
     assert made["tokens"] == sum((b.labels != IGNORE).sum().item() for b in steps) < 12 * 4 * 32
     student = AutoModelForCausalLM.from_pretrained(folder / "student")
-    (rows,) = ValidationBatches(of.val, 8, spans=of.val_spans)
+    (rows,) = ValidationBatches(of.val, 8, response_spans=of.val_spans)
     with torch.no_grad():
         lm = cross_entropy(student(rows.ids).logits.flatten(0, 1), rows.labels.flatten(), ignore_index=IGNORE).item()
     assert made["final"]["val/lm"] == pytest.approx(lm, rel=1e-5)
@@ -808,9 +808,9 @@ def test_a_store_holds_responses_and_no_more(root):
     counted = int((packed.train_spans @ [-1, 1]).sum())
     assert found.manifest["positions"] == counted and found.manifest["entries"] == 5 * counted
     assert counted < 0.5 * packed.train[:, 1:].size
-    batch = next(iter(Batches(packed.train, 4, 0, 0, 1, read=found.read, spans=packed.train_spans)))
+    batch = next(iter(Batches(packed.train, 4, 0, 0, 1, read_teacher=found.read, response_spans=packed.train_spans)))
     kept = batch.labels != IGNORE
-    assert torch.equal(batch.stored.count > 0, kept)
+    assert torch.equal(batch.teacher_rows.count > 0, kept)
     target = found.signal(batch, kept)(slice(0, int(kept.sum())))
     assert (target.logp > -torch.inf).all() and (target.logp.exp().sum(-1) <= 1 + 1e-5).all()
     assert torch.equal(target.label, batch.labels[kept])
@@ -823,7 +823,7 @@ def test_the_words_of_a_store_describe_that_store(root, start):
     (root / "plain.txt").write_text("A line of text.\n\n" * 9)
     more = (*start, *(["start.steps=7", "start.lr=1e-3"] if "start=scratch" not in start else []))
     made = config(root, *OFFLINE, *more, "plain=text", f"plain.files={root / 'plain.txt'}")
-    words = ["logits=offline", *shlex.split(stores.words_of(made)), f"root={root}"]
+    words = ["logits=offline", *shlex.split(stores.write_command(made)), f"root={root}"]
     again = config_of(words)
     assert Plan.of(again).store.key == Plan.of(made).store.key
 
@@ -834,7 +834,7 @@ def test_a_store_of_other_prompts_is_another(root):
     packed, _ = prerequisites.prepare(made)
     for part in ("train_spans.npy", "val_spans.npy"):
         other = replace(packed, digests=packed.digests | {part: "another"})
-        assert stores.described(made, other)["data"] != stores.described(made, packed)["data"]
+        assert stores.store_spec(made, other)["data"] != stores.store_spec(made, packed)["data"]
 
 
 @pytest.mark.slow
@@ -861,7 +861,7 @@ def test_an_estimate_counts_what_counts(root):
     asked = config(root, "logits=none", "teacher=none", "seed=99", "trainer.steps=50")
     made = planner.estimate(asked)
     (packed,) = (packing.open_packed(p.parent) for p in root.glob("data/*/train_spans.npy"))
-    assert [of.tokens for of in made.values()] == [round(50 * 4 * packed.counted)]
+    assert [of.tokens for of in made.values()] == [round(50 * 4 * packed.mean_target_tokens)]
 
 
 ON_POLICY = ("rollout=student", "rollout.share=1", "alpha.peak=1", "loss=rkl")

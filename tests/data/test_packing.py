@@ -27,7 +27,7 @@ from kd.data.batches import (
     Packed,
     ValidationBatches,
     _permutation,
-    ahead,
+    prefetch,
     rows_of_step,
     to_batch,
 )
@@ -82,10 +82,13 @@ def same(a: Batch, b: Batch) -> bool:
 
 def test_label_is_the_next_token_of_the_row(packed):
     (batch,) = Batches(packed.train, batch=7, seed=3, start=5, steps=6)
-    rows = torch.from_numpy(packed.train[batch.row].astype(np.int64))
+    rows = torch.from_numpy(packed.train[batch.row_ids].astype(np.int64))
     assert torch.equal(batch.ids, rows[:, :-1]) and torch.equal(batch.labels, rows[:, 1:])
     assert torch.equal(batch.ids[:, 1:], batch.labels[:, :-1])
-    assert batch.ids.shape == batch.labels.shape == batch.seed.shape == (7, 16) and batch.ids.dtype == torch.int64
+    assert (
+        batch.ids.shape == batch.labels.shape == batch.position_seeds.shape == (7, 16)
+        and batch.ids.dtype == torch.int64
+    )
 
 
 def test_starting_at_a_step_is_skipping_those_before(packed):
@@ -117,7 +120,7 @@ def test_every_epoch_has_every_row_once_in_a_new_order(batch):
 def test_an_order_is_made_once_for_the_data_and_once_for_the_text_beside_it(packed):
     _permutation.cache_clear()
     beside = Batches(packed.train[:50], batch=4, seed=1, start=0, steps=5)
-    assert len(list(Batches(packed.train[:60], batch=4, seed=1, start=0, steps=5, beside=beside))) == 5
+    assert len(list(Batches(packed.train[:60], batch=4, seed=1, start=0, steps=5, lm_batches=beside))) == 5
     assert _permutation.cache_info().misses == 2
 
 
@@ -125,11 +128,11 @@ def test_another_seed_is_another_order_and_other_random_numbers(packed):
     orders = {tuple(rows_of_step(100, 100, seed, 0)) for seed in range(20)}
     assert len(orders) == 20
     a, b = (next(iter(Batches(packed.train, 8, seed, 0, 1))) for seed in (0, 1))
-    assert not torch.equal(a.row, b.row) and not (a.seed == b.seed).any()
+    assert not torch.equal(a.row_ids, b.row_ids) and not (a.position_seeds == b.position_seeds).any()
 
 
 def test_random_numbers_of_positions_do_not_repeat(packed):
-    seeds = torch.cat([b.seed.flatten() for b in Batches(packed.train, 8, 0, 0, 50)])
+    seeds = torch.cat([b.position_seeds.flatten() for b in Batches(packed.train, 8, 0, 0, 50)])
     assert len(seeds.unique()) == len(seeds) and seeds.min() >= 0
 
 
@@ -145,7 +148,7 @@ def test_split_covers_all_rows_in_order(packed):
 def test_validation_is_every_row_once_in_order(packed, size):
     batches = ValidationBatches(packed.val, size)
     assert len(batches) == len(list(batches)) and all(map(same, batches, batches))
-    assert torch.cat([b.row for b in batches]).tolist() == list(range(5))
+    assert torch.cat([b.row_ids for b in batches]).tolist() == list(range(5))
     rows = torch.from_numpy(packed.val.astype(np.int64))
     assert torch.equal(torch.cat([b.ids for b in batches]), rows[:, :-1])
     assert torch.equal(torch.cat([b.labels for b in batches]), rows[:, 1:])
@@ -263,7 +266,7 @@ def test_rows_of_plain_text_are_named_and_made_as_ever(packed, tmp_path):
     assert packed.digests["val.npy"] == "7ad5a6d3f52a5d730f78199f838fa265"
     assert chain.digests["train.npy"] == "a46e08307e2e1ff49a8197ad51b9054e"
     assert chain.digests["val.npy"] == "3e868b3b24e65b843ce84f4b6c342be1"
-    assert packed.train_spans is packed.val_spans is packed.end is None and packed.counted == 16
+    assert packed.train_spans is packed.val_spans is packed.eos_token_id is None and packed.mean_target_tokens == 16
     assert packed.digests.keys() >= {"train.npy", "val.npy"} and len(packed.digests) == 4
 
 
@@ -461,7 +464,7 @@ def test_every_text_and_every_row_begins_as_the_tokenizer_has_it_and_that_is_not
     # Without what is put in front, the text is whole and ends as ever.
     found = fast.decode(learned).split(END)[1:-1]
     assert len(found) > 200 and set(found) <= texts
-    assert made.counted == pytest.approx(len(learned) / len(made.train))
+    assert made.mean_target_tokens == pytest.approx(len(learned) / len(made.train))
 
 
 def test_batches_leave_out_what_stands_in_front_of_a_text():
@@ -471,10 +474,10 @@ def test_batches_leave_out_what_stands_in_front_of_a_text():
     expected = [[5, 9, IGNORE, 6, 7], [9, 5, 8, 6, 9]]
     for batches in (Batches(rows, 2, 0, 0, 1, boundary=(9, 8)), ValidationBatches(rows, 2, boundary=(9, 8))):
         (batch,) = batches
-        assert batch.labels.tolist() == [expected[row] for row in batch.row]
+        assert batch.labels.tolist() == [expected[row] for row in batch.row_ids]
     (twice,) = ValidationBatches(np.array([[8, 7, 9, 8, 7, 5]]), 1, boundary=(9, 8, 7))
     assert twice.labels.tolist() == [[IGNORE, 9, IGNORE, IGNORE, 5]]
-    assert Packed(Path(), rows, rows, None, None, {}, boundary=(9, 8)).counted == 4.5
+    assert Packed(Path(), rows, rows, None, None, {}, boundary=(9, 8)).mean_target_tokens == 4.5
 
 
 def test_only_a_tokenizer_with_a_bos_names_its_data_anew(packed, tmp_path, monkeypatch):
@@ -653,14 +656,14 @@ def test_items_come_in_order_and_at_most_two_ahead():
             made.append(number)
             yield number
 
-    for number in (coming := ahead(items())):
+    for number in (coming := prefetch(items())):
         time.sleep(0.002)
         assert made[-1] <= number + 3
         if number == 9:
             break
     coming.close()
     assert made == list(range(len(made))) and len(made) <= 13
-    assert list(ahead(iter(range(50)))) == list(range(50)) and list(ahead(iter([]))) == []
+    assert list(prefetch(iter(range(50)))) == list(range(50)) and list(prefetch(iter([]))) == []
 
 
 def test_items_are_made_while_others_are_used():
@@ -670,7 +673,7 @@ def test_items_are_made_while_others_are_used():
             yield number
 
     began = time.monotonic()
-    for _ in ahead(items()):
+    for _ in prefetch(items()):
         time.sleep(0.02)
     assert time.monotonic() - began < 0.28  # one after the other: 0.32
 
@@ -683,10 +686,10 @@ def test_an_error_comes_where_its_item_would_and_ends_the_thread():
 
     got = []
     with pytest.raises(UserError, match="no third"):
-        for item in ahead(items()):
+        for item in prefetch(items()):
             got.append(item)
     assert got == [1, 2]
-    coming = ahead(iter(range(100)))
+    coming = prefetch(iter(range(100)))
     next(coming)
     assert any(t.name.startswith("ahead") for t in threading.enumerate())
     coming.close()

@@ -18,8 +18,8 @@ from kd.config.schema import ExperimentConfig
 from kd.data import corpora, packing
 from kd.data.batches import Batch, ValidationBatches
 from kd.evaluation import metrics, responses, text_scores
-from kd.evaluation.exposure import excess_error, gap
-from kd.evaluation.responses import Responses, Written
+from kd.evaluation.exposure import excess_error, teacher_gap
+from kd.evaluation.responses import Generations, ResponseEvaluation
 from kd.evaluation.text_scores import Response, distinct, exact_match, rouge_l, summary
 from kd.parallel import collectives
 from kd.rollout import generate
@@ -133,12 +133,12 @@ def test_a_student_that_is_its_teacher_has_no_excess_error():
 
 
 @cache
-def written() -> tuple[Written, Batch]:
+def written() -> tuple[Generations, Batch]:
     """Responses of several lengths to prompts of several lengths, one row of which is full."""
     prompts = [3, 1, 9, 5, 12]
-    made = generate.write(batch(prompts), END, torch.arange(5), model("llama", 0))
+    made = generate.sample(batch(prompts), END, torch.arange(5), model("llama", 0))
     rows = responses.as_rows(made)
-    return Written(rows["tokens"].numpy(), rows["span"].numpy()), made
+    return Generations(rows["tokens"].numpy(), rows["span"].numpy()), made
 
 
 def test_the_gap_is_what_plain_loops_say():
@@ -157,8 +157,8 @@ def test_the_gap_is_what_plain_loops_say():
     assert by_place[0, 0] == 5 and 0 < by_place[6, 0] < 5  # some responses are shorter than others
 
     for rows, chunk in ((5, None), (2, 3)):
-        of = ValidationBatches(text.tokens, rows, spans=text.span)
-        got = gap(student, OnlineTeacher(teacher), of, T, chunk)
+        of = ValidationBatches(text.tokens, rows, response_spans=text.span)
+        got = teacher_gap(student, OnlineTeacher(teacher), of, T, chunk)
         close(got.by_place, by_place, rtol=1e-4)
         close(got.bins, bins, rtol=1e-4)
     means = got.means()
@@ -169,7 +169,7 @@ def test_the_gap_is_what_plain_loops_say():
 
 def test_a_student_that_is_its_teacher_has_no_gap():
     same, (text, _) = model("llama", 0).eval(), written()
-    got = gap(same, OnlineTeacher(same), ValidationBatches(text.tokens, 5, spans=text.span), T, None)
+    got = teacher_gap(same, OnlineTeacher(same), ValidationBatches(text.tokens, 5, response_spans=text.span), T, None)
     assert list(got.means().values()) == pytest.approx([0, 0, 0], abs=1e-5)
 
 
@@ -182,19 +182,19 @@ class Prompts:
 
     val: np.ndarray
     val_spans: np.ndarray
-    end: int = END
+    eos_token_id: int = END
 
 
-def asked(**how) -> Responses:
+def asked(**how) -> ResponseEvaluation:
     (text, _) = written()
-    return Responses(Path("nowhere"), Prompts(*text), None, NoTeacher(), None, None, **how)
+    return ResponseEvaluation(Path("nowhere"), Prompts(*text), None, NoTeacher(), None, None, **how)
 
 
 def test_samples_are_drawn_row_by_row_with_seeds_of_their_own():
     writes, of = asked(samples=2, seed=7)._write(model(), "test", False), batch([3, 1, 9, 5, 12])
     seed = [np.random.default_rng([7, sample, row]).integers(2**62) for sample in range(2) for row in range(5)]
     for sample in range(2):
-        made = generate.write(of, END, torch.tensor(seed[5 * sample : 5 * sample + 5]), model())
+        made = generate.sample(of, END, torch.tensor(seed[5 * sample : 5 * sample + 5]), model())
         rows = responses.as_rows(made)
         assert (writes.tokens[5 * sample : 5 * sample + 5] == rows["tokens"].numpy()).all()
         assert (writes.span[5 * sample : 5 * sample + 5] == rows["span"].numpy()).all()
@@ -204,7 +204,7 @@ def test_samples_are_drawn_row_by_row_with_seeds_of_their_own():
 
 def test_where_memory_runs_out_fewer_rows_are_written_at_once_and_the_same(monkeypatch):
     one = asked(samples=3)
-    expected, write, tried = one._write(model(), "test", False), generate.write, []
+    expected, write, tried = one._write(model(), "test", False), generate.sample, []
 
     def small(given, *args, **how):
         tried.append(len(given.ids))
@@ -212,12 +212,12 @@ def test_where_memory_runs_out_fewer_rows_are_written_at_once_and_the_same(monke
             raise torch.OutOfMemoryError("CUDA out of memory")
         return write(given, *args, **how)
 
-    monkeypatch.setattr(generate, "write", small)
+    monkeypatch.setattr(generate, "sample", small)
     monkeypatch.setattr(responses, "AT_ONCE", 5)
     got = asked(samples=3)._write(model(), "test", False)
     assert (got.tokens == expected.tokens).all() and (got.span == expected.span).all()
     assert tried[:3] == [5, 3, 2] and 3 not in tried[2:] and 5 not in tried[1:]
-    monkeypatch.setattr(generate, "write", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("of another kind")))
+    monkeypatch.setattr(generate, "sample", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("of another kind")))
     with pytest.raises(RuntimeError, match="another kind"):
         asked()._write(model(), "test", False)
 
@@ -226,10 +226,10 @@ def test_ranks_share_the_rows_and_those_without_one_take_part(monkeypatch):
     """Of models in shards all ranks must ask for as many batches as any, so some of them hold nothing that counts."""
     expected, found = asked(samples=3)._write(model(), "test", False), []
     for rank in range(4):
-        monkeypatch.setattr(collectives, "count", lambda: 4)
-        monkeypatch.setattr(collectives, "number", lambda rank=rank: rank)
-        monkeypatch.setattr(collectives, "any_of", lambda here: here)
-        monkeypatch.setattr(collectives, "gather", lambda value: [value])
+        monkeypatch.setattr(collectives, "world_size", lambda: 4)
+        monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(collectives, "any_rank", lambda here: here)
+        monkeypatch.setattr(collectives, "all_gather", lambda value: [value])
         one = asked(samples=3)
         one.at_once = 1
         assert len(one._batches(one.packed.val, one.packed.val_spans, 1, True, 3)) == 4
@@ -278,7 +278,9 @@ def student(root) -> Path:
 def test_measures_of_a_run_are_those_of_its_file(root, student):
     final, rows = result(student)["final"], lines(student)
     (packed,) = (
-        p for p in map(packing.open_packed, (p.parent for p in root.glob("data/*/manifest.json"))) if p.end is not None
+        p
+        for p in map(packing.open_packed, (p.parent for p in root.glob("data/*/manifest.json")))
+        if p.eos_token_id is not None
     )
     examples = {row["prompt"]: row["response"] for row in lines(root, "examples.jsonl")}
     assert [row["row"] for row in rows] == list(range(6)) == list(range(len(packed.val)))
@@ -304,13 +306,13 @@ def test_a_teachers_responses_are_those_of_its_own_run_and_written_once(root, st
     assert [row["response"] for row in lines(own)] == [row["teacher"] for row in lines(student)]
     assert "teacher" not in lines(own)[0] and not (own / "exaccerr.json").exists()
     assert "val/exaccerr" not in result(own)["final"]
-    write, asked = generate.write, []
+    write, asked = generate.sample, []
 
     def watched(*args, **how):
         asked.append(args[3])
         return write(*args, **how)
 
-    monkeypatch.setattr(generate, "write", watched)
+    monkeypatch.setattr(generate, "sample", watched)
     again = here(root, "seed=1")
     assert len(asked) == 1
     assert [row["teacher"] for row in lines(again)] == [row["teacher"] for row in lines(student)]
@@ -340,19 +342,19 @@ def test_a_run_that_is_ended_while_it_writes_goes_on_and_writes_the_same(root, s
     other = tmp_path / "root" / student.name
     shutil.rmtree(other)
     words = (f"data.files={root / 'examples.jsonl'}", f"plain.files={root / 'plain.txt'}")
-    write = generate.write
+    write = generate.sample
 
     def ended(*args, watch, **how):
         watch(0, 1)
         raise Preempted
 
-    monkeypatch.setattr(generate, "write", ended)
+    monkeypatch.setattr(generate, "sample", ended)
     with pytest.raises(Preempted):
         here(tmp_path / "root", *words)
     assert run.Run(tmp_path / "root", student.name).state()["state"] == "preempted"
     assert not (other / "result.json").exists() and not list(other.glob("*responses*")) and list(
         other.glob("checkpoints/*"))  # fmt: skip
-    monkeypatch.setattr(generate, "write", write)
+    monkeypatch.setattr(generate, "sample", write)
     assert here(tmp_path / "root", *words) == other
     for name in ("responses.jsonl", "exaccerr.json", "metrics.jsonl"):
         assert (other / name).read_bytes() == (student / name).read_bytes(), name
@@ -362,8 +364,8 @@ def test_responses_are_written_before_the_student_leaves_its_device(root, studen
     """Lightning moves the student to the CPU when fit ends, where a teacher on a GPU would not be beside it."""
     shutil.copytree(root, tmp_path / "root")
     shutil.rmtree(tmp_path / "root" / student.name)
-    order, write, teardown = [], Responses._write, Strategy.teardown
-    monkeypatch.setattr(Responses, "_write", lambda *given: (order.append("write"), write(*given))[1])
+    order, write, teardown = [], ResponseEvaluation._write, Strategy.teardown
+    monkeypatch.setattr(ResponseEvaluation, "_write", lambda *given: (order.append("write"), write(*given))[1])
     monkeypatch.setattr(Strategy, "teardown", lambda self: (order.append("teardown"), teardown(self))[1])
     here(tmp_path / "root", f"data.files={root / 'examples.jsonl'}", f"plain.files={root / 'plain.txt'}")
     assert order == ["write", "teardown"]
@@ -395,7 +397,7 @@ def test_plain_text_asks_for_no_responses_and_settings_of_them_are_refused(tmp_p
     folder = small.here(tmp_path, "teacher=none", "logits=none")
     assert not (folder / "responses.jsonl").exists() and "val/rouge_l" not in result(folder)["final"]
     config = result(folder)["config"]
-    assert "responses.seed" in config and not any(k.startswith("responses") for k in identity.part_of_outcome(config))
+    assert "responses.seed" in config and not any(k.startswith("responses") for k in identity.identity_settings(config))
     with refused(option="responses.samples", got="2", why="would do nothing", hint="data=instructions"):
         small.small_config(tmp_path, "responses.samples=2")
 

@@ -18,9 +18,9 @@ from kd.objective.losses import akl
 from kd.objective.signals import ProjectedSignal
 from kd.objective.target import Target
 from kd.objective.target_transforms import renormalise
-from kd.objective.truncation import fewer
+from kd.objective.truncation import subsample
 from kd.store import reader
-from kd.store.format import STEP, from_bytes
+from kd.store.format import QUANTIZATION_STEP, from_bytes
 from tests.cases import LOSSES, TREATMENTS, close, each, gradient, option, token_info
 from tests.refusals import refused
 from tests.small import TOP, folder, here, result, shared, write
@@ -140,7 +140,7 @@ def test_every_position_of_a_batch_gets_what_is_stored_of_it(root):
     rows = np.load(next((root / "data").glob("*/train.npy")))
     index = np.array([5, 41, 0, 59])
     batch = to_batch(rows[index], index, np.zeros((4, 32), np.int64))
-    batch = batch._replace(stored=held.read(index, batch.ids.numpy()))
+    batch = batch._replace(teacher_rows=held.read(index, batch.ids.numpy()))
     kept = torch.rand(4, 32, generator=torch.Generator().manual_seed(0)) < 0.7
 
     def tables(batch: Batch, kept: torch.Tensor) -> list[dict]:
@@ -176,7 +176,7 @@ def stored(target: Target, name: str, **settings) -> Target:
 
 def rounded(target: Target) -> Target:
     """A target with log-probabilities that are multiples of STEP, but for what makes their sum right."""
-    logp = (target.logp / STEP).round() * STEP
+    logp = (target.logp / QUANTIZATION_STEP).round() * QUANTIZATION_STEP
     return replace(target, logp=logp + (target.logp.logsumexp(-1) - logp.logsumexp(-1))[:, None])
 
 
@@ -251,7 +251,7 @@ def test_fewer_draws_of_a_store_are_again_a_sample_of_the_teacher(sampled, draws
     some = []
     for number, target in enumerate(made):
         seed = torch.arange(ROWS * SIZE) * 7 + 10**6 * number
-        some.append(fewer(DRAWS, draws, replace(target, seed=seed)))
+        some.append(subsample(DRAWS, draws, replace(target, seed=seed)))
         count = some[-1].logp.exp() * draws
         assert (count - count.round()).abs().max() < 1e-4 and (count.sum(-1).round() == draws).all()
     z = (mean_slope(some, student) - exact) / error(draws)
@@ -262,7 +262,7 @@ def test_fewer_draws_of_a_store_are_some_of_those_it_holds(root):
     held = write(root, *RANDOM)
     rows = np.load(next((root / "data").glob("*/train.npy")))[:4]
     batch = to_batch(rows, np.arange(4), np.random.default_rng(0).integers(0, 2**62, (4, 32)))
-    batch = batch._replace(stored=held.read(batch.row.numpy(), batch.ids.numpy()))
+    batch = batch._replace(teacher_rows=held.read(batch.row_ids.numpy(), batch.ids.numpy()))
     target = held.signal(batch, torch.ones_like(batch.ids, dtype=torch.bool))(slice(None))
     some = held.truncation_for({"name": "random", "draws": 7}, option("truncation", "random", draws=7))(target)
     counts = torch.zeros(2, 128, V)
@@ -375,7 +375,12 @@ def test_objective_truncates_a_stored_target_like_a_whole_one():
         objective = Objective(
             LOSSES["fkl"], option("truncation", name, **settings), renormalise, option("temperature", "fixed", tau=2.0)
         )
-        close(objective.distance(student, held), objective.distance(student, target), rtol=0.05, atol=0.02)
+        close(
+            objective.distillation_loss(student, held),
+            objective.distillation_loss(student, target),
+            rtol=0.05,
+            atol=0.02,
+        )
 
 
 def test_recorded_logits_are_those_of_a_teacher_recorded_by_hand(tmp_path):

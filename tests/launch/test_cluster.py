@@ -208,7 +208,7 @@ def test_what_slurm_refuses_is_said(root, slurm, tmp_path):
 
 def test_devices_are_counted_where_a_run_is_done(tmp_path, monkeypatch):
     """Not on the login node that a sweep is started on."""
-    monkeypatch.setattr(collectives, "processor", lambda accelerator: "cuda")
+    monkeypatch.setattr(collectives, "cpu_group", lambda accelerator: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     told = small_config(tmp_path, "trainer.devices=4", "teacher.steps=1")
     monkeypatch.setattr(RunLauncher, "_run_config", lambda self, words: told)

@@ -24,7 +24,7 @@ from kd.models import flops as flops_module
 from kd.runs.run import Run
 from kd.system import files
 from kd.system.console import counted
-from kd.system.processes import whereabouts
+from kd.system.processes import process_info
 from kd.teachers.base import TeacherOrigin
 from sweeps.report.groups import SUPERVISED, group_runs
 from sweeps.report.report import build_report
@@ -91,7 +91,7 @@ def test_a_copy_removes_no_result_while_another_one_is_at_work(tmp_path):
         assert run.claim.take()
         run.claim.release()
     (done / "result.json").write_text("{}")
-    (begun / "claim.lock").write_text(json.dumps(whereabouts() | {"pid": os.getppid()}))
+    (begun / "claim.lock").write_text(json.dumps(process_info() | {"pid": os.getppid()}))
     with refused(option="force", got=True, why="another copy of this sweep works on begun", hint="without force=true"):
         discard([done, begun])
     assert done.is_done() and not (done / "claim.lock").exists() and (begun / "claim.lock").exists()

@@ -118,7 +118,7 @@ def test_pretrained_models_have_no_dropout(saved):
     """In train mode they say what they said when they wrote."""
     assert CONFIGS["gpt2"].resid_pdrop == CONFIGS["opt"].dropout == 0.1
     for name in ("gpt2", "opt"):
-        model = causal_lm.build(None, str(saved / name), V, T, "student.name").model
+        model = causal_lm.build_model(None, str(saved / name), V, T, "student.name").model
         told = [mode().forward(IDS).logits for mode in (model.train, model.eval, model.train)]
         assert torch.equal(told[0], told[1]) and torch.equal(told[0], told[2])
 
@@ -130,7 +130,7 @@ def llama(saved, tmp_path) -> Path:
 
 
 def build(folder: Path | str, vocab: int = V, seq_len: int = T) -> causal_lm.CausalLM:
-    return causal_lm.build(None, str(folder), vocab, seq_len, "teacher.name")
+    return causal_lm.build_model(None, str(folder), vocab, seq_len, "teacher.name")
 
 
 # Sizes and costs
@@ -161,7 +161,7 @@ def test_size_has_the_parameters_its_row_and_name_say(size):
 def test_model_of_a_size_is_fresh_and_seeded():
     def weights(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
-        model = causal_lm.build("100k", None, 50, 8, "student.name").model
+        model = causal_lm.build_model("100k", None, 50, 8, "student.name").model
         assert model.dtype == torch.float32 and model.training
         return torch.cat([p.flatten() for p in model.parameters()])
 
@@ -303,7 +303,7 @@ def test_head_that_does_something_unknown_is_refused(saved, odd):
 def test_every_model_is_checked_when_it_is_built(saved, monkeypatch, size, name):
     monkeypatch.setattr(causal_lm.Head, "forward", lambda self, hidden: 2 * self.output(hidden)[..., : self.vocab])
     with refused(option="student.name", why="is off"):
-        causal_lm.build(size, name and str(saved / name), V, T, "student.name")
+        causal_lm.build_model(size, name and str(saved / name), V, T, "student.name")
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -352,13 +352,13 @@ class Vocabulary(dict):
 
 def test_same_vocabulary_is_token_for_token():
     ours = Vocabulary(a=0, b=1, c=2)
-    causal_lm.same_vocabulary(ours, Vocabulary(c=2, b=1, a=0), "teacher.name=x")
+    causal_lm.check_same_vocabulary(ours, Vocabulary(c=2, b=1, a=0), "teacher.name=x")
     for theirs, differing in (({"a": 1, "b": 0, "c": 2}, 2), ({"a": 0, "b": 1}, 1), ({"a": 0, "b": 1, "d": 2}, 2)):
         why = (f"its tokenizer has {len(theirs)} tokens and the data's 3", f" {differing} of them differ")
         with refused(option="teacher.name", got="x", why=why):
-            causal_lm.same_vocabulary(ours, Vocabulary(theirs), "teacher.name=x")
+            causal_lm.check_same_vocabulary(ours, Vocabulary(theirs), "teacher.name=x")
     with refused(option="teacher.name", got="x", why="has 1,500 tokens and the data's 3"):
-        causal_lm.same_vocabulary(ours, Vocabulary({str(i): i for i in range(1500)}), "teacher.name=x")
+        causal_lm.check_same_vocabulary(ours, Vocabulary({str(i): i for i in range(1500)}), "teacher.name=x")
 
 
 def test_pickled_weights_are_refused(llama):
@@ -534,7 +534,7 @@ QUANTISED = {
 
 
 @pytest.mark.parametrize("method", QUANTISED)
-@pytest.mark.parametrize("make", [causal_lm.build, flops.cost_of])
+@pytest.mark.parametrize("make", [causal_lm.build_model, flops.cost_of])
 def test_quantised_weights_are_refused_by_name(llama, method, make):
     config = json.loads((llama / "config.json").read_text())
     named, _, unnamed = method.partition(",")
@@ -673,7 +673,7 @@ def test_an_adapter_is_another_one_when_its_model_changes(adapter, llama):
         path, before = adapter / "adapter_config.json", os.stat(adapter / "adapter_config.json")
         path.write_text(json.dumps({"base_model_name_or_path": base}))
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-        return files.stamp(str(adapter))
+        return files.folder_fingerprint(str(adapter))
 
     first = stamp(str(llama))
     assert stamp(str(llama)) == first
@@ -682,7 +682,7 @@ def test_an_adapter_is_another_one_when_its_model_changes(adapter, llama):
     (llama / "generation_config.json").write_text("{}")
     assert stamp(str(llama)) != first
     (adapter / "adapter_config.json").write_text("{")
-    assert files.stamp(str(adapter))
+    assert files.folder_fingerprint(str(adapter))
 
 
 def test_an_adapter_without_a_tokenizer_has_that_of_its_model(adapter, tmp_path):
@@ -713,8 +713,8 @@ def test_renamed_special_tokens_are_named_and_accepted_where_that_is_typed():
     ours, theirs = words_as_tokens("a", "b", special=("<end>",)), words_as_tokens("a", "b", special=("<turn>",))
     why, hint = "id 2 is '<end>' in the data's and '<turn>' in its", ("ids are the same", "token_names=any")
     with refused(option="teacher.name", got="x", why=why, hint=hint):
-        causal_lm.same_vocabulary(ours, theirs, "teacher.name=x")
-    causal_lm.same_vocabulary(ours, theirs, "teacher.name=x", by_ids=True)
+        causal_lm.check_same_vocabulary(ours, theirs, "teacher.name=x")
+    causal_lm.check_same_vocabulary(ours, theirs, "teacher.name=x", by_ids=True)
 
 
 @pytest.mark.parametrize("theirs", [("a", "c"), ("b", "a"), ("a",), ("a", "b", "c")])
@@ -722,7 +722,7 @@ def test_other_tokens_and_other_ids_are_refused_whatever_is_typed(theirs):
     ours, other = words_as_tokens("a", "b", special=("<end>",)), words_as_tokens(*theirs, special=("<end>",))
     for by_ids in (False, True):
         with refused(why=(" is ", "in the data's and "), hint="choose a teacher and a student of one family"):
-            causal_lm.same_vocabulary(ours, other, "teacher.name=x", by_ids)
+            causal_lm.check_same_vocabulary(ours, other, "teacher.name=x", by_ids)
 
 
 def test_a_tokenizer_larger_than_its_model_says_which_tokens_and_how_to_give_them_rows(llama, monkeypatch):

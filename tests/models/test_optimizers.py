@@ -14,7 +14,7 @@ from tests.small import here
 
 def groups(size: str) -> dict[str, dict]:
     """Options of the optimizer's group that a parameter is in, by its name."""
-    student = causal_lm.build(size, None, 50, 8, "student.name")
+    student = causal_lm.build_model(size, None, 50, 8, "student.name")
     module = DistillationModule(
         student, NoTeacher(), None, None, mup, max_steps=1, micro_batch_size=1, grad_clip=0
     )  # fmt: skip

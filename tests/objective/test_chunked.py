@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd.objective import chunked as module
-from kd.objective.chunked import Objective, chunks, fitting
+from kd.objective.chunked import Objective, chunks, default_chunk_size
 from kd.objective.target import Target
 from kd.objective.temperature import soften
 from tests.cases import (
@@ -126,7 +126,7 @@ def test_extreme_logits_give_finite_losses_and_gradients(parts):
     every = torch.cat(list(EXTREMES.values())).float()
     student = every.repeat_interleave(len(every), 0).requires_grad_()
     target = dense(every.repeat(len(every), 1))
-    value = Objective(*parts).distance(student.log_softmax(-1), target)
+    value = Objective(*parts).distillation_loss(student.log_softmax(-1), target)
     (grad,) = torch.autograd.grad(value.sum(), student)
     assert value.isfinite().all()
     assert grad.isfinite().all()
@@ -245,10 +245,10 @@ def test_gradient_of_a_step_with_tokens_that_are_not_distilled_is_that_of_finite
     def total(z):  # per position, in float64
         student = z.log_softmax(-1)
         lm = -student.gather(-1, label[:, None])[:, 0]
-        return torch.where(kd_mask, 0.7 * objective.distance(student, target) + 0.3 * lm, lm)
+        return torch.where(kd_mask, 0.7 * objective.distillation_loss(student, target) + 0.3 * lm, lm)
 
     z, single = logits(2, 4), replace(target, logp=target.logp.float())
-    grad, sums = objective.slope(z.float(), label, single, torch.tensor(0.7), kd_mask)
+    grad, sums = objective.logits_gradient(z.float(), label, single, torch.tensor(0.7), kd_mask)
     close(grad.double(), slope(total, z), rtol=1e-4, atol=1e-5)
     close(sums.total.double(), total(z).sum(), rtol=1e-5)
 
@@ -444,7 +444,7 @@ def test_compiled_equals_eager():
 
 def test_a_chunk_is_chosen_by_the_vocabulary():
     for vocab, rows in ((1000, 8388), (32_768, 256), (256_000, 64)):
-        assert fitting(torch.nn.Linear(2, vocab, device="cpu")) == rows
+        assert default_chunk_size(torch.nn.Linear(2, vocab, device="cpu")) == rows
 
 
 @each("loss", LOSSES)
@@ -468,10 +468,10 @@ def test_gradient_is_that_of_finite_differences(loss):
 
     def total(z):  # per position, in float64
         student = z.log_softmax(-1)
-        return 0.7 * objective.distance(student, target) - 0.3 * student.gather(-1, label[:, None])[:, 0]
+        return 0.7 * objective.distillation_loss(student, target) - 0.3 * student.gather(-1, label[:, None])[:, 0]
 
     single = replace(target, logp=target.logp.float())
-    grad, _ = objective.slope(z.float(), label, single, torch.tensor(0.7))
+    grad, _ = objective.logits_gradient(z.float(), label, single, torch.tensor(0.7))
     close(grad.double(), slope(total, z), rtol=1e-4, atol=1e-5)
 
 
@@ -486,7 +486,7 @@ def test_a_loss_that_cannot_be_compiled_by_default_is_computed_as_it_is_and_that
     given = head(hidden).detach(), label, target, torch.tensor(0.7)
     for _ in range(2):
         ours = module._compiled(objective)(*given)
-        expected = objective.slope(*given)
+        expected = objective.logits_gradient(*given)
         assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1].total, expected[1].total)
     said = capsys.readouterr().err
     assert said.count("no C compiler") == 1 and "trainer.compile=false" in said and "many lines" not in said

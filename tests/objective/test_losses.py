@@ -115,7 +115,7 @@ def test_equals_numpy(loss, form):
         kept = target.logp[row] > -torch.inf
         ids = torch.arange(V)[kept] if target.ids is None else target.ids[row][kept]
         p, q = target.logp[row][kept].exp().numpy(), student[row, ids].exp().numpy()
-        if target.rest:
+        if target.has_residual_column:
             p, q = (np.append(x, 1 - x.sum()) for x in (p, q))
         close(actual[row], NUMPY[loss.func.__name__](p, q, **loss.keywords))
 
@@ -123,7 +123,7 @@ def test_equals_numpy(loss, form):
 @each("loss", DIVERGENCES)
 def test_least_where_student_equals_teacher(loss):
     def entropy(target):
-        p = target.pair(logits(1).log_softmax(-1))[1]
+        p = target.align(logits(1).log_softmax(-1))[1]
         return -(p.exp() * p).sum(-1)
 
     testing.check_zero_at_equality(loss, entropy if loss.func.__name__ == "nll" else None)
@@ -211,13 +211,13 @@ def peaked_and_flat(columns: int = 200):
     return scale * logits(1, 5, columns), logits(2, 5, columns)
 
 
-HEADS = (losses._head_by_counting, losses._head_by_halving)  # on a CPU, on a GPU
+HEADS = (losses._top_mass_by_counting, losses._top_mass_by_halving)  # on a CPU, on a GPU
 
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("mu", [0.0, 0.1, 0.5, 0.9, 0.999])
 def test_head_of_akl_is_that_of_a_full_sort(mu, head, monkeypatch):
-    monkeypatch.setattr(losses, "_head_by_counting", head)
+    monkeypatch.setattr(losses, "_top_mass_by_counting", head)
     teacher, student = peaked_and_flat()
     loss = option("loss", "akl", mu=mu)
     p, q = (x.softmax(-1).numpy() for x in (teacher, student))
@@ -241,10 +241,10 @@ def test_head_of_akl_is_that_of_a_full_sort(mu, head, monkeypatch):
 )
 @pytest.mark.parametrize("find", HEADS)
 def test_head_of_akl_takes_equal_tokens_until_mu(find, p, mu, head, monkeypatch):
-    monkeypatch.setattr(losses, "_head_by_counting", find)
-    assert losses._most_probable(torch.tensor([p]).log(), mu).sum() == head
+    monkeypatch.setattr(losses, "_top_mass_by_counting", find)
+    assert losses._top_mass_mask(torch.tensor([p]).log(), mu).sum() == head
     order = torch.randperm(len(p), generator=torch.Generator().manual_seed(0))
-    assert losses._most_probable(torch.tensor([p]).log()[:, order], mu).sum() == head
+    assert losses._top_mass_mask(torch.tensor([p]).log()[:, order], mu).sum() == head
 
 
 @pytest.mark.parametrize("mu", [0.0, 1e-4, 0.5, 0.95])
@@ -427,7 +427,7 @@ TKD, DKD = 0.5 * math.log(4 / 3), 0.5 * math.log(9 / 8)  # by hand, of the first
 
 def test_target_and_diversity_terms_worked_by_hand():
     target = dense(THREE[0])
-    tkd, dkd = losses._decoupled(THREE[1], target)
+    tkd, dkd = losses._decoupled_kl(THREE[1], target)
     close(tkd, [TKD])
     close(dkd, [DKD])
     close(tkd + 0.5 * dkd, [0.25 * math.log(2)])  # fkl
@@ -439,9 +439,9 @@ def test_target_and_diversity_terms_worked_by_hand():
 @each("form", FORMS)
 def test_fkl_is_the_target_term_and_the_others_share_of_the_diversity_term(form):
     target, student = form(logits(1)), logits(2).log_softmax(-1)
-    tkd, dkd = losses._decoupled(student, target)
-    p = target.pair(student)[1].exp()
-    own = torch.cat([target.is_label(), torch.zeros(len(p), p.shape[1] - target.logp.shape[1]).bool()], -1)
+    tkd, dkd = losses._decoupled_kl(student, target)
+    p = target.align(student)[1].exp()
+    own = torch.cat([target.label_mask(), torch.zeros(len(p), p.shape[1] - target.logp.shape[1]).bool()], -1)
     others = torch.where(own.any(-1), (p * ~own).sum(-1), 1.0)
     close(tkd + others * dkd, LOSSES["fkl"](student, target))
     assert not tkd[~own.any(-1)].any()
@@ -450,7 +450,7 @@ def test_fkl_is_the_target_term_and_the_others_share_of_the_diversity_term(form)
 def test_terms_are_those_of_softmaxes_without_the_true_token():
     """As in the authors' code, over a whole vocabulary."""
     target, student = dense(logits(1)), logits(2)
-    tkd, dkd = losses._decoupled(student.log_softmax(-1), target)
+    tkd, dkd = losses._decoupled_kl(student.log_softmax(-1), target)
     for n, label in enumerate(target.label.tolist()):
         p, q = target.logp[n].exp().numpy(), student[n].softmax(-1).numpy()
         close(tkd[n], kl(np.array([p[label], 1 - p[label]]), np.array([q[label], 1 - q[label]])))
@@ -464,20 +464,22 @@ def test_terms_of_a_sure_teacher_or_student_are_finite_and_have_gradients(teache
     at = torch.eye(1, V)
     p, q = logits(1, 1, dtype=torch.float32) + teacher * at, logits(2, 1, dtype=torch.float32) + student * at
     target = dense(p)
-    _, dkd = losses._decoupled(q.log_softmax(-1), target)
+    _, dkd = losses._decoupled_kl(q.log_softmax(-1), target)
     close(
-        dkd, losses._decoupled(logits(2, 1, dtype=torch.float32).log_softmax(-1), dense(p - teacher * at))[1], rtol=1e-3
+        dkd,
+        losses._decoupled_kl(logits(2, 1, dtype=torch.float32).log_softmax(-1), dense(p - teacher * at))[1],
+        rtol=1e-3,
     )
-    slopes = gradient(lambda z: losses._decoupled(z.log_softmax(-1), target)[1], q)
+    slopes = gradient(lambda z: losses._decoupled_kl(z.log_softmax(-1), target)[1], q)
     assert slopes.isfinite().all() and slopes[:, 1:].abs().max() > 0.01
-    assert all(x.isfinite().all() for x in losses._decoupled(q.log_softmax(-1), target))
+    assert all(x.isfinite().all() for x in losses._decoupled_kl(q.log_softmax(-1), target))
 
 
 def test_the_true_token_alone_is_all_target_term():
     whole, student = dense(torch.eye(1, V).double() * 50), logits(2, 1).log_softmax(-1)
     dropped = replace(whole, logp=whole.logp.masked_fill(torch.arange(V) > 0, -torch.inf))
     for target in (truncation.top_k(whole, 1), dropped):
-        tkd, dkd = losses._decoupled(student, renormalise(target))
+        tkd, dkd = losses._decoupled_kl(student, renormalise(target))
         close(tkd, -student[:, 0])
         close(dkd, [0.0])
 

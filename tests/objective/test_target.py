@@ -44,7 +44,7 @@ def test_rows_are_cut_from_every_field(form):
     close(part.logp, target.logp[2:5])
     close(part.label, target.label[2:5])
     close(part.seed, target.seed[2:5])
-    assert part.rest == target.rest
+    assert part.has_residual_column == target.has_residual_column
     assert (part.ids is None) == (target.ids is None)
     if target.ids is not None:
         close(part.ids, target.ids[2:5])
@@ -53,14 +53,14 @@ def test_rows_are_cut_from_every_field(form):
 @each("form", FORMS)
 def test_pair_puts_both_sides_on_the_same_tokens(form):
     target, student = form(logits(1)), logits(2).log_softmax(-1)
-    q, p = target.pair(student)
+    q, p = target.align(student)
     assert p.shape == q.shape
     for row in range(len(p)):
         kept = target.logp[row] > -torch.inf
         ids = torch.arange(V)[kept] if target.ids is None else target.ids[row][kept]
-        columns = torch.cat([kept, torch.tensor([True])]) if target.rest else kept
+        columns = torch.cat([kept, torch.tensor([True])]) if target.has_residual_column else kept
         expected_p, expected_q = target.logp[row][kept].exp(), student[row, ids].exp()
-        if target.rest:
+        if target.has_residual_column:
             expected_p, expected_q = (torch.cat([x, 1 - x.sum(0, keepdim=True)]) for x in (expected_p, expected_q))
         close(p[row][columns].exp(), expected_p)
         close(q[row][columns].exp(), expected_q)
@@ -70,38 +70,43 @@ def test_pair_puts_both_sides_on_the_same_tokens(form):
 
 @each("form", COMPLETE)
 def test_both_sides_of_a_complete_pair_add_up_to_one(form):
-    q, p = form(logits(1)).pair(logits(2).log_softmax(-1))
+    q, p = form(logits(1)).align(logits(2).log_softmax(-1))
     close(q.exp().sum(-1), torch.ones(len(q)))
     close(p.exp().sum(-1), torch.ones(len(p)))
 
 
 def test_the_rest_of_all_tokens_is_nothing():
     target = with_rest(shuffled(dense(logits(1)), V))
-    q, p = target.pair(logits(2).log_softmax(-1))
+    q, p = target.align(logits(2).log_softmax(-1))
     assert (q[:, -1] == FLOOR).all()
     assert (p[:, -1] == FLOOR).all()
 
 
 def test_a_rest_that_float32_cannot_see_stays_finite():
     teacher = torch.tensor([[30.0, 30.0, 0.0, 0.0]])
-    target = Target(torch.zeros(1, dtype=torch.long), teacher.log_softmax(-1)[:, :2], torch.tensor([[0, 1]]), rest=True)
-    q, p = target.pair(teacher.log_softmax(-1))
+    target = Target(
+        torch.zeros(1, dtype=torch.long),
+        teacher.log_softmax(-1)[:, :2],
+        torch.tensor([[0, 1]]),
+        has_residual_column=True,
+    )
+    q, p = target.align(teacher.log_softmax(-1))
     close(p, q)
     assert p.isfinite().all()
-    assert gradient(lambda z: target.pair(z.log_softmax(-1))[0], teacher).isfinite().all()
+    assert gradient(lambda z: target.align(z.log_softmax(-1))[0], teacher).isfinite().all()
 
 
 def test_keep_leaves_probabilities_as_they_are():
     target = dense(torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64).log())
     columns = torch.tensor([[3, 1]])
     kept = target.logp.gather(-1, columns)
-    close(target.keep(kept, columns).logp.exp(), [[0.4, 0.2]])
+    close(target.select(kept, columns).logp.exp(), [[0.4, 0.2]])
 
 
 def test_keep_names_tokens_and_not_columns():
     target = shuffled(dense(logits(1)), 8)
     columns = torch.tensor([[7, 2, 0]]).expand(len(target.logp), 3)
-    kept = target.keep(target.logp.gather(-1, columns), columns)
+    kept = target.select(target.logp.gather(-1, columns), columns)
     close(kept.ids, target.ids[:, [7, 2, 0]])
     close(kept.logp, probabilities(target).gather(-1, kept.ids).log())
 
@@ -142,7 +147,7 @@ def test_entropy_of_what_is_dropped_is_the_most_that_it_can_be(vocabulary):
     target = Target(torch.zeros(1, dtype=torch.long), torch.tensor([[0.5, 0.0, 0.25]]).log(), torch.tensor([[2, 2, 1]]))
     expected = 0.5 * math.log(2) + 0.25 * math.log(4) + 0.25 * math.log(4 * (vocabulary - 2))
     close(target.entropy(vocabulary), [expected], rtol=1e-6)
-    spread = Target(target.label, target.logp.double(), target.ids).spread(vocabulary)
+    spread = Target(target.label, target.logp.double(), target.ids).to_dense(vocabulary)
     close(-(spread.exp() * spread).sum(-1), [expected], rtol=1e-6)
 
 
@@ -150,7 +155,7 @@ def test_entropy_of_what_is_dropped_is_the_most_that_it_can_be(vocabulary):
 def test_entropy_is_that_of_the_whole_distribution(form):
     target = dense(logits(1))
     expected = -(target.logp.exp() * target.logp).sum(-1)
-    for whole in (target, replace(target, whole=True), shuffled(target, V)):
+    for whole in (target, replace(target, complete=True), shuffled(target, V)):
         close(whole.entropy(V), expected)
     assert (form(logits(1)).entropy(V) >= expected - 1e-9).all()
 
@@ -168,20 +173,20 @@ def test_uncertainty_is_what_is_left_to_other_tokens(form):
     for label in (target.label, (target.label + 7) % V):
         told = replace(target, label=label)
         close(told.uncertainty(), 1 - probabilities(told).gather(-1, label[:, None])[:, 0])
-        close(told.is_label().sum(-1), (probabilities(told).gather(-1, label[:, None])[:, 0] > 0).long())
+        close(told.label_mask().sum(-1), (probabilities(told).gather(-1, label[:, None])[:, 0] > 0).long())
 
 
 def test_uncertainty_of_a_sure_teacher_is_exact():
     """1 - p would be 0 in float32, and one token of which it is sure as good as another."""
     target = dense(torch.tensor([[40.0, 0.0, 0.0], [60.0, 0.0, 0.0]]))
-    target = replace(target, label=torch.zeros(2, dtype=torch.long), whole=True)
+    target = replace(target, label=torch.zeros(2, dtype=torch.long), complete=True)
     close(target.uncertainty(), [2 * math.exp(-40), 2 * math.exp(-60)], rtol=1e-5, atol=0)
-    assert (1 - target.of_label().exp() == 0).all()
+    assert (1 - target.label_logp().exp() == 0).all()
 
 
 def test_what_is_known_of_positions_goes_with_them():
     target = dense(logits(1))
-    part = replace(target, ids=None).keep(*target.logp.topk(3))[torch.tensor([4, 1])]
+    part = replace(target, ids=None).select(*target.logp.topk(3))[torch.tensor([4, 1])]
     assert part.token_info.weight.tolist() == target.token_info.weight[[4, 1]].tolist()
     assert target[1:3].soften(2.0).token_info.provided().keys() == target.token_info.provided().keys()
 
@@ -192,21 +197,21 @@ def test_probability_is_added_to_the_true_token_alone(form):
     for label in (target.label, (target.label + 7) % V):
         target = replace(target, label=label)
         mass = torch.linspace(0, 0.5, len(label), dtype=torch.float64)
-        added = probabilities(target.with_label(mass)) - probabilities(target)
+        added = probabilities(target.add_label_mass(mass)) - probabilities(target)
         close(added, mass[:, None] * torch.eye(V)[label])
-        close(target.of_label().exp(), probabilities(target).gather(-1, label[:, None])[:, 0])
-        close(target.with_label(mass).of_label().exp(), target.of_label().exp() + mass)
+        close(target.label_logp().exp(), probabilities(target).gather(-1, label[:, None])[:, 0])
+        close(target.add_label_mass(mass).label_logp().exp(), target.label_logp().exp() + mass)
 
 
 def test_a_dropped_column_of_the_true_token_is_not_taken_for_its_own():
     logp = torch.tensor([[0.0, 0.5, 0.25]], dtype=torch.float64).log()
-    target = Target(torch.tensor([3]), logp, torch.tensor([[3, 3, 1]])).with_label(torch.tensor([0.25]))
+    target = Target(torch.tensor([3]), logp, torch.tensor([[3, 3, 1]])).add_label_mass(torch.tensor([0.25]))
     close(target.logp.exp(), [[0, 0.75, 0.25, 0]])
 
 
 def test_a_whole_target_pairs_as_one_that_is_looked_through():
     student, target = logits(2).log_softmax(-1), dense(logits(1))
-    whole = replace(target, whole=True)
-    assert all(torch.equal(a, b) for a, b in zip(whole.pair(student), target.pair(student), strict=True))
+    whole = replace(target, complete=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.align(student), target.align(student), strict=True))
     for truncation in (option("truncation", "top_p", p=0.5), option("truncation", "random", draws=5)):
-        assert not truncation(whole).whole
+        assert not truncation(whole).complete

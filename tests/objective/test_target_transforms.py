@@ -63,9 +63,9 @@ def test_a_rest_teaches_a_student_that_is_sure_of_what_is_kept(margin, form):
     kept, left = 0.9, 0.1
     z = torch.tensor([[margin, 0.0, 0.0, 0.0]], requires_grad=True)
     if form == "sparse":
-        target = Target(torch.tensor([0]), torch.tensor([[kept]]).log(), torch.tensor([[0]]), rest=True)
+        target = Target(torch.tensor([0]), torch.tensor([[kept]]).log(), torch.tensor([[0]]), has_residual_column=True)
     else:
-        target = Target(torch.tensor([0]), torch.tensor([[kept, 0.0, 0.0, 0.0]]).log(), rest=True)
+        target = Target(torch.tensor([0]), torch.tensor([[kept, 0.0, 0.0, 0.0]]).log(), has_residual_column=True)
     value = FKL(z.log_softmax(-1), target)
     value.sum().backward()
     q = torch.tensor([margin, 0, 0, 0], dtype=torch.float64).softmax(-1)
@@ -108,7 +108,7 @@ def test_equals_numpy(name, form, shift):
     target = form(logits(1))
     target = replace(target, label=(target.label + shift) % V)
     treated = TREATMENTS[name](target)
-    assert treated.rest == (name == "rest")
+    assert treated.has_residual_column == (name == "rest")
     rows = zip(probabilities(target).numpy(), target.label.tolist(), strict=True)
     close(probabilities(treated), torch.from_numpy(np.stack([in_numpy(name, p, label) for p, label in rows])))
 
@@ -116,7 +116,7 @@ def test_equals_numpy(name, form, shift):
 @each("truncation", TRUNCATIONS)
 @each("treatment", TREATMENTS)
 def test_both_sides_have_no_more_than_all_probability(treatment, truncation):
-    q, p = treatment(truncation(dense(logits(1)))).pair(logits(2).log_softmax(-1))
+    q, p = treatment(truncation(dense(logits(1)))).align(logits(2).log_softmax(-1))
     close(p.exp().sum(-1), torch.ones(N), atol=1e-6)
     assert (q.exp().sum(-1) <= 1 + 1e-6).all()
 
@@ -126,7 +126,7 @@ def test_both_sides_have_no_more_than_all_probability(treatment, truncation):
 def test_where_nothing_is_dropped_dense_equals_sparse(loss, treatment):
     """And all treatments are one, but that where a teacher is wrong it may be revised."""
     target, student = dense(logits(1)), logits(2)
-    many = [treatment(t) for t in (target, shuffled(target, V), replace(target, whole=True))]
+    many = [treatment(t) for t in (target, shuffled(target, V), replace(target, complete=True))]
     if treatment.func.__name__ != "revise":
         many.append(target)
     for made in many[1:]:
@@ -150,7 +150,7 @@ def test_gradient_is_that_of_finite_differences(treatment, loss):
     whole = Objective(loss, option("truncation", "top_k", k=5), treatment, PLAIN)
 
     def value(z):
-        return whole.distance(z.log_softmax(-1), target)
+        return whole.distillation_loss(z.log_softmax(-1), target)
 
     close(gradient(value, logits(2)), slope(value, logits(2)), rtol=1e-5, atol=1e-7)
 

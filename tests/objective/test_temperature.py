@@ -30,7 +30,7 @@ from tests.refusals import refused
 
 def distance(temperature, truncation=TRUNCATIONS["full"], loss=LOSSES["fkl"]):
     """Student logits, teacher logits -> loss per position, as the objective computes it."""
-    whole = Objective(loss, truncation, TREATMENTS["renormalise"], temperature).distance
+    whole = Objective(loss, truncation, TREATMENTS["renormalise"], temperature).distillation_loss
     return lambda student, teacher: whole(student.log_softmax(-1), dense(teacher))
 
 
@@ -122,7 +122,7 @@ def test_is_measured_before_truncation(temperature):
         seen.append(target)
         return temperature(student, target)
 
-    Objective(LOSSES["fkl"], option("truncation", "top_k", k=1), TREATMENTS["renormalise"], spy).distance(
+    Objective(LOSSES["fkl"], option("truncation", "top_k", k=1), TREATMENTS["renormalise"], spy).distillation_loss(
         student, target
     )
     assert seen == [target]

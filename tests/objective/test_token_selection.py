@@ -66,7 +66,7 @@ def test_weights_make_one_mean_of_two():
 def test_what_is_measured_is_what_the_teacher_leaves_to_other_tokens():
     asked = []
     option("routing", "uncertainty")(lambda measure: (asked.append(measure(TEACHER, V)), torch.rand(3))[1])
-    torch.testing.assert_close(asked[0], 1 - TEACHER.of_label().exp())
+    torch.testing.assert_close(asked[0], 1 - TEACHER.label_logp().exp())
 
 
 def test_none_asks_for_nothing():
@@ -127,7 +127,7 @@ class TableTeacher(Teacher):
 
     def signal(self, batch, mask):
         self.asked.append(len(batch.ids))
-        ids, labels, seed = batch.ids[mask], batch.labels[mask], batch.seed[mask]
+        ids, labels, seed = batch.ids[mask], batch.labels[mask], batch.position_seeds[mask]
         return lambda rows: Target(labels[rows], TEACHER.logp[ids[rows]], seed=seed[rows])
 
 
@@ -192,8 +192,8 @@ def test_atkd_is_that_of_the_whole_step_however_it_is_cut(micro_batch, chunk):
     kept = given.labels != IGNORE
     student = of.student.head(of.student.hidden_states(given.ids[kept])).log_softmax(-1).double()
     target = Target(given.labels[kept], TEACHER.logp[given.ids[kept]].double())
-    tkd, dkd = losses._decoupled(student, target)
-    unsure = 1 - target.of_label().exp()
+    tkd, dkd = losses._decoupled_kl(student, target)
+    unsure = 1 - target.label_logp().exp()
     hard = unsure >= unsure.median()
     assert 0 < hard.sum() < len(hard)
     mean = 0.2 * dkd[~hard].mean() + 0.8 * (tkd + dkd)[hard].mean()
@@ -228,12 +228,12 @@ def test_the_share_is_of_all_ranks(sizes, monkeypatch):
     pieces = [Batch(*part) for part in zip(*(x.split(sizes) for x in batch() if x is not None), strict=True)]
     entropies = []
     for piece in pieces:
-        monkeypatch.setattr(collectives, "gather", lambda value: (entropies.append(value), [value])[1])
+        monkeypatch.setattr(collectives, "all_gather", lambda value: (entropies.append(value), [value])[1])
         asked_for(made(2, 7), piece)
-    monkeypatch.setattr(collectives, "gather", lambda value: entropies)
+    monkeypatch.setattr(collectives, "all_gather", lambda value: entropies)
     found = []
     for number, piece in enumerate(pieces):
-        monkeypatch.setattr(collectives, "number", lambda number=number: number)
+        monkeypatch.setattr(collectives, "rank", lambda number=number: number)
         found.append(asked_for(made(2, 7), piece))
     assert torch.equal(torch.cat(found), expected(0.3))
 

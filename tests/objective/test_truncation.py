@@ -64,7 +64,7 @@ def odds(counts: torch.Tensor, expected: torch.Tensor) -> float:
 
 def agree(actual: Target, expected: Target) -> None:
     close(probabilities(actual), probabilities(expected))
-    assert actual.rest == expected.rest
+    assert actual.has_residual_column == expected.has_residual_column
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_draws_from_many_columns_are_those_of_one_running_sum(columns):
     points[:, 0] = 1 - 1e-12
     ends = probability.cumsum(-1)
     expected = torch.searchsorted(ends, points * ends[:, -1:], right=True)
-    found = truncation.drawn(probability, points)
+    found = truncation.inverse_cdf_sample(probability, points)
     assert torch.equal(found, expected) and (probability.gather(-1, found) > 0).all()
 
 
@@ -329,7 +329,7 @@ TEMPERATURE_NODES = nodes(
 
 
 def gradients(objective: Objective, student: torch.Tensor, target: Target) -> torch.Tensor:
-    return gradient(lambda z: objective.distance(z.log_softmax(-1), target), student)
+    return gradient(lambda z: objective.distillation_loss(z.log_softmax(-1), target), student)
 
 
 @each("loss", LOSS_NODES)
@@ -337,7 +337,7 @@ def test_unbiased_is_what_has_the_gradient_of_the_whole_teacher_in_the_mean(loss
     student, teacher = logits(1, columns=4), logits(2, columns=4)
     rows = torch.arange(N).repeat_interleave(len(DRAWS))
     draws = DRAWS.repeat(N, 1)
-    one = replace(dense(teacher), label=torch.arange(N) % 4, whole=True)
+    one = replace(dense(teacher), label=torch.arange(N) % 4, complete=True)
     weight = teacher.log_softmax(-1)[rows].gather(-1, draws).sum(-1).exp()[:, None]
     makes = build(loss, "loss")
     for (a, temperature), (b, target) in itertools.product(TEMPERATURE_NODES.items(), nodes("target").items()):

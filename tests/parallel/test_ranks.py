@@ -237,10 +237,10 @@ def test_what_cannot_be_shared_out_is_said_with_what_to_type(tmp_path, words, op
 
 def test_shares_cover_every_row_once(monkeypatch):
     for count in range(1, 6):
-        monkeypatch.setattr(collectives, "count", lambda count=count: count)
+        monkeypatch.setattr(collectives, "world_size", lambda count=count: count)
         for rows in range(12):
             covered = []
             for number in range(count):
-                monkeypatch.setattr(collectives, "number", lambda number=number: number)
-                covered += range(rows)[collectives.share(rows)]
+                monkeypatch.setattr(collectives, "rank", lambda number=number: number)
+                covered += range(rows)[collectives.rank_slice(rows)]
             assert covered == list(range(rows))

@@ -14,7 +14,7 @@ from kd.objective.chunked import log_probabilities
 from kd.objective.token_info import TokenInfo
 from kd.parallel import collectives
 from kd.rollout import generate
-from kd.rollout.generate import write
+from kd.rollout.generate import sample
 from tests.cases import close, logits
 from tests.models.test_models import CONFIGS, GATED, V
 from tests.objective.test_truncation import ODDS, odds
@@ -77,7 +77,7 @@ PROMPTS = [1, 4, 9, T - 1, T, 2]
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_is_that_of_hugging_face(name):
     made, given = model(name), batch(PROMPTS)
-    ours = write(given, END, seeds(6), made, temperature=0)
+    ours = sample(given, END, seeds(6), made, temperature=0)
     width = max(PROMPTS)
     ids, mask = torch.full((6, width), END), torch.zeros(6, width, dtype=torch.long)
     for row, size in enumerate(PROMPTS):
@@ -93,7 +93,7 @@ def test_greedy_is_that_of_hugging_face(name):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
 def test_labels_are_what_was_written_shifted_and_no_padding(name):
     made, given = model(name), batch(PROMPTS * 8)
-    ours = write(given, END, seeds(48), made, temperature=2.0)
+    ours = sample(given, END, seeds(48), made, temperature=2.0)
     ends = 0
     for row, size in enumerate(PROMPTS * 8):
         tokens = tokens_of(ours)[row].tolist()
@@ -102,22 +102,22 @@ def test_labels_are_what_was_written_shifted_and_no_padding(name):
         assert ours.labels[row].tolist() == [IGNORE] * (size - 1) + tokens[size:stop] + [IGNORE] * (T + 1 - stop)
         assert set(tokens[stop:]) <= {END}
     assert 3 < ends < 40
-    assert ours.row is given.row and ours.seed is given.seed and ours.stored is None
+    assert ours.row_ids is given.row_ids and ours.position_seeds is given.position_seeds and ours.teacher_rows is None
 
 
 def test_a_row_without_a_response_stays_as_it_is():
     given = batch([4, 4, 4])
     given.labels[1] = IGNORE
-    ours = write(given, END, seeds(3), model())
+    ours = sample(given, END, seeds(3), model())
     assert torch.equal(ours.ids[1], given.ids[1]) and (ours.labels[1] == IGNORE).all()
     assert all((x[1] == 0).all() for x in ours.token_info.provided().values())
-    alone = write(rows_of(given, [1]), END, seeds(1), model())
+    alone = sample(rows_of(given, [1]), END, seeds(1), model())
     assert torch.equal(alone.ids[0], given.ids[1]) and (alone.labels == IGNORE).all()
 
 
 @pytest.mark.parametrize("most", [1, 3, 100])
 def test_at_most_so_many_tokens(most):
-    ours = write(batch(PROMPTS), END, seeds(6), model(), max_tokens=most)
+    ours = sample(batch(PROMPTS), END, seeds(6), model(), max_tokens=most)
     room = (T + 1 - torch.tensor(PROMPTS)).clamp(max=most)
     assert ((ours.labels != IGNORE).sum(-1) <= room).all() and ((ours.labels != IGNORE).sum(-1) == room).any()
 
@@ -125,7 +125,7 @@ def test_at_most_so_many_tokens(most):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "opt", "bloom"])
 def test_what_is_known_is_what_a_whole_pass_says(name):
     student, teacher = model(name), model("llama", 1)
-    ours = write(batch(PROMPTS * 2), END, seeds(12), student, teacher, share=0.3)
+    ours = sample(batch(PROMPTS * 2), END, seeds(12), student, teacher, share=0.3)
     log_q, log_p = whole(student, ours), whole(teacher, ours)
     close(ours.token_info.student_logp, log_q, rtol=0, atol=1e-5 * log_q.abs().max())
     close(ours.token_info.teacher_logp, log_p, rtol=0, atol=1e-5 * log_p.abs().max())
@@ -138,9 +138,9 @@ def test_what_is_known_is_what_a_whole_pass_says(name):
 
 def test_what_one_model_writes_says_nothing_of_the_other():
     made = model()
-    alone = write(batch(PROMPTS), END, seeds(6), made).token_info
+    alone = sample(batch(PROMPTS), END, seeds(6), made).token_info
     assert alone.teacher_logp is None and (alone.importance - (alone.by_student)).abs().max() < 1e-5
-    teacher = write(batch(PROMPTS), END, seeds(6), teacher=made).token_info
+    teacher = sample(batch(PROMPTS), END, seeds(6), teacher=made).token_info
     assert teacher.student_logp is None and teacher.importance is None and not teacher.by_student.any()
     assert torch.equal(teacher.teacher_logp, alone.student_logp)
 
@@ -148,8 +148,8 @@ def test_what_one_model_writes_says_nothing_of_the_other():
 @pytest.mark.parametrize(("share", "same"), [(0.0, "student"), (1.0, "teacher")])
 def test_ends_of_the_mixture_are_one_model(share, same):
     models = {"student": model(), "teacher": model("gpt2", 1)}
-    both = write(batch(PROMPTS), END, seeds(6), **models, share=share)
-    alone = write(batch(PROMPTS), END, seeds(6), **{same: models[same]})
+    both = sample(batch(PROMPTS), END, seeds(6), **models, share=share)
+    alone = sample(batch(PROMPTS), END, seeds(6), **{same: models[same]})
     assert torch.equal(both.labels, alone.labels)
     assert both.token_info.student_logp is not None and both.token_info.teacher_logp is not None
 
@@ -159,7 +159,7 @@ def test_a_row_is_the_same_alone_in_any_order_and_in_any_batch(temperature):
     student, teacher = model("gpt2"), model("llama", 1)
 
     def written(rows: list[int]) -> tuple:
-        found = write(rows_of(given, rows), END, seed[rows], student, teacher, 0.5, temperature)
+        found = sample(rows_of(given, rows), END, seed[rows], student, teacher, 0.5, temperature)
         info = found.token_info
         return found.ids, found.labels, info.student_logp, info.teacher_logp, info.importance
 
@@ -174,12 +174,12 @@ def test_a_row_is_the_same_alone_in_any_order_and_in_any_batch(temperature):
 
 def test_other_seeds_write_other_text():
     made, given = model(), batch([4] * 20)
-    first, again, other = (write(given, END, seeds(20, first), made).labels for first in (0, 0, 1000))
+    first, again, other = (sample(given, END, seeds(20, first), made).labels for first in (0, 0, 1000))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    rows = {tuple(row.tolist()) for row in write(batch([4])._replace(), END, seeds(1), made).labels}
+    rows = {tuple(row.tolist()) for row in sample(batch([4])._replace(), END, seeds(1), made).labels}
     assert len(rows) == 1
     same = Batch(*(x[:1].expand(20, *x.shape[1:]).clone() for x in given[:4]))
-    assert len({tuple(row.tolist()) for row in write(same, END, seeds(20), made).labels}) > 15
+    assert len({tuple(row.tolist()) for row in sample(same, END, seeds(20), made).labels}) > 15
 
 
 COUNT = 4000
@@ -189,7 +189,7 @@ def counts(**given) -> torch.Tensor:
     """How often each token came first after one prompt, of COUNT times."""
     one = batch([6])
     many = Batch(*(x.expand(COUNT, *x.shape[1:]).clone() for x in one[:4]))
-    labels = write(many, END, seeds(COUNT), max_tokens=1, **given).labels[:, 5]
+    labels = sample(many, END, seeds(COUNT), max_tokens=1, **given).labels[:, 5]
     return labels.bincount(minlength=VOCAB).double()
 
 
@@ -241,7 +241,7 @@ def test_importance_is_of_what_was_drawn_from():
     made = model("llama", 2, VOCAB)
     one = batch([6])
     many = Batch(*(x.expand(COUNT, *x.shape[1:]).clone() for x in one[:4]))
-    ours = write(many, END, seeds(COUNT), made, temperature=2.5, max_tokens=1)
+    ours = sample(many, END, seeds(COUNT), made, temperature=2.5, max_tokens=1)
     weight = ours.token_info.importance[:, 5].double()
     assert weight.mean() == pytest.approx(1, abs=4 * weight.std().item() / COUNT**0.5)
     mass = torch.zeros(VOCAB, dtype=torch.float64).index_add(0, ours.labels[:, 5], weight) / COUNT
@@ -255,11 +255,11 @@ def test_importance_is_of_what_was_drawn_from():
 def test_models_stay_in_the_mode_they_were_in_and_dropout_is_off_meanwhile():
     config = transformers.GPT2Config(**{**CONFIGS["gpt2"].to_dict(), "resid_pdrop": 0.5, "embd_pdrop": 0.5})
     made = CausalLM(transformers.GPT2LMHeadModel(config), V).train()
-    ours = write(batch(PROMPTS), END, seeds(6), made)
+    ours = sample(batch(PROMPTS), END, seeds(6), made)
     assert made.training and made.model.transformer.drop.training
     close(ours.token_info.student_logp, whole(made, ours), rtol=0, atol=1e-4)
     made.eval()
-    write(batch(PROMPTS), END, seeds(6), made)
+    sample(batch(PROMPTS), END, seeds(6), made)
     assert not made.training
 
 
@@ -271,32 +271,32 @@ def test_a_step_under_autocast_still_learns():
         given = batch(PROMPTS)
         with torch.autocast("cpu", torch.bfloat16):
             if before:
-                write(given, END, seeds(6), made)
+                sample(given, END, seeds(6), made)
             log_probabilities(made.head, made.hidden_states(given.ids)).square().mean().backward()
         gradients.append({name: p.grad for name, p in made.named_parameters()})
     assert all(grad is not None and torch.equal(grad, gradients[0][name]) for name, grad in gradients[1].items())
 
 
 def test_no_gradient_is_kept():
-    ours = write(batch(PROMPTS), END, seeds(6), model(), model("gpt2", 1), 0.5)
+    ours = sample(batch(PROMPTS), END, seeds(6), model(), model("gpt2", 1), 0.5)
     assert not any(x.requires_grad for x in ours.token_info.provided().values())
 
 
 def test_compiled_models_are_not_compiled_for_every_length():
     made = model()
-    plain = write(batch(PROMPTS), END, seeds(6), made)
+    plain = sample(batch(PROMPTS), END, seeds(6), made)
     made.model.base_model.compile(backend=lambda *_: pytest.fail("compiled"))
-    assert torch.equal(write(batch(PROMPTS), END, seeds(6), made).labels, plain.labels)
+    assert torch.equal(sample(batch(PROMPTS), END, seeds(6), made).labels, plain.labels)
 
 
 def test_rows_that_are_done_are_read_no_more(monkeypatch):
     made, sizes = model(), []
     real = CausalLM.hidden_states
-    write(batch([T]), END, seeds(1), made)  # checked once
+    sample(batch([T]), END, seeds(1), made)  # checked once
     monkeypatch.setattr(
         CausalLM, "hidden_states", lambda self, ids, **more: (sizes.append(len(ids)), real(self, ids, **more))[1]
     )
-    ours = write(batch(PROMPTS), END, seeds(6), made)
+    ours = sample(batch(PROMPTS), END, seeds(6), made)
     left = [((ours.labels != IGNORE).sum(-1) > n).sum().item() for n in range(T)]
     assert sizes == [n for n in left if n]
 
@@ -313,7 +313,7 @@ def test_a_model_that_forgets_its_positions_is_refused(monkeypatch):
 
     monkeypatch.setattr(CausalLM, "hidden_states", forgetful)
     with refused(why=("GPT2LMHeadModel cannot read", "off by"), hint="without a rollout"):
-        write(batch(PROMPTS), END, seeds(6), made)
+        sample(batch(PROMPTS), END, seeds(6), made)
 
 
 def test_a_model_that_forgets_its_padding_is_refused(monkeypatch):
@@ -325,7 +325,7 @@ def test_a_model_that_forgets_its_padding_is_refused(monkeypatch):
 
     monkeypatch.setattr(CausalLM, "hidden_states", forgetful)
     with refused(why="LlamaForCausalLM cannot read"):
-        write(batch(PROMPTS), END, seeds(6), made)
+        sample(batch(PROMPTS), END, seeds(6), made)
 
 
 def test_a_model_whose_cache_keeps_too_little_is_refused(monkeypatch):
@@ -342,7 +342,7 @@ def test_a_model_without_keys_and_values_is_refused():
     config = transformers.MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=1, state_size=4)
     made = CausalLM(transformers.MambaForCausalLM(config), V)
     with refused(why=("MambaForCausalLM cannot read", "no past_key_values")):
-        write(batch(PROMPTS), END, seeds(6), made)
+        sample(batch(PROMPTS), END, seeds(6), made)
 
 
 # Token information
@@ -352,7 +352,7 @@ def test_token_info_is_split_and_flattened_with_its_batch():
     x = torch.arange(6 * T).view(6, T).float()
     given = batch(PROMPTS)._replace(token_info=TokenInfo(student_logp=x, by_student=-x))
     parts = list(given.split(4))
-    assert [len(p.ids) for p in parts] == [4, 2] and all(p.stored is None for p in parts)
+    assert [len(p.ids) for p in parts] == [4, 2] and all(p.teacher_rows is None for p in parts)
     assert torch.equal(TokenInfo.concatenate([p.token_info for p in parts]).student_logp, x)
     assert parts[0].token_info.teacher_logp is None
     kept = given.labels != IGNORE
@@ -363,8 +363,8 @@ def test_token_info_is_split_and_flattened_with_its_batch():
 def test_ranks_that_share_a_model_go_on_together(monkeypatch):
     """One that has written all of its rows still answers the others, who ask three times more."""
     made, asked = model(), []
-    alone = write(batch([T]), END, seeds(1), made)
+    alone = sample(batch([T]), END, seeds(1), made)
     monkeypatch.setattr(generate, "FSDPModule", CausalLM)
-    monkeypatch.setattr(collectives, "any_of", lambda here: (asked.append(here), here or len(asked) < 5)[1])
-    assert torch.equal(write(batch([T]), END, seeds(1), made).labels, alone.labels)
+    monkeypatch.setattr(collectives, "any_rank", lambda here: (asked.append(here), here or len(asked) < 5)[1])
+    assert torch.equal(sample(batch([T]), END, seeds(1), made).labels, alone.labels)
     assert asked == [True, False, False, False, False]

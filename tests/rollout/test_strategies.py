@@ -128,7 +128,7 @@ def test_whitening_is_over_all_ranks(monkeypatch):
     def work(rows: slice) -> None:
         found[rows.start] = whiten(x[rows], mask[rows])
 
-    monkeypatch.setattr(collectives, "total", total)
+    monkeypatch.setattr(collectives, "all_reduce_sum", total)
     threads = [threading.Thread(target=work, args=[rows]) for rows in (slice(0, 3), slice(3, 5))]
     for thread in threads:
         thread.start()
@@ -146,7 +146,7 @@ def data(step: int = 0, prompts=PROMPTS) -> Batch:
     generator = torch.Generator().manual_seed(step)
     seed = torch.randint(2**62, given.ids.shape, generator=generator)
     shift = step * (given.ids > 10)
-    return given._replace(ids=(given.ids + shift) % 80 + 5, seed=seed, row=given.row + 10 * step)
+    return given._replace(ids=(given.ids + shift) % 80 + 5, position_seeds=seed, row_ids=given.row_ids + 10 * step)
 
 
 @pytest.fixture(scope="module")
@@ -159,14 +159,14 @@ def made(models, name: str, **changes):
 
 
 def same(a: Batch, b: Batch) -> None:
-    for name in ("ids", "labels", "row", "seed"):
+    for name in ("ids", "labels", "row_ids", "position_seeds"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
     one, two = ({} if x.token_info is None else x.token_info.provided() for x in (a, b))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def prompts_of(batch: Batch) -> list[list[int]]:
-    return [batch.ids[row, :size].tolist() for row, size in enumerate(generate.lengths(batch))]
+    return [batch.ids[row, :size].tolist() for row, size in enumerate(generate.prompt_lengths(batch))]
 
 
 @each("name", {name: name for name in ROLLOUTS})
@@ -230,7 +230,7 @@ def test_the_student_writes_a_share_of_the_batches(share, models, monkeypatch):
     asked, wrote = made(models, "student", share=share), 0
     monkeypatch.setattr(
         generate,
-        "write",
+        "sample",
         lambda part, *_, **__: part._replace(token_info=TokenInfo(by_student=part.labels * 0 + 1.0)),
     )
     for step in range(400):
@@ -242,9 +242,9 @@ def test_the_student_writes_a_share_of_the_batches(share, models, monkeypatch):
 def test_what_the_student_writes_is_what_generate_writes(models):
     given = data(3)
     found = made(models, "student", share=1.0, temperature=0.7, top_k=9, max_tokens=4)(given, 3, 0.0)
-    seed = given.seed[:, 0] ^ (1 << 32)
+    seed = given.position_seeds[:, 0] ^ (1 << 32)
     how = dict(temperature=0.7, top_k=9, top_p=1.0, max_tokens=4)
-    same(found, only_by_student(generate.write(given, END, seed, models["student"], **how)))
+    same(found, only_by_student(generate.sample(given, END, seed, models["student"], **how)))
     assert torch.equal(found.token_info.by_student, (found.labels != IGNORE).float())
     left = made(models, "student", share=0.0)(given, 3, 0.0)
     same(left, given._replace(token_info=TokenInfo(by_student=torch.zeros(4, T))))
@@ -252,7 +252,7 @@ def test_what_the_student_writes_is_what_generate_writes(models):
 
 def test_the_teacher_writes(models):
     found = made(models, "teacher", temperature=0.0)(data(), 0, 0.0)
-    alone = generate.write(data(), END, data().seed[:, 0], teacher=models["teacher"], temperature=0.0)
+    alone = generate.sample(data(), END, data().position_seeds[:, 0], teacher=models["teacher"], temperature=0.0)
     assert torch.equal(found.labels, alone.labels) and not found.token_info.by_student.any()
     close(found.token_info.teacher_logp, whole(models["teacher"], found), rtol=0, atol=1e-4)
 
@@ -261,13 +261,15 @@ def test_pairs_are_the_teachers_rows_and_then_the_students(models):
     given = data()
     found = made(models, "pairs")(given, 0, 0.0)
     assert prompts_of(found) == prompts_of(given) * 2 and len(found.ids) == 8
-    assert torch.equal(found.row, given.row.repeat(2)) and torch.equal(found.seed, given.seed.repeat(2, 1))
+    assert torch.equal(found.row_ids, given.row_ids.repeat(2)) and torch.equal(
+        found.position_seeds, given.position_seeds.repeat(2, 1)
+    )
     counted = (found.labels != IGNORE).float()
     assert torch.equal(found.token_info.by_student, torch.cat([torch.zeros(4, T), counted[4:]]))
     assert [len(part.ids) for part in found.split(3)] == [3, 3, 2]
     greedy = {name: made(models, "pairs", temperature=0.0)(given, 0, 0.0) for name in models}["student"]
     for name, rows in (("teacher", slice(0, 4)), ("student", slice(4, 8))):
-        alone = generate.write(given, END, given.seed[:, 0], **{name: models[name]}, temperature=0.0)
+        alone = generate.sample(given, END, given.position_seeds[:, 0], **{name: models[name]}, temperature=0.0)
         assert torch.equal(greedy.labels[rows], alone.labels)
 
 
@@ -315,7 +317,7 @@ def sources(models, monkeypatch, progress: float, replay: str, threshold: float 
         wrote.append(1)
         return part._replace(token_info=TokenInfo(by_student=part.labels * 0 + 1.0))
 
-    monkeypatch.setattr(generate, "write", write)
+    monkeypatch.setattr(generate, "sample", write)
     asked = made(models, "adaptive", threshold=threshold, capacity=4 if full else 10**6, replay=replay)
     count = {"data": 0, "new": 0, "replayed": 0}
     for step in range(600):
@@ -349,31 +351,31 @@ def test_rows_are_replayed_as_they_were_written(models):
         found = asked(data(step), step, 1.0)
         rows = {
             int(row): (ids, labels)
-            for row, ids, labels in zip(found.row, found.ids.tolist(), found.labels.tolist(), strict=True)
+            for row, ids, labels in zip(found.row_ids, found.ids.tolist(), found.labels.tolist(), strict=True)
         }
         if step < 3:
-            assert rows.keys() == set(data(step).row.tolist())
+            assert rows.keys() == set(data(step).row_ids.tolist())
             written |= rows
             continue
         assert len(rows) == 4  # no row twice
         assert all(written[row] == rows[row] for row in rows)
         assert min(rows) >= 2  # twelve were written, and the last ten are kept
         assert torch.equal(found.token_info.by_student, (found.labels != IGNORE).float())
-        assert torch.equal(found.seed, data(step).seed)
+        assert torch.equal(found.position_seeds, data(step).position_seeds)
     assert any(labels[-1] == IGNORE for _, labels in written.values())  # before the row is full
     assert all(x.dtype == torch.int32 and len(x) == 10 for x in asked.state()["rows"].values())
 
 
 def test_ranks_replay_only_when_all_have_enough(models, monkeypatch):
-    monkeypatch.setattr(collectives, "count", lambda: 2)
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
     asked = made(models, "adaptive", threshold=1.0, capacity=8)
-    monkeypatch.setattr(collectives, "any_of", lambda here: here)
+    monkeypatch.setattr(collectives, "any_rank", lambda here: here)
     asked(data(0), 0, 1.0)
     assert len(asked.rows["row"]) == 4  # its part of the capacity
-    monkeypatch.setattr(collectives, "any_of", lambda here: True)  # another one has not
-    assert set(asked(data(1), 1, 1.0).row.tolist()) == set(data(1).row.tolist())
-    monkeypatch.setattr(collectives, "any_of", lambda here: here)
-    assert set(asked(data(2), 2, 1.0).row.tolist()) == set(data(1).row.tolist())
+    monkeypatch.setattr(collectives, "any_rank", lambda here: True)  # another one has not
+    assert set(asked(data(1), 1, 1.0).row_ids.tolist()) == set(data(1).row_ids.tolist())
+    monkeypatch.setattr(collectives, "any_rank", lambda here: here)
+    assert set(asked(data(2), 2, 1.0).row_ids.tolist()) == set(data(1).row_ids.tolist())
 
 
 # Mixed
@@ -384,7 +386,7 @@ def test_a_batch_is_learned_from_in_so_many_steps(epochs, models):
     asked = made(models, "mixed", epochs=epochs)
     found = [asked(data(step), step, 0.0) for step in range(6)]
     for step in range(6):
-        assert found[step].row.tolist() == data(step - step % epochs).row.tolist()
+        assert found[step].row_ids.tolist() == data(step - step % epochs).row_ids.tolist()
         same(found[step], found[step - step % epochs])
     assert asked.samplers.tokens == sum((found[step].labels != IGNORE).sum() for step in range(0, 6, epochs))
 

@@ -16,7 +16,7 @@ from kd.data.batches import IGNORE
 from kd.models.causal_lm import CausalLM
 from kd.objective.chunked import log_probabilities
 from kd.rollout import vllm
-from kd.rollout.generate import write
+from kd.rollout.generate import sample
 from kd.rollout.samplers import Samplers
 from tests.cases import option
 from tests.refusals import refused
@@ -89,9 +89,11 @@ def test_what_it_writes_is_what_kd_writes(vocab, max_tokens, request):
     made, given = model(0, vocab), batch(PROMPTS)
     given.labels[1] = IGNORE  # a row without a response stays as it is
     ours = vllm.Engine(made, T, learns=False).write(given, END, seeds(6), temperature=0, max_tokens=max_tokens)
-    theirs = write(given, END, seeds(6), made, temperature=0, max_tokens=max_tokens)
+    theirs = sample(given, END, seeds(6), made, temperature=0, max_tokens=max_tokens)
     same(ours, theirs)
-    assert not ours.token_info.by_student.any() and ours.token_info.student_logp is None and ours.row is given.row
+    assert (
+        not ours.token_info.by_student.any() and ours.token_info.student_logp is None and ours.row_ids is given.row_ids
+    )
 
 
 def test_a_model_that_reads_no_more_than_a_row_writes_all_but_its_last_token(request):
@@ -99,7 +101,7 @@ def test_a_model_that_reads_no_more_than_a_row_writes_all_but_its_last_token(req
         request.getfixturevalue("stub")
     made, given = model(0, reads=T), batch(PROMPTS)
     ours = vllm.Engine(made, T, learns=False).write(given, END, seeds(6), temperature=0)
-    theirs = write(given, END, seeds(6), made, temperature=0)
+    theirs = sample(given, END, seeds(6), made, temperature=0)
     theirs.labels[:, -1] = IGNORE
     same(ours, theirs)
 
@@ -120,11 +122,11 @@ def test_a_student_writes_with_the_weights_it_has(stub):
     rollout = option("rollout", "student", share=1.0, temperature=0.0, engine="vllm")
     rollout = rollout(Samplers(made, None, eos_token_id=END, seed=5))
     before = rollout(given, 0, 0.0)
-    same(before, write(given, END, seeds(6), made, temperature=0))
+    same(before, sample(given, END, seeds(6), made, temperature=0))
     assert torch.equal(before.token_info.by_student, (before.labels != IGNORE).float())
     made.load_state_dict(model(1).state_dict())
     after = rollout(given, 1, 0.0)
-    same(after, write(given, END, seeds(6), made, temperature=0))
+    same(after, sample(given, END, seeds(6), made, temperature=0))
     assert not torch.equal(after.ids, before.ids) and rollout.samplers.engines.keys() == {"student"}
 
 

@@ -17,7 +17,7 @@ from kd.experiment.dependencies import corpus
 from kd.runs import __main__ as program
 from kd.runs.run import Run
 from kd.system import console
-from kd.system.processes import whereabouts
+from kd.system.processes import process_info
 from tests.refusals import refused
 from tests.small import TOP, here, shared, small_config, write
 
@@ -201,7 +201,7 @@ def test_a_teacher_that_is_not_done_is_needed_by_its_student(root):
 
 def test_a_run_at_work_is_never_removed(root, typed):
     folder = stopped(root, "fkl")
-    (folder / "state.json").write_text(json.dumps({"state": "running", "reason": ""} | whereabouts()))
+    (folder / "state.json").write_text(json.dumps({"state": "running", "reason": ""} | process_info()))
     assert found(root, "unfinished") == {}
     assert "is at work" in typed("clean", folder.name, "yes=true", "needed=true", code=2)
     (leftover,) = cleanup.leftovers(Root(root), ("stores",))

@@ -21,7 +21,7 @@ from kd.experiment import fit
 from kd.launch.local import LocalLauncher
 from kd.launch.ray_launcher import Ray
 from kd.runs import loggers
-from kd.runs.identity import About, about
+from kd.runs.identity import WandbMetadata, wandb_metadata
 from kd.runs.loggers import MetricsFile, join, views, wandb
 from kd.runs.run import Run
 from kd.system.files import read_metrics, write_json
@@ -76,7 +76,7 @@ def test_a_mistyped_variable_of_wandb_is_one_line_that_names_it(tmp_path, monkey
     monkeypatch.setenv(variable, value)
     why = (f"could not start: {variable}={value}: ", says)
     with refused(option="logger", got="wandb", why=why, hint="type logger=none") as caught:
-        views(wandb, tmp_path, About("a", "a", None, "lm", [], {}))
+        views(wandb, tmp_path, WandbMetadata("a", "a", None, "lm", [], {}))
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -131,7 +131,7 @@ def test_wandb_run_that_comes_later_has_all_steps(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "train/lm": 3.0}\n{"step": 2, "train/lm": 2.5, "val/lm": 2.6}\n'
     )
-    about = About("fkl-100k-0", "fkl", "trial", "distil", ["fkl"], {"loss": "fkl"})
+    about = WandbMetadata("fkl-100k-0", "fkl", "trial", "distil", ["fkl"], {"loss": "fkl"})
     ids = []
     for _ in range(2):  # killed, it goes on as the same run, which has them already
         process = FORK.Process(target=view, args=(tmp_path, about))
@@ -145,7 +145,7 @@ def test_wandb_run_that_comes_later_has_all_steps(tmp_path):
     assert "train/lm" not in second and first["final/lm"] == second["final/lm"] == 2.6
 
 
-def view(folder: Path, about: About) -> None:
+def view(folder: Path, about: WandbMetadata) -> None:
     os.environ |= {"WANDB_MODE": "offline", "HOME": str(folder)}
     (made,) = wandb(folder, about)
     made.close({"val/lm": 2.6})
@@ -163,7 +163,7 @@ def two_views(root: Path) -> None:
     os.environ |= {"WANDB_MODE": "offline", "HOME": str(root)}
     for name in ("teacher", "student"):
         (root / name).mkdir()
-        (made,) = wandb(root / name, About(f"{name}-0", name, None, "distil", [name], {"loss": "fkl"}))
+        (made,) = wandb(root / name, WandbMetadata(f"{name}-0", name, None, "distil", [name], {"loss": "fkl"}))
         made.log_metrics({"train/lm": 2.0}, 1)
         if name == "teacher":
             for path in Path("/proc/self/task").glob("*/children"):
@@ -180,7 +180,7 @@ def test_responses_become_a_table_in_wandb(tmp_path):
     line = {"row": 3, "sample": 0, "prompt": "p", "reference": "<b>r", "response": "s\nt", "tokens": 2, "rouge_l": 0.25}
     text = json.dumps(line | {"ended": True, "exact_match": False, "response": "s\u2028t"}, ensure_ascii=False)
     (tmp_path / "responses.jsonl").write_text(f"{json.dumps(line | {'ended': False})}\n{text}\n", encoding="utf-8")
-    process = FORK.Process(target=view, args=(tmp_path, About("run", "name", None, "distil", [], {})))
+    process = FORK.Process(target=view, args=(tmp_path, WandbMetadata("run", "name", None, "distil", [], {})))
     process.start()
     process.join(60)
     assert process.exitcode == 0
@@ -211,8 +211,8 @@ def test_tensorboard_shows_metrics_and_how_fast_they_come(tmp_path):
     assert speed * pace == pytest.approx(4 * 32, rel=0.01)  # tokens of a step
 
 
-def description(tmp_path: Path, *words: str, name: str = "fkl-100k-0123456789ab") -> About:
-    return about(name, small_config(tmp_path, *words).flat(), {}, "abcd+")
+def description(tmp_path: Path, *words: str, name: str = "fkl-100k-0123456789ab") -> WandbMetadata:
+    return wandb_metadata(name, small_config(tmp_path, *words).flat(), {}, "abcd+")
 
 
 def test_dashboards_are_given_what_a_run_was_made_with(tmp_path):
@@ -253,7 +253,7 @@ def test_runs_that_differ_have_names_that_do(tmp_path):
 def joined(root: Path, name: str) -> None:
     os.environ |= {"WANDB_MODE": "offline", "HOME": str(root)}
     run = Run(root, name)
-    wandb(run.folder, About(name, name, None, "distil", ["fkl"], {"loss": "fkl"}))[0].close({"val/lm": 2.6})
+    wandb(run.folder, WandbMetadata(name, name, None, "distil", ["fkl"], {"loss": "fkl"}))[0].close({"val/lm": 2.6})
     (root / "joined").write_text(str([join(run, run.result(), group) for group in ("first", "second")]))
 
 

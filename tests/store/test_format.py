@@ -9,7 +9,7 @@ import torch
 
 from kd.objective.chunked import chunks
 from kd.objective.target import Target
-from kd.store.format import MOST_DRAWS, STEP, Entries, encode, from_bytes
+from kd.store.format import MOST_DRAWS, QUANTIZATION_STEP, EncodedRows, encode, from_bytes
 from kd.store.rows import Rows
 from tests.cases import option
 
@@ -48,7 +48,7 @@ def written(target: Target, draws: int | None = None, size: int = 5) -> Rows:
     return out
 
 
-def read(entries: Entries, draws: int | None = None, size: int = ROWS * SIZE) -> list[Target]:
+def read(entries: EncodedRows, draws: int | None = None, size: int = ROWS * SIZE) -> list[Target]:
     """The targets of all positions, `size` of them at a time."""
     count = entries.count.numel()
     zeros = torch.zeros(count, dtype=torch.long)
@@ -83,7 +83,7 @@ def test_ids_come_back_exactly_and_probabilities_to_half_a_step(vocabulary):
         assert before.keys() == after.keys()
         difference = np.array([after[i] - before[i] for i in before])
         # Each is off by half a step at most, and all of them together by what makes their sum right again.
-        assert np.ptp(difference) <= STEP + 1e-5 and abs(difference).max() <= STEP + 1e-5
+        assert np.ptp(difference) <= QUANTIZATION_STEP + 1e-5 and abs(difference).max() <= QUANTIZATION_STEP + 1e-5
         assert sum(map(math.exp, after.values())) == pytest.approx(sum(map(math.exp, before.values())), rel=5e-3)
 
 
@@ -109,7 +109,7 @@ def test_as_many_draws_as_a_count_can_hold():
     logp = torch.tensor([[1.0, 0.0]]).log().expand(count, 2)
     certain = Target(torch.zeros(count, dtype=torch.long), logp, seed=torch.arange(count))
     entries = from_bytes(written(option("truncation", "random", draws=MOST_DRAWS)(certain), MOST_DRAWS).bodies)
-    assert (entries.code == MOST_DRAWS).all() and tables(read(entries, MOST_DRAWS)) == [{0: 0.0}] * count
+    assert (entries.quantized_logp == MOST_DRAWS).all() and tables(read(entries, MOST_DRAWS)) == [{0: 0.0}] * count
 
 
 @pytest.mark.parametrize("mass", [1e-6, 1e-3, 0.5, 0.999, 1 - 1e-6])
@@ -146,7 +146,7 @@ def test_improbable_entries_stay_apart_from_dropped_ones():
     target = Target(torch.zeros(ROWS * SIZE, dtype=torch.long), logp, torch.tensor([[9, 1, 5, 2]]).expand(logp.shape))
     for table in tables(read(from_bytes(written(target).bodies))):
         assert table.keys() == {1, 5, 9}
-        assert table[1] == pytest.approx(-1000, abs=STEP) and table[5] < table[1]
+        assert table[1] == pytest.approx(-1000, abs=QUANTIZATION_STEP) and table[5] < table[1]
 
 
 @pytest.mark.parametrize("draws", [None, 20])

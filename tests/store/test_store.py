@@ -182,7 +182,7 @@ def test_from_the_command_line(root):
     path, before = only(root), content(only(root))
     DAMAGE["flipped"](path / SHARDS[0])
     words = (*OFFLINE, "data.tokens=2000")
-    output = train(root, *words, code=2)
+    output = train(root, *words, quantized_logp=2)
     assert f"{path / SHARDS[0]} is damaged" in output and "Traceback" not in output
     command = "\n".join(line for line in output.splitlines() if line.startswith("  "))
     shell = f"python() {{ printf '%s\\0' \"$@\"; }}\n{command}"
@@ -225,7 +225,7 @@ def command_line(root, monkeypatch, capsys):
             store_main.main()
             code = 0
         except SystemExit as error:
-            code = error.code
+            code = error.quantized_logp
         return code, capsys.readouterr().err
 
     return call
@@ -647,8 +647,8 @@ def test_a_store_of_a_root_under_a_url_is_written_under_that_url(root, monkeypat
     url = f"memory://{root.name}/kd"
     cache = local_root(url) / "stores"
     path = f"{url}/stores/{only(root).name}"
-    files.local(path, cache).mkdir(parents=True)
-    shutil.copy(only(root) / "begun.json", files.local(path, cache))
+    files.local_path(path, cache).mkdir(parents=True)
+    shutil.copy(only(root) / "begun.json", files.local_path(path, cache))
     with refused(option=path, why="is no store") as caught:
         Store(path, cache)
     words = str(caught.value).split()

@@ -7,7 +7,6 @@ import re
 import pytest
 from plotly.offline import get_plotlyjs
 
-from kd.experiment.results import load_sweep
 from sweeps.fit.__main__ import main
 from sweeps.fit.fitting import fit_all
 from sweeps.fit.observations import to_csv

@@ -254,41 +254,49 @@ def model(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("name", ["weights", "config.json", "sub/x"])
 def test_an_edit_of_the_same_size_and_time_changes_the_stamp_and_a_new_time_does_not(model, name):
     path = model / name
-    before, content = files.stamp(str(model)), path.read_bytes()
+    before, content = files.folder_fingerprint(str(model)), path.read_bytes()
     os.utime(path, ns=(1, 1))
-    assert files.stamp(str(model)) == before
+    assert files.folder_fingerprint(str(model)) == before
     rewrite(path, content[:-1] + b"\1")
-    changed = files.stamp(str(model))
+    changed = files.folder_fingerprint(str(model))
     assert changed != before
     rewrite(path, content)
-    assert files.stamp(str(model)) == before
+    assert files.folder_fingerprint(str(model)) == before
     path.rename(path.with_name("other"))
-    assert files.stamp(str(model)) not in (before, changed)
+    assert files.folder_fingerprint(str(model)) not in (before, changed)
 
 
 def test_a_stamp_is_of_visible_files_wherever_they_are(model, tmp_path):
-    before = files.stamp(str(model))
+    before = files.folder_fingerprint(str(model))
     shutil.copytree(model, tmp_path / "copy")
     (tmp_path / "copy" / ".cache").mkdir()
     (tmp_path / "copy" / ".cache" / "note").write_text("downloaded today")
-    assert files.stamp(str(tmp_path / "copy")) == before
-    assert files.stamp(str(model / "config.json")) is files.stamp("a/name") is files.stamp(None) is None
+    assert files.folder_fingerprint(str(tmp_path / "copy")) == before
+    assert (
+        files.folder_fingerprint(str(model / "config.json"))
+        is files.folder_fingerprint("a/name")
+        is files.folder_fingerprint(None)
+        is None
+    )
 
 
 def test_large_files_are_read_once(model, monkeypatch):
     real, read = files.digest, []
     monkeypatch.setattr(files, "digest", lambda path: (read.append(Path(path).name), real(path))[1])
-    one = files.stamp(str(model))
-    assert files.stamp(str(model)) == one and read.count("weights") == 1
+    one = files.folder_fingerprint(str(model))
+    assert files.folder_fingerprint(str(model)) == one and read.count("weights") == 1
     (note,) = (model.parent / "cache" / "digests").iterdir()
     note.write_text("[]")
-    assert files.stamp(str(model)) == one and read.count("weights") == 2
+    assert files.folder_fingerprint(str(model)) == one and read.count("weights") == 2
     monkeypatch.setattr(files, "SETTLED", 3600)  # changed just now: it could change once more within a clock tick
     (model / "weights").write_bytes(bytes(files.LARGE))
-    assert files.stamp(str(model)) == one == files.stamp(str(model)) and read.count("weights") == 4
+    assert (
+        files.folder_fingerprint(str(model)) == one == files.folder_fingerprint(str(model))
+        and read.count("weights") == 4
+    )
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(model, monkeypatch):
     (model.parent / "file").touch()
     monkeypatch.setenv("KD_CACHE", str(model.parent / "file" / "cache"))
-    assert files.stamp(str(model)) == files.stamp(str(model))
+    assert files.folder_fingerprint(str(model)) == files.folder_fingerprint(str(model))

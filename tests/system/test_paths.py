@@ -22,7 +22,7 @@ from kd.runs import provenance
 from kd.runs.run import Run
 from kd.store.reader import Store
 from kd.system import files
-from kd.system.console import Steps, Terminal, console, styled, track
+from kd.system.console import StepProgress, Terminal, console, styled, track
 from kd.system.remote import local_root
 from sweeps.fit.__main__ import main as fit_main
 from sweeps.report.__main__ import main as report_main
@@ -149,7 +149,7 @@ def test_titles_and_cells_with_brackets(tmp_path, capsys):
     terminal.print(table)
     assert all(f"{letter}[/b]" in out.getvalue() for letter in "thcs")
     assert list(track([1, 2], "copying to [/b]")) == [1, 2]
-    steps = Steps("m[/b]", 1, 0)
+    steps = StepProgress("m[/b]", 1, 0)
     steps.update(1, 1, "x[/b]")
     steps.stop()
     assert "m[/b]" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from kd.launch.summary import summary
 from kd.runs.run import Run
 from kd.system import remote, retries
 from kd.system.lease import lease
-from kd.system.processes import alive, boot, whereabouts
+from kd.system.processes import boot_id, is_alive, process_info
 from kd.system.remote import Remote
 from kd.system.remote_checkpoints import RemoteCheckpoints
 from tests.refusals import refused
@@ -237,7 +237,7 @@ def test_sweep_and_report_at_a_url(there, cache, tmp_path):
 
 
 def other(**about) -> dict:
-    return whereabouts() | {"host": "elsewhere", "id": "other", "beat": 0} | about
+    return process_info() | {"host": "elsewhere", "id": "other", "beat": 0} | about
 
 
 def held(tmp_path: Path, lease: dict) -> Remote:
@@ -248,7 +248,7 @@ def held(tmp_path: Path, lease: dict) -> Remote:
 
 def test_a_machine_that_is_gone_is_followed_and_one_that_is_there_is_not(cache, tmp_path, monkeypatch):
     monkeypatch.setattr("kd.system.lease.EXPIRES", 0.5)
-    with lease(held(tmp_path, other()), whereabouts(), alive, patient=False):  # it says nothing for so long
+    with lease(held(tmp_path, other()), process_info(), is_alive, patient=False):  # it says nothing for so long
         written = json.loads((tmp_path / "run" / "lease.json").read_text())
         assert written["pid"] == os.getpid()
     assert not (tmp_path / "run" / "lease.json").exists()
@@ -256,12 +256,14 @@ def test_a_machine_that_is_gone_is_followed_and_one_that_is_there_is_not(cache, 
     gone = subprocess.Popen(["true"])
     gone.wait()
     began = time.monotonic()
-    run = held(tmp_path, whereabouts() | {"pid": gone.pid, "id": "x", "beat": 0})
-    with lease(run, whereabouts(), alive, patient=False):
+    run = held(tmp_path, process_info() | {"pid": gone.pid, "id": "x", "beat": 0})
+    with lease(run, process_info(), is_alive, patient=False):
         assert time.monotonic() - began < 5
     with (
         refused(why=f"being worked on by process {os.getpid()}", hint="wait for that process to end"),
-        lease(held(tmp_path, whereabouts() | {"id": "x", "beat": 0, "boot": boot()}), whereabouts(), alive, False),
+        lease(
+            held(tmp_path, process_info() | {"id": "x", "beat": 0, "boot": boot_id()}), process_info(), is_alive, False
+        ),
     ):
         raise AssertionError
 
@@ -446,7 +448,7 @@ def test_no_lease_is_taken_over_for_an_outage(away, tmp_path, monkeypatch):
         return real(self, *args)
 
     monkeypatch.setattr(Remote, "read", read)
-    with pytest.raises(KeyboardInterrupt), lease(run, whereabouts(), alive, patient=True):
+    with pytest.raises(KeyboardInterrupt), lease(run, process_info(), is_alive, patient=True):
         raise AssertionError
     assert real(run, "lease.json")["id"] == "other"
 
@@ -459,7 +461,7 @@ def test_a_lease_whose_writing_was_not_answered_is_ones_own(away, tmp_path, monk
         return False
 
     monkeypatch.setattr(Remote, "create", create)
-    with lease(Remote(f"{away}/run", tmp_path / "copy"), whereabouts(), alive, patient=False):
+    with lease(Remote(f"{away}/run", tmp_path / "copy"), process_info(), is_alive, patient=False):
         pass
 
 
@@ -518,7 +520,7 @@ def test_a_scheduler_is_not_taken_at_its_word_while_the_url_is_away(away, tmp_pa
     monkeypatch.setattr(cluster, "SETTLE", 0.2)
     monkeypatch.setattr(remote, "ASK_AGAIN", 0)
     (job,) = jobs_at(away, tmp_path, 0)
-    pool = cluster.Elsewhere("", [job], 1)
+    pool = cluster.ClusterPool("", [job], 1)
     pool.hand(job)
     pool.of(job).why = ("failed", "SLURM says COMPLETED")
     Away.go(0.6)
@@ -557,9 +559,9 @@ def test_a_claim_of_a_process_that_is_gone_is_none(tmp_path):
     gone.wait()
     run = Run(tmp_path, "run")
     assert run.claim.take() and run.claim.take()
-    (run / "claim.lock").write_text(json.dumps(whereabouts() | {"pid": os.getppid()}))
+    (run / "claim.lock").write_text(json.dumps(process_info() | {"pid": os.getppid()}))
     assert not run.claim.take()
-    (run / "claim.lock").write_text(json.dumps(whereabouts() | {"pid": gone.pid}))
+    (run / "claim.lock").write_text(json.dumps(process_info() | {"pid": gone.pid}))
     assert run.claim.take()
     run.claim.release()
     assert not (run / "claim.lock").exists()

@@ -93,7 +93,9 @@ def test_a_row_that_came_twice_has_two_answers(recorded):
     ids = table(root)[twice, :-1]
     early, late = (opened(root, window)[0].read(np.array(twice), ids) for window in ((0, 0.75), (0.75, 1)))
     assert len(twice) == STEPS * BATCH - ROWS
-    assert all((a != b).any() for a, b in zip(early.code.split(160), late.code.split(160), strict=True))
+    assert all(
+        (a != b).any() for a, b in zip(early.quantized_logp.split(160), late.quantized_logp.split(160), strict=True)
+    )
 
 
 def test_recording_changes_nothing_and_takes_no_forward_pass(recorded, tmp_path, monkeypatch):
@@ -184,7 +186,7 @@ def test_what_was_recorded_after_the_checkpoint_that_is_gone_on_from_is_forgotte
     assert held.manifest["entries"] == expected.manifest["entries"]
     ids = table(tmp_path)[rows, :-1]
     expected.select_window(None)
-    assert (held.read(rows, ids).code == expected.read(rows, ids).code).all()
+    assert (held.read(rows, ids).quantized_logp == expected.read(rows, ids).quantized_logp).all()
 
 
 def student(root: Path, *words: str) -> Path:
@@ -326,7 +328,7 @@ def test_checkpoints_far_apart_do_not_fill_the_memory(recorded, tmp_path, monkey
     (held, rows), (expected, same) = opened(tmp_path), opened(recorded[0])
     assert len(held.shards) == STEPS and (rows == same).all()
     ids = table(tmp_path)[rows, :-1]
-    assert (held.read(rows, ids).code == expected.read(rows, ids).code).all()
+    assert (held.read(rows, ids).quantized_logp == expected.read(rows, ids).quantized_logp).all()
 
 
 def test_draws_and_bf16_are_recorded(tmp_path):
@@ -336,7 +338,7 @@ def test_draws_and_bf16_are_recorded(tmp_path):
     assert outcome(run) == plain
     held, rows = opened(tmp_path)
     entries = held.read(rows, table(tmp_path)[rows, :-1])
-    assert {int(c.sum()) for c in entries.code.split(entries.count.flatten().tolist())} == {9}
+    assert {int(c.sum()) for c in entries.quantized_logp.split(entries.count.flatten().tolist())} == {9}
     learner = ("logits=offline", "teacher=none", f"logits.path={tmp_path / 'store'}", "truncation=random")
     assert result(here(tmp_path, *learner, "truncation.draws=4", "trainer.steps=2"))["state"] == "done"
 

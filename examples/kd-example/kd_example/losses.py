@@ -16,7 +16,7 @@ def alpha_divergence(student: Tensor, target: Target, alpha: float = 0.5) -> Ten
     check("loss.alpha", alpha, 0 <= alpha <= 1, "a number from 0 (rkl) to 1 (fkl)")
     if alpha in (0, 1):
         return (losses.rkl, losses.fkl)[int(alpha)](student, target)
-    q, p = target.pair(student)  # [N, K], on the columns that the target keeps
+    q, p = target.align(student)  # [N, K], on the columns that the target keeps
     mixed = (alpha * p + (1 - alpha) * q).exp().sum(-1)
     mass = alpha * p.exp().sum(-1) + (1 - alpha) * q.exp().sum(-1)
     return (mass - mixed) / (alpha * (1 - alpha))

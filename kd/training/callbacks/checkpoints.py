@@ -52,8 +52,8 @@ class Checkpoints(Callback):
         return {
             "code": self.code,
             "micro_batch_size": self.module.micro_batch_size,
-            "random": collectives.gather(random_state(self.module.device)),
-            "rollout": collectives.gather(rollout.state() if rollout else {}),
+            "random": collectives.all_gather(random_state(self.module.device)),
+            "rollout": collectives.all_gather(rollout.state() if rollout else {}),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -69,22 +69,22 @@ class Checkpoints(Callback):
         self._load_rollout(state["rollout"])
         # With more ranks than there were, the new ones draw numbers of their own.
         states = state["random"]
-        self.random_state = states[collectives.number()] if collectives.number() < len(states) else None
+        self.random_state = states[collectives.rank()] if collectives.rank() < len(states) else None
 
     def _load_rollout(self, states: list[dict]) -> None:
         """Go on with the rollout of this rank, from those of all ranks that there were."""
         rollout = self.module.rollout
         if not rollout:
             return
-        if len(states) != collectives.count() and any(map(rollout.is_rank_local, states)):
+        if len(states) != collectives.world_size() and any(map(rollout.is_rank_local, states)):
             raise UserError(
                 option="trainer.devices",
-                got=collectives.count(),
+                got=collectives.world_size(),
                 why=f"the checkpoint is of {len(states)} processes, each of which keeps the responses that it wrote",
                 need=f"{len(states)} processes to continue this run",
                 hint=f"type trainer.devices={len(states)}",
             )
-        rollout.load(states[min(collectives.number(), len(states) - 1)])
+        rollout.load(states[min(collectives.rank(), len(states) - 1)])
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
         checkpoint["format"] = FORMAT
@@ -94,7 +94,7 @@ class Checkpoints(Callback):
         requests.watch()  # Lightning has put handlers of its own in their place
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        requested = collectives.any_of(requests.pending)
+        requested = collectives.any_rank(requests.pending)
         if trainer.global_step == self.resumed_at:
             if self.random_state is not None:  # only here, since what runs before draws from the generators
                 restore(self.random_state, module.device)
@@ -133,7 +133,7 @@ class Checkpoints(Callback):
             self.before_save(trainer.global_step)
         path = self.folder / f"step-{trainer.global_step:08}.ckpt"
         trainer.save_checkpoint(path)
-        if self.copies and collectives.number() == 0:
+        if self.copies and collectives.rank() == 0:
             self.copies.send(path, self.before_send, getattr(trainer.strategy, "writing", None), wait)
         for old in steps(self.folder)[KEPT:]:
             trainer.strategy.remove_checkpoint(old)

@@ -6,7 +6,7 @@ import time
 
 from lightning.pytorch.callbacks import Callback
 
-from kd.system.console import Steps
+from kd.system.console import StepProgress
 
 LONG = 10.0  # seconds after which a step is shown by its micro-batches
 
@@ -16,12 +16,12 @@ class ProgressBar(Callback):
 
     def __init__(self, title: str, steps: int, shown: bool = True):
         self.title, self.steps, self.shown = title, steps, shown
-        self.bar: Steps | None = None
+        self.bar: StepProgress | None = None
         self.tokens = 0  # since the process started
         self._step_start = 0.0
 
     def on_train_start(self, trainer, module) -> None:
-        bar = self.bar = Steps(self.title, self.steps, trainer.global_step, shown=self.shown)
+        bar = self.bar = StepProgress(self.title, self.steps, trainer.global_step, shown=self.shown)
 
         def on_micro_batch(done: int, count: int) -> None:
             if time.monotonic() - self._step_start > LONG:
