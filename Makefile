@@ -1,4 +1,4 @@
-.PHONY: demo test test-all lint bench
+.PHONY: demo test test-all lint bench docs
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -21,6 +21,11 @@ lint: .venv/installed
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
+	$(BIN)/python -m tests.words
+
+docs: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -21,7 +21,7 @@ def mup(
 
     muP in its simple form: Wortsman et al. 2023, arXiv 2309.14322, section 3.2; Yang et al. 2022, arXiv 2203.03466, who
     also divide the logits of an output layer that is the embedding, which is not done here: seen to carry over from a
-    width of 64 to 192 (RESULTS.md), and to be tried anew at one of thousands. What weight decay takes off per step
+    width of 64 to 192 (docs/results.md), and to be tried anew at one of thousands. What weight decay takes off per step
     stays as it is. Raises UserError for a base_width below 1.
     """
     check("optim.base_width", base_width, base_width >= 1, "a width of at least 1, e.g. 64, that of size 100k")

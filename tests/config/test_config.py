@@ -658,7 +658,6 @@ def documented() -> list[str]:
     root = components.CONF.parent
     files = [
         root / "README.md",
-        root / "RESULTS.md",
         *root.glob("docs/*.md"),
         *root.glob("kd/**/*.py"),
         root / "train.py",
