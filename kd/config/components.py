@@ -14,8 +14,9 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
+from kd.config import plugins
 from kd.config.sizes import SIZES
-from kd.errors import UserError
+from kd.errors import UserError, first_line
 from kd.system import files
 from kd.system.programs import PACKAGE
 
@@ -32,6 +33,13 @@ MODULES = {
     "optim": "models.optimizers", "logger": "runs.loggers",
 }  # fmt: skip
 CLASSES = ("torch.optim.AdamW", "torch.optim.Adam", "torch.optim.SGD")
+# First parameters of a group's functions, which kd gives. A public function of an allowed plug-in (plugins.py) is an
+# option of the group if it begins with these; one for data has none of them and is annotated with Corpus.
+TAKES = {
+    "loss": "student target", "truncation": "target", "record": "target", "target": "target",
+    "temperature": "student target", "routing": "measured", "alpha": "progress", "lr": "progress", "logits": "origin",
+    "rollout": "samplers", "data": "", "plain": "", "optim": "params", "logger": "folder about",
+}  # fmt: skip
 # Arguments that would make a library run code it downloaded or unpickle what it reads.
 FORBIDDEN = ("trust_remote_code", "allow_pickle", "weights_only", "use_safetensors")
 
@@ -97,19 +105,53 @@ def locate(target: str, path: str) -> tuple[str, str]:
     module, _, name = str(target).rpartition(".")
     allowed = _allowed(path)
     if target not in allowed:
-        raise UserError(
-            option=f"{path}._target_",
-            got=target,
-            why="not something a config may call",
-            need=f"one of {', '.join(allowed)}" if allowed else "no function at all here",
-        )
+        _check_plugin(target, path, allowed)
     return module, name
+
+
+def _check_plugin(target: object, path: str, allowed: list[str]) -> None:
+    """Raise UserError unless `target` is a function of an allowed plug-in that can be an option of the group `path`."""
+    refused = UserError(
+        option=f"{path}._target_",
+        got=target,
+        why="not something a config may call",
+        need=f"one of {', '.join(allowed)}" if allowed else "no function at all here",
+    )
+    if path not in TAKES or not re.fullmatch(r"\w+(\.\w+)+", str(target)):
+        raise refused
+    package, name = str(target).partition(".")[0], str(target).rpartition(".")[2]
+    plugin = plugins.plugin_of(target)
+    if plugin is None:
+        if package in plugins.NO_PLUGIN:
+            raise refused
+        need = "a function of kd, or of a package that you allow"
+        raise refused.replace(need=need, hint=plugins.how_to_allow(package))
+    function = plugins.definition(str(target))
+    if function is None or not takes_group(function, path):
+        others = [f"{m}.{f.name}" for m, file in plugin.modules.items() for f in plugins.functions(file).values()
+                  if takes_group(f, path)]  # fmt: skip
+        begins = f"({TAKES[path].replace(' ', ', ')}, …)" if TAKES[path] else "annotated with -> Corpus"
+        why = f"no public function {begins} of the plug-in {package}"
+        hint = f"type {path}._target_={others[0]}" if others else f"write such a function in {package}"
+        raise refused.replace(why=why, need=f"one of {', '.join(others)}" if others else "", hint=hint)
+    if name in {option.rpartition(".")[2] for option in allowed}:
+        why, hint = f"has the name of {path}={name} of kd, so that results of the two look alike", "rename the function"
+        raise refused.replace(why=why, need="another name", hint=hint)
+
+
+def takes_group(function: ast.FunctionDef, group: str) -> bool:
+    """Return whether a function can be an option of a group, by its first parameters."""
+    takes = TAKES[group].split()
+    if not takes:
+        annotation = ast.unparse(function.returns).strip("'") if function.returns else ""
+        return annotation.rpartition(".")[2] == "Corpus"
+    return [x.arg for x in (*function.args.posonlyargs, *function.args.args)][: len(takes)] == takes
 
 
 @cache
 def _allowed(path: str) -> list[str]:
     """What `_target_` may be in a group."""
-    options = option_files(path) if path in MODULES else ()
+    options = builtin_files(path) if path in MODULES else ()
     modules = modules_of(path)
     allowed = sorted({f"kd.{m}.{f.stem}" for f in options for m in modules if f.stem in functions(m)})
     return [*allowed, *(CLASSES if path == "optim" else ())]
@@ -118,6 +160,14 @@ def _allowed(path: str) -> list[str]:
 def load(target: str, path: str):
     """The function or class that `target` names, once more checked as an object."""
     module, name = locate(target, path)
+    if plugins.plugin_of(target):
+        found = plugins.load(target, f"{path}._target_")
+        try:
+            parameters_of(found)
+        except Exception as error:
+            why, hint = f"has annotations that cannot be read: {first_line(error)}", "correct its signature"
+            raise UserError(option=f"{path}._target_", got=target, why=why, hint=hint) from None
+        return found
     found = getattr(importlib.import_module(module), name)
     assert target in CLASSES or (inspect.isfunction(found) and found.__module__ == module)
     return found
@@ -126,22 +176,35 @@ def load(target: str, path: str):
 @cache
 def functions(module: str) -> dict[str, str]:
     """Public functions that the source of a module of kd defines, with the first line of their docstrings."""
-    source = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
-    functions = [n for n in source.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
-    return {f.name: (ast.get_docstring(f) or "").partition("\n")[0] for f in functions}
+    return {name: plugins.first_docstring_line(function) for name, function in _definitions(module).items()}
+
+
+def _definitions(module: str) -> dict[str, ast.FunctionDef]:
+    """Return the public functions of a module of kd."""
+    return plugins.functions(PACKAGE / f"{module.replace('.', '/')}.py")
 
 
 @cache
 def declared(module: str, decorator: str) -> dict[str, tuple[str, ...]]:
     """Arguments of a decorator on public functions of a module of kd, read from its source: function -> texts."""
-    source = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
-    return {
-        function.name: tuple(ast.literal_eval(argument) for argument in call.args)
-        for function in source.body
-        if isinstance(function, ast.FunctionDef)
-        for call in function.decorator_list
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == decorator
-    }
+    calls = {name: plugins.decorator(function, decorator) for name, function in _definitions(module).items()}
+    return {name: arguments[0] for name, arguments in calls.items() if arguments}
+
+
+def declarations(target: str, decorator: str) -> tuple[str, ...]:
+    """Arguments of a decorator on the function of kd or of a plug-in that `target` names; none without it."""
+    module, _, name = target.rpartition(".")
+    if module.startswith("kd."):
+        return declared(module.removeprefix("kd."), decorator).get(name, ())
+    function = plugins.definition(target)
+    return ((function and plugins.decorator(function, decorator)) or ((), {}))[0]
+
+
+def meaning(target: str, group: str) -> str:
+    """Return the first line of the docstring of a group's function."""
+    module, name = locate(target, group)
+    function = plugins.definition(target)
+    return plugins.first_docstring_line(function) if function else functions(module.removeprefix("kd."))[name]
 
 
 def build(node: Node, path: str):
@@ -261,9 +324,21 @@ def flat(node: Node, prefix: str = "") -> Node:
 
 
 def option_files(group: str) -> list[Path]:
-    """Files of the options of a config group. What a store can keep is what a truncation can."""
+    """Files of the options of a config group, of kd and then of others. A store keeps what a truncation can keep."""
+    folder = "truncation" if group == "record" else group
+    others = [file for place in plugins.folders() for file in sorted((place / folder).glob("*.yaml"))]
+    return builtin_files(group) + others
+
+
+def builtin_files(group: str) -> list[Path]:
+    """Files of the options of a group that kd brings along."""
     folder = {"sweeps": SWEEPS, "record": CONF / "truncation"}.get(group, CONF / group)
     return sorted(folder.glob("*.yaml"))
+
+
+def builtin_option_names(group: str) -> list[str]:
+    """Names of the options of a group that kd brings along."""
+    return [*(SIZES if group in ("student", "teacher") else ()), *(file.stem for file in builtin_files(group))]
 
 
 def option_names(group: str) -> list[str]:

@@ -14,8 +14,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from kd.config import components
-from kd.config.components import CONF, as_record, option_files
+from kd.config import components, search_path
+from kd.config.components import CONF, as_record
 from kd.config.help import axes, examples
 from kd.config.schema import ExperimentConfig
 from kd.config.security import check_words
@@ -29,18 +29,35 @@ def register() -> None:
     for size in SIZES:
         for group in ("student", "teacher"):
             store.store(group=group, name=size, node={"size": size, "name": None})
-    for file in option_files("record"):
+    for file in components.builtin_files("record"):
         store.store(group="record", name=file.stem, node=as_record(dict(OmegaConf.load(file))))
-    for file in option_files("sweeps"):
+    for file in components.builtin_files("sweeps"):
         try:
             sweep = OmegaConf.load(file)
         except YAMLError as error:
             why, hint = f"is no plain YAML: {error}", "correct this file, or remove it"
             raise UserError(option=file, why=why, hint=hint) from None
-        node = {"sweep": {"name": file.stem, **sweep}, "hydra": {"mode": "MULTIRUN"}}
-        store.store(group="sweeps", name=file.stem, node=node, package="_global_")
+        _store_sweep(file.stem, sweep)
+    register_folders()
     OmegaConf.register_new_resolver("axes", axes, replace=True)
     OmegaConf.register_new_resolver("examples", examples, replace=True)
+
+
+def register_folders() -> None:
+    """Tell Hydra the options of plug-ins, and of folders that the command line names; raise UserError for bad files."""
+    store = ConfigStore.instance()
+    for group, name, node, is_global in search_path.options():
+        if group == "sweeps":
+            _store_sweep(name, node)
+        else:
+            store.store(group=group, name=name, node=node, package="_global_" if is_global else None)
+        if group == "truncation":
+            store.store(group="record", name=name, node=as_record(node))
+
+
+def _store_sweep(name: str, sweep) -> None:
+    node = {"sweep": {"name": name, **sweep}, "hydra": {"mode": "MULTIRUN"}}
+    ConfigStore.instance().store(group="sweeps", name=name, node=node, package="_global_")
 
 
 def hydra_ready():
@@ -70,7 +87,8 @@ def default_options(*words: str) -> dict[str, Any]:
 
 def config_of(words: Iterable[str]) -> ExperimentConfig:
     """Return the config of `python train.py WORDS`; raise UserError for words that train.py would refuse."""
-    words = list(words)
+    words = search_path.take(list(words))
+    register_folders()
     check_words(words)
     try:
         with hydra_ready():

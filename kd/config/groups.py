@@ -148,8 +148,7 @@ class LogitsConfig(Component):
 
     @property
     def source(self) -> LogitsSource:
-        module = self.target.rpartition(".")[0].removeprefix("kd.")
-        return LogitsSource(self.name, components.declared(module, "traits").get(self.name, ()))
+        return LogitsSource(self.name, components.declarations(self.target, "traits"))
 
 
 @dataclass(frozen=True, kw_only=True)

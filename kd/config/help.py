@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from kd.config.components import GROUPS, functions, locate, option_files
+from kd.config.components import GROUPS, meaning, option_files
 from kd.config.sizes import SIZES
 from kd.system import programs
 
@@ -28,9 +28,9 @@ def examples() -> str:
 def axes() -> str:
     """Return the options of every group, a line each."""
     lines = []
-    for group, meaning in GROUPS.items():
-        lines.append(f"  {group}: {meaning}")
-        lines += [f"    {f'{group}={name}':<24} {meaning}".rstrip() for name, meaning in _options(group)]
+    for group, words in GROUPS.items():
+        lines.append(f"  {group}: {words}")
+        lines += [f"    {f'{group}={name}':<24} {words}".rstrip() for name, words in _options(group)]
     return "\n".join(lines)
 
 
@@ -40,14 +40,14 @@ def _options(group: str) -> Iterator[tuple[str, str]]:
         for name, size in SIZES.items():
             yield name, f"{size.layers} layers of width {size.hidden}, {size.parameters:,} parameters + embeddings"
     for file in option_files(group):
-        first, *lines = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
-        if first.startswith("#"):
-            yield file.stem, first[1:].strip()
+        lines = [line for line in file.read_text().splitlines() if line and not line.startswith("# @package")]
+        first = lines.pop(0) if lines else ""
+        if not first.startswith("_target_:"):
+            yield file.stem, first[1:].strip() if first.startswith("#") else ""
         else:
-            module, name = locate(first.split()[-1], group)
             if group == "record":
                 lines = [*(line for line in lines if not line.startswith("biased")), "path: null"]
             settings = " ".join(line.replace(": ", "=") for line in lines)
-            explained = functions(module.removeprefix("kd."))[name]
-            meaning = re.split(r"[.,;] (?=[A-Z(])|, nats|\. Raises", explained)[0].rstrip(".")
-            yield file.stem, f"{meaning}{f' [{settings}]' if settings else ''}"
+            explained = meaning(first.split()[-1], group)
+            words = re.split(r"[.,;] (?=[A-Z(])|, nats|\. Raises", explained)[0].rstrip(".")
+            yield file.stem, f"{words}{f' [{settings}]' if settings else ''}"

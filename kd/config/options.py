@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from kd.config.components import CONF, GROUPS, PRESETS, as_record, flat, option_names, typed
+from kd.config import plugins
+from kd.config.components import CONF, GROUPS, PRESETS, as_record, flat, option_files, option_names, typed
 from kd.config.sizes import SIZES
 
 NOTES = ("_target_", "defaults")  # keys of a yaml that are no settings
@@ -16,21 +18,28 @@ NOTES = ("_target_", "defaults")  # keys of a yaml that are no settings
 @cache
 def defaults() -> dict[str, str | None]:
     """The option of each group that is taken where none is typed."""
-    pairs = [pair for entry in _yaml("config")["defaults"] if isinstance(entry, dict) for pair in entry.items()]
+    pairs = [
+        pair for entry in _yaml(CONF / "config.yaml")["defaults"] if isinstance(entry, dict) for pair in entry.items()
+    ]
     return {group: name for group, name in pairs if group in GROUPS and group != "sweeps"}
 
 
 def overridden(group: str, name: str) -> dict[str, str]:
     """The options of other groups that an option chooses."""
-    entries = [entry for entry in _yaml(f"{group}/{name}").get("defaults", []) if isinstance(entry, dict)]
+    entries = [entry for entry in _option(group, name).get("defaults", []) if isinstance(entry, dict)]
     pairs = [(key.split("/")[-1], value) for entry in entries for key, value in entry.items() if "override" in key]
     return dict(pairs)
 
 
-@cache
 def options(group: str) -> dict[str, dict]:
     """The options of a group, with the settings and defaults of each; a preset has none but those of other groups."""
-    shared = _yaml("config").get(group) or {}
+    return _options(group, plugins.folders())
+
+
+@cache
+def _options(group: str, folders: tuple[Path, ...]) -> dict[str, dict]:
+    """The options of a group. folders: those of others, for which the answer holds."""
+    shared = _yaml(CONF / "config.yaml").get(group) or {}
     return {name: shared | _settings(group, name) for name in option_names(group)}
 
 
@@ -39,10 +48,10 @@ def _settings(group: str, name: str) -> dict:
     if group in PRESETS:
         return {}
     if group == "record":
-        return {key: value for key, value in as_record(_yaml(f"truncation/{name}")).items() if key not in NOTES}
+        return {key: value for key, value in as_record(_option("truncation", name)).items() if key not in NOTES}
     if group in ("student", "teacher") and name in SIZES:
         return {"size": name, "name": None}
-    node = _yaml(f"{group}/{name}")
+    node = _option(group, name)
     inherited: dict = {}
     for entry in node.get("defaults", []):
         if isinstance(entry, str):
@@ -54,10 +63,14 @@ def _settings(group: str, name: str) -> dict:
     return inherited | {k: v for k, v in own.items() if k not in NOTES}
 
 
+def _option(group: str, name: str) -> dict:
+    """Return the content of an option's file; nothing for an option without one."""
+    return next((_yaml(file) for file in option_files(group) if file.stem == name), {})
+
+
 @cache
-def _yaml(name: str) -> dict:
-    file = CONF / f"{name}.yaml"
-    return OmegaConf.to_container(OmegaConf.load(file)) if file.exists() else {}
+def _yaml(file: Path) -> dict:
+    return OmegaConf.to_container(OmegaConf.load(file))
 
 
 def option_of(group: str, words: Iterable[str]) -> str | None:
@@ -76,4 +89,4 @@ def words_of(preset: str, name: str) -> list[str]:
 
 
 def settings_of_preset(preset: str, name: str) -> dict:
-    return {key: value for key, value in _yaml(f"{preset}/{name}").items() if key not in NOTES}
+    return {key: value for key, value in _option(preset, name).items() if key not in NOTES}

@@ -30,7 +30,10 @@ def check_command_line(words: list[str]) -> None:
     for switch in ELSEWHERE:
         if getattr(given, switch) is not None:
             option, why = f"--{switch.replace('_', '-')}", "kd reads no config but its own"
-            raise UserError(option=option, got=getattr(given, switch), why=why, hint=f"leave {option} out")
+            hint = f"leave {option} out"
+            if switch == "config_dir":  # of which search_path.take() has left abbreviations alone
+                why, hint = "is abbreviated", f"type {option} and the folder"
+            raise UserError(option=option, got=getattr(given, switch), why=why, hint=hint)
     check_words(given.overrides)
     several = ("sweeps=", "hydra.mode=")
     if not given.multirun and not any(word.startswith(several) for word in given.overrides):

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
-from kd.config.components import MODULES, declared
+from kd.config import plugins
+from kd.config.components import MODULES, declared, takes_group
 from kd.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,15 +21,24 @@ PROVIDERS = ("rollout", "routing")  # config groups
 
 def needs(loss: str) -> tuple[str, ...]:
     """Return the fields of TokenInfo that a loss needs."""
-    return declared(MODULES["loss"], "needs").get(loss, ())
+    return _declared("loss", "needs", tuple(plugins.allowed())).get(loss, ())
 
 
 @cache
+def _declared(group: str, decorator: str, packages: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Return what a decorator says of a group's functions, of kd and of the allowed packages."""
+    others = {
+        target.rpartition(".")[2]: names
+        for target, function, (names, _) in plugins.decorated(decorator)
+        if takes_group(function, group)
+    }
+    return declared(MODULES[group], decorator) | others
+
+
 def providers() -> dict[str, tuple[str, ...]]:
     """Return the fields that every rollout and routing provides, by what one types to choose it."""
-    return {
-        f"{group}={name}": names for group in PROVIDERS for name, names in declared(MODULES[group], "provides").items()
-    }
+    declarations = {group: _declared(group, "provides", tuple(plugins.allowed())) for group in PROVIDERS}
+    return {f"{group}={name}": names for group, functions in declarations.items() for name, names in functions.items()}
 
 
 def unique_fields(provider: str) -> list[str]:
@@ -78,7 +88,8 @@ def providers_of(name: str, loss: str) -> list[str]:
 def losses_for(provider: str) -> list[str]:
     """Return the losses that need what only this provider computes."""
     fields = unique_fields(provider)
-    return [loss for loss, names in declared(MODULES["loss"], "needs").items() if set(fields) & set(names)]
+    losses = _declared("loss", "needs", tuple(plugins.allowed()))
+    return [loss for loss, names in losses.items() if set(fields) & set(names)]
 
 
 def _list(words: Sequence[str], last: str) -> str:

@@ -1,10 +1,17 @@
 """Catalogue of metrics: name, label and meaning, for the terminal and for reports.
 
-A value is logged as `val/NAME`; the same metric of the teacher as `val/teacher_NAME`.
+A value is logged as `val/NAME`; the same metric of the teacher as `val/teacher_NAME`. To add a metric per token, write
+its function in metrics.py and an entry here that names it. In a plug-in, write a function with the decorator @metric.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
+
+from kd.config import plugins
+from kd.errors import UserError
+
+Function = TypeVar("Function", bound=Callable)
 
 EXACCERR_LENGTH = 16  # tokens over which the one number for it is taken, as in the log of MiniLLM's code
 
@@ -21,6 +28,7 @@ class Metric:
     teacher: bool = False  # the terminal also shows the teacher's
     column: bool = True  # of a report's table
     plot: str = ""  # caption of a plot of its own in a report; empty: none
+    function: str = ""  # dotted name: student log-probabilities [N, V], Target -> values [N], whose mean is logged
 
     @property
     def key(self) -> str:
@@ -50,13 +58,14 @@ METRICS = (
     Metric("perplexity", "perplexity", "of the references: the exponential of the loss", "lower"),
     Metric("bpb", "bits per byte", "the loss per byte of text, which can be compared where tokenizers differ", "lower"),
     Metric("fkl", "fkl", "KL(teacher || student), nats per token; 0 is a perfect copy of the teacher", "lower",
-           plot="lower is closer to the teacher"),
-    Metric("rkl", "rkl", "KL(student || teacher), nats per token", "lower"),
-    Metric("tvd", "tvd", "total variation distance between student and teacher", "lower", column=False),
+           plot="lower is closer to the teacher", function="kd.objective.losses.fkl"),
+    Metric("rkl", "rkl", "KL(student || teacher), nats per token", "lower", function="kd.objective.losses.rkl"),
+    Metric("tvd", "tvd", "total variation distance between student and teacher", "lower", column=False,
+           function="kd.objective.losses.tvd"),
     Metric("acceptance", "acceptance", "1 - total variation distance: how often speculative decoding keeps a token",
            "higher", plot="higher is closer to the teacher"),
     Metric("agreement", "agreement", "share of positions where student and teacher rank the same token first",
-           "higher"),
+           "higher", function="kd.evaluation.metrics.agreement"),
     Metric("accuracy", "accuracy", "share of held-out tokens that the student ranks first", "higher", teacher=True),
     Metric("ece", "ece", "expected calibration error: mean |confidence - accuracy| over 15 bins; 0 is calibrated",
            "lower", teacher=True, plot="lower is better calibrated"),
@@ -74,3 +83,37 @@ METRICS = (
 )  # fmt: skip
 BY_NAME = {metric.name: metric for metric in METRICS}
 LOSS, ROUGE_L = BY_NAME["lm"], BY_NAME["rouge_l"]
+
+
+def metric(
+    *, label: str = "", better: Literal["lower", "higher"] | None = None, unit: str = "", column: bool = True,
+    plot: str = "",
+) -> Callable[[Function], Function]:  # fmt: skip
+    """Declare a function of a plug-in as a metric per token, called as the function. Arguments: fields of Metric.
+
+    The function takes the student's log-probabilities [N, V] and a Target, and returns values [N]. The first line of
+    its docstring is the meaning. All arguments are literals, since they are read without importing the plug-in.
+    """
+    return lambda function: function
+
+
+def metrics() -> tuple[Metric, ...]:
+    """Return kd's metrics and those of allowed plug-ins; raise UserError for two of one name."""
+    by_name = dict(BY_NAME)
+    for target, function, (_, fields) in plugins.decorated("metric"):
+        if function.name in by_name:
+            other = by_name[function.name].function or "a metric of kd"
+            hint = "give the function another name"
+            raise UserError(option=target, why=f"has the name of {other}", hint=hint)
+        by_name[function.name] = _of_plugin(
+            target, function.name, plugins.first_docstring_line(function).rstrip("."), fields
+        )
+    return tuple(by_name.values())
+
+
+def _of_plugin(target: str, name: str, meaning: str, fields: dict[str, Any]) -> Metric:
+    try:
+        label = fields.pop("label", "") or name
+        return Metric(name, label, meaning, function=target, **fields)
+    except TypeError as error:
+        raise UserError(option=f"@metric of {target}", why=str(error), hint="correct its arguments") from None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from kd.objective import losses
+from kd.config import plugins
+from kd.evaluation import catalog
 from kd.objective.chunked import Signal, chunks, default_chunk_size, log_probabilities
 from kd.objective.target import Target
 
@@ -19,13 +21,17 @@ def agreement(student: Tensor, target: Target) -> Tensor:
     return (student.argmax(-1) == target.logp.argmax(-1)).float()
 
 
-# Nats (tvd and agreement: shares) per position; to measure more, add a function here.
-AGAINST_TEACHER: dict[str, Callable[[Tensor, Target], Tensor]] = {
-    "fkl": losses.fkl,
-    "rkl": losses.rkl,
-    "tvd": losses.tvd,
-    "agreement": agreement,
-}
+def against_teacher() -> dict[str, Callable[[Tensor, Target], Tensor]]:
+    """Return the functions of the metrics per token by name; raise UserError for one of a plug-in that has none."""
+    return {metric.name: _function(metric.function) for metric in catalog.metrics() if metric.function}
+
+
+def _function(target: str) -> Callable[[Tensor, Target], Tensor]:
+    """Return the function that a metric names."""
+    if plugins.plugin_of(target):
+        return plugins.load(target, "the metric")
+    module, _, name = target.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def calibration_bins(logp: Tensor, label: Tensor) -> Tensor:
@@ -61,6 +67,7 @@ class Measures:
 
     def __init__(self, chunk: int | None = None):
         self.chunk = chunk
+        self.functions = against_teacher()
         self.tokens = 0
         self.sums: dict[str, Tensor] = {}
 
@@ -75,7 +82,7 @@ class Measures:
             if signal is not None:
                 target = signal(rows)
                 assert target.ids is None  # measures are of whole distributions
-                for name, measure in AGAINST_TEACHER.items():
+                for name, measure in self.functions.items():
                     self._add(name, measure(student, target).double().sum())
                 self._add("teacher_lm", -target.logp.gather(-1, label[rows, None]).double().sum())
                 self._add("teacher_ece", calibration_bins(target.logp, label[rows]))

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from kd.config.schema import ExperimentConfig
 from kd.data.batches import Packed
 from kd.data.tokenizer import load_tokenizer, vocabulary_size
 from kd.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 class Components:
@@ -20,6 +16,7 @@ class Components:
     def __init__(self, config: ExperimentConfig, packed: Packed):
         import torch
 
+        from kd.evaluation import metrics
         from kd.objective.chunked import Objective
         from kd.objective.target import Target
         from kd.objective.token_info import TokenInfo, needs_of
@@ -45,7 +42,9 @@ class Components:
         target = Target(zeros, logp, seed=zeros, token_info=TokenInfo.example(needs_of(made["loss"])))
         if self.truncate is not None:
             try:
-                self.truncate(target)
+                if self.truncate(target).ids is None:
+                    why, hint = "keeps whole distributions, and a store holds columns", "return target.select(…) in it"
+                    raise UserError(option="truncation", got=config.stored.name, why=why, hint=hint)
             except UserError as error:
                 group = "record" if config.record else "truncation"
                 option, hint = (str(text).replace("truncation.", f"{group}.") for text in (error.option, error.hint))
@@ -59,6 +58,10 @@ class Components:
                 "(mse compares differences of logits, and one token has none)",
                 hint="keep more tokens, e.g. truncation.k=10",
             )
+        for name, measure in metrics.against_teacher().items():
+            if tuple(measure(student.detach(), target).shape) != (2,):
+                why, hint = "does not return a value per position", "return a tensor of one dimension, [N]"
+                raise UserError(option=f"the metric {name}", why=why, hint=hint)
         try:
             self.optim([{"params": [torch.nn.Parameter(torch.zeros(1))], "width": 1}])
         except UserError:

@@ -4,11 +4,13 @@ model and no torch."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from kd.config import components as conf
+from kd.config import plugins
 from kd.config.compose import default_config
 from kd.config.groups import Component, DataConfig, FineTunedInit, ModelConfig, PretrainedInit, TeacherConfig
 from kd.config.schema import ExperimentConfig
@@ -16,7 +18,7 @@ from kd.data import packing
 from kd.data.corpora import Corpus
 from kd.errors import UserError
 from kd.runs import provenance
-from kd.runs.identity import identity, whole_as_float
+from kd.runs.identity import identity, identity_settings, whole_as_float
 from kd.runs.run import Run
 from kd.store.location import FORMAT, Place
 from kd.system import files, remote
@@ -50,10 +52,12 @@ class Plan(NamedTuple):
 
 def _made(config: ExperimentConfig) -> Plan:
     source, how = corpus(config)
-    digests = {"data": packing.key(source, **how)}
+    digests: dict[str, Any] = {"data": packing.key(source, **how)}
     for role, model in (("student", config.student), ("teacher", config.teacher)):
         if stamp := files.folder_fingerprint(model.name):
             digests[f"{role}.name"] = stamp
+    if plugged := plugins.digests(plugged_in(config)):
+        digests["plugins"] = plugged
     teacher = store = recording = None
     if (config.teacher.size or config.teacher.sft) and not config.logits.source.trains_teacher:
         teacher = teacher_config(config)
@@ -74,10 +78,23 @@ def _made(config: ExperimentConfig) -> Plan:
     return Plan(run, teacher, start, store, recording)
 
 
-def _store_key(config: ExperimentConfig, digests: dict[str, str]) -> str:
+def plugged_in(config: ExperimentConfig) -> list[str]:
+    """Return the functions of plug-ins that change what comes out of a run, as the config names them."""
+    if not plugins.allowed():
+        return []
+    part = identity_settings(config.flat())
+    groups = [group for group in conf.MODULES if group in part]
+    nodes = [getattr(config, group) for group in (*groups, *(("plain",) if config.data.is_instructions else ()))]
+    targets = [node.target for node in nodes if isinstance(node, Component)]
+    return [target for target in targets if plugins.plugin_of(target)]
+
+
+def _store_key(config: ExperimentConfig, digests: dict[str, Any]) -> str:
     """Name of a store's folder: a digest of all that its content depends on."""
     spec = config.stored.spec
     inputs = {k: v for k, v in digests.items() if k in ("data", "teacher", "teacher.name")}
+    if plugged := plugins.digests([config.stored.target]):
+        inputs["plugins"] = plugged
     seed = config.logits.seed if spec["name"] == "random" else None
     on_hub = None if "teacher.name" in digests else config.teacher.name
     return files.digest_of([FORMAT, inputs, config.trainer.precision, whole_as_float(spec), seed, on_hub])[:16]
@@ -129,6 +146,8 @@ def _packing(config: ExperimentConfig, data: Component, group: str) -> tuple[Cor
         hint = f"leave {group}.{name} out"
         raise UserError(option=f"{group}.{name}", got=data.args[name], why="this data has no such option", hint=hint)
     source = cached_corpus(make, **conf.checked(make, data.args, group))
+    if plugged := plugins.digests([data.target]):  # other code may make other text
+        source = replace(source, fingerprint=source.fingerprint | {"plugins": plugged})
     how = conf.checked(packing.pack, data.args, group)
     how["code"] = provenance.component(group, data.name)
     if not source.words:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import lightning
 
+from kd.config import plugins
 from kd.config.schema import ExperimentConfig
 from kd.data import packing
 from kd.data.batches import Packed
 from kd.data.datamodule import DistillationData
 from kd.errors import UserError
+from kd.evaluation import catalog
 from kd.experiment.assembly import (
     RunCallbacks,
     build_callbacks,
@@ -22,7 +24,7 @@ from kd.experiment.assembly import (
     sharded_roles,
 )
 from kd.experiment.components import Components
-from kd.experiment.dependencies import corpus
+from kd.experiment.dependencies import corpus, plugged_in
 from kd.experiment.prerequisites import Inputs
 from kd.models import flops
 from kd.parallel import collectives, fsdp
@@ -104,7 +106,7 @@ def assemble(run: Run, config: ExperimentConfig, inputs: Inputs) -> Assembly:
     """Build what a run trains with."""
     silence_libraries()
     options, trainer = config.flat(), config.trainer
-    code = source_code(options, inputs)
+    code = source_code(config, inputs)
     lightning.seed_everything(config.seed, verbose=False)
     student, teacher = inputs.student(config), build_teacher(config, inputs)
     if inputs.packed.val_spans is not None:  # they respond to prompts when training has ended
@@ -135,9 +137,14 @@ def assemble(run: Run, config: ExperimentConfig, inputs: Inputs) -> Assembly:
     )  # fmt: skip
 
 
-def source_code(options: dict, inputs: Inputs) -> dict:
+def source_code(config: ExperimentConfig, inputs: Inputs) -> dict:
     """Return what a result keeps of the code that makes it, as it is now, before anybody edits it."""
-    code: dict = {"environment": environment(), "sources": provenance.sources(options), "origins": inputs.origins}
+    code: dict = {
+        "environment": environment(), "sources": provenance.sources(config.flat()), "origins": inputs.origins,
+    }  # fmt: skip
+    measures = [metric.function for metric in catalog.metrics()]
+    if plugged := plugins.used([*plugged_in(config), *measures]):
+        code["plugins"] = [plugin.to_dict() for plugin in plugged]
     for group, rows in (("data", inputs.packed), ("plain", inputs.plain)):
         if rows and group in code["sources"] and (packed_by := packing.code_of(rows.folder)):
             code["sources"][group] = packed_by

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from kd.data.counts import in_words
-from kd.evaluation.catalog import METRICS
+from kd.evaluation import catalog
 from kd.experiment.prerequisites import FinishedRun
 from kd.runs import provenance
 from kd.system.console import console, format_duration, styled
@@ -31,7 +31,7 @@ def measures(result: dict) -> Table:
     """Return the metrics of a result with their meaning, and their values before training if these were measured."""
     table, initial = Table(box=None, show_header=False, pad_edge=False), result.get("initial") or {}
     meanings: dict[str, str] = {}
-    for metric in METRICS:
+    for metric in catalog.metrics():
         meanings |= {metric.key: metric.meaning}
         meanings |= {metric.teacher_key: f"{metric.label} of the teacher"} if metric.teacher else {}
     for key, meaning in meanings.items():

@@ -21,6 +21,7 @@ import filelock
 from rich.console import Group
 
 from kd.config import components as conf
+from kd.config import plugins
 from kd.errors import UserError
 from kd.launch.job import Job
 from kd.launch.local import LocalPool
@@ -45,10 +46,12 @@ class RemoteJob:
     words: list[str]
     said: str
     gpus: int
+    environment: dict[str, str] = field(default_factory=plugins.environment)  # where the sweep was started
 
     def __call__(self) -> list[str]:
         """Do the run; return the names of the signals that asked it to end."""
         early: list[str] = []
+        self._set_environment()
         with received(early.append):
             os.chdir(self.folder)
             job = Job(Run(self.root, self.run), self.words, self.said, self.gpus)
@@ -60,6 +63,13 @@ class RemoteJob:
                 pool._ask(name)
             pool.work()
         return [*pool.heard, *early]
+
+    def _set_environment(self) -> None:
+        """Allow the plug-ins that the sweep was started with, whatever the environment of this machine says."""
+        if self.environment:
+            places = [self.environment["PYTHONPATH"], *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+            os.environ.update(self.environment)
+            os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, places)))
 
     def done(self) -> bool:
         return Run(self.root, self.run).result() is not None

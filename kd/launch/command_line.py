@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable
 from functools import cache
 
-from kd.config import compose, security
+from kd.config import compose, search_path, security
+from kd.config.secrets import check_secrets
 from kd.errors import UserError
 from kd.launch import hydra_plugins, warm
 from kd.runs import wandb_agent
@@ -35,7 +36,10 @@ def enter(main: Callable[[], None]) -> None:
         sys.argv[1:] = warm.serve(sys.argv[2])
     end_with_parent()
     try:
-        sys.argv[1:] = files.expanded_words(sys.argv[1:])
+        words = files.expanded_words(sys.argv[1:])
+        check_secrets(words)
+        sys.argv[1:] = search_path.take(words)
+        compose.register_folders()
         security.check_command_line(sys.argv[1:])
     except UserError as error:
         exit_with_error(error)

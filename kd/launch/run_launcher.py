@@ -15,6 +15,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 
+from kd.config import search_path
 from kd.config.components import check_sweep
 from kd.config.composer import Composer
 from kd.config.schema import ExperimentConfig
@@ -108,13 +109,13 @@ class RunLauncher(Launcher):
         if self.config.force:
             discard({run.name: run for run, *_ in planned}.values())
         lines = [
-            {"run": run.name, "overrides": list(words)} | ({"name": line} if line else {})
+            {"run": run.name, "overrides": [*search_path.words(), *words]} | ({"name": line} if line else {})
             for (run, *_), words, line in zip(planned, job_overrides, names, strict=True)
         ]
         sweep_list.update(self.config.root, name, lines, further)
         jobs: dict[str, Job] = {}
         for (run, number, _), words, label in zip(planned, job_overrides, labels, strict=True):
-            jobs.setdefault(run.name, Job(run, [*words, f"sweep={name}"], label, number))
+            jobs.setdefault(run.name, Job(run, [*search_path.words(), *words, f"sweep={name}"], label, number))
         self._prepare_wandb(name, {run.name: run for run, _, logger in planned if logger == "wandb"}.values())
         order = [run.name for run, *_ in planned]
         self._work(name, list(jobs.values()), watch and (lambda run: watch(order.index(run.name), run)))

@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd.config import plugins
 from kd.config.components import PACKAGE
 from kd.system.forking import fork_children, request_child, show_words
 
@@ -109,9 +110,10 @@ class Warm:
             )  # fmt: skip
 
     def _sources(self) -> dict[str, tuple[int, int]]:
-        """Return when each file of kd was written, and its size."""
+        """Return when each file of kd and of the plug-ins was written, and its size."""
         found = {}
-        for path in (Path(self.program), *PACKAGE.rglob("*.py")):
+        others = [path for plugin in plugins.allowed().values() for path in plugin.modules.values()]
+        for path in (Path(self.program), *PACKAGE.rglob("*.py"), *others):
             with suppress(FileNotFoundError):  # of an editor, for a moment
                 of = path.stat()
                 found[str(path)] = of.st_mtime_ns, of.st_size

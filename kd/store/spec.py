@@ -28,6 +28,8 @@ def covers(held: dict, requested: dict) -> bool:
     kinds = held["name"], requested["name"]
     if kinds[0] == "full":
         return True
+    if not {*kinds} <= {"full", "random", "top_k", "top_p", "top_p_k"}:  # kd cannot compare those of plug-ins
+        return requested == held
     if "random" in kinds:
         return kinds == ("random", "random") and requested["draws"] <= held["draws"]
     # A truncation that sets no p or k needs it without limit.

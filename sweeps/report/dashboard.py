@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from kd.errors import UserError
-from kd.evaluation.catalog import LOSS, METRICS, Metric
+from kd.evaluation.catalog import LOSS, Metric, metrics
 from kd.experiment.results import Entry
 from kd.runs.identity import axes, sizes_of
 from kd.runs.loggers import logged_in
@@ -61,8 +61,8 @@ def panels(keys: list[str], metric: Metric) -> list:
 
 def pinned_columns(keys: list[str], metric: Metric) -> list[str]:
     """Return the columns of the table: the axes, and the final metrics, that of the sweep first."""
-    metrics = [metric, *(m for m in METRICS if m.column and m.name != "acceptance")]  # which W&B is not sent
-    return [*(f"config:{key}.value" for key in keys), *dict.fromkeys(f"summary:{m.final_key}" for m in metrics)]
+    shown = [metric, *(m for m in metrics() if m.column and m.name != "acceptance")]  # which W&B is not sent
+    return [*(f"config:{key}.value" for key in keys), *dict.fromkeys(f"summary:{m.final_key}" for m in shown)]
 
 
 def view(name: str, keys: list[str], ids: list[str], place: dict[str, str | None], metric: Metric):

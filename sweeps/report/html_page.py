@@ -8,7 +8,7 @@ import jinja2
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from kd.evaluation.catalog import LOSS, METRICS
+from kd.evaluation.catalog import LOSS, metrics
 from kd.system.console import format_duration
 from sweeps.report.axis_plots import heat_map, line_plots
 from sweeps.report.plots import dots, exposure_curves, learning_curves
@@ -32,7 +32,7 @@ def html_page(report: Report) -> str:
         bases = [g for g in report.groups if g.supervised]
         level = [ReferenceLine(g.label, "dash", {metric.key: g.required_mean(metric.key).mean}) for g in bases]
         figures[metric.name] = dots(rows, metric.key, lines + (level if len(level) == 1 else []))
-    small = {metric: dots(rows, metric.key, width=16) for metric in METRICS if metric.plot}
+    small = {metric: dots(rows, metric.key, width=16) for metric in metrics() if metric.plot}
     small = {metric: figure for metric, figure in small.items() if figure}
     plots = {
         "heat": [plot for plot in [heat_map(by_losses)] if plot], "over": line_plots(by_losses),

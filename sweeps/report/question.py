@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from itertools import takewhile
-from pathlib import Path
 
-SWEEPS = Path(__file__).parent.parent
+from kd.config.components import option_files
 
 
 def head(name: str) -> list[str]:
-    """Return the comment at the head of a sweep file of this project, line by line; nothing for any other sweep."""
-    path = SWEEPS / f"{name}.yaml"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    """Return the comment at the head of a sweep file of kd or of a plug-in, line by line; nothing for other sweeps."""
+    path = next((file for file in option_files("sweeps") if file.stem == name), None)
+    lines = path.read_text(encoding="utf-8").splitlines() if path else []
     return [line[1:].strip() for line in takewhile(lambda line: line.startswith("#"), lines)]
 
 

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from kd.evaluation.catalog import BY_NAME, LOSS, METRICS, Metric
+from kd.evaluation import catalog
+from kd.evaluation.catalog import BY_NAME, LOSS, Metric
 from kd.runs.identity import model_name
 from sweeps.report.groups import Group, label, primary_metric, subset, tasks_of, varying
 from sweeps.report.statistics import Interval, baseline, best_group, difference, gap_closed
@@ -104,7 +105,7 @@ def measured(groups: list[Group], metric: Metric) -> list[Metric]:
     """
     tokenizers = {result.get("bytes_per_token") for g in groups for result in g.results}
     left_out = {metric} | ({BY_NAME["bpb"]} if len(tokenizers) == 1 else set())
-    return [m for m in METRICS if m.column and m not in left_out and any(g.values(m.key) for g in groups)]
+    return [m for m in catalog.metrics() if m.column and m not in left_out and any(g.values(m.key) for g in groups)]
 
 
 def constant_values(groups: list[Group], metrics: Iterable[Metric], lines: list[ReferenceLine]) -> dict[Metric, str]:
@@ -128,7 +129,9 @@ def reference_lines(groups: list[Group]) -> list[ReferenceLine]:
     keys, lines = varying([json.loads(text) for text, _ in students]), []
     for (text, note), members in students.items():
         name = label(json.loads(text), keys) or str(model_name(members[0].config, "teacher"))
-        seen = {m.key: [v for g in members for v in g.values(m.teacher_key).values()] for m in METRICS if m.column}
+        seen = {
+            m.key: [v for g in members for v in g.values(m.teacher_key).values()] for m in catalog.metrics() if m.column
+        }
         values = {k: fmean(v) for k, v in seen.items() if v}
         if per_token := members[0].results[0].get("bytes_per_token"):
             values["val/bpb"] = values[LOSS.key] / math.log(2) / per_token
@@ -146,7 +149,9 @@ def before_training(groups: list[Group]) -> list[ReferenceLine]:
         starts.setdefault(subset(result["config"], "student", "start", "data"), []).append(result["initial"])
     keys, lines = varying([json.loads(text) for text in starts]), []
     for text, initials in starts.items():
-        seen = {m.key: [initial[m.key] for initial in initials if m.key in initial] for m in METRICS if m.column}
+        seen = {
+            m.key: [initial[m.key] for initial in initials if m.key in initial] for m in catalog.metrics() if m.column
+        }
         values = {k: fmean(v) for k, v in seen.items() if v}
         lines.append(ReferenceLine(f"before training {label(json.loads(text), keys)}".rstrip(), "", values))
     return lines

@@ -24,7 +24,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from rich.table import Table
 
-from kd.config import components, compose, overrides, security
+from kd.config import components, compose, overrides, search_path, security
 from kd.data import packing
 from kd.launch import optuna_search
 from kd.models import causal_lm
@@ -211,6 +211,7 @@ def test_the_canary_would_sing(words, hostile, monkeypatch):
     monkeypatch.setattr(security, "check_command_line", lambda words: None)
     monkeypatch.setattr(components, "check_targets", lambda node: None)
     monkeypatch.setattr(security, "check_words", lambda words: None)
+    monkeypatch.setattr(search_path, "take", lambda words: words)  # so that Hydra reads the folders itself
     typed_in(hostile, "data=markov", "logger=none", "root=FILE/runs", "trainer.steps=0", *words)
     assert (hostile / "canary").exists()
     (hostile / "canary").unlink()

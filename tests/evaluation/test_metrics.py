@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from kd.evaluation.metrics import AGAINST_TEACHER, BINS, Measures, agreement, calibration_bins, calibration_error
+from kd.evaluation.metrics import BINS, Measures, against_teacher, agreement, calibration_bins, calibration_error
 from kd.objective import losses
 from kd.objective.target import Target
 from tests.cases import close, dense, logits
@@ -84,7 +84,7 @@ def test_measures_are_means_over_all_positions(validation):
     }
     result = measured(validation)
     assert result == pytest.approx(result | expected, rel=1e-5)
-    assert result.keys() == expected.keys() | AGAINST_TEACHER.keys()
+    assert result.keys() == expected.keys() | against_teacher().keys()
 
 
 @pytest.mark.parametrize(("chunk", "parts"), [(1, N), (7, N), (1000, N), (64, 1), (64, 33), (3, 7)])

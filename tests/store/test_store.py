@@ -466,6 +466,7 @@ def test_the_beginning_of_another_store_is_not_gone_on_with(root, tmp_path):
 # A part of what a store holds
 
 FULL, RANDOM = {"name": "full"}, {"name": "random", "draws": 50}
+PLUGIN = {"name": "above", "least": 0.1}  # a truncation of a package that is not kd's
 
 
 def top(**settings) -> dict:
@@ -508,6 +509,11 @@ def top(**settings) -> dict:
         (RANDOM, top(p=1.0), False),
         (top(k=1), RANDOM, False),
         (top(p=0.1), RANDOM, False),
+        (PLUGIN, PLUGIN, True),
+        (PLUGIN, {"name": "full"}, True),
+        (PLUGIN | {"least": 0.2}, PLUGIN, False),
+        (PLUGIN, top(k=10**6), False),
+        (top(k=1), PLUGIN, False),
     ],
 )
 def test_what_a_store_covers(asked, held, inside):

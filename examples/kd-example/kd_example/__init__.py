@@ -1,0 +1,1 @@
+"""A loss, a data set and a metric for kd."""
