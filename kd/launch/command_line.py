@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 
-from kd.config import compose, search_path, security
+from kd.config import compose, overrides, search_path, security
 from kd.config.secrets import check_secrets
 from kd.errors import UserError
 from kd.launch import hydra_plugins, warm
@@ -41,6 +41,7 @@ def enter(main: Callable[[], None]) -> None:
         sys.argv[1:] = search_path.take(words)
         compose.register_folders()
         security.check_command_line(sys.argv[1:])
+        sys.argv[1:] = overrides.deferred(sys.argv[1:])
     except UserError as error:
         exit_with_error(error)
     try:

@@ -11,6 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from kd.config.components import SWEEPS
+from kd.config.overrides import deferred, typed
 from kd.config.rules import group_of
 from kd.config.schema import NO_SIGNAL
 from kd.errors import UserError
@@ -277,3 +278,29 @@ def test_the_head_of_the_scaling_sweep_says_the_flops_of_its_runs(scale):
             teachers[job["teacher"]] = 3 * teacher.flops_per_token * own
     said = float(re.search(rf"\({scale}: .*?([\d.]+e\d+) FLOPs", path.read_text())[1])
     assert said == pytest.approx(total + sum(teachers.values()), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("words", "axes"),
+    [
+        (["-m", "loss=fkl,akl", "loss.mu=0.3"], ["loss.mu=choice(0.3)"]),
+        (
+            ["-m", "method=sft,kd", "start.steps=2", "data.files='a b'"],
+            ["start.steps=choice(2)", "data.files=choice('a b')"],
+        ),
+        (["sweeps=minillm", "start.steps=5", "seed=1"], ["start.steps=choice(5)"]),
+        (["-m", "loss=fkl,akl", "temperature.tau=2", "loss.mu=0.1,0.2"], []),
+        (["loss=akl", "loss.mu=0.3"], []),
+    ],
+)
+def test_a_setting_of_an_option_that_varies_is_an_axis(words, axes):
+    assert [word for word in deferred(words) if word not in words] == axes
+    assert [typed(word) for word in deferred(words)] == words
+    assert deferred(deferred(words)) == deferred(words)
+
+
+def test_options_that_vary_take_a_setting_that_the_default_has_not(tmp_path):
+    train(tmp_path, "-m", "truncation=top_k,top_p_k", "truncation.k=5", "trainer.steps=2", "trainer.val_every=2")
+    runs = [json.loads(file.read_text())["truncation"] for file in tmp_path.glob("fkl*/config.json")]
+    assert sorted(run["_target_"].rpartition(".")[2] for run in runs) == ["top_k", "top_p_k"]
+    assert all(run["k"] == 5 for run in runs)
