@@ -79,7 +79,8 @@ def deferred(words: list[str]) -> list[str]:
     """Return the words of a sweep with the settings of options that vary as axes of one value.
 
     Hydra composes a sweep itself from the words that do not vary. In loss=fkl,akl loss.mu=0.3, that config has the
-    default loss, and no loss.mu; the runs do.
+    default loss, and no loss.mu; the runs do. With sweeps=NAME, --multirun comes first: Hydra learns of such a sweep
+    from its file, and where that has an error, it would refuse the axes instead.
     """
     overrides = {word: override for word in words if (override := parsed(word))}
     varying = {override.key_or_group for override in overrides.values() if override.is_sweep_override()}
@@ -95,7 +96,8 @@ def deferred(words: list[str]) -> list[str]:
         key, _, value = word.partition("=")
         return f"{key}=choice({value})"
 
-    return [axis(word) if word in overrides and is_deferred(overrides[word]) else word for word in words]
+    out = [axis(word) if word in overrides and is_deferred(overrides[word]) else word for word in words]
+    return ["--multirun", *out] if by_file and out != words else out
 
 
 def typed(word: str) -> str:

@@ -68,7 +68,7 @@ def _all_parts(packed: Packed, side: str, parts: Path, rollout, samplers) -> tup
         for start in track(missing, "the teacher writes"):
             index = chosen[start : start + AT_ONCE]
             shape = (len(index), rows.shape[1] - 1)
-            seed = np.random.default_rng([given.position_seeds, start, *salt]).integers(0, 2**62, shape)
+            seed = np.random.default_rng([given.seed, start, *salt]).integers(0, 2**62, shape)
             batch = to_batch(rows[index], index, seed, asked[index])
             new = as_rows(write(move_data_to_device(batch, given.teacher.model.device), 0, 0.0))
             keep(paths[start], tokens=new["tokens"].numpy(), span=new["span"].numpy())

@@ -66,7 +66,9 @@ def test_it_is_the_gradient_of_an_objective_of_a_run():
     head.weight.data = torch.eye(V)
     hidden, logp = student.detach().requires_grad_(), teacher.log_softmax(-1)
     objective = kd.Objective(*chosen.values())
-    objective(head, hidden, labels, lambda rows: kd.Target(labels[rows], logp[rows], whole=True), 1.0).total.backward()
+    objective(
+        head, hidden, labels, lambda rows: kd.Target(labels[rows], logp[rows], complete=True), 1.0
+    ).total.backward()
     assert torch.allclose(student.grad, hidden.grad, atol=1e-6)
 
 

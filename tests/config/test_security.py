@@ -26,7 +26,7 @@ from rich.table import Table
 
 from kd.config import components, compose, overrides, search_path, security
 from kd.data import packing
-from kd.launch import optuna_search
+from kd.launch import command_line, optuna_search
 from kd.models import causal_lm
 from kd.parallel import fsdp
 from kd.runs.outcome import Outcome, RunState
@@ -38,7 +38,7 @@ from sweeps.report.__main__ import main as report_main
 from tests import small
 from tests.refusals import refused
 from tests.small import ENVIRONMENT, FORK, SMALL, TINY, TRAIN, folder, here, listed, train
-from tests.zygote import Zygote
+from tests.zygote import Forked, start_zygote
 
 
 class Payload:
@@ -554,13 +554,15 @@ def test_secrets_of_the_environment_are_in_no_file(tmp_path, monkeypatch):
     subprocess.run([*git, "remote", "add", "origin", f"https://{SECRET}@example.org/x.git"], check=True)
     environment = dict.fromkeys(NAMES, SECRET) | {"SLURM_JOB_ID": "1", "HTTPS_PROXY": f"http://me:{SECRET}@127.0.0.1:9"}
     environment |= {"HOME": str(home), "WANDB_MODE": "offline", "TMPDIR": str(home)}
-    loaded = Zygote(ENVIRONMENT | environment)  # libraries read the environment while they are loaded
-    monkeypatch.setattr(small, "zygote", lambda: loaded)
+
+    class Loaded(Forked):  # libraries read the environment while they are loaded
+        server = start_zygote(ENVIRONMENT | environment)
+
+    monkeypatch.setattr(small, "popen", lambda: Loaded if Loaded.server else subprocess.Popen)
     words = ("teacher=none", "logits=none", "trainer.steps=2")
     diverges = ("lr=constant", "lr.peak=1e30,1e-3", "trainer.clip=0")
     train(root, "-m", *words, *diverges, "logger=wandb", code=1, **environment)
     train(root, *words, "seed=1", "logger=tensorboard", **environment)
-    loaded.end()
     assert sorted(json.loads(p.read_text())["state"] for p in root.glob("*/state.json")) == ["diverged", "done", "done"]
     (root / ".git" / "config").write_bytes(git_config)
     seen = [p for p in tmp_path.rglob("*") if p.is_file()]
@@ -595,6 +597,7 @@ def test_secret_in_the_path_that_the_environment_gives_is_refused(canary, monkey
 def test_secret_in_a_file_of_a_sweep_is_refused(canary, monkeypatch):
     (canary.parent / "sweeps").mkdir()
     monkeypatch.setattr(components, "SWEEPS", canary.parent / "sweeps")
+    command_line.register.cache_clear()  # sweeps are listed once for each process
     (canary.parent / "sweeps" / "mine.yaml").write_text("# What?\nruns:\n- +logger.api_key=sesame\n")
     code, output = typed_in(canary.parent, "sweeps=mine", *SMALL, f"root={canary.parent}/runs")
     assert code == 2 and "logger.api_key: there seems to be a secret" in output and "sesame" not in output, output

@@ -317,7 +317,7 @@ def test_an_end_that_is_written_out_is_there_once(tmp_path):
     assert packing.key(corpus, tokens=None, tokenizer_of=None, **settings) == as_text.folder.name
     assert as_text.counts["special_as_text"] == 40 and as_tokens.counts["special_as_text"] == 0
     for row, (prompt, total) in zip(as_tokens.train, as_tokens.train_spans, strict=True):
-        assert row[prompt - 1] == as_tokens.end == row[total - 1] != row[total - 2]
+        assert row[prompt - 1] == as_tokens.eos_token_id == row[total - 1] != row[total - 2]
     with refused(option="data.special", got="maybe", need="text or tokens"):
         packing.pack(corpus, tmp_path / "data", **how, special="maybe")
 

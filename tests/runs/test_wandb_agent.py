@@ -15,7 +15,7 @@ from kd.config import security
 from kd.config.components import CONF, SWEEPS
 from kd.runs import wandb_agent
 from kd.system.files import read_metrics
-from tests.config.test_security import typed
+from tests.config.test_security import typed_in
 from tests.small import ENVIRONMENT, FORK, SMALL, TRAIN, folder, result, small_config
 
 FILES = sorted((SWEEPS / "wandb").glob("*.yaml"))
@@ -117,7 +117,7 @@ def test_run_that_is_done_is_told_to_an_agent_that_asks_again(worked, monkeypatc
     monkeypatch.setenv("WANDB_RUN_ID", "third")
     words = [*WORDS, f"root={root}", "sweep=loss", *(f"{k}={v}" for k, v in ASKED.items())]
     (root / "again").mkdir()
-    assert typed(root / "again", *words)[0] == 0
+    assert typed_in(root / "again", *words)[0] == 0
     (second, before), (third, steps) = logged(root, "second"), logged(root, "third")
     assert steps == before and third["state"] == "finished" and third["tags"] == second["tags"]
     final = result(folder(root, "jsd"))["final"]
@@ -125,14 +125,14 @@ def test_run_that_is_done_is_told_to_an_agent_that_asks_again(worked, monkeypatc
     assert third["config"] == {
         k: v for k, v in second["config"].items() if k != "lr.peak"
     }  # which the agent's file has
-    assert typed(root / "again", *words)[0] == 0
+    assert typed_in(root / "again", *words)[0] == 0
     logged(root, "third")  # once
 
 
 def test_agent_is_asked_for_no_sweep(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SWEEP_ID", "abcd1234")
     monkeypatch.setenv("WANDB_RUN_ID", "one")
-    code, output = typed(tmp_path, "-m", *SMALL, f"root={tmp_path}", "seed=0,1")
+    code, output = typed_in(tmp_path, "-m", *SMALL, f"root={tmp_path}", "seed=0,1")
     assert code == 2 and "one run at a time" in output and not list(tmp_path.glob("fkl*")), output
 
 

@@ -182,7 +182,7 @@ def test_from_the_command_line(root):
     path, before = only(root), content(only(root))
     DAMAGE["flipped"](path / SHARDS[0])
     words = (*OFFLINE, "data.tokens=2000")
-    output = train(root, *words, quantized_logp=2)
+    output = train(root, *words, code=2)
     assert f"{path / SHARDS[0]} is damaged" in output and "Traceback" not in output
     command = "\n".join(line for line in output.splitlines() if line.startswith("  "))
     shell = f"python() {{ printf '%s\\0' \"$@\"; }}\n{command}"
@@ -225,7 +225,7 @@ def command_line(root, monkeypatch, capsys):
             store_main.main()
             code = 0
         except SystemExit as error:
-            code = error.quantized_logp
+            code = error.code
         return code, capsys.readouterr().err
 
     return call
