@@ -26,7 +26,7 @@ class Samplers:
     rows: int | None = None
     tokens: int = 0  # tokens written so far
     seconds: float = 0.0  # time of the writing
-    tokens_read: dict[str, int] = field(default_factory=lambda: {"student": 0, "teacher": 0})  # tokens, prompts included
+    tokens_read: dict[str, int] = field(default_factory=lambda: {"student": 0, "teacher": 0})  # prompts included
     engines: dict[str, vllm.Engine] = field(default_factory=dict)
     between: Callable[[], None] = lambda: None  # called before each `rows`
 
