@@ -148,7 +148,7 @@ def wandb_metadata(name: str, config: dict, sizes: dict[str, tuple[int, int]], g
 
 
 def readable(name: str, config: dict) -> str:
-    """Return a name for tables and legends: the settings that people vary most, then the unique part of the run name."""
+    """Return a name for tables and legends: the settings that vary most, then the unique part of the run name."""
     parts = [
         loss_name(config),
         model_name(config, "student"),
@@ -169,7 +169,7 @@ def readable(name: str, config: dict) -> str:
 
 @dataclass(frozen=True)
 class WandbMetadata:
-    """Description of a run for W&B and TensorBoard: one-level axes, which dashboards can filter by, and all settings."""
+    """Description of a run for W&B and TensorBoard: all settings, and one-level axes to filter by."""
 
     id: str
     name: str

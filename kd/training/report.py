@@ -9,7 +9,7 @@ from kd.data.batches import Batch
 
 @dataclass(frozen=True)
 class LossTerm:
-    """Part of a step's loss: distillation and language modelling on a batch, with these weights or, if None, not."""
+    """Part of a step's loss: distillation and language modelling on a batch, with these weights. None omits a loss."""
 
     batch: Batch
     kd: float | None
@@ -21,7 +21,7 @@ class LossTerm:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did, on all ranks."""
+    """Report of one optimizer step, over all ranks."""
 
     metrics: dict[str, float]  # means of the losses per target token, and norms of the gradients
     lr: float
