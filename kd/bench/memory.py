@@ -45,7 +45,7 @@ def described(shape: Shape) -> str:
 
 
 def available() -> float:
-    """Bytes that a process can still have."""
+    """Return the bytes that a process can still allocate."""
     import torch
 
     if torch.cuda.is_available():
@@ -56,7 +56,7 @@ def available() -> float:
 
 
 def page(middle: Shape, shapes: dict[str, list[Shape]], found: dict[tuple[str, Shape], dict]) -> str:
-    """Small multiples: one plot per size, a line per case; all on one scale."""
+    """Return the page: one plot per size, with a line per case, all on one scale."""
     from plotly.subplots import make_subplots
 
     plot = make_subplots(1, len(shapes), shared_yaxes=True, horizontal_spacing=0.03)

@@ -69,7 +69,10 @@ class Requests:
         self.pending = True
 
     def end_if_asked(self) -> None:
-        """Raise Preempted, between two parts of the work, if a request to end was lost or came too late for a part."""
+        """Raise Preempted, between two parts of the work, if there is a request to end.
+
+        The signal's own exception may have been lost, or have come too late for a part.
+        """
         if self.pending:
             raise Preempted
 

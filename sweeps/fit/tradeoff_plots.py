@@ -117,7 +117,7 @@ def add_tradeoff(plot: go.Figure, tradeoff: ComputeTradeoff, color: str, visible
 
 
 def measured_reductions(fits: ScalingFits, size: float) -> list[tuple[float, float]]:
-    """Return compute, and mean loss alone - mean loss with the best teacher, at each D that both were run with."""
+    """Return compute, and mean loss alone minus mean loss with the best teacher, at each D that both were run with."""
     pairs = []
     for tokens in sorted({run.tokens for run in fits.distilled_runs if run.parameters == size}):
         supervised = [run for run in fits.supervised_runs if (run.parameters, run.tokens) == (size, tokens)]

@@ -24,7 +24,7 @@ TOLD_BY_OTHERS = (
 
 
 def varying_axes(entries: list[Entry]) -> list[str]:
-    """Return the axes that tell the runs apart, that of the most values first; sizes as numbers of parameters."""
+    """Return the axes in which the runs differ, that with most values first; sizes as numbers of parameters."""
     values: dict[str, set] = {}
     for entry in entries:
         for key, value in axes(entry.result["config"], sizes_of(entry.result)).items() if entry.result else ():
@@ -106,8 +106,8 @@ def check_package() -> None:
 def save_dashboard(root: str | Path, report: Report, paths: list[Path]) -> list[str]:
     """Save view and report and return their addresses.
 
-    paths: of the written report, HTML and Markdown first. Raises UserError without an account, or if W&B does not take
-    them.
+    paths: of the written report, HTML and Markdown first. Raises UserError without an account, or if W&B does not
+    accept them.
     """
     import wandb
 
