@@ -292,6 +292,6 @@ CUDA_CASES: dict[str, Callable[[Work], dict | None]] = {
     "liger": liger,
     "liger_jsd": partial(liger, beta=0.5),
 }
-# The package beside kd's own that a case needs.
+# Package, beside kd's own, that a case needs.
 NEEDS = {name: "trl" for name in (*CASES, *CUDA_CASES) if name.startswith("trl")}
 NEEDS |= {name: "liger_kernel" for name in CUDA_CASES if name.startswith("liger")}

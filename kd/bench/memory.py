@@ -11,7 +11,7 @@ from kd.system.console import console
 SHOWN = {"online_fkl": "kd", "full": "all logits at once"}
 FACTORS = {"batch": (0.25, 1, 4), "seq_len": (0.25, 1, 4), "vocab": (0.25, 1, 4, 8)}
 TITLES = {"batch": "rows per step", "seq_len": "tokens per row", "vocab": "tokens in the vocabulary"}
-BUFFERS = 12  # of float32 logits, that the obvious loop holds at once
+BUFFERS = 12  # tensors of float32 logits that the obvious loop holds at once
 
 
 def write(folder: Path, middle: Shape, on_gpu: bool) -> None:

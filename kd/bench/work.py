@@ -31,7 +31,7 @@ if __name__ == "__main__":  # before a library that reads them is loaded
 from kd.config.sizes import Size
 from kd.errors import first_line
 
-WARM_UP = 3  # steps that are not counted: first allocations, compilation
+WARM_UP = 3  # steps before the measurement: first allocations, compilation
 GIB = 2**30
 ROUNDS = 8  # steps that the rows last for
 HEAD = 512  # on a CPU, rows of the products that the limit is measured with

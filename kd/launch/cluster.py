@@ -32,7 +32,7 @@ from kd.runs.run import Run
 from kd.system.console import styled
 from kd.system.signals import received
 
-SETTLE = 15  # seconds until what another machine wrote is surely seen here
+SETTLE = 15  # seconds until writes of another machine are visible here
 
 
 @dataclass
@@ -121,7 +121,7 @@ class ClusterPool(Pool):
         return job.log.stat().st_size if job.log.exists() else 0
 
     def over(self) -> list[Job]:
-        if self.stopped and not self.asked and not self.withdrawn:  # since a run failed: the others may end in peace
+        if self.stopped and not self.asked and not self.withdrawn:  # a run failed; the others may end undisturbed
             self.withdrawn = True
             self.stop([job for job in self.running if not job.started_at], False)
         ended = []
@@ -134,7 +134,7 @@ class ClusterPool(Pool):
                 self.running.remove(job)
                 self.waiting.append(job)
             elif of.why:
-                # It may take a while until what it wrote last is seen here.
+                # Its last writes may be visible here only after some time.
                 of.since = of.since or time.monotonic()
                 state = job.look()
                 if state is None:  # the URL of the run is away, for its node perhaps too
@@ -171,11 +171,11 @@ class SubmittedJob:
     """Job that a scheduler has."""
 
     log: int  # bytes of its log at that time
-    before: dict | None  # its state then, None where its URL did not answer
-    number: Any = None  # what the scheduler calls it: text of SLURM, a reference of Ray
-    waits: str = ""  # for what, while it is queued
-    why: Outcome | None = None  # of a run that is over and did not say so itself
-    since: float = field(default=0.0)  # when the scheduler was first heard to say that it is over
+    before: dict | None  # its state at that time; None if its URL did not answer
+    number: Any = None  # id of the scheduler: text of SLURM, a reference of Ray
+    waits: str = ""  # reason why it is queued
+    why: Outcome | None = None  # of a run that ended without recording it
+    since: float = field(default=0.0)  # time when the scheduler first reported its end
 
 
 class ClusterLauncher(RunLauncher):

@@ -83,7 +83,7 @@ class LocalPool(Pool):
             job.run.folder.mkdir(parents=True, exist_ok=True)
             ready = warm.ready(self._environment([]), job.log)
         except OSError:
-            return True  # so that the start fails, and says why
+            return True  # so that the start fails, with its error
         self._check_server()
         return ready
 

@@ -26,7 +26,7 @@ from kd.system.console import console, counted, exit_with_error
 from kd.system.files import read_metrics
 from kd.system.remote import local_root
 
-MEASURE = "val/lm"  # what every run has, in nats per token
+MEASURE = "val/lm"  # metric that every run has, nats per token
 
 
 class Search(LaunchingSweeper):
@@ -120,7 +120,7 @@ class Search(LaunchingSweeper):
                         failed += 1
                         study.tell(trial.number, state=states.FAIL)
             if failed == len(batch):
-                return returns  # something is wrong with all of them
+                return returns  # all of them fail
         if interrupted:
             console.print(
                 f"{counted(len(interrupted), 'trial was', 'trials were')} interrupted: the same command "
@@ -169,7 +169,7 @@ class Watched:
     """Watcher of the runs of some trials, which decides which of them end early."""
 
     def __init__(self, optuna, trials: list):
-        # Of a trial that was interrupted, Optuna knows the steps up to there.
+        # Optuna knows the earlier steps of an interrupted trial.
         known = {t.number: t.intermediate_values for t in trials[0].study.trials} if trials else {}
         self.trials, self.seen = trials, [max(known[trial.number], default=0) for trial in trials]
         self.pruned: set[int] = set()

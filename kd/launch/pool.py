@@ -35,12 +35,12 @@ class Pool:
 
     def __init__(self, jobs: list[Job], at_once: float):
         self.jobs, self.at_once = jobs, at_once
-        self.watch: Callable[[Run], str | None] | None = None  # why a run is to end early
+        self.watch: Callable[[Run], str | None] | None = None  # reason why a run has to end early
         self.stop_on_failure, self.stopped = False, False
         self.asked: list[str] = []  # signals received, but for those at the same moment as the one before
         self.asked_at = 0.0
-        self.running: list[Job] = []  # or queued elsewhere
-        self.endings: list[Ending] = []  # of jobs that have ended, not yet recorded
+        self.running: list[Job] = []  # or queued on another machine
+        self.endings: list[Ending] = []  # ends of jobs, not yet recorded
         self.waiting = [job for job in jobs if job.run.result() is None]
         self.spent: list[float] = []
 

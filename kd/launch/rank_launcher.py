@@ -39,7 +39,7 @@ from kd.system.launchers import OWN
 from kd.system.processes import killed_for_memory
 from kd.system.signals import EXIT_CODE, Preempted, requests
 
-WORD = "--rank"  # how train.py is told that it is one: --rank NUMBER/OF PORT
+WORD = "--rank"  # word that makes train.py a rank: --rank NUMBER/OF PORT
 
 
 class Job:

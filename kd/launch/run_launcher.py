@@ -35,14 +35,14 @@ from kd.system import files
 from kd.system.console import console, counted, exit_with_error
 from kd.system.signals import Preempted, requests
 
-Watch = Callable[[int, Run], str | None]  # which run of a batch -> why it is to end early
+Watch = Callable[[int, Run], str | None]  # number of a run in a batch -> reason why it ends early
 
 
 class PlannedRun(NamedTuple):
     """Run of a sweep before it is a job."""
 
     run: Run
-    gpus: int  # that it asks for
+    gpus: int  # GPUs that it requests
     logger: str
 
 
@@ -172,7 +172,7 @@ class RunLauncher(Launcher):
         alone = [(run, result) for run, result in results if result and not result["config"].get("sweep")]
         asks = self.here and any(result is None for _, result in results)
         if asks or alone:
-            from kd.runs import loggers  # and Lightning, which a sweep that is done has no use for
+            from kd.runs import loggers  # and Lightning, which a finished sweep does not need
 
             if asks:
                 loggers.wandb_mode()
@@ -180,7 +180,7 @@ class RunLauncher(Launcher):
             for run, result in alone:
                 try:
                     joined += loggers.join(run, result, name)
-                except Exception as error:  # W&B is a view: nothing of it stops a sweep
+                except Exception as error:  # W&B is a view: its errors stop no sweep
                     warnings.warn(f"{run.name} is not in the group {name} of W&B ({error}).")
             if joined:
                 loggers.forget()
@@ -197,7 +197,7 @@ class RunLauncher(Launcher):
         if self.config.force or (result := run.result()) is None:
             self.check_place(config)
             self.check_before(plan, sound)
-            trial = files.digest_of(config.to_dict() | {"seed": None})  # which it does not depend on
+            trial = files.digest_of(config.to_dict() | {"seed": None})  # the run does not depend on it
             if trial not in sound:
                 prepare(config)
                 sound.add(trial)

@@ -42,7 +42,7 @@ class SlurmTask(RemoteJob):
             if "SIGUSR2" in asked:
                 assert callable(requeue), "submitit handles the signal"
                 requeue(signal.SIGUSR2, None)  # the run has saved a checkpoint and ended; does not return
-            sys.exit(EXIT_CODE if asked else 1)  # SLURM is to know too
+            sys.exit(EXIT_CODE if asked else 1)  # SLURM needs the exit code too
         return asked
 
     def checkpoint(self):
@@ -131,7 +131,7 @@ class SlurmPool(ClusterPool):
             self._say(job, f"is queued as job {number}")
 
     def over(self) -> list[Job]:
-        # One controller serves all: it is asked less and less often.
+        # One controller serves all users, so it is queried less and less often.
         if time.monotonic() - self.looked > max(1, min(15, (self.looked - self.begun) / 20)):
             listed = self.queue()
             if listed is not None:

@@ -50,7 +50,7 @@ class Warm:
 
     def __init__(self, program: str):
         self.program = program
-        self.failed = ""  # how a server ended by itself, after which there is none
+        self.failed = ""  # exit of a server by itself; no other is started then
         self.server: subprocess.Popen | None = None
         self.socket: socket.socket | None = None
         self.is_ready = False
@@ -130,12 +130,12 @@ def serve(number: str) -> list[str]:
     if threading.active_count() > 1:
         sys.exit("A library has started a thread while it was imported, so that this process cannot be forked.")
     sweep = socket.socket(fileno=int(number))
-    _write_to(os.open(os.devnull, os.O_WRONLY))  # what was said so far is in the log of the first run
+    _write_to(os.open(os.devnull, os.O_WRONLY))  # earlier output is in the log of the first run
     gc.collect()
     gc.freeze()  # what is there is left alone by every run, so that its pages stay shared
     sweep.send(READY)
     request, (log,) = fork_children(sweep)
-    os.setsid()  # what a terminal sends to all is passed on by the sweep, once
+    os.setsid()  # the sweep passes on a terminal's signal, once
     _write_to(log)
     words = json.loads(request)
     sys.argv[1:], sys.orig_argv[1:] = words, [sys.argv[0], *words]

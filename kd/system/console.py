@@ -52,7 +52,7 @@ def exit_with_error(error: Exception) -> NoReturn:
     sys.exit(2)
 
 
-QUIET = 10.0  # seconds between two lines where nobody watches a bar
+QUIET = 10.0  # seconds between two lines, without a terminal
 
 
 def track(items: Iterable, title: str) -> Iterator:
@@ -68,7 +68,7 @@ def track(items: Iterable, title: str) -> Iterator:
 def _lines(items: Iterable, title: str) -> Iterator:
     try:
         total = f"/{len(cast(Sized, items))}"
-    except TypeError:  # a stream, whose length nobody knows
+    except TypeError:  # a stream of unknown length
         total = ""
     begun = time.monotonic()
     printed = begun - 0.8 * QUIET  # the first line comes soon

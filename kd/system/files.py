@@ -127,7 +127,7 @@ def folder_fingerprint(name: str | None) -> str | None:
     found = sorted(p for p in Path(name).rglob("*") if p.is_file())
     found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(name).parts)]
     described = [[str(p.relative_to(name)), known_digest(p)] for p in found]
-    with suppress(OSError, ValueError, AttributeError):  # no adapter, or one that is refused when it is loaded
+    with suppress(OSError, ValueError, AttributeError):  # no adapter, or one that fails when it is loaded
         base = folder_fingerprint(
             json.loads((Path(name) / "adapter_config.json").read_text()).get("base_model_name_or_path")
         )
@@ -135,7 +135,7 @@ def folder_fingerprint(name: str | None) -> str | None:
     return digest_of(described)
 
 
-LARGE = 1 << 20  # bytes of a file whose digest is kept
+LARGE = 1 << 20  # bytes, smallest file with a cached digest
 SETTLED = 2  # seconds after a change, before which another one may leave the same times behind
 
 
@@ -157,7 +157,7 @@ def known_digest(path: Path) -> str:
         pass
     made = digest(path)
     if _state(path) == before and before["ctime"] < time.time_ns() - SETTLED * 10**9:
-        with suppress(OSError, UserError):  # it is a convenience
+        with suppress(OSError, UserError):  # the cache is optional
             write_json(kept, {"file": before, "digest": made})
     return made
 

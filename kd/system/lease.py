@@ -54,7 +54,7 @@ class Lease:
             other = self.remote.read(LEASE)
             if other is None:
                 continue
-            if other["id"] == self.mine["id"]:  # it was written, and the answer was lost
+            if other["id"] == self.mine["id"]:  # the file was written, but the answer was lost
                 return
             seen_at = self._watch(other, asked_at)
             is_local = all(other[name] == self.mine[name] for name in ("host", "boot"))

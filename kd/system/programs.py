@@ -13,7 +13,7 @@ MODULES = {
     "report": "sweeps.report", "fit": "sweeps.fit", "dashboard": "sweeps.dashboard",
 }  # fmt: skip
 
-_by_script = False  # whether a console script started this process
+_by_script = False  # True if a console script started this process
 
 
 def command(name: str) -> str:

@@ -21,7 +21,7 @@ from kd.system.retries import Unreachable, explained, patiently
 T = TypeVar("T")
 # These have no folders to be made, and some of their clients would make a bucket.
 OBJECTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci"}
-ASK_AGAIN = 5  # seconds: what was not there is not asked for sooner
+ASK_AGAIN = 5  # seconds between two reads
 
 
 class Damaged(UserError):
@@ -71,7 +71,7 @@ class Remote:
         """Return act(system, path), with a new connection at each try."""
 
         def act_there() -> T:
-            import fsspec  # takes its time, which a folder has no use for
+            import fsspec  # slow, and not needed for a local folder
 
             try:
                 system, path = self._system = self._system or fsspec.core.url_to_fs(self.url)
@@ -105,7 +105,7 @@ class Remote:
         seen = self._seen.get(name)
         if seen is not None:
             read_at, state, content = seen
-            done = content and name == "result.json"  # which never changes
+            done = content and name == "result.json"  # a result never changes
             if done or (state == written and time.monotonic() - read_at <= ASK_AGAIN):
                 return content
         content = self.read(name, wait)

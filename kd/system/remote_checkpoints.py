@@ -75,7 +75,7 @@ class RemoteCheckpoints:
 
     def _send(self, path: Path, first: Callable[[float], None] | None, writing: Future | None, wait: float) -> None:
         if writing:
-            futures.wait([writing])  # what goes wrong with it is said where it was asked for
+            futures.wait([writing])  # its errors are raised where it was requested
         if self.remote.lost or not path.exists():
             return
         if first:

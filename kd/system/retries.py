@@ -18,10 +18,10 @@ from kd.system.console import console, format_duration
 
 T = TypeVar("T")
 RENEWED = 20  # seconds between two renewals of a lease (kd/system/lease.py)
-PATIENCE = 600  # seconds that a URL may not answer, where the work cannot go on without
+PATIENCE = 600  # seconds without an answer, for work that needs the URL
 SOON = 30  # the same where a process is to end, and what could not be copied is on this machine
 PAUSES = (1, 15)  # seconds between two tries: the first time, and at most
-# Errors that time does not mend, by type and by number.
+# Errors that are permanent, by type and by number.
 LASTING = (ImportError, FileNotFoundError, PermissionError, FileExistsError, NotImplementedError, TypeError, ValueError)
 NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EINVAL)
 
@@ -72,7 +72,7 @@ def patiently(url: str, what: str, act: Callable[[], T], wait: float | None = No
             if not isinstance(failed, Unreachable):
                 raise failed from error
             now, outage = time.monotonic(), _outages.get(bucket(url))
-            if outage is None or now - outage.last > 2 * max(RENEWED, PAUSES[1]):  # nobody has asked for a while
+            if outage is None or now - outage.last > 2 * max(RENEWED, PAUSES[1]):  # the last try was some time ago
                 outage = _outages[bucket(url)] = Outage(now, now)
             outage.last = now
             since = min(since, outage.since)  # also where other things are reached in between

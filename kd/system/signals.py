@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-EXIT_CODE = 143  # of a process that was asked to end, whichever signal it was
+EXIT_CODE = 143  # of a process that was requested to end, by any signal
 PARENT = "KD_PARENT"  # environment variable: the process that a run must not outlive
 SAME = 0.1  # seconds in which signals are one request
 
@@ -38,9 +38,9 @@ class Requests:
     """Requests to end that this process got by signals."""
 
     def __init__(self):
-        self.pending = False  # a run is to save a checkpoint at its next step, and to raise Preempted
+        self.pending = False  # True: save a checkpoint at the next step, and raise Preempted
         self.told = False  # by the process that started this one, whose signals alone count
-        self.in_sweep = False  # whether a sweep started this process
+        self.in_sweep = False  # True if a sweep started this process
         self._first = 0.0  # time at which the first signal was answered
         self._in_steps = False
 
@@ -100,7 +100,7 @@ def end_with_parent() -> None:
         return
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(parent):  # it was gone before
+    if os.getppid() != int(parent):  # the parent had ended before
         raise Preempted
 
 

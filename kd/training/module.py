@@ -191,7 +191,7 @@ class DistillationModule(lightning.LightningModule):
                 )  # as many micro-batches on each rank
                 if rows == 1 or same_pace or not out_of_memory(error):
                     raise
-                traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
+                traceback.clear_frames(error.__traceback__)  # the frames hold the tensors that filled the memory
             self.micro_batch_size = rows // 2
             console.print(
                 f"Out of memory with {rows} rows at once: going on with {rows // 2}, the same batch and loss."

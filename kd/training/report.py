@@ -27,6 +27,6 @@ class StepReport:
     lr: float
     alpha: float | None  # None without a training signal
     tokens: int  # target tokens
-    positions: int  # that the student computed
+    positions: int  # FLOPs of the student
     teacher_positions: int
-    rollout_tokens: dict[str, float] = field(default_factory=dict)  # read by student and teacher while they wrote
+    rollout_tokens: dict[str, float] = field(default_factory=dict)  # tokens that student and teacher read for sampling

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 Coefficients = dict[str, float]
-Inputs = tuple[np.ndarray, ...]  # what a law is a function of, each [n]
+Inputs = tuple[np.ndarray, ...]  # inputs of a law, each [n]
 
 # Busbridge et al. 2025, arXiv 2502.08606, section 4 and table 6: C4, 143M to 12.6B parameters, 73 and 697 runs.
 PUBLISHED = {

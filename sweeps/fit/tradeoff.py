@@ -159,7 +159,7 @@ def tradeoffs_of(fits: ScalingFits) -> list[ComputeTradeoff]:
     trainings = [t.training for t in teachers if t.flops_per_token and t.tokens]
     most = 3 * (max(run.compute for run in fits.runs) + min(trainings, default=0))
     for student in sorted({(run.parameters, run.forward_flops) for run in fits.distilled_runs}):
-        # The laws are not asked about less text than the student was ever given.
+        # The laws are not evaluated below the fewest tokens that the student was trained on.
         least = min(run.tokens for run in fits.runs if run.parameters == student[0])
         compute = np.geomspace(3 * student[1] * least, most, GRID)
         for scenario in SCENARIOS:

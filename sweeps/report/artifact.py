@@ -24,7 +24,7 @@ def keep_artifact(paths: list[Path], name: str, kind: str, notes: str, place: di
     """
     import wandb
 
-    from kd.runs.loggers import wandb_run  # which loads Lightning
+    from kd.runs.loggers import wandb_run  # loads Lightning
 
     try:
         run = wandb_run(**place, dir=str(paths[0].parent), name=f"{kind} {name}", group=name, job_type=kind,

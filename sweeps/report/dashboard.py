@@ -61,7 +61,7 @@ def panels(keys: list[str], metric: Metric) -> list:
 
 def pinned_columns(keys: list[str], metric: Metric) -> list[str]:
     """Return the columns of the table: the axes, and the final metrics, that of the sweep first."""
-    shown = [metric, *(m for m in metrics() if m.column and m.name != "acceptance")]  # which W&B is not sent
+    shown = [metric, *(m for m in metrics() if m.column and m.name != "acceptance")]  # not sent to W&B
     return [*(f"config:{key}.value" for key in keys), *dict.fromkeys(f"summary:{m.final_key}" for m in shown)]
 
 

@@ -55,7 +55,7 @@ class Columns:
     constant: dict[str, str]  # labels of metrics that are the same in all rows, with their value
     ranked: bool  # whether some row has another difference to the best of its task than to its baseline
     gaps: bool
-    footnote: bool  # whether some gaps are those to another teacher
+    footnote: bool  # True if some gaps are to another teacher
     seeds: int | None  # of all rows; None if they differ
 
 

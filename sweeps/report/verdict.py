@@ -29,7 +29,7 @@ class Verdict:
 
     task: str  # label of the task; empty if the sweep has one
     best: str
-    rivals: int  # groups that it was picked from, itself among them
+    rivals: int  # number of groups that it was picked from, itself included
     metric: Metric
     value: Interval  # of the best, over the seeds that its baseline has too
     baseline: str | None  # None: there is none, or the best is language modelling alone itself

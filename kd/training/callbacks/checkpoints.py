@@ -40,8 +40,8 @@ class Checkpoints(Callback):
         self.config, self.code = config, {name: code[name] for name in ("sources", "origins")}
         self.before_save, self.before_send = before_save, before_send
         self.resumed_at = self.saved_at = -1
-        self.random_state: dict | None = None  # of the checkpoint that the run goes on from
-        self.step_start: dict = {}  # what changes within a step before the weights do
+        self.random_state: dict | None = None  # step of the checkpoint that the run continues from
+        self.step_start: dict = {}  # state that changes within a step before the weights
 
     def setup(self, trainer, module, stage) -> None:
         self.module = module
@@ -129,7 +129,7 @@ class Checkpoints(Callback):
     def _save(self, trainer, wait: float) -> None:
         """Save a checkpoint. wait: seconds for a URL that is away."""
         for logger in trainer.loggers:
-            logger.save()  # what was measured before a checkpoint is not measured again
+            logger.save()  # metrics from before a checkpoint are not measured again
         if self.before_save:
             self.before_save(trainer.global_step)
         path = self.folder / f"step-{trainer.global_step:08}.ckpt"
