@@ -1,1 +1,1 @@
-"""Tokens per second and peak memory of a training step, beside what else there is, on the same shapes."""
+"""Benchmark of a training step: tokens per second and peak memory, beside other libraries on the same shapes."""

@@ -77,7 +77,7 @@ def has_gpu() -> bool:
 
 
 def check(names: list[str]) -> None:
-    """Raise UserError for a case that there is not, or whose package is missing."""
+    """Raise UserError for an unknown case, or one whose package is missing."""
     for name in names:
         errors.check("only", name, name in CASES | CUDA_CASES, f"one of the cases {', '.join(CASES | CUDA_CASES)}")
         package = NEEDS.get(name)
@@ -87,7 +87,7 @@ def check(names: list[str]) -> None:
 
 
 def compare(folder: Path, names: list[str], shape: Shape, steps: int, on_gpu: bool) -> None:
-    """Measure the cases in turn and print a table; all numbers go to speed.json as soon as they are there."""
+    """Measure the cases in turn and print a table. All numbers go to speed.json as soon as they are measured."""
     found: dict[str, dict] = {}
     with console.status("") as status:
         results = measured([(name, shape, steps) for name in names], on_gpu)
@@ -110,7 +110,7 @@ def compare(folder: Path, names: list[str], shape: Shape, steps: int, on_gpu: bo
 
 
 def table(found: dict[str, dict]) -> Table:
-    """A line per case, beside lm and what TRL does: of the same cases on-policy, where a student writes."""
+    """Return a table with a line per case, relative to lm and to TRL; on-policy cases relative to on-policy TRL."""
     out = Table("case", *("tokens/s", "of lm", "of trl", "of the limit", "peak GiB", "of trl"), box=None)
     for column in out.columns[1:]:
         column.justify = "right"
@@ -135,7 +135,7 @@ def ratio(value: float, other: float | None) -> str:
 
 
 def split(parts: dict[str, float]) -> Table:
-    """Where the time of a step goes."""
+    """Return a table of the times of a step's parts."""
     out = Table("part of online_fkl's step", "ms", "share", box=None)
     for part, seconds in parts.items():
         out.add_row(part, f"{1000 * seconds:,.0f}", f"{seconds / sum(parts.values()):.0%}")

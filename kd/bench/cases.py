@@ -1,4 +1,4 @@
-"""The cases: each a function that trains `work.steps` steps and calls `work.tick()` after every one.
+"""Cases: functions that train `work.steps` steps, with a call of `work.tick()` after each one.
 
 To add one, write it here and name it in CASES.
 """
@@ -25,7 +25,7 @@ ALPHA, RATE, CLIP = 0.9, 1e-4, 1.0  # share of distillation, learning rate, norm
 
 
 def plainly(work: Work, student, loss_of: Callable) -> None:
-    """A training loop in plain PyTorch, as a good user writes it."""
+    """Run a training loop in plain PyTorch, as a good user writes it."""
     import torch
 
     optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, fused=work.device.type == "cuda")
@@ -72,7 +72,7 @@ def full(work: Work) -> None:
 def trl(work: Work, beta: float = 0.0, on_policy: bool = False) -> None:
     """TRL's GKDTrainer on given text, or on text that the student writes; beta=0 is its forward KL.
 
-    Without checkpointing of activations, as all here.
+    Activations are not checkpointed, as in all cases.
     """
     import torch
     from datasets import Dataset
@@ -142,13 +142,16 @@ def liger(work: Work, beta: float = 0.0) -> None:
 
 
 def online(work: Work, loss: str = "fkl", compile: bool = False, on_policy: bool = False) -> None:
-    """kd with logits=online: its own module in Lightning's trainer, as train.py puts them together."""
+    """kd with logits=online: its own module in Lightning's trainer, built as train.py does."""
     trainer, module, batches = fitted(work, loss, compile, on_policy=on_policy)
     trainer.fit(module, batches)
 
 
 def fitted(work: Work, loss: str, compile: bool, store: Store | None = None, on_policy: bool = False):
-    """Return trainer, module and batches. store: of the teacher. on_policy: the student writes the end of each row."""
+    """Return trainer, module and batches.
+
+    store: of the teacher. on_policy: the student writes the end of each row.
+    """
     import torch
     from omegaconf import OmegaConf
 
@@ -190,7 +193,7 @@ def tick_after_step(work: Work):
 
 
 def batches_of(work: Work, teacher: Teacher, on_policy: bool) -> Batches:
-    """Return batches of random ids, the prompts of which are as long as TRL's."""
+    """Return batches of random ids, with prompts as long as TRL's."""
     import numpy as np
 
     from kd.data.batches import Batches
@@ -202,13 +205,13 @@ def batches_of(work: Work, teacher: Teacher, on_policy: bool) -> Batches:
 
 
 class Stopwatch:
-    """Where the time of kd's step goes: seconds per part, without those of the parts called from within."""
+    """Times of the parts of kd's step, in seconds, without the parts that are called from within."""
 
     def __init__(self, device):
         self.device, self.parts, self.inner = device, {}, [0.0]
 
     def watch(self, owner, name: str, part: str) -> None:
-        """Count the time of owner.name to `part`."""
+        """Add the time of owner.name to `part`."""
         call = getattr(owner, name)
 
         def timed(*arguments, **options):
@@ -232,7 +235,7 @@ class Stopwatch:
 
 
 def breakdown(work: Work) -> dict[str, dict[str, float]]:
-    """Seconds per part of a step of online_fkl, after the warm-up."""
+    """Return seconds per part of a step of online_fkl, after the warm-up."""
     import torch
     from lightning.pytorch.callbacks import LambdaCallback
 
@@ -289,6 +292,6 @@ CUDA_CASES: dict[str, Callable[[Work], dict | None]] = {
     "liger": liger,
     "liger_jsd": partial(liger, beta=0.5),
 }
-# The package beside kd's own that a case needs.
+# Package, beside kd's own, that a case needs.
 NEEDS = {name: "trl" for name in (*CASES, *CUDA_CASES) if name.startswith("trl")}
 NEEDS |= {name: "liger_kernel" for name in CUDA_CASES if name.startswith("liger")}

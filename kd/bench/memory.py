@@ -11,7 +11,7 @@ from kd.system.console import console
 SHOWN = {"online_fkl": "kd", "full": "all logits at once"}
 FACTORS = {"batch": (0.25, 1, 4), "seq_len": (0.25, 1, 4), "vocab": (0.25, 1, 4, 8)}
 TITLES = {"batch": "rows per step", "seq_len": "tokens per row", "vocab": "tokens in the vocabulary"}
-BUFFERS = 12  # of float32 logits, that the obvious loop holds at once
+BUFFERS = 12  # tensors of float32 logits that the obvious loop holds at once
 
 
 def write(folder: Path, middle: Shape, on_gpu: bool) -> None:
@@ -45,7 +45,7 @@ def described(shape: Shape) -> str:
 
 
 def available() -> float:
-    """Bytes that a process can still have."""
+    """Return the bytes that a process can still allocate."""
     import torch
 
     if torch.cuda.is_available():
@@ -56,7 +56,7 @@ def available() -> float:
 
 
 def page(middle: Shape, shapes: dict[str, list[Shape]], found: dict[tuple[str, Shape], dict]) -> str:
-    """Small multiples: one plot per size, a line per case; all on one scale."""
+    """Return the page: one plot per size, with a line per case, all on one scale."""
     from plotly.subplots import make_subplots
 
     plot = make_subplots(1, len(shapes), shared_yaxes=True, horizontal_spacing=0.03)

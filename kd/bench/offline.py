@@ -1,4 +1,4 @@
-"""The cases around a store: a teacher's bare forward pass, writing a store, training from it, and reading it alone."""
+"""Cases around a store: a teacher's bare forward pass, writing a store, training from it, and reading it alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def forward(work: Work) -> None:
 
 
 def write(work: Work, kept: str) -> dict[str, float]:
-    """A shard as kd.store writes it, a batch per step; the last step waits for all of it to be on disk."""
+    """Write a shard as kd.store does, a batch per step. The last step waits until all of it is on disk."""
     import numpy as np
 
     from kd.store.rows import Rows
@@ -89,7 +89,7 @@ def read(work: Work, kept: str) -> None:
 
 
 class Waits:
-    """Batches, and the seconds that whoever took them has waited for each."""
+    """Batches, with the seconds that their consumer has waited for each."""
 
     def __init__(self, batches):
         self.batches, self.seconds = batches, []
@@ -111,7 +111,7 @@ def described(kept: str, precision: str) -> dict:
 
 
 def encoder_of(work: Work, kept: str) -> RowEncoder:
-    """Encoder of a random teacher whose distributions are about as sharp as those of a trained one."""
+    """Return the encoder of a random teacher with distributions about as sharp as those of a trained one."""
     import torch
 
     from kd.models.causal_lm import CausalLM
@@ -131,7 +131,10 @@ def encoder_of(work: Work, kept: str) -> RowEncoder:
 
 
 def stored(folder: Path, shape: Shape, kept: str) -> Store:
-    """A store of the case's rows, without the memory of its teacher: on a CPU another process writes it."""
+    """Return a store of the case's rows.
+
+    On a CPU another process writes it, so that its teacher takes no memory here.
+    """
     import torch
 
     from kd.store.reader import Store

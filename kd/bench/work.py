@@ -1,7 +1,7 @@
-"""What is measured with: shapes, fresh models, random ids and a clock.
+"""Material of a measurement: shapes, fresh models, random ids and a clock.
 
-On a CPU each case runs in a process of its own, since memory is that of a process. On a GPU memory is counted by torch,
-so the cases of one library share a process, which saves its start.
+On a CPU each case runs in a process of its own, since memory is measured per process. On a GPU torch measures memory.
+So the cases of one library share a process there, which saves its start.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if __name__ == "__main__":  # before a library that reads them is loaded
 from kd.config.sizes import Size
 from kd.errors import first_line
 
-WARM_UP = 3  # steps that are not counted: first allocations, compilation
+WARM_UP = 3  # steps before the measurement: first allocations, compilation
 GIB = 2**30
 ROUNDS = 8  # steps that the rows last for
 HEAD = 512  # on a CPU, rows of the products that the limit is measured with
@@ -63,7 +63,7 @@ SHAPES = {
 
 
 class Work:
-    """What a case works on: fresh models, batches of random ids, and a clock."""
+    """Material of a case: fresh models, batches of random ids, and a clock."""
 
     def __init__(self, shape: Shape, steps: int):
         import torch
@@ -76,11 +76,11 @@ class Work:
         torch.manual_seed(0)
 
     def student(self):
-        """A Hugging Face causal LM in float32 that learns."""
+        """Return a Hugging Face causal LM in float32, to train."""
         return self._model(self.shape.student, 3)
 
     def teacher(self):
-        """One that only runs."""
+        """Return a frozen Hugging Face causal LM."""
         return self._model(self.shape.teacher, 1).eval().requires_grad_(False)
 
     def _model(self, size: Size, passes: int):
@@ -96,7 +96,7 @@ class Work:
         return model
 
     def rows(self):
-        """Random ids [R, T + 1], as packed data is on disk."""
+        """Return random ids [R, T + 1], in the form of packed data on disk."""
         import numpy as np
 
         shape = (ROUNDS * self.shape.batch, self.shape.seq_len + 1)
@@ -104,14 +104,14 @@ class Work:
         return ids.astype(np.uint32)
 
     def batches(self) -> Iterator[tuple]:
-        """ids and labels [B, T] on the device, per step."""
+        """Yield ids and labels [B, T] on the device, per step."""
         from kd.data.batches import Batches
 
         for batch in Batches(self.rows(), self.shape.batch, 0, 0, self.steps):
             yield batch.ids.to(self.device), batch.labels.to(self.device)
 
     def tick(self, *_) -> None:
-        """A step is done."""
+        """Record the end of a step."""
         import torch
 
         if self.device.type == "cuda":
@@ -124,7 +124,7 @@ class Work:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def limit(self) -> float:
-        """Seconds that a step's matrix products would take alone, at the rate of its own shapes."""
+        """Return the seconds that a step's matrix products take alone, at the rate of its own shapes."""
         import torch
 
         from kd.models.flops import cost
@@ -144,7 +144,7 @@ class Work:
 
 
 def fastest(call: Callable[[], object], device, times: int = 5) -> float:
-    """Seconds of the fastest of several calls."""
+    """Return the seconds of the fastest of several calls."""
     import torch
 
     seconds = []
@@ -158,7 +158,10 @@ def fastest(call: Callable[[], object], device, times: int = 5) -> float:
 
 
 def measure(name: str, shape: Shape, steps: int) -> dict:
-    """Run a case in this process: seconds per step, peak memory in bytes, and what its matrix products take alone."""
+    """Run a case in this process.
+
+    Return seconds per step, peak memory in bytes, and the seconds that its matrix products take alone.
+    """
     import torch
 
     from kd.bench.cases import CASES, CUDA_CASES
@@ -186,7 +189,7 @@ Case = tuple[str, Shape, int]  # name, shape, and steps that are counted
 
 
 def measured(cases: Iterable[Case], on_gpu: bool) -> Iterator[dict]:
-    """The result of each case in turn, as soon as it is there; an error as `error`."""
+    """Yield the result of each case as soon as it is measured; an error as `error`."""
     from kd.bench.cases import NEEDS
 
     def process(item: tuple[int, Case]):
@@ -198,7 +201,7 @@ def measured(cases: Iterable[Case], on_gpu: bool) -> Iterator[dict]:
 
 
 def _in_a_process(cases: list[Case]) -> Iterator[dict]:
-    """Results of cases that share a process. Where it dies, that is an error of the case, and a new one goes on."""
+    """Yield results of cases that share a process. If it dies, its case gets an error, and a new process continues."""
     # Waiting threads sleep, as train.py has it, and for all cases alike.
     environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
     while cases:
@@ -221,7 +224,7 @@ def _in_a_process(cases: list[Case]) -> Iterator[dict]:
 
 
 def processor() -> str:
-    """What the CPU calls itself."""
+    """Return the name of the CPU."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -229,7 +232,7 @@ def processor() -> str:
 
 
 def main(cases: list) -> None:
-    """Measure cases in this process, a line of JSON for each."""
+    """Measure cases in this process, and print a line of JSON for each."""
     import torch
 
     out, sys.stdout = sys.stdout, sys.stderr  # libraries print too

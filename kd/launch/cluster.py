@@ -1,8 +1,8 @@
-"""Sweeps on other machines: what hydra/launcher=submitit_slurm (slurm.py) and =ray (ray_launcher.py) share.
+"""Sweeps on other machines: the shared part of hydra/launcher=submitit_slurm (slurm.py) and =ray (ray_launcher.py).
 
-What goes to a machine is words alone. There a run is a sweep of one, LocalPool, which says what became of it; the
-machine that the sweep was started on waits, shows how far it is, and speaks for runs that could not. All of them see
-the folder of the runs.
+A machine gets words only. There a run is a sweep of one, LocalPool, which records how it ended. The machine that the
+sweep was started on waits and shows progress. It records the end of runs that could not do so. All machines see the
+folder of the runs.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from kd.runs.run import Run
 from kd.system.console import styled
 from kd.system.signals import received
 
-SETTLE = 15  # seconds until what another machine wrote is surely seen here
+SETTLE = 15  # seconds until writes of another machine are visible here
 
 
 @dataclass
 class RemoteJob:
-    """A run as it goes to another machine; when it is called there, it is done."""
+    """Run in the form that goes to another machine. A call there does the run."""
 
     program: str
     folder: str  # where the sweep was started
@@ -49,7 +49,7 @@ class RemoteJob:
     environment: dict[str, str] = field(default_factory=plugins.environment)  # where the sweep was started
 
     def __call__(self) -> list[str]:
-        """Do the run; return the names of the signals that asked it to end."""
+        """Do the run; return the names of the signals that requested it to end."""
         early: list[str] = []
         self._set_environment()
         with received(early.append):
@@ -65,7 +65,7 @@ class RemoteJob:
         return [*pool.heard, *early]
 
     def _set_environment(self) -> None:
-        """Allow the plug-ins that the sweep was started with, whatever the environment of this machine says."""
+        """Allow the plug-ins of the sweep, whatever the environment of this machine has."""
         if self.environment:
             places = [self.environment["PYTHONPATH"], *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
             os.environ.update(self.environment)
@@ -76,10 +76,10 @@ class RemoteJob:
 
 
 class NodePool(LocalPool):
-    """A pool of one run on a node.
+    """Pool of one run on a node.
 
-    SLURM may send SIGUSR2 and SIGTERM, in any order, for one reason, and ends by itself what takes too long. Only a
-    signal other than SIGUSR2 that comes twice, as from a second Ctrl-C, has the run killed here.
+    SLURM may send SIGUSR2 and SIGTERM, in any order, for one reason, and itself ends jobs that take too long. Only a
+    signal other than SIGUSR2 that comes twice, as from a second Ctrl-C, makes this pool kill the run.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -95,7 +95,7 @@ class NodePool(LocalPool):
 
 
 class ClusterPool(Pool):
-    """What pools on other machines share: jobs are handed over, and the scheduler has them wait."""
+    """Base class of pools on other machines: jobs are submitted, and wait in the queue of the scheduler."""
 
     pause = 0.5
     task: type[RemoteJob] = RemoteJob
@@ -106,7 +106,7 @@ class ClusterPool(Pool):
         self.handed: dict[str, SubmittedJob] = {}
 
     def submit(self, job: Job) -> RemoteJob:
-        """Move a job to those that run; what its node is to do."""
+        """Submit a job, and move it to those that run."""
         job.run.folder.mkdir(parents=True, exist_ok=True)
         self.waiting.remove(job)
         self.running.append(job)
@@ -121,7 +121,7 @@ class ClusterPool(Pool):
         return job.log.stat().st_size if job.log.exists() else 0
 
     def over(self) -> list[Job]:
-        if self.stopped and not self.asked and not self.withdrawn:  # since a run failed: the others may end in peace
+        if self.stopped and not self.asked and not self.withdrawn:  # a run failed; the others may end undisturbed
             self.withdrawn = True
             self.stop([job for job in self.running if not job.started_at], False)
         ended = []
@@ -134,7 +134,7 @@ class ClusterPool(Pool):
                 self.running.remove(job)
                 self.waiting.append(job)
             elif of.why:
-                # It may take a while until what it wrote last is seen here.
+                # Its last writes may be visible here only after some time.
                 of.since = of.since or time.monotonic()
                 state = job.look()
                 if state is None:  # the URL of the run is away, for its node perhaps too
@@ -146,7 +146,7 @@ class ClusterPool(Pool):
         return ended
 
     def _said(self, job: Job, state: dict) -> bool:
-        """Whether the run said itself how it ended, since it was handed over; done is done whoever did it."""
+        """Return True if the run recorded its end since it was submitted. A run that is done counts, whoever did it."""
         return state["state"] == RunState.DONE or (RunState(state["state"]).ended and state != self.of(job).before)
 
     def record(self, job: Job) -> dict:
@@ -168,18 +168,18 @@ class ClusterPool(Pool):
 
 @dataclass
 class SubmittedJob:
-    """A job that a scheduler was given."""
+    """Job that a scheduler has."""
 
     log: int  # bytes of its log at that time
-    before: dict | None  # its state then, None where its URL did not answer
-    number: Any = None  # what the scheduler calls it: text of SLURM, a reference of Ray
-    waits: str = ""  # for what, while it is queued
-    why: Outcome | None = None  # of a run that is over and did not say so itself
-    since: float = field(default=0.0)  # when the scheduler was first heard to say that it is over
+    before: dict | None  # its state at that time; None if its URL did not answer
+    number: Any = None  # id of the scheduler: text of SLURM, a reference of Ray
+    waits: str = ""  # reason why it is queued
+    why: Outcome | None = None  # of a run that ended without recording it
+    since: float = field(default=0.0)  # time when the scheduler first reported its end
 
 
 class ClusterLauncher(RunLauncher):
-    """What launchers of runs on other machines share. parameters: of hydra.launcher, and what they may be."""
+    """Base class of launchers on other machines. parameters: those of hydra.launcher, with their allowed types."""
 
     def __init__(self, parameters: dict):
         self.parameters = {k: v for k, v in parameters.items() if k not in ("self", "__class__")}

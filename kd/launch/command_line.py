@@ -1,4 +1,4 @@
-"""Entry of train.py: what Hydra is told before it composes, and what ranks and sweeps start it as."""
+"""Entry of train.py: registrations for Hydra before it composes, and the commands of ranks and sweeps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kd.system.signals import Preempted, end_with_parent
 
 @cache
 def register() -> None:
-    """Make sizes, sweeps, sweepers and launchers known to Hydra; end the program where a sweep file is no YAML."""
+    """Make sizes, sweeps, sweepers and launchers known to Hydra. A sweep file that is no YAML ends the program."""
     try:
         compose.register()
     except UserError as error:
@@ -27,7 +27,10 @@ def register() -> None:
 
 
 def enter(main: Callable[[], None]) -> None:
-    """Run main() on the checked words of the command line; or, started by kd.launch.rank_launcher, work as a rank."""
+    """Run main() on the checked words of the command line.
+
+    If kd.launch.rank_launcher started this process, work as a rank instead.
+    """
     if sys.argv[1:2] == ["--rank"]:
         from kd.launch import rank_launcher
 

@@ -1,4 +1,4 @@
-"""GPUs of this machine, and how many of them runs ask for."""
+"""GPUs of this machine, and the number that runs request."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from kd.config.groups import TrainerConfig
 
 
 def gpus(trainer: TrainerConfig) -> int:
-    """Return how many GPUs a run asks for, where there are any."""
+    """Return the number of GPUs that a run requests, on a machine with GPUs."""
     return 0 if trainer.accelerator == "cpu" else trainer.devices
 
 
 def max_parallel_runs(devices: list[str], each: int) -> int:
-    """Return how many runs of so many GPUs each fit on the devices without sharing one; at least 1."""
+    """Return the number of runs, with `each` GPUs, that fit on the devices without sharing one; at least 1."""
     return max(1, len(devices) // max(1, each))
 
 
 def visible_devices() -> list[str]:
-    """Return the GPUs that there are to share out, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs that runs can use, as CUDA_VISIBLE_DEVICES names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [x for x in named.split(",") if x]

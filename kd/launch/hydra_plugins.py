@@ -1,4 +1,4 @@
-"""What hydra/sweeper= and hydra/launcher= may be: made known to Hydra, which finds plugins by name."""
+"""Registration of the options of hydra/sweeper= and hydra/launcher= with Hydra, which finds plugins by name."""
 
 from __future__ import annotations
 

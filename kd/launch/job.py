@@ -1,4 +1,4 @@
-"""Jobs: runs of a sweep, and what is known of each while it waits, runs and ends."""
+"""Jobs: runs of a sweep, with their status while they wait, run and end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kd.system.retries import Unreachable
 
 @dataclass
 class Job:
-    """Run of a sweep, and what works on it."""
+    """Run of a sweep, and the process that works on it."""
 
     run: Run
     words: list[str]
@@ -26,7 +26,7 @@ class Job:
     state: dict | None = None  # after its end, as it was read last
 
     def look(self) -> dict | None:
-        """Return the state of the run, None where its URL does not answer now, unknown where its result is damaged."""
+        """Return the state of the run: None if its URL does not answer now, unknown if its result is damaged."""
         try:
             return self.run.state(wait=0)
         except Unreachable:
@@ -39,7 +39,7 @@ class Job:
         return self.run / "log.txt"
 
     def last_line(self) -> str:
-        """Return what the run printed last, short of what it says to type, which is indented."""
+        """Return the last line that the run printed, without its indented advice."""
         try:
             with open(self.log, "rb") as file:
                 file.seek(max(0, self.log.stat().st_size - 4096))

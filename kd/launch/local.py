@@ -48,9 +48,10 @@ class LocalLauncher(RunLauncher):
 
 
 class LocalPool(Pool):
-    """Does jobs as processes of this machine. devices: the GPUs to share out, as CUDA_VISIBLE_DEVICES names them.
+    """Pool of processes on this machine. devices: GPUs to share out, as CUDA_VISIBLE_DEVICES names them.
 
-    warm: what to fork the runs from, where none of them has a GPU; others are started as programs, with a Python each.
+    warm: server to fork the runs from, if none of them has a GPU. Other runs are started as programs, with a Python
+    each.
     """
 
     def __init__(self, program: str, jobs: list[Job], at_once: int, devices: list[str], warm: Warm | None = None):
@@ -77,12 +78,12 @@ class LocalPool(Pool):
                 self.stopped = self.stopped or self.stop_on_failure
 
     def _is_ready(self, warm: Warm, job: Job) -> bool:
-        """Return True if runs can be started now; without a server to fork them from, they start by themselves."""
+        """Return True if runs can be started now. Without a server to fork from, they start as programs."""
         try:
             job.run.folder.mkdir(parents=True, exist_ok=True)
             ready = warm.ready(self._environment([]), job.log)
         except OSError:
-            return True  # so that the start fails, and says why
+            return True  # so that the start fails, with its error
         self._check_server()
         return ready
 
@@ -92,12 +93,12 @@ class LocalPool(Pool):
             self.warm = None
 
     def _room(self, job: Job) -> bool:
-        """Return True if there are GPUs for a job: shared only where more runs were asked for than there are GPUs."""
+        """Return True if there are GPUs for a job. GPUs are shared only if n_jobs is above the number of GPUs."""
         free = len(self.devices) - sum(self._loads().values())
         return free >= job.gpus or len(self.devices) < self.at_once or not self.running
 
     def _loads(self) -> dict[str, int]:
-        """Return how many runs are on each GPU."""
+        """Return the number of runs on each GPU."""
         used = [device for job in self.running for device in self.processes[job.run.name].devices]
         return {device: used.count(device) for device in self.devices}
 

@@ -1,4 +1,4 @@
-"""Search over continuous axes: a Hydra sweeper that asks Optuna which runs to make next, and ends hopeless ones early.
+"""Search over continuous axes: a Hydra sweeper in which Optuna chooses the next runs, and ends hopeless ones early.
 
 python train.py -m hydra/sweeper=optuna lr.peak='tag(log,interval(1e-3,3e-2))' alpha.peak='interval(0,1)' loss=fkl,jsd
 """
@@ -26,15 +26,15 @@ from kd.system.console import console, counted, exit_with_error
 from kd.system.files import read_metrics
 from kd.system.remote import local_root
 
-MEASURE = "val/lm"  # what every run has, in nats per token
+MEASURE = "val/lm"  # metric that every run has, nats per token
 
 
 class Search(LaunchingSweeper):
     """Trials until n_trials are done, as many at once as the launcher has processes.
 
-    What has been tried is kept in sweeps/NAME.optuna beside the runs: the same command goes on, first with the trials
-    that were under way. Those to come depend on n_trials done before and the seed alone. prune: end a run whose loss is
-    behind the median of the runs before it at the same step.
+    The trials are kept in sweeps/NAME.optuna beside the runs. The same command continues, first with the trials that
+    were running. Later trials depend only on the seed and the n_trials done before. prune: end a run whose loss is
+    behind the median of the earlier runs at the same step.
     """
 
     def __init__(self, n_trials: int, seed: int, prune: bool):
@@ -73,11 +73,14 @@ class Search(LaunchingSweeper):
             return self._work(optuna, study, fixed, space)
 
     def _at_once(self) -> float:
-        """How many trials to make at a time."""
+        """Return the number of trials to make at a time."""
         return self.launcher.at_once([gpus(self.config.trainer)])
 
     def _work(self, optuna, study, fixed: list[str], space: dict) -> list[JobReturn]:
-        """What became of trials that are not done: failed ones are replaced, interrupted ones are for the next time."""
+        """Return the results of the trials that are not done.
+
+        Failed trials are replaced. Interrupted ones are left for the next time.
+        """
         states = optuna.trial.TrialState
         returns: list[JobReturn] = []
         interrupted: set[int] = set()
@@ -117,7 +120,7 @@ class Search(LaunchingSweeper):
                         failed += 1
                         study.tell(trial.number, state=states.FAIL)
             if failed == len(batch):
-                return returns  # something is wrong with all of them
+                return returns  # all of them fail
         if interrupted:
             console.print(
                 f"{counted(len(interrupted), 'trial was', 'trials were')} interrupted: the same command "
@@ -133,7 +136,7 @@ class Search(LaunchingSweeper):
         return returns
 
     def _space(self, optuna, arguments: list[str]) -> tuple[list[str], dict]:
-        """What was typed without an axis, and the axes."""
+        """Return the words without an axis, and the axes."""
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         fixed, space = [], {}
         for override in parser.parse_overrides(arguments):
@@ -149,7 +152,7 @@ class Search(LaunchingSweeper):
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """A second copy of the command waits, and then finds all done."""
+    """Hold the lock of the search. A second copy of the command waits, and then finds all trials done."""
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -163,10 +166,10 @@ def alone(path: Path) -> Iterator[None]:
 
 
 class Watched:
-    """Looks at the runs of some trials as they go, and says which are to end early."""
+    """Watcher of the runs of some trials, which decides which of them end early."""
 
     def __init__(self, optuna, trials: list):
-        # Of a trial that was interrupted, Optuna knows the steps up to there.
+        # Optuna knows the earlier steps of an interrupted trial.
         known = {t.number: t.intermediate_values for t in trials[0].study.trials} if trials else {}
         self.trials, self.seen = trials, [max(known[trial.number], default=0) for trial in trials]
         self.pruned: set[int] = set()
@@ -175,7 +178,7 @@ class Watched:
             trial.study.pruner = pruner
 
     def __call__(self, number: int, run: Run) -> str | None:
-        """Why run `number` of the batch is to end now; None if it may go on."""
+        """Return the reason why run `number` of the batch has to end now; None if it may continue."""
         trial = self.trials[number]
         for line in read_metrics(run / "metrics.jsonl"):
             if MEASURE in line and line["step"] > self.seen[number] and math.isfinite(line[MEASURE]):
@@ -188,9 +191,9 @@ class Watched:
 
 
 def axis(optuna, override: Override):
-    """The distribution of an override that sweeps: an interval, a range, or a choice.
+    """Return the distribution of an override that sweeps: an interval, a range, or a choice.
 
-    Raises UserError for an interval or a range that is none.
+    Raises UserError for an interval or a range that is empty or not valid.
     """
     try:
         return _distribution(optuna.distributions, override)

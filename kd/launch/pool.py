@@ -1,4 +1,4 @@
-"""Pools: runs of a sweep at work, some at once, until all have ended or somebody asks to end.
+"""Pools: runs of a sweep in progress, some at once, until all have ended or the sweep is requested to end.
 
 Runs on this machine are in kd/launch/local.py, those on other machines in kd/launch/cluster.py.
 """
@@ -25,27 +25,27 @@ from kd.system.signals import SAME, received
 
 
 class Pool:
-    """Has jobs done, some at once, until all have ended or it is asked to end.
+    """Pool that does jobs, some at once, until all have ended or it is requested to end.
 
-    Each kind of pool has its own way to start() jobs, to tell which are over(), to record() how one ended that could
-    not do so itself, and to stop() them.
+    A subclass can start() jobs, return those that are over(), record() the end of a job that could not do so itself,
+    and stop() them.
     """
 
     pause = 0.05  # seconds between looks
 
     def __init__(self, jobs: list[Job], at_once: float):
         self.jobs, self.at_once = jobs, at_once
-        self.watch: Callable[[Run], str | None] | None = None  # why a run is to end early
+        self.watch: Callable[[Run], str | None] | None = None  # reason why a run has to end early
         self.stop_on_failure, self.stopped = False, False
         self.asked: list[str] = []  # signals received, but for those at the same moment as the one before
         self.asked_at = 0.0
-        self.running: list[Job] = []  # or queued elsewhere
-        self.endings: list[Ending] = []  # of jobs that have ended, not yet recorded
+        self.running: list[Job] = []  # or queued on another machine
+        self.endings: list[Ending] = []  # ends of jobs, not yet recorded
         self.waiting = [job for job in jobs if job.run.result() is None]
         self.spent: list[float] = []
 
     def start(self) -> None:
-        """Move from those that wait to those that run as many as there is room for."""
+        """Start as many waiting jobs as there is room for."""
         raise NotImplementedError
 
     def over(self) -> list[Job]:
@@ -53,15 +53,15 @@ class Pool:
         raise NotImplementedError
 
     def record(self, job: Job) -> dict:
-        """Make sure that how a run ended is recorded; return what else is known of its end."""
+        """Make sure that the end of a run is recorded; return other facts about its end."""
         raise NotImplementedError
 
     def stop(self, jobs: list[Job], at_once: bool) -> None:
-        """Have jobs end, after a checkpoint or at once."""
+        """End jobs, after a checkpoint or at once."""
         raise NotImplementedError
 
     def work(self) -> None:
-        """Do the jobs, until none runs and none is to be started."""
+        """Do the jobs, until none is running or waiting."""
         for number, job in enumerate(self.jobs, 1):
             if job not in (*self.waiting, *self.running):
                 job.state = {"state": RunState.DONE, "reason": ""}
@@ -95,10 +95,10 @@ class Pool:
                     self._look(job)
 
     def _next(self, free: list[Job]) -> Job | None:
-        """Choose the first run that no other copy of the sweep works on or has claimed, so that copies share the runs.
+        """Return the first run that no other copy of the sweep works on or has claimed, so that copies share the runs.
 
-        Of what is left when there is none, the process of the run waits for the other copy, or takes over if that is
-        gone. Runs that another copy has done are dropped; None if all are.
+        If there is none, return one of the rest: its process waits for the other copy, or takes over if that is gone.
+        Runs that another copy has done are dropped; None if all are.
         """
         taken = []
         for job in free:
@@ -120,7 +120,7 @@ class Pool:
             return True
 
     def _look(self, job: Job) -> None:
-        """End a run early where the search says so."""
+        """End a run early if the search has a reason for it."""
         if self.watch and not job.stop_reason and not self.asked and time.monotonic() - job.checked_at > 1:
             job.checked_at = time.monotonic()
             job.stop_reason = self.watch(job.run)
@@ -128,7 +128,7 @@ class Pool:
                 self.stop([job], False)
 
     def board(self) -> Group:
-        """Return a table of what runs, and how far the sweep is."""
+        """Return a table of the running jobs and the progress of the sweep."""
         ended = [job.state["state"] for job in self.jobs if job.state]
         done, queued = ended.count(RunState.DONE), sum(not job.started_at for job in self.running)
         says = f"{done} done, {len(self.running) - queued} running, {len(ended) - done} not done, "
@@ -157,7 +157,7 @@ class Pool:
         console.print(line, soft_wrap=True)
 
     def _record(self, job: Job) -> None:
-        """Record how a run ended, and read its state; waits for a URL that is away."""
+        """Record the end of a run, and read its state; wait for a URL that is away."""
         begun = job.started_at or time.monotonic()
         job.facts = {"seconds": time.monotonic() - begun}
         job.facts = self.record(job)
@@ -166,7 +166,7 @@ class Pool:
         job.run.claim.release()
 
     def _ended(self, job: Job) -> None:
-        """Say in which state a run ended."""
+        """Print the state in which a run ended."""
         state = job.state
         assert state is not None, "an end that is recorded has a state"
         if state["state"] == RunState.DONE:
@@ -176,7 +176,7 @@ class Pool:
         self._say(job, f"{state['state']} after {format_duration(job.facts['seconds'])}  {state['reason']}")
 
     def _ask(self, name: str) -> None:
-        """Take a signal that asks the sweep to end, to be passed on by work()."""
+        """Take a signal that requests the sweep to end. work() passes it on."""
         if self.asked and time.monotonic() - self.asked_at < SAME:
             return
         self.asked_at = time.monotonic()
@@ -188,7 +188,7 @@ class Pool:
 
 
 class Ending:
-    """End of a job while it is recorded: of a run under a URL in a thread, since the URL may not answer."""
+    """End of a job that is being recorded. For a run under a URL a thread does so, since the URL may not answer."""
 
     def __init__(self, job: Job, record: Callable[[Job], None]):
         self.job, self.record, self.said = job, record, False
@@ -212,5 +212,5 @@ class Ending:
         return self.job.state is not None
 
     def waits(self) -> bool:
-        """Return True if it takes so long that the URL must be away."""
+        """Return True if the recording takes so long that the URL must be away."""
         return not self.over() and time.monotonic() - self.begun > 5

@@ -1,8 +1,8 @@
-"""One run in several processes, its ranks: how they start and end, which rows are whose, and sums over all of them.
+"""One run in several processes, its ranks: their start and end, the resolved config, and the first error.
 
-The process that a person starts then trains nothing. It makes data, teacher and store, holds the run's lock, and
-serves the resolved config to its ranks, which compose none of their own; when one of them ends badly it ends the
-others, and when it is gone itself, by SIGKILL even, they end at once.
+The process that a person starts then trains nothing. It makes data, teacher and store, holds the run's lock, and serves
+the resolved config to its ranks, which compose none of their own. If one of them fails, it ends the others. If it is
+itself gone, by SIGKILL even, they end at once.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from kd.system.launchers import OWN
 from kd.system.processes import killed_for_memory
 from kd.system.signals import EXIT_CODE, Preempted, requests
 
-WORD = "--rank"  # how train.py is told that it is one: --rank NUMBER/OF PORT
+WORD = "--rank"  # word that makes train.py a rank: --rank NUMBER/OF PORT
 
 
 class Job:
-    """What a rank is told by the process that started it, and tells it."""
+    """Exchange between a rank and the process that started it."""
 
     def __init__(self, place: str, port: str):
         requests.told = True
@@ -59,13 +59,13 @@ class Job:
         dist.init_process_group(backend, store=dist.PrefixStore("group", self.store), rank=rank, world_size=of)
 
     def tell(self, what: str, value) -> bool:
-        """Say something that only the first to say it is heard with; whether this one was."""
+        """Publish a value unless another rank published one first; return True if this one was stored."""
         said = json.dumps([rank(), value])
         return self.store.compare_set(what, "", said).decode() == said
 
 
 class Shared(Run):
-    """The folder of a run as its ranks see it: the process that started them begins it, and writes why it failed."""
+    """Folder of a run for its ranks. The process that started them starts the run, and writes why it failed."""
 
     def __init__(self, root: str | Path, name: str, job: Job):
         super().__init__(root, name)
@@ -82,7 +82,7 @@ class Shared(Run):
 
 
 def work(words: list[str]) -> None:
-    """Do what a rank does, from the words it was started with to its exit code."""
+    """Do the work of a rank, from its words to its exit code."""
     job = Job(*words)
     try:
         fit_as_rank(job)
@@ -95,17 +95,17 @@ def work(words: list[str]) -> None:
 
 
 def _listen() -> None:
-    """Do what the process that started this one asks for by its standard input; end when it is gone."""
+    """Obey the requests on standard input of the process that started this one; end when that process is gone."""
     while os.read(0, 1):
         requests.ask()
     os._exit(1)
 
 
 def launch(program: str, run: Run, job: dict, ranks: int) -> None:
-    """Have so many processes do a job, and wait for them; the job's config is a run's.
+    """Start `ranks` processes for a job, and wait for them. The job's config is that of a run.
 
-    Raises UserError when one of them fails, as soon as it does; the others are ended, and state.json says why. Asked to
-    end, it asks the ranks, which save a checkpoint first; asked once more, it ends them at once.
+    Raises UserError as soon as one of them fails. The others are ended, and state.json has the reason. A first request
+    to end is passed to the ranks, which save a checkpoint first. A second one ends them at once.
     """
     gc.collect()
     if torch.cuda.is_initialized():  # a teacher was made here, and its memory is the first rank's now
@@ -147,7 +147,7 @@ def launch(program: str, run: Run, job: dict, ranks: int) -> None:
 
 
 def _watch(processes: list[subprocess.Popen]) -> list[int | None]:
-    """Exit codes, as they are when all have ended well or one has not."""
+    """Return the exit codes once all have succeeded or one has failed."""
     codes: list[int | None] = [None]
     while None in codes and not any(codes):
         time.sleep(0.05)
@@ -156,18 +156,18 @@ def _watch(processes: list[subprocess.Popen]) -> list[int | None]:
 
 
 def _published(server: dist.TCPStore, key: str):
-    """Return what the first rank that published something under a key published, or None."""
+    """Return the value that a rank published under a key; None if no rank did."""
     return json.loads(server.get(key))[1] if server.check([key]) else None
 
 
 def _outcome(server: dist.TCPStore) -> Outcome | None:
-    """Return how the first rank that said so says that the run ended."""
+    """Return the outcome of the run that a rank published first."""
     end = _published(server, "end")
     return Outcome.from_json(end) if end else None
 
 
 def _preempted(run: Run, server: dist.TCPStore) -> None:
-    """Write that the run was asked to end, and in what step, if a rank said so."""
+    """Write that the run was requested to end, and in which step, if a rank published it."""
     outcome = _outcome(server)
     run.end(outcome if outcome and outcome.state == RunState.PREEMPTED else classify(Preempted()))
 

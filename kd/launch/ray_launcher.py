@@ -15,7 +15,7 @@ from kd.system.signals import requests
 
 
 class Ray(ClusterLauncher):
-    """A task of Ray per run. Dead nodes and workers cost no run: Ray has another one go on with it."""
+    """Launcher with a task of Ray per run. Dead nodes and workers cost no run: Ray continues it on another."""
 
     def __init__(self, address: str | None, num_cpus: float, num_gpus: float):
         super().__init__(locals())
@@ -60,7 +60,7 @@ class Ray(ClusterLauncher):
 
 
 class RayPool(ClusterPool):
-    """Does jobs as tasks of Ray, of which at_once are there at a time."""
+    """Pool of Ray tasks, at most at_once at a time."""
 
     def __init__(self, program: str, jobs: list[Job], at_once: float, ray, each: dict[str, float]):
         super().__init__(program, jobs, at_once)
@@ -100,5 +100,5 @@ class RayPool(ClusterPool):
 
 
 def perform(task: RemoteJob) -> None:
-    """What Ray calls on a node."""
+    """Do a task on a node; Ray calls this."""
     task()

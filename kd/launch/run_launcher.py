@@ -1,6 +1,6 @@
-"""Launcher of the runs of a sweep, each of which has a process of its own.
+"""Launcher of the runs of a sweep, with a process per run.
 
-A process of its own means that a run that raises, exits or is killed takes no other with it, and leaves no memory.
+A run that raises, exits or is killed so affects no other run, and leaves no memory behind.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from kd.system import files
 from kd.system.console import console, counted, exit_with_error
 from kd.system.signals import Preempted, requests
 
-Watch = Callable[[int, Run], str | None]  # which run of a batch -> why it is to end early
+Watch = Callable[[int, Run], str | None]  # number of a run in a batch -> reason why it ends early
 
 
 class PlannedRun(NamedTuple):
     """Run of a sweep before it is a job."""
 
     run: Run
-    gpus: int  # that it asks for
+    gpus: int  # GPUs that it requests
     logger: str
 
 
 class RunLauncher(Launcher):
-    """Launcher of a process per run, on this machine or others, n_jobs at once; finished runs are not started again.
+    """Launcher of a process per run, on this machine or others, n_jobs at once. Finished runs are not started again.
 
-    A run records itself how it ended; of a run that was killed it is recorded here. The first signal that asks to end
+    A run records how it ended. For a run that was killed, the launcher does so. The first signal that requests to end
     is passed on to the runs, which save a checkpoint; the second kills them.
     """
 
@@ -64,24 +64,24 @@ class RunLauncher(Launcher):
         self.program = program
 
     def at_once(self, asked: Sequence[int]) -> float:
-        """Return how many runs there are at a time, at most; asked: how many GPUs each of them asks for."""
+        """Return the largest number of runs at a time. asked: GPUs that each of them requests."""
         raise NotImplementedError
 
     def pool(self, name: str, jobs: list[Job]) -> Pool:
-        """Return the pool for the jobs of sweep `name`; raises UserError where there can be none."""
+        """Return the pool for the jobs of sweep `name`; raises UserError if there can be none."""
         raise NotImplementedError
 
     def check_place(self, config: ExperimentConfig) -> None:
-        """Raise UserError for a run that cannot be done where it is to be; of other machines nothing is known."""
+        """Raise UserError for a run that this machine cannot do. Nothing is known of other machines."""
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int, labels: list[str] | None = None,
         watch: Watch | None = None, names: list[str] | None = None,
     ) -> list[JobReturn]:  # fmt: skip
-        """Do all runs, and return how each ended; with an initial_job_idx above 0, they are further ones of a sweep.
+        """Do all runs, and return how each ended. An initial_job_idx above 0 means further runs of a sweep.
 
-        labels: what to call the runs here; by default what sets each apart from the others. names: of the lines of the
-        sweep that they are from, which reports use too; empty for a line without.
+        labels: names of the runs in the output; by default the settings in which they differ. names: those of the sweep
+        lines that they are from, which reports use too; empty for a line without.
         """
         requests.watch()
         names = names or [""] * len(job_overrides)
@@ -122,7 +122,7 @@ class RunLauncher(Launcher):
         return [self._return(jobs[run]) for run in order]
 
     def _show_plan(self, job_overrides: Sequence[Sequence[str]], labels: list[str]) -> NoReturn:
-        """Print what the runs take, and end."""
+        """Print the cost of the runs, and end."""
         from kd.experiment import planner
 
         configs = self._each(self._run_config, job_overrides, labels)
@@ -130,7 +130,7 @@ class RunLauncher(Launcher):
         sys.exit()
 
     def _work(self, name: str, jobs: list[Job], watch: Callable[[Run], str | None] | None) -> None:
-        """Do the jobs of sweep `name`, and print what became of them; raises Preempted if asked to end."""
+        """Do the jobs of sweep `name`, and print their outcomes; raises Preempted after a request to end."""
         pool = self.pool(name, jobs)
         pool.stop_on_failure = self.config.on_failure == "stop"
         pool.watch = watch
@@ -144,7 +144,7 @@ class RunLauncher(Launcher):
             raise Preempted
 
     def _each(self, make: Callable, jobs: Sequence[Sequence[str]], labels: Sequence[str]) -> list:
-        """Return `make` of each job's words; raises UserError that names all jobs where that fails, and why."""
+        """Return make(words) of each job. Raises a UserError that names all jobs for which that fails, and why."""
         made, wrong = [], {}
         for number, job in enumerate(jobs):
             try:
@@ -164,15 +164,15 @@ class RunLauncher(Launcher):
         return ExperimentConfig.from_hydra(self.composer.compose(words), list(words))
 
     def _prepare_wandb(self, name: str, runs: Iterable[Run]) -> None:
-        """Ask W&B's server once for all runs, and put those that were made outside of any sweep into this one's group.
+        """Try W&B's server once for all runs, and put finished runs that belong to no sweep into this one's group.
 
-        Whether other machines reach the server is not known here.
+        Other machines may reach the server even if this one does not.
         """
         results = [(run, run.result()) for run in runs]
         alone = [(run, result) for run, result in results if result and not result["config"].get("sweep")]
         asks = self.here and any(result is None for _, result in results)
         if asks or alone:
-            from kd.runs import loggers  # and Lightning, which a sweep that is done has no use for
+            from kd.runs import loggers  # and Lightning, which a finished sweep does not need
 
             if asks:
                 loggers.wandb_mode()
@@ -180,7 +180,7 @@ class RunLauncher(Launcher):
             for run, result in alone:
                 try:
                     joined += loggers.join(run, result, name)
-                except Exception as error:  # W&B is a view: nothing of it stops a sweep
+                except Exception as error:  # W&B is a view: its errors stop no sweep
                     warnings.warn(f"{run.name} is not in the group {name} of W&B ({error}).")
             if joined:
                 loggers.forget()
@@ -197,7 +197,7 @@ class RunLauncher(Launcher):
         if self.config.force or (result := run.result()) is None:
             self.check_place(config)
             self.check_before(plan, sound)
-            trial = files.digest_of(config.to_dict() | {"seed": None})  # which it does not depend on
+            trial = files.digest_of(config.to_dict() | {"seed": None})  # the run does not depend on it
             if trial not in sound:
                 prepare(config)
                 sound.add(trial)
@@ -231,7 +231,7 @@ class RunLauncher(Launcher):
 
 
 class NotDone(UserError):
-    """Error of a run that is not done. again: True if the run was interrupted, and the same command may finish it."""
+    """Error of a run that is not done. again: True if it was interrupted, and the same command may finish it."""
 
     def __init__(self, run: Run, state: dict):
         super().__init__(f"{run.name} is not done: {state['reason']}")
@@ -240,7 +240,10 @@ class NotDone(UserError):
 
 
 def discard(runs: Iterable[Run]) -> None:
-    """Remove the results of runs, to make them anew; raises UserError while another copy of the sweep makes any."""
+    """Remove the results of runs, so that they are made again.
+
+    Raises UserError while another copy of the sweep works on any of them.
+    """
     runs, claimed = list(runs), []
     try:
         for run in runs:

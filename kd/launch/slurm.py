@@ -30,7 +30,10 @@ OVER = (*LOST, "COMPLETED", "FAILED", "OUT_OF_MEMORY", "SPECIAL_EXIT")
 
 
 class SlurmTask(RemoteJob):
-    """Requeued by submitit alone: SIGUSR2 says that its time is nearly over, or that another job comes first."""
+    """SLURM task that only submitit requeues.
+
+    SIGUSR2 means that its time is nearly over, or that another job has priority.
+    """
 
     def __call__(self) -> list[str]:
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's
@@ -39,7 +42,7 @@ class SlurmTask(RemoteJob):
             if "SIGUSR2" in asked:
                 assert callable(requeue), "submitit handles the signal"
                 requeue(signal.SIGUSR2, None)  # the run has saved a checkpoint and ended; does not return
-            sys.exit(EXIT_CODE if asked else 1)  # SLURM is to know too
+            sys.exit(EXIT_CODE if asked else 1)  # SLURM needs the exit code too
         return asked
 
     def checkpoint(self):
@@ -49,7 +52,7 @@ class SlurmTask(RemoteJob):
 
 
 class Slurm(ClusterLauncher):
-    """A job of SLURM per run, in one array."""
+    """Launcher with a SLURM job per run, in one array."""
 
     def __init__(
         self, partition: str | None, account: str | None, qos: str | None, constraint: str | None, timeout_min: int,
@@ -85,9 +88,9 @@ class Slurm(ClusterLauncher):
 
 
 class SlurmPool(ClusterPool):
-    """Does jobs as jobs of SLURM, and looks at its queue for what becomes of them.
+    """Pool of SLURM jobs, which reads SLURM's queue for their states.
 
-    Jobs that a sweep left in the queue when it was killed are not handed over again. record: a file that names them.
+    Jobs that a killed sweep left in the queue are not submitted again. record: file that names them.
     """
 
     task = SlurmTask
@@ -128,7 +131,7 @@ class SlurmPool(ClusterPool):
             self._say(job, f"is queued as job {number}")
 
     def over(self) -> list[Job]:
-        # One controller serves all: it is asked less and less often.
+        # One controller serves all users, so it is queried less and less often.
         if time.monotonic() - self.looked > max(1, min(15, (self.looked - self.begun) / 20)):
             listed = self.queue()
             if listed is not None:
@@ -141,7 +144,7 @@ class SlurmPool(ClusterPool):
         return super().over()
 
     def queue(self) -> dict[str, tuple[str, str]] | None:
-        """State and reason of this user's jobs; None where SLURM does not answer."""
+        """Return state and reason of this user's jobs; None if SLURM does not answer."""
         words = ["squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i|%T|%r"]
         answer = ask(words)
         if answer.returncode:
@@ -154,7 +157,7 @@ class SlurmPool(ClusterPool):
         return {number.strip(): (state, reason) for number, state, reason in lines}
 
     def _why(self, job: Job, stands: str) -> Outcome:
-        """Return how a job ended that SLURM calls over."""
+        """Return how a job ended that has ended according to SLURM."""
         number = self.of(job).number
         if not stands and shutil.which("sacct"):  # it ended too long ago for the queue
             words = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=State", f"--jobs={number}"]
@@ -177,5 +180,5 @@ class SlurmPool(ClusterPool):
 
 
 def ask(words: list[str]) -> subprocess.CompletedProcess:
-    """What a command of SLURM answers; Ctrl-C does not reach it."""
+    """Return the output of a SLURM command. Ctrl-C does not reach the command."""
     return subprocess.run(words, capture_output=True, text=True, start_new_session=True)

@@ -1,4 +1,4 @@
-"""Runs of a sweep for people: their labels, why they cannot be made, and what became of them."""
+"""Summary of a sweep's runs for people: labels, reasons of refusal, and outcomes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from kd.system.console import format_duration, styled
 
 
 def varying(jobs: Sequence[Sequence[str]], names: Sequence[str]) -> list[str]:
-    """Return what was typed for each run, without what all have in common; a name stands for what all of it share."""
+    """Return the words of each run, without those that all have in common.
+
+    A name stands for the words that all of its runs share.
+    """
     alike = {name: set.intersection(*(set(j) for j, of in zip(jobs, names) if of == name)) for name in names if name}
     alike[""] = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
     return [" ".join([*filter(None, [of]), *(w for w in j if w not in alike[of])]) for j, of in zip(jobs, names)]
 
 
 def refused(jobs: Sequence[Sequence[str]], labels: Sequence[str], wrong: Mapping[int, str]) -> str:
-    """Return why some of the jobs cannot be done, and what to type for the others; wrong: number of a job -> reason."""
+    """Return why some of the jobs cannot be done, and words for the others. wrong: number of a job -> reason."""
     by_reason: dict[str, list[int]] = {}
     for number, reason in wrong.items():
         by_reason.setdefault(reason, []).append(number)

@@ -29,7 +29,7 @@ def update(root: str, name: str, lines: list[dict], further: bool) -> None:
 
 
 def _listed(path: Path) -> list[dict]:
-    """Return the runs that the list of a sweep has so far; none of a list that is damaged, as it is written anew."""
+    """Return the runs in the list of a sweep; none if the list is damaged, since it is then written again."""
     try:
         runs = (read_json(path) or {"runs": []})["runs"]
         return runs if all(isinstance(line["run"], str) for line in runs) else []

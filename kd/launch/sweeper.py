@@ -1,4 +1,4 @@
-"""Hydra sweepers that hand their jobs to a launcher, and the one that reads lines of overrides from a sweep file."""
+"""Hydra sweepers that pass their jobs to a launcher, and the one that reads lines of overrides from a sweep file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kd.system.console import exit_with_error
 
 
 class LaunchingSweeper(Sweeper):
-    """Sweeper that hands its jobs to the launcher."""
+    """Sweeper that passes its jobs to the launcher."""
 
     def setup(self, *, hydra_context, task_function, config) -> None:
         self.hydra_context, self.config = hydra_context, config
@@ -33,30 +33,29 @@ class LaunchingSweeper(Sweeper):
         )
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Raise what Hydra raises for the first job that it cannot compose."""
+        """Raise Hydra's error for the first job that it cannot compose."""
         for job in batch:
             self.launcher.composer.compose(job)
 
     def name_from(self, arguments: Sequence[str]) -> None:
-        """Give a sweep without a name one that is its words', so that its list is no other sweep's."""
+        """Name an unnamed sweep after its words, so that no other sweep has the same list."""
         if self.config.sweep is None:
             self.config.sweep = f"multirun-{files.digest_of(asked_for(arguments))[:8]}"
 
 
 def asked_for(arguments: Sequence[str]) -> str:
-    """Return all that was typed, but for what changes no result."""
+    """Return all words of a command except those that change no result."""
     words = map(typed, arguments)
     return str(sorted(word for word in words if not is_under(word.lstrip("+~").partition("=")[0], NO_EFFECT)))
 
 
 class SweepFileSweeper(LaunchingSweeper):
-    """Hydra's basic sweeper over several lines: a sweep is the union of what each of its `runs` would be after -m.
+    """Hydra's basic sweeper over several lines. A sweep is the union of the sweeps that its `runs` would be after -m.
 
-    What was typed beside sweeps=NAME is added to every line, and a line may have a name that its runs go by in tables:
-    `- MiniLLM: method=minillm`. Without one they go by their method, if any. Without a sweep file there is one line:
-    what was typed.
-    A file may have `scales`, each with a `base` and `runs` of its own to add, of which scale=NAME takes one.
-    How a signal is treated is left out of runs that have none, and runs that are then the same are one run.
+    Words beside sweeps=NAME are added to every line. A line may have a name for its runs in tables: `- MiniLLM:
+    method=minillm`. Without one they have the name of their method, if any. Without a sweep file there is one line: the
+    words of the command. A file may have `scales`, each with a `base` and further `runs`; scale=NAME takes one.
+    Settings that treat a signal are left out of runs that have none. Runs that are then the same are one run.
     """
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
@@ -92,7 +91,10 @@ class SweepFileSweeper(LaunchingSweeper):
 
 
 def at_scale(sweep: Mapping, scale: str) -> tuple[str, list[tuple[str, str]]]:
-    """Return what all lines begin with, and name and words of each; ends with an error if there is no such scale."""
+    """Return the words that all lines begin with, and name and words of each line.
+
+    Ends with an error if there is no such scale.
+    """
     scales = sweep.get("scales") or {"cpu": {}}
     if scale not in scales:
         exit_with_error(UserError(option="scale", got=scale, need=f"a scale of this sweep, {' or '.join(scales)}"))

@@ -1,4 +1,4 @@
-"""One run from its config to its result: what `python train.py` does once the config is composed."""
+"""One run from its config to its result: the work of `python train.py` after Hydra has composed the config."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from kd.system.programs import TRAIN
 
 
 def train(config: ExperimentConfig, wait: bool = True) -> FinishedRun:
-    """Return the result of a run: read if it is done, resumed if it was begun; what it needs is made first.
+    """Return the result of a run. A finished run is read, and a started one is resumed. Prerequisites are made first.
 
-    wait: for another process that works on the same run, instead of raising UserError. With force=true the run is made
-    anew. Its old result is removed when the new run begins, after all checks.
+    wait: True to wait for another process that works on the same run, instead of raising UserError. With force=true the
+    run is made again. Its old result is removed when the new run begins, after all checks.
     """
     run = Plan.of(config).run
     anew = config.force and run.is_done()

@@ -1,12 +1,12 @@
-"""Runs of a sweep that begin with everything imported: they are forked from a process that has done so, the server.
+"""Runs of a sweep that start with everything imported, forked from a server process that has done the imports.
 
 Importing torch, Lightning and transformers takes longer than a short run trains. The server does that once, and nothing
-else: there are no threads of torch yet, and no GPU was looked at. It forks twice for each run, and the process between
-ends at once, so that the run becomes a child of the sweep as any process that the sweep starts: its exit status, its
-memory and its signals are its own, and when the server is gone, no run is. Linux alone can do that.
+else: it has no threads of torch, and has used no GPU. It forks twice for each run, and the process between ends at
+once. So the run becomes a child of the sweep, with its own exit status, memory and signals. It also outlives the
+server. Linux only.
 
-The server has the environment that its runs have to the letter, and the code that is on disk: with another environment,
-or after an edit, there is another server.
+The server has exactly the environment and the code of its runs. With another environment, or after an edit of the code,
+there is another server.
 """
 
 from __future__ import annotations
@@ -39,25 +39,28 @@ READY = b"ready"
 
 @dataclass
 class Forked:
-    """A run that was forked, as far as subprocess.Popen is used of others."""
+    """Forked run, with the part of subprocess.Popen's interface that pools use."""
 
     pid: int
     returncode: int | None = None
 
 
 class Warm:
-    """The server as the sweep sees it; it is started when it is first asked for, and ends when the sweep does."""
+    """Server in the view of the sweep. It starts when it is first needed, and ends when the sweep does."""
 
     def __init__(self, program: str):
         self.program = program
-        self.failed = ""  # how a server ended by itself, after which there is none
+        self.failed = ""  # exit of a server by itself; no other is started then
         self.server: subprocess.Popen | None = None
         self.socket: socket.socket | None = None
         self.is_ready = False
         self.made_for: tuple[dict[str, str], dict[str, tuple[int, int]]] | None = None
 
     def ready(self, environment: dict[str, str], log: Path) -> bool:
-        """Whether a run can be started without waiting; starts a server where there is none, which may write to log."""
+        """Return True if a run can be started without waiting.
+
+        Starts a server if there is none; its output goes to `log`.
+        """
         wanted = environment, self._sources()
         if self.failed:
             return True
@@ -72,7 +75,7 @@ class Warm:
         return bool(self.is_ready or self.failed)
 
     def fork(self, words: list[str], log: int) -> Forked | None:
-        """Start a run that writes to an open file, as a child of this process; None where that is not possible."""
+        """Start a run that writes to an open file, as a child of this process; return None if that is not possible."""
         if not self.is_ready or self.socket is None:
             return None
         try:
@@ -110,7 +113,7 @@ class Warm:
             )  # fmt: skip
 
     def _sources(self) -> dict[str, tuple[int, int]]:
-        """Return when each file of kd and of the plug-ins was written, and its size."""
+        """Return modification time and size of each file of kd and of the plug-ins."""
         found = {}
         others = [path for plugin in plugins.allowed().values() for path in plugin.modules.values()]
         for path in (Path(self.program), *PACKAGE.rglob("*.py"), *others):
@@ -121,18 +124,18 @@ class Warm:
 
 
 def serve(number: str) -> list[str]:
-    """Fork a run for each request that comes by a socket, until it is closed; returns in each run, with its words."""
+    """Fork a run for each request on a socket, until it is closed; return in each run, with its words."""
     for name in MODULES:
         importlib.import_module(name)
     if threading.active_count() > 1:
         sys.exit("A library has started a thread while it was imported, so that this process cannot be forked.")
     sweep = socket.socket(fileno=int(number))
-    _write_to(os.open(os.devnull, os.O_WRONLY))  # what was said so far is in the log of the first run
+    _write_to(os.open(os.devnull, os.O_WRONLY))  # earlier output is in the log of the first run
     gc.collect()
     gc.freeze()  # what is there is left alone by every run, so that its pages stay shared
     sweep.send(READY)
     request, (log,) = fork_children(sweep)
-    os.setsid()  # what a terminal sends to all is passed on by the sweep, once
+    os.setsid()  # the sweep passes on a terminal's signal, once
     _write_to(log)
     words = json.loads(request)
     sys.argv[1:], sys.orig_argv[1:] = words, [sys.argv[0], *words]
@@ -141,7 +144,7 @@ def serve(number: str) -> list[str]:
 
 
 def _write_to(file: int) -> None:
-    """Have all output go to an open file."""
+    """Send all output to an open file."""
     sys.stdout.flush()
     sys.stderr.flush()
     for descriptor in (1, 2):

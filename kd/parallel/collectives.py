@@ -12,42 +12,42 @@ from torch.distributed.tensor import DTensor
 from kd.config.groups import TrainerConfig
 from kd.errors import UserError
 
-BUCKET = 2**24  # gradients that are summed at once
+BUCKET = 2**24  # gradients per collective operation
 
 
 def world_size() -> int:
-    """How many processes work on this run."""
+    """Return the number of ranks of this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this one is; 0 is the one that writes files."""
+    """Return the number of this rank. Rank 0 writes files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def rank_slice(rows: int) -> slice:
-    """Which of so many rows are this rank's: as many for each as can be, the first ranks have one more."""
+    """Return the rows of this rank. Shares are equal; if they cannot be, the first ranks have one row more."""
     each, more = divmod(rows, world_size())
     start = rank() * each + min(rank(), more)
     return slice(start, start + each + (rank() < more))
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """The sum of `values` over all ranks, in place."""
+    """Return the sum of `values` over all ranks, computed in place."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def any_rank(here: bool) -> bool:
-    """Whether it is so on any rank."""
+    """Return True if `here` is true on any rank."""
     if world_size() == 1:
         return here
     return bool(all_reduce_sum(torch.tensor(int(here))))  # by gloo, whatever the device
 
 
 def all_gather(value) -> list:
-    """The values of all ranks, in their order."""
+    """Return the values of all ranks, in the order of the ranks."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -56,10 +56,10 @@ def all_gather(value) -> list:
 
 
 def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
-    """Add up the gradients of all ranks, so that every one has those of the whole batch."""
+    """Add up the gradients of all ranks in place, so that every rank has those of the whole batch."""
     if world_size() == 1:
         return
-    # Of a model in shards the gradients are summed as they are made.
+    # FSDP sums the gradients of a sharded model in the backward pass.
     left = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
     while left:
         bucket: list[Tensor] = []
@@ -74,7 +74,7 @@ def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def broadcast_parameters(model: torch.nn.Module) -> None:
-    """Give all ranks the weights of the first, and each a stream of random numbers (dropout) of its own."""
+    """Give all ranks the weights of rank 0, and each rank its own stream of random numbers (dropout)."""
     if world_size() > 1:
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor.data, 0)
@@ -82,18 +82,18 @@ def broadcast_parameters(model: torch.nn.Module) -> None:
 
 
 def cpu_group(accelerator: str) -> str:
-    """cpu or cuda: what several ranks compute on."""
+    """Return the type of device that ranks compute on: cpu or cuda."""
     return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 def device(accelerator: str) -> torch.device:
-    """What this rank computes on."""
+    """Return the device that this rank computes on."""
     kind = cpu_group(accelerator)
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
 def check_devices(trainer: TrainerConfig) -> None:
-    """Raise UserError where this machine has too few devices for the ranks."""
+    """Raise UserError if this machine has fewer devices than ranks."""
     there = torch.cuda.device_count() if cpu_group(trainer.accelerator) == "cuda" else trainer.devices
     if trainer.accelerator == "mps":
         there = 1

@@ -1,4 +1,4 @@
-"""Lightning's view of several ranks."""
+"""Arguments of Lightning's Trainer for several ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kd.parallel.collectives import rank, world_size
 class ManualDDP(DDPStrategy):
     """Lightning's DDP without its wrapper, which would sum gradients with every micro-batch, and average them.
 
-    The module calls parts of its models by themselves, several times per step, and sums once, by sum_gradients().
+    The module calls parts of its models several times per step. It sums gradients once, by all_reduce_gradients().
     """
 
     def configure_ddp(self) -> None:
@@ -20,13 +20,16 @@ class ManualDDP(DDPStrategy):
 
 
 def lightning_arguments(devices: int, sharded: bool) -> dict:
-    """What the Trainer is told of the processes. sharded: student and optimizer, see kd/parallel/fsdp.py."""
+    """Return the arguments of Lightning's Trainer that concern processes.
+
+    sharded: True if each rank holds a part of student and optimizer, see kd/parallel/fsdp.py.
+    """
     from kd.parallel.fsdp import FSDP2Strategy
 
     # Named, so that none is detected: within a job of SLURM, say, Lightning would ask for as many tasks as ranks, and
     # requeue the job itself.
     alone = [LightningEnvironment()]
-    rank_zero_only.rank = rank()  # whatever the environment said when Lightning was loaded
+    rank_zero_only.rank = rank()  # the environment may give another rank
     if world_size() == 1:
         return {"devices": 1, "plugins": alone}
     strategy = FSDP2Strategy(world_size()) if sharded else ManualDDP()

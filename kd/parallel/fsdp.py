@@ -1,4 +1,4 @@
-"""Models too large for one device: FSDP2 of student and teacher, and their checkpoints, in shards and asynchronous."""
+"""FSDP2 for models that are too large for one device, and their checkpoints: sharded and asynchronous."""
 
 from __future__ import annotations
 
@@ -42,17 +42,16 @@ from kd.system import files
 from kd.system.checkpoint_files import checked, load, seal
 from kd.system.hardware import capacity
 
-META = "meta.pt"  # what of a checkpoint is no weight and no state of an optimizer
+META = "meta.pt"  # the rest of a checkpoint, without weights and optimizer states
 FILE = re.compile(r"__\d+_\d+\.distcp")
-INDEX = "index.json"  # what is where in the files of the ranks
+INDEX = "index.json"  # places of the tensors in the files of the ranks
 
 
 def shard(model: CausalLM, device: torch.device) -> None:
-    """Leave on each rank its part of every weight, in place; layers are put together one by one as they compute.
+    """Shard every weight over the ranks, in place; each layer is gathered while it computes.
 
-    Gradients are summed over ranks, not averaged. The output layer is computed with by itself, after
-    hidden_states(), so it belongs, with the embeddings, to what is kept whole from there to the end of the backward
-    pass.
+    Gradients are summed over ranks, not averaged. The output layer computes outside of hidden_states(). So output layer
+    and embeddings stay gathered from there to the end of the backward pass.
     """
     mesh = init_device_mesh(device.type, (collectives.world_size(),))
     for module in list(model.modules()):
@@ -72,30 +71,30 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor that the ranks hold parts of; all of them have to ask."""
+    """Return the whole of a sharded tensor. All ranks have to call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def full_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All weights of a sharded model, on the CPU of the first rank; empty on the others. All of them have to ask."""
+    """Return all weights of a sharded model, on the CPU of rank 0; empty on the others. All ranks have to call it."""
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Lightning's FSDP2, whose checkpoints are written while the training goes on.
+    """Lightning's FSDP2 with checkpoints that are written while the training goes on.
 
-    A checkpoint is a folder with a file per rank. It gets its name and its digest when all of it is on the disk.
+    A checkpoint is a folder with a file per rank. It gets its name and its digest once all of it is on the disk.
     """
 
     def __init__(self, count: int):
         super().__init__(data_parallel_size=count, tensor_parallel_size=1)
-        self.writing: Future | None = None  # the checkpoint on its way
+        self.writing: Future | None = None  # checkpoint that is being written
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.group = None
 
     def save_checkpoint(self, checkpoint: dict, filepath, storage_options=None) -> None:
         self.finish_writing()
-        if self.group is None:  # its collectives run beside those of the training
+        if self.group is None:  # separate, since the training runs collectives at the same time
             self.group = dist.new_group(backend="gloo")
         path = Path(filepath)
         temporary = path.with_name(f".{path.name}.ranks.tmp")
@@ -111,18 +110,20 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.writing = self.thread.submit(self._seal, future, temporary, path)
 
     def _seal(self, future, temporary: Path, path: Path) -> None:
-        future.result()  # on the first rank: of all of them
+        future.result()  # on rank 0: the writes of all ranks
         if collectives.rank() == 0:
             seal(temporary, path)
 
     def finish_writing(self) -> None:
-        """Wait for the checkpoint on its way; raises what went wrong with it."""
+        """Wait for the checkpoint that is being written; raise the error of a write that failed."""
         if self.writing is not None:
             self.writing.result()
             self.writing = None
 
     def load_checkpoint(self, checkpoint_path, weights_only=None) -> dict:
-        """As Lightning does it, but for our reader: torch's own runs what it finds in a checkpoint."""
+        """Load a checkpoint as Lightning does, but with our reader. torch's reader runs code that a checkpoint
+        contains.
+        """
         path = Path(checkpoint_path)
         rest = checked(load(path / META), path)
         state = {"state_dict": get_model_state_dict(self.model)}
@@ -137,10 +138,10 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 class Writer(dcp.FileSystemWriter):
-    """torch's writer of shards, with an index in JSON where it has a pickle, which can run code when it is read.
+    """Writer of shards as torch's, but with an index in JSON. torch's index is a pickle, which can run code when read.
 
-    index.json: per name of a tensor its type, size and chunks, each at an offset of the tensor and a place in a file;
-    per name of anything else a place alone.
+    index.json has, for each tensor, its type, size and chunks. A chunk has an offset in the tensor and a place in a
+    file. Anything that is no tensor has only a place in a file.
     """
 
     def finish(self, metadata: Metadata, results) -> None:
@@ -165,7 +166,7 @@ def _place(info: _StorageInfo) -> dict:
 
 
 class Reader(dcp.FileSystemReader):
-    """Reads what Writer wrote, and nothing else."""
+    """Reader of the shards that Writer wrote. It reads no other shards."""
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         try:
@@ -181,7 +182,7 @@ class Reader(dcp.FileSystemReader):
 
 
 def _metadata(index: dict) -> Metadata:
-    """The index as torch holds it; raises an error of some kind for one that Writer did not write."""
+    """Return the index in torch's form. Raises various errors for an index that Writer did not write."""
     entries, places = {}, {}
 
     def place(of: dict) -> _StorageInfo:
@@ -203,7 +204,10 @@ def _metadata(index: dict) -> Metadata:
 
 
 class Plain(dcp.DefaultLoadPlanner):
-    """What is no tensor (settings of the optimizer) is read as plain containers alone; torch's own runs it."""
+    """Load planner that reads values other than tensors (optimizer settings) as plain containers.
+
+    torch's planner runs code that they contain.
+    """
 
     def __init__(self, path: Path):
         super().__init__()
@@ -217,14 +221,20 @@ class Plain(dcp.DefaultLoadPlanner):
 
 
 def read(state: dict, path: Path, **settings) -> None:
-    """Fill `state` from the shards at path; all ranks have to. Raises UserError for what Writer did not write."""
+    """Fill `state` from the shards at `path`. All ranks have to call it.
+
+    Raises UserError for shards that Writer did not write.
+    """
     try:
         dcp.load(state, storage_reader=Reader(path), planner=Plain(path), **settings)
-    except CheckpointException as error:  # torch's own, which is no Exception
+    except CheckpointException as error:  # a BaseException of torch
         raise next(failure for failure, _ in error.failures.values()) from None
 
 
 def fits_unsharded(parameters: int, size: int, device: torch.device) -> bool:
-    """Whether a whole teacher, at so many bytes per parameter, takes at most a quarter of each rank's memory."""
+    """Return True if a whole teacher takes at most a quarter of each rank's memory.
+
+    parameters: their number. size: bytes per parameter.
+    """
     sharing = 1 if device.type == "cuda" else collectives.world_size()
     return parameters * size <= capacity(device) / sharing / 4

@@ -1,1 +1,1 @@
-"""Text that student or teacher writes during training."""
+"""Rollouts: text that student or teacher generates during training."""

@@ -1,7 +1,7 @@
-"""Text that a model writes: sampling with a cache of keys and values, from a student, a teacher or a mixture of both.
+"""Sampling of responses from a student, a teacher or a mixture of both, with a cache of keys and values.
 
-Which tokens a row gets is a function of the row, its own seed and the weights: neither the other rows of its batch nor
-their order have a part in it, but for rounding. q is the student and p the teacher, here as everywhere.
+The tokens of a row depend only on the row, its seed and the weights. The other rows of the batch and their order have
+no influence, except by rounding. q is the student and p the teacher, here as everywhere.
 """
 
 from __future__ import annotations
@@ -33,32 +33,34 @@ def sample(
     share: float = 0.0, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
     max_tokens: int | None = None, watch: Callable[[int, int], None] = lambda done, tokens: None,
 ) -> Batch:  # fmt: skip
-    """The batch with new responses to its prompts, and `token_info` of their tokens, 0 elsewhere.
+    """Return the batch with new responses to its prompts, and with `token_info` of their tokens (0 elsewhere).
 
-    A prompt is all of a row before the first token that counts; a row without one stays as it is. A response goes on
-    until the token `end` is written, until there are `max_tokens`, or until the row has T + 1 tokens, of which ids and
-    labels [B, T] are made. Its tokens count, the end too, and the padding behind them does not.
+    A prompt is the part of a row before its first target token. A row without target tokens stays as it is. A response
+    ends with the token `end`, after `max_tokens`, or when the row has T + 1 tokens. Those T + 1 tokens become ids and
+    labels [B, T]. The tokens of a response are targets, `end` among them; the padding after it is not.
 
-    They are drawn from p~ = share * p + (1 - share) * q, or from the one model that is given, softened by `temperature`
-    (0: always the most probable), then cut to top_k tokens, and these to the top_p of what they hold. seed [B]: of the
-    draws of each row. No gradient, and models in eval mode, whatever they were in. watch is told after each step how
-    many rows are done and how many tokens were written. Raises UserError for a model that says something else of a text
-    when it reads it in parts.
+    Tokens are drawn from p~ = share * p + (1 - share) * q, or from the only model if one is given. p~ is softened by
+    `temperature` (0: always the most probable token), then cut to top_k tokens, then to the top_p of the probability
+    that these have. seed [B]: seed of the draws of each row.
+
+    Computes no gradient. Models run in eval mode and get their previous mode back. `watch` is called after each step
+    with the number of finished rows and the number of tokens so far. Raises UserError for a model whose
+    log-probabilities change if it reads a text in parts.
     """
     length = batch.ids.shape[1]
     prompt, tokens = prompts(batch, end)
-    room = (length + 1 - prompt).clamp(0, max_tokens)  # [B] tokens that may be written
+    room = (length + 1 - prompt).clamp(0, max_tokens)  # [B] largest number of new tokens
     labels, points = torch.full_like(batch.labels, IGNORE), uniform(seed, length)  # [B, T]
     names = (*(("student_logp", "importance") if student else ()), *(("teacher_logp",) if teacher else ()))
     values = {name: torch.zeros(labels.shape, device=labels.device) for name in names}
-    rows, count = (room > 0).nonzero()[:, 0], 0  # [b] those that are being written, and how many tokens each has got
+    rows, count = (room > 0).nonzero()[:, 0], 0  # [b] unfinished rows, and the number of new tokens in each
     written = 0
     with _reading(student, teacher, length) as readers:
         ids, positions, mask = _left_padded(tokens[rows], prompt[rows])
         while any_rows_left(len(rows), readers):
             said = {name: reader(ids, positions, mask) for name, reader in readers.items()}
             choice = _softened(_mixture(list(said.values()), share), temperature, top_k, top_p)  # [b, V]
-            at = prompt[rows] + count - 1  # [b] the place of the new token among labels
+            at = prompt[rows] + count - 1  # [b] position of the new token in labels
             token = inverse_cdf_sample(choice.exp(), points[rows, at][:, None])  # [b, 1]
             if student:
                 values["importance"][rows, at] = (said["student"] - choice).gather(-1, token)[:, 0].exp()
@@ -78,19 +80,19 @@ def sample(
 
 
 def prompts(batch: Batch, end: int) -> tuple[Tensor, Tensor]:
-    """How many tokens the prompt of each row has [B], and the rows [B, T+1] with `end` for all behind it."""
+    """Return the number of prompt tokens of each row [B], and the rows [B, T+1] with `end` at all later positions."""
     prompt, place = prompt_lengths(batch), torch.arange(batch.ids.shape[1] + 1, device=batch.ids.device)
     return prompt, functional.pad(batch.ids, (0, 1), value=end).masked_fill(place >= prompt[:, None], end)
 
 
 def prompt_lengths(batch: Batch) -> Tensor:
-    """Tokens of each row's prompt [B]: all before the first that counts, T + 1 where none does."""
+    """Return the number of prompt tokens of each row [B]: all before the first target token, T + 1 if it has none."""
     counted = batch.labels != IGNORE
     return torch.where(counted.any(-1), counted.int().argmax(-1) + 1, counted.shape[1] + 1)
 
 
 class CachedDecoder:
-    """A model that reads rows piece by piece, and keeps the keys and values of what it has read."""
+    """Model that reads rows piece by piece, and caches the keys and values of what it has read."""
 
     def __init__(self, model: CausalLM):
         self.model, self.rows = model, 0
@@ -98,25 +100,28 @@ class CachedDecoder:
         self.cache = DynamicCache(config=model.model.config)
 
     def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """Log-probabilities [b, V] of the tokens after ids [b, t]; mask [b, all that was read] is false at padding."""
+        """Return log-probabilities [b, V] of the tokens after ids [b, t].
+
+        mask [b, all tokens read so far] is False at padding.
+        """
         self.rows = len(ids)
-        if not self.rows:  # of a rank that has written all of its own: others wait for the parts that it holds
+        if not self.rows:  # this rank has finished; others still need its shards
             ids, positions, mask = (x.new_zeros(1, 1) for x in (ids, positions, mask))
             self.cache = DynamicCache(config=self.model.model.config)
         given = {"attention_mask": mask, "past_key_values": self.cache, "use_cache": True}
-        if "position_ids" in self.takes:  # models without them count by the mask
+        if "position_ids" in self.takes:  # models without position_ids count by the mask
             given["position_ids"] = positions
         return log_probabilities(self.model.head, self.model.hidden_states(ids, **given)[: self.rows, -1])
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with some of the rows."""
+        """Drop all rows but these."""
         if len(rows) < self.rows:
             self.cache.reorder_cache(rows)
 
 
 @contextmanager
 def _reading(student: CausalLM | None, teacher: CausalLM | None, length: int) -> Iterator[dict[str, CachedDecoder]]:
-    """Readers of the models that are given, in eval mode for so long."""
+    """Yield a decoder of each model that is given, with the models in eval mode for the duration of the block."""
     models = {name: model for name, model in (("student", student), ("teacher", teacher)) if model}
     with eval_mode(*models.values()):
         for model in models.values():
@@ -126,27 +131,27 @@ def _reading(student: CausalLM | None, teacher: CausalLM | None, length: int) ->
 
 @contextmanager
 def eval_mode(*models: CausalLM) -> Iterator[None]:
-    """Models in eval mode, within a training step."""
+    """Put models in eval mode for the duration of the block, within a training step."""
     training = [model.training for model in models]
     try:
         for model in models:
             model.eval()
-        with torch.compiler.set_stance("force_eager"):  # what is compiled would be compiled anew for every length
+        with torch.compiler.set_stance("force_eager"):  # compiled code would be compiled again for every length
             yield
     finally:
         for model, was in zip(models, training, strict=True):
             model.train(was)
-        torch.clear_autocast_cache()  # of weights cast without a gradient, which the training step would use
+        torch.clear_autocast_cache()  # it holds weights cast without gradient, which the training step would use
 
 
 _checked: WeakSet[CausalLM] = WeakSet()
 
 
 def check(model: CausalLM, length: int) -> None:
-    """Raise UserError unless a model in eval mode says of texts of `length` tokens in parts what it says of them whole.
+    """Raise UserError unless reading a text in parts gives the log-probabilities of reading it at once.
 
-    One text is so long, and one is half of it, behind padding; all but the last few tokens are read at once, and these
-    one by one. Done once for each model.
+    The model has to be in eval mode. Two texts are tried: one has `length` tokens, the other half as many, after
+    padding. All but the last few tokens are read at once, then these one by one. Each model is checked once.
     """
     if model in _checked:
         return
@@ -169,7 +174,7 @@ def check(model: CausalLM, length: int) -> None:
 
 
 def check_cache(model: CausalLM) -> None:
-    """Raise UserError for a model that keeps no keys and values, as a state-space model."""
+    """Raise UserError for a model that caches no keys and values, such as a state-space model."""
     if "past_key_values" not in inspect.signature(model.model.base_model.forward).parameters:
         raise _unreadable(model, "it has no past_key_values")
 
@@ -183,7 +188,10 @@ def _unreadable(model: CausalLM, why: str) -> UserError:
 
 
 def _left_padded(tokens: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The first `size` [b] of tokens [b, .], their positions, and what of it is no padding, each [b, largest size]."""
+    """Return the first `size` [b] of tokens [b, .], their positions, and the mask without padding.
+
+    All three are [b, largest size], with padding on the left.
+    """
     widest = int(size.max()) if len(size) else 0
     positions = torch.arange(widest, device=size.device) - (widest - size)[:, None]
     mask, positions = positions >= 0, positions.clamp(min=0)
@@ -191,13 +199,13 @@ def _left_padded(tokens: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def any_rows_left(rows: int, readers: dict[str, CachedDecoder]) -> bool:
-    """Whether there are rows to write, here, or on any of the ranks that hold parts of a model."""
+    """Return True if there are unfinished rows here, or for a sharded model on any rank."""
     together = any(isinstance(reader.model, FSDPModule) for reader in readers.values())
     return collectives.any_rank(rows > 0) if together else rows > 0
 
 
 def _mixture(said: list[Tensor], share: float) -> Tensor:
-    """log(share * p + (1 - share) * q) of log-probabilities [q, p], or of one alone."""
+    """Return log(share * p + (1 - share) * q), given log-probabilities [q, p], or those of the only model."""
     q, p = said[0], said[-1]
     if len(said) == 1 or share == 0:
         return q
@@ -205,7 +213,7 @@ def _mixture(said: list[Tensor], share: float) -> Tensor:
 
 
 def _softened(logp: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
-    """Log-probabilities [b, V] of what tokens are drawn from."""
+    """Return the log-probabilities [b, V] that tokens are drawn from."""
     if temperature == 0:
         return torch.full_like(logp, -math.inf).scatter(-1, logp.argmax(-1, keepdim=True), 0.0)
     if temperature != 1:

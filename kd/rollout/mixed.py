@@ -18,11 +18,11 @@ from kd.rollout.samplers import Samplers
 
 @torch.no_grad()
 def returns(reward: Tensor, mask: Tensor, gamma: float, length_norm: bool, from_next: bool) -> Tensor:
-    """Return what is earned from each position on [B, T]: G_t = r_t + gamma G_{t+1}, with r = 0 where mask is false.
+    """Return the return of each position [B, T]: G_t = r_t + gamma G_{t+1}, with r = 0 where mask is False.
 
-    from_next: G_{t+1} in place of G_t, what is earned after t, as the paper's long term has it beside the exact single
-    step; so it is 0 at the last position. length_norm: divided by how many rewards it sums. Gu et al. 2023, arXiv
-    2306.08543, section 2.2; the discount is in their code alone. 0 where mask is false.
+    from_next: return G_{t+1} in place of G_t, which is 0 at the last position. The paper's long-term part has this
+    form, beside the exact single step. length_norm: divide by the number of rewards in the sum. Gu et al. 2023, arXiv
+    2306.08543, section 2.2; the discount is in their code alone. The result is 0 where mask is False.
     """
     mask = mask.to(reward.dtype)
     total, earned = torch.zeros_like(reward[:, 0]), []
@@ -38,7 +38,7 @@ def returns(reward: Tensor, mask: Tensor, gamma: float, length_norm: bool, from_
 
 @torch.no_grad()
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Return x [B, T] with mean 0 and variance 1 over positions of all ranks where mask is true, and 0 elsewhere."""
+    """Return x [B, T] with mean 0 and variance 1 over the positions of all ranks where mask is True; 0 elsewhere."""
     mask = mask.double()
     count = collectives.all_reduce_sum(mask.sum()).clamp(min=1)
     mean = collectives.all_reduce_sum((x * mask).sum()) / count
@@ -47,7 +47,7 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 
 class TeacherMixedSampling(Rollout):
-    """Sampling from teacher and student. State: the batch that is learned from, and its number among those written."""
+    """Sampling from teacher and student. State: the current batch, and its number among the sampled batches."""
 
     def __init__(
         self, samplers: Samplers | None, how: dict, scale: float, clip: float | None, returned: dict, whiten: bool,

@@ -1,4 +1,4 @@
-"""Replay of what the student wrote: DistiLLM, Ko et al. 2024, arXiv 2402.03898, sections 3.2 and 3.3."""
+"""Replay of the student's responses: DistiLLM, Ko et al. 2024, arXiv 2402.03898, sections 3.2 and 3.3."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from kd.rollout.rows import as_rows, data_batch, replace_rows
 from kd.rollout.sampled import StudentSampling
 from kd.rollout.samplers import Samplers
 
-RISE = 0.1  # of the threshold of `adaptive`, each time
-FRESH = {  # which share of what the student wrote is to be new, by the progress of the run
+RISE = 0.1  # increment of the threshold of `adaptive`
+FRESH = {  # progress of the run -> share of new text in the student's text
     "decreasing": lambda progress: 1 - progress,
     "constant": lambda progress: 0.5,
     "increasing": lambda progress: progress,
@@ -20,7 +20,10 @@ FRESH = {  # which share of what the student wrote is to be new, by the progress
 
 
 class AdaptiveReplay(StudentSampling):
-    """Replay of a growing share. State: the threshold, the loss that made it rise, and the rows, the oldest first."""
+    """Replay with a share that grows.
+
+    State: the threshold, the loss that last raised it, and the rows, oldest first.
+    """
 
     validate_before_training = True
 

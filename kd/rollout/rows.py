@@ -1,4 +1,4 @@
-"""Rows that a model wrote: batches with token information, and rows to be kept."""
+"""Rows of generated text: batches with token information, and rows to be stored."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from kd.rollout import generate
 
 
 def token_info_of(batch: Batch) -> TokenInfo:
-    """Return the token information of text that a model wrote."""
+    """Return the token information of generated text."""
     assert batch.token_info is not None, "a rollout gives token information"
     return batch.token_info
 
 
 def data_batch(batch: Batch) -> Batch:
-    """Return a batch of the data, among others that the student wrote."""
+    """Return a batch of the data for a run whose other batches the student wrote."""
     return batch._replace(token_info=TokenInfo(by_student=torch.zeros(batch.labels.shape, device=batch.labels.device)))
 
 
 def only_by_student(batch: Batch) -> Batch:
-    """Drop the token information that not every batch of a run has."""
+    """Drop all token information except `by_student`, which every batch of a run has."""
     return batch._replace(token_info=TokenInfo(by_student=token_info_of(batch).by_student))
 
 
@@ -33,7 +33,7 @@ def concatenate(parts: list[Batch]) -> Batch:
 
 
 def as_rows(batch: Batch) -> dict[str, Tensor]:
-    """Return rows that a model wrote, on the CPU: their tokens, and which of these are the response."""
+    """Return generated rows on the CPU: their tokens, and the spans of their responses."""
     tokens = torch.cat([batch.ids, batch.labels[:, -1:].clamp(min=0)], -1)  # [B, T+1]
     prompt = generate.prompt_lengths(batch)
     span = torch.stack([prompt, prompt + (batch.labels != IGNORE).sum(-1)], -1)  # [B, 2]
@@ -41,9 +41,9 @@ def as_rows(batch: Batch) -> dict[str, Tensor]:
 
 
 def replace_rows(rows: dict[str, Tensor], batch: Batch) -> Batch:
-    """Return the batch with these rows in place of its own."""
+    """Return the batch with its rows replaced by these."""
     tokens, span, row = (rows[name].to(batch.ids.device).long() for name in ("tokens", "span", "row"))
-    place = torch.arange(1, tokens.shape[1], device=tokens.device)  # of the token that a label is
+    place = torch.arange(1, tokens.shape[1], device=tokens.device)  # position of each label's token
     counted = (place >= span[:, :1]) & (place < span[:, 1:])
     labels = tokens[:, 1:].masked_fill(~counted, IGNORE)
     ids = tokens[:, :-1].contiguous()

@@ -1,4 +1,4 @@
-"""Models that write text during training."""
+"""Models that generate text during training."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from kd.rollout.rows import concatenate
 
 @dataclass
 class Samplers:
-    """Models that can write, and how much they have written. rows: at most so many at once; None for all."""
+    """Models that generate text, with counters of the text so far. rows: most rows at once; None for all."""
 
     student: CausalLM | None
     teacher: CausalLM | None
-    eos_token_id: int | None  # ends a response; None for text without responses
+    eos_token_id: int | None  # end of a response; None for text without responses
     seed: int
     rows: int | None = None
-    tokens: int = 0  # written so far
-    seconds: float = 0.0  # that it took
-    tokens_read: dict[str, int] = field(default_factory=lambda: {"student": 0, "teacher": 0})  # tokens, prompts too
+    tokens: int = 0  # tokens written so far
+    seconds: float = 0.0  # time of the writing
+    tokens_read: dict[str, int] = field(default_factory=lambda: {"student": 0, "teacher": 0})  # prompts included
     engines: dict[str, vllm.Engine] = field(default_factory=dict)
     between: Callable[[], None] = lambda: None  # called before each `rows`
 
     def write(self, batch: Batch, *names: str, engine: str = "kd", **how) -> Batch:
-        """Return what the student, the teacher, or the mixture of both write for a batch.
+        """Return a batch with responses of the student, the teacher, or the mixture of both.
 
-        engine: kd, or for one of them vllm. how: see kd.rollout.generate.sample.
+        engine: kd, or vllm if only one model writes. how: see kd.rollout.generate.sample.
         """
         models = {name: getattr(self, name) for name in names}
         if None in models.values():
@@ -44,7 +44,7 @@ class Samplers:
             )
         assert self.eos_token_id is not None, "a response ends with a token"
         start = time.perf_counter()
-        salt = {"student": 1, "teacher": 2}[names[-1]] << 32  # the numbers as they are draw samples of the teacher
+        salt = {"student": 1, "teacher": 2}[names[-1]] << 32  # the numbers without salt draw the teacher's samples
         if engine == "vllm":
             (name,) = names
             if name not in self.engines:
@@ -66,5 +66,5 @@ class Samplers:
         return concatenate(written)
 
     def step_rng(self, step: int) -> np.random.Generator:
-        """Return random numbers of a step, the same on all ranks."""
+        """Return the random number generator of a step, the same on all ranks."""
         return np.random.default_rng([self.seed, step, 2])

@@ -1,8 +1,8 @@
-"""On-policy methods: who writes the text that a student learns on. samplers -> Rollout.
+"""On-policy methods: functions from samplers to a Rollout, by who writes the text that a student learns from.
 
-rollout(batch, step, progress) -> Batch is called once for every optimizer step, for the whole of it, before it is cut
-into micro-batches. What it writes is a function of the seed, the step, the weights and its own state, so a resumed run
-writes what it would have written. q is the student, p the teacher, r_t = log p(y_t) - log q(y_t).
+rollout(batch, step, progress) -> Batch is called once per optimizer step, for the whole batch before it is cut into
+micro-batches. The text depends only on the seed, the step, the weights and the rollout's state. So a resumed run writes
+the same text as an undisturbed one. q is the student, p the teacher, r_t = log p(y_t) - log q(y_t).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kd.rollout.samplers import Samplers
 
 
 def none(samplers: Samplers | None) -> Rollout:
-    """The text of the data."""
+    """Text of the data, without sampling."""
     return Rollout(samplers)
 
 
@@ -29,12 +29,13 @@ def student(
     samplers: Samplers | None, share: float = 0.5, temperature: float = 1.0, top_k: int | None = None,
     top_p: float = 1.0, max_tokens: int | None = None, engine: str = "kd",
 ) -> Rollout:  # fmt: skip
-    """The student writes a share of the batches, each as a whole, and the others are data.
+    """Responses of the student in a share of the batches, each as a whole; the other batches are data.
 
-    On-policy distillation, GKD: Agarwal et al. 2023, arXiv 2306.13649, algorithm 1, where share is lambda. share=1 with
-    loss=rkl takes the reverse KL over the whole vocabulary; what Thinking Machines 2025 call on-policy distillation has
-    its estimate by the token that was drawn, as `mixed` with teacher_share=0 gamma=0 from_next=false length_norm=false.
-    Raises UserError for a share outside [0, 1], and here as below for what generate.write cannot take.
+    On-policy distillation, GKD: Agarwal et al. 2023, arXiv 2306.13649, algorithm 1; share is lambda in the paper.
+    share=1 with loss=rkl takes the reverse KL over the whole vocabulary. The on-policy distillation of Thinking
+    Machines 2025 estimates it from the sampled token: type rollout=mixed with teacher_share=0 gamma=0 from_next=false
+    length_norm=false. Raises UserError for a share outside [0, 1], and like all functions here for values that
+    generate.sample cannot take.
     """
     check("rollout.share", share, 0 <= share <= 1, "a share of the batches from 0 to 1")
     return StudentSampling(samplers, share, **_sampling_options(temperature, top_k, top_p, max_tokens, engine))
@@ -44,9 +45,9 @@ def teacher(
     samplers: Samplers | None, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
     max_tokens: int | None = None, engine: str = "kd",
 ) -> Rollout:  # fmt: skip
-    """The teacher writes every batch: sequence-level distillation, SeqKD. Kim & Rush 2016, arXiv 1606.07947.
+    """Responses of the teacher in every batch: sequence-level distillation, SeqKD. Kim & Rush 2016, arXiv 1606.07947.
 
-    They take the teacher's best sequence by beam search; temperature=0 is the greedy one.
+    The paper takes the teacher's best sequence by beam search; temperature=0 is the greedy one.
     """
     return TeacherSampling(samplers, **_sampling_options(temperature, top_k, top_p, max_tokens, engine))
 
@@ -56,10 +57,10 @@ def pairs(
     samplers: Samplers | None, temperature: float = 0.8, top_k: int | None = None, top_p: float = 1.0,
     max_tokens: int | None = None, engine: str = "kd",
 ) -> Rollout:  # fmt: skip
-    """Teacher and student both answer every prompt, so the batch has twice the rows: first the teacher's.
+    """Responses of teacher and student to every prompt. The batch has twice the rows, those of the teacher first.
 
-    For loss=distillm2, Ko et al. 2025, arXiv 2503.07067, who have them written anew for each of a few rounds, not for
-    each step.
+    For loss=distillm2, Ko et al. 2025, arXiv 2503.07067. The paper samples responses once for each of a few rounds, not
+    in each step.
     """
     return TeacherStudentPairs(samplers, **_sampling_options(temperature, top_k, top_p, max_tokens, engine))
 
@@ -70,13 +71,14 @@ def adaptive(
     replay: str = "decreasing", temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
     max_tokens: int | None = None, engine: str = "kd",
 ) -> Rollout:  # fmt: skip
-    """The student writes, or what it wrote is replayed, with a chance that rises as validation gets worse; else data.
+    """Responses of the student, new or replayed, with a probability that rises as validation gets worse; else data.
 
-    The chance starts at `threshold` and rises by 0.1 each time that the validation loss is at least `tolerance` nats
-    above the last loss that made it rise, at first that before the first step. Of that chance, the share 1 - progress
-    (replay=decreasing), 1/2 (constant) or progress (increasing) is for new text, and the rest for rows of the last
-    `capacity` that the student wrote, once there are so many. Adaptive student-generated output and replay of Ko et al.
-    2024 (DistiLLM), arXiv 2402.03898, sections 3.2 and 3.3, as in their code. Raises UserError for what has no meaning.
+    The probability starts at `threshold`. It rises by 0.1 whenever the validation loss is at least `tolerance` nats
+    above the last loss that raised it. The first such reference is the loss before the first step. A part of the
+    probability is for new text: 1 - progress (replay=decreasing), 1/2 (constant) or progress (increasing). The rest is
+    for rows from the last `capacity` that the student wrote, once there are so many. Adaptive student-generated output
+    and replay of Ko et al. 2024 (DistiLLM), arXiv 2402.03898, sections 3.2 and 3.3, as in their code. Raises UserError
+    for values without a meaning.
     """
     check("rollout.threshold", threshold, 0 <= threshold <= 1, "a chance from 0 to 1")
     check("rollout.tolerance", tolerance, tolerance >= 0, "a number of nats of at least 0")
@@ -92,17 +94,17 @@ def mixed(
     gamma: float = 1.0, length_norm: bool = True, from_next: bool = True, whiten: bool = False, epochs: int = 4,
     temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0, max_tokens: int | None = None,
 ) -> Rollout:  # fmt: skip
-    """Teacher and student draw each token together, and each position is told what comes of it, for loss=minillm.
+    """Responses whose tokens teacher and student draw together, with an advantage per position, for loss=minillm.
 
     Tokens are from teacher_share * p + (1 - teacher_share) * q. The advantage is the return (kd.rollout.mixed.returns)
-    of rewards r_t / scale that are cut to [-clip, clip], and with `whiten` made to have mean 0 and variance 1. Each
-    batch that is written is learned from in `epochs` steps, one after the other, with the prompts of the first.
+    of rewards r_t / scale that are cut to [-clip, clip]; `whiten` gives it mean 0 and variance 1. Each batch is used
+    for `epochs` steps, one after the other, with the prompts of the first.
 
     Gu et al. 2023 (MiniLLM), arXiv 2306.08543, section 2.2. The defaults are the paper's; rollout=mixed_code has the
-    values of the authors' code, from which this departs in four ways. There the plain text is learned from the teacher
-    too, half and half. There whitening is over all positions of a mini-batch, padding among them; here over those that
-    count, in the whole step. There 256 rows are collected and gone over four times in mini-batches; here what is
-    collected is one batch. There no 6 tokens may be written twice. Raises UserError for what has no meaning.
+    values of the authors' code. This function differs from their code in four ways. There the plain text is learned
+    from the teacher too, half and half. There whitening is over all positions of a mini-batch, padding included; here
+    over the target positions of the whole step. There 256 rows are collected and used four times in mini-batches; here
+    one batch is collected. There no 6 tokens may be written twice. Raises UserError for values without a meaning.
     """
     check("rollout.teacher_share", teacher_share, 0 <= teacher_share <= 1, "a share from 0 to 1")
     check("rollout.scale", scale, scale > 0, "a number above 0")

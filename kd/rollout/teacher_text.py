@@ -1,6 +1,7 @@
-"""Data whose responses a teacher wrote, once: rows like those of kd/data/packing.py, in a folder of their own.
+"""Data with responses that a teacher wrote once: rows like those of kd/data/packing.py, in a folder of their own.
 
-Sequence-level distillation, SeqKD: Kim & Rush 2016, arXiv 1606.07947. What is killed on the way goes on where it was.
+Sequence-level distillation, SeqKD: Kim & Rush 2016, arXiv 1606.07947. If the process is killed, the next one continues
+with the rows that are missing.
 """
 
 from __future__ import annotations
@@ -22,17 +23,14 @@ from kd.rollout.rows import as_rows
 from kd.rollout.samplers import Samplers
 from kd.system import files
 
-AT_ONCE = 64  # rows that are written together, and kept in a file
+AT_ONCE = 64  # rows per batch and file
 
 
 def by_teacher(
     packed: Packed, folder: Path, rollout: Callable[[Samplers], Rollout], samplers: Callable[[], Samplers],
     sides: tuple[str, ...] = ("train",),
 ) -> Packed:  # fmt: skip
-    """The packed examples with the teacher's responses, made in `folder` where they are not there yet.
-
-    sides: those that get them, train, val or both. In validation a response that the data has stays the reference.
-    """
+    """Return the packed examples with the teacher's responses. They are made in `folder` unless they exist."""
     parts = folder.with_name(f"{folder.name}.parts")
 
     def make(temporary: Path) -> None:
@@ -53,7 +51,7 @@ def by_teacher(
 
 
 def _all_parts(packed: Packed, side: str, parts: Path, rollout, samplers) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [R, T + 1] and spans [R, 2] of all rows of a side; what the teacher wrote is kept in files of `parts`."""
+    """Return tokens [R, T + 1] and spans [R, 2] of all rows of a side. Finished parts are kept in files of `parts`."""
     from kd.system.console import console, format_duration, track
 
     parts.mkdir(exist_ok=True)
@@ -84,26 +82,26 @@ def _all_parts(packed: Packed, side: str, parts: Path, rollout, samplers) -> tup
 
 
 def _spans(packed: Packed, side: str) -> np.ndarray:
-    """Tokens of the prompt of each row, and all that are no padding [R, 2]."""
+    """Return for each row the number of prompt tokens, and the number of tokens without padding [R, 2]."""
     spans = packed.train_spans if side == "train" else packed.val_spans
     assert spans is not None, "only prompts get responses"
     return spans
 
 
 def _without_response(packed: Packed) -> np.ndarray:
-    """Which validation rows have nothing but the end behind their prompt, [R]."""
+    """Return a mask of the validation rows with nothing but the end token after their prompt [R]."""
     first, end = _spans(packed, "val").T
     return (end - first == 1) & (packed.val[np.arange(len(packed.val)), first] == packed.eos_token_id)
 
 
 def keep(path: Path, **arrays: np.ndarray) -> None:
-    """Write arrays as an .npz file, whole or not at all."""
+    """Write arrays as an .npz file, atomically."""
     with files.atomic(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
 
 
 def whole(path: Path) -> bool:
-    """Whether what keep() wrote is there, as it was written."""
+    """Return True if the file of keep() exists, and is as it was written."""
     if not path.exists():
         return False
     try:

@@ -1,7 +1,7 @@
-"""Text that vLLM writes in place of kd/rollout/generate.py, of one model that draws from its own distribution.
+"""Sampling with vLLM in place of kd/rollout/generate.py, for one model that draws from its own distribution.
 
-Each row has a seed of its own here too, but vLLM's rounding depends on what it computes together, so a resumed run may
-write other tokens than an undisturbed one.
+Each row has its own seed here too. But vLLM's rounding depends on the rows that it computes together, so a resumed run
+may write other tokens than an undisturbed one.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from kd.models.causal_lm import CausalLM
 from kd.objective.token_info import TokenInfo
 from kd.rollout.generate import eval_mode, prompts
 
-SHARE = 0.3  # of a GPU's memory for vLLM's weights and cache; training takes the rest
-OFF = 0.1  # nats by which the two may differ on a token, in the mean: rounding in bfloat16 is some hundredths
+SHARE = 0.3  # share of GPU memory for vLLM's weights and cache; training takes the rest
+OFF = 0.1  # nats per token, largest mean difference of the two models; bfloat16 rounding causes some hundredths
 
 
 class Engine:
-    """A model in vLLM, which reads prompts and writes at most `length` + 1 tokens in all, or as many as it reads.
+    """Model in vLLM that writes rows of at most `length` + 1 tokens, prompt included, or as many as it can read.
 
-    learns: whether its weights change, so that they are given to vLLM before each batch.
+    learns: True if the weights change, so that vLLM gets them again before each batch.
     """
 
     def __init__(self, model: CausalLM, length: int, learns: bool):
@@ -48,7 +48,7 @@ class Engine:
                 max_model_len=self.most, gpu_memory_utilization=SHARE, enable_prefix_caching=False,
                 enforce_eager=device == "cpu", generation_config="vllm", disable_log_stats=True,
             )  # fmt: skip
-        except Exception as error:  # of many kinds
+        except Exception as error:  # vLLM raises errors of many kinds
             raise UserError(
                 option="rollout.engine",
                 got="vllm",
@@ -64,9 +64,10 @@ class Engine:
         self, batch: Batch, end: int, seed: Tensor, temperature: float = 1.0, top_k: int | None = None,
         top_p: float = 1.0, max_tokens: int | None = None,
     ) -> Batch:  # fmt: skip
-        """As kd.rollout.generate.sample with one model, but that no probabilities are known of what is written.
+        """Return the batch with new responses, as kd.rollout.generate.sample does for one model.
 
-        Raises UserError where vLLM's model is not ours, as by weights that it did not take.
+        No probabilities of the tokens are known. Raises UserError if vLLM's model differs from ours, for example
+        because it did not take all weights.
         """
         from vllm import SamplingParams
 
@@ -76,7 +77,7 @@ class Engine:
         prompt, tokens = (x.cpu() for x in prompts(batch, end))
         prompt, labels = prompt.tolist(), torch.full(batch.labels.shape, IGNORE)
         rows = [row for row, size in enumerate(prompt) if size < self.most]
-        # What only pads the output layer is no token; kd.models.causal_lm.Head leaves it out.
+        # Columns that pad the output layer are no tokens; kd.models.causal_lm.Head leaves them out.
         beyond = range(self.model.head.vocab, self.model.model.get_output_embeddings().weight.shape[0])
         how = dict(temperature=temperature, top_k=top_k or 0, top_p=top_p, stop_token_ids=[end], ignore_eos=True,
                    detokenize=False, logprobs=0, logit_bias=dict.fromkeys(beyond, -100.0) or None)  # fmt: skip
@@ -90,7 +91,7 @@ class Engine:
             labels[row, prompt[row] - 1 : prompt[row] - 1 + len(response)] = response
         device = batch.ids.device
         ids, labels = tokens[:, :-1].contiguous().to(device), labels.to(device)
-        if rows:  # the longest, which says most
+        if rows:  # the longest row, the most sensitive one
             row, of = max(zip(rows, written, strict=True), key=lambda pair: len(pair[1].token_ids))
             said = [said[token].logprob for token, said in zip(of.token_ids, of.logprobs, strict=True)]
             self._compare(ids[row], labels[row], said)
@@ -98,7 +99,7 @@ class Engine:
         return batch._replace(ids=ids, labels=labels, teacher_rows=None, token_info=TokenInfo(by_student=by_student))
 
     def _compare(self, ids: Tensor, labels: Tensor, theirs: list[float]) -> None:
-        """Raise UserError unless our model says of a row [T] what vLLM said when it wrote it."""
+        """Raise UserError unless our model and vLLM give the tokens of a row [T] the same log-probabilities."""
         kept = labels != IGNORE
         with eval_mode(self.model):
             ours = self.model.model(input_ids=ids[None], use_cache=False).logits[0, kept].float().log_softmax(-1)
@@ -115,7 +116,7 @@ class Engine:
 
 
 def check_installed() -> None:
-    """Raise UserError without vLLM."""
+    """Raise UserError if vLLM is not installed."""
     from importlib.util import find_spec
 
     if find_spec("vllm") is None:

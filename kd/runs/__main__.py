@@ -72,7 +72,7 @@ def kinds_of(settings: dict[str, str]) -> tuple[str, ...]:
 
 
 def table_of(*columns: str) -> Table:
-    """Return a table without lines, whose columns of sizes are on the right."""
+    """Return a table without lines, with sizes aligned to the right."""
     table = Table(box=None, pad_edge=False, title_justify="left")
     for column in columns:
         right = column in ("size", "checkpoints")
@@ -137,7 +137,7 @@ def show_run(root: Path, names: list[str]) -> None:
 
 
 def clean(root: Path, names: list[str], settings: dict[str, str]) -> None:
-    """Print what could be removed; with yes=true remove it, but for what is needed unless needed=true."""
+    """Print what could be removed. With yes=true remove it, except what other runs need unless needed=true."""
     found, yes, needed = Root(root), switch(settings, "yes"), switch(settings, "needed")
     if names and "what" in settings:
         raise UserError(option="what", got=settings["what"], conflict=names[0], need="runs by name, or kinds")

@@ -1,4 +1,7 @@
-"""Claim of a run by a copy of a sweep, so that copies share the runs. It saves time alone: the lock of a run counts."""
+"""Claim of a run by a copy of a sweep, so that copies share the runs.
+
+It only saves time: the lock of a run is what counts.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ CLAIM = "claim.lock"  # file that names the process; not copied with the others
 
 
 class Claim:
-    """Claim of the run in a folder, or under the URL whose copy that is."""
+    """Claim of a run, in its folder on this machine or under its URL."""
 
     def __init__(self, folder: Path, remote: Remote | None):
         self.folder, self.remote = folder, remote
 
     def take(self) -> bool:
-        """Announce that this process will start the run; return False if another one that is alive has done so."""
+        """Announce that this process will start the run; return False if another live process has announced it."""
         me = process_info()
         if self._create(me):
             return True

@@ -17,7 +17,7 @@ from kd.system import files
 
 
 def environment() -> dict[str, str | None]:
-    """What a result depends on beside its config: code, libraries, machine."""
+    """Return the code, libraries and machine that a result depends on beside its config."""
     here = Path(__file__).parent.parent.parent
     versions = {
         n: importlib.metadata.version(n) for n in ("torch", "lightning", "transformers", "datasets", "hydra-core")
@@ -26,7 +26,7 @@ def environment() -> dict[str, str | None]:
 
 
 def _git(folder: Path) -> str | None:
-    """Commit of the checkout, with + if files differ from it; None where there is no checkout or no git."""
+    """Return the commit of the checkout, with + if files differ from it; None without a checkout or git."""
     if not (folder / ".git").exists() or not shutil.which("git"):
         return None
 
@@ -63,7 +63,8 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 def export(run: Run, model, tokenizer, ends: list[int], config: ExperimentConfig, result: dict) -> None:
     """Write the student with its tokenizer and a model card, for plain transformers.
 
-    ends: tokens that ended rows in training, at which generate() is to stop; whatever the model named before is left.
+    ends: tokens that ended rows in training. generate() stops at these, and no longer at those that the model named
+    before.
     """
     flat = result["config"]
     how = "by language modelling alone"

@@ -1,4 +1,4 @@
-"""What a run is called: its settings that change what comes out, and what is told of them elsewhere."""
+"""Run names: a readable prefix and a hash of the settings that affect the result. Also the metadata sent to W&B."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kd.config.schema import NO_SIGNAL, TRAITS
 # schema is a function's signature; others have it in kd/config/schema.py.
 NEUTRAL: dict[str, object] = {"data.turns": "last", "data.date": None}
 
-# Settings that people filter, group and plot by; what is below them (alpha.peak) too.
+# Settings that people filter, group and plot by, with the settings below them (alpha.peak).
 AXES = ("seed", "data.tokens", "logits", *NO_SIGNAL, "rollout", "lr", "optim")
 # More of them, and what dashboards call them. The history of a run has a number `lr` and a number `alpha`, so the names
 # of their schedules are called otherwise.
@@ -29,42 +29,42 @@ TEACHING = {f"teacher.{name}": f"teacher_{name}" for name in ("steps", "batch", 
 
 
 def identity_settings(config: dict) -> dict:
-    """The settings of a flat config (kd.config.components.flat) that its outcome depends on.
+    """Return the settings of a flat config (kd.config.components.flat) that its result depends on.
 
-    How the teacher is made is part of the teacher's own run, and without a signal in training, nothing of how a signal
-    is treated is part of any.
+    The settings that make the teacher belong to the teacher's own run. Without a signal in training, the settings that
+    treat a signal belong to no run.
     """
     # Of what is not part of the name but has an effect, what is made of it is part.
     without = [name for name, traits in TRAITS.items() if not traits.effect or not traits.identity]
     without += NO_SIGNAL if config["logits"] == "none" else ()
     if config["data"] != "instructions":
         without += ("responses",)
-    if config["logits"] not in ("offline", "recorded"):  # recording changes nothing of what is learned
+    if config["logits"] not in ("offline", "recorded"):  # recording has no effect on the student
         without += ("record",)
     neutral = NEUTRAL | {k: traits.neutral for k, traits in TRAITS.items() if traits.neutral is not UNSET}
     part = {k: v for k, v in config.items() if not is_under(k, without) and not (k in neutral and v == neutral[k])}
-    seeded = config["logits"] == "cotrained" or config.get("rollout") == "teacher"  # which draws with it
+    seeded = config["logits"] == "cotrained" or config.get("rollout") == "teacher"  # the teacher draws with its seed
     own = ("teacher.size", "teacher.name", *(["teacher.seed"] if seeded else []))
     part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in own}
-    part["trainer.compile"] = bool(part.get("trainer.compile"))  # null came later than the names that say false
+    part["trainer.compile"] = bool(part.get("trainer.compile"))  # existing names have false for null
     return whole_as_float(part)
 
 
 def whole_as_float(config: dict) -> dict:
-    """A flat config with floats for whole numbers: tau=1 is tau=1.0."""
+    """Return a flat config with floats for whole numbers: tau=1 is tau=1.0."""
     return {k: float(v) if type(v) is int else v for k, v in config.items()}
 
 
 def is_under(key: str, prefixes: Iterable[str]) -> bool:
-    """Whether a setting is one of prefixes or belongs to it: lr.peak to lr."""
+    """Return True if a setting is one of `prefixes` or below one: lr.peak is below lr."""
     return any(key == p or key.startswith(f"{p}.") for p in prefixes)
 
 
 def identity(config: dict, **digests) -> str:
-    """Name of a run's folder: what it is about, and a digest of all settings that change its outcome.
+    """Return the name of a run's folder: a readable prefix, and a digest of all settings that change its result.
 
-    digests are those of the data, of plain text beside it, of local models and of the store, and the names of the runs
-    that make the teacher and what the student starts from.
+    digests: those of the data, of plain text beside it, of local models and of the store. They also include the names
+    of the runs that make the teacher and the student's start.
     """
     part = identity_settings(config)
     digest = xxhash.xxh3_128_hexdigest(json.dumps([part, digests], sort_keys=True).encode())[:12]
@@ -72,21 +72,21 @@ def identity(config: dict, **digests) -> str:
 
 
 def loss_name(config: dict) -> str:
-    """The loss of a flat config, lm where there is no signal from a teacher."""
+    """Return the loss of a flat config; lm if there is no signal from a teacher."""
     return "lm" if config["logits"] == "none" else config["loss"]
 
 
 def model_name(config: dict, role: str) -> str | None:
-    """Size, or last part of the name, of the student or teacher in a flat config."""
+    """Return the size of the student or teacher in a flat config, or the last part of its name."""
     name = config[f"{role}.size"] or config[f"{role}.name"]
     return str(name).rstrip("/").rpartition("/")[2] if name else None
 
 
 def axes(config: dict, sizes: dict[str, tuple[int, int]]) -> dict[str, str | int | float | bool]:
-    """Return what a dashboard shows of a flat config: a level deep, scalars alone, and alpha_peak for alpha.peak.
+    """Return the settings of a flat config that dashboards show, as one level of scalars: alpha_peak for alpha.peak.
 
     W&B does not find keys with a dot in filters and panels. sizes: role -> parameters, and those without embeddings.
-    Language modelling alone is the loss lm with an alpha_peak of 0, so that it has a place on both axes.
+    Language modelling alone has the loss lm and an alpha_peak of 0, so that it has a place on both axes.
     """
     called = CALLED | (TEACHING if trains_teacher(config) else {})
     part = identity_settings(config)
@@ -105,7 +105,7 @@ def axes(config: dict, sizes: dict[str, tuple[int, int]]) -> dict[str, str | int
 
 
 def trains_teacher(config: dict) -> bool:
-    """Whether the teacher's own training settings have an effect."""
+    """Return True if the teacher's own training settings have an effect."""
     learns_from = config["logits"] not in ("none", "cotrained") or config.get("rollout") == "teacher"
     return learns_from and bool(config["teacher.size"] or config.get("teacher.sft"))
 
@@ -124,21 +124,21 @@ def nested(config: dict) -> dict:
 
 
 def sizes_of(result: dict) -> dict[str, tuple[int, int]]:
-    """The sizes that axes() asks for, of a run that is done."""
+    """Return the sizes of models that axes() needs, from the result of a run."""
     roles = {"student": "", "teacher": "teacher_"}
     found = {role: (result.get(f"{of}parameters"), result.get(f"{of}non_embedding")) for role, of in roles.items()}
     return {role: (count, inner) for role, (count, inner) in found.items() if count is not None and inner is not None}
 
 
 def size_text(parameters: int, active: int | None) -> str:
-    """A number of parameters, and how many of them a token uses where that is fewer."""
+    """Return a number of parameters as text, with the number that a token uses if that is lower."""
     return f"{parameters:,} parameters" + (f", {active:,} of them active" if active not in (None, parameters) else "")
 
 
 def wandb_metadata(name: str, config: dict, sizes: dict[str, tuple[int, int]], git: str | None = None) -> WandbMetadata:
-    """Return what W&B and TensorBoard show of a run: a readable name, what to group by, the axes and all settings.
+    """Return the metadata of a run for W&B and TensorBoard: a readable name, group, axes and all settings.
 
-    git: revision of the code, as kd.runs.export.environment() has it.
+    git: revision of the code, from kd.runs.export.environment().
     """
     how = loss_name(config)
     kind = "distil" if how != "lm" else "lm" if model_name(config, "teacher") else "teacher"
@@ -148,7 +148,7 @@ def wandb_metadata(name: str, config: dict, sizes: dict[str, tuple[int, int]], g
 
 
 def readable(name: str, config: dict) -> str:
-    """Return a name for tables and legends: what people vary most, and of the run's own name what makes it unique."""
+    """Return a name for tables and legends: the settings that vary most, then the unique part of the run name."""
     parts = [
         loss_name(config),
         model_name(config, "student"),
@@ -169,7 +169,7 @@ def readable(name: str, config: dict) -> str:
 
 @dataclass(frozen=True)
 class WandbMetadata:
-    """Description of a run for its views: shallow axes, since dashboards filter by them, and all settings beside."""
+    """Description of a run for W&B and TensorBoard: all settings, and one-level axes to filter by."""
 
     id: str
     name: str

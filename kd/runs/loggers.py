@@ -1,4 +1,4 @@
-"""Where metrics go. metrics.jsonl in the run's folder is the truth; W&B and TensorBoard are views of it."""
+"""Loggers of metrics. metrics.jsonl in the run's folder is the truth; W&B and TensorBoard are views of it."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from kd.system.console import console
 from kd.system.files import read_metrics
 
 ANSWER = "KD_WANDB"  # environment variable: online or offline, as W&B's server answered when it was asked
-WAIT = 10  # seconds for W&B's server to answer
+WAIT = 10  # seconds, timeout of W&B's server
 PERFORMANCE = "perf"  # metrics that depend on the clock
 
 
 class MetricsFile(Logger):
-    """One JSON object per line: `step` and what was measured after that many steps; nothing that depends on the clock.
+    """File with one JSON object per line: `step`, and the metrics after that many steps.
 
-    On resume, lines after the checkpoint's step are cut off, as those steps are run again; without a checkpoint all
-    are, of a validation before the first step too.
+    No metric depends on the clock. On resume, lines after the checkpoint's step are removed, since those steps run
+    again. Without a checkpoint all lines are removed, also that of a validation before the first step.
     """
 
     def __init__(self, path: Path, step: int):
@@ -46,7 +46,7 @@ class MetricsFile(Logger):
     name = version = None
 
     def log_hyperparams(self, params, *args, **kwargs) -> None:
-        """The config has a file of its own."""
+        """Do nothing: the config has a file of its own."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -60,17 +60,17 @@ class MetricsFile(Logger):
         os.fsync(self.file.fileno())
 
     def close(self, final: dict[str, float] | None) -> None:
-        """The run ended: with its final metrics, or without."""
+        """Close the file. final: final metrics; None if the run ended without."""
         try:
             self.save()
             self.file.close()
-        except OSError:  # a full disk, which was said when it was met
+        except OSError:  # a full disk, which was reported before
             if final is not None:
                 raise
 
 
 def check(name: str) -> None:
-    """Raise UserError for a logger whose library is missing, or does not take the settings of the environment."""
+    """Raise UserError if a logger's library is missing, or does not accept the settings of the environment."""
     with _explained(name):
         if name == "tensorboard":
             _need_tensorboard()
@@ -79,14 +79,14 @@ def check(name: str) -> None:
 
 
 def views(make: Callable[..., list[Logger]], folder: Path, about: WandbMetadata) -> list[Logger]:
-    """The loggers that a config asks for, started; raises UserError for whatever their library raises."""
+    """Return the started loggers of a config. Raises UserError for any error of their library."""
     with _explained(getattr(make, "func", make).__name__):
         return make(folder=folder, about=about)
 
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Raise UserError for whatever the library of a logger raises."""
+    """Raise UserError for any error of a logger's library."""
     try:
         yield
     except MISTAKES:
@@ -97,7 +97,7 @@ def _explained(name: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says in one line; of W&B's settings, which variables of the environment they come from."""
+    """Return an error as one line. An error of W&B's settings names the environment variables that they come from."""
     errors = getattr(error, "errors", None)
     if type(error).__name__ != "ValidationError" or errors is None:  # of pydantic
         return f"{type(error).__name__}: {first_line(error)}"
@@ -135,7 +135,7 @@ def _need_tensorboard() -> None:
 
 
 def wandb(folder: Path, about: WandbMetadata, project: str = "kd", entity: str | None = None) -> list[Logger]:
-    """Weights & Biases; offline without a key or a network, so that nothing asks, blocks or stops the training.
+    """Weights & Biases; offline without a key or a network, so that nothing prompts, blocks or stops the training.
 
     WANDB_MODE (online, offline, disabled) is obeyed. `wandb sync runs/*/wandb/offline-run-*` uploads later.
     """
@@ -146,14 +146,14 @@ def wandb(folder: Path, about: WandbMetadata, project: str = "kd", entity: str |
     for metrics in ("train/*", "val/*", f"{PERFORMANCE}/*"):
         run.define_metric(metrics, step_metric="tokens")
     view = WandbView(run, folder)
-    for line in read_metrics(folder / "metrics.jsonl") if new else ():  # of before there was this W&B run
+    for line in read_metrics(folder / "metrics.jsonl") if new else ():  # metrics older than this W&B run
         step = line.pop("step")
         view.log_metrics(line, step)
     return [view]
 
 
 def _begin(folder: Path, about: WandbMetadata, project: str, entity: str | None):
-    """Begin the W&B run of a run, or go on with it."""
+    """Start the W&B run of a run, or continue it."""
     return wandb_run(
         project=project, entity=entity, dir=str(folder), id=_id(folder, about)[0], name=about.name, group=about.group,
         job_type=about.job_type, tags=about.tags, config=about.config | {"settings": redacted(about.settings)},
@@ -162,9 +162,9 @@ def _begin(folder: Path, about: WandbMetadata, project: str, entity: str | None)
 
 
 def join(run: Run, result: dict, group: str) -> bool:
-    """Put the W&B run of a run that was made outside of any sweep into a group; whether it had one and was put there.
+    """Put a run's W&B run into a group, if the run belongs to no sweep; return True if it was put there.
 
-    Its summary is sent once more with that, and no step.
+    The W&B run's summary is sent again with the group. No step is sent.
     """
     config, note = result["config"], run / "wandb-group"
     if config.get("logger") != "wandb" or config.get("sweep") or os.environ.get("WANDB_MODE") == "disabled":
@@ -189,7 +189,7 @@ def join(run: Run, result: dict, group: str) -> bool:
 
 
 def wandb_run(**what):
-    """What wandb.init(**what) makes, and nothing that it should not hold; offline where it is not reachable."""
+    """Return wandb.init(**what), without secrets of the environment; offline if the server is not reachable."""
     import wandb
     from pydantic import ValidationError  # which W&B needs
 
@@ -203,9 +203,9 @@ def wandb_run(**what):
     with wandb_agent.hidden([k for k in os.environ if k.startswith("SLURM_") and SECRET.search(k)]):
         try:
             return wandb.init(**what, mode=mode)
-        except ValidationError:  # a mistyped variable, which offline is no cure for
+        except ValidationError:  # a mistyped variable fails offline too
             raise
-        except Exception as error:  # whatever is wrong with the network or the account, the training is worth more
+        except Exception as error:  # no error of network or account stops the training
             if mode == "offline":
                 raise
             warnings.warn(f"W&B is not reachable ({error}); this run is logged offline, to be sent with `wandb sync`.")
@@ -214,9 +214,9 @@ def wandb_run(**what):
 
 
 def wandb_mode() -> str:
-    """Return what to begin W&B runs as: WANDB_MODE, else offline without a key or where the server does not answer.
+    """Return the mode of W&B runs: WANDB_MODE, else offline if there is no key or the server does not answer.
 
-    The server is asked once: the answer is kept in the environment, for the runs that a sweep starts too.
+    The server is tried once. The environment keeps the answer, also for the runs that a sweep starts.
     """
     mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
     if mode != "online":
@@ -231,13 +231,13 @@ def wandb_mode() -> str:
 
 
 def _stay_offline() -> None:
-    """Have W&B ask no server any more, in this process and those that it starts."""
-    os.environ[ANSWER] = os.environ["WANDB_MODE"] = "offline"  # the second for what W&B sends of itself
+    """Keep W&B offline from now on, in this process and those that it starts."""
+    os.environ[ANSWER] = os.environ["WANDB_MODE"] = "offline"  # the second for W&B's own requests
     forget()
 
 
 def silent_server() -> str | None:
-    """Return why W&B's server is taken not to answer, None where it answers, whatever it says."""
+    """Return the reason why W&B's server counts as silent; None if it answers, with whatever content."""
     import requests
     import wandb
 
@@ -256,7 +256,7 @@ def silent_server() -> str | None:
 
 
 def logged_in() -> bool:
-    """Whether there is a key of W&B's, which may not be valid; asks nobody for it, and says nothing."""
+    """Return True if there is a W&B key, valid or not. Prints nothing and prompts for nothing."""
     import wandb
 
     wandb.setup(wandb.Settings(silent=True))
@@ -264,7 +264,7 @@ def logged_in() -> bool:
 
 
 def forget() -> None:
-    """End W&B's part of this process, whatever became of it."""
+    """End W&B's part of this process, in whatever state it is."""
     import wandb
 
     try:
@@ -274,9 +274,10 @@ def forget() -> None:
 
 
 def _id(folder: Path, about: WandbMetadata) -> tuple[str, bool]:
-    """Of the W&B run, and whether it is new to this folder: the agent's, if one asks, else the one it had before.
+    """Return the id of the W&B run, and True if it is new to this folder.
 
-    So the same run goes on after a kill, and one made anew is a new run.
+    The id is that of the agent, if one started the run, else the previous one of this folder. So a run continues after
+    a kill, and a run that is made again is a new W&B run.
     """
     path = folder / "wandb-id"
     kept = path.read_text() if path.exists() else None
@@ -291,7 +292,7 @@ COLUMNS = ("row", "sample", "prompt", "reference", "teacher", "response", "teach
 
 
 class WandbView(Logger):
-    """A W&B run as a Lightning logger. folder: of the run of kd, where what its student wrote is found."""
+    """W&B run as a Lightning logger. folder: folder of the run of kd, with the student's responses."""
 
     name = version = None
 
@@ -300,14 +301,14 @@ class WandbView(Logger):
         self.run, self.folder = run, folder
 
     def log_hyperparams(self, params, *args, **kwargs) -> None:
-        """W&B was given the config when the run began."""
+        """Do nothing: W&B got the config when the run began."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self._try(lambda: self.run.log(metrics, step=step))
 
     def close(self, final: dict[str, float] | None, responses: bool = True) -> None:
-        """Final metrics get names of their own, final/…: W&B's own summary does not say which step it is of."""
+        """Finish the W&B run. Final metrics are named final/…, since W&B's own summary does not name its step."""
         if final:
             self.summarise({f"final/{k.removeprefix('val/')}": v for k, v in final.items()})
         if final and responses:
@@ -319,7 +320,7 @@ class WandbView(Logger):
         self._try(lambda: self.run.summary.update(values))
 
     def _samples(self) -> None:
-        """A table of prompts with the reference, and what teacher and student wrote."""
+        """Log a table of prompts with the reference, and the responses of teacher and student."""
         import wandb
 
         path = self.folder / RESPONSES
@@ -329,7 +330,7 @@ class WandbView(Logger):
             self.run.log({"responses": wandb.Table(names, [[row[name] for name in names] for row in rows])})
 
     def _try(self, send: Callable[[], object]) -> None:
-        """W&B may lose its process or its disk; the training goes on without it, and says so once."""
+        """Call send(). If W&B has lost its process or its disk, warn once, and continue the training without W&B."""
         if self.run is not None:
             try:
                 send()

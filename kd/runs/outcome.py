@@ -1,4 +1,4 @@
-"""How a run ended: states, and the one place that decides which of them an error or an exit status means."""
+"""End of a run: its states, and the one place that maps an error or an exit status to a state."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ GOES_ON = "the same command goes on with it"
 
 
 class RunState(StrEnum):
-    """State of a run. Of those that `ended`, a process that worked on the run writes exactly one."""
+    """State of a run. A process that worked on the run writes exactly one of the states that have `ended`."""
 
     NOT_BEGUN = "not begun"
     RUNNING = "running"
-    STALE = "stale"  # running, says its folder, and its process is gone
+    STALE = "stale"  # recorded as running, but its process is gone
     DONE = "done"
     FAILED = "failed"
     DIVERGED = "diverged"
@@ -29,12 +29,12 @@ class RunState(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """Whether a process wrote how its work on the run ended."""
+        """True if a process wrote how its work on the run ended."""
         return self in (self.DONE, self.FAILED, self.DIVERGED, self.OUT_OF_MEMORY, self.PREEMPTED)
 
     @property
     def is_failure(self) -> bool:
-        """Whether the run ended by a fault of its own, not because it was asked to end."""
+        """True if the run ended by a fault of its own, not by a request."""
         return self in (self.FAILED, self.DIVERGED, self.OUT_OF_MEMORY)
 
 
@@ -53,13 +53,13 @@ class Outcome:
 
     @classmethod
     def from_json(cls, state: Mapping) -> Outcome:
-        """Return what state.json holds of a run that ended."""
+        """Return the outcome in the fields of state.json of a run that ended."""
         rest = {name: value for name, value in state.items() if name not in ("state", "reason", "exit_code")}
         return cls(RunState(state["state"]), state.get("reason", ""), state.get("exit_code"), rest)
 
 
 class NonFinite(RuntimeError):
-    """A loss or gradient is inf or NaN; `report` holds what is needed to find out why."""
+    """Error of a loss or gradient that is inf or NaN; `report` holds the data to find the cause."""
 
     def __init__(self, report: dict):
         super().__init__(f"{report['what']} is not finite at step {report['step']}")
@@ -67,9 +67,9 @@ class NonFinite(RuntimeError):
 
 
 def classify(error: BaseException) -> Outcome:
-    """Return how an error, which is being handled, ended the work.
+    """Return the outcome of work that ended with this error, which is being handled.
 
-    exit_code: 2 where a person is told what to do about it, as of a mistake; 1 where a traceback is shown.
+    exit_code: 2 for an error with advice, such as a mistake; 1 for an error with a traceback.
     """
     from kd.system.hardware import out_of_memory
 
@@ -87,16 +87,16 @@ def classify(error: BaseException) -> Outcome:
 
 
 def preempted_at(error: BaseException) -> str:
-    """Return the reason of a run that was asked to end."""
+    """Return the reason in the state of a run that was requested to end."""
     place = f" {error.place}" if isinstance(error, Preempted) and error.place else ""
     return f"asked to end{place}; {GOES_ON}"
 
 
 def classify_exit(code: int, out_of_memory: bool, killed_by_us: bool, last_line: str = "") -> Outcome:
-    """Return how a process ended that could not write it, from its exit status (negative: a signal).
+    """Return the outcome of a process that could not write it, from its exit status (negative: a signal).
 
-    out_of_memory: the kernel has killed a process for memory meanwhile. killed_by_us: whoever started the process was
-    asked twice to end, and sent SIGKILL. last_line: what the process printed last.
+    out_of_memory: True if the kernel has killed a process for memory meanwhile. killed_by_us: True if the process that
+    started it got two requests to end, and sent SIGKILL. last_line: last line that the process printed.
     """
     if code == EXIT_CODE or -code in ASKED:
         return Outcome(RunState.PREEMPTED, "asked to end before its first step; the same command starts it", code)
@@ -108,7 +108,7 @@ def classify_exit(code: int, out_of_memory: bool, killed_by_us: bool, last_line:
 
 
 def classify_kill(code: int, out_of_memory: bool) -> Outcome:
-    """Return how a process ended that was killed by the signal of a negative exit status, and not by request."""
+    """Return the outcome of a process that a signal killed without a request; `code` is the negative exit status."""
     if code == -signal.SIGKILL and out_of_memory:
         return Outcome(RunState.OUT_OF_MEMORY, "killed by the kernel, which had no memory left", code)
     return Outcome(RunState.FAILED, f"killed by {signal.Signals(-code).name}", code)

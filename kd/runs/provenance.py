@@ -1,7 +1,7 @@
-"""The code that a result was made by: digests of the source of each chosen component, and what has changed since.
+"""Code behind a result: digests of the source of each chosen component, and changes since then.
 
-A component is what a group of the config names: loss=akl, lr=cosine. Comments, docstrings, layout and place do not
-count: a digest is of the syntax tree. Nothing is imported, source files are parsed.
+A component is the option of a config group: loss=akl, lr=cosine. A digest is that of the syntax tree, so comments,
+docstrings, layout and place do not count. Source files are parsed; nothing is imported.
 """
 
 from __future__ import annotations
@@ -22,18 +22,17 @@ UNSEALED = "from before results were sealed: neither damage nor a change of code
 
 
 def sources(config: dict) -> dict[str, dict[str, str]]:
-    """Digests of the source behind a flat config: group -> name -> digest, of its function and what that uses.
+    """Return digests of the source behind a flat config: group -> name -> digest, of its function and all that it uses.
 
-    What it uses is followed within its own module, or its package if that is one of PACKAGES, through functions,
-    classes and constants. Components of other libraries (optim=adamw) have versions instead, in the result's
-    environment.
+    Uses are followed within the function's module, or its package if that is one of PACKAGES: functions, classes and
+    constants. Components of other libraries (optim=adamw) have versions instead, in the result's environment.
     """
     chosen = [group for group in MODULES if group in identity_settings(config)]
     return {group: code for group in chosen if (code := component(group, config.get(group)))}
 
 
 def component(group: str, name: str | None) -> dict[str, str]:
-    """Digests of the source of one component; none of another library's."""
+    """Return digests of the source of one component; empty for one of another library."""
     module = _module(group, name)
     if name is None or module is None:
         return {}
@@ -42,7 +41,7 @@ def component(group: str, name: str | None) -> dict[str, str]:
 
 
 def differences(kept: dict, now: dict, config: dict) -> list[str]:
-    """The components whose sources differ between two runs of one config, and the models that they learn from."""
+    """Return the components whose sources differ between two runs of one config, and the models they learn from."""
     found = []
     for group, before in kept["sources"].items():
         if changed := sorted(name for name, code in before.items() if now["sources"].get(group, {}).get(name) != code):
@@ -51,7 +50,7 @@ def differences(kept: dict, now: dict, config: dict) -> list[str]:
 
 
 def changes(result: dict) -> list[str]:
-    """The components of a result whose source is not what it was, in words: "loss=akl (akl, _gap)"."""
+    """Return the components of a result whose source has changed since, in words: "loss=akl (akl, _gap)"."""
     found, config = [], result["config"]
     for group, kept in result.get("sources", {}).items():
         module, now = _module(group, config.get(group)), component(group, config.get(group))
@@ -65,13 +64,16 @@ def changes(result: dict) -> list[str]:
 
 
 def done_before(result: dict) -> str:
-    """When a result was made that is there already, and by which revision of kd."""
+    """Return the date of an existing result, and the revision of kd that made it, as text."""
     date, revision = result.get("date"), result["environment"].get("git")
     return f"done before, {f'on {date}' if date else 'at an unknown time'}, git revision {revision or 'unknown'}"
 
 
 def origin(result: dict) -> dict:
-    """Return what a student keeps of the result of its teacher, or of the run that it starts from, for doubts()."""
+    """Return the part of a result that a student keeps for doubts().
+
+    The result is that of its teacher, or of the run that it starts from.
+    """
     sources = result.get("sources", {})
     chosen = {group: result["config"].get(group) for group in sources}
     return {
@@ -81,7 +83,7 @@ def origin(result: dict) -> dict:
 
 
 def doubts(result: dict) -> list[str]:
-    """Why a result may not be what this code would make of the same settings, and what to type."""
+    """Return the reasons why this code may give another result for the same settings, and the words to type."""
     own, others = reasons(result), _reasons_of_origins(result)
     if changes(result):
         own[-1] += "; force=true makes the run anew"
@@ -91,7 +93,7 @@ def doubts(result: dict) -> list[str]:
 
 
 def reasons(result: dict) -> list[str]:
-    """The same of a result, or of an origin(), but for the runs that it came from, and without what to type."""
+    """Return the doubts about a result or an origin() itself, without its origins and without words to type."""
     found = [] if result.get("sealed", is_sealed(result)) else [UNSEALED]
     if changed := changes(result):
         found.append(f"old: the code of {', '.join(changed)} has changed since")
@@ -99,7 +101,7 @@ def reasons(result: dict) -> list[str]:
 
 
 def _reasons_of_origins(result: dict) -> list[str]:
-    """The same of the teacher, of the run that the student starts from, and of those that these start from."""
+    """Return the doubts about a result's teacher and start, and about the origins of these."""
     found = []
     for role, origin in result.get("origins", {}).items():
         found += [f"its {role} {origin['run']} is {reason}" for reason in reasons(origin)]
@@ -108,7 +110,7 @@ def _reasons_of_origins(result: dict) -> list[str]:
 
 
 def doubts_of_many(results: Iterable[dict]) -> list[str]:
-    """The same of the results of a sweep, in sentences."""
+    """Return the doubts about the results of a sweep, as sentences with counts."""
     results = list(results)
     said, count = [], len(results)
     if unsealed := sum(not is_sealed(result) for result in results):
@@ -127,13 +129,13 @@ def doubts_of_many(results: Iterable[dict]) -> list[str]:
 
 
 def _module(group: str, name: str | None) -> str | None:
-    """The module of kd that defines a component; None for one of another library."""
+    """Return the module of kd that defines a component; None for a component of another library."""
     return next((module for module in modules_of(group) if name in _definitions(module)), None)
 
 
 @cache
 def _definitions(module: str) -> dict[str, list[ast.stmt] | tuple[str, str]]:
-    """What a module defines at its top level, by name: statements, or module and name of what it imports from kd."""
+    """Return the top-level definitions of a module by name: statements, or module and name of an import from kd."""
     found: dict[str, list[ast.stmt] | tuple[str, str]] = {}
     for node in ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -163,13 +165,13 @@ def _used(module: str, name: str) -> frozenset[tuple[str, str]]:
 
 
 def _is_followed(module: str, imported: str) -> bool:
-    """Return True if what a module imports by name from another one counts as a part of it."""
+    """Return True if a name that one module imports from another counts as a part of the component."""
     package = module.rpartition(".")[0]
     return package in PACKAGES and imported.rpartition(".")[0] == package
 
 
 def _names(node: ast.AST) -> set[str]:
-    """The names that a definition reads, without those that it binds itself: arguments, and what is assigned in it."""
+    """Return the names that a definition reads, without those that it binds itself (arguments and assignments)."""
     names = set().union(*(_names(child) for child in ast.iter_child_nodes(node)))
     if isinstance(node, ast.Name):
         return {node.id} if isinstance(node.ctx, ast.Load) else set()
@@ -184,7 +186,10 @@ def _names(node: ast.AST) -> set[str]:
 
 @cache
 def _digest(module: str, name: str) -> str | None:
-    """Digest of a definition, also where it has moved to a module that this one imports it from; None if it is gone."""
+    """Return the digest of a definition; None if it is gone.
+
+    A definition that has moved is found if this module imports it from the new one.
+    """
     definition = _definitions(module).get(name)
     if isinstance(definition, tuple):
         return _digest(*definition) if (PACKAGE / f"{definition[0].replace('.', '/')}.py").exists() else None
@@ -192,7 +197,10 @@ def _digest(module: str, name: str) -> str | None:
 
 
 def _plain(node):
-    """A syntax tree as nested lists without docstrings, places and empty fields, which versions of Python differ in."""
+    """Return a syntax tree as nested lists, without docstrings and places.
+
+    Empty fields are left out too, since they differ between versions of Python.
+    """
     if isinstance(node, list):
         return [_plain(x) for x in node]
     if not isinstance(node, ast.AST):

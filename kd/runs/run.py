@@ -1,4 +1,4 @@
-"""Folder of a run: its lock, its state, its result, and the student that comes out."""
+"""Folder of a run: its lock, its state, its result, and the exported student."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from kd.system.retries import Unreachable
 class Run:
     """Folder of one run.
 
-    config.json  resolved settings    metrics.jsonl  what was measured    checkpoints/  to resume from
-    result.json  there only when the run is done, with digests of the other files and of itself
-    student/  the trained model    log.txt  what it said in a sweep
-    responses.jsonl, exaccerr.json  what it wrote to the prompts of the validation rows, see kd/evaluation/responses.py
-    state.json   what became of it: running and where, or how it ended
+    config.json  resolved settings    metrics.jsonl  metrics per step    checkpoints/  to resume from
+    result.json  written when the run is done, with digests of the other files and of itself
+    student/  the trained model    log.txt  console output, if a sweep started the run
+    responses.jsonl, exaccerr.json  responses to the validation prompts, see kd/evaluation/responses.py
+    state.json   state: running and where, or how it ended
 
-    Of a root under a URL it is the folder on this machine, and what counts is there.
+    For a root under a URL this is the folder on this machine; the files under the URL are what counts.
     """
 
     def __init__(self, root: str | Path, name: str):
@@ -63,9 +63,10 @@ class Run:
         return self / name
 
     def result(self, wait: float | None = None) -> dict | None:
-        """Return the result, or None if the run is not done; raises UserError if it is not what was written.
+        """Return the result; None if the run is not done.
 
-        wait: seconds for a URL that is away, see kd/system/retries.py.
+        Raises UserError if the file has changed since it was written. wait: seconds for a URL that is away, see
+        kd/system/retries.py.
         """
         try:
             found = self.remote.read_cached("result.json", wait) if self.remote else read_json(self / "result.json")
@@ -86,7 +87,7 @@ class Run:
             return True
 
     def discard(self) -> None:
-        """Remove all that the run has written, the result first; only for who holds the lock."""
+        """Remove all files of the run, the result first. The caller has to hold the lock."""
         if self.remote:
             self.remote.remove("result.json")
             self.remote.remove(*{name.partition("/")[0] for name in self.remote.names()} - {"lease.json", CLAIM})
@@ -98,7 +99,10 @@ class Run:
 
     @contextmanager
     def lock(self, wait: bool) -> Iterator[None]:
-        """Only one process works in the folder; a second one waits, or is told who does."""
+        """Hold the lock of the folder, so that only one process works in it.
+
+        A second process waits if `wait` is true. Else it gets a UserError that names the first.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(self / ".lock")
         try:
@@ -122,7 +126,7 @@ class Run:
 
     @contextmanager
     def _beyond_this_machine(self, wait: bool) -> Iterator[None]:
-        """Hold the lease of a run under a URL; when the work has ended, copy there what it left here."""
+        """Hold the lease of a run under a URL; after the work, copy the changed files to the URL."""
         if not self.remote:
             yield
             return
@@ -136,10 +140,10 @@ class Run:
                 self.remote.put_best_effort(*(p.name for p in left if p.is_dir() or p.stat().st_mtime >= began))
 
     def start(self, config: ExperimentConfig) -> None:
-        """Make ready to work: write the resolved config, and forget how an earlier try ended.
+        """Prepare for work: write the resolved config, and reset the state of an earlier try.
 
-        What killed processes left half-written is removed, and a checkpoint that is further at the URL is copied here.
-        With force=true a run that is done is removed first.
+        Half-written files of killed processes are removed. A checkpoint that is further at the URL is copied here. With
+        force=true a run that is done is removed first.
         """
         if config.force and self.is_done():
             self.discard()
@@ -155,7 +159,7 @@ class Run:
         self.begun = time.monotonic()
 
     def _pull(self, source: remote.Remote) -> None:
-        """Copy from the URL what the work goes on with, if it is further there than here."""
+        """Copy from the URL the files that the work continues from, if they are further there than here."""
         from kd.system.checkpoint_files import latest_step
 
         RemoteCheckpoints(source).pull(latest_step(self / "checkpoints"))
@@ -163,9 +167,9 @@ class Run:
             source.get("wandb-id")
 
     def end(self, outcome: Outcome) -> Path:
-        """Write how a process's work on the run ended, with its wall time and peak memory; return the file."""
+        """Write the outcome of a process's work on the run, with wall time and peak memory; return the file."""
         if outcome.state != RunState.DONE and (self / "result.json").exists():
-            return self / "state.json"  # it was done before whatever came
+            return self / "state.json"  # the run was done before the error
         report = {"seconds": round(time.monotonic() - self.begun, 2), **process_info(), **outcome.to_json()}
         report.setdefault("peak_memory", peak_memory())
         report = {name: value for name, value in report.items() if value is not None}
@@ -176,7 +180,7 @@ class Run:
 
     @contextmanager
     def records_failure(self) -> Iterator[None]:
-        """Record an error that ends this process's work within, unless how it ended is recorded already."""
+        """Record an error that ends this process's work in the block, unless an end is recorded already."""
         try:
             yield
         except BaseException as error:
@@ -185,7 +189,10 @@ class Run:
             raise
 
     def _ended_here(self) -> bool:
-        """Return True if this process wrote how its work ended; asks no URL, which may be what failed."""
+        """Return True if this process wrote how its work ended.
+
+        Reads no URL, since the URL may be the cause of the end.
+        """
         try:
             last = read_json(self / "state.json") or {}
         except UserError:
@@ -193,7 +200,7 @@ class Run:
         return last.get("state") != RunState.RUNNING and last.get("pid") == os.getpid()
 
     def state(self, wait: float | None = None) -> dict:
-        """Return what state.json says of the run, or is known without it: {"state": a RunState, "reason": …, …}."""
+        """Return the content of state.json, or what is known without it: {"state": a RunState, "reason": …, …}."""
         if (result := self.result(wait)) is not None:
             return {
                 "state": RunState.DONE,
@@ -216,13 +223,13 @@ class Run:
         return {"reason": "", **found}
 
     def weights(self) -> dict[str, str]:
-        """Digests of the trained model's weights."""
+        """Return the digests of the trained model's weight files, by name."""
         return {p.name: files.digest(p) for p in sorted((self / "student").glob("*.safetensors"))}
 
     def check(self, result: dict, *names: str) -> None:
-        """Raise UserError if files or folders are not as they were when the run ended; without names, all of SEALED.
+        """Raise UserError if files or folders have changed since the run ended.
 
-        Of a run that was done before there were seals, weights alone can be checked.
+        Without names, all of SEALED are checked. A run from before there were seals has digests of its weights only.
         """
         names, sealed = names or SEALED, is_sealed(result)
         kept = result["files"] if sealed else {f"student/{k}": v for k, v in result.get("weights", {}).items()}
@@ -248,7 +255,7 @@ class Run:
             )
 
     def removal_command(self, name: str = "") -> str:
-        """Return what to type to remove the run, or a folder in it, so that it is made anew."""
+        """Return the command that removes the run, or a folder in it, so that it is made again."""
         if not self.remote:
             return shlex.join(["rm", "-r", str(self / name)])
         # There is no rm for every protocol.
@@ -256,14 +263,14 @@ class Run:
         return f"{shlex.join(['python', '-c', program])}\n  {shlex.join(['rm', '-rf', str(self / name)])}"
 
     def _made_anew(self) -> dict:
-        """Return the fields of an error that say how to make the run anew."""
+        """Return the fields of an error that advise how to make the run again."""
         hint = "to make the run anew, remove the run and type the same command again"
         return {"hint": hint, "commands": [self.removal_command()]}
 
     def finish(self, result: dict) -> dict:
-        """Write the result, sealed, which makes the run done, and drop the checkpoints that nothing needs any more.
+        """Write the sealed result, which makes the run done, and remove the checkpoints that are no longer needed.
 
-        Under a URL it is done when all of it is there: raises UserError if that cannot be. Returns what was written.
+        Returns the result. Under a URL the run is done when all files are there; raises UserError if that fails.
         """
         if (self / "metrics.jsonl").exists():  # the others were synced when they were written
             files.sync(self / "metrics.jsonl")
@@ -290,7 +297,7 @@ class Run:
         except UserError:
             state = None
         if not self.remote and (state != RunState.DONE or (self / "checkpoints").exists()):
-            # Of a root that is read alone, nothing can be tidied.
+            # A read-only root cannot be cleaned up.
             with suppress(filelock.Timeout, OSError), filelock.FileLock(self / ".lock", timeout=0):
                 self.clean_up()
 
@@ -305,7 +312,7 @@ class Run:
 
 
 def check_student(name: str | None) -> None:
-    """Raise UserError for a folder that is the student of a finished run, and not as it was when the run ended."""
+    """Raise UserError if a folder is the student of a finished run, and has changed since that run ended."""
     folder = Path(name or "").resolve()  # also of a link to it
     if folder.name == "student" and folder.is_dir():
         run = Run(folder.parent.parent, folder.parent.name)

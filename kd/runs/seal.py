@@ -14,22 +14,25 @@ SEALED = ("config.json", "metrics.jsonl", RESPONSES, EXACCERR, "student")
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return the digests of files, and of all files in folders, by their names in a folder; without hidden ones."""
+    """Return the digests of files, and of all files in folders, by name relative to a folder.
+
+    Hidden files are left out.
+    """
     there = [p for name in names for p in (folder / name, *(folder / name).rglob("*")) if p.is_file()]
     there = sorted(p.relative_to(folder) for p in there)
     return {p.as_posix(): files.digest(folder / p) for p in there if not any(x[0] == "." for x in p.parts)}
 
 
 def is_sealed(result: dict) -> bool:
-    """Return True if a result has digests; those of earlier versions of kd have none."""
+    """Return True if a result has digests. Results of earlier versions of kd have none."""
     return "digest" in result or "files" in result
 
 
 def is_whole(result) -> bool:
-    """Return True if a result is what was written, as far as its digest tells."""
+    """Return True if a result agrees with its own digest, or has none."""
     return isinstance(result, dict) and (not is_sealed(result) or result.get("digest") == digest_of_result(result))
 
 
 def digest_of_result(result: dict) -> str:
-    """Return the digest of a result, without the one that it holds."""
+    """Return the digest of a result, computed without the digest field."""
     return files.digest_of({k: v for k, v in result.items() if k != "digest"})

@@ -1,7 +1,7 @@
-"""An agent of Weights & Biases (`wandb agent`): it starts runs with parameters of its choice, to see their metrics.
+"""Runs that an agent of Weights & Biases (`wandb agent`) starts, with parameters of its choice, to read their metrics.
 
-What it wants is in the environment of a run that it starts (wandb/wandb_agent.py): the id of the W&B run to be. There,
-wandb.init() takes id, project and entity from the environment, whatever it is given, and keeps the agent's parameters.
+The environment of such a run has the id of the W&B run to use (wandb/wandb_agent.py). wandb.init() then takes id,
+project and entity from the environment, whatever its arguments are, and keeps the agent's parameters.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ WANTED = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 
 
 def asked() -> str | None:
-    """Id of the W&B run that this process is to be, if an agent started it."""
+    """Return the id of the W&B run that this process has to use; None if no agent started it."""
     return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
 
 
 @contextmanager
 def hidden(names: Iterable[str] = WANTED) -> Iterator[None]:
-    """Without these variables of the environment: a teacher, say, is not the run that an agent asked for."""
+    """Remove environment variables in the block.
+
+    A teacher, for example, is not the run that the agent started.
+    """
     kept = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
@@ -37,7 +40,7 @@ def hidden(names: Iterable[str] = WANTED) -> Iterator[None]:
 
 
 def check_single() -> None:
-    """Raise UserError where an agent started a sweep, whose runs would all be the same W&B run."""
+    """Raise UserError if an agent started a sweep. All its runs would be the same W&B run."""
     if asked():
         raise UserError(
             option="WANDB_SWEEP_ID",
@@ -47,13 +50,13 @@ def check_single() -> None:
 
 
 def tell(run: Run, config: ExperimentConfig, result: dict) -> None:
-    """Tell the agent's W&B run what came out of a run that was done before, or by another process."""
+    """Send the agent's W&B run the result of a run that was done before, or by another process."""
     if not asked() or config.logger.name != "wandb":
         return
     kept = run.copy("wandb-id")
     if kept.exists() and kept.read_text() == asked():
-        return  # it was told step by step
-    from kd.runs.loggers import views  # which takes a second, and imports this
+        return  # it has all steps already
+    from kd.runs.loggers import views  # takes a second, and imports this module
 
     run.copy("metrics.jsonl")
     run.check(result, "metrics.jsonl", RESPONSES)
@@ -64,9 +67,9 @@ def tell(run: Run, config: ExperimentConfig, result: dict) -> None:
 
 
 def end() -> None:
-    """Of a process that was asked to end: under an agent, die of SIGTERM, as it expects of what it stops.
+    """End this process by SIGTERM if an agent started it, as the agent expects after a request to end.
 
-    To an agent exit codes above 0 are failures, and a few of them in a row end it (wandb_agent.py, is_failing).
+    To an agent, exit codes above 0 are failures, and a few failures in a row end it (wandb_agent.py, is_failing).
     """
     if asked():
         sys.stdout.flush()

@@ -36,7 +36,7 @@ from kd.system.remote import local_root
 
 
 def write_store(words: list[str]) -> Store | None:
-    """Write the store that `python train.py logits=offline WORDS` would read; return None for one part of several."""
+    """Write the store that `python train.py logits=offline WORDS` reads; return None for one part of several."""
     command_line.register()
     words = files.expanded_words(words)
     check_secrets(words)
@@ -65,16 +65,16 @@ def write_store(words: list[str]) -> Store | None:
 
 
 def compare_with_teacher(store: Store, root: str) -> str:
-    """Recompute some rows of a store with its teacher, if that is at hand; return what came of it as a sentence."""
+    """Recompute some rows of a store with its teacher, if the teacher is available; return the result as a sentence."""
     command_line.register()
     return store_check.compare_with_teacher(store, root, train)
 
 
 def info(store: Store) -> Table:
-    """What a store is, on one screen."""
+    """Print a description of a store, on one screen."""
     m, spec = store.manifest, store.spec
     tokens = m["count"] * m["seq_len"]
-    positions = m.get("positions", tokens)  # those that count
+    positions = m.get("positions", tokens)  # target positions
     table = Table(box=None, show_header=False, pad_edge=False)
     recorded = f", recorded over {m['steps']:,} steps of its training" if "steps" in m else ""
     rows = {

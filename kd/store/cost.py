@@ -19,16 +19,16 @@ from kd.system.console import console, format_duration
 
 
 class StoreCost(NamedTuple):
-    """Cost of rows of a store."""
+    """Cost of some rows of a store."""
 
-    tokens: int  # that are stored
+    tokens: int  # number of stored tokens
     size: float  # bytes
     head_and_validation: int  # bytes of the output layer and the validation rows
     seconds: float
 
 
 def estimate_cost(encoder: RowEncoder, packed: Packed, batch: int, rows: float) -> StoreCost:
-    """Return the cost of so many rows like those that are packed, measured on one batch."""
+    """Return the cost of `rows` rows like the packed ones, measured on one batch."""
     output, each = encoder.head.output, packed.mean_target_tokens if encoder.truncate else packed.train.shape[1] - 1
     rest = sum(p.numel() for p in output.parameters()) + packed.val[:, 1:].size * output.weight.shape[1]
     for _ in range(2):  # the first forward pass is slower
@@ -40,7 +40,7 @@ def estimate_cost(encoder: RowEncoder, packed: Packed, batch: int, rows: float) 
 
 
 def print_cost(folder: Path, encoder: RowEncoder, packed: Packed, batch: int, rows: int) -> None:
-    """Print what is to be written and how long it takes; raises UserError without room."""
+    """Print size and duration of the writing. Raises UserError if the disk has no room for it."""
     tokens, size, rest, seconds = estimate_cost(encoder, packed, batch, rows)
     rest *= note_of(folder, "head") is None
     free = shutil.disk_usage(folder).free

@@ -23,10 +23,10 @@ from kd.teachers.base import Teacher
 
 
 class RowEncoder:
-    """Teacher in front of a store: its signal for rows of the data, as the store holds it.
+    """Teacher in front of a store: its signal for rows of the data, in the form that the store holds.
 
-    spec: what the store is of. truncate: what to keep of a target, leaving its probabilities true; None to keep hidden
-    states, from which the output layer makes all of it.
+    spec: specification of the store. truncate: function that truncates a target, with exact probabilities; None to keep
+    hidden states, which the output layer turns into complete distributions.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class RowEncoder:
     def finished(
         cls, teacher: Teacher, spec: dict, truncate: Callable[[Target], Target] | None, accelerator: str
     ) -> RowEncoder:
-        """Return the encoder of a teacher that learns no more, on the device and in the precision of training."""
+        """Return the encoder of a frozen teacher, on the device and in the precision of training."""
         device = collectives.device(accelerator)
         if teacher.frozen:
             teacher.frozen.to(device)
@@ -69,7 +69,7 @@ class RowEncoder:
         return cpu.ids.numpy(), mask.cpu().numpy(), self.teacher.signal(batch, mask)
 
     def computing(self):
-        """Return the context with the precision that the store is to be computed in."""
+        """Return the context that sets the precision of the store's computation."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     @torch.inference_mode()
@@ -77,7 +77,7 @@ class RowEncoder:
         self, table: np.ndarray, index: np.ndarray, out: Rows, spans: np.ndarray | None = None,
         boundary: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        """Put rows `index` of the data into `out`. spans, boundary: see kd.data.batches.to_batch."""
+        """Add rows `index` of the data to `out`. spans, boundary: see kd.data.batches.to_batch."""
         if self.truncate is None:
             return self.encode_complete(table, index, out)
         with self.computing():
@@ -91,7 +91,7 @@ class RowEncoder:
 
     @torch.inference_mode()
     def encode_complete(self, table: np.ndarray, index: np.ndarray, out: Rows) -> None:
-        """Put rows `index` of the data into `out` as hidden states, those of all positions, whichever count."""
+        """Add rows `index` of the data to `out` as hidden states of all positions, targets or not."""
         with self.computing():
             ids, mask, signal = self.signal(table, index)
             if not isinstance(signal, ProjectedSignal):

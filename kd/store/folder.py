@@ -1,4 +1,4 @@
-"""Folder of a store that is being written: what it will hold, notes of its files, and the manifest, written last."""
+"""Folder of a store that is being written: its specification, notes of its files, and the manifest, written last."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from kd.system.files import read_json
 
 
 def begin(folder: Path, spec: dict, **about) -> None:
-    """Write to `folder` what the store is to be; raises UserError if it holds the beginning of another one."""
+    """Write the specification of the store to `folder`.
+
+    Raises UserError if the folder has the beginning of another store.
+    """
     begun = read_json(folder / "begun.json")
     if begun is None:
         files.write_json(folder / "begun.json", {"of": spec, **about})
@@ -36,7 +39,7 @@ def begin(folder: Path, spec: dict, **about) -> None:
 
 
 def note_of(folder: Path, name: str) -> dict | None:
-    """Return the note of a file that was written whole; None if it is to be written."""
+    """Return the note of a file that is complete; None if the file is still to be written."""
     try:
         note = read_json(folder / f"{name}.json")
     except UserError:
@@ -45,13 +48,13 @@ def note_of(folder: Path, name: str) -> dict | None:
 
 
 def notes_of(folder: Path) -> dict[str, dict]:
-    """Return the notes of all files that were written whole, by name."""
+    """Return the notes of all complete files, by name."""
     names = sorted(p.stem for p in folder.glob("*.safetensors"))
     return {name: note for name in names if (note := note_of(folder, name))}
 
 
 def commit(folder: Path, spec: dict, about: dict) -> None:
-    """Write the manifest, which makes the store whole."""
+    """Write the manifest, which makes the store complete."""
     notes = {f"{name}.safetensors": note for name, note in notes_of(folder).items()}
     shards = [note for name, note in notes.items() if name.startswith("shard-")]
     sums = {key: sum(note[key] for note in shards) for key in ("count", "entries", "mass", "size")}

@@ -1,8 +1,9 @@
-"""Sparse distributions in few bytes: what a store keeps of each position, and how it becomes a Target again.
+"""Compact format of sparse distributions: the entries of each position, and their conversion to a Target.
 
-Of every entry the id, as its distance from the id before (ids ascend within a position), and the log-probability as a
-multiple of STEP, or for a sample its count; of every position the number of entries and the probability they cover.
-A row of the data is four integer columns, each compressed by pcodec (Loncaric et al. 2025, arXiv 2502.06112).
+An entry is an id and a log-probability. The id is the distance from the id before (ids ascend within a position). The
+log-probability is a multiple of STEP, or for a sample its count. A position has the number of its entries and the
+probability that they cover. A row of the data is four integer columns, each compressed by pcodec (Loncaric et al. 2025,
+arXiv 2502.06112).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ MOST_DRAWS = 2**15 - 1
 
 
 class EncodedRows(NamedTuple):
-    """Entries of B rows of T positions, E in all, in order."""
+    """Entries of B rows with T positions, E entries in all, in order."""
 
     count: Tensor  # [B, T] int32    entries of each position
     log_odds: Tensor  # [B, T] float16  log-odds of the probability that the entries cover; inf where they cover all
@@ -34,7 +35,7 @@ class EncodedRows(NamedTuple):
     quantized_logp: Tensor  # [E]    int16    -logp / STEP, or for a sample how often the token was drawn
 
     def split(self, rows: int) -> list[EncodedRows]:
-        """At most `rows` rows each, like Tensor.split."""
+        """Return pieces of at most `rows` rows each, like Tensor.split."""
         counts, log_odds = self.count.split(rows), self.log_odds.split(rows)
         sizes = [int(c.sum()) for c in counts]
         return [
@@ -43,7 +44,7 @@ class EncodedRows(NamedTuple):
         ]
 
     def at(self, kept: Tensor) -> EncodedPositions:
-        """The positions where kept [B, T] is true."""
+        """Return the positions where kept [B, T] is True."""
         count = self.count.flatten().long()
         start = count.cumsum(0) - count
         chosen = kept.flatten()
@@ -53,7 +54,7 @@ class EncodedRows(NamedTuple):
 
 
 class EncodedPositions(NamedTuple):
-    """N positions of Entries: where each one's entries start, and how many they are."""
+    """N positions of EncodedRows: start and number of each position's entries."""
 
     start: Tensor  # [N]
     count: Tensor  # [N]
@@ -62,9 +63,9 @@ class EncodedPositions(NamedTuple):
     quantized_logp: Tensor  # [E]
 
     def target(self, rows: slice, label: Tensor, seed: Tensor, draws: int | None) -> Target:
-        """The target of some of the positions [n], as wide as the widest; log-probabilities are true, float32.
+        """Return the target of some positions [n], as wide as the widest; log-probabilities are exact, float32.
 
-        draws: how many a sample was made of; its log-probabilities are log(count / draws).
+        draws: number of draws of a sample, whose log-probabilities are log(count / draws).
         """
         start, count, log_odds = self.start[rows], self.count[rows], self.log_odds[rows]
         column = torch.arange(int(count.max()), device=count.device)
@@ -74,13 +75,13 @@ class EncodedPositions(NamedTuple):
         quantized_logp = self.quantized_logp[at].float()
         logp = (quantized_logp / draws).log() if draws else -QUANTIZATION_STEP * quantized_logp
         logp = logp.masked_fill(~there, -math.inf)
-        if not draws:  # what rounding did to their sum is undone
+        if not draws:  # undoes the effect of rounding on their sum
             logp = logp + (logsigmoid(log_odds.float()) - logp.logsumexp(-1))[:, None]
         return Target(label, logp, ids, seed=seed)
 
 
 def encode(target: Target, draws: int | None) -> EncodedPositions:
-    """A sparse target with true log-probabilities [n, K] as entries."""
+    """Return a sparse target with exact log-probabilities [n, K] as entries."""
     assert target.ids is not None
     there = target.logp > -math.inf
     ids, order = target.ids.masked_fill(~there, torch.iinfo(torch.int64).max).sort(-1)
@@ -103,7 +104,7 @@ def encode(target: Target, draws: int | None) -> EncodedPositions:
 
 
 def to_bytes(count: np.ndarray, log_odds: np.ndarray, id_delta: np.ndarray, quantized_logp: np.ndarray) -> bytes:
-    """The entries of one row: the four lengths, and the four columns compressed."""
+    """Return the entries of one row as bytes: the four lengths, and the four compressed columns."""
     columns = (
         count.astype(np.uint32),
         log_odds.view(np.uint16),
@@ -115,7 +116,7 @@ def to_bytes(count: np.ndarray, log_odds: np.ndarray, id_delta: np.ndarray, quan
 
 
 def from_bytes(rows: list[bytes]) -> EncodedRows:
-    """The entries of some rows [B, T]."""
+    """Return the entries of some rows [B, T] from their bytes."""
     columns: list[list[np.ndarray]] = [[], [], [], []]
     for row in rows:
         place = 16

@@ -11,11 +11,11 @@ FORMAT = 1  # of stores
 
 
 class Place(NamedTuple):
-    """Where a store is, or is to be."""
+    """Place of a store, existing or to be written."""
 
     path: str  # folder or URL
-    key: str  # of its content
-    cache: Path  # keeps copies of what is read from a URL
+    key: str  # digest of its content
+    cache: Path  # folder for copies of files from a URL
 
     @property
     def folder(self) -> Path:

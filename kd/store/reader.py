@@ -1,12 +1,12 @@
-"""Offline logits: what a teacher says of every row of some packed data, in a folder or under an fsspec URL.
+"""Offline logits: a teacher's signal for every row of some packed data, in a folder or under an fsspec URL.
 
-begun.json              what the store is of, written first
-shard-00000.safetensors rows of the data: token hashes, and per row its entries (kd/store/format.py); of a full store
-                        the teacher's last hidden states, from which the output layer makes the whole distribution
-shard-00000.json        size and digest of the file of that name; there once it is whole, and never written again
+begun.json              specification of the store, written first
+shard-00000.safetensors rows of the data: token hashes, and per row its entries (kd/store/format.py); in a full store
+                        the teacher's last hidden states, from which the output layer makes complete distributions
+shard-00000.json        size and digest of the file of that name; written once the file is complete, then never again
 head.safetensors        the teacher's output layer
 validation.safetensors  the teacher's hidden states of the validation rows, so that metrics use complete distributions
-manifest.json           written last: the store is whole, and every file's size and digest
+manifest.json           size and digest of every file; written last, once the store is complete
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from kd.system.remote import is_url, local_root
 
 
 class Store:
-    """Whole store, opened without reading more than its manifest; its files are checked when they are first touched.
+    """Complete store. Opening reads its manifest only; each file is checked when it is first used.
 
-    path: folder or URL. cache: folder that keeps local copies of what is read from a URL.
+    path: folder or URL. cache: folder for local copies of files from a URL.
     """
 
     def __init__(self, path: str | Path, cache: Path):
@@ -91,9 +91,9 @@ class Store:
                 self._size(name)
 
     def check(self, expected: dict, by_path: bool = True) -> None:
-        """Raise UserError, naming the field, if the store is of something else; what is None on a side is not known.
+        """Raise UserError, naming the field, if the store belongs to another config.
 
-        by_path: whether the store was asked for by its path.
+        A field that is None on either side is skipped. by_path: True if the store was requested by its path.
         """
         pairs = {f: (self.spec[f], value) for f, value in expected.items() if f != "truncation"}
         differing = [
@@ -103,7 +103,7 @@ class Store:
         ]
         if differing:
             refused = UserError(option=self.path, why=f"does not belong to this config: {'; '.join(differing)}")
-            if not by_path:  # it is where a store of this config belongs
+            if not by_path:  # the path is that of a store of this config
                 hint = "to have the store written anew, type this, and then the same command again"
                 raise refused.replace(hint=hint, commands=(shlex.join(["rm", "-r", str(self.folder)]),))
             hint = "leave logits.path out, so that a store of this config is found or written, or type the words that "
@@ -118,7 +118,7 @@ class Store:
             )
 
     def verify(self) -> None:
-        """Digest all files; raises UserError, naming the file, at the first that is not what was written."""
+        """Digest all files. Raises UserError, naming the file, at the first that has changed since it was written."""
         self._checked.clear()
         for name, note in track(self.manifest["files"].items(), "checking the store"):
             self._file(name)
@@ -126,7 +126,7 @@ class Store:
         self._same("begun.json", self.spec, "of")
 
     def _same(self, name: str, expected: dict, key: str | None = None) -> None:
-        """Raise UserError if a file that only writers read is there, and contradicts the manifest."""
+        """Raise UserError if a file that only writers read exists and contradicts the manifest."""
         try:
             note = read_json(self.folder / name)
             good = note is None or (note[key] if key else note) == expected
@@ -166,14 +166,14 @@ class Store:
                 why="no step of the teacher's training is in this window",
                 hint="choose a wider window",
             )
-        # A row that was trained on more than once counts as it was recorded last.
+        # If a row was trained on more than once, its last record counts.
         everything, where = np.concatenate(rows)[::-1], np.concatenate(places)[::-1]
         self._rows, first = np.unique(everything, return_index=True)
         self._places = where[first]
         return self._rows
 
     def read(self, index: np.ndarray, ids: np.ndarray) -> Tensor | EncodedRows:
-        """Entries, or hidden states [B, T, D] of a full store, of rows index [B] whose tokens are ids [B, T].
+        """Return entries, or in a full store hidden states [B, T, D], of rows index [B] with the tokens ids [B, T].
 
         Raises UserError if the store was written for other tokens.
         """
@@ -187,7 +187,7 @@ class Store:
         return collate_rows(found)
 
     def signal(self, batch: Batch, mask: Tensor) -> Signal:
-        """Return the stored signal at the target positions of a batch, whose rows read() has read."""
+        """Return the stored signal at the target positions of a batch. Its rows come from read()."""
         label, seed = batch.labels[mask], batch.position_seeds[mask]
         if self.truncation == FULL:
             assert isinstance(batch.teacher_rows, Tensor), "a complete store has hidden states"
@@ -209,12 +209,12 @@ class Store:
 
     @property
     def cost(self) -> Cost:
-        """Cost of the teacher that the store was written by."""
+        """Return the cost of the teacher that wrote the store."""
         return Cost(**self.manifest["cost"])
 
     @property
     def head(self) -> Head:
-        """The teacher's output layer."""
+        """Return the teacher's output layer."""
         if self._head is None:
             path = self._file("head.safetensors")
             try:
@@ -228,10 +228,13 @@ class Store:
         return self._head
 
     def truncation_for(self, requested: dict, function: Callable[[Target], Target]) -> Callable[[Target], Target]:
-        """Return the function that truncates a stored target as requested; `function` truncates a complete one."""
+        """Return the function that truncates a stored target as requested.
+
+        `function` does so for a complete target.
+        """
         if self.truncation == FULL:
             return function
-        if requested == self.truncation:  # cut already, by exact probabilities
+        if requested == self.truncation:  # truncated already, by exact probabilities
             return truncation.full
         if self.draws:
             return partial(truncation.subsample, self.draws, requested["draws"])
@@ -239,7 +242,7 @@ class Store:
 
     def _place(self, row: int) -> tuple[str, int]:
         if "steps" in self.manifest:
-            if self._rows is None:  # no window was picked
+            if self._rows is None:  # no window was selected
                 self.select_window(None)
             assert self._rows is not None and self._places is not None, "a window is picked"
             number, place = self._places[np.searchsorted(self._rows, row)]
@@ -257,7 +260,7 @@ class Store:
         return self._open[name]
 
     def _file(self, name: str) -> Path:
-        """Return the path of a file on this machine, after a look at its bytes."""
+        """Return the path of a file on this machine, with checked content."""
         path = files.download(self.path, self.folder, name)
         if name in self._checked:
             return path
@@ -266,7 +269,7 @@ class Store:
         except UserError:
             if "://" not in self.path:
                 raise
-            path.unlink(missing_ok=True)  # a copy may be stale or damaged, where what it is of is neither
+            path.unlink(missing_ok=True)  # the copy may be stale or damaged while the original is intact
             self._good(name, files.download(self.path, self.folder, name))
         self._checked.add(name)
         return path
@@ -285,7 +288,7 @@ class Store:
 
     def _damaged(self, name: str, why: str) -> UserError:
         if "://" in self.path:
-            (self.folder / name).unlink(missing_ok=True)  # the copy, so that the next one is read anew
+            (self.folder / name).unlink(missing_ok=True)  # the local copy, so that the next read downloads it again
         stem = name.partition(".")[0]
         gone = shlex.join(str(self.folder / n) for n in dict.fromkeys(("manifest.json", f"{stem}.json", name)))
         damaged = UserError(option=f"{self.path}/{name}", why=f"is damaged: {why}")

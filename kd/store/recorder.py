@@ -24,10 +24,10 @@ from kd.teachers.base import Teacher
 
 
 class Recorder:
-    """Stores what a model in training says of each batch, from the logits of its own training step.
+    """Writer of a store from the logits of a model's own training steps.
 
-    Shards end where checkpoints are made, so that a resumed run goes on with whole ones. url: where to copy the whole
-    store to, if it is not to stay in the folder.
+    A shard ends at each checkpoint, so that a resumed run continues with complete ones. url: destination of the
+    complete store; None to leave it in the folder.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Recorder:
         for name, note in notes_of(folder).items():
             if not name.startswith("shard-"):
                 continue
-            if note["steps"][0] >= step:  # recorded after the checkpoint: it is recorded again
+            if note["steps"][0] >= step:  # recorded after the checkpoint, so these steps run again
                 (folder / f"{name}.json").unlink()
             elif note["steps"][0] == covered:
                 covered = note["steps"][1]
@@ -61,17 +61,17 @@ class Recorder:
         self.out = Rows()
 
     def observe(self, seed: Tensor, rows: slice, logits: Tensor) -> None:
-        """Logits [n, V] of the positions `rows` of a batch, whose random numbers are seed [N]."""
+        """Take logits [n, V] of the positions `rows` of a batch, whose position seeds are seed [N]."""
         # No truncation looks at the label.
         target = Target(seed[rows], logits.float().log_softmax(-1), seed=seed[rows])
         self.pieces.append(encode(self.truncate(target), self.spec["truncation"].get("draws")))
 
     def discard(self) -> None:
-        """Forget what was observed of a batch that is computed again."""
+        """Drop the observed logits of a batch that is computed again."""
         self.pieces.clear()
 
     def batch(self, batch: Batch, step: int) -> None:
-        """All positions of `batch` have been observed, in optimizer step `step`."""
+        """Add a batch of optimizer step `step`. All its positions have been observed."""
         if self.out.bytes > SHARD_BYTES and self.out.steps[-1] < step:  # checkpoints may be far apart
             self.flush(step)
         self.out.add_entries(batch.ids.cpu().numpy(), self.pieces, (batch.labels != IGNORE).cpu().numpy())
@@ -80,13 +80,13 @@ class Recorder:
         self.out.steps += [step] * len(batch.row_ids)
 
     def flush(self, step: int) -> None:
-        """Write what was recorded before `step`."""
+        """Write the rows recorded before `step` as a shard."""
         if self.out.bodies:
             self.out.save(self.folder, f"shard-{self.begun:08}", steps=[self.begun, step])
         self.begun, self.out = step, Rows()
 
     def _pull(self, url: str) -> None:
-        """Copy from the URL the shards that are not here; one that was cut off on its way there is left out."""
+        """Copy missing shards from the URL. A shard whose upload was cut off is left out."""
         there = Remote(url, self.folder)
         for note in (x for x in there.names() if x.startswith("shard-") and x.endswith(".json")):
             name = note.removesuffix(".json")
@@ -96,7 +96,7 @@ class Recorder:
                     files.write_json(self.folder / note, written)
 
     def send(self, wait: float) -> None:
-        """Copy the shards that were written to the URL, so that another machine can go on with them.
+        """Copy the complete shards to the URL, so that another machine can continue with them.
 
         wait: seconds for a URL that is away, see kd/system/retries.py.
         """
@@ -108,7 +108,7 @@ class Recorder:
             self.there.add(name)
 
     def finish(self, trained: Teacher, device: torch.device, validation: np.ndarray, batch: int, steps: int) -> None:
-        """Write the rest, and the hidden states of the trained model for the validation rows."""
+        """Write the last shard, the output layer, and the trained model's hidden states for the validation rows."""
         self.flush(steps)
         encoder = RowEncoder(trained, self.spec, self.truncate, device)
         encoder.save_head(self.folder)

@@ -1,4 +1,4 @@
-"""Rows of a shard in memory, and the file that they become."""
+"""Rows of a shard in memory, and the file that is written from them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Rows:
         self.positions += ids.size
 
     def add_entries(self, ids: np.ndarray, pieces: list[EncodedPositions], mask: np.ndarray) -> None:
-        """Add rows ids [B, T] and entries of their positions where mask [B, T] is true, in order."""
+        """Add rows ids [B, T] and the entries of their positions where mask [B, T] is True, in order."""
         self.hashes += map(row_hash, ids)
         columns = ("count", "log_odds", "id_delta", "quantized_logp")
         count, log_odds, id_delta, quantized_logp = (
@@ -53,7 +53,7 @@ class Rows:
 
     @property
     def bodies(self) -> list[Tensor | bytes]:
-        """Hidden states, or the compressed entries, of each row."""
+        """Return the hidden states or compressed entries of each row."""
         return [body.result() if isinstance(body, Future) else body for body in self._bodies]
 
     @property
@@ -76,14 +76,14 @@ class Rows:
 
 
 def _spread(values: np.ndarray, mask: np.ndarray, filler: float) -> np.ndarray:
-    """Return values [N] in the places where mask [B, T] is true, and the filler in all others."""
+    """Return values [N] at the places where mask [B, T] is True, and the filler elsewhere."""
     whole = np.full(mask.shape, filler, values.dtype)
     whole[mask] = values
     return whole
 
 
 def save_tensors(tensors: dict[str, Tensor], folder: Path, name: str, **note) -> None:
-    """Save NAME.safetensors, and then NAME.json, which says that it is whole."""
+    """Save NAME.safetensors, and then NAME.json, which marks it as complete."""
     with files.atomic(folder / f"{name}.safetensors") as temporary:
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
         temporary.chmod(0o644)  # safetensors leaves it to its owner alone, and a store is for all

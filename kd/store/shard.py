@@ -12,7 +12,7 @@ from kd.store.format import EncodedRows, from_bytes
 
 
 class Shard:
-    """One file of rows, mapped."""
+    """File of rows, memory-mapped."""
 
     def __init__(self, path: Path):
         self.file = safetensors.safe_open(path, framework="pt")
@@ -23,7 +23,7 @@ class Shard:
         self.body = self.file.get_slice("entries" if "entries" in names else "hidden")
 
     def row(self, place: int) -> Tensor | bytes:
-        """Hidden states [T, D], or compressed entries."""
+        """Return hidden states [T, D], or compressed entries, of a row."""
         if self.offset is None:
             return self.body[place]
         return self.body[int(self.offset[place]) : int(self.offset[place + 1])].numpy().tobytes()

@@ -1,4 +1,4 @@
-"""Specification of a store: what it holds, and of what. Writers and readers share it."""
+"""Specification of a store: its teacher, data and truncation. Writers and readers share it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ NAME = re.compile(r"(shard-\d+|head|validation)\.safetensors")
 
 
 def row_hash(ids: np.ndarray) -> int:
-    """Return the hash of the tokens [T] that a teacher reads, whatever integer type they are held in."""
+    """Return the hash of the tokens [T] that a teacher reads. It does not depend on their integer type."""
     return xxhash.xxh3_64_intdigest(np.ascontiguousarray(ids, np.uint32).tobytes()) >> 1  # fits an int64
 
 
 def covers(held: dict, requested: dict) -> bool:
-    """Return True if a store of one truncation has all that another keeps; both are {"name": …, setting: value}."""
+    """Return True if a store of one truncation holds all that another keeps. Both are {"name": …, setting: value}."""
     kinds = held["name"], requested["name"]
     if kinds[0] == "full":
         return True
@@ -37,21 +37,21 @@ def covers(held: dict, requested: dict) -> bool:
 
 
 def describe(value) -> str:
-    """Return a field of a store for people: top_k k=50."""
+    """Return a field of a store as text: top_k k=50."""
     if not isinstance(value, dict):
         return str(value)
     return " ".join([str(value.get("name", "")), *(f"{k}={v}" for k, v in value.items() if k != "name")]).strip()
 
 
 def quote_words(words: str) -> str:
-    """Return words that a file says to type, quoted so that a shell runs nothing in them."""
+    """Return the words of a command from a file, quoted so that a shell runs nothing in them."""
     return shlex.join(shlex.split(words))
 
 
 def check_manifest(manifest: dict) -> None:
-    """Raise an error for a manifest, from wherever it came, that names files outside of its store or lacks something.
+    """Raise an error for a manifest that names files outside of its store or lacks a field, whatever its origin.
 
-    Its words are quoted anew, since messages say to type them.
+    The words of its command are quoted again, since messages advise people to type them.
     """
     if strange := [name for name in manifest["files"] if not NAME.fullmatch(name)]:
         raise ValueError(f"{strange[0]} is no file of a store")
@@ -61,7 +61,7 @@ def check_manifest(manifest: dict) -> None:
 
 
 def before_manifest(folder: Path) -> dict:
-    """Return what begun.json says of a store, before its manifest is written."""
+    """Return the content of a store's begun.json, for use before its manifest is written."""
     try:
         about = (read_json(folder / "begun.json") or {}).get("about", {})
         return about | {"words": quote_words(about["words"])} if "words" in about else about

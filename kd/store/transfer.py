@@ -1,4 +1,4 @@
-"""Copies of a store: parts of several machines merged in a folder, and a whole store under a URL."""
+"""Copies of a store: merging the parts of several machines in a folder, and upload of a complete store to a URL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kd.system.remote import Remote
 
 
 def merge(folder: Path, parts: list[Path]) -> None:
-    """Join in `folder` what several machines wrote.
+    """Join the parts of several machines in `folder`.
 
     Raises UserError if the parts are not of one store, if one is damaged, or if a shard is missing.
     """
@@ -44,7 +44,7 @@ def merge(folder: Path, parts: list[Path]) -> None:
 
 
 def _begun(part: Path) -> dict:
-    """Return what a part of a store is to be; raises UserError for a folder that is no part."""
+    """Return the specification of a part of a store. Raises UserError for a folder that is no part."""
     begun = read_json(part / "begun.json")
     if begun is None:
         why, hint = "is no part of a store: the folder has no begun.json", "give the folders of the parts"
@@ -56,7 +56,7 @@ def _begun(part: Path) -> dict:
 
 
 def upload(folder: Path, url: str) -> None:
-    """Copy a whole store to a URL, the manifest last."""
+    """Copy a complete store to a URL, the manifest last."""
     manifest = files.load_json(folder / "manifest.json")
     there = read_json(files.download(url, folder, "manifest.json"))
     if there and there["of"] != manifest["of"]:
@@ -81,5 +81,5 @@ def upload(folder: Path, url: str) -> None:
 
 
 def _is_sent(there: Remote, name: str, note: dict) -> bool:
-    """Return True if a file is at a URL already, where Recorder.send puts a note behind each."""
+    """Return True if a file is at a URL already. Recorder.send writes a note after each file."""
     return there.read(f"{name.partition('.')[0]}.json") == note

@@ -1,8 +1,8 @@
-"""Writing of a store by a finished teacher, shard by shard.
+"""Writer of a store by a finished teacher, shard by shard.
 
-Every file is written to a temporary name and renamed, then a note with its size and digest beside it; the manifest
-comes last. A shard that has its note is never written again, so a killed writer goes on where it was, and several
-writers share the work by taking shards that no other holds.
+Every file is written to a temporary name and renamed. Then a note with its size and digest is written beside it. The
+manifest comes last. A shard with a note is never written again, so a killed writer continues with the next shard.
+Several writers share the work: each takes shards that no other holds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kd.system.console import StepProgress
 from kd.system.hardware import disable_malloc_trim
 
 SHARD_TOKENS = 1 << 20  # positions of a shard, at most
-SHARDS = 8  # at least so many where there are rows enough, so that a killed writer loses little
+SHARDS = 8  # shards, at least, if there are enough rows; so a killed writer loses little
 
 
 def write(
@@ -37,10 +37,10 @@ def write(
     batch: int,
     part: tuple[int, int] = (1, 1),
 ) -> None:
-    """Write what is missing of the store that `spec` describes, together with whatever other process does the same.
+    """Write the missing files of the store that `spec` describes. Several processes may do so at the same time.
 
-    batch: rows per forward pass. part: which of how many machines that do not share a disk; with more than one there
-    is no manifest before merge(). Raises UserError if there is no room.
+    batch: rows per forward pass. part: number of this machine and their count, for machines that do not share a disk.
+    With several machines merge() writes the manifest. Raises UserError if there is no room.
     """
     rows, size = packed.train.shape
     shards = shard_ranges(rows, size, encoder)
@@ -54,7 +54,7 @@ def write(
         print_cost(folder, encoder, packed, batch, work.rows)
     progress = StepProgress(f"store of {spec['teacher']}", work.rows, 0, "row")
     try:
-        # First what no other process holds; then wait for the others, and do what a dead one has left.
+        # First the files that no other process holds; then wait for the others, and write the files of dead ones.
         for wait in (False, True):
             for name in [*(["head", "validation"] if part[0] == 1 else []), *missing]:
                 with try_lock(folder / f".{name}.lock", wait) as held:
@@ -69,14 +69,14 @@ def write(
 
 
 class _Files:
-    """Files that a process may have to write. shards: rows of the data for each of them."""
+    """Files that a process may have to write. shards: rows of the data in each shard."""
 
     def __init__(self, folder: Path, packed: Packed, encoder: RowEncoder, batch: int, shards: dict[str, range]):
         self.folder, self.packed, self.encoder, self.batch, self.shards = folder, packed, encoder, batch, shards
         self.rows, self.done = sum(map(len, shards.values())), 0
 
     def write(self, name: str, progress: StepProgress) -> None:
-        """Write a file: head, validation or a shard."""
+        """Write one file: head, validation or a shard."""
         files.clear(self.folder, f"{name}*")
         if name == "head":
             return self.encoder.save_head(self.folder)
@@ -92,7 +92,7 @@ class _Files:
 
 
 def shard_ranges(rows: int, size: int, encoder: RowEncoder) -> dict[str, range]:
-    """Return the rows of each shard. They depend on the data and the teacher alone, so that all writers cut alike."""
+    """Return the rows of each shard. They depend on the data and the teacher only, so all writers use the same."""
     most = SHARD_TOKENS // size
     if encoder.truncate is None:
         most = SHARD_BYTES // (encoder.dtype.itemsize * size * encoder.head.output.weight.shape[1])
@@ -103,7 +103,7 @@ def shard_ranges(rows: int, size: int, encoder: RowEncoder) -> dict[str, range]:
 
 @contextmanager
 def try_lock(path: Path, wait: bool) -> Iterator[bool]:
-    """Yield True if this process, and no other, holds the lock."""
+    """Yield True if this process holds the lock, and False if another one does."""
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=-1 if wait else 0)

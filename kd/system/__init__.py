@@ -1,1 +1,1 @@
-"""Files, processes, signals, consoles, remote storage: what any program needs."""
+"""Files, processes, signals, consoles and remote storage: services that any program needs."""

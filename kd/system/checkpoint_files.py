@@ -21,7 +21,10 @@ FORMAT = 2  # of checkpoints
 
 
 class DigestIO(CheckpointIO):
-    """torch.save to a temporary file in the same folder, synced and renamed, its digest in a file beside it."""
+    """Checkpoint writer for torch.save: a temporary file in the same folder is synced and renamed.
+
+    A digest is written beside it.
+    """
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
         path = Path(path)
@@ -44,9 +47,10 @@ class DigestIO(CheckpointIO):
 
 
 def load(path: Path, map_location="cpu", part: io.BytesIO | None = None):
-    """What torch.save wrote (a part of what is at path, if that is given), where it is tensors and plain containers.
+    """Return the content of a torch.save file if it has only tensors and plain containers.
 
-    Raises UserError where it is something else: a checkpoint runs no code.
+    part: an open part of the file at `path`, to load in its place. Raises UserError for other content, since a
+    checkpoint must run no code.
     """
     try:
         return torch.load(part or path, map_location=map_location, weights_only=True)
@@ -60,7 +64,7 @@ def load(path: Path, map_location="cpu", part: io.BytesIO | None = None):
 
 
 def checked(checkpoint: dict, path: Path) -> dict:
-    """Return a checkpoint that this version of kd can go on with; raises UserError for one of another version."""
+    """Return a checkpoint that this version of kd can continue from; raises UserError for one of another version."""
     if isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT:
         return checkpoint
     raise UserError(
@@ -73,7 +77,7 @@ def checked(checkpoint: dict, path: Path) -> dict:
 
 
 def seal(temporary: Path, path: Path) -> None:
-    """Give a folder of shards that is whole its name, and a digest beside it."""
+    """Give a complete folder of shards its name, and write a digest beside it."""
     with files.atomic(_beside(path)) as note:
         note.write_text(_digest(temporary))
     shutil.rmtree(path, ignore_errors=True)  # a damaged one
@@ -81,7 +85,7 @@ def seal(temporary: Path, path: Path) -> None:
 
 
 def _digest(path: Path) -> str:
-    """Of a file, or of all files of a folder."""
+    """Return the digest of a file, or of all files of a folder."""
     return files.digest_of({p.name: files.digest(p) for p in path.iterdir()}) if path.is_dir() else files.digest(path)
 
 
@@ -90,14 +94,14 @@ def _beside(path: Path) -> Path:
 
 
 def steps(folder: Path) -> list[Path]:
-    """Checkpoints in a folder, the newest first."""
+    """Return the checkpoints in a folder, the newest first."""
     return sorted(Path(folder).glob("step-*.ckpt"), reverse=True)
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole, or None if there are none.
+    """Return the newest intact checkpoint; None if there are no checkpoints.
 
-    Warns of every damaged one; raises UserError when all are.
+    Warns of every damaged one; raises UserError if all are damaged.
     """
     found = steps(folder)
     for path in found:
@@ -120,5 +124,5 @@ def _whole(path: Path) -> bool:
 
 
 def latest_step(folder: Path) -> int:
-    """Of the newest checkpoint that is whole; -1 if there is none."""
+    """Return the step of the newest intact checkpoint; -1 if there is none."""
     return next((step_of(path.name) for path in steps(folder) if _whole(path)), -1)

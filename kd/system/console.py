@@ -1,4 +1,4 @@
-"""Progress that people see: a bar in a terminal, a line now and then elsewhere."""
+"""Progress for people: a bar in a terminal, an occasional line elsewhere."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def strip_control_characters(text: str) -> str:
-    """Without what a terminal would obey rather than show."""
+    """Return text without characters that control a terminal."""
     return CONTROL.sub("", text)
 
 
 def counted(number: int, one: str, many: str) -> str:
-    """A number, and what there is of it: 1 run is, 2 runs are."""
+    """Return a number with its noun: 1 run is, 2 runs are."""
     return f"{number:,} {one if number == 1 else many}"
 
 
 class Terminal(Console):
-    """A console that shows text as it is: no text steers the terminal, and none is markup or the name of an emoji."""
+    """Console that shows text as it is: no text controls the terminal, is markup, or names an emoji."""
 
     def __init__(self, **how):
         super().__init__(**{"markup": False, "emoji": False} | how)
@@ -39,7 +39,7 @@ class Terminal(Console):
 
 
 def styled(text: str, style: str) -> Text:
-    """Text in a style, as rich calls it."""
+    """Return text in a style of rich."""
     return Text(strip_control_characters(text), style)
 
 
@@ -47,12 +47,12 @@ console = Terminal(stderr=True, highlight=False)
 
 
 def exit_with_error(error: Exception) -> NoReturn:
-    """Say what a person can mend, without a traceback, and exit with 2."""
+    """Print an error that a person can correct, without a traceback, and exit with code 2."""
     console.print(str(error), style="red", soft_wrap=True)
     sys.exit(2)
 
 
-QUIET = 10.0  # seconds between two lines where nobody watches a bar
+QUIET = 10.0  # seconds between two lines, without a terminal
 
 
 def track(items: Iterable, title: str) -> Iterator:
@@ -68,7 +68,7 @@ def track(items: Iterable, title: str) -> Iterator:
 def _lines(items: Iterable, title: str) -> Iterator:
     try:
         total = f"/{len(cast(Sized, items))}"
-    except TypeError:  # a stream, whose length nobody knows
+    except TypeError:  # a stream of unknown length
         total = ""
     begun = time.monotonic()
     printed = begun - 0.8 * QUIET  # the first line comes soon
@@ -80,14 +80,17 @@ def _lines(items: Iterable, title: str) -> Iterator:
 
 
 def format_duration(seconds: float) -> str:
-    """1:05 or 2:03:04"""
+    """Return seconds as text: 1:05 or 2:03:04."""
     minutes, s = divmod(int(seconds + 0.5), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
 class StepProgress:
-    """Long work in equal steps: which of how many, tokens/s, time left. shown: False where another process shows it."""
+    """Progress of long work in equal steps: number of steps, tokens/s, time left.
+
+    shown: False if another process shows it.
+    """
 
     def __init__(self, title: str, steps: int, start: int, unit: str = "step", shown: bool = True):
         self.steps, self.start, self.title, self.unit, self.shown = steps, start, title, unit, shown
@@ -101,7 +104,7 @@ class StepProgress:
             self.bar.start()
 
     def update(self, step: int, tokens: int, also: str = "") -> None:
-        """So many steps are done; tokens of them in this process."""
+        """Show the number of finished steps. tokens: those of this process in these steps."""
         spent = time.monotonic() - self.begun
         say = f"{also}{tokens / max(spent, 1e-9):,.0f} tokens/s"
         if step > self.start:
@@ -117,7 +120,7 @@ class StepProgress:
 
 
 def silence_libraries() -> None:
-    """Leave out what libraries say about things that are meant as they are."""
+    """Hide the warnings of libraries about intended behaviour."""
     import transformers
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -22,9 +22,9 @@ from kd.errors import UserError
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name, file or folder, that becomes `path` when the block ends well and vanishes when it does not.
+    """Yield a temporary name, of a file or folder, that becomes `path` if the block succeeds, and is removed otherwise.
 
-    Raises UserError when the disk is full; what stood at `path` before is then untouched.
+    Raises UserError if the disk is full. The old content of `path` is then untouched.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def is_full(error: BaseException, path: Path) -> bool:
-    """Whether a write to path failed for want of room; torch and safetensors say so in words of their own."""
+    """Return True if a write to `path` failed for lack of space. torch and safetensors have own errors for this."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     cause: BaseException | None = error
     while cause is not None:
@@ -63,20 +63,20 @@ def is_full(error: BaseException, path: Path) -> bool:
 
 
 def clear(folder: Path, name: str = "*") -> None:
-    """Remove what killed processes left of files that were to be `name`; only for who holds the lock of the folder."""
+    """Remove the temporary files of killed processes for `name`. The caller has to hold the lock of the folder."""
     for temporary in Path(folder).glob(f".{name}.*.tmp"):
         remove(temporary)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, if it is there."""
+    """Remove a file, or a folder with its content, if it exists."""
     shutil.rmtree(path, ignore_errors=True)
     if not path.is_dir():
         path.unlink(missing_ok=True)
 
 
 def disk_full(path: Path) -> UserError:
-    """The error for a write that found no room."""
+    """Return the error for a write that found no space."""
     free = shutil.disk_usage(Path(path).parent).free
     return UserError(
         option=path,
@@ -87,13 +87,13 @@ def disk_full(path: Path) -> UserError:
 
 
 def write_json(path: Path, value) -> None:
-    """value as indented JSON, atomically; NaN is refused, since it is no JSON."""
+    """Write a value as indented JSON, atomically. Raises ValueError for NaN, which is no JSON."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def format_bytes(size: float) -> str:
-    """12 kB, 3.4 MB, 1.2 TB"""
+    """Return a size as text: 12 kB, 3.4 MB, 1.2 TB."""
     unit = "bytes"
     for larger in ("kB", "MB", "GB", "TB"):
         if size < 1000:
@@ -103,7 +103,7 @@ def format_bytes(size: float) -> str:
 
 
 def digest(path: Path) -> str:
-    """xxh3-128 of a file's bytes: finds any damage, at several GB/s."""
+    """Return the xxh3-128 of a file's bytes. It finds any damage, at several GB/s."""
     state = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
@@ -112,22 +112,22 @@ def digest(path: Path) -> str:
 
 
 def digest_of(value) -> str:
-    """xxh3-128 of anything that JSON can hold."""
+    """Return the xxh3-128 of a value that JSON can hold."""
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
 def folder_fingerprint(name: str | None) -> str | None:
-    """Digest of the content of a local folder, names and bytes of its files; None where `name` is no folder.
+    """Return the digest of a local folder's content, names and bytes of its files; None if `name` is no folder.
 
-    Hidden files are left out: tools keep notes of their own in them, such as when something was downloaded. Of an
-    adapter, the folder of its base model counts too.
+    Hidden files are left out: tools keep notes in them, such as the time of a download. For an adapter, the folder of
+    its base model counts too.
     """
     if not name or not Path(name).is_dir():
         return None
     found = sorted(p for p in Path(name).rglob("*") if p.is_file())
     found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(name).parts)]
     described = [[str(p.relative_to(name)), known_digest(p)] for p in found]
-    with suppress(OSError, ValueError, AttributeError):  # no adapter, or one that is refused when it is loaded
+    with suppress(OSError, ValueError, AttributeError):  # no adapter, or one that fails when it is loaded
         base = folder_fingerprint(
             json.loads((Path(name) / "adapter_config.json").read_text()).get("base_model_name_or_path")
         )
@@ -135,14 +135,14 @@ def folder_fingerprint(name: str | None) -> str | None:
     return digest_of(described)
 
 
-LARGE = 1 << 20  # bytes of a file whose digest is kept
+LARGE = 1 << 20  # bytes, smallest file with a cached digest
 SETTLED = 2  # seconds after a change, before which another one may leave the same times behind
 
 
 def known_digest(path: Path) -> str:
-    """digest(), kept for large files: the same path, inode, size, mtime and ctime is the same content.
+    """Return digest(), cached for large files: the same path, inode, size, mtime and ctime mean the same content.
 
-    A program that restores the mtime of what it has changed moves the ctime, which none can set.
+    A program that restores the mtime of a changed file still moves the ctime, which no program can set.
     """
     path = Path(path).absolute()
     before = _state(path)
@@ -157,13 +157,13 @@ def known_digest(path: Path) -> str:
         pass
     made = digest(path)
     if _state(path) == before and before["ctime"] < time.time_ns() - SETTLED * 10**9:
-        with suppress(OSError, UserError):  # it is a convenience
+        with suppress(OSError, UserError):  # the cache is optional
             write_json(kept, {"file": before, "digest": made})
     return made
 
 
 class _FileState(TypedDict):
-    """Values that change with the content of a file."""
+    """Attributes of a file that change with its content."""
 
     path: str
     inode: int
@@ -178,14 +178,14 @@ def _state(path: Path) -> _FileState:
 
 
 def cache() -> Path:
-    """The folder of what kd keeps beside roots: $KD_CACHE, or ~/.cache/kd."""
+    """Return kd's cache folder, outside of any root: $KD_CACHE, or ~/.cache/kd."""
     return Path(expanded(os.environ.get("KD_CACHE") or "~/.cache/kd"))
 
 
 def expanded(path: str) -> str:
-    """A path whose ~ or ~user at the start is replaced by that home folder, as a shell does outside of quotes.
+    """Return a path with ~ or ~user at its start replaced by that home folder, as a shell does outside of quotes.
 
-    Raises UserError where there is no such home folder, rather than make a folder of that name.
+    Raises UserError if there is no such home folder, so that no folder of that name is made.
     """
     whole = os.path.expanduser(path)
     if whole.startswith("~"):
@@ -195,19 +195,19 @@ def expanded(path: str) -> str:
 
 
 def expanded_words(words: list[str]) -> list[str]:
-    """The overrides of a command line with ~ expanded where it stands without quotes, which Hydra cannot read."""
+    """Return the words of a command line with ~ expanded if it is not quoted. Hydra cannot read an unquoted ~."""
     return [re.sub(r"(?<=[=,(\[])~[\w.-]*(?=[/,)\]]|$)", lambda found: expanded(found[0]), word) for word in words]
 
 
 def local_path(path: str | Path, cache: Path) -> Path:
-    """A folder, or of a URL the folder in `cache` that keeps copies of what was read from it."""
+    """Return a folder; for a URL, the folder in `cache` that keeps copies of its files."""
     return Path(cache) / digest_of(str(path))[:16] if "://" in str(path) else Path(path)
 
 
 def download(path: str, folder: Path, name: str) -> Path:
-    """Where file `name` of a folder or URL is on this machine, copied if need be; it may not exist.
+    """Return the path of file `name` of a folder or URL on this machine, copied if necessary. The file may not exist.
 
-    A manifest is always copied anew, beside one that was written here. Raises UserError if a URL cannot be read.
+    A manifest is always copied again, unless it was written on this machine. Raises UserError if a URL cannot be read.
     """
     if "://" not in path:
         return folder / name
@@ -220,12 +220,12 @@ def download(path: str, folder: Path, name: str) -> Path:
 
 
 def is_name(text: str) -> bool:
-    """Whether text can be the name of one file or folder; a path to anywhere else cannot."""
+    """Return True if text can be the name of one file or folder; False for a path to another place."""
     return re.fullmatch(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*", text) is not None
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file or folder."""
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -234,7 +234,7 @@ def sync(path: Path) -> None:
 
 
 def check_cache(folder: str | Path, variable: str) -> None:
-    """Raise UserError for a cache folder that cannot be written; variable: of the environment, which names it."""
+    """Raise UserError for a cache folder that cannot be written. variable: environment variable that names it."""
     reason = None
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -251,7 +251,7 @@ def check_cache(folder: str | Path, variable: str) -> None:
 
 
 def read_json(path: Path) -> dict | None:
-    """A JSON file, or None if it is not there; raises UserError if it is damaged."""
+    """Return the content of a JSON file; None if it does not exist. Raises UserError if it is damaged."""
     try:
         return load_json(path)
     except FileNotFoundError:
@@ -259,7 +259,7 @@ def read_json(path: Path) -> dict | None:
 
 
 def load_json(path: Path) -> dict:
-    """A JSON file, which has to be there; raises UserError if it is damaged."""
+    """Return the content of a JSON file that has to exist. Raises UserError if it is damaged."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -267,7 +267,7 @@ def load_json(path: Path) -> dict:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """All whole lines of a metrics.jsonl; a last line torn by a kill is left out."""
+    """Return all complete lines of a metrics.jsonl. A last line that a kill cut off is left out."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
         return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,7 +1,7 @@
-"""Processes that a server forks, as children of the process that asks for them. Linux only.
+"""Processes that a server forks, as children of the process that requests them. Linux only.
 
-The server forks twice, and the process between ends at once. The kernel then gives the child to the process that adopts
-what is left below it, so the server has to be below that process.
+The server forks twice, and the process between ends at once. The kernel then gives the child to the nearest ancestor
+that adopts orphans. So the server has to be a descendant of that ancestor.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def request_child(server: socket.socket, request: bytes, files: list[int]) -> in
 
 
 def fork_children(client: socket.socket) -> tuple[bytes, list[int]]:
-    """Fork a child for each request, and return in each child alone, with the request and its files.
+    """Fork a child for each request; return only in the children, with the request and its files.
 
     The server itself ends when the other end of the socket is closed.
     """
@@ -50,7 +50,7 @@ def fork_children(client: socket.socket) -> tuple[bytes, list[int]]:
 
 
 def _fork_again(client: socket.socket) -> bool:
-    """End this process, and continue as its child, once that has its new parent, which is sent its process id."""
+    """End this process, and continue as its child, once that has its new parent and the client has its process id."""
     between = os.getpid()
     if os.fork():
         os._exit(0)
@@ -62,7 +62,7 @@ def _fork_again(client: socket.socket) -> bool:
 
 
 def show_words(words: list[str]) -> None:
-    """Have `ps` show these words in place of the server's, as far as there is room."""
+    """Make `ps` show these words in place of the server's, as far as there is room."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     start, end = (int(field) for field in fields[45:47])  # arg_start and arg_end of proc(5)
     text = "\0".join(words).encode()[: end - start - 1]

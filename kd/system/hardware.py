@@ -1,4 +1,4 @@
-"""What a step should know of the machine: memory that is worth keeping, and what it is slow at."""
+"""Properties of the machine that a training step depends on: memory, and the speed of bfloat16."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import nn
 
 
 def disable_malloc_trim() -> None:
-    """Have this process keep the memory that it frees, for what it allocates next.
+    """Make this process keep freed memory for its next allocations.
 
-    glibc maps tensors above 32 MiB anew each time and gives large ones back at once, and the kernel clears every page
-    of them again on first touch, which can take longer than the arithmetic. Does nothing where there is no glibc.
+    By default, glibc maps tensors above 32 MiB again each time and returns large ones at once. The kernel then clears
+    every page of them on first touch, which can take longer than the arithmetic. Does nothing without glibc.
     """
     if platform.libc_ver()[0] == "glibc":
         libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4  # of malloc.h
@@ -33,10 +33,10 @@ def cast_parameters(dtype: torch.dtype, model: nn.Module) -> None:
 
 
 def slowdown_in_bf16(device: torch.device) -> float:
-    """How many times as long a training step's matrix product takes in bfloat16 as in float32, measured.
+    """Return the measured time of a training step's matrix product in bfloat16, as a multiple of that in float32.
 
-    Below 1 where there is arithmetic for it. Where a CPU has none, the product with an output layer that is not
-    transposed, as in every backward pass, can take a hundred times as long.
+    The value is below 1 if the processor computes in bfloat16. If a CPU does not, the product with an output layer that
+    is not transposed, as in every backward pass, can take a hundred times as long.
     """
     if device.type != "cpu":
         return 0.5
@@ -53,14 +53,14 @@ def slowdown_in_bf16(device: torch.device) -> float:
 
 
 def capacity(device: torch.device) -> int:
-    """Bytes of memory of a GPU, or of this machine."""
+    """Return the bytes of memory of a GPU, or of this machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left; torch has a type for it on GPUs alone."""
+    """Return True if an error means that memory ran out. torch has a type for it on GPUs alone."""
     words = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc", "bad allocation",
              "cublas_status_alloc_failed", "could not create a primitive", "can't start new thread")  # fmt: skip
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)

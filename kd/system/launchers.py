@@ -1,8 +1,8 @@
 """Environment variables by which launchers (srun, torchrun, mpirun, jsrun, …) give each process a rank.
 
-Libraries take them as they are: Lightning writes nothing but on rank 0. A program of kd is rank 0 of its own run, also
-within a task of somebody's srun or with variables that are left over; the ranks of a run are given by kd/launch alone.
-So each program forgets them first, and a program of somebody else that imports kd keeps its own.
+Libraries obey them: Lightning, for example, writes nothing except on rank 0. A program of kd is always rank 0 of its
+own run, also within another person's srun or with left-over variables. Only kd/launch gives ranks to the processes of a
+run. So each program of kd removes the variables first. A program of others that imports kd keeps its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RANKS = re.compile(
 
 
 def forget_ranks(environment: MutableMapping[str, str]) -> None:
-    """Remove every variable that gives a rank, and set those that Lightning reads where kd gave this process one."""
+    """Remove every variable that gives a rank, and set those that Lightning reads if kd gave this process a rank."""
     own = environment.pop(OWN, None)
     for name in [name for name in environment if RANKS.fullmatch(name)]:
         del environment[name]

@@ -21,9 +21,9 @@ EXPIRES, POLL, SETTLES = 180, 3, 2  # seconds
 
 @contextmanager
 def lease(remote: Remote, me: dict, alive: Callable[[dict], bool], patient: bool) -> Iterator[None]:
-    """Hold lease.json under a URL, which is free again when it was not renewed for EXPIRES seconds.
+    """Hold lease.json under a URL. The lease is free again if it was not renewed for EXPIRES seconds.
 
-    me: this process, as alive() takes it. patient: wait for another one, instead of raising UserError.
+    me: this process, as alive() takes it. patient: wait for another process, instead of raising UserError.
     """
     held = Lease(remote, me)
     held.acquire(alive, patient)
@@ -54,7 +54,7 @@ class Lease:
             other = self.remote.read(LEASE)
             if other is None:
                 continue
-            if other["id"] == self.mine["id"]:  # it was written, and the answer was lost
+            if other["id"] == self.mine["id"]:  # the file was written, but the answer was lost
                 return
             seen_at = self._watch(other, asked_at)
             is_local = all(other[name] == self.mine[name] for name in ("host", "boot"))
@@ -73,14 +73,14 @@ class Lease:
             time.sleep(POLL)
 
     def _create(self) -> bool:
-        """Write the lease unless there is one; return True if it is this one."""
+        """Write the lease unless one exists; return True if it was written."""
         return self.remote.create(LEASE, self.mine) and self._is_mine()
 
     def _is_mine(self, wait: float | None = None) -> bool:
         return (self.remote.read(LEASE, wait) or {}).get("id") == self.mine["id"]
 
     def _watch(self, other: dict, asked_at: float) -> float:
-        """Note the lease of another process that was read after `asked_at`; return when it was last renewed."""
+        """Note the lease of another process, read after `asked_at`; return the time of its last renewal."""
         now = time.monotonic()
         if self.seen is None or other != self.seen[0]:
             self.was_renewed = self.seen is not None
@@ -90,13 +90,13 @@ class Lease:
         return self.seen[1]
 
     def _take_over(self) -> bool:
-        """Write this lease over another one; of several processes that do so, the last to write has it."""
+        """Write this lease over another one. If several processes do so, the last writer has it."""
         self.remote.write(LEASE, self.mine)
         time.sleep(SETTLES)
         return self._is_mine()
 
     def renew(self, ended: threading.Event) -> None:
-        """Renew the lease until `ended`; ask this process to end if another one has taken the lease over."""
+        """Renew the lease until `ended`. If another process has taken it over, request this process to end."""
         while not ended.wait(retries.RENEWED):
             try:
                 other = self.remote.read(LEASE, 0)

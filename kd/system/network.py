@@ -12,9 +12,9 @@ from functools import cache
 
 @cache
 def offline_unless_reachable() -> None:
-    """Without a network, tell the Hugging Face libraries at once, instead of waiting a minute for their retries.
+    """Put the Hugging Face libraries offline if there is no network, since their retries would take a minute.
 
-    What they have downloaded before still loads.
+    Files that they downloaded before still load.
     """
     if urllib.request.getproxies():
         return

@@ -1,4 +1,4 @@
-"""Processes of this machine: who is alive, who was killed for memory, and how much memory was used."""
+"""Processes of this machine: which are alive, which were killed for memory, and how much memory was used."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from pathlib import Path
 
 
 def process_info() -> dict:
-    """This process, so that another one can tell whether it is still there."""
+    """Return a description of this process, from which another process can tell if it is alive."""
     return {"pid": os.getpid(), "host": socket.gethostname(), "boot": boot_id()}
 
 
 def boot_id() -> str | None:
-    """Of this start of this machine: a process id means nothing after the next one."""
+    """Return the id of the current boot of this machine. A process id means nothing after the next boot."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else None
 
 
 def killed_for_memory() -> int:
-    """How many processes the kernel has killed so far for want of memory; 0 where it does not say."""
+    """Return the number of processes that the kernel has killed for lack of memory; 0 if it does not report any."""
     path = Path("/proc/vmstat")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
 def is_alive(process: dict) -> bool:
-    """Whether a process of whereabouts() is there still; one on another machine is taken to be."""
+    """Return True if the process of a process_info() is alive. A process of another machine counts as alive."""
     if process["host"] != socket.gethostname():
         return True
     if process["boot"] != boot_id():
@@ -42,12 +42,12 @@ def is_alive(process: dict) -> bool:
 
 
 def is_same_process(a: dict, b: dict) -> bool:
-    """Return True for two reports of whereabouts() by one process."""
+    """Return True if two results of process_info() are of one process."""
     return all(a.get(key) == b.get(key) for key in ("pid", "host", "boot"))
 
 
 def peak_memory() -> int:
-    """Most memory this process has held, bytes: on the GPU if there is one, else resident."""
+    """Return the peak memory of this process in bytes: on the GPU if there is one, else resident."""
     import resource
 
     import torch

@@ -13,14 +13,14 @@ MODULES = {
     "report": "sweeps.report", "fit": "sweeps.fit", "dashboard": "sweeps.dashboard",
 }  # fmt: skip
 
-_by_script = False  # whether a console script started this process
+_by_script = False  # True if a console script started this process
 
 
 def command(name: str) -> str:
-    """Return what a person types to start a program.
+    """Return the words that a person types to start a program.
 
-    That is the console script (kd-train) where one was typed, and where kd is installed without its repository, since
-    no train.py is at hand there. In a checkout it is `python train.py` or `python -m kd.store`.
+    This is the console script (kd-train) if one was typed, or if kd is installed without its repository, which has
+    train.py. In a checkout it is `python train.py` or `python -m kd.store`.
     """
     if _by_script or (PACKAGE / "conf").is_dir():
         return f"kd-{name}"
@@ -28,7 +28,7 @@ def command(name: str) -> str:
 
 
 def start(name: str) -> None:
-    """Run a program from its first line on, as `python train.py` or `python -m MODULE` does."""
+    """Run a program from its first line, as `python train.py` or `python -m MODULE` does."""
     global _by_script
     _by_script = True
     if name == "train":

@@ -1,8 +1,8 @@
-"""Roots under an fsspec URL: what is worked on is a folder of this machine, and what counts is there.
+"""Roots under an fsspec URL: the work is done in a folder of this machine; the files under the URL are what counts.
 
-Nothing is renamed there, as object stores cannot: a checkpoint is objects of names of its own, and then a note with
-their digests, without which they are not a checkpoint; a run is done by its result.json, written last.
-A URL that does not answer is tried again, see kd/system/retries.py.
+Nothing is renamed under a URL, since object stores cannot rename. A checkpoint is objects with names of their own, then
+a note with their digests; without the note it is no checkpoint. A run is done once result.json, written last, exists. A
+URL that does not answer is tried again, see kd/system/retries.py.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from kd.system.retries import Unreachable, explained, patiently
 T = TypeVar("T")
 # These have no folders to be made, and some of their clients would make a bucket.
 OBJECTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci"}
-ASK_AGAIN = 5  # seconds: what was not there is not asked for sooner
+ASK_AGAIN = 5  # seconds between two reads
 
 
 class Damaged(UserError):
-    """Error of a file under a URL that is not what was written."""
+    """Error of a file under a URL that has changed since it was written."""
 
 
 def is_url(root: str | Path) -> bool:
@@ -33,7 +33,7 @@ def is_url(root: str | Path) -> bool:
 
 
 def local_root(root: str | Path) -> Path:
-    """Return the folder of a root on this machine: the root itself, or of a URL one in $KD_CACHE or ~/.cache/kd."""
+    """Return the folder of a root on this machine: the root itself, or for a URL one in $KD_CACHE or ~/.cache/kd."""
     if not is_url(root):
         return Path(root)
     cache = files.cache()
@@ -42,7 +42,7 @@ def local_root(root: str | Path) -> Path:
 
 
 def fetch(root: str | Path, name: str) -> Path:
-    """Return a file of a root on this machine, copied anew if the root is a URL; it may not exist."""
+    """Return a file of a root on this machine, copied again if the root is a URL. The file may not exist."""
     path = local_root(root) / name
     if is_url(root):
         Remote(str(root), local_root(root)).get(name)
@@ -56,9 +56,9 @@ def publish(root: str | Path, name: str) -> None:
 
 
 class Remote:
-    """Folder under a URL, and its copy on this machine. All methods raise UserError where the URL fails.
+    """Folder under a URL, and its copy on this machine. All methods raise UserError if the URL fails.
 
-    wait: for how many seconds a URL that does not answer is tried again, None for retries.PATIENCE.
+    wait: seconds for which a URL that does not answer is tried again; None for retries.PATIENCE.
     """
 
     def __init__(self, url: str, folder: Path):
@@ -68,10 +68,10 @@ class Remote:
         self._system: tuple[Any, str] | None = None  # file system of fsspec, and the path in it
 
     def _tried(self, what: str, act: Callable[..., T], wait: float | None) -> T:
-        """Return act(system, path), with a connection of its own at each try."""
+        """Return act(system, path), with a new connection at each try."""
 
         def act_there() -> T:
-            import fsspec  # takes its time, which a folder has no use for
+            import fsspec  # slow, and not needed for a local folder
 
             try:
                 system, path = self._system = self._system or fsspec.core.url_to_fs(self.url)
@@ -85,7 +85,7 @@ class Remote:
         return patiently(self.url, what, act_there, wait)
 
     def read(self, name: str, wait: float | None = None) -> dict | None:
-        """Return a JSON file there, or None if there is none."""
+        """Return the content of a JSON file under the URL; None if there is none."""
 
         def act(system, path: str) -> dict | None:
             try:
@@ -99,13 +99,13 @@ class Remote:
         return self._tried("read", act, wait)
 
     def read_cached(self, name: str, wait: float | None = None) -> dict | None:
-        """Return read(), at most ASK_AGAIN seconds old, and no older than what this machine wrote of the run."""
+        """Return read(), cached for ASK_AGAIN seconds, or until this machine writes to the run."""
         local = self.folder / "state.json"
         written = local.stat().st_mtime_ns if local.exists() else 0
         seen = self._seen.get(name)
         if seen is not None:
             read_at, state, content = seen
-            done = content and name == "result.json"  # which never changes
+            done = content and name == "result.json"  # a result never changes
             if done or (state == written and time.monotonic() - read_at <= ASK_AGAIN):
                 return content
         content = self.read(name, wait)
@@ -113,13 +113,13 @@ class Remote:
         return content
 
     def forget(self) -> None:
-        """Drop what read_cached() keeps."""
+        """Drop the cache of read_cached()."""
         self._seen.clear()
 
     def get(self, name: str, wait: float | None = None, to: Path | None = None) -> bool:
-        """Copy a file from there; return False if there is none. Raises UserError for a name of a place outside.
+        """Copy a file from the URL; return False if there is none. Raises UserError for a name outside of the folder.
 
-        to: where to; by default the same name in the folder.
+        to: destination; by default the same name in the folder.
         """
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             why = f"has a note that names a file outside of it, {name}; nothing was copied there"
@@ -138,7 +138,7 @@ class Remote:
         return self._tried("read", act, wait)
 
     def names(self, name: str = "", wait: float | None = None) -> list[str]:
-        """Return all files there below a folder, as they are named from the URL."""
+        """Return the names of all files below a folder of the URL, relative to the URL."""
 
         def act(system, path: str) -> list[str]:
             system.invalidate_cache()
@@ -149,7 +149,7 @@ class Remote:
         return self._tried("read", act, wait)
 
     def put(self, *names: str, wait: float | None = None) -> None:
-        """Copy files, and all files of folders, there; what does not exist is left out."""
+        """Copy files, and all files of folders, to the URL. Names that do not exist are left out."""
         for name in names:
             found = self.folder / name
             for file in sorted(found.rglob("*")) if found.is_dir() else [found]:
@@ -166,7 +166,7 @@ class Remote:
         self._tried("written", act, wait)
 
     def write(self, name: str, value: dict, wait: float | None = None) -> None:
-        """Write a JSON file there."""
+        """Write a JSON file to the URL."""
 
         def act(system, path: str) -> None:
             _make_parent(system, f"{path}/{name}")
@@ -183,7 +183,7 @@ class Remote:
         self._tried("written", act, wait)
 
     def put_best_effort(self, *names: str) -> None:
-        """Copy what can wait: a failure is a warning."""
+        """Copy files that can wait to the URL: a failure is a warning."""
         try:
             if not self.lost:
                 self.put(*names, wait=retries.SOON)
@@ -191,7 +191,7 @@ class Remote:
             warnings.warn(f"{error}\nWhat is not there is in {self.folder}; it is copied the next time.")
 
     def create(self, name: str, value: dict, wait: float | None = None) -> bool:
-        """Write a JSON file there unless there is one; return True if there was none."""
+        """Write a JSON file to the URL unless one exists; return True if it was written."""
 
         def act(system, path: str) -> bool:
             _make_parent(system, f"{path}/{name}")

@@ -1,4 +1,4 @@
-"""Checkpoints under a URL: objects of their own names, and then a note with their digests, which makes them one."""
+"""Checkpoints under a URL: objects with names of their own, then a note with their digests, which completes them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kd.system.remote import Remote
 
 
 class RemoteCheckpoints:
-    """Checkpoints of a run under a URL, and their copies in its folder. Methods raise UserError where the URL fails."""
+    """Checkpoints of a run under a URL, and their copies in its folder. Methods raise UserError if the URL fails."""
 
     def __init__(self, remote: Remote):
         self.remote = remote
@@ -24,9 +24,9 @@ class RemoteCheckpoints:
         self._sending: Future | None = None
 
     def pull(self, step: int) -> bool:
-        """Copy the newest whole checkpoint of a later step, with the metrics up to it; return False if there is none.
+        """Copy the newest intact checkpoint after `step`, with the metrics up to it; return False if there is none.
 
-        Warns of each that is damaged; raises UserError if there are some and all are, and none is here (step < 0).
+        Warns of each damaged one. Raises UserError if all are damaged, and none is on this machine (step < 0).
         """
         notes = sorted((x for x in self.remote.names("checkpoints") if x.endswith(".json")), reverse=True)
         notes = [name for name in notes if step_of(name) > step]
@@ -50,21 +50,21 @@ class RemoteCheckpoints:
         return False
 
     def _pull(self, name: str, digest: str) -> bool:
-        """Copy a file; return True if it is what was written."""
+        """Copy a file; return True if it has the expected digest."""
         return self.remote.get(name) and files.digest(self.remote.folder / name) == digest
 
     def send(self, path: Path, first: Callable[[float], None] | None, writing: Future | None, wait: float = 0) -> None:
-        """Copy a checkpoint there, beside the training; what is on its way is waited for before.
+        """Copy a checkpoint to the URL in a thread, after the previous copy has finished.
 
-        first: what has to be there before it, as a function of `wait`. writing: what gives the checkpoint its name, if
-        it has none yet. Training does not wait for a URL that is away: the next checkpoint makes up for this one.
+        first: function of `wait` that copies the files that have to precede it. writing: future of a checkpoint that
+        has no name yet. Training does not wait for a URL that is away: the next checkpoint makes up for this one.
         """
         self.finish_sending()
         self._thread = self._thread or ThreadPoolExecutor(1, "remote")
         self._sending = self._thread.submit(self._send, path, first, writing, wait)
 
     def finish_sending(self) -> None:
-        """Wait for the checkpoint on its way; warns if it did not arrive."""
+        """Wait for the checkpoint that is being copied; warn if the copy failed."""
         sending, self._sending = self._sending, None
         if sending is None:
             return
@@ -75,7 +75,7 @@ class RemoteCheckpoints:
 
     def _send(self, path: Path, first: Callable[[float], None] | None, writing: Future | None, wait: float) -> None:
         if writing:
-            futures.wait([writing])  # what goes wrong with it is said where it was asked for
+            futures.wait([writing])  # its errors are raised where it was requested
         if self.remote.lost or not path.exists():
             return
         if first:
@@ -91,7 +91,7 @@ class RemoteCheckpoints:
         self._remove_old(step, wait)
 
     def _metrics_up_to(self, step: int, name: str) -> Path:
-        """Write the metrics of the steps that are not run again to a file, and return it."""
+        """Write the metrics of the steps up to `step`, which do not run again, to a file, and return it."""
         lines = (self.remote.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
         lines = [line for line in lines if line.endswith("\n")]  # the last may be unfinished
         metrics = self.remote.folder / name
@@ -100,7 +100,7 @@ class RemoteCheckpoints:
         return metrics
 
     def _remove_old(self, step: int, wait: float) -> None:
-        """Remove all but the newest two of the checkpoints up to `step`, and files without a note."""
+        """Remove all but the newest two checkpoints up to `step`, and files without a note."""
         names = self.remote.names("checkpoints", wait)
         for note in sorted((x for x in names if x.endswith(".json") and step_of(x) <= step), reverse=True)[2:]:
             self.remote.remove(note, wait=wait)  # first, so that no note is without its files
@@ -110,5 +110,5 @@ class RemoteCheckpoints:
 
 
 def step_of(name: str) -> int:
-    """Return 3 for checkpoints/step-00000003.json."""
+    """Return the step in the name of a checkpoint: 3 for checkpoints/step-00000003.json."""
     return int(Path(name).name.partition("-")[2].partition(".")[0])

@@ -1,6 +1,6 @@
-"""Tries of a URL that may not answer: for minutes by default, for less where a process is to end.
+"""Retries for a URL that may not answer: for minutes by default, for less time if a process has to end.
 
-Where something else can be done meanwhile, nothing is tried again.
+There are no retries if other work can be done meanwhile.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from kd.system.console import console, format_duration
 
 T = TypeVar("T")
 RENEWED = 20  # seconds between two renewals of a lease (kd/system/lease.py)
-PATIENCE = 600  # seconds that a URL may not answer, where the work cannot go on without
+PATIENCE = 600  # seconds without an answer, for work that needs the URL
 SOON = 30  # the same where a process is to end, and what could not be copied is on this machine
 PAUSES = (1, 15)  # seconds between two tries: the first time, and at most
-# Errors that time does not mend, by type and by number.
+# Errors that are permanent, by type and by number.
 LASTING = (ImportError, FileNotFoundError, PermissionError, FileExistsError, NotImplementedError, TypeError, ValueError)
 NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EINVAL)
 
 
 class Unreachable(UserError):
-    """Error of a URL that does not answer, and may do so later."""
+    """Error of a URL that does not answer, but may do so later."""
 
 
 @dataclass
 class Outage:
-    """Time in which no try to reach a bucket or server succeeded."""
+    """Time without a successful try to reach a bucket or server."""
 
     since: float
     last: float
@@ -43,20 +43,20 @@ _outages: dict[str, Outage] = {}
 
 
 def bucket(url: str) -> str:
-    """Return the part of a URL that is away as a whole: s3://bucket."""
+    """Return the part of a URL that fails as a whole: s3://bucket."""
     return "/".join(url.split("/", 3)[:3])
 
 
 def is_away(url: str) -> bool:
-    """Return True if the bucket or server did not answer when it was last tried, moments ago."""
+    """Return True if the bucket or server did not answer the last try, moments ago."""
     outage = _outages.get(bucket(url))
     return outage is not None and time.monotonic() - outage.last < PAUSES[1]
 
 
 def patiently(url: str, what: str, act: Callable[[], T], wait: float | None = None) -> T:
-    """Return act(), tried again while the URL does not answer, until it has been away for `wait` seconds (PATIENCE).
+    """Return act(), tried again until the URL answers or has been away for `wait` seconds (default: PATIENCE).
 
-    what: "read" or "written", for the UserError that is raised in the end: Unreachable where time may mend it.
+    what: "read" or "written", for the UserError at the end. The error is Unreachable if the URL may answer later.
     """
     wait, pause = PATIENCE if wait is None else wait, PAUSES[0]
     since, said = math.inf, False
@@ -72,7 +72,7 @@ def patiently(url: str, what: str, act: Callable[[], T], wait: float | None = No
             if not isinstance(failed, Unreachable):
                 raise failed from error
             now, outage = time.monotonic(), _outages.get(bucket(url))
-            if outage is None or now - outage.last > 2 * max(RENEWED, PAUSES[1]):  # nobody has asked for a while
+            if outage is None or now - outage.last > 2 * max(RENEWED, PAUSES[1]):  # the last try was some time ago
                 outage = _outages[bucket(url)] = Outage(now, now)
             outage.last = now
             since = min(since, outage.since)  # also where other things are reached in between
@@ -93,7 +93,7 @@ def patiently(url: str, what: str, act: Callable[[], T], wait: float | None = No
 
 
 def explained(url: str, what: str, error: Exception) -> UserError:
-    """Return an error of a file system, each of which has its own, as one for people."""
+    """Return an error of a file system as an error for people. Each file system has its own errors."""
     failed = f"could not be {what}"
     if isinstance(error, ImportError):  # fsspec names the package in it
         hint = "install the package that this error names with pip install"

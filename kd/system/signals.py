@@ -1,9 +1,9 @@
-"""Signals that ask a process to end: SIGTERM, SIGINT and SIGUSR2, as schedulers and people send them.
+"""Signals that request a process to end: SIGTERM, SIGINT and SIGUSR2, as schedulers and people send them.
 
-The first lets a training run save a checkpoint at its next step, so that nothing is lost; a second ends at once. One
-request may arrive by two ways: SLURM signals every process of a job step, and `timeout` a process and then its group.
-So signals at the same moment are one request. A run that a sweep started is ended at once by the sweep alone, with
-SIGKILL: it takes all signals for the same request.
+After the first, a training run saves a checkpoint at its next step, so that nothing is lost. A second ends it at once.
+One request may arrive in two ways: SLURM signals every process of a job step, and `timeout` a process and then its
+group. So signals at the same moment are one request. A run that a sweep started takes all signals for one request. Only
+the sweep ends it at once, with SIGKILL.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-EXIT_CODE = 143  # of a process that was asked to end, whichever signal it was
+EXIT_CODE = 143  # of a process that was requested to end, by any signal
 PARENT = "KD_PARENT"  # environment variable: the process that a run must not outlive
 SAME = 0.1  # seconds in which signals are one request
 
 
 class Preempted(SystemExit):
-    """The process was asked to end, and does."""
+    """Exit of a process that was requested to end."""
 
     def __init__(self):
         super().__init__(EXIT_CODE)
@@ -31,16 +31,16 @@ class Preempted(SystemExit):
 
 
 class Stopped(Exception):
-    """An optimizer step was left between two micro-batches, since the process was asked to end."""
+    """Exit from an optimizer step between two micro-batches, after a request to end."""
 
 
 class Requests:
-    """What this process was asked by signals."""
+    """Requests to end that this process got by signals."""
 
     def __init__(self):
-        self.pending = False  # a run is to save a checkpoint at its next step, and to raise Preempted
+        self.pending = False  # True: save a checkpoint at the next step, and raise Preempted
         self.told = False  # by the process that started this one, whose signals alone count
-        self.in_sweep = False  # whether a sweep started this process
+        self.in_sweep = False  # True if a sweep started this process
         self._first = 0.0  # time at which the first signal was answered
         self._in_steps = False
 
@@ -52,7 +52,10 @@ class Requests:
 
     @contextmanager
     def in_steps(self):
-        """Within, there is a next step at which to save; without, a process that is asked to end just ends."""
+        """Mark a block that has steps, at which a checkpoint can be saved.
+
+        Outside of it, a request to end ends the process directly.
+        """
         self._in_steps = True
         try:
             yield
@@ -60,13 +63,16 @@ class Requests:
             self._in_steps = False
 
     def ask(self) -> None:
-        """What a signal does, from a thread."""
+        """Request this process to end, as a signal does, from a thread."""
         if not self._in_steps:
             os._exit(EXIT_CODE)
         self.pending = True
 
     def end_if_asked(self) -> None:
-        """Between two parts of the work: raise Preempted if it was asked for, and got lost or came too late for one."""
+        """Raise Preempted, between two parts of the work, if there is a request to end.
+
+        The signal's own exception may have been lost, or have come too late for a part.
+        """
         if self.pending:
             raise Preempted
 
@@ -88,19 +94,19 @@ requests = Requests()
 
 
 def end_with_parent() -> None:
-    """Have this process be asked to end when the sweep that started it is gone, by SIGKILL even. Linux alone can."""
+    """Request this process to end when the sweep that started it is gone, by SIGKILL even. Linux only."""
     parent = os.environ.pop(PARENT, None)
     if parent is None:
         return
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(parent):  # it was gone before
+    if os.getppid() != int(parent):  # the parent had ended before
         raise Preempted
 
 
 @contextmanager
 def received(handle: Callable[[str], None]):
-    """Call handle(name) for each such signal within, instead of ending."""
+    """Call handle(name) for each such signal in the block, instead of ending."""
     before = {number: signal.signal(number, lambda n, _: handle(signal.Signals(n).name)) for number in ASKED}
     try:
         yield

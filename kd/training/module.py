@@ -52,14 +52,15 @@ class LogitsObserver(Protocol):
 
 
 class DistillationModule(lightning.LightningModule):
-    """A student that learns alpha(t) * distillation + (1 - alpha(t)) * language modelling.
+    """Student that learns alpha(t) * distillation + (1 - alpha(t)) * language modelling.
 
-    The losses of an optimizer step are summed over all its micro-batches and divided once, by its target tokens, so
-    the split into micro-batches changes nothing. token_selection says which tokens are distilled, the others being
-    learned by language modelling alone, or what else a loss needs of each (kd/objective/token_selection.py). rollout
-    says who writes the text that is distilled. sharded: which of student and teacher the ranks hold parts of.
+    The losses of an optimizer step are summed over its micro-batches and divided once, by its target tokens. So the
+    split into micro-batches has no effect. token_selection selects the tokens to distil; the others are learned by
+    language modelling alone. It may also give other values that a loss needs per token
+    (kd/objective/token_selection.py). rollout provides the text that is distilled. sharded: names of the models,
+    student or teacher, that the ranks hold parts of.
 
-    Everything but the step is in callbacks, which read `last_step` (kd/training/callbacks, kd/evaluation).
+    All work outside of the step is in callbacks, which read `last_step` (kd/training/callbacks, kd/evaluation).
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class DistillationModule(lightning.LightningModule):
         return self.optimizer([group | fused for model in self.trained_models() for group in parameter_groups(model)])
 
     def trained_models(self) -> list[CausalLM]:
-        """Return the student, and the teacher where it learns too."""
+        """Return the student, and the teacher if it learns too."""
         return [self.student, *([self.trainable_teacher] if self.trainable_teacher is not None else [])]
 
     def on_fit_start(self) -> None:
@@ -108,7 +109,7 @@ class DistillationModule(lightning.LightningModule):
 
     @property
     def progress(self) -> float:
-        """The middle of this step, as a share of the run: a warm-up or decay wastes no step on a rate of 0."""
+        """Return the middle of this step as a share of the run. A warm-up or decay so wastes no step on a rate of 0."""
         return (self.global_step + 0.5) / self.max_steps
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -150,7 +151,7 @@ class DistillationModule(lightning.LightningModule):
         return metrics
 
     def run_rollout(self, batch: Batch, alpha: float) -> tuple[Batch, dict[str, float]]:
-        """Return the batch to distil, with text that models wrote for it, and how many tokens they read for that."""
+        """Return the batch to distil, with newly generated text, and the number of tokens that models read for it."""
         if not self.rollout or not alpha:
             return batch, {}
         samplers = self.rollout.samplers
@@ -163,7 +164,7 @@ class DistillationModule(lightning.LightningModule):
         return written, {"student": student, "teacher": teacher}
 
     def loss_terms(self, distill_batch: Batch, batch: Batch, alpha: float) -> list[LossTerm]:
-        """Return what this step learns. Language modelling is never of what the student itself wrote."""
+        """Return the loss terms of this step. Language modelling never uses text that the student wrote."""
         info = distill_batch.token_info
         by_student = info is not None and collectives.any_rank(bool(info.by_student.any()))
         if batch.lm_batch is None and not by_student:
@@ -176,7 +177,7 @@ class DistillationModule(lightning.LightningModule):
         return [LossTerm(*term, *map(int, count)) for term, count in zip(terms, counts, strict=True)]
 
     def retry_with_smaller_micro_batches(self, terms: list[LossTerm]) -> Tensor:
-        """Return the losses of accumulate_gradients(); out of memory, try again with half as many rows at once."""
+        """Return the losses of accumulate_gradients(). If memory runs out, try again with half as many rows at once."""
         random_state = torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if self.device.type == "cuda" else ())
         while True:
             self.optimizers().zero_grad(set_to_none=True)
@@ -190,7 +191,7 @@ class DistillationModule(lightning.LightningModule):
                 )  # as many micro-batches on each rank
                 if rows == 1 or same_pace or not out_of_memory(error):
                     raise
-                traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
+                traceback.clear_frames(error.__traceback__)  # the frames hold the tensors that filled the memory
             self.micro_batch_size = rows // 2
             console.print(
                 f"Out of memory with {rows} rows at once: going on with {rows // 2}, the same batch and loss."
@@ -203,9 +204,10 @@ class DistillationModule(lightning.LightningModule):
                 self.logits_observer.discard()
 
     def accumulate_gradients(self, terms: list[LossTerm]) -> Tensor:
-        """Make the gradients of a step, micro-batch by micro-batch.
+        """Compute the gradients of a step, micro-batch by micro-batch.
 
-        Return means per target token of each term: loss, distillation, language modelling, and the teacher's own loss.
+        Return the means per target token of each term: loss, distillation, language modelling, and the teacher's own
+        loss.
         """
         losses, done = torch.zeros(4, dtype=torch.float64, device=self.device), 0
         count = sum(-(-len(term.batch.ids) // self.micro_batch_size) for term in terms)
@@ -243,8 +245,8 @@ class DistillationModule(lightning.LightningModule):
     def select_tokens(self, parts: list[tuple[Batch, Tensor]]) -> tuple[list[Signal], list[Selection]]:
         """Return the teacher's signals per micro-batch, empty if no selection reads them, and the selections.
 
-        Tokens are selected over the whole step, so the teacher is asked for all of it before the student learns. The
-        signals are kept, but for those of a teacher that learns, which are made anew with what its gradient needs.
+        Tokens are selected over the whole step. So the teacher computes all its signals before the student learns. They
+        are kept, except those of a teacher that learns: they are computed again, with what its gradient needs.
         """
         signals: list[Signal] = []
         sizes: list[int] = []  # target positions of each rank
@@ -270,15 +272,16 @@ class DistillationModule(lightning.LightningModule):
         ]
 
     def _stop_if_requested(self) -> None:
-        """Between two micro-batches: raise Stopped where this process was asked to end.
+        """Raise Stopped, between two micro-batches, if this process was requested to end.
 
-        Ranks agree on it after their micro-batches, but for models in shards, of which each pass needs all ranks.
+        Ranks agree on it after their micro-batches; with sharded models they do so here, since each pass needs all
+        ranks.
         """
         if collectives.any_rank(requests.pending) if self.sharded else requests.pending:
             raise Stopped
 
     def _leave_step(self) -> None:
-        """Drop what this step has computed, and end the run at the last whole step."""
+        """Drop the results of this step, and end the run at the last complete step."""
         self.optimizers().zero_grad(set_to_none=True)
         if self.logits_observer:
             self.logits_observer.discard()
@@ -305,7 +308,7 @@ class DistillationModule(lightning.LightningModule):
 
 
 def _counts(batch: Batch) -> list[int]:
-    """Return target tokens of a batch, its positions, and the target tokens that the student wrote."""
+    """Return the numbers of target tokens, of positions, and of target tokens that the student wrote."""
     mask = batch.labels != IGNORE
     by_student = 0 if batch.token_info is None else int(batch.token_info.by_student[mask].sum())
     return [int(mask.sum()), mask.numel(), by_student]

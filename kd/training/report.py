@@ -9,7 +9,7 @@ from kd.data.batches import Batch
 
 @dataclass(frozen=True)
 class LossTerm:
-    """Part of a step's loss: distillation and language modelling on a batch, with these weights or, if None, not."""
+    """Part of a step's loss: distillation and language modelling on a batch, with these weights. None omits a loss."""
 
     batch: Batch
     kd: float | None
@@ -21,12 +21,12 @@ class LossTerm:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did, on all ranks."""
+    """Report of one optimizer step, over all ranks."""
 
     metrics: dict[str, float]  # means of the losses per target token, and norms of the gradients
     lr: float
     alpha: float | None  # None without a training signal
     tokens: int  # target tokens
-    positions: int  # that the student computed
+    positions: int  # FLOPs of the student
     teacher_positions: int
-    rollout_tokens: dict[str, float] = field(default_factory=dict)  # read by student and teacher while they wrote
+    rollout_tokens: dict[str, float] = field(default_factory=dict)  # tokens that student and teacher read for sampling

@@ -1,9 +1,9 @@
-"""Progress of training in [0, 1] -> value: the same functions drive the learning rate and alpha.
+"""Schedules: functions from the progress of training in [0, 1] to a value, for the learning rate and for alpha.
 
 Each is pure, so a resumed run needs no scheduler state, and each reaches `peak`. `warmup` and `decay` are shares of the
-whole run. Two schedules of alpha with one peak differ in their mean, and so in how much they distil at all: to compare
-shapes alone, choose peaks that give one mean. It is named below; a warm-up from 0 that takes the share w of a run, and
-shortens what comes after it to 1 - w, makes it (1 - w) times that and adds w * peak / 2.
+whole run. Two schedules of alpha with one peak may differ in their mean, and so in how much they distil. To compare
+shapes alone, choose peaks that give one mean. The mean is named below. A warm-up from 0 takes the share w of a run, and
+shortens the rest to 1 - w. The mean is then (1 - w) times that, plus w * peak / 2.
 """
 
 import math
@@ -48,12 +48,12 @@ def cosine(progress: float, peak: float = 1.0, end: float = 0.0, warmup: float =
 
 
 def period(progress: float, peak: float = 1.0, end: float = 0.0, cycles: int = 4, warmup: float = 0.0) -> float:
-    """From peak down to end and up again in straight lines, `cycles` times down, after a warm-up from 0.
+    """Straight lines from peak down to end and up again, `cycles` times down, after a warm-up from 0.
 
     The triangular wave of Smith 2015, arXiv 1506.01186, begun at its peak and ended at its foot; cycles=1 is
-    linear_decreasing. Peng et al. 2024, arXiv 2410.16215, table 5, have a row "Period" for alpha, of whose shape and
-    number of periods nothing is known here: this is not a copy of it. The mean without the warm-up: (peak + end) / 2.
-    Raises UserError for cycles below 1.
+    linear_decreasing. Peng et al. 2024, arXiv 2410.16215, table 5, have a row "Period" for alpha. Its shape and number
+    of periods are not known here, so this is no copy of it. The mean without the warm-up: (peak + end) / 2. Raises
+    UserError for cycles below 1.
     """
     _shares(warmup)
     if cycles < 1:

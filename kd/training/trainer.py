@@ -1,4 +1,4 @@
-"""Lightning's trainer as every run has it."""
+"""Lightning's trainer with the arguments that all runs share."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def build_trainer(
     max_steps: int, precision: str, accelerator: str = "auto", devices: int = 1, sharded: bool = False,
     callbacks: Sequence[Callback] = (), loggers: Sequence[Logger] = (), folder: Path | None = None,
 ) -> lightning.Trainer:  # fmt: skip
-    """Return a trainer that counts optimizer steps alone, and leaves checkpoints, progress and validation to callbacks.
+    """Return a trainer that only counts optimizer steps. Callbacks do checkpoints, progress and validation.
 
-    sharded: student and optimizer, see kd.parallel.fsdp.
+    sharded: True if each rank holds a part of student and optimizer, see kd.parallel.fsdp.
     """
     processes = ddp.lightning_arguments(devices, sharded)
     processes["plugins"] = [DigestIO(), *processes["plugins"]]

@@ -1,4 +1,4 @@
-"""Fitted laws: coefficients with their intervals, and what the runs leave undetermined."""
+"""Fitted laws: coefficients with their intervals, and those that the runs do not determine."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Fit:
         return float(low), float(high)
 
     def bound_mark(self, name: str, value: float) -> str:
-        """Return ≤ or ≥ if a value is at an end of the search, within 1%, so that the truth may be beyond."""
+        """Return ≤ or ≥ if a value is within 1% of an end of the search, so that the true value may be beyond."""
         low, high = self.bounds.get(name, (0.0, math.inf))
         return "≤ " if value <= low * AT_BOUND else "≥ " if value >= high / AT_BOUND else ""
 
@@ -95,7 +95,7 @@ class Fit:
 
     @property
     def too_few_values(self) -> dict[str, str]:
-        """Coefficients of an axis that has fewer values than an exponent needs, with their number."""
+        """Coefficients of an axis with fewer values than an exponent needs, with the number of values."""
         if self.law is POWER:
             return {}
         axes = {"parameters": ("student sizes", "A alpha"), "tokens": ("numbers of tokens", "B beta"),
@@ -110,7 +110,7 @@ class Fit:
 
     @property
     def undetermined(self) -> list[str]:
-        """Coefficients at a bound, of too few values, or of an interval that is wide or ends at a bound."""
+        """Coefficients at a bound, with too few values, or with an interval that is wide or ends at a bound."""
         ends = {name: interval for name in self.law.names if (interval := self.interval(name))}
         wide = [name for name, (low, high) in ends.items() if high > low * UNDETERMINED
                 or self.bound_mark(name, low) or self.bound_mark(name, high)]  # fmt: skip
@@ -119,7 +119,7 @@ class Fit:
 
     @property
     def limits(self) -> list[str]:
-        """Warnings of too few values or settings for this law, whatever the intervals are."""
+        """Warnings of too few values or settings for this law, independent of the intervals."""
         lines = [
             f"The {self.title} is fitted to {few}: an exponent needs at least {FEWEST_VALUES}."
             if "teachers" not in few
@@ -141,7 +141,7 @@ class Fit:
 
     @property
     def warnings(self) -> list[str]:
-        """What the runs cannot tell of the coefficients."""
+        """Warnings about coefficients that the runs do not determine."""
         lines = self.limits
         if self.law is DISTILLATION and (better := self.better_than_teacher):
             lines.append(
@@ -166,7 +166,7 @@ class Fit:
 
 @dataclass
 class ScalingFits:
-    """All laws that a set of runs allows, and those that it does not."""
+    """All laws that a set of runs allows, and the reasons why other laws cannot be fitted."""
 
     name: str
     runs: list[Observation]

@@ -22,7 +22,7 @@ def fit_law(
     supervised: Fit | None = None,
     axis: str = "parameters",
 ) -> Fit:
-    """Fit a law to runs: once to all, once without the largest, and to `draws` resamples.
+    """Fit a law to runs: to all runs, to all but the largest, and to `draws` resamples.
 
     supervised: the supervised law, for the distillation law. axis: that of a power law.
     """
@@ -113,7 +113,7 @@ def fit_all(name: str, runs: list[Observation], notes: list[str], draws: int, se
 
 
 def too_few(runs: list[Observation], law: Law) -> str:
-    """Return why a law of N and D cannot be fitted to these runs; empty if it can."""
+    """Return the reason why a law of N and D cannot be fitted to these runs; empty if it can."""
     sizes, amounts = (len(np.unique(column(runs, k))) for k in ("parameters", "tokens"))
     settings = len(np.unique(setting_numbers(runs)))
     if settings > len(law.names) and sizes > 1 and amounts > 1:
@@ -127,7 +127,7 @@ def too_few(runs: list[Observation], law: Law) -> str:
 
 
 def along_axes(runs: list[Observation]) -> dict[str, tuple[str, list[Observation]]]:
-    """Return the runs along one axis: of the largest student, with most tokens, and the best for their compute."""
+    """Return the runs along one axis: those of the largest student, those with most tokens, the best per compute."""
     if not runs:
         return {}
     size, most = max(run.parameters for run in runs), max(run.tokens for run in runs)

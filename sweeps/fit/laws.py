@@ -1,7 +1,7 @@
-"""Formulas of scaling laws, and the same in logarithms with their derivatives.
+"""Formulas of scaling laws, also in logarithms with their derivatives.
 
-N: parameters without embeddings. D: tokens trained on. L: loss on held-out text, nats per token. Coefficients are
-positive throughout, so that all is computed in logarithms, in float64.
+N: parameters without embeddings. D: training tokens. L: loss on held-out text, nats per token. Coefficients are
+positive, so that everything is computed in logarithms, in float64.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 Coefficients = dict[str, float]
-Inputs = tuple[np.ndarray, ...]  # what a law is a function of, each [n]
+Inputs = tuple[np.ndarray, ...]  # inputs of a law, each [n]
 
 # Busbridge et al. 2025, arXiv 2502.08606, section 4 and table 6: C4, 143M to 12.6B parameters, 73 and 697 runs.
 PUBLISHED = {
@@ -31,19 +31,19 @@ def power(c: Coefficients, x):
 
 
 def supervised(c: Coefficients, n, d):
-    """Return L(N, D) = E + (A / N^alpha + B / D^beta)^gamma, language modelling alone. arXiv 2502.08606, eq. 1.
+    """Return L(N, D) = E + (A / N^alpha + B / D^beta)^gamma, for language modelling alone. arXiv 2502.08606, eq. 1.
 
-    With gamma = 1 the law of Hoffmann et al. 2022, arXiv 2203.15556.
+    gamma = 1 gives the law of Hoffmann et al. 2022, arXiv 2203.15556.
     """
     return c["E"] + (c["A"] * n ** -c["alpha"] + c["B"] * d ** -c["beta"]) ** c["gamma"]
 
 
 def distilled(c: Coefficients, n, d, teacher_loss, supervised_loss):
-    """Return the loss of a student of N parameters after D tokens of a teacher of loss L_T. arXiv 2502.08606, eq. 8.
+    """Return the loss of a student with N parameters after D tokens of a teacher with loss L_T.
 
-    L_T + L_T^-c0 (1 + (L_T / (L d1))^(1/f1))^(-c1 f1) (A / N^alpha + B / D^beta)^gamma, where L
-    (`supervised_loss`) is the supervised law at N and D. The teacher enters by its loss alone, and a student is never
-    better than it.
+    arXiv 2502.08606, eq. 8: L_T + L_T^-c0 (1 + (L_T / (L d1))^(1/f1))^(-c1 f1) (A / N^alpha + B / D^beta)^gamma, where
+    L (`supervised_loss`) is the supervised law at N and D. The teacher enters only by its loss, and a student is never
+    better than its teacher.
     """
     with np.errstate(over="ignore"):  # a teacher far worse than the student: the factor is 0
         gap = (1 + (teacher_loss / (supervised_loss * c["d1"])) ** (1 / c["f1"])) ** (-c["c1"] * c["f1"])
@@ -95,7 +95,7 @@ def _log_reducible(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> tuple[np.
 
 
 class Law(NamedTuple):
-    """Law to fit. Starts and bounds are those of its coefficients in units in which N, D and L_T are 1 on average."""
+    """Law to fit. Starts and bounds are those of its coefficients, in units that make N, D and L_T 1 on average."""
 
     name: str
     formula: str

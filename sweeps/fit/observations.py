@@ -1,4 +1,4 @@
-"""Observations that laws are fitted to: the runs of a sweep, or the lines of a CSV file."""
+"""Observations for the fit of laws: the runs of a sweep, or the lines of a CSV file."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def data_of(runs: list[Observation]) -> Data:
 
 
 def setting_numbers(runs: list[Observation]) -> np.ndarray:
-    """Return the number of each run's setting, N, D and teacher: runs that share it differ in the seed alone [n]."""
+    """Return the number of each run's setting: N, D and teacher [n]. Runs of one setting differ only in the seed."""
     return numbered((run.parameters, run.tokens, run.teacher) for run in runs)
 
 
@@ -79,7 +79,7 @@ def numbered(values: Iterable) -> np.ndarray:
 
 
 def from_sweep(entries: list[Entry]) -> tuple[list[Observation], list[str]]:
-    """Return the finished runs of a sweep as observations, and notes on them and on the runs left out."""
+    """Return the finished runs of a sweep as observations, with notes on them and on the runs left out."""
     entries = list({e.folder: e for e in entries}.values())
     done, notes = [e for e in entries if e.result is not None], []
     if unfinished := len(entries) - len(done):

@@ -49,7 +49,7 @@ def hover_text(run: Observation) -> str:
 
 
 def agreement_plot(fits: list[Fit]) -> go.Figure:
-    """Return predicted against measured loss: runs that were fitted are filled, held-out ones hollow."""
+    """Return predicted against measured loss: fitted runs are filled, held-out ones hollow."""
     plot = canvas(480)
     pairs = [(fit, run, run.loss * math.exp(e)) for fit in fits for run, e in zip(fit.runs, fit.errors)]
     ends = padded(x for _, run, predicted in pairs for x in (run.loss, predicted))
@@ -72,21 +72,21 @@ def agreement_plot(fits: list[Fit]) -> go.Figure:
 
 
 def flops_per_token(runs: list[Observation]) -> Callable[[np.ndarray], np.ndarray]:
-    """Return forward FLOPs per token over parameters: between the measured sizes, a straight line of logarithms."""
+    """Return forward FLOPs per token over parameters, a straight line of logarithms between the measured sizes."""
     known = sorted({(run.parameters, run.forward_flops) for run in runs})
     n, per = np.log([x for x, _ in known]), np.log([f / x for x, f in known])
     return lambda size: size * np.exp(np.interp(np.log(size), n, per))
 
 
 def budgets(runs: list[Observation]) -> np.ndarray:
-    """Return up to six amounts of compute across those that were spent, a factor of at least 1.5 apart."""
+    """Return up to six amounts of compute in the range of the runs, at least a factor of 1.5 apart."""
     low, high = min(run.compute for run in runs), max(run.compute for run in runs)
     return np.geomspace(low, high, int(np.clip(math.log(high / low, 1.5) + 1, 1, 6)))
 
 
 @dataclass(frozen=True)
 class BestSize:
-    """Size of the lowest loss for a budget, by the law."""
+    """Size with the lowest loss for a budget, by the law."""
 
     compute: float
     parameters: float

@@ -77,10 +77,10 @@ class Problem:
     def optima(
         self, misfits: np.ndarray, weights: np.ndarray | None = None, known: Sequence[np.ndarray] = (), tries: int = 30
     ) -> list[np.ndarray]:
-        """Return optima, the best first, from `known` starts and `tries` starts of the grid that suit the weights.
+        """Return optima, the best first, from `known` starts and from `tries` starts of the grid that suit the weights.
 
-        First with a wide Huber loss, which is smooth, then with the real one: that of the published delta is nearly the
-        mean absolute error, on whose kinks L-BFGS stops early.
+        The first pass has a wide Huber loss, which is smooth, and the second the real one. With the published delta
+        that is nearly the mean absolute error, and L-BFGS stops early at its kinks.
         """
         weights = np.full(len(self.loss), 1 / len(self.loss)) if weights is None else weights
         order = np.argsort(misfits @ weights)
@@ -98,7 +98,7 @@ class Problem:
         return [theta for _, theta in sorted(final, key=lambda optimum: optimum[0])]
 
     def coefficients(self, theta: np.ndarray) -> Coefficients:
-        """Return the coefficients in the units of the law as it is written."""
+        """Return the coefficients in the units of the law's formula."""
         c = dict(zip(self.law.names, np.exp(theta).tolist()))
         if self.law is POWER:
             return c | {"C": math.exp(theta[1] + c["kappa"] * self.n0)}
@@ -118,8 +118,8 @@ def huber(residual: np.ndarray, delta: float = DELTA) -> tuple[np.ndarray, np.nd
 def resampled(settings: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return how often each run is drawn, as weights that add up to 1 [n]. settings: the number of its setting [n].
 
-    Settings are drawn, with replacement, each with all its seeds: what a law misses in a setting all its seeds share,
-    so that runs drawn one by one would make intervals too narrow.
+    Settings are drawn with replacement, each with all its seeds. The error of a law in a setting is common to all its
+    seeds, so runs drawn one by one would give too narrow intervals.
     """
     count = settings.max() + 1
     weights = rng.multinomial(count, np.full(count, 1 / count))[settings]
@@ -127,10 +127,10 @@ def resampled(settings: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def held_out(compute: np.ndarray, settings: np.ndarray, least: int) -> np.ndarray:
-    """Return a mask of the largest runs by compute, at least SHARE of them; none unless `least` settings remain [n].
+    """Return a mask of the largest runs by compute, at least SHARE of them [n].
 
-    Runs of the same compute, such as seeds of one setting, stand on the same side. settings: the number of each run's
-    setting [n].
+    The mask is all False unless `least` settings remain. Runs of equal compute, such as seeds of one setting, are on
+    the same side. settings: number of each run's setting [n].
     """
     rounded = np.array([float(f"{x:.4g}") for x in compute])
     for bound in np.unique(rounded)[::-1]:
@@ -141,7 +141,7 @@ def held_out(compute: np.ndarray, settings: np.ndarray, least: int) -> np.ndarra
 
 
 def loglinear(inputs: np.ndarray, log_loss: np.ndarray, fitted: np.ndarray) -> np.ndarray:
-    """Return log L by the plainest law, linear in logarithms, which another law has to beat [n].
+    """Return log L by the simplest law, linear in logarithms, which another law has to beat [n].
 
     inputs: logarithms [K, n]. fitted: mask of the runs that it is fitted to [n].
     """
@@ -150,7 +150,7 @@ def loglinear(inputs: np.ndarray, log_loss: np.ndarray, fitted: np.ndarray) -> n
 
 
 class LackOfFit(NamedTuple):
-    """F test of whether a law misses the means of settings by more than the seeds of a setting differ."""
+    """F test: does a law miss the means of settings by more than the seeds of a setting differ?"""
 
     f: float
     freedom: tuple[int, int]

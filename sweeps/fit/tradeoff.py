@@ -28,27 +28,27 @@ class TeacherCost:
 
     @property
     def training(self) -> float:
-        """FLOPs of its training, of a teacher whose tokens are known."""
+        """FLOPs of the teacher's training. Its training tokens have to be known."""
         assert self.tokens is not None, f"the tokens of teacher {self.label} are not known"
         return 3 * self.inference * self.tokens
 
     @property
     def inference(self) -> float:
-        """FLOPs of a forward pass per token, of a teacher whose cost is known."""
+        """FLOPs of the teacher's forward pass per token. Its cost has to be known."""
         assert self.flops_per_token is not None, f"the cost of teacher {self.label} is not known"
         return self.flops_per_token
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """Parts of the teacher's cost that count to the cost of distillation. arXiv 2502.08606, section 5.2."""
+    """Parts of the teacher's cost that are added to the cost of distillation. arXiv 2502.08606, section 5.2."""
 
     label: str
     inference: bool
     training: bool
 
     def knows(self, teacher: TeacherCost) -> bool:
-        """Whether the parts that count are known of a teacher."""
+        """Return True if a teacher's cost is known in the parts that this scenario adds."""
         flops = teacher.flops_per_token is not None
         return (flops or not self.inference) and ((flops and teacher.tokens is not None) or not self.training)
 
@@ -81,7 +81,7 @@ class ComputeTradeoff:
         return [(float(self.compute[a]), float(self.compute[b - 1])) for a, b in zip(edges[::2], edges[1::2])]
 
     def ranges_text(self, beyond_noise: bool = False) -> str:
-        """Return the ranges as text, † where they go beyond what was measured; unknown without cost or bootstrap."""
+        """Return the ranges as text, with † beyond the measured compute; unknown without cost or bootstrap."""
         unsure = beyond_noise and np.isnan(self.low).all() and not np.isnan(self.loss_reduction).all()
         if not self.known or unsure:
             return "unknown"
@@ -104,7 +104,7 @@ def teachers_of(runs: list[Observation]) -> list[TeacherCost]:
 
 
 def student_tokens(compute, flops: float, teacher: TeacherCost, scenario: Scenario):
-    """Return the tokens that a student can be distilled with for so many FLOPs; NaN if the teacher alone costs more.
+    """Return the tokens that distillation of a student gets for these FLOPs; NaN if the teacher alone costs more.
 
     FLOPs = 3 F_S D_S + F_T (inference D_S + 3 training D_T), F a forward pass per token. arXiv 2502.08606, section 5.2.
     """
@@ -142,7 +142,7 @@ def measured_up_to(fits: ScalingFits, size: float, scenario: Scenario) -> float:
 
 
 def distillation_cost(run: Observation, scenario: Scenario) -> float:
-    """Return the FLOPs of a distilled run; 0 if a part that counts is not known of its teacher."""
+    """Return the FLOPs of a distilled run; 0 if a part of its teacher's cost is not known."""
     (teacher,) = teachers_of([run])
     if not scenario.knows(teacher):
         return 0.0
@@ -159,7 +159,7 @@ def tradeoffs_of(fits: ScalingFits) -> list[ComputeTradeoff]:
     trainings = [t.training for t in teachers if t.flops_per_token and t.tokens]
     most = 3 * (max(run.compute for run in fits.runs) + min(trainings, default=0))
     for student in sorted({(run.parameters, run.forward_flops) for run in fits.distilled_runs}):
-        # The laws are not asked about less text than the student was ever given.
+        # The laws are not evaluated below the fewest tokens that the student was trained on.
         least = min(run.tokens for run in fits.runs if run.parameters == student[0])
         compute = np.geomspace(3 * student[1] * least, most, GRID)
         for scenario in SCENARIOS:

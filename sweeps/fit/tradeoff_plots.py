@@ -90,7 +90,7 @@ def tradeoff_plot(fits: ScalingFits, tradeoffs: list[ComputeTradeoff]) -> go.Fig
                 hovertemplate=f"<b>{name}, measured</b><br>%{{y:+.4f}} nats at %{{x:.2e}} FLOPs<extra></extra>",
             )  # fmt: skip
         groups.append((first, len(plot.data)))
-        # Where nearly all goes to the teacher, the student learns next to nothing: that would take all of the height.
+        # If the teacher costs nearly all FLOPs, the student hardly learns; such points would take all of the height.
         seen = [reduction for pairs in measured.values() for _, reduction in pairs]
         reductions = np.concatenate([t.loss_reduction for t in tradeoffs if t.scenario == scenario] + [[0.0, *seen]])
         high, low = max(float(np.nanmax(reductions)), 0.01), float(np.nanmin(reductions))
@@ -117,7 +117,7 @@ def add_tradeoff(plot: go.Figure, tradeoff: ComputeTradeoff, color: str, visible
 
 
 def measured_reductions(fits: ScalingFits, size: float) -> list[tuple[float, float]]:
-    """Return compute, and mean loss alone - mean loss with the best teacher, at each D that both were run with."""
+    """Return compute, and mean loss alone minus mean loss with the best teacher, at each D that both were run with."""
     pairs = []
     for tokens in sorted({run.tokens for run in fits.distilled_runs if run.parameters == size}):
         supervised = [run for run in fits.supervised_runs if (run.parameters, run.tokens) == (size, tokens)]

@@ -1,4 +1,4 @@
-"""Command-line arguments that report, fit and dashboard share."""
+"""Command-line arguments of report, fit and dashboard."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def sweep_parser(program: str, description: str, nargs: str | None = None) -> ar
 
 
 def add_wandb_switch(parser: argparse.ArgumentParser) -> None:
-    """Add --wandb, by which what is written is also kept as an artefact."""
+    """Add --wandb, which also keeps the written files as an artefact."""
     parser.add_argument("--wandb", action="store_true", help="also keep it in Weights & Biases, with the runs")

@@ -19,12 +19,12 @@ def wandb_place(entries: list[Entry]) -> dict[str, str | None]:
 def keep_artifact(paths: list[Path], name: str, kind: str, notes: str, place: dict[str, str | None]) -> str:
     """Keep files in W&B as an artefact, and the page as media of a run of job type `kind`; return their address.
 
-    paths: the page first. Without a key or a network, the address is a folder of this machine, as for any run. Raises
-    UserError if W&B does not take the files.
+    paths: the page first. Without a key or a network the address is a folder of this machine, as for any run. Raises
+    UserError if W&B does not accept the files.
     """
     import wandb
 
-    from kd.runs.loggers import wandb_run  # which loads Lightning
+    from kd.runs.loggers import wandb_run  # loads Lightning
 
     try:
         run = wandb_run(**place, dir=str(paths[0].parent), name=f"{kind} {name}", group=name, job_type=kind,

@@ -19,7 +19,7 @@ TITLES = {  # of axes, with their units
 
 
 def axes_of(groups: list[Group]) -> list[str]:
-    """Return the settings that vary, without those that follow from one before them."""
+    """Return the settings that vary, without those that follow from an earlier one."""
     columns: dict[str, list[str]] = {}
     for key in varying([group.config for group in groups]):
         column = [json.dumps(group.config.get(key), sort_keys=True) for group in groups]
@@ -29,7 +29,7 @@ def axes_of(groups: list[Group]) -> list[str]:
 
 
 def axis_value(group: Group, key: str) -> float | str | None:
-    """Return a setting: a number if it is one or stands for one, such as a size."""
+    """Return a setting: as a number if it is one, or stands for one, such as a size."""
     setting, result = group.config.get(key), group.results[0]
     if key == "trainer.steps" and "tokens" in result:
         return float(result["tokens"])
@@ -57,7 +57,7 @@ def axis_text(group: Group, key: str) -> str:
 
 
 def ordered_texts(rows: list[Row], key: str) -> list[str]:
-    """Return the values of a setting: numbers by size, names by the mean loss with them."""
+    """Return the values of a setting: numbers by size, names by mean loss."""
     losses: dict[str, list[float]] = {}
     values = {}
     for row in rows:

@@ -30,14 +30,14 @@ class Plot:
 
 
 def distilled_rows(table: list[Row]) -> list[Row]:
-    """Return the distilled rows; of a sweep without any, all rows, compared to nothing."""
+    """Return the distilled rows. In a sweep without any, return all rows, without a baseline."""
     return [row for row in table if row.group.distilled] or [
         replace(row, baseline=None, difference=None) for row in table
     ]
 
 
 def heat_map(table: list[Row]) -> Plot | None:
-    """Return two crossed axes: the paired difference to the baseline, or the loss if some row has none."""
+    """Return two crossed axes: the paired difference to the baseline, or the loss if some row has no baseline."""
     rows = distilled_rows(table)
     keys = axes_of([row.group for row in rows])
     if len(keys) != 2 or any(row.group.config.get(key) is None for row in rows for key in keys):
@@ -96,7 +96,10 @@ def colored(cells: list[list[Row | None]], paired: bool) -> dict:
 
 
 def labels_within_noise(rows: list[Row], paired: bool) -> set[str]:
-    """Return the groups within noise of their baseline, or if some row has none of the lowest loss of their task."""
+    """Return the groups within noise of their baseline.
+
+    If some row has no baseline, return those within noise of the lowest loss of their task.
+    """
     if paired:
         return {row.group.label for row in rows if row.difference and row.difference.within_noise}
     tasks: dict[str, list[Group]] = {}
@@ -126,7 +129,7 @@ def rgba(color: tuple[int, int, int], share: float) -> str:
 
 
 def line_plots(table: list[Row]) -> list[Plot]:
-    """Return the loss over each numeric axis that has three values or more at the same other settings."""
+    """Return the loss over each numeric axis with three values or more at equal other settings."""
     rows = distilled_rows(table)
     keys, plots = axes_of([row.group for row in rows]), []
     for key in keys:

@@ -24,7 +24,7 @@ TOLD_BY_OTHERS = (
 
 
 def varying_axes(entries: list[Entry]) -> list[str]:
-    """Return the axes that tell the runs apart, that of the most values first; sizes as numbers of parameters."""
+    """Return the axes in which the runs differ, that with most values first; sizes as numbers of parameters."""
     values: dict[str, set] = {}
     for entry in entries:
         for key, value in axes(entry.result["config"], sizes_of(entry.result)).items() if entry.result else ():
@@ -61,7 +61,7 @@ def panels(keys: list[str], metric: Metric) -> list:
 
 def pinned_columns(keys: list[str], metric: Metric) -> list[str]:
     """Return the columns of the table: the axes, and the final metrics, that of the sweep first."""
-    shown = [metric, *(m for m in metrics() if m.column and m.name != "acceptance")]  # which W&B is not sent
+    shown = [metric, *(m for m in metrics() if m.column and m.name != "acceptance")]  # not sent to W&B
     return [*(f"config:{key}.value" for key in keys), *dict.fromkeys(f"summary:{m.final_key}" for m in shown)]
 
 
@@ -106,8 +106,8 @@ def check_package() -> None:
 def save_dashboard(root: str | Path, report: Report, paths: list[Path]) -> list[str]:
     """Save view and report and return their addresses.
 
-    paths: of the written report, HTML and Markdown first. Raises UserError without an account, or if W&B does not take
-    them.
+    paths: of the written report, HTML and Markdown first. Raises UserError without an account, or if W&B does not
+    accept them.
     """
     import wandb
 

@@ -18,7 +18,7 @@ SUPERVISED, FINE_TUNED, SEQUENCE_LEVEL = "language modelling alone", "SFT", "Seq
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed."""
+    """Runs that differ only in the seed."""
 
     label: str
     config: dict
@@ -34,12 +34,12 @@ class Group:
 
     @property
     def distilled(self) -> bool:
-        """Whether the runs learn a teacher's distributions, so that all axes have a meaning."""
+        """True if the runs learn a teacher's distributions, so that all axes have a meaning."""
         return name_without_loss(self.config) is None
 
     @property
     def task(self) -> str:
-        """Student, data and steps, so of full rows the tokens."""
+        """Student, data and steps, and so, with full rows, the tokens."""
         return subset(self.config, *TASK)
 
     @property
@@ -63,7 +63,7 @@ class Group:
 
 
 def is_supervised(config: dict) -> bool:
-    """Whether a run learns nothing from a teacher, neither its distributions nor its text."""
+    """Return True if a run learns neither a teacher's distributions nor its text."""
     return config["logits"] == "none" and config.get("rollout", "none") == "none"
 
 
@@ -75,17 +75,17 @@ def name_without_loss(config: dict) -> str | None:
 
 
 def baseline_name(groups: list[Group]) -> str:
-    """Return what language modelling alone is called in a sweep."""
+    """Return the name of language modelling alone in a sweep."""
     return next((name_without_loss(g.config) for g in groups if g.supervised), None) or SUPERVISED
 
 
 def primary_metric(groups: list[Group]) -> Metric:
-    """Return Rouge-L if all runs generated responses, as papers on instructions have it; else the loss."""
+    """Return Rouge-L if all runs generated responses, as in papers on instructions; else the loss."""
     return ROUGE_L if groups and all(ROUGE_L.key in r["final"] for g in groups for r in g.results) else LOSS
 
 
 def group_runs(entries: list[Entry]) -> list[Group]:
-    """Return the finished runs by what they differ in, the best first, labelled by what the sweep varies."""
+    """Return the finished runs grouped by their settings, the best first, labelled by the settings that vary."""
     runs: dict[str, dict[int, Entry]] = {}
     for entry in entries:
         if entry.result is not None:
@@ -104,7 +104,7 @@ def group_runs(entries: list[Entry]) -> list[Group]:
 
 
 def tasks_of(groups: list[Group]) -> list[list[Group]]:
-    """Return the groups whose losses can be compared, together."""
+    """Return the groups by task. Losses can be compared within a task."""
     tasks: dict[str, list[Group]] = {}
     for group in groups:
         tasks.setdefault(group.task, []).append(group)
@@ -112,12 +112,15 @@ def tasks_of(groups: list[Group]) -> list[list[Group]]:
 
 
 def describe_task(groups: list[Group]) -> str:
-    """Name what rows of one task share; rows of instructions are not full, so that their tokens may differ."""
+    """Return the common part of a task's rows as text.
+
+    Rows of instructions are not full, so their tokens may differ.
+    """
     return f"student, data and {'steps' if any(g.config['data'] == 'instructions' for g in groups) else 'tokens'}"
 
 
 def outcome_settings(config: dict) -> dict:
-    """Return the settings that the outcome depends on, without the seed, and those that made its teacher and start."""
+    """Return the settings that the result depends on, without the seed, and those of its teacher and start."""
     made: tuple[str, ...] = ()
     made += ("teacher",) if config["logits"] != "none" and (config["teacher.size"] or config.get("teacher.sft")) else ()
     made += ("start", "plain") if config["data"] == "instructions" else ()  # which has the tokenizer of the plain text
@@ -131,7 +134,7 @@ def subset(config: dict, *prefixes: str) -> str:
 
 
 def varying(configs: list[dict]) -> list[str]:
-    """Return the settings that tell configs apart, the name of their line or the loss first.
+    """Return the settings in which configs differ, the name of their line or the loss first.
 
     A setting of one option, such as loss.mu, counts if it varies within that option.
     """
@@ -145,7 +148,10 @@ def varying(configs: list[dict]) -> list[str]:
 
 
 def label(config: dict, keys: list[str]) -> str:
-    """akl, fkl tau=2, student=1m lr.peak=0.002: the words that a person would type, shortened; tokens for steps."""
+    """Return the words that a person would type, shortened: akl, fkl tau=2, student=1m lr.peak=0.002.
+
+    Steps are given as tokens.
+    """
     words = []
     for key in keys:
         axis, _, name = key.rpartition(".")

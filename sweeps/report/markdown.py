@@ -90,7 +90,7 @@ def difference_cell(value: Interval | None) -> str:
 
 
 def gap_cell(row: Row, footnote: bool) -> str:
-    """Return the share of the gap to the teacher; † if that is another teacher than the other rows'."""
+    """Return the share of the gap to the teacher, with † if its teacher differs from that of the other rows."""
     share = row.gap_closed
     if share is None:
         return "–"
@@ -99,7 +99,7 @@ def gap_cell(row: Row, footnote: bool) -> str:
 
 
 def plain(text: str) -> str:
-    """Return text without a meaning in Markdown or HTML, on one line."""
+    """Return text on one line, without characters that Markdown or HTML interprets."""
     text = (
         " ".join(strip_control_characters(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     )
@@ -111,7 +111,7 @@ def line(cells: list[str]) -> str:
 
 
 def fenced(text: str) -> str:
-    """Return text as it is, between more backticks than it has in a row, so that no part of it is markup."""
+    """Return text between more backticks than it has in a row, so that no part of it is markup."""
     most = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, most + 1)
     return f"{fence}text\n{strip_control_characters(text)}\n{fence}"

@@ -32,14 +32,14 @@ def folded(text: str, width: int = 24) -> str:
 
 
 def buttons(above: int, choices: dict[str, list], method: str) -> list[dict]:
-    """Return buttons over a plot, with plotly's arguments of each."""
+    """Return buttons over a plot, with each button's arguments for plotly."""
     items = [{"label": title, "method": method, "args": arguments} for title, arguments in choices.items()]
     place = {"x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "pad": {"b": above}}
     return [{"type": "buttons", "direction": "right", "buttons": items, **place}]
 
 
 def padded(values: Iterable[float]) -> list[float]:
-    """Return a range with a little room on both sides."""
+    """Return a range with some room on both sides."""
     low, high = min(values := list(values)), max(values)
     room = 0.06 * (high - low) or 0.05 * abs(high) or 1
     return [low - room, high + room]
@@ -109,7 +109,7 @@ def line_of(row: Row) -> dict:
 
 
 def learning_curves(table: list[Row], lines: list[ReferenceLine]) -> go.Figure | None:
-    """Return validation loss over tokens or FLOPs, a line per group; None if nothing was measured on the way."""
+    """Return validation loss over tokens or FLOPs, a line per group; None if nothing was measured during training."""
     drawn = [(row, curve) for row in table if (curve := learning_curve([*row.group.runs.values()]))]
     if not drawn:
         return None

@@ -19,5 +19,5 @@ def question(name: str) -> str:
 
 
 def papers_answer(name: str) -> str:
-    """Return which paper asked the same, and what it found."""
+    """Return the paper that asked the same question, and its result."""
     return " ".join(head(name)).partition("Answers to: ")[2]

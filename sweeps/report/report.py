@@ -1,4 +1,4 @@
-"""Numbers of a report, which HTML, Markdown, CSV and W&B render."""
+"""Numbers of a report, for HTML, Markdown, CSV and W&B."""
 
 from __future__ import annotations
 

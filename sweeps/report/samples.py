@@ -37,9 +37,9 @@ Responses = list[tuple[Row, dict[int, dict]]]  # rows of the table with what the
 
 
 def samples_of(table: list[Row]) -> list[Sample]:
-    """Return some prompts, spread evenly over the validation rows, so chosen without regard to their responses.
+    """Return some prompts, spread evenly over the validation rows and so chosen independently of their responses.
 
-    Of each row of the table, the run with the lowest seed and its first sample. A row is left out if its prompts or
+    Each row of the table shows the run with the lowest seed, and its first sample. A row is left out if its prompts or
     its settings of responses differ from the first row's, or if its file is damaged.
     """
     responses: Responses = [(row, lines) for row in table if (lines := first_samples(row.group))]

@@ -39,7 +39,7 @@ def schedule_plots(table: list[Row]) -> list[Plot]:
 
 
 def schedule_values(config: dict, role: str, points: int = 200) -> list[float]:
-    """Return a schedule at the middle of each of so many steps; empty if this version has no such schedule."""
+    """Return a schedule at the middle of each of `points` steps; empty if this version has no such schedule."""
     settings = {k.removeprefix(f"{role}."): v for k, v in config.items() if k.startswith(f"{role}.")}
     if "cycles" in settings:
         settings["cycles"] = int(settings["cycles"])

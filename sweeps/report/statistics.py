@@ -24,12 +24,12 @@ class Interval(NamedTuple):
 
     @property
     def within_noise(self) -> bool:
-        """Whether 0 is inside."""
+        """True if 0 is inside the interval."""
         return self.half is not None and abs(self.mean) <= self.half
 
     @property
     def beyond_noise(self) -> bool:
-        """Whether 0 is outside; False for one seed."""
+        """True if 0 is outside the interval; False for one seed."""
         return self.half is not None and not self.within_noise
 
 
@@ -59,7 +59,7 @@ def baseline(group: Group, groups: list[Group]) -> Group | None:
 
 
 def gap_closed(group: Group, base: Group | None, metric: Metric = LOSS) -> Interval | None:
-    """Return the share of the gap between its baseline and its teacher that group closes, over the seeds of all three.
+    """Return the share of the gap between baseline and teacher that a group closes, over the seeds of all three.
 
     A ratio of means, with the interval of a ratio: that of change - share * gap, seed by seed, over the mean gap
     (Cochran, Sampling Techniques, chapter 6).
@@ -77,9 +77,9 @@ def gap_closed(group: Group, base: Group | None, metric: Metric = LOSS) -> Inter
 
 
 def best_group(groups: list[Group], metric: Metric) -> Group:
-    """Return the group that no other is ahead of on the seeds that both have, beginning with those of most seeds.
+    """Return the group that no other beats on the seeds that both have. Groups with most seeds are compared first.
 
-    A group of fewer seeds has to be ahead beyond noise, since a single seed may be a lucky one.
+    A group with fewer seeds has to be ahead beyond noise, since a single seed may be a lucky one.
     """
     best, *others = sorted(groups, key=lambda g: -len(g.runs))
     for group in others:

@@ -22,7 +22,7 @@ GREY = "#8c929c"
 
 @dataclass(frozen=True)
 class Row:
-    """Group with what it is compared to."""
+    """Group with the groups that it is compared to."""
 
     group: Group
     baseline: Group | None
@@ -34,13 +34,13 @@ class Row:
 
     @property
     def cotrained(self) -> bool:
-        """Whether its teacher was trained along with it, so that no other row has the same."""
+        """True if its teacher was trained along with it, so that no other row has the same teacher."""
         return self.group.config["logits"] == "cotrained"
 
 
 @dataclass(frozen=True)
 class ReferenceLine:
-    """Values beside the students: of a teacher, of students before training, or the lowest loss there can be."""
+    """Values beside the students: of a teacher, of students before training, or the lowest possible loss."""
 
     label: str
     dash: str  # of its line in plots; empty for none
@@ -49,13 +49,13 @@ class ReferenceLine:
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns that tell something of these rows."""
+    """Columns of a table that are useful for its rows."""
 
     metrics: list[Metric]
     constant: dict[str, str]  # labels of metrics that are the same in all rows, with their value
     ranked: bool  # whether some row has another difference to the best of its task than to its baseline
     gaps: bool
-    footnote: bool  # whether some gaps are those to another teacher
+    footnote: bool  # True if some gaps are to another teacher
     seeds: int | None  # of all rows; None if they differ
 
 
@@ -99,9 +99,9 @@ def columns_of(rows: list[Row], metric: Metric, lines: list[ReferenceLine]) -> C
 
 
 def measured(groups: list[Group], metric: Metric) -> list[Metric]:
-    """Return the metrics beside `metric` that any group has a value for.
+    """Return the metrics beside `metric` that some group has a value for.
 
-    Bits per byte, a multiple of the loss if all have one tokenizer, are then in the CSV alone.
+    Bits per byte are left to the CSV if all groups have one tokenizer, since they are then a multiple of the loss.
     """
     tokenizers = {result.get("bytes_per_token") for g in groups for result in g.results}
     left_out = {metric} | ({BY_NAME["bpb"]} if len(tokenizers) == 1 else set())
@@ -109,7 +109,7 @@ def measured(groups: list[Group], metric: Metric) -> list[Metric]:
 
 
 def constant_values(groups: list[Group], metrics: Iterable[Metric], lines: list[ReferenceLine]) -> dict[Metric, str]:
-    """Return the metrics with one value, as shown, wherever they were measured."""
+    """Return the metrics with one displayed value in all groups and lines that have them."""
     shown = {}
     for metric in metrics if len(groups) > 1 else ():
         values = [mean.mean for g in groups if (mean := g.mean(metric.key))]
@@ -143,7 +143,7 @@ def reference_lines(groups: list[Group]) -> list[ReferenceLine]:
 
 
 def before_training(groups: list[Group]) -> list[ReferenceLine]:
-    """Return the values of students that are not random before their training, a line for each start."""
+    """Return the values of pretrained students before training, a line for each start."""
     starts: dict[str, list[dict[str, float]]] = {}
     for result in (result for group in groups for result in group.results if result.get("initial")):
         starts.setdefault(subset(result["config"], "student", "start", "data"), []).append(result["initial"])

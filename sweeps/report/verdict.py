@@ -1,4 +1,4 @@
-"""Verdict on a sweep: the best group, how far it is from its baseline, and what cannot be told apart from it."""
+"""Verdict on a sweep: the best group, its difference to the baseline, and the groups within noise of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Verdict:
 
     task: str  # label of the task; empty if the sweep has one
     best: str
-    rivals: int  # groups that it was picked from, itself among them
+    rivals: int  # number of groups that it was picked from, itself included
     metric: Metric
     value: Interval  # of the best, over the seeds that its baseline has too
     baseline: str | None  # None: there is none, or the best is language modelling alone itself
@@ -48,7 +48,7 @@ class Verdict:
         return 4 if self.difference and abs(self.difference.mean) < 0.005 else 3
 
     def line(self) -> str:
-        """Return all of it as one line."""
+        """Return the whole verdict as one line."""
         change, n = self.difference, (self.difference or self.value).n
         rank = f" is {extreme(self.metric)} of {self.rivals}" if self.rivals > 1 else ""
         half = "" if change else plus_minus(self.value.half, self.digits)
@@ -87,7 +87,7 @@ class Verdict:
 
 
 def verdicts_of(groups: list[Group]) -> list[Verdict]:
-    """Return a verdict for each task that has something to compare. groups: the best first."""
+    """Return a verdict for each task that has groups to compare. groups: the best first."""
     tasks = [task for task in tasks_of(groups) if not all(g.supervised for g in task)] or tasks_of(groups)
     keys = [k for k in varying([g.config for g in groups]) if is_under(k, TASK)] if len(tasks) > 1 else []
     metric = primary_metric(groups)
@@ -145,6 +145,6 @@ def percent(share: Interval) -> str:
 
 
 def shortened(names: list[str]) -> str:
-    """Join names, as far as they are few."""
+    """Join names; only the first ones if they are many."""
     kept = MOST_NAMED - 1
     return join_words(names if len(names) <= MOST_NAMED else [*names[:kept], f"{len(names) - kept} more"])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 
 def join_words(words: list[str]) -> str:
-    """a, b and c"""
+    """Join words: a, b and c."""
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
 def format_amount(value: float) -> str:
-    """85k, 1.2M, 3B, 4.5e+12"""
+    """Return a number as text: 85k, 1.2M, 3B, 4.5e+12."""
     for bound, unit in ((1e3, ""), (1e6, "k"), (1e9, "M"), (1e12, "B")):
         if value < 0.9995 * bound:
             return f"{value / bound * 1e3:.3g}{unit}"

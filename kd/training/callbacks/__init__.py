@@ -1,1 +1,1 @@
-"""Callbacks of a run: what stands around its steps. Lightning calls them in the order of the list."""
+"""Callbacks of a run: all work around its steps. Lightning calls them in the order of the list."""

@@ -21,13 +21,14 @@ KEPT = 2  # newest checkpoints: one to resume from, one in case it is damaged
 
 
 class Checkpoints(Callback):
-    """Saves every `every` steps, keeps the newest two, and restores all that a resumed run needs to end bit for bit.
+    """Checkpoints every `every` steps. The newest two are kept. A resumed run ends bit for bit as an undisturbed one.
 
-    Saved at the start of a batch, when everything that belongs to the step before, validation included, is done; so
-    what a resumed run still has to do is exactly what remains. Each has the code of the run, and a run of other code
-    does not go on with it.
+    A checkpoint is saved at the start of a batch, after all work of the step before, validation included. So a resumed
+    run does exactly the remaining work. Each checkpoint has the code of its run; a run of other code does not continue
+    from it.
 
-    before_save(step), before_send(seconds to wait): what has to be on the disk, and at the URL, ahead of a checkpoint.
+    before_save(step): writes the files that have to be on the disk before a checkpoint. before_send(seconds to wait):
+    copies the files that have to be at the URL before it.
     """
 
     def __init__(
@@ -39,8 +40,8 @@ class Checkpoints(Callback):
         self.config, self.code = config, {name: code[name] for name in ("sources", "origins")}
         self.before_save, self.before_send = before_save, before_send
         self.resumed_at = self.saved_at = -1
-        self.random_state: dict | None = None  # of the checkpoint that the run goes on from
-        self.step_start: dict = {}  # what changes within a step before the weights do
+        self.random_state: dict | None = None  # step of the checkpoint that the run continues from
+        self.step_start: dict = {}  # state that changes within a step before the weights
 
     def setup(self, trainer, module, stage) -> None:
         self.module = module
@@ -72,7 +73,7 @@ class Checkpoints(Callback):
         self.random_state = states[collectives.rank()] if collectives.rank() < len(states) else None
 
     def _load_rollout(self, states: list[dict]) -> None:
-        """Go on with the rollout of this rank, from those of all ranks that there were."""
+        """Restore the rollout of this rank from the states of all ranks of the checkpoint."""
         rollout = self.module.rollout
         if not rollout:
             return
@@ -111,7 +112,7 @@ class Checkpoints(Callback):
         }
 
     def _end_unfinished_step(self, trainer) -> None:
-        """Go back to the start of a step that was left in its midst, save that, and end."""
+        """Return to the start of an unfinished step, save that state, and end."""
         for group, lr in zip(self.module.optimizers().param_groups, self.step_start["lr"], strict=True):
             group["lr"] = lr
         if self.module.rollout:
@@ -128,7 +129,7 @@ class Checkpoints(Callback):
     def _save(self, trainer, wait: float) -> None:
         """Save a checkpoint. wait: seconds for a URL that is away."""
         for logger in trainer.loggers:
-            logger.save()  # what was measured before a checkpoint is not measured again
+            logger.save()  # metrics from before a checkpoint are not measured again
         if self.before_save:
             self.before_save(trainer.global_step)
         path = self.folder / f"step-{trainer.global_step:08}.ckpt"

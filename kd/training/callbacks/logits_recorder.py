@@ -1,4 +1,4 @@
-"""Recording of a student's logits while it trains, as a store for students of its own."""
+"""Recording of a student's logits during training, as a store for students of its own."""
 
 from __future__ import annotations
 

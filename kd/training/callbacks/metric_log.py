@@ -1,4 +1,4 @@
-"""Training metrics on their way to the loggers."""
+"""Logging of training metrics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kd.runs.outcome import NonFinite
 
 
 class MetricLog(Callback):
-    """Logs the metrics of every `every`-th step. axes: what plots are drawn against, see Throughput."""
+    """Logger of the metrics of every `every`-th step. axes: horizontal axes of plots, see Throughput."""
 
     def __init__(self, every: int, axes: Callable[[], dict[str, float]]):
         self.every, self.axes = every, axes

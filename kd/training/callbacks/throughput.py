@@ -11,13 +11,13 @@ from kd.system.processes import peak_memory
 
 
 class Throughput(Callback):
-    """Counts tokens, FLOPs and seconds, over all parts of a run that was killed and resumed.
+    """Counter of tokens, FLOPs and seconds, over all parts of a run that was killed and resumed.
 
-    Every `log_every` steps it logs time per step, tokens per second and peak memory, to all loggers but metrics.jsonl,
-    which has no clock. A step is from its batch to its update, without validation and checkpoints.
+    Every `log_every` steps it logs time per step, tokens per second and peak memory. They go to all loggers except
+    metrics.jsonl, which has no clock. A step lasts from its batch to its update, without validation and checkpoints.
 
-    student_flops: of a forward pass of the student, per token. teacher_flops: of the teacher's side of a step, per
-    position.
+    student_flops: FLOPs of the student's forward pass, per token. teacher_flops: FLOPs of the teacher's side of a step,
+    per position.
     """
 
     def __init__(self, student_flops: float, teacher_flops: float, log_every: int):
@@ -35,7 +35,7 @@ class Throughput(Callback):
         return self._seconds + (0.0 if self._counted_from is None else time.monotonic() - self._counted_from)
 
     def axes(self) -> dict[str, float]:
-        """Return what plots are drawn against."""
+        """Return the horizontal axes of plots: tokens and FLOPs so far."""
         return {"tokens": self.tokens, "flops": self.flops}
 
     def state_dict(self) -> dict:
