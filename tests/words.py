@@ -40,9 +40,6 @@ NAMES_LATER = {
     "kd/objective", "kd/parallel", "kd/rollout", "kd/runs", "kd/store", "kd/system", "kd/training", "sweeps/fit",
     "sweeps/report",
 }  # fmt: skip
-DOCSTRINGS_LATER = {
-    "kd/config", "kd/data", "kd/evaluation", "kd/experiment", "kd/models", "kd/objective", "kd/teachers"
-}  # fmt: skip
 
 
 def documents() -> list[str]:
@@ -154,14 +151,11 @@ def check() -> tuple[list[str], list[str]]:
         clean.extend(f"{name} ({title})" for name in sorted(later) if not groups.get(name))
 
     add(DOCUMENTS_LATER, {name: list(document_faults(name)) for name in documents()}, "DOCUMENTS_LATER")
-    for later, rule, title in (
-        (NAMES_LATER, name_faults, "NAMES_LATER"),
-        (DOCSTRINGS_LATER, docstring_faults, "DOCSTRINGS_LATER"),
-    ):
-        groups: dict[str, list[str]] = {}
-        for path in sources():
-            groups.setdefault(package_of(path), []).extend(rule(path))
-        add(later, groups, title)
+    groups: dict[str, list[str]] = {}
+    for path in sources():
+        groups.setdefault(package_of(path), []).extend(name_faults(path))
+        faults.extend(docstring_faults(path))
+    add(NAMES_LATER, groups, "NAMES_LATER")
     return faults, clean
 
 

@@ -1,1 +1,1 @@
-"""Options: the config groups and their components, rules between them, what a command line may say."""
+"""Options: the config groups and their components, rules between them, checks of the command line."""

@@ -1,4 +1,4 @@
-"""From the composed config to objects: only what an allowlist admits, with arguments of the right types."""
+"""Objects built from the composed config. An allowlist limits their functions; signatures give the argument types."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TAKES = {
 # Arguments that would make a library run code it downloaded or unpickle what it reads.
 FORBIDDEN = ("trust_remote_code", "allow_pickle", "weights_only", "use_safetensors")
 
-# Modules as they were called in the manifests of stores that are older than the packages of kd.
+# Older names of modules, in manifests of stores that were written before kd had packages.
 FORMER = {
     **dict.fromkeys(("logits.offline", "logits.recorded"), "teachers.stored"),
     **{f"logits.{name}": f"teachers.{name}" for name in ("none", "online", "cotrained")},
@@ -98,9 +98,9 @@ def modules_of(group: str) -> tuple[str, ...]:
 
 
 def locate(target: str, path: str) -> tuple[str, str]:
-    """Module and name of what `target` stands for in the group `path`; raises UserError unless the allowlist admits it.
+    """Return the module and the name that `target` stands for in the group `path`.
 
-    Imports nothing, so that what is refused has done nothing.
+    Raises UserError unless the allowlist admits it. Imports nothing, so that a refused module never runs.
     """
     module, _, name = str(target).rpartition(".")
     allowed = _allowed(path)
@@ -150,7 +150,7 @@ def takes_group(function: ast.FunctionDef, group: str) -> bool:
 
 @cache
 def _allowed(path: str) -> list[str]:
-    """What `_target_` may be in a group."""
+    """Return the values that `_target_` may have in a group."""
     options = builtin_files(path) if path in MODULES else ()
     modules = modules_of(path)
     allowed = sorted({f"kd.{m}.{f.stem}" for f in options for m in modules if f.stem in functions(m)})
@@ -158,7 +158,7 @@ def _allowed(path: str) -> list[str]:
 
 
 def load(target: str, path: str):
-    """The function or class that `target` names, once more checked as an object."""
+    """Return the function or class that `target` names. The object is checked again after the import."""
     module, name = locate(target, path)
     if plugins.plugin_of(target):
         found = plugins.load(target, f"{path}._target_")
@@ -175,7 +175,7 @@ def load(target: str, path: str):
 
 @cache
 def functions(module: str) -> dict[str, str]:
-    """Public functions that the source of a module of kd defines, with the first line of their docstrings."""
+    """Return the public functions in the source of a module of kd, with the first line of their docstrings."""
     return {name: plugins.first_docstring_line(function) for name, function in _definitions(module).items()}
 
 
@@ -186,13 +186,16 @@ def _definitions(module: str) -> dict[str, ast.FunctionDef]:
 
 @cache
 def declared(module: str, decorator: str) -> dict[str, tuple[str, ...]]:
-    """Arguments of a decorator on public functions of a module of kd, read from its source: function -> texts."""
+    """Return the arguments of a decorator on public functions of a module of kd: function -> texts.
+
+    They are read from the source, without an import.
+    """
     calls = {name: plugins.decorator(function, decorator) for name, function in _definitions(module).items()}
     return {name: arguments[0] for name, arguments in calls.items() if arguments}
 
 
 def declarations(target: str, decorator: str) -> tuple[str, ...]:
-    """Arguments of a decorator on the function of kd or of a plug-in that `target` names; none without it."""
+    """Return a decorator's arguments on the function of kd or a plug-in that `target` names; () if not decorated."""
     module, _, name = target.rpartition(".")
     if module.startswith("kd."):
         return declared(module.removeprefix("kd."), decorator).get(name, ())
@@ -208,9 +211,9 @@ def meaning(target: str, group: str) -> str:
 
 
 def build(node: Node, path: str):
-    """The function that node names, with the node's other keys as arguments; the rest is given when it is called.
+    """Return the function that a node names, with the node's other keys bound as arguments.
 
-    Raises UserError for a wrong target, name or type.
+    The caller passes the remaining arguments. Raises UserError for a wrong target, name or type.
     """
     settings = {k: v for k, v in node.items() if k != "_target_"}
     function = load(node["_target_"], path)
@@ -219,7 +222,7 @@ def build(node: Node, path: str):
 
 
 def check_types(function, settings: Node, path: str) -> None:
-    """The signature is the schema: raise UserError for a name it does not have or a value of another type."""
+    """Raise UserError for a setting that the function's signature lacks, or a value of another type."""
     parameters, hints = parameters_of(function)
     known = [name for name in parameters if name not in GIVEN and (path, name) != ("optim", "lr")]
     for name, value in settings.items():
@@ -231,7 +234,7 @@ def check_types(function, settings: Node, path: str) -> None:
                 need=f"one of {', '.join(known)}" if known else "",
                 hint="" if known else f"leave {path}.{name} out",
             )
-        # What torch says of its types is too loose to check; its defaults tell, where they are not None.
+        # The annotations of torch are too loose to check. Defaults that are not None give the types.
         default = parameters[name].default
         hint = hints.get(name, float if type(default) is int else type(default))
         if name in hints or default is not None:
@@ -272,7 +275,7 @@ def _fits(value, hint) -> bool:
 
 
 def typed(value) -> str:
-    """A value as Hydra reads it after `name=`."""
+    """Return a value in the form in which Hydra reads it after `name=`."""
     if value is None:
         return "null"
     if isinstance(value, list):
@@ -295,7 +298,7 @@ def _say(hint) -> str:
 
 
 def checked(function, node: Mapping[str, typing.Any], path: str) -> Node:
-    """The part of node that the function has parameters for, with their types checked."""
+    """Return the settings of a node that the function has parameters for; raise UserError for a wrong type."""
     settings = {k: v for k, v in node.items() if k in parameters_of(function)[0]}
     check_types(function, settings, path)
     return settings
@@ -305,13 +308,13 @@ PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # as Lightning calls the
 
 
 def check_sweep(name: str | None) -> None:
-    """Raise UserError for a sweep whose files would land elsewhere than in the folder of sweeps."""
+    """Raise UserError for a sweep whose files would be outside the folder of sweeps."""
     if name is not None and not files.is_name(name):
         raise UserError(option="sweep", got=name, need="a name and no path", hint="type e.g. sweep=mine")
 
 
 def flat(node: Node, prefix: str = "") -> Node:
-    """Nested keys joined with dots, `_target_` replaced by the name it ends in."""
+    """Return a flat dict: nested keys are joined with dots, and `_target_` becomes the name that it ends in."""
     out: Node = {}
     for key, value in node.items():
         if key == "_target_":
@@ -324,25 +327,28 @@ def flat(node: Node, prefix: str = "") -> Node:
 
 
 def option_files(group: str) -> list[Path]:
-    """Files of the options of a config group, of kd and then of others. A store keeps what a truncation can keep."""
+    """Return the option files of a config group: those of kd, then those of others.
+
+    The group `record` has those of `truncation`, since a store can keep the same parts of a distribution.
+    """
     folder = "truncation" if group == "record" else group
     others = [file for place in plugins.folders() for file in sorted((place / folder).glob("*.yaml"))]
     return builtin_files(group) + others
 
 
 def builtin_files(group: str) -> list[Path]:
-    """Files of the options of a group that kd brings along."""
+    """Return the option files of a group that belong to kd."""
     folder = {"sweeps": SWEEPS, "record": CONF / "truncation"}.get(group, CONF / group)
     return sorted(folder.glob("*.yaml"))
 
 
 def builtin_option_names(group: str) -> list[str]:
-    """Names of the options of a group that kd brings along."""
+    """Return the names of the options of a group that belong to kd."""
     return [*(SIZES if group in ("student", "teacher") else ()), *(file.stem for file in builtin_files(group))]
 
 
 def option_names(group: str) -> list[str]:
-    """Names of the options of a config group."""
+    """Return the names of the options of a config group."""
     sizes = SIZES if group in ("student", "teacher") else ()
     return [*sizes, *(file.stem for file in option_files(group))]
 

@@ -1,4 +1,4 @@
-"""Configs composed by Hydra from words, as train.py's command line would, and what it is told beside conf/."""
+"""Configs that Hydra composes from words, as for train.py, and the options that Hydra gets in addition to conf/."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kd.errors import UserError
 
 
 def register() -> None:
-    """Tell Hydra what is no file of conf/: students and teachers by size, truncations to record, and the sweeps."""
+    """Register options that are not files of conf/: students and teachers by size, truncations to record, sweeps."""
     store = ConfigStore.instance()
     for size in SIZES:
         for group in ("student", "teacher"):
@@ -44,7 +44,7 @@ def register() -> None:
 
 
 def register_folders() -> None:
-    """Tell Hydra the options of plug-ins, and of folders that the command line names; raise UserError for bad files."""
+    """Register options of plug-ins and of folders on the command line; raise UserError for bad files."""
     store = ConfigStore.instance()
     for group, name, node, is_global in search_path.options():
         if group == "sweeps":
@@ -61,7 +61,7 @@ def _store_sweep(name: str, sweep) -> None:
 
 
 def hydra_ready():
-    """Return a context in which Hydra composes; it is initialised for it unless it is already."""
+    """Return a context in which Hydra can compose. Hydra is initialised only if it is not yet."""
     if GlobalHydra.instance().is_initialized():
         return nullcontext()
     return hydra.initialize_config_dir(str(CONF), version_base="1.3")
@@ -69,7 +69,7 @@ def hydra_ready():
 
 @cache
 def composed(*typed: str) -> DictConfig:
-    """Return the config of these words, to be read and not changed: a run asks several times, and Hydra is slow."""
+    """Return the config of these words. Callers must not change it: it is cached, since Hydra is slow."""
     with hydra_ready():
         return hydra.compose("config", list(typed))
 

@@ -1,4 +1,4 @@
-"""Configs of many commands, composed by Hydra once per choice of groups: alone, it reads all files for each."""
+"""Configs of many commands. Hydra composes once per choice of groups; by itself it would read all files each time."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from kd.config.overrides import parsed
 
 
 class Composer:
-    """Configs without Hydra's own part. compose_all: Hydra, as words -> config. is_group: whether a name is a group.
+    """Composer of configs without Hydra's own settings.
 
-    Each distinct choice of groups (`loss=akl student=1m`) is composed once by Hydra. The values of a command
-    (`lr.peak=1e-3`) are set in a copy of that, by the function of Hydra that sets them in its own.
+    compose_all: composes with Hydra, words -> config. is_group: true for the name of a group.
+    Hydra composes each distinct choice of groups (`loss=akl student=1m`) once. The values of a command
+    (`lr.peak=1e-3`) are then set in a copy, by Hydra's own function for values.
     """
 
     def __init__(self, compose_all: Callable[[list[str]], DictConfig], is_group: Callable[[str], bool]):
@@ -27,7 +28,7 @@ class Composer:
 
     @classmethod
     def of_sweep(cls, loader: ConfigLoaderImpl, master: DictConfig) -> Composer:
-        """Return what composes the configs of a sweep's runs. master: the config of the sweep itself."""
+        """Return the composer for the runs of a sweep. master: the config of the sweep itself."""
 
         def compose_all(words: list[str]) -> DictConfig:
             config = loader.load_sweep_config(master, words)
@@ -50,7 +51,7 @@ class Composer:
             config = pickle.loads(self._base(tuple(override.input_line for override in choices)))
             ConfigLoaderImpl._apply_overrides_to_config(values, config)
         except HydraException:
-            return self.compose_all(list(words))  # which raises the first error of all words, not that of a part
+            return self.compose_all(list(words))  # for Hydra's first error in all words, not in a part
         return config
 
     def _base(self, words: tuple[str, ...]) -> bytes:
@@ -59,7 +60,7 @@ class Composer:
         return self.bases[words]
 
     def _is_value(self, override: Override) -> bool:
-        """Tell an override that sets a value from one that chooses the option of a group, as Hydra does."""
+        """Return True if an override sets a value, False if it chooses an option of a group; the rule is Hydra's."""
         key = override.key_or_group
         if key not in self.groups:
             self.groups[key] = self.is_group(key)

@@ -1,4 +1,4 @@
-"""Fields of the config's dataclasses: traits, and one converter from plain mappings, with errors for people."""
+"""Fields of the config's dataclasses: their traits, and one converter from plain mappings that raises UserError."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ class Traits:
 def setting(*, default: Any = UNSET, **traits: Any) -> Any:
     """Return a field of a ConfigNode; traits are those of Traits.
 
-    default: value of an option that a config lacks. Defaults of what people type are in conf/.
-    neutral: for an option that is newer than the names of existing runs. With this value it is left out of a run's
-    name, and configs from before it was there have it. It must not change later, whereas a default in conf/ may: then
-    runs are renamed, as they should be. An option that cannot change the outcome has effect=False instead.
+    default: value of an option that a config lacks. Defaults for the command line are in conf/.
+    neutral: value for an option that is newer than the names of existing runs. Older configs count as having this
+    value, and a run with this value leaves the option out of its name. The neutral value must never change. A default
+    in conf/ may change, and then runs get new names, as they should. An option that cannot change the result has
+    effect=False instead.
     """
     known = Traits(**traits)
     absent = known.neutral if default is UNSET else default
@@ -113,8 +114,10 @@ def converted(cls: type, node: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 
 def value_of(value: Any, hint: Any, traits: Traits, name: str) -> Any:
-    """Return one option's value, converted where it is a group; raise UserError for another type or an impossible
-    number or word."""
+    """Return the value of one option. A group is converted to its dataclass.
+
+    Raises UserError for a wrong type, and for a number or word outside the allowed ones.
+    """
     if group := group_type(hint):
         return None if value is None and type(None) in typing.get_args(hint) else group.from_node(value, name)
     literal = typing.get_origin(hint) is typing.Literal

@@ -1,6 +1,6 @@
-"""Configs of the groups: what is chosen in each, and the options of models, teacher, trainer and responses.
+"""Configs of the groups: the chosen component of each, and the options of models, teacher, trainer and responses.
 
-A component's options are the parameters of its function. Those that are declared here are read by others, too.
+The options of a component are the parameters of its function. Options that other code reads are also declared here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Precision = Literal["fp32", "bf16"]
 class LogitsSource:
     """Source of the teacher's distributions. Its traits are what its function declares (kd.teachers.base.traits).
 
-    One without any runs a finished teacher in the training step.
+    A source without traits runs a finished teacher in the training step.
     """
 
     name: str
@@ -31,27 +31,27 @@ class LogitsSource:
 
     @property
     def distils(self) -> bool:
-        """Whether there is a signal from a teacher."""
+        """True if there is a signal from a teacher."""
         return "no_signal" not in self.traits
 
     @property
     def reads_store(self) -> bool:
-        """Whether distributions are read from a store."""
+        """True if distributions are read from a store."""
         return "reads_store" in self.traits
 
     @property
     def runs_teacher(self) -> bool:
-        """Whether a teacher computes in the training step."""
+        """True if a teacher computes in the training step."""
         return self.distils and not self.reads_store
 
     @property
     def trains_teacher(self) -> bool:
-        """Whether the teacher learns in the same step."""
+        """True if the teacher learns in the same step."""
         return "trains_teacher" in self.traits
 
     @property
     def is_recorded(self) -> bool:
-        """Whether the store is written while the teacher is trained."""
+        """True if the store is written while the teacher is trained."""
         return "recorded" in self.traits
 
 
@@ -59,7 +59,7 @@ class LogitsSource:
 class Component(ConfigNode):
     """Option chosen in a config group: `loss=akl loss.mu=0.3` is Component("kd.objective.losses.akl", {"mu": 0.3}).
 
-    Fields of a subclass repeat arguments that are read without the function.
+    The fields of a subclass repeat arguments of the function, so that code can read them without building it.
     """
 
     NO_OPTIONS: ClassVar = ("target", "args")
@@ -92,7 +92,7 @@ class Component(ConfigNode):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Component):
-    """Text, and how it is packed."""
+    """Source of the text, and options of packing."""
 
     seq_len: int = setting(default=256, least=1)  # tokens per row
     vocab: int = setting(default=1024)  # of the tokenizer trained on the text
@@ -104,7 +104,7 @@ class DataConfig(Component):
 
     @property
     def is_instructions(self) -> bool:
-        """Whether the text is prompts and responses."""
+        """True if the text consists of prompts and responses."""
         return self.name == "instructions"
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,12 +117,12 @@ class DataConfig(Component):
 class TruncationConfig(Component):
     """Part of the teacher's distribution that is kept, in training or in a store."""
 
-    biased: bool = setting(default=False, effect=False)  # accepted or refused, the draws are the same
+    biased: bool = setting(default=False, effect=False)  # does not change the draws
     path: str | None = setting(default=None, effect=False)  # of a store
 
     @property
     def spec(self) -> dict[str, Any]:
-        """Name and settings, without the place of a store and what is accepted of losses."""
+        """Name and settings, without `path` and `biased`."""
         return {"name": self.name} | {k: v for k, v in self.args.items() if k not in ("path", "biased")}
 
     def build(self, group: str) -> Callable:
@@ -134,7 +134,7 @@ class TruncationConfig(Component):
 
     @property
     def is_full(self) -> bool:
-        """Whether everything is kept."""
+        """True if all tokens are kept."""
         return self.name == "full"
 
 
@@ -153,18 +153,18 @@ class LogitsConfig(Component):
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig(Component):
-    """Writer of the responses that are learned from."""
+    """Writer of the responses that the student learns from."""
 
     capacity: int = setting(default=1000, least=1)  # rows of rollout=adaptive
 
     @property
     def is_none(self) -> bool:
-        """Whether responses are those of the data."""
+        """True if the responses are those of the data."""
         return self.name == "none"
 
     @property
     def by_teacher(self) -> bool:
-        """Whether the teacher writes all responses before training."""
+        """True if the teacher writes all responses before training."""
         return self.name == "teacher"
 
 
@@ -178,7 +178,7 @@ class ModelConfig(ConfigNode):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(ConfigNode):
-    """Teacher, and how one of a size is trained."""
+    """Teacher, and the training of one that is named by size."""
 
     steps: int = setting(least=1)
     batch: int = setting(least=1)
@@ -191,13 +191,13 @@ class TeacherConfig(ConfigNode):
 
     @property
     def exists(self) -> bool:
-        """Whether there is a teacher."""
+        """True if there is a teacher."""
         return bool(self.size or self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InitConfig(ConfigNode):
-    """Training that a student has had: none, for stage=scratch."""
+    """Training of the student before distillation: none, for stage=scratch."""
 
     stage: Literal["scratch", "pretrained", "sft"]
 
@@ -207,7 +207,7 @@ class InitConfig(ConfigNode):
         stage = node.get("stage") if isinstance(node, Mapping) else None
         kind = kinds.get(stage, InitConfig) if isinstance(stage, str) else InitConfig
         check_shape(node, path)
-        # `stage` chooses the class, and not the class that was called.
+        # `stage` chooses the class, whatever `cls` is.
         return super(InitConfig, kind).from_node(node, path)  # type: ignore[return-value]
 
 
@@ -223,7 +223,7 @@ class PretrainedInit(InitConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FineTunedInit(PretrainedInit):
-    """Fine-tuning on the instructions after that."""
+    """Language modelling on plain text, then fine-tuning on the instructions."""
 
     sft_steps: int = setting(least=1)
     sft_batch: int = setting(least=1)

@@ -1,4 +1,4 @@
-"""Text of `python train.py --help`: commands to begin with, the config groups, their options and what they mean."""
+"""Text of `python train.py --help`: first commands, config groups, and their options with a meaning each."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def axes() -> str:
 
 
 def _options(group: str) -> Iterator[tuple[str, str]]:
-    """Yield name and meaning of each option: the first comment of its file, or of its function the docstring."""
+    """Yield name and meaning of each option: the first comment of its file, else the docstring of its function."""
     if group in ("student", "teacher"):
         for name, size in SIZES.items():
             yield name, f"{size.layers} layers of width {size.hidden}, {size.parameters:,} parameters + embeddings"

@@ -1,4 +1,4 @@
-"""The composed config as plain containers, as far as that is Hydra's and the file system's."""
+"""Conversion of the composed config to plain containers: missing values, interpolations and home folders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kd.errors import UserError
 from kd.system import files
 
-PATHS = ("root", "path", "files", "name", "tokenizer")  # what settings are called that are paths, or may be
+PATHS = ("root", "path", "files", "name", "tokenizer")  # names of settings that can be paths
 MISSING = "???"  # as Hydra has it
 
 

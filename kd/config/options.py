@@ -1,4 +1,4 @@
-"""What the files of conf/ say of each option: its settings, and what it chooses in other groups."""
+"""Options in the files of conf/: the settings of each, and the options that it chooses in other groups."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOTES = ("_target_", "defaults")  # keys of a yaml that are no settings
 
 @cache
 def defaults() -> dict[str, str | None]:
-    """The option of each group that is taken where none is typed."""
+    """Return the default option of each group."""
     pairs = [
         pair for entry in _yaml(CONF / "config.yaml")["defaults"] if isinstance(entry, dict) for pair in entry.items()
     ]
@@ -25,26 +25,26 @@ def defaults() -> dict[str, str | None]:
 
 
 def overridden(group: str, name: str) -> dict[str, str]:
-    """The options of other groups that an option chooses."""
+    """Return the options of other groups that an option chooses."""
     entries = [entry for entry in _option(group, name).get("defaults", []) if isinstance(entry, dict)]
     pairs = [(key.split("/")[-1], value) for entry in entries for key, value in entry.items() if "override" in key]
     return dict(pairs)
 
 
 def options(group: str) -> dict[str, dict]:
-    """The options of a group, with the settings and defaults of each; a preset has none but those of other groups."""
+    """Return the options of a group, each with its settings and their defaults; {} for each option of a preset."""
     return _options(group, plugins.folders())
 
 
 @cache
 def _options(group: str, folders: tuple[Path, ...]) -> dict[str, dict]:
-    """The options of a group. folders: those of others, for which the answer holds."""
+    """Return the options of a group. folders: folders of other people, part of the cache key."""
     shared = _yaml(CONF / "config.yaml").get(group) or {}
     return {name: shared | _settings(group, name) for name in option_names(group)}
 
 
 def _settings(group: str, name: str) -> dict:
-    """The settings of an option, with those that it takes over from other files."""
+    """Return the settings of an option, with those that it inherits from other files."""
     if group in PRESETS:
         return {}
     if group == "record":
@@ -74,7 +74,7 @@ def _yaml(file: Path) -> dict:
 
 
 def option_of(group: str, words: Iterable[str]) -> str | None:
-    """The option that words choose for a group by name, themselves or by a preset; None where they choose none."""
+    """Return the option that words choose for a group, directly or by a preset; None if they choose none."""
     named = dict(word.split("=", 1) for word in words if "=" in word)
     if group in named:
         return named[group]
@@ -83,7 +83,7 @@ def option_of(group: str, words: Iterable[str]) -> str | None:
 
 
 def words_of(preset: str, name: str) -> list[str]:
-    """What an option of a preset stands for, as one would type it."""
+    """Return the words that an option of a preset stands for, as on a command line."""
     chosen = [f"{group}={option}" for group, option in overridden(preset, name).items()]
     return chosen + [f"{key}={typed(value)}" for key, value in flat(settings_of_preset(preset, name)).items()]
 

@@ -1,7 +1,7 @@
 """Overrides of config groups, checked before Hydra reads them: one option per group, by name, with its own settings.
 
-Of a list for a group, Hydra takes the last option. Of a number for a group, and of a setting that only another option
-has, it says what is wrong at length, and not what to type.
+For a list of options, Hydra would take the last one. For a number, and for a setting of another option, its errors are
+long and do not contain what to type.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from kd.config.sizes import SIZES
 from kd.errors import UserError
 from kd.system import programs
 
-PLUGINS = {"hydra/launcher": "processes", "hydra/sweeper": "lines"}  # and what is taken where none is typed
+PLUGINS = {"hydra/launcher": "processes", "hydra/sweeper": "lines"}  # with their defaults
 # Groups whose settings are also those of another, which is meant first.
 BESIDE = ("plain", "start", "teacher", "record")
-OPTIONAL = (*PRESETS, "record", "sweeps")  # groups of which no option need be taken
+OPTIONAL = (*PRESETS, "record", "sweeps")  # groups without a required option
 SHOWN = 12  # names of options in a message, at most
 
 
 def check_groups(words: Iterable[str]) -> None:
-    """Raise UserError for an override that names no single option of its group, or a setting that is not there."""
+    """Raise UserError unless an override names one option of its group, or a setting that exists."""
     words = list(words)
     for word in words:
         _check_slash(word)
@@ -68,7 +68,7 @@ def _refused(word: str, why: str, hint: str) -> UserError:
 
 @cache
 def parsed(word: str) -> Override | None:
-    """Parse an override, not to be changed, since the runs of a sweep share most; None for one that Hydra refuses."""
+    """Parse an override; return None if Hydra refuses it. Callers must not change it: it is cached."""
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException:
@@ -76,11 +76,11 @@ def parsed(word: str) -> Override | None:
 
 
 def deferred(words: list[str]) -> list[str]:
-    """Return the words of a sweep with the settings of options that vary as axes of one value.
+    """Return the words of a sweep. A setting of an option that varies becomes an axis of one value.
 
-    Hydra composes a sweep itself from the words that do not vary. In loss=fkl,akl loss.mu=0.3, that config has the
-    default loss, and no loss.mu; the runs do. With sweeps=NAME, --multirun comes first: Hydra learns of such a sweep
-    from its file, and where that has an error, it would refuse the axes instead.
+    Hydra composes the sweep itself from the words that do not vary. For loss=fkl,akl loss.mu=0.3 that config has the
+    default loss, which has no loss.mu; only the runs have it. With sweeps=NAME, --multirun comes first: Hydra reads
+    from the file that it is a sweep, and would refuse the axes where the file has an error.
     """
     overrides = {word: override for word in words if (override := parsed(word))}
     varying = {override.key_or_group for override in overrides.values() if override.is_sweep_override()}
@@ -106,7 +106,7 @@ def typed(word: str) -> str:
 
 
 def _values(override: Override) -> list:
-    """The values that are listed for a key, one run each; a range or an interval is one."""
+    """Return the values that an override lists, one per run; a range or an interval counts as one."""
     value = override._value
     values = value.list if isinstance(value, ChoiceSweep) else [value]
     return [value.text if isinstance(value, QuotedString) else value for value in values]
@@ -117,7 +117,7 @@ def _is_number(value) -> bool:
 
 
 def _check_slash(word: str) -> None:
-    """Raise UserError for a / in the name of a setting or group, which none of kd's has."""
+    """Raise UserError for a / in the name of a setting or group; names in kd have none."""
     key, equals, text = word.partition("=")
     name = key.lstrip("+~")
     if "/" not in name or not equals or name in PLUGINS:
@@ -131,7 +131,7 @@ def _check_slash(word: str) -> None:
 
 
 def _named(names: Iterable[str]) -> str:
-    """Names of options, the first of them where there are many."""
+    """Return the names of options as text; of many, only the first SHOWN."""
     names = list(names)
     shown = ", ".join(names if len(names) <= SHOWN else names[: SHOWN - 4])
     if len(names) <= SHOWN:
@@ -140,7 +140,7 @@ def _named(names: Iterable[str]) -> str:
 
 
 def _instead(group: str, value: bool | None = None) -> str:
-    """What to type in place of null, true or false for a group."""
+    """Return a hint: the words to type instead of null, true or false for a group."""
     if group in PLUGINS:
         return f"leave {group} out, or type {group}={PLUGINS[group]}"
     names = option_names(group)
@@ -188,7 +188,7 @@ def _check_option(override: Override) -> None:
 
 
 def _renamed(group: str, values: str) -> str:
-    """`GROUP=VALUES`, or the setting that is meant where the values are numbers."""
+    """Return `GROUP=VALUES`, or for numbers the setting that they are meant for."""
     override = parsed(f"{group}={values}")
     if override and all(map(_is_number, _values(override))):
         return _for_number(group, _values(override)[0], values).removeprefix("type ")
@@ -196,9 +196,10 @@ def _renamed(group: str, values: str) -> str:
 
 
 def _for_number(group: str, value, text: str) -> str:
-    """What to type for a number that is meant for a setting of the group: one that all options have, or their only one.
+    """Return a hint: the setting of the group that a number is meant for, as one would type it.
 
-    A whole number is for settings with a whole default too, and a number above 1 for none with a default below 1.
+    It is a setting that all options have, or the only setting of an option. A setting with a whole default takes whole
+    numbers from 1 on. A setting with another default below 1 takes no number above 1.
     """
     names = options(group)
     numeric = {name: [k for k, v in of.items() if type(v) in (int, float)] for name, of in names.items()}
@@ -222,7 +223,7 @@ def _for_number(group: str, value, text: str) -> str:
 
 
 def _check_setting(override: Override, chosen: dict[str, str | None]) -> None:
-    """Raise UserError for a setting that the chosen option of its group does not have; chosen: the groups known."""
+    """Raise UserError for a setting that the chosen option of its group does not have. chosen: group -> option."""
     group, _, key = override.key_or_group.partition(".")
     word, text, added = override.input_line, override.input_line.partition("=")[2], override.is_add()
     if not key and not added and group not in (*GROUPS, *GROUPLESS, *RUN_OPTIONS) and "/" not in group:
@@ -258,7 +259,7 @@ def _check_setting(override: Override, chosen: dict[str, str | None]) -> None:
 
 
 def _anywhere(key: str, text: str, chosen: dict[str, str | None]) -> str:
-    """Where a setting of this name is, in any group."""
+    """Return a hint: the groups that have a setting of this name, or the closest name."""
     chosen = dict(sorted(chosen.items(), key=lambda item: item[0] in BESIDE))
     here = [group for group, name in chosen.items() if name and key in options(group)[name]]
     here += [group for group in GROUPLESS if key in GROUPLESS[group]]
@@ -273,7 +274,7 @@ def _anywhere(key: str, text: str, chosen: dict[str, str | None]) -> str:
 
 
 def _chosen(overrides: list[Override]) -> dict[str, str | None]:
-    """The option of each group; groups of which several are asked for, or that a sweep may choose, are left out."""
+    """Return group -> option. Groups with several requested options, or that a sweep may choose, are left out."""
     typed = {override.key_or_group: _values(override) for override in overrides if override.key_or_group in GROUPS}
     preset = _set_by(typed, PRESETS)
     choices = {group: [name] for group, name in defaults().items()} | preset | typed
@@ -285,7 +286,7 @@ def _chosen(overrides: list[Override]) -> dict[str, str | None]:
 
 
 def _set_by(choices: dict[str, list], groups: Iterable[str]) -> dict[str, list]:
-    """The options that options of `groups` choose in other groups, all of them where they differ."""
+    """Return the options that the choices in `groups` set in other groups: a list per group, all that differ."""
     found: dict[str, list] = {}
     for group in groups:
         sets = [overridden(group, name) for name in choices.get(group, []) if isinstance(name, str)]
@@ -295,7 +296,7 @@ def _set_by(choices: dict[str, list], groups: Iterable[str]) -> dict[str, list]:
 
 
 def _check_conflict(chosen: dict[str, str | None], typed: set[str]) -> None:
-    """Raise UserError where two presets choose different options of a group, and none is typed."""
+    """Raise UserError if two presets choose different options of a group and the command line chooses none."""
     presets = {f"{preset}={name}": overridden(preset, name) for preset in PRESETS if (name := chosen.get(preset))}
     for (first, some), (second, others) in itertools.combinations(presets.items(), 2):
         groups = [group for group in some.keys() & others.keys() - typed if some[group] != others[group]]
@@ -306,7 +307,7 @@ def _check_conflict(chosen: dict[str, str | None], typed: set[str]) -> None:
 
 
 def _check_preset(preset: str, chosen: dict[str, str | None], words: list[str]) -> None:
-    """Raise UserError where a preset has settings for another option of a group than the one that is typed."""
+    """Raise UserError if a preset has settings for one option of a group and the command line chooses another."""
     if not (name := chosen.get(preset)):
         return
     for group, settings in settings_of_preset(preset, name).items():

@@ -1,4 +1,4 @@
-"""Packages of other people: which of them the person at the keyboard allows, and what their files hold.
+"""Packages of other people: those that the user allows, and the content of their files.
 
 A package is allowed by an entry point of an installed distribution, in the group kd.plugins, or by the environment
 variable KD_PLUGINS. No config, manifest or override allows one. Files are parsed here; load() alone imports them.
@@ -32,7 +32,7 @@ _typed_folders: list[Path] = []  # of --config-dir and hydra.searchpath
 
 @dataclass(frozen=True)
 class Plugin:
-    """Package or module that a person allows."""
+    """Package or module that the user allows."""
 
     name: str  # as it is imported
     spec: ModuleSpec
@@ -50,7 +50,7 @@ class Plugin:
 
     @property
     def conf(self) -> list[Path]:
-        """Folders with options that the package brings along."""
+        """Folders with options that belong to the package."""
         return [folder / "conf" for folder in self.folders if (folder / "conf").is_dir()]
 
     @cached_property
@@ -78,13 +78,13 @@ class Plugin:
 
 
 def allowed() -> dict[str, Plugin]:
-    """Return the packages that the person allows, by name; raise UserError for one that cannot be."""
+    """Return the allowed packages by name; raise UserError for one that cannot be a plug-in."""
     return _allowed(os.environ.get(VARIABLE, ""), tuple(sys.path))
 
 
 @cache
 def _allowed(named: str, path: tuple[str, ...]) -> dict[str, Plugin]:
-    """Return the allowed packages. path: sys.path, for which the answer holds."""
+    """Return the allowed packages. path: sys.path, part of the cache key."""
     packages: dict[str, Plugin] = {}
     for point in metadata.entry_points(group=ENTRY_POINTS):
         name = point.module.partition(".")[0]
@@ -97,7 +97,7 @@ def _allowed(named: str, path: tuple[str, ...]) -> dict[str, Plugin]:
 
 
 def _spec(name: str, option: str, hint: str) -> ModuleSpec:
-    """Return where a package is, without importing it; raise UserError if it is nowhere, or has a name of kd's."""
+    """Return the spec of a package without importing it; raise UserError if it is missing, or has a name of kd's."""
     if not name.isidentifier() or name in NO_PLUGIN:
         need = "the name of a package of yours as it is imported, e.g. mypackage"
         raise UserError(option=option, got=name, need=need, hint="correct the name")
@@ -120,23 +120,23 @@ def _modules(name: str, spec: ModuleSpec) -> dict[str, Path]:
 
 
 def plugin_of(target: object) -> Plugin | None:
-    """Return the allowed package that a dotted name is in."""
+    """Return the allowed package that a dotted name belongs to; None if there is none."""
     return allowed().get(str(target).partition(".")[0])
 
 
 def used(targets: Iterable[object]) -> list[Plugin]:
-    """Return the packages that some of these dotted names are in, by name."""
+    """Return the allowed packages that these dotted names belong to, ordered by name."""
     by_name = {plugin.name: plugin for target in targets if (plugin := plugin_of(target))}
     return [by_name[name] for name in sorted(by_name)]
 
 
 def digests(targets: Iterable[object]) -> dict[str, str]:
-    """Return the digests of the packages that some of these dotted names are in."""
+    """Return the digests of the allowed packages that these dotted names belong to, by name."""
     return {plugin.name: plugin.digest for plugin in used(targets)}
 
 
 def how_to_allow(package: str) -> str:
-    """Return what to type to allow a package."""
+    """Return a hint: the words to type to allow a package."""
     return (
         f"if you trust the package {package}, type {VARIABLE}={package} before the command, or install a distribution "
         f"of it with an entry point in {ENTRY_POINTS} (docs/extending.md)"
@@ -148,7 +148,7 @@ def how_to_allow(package: str) -> str:
 
 @cache
 def syntax_tree(file: Path) -> ast.Module:
-    """Return the syntax tree of a file; raise UserError for one that is no Python."""
+    """Return the syntax tree of a file; raise UserError if it is not valid Python."""
     try:
         return ast.parse(file.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError) as error:
@@ -170,7 +170,7 @@ def definition(target: str) -> ast.FunctionDef | None:
 
 
 def decorator(function: ast.FunctionDef, name: str) -> tuple[tuple, dict[str, Any]] | None:
-    """Return the literal arguments of a function's decorator, those with a keyword apart; None without it."""
+    """Return the literal arguments of a function's decorator, positional and by keyword; None if not decorated."""
     for call in function.decorator_list:
         if not isinstance(call, ast.Call):
             continue
@@ -217,7 +217,7 @@ def load(target: str, option: str) -> Callable:
 
 
 def folders() -> tuple[Path, ...]:
-    """Return the folders with options beside kd's own: those of allowed packages, then those that were typed."""
+    """Return the folders with options except kd's own: those of allowed packages, then those of the command line."""
     return (*(folder for plugin in allowed().values() for folder in plugin.conf), *_typed_folders)
 
 
@@ -227,7 +227,7 @@ def typed_folders() -> tuple[Path, ...]:
 
 
 def add_folder(folder: Path) -> None:
-    """Read options from a folder that the command line names, too."""
+    """Add a folder that the command line names to those with options."""
     if folder not in folders():
         _typed_folders.append(folder)
 

@@ -1,4 +1,4 @@
-"""Rules for rollouts: somebody can write the responses, and they are learned."""
+"""Rules for rollouts: a model exists that can write the responses, and the student learns from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def check_rollout(config: ExperimentConfig) -> None:
-    """Refuse a rollout that nobody could write, or that would not be learned."""
+    """Refuse a rollout that no model of the run could write, or that the student would not learn from."""
     rollout, source = config.rollout, config.logits.source
     name = rollout.name
     if rollout.is_none:
@@ -50,7 +50,7 @@ def check_rollout(config: ExperimentConfig) -> None:
 
 
 def check_prompts_only(config: ExperimentConfig, learns_data: bool) -> None:
-    """Refuse prompts without responses unless a rollout writes them all. learns_data: whether alpha is ever below 1."""
+    """Refuse prompts without responses unless a rollout writes all. learns_data: true if alpha is ever below 1."""
     name, rollout = config.rollout.name, config.rollout
     missing = "this data has prompts and no responses"
     if name not in ("teacher", "pairs", "mixed") and not (name == "student" and rollout.args["share"] == 1):

@@ -1,4 +1,4 @@
-"""Rules between options, checked before data and models are there. What a rule refuses, no run can do."""
+"""Rules between options, checked before data and models are loaded. A refused config could not run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_deletions(overrides: Iterable[str]) -> None:
 
 
 def check_values(config: ExperimentConfig) -> None:
-    """Refuse a name of a sweep that is a path, and models that are named twice or not at all."""
+    """Refuse a sweep name that is a path, and a model that is named twice or not at all."""
     conf.check_sweep(config.sweep)
     if config.responses.samples > 1 and config.responses.temperature == 0:
         raise UserError(
@@ -75,14 +75,14 @@ def check_all(config: ExperimentConfig, overrides: Iterable[str]) -> None:
 
 
 def check_unused(config: ExperimentConfig, overrides: Iterable[str]) -> None:
-    """Refuse an override that would do nothing in this config."""
+    """Refuse an override without an effect in this config."""
     for word in overrides:
         if error := unused(config, word):
             raise error
 
 
 def unused(config: ExperimentConfig, word: str) -> UserError | None:
-    """Return the error for an override that would do nothing in this config; None where it does something."""
+    """Return the error for an override without an effect in this config; None if it has one."""
     source, group = config.logits.source, group_of(word)
     traits, name = config.traits.get(group), word.lstrip("+").partition("=")[0]
     refused = UserError(option=word, why="would do nothing")
@@ -113,7 +113,7 @@ def unused(config: ExperimentConfig, word: str) -> UserError | None:
 
 
 def check_scale(config: ExperimentConfig) -> None:
-    """Refuse a scale, which runs of a sweep are not given."""
+    """Refuse a scale for a single run: only sweeps have scales."""
     if config.scale != "cpu":
         hint = "type e.g. sweeps=scaling, or leave scale out"
         raise UserError(option="scale", got=config.scale, why="only a sweep has scales", hint=hint)
@@ -163,7 +163,7 @@ def check_logits(config: ExperimentConfig) -> None:
 
 
 def check_loss(config: ExperimentConfig) -> None:
-    """Refuse a temperature or return with which loss=minillm has no meaning."""
+    """Refuse a temperature or a return for which loss=minillm is not defined."""
     loss, temperature = config.loss.name, config.temperature
     if loss == "minillm" and not config.loss.args["single_step"] and config.rollout.args.get("from_next"):
         raise UserError(
@@ -179,7 +179,7 @@ def check_loss(config: ExperimentConfig) -> None:
         raise UserError(option="loss", got="minillm", conflict=f"temperature={temperature.name}", why=why, hint=hint)
 
 
-# Where the gradient is linear in the teacher's probabilities: options, with the settings that make them so.
+# Options whose gradient is linear in the teacher's probabilities, with the settings that this requires.
 LINEAR: dict[str, dict[str, dict[str, float]]] = {
     "loss": {"fkl": {}, "nll": {}, "jsd": {"beta": 0}, "akl": {"mu": 1}, "skl": {"alpha": 0},
              "distillm2": {"alpha": 0, "beta": 0}},
@@ -189,10 +189,10 @@ LINEAR: dict[str, dict[str, dict[str, float]]] = {
 
 
 def not_linear(loss: Component, temperature: Component, target: Component) -> list[str]:
-    """Return the words for what makes the gradient not linear in the teacher's probabilities.
+    """Return the overrides that make the gradient non-linear in the teacher's probabilities.
 
-    Without any, the gradient on a random sample of the teacher's tokens is unbiased: its mean is that on the whole
-    teacher, since the mean of the samples is the teacher.
+    If there are none, the gradient on a random sample of the teacher's tokens is unbiased. The mean of the samples is
+    the teacher, so the mean of the gradients is that on the whole teacher.
     """
     if loss.name == "minillm" and not loss.args["single_step"]:
         return []  # does not read the distribution
@@ -223,7 +223,7 @@ def check_sampling(config: ExperimentConfig) -> None:
 
 
 def check_lm(config: ExperimentConfig) -> None:
-    """Refuse lm=plain without plain text beside what is distilled."""
+    """Refuse lm=plain for a run without plain text in addition to its data."""
     source = config.logits.source
     if config.lm == "plain" and (source.trains_teacher or not source.distils):
         why = "the teacher learns from one text" if source.distils else "nothing of the instructions would be learned"
@@ -235,7 +235,7 @@ def check_lm(config: ExperimentConfig) -> None:
 
 
 def check_teacher(config: ExperimentConfig) -> None:
-    """Refuse to fine-tune a teacher that cannot be."""
+    """Refuse to fine-tune a teacher that cannot be fine-tuned."""
     if not config.teacher.sft:
         return
     if not config.teacher.name:
@@ -250,7 +250,7 @@ def check_teacher(config: ExperimentConfig) -> None:
 
 
 def group_of(word: str) -> str:
-    """Return the config group that an override is about: loss for loss=akl, ++loss.mu=1 and ~loss."""
+    """Return the config group of an override: loss for loss=akl, ++loss.mu=1 and ~loss."""
     return word.lstrip("+~").partition("=")[0].partition(".")[0].partition("@")[0]
 
 

@@ -1,4 +1,4 @@
-"""A run's config as one frozen tree. Yaml is what people read and type; the tree is built from it once."""
+"""Config of a run as one frozen tree, which is built once from the yaml files and the command line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from kd.config.groups import (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ExperimentConfig(ConfigNode):
-    """Everything that a run is given. Hashed by identity, so that a plan is made once for each."""
+    """All options of a run. Hashed by identity, so that each config gets its plan once."""
 
     seed: int = seed_setting()
     root: str = setting(effect=False)
@@ -60,7 +60,7 @@ class ExperimentConfig(ConfigNode):
 
     @classmethod
     def from_hydra(cls, cfg: DictConfig, overrides: list[str]) -> Self:
-        """Build the config that Hydra composed of `overrides`; raise UserError for what no run can have."""
+        """Build the config that Hydra composed of `overrides`; raise UserError for options that no run can have."""
         node = nodes.to_node(cfg)
         components.check_targets(node)
         rules.check_deletions(overrides)
@@ -73,7 +73,7 @@ class ExperimentConfig(ConfigNode):
 
     @classmethod
     def from_dict(cls, node: Mapping[str, Any]) -> Self:
-        """Build the config that to_dict() gave, also of an older version; raise UserError for what is not one."""
+        """Build a config from the dict of to_dict(), also of an older version; raise UserError for any other dict."""
         node = components.renamed(dict(node))
         components.check_targets(node)
         config = cls.from_node(node)
@@ -81,7 +81,7 @@ class ExperimentConfig(ConfigNode):
         return config
 
     def resolved(self) -> Self:
-        """Return the config with steps for tokens, and one name for one place."""
+        """Return the config with trainer.steps in place of trainer.tokens, and `root` in its one canonical form."""
         trainer, root = self.trainer, self.root.rstrip("/") or "/"
         if trainer.tokens is None:
             return self.derive(root=root)
@@ -99,17 +99,17 @@ class ExperimentConfig(ConfigNode):
 
     @property
     def stored(self) -> TruncationConfig:
-        """What a store keeps that this run writes or reads."""
+        """Part of the distribution in the store that this run writes or reads."""
         return self.record or self.truncation
 
     @property
     def tokenizer(self) -> str | None:
-        """Name of the pretrained tokenizer: the one asked for, else that of a pretrained model; None trains one."""
+        """Name of the pretrained tokenizer: data.tokenizer, else that of a pretrained model; None to train one."""
         return self.data.tokenizer or self.student.name or self.teacher.name
 
     @property
     def is_pretrained(self) -> bool:
-        """Whether the student's first weights are trained ones, so that its loss before training is of use."""
+        """True if the student's first weights are trained, so that its loss before training is informative."""
         return bool(self.student.name) or self.start.stage != "scratch"
 
 

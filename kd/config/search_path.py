@@ -1,7 +1,7 @@
 """Folders with options of other people: --config-dir DIR, hydra.searchpath=[…], and conf/ of an allowed plug-in.
 
-Hydra itself would act on what such a file says of Hydra's own settings, before kd sees it. So Hydra is not told of the
-folders: every file is read and checked here, and compose.register() hands over what it holds.
+Hydra would obey settings of Hydra itself in such a file before kd sees them. So Hydra never gets these folders: this
+module reads and checks every file, and compose.register() passes the checked content on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kd.errors import UserError
 
 FLAGS = ("--config-dir", "-cd")
 WORD = "hydra.searchpath"
-ENTRY = re.compile(r"(override )?/?(\w+)(@_here_)?")  # what a list of defaults may choose an option of
+ENTRY = re.compile(r"(override )?/?(\w+)(@_here_)?")  # entries that a list of defaults may have
 
 
 class Option(NamedTuple):
@@ -35,7 +35,7 @@ class Option(NamedTuple):
 
 
 def take(words: list[str]) -> list[str]:
-    """Read options from the folders that a command line names, too; return the other words."""
+    """Add the folders that a command line names to those with options; return the other words."""
     others, rest = [], iter(words)
     for word in rest:
         name, equals, value = word.partition("=")
@@ -50,7 +50,7 @@ def take(words: list[str]) -> list[str]:
 
 
 def words() -> list[str]:
-    """Return the word that has another process read options from the same typed folders; none without any."""
+    """Return the word that gives another process the same folders of the command line; [] if there are none."""
     places = [f"file://{folder}" for folder in plugins.typed_folders()]
     return [f"{WORD}={typed(places)}"] if places else []
 
@@ -88,7 +88,7 @@ def _folder(place: str, option: str) -> Path:
 
 
 def options() -> Iterator[Option]:
-    """Yield the options of all folders that are not kd's; raise UserError for a file that kd does not take."""
+    """Yield the options of all folders that are not kd's; raise UserError for a file that kd refuses."""
     files: dict[tuple[str, str], Path] = {}
     for folder in plugins.folders():
         listed = [(group, file) for group in GROUPS for file in sorted((folder / group).glob("*.yaml"))]
@@ -108,7 +108,7 @@ def options() -> Iterator[Option]:
 
 
 def checked(group: str, file: Path) -> Option:
-    """Return the option in a file; raise UserError unless all that it says is a matter of kd's groups."""
+    """Return the option in a file; raise UserError for content that does not belong to kd's groups."""
 
     def refused(why: str, hint: str) -> UserError:
         return UserError(option=file, why=why, hint=hint)
@@ -142,7 +142,7 @@ def checked(group: str, file: Path) -> Option:
 
 
 def _check_defaults(group: str, entries: Any, refused) -> None:
-    """Raise UserError for a list of defaults that chooses anything but options of kd's groups by name."""
+    """Raise UserError unless a list of defaults only chooses options of kd's groups by name."""
     for entry in entries if isinstance(entries, list) else [entries]:
         if isinstance(entry, str):
             entry = {group: entry} if entry != "_self_" else {}

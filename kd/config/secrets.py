@@ -1,4 +1,4 @@
-"""Secrets, which do not belong into a config, since it is kept in files."""
+"""Detection of secrets. A config must have none, since it is written to files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from kd.errors import UserError
 
 SECRET = re.compile(r"key|token$|secret|passw|credential|jwt", re.IGNORECASE)
-# A URL with a password or a signature, and what well-known services begin their keys with.
+# A URL with a password or a signature, and the first characters of the keys of well-known services.
 SECRETS = re.compile(
     r"://[^/\s@]*:[^/\s@]+@|https?://[^/\s@]+@|[?&][\w.-]*(?i:token|key|secret|passw|credential|sig)[\w.-]*=|"
     r"\bhf_[A-Za-z0-9]{30}|\bgh[po]_\w{30}|\bgithub_pat_\w{30}|\bglpat-[\w-]{20}|\bsk-[\w-]{40}|\bA[KS]IA[0-9A-Z]{16}"
@@ -17,7 +17,7 @@ SECRETS = re.compile(
 
 
 def check_secrets(words: Iterable[str]) -> None:
-    """Raise UserError, without showing it, for a secret: known by its name, its looks, or from the environment."""
+    """Raise UserError for a secret, known by its name, its form, or the environment. The error does not show it."""
     known = [v for k, v in os.environ.items() if SECRET.search(k) and len(v) >= 8 and not os.path.exists(v)]
     for word in words:
         key, _, value = word.lstrip("+~").partition("=")
@@ -33,7 +33,7 @@ def check_secrets(words: Iterable[str]) -> None:
 
 
 def redacted(config: dict) -> dict:
-    """config without the values of settings that look like secrets."""
+    """Return a config without the values of settings that look like secrets."""
     return {
         k: redacted(v) if isinstance(v, dict) else "***" if v and isinstance(v, str) and SECRET.search(str(k)) else v
         for k, v in config.items()

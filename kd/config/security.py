@@ -1,7 +1,7 @@
-"""What a command line may not hold: secrets, and words that have Hydra itself call something or read a foreign config.
+"""Refusal of words on a command line: secrets, and words that make Hydra call code or read a foreign config.
 
-Hydra acts on its own settings (callbacks, logging, plugins) before train.py is asked, so its words are checked before
-Hydra sees them: only those that kd has a use for get through.
+Hydra obeys its own settings (callbacks, logging, plugins) before train.py runs. So words are checked before Hydra gets
+them, and of Hydra's settings only those that kd uses are accepted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ELSEWHERE = ("config_dir", "config_path", "config_name", "experimental_rerun")  
 
 
 def check_command_line(words: list[str]) -> None:
-    """check_words() of a whole command line, with Hydra's switches; raises UserError."""
+    """Check a whole command line: Hydra's switches, then check_words() of the rest; raise UserError."""
     check_secrets(words)
     parser = get_args_parser()
     parser.prog = programs.command("train")
@@ -31,7 +31,7 @@ def check_command_line(words: list[str]) -> None:
         if getattr(given, switch) is not None:
             option, why = f"--{switch.replace('_', '-')}", "kd reads no config but its own"
             hint = f"leave {option} out"
-            if switch == "config_dir":  # of which search_path.take() has left abbreviations alone
+            if switch == "config_dir":  # an abbreviation, which search_path.take() does not handle
                 why, hint = "is abbreviated", f"type {option} and the folder"
             raise UserError(option=option, got=getattr(given, switch), why=why, hint=hint)
     check_words(given.overrides)
@@ -41,14 +41,16 @@ def check_command_line(words: list[str]) -> None:
 
 
 def check_words(words: Iterable[str]) -> None:
-    """Raise UserError for an override that holds a secret, that has Hydra call or read what is not kd's, or that
-    names no option of its group."""
+    """Raise UserError for a dangerous or a wrong override.
+
+    It holds a secret, makes Hydra call or read something foreign, or names no option of its group.
+    """
     words = list(words)
     check_secrets(words)
     for word in words:
         override = overrides.parsed(word)
         if override is None:
-            continue  # it gets no further, and Hydra says best what is wrong with it
+            continue  # Hydra refuses it too, with a better message
         key, value = override.key_or_group, word.partition("=")[2]
         if override.package is not None or (key.startswith("hydra") and not HYDRA.fullmatch(key)):
             raise UserError(option=word, why="not something a config may set", hint=f"leave {key} out")

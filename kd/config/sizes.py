@@ -1,4 +1,4 @@
-"""Model sizes: one row each. Named by parameters without embeddings, which scaling laws count."""
+"""Table of model sizes. A size is named by its parameters without embeddings, the count that scaling laws use."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ class Size(NamedTuple):
         return self.layers * (attention + 3 * self.hidden * self.ffn + 2 * self.hidden) + self.hidden
 
 
-# Below 10m wide and shallow, which a CPU likes.
+# Sizes below 10m are wide and shallow, for speed on a CPU.
 SIZES = {
     #             hidden layers heads kv_heads   ffn
     "100k": Size(     64,     2,    4,       4,  176),

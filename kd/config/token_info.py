@@ -1,4 +1,4 @@
-"""Rules for per-token information: a loss gets what it needs, and nothing is computed for a loss that needs none of it.
+"""Rules for per-token information: a loss gets the fields that it needs, and no field is computed in vain.
 
 Losses declare their needs, rollouts and token selections what they provide, by decorators (kd/objective/token_info.py).
 """
@@ -26,7 +26,7 @@ def needs(loss: str) -> tuple[str, ...]:
 
 @cache
 def _declared(group: str, decorator: str, packages: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Return what a decorator says of a group's functions, of kd and of the allowed packages."""
+    """Return the arguments of a decorator on a group's functions, of kd and of the allowed packages."""
     others = {
         target.rpartition(".")[2]: names
         for target, function, (names, _) in plugins.decorated(decorator)
@@ -36,7 +36,7 @@ def _declared(group: str, decorator: str, packages: tuple[str, ...]) -> dict[str
 
 
 def providers() -> dict[str, tuple[str, ...]]:
-    """Return the fields that every rollout and routing provides, by what one types to choose it."""
+    """Return the fields that each rollout and routing provides: `rollout=mixed` -> fields."""
     declarations = {group: _declared(group, "provides", tuple(plugins.allowed())) for group in PROVIDERS}
     return {f"{group}={name}": names for group, functions in declarations.items() for name, names in functions.items()}
 
@@ -48,12 +48,12 @@ def unique_fields(provider: str) -> list[str]:
 
 
 def is_useful(provider: str, loss: str) -> bool:
-    """Return False where a loss needs nothing of what only this provider computes."""
+    """Return False if only this provider computes some fields and the loss needs none of them."""
     return not unique_fields(provider) or loss in losses_for(provider)
 
 
 def check_token_info(config: ExperimentConfig) -> None:
-    """Refuse a loss without the information that it needs, and information for another loss."""
+    """Refuse a loss without the information that it needs, and a provider of information for another loss."""
     loss = config.loss.name
     chosen = [f"{group}={getattr(config, group).name}" for group in PROVIDERS]
     for provider in filter(providers().get, chosen):
@@ -81,12 +81,12 @@ def check_token_info(config: ExperimentConfig) -> None:
 
 
 def providers_of(name: str, loss: str) -> list[str]:
-    """Return what provides a field to a loss and is not refused with it."""
+    """Return the providers of a field that this loss accepts."""
     return [provider for provider, names in providers().items() if name in names and is_useful(provider, loss)]
 
 
 def losses_for(provider: str) -> list[str]:
-    """Return the losses that need what only this provider computes."""
+    """Return the losses that need a field which only this provider computes."""
     fields = unique_fields(provider)
     losses = _declared("loss", "needs", tuple(plugins.allowed()))
     return [loss for loss, names in losses.items() if set(fields) & set(names)]

@@ -1,1 +1,1 @@
-"""Text to rows of tokens to batches."""
+"""Conversion of text to rows of tokens, and of rows to batches."""

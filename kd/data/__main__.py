@@ -33,7 +33,7 @@ def pack_data(words: list[str]) -> tuple[ExperimentConfig, Packed]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     about = (
         f"pack the data of {programs.command('train')} WORDS and print a few rows: "
         "what is prompt, what is learned, what is not used"

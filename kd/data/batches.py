@@ -1,8 +1,8 @@
 """Rows of tokens as batches.
 
-Which rows form step s is a pure function of (seed, s): runs with one seed see the same batches, and a resumed run goes
-on where it was. The shift happens here, once: labels[t] is the token after ids[t]; and the mask, once: by position, so
-a padding of ends hides no end.
+The rows of step s are a pure function of (seed, s): runs with one seed see the same batches, and a resumed run goes on
+with the next one. Only this module shifts labels: labels[t] is the token after ids[t]. Only this module masks them, by
+position, so that padding with end tokens never hides a true end.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
     lm_batch: Batch | None = None  # plain text for the language-modelling term
 
     def split(self, rows: int) -> Iterator[Batch]:
-        """Micro-batches of at most `rows` sequences."""
+        """Yield micro-batches of at most `rows` sequences."""
         count = len(self.ids.split(rows))
         parts = [[None] * count if x is None else x.split(rows) for x in self]
         return (Batch(*part) for part in zip(*parts, strict=True))
@@ -49,7 +49,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Packed:
-    """Tokenised rows on disk and what there is to know of them."""
+    """Tokenised rows on disk, with their metadata."""
 
     folder: Path
     train: np.ndarray  # [R, T + 1]
@@ -76,14 +76,14 @@ class Packed:
 
     @property
     def mean_target_tokens(self) -> float:
-        """Tokens of a training row that are learned, in the mean."""
+        """Mean number of target tokens per training row."""
         if self.train_spans is None:
             return self.train.shape[1] - 1 - float(between(self.train, self.boundary).sum(-1).mean())
         return float((self.train_spans[:, 1] - self.train_spans[:, 0]).mean())
 
 
 def between(rows: np.ndarray | Tensor, boundary: Sequence[int]) -> np.ndarray | Tensor:
-    """Return which labels of rows [B, T + 1] are tokens that a tokenizer puts in front of a text, [B, T]."""
+    """Return a mask [B, T] of the labels of rows [B, T + 1] that a tokenizer puts in front of a text."""
     found = rows[:, 1:] != rows[:, 1:]
     for number, (before, token) in enumerate(pairwise(boundary)):
         start = 1 if number == 0 else 0  # a row begins with such a token, and with no end
@@ -92,7 +92,10 @@ def between(rows: np.ndarray | Tensor, boundary: Sequence[int]) -> np.ndarray | 
 
 
 def rows_of_step(count: int, batch: int, seed: int, step: int) -> np.ndarray:
-    """Which of `count` rows form optimizer step `step`, a pure function: every epoch is a new permutation [batch]."""
+    """Return the indices [batch] of the rows of an optimizer step, out of `count` rows.
+
+    A pure function of its arguments. Every epoch is a new permutation.
+    """
     place = np.arange(step * batch, (step + 1) * batch)
     rows = np.empty(batch, np.int64)
     for epoch in np.unique(place // count):
@@ -107,12 +110,12 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Batches:
-    """The training batches of steps start … steps - 1; iterating again begins at `start` again.
+    """Training batches of steps start … steps - 1. A new iteration begins at `start` again.
 
     A thread prepares batches before they are used, so that no step waits for a disk.
-    row_subset: indices of the rows to take; None for all. read_teacher: returns what a store holds of rows (index [B],
-    ids [B, T]). rank_slice: the part of every batch for this rank. response_spans: start and end of the target tokens
-    of every row [R, 2]; None where all count. lm_batches: batches of plain text, one per step, for the
+    row_subset: indices of the rows to use; None for all. read_teacher: maps rows (index [B], ids [B, T]) to their data
+    in a store. rank_slice: the part of every batch for this rank. response_spans: start and end of the target tokens of
+    every row [R, 2]; None if all tokens are targets. lm_batches: batches of plain text, one per step, for the
     language-modelling term. boundary: see to_batch().
     """
 
@@ -152,7 +155,7 @@ class Batches:
 
 
 def prefetch(items: Iterator, count: int = 2) -> Iterator:
-    """The items, made in a thread of their own while those before are used."""
+    """Yield the items. A thread computes up to `count` of them ahead."""
     end = object()
     with ThreadPoolExecutor(1, "ahead") as thread:
         coming = deque(thread.submit(next, items, end) for _ in range(count))
@@ -162,9 +165,11 @@ def prefetch(items: Iterator, count: int = 2) -> Iterator:
 
 
 class ValidationBatches:
-    """The validation rows, in order, `batch` at a time. part: which of them. passes: at least so many batches, where
-    those without a row have one that does not count. spans: of the rows [R, 2], where not all of them counts. boundary:
-    see to_batch().
+    """Validation rows, in order, `batch` at a time.
+
+    rank_slice: the rows to use. passes: the least number of batches; those beyond the rows have one row without target
+    tokens. response_spans: start and end of the target tokens of every row [R, 2]; None if all tokens are targets.
+    boundary: see to_batch().
     """
 
     def __init__(
@@ -195,10 +200,10 @@ def to_batch(
     rows: np.ndarray, index: np.ndarray, seed: np.ndarray, spans: np.ndarray | None = None,
     boundary: Sequence[int] = (),
 ) -> Batch:  # fmt: skip
-    """Rows [B, T + 1] and a random number per position [B, T] -> Batch; inputs and labels are shifted only here.
+    """Return the batch of rows [B, T + 1] with a random number per position, seed [B, T]. Labels are shifted only here.
 
-    spans [B, 2]: tokens of the prompt, and all that are no padding; what is not between them does not count. boundary:
-    tokens between two texts, of which the first, the end, counts, and those that a tokenizer puts behind it do not.
+    spans [B, 2]: number of prompt tokens, and number of tokens without padding; only tokens between them are targets.
+    boundary: tokens between two texts. The first, the end, is a target; those that a tokenizer puts behind it are not.
     """
     import torch
 

@@ -1,8 +1,8 @@
-"""Chat template of a tokenizer: a conversation as the text that it writes, and as tokens.
+"""Chat template of a tokenizer: the text that it renders of a conversation, and its tokens.
 
-What is packed is what the template writes: prompt, response and end are the beginning of the whole conversation as it
-renders it. What it puts between its generation prompt and the answer is part of the prompt, unless a token of the
-answer begins in it. Only what the template itself writes can become a special token.
+Packed rows are the template's output: prompt, response and end are the beginning of the rendered conversation. Text
+between the generation prompt and the answer is part of the prompt, unless a token of the answer begins in it. Only text
+of the template itself can become a special token.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def lost_tools(template: str) -> UserError:
 class ChatTemplate:
     """Chat template of a tokenizer.
 
-    date: YYYY-MM-DD, the day that a template gets which asks for today. Without one such a template is refused, since
-    the same settings would make other data tomorrow; so is one that asks for random numbers. special: see encode.
+    date: YYYY-MM-DD, in place of today's date. Without it, a template that uses today's date is refused, since the same
+    settings would make other data tomorrow. A template with random numbers is refused too. special: see encode.
     """
 
     def __init__(self, tokenizer, special: bool = False, date: str | None = None):

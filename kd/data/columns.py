@@ -1,7 +1,7 @@
-"""Rows of a table as examples, whatever the columns are called.
+"""Conversion of table rows to examples, for many names of columns.
 
-What belongs to an example is used: system prompts, history, tools, weights of 0 and 1. Other columns, and keys of
-messages that no template reads, are counted by name. What would change the meaning and cannot be used is refused.
+An example includes system prompts, history, tools, and weights of 0 and 1. Other columns, and keys of messages that no
+template reads, are counted by name. Values that would change the meaning and cannot be used are refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kd.data.tables import Documents, JsonRows
 from kd.errors import UserError
 
 TOOLS, OPTIONS, LABEL = ("tools", "functions"), "chat_template_kwargs", "label"  # columns
-# Names that belong to kd and to transformers where a conversation is rendered.
+# Variables of a template that kd and transformers set themselves.
 RENDERING = {
     "messages", "conversation", "tools", "tokenize", "chat_template", "add_generation_prompt", "continue_final_message",
     "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
@@ -35,9 +35,9 @@ RENDERING = {
 
 
 class RowReader:
-    """Reads the rows of one table.
+    """Reader of the rows of one table.
 
-    learn: last or all of the assistant's turns. filled: true for a table that fills in null where rows have other keys.
+    learn: last or all of the assistant's turns. filled: true for a table that fills missing keys of rows with null.
     named: true where data.prompt names the column of the prompt.
     """
 
@@ -169,7 +169,7 @@ class RowReader:
 
 
 def examples(rows, prompt: str | None, response: str | None, learn: str, option: str) -> Documents:
-    """Return the examples of a table; raises UserError, with the columns that there are, where none are known."""
+    """Return the examples of a table; raise UserError, which lists the columns, if no known columns exist."""
     columns = Documents(rows, dict, option).columns
     shape = shape_of(columns, prompt, response, option)
     reader = RowReader(shape, learn, option, filled=not isinstance(rows, JsonRows), named=prompt is not None)

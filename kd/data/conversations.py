@@ -1,4 +1,4 @@
-"""Turns of a conversation in a row of a table, whatever columns and messages hold them."""
+"""Turns of a conversation in a row of a table, for many forms of columns and messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SYSTEM, HISTORY = ("system", "system_prompt"), "history"  # columns
 
 
 class ConversationReader:
-    """Reads the turns of rows of one table; see kd.data.columns.RowReader."""
+    """Reader of the turns in rows of one table; see kd.data.columns.RowReader."""
 
     def __init__(self, shape: Shape, option: str, filled: bool):
         self.shape, self.option, self.filled = shape, option, filled

@@ -1,4 +1,4 @@
-"""Where text comes from: each function here returns a Corpus. python and markov need no download."""
+"""Sources of text: each function here returns a Corpus. python and markov need no download."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kd.system.network import offline_unless_reachable
 
 
 class Pairs(NamedTuple):
-    """How prompts and responses become rows: see kd/data/templates.py."""
+    """Settings for the conversion of prompts and responses to rows; see kd/data/templates.py."""
 
     template: str | None  # None takes what is usual for the documents and the tokenizer
     prompt_len: int  # tokens; a longer prompt is left out
@@ -28,11 +28,11 @@ class Pairs(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents, and what says whether they are the same ones as before.
+    """Documents, with a fingerprint of their content.
 
-    entropy: nats per token that no model can beat, where it is known. words: the whole vocabulary, where words are the
-    tokens and documents are rows as they stand; else a tokenizer is used and documents are joined. pairs: where
-    documents are no text but prompts with responses (kd.data.examples.Example), each a row of its own.
+    entropy: lowest possible loss in nats per token, if known. words: the whole vocabulary of a corpus whose tokens are
+    words and whose documents are rows; without it, a tokenizer is used and documents are joined. pairs: for documents
+    that are prompts with responses (kd.data.examples.Example) instead of text, each a row of its own.
     """
 
     load: Callable[[], Iterable]  # a sequence, unless streaming
@@ -56,7 +56,7 @@ def python() -> Corpus:
 
 
 def standard_library() -> list[str]:
-    """The source files of this machine's Python, without tests, in the order of their names."""
+    """Return the source files of this machine's Python, without tests, in the order of their names."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
     files = [f for f in sorted(root.rglob("*.py")) if not skip & set(f.relative_to(root).parts)]
@@ -126,7 +126,7 @@ def hub(
 
 
 def hub_rows(name: str, subset: str | None, split: str, revision: str | None, streaming: bool = False):
-    """Rows of a dataset of the Hub, or of a folder of one; raises UserError, naming the option, if it has none."""
+    """Return the rows of a dataset of the Hub or a folder; raise UserError, which names the option, if it fails."""
     if not Path(name).is_dir():
         offline_unless_reachable()
     import datasets
@@ -180,9 +180,9 @@ TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `dat
 
 
 def local_files(files: str, kinds: dict[str, str]) -> tuple[list[Path], str]:
-    """The files of a path or pattern, and the one of `kinds` (ending -> kind) that all are of.
+    """Return the files of a path or pattern, and their common kind out of `kinds` (ending -> kind).
 
-    Raises UserError, naming the file, where there is none, or one of another kind, or without text.
+    Raises UserError, which names the file, if there is no file, a file of another kind, or one without text.
     """
     option = f"data.files={files}"
     paths = _matching(str(files)) if files else []
@@ -211,7 +211,7 @@ def local_files(files: str, kinds: dict[str, str]) -> tuple[list[Path], str]:
 
 
 def _matching(files: str) -> list[Path]:
-    """Files of a path or pattern: brackets are part of a name where there is such a file."""
+    """Return the files of a path or pattern. A name with brackets is no pattern if a file of that name exists."""
     if Path(files).exists():
         return [Path(files)]
     names = glob.glob(files, recursive=True) or glob.glob(files.replace("[", "[[]"), recursive=True)
@@ -237,7 +237,7 @@ def _column(rows, field: str, option: str) -> Documents:
 
 
 def digest_all(documents: Iterable[str]) -> str:
-    """xxh3-128 of texts in their order."""
+    """Return the xxh3-128 digest of texts in their order."""
     state = xxhash.xxh3_128()
     for document in documents:
         state.update(document.encode() + b"\0")

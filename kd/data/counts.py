@@ -19,7 +19,7 @@ REASONS = {  # of what is left out or not learned
 
 
 def in_words(counts: dict) -> str:
-    """The counts of packed data as a line; without those that are 0."""
+    """Return the counts of packed data as one line, without zeros."""
     if not counts:
         return ""
     used, kind = counts["used"], counts["unit"]
@@ -44,7 +44,7 @@ def in_words(counts: dict) -> str:
 
 
 class Counts:
-    """Numbers of what was read and what became of it. unit: of what is read, documents or examples."""
+    """Counts of documents or examples that were read, used and left out. unit: documents or examples."""
 
     def __init__(self, unit: str):
         self.unit, self.read, self.cut, self.special_as_text, self.prompts_only = unit, 0, 0, 0, 0
@@ -64,6 +64,6 @@ class Counts:
         self.special_as_text += any(as_text(turn.content) for turn in example.turns)
 
     def as_dict(self) -> dict:
-        """For a manifest, without reasons and names that have none."""
+        """Return the counts for a manifest, without reasons and names with a count of 0."""
         return {name: {k: n for k, n in value.items() if n or name in ("used", "rows")} if isinstance(value, dict)
                 else value for name, value in vars(self).items()}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Training and validation batches of a run, as Lightning asks for them."""
+"""Training and validation batches of a run, as a Lightning data module."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from kd.data.batches import Batches, Packed, ValidationBatches
 
 
 class DistillationData(lightning.LightningDataModule):
-    """Batches of packed data, from the step on that the run goes on with.
+    """Batches of packed data, from the step at which the run continues.
 
-    teacher_rows: rows to train on; None for all. read_teacher: what a teacher has stored of rows, see Batches. lm_data:
-    plain text of the language-modelling term, where that is not the data's.
+    teacher_rows: rows to train on; None for all. read_teacher: reads stored data of the teacher, see Batches. lm_data:
+    plain text of the language-modelling term; None if it is the data's own text.
     """
 
     def __init__(

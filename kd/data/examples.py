@@ -1,4 +1,4 @@
-"""Examples to learn from: a conversation, and which of its turns are learned."""
+"""Examples to learn from: conversations with marks on the turns that are learned."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Example(NamedTuple):
         return f"{text}{more}" if more else text
 
     def rows(self) -> Iterator[tuple[tuple[Turn, ...], Turn]]:
-        """For each learned turn, the turns before it and itself."""
+        """Yield for each learned turn the turns before it, and the turn itself."""
         for place, turn in enumerate(self.turns):
             if turn.learned:
                 yield self.turns[:place], turn

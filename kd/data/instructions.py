@@ -26,15 +26,15 @@ def instructions(
     revision: str | None = None, prompt: str | None = None, response: str | None = None, template: str | None = None,
     prompt_len: int | None = None, turns: str = "last", date: str | None = None,
 ) -> Corpus:  # fmt: skip
-    """Prompts and responses, of which the responses are learned: of files, of the Hub, or else functions() of Python.
+    """Prompts and responses to learn: from files, the Hub, or functions of Python's standard library.
 
     files: a .jsonl, .json or .parquet, or a pattern. name, subset, split, revision: of a dataset of the Hub, or of a
-    folder of one. prompt, response: its columns, where their names are none of shapes.SHAPES; a column may hold
-    text, or a list of messages with role and content. template: alpaca, chat or plain; None takes plain for functions,
-    chat for messages where the tokenizer has a chat template, and alpaca for all else. prompt_len: longer prompts are
-    left out, tokens; None for half of seq_len. turns: the turns of the assistant that are learned, last or all, each in
-    a row of its own. date: YYYY-MM-DD, for chat templates that write today's date. Raises UserError for settings that
-    do nothing, or do not go together.
+    folder of one. prompt, response: names of columns that are not in shapes.SHAPES; a column may hold text, or a list
+    of messages with role and content. template: alpaca, chat or plain; None takes plain for functions, chat for
+    messages if the tokenizer has a chat template, and alpaca otherwise. prompt_len: maximum in tokens; rows with longer
+    prompts are left out; None for half of seq_len. turns: the turns of the assistant that are learned, last or all,
+    each in a row of its own. date: YYYY-MM-DD, for chat templates that write today's date. Raises UserError for
+    settings that have no effect, or exclude each other.
     """
     check("data.template", template, template in (None, "alpaca", "chat", "plain"), "alpaca, chat or plain")
     check("data.turns", turns, turns in ("last", "all"), "last or all")
@@ -106,12 +106,11 @@ MOST_ASKED, MOST_DONE = 600, 1000  # characters of a prompt and of a body; some 
 
 
 def functions(sources: Iterable[str]) -> list[Example]:
-    """Functions and methods with a docstring, whose signature and docstring ask for the body, each once.
+    """Return functions and methods with a docstring as examples, each once. The response to the signature is the body.
 
-    Prompt and response together are whole lines of the source as they stand, so a model of source goes on with a
-    prompt as it would anywhere. A function is on the side of the split that its file is on, so a student pre-trained on
-    data=python has not read what is measured on. Functions within functions are left out, since they are part of
-    another's body, and so are bodies that do nothing, or raise an error and nothing else.
+    Prompt and response together are whole, unchanged lines of the source. A function is on the side of the split that
+    its file is on, so a student pre-trained on data=python has not read validation rows. Functions within functions are
+    left out, since they are part of another body. Bodies that do nothing, or only raise an error, are left out too.
     """
     found: dict[str, Example] = {}
     for source in sources:
@@ -138,7 +137,7 @@ def _defined(node: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.
 
 
 def _asked_for(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> tuple[str, str]:
-    """Signature with docstring, and body; two empty texts for a function that is left out."""
+    """Return signature with docstring, and body; two empty texts for a function that is left out."""
     docstring, *body = function.body
     if len((ast.get_docstring(function) or "").split()) < 3 or all(map(_idle, body)):
         return "", ""
@@ -154,7 +153,7 @@ def _asked_for(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str
 
 
 def _idle(statement: ast.stmt) -> bool:
-    """Whether a statement does nothing that could be asked for."""
+    """Return True for a statement that is no useful response: pass, raise, `...` or return None."""
     value = getattr(statement, "value", None)
     nothing = value is None or (isinstance(value, ast.Constant) and value.value in (None, ...))
     return isinstance(statement, ast.Pass | ast.Raise) or (isinstance(statement, ast.Expr | ast.Return) and nothing)

@@ -1,4 +1,4 @@
-"""From a corpus to rows of tokens on disk.
+"""Packing of a corpus as rows of tokens on disk.
 
 1. documents  in an order made from their content, so that files of one kind do not stand together (split.py); streams
               as they come
@@ -53,7 +53,7 @@ def key(corpus: Corpus, **settings) -> str:
 
 
 def folder_name(corpus: Corpus, tokenizer_of: tuple[Corpus, dict] | None = None, **options) -> str:
-    """Name of the folder that pack() fills with these options, whether or not it has done so."""
+    """Return the name of the folder that pack() fills with these options. The folder need not exist."""
     given = {name: parameter.default for name, parameter in inspect.signature(pack).parameters.items()} | options
     settings = {name: given[name] for name in ("seq_len", "tokens", "val_rows", "val_share", "special")}
     settings |= {"tokenizer": given["tokenizer"]} if given["tokenizer"] else {"vocab": given["vocab"]}
@@ -71,8 +71,8 @@ def pack(
     vocab: size of the tokenizer to train, unless `tokenizer` names a pretrained one, or it is that of other text,
     `tokenizer_of`, which is packed too. tokens: at most so many for training, padding not counted (a smaller amount is
     a part of a larger one). special: special tokens that are written out in the text are read as text, or as tokens.
-    announce: print what became of all that was read.
-    code: digests of the source of the corpus, kept in the manifest. anew: what other code packed is packed anew.
+    announce: print counts of used and omitted documents.
+    code: digests of the corpus's source, kept in the manifest. anew: pack again if other code packed the data.
     Raises UserError for text too short for one row.
     """
     _check_settings(corpus, seq_len, vocab, tokenizer, tokens, val_rows, val_share, special)
@@ -126,7 +126,7 @@ def _warn_of_old_bytes(corpus: Corpus, packed: Packed) -> None:
 
 
 def build_once(folder: Path, make: Callable[[Path], None]) -> Packed:
-    """Return what is packed in a folder; if it is not there, one process fills it by `make` under a temporary name."""
+    """Return the packed data of a folder. If it is missing, one process fills it by `make` under a temporary name."""
     if not (folder / "manifest.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{folder}.lock"):
@@ -150,7 +150,7 @@ def _remove_old(folder: Path, code: dict[str, str] | None) -> None:
 
 
 def open_packed(folder: Path) -> Packed:
-    """Return what was packed into a folder; raises UserError if it is not what was written."""
+    """Return the packed data of a folder; raise UserError if files differ from the ones that were written."""
     manifest = read_json(folder / "manifest.json") or {}
     if manifest.pop("digest", None) != files.digest_of(manifest):
         raise _damaged(folder, "manifest.json")
@@ -205,7 +205,7 @@ def _write(
 
 
 def write_manifest(folder: Path, about: dict) -> None:
-    """Write the manifest of packed rows: what is said of them, and the digests of all files."""
+    """Write the manifest of packed rows: the entries in `about`, and the digests of all files."""
     there = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "manifest.json")
     manifest = about | {"digests": {str(p.relative_to(folder)): files.digest(p) for p in there}}
     files.write_json(folder / "manifest.json", manifest | {"digest": files.digest_of(manifest)})

@@ -1,4 +1,4 @@
-"""A look at packed data: a few rows as a model reads them, and what became of all that was read."""
+"""Preview of packed data: a few rows as a model reads them, and counts of used and omitted documents."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def shown(packed: Packed, tokenizer, count: int) -> list[Shown]:
 
 
 def layout(packed: Packed, tokenizer, date: str | None = None) -> dict[str, str]:
-    """Where a template puts a prompt {user} and a response {assistant}: its parts in their order; {} for plain text."""
+    """Return the parts of a template in order, with a prompt {user} and a response {assistant}; {} for plain text."""
     if packed.template is None:
         return {}
     if packed.template != "chat":
@@ -64,7 +64,7 @@ def layout(packed: Packed, tokenizer, date: str | None = None) -> dict[str, str]
 
 
 def as_json(packed: Packed, tokenizer, count: int, date: str | None = None) -> str:
-    """Rows, counts and the template, for programs."""
+    """Return rows, counts and the template as JSON."""
     about: dict = {"folder": str(packed.folder), "template": packed.template, "layout": layout(packed, tokenizer, date)}
     about |= {"counts": packed.counts, "train_rows": len(packed.train), "val_rows": len(packed.val)}
     rows = [row._asdict() for row in shown(packed, tokenizer, count)]

@@ -1,4 +1,4 @@
-"""Files of rows of tokens while a corpus is packed, and what packing text and packing examples share."""
+"""Files of token rows during packing, and functions that packing text and packing examples share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def token_dtype(fast) -> type:
 
 
 def save_rows(folder: Path, side: str, dtype: type, shape: tuple[int, int], val_rows: int) -> np.ndarray | slice:
-    """Write SIDE.bin as SIDE.npy, and return which of its rows that takes."""
+    """Write SIDE.bin as SIDE.npy, and return the indices of the rows that are used."""
     taken = slice(None)
     if side == "val":  # a random part of the whole, so that one long document does not fill it
         taken = np.sort(np.random.default_rng(0).permutation(shape[0])[:val_rows])

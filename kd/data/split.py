@@ -1,6 +1,6 @@
 """Order of the documents of a corpus, and their split into training and validation.
 
-Both depend on content alone: the same text never lands on both sides, whatever else there is.
+Both depend on content alone: the same text never lands on both sides, with any other documents around it.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Documents:
         return len(self.rows)
 
     def first(self) -> dict:
-        """The first row, {} if there is none."""
+        """Return the first row, {} if there is none."""
         return next(self._read(), {})
 
     def __iter__(self) -> Iterator:
@@ -126,7 +126,7 @@ def _parsed(text: bytes):
 
 
 def local_tables(files: str, paths: list[Path], builder: str, **how) -> list:
-    """The tables of local files, one for each file of named columns; raises UserError if one cannot be read."""
+    """Return the tables of local files, one per file with named columns; raise UserError if one cannot be read."""
     groups = [paths] if builder == "text" else [[path] for path in paths]
     tables = []
     for group in groups:
@@ -156,7 +156,7 @@ def stamps(paths: list[Path]) -> list:
 
 
 def cache_of(content: str | list) -> str:
-    """Return where `datasets` is to keep what it reads of local files; it knows them by name and mtime alone."""
+    """Return the cache folder for `datasets`, by content: `datasets` tells local files apart by name and mtime only."""
     import datasets
 
     return f"{datasets.config.HF_DATASETS_CACHE}/kd-{on_disk.digest_of(content)[:16]}"
@@ -168,7 +168,7 @@ def is_saved(name: str | Path) -> bool:
 
 
 def saved_rows(name: str, subset: str | None, split: str, revision: str | None, streaming: bool):
-    """Rows of a folder of save_to_disk(); raises ValueError for a part that it does not have."""
+    """Return the rows of a folder of save_to_disk(); raise ValueError for a part that it does not have."""
     import datasets
 
     for option, value in (("subset", subset), ("revision", revision)):
@@ -185,7 +185,7 @@ def saved_rows(name: str, subset: str | None, split: str, revision: str | None, 
 
 
 def kind_of(value) -> str:
-    """The kind of a value, for a message to people."""
+    """Return the kind of a value, for an error message."""
     if isinstance(value, datetime.date | datetime.time):
         return f"{type(value).__name__} (a .jsonl file that is named by data.files= is read without guesses of dates)"
     return type(value).__name__

@@ -52,7 +52,7 @@ def written(example: Example, template: str) -> str:
 
 
 def template_of(pairs: Pairs, examples: Iterable[Example], tokenizer=None) -> str:
-    """Return the name of the template that was chosen, or is usual; raises UserError for chat that a tokenizer lacks.
+    """Return the name of the chosen or default template; raise UserError for chat if the tokenizer has no template.
 
     tokenizer: None for one that is still to be trained.
     """
@@ -125,10 +125,10 @@ def end_of_response(template: str, tokenizer, date: str | None = None) -> int | 
 
 
 def special_as_text(tokenizer, special: bool, template: str | None = None) -> Callable[[str], bool]:
-    """Return a function that is true for texts with special tokens, written out, that are not read as tokens.
+    """Return a function that is true for texts with written-out special tokens that stay text.
 
-    They are those of the tokenizer, unless special is true, those of the chat template likewise, and what has the form
-    of others: <|word|>. Other added tokens are always read as tokens.
+    These are the special tokens of the tokenizer and of the chat template, unless special is true, and other words of
+    the form <|word|>. Other added tokens are always read as tokens.
     """
     added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
     known = {name for name, is_special in added.items() if is_special}

@@ -1,4 +1,4 @@
-"""Tokenizers: load one by name or train one, and read off what packing and models need to know of it."""
+"""Tokenizers: load one by name or train one, and get the properties that packing and models need."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def tokenize(texts: list[str], tokenizer, special: bool = False) -> list[list[in
 
 
 def byte_counts(text: str, ids: list[int], tokenizer) -> np.ndarray:
-    """Return how many bytes of the text each of its tokens stands for; the sum is the size of the text.
+    """Return the number of bytes that each token of a text stands for; the sum is the size of the text.
 
     White space that no token covers counts to the next token. Tokens that share a character share its bytes evenly, and
     so do all tokens of a text where the tokenizer does not tell which characters they cover.

@@ -24,9 +24,9 @@ from kd.teachers.base import Teacher
 def excess_error(own: Tensor, oracle: Tensor) -> Tensor:
     """Excess accumulated error over the length l = 1 … L of a response [L], a share: (R(l) - l eps(l)) / (l eps(l)).
 
-    R(l) sums over t <= l the mean KL(p || q) of token t where the student wrote what is before it, and l eps(l) where
-    the teacher did. own, oracle [T, 2]: for each t how many responses there are with a token t, and the sum of their
-    KL. L is as far as both have one. It is 0 where mistakes do not add up, and papers print it in per cent.
+    R(l) is the sum over t <= l of the mean KL(p || q) at token t after text of the student; l eps(l) is the same sum
+    after text of the teacher. own, oracle [T, 2]: for each t the number of responses that have a token t, and the sum
+    of their KL. L is the last t that both have. The value is 0 if errors do not accumulate; papers print per cent.
     Arora et al. 2022, arXiv 2204.01171; Gu et al. 2023, arXiv 2306.08543, section 3.3, where p is the teacher as here.
     In MiniLLM's code a response that has ended counts as one without error; here it no longer counts.
     """
@@ -36,13 +36,13 @@ def excess_error(own: Tensor, oracle: Tensor) -> Tensor:
 
 
 class TeacherGap(NamedTuple):
-    """How far student and teacher are apart on some text."""
+    """Divergence of student and teacher on some text."""
 
     by_place: Tensor  # [T, 4] positions, and sums of KL(p || q), KL(q || p) and total variation, by token of a response
     bins: Tensor  # [BINS, 3] of the student's confidence, where the teacher's distribution is the truth
 
     def means(self) -> dict[str, float]:
-        """Over all tokens."""
+        """Return the means over all tokens."""
         count, _, rkl, tvd = self.by_place.sum(0).tolist()
         return {"rkl": rkl / count, "tvd": tvd / count, "ece": metrics.calibration_error(self.bins)}
 
@@ -51,7 +51,10 @@ class TeacherGap(NamedTuple):
 def teacher_gap(
     student: CausalLM, teacher: Teacher, batches: Iterable[Batch], length: int, chunk: int | None
 ) -> TeacherGap:
-    """How far student and teacher are apart at the counted positions of batches of `length` positions, on all ranks."""
+    """Return the divergence of student and teacher at the target positions of batches, on all ranks.
+
+    length: positions per row.
+    """
     device = next(student.parameters()).device
     by_place = torch.zeros(length, 4, dtype=torch.float64, device=device)
     bins = torch.zeros(metrics.BINS, 3, dtype=torch.float64, device=device)

@@ -1,4 +1,7 @@
-"""What every run is measured by, whatever it was trained on; all on plain, untruncated, unsoftened distributions."""
+"""Validation metrics.
+
+All use the full distributions at temperature 1, so that runs with different training targets are comparable.
+"""
 
 from __future__ import annotations
 
@@ -35,15 +38,16 @@ def _function(target: str) -> Callable[[Tensor, Target], Tensor]:
 
 
 def calibration_bins(logp: Tensor, label: Tensor) -> Tensor:
-    """Log-probabilities [N, V] -> [BINS, 3]: positions, sum of confidence, and correct ones, by confidence."""
+    """Return [BINS, 3] for log-probabilities [N, V]: positions, sum of confidence, and correct ones, by confidence."""
     confidence, best = logp.max(-1)
     return _binned(confidence.exp(), best == label)
 
 
 def bins_by_teacher(student: Tensor, target: Target) -> Tensor:
-    """The same where the truth is drawn from the teacher: the student's first choice is correct with its probability.
+    """Return calibration bins [BINS, 3] with the teacher as the truth.
 
-    On text that the student itself wrote its own tokens are no truth: they are drawn as its confidence says.
+    The student's first choice counts as correct with the teacher's probability of it. This is for the student's own
+    text, whose tokens cannot be the truth: they are drawn with the student's confidence.
     """
     confidence, best = student.max(-1)
     return _binned(confidence.exp(), target.logp.gather(-1, best[:, None])[:, 0].exp())
@@ -88,7 +92,11 @@ class Measures:
                 self._add("teacher_ece", calibration_bins(target.logp, label[rows]))
 
     def result(self) -> dict[str, float]:
-        """Means per token; `*accuracy`, the share of tokens that are the first choice, and `*ece` in [0, 1]."""
+        """Return means per token.
+
+        Keys ending in `accuracy` are the share of tokens ranked first; keys ending in `ece` are calibration errors.
+        Both lie in [0, 1].
+        """
         means = {}
         for name, value in self.sums.items():
             if name.endswith("ece"):
@@ -99,7 +107,7 @@ class Measures:
         return means
 
     def add(self, tokens: int, sums: dict[str, Tensor]) -> None:
-        """Add what another process has measured."""
+        """Merge sums from another rank."""
         self.tokens += tokens
         for name, value in sums.items():
             self._add(name, value)

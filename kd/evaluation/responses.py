@@ -1,9 +1,8 @@
-"""What a trained model writes when it is asked: its responses to the prompts of the validation rows, and what they are
-worth.
+"""Responses of a trained model to the prompts of the validation rows, and their evaluation.
 
-1. written    a sample of every row (or several), drawn with a seed of its own: whoever is asked gets the same draws
-2. the text   Rouge-L and exact match against the references, distinct n-grams, length
-3. the model  how far the student is from the teacher on its own text, and whether that grows with length: ExAccErr
+1. sampling   one or more samples per row, each with a seed of its own, so that all models get the same draws
+2. text       Rouge-L and exact match against the references, distinct n-grams, length
+3. model      divergence of student and teacher on the student's own text, and its growth with length: ExAccErr
 
 q is the student and p the teacher.
 """
@@ -57,9 +56,9 @@ class Generations(NamedTuple):
 
 
 def kept(root: str, packed: Packed, teacher: str, **how) -> Path:
-    """Where a teacher's responses to these validation rows are kept, once for all runs that ask alike.
+    """Return the file of a teacher's responses to these validation rows, shared by runs with equal settings.
 
-    teacher: its folder, or its name on the Hub. how: all else that they depend on.
+    teacher: its folder, or its name on the Hub. how: all other settings that the responses depend on.
     """
     asked = [packed.digests[f"{name}.npy"] for name in ("val", "val_spans")]
     key = files.digest_of([asked, files.folder_fingerprint(teacher) or teacher, how])[:16]
@@ -67,14 +66,14 @@ def kept(root: str, packed: Packed, teacher: str, **how) -> Path:
 
 
 class ResponseEvaluation(Callback):
-    """Has a trained student respond to the prompts of the validation rows, and puts what comes of it into the run.
+    """Evaluation of a trained student's responses to the prompts of the validation rows.
 
-    samples: of each prompt. temperature, seed: of the draws. The measures become part of the metrics of `validation`;
-    the folder of the run gets the file RESPONSES, and where there is a model of a teacher EXACCERR. What the teacher
-    writes is kept in the file `kept` for other runs of it; not where that is None.
+    samples: responses per prompt. temperature, seed: of sampling. The measures become part of the metrics of
+    `validation`. The folder of the run gets the file RESPONSES, and if there is a teacher model also EXACCERR. The
+    teacher's responses are kept in the file `kept` for other runs, unless that is None.
 
-    It is called after the last step and while everything is still in its place: models, ranks, precision. The ranks
-    share the rows. No state of it is in checkpoints: who was killed meanwhile begins again.
+    It runs after the last step, while models, ranks and precision are still set up. The ranks share the rows.
+    Checkpoints hold no state of it: a run that is killed during evaluation starts the evaluation again.
     """
 
     def __init__(
@@ -87,7 +86,7 @@ class ResponseEvaluation(Callback):
 
     @torch.no_grad()
     def on_train_end(self, trainer, module) -> None:
-        """Everything, in order. Not at the end of fit: Lightning moves the student to the CPU before that."""
+        """Run the evaluation. At the end of fit it would be too late: Lightning has moved the student to the CPU."""
         module.eval()
         teacher = self.teacher.model
         with trainer.precision_plugin.val_step_context():
@@ -102,7 +101,7 @@ class ResponseEvaluation(Callback):
                     metrics[f"val/{prefix}perplexity"] = math.exp(metrics[f"val/{prefix}lm"])
 
     def _of_teacher(self, teacher: CausalLM, sharded: bool) -> Generations:
-        """What the teacher writes: read, where it has been written before."""
+        """Return the teacher's responses, read from the file if it exists."""
         if self.kept is None:
             return self._write(teacher, "the teacher responds", sharded)
         self.kept.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +116,7 @@ class ResponseEvaluation(Callback):
             return written
 
     def _write(self, model: CausalLM, title: str, sharded: bool) -> Generations:
-        """What a model writes, of all ranks."""
+        """Return a model's responses, gathered from all ranks."""
         prompts = self._batches(self.packed.val, self.packed.val_spans, self.at_once, sharded, self.samples)
         device = next(model.parameters()).device
         progress = StepProgress(title, len(prompts.index), 0, "response", collectives.rank() == 0)
@@ -146,7 +145,7 @@ class ResponseEvaluation(Callback):
     def _generate_with_retry(
         self, model: CausalLM, batch: Batch, seed: Tensor, watch: Callable, sharded: bool
     ) -> list[Batch]:
-        """A batch with responses; in halves where memory runs out, and those after it too."""
+        """Return batches with responses. If memory runs out, this batch and later ones are halved."""
         if len(seed) <= self.at_once:
             try:
                 how = dict(temperature=self.temperature, watch=watch)
@@ -162,7 +161,7 @@ class ResponseEvaluation(Callback):
     def _batches(
         self, tokens: np.ndarray, spans: np.ndarray, rows: int, sharded: bool, samples: int = 1
     ) -> ValidationBatches:
-        """This rank's share of rows, each so many times; as many batches as any rank has, where parts are shared."""
+        """Return this rank's share of rows, `samples` times each. With shards, all ranks get equally many batches."""
         count = samples * len(tokens)
         passes = -(-count // (rows * collectives.world_size())) if sharded else 0
         every = np.tile(tokens, (samples, 1)), np.tile(spans, (samples, 1))
@@ -173,7 +172,7 @@ class ResponseEvaluation(Callback):
         return teacher_gap(module.student, self.teacher, batches, text.tokens.shape[1] - 1, self.chunk)
 
     def _result(self, own: Generations, theirs: Generations | None, gaps: list[TeacherGap]) -> dict[str, float]:
-        """Write the files, and say what was measured."""
+        """Write the files, and return the measures."""
         spans = self.packed.val_spans
         assert spans is not None, "only prompts have responses"
         says = [self._decode_row(tokens, span) for tokens, span in zip(*own, strict=True)]
@@ -208,20 +207,20 @@ class ResponseEvaluation(Callback):
         return found
 
     def _decode_row(self, tokens: np.ndarray, span: np.ndarray) -> tuple[str, str]:
-        """Prompt and response of a row, as text."""
+        """Return prompt and response of a row, as text."""
         parts = tokens[: span[0]], tokens[span[0] : span[1]]
         how = [dict(skip_special_tokens=skip, clean_up_tokenization_spaces=False) for skip in (False, True)]
         return tuple(self.tokenizer.decode(ids.tolist(), **of) for ids, of in zip(parts, how, strict=True))
 
 
 def _seeds(place: Tensor, rows: int, seed: int) -> Tensor:
-    """A seed for each of the responses at `place` [B], the same whoever writes them: of the sample and the row."""
+    """Return a seed for each response at `place` [B]. It depends on sample and row, not on the model."""
     drawn = [np.random.default_rng([seed, *divmod(int(i), rows)]).integers(2**62) for i in place]
     return torch.tensor(drawn, dtype=torch.int64)
 
 
 def _curve(curve: list[float], gaps: list[TeacherGap]) -> dict:
-    """ExAccErr over length, and what it is made of: mean KL(p || q) and number of responses, by token."""
+    """Return ExAccErr over length, with its inputs: mean KL(p || q) and number of responses, by token."""
     of = [gap.by_place[: len(curve), :2] for gap in gaps]
     made = {who: {"fkl": (x[:, 1] / x[:, 0]).tolist(), "responses": x[:, 0].long().tolist()}
             for who, x in zip(("student", "teacher"), of, strict=True)}  # fmt: skip

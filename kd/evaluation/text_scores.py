@@ -17,7 +17,7 @@ NGRAMS = (1, 2, 3, 4)
 
 
 def rouge_l(response: str, reference: str) -> float:
-    """Rouge-L F1, with the words of rouge_words(). Lin 2004; MiniLLM evaluates by the same on text in Latin letters."""
+    """Return Rouge-L F1 on the words of rouge_words(). Lin 2004; for Latin letters it is the metric of MiniLLM."""
     return _rouge().score(reference, response)["rougeL"].fmeasure
 
 
@@ -60,14 +60,14 @@ def _stemmer():
 
 
 def exact_match(response: str, reference: str) -> bool:
-    """Whether two texts are the same but for white space."""
+    """Return True if two texts are equal apart from white space."""
     return response.split() == reference.split()
 
 
 def distinct(responses: Iterable[str], n: int) -> float:
-    """Distinct n-grams of words, all responses together, as a share of all; 0 where there is none.
+    """Return the share of distinct n-grams of words among all n-grams of all responses; 0 if there are none.
 
-    Words are what white space separates; of a script without spaces between words, each character is one.
+    Words are separated by white space. In a script without spaces between words, each character is a word.
 
     Li et al. 2016, arXiv 1510.03055; with n = 4 the diversity of MiniLLM. Fewer responses have a larger share.
     """
@@ -82,7 +82,7 @@ def _words(text: str) -> list[str]:
 
 
 class Response(NamedTuple):
-    """A response as text, and what it is by itself."""
+    """Response as text, with its length, its end and its scores."""
 
     response: str
     tokens: int  # without the one that ends it
@@ -92,7 +92,7 @@ class Response(NamedTuple):
 
 
 def summary(responses: list[Response], samples: int) -> dict[str, float]:
-    """Means over all responses; distinct n-grams within each sample of all prompts, and then their mean."""
+    """Return means over all responses. Distinct n-grams are those within a sample of all prompts, averaged."""
     of_sample = np.array_split([r.response for r in responses], samples)
     means = {
         "rouge_l": fmean(r.rouge_l for r in responses),

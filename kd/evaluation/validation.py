@@ -16,12 +16,12 @@ from kd.teachers.base import Teacher
 
 
 class Validation(Callback):
-    """Measures the student on all validation rows, every `every` steps and after the last: the same for every run.
+    """Validation of the student on all rows, every `every` steps and after the last; equal for all runs.
 
-    Called by step, not by Lightning's loop, whose count of batches drifts by one with every resume.
+    It counts steps itself: the batch count of Lightning's validation loop drifts by one with every resume.
 
-    axes: what plots are drawn against. bytes_per_token: of the validation text; None where tokens are no text.
-    before_training: also before the first step.
+    axes: x-values for plots. bytes_per_token: of the validation text; None if tokens are not text.
+    before_training: validate before the first step too.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Validation(Callback):
 
     @torch.no_grad()
     def validate(self, trainer, module) -> None:
-        """Measure, and log what was measured."""
+        """Measure the student, and log the metrics."""
         module.eval()
         measures = Measures(module.objective.chunk)
         with trainer.precision_plugin.val_step_context():

@@ -1,4 +1,4 @@
-"""Leftovers in a root: what can be removed, why, and what keeps the rest."""
+"""Leftovers in a root: files and folders that can be removed, and the reasons to keep others."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Leftover(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Names of what a run is made from."""
+    """Names of the runs, data and stores that a run is made from."""
 
     runs: frozenset[str] = frozenset()
     data: frozenset[str] = frozenset()
@@ -85,12 +85,12 @@ class Root:
 
     @cached_property
     def needs(self) -> dict[str, Needs]:
-        """What each run needs, where that is known."""
+        """Needs of each run, if they are known."""
         return {name: needs for name, use in self.runs.items() if (needs := self._needs_of(use))}
 
     @property
     def unknown(self) -> list[str]:
-        """Reasons why something may be needed that `needs` does not have."""
+        """Reasons why `needs` may be incomplete."""
         unclear = "config, data or models are not what they were"
         reasons = [f"what {name} needs is unknown: its {unclear}" for name in self.runs if name not in self.needs]
         for sweep, runs in self.sweeps.items():
@@ -99,7 +99,7 @@ class Root:
         return reasons
 
     def _needs_of(self, use: RunUse) -> Needs | None:
-        """Return what a run needs; None where its config, with data and models as they are now, is another run's."""
+        """Return the needs of a run; None if its config, with today's data and models, gives another run's name."""
         try:
             node = read_json(use.run / "config.json") or {}
             config = ExperimentConfig.from_dict(node).derive(root=str(self.folder))
@@ -109,7 +109,7 @@ class Root:
 
 
 def needs_of(config: ExperimentConfig, root: Path) -> Needs:
-    """Return what a config needs of its root; raise UserError where its data or models are gone."""
+    """Return what a config needs of its root; raise UserError if its data or models no longer exist."""
     planned = Plan.of(config)
     runs = {Plan.of(model).run.name for model in (planned.teacher, planned.start) if model}
     for name in (config.teacher.name, config.student.name, config.data.tokenizer):
@@ -124,7 +124,7 @@ def needs_of(config: ExperimentConfig, root: Path) -> Needs:
 
 
 def leftovers(root: Root, kinds: tuple[str, ...]) -> list[Leftover]:
-    """Return what these kinds of leftovers are in a root; what is needed says for what."""
+    """Return the leftovers of these kinds in a root. `needed` of each has the reason to keep it."""
     return [leftover for kind in kinds for leftover in _FINDERS[kind](root)]
 
 
@@ -142,7 +142,7 @@ def named_runs(root: Root, names: list[str]) -> list[Leftover]:
 
 
 def remove(leftover: Leftover) -> bool:
-    """Remove a leftover; return False, and leave it, where a process works on it."""
+    """Remove a leftover. If a process works on it, return False and keep it."""
     lock = _lock(leftover)
     try:
         with filelock.FileLock(lock, timeout=0) if lock else nullcontext():
@@ -153,7 +153,7 @@ def remove(leftover: Leftover) -> bool:
 
 
 def _lock(leftover: Leftover) -> Path | None:
-    """Return the lock that processes hold while they write to a leftover; None where there is none."""
+    """Return the lock that processes hold while they write to a leftover; None if it has none."""
     path = leftover.path
     if leftover.kind in ("data", "rollouts"):
         return path.with_name(f"{path.name}.lock")
@@ -163,7 +163,7 @@ def _lock(leftover: Leftover) -> Path | None:
 
 
 def _needed(root: Root, name: str) -> str:
-    """Return for what a run is needed."""
+    """Return the reasons why a run is needed, as text."""
     reasons = [f"sweep {sweep}" for sweep in root.sweeps_with(name)]
     if users := root.users_of(name):
         reasons.append(f"{users[0]}{f' and {len(users) - 1} more' if users[1:] else ''} learn from it")

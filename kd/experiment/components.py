@@ -11,7 +11,7 @@ from kd.errors import UserError
 
 
 class Components:
-    """The functions that a config names, tried once on a small random target so that no wrong number gets further."""
+    """Functions that a config names. Each is tried once on a small random target, which detects wrong numbers early."""
 
     def __init__(self, config: ExperimentConfig, packed: Packed):
         import torch

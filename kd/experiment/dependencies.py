@@ -1,5 +1,7 @@
-"""Plan of a run: its folder, its data, the runs that make its teacher and its first weights, its store. Needs no
-model and no torch."""
+"""Plan of a run: its folder, its data, its store, and the runs that make its teacher and its first weights.
+
+Needs no model and no torch.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ _plans: WeakKeyDictionary[ExperimentConfig, Plan] = WeakKeyDictionary()
 
 
 class Plan(NamedTuple):
-    """Everything that a config stands for on disk."""
+    """Folders and further runs that a config stands for."""
 
     run: Run
     teacher: ExperimentConfig | None  # run that makes the teacher; None if it is not to be made
@@ -79,7 +81,7 @@ def _made(config: ExperimentConfig) -> Plan:
 
 
 def plugged_in(config: ExperimentConfig) -> list[str]:
-    """Return the functions of plug-ins that change what comes out of a run, as the config names them."""
+    """Return the functions of plug-ins that affect the result of a run, as the config names them."""
     if not plugins.allowed():
         return []
     part = identity_settings(config.flat())
@@ -90,7 +92,7 @@ def plugged_in(config: ExperimentConfig) -> list[str]:
 
 
 def _store_key(config: ExperimentConfig, digests: dict[str, Any]) -> str:
-    """Name of a store's folder: a digest of all that its content depends on."""
+    """Return the name of a store's folder: a digest of all settings that its content depends on."""
     spec = config.stored.spec
     inputs = {k: v for k, v in digests.items() if k in ("data", "teacher", "teacher.name")}
     if plugged := plugins.digests([config.stored.target]):
@@ -101,7 +103,7 @@ def _store_key(config: ExperimentConfig, digests: dict[str, Any]) -> str:
 
 
 def place(config: ExperimentConfig, key: str, path: str | None) -> Place:
-    """Return the place of a store; one that exists keeps the key it was written under, whatever config reads it."""
+    """Return the place of a store. An existing store keeps the key that it was written under."""
     folder = remote.local_root(config.root) / "stores"
     usual = f"{config.root}/stores/{key}" if remote.is_url(config.root) else str(folder / key)
     found = Place(path or usual, key, folder)
@@ -119,8 +121,10 @@ def recording_config(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def corpus(config: ExperimentConfig) -> tuple[Corpus, dict[str, Any]]:
-    """Return the text, and how it is packed. Pretrained models bring a tokenizer; instructions take that of the plain
-    text."""
+    """Return the text, and the arguments of packing it.
+
+    A pretrained model brings its tokenizer. Without one, instructions use the tokenizer of the plain text.
+    """
     source, how = _packing(config, config.data, "data")
     if source.pairs and not how["tokenizer"]:
         how["tokenizer_of"] = plain_corpus(config)
@@ -128,7 +132,7 @@ def corpus(config: ExperimentConfig) -> tuple[Corpus, dict[str, Any]]:
 
 
 def plain_corpus(config: ExperimentConfig) -> tuple[Corpus, dict[str, Any]]:
-    """Return the plain text beside the data, and how it is packed: as the data is."""
+    """Return the plain text beside the data, and the arguments of packing it, which are those of the data."""
     return _packing(config, plain_data(config), "plain")
 
 
@@ -165,11 +169,11 @@ def cached_corpus(make: Callable[..., Corpus], **arguments: Any) -> Corpus:
 
 
 def teacher_config(config: ExperimentConfig) -> ExperimentConfig:
-    """Return the run that makes a teacher of a size: language modelling with the defaults, whatever the student has.
+    """Return the run that makes a teacher of a size: language modelling with the defaults, not the student's settings.
 
-    It is what `python train.py logits=none teacher=none student=SIZE trainer.steps=… lr.peak=… data=…` would be; on
-    instructions, after a run on the plain text, for which alone start.steps and its like are the student's too. So is
-    a named one with teacher.sft=true, from the weights it has.
+    It is the run of `python train.py logits=none teacher=none student=SIZE trainer.steps=… lr.peak=… data=…`. On
+    instructions it starts from a run on the plain text. Only start.steps and the other settings of that run are shared
+    with the student. A named teacher with teacher.sft=true gets such a run too, from its own weights.
     """
     teacher = config.teacher
     start = "pretrained" if teacher.size and corpus(config)[0].pairs else "scratch"
@@ -178,7 +182,7 @@ def teacher_config(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def start_config(config: ExperimentConfig) -> ExperimentConfig | None:
-    """Return the run that makes a student's first weights; None where they are those that its name or size says.
+    """Return the run that makes a student's first weights; None if its name or size alone determines them.
 
     Raises UserError for a stage that this student or data cannot have.
     """

@@ -138,7 +138,7 @@ def assemble(run: Run, config: ExperimentConfig, inputs: Inputs) -> Assembly:
 
 
 def source_code(config: ExperimentConfig, inputs: Inputs) -> dict:
-    """Return what a result keeps of the code that makes it, as it is now, before anybody edits it."""
+    """Return the record of the code in a result. It is taken before training, since files can be edited meanwhile."""
     code: dict = {
         "environment": environment(), "sources": provenance.sources(config.flat()), "origins": inputs.origins,
     }  # fmt: skip
@@ -152,7 +152,7 @@ def source_code(config: ExperimentConfig, inputs: Inputs) -> dict:
 
 
 def latest_checkpoint(run: Run, sharded: bool) -> Path | None:
-    """Return the newest checkpoint that is whole; raises UserError if it is of the other kind, in shards or not."""
+    """Return the newest complete checkpoint. Raises UserError if it is in shards and the run is not, or vice versa."""
     checkpoint = collectives.all_gather(newest(run / "checkpoints") if collectives.rank() == 0 else None)[0]
     if checkpoint and checkpoint.is_dir() != sharded:
         raise UserError(
@@ -183,7 +183,7 @@ def warn_of_large_batches(config: ExperimentConfig, data: DistillationData) -> N
 
 
 def finish(run: Run, config: ExperimentConfig, inputs: Inputs, parts: Assembly) -> tuple[dict | None, dict]:
-    """Write the trained student and the result. Return final metrics and result; nothing of them on other ranks."""
+    """Write the trained student and the result. Return final metrics and result; None and {} on other ranks."""
     memory = max(collectives.all_gather(peak_memory()))
     student, tokenizer = parts.module.student, inputs.components.tokenizer
     weights = fsdp.full_state_dict(student) if "student" in parts.module.sharded else None
@@ -205,7 +205,7 @@ def finish(run: Run, config: ExperimentConfig, inputs: Inputs, parts: Assembly) 
 
 
 def result_of(run: Run, inputs: Inputs, parts: Assembly, memory: int) -> dict:
-    """Return what result.json says of a run that is done. memory: peak of any rank, in bytes."""
+    """Return the content of result.json. memory: peak of any rank, in bytes."""
     packed, throughput, validation = inputs.packed, parts.callbacks.throughput, parts.callbacks.validation
     student, teacher = parts.student_cost, parts.module.teacher.cost
     return {
@@ -233,7 +233,7 @@ def row_ends(config: ExperimentConfig, packed: Packed, tokenizer) -> list[int]:
 
 
 def as_job(run: Run, config: ExperimentConfig, inputs: Inputs) -> dict:
-    """Return what each rank of a run needs, as plain containers; from_job() reads it."""
+    """Return the inputs of each rank as plain containers, for from_job()."""
     store, plain = inputs.store, inputs.plain
     return {
         "config": config.to_dict(), "run": run.name, "data": str(inputs.packed.folder), "teacher": inputs.teacher,

@@ -1,4 +1,4 @@
-"""What runs will take, before any is begun: from their shapes, and from some steps of each, which are measured."""
+"""Estimates of time, memory and disk before runs begin, from their shapes and from some measured steps."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from kd.teachers.online import OnlineTeacher
 
 STARTS = 8.0  # seconds that a process takes to load what it needs
 SAMPLE = 1_000_000  # tokens that are enough to know a text by
-# What the time of a step does not depend on.
+# Settings that the time of a step does not depend on.
 NO_SHAPE = ("seed", "trainer.steps", "trainer.val_every", "trainer.log_every", "alpha", "lr", "optim", "teacher.steps")
 
 
 class Estimate(NamedTuple):
-    """What a run, or the writing of a store, takes."""
+    """Time, memory and disk that a run, or the writing of a store, takes."""
 
     tokens: int
     seconds: float | None  # None where it could not be measured
@@ -52,7 +52,7 @@ _measured: dict[str, Step] = {}  # a sweep has many runs of one shape
 
 
 def sampled(config: ExperimentConfig) -> tuple[ExperimentConfig, float]:
-    """Return a config with a sample of its text, which is packed in no time, and how many times as much it needs."""
+    """Return a config with a sample of its text, which is packed fast, and the ratio of the full text to the sample."""
     tokens = config.data.tokens or 0
     if tokens <= SAMPLE:
         return config, 1.0
@@ -60,9 +60,9 @@ def sampled(config: ExperimentConfig) -> tuple[ExperimentConfig, float]:
 
 
 def of_run(config: ExperimentConfig, packed: Packed, times: float, components: Components, vocab: int) -> Estimate:
-    """Of a run on `times` as many rows as are packed. Its teacher may be still to be made; its size tells as much.
+    """Return the estimate of a run on `times` as many rows as are packed. The teacher need not exist yet.
 
-    What is written is counted as long as it may be: models that have learned nothing do not end.
+    Generated text counts with its greatest length, since untrained models do not end their responses.
     """
     shape = {k: v for k, v in identity_settings(config.flat()).items() if not k.startswith(NO_SHAPE)}
     trainer, seq_len = config.trainer, config.data.seq_len
@@ -107,14 +107,14 @@ def of_run(config: ExperimentConfig, packed: Packed, times: float, components: C
 
 @cache
 def before_measuring() -> int:
-    """Bytes that libraries and data take in a process before it makes a model, as in a run."""
+    """Return the bytes that libraries and data take in a process before it makes a model."""
     return peak_memory()
 
 
 def of_store(config: ExperimentConfig, packed: Packed, times: float, keep, vocab: int, described: dict) -> Estimate:
-    """Of writing the store that a run reads, of `times` as many rows as are packed.
+    """Return the estimate of writing the store that a run reads, for `times` as many rows as are packed.
 
-    Of an untrained teacher, which a nucleus keeps more of than of any.
+    It uses an untrained teacher, for which a nucleus keeps the most tokens: an upper bound.
     """
     trainer, seq_len = config.trainer, config.data.seq_len
     model = build_teacher_model(config, vocab)
@@ -151,7 +151,7 @@ def print_rows(rows: dict[str, list[str]]) -> None:
 
 
 def shortened(names: list[str]) -> list[str]:
-    """Names of runs without words whose key has one value in all that have it, as long as no two become the same."""
+    """Return short names of runs: without words whose key has only one value, unless two names would become equal."""
     values: dict[str, set[str]] = {}
     for name in names:
         for word in name.split(" "):
@@ -163,9 +163,9 @@ def shortened(names: list[str]) -> list[str]:
 
 
 def show(made: dict[str, Estimate], names: dict[str, str], done: int, config: ExperimentConfig, at_once: float) -> None:
-    """A line for each of `made` (name of its folder -> estimate), called as `names` say, and what all take together.
+    """Print a line for each estimate in `made` (name of the folder -> estimate), and the total.
 
-    config: of one of the runs, for where they run.
+    names: folder -> name to print. config: that of any run, for the machine.
     """
     if not made:
         console.print("Nothing is left to do.")
@@ -204,7 +204,7 @@ def show(made: dict[str, Estimate], names: dict[str, str], done: int, config: Ex
 
 
 def estimate(config: ExperimentConfig) -> dict[str, Estimate]:
-    """Return what a run takes, and before it its teacher and its store, by name; nothing of what is done."""
+    """Return the estimates of a run, its teacher and its store by name. Finished ones are left out."""
     run, teacher, start, place, record = Plan.of(config)
     if not config.force and run.result() is not None:
         return {}
@@ -223,7 +223,10 @@ def estimate(config: ExperimentConfig) -> dict[str, Estimate]:
 
 
 def show_plan(configs: list[ExperimentConfig], said: list[str], at_once: float) -> None:
-    """Print what runs take, called as `said`, so many at once, and what is made first for them; each thing once."""
+    """Print the estimates of runs and of their prerequisites, each once.
+
+    said: names to print. at_once: number of parallel runs.
+    """
     silence_libraries()
     made: dict[str, Estimate] = {}
     names = {Plan.of(config).run.name: words for config, words in zip(configs, said, strict=True)}

@@ -1,4 +1,4 @@
-"""What a run needs before it begins: data, teacher, initial weights, text that the teacher writes."""
+"""Prerequisites of a run: data, teacher, initial weights, text that the teacher writes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from kd.experiment.components import Components
 
 
 class Inputs(NamedTuple):
-    """What a run is given when it begins."""
+    """Inputs of a run."""
 
     packed: Packed
     components: Components
@@ -50,7 +50,7 @@ class Inputs(NamedTuple):
 
 
 class FinishedRun(NamedTuple):
-    """A run and its result; before: whether it was done already, so that this command trained nothing."""
+    """Run and its result. before: true if it was done already, so that this command trained nothing."""
 
     run: Run
     result: dict
@@ -73,7 +73,7 @@ Train = Callable[[ExperimentConfig], FinishedRun]  # trains a run, unless it is 
 
 
 def ensure(config: ExperimentConfig, train: Train) -> Inputs:
-    """Check what a run needs, and make what is missing: data, teacher, initial weights, store, text by the teacher."""
+    """Check the prerequisites of a run, and make missing ones: data, teacher, first weights, store, teacher's text."""
     planned = Plan.of(config)
     if config.trainer.devices > 1:
         from kd.parallel import collectives
@@ -104,7 +104,7 @@ def ensure(config: ExperimentConfig, train: Train) -> Inputs:
 
 
 def check_recorded(config: ExperimentConfig) -> None:
-    """Raise UserError for a run that is done without the recording that is asked for now."""
+    """Raise UserError for a run that finished without the recording that the config now requests."""
     planned = Plan.of(config)
     run, store = planned.run, planned.store
     if store and not store.manifest().exists() and not config.logits.source.distils:
@@ -125,8 +125,8 @@ def check_logger(config: ExperimentConfig) -> None:
 
 
 def ensure_trained(config: ExperimentConfig, train: Train) -> str:
-    """Return the folder of the model that a run makes, trained first if there is none."""
-    with wandb_agent.hidden():  # which asked for the run that needs it
+    """Return the folder of the model that a run makes; train it first if there is none."""
+    with wandb_agent.hidden():  # the agent requested another run, which needs this one
         made, result, before = train(config)
     made.check(result, "student")
     if before and (reasons := provenance.reasons(result)):
@@ -139,7 +139,7 @@ def ensure_trained(config: ExperimentConfig, train: Train) -> str:
 
 
 def origins(models: dict[str, ExperimentConfig | None]) -> dict[str, dict]:
-    """Return what a result keeps of the runs behind it; nothing of a store whose teacher is elsewhere or damaged."""
+    """Return the record of earlier runs in a result; none for a store whose teacher is elsewhere or damaged."""
     found = {}
     for role, config in models.items():
         with suppress(UserError):
@@ -149,7 +149,7 @@ def origins(models: dict[str, ExperimentConfig | None]) -> dict[str, dict]:
 
 
 def prepare(config: ExperimentConfig) -> tuple[Packed, Components]:
-    """The data, packed, and the parts of the run, tried; all that can be wrong short of the models is found here."""
+    """Return the packed data and the tried components of a run. All errors apart from those of models occur here."""
     source, how = corpus(config)
     anew = config.force and not config.plan
     packed = packing.pack(source, local_root(config.root) / "data", **how, anew=anew)
@@ -164,7 +164,7 @@ def prepare(config: ExperimentConfig) -> tuple[Packed, Components]:
 
 
 def plain_text(config: ExperimentConfig) -> Packed | None:
-    """The text of the language-modelling term, packed; None where it is the data's own."""
+    """Return the packed text of the language-modelling term; None if it is the data's own."""
     if config.lm != "plain":
         return None
     source, how = plain_corpus(config)
@@ -172,7 +172,7 @@ def plain_text(config: ExperimentConfig) -> Packed | None:
 
 
 def teacher_model(config: ExperimentConfig, components: Components, train: Train) -> CausalLM:
-    """The finished teacher, made first if there is none."""
+    """Return the finished teacher; train it first if there is none."""
     from kd.models import causal_lm
 
     silence_libraries()
@@ -191,7 +191,10 @@ def teacher_model(config: ExperimentConfig, components: Components, train: Train
 
 
 def written_by_teacher(config: ExperimentConfig, packed: Packed, components: Components, train: Train) -> Packed:
-    """The data with what the teacher writes, once: all responses for rollout=teacher, references that are missing."""
+    """Return the data with text of the teacher, written once.
+
+    It is all responses for rollout=teacher, else the references that are missing.
+    """
     from kd.parallel import collectives
     from kd.rollout import strategies, teacher_text
     from kd.rollout.samplers import Samplers

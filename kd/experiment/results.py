@@ -1,4 +1,4 @@
-"""Results of runs as they stand in a root: those of a sweep in the order of its list, or all."""
+"""Results of runs in a root: those of a sweep in the order of its list, or all."""
 
 from __future__ import annotations
 

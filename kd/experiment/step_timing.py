@@ -37,7 +37,7 @@ ALIVE = 6  # tensors as wide as a chunk's logits at one time: logits, two distri
 
 
 class Step(NamedTuple):
-    """What was measured of one shape; nothing where its models do not fit into memory."""
+    """Measurements of one shape; empty if its models do not fit into memory."""
 
     costs: dict[str, Cost]
     rows: int = 1  # of a micro-batch
@@ -50,7 +50,7 @@ class Step(NamedTuple):
 
 
 def held(costs: dict[str, Cost], config: ExperimentConfig) -> int:
-    """Bytes of weights, and of gradients and AdamW's two moments of what learns."""
+    """Return the bytes of weights, and for models that learn also of gradients and AdamW's two moments."""
     half = config.trainer.precision == "bf16"
     # A teacher that is loaded; beside language modelling alone for the validation.
     source = config.logits.source
@@ -63,7 +63,7 @@ def build_teacher_model(config: ExperimentConfig, vocab: int) -> CausalLM:
 
 
 def measure(config: ExperimentConfig, packed: Packed, components: Components, vocab: int) -> Step:
-    """Return what a step takes with as many rows at once as memory holds; as in a run, rows are halved."""
+    """Return the measurements of a step with as many rows as fit into memory; as in a run, rows are halved."""
     rows = min(config.trainer.micro_batch, config.trainer.batch)
     try:
         return _measure(config, packed, components, vocab)
@@ -104,7 +104,7 @@ def _measure(config: ExperimentConfig, packed: Packed, components: Components, v
 
 
 def alpha_kind(components: Components) -> float:
-    """Return 0 or 1 where alpha is at most that, so that a step leaves out a loss or its text, and 0.5 for the rest."""
+    """Return 0 or 1 if the highest alpha is that, since a step then omits a loss or its text; else 0.5."""
     highest = max(components.alpha(step / 100) for step in range(101))
     return highest if highest in (0, 1) else 0.5
 

@@ -13,7 +13,7 @@ from kd.store.reader import Store
 
 
 def compare_with_teacher(store: Store, root: str, train: Train) -> str:
-    """Recompute some rows of a store with its teacher, if that is at hand."""
+    """Recompute some rows of a store with its teacher, if the teacher is available. Return the result as text."""
     if "steps" in store.manifest:
         return "It was recorded from a teacher in training, so no row can be computed again."
     settings = store.manifest["settings"]

@@ -44,7 +44,7 @@ Keep = Callable[[Target], Target] | None  # what a store keeps of a target, with
 
 
 def store_spec(config: ExperimentConfig, packed: Packed) -> dict:
-    """Return what a store's content depends on; weights of a teacher that is not at hand are None."""
+    """Return all settings that a store's content depends on; the weights of an unavailable teacher are None."""
     teacher, name, weights = Plan.of(config).teacher, config.teacher.name, None
     called = name if name and not Path(name).is_dir() else model_name(config.flat(), "teacher")
     if teacher:
@@ -70,12 +70,12 @@ def store_spec(config: ExperimentConfig, packed: Packed) -> dict:
 
 @cache
 def _weights(folder: str, stamp: str) -> dict[str, str]:
-    """Digests of a model's files, made once per process."""
+    """Return the digests of a model's files, computed once per process."""
     return {p.name: files.digest(p) for p in sorted(Path(folder).glob("*.safetensors"))}
 
 
 def about_store(config: ExperimentConfig, packed: Packed, model: CausalLM, key: str) -> dict:
-    """Return what a store's manifest has beside what its content depends on."""
+    """Return the entries of a store's manifest that its content does not depend on."""
     seq_len, head = config.data.seq_len, model.head
     return {
         "key": key, "words": write_command(config), "settings": redacted(config.to_dict()), "seq_len": seq_len,
@@ -85,7 +85,7 @@ def about_store(config: ExperimentConfig, packed: Packed, model: CausalLM, key: 
 
 
 def write_command(config: ExperimentConfig) -> str:
-    """Return what to type for the teacher, the data and the truncation of a store; defaults are left out."""
+    """Return the words to type for the teacher, the data and the truncation of a store, without defaults."""
     teacher, part = config.teacher, config.stored.spec
     typed = [f"data={config.data.name}", f"truncation={part['name']}"]
     typed += [f"teacher={teacher.size or ('hub' if teacher.name else 'none')}"]
@@ -106,7 +106,7 @@ def write_command(config: ExperimentConfig) -> str:
 
 
 def opened(config: ExperimentConfig, packed: Packed) -> Store | None:
-    """The store of a run with logits=offline, if it is there; raises UserError if it is not what the run needs."""
+    """Return the store of a run with logits=offline, if it exists; raise UserError if it does not match the run."""
     where, spec, truncation = Plan.of(config).store_place, store_spec(config, packed), config.truncation.spec
     window = window_share(config.logits.window)
     if where.manifest().exists():
@@ -136,9 +136,9 @@ def opened(config: ExperimentConfig, packed: Packed) -> Store | None:
 
 
 def _measurable(config: ExperimentConfig, held: dict) -> None:
-    """Raise UserError for what is measured on the whole distribution, of which a store holds a part.
+    """Raise UserError for measures that need whole distributions if a store holds parts of them.
 
-    The most probable tokens tell well enough where a teacher is sure to route by, and a few draws do not.
+    For the routing, the most probable tokens are enough to estimate the teacher's certainty. A few draws are not.
     """
     routing = config.routing.name
     if routing != "none" and held["name"] == "random":
@@ -162,7 +162,7 @@ def _measurable(config: ExperimentConfig, held: dict) -> None:
 
 
 def open_or_write(config: ExperimentConfig, packed: Packed, keep: Keep, teacher: Callable[[], CausalLM]) -> Store:
-    """The store of a run with logits=offline, written first if there is none, by one process while others wait."""
+    """Return the store of a run with logits=offline. If it is missing, one process writes it while others wait."""
     found = opened(config, packed)
     if found is None:
         where = Plan.of(config).store_place
@@ -196,7 +196,7 @@ def write(config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM)
 
 
 def recorder(config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM, start: int) -> Recorder:
-    """What stores the logits of a model in training, from step `start` on."""
+    """Return the recorder of a model's logits during its training, from step `start` on."""
     assert keep is not None, "a recorder keeps a part of each distribution"
     run, where = Plan.of(config).run, Plan.of(config).store_place
     spec = store_spec(config, packed) | {"teacher": run.name, "weights": None}
@@ -206,7 +206,7 @@ def recorder(config: ExperimentConfig, packed: Packed, keep: Keep, model: Causal
 
 
 def compare(found: Store, packed: Packed, keep: Keep, model: CausalLM, accelerator: str, count: int = 8) -> str:
-    """How far rows of a store are from what its teacher says now, in words; raises UserError where that is far."""
+    """Return the distance of stored rows from recomputed ones as text; raise UserError if it is large."""
     index = np.unique(np.linspace(0, len(packed.train) - 1, count).astype(int))
     rows = packed.train[index]
     encoder = RowEncoder.finished(OnlineTeacher(model), found.spec, keep, accelerator)
@@ -247,9 +247,9 @@ def compare(found: Store, packed: Packed, keep: Keep, model: CausalLM, accelerat
 
 
 def sample_log_likelihood_gap(now: Target, held: Target) -> tuple[torch.Tensor, torch.Tensor]:
-    """How far the mean log-probability of stored draws is from its expectation, and the variance of one draw [N].
+    """Return the gap of stored draws' mean log-probability to its expectation, and the variance of one draw [N].
 
-    Two samples cannot be compared draw by draw: a last bit of the teacher's arithmetic moves a draw to the next token.
+    Two samples cannot be compared draw by draw: rounding in the last bit moves a draw to the next token.
     """
     p = now.logp.exp()
     mean = (p * now.logp).sum(-1)
@@ -258,6 +258,6 @@ def sample_log_likelihood_gap(now: Target, held: Target) -> tuple[torch.Tensor, 
 
 
 def divergence(a: Target, b: Target, vocabulary: int) -> torch.Tensor:
-    """KL(a || b) of two targets, per position [N], nats; what one leaves out is spread over the other tokens."""
+    """Return KL(a || b) of two targets per position [N], nats. Residual mass is spread over the other tokens."""
     p, q = a.to_dense(vocabulary), b.to_dense(vocabulary)
     return (p.exp() * (p - q)).sum(-1)

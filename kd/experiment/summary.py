@@ -14,7 +14,7 @@ NOT_ALL = ("cut", "unlearned", "unused", "special_as_text", "prompts_only")  # c
 
 
 def show(outcome: FinishedRun) -> None:
-    """Print the result of a run as a table; of one that was done before, under what is doubtful about it."""
+    """Print the result of a run as a table. For a run that was done before, warnings come first."""
     run, result = outcome.run, outcome.result
     notes = [provenance.done_before(result), *provenance.doubts(result)] if outcome.before else []
     for note in notes:

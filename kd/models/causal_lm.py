@@ -1,6 +1,6 @@
-"""A size or a name -> Hugging Face causal LM, seen as body and head.
+"""Hugging Face causal LMs as body and head, built from a size or a name.
 
-Everything else sees a model through `CausalLM`: ids -> hidden states [B, T, D], and a head that maps hidden states to
+All other code uses a model through `CausalLM`: ids -> hidden states [B, T, D], and a head that maps hidden states to
 logits over the vocabulary that teacher and student share.
 """
 
@@ -18,9 +18,9 @@ from kd.system.hardware import out_of_memory
 
 
 class Head(nn.Module):
-    """Hidden states [n, D] -> logits [n, V], with the soft cap or scale that some models put behind their output layer.
+    """Output layer: hidden states [n, D] -> logits [n, V], with the soft cap or scale that some models apply after it.
 
-    Padding rows beyond the tokenizer's `vocab` are cut off, so that teacher and student speak of the same tokens.
+    Padding rows beyond the tokenizer's `vocab` are cut off, so that teacher and student have the same columns.
     """
 
     def __init__(self, output: nn.Module, vocab: int, softcap: float | None = None, scale: float = 1.0):
@@ -29,7 +29,7 @@ class Head(nn.Module):
 
     @classmethod
     def of(cls, model, vocab: int) -> Head:
-        """The head of a Hugging Face causal LM."""
+        """Return the head of a Hugging Face causal LM."""
         config = model.config.get_text_config()
         softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         # Cohere multiplies, Granite divides
@@ -53,18 +53,18 @@ class CausalLM(nn.Module):
         self.__dict__["head"] = Head.of(model, vocab)
 
     def hidden_states(self, ids: Tensor, **cache) -> Tensor:
-        """ids [B, T] -> last hidden states [B, T, D]. cache: what is to be said of tokens that were read before."""
+        """Return the last hidden states [B, T, D] of ids [B, T]. cache: arguments about earlier tokens."""
         return self.model.base_model(input_ids=ids, **{"use_cache": False} | cache).last_hidden_state
 
     def compile_layers(self) -> None:
-        """Compile each layer by itself: they are alike, so one is compiled, where a whole body takes a minute."""
+        """Compile each layer by itself. Layers are alike, so torch compiles one; a whole body would take a minute."""
         for module in self.model.modules():
             if isinstance(module, nn.ModuleList):
                 for layer in module:
                     layer.compile()
 
     def check(self, option: str) -> None:
-        """Raise UserError unless head(hidden(x)) is what the model itself says, so that no scale or cap is missed."""
+        """Raise UserError unless head(hidden_states(x)) equals the model's logits: no scale or cap may be missed."""
         device = next(self.model.parameters()).device
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 16
         ids = torch.arange(min(16, positions), device=device)[None] % self.head.vocab
@@ -96,7 +96,7 @@ class CausalLM(nn.Module):
 
 
 def build_model(size: str | None, name: str | None, vocab: int, seq_len: int, option: str) -> CausalLM:
-    """A model of a size of kd/config/sizes.py with fresh weights, or the one of that Hub name or folder, float32."""
+    """Return a float32 model: of a size of kd/config/sizes.py with new weights, or of a Hub name or folder."""
     if size:
         model = from_size(size, vocab, seq_len)
     else:
@@ -119,10 +119,10 @@ def build_model(size: str | None, name: str | None, vocab: int, seq_len: int, op
 
 
 def from_size(size: str, vocab: int, seq_len: int):
-    """A Llama-style model from scratch, from the row `size` of kd/config/sizes.py.
+    """Return a Llama-style model with new weights, from the row `size` of kd/config/sizes.py.
 
-    Weights begin with a variance of 1 / width, as in muP (Yang et al. 2022, arXiv 2203.03466). The usual deviation of
-    0.02 is that of a width of 2,500; at 96 it costs 0.4 nats after 300,000 tokens.
+    Initial weights have a variance of 1 / width, as in muP (Yang et al. 2022, arXiv 2203.03466). The usual standard
+    deviation of 0.02 fits a width of 2,500; at a width of 96 it costs 0.4 nats after 300,000 tokens.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -146,7 +146,7 @@ def from_size(size: str, vocab: int, seq_len: int):
 def check_same_vocabulary(ours, theirs, option: str, by_ids: bool = False) -> None:
     """Raise UserError unless two tokenizers give every token the same id.
 
-    by_ids: special and added tokens may have other names, if the ids are the same ones.
+    by_ids: special and added tokens may have other names if their ids are equal.
     """
     a, b = ours.get_vocab(), theirs.get_vocab()
     if a == b:

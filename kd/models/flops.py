@@ -24,11 +24,11 @@ class Cost(NamedTuple):
 
 
 def cost(model, seq_len: int) -> Cost:
-    """Parameters and forward FLOPs per token: 2 per weight of every matrix, and 4 T D per layer for attention.
+    """Return parameters and forward FLOPs per token: 2 per weight of every matrix, and 4 T D per layer for attention.
 
     Kaplan et al. 2020, arXiv 2001.08361, section 2.1, with the output layer counted; attention is over T/2 on average.
-    Of a mixture of experts, FLOPs are those of the experts that a token is sent to. The scan of a state-space layer is
-    not counted.
+    In a mixture of experts, only the experts that a token is sent to count. The scan of a state-space layer is not
+    counted.
     """
     config = model.config.get_text_config()
     output = model.get_output_embeddings().weight
@@ -43,7 +43,7 @@ def cost(model, seq_len: int) -> Cost:
     return Cost(total, inner, 2 * (inner - idle + output.numel()) + attention, output.numel(), total - idle)
 
 
-# How configs call the number of experts, and how many of them a token is sent to.
+# Names in configs for the number of experts, and for the number of experts per token.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 EXPERTS_PER_TOKEN = (
     "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "moe_k", "top_k",
@@ -51,7 +51,7 @@ EXPERTS_PER_TOKEN = (
 
 
 def experts(model) -> Iterator[tuple[nn.Module, float]]:
-    """Modules that hold the routed experts of a layer, and the share of them that a token is sent to."""
+    """Yield the modules that hold the routed experts of a layer, and the share of experts that a token is sent to."""
     config = model.config.get_text_config()
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -85,7 +85,7 @@ def _first_number(places: Iterable, names: Iterable[str]) -> float | None:
 
 
 def attention_layers(config) -> int:
-    """How many layers have attention over all earlier tokens."""
+    """Return the number of layers with attention over all earlier tokens."""
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if not kinds:
         return config.num_hidden_layers
@@ -94,7 +94,7 @@ def attention_layers(config) -> int:
 
 
 def cost_of(size: str | None, name: str | None, vocab: int, seq_len: int, option: str) -> Cost:
-    """The cost of a model of build(), from its shape alone: no weights are made or read."""
+    """Return the cost of a model of build_model() from its shape alone; no weights are made or read."""
     with torch.device("meta"):
         if size:
             return cost(from_size(size, vocab, seq_len), seq_len)

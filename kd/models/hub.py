@@ -16,9 +16,9 @@ ADAPTER, BASE = "adapter_config.json", "base_model_name_or_path"
 
 
 def pretrained(name: str, option: str):
-    """The causal LM of that Hub name or folder, float32, from safetensors and without running its code.
+    """Return the causal LM of a Hub name or folder, float32, from safetensors and without running its code.
 
-    Without dropout, so that what it says in training is what it said when it wrote, as MiniLLM's ratio has it. An
+    Dropout is off, so that probabilities in training are those at the time of sampling, as MiniLLM's ratio needs. An
     adapter of PEFT, such as LoRA, is merged into the model that it was trained on.
     """
     from transformers import AutoModelForCausalLM
@@ -45,7 +45,7 @@ def pretrained(name: str, option: str):
 
 
 def config_of(name: str, option: str):
-    """The config of that Hub name or folder; raises UserError where it asks for code, or for quantised weights."""
+    """Return the config of a Hub name or folder; raise UserError if it needs code, or unsupported quantised weights."""
     from transformers import AutoConfig
 
     from_hub(_Harmless, name, f"{option}={name}")
@@ -77,7 +77,7 @@ def config_of(name: str, option: str):
 
 
 def adapter_base(name: str, option: str) -> str | None:
-    """The model that an adapter of PEFT was trained on, by its Hub name or folder; None for a whole model."""
+    """Return the Hub name or folder of the model that a PEFT adapter was trained on; None for a whole model."""
     path = from_hub(_File, name, f"{option}={name}", file=ADAPTER)
     if path is None:
         return None
@@ -103,7 +103,7 @@ def adapter_base(name: str, option: str) -> str | None:
 
 
 def with_adapter(model, name: str, option: str):
-    """The model with the adapter of that Hub name or folder merged into its weights; raises UserError without PEFT."""
+    """Return the model with an adapter merged into its weights; raise UserError if PEFT is not installed."""
     if from_hub(_File, name, f"{option}={name}", file="adapter_model.safetensors") is None:
         raise UserError(
             option=option,
@@ -147,7 +147,7 @@ class _FromConfig:
 class _File:
     @staticmethod
     def from_pretrained(name: str, file: str, **settings) -> str | None:
-        """Where a file of a folder or of the Hub is on this machine; None if there is none of that name."""
+        """Return the local path of a file of a folder or of the Hub; None if there is no such file."""
         from transformers.utils import cached_file
 
         how = dict(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
@@ -155,7 +155,7 @@ class _File:
 
 
 class _Harmless:
-    """Reads a model's config.json, and refuses one that asks for kernels of the Hub, which are code."""
+    """Reader of a model's config.json that refuses kernels of the Hub, since they are code."""
 
     @staticmethod
     def from_pretrained(name: str, **settings) -> None:
@@ -171,7 +171,7 @@ class _Harmless:
 
 
 def from_hub(auto, name: str, what: str, **settings):
-    """auto.from_pretrained(name), with an error that says what to do where there is no such thing."""
+    """Return auto.from_pretrained(name); raise UserError with a hint if it cannot be loaded."""
     folder = Path(name).is_dir()
     if not folder:
         offline_unless_reachable()
@@ -193,6 +193,6 @@ def from_hub(auto, name: str, what: str, **settings):
 
 
 def revision(name: str) -> str | None:
-    """The commit of a Hub model whose files were last downloaded here; None if none were."""
+    """Return the commit of a Hub model's last download on this machine; None if there is none."""
     found = try_to_load_from_cache(name, "config.json")
     return Path(found).parent.name if isinstance(found, str) else None

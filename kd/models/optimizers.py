@@ -19,10 +19,10 @@ def mup(
 ) -> torch.optim.Optimizer:  # fmt: skip
     """AdamW whose learning rate carries over to other widths: times base_width / width in inner matrices.
 
-    muP in its simple form: Wortsman et al. 2023, arXiv 2309.14322, section 3.2; Yang et al. 2022, arXiv 2203.03466, who
-    also divide the logits of an output layer that is the embedding, which is not done here: seen to carry over from a
-    width of 64 to 192 (docs/results.md), and to be tried anew at one of thousands. What weight decay takes off per step
-    stays as it is. Raises UserError for a base_width below 1.
+    muP in its simple form: Wortsman et al. 2023, arXiv 2309.14322, section 3.2; Yang et al. 2022, arXiv 2203.03466. The
+    latter also divide the logits of an output layer that is tied to the embedding, which is not done here. The rate
+    carried over from a width of 64 to 192 (docs/results.md); widths of thousands are untested. The decay per step does
+    not depend on width. Raises UserError for a base_width below 1.
     """
     check("optim.base_width", base_width, base_width >= 1, "a width of at least 1, e.g. 64, that of size 100k")
     groups = []
@@ -35,7 +35,7 @@ def mup(
 def parameter_groups(causal: CausalLM) -> list[dict]:
     """Return the parameters that learn, in groups: inner matrices, embeddings, and vectors, which have no weight decay.
 
-    An output layer of its own is an inner matrix, and one that is the embedding too is not.
+    An untied output layer is an inner matrix. One that is tied to the embedding is not.
     """
     model = causal.model
     outer = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}

@@ -1,1 +1,1 @@
-"""The loss of a step: the teacher's target, what is kept of it, how student and target are compared."""
+"""Loss of a step: the teacher's target, its truncation, and the comparison of student and target."""

@@ -1,8 +1,8 @@
 """Hidden states -> summed losses and their gradients, chunk by chunk.
 
-Here, and nowhere else, happen the softmax, the truncation, the temperature and the chunking. For each chunk of rows the
-loss and its gradient with respect to the logits, and from there to hidden states and head, are made at once, so nothing
-of width V outlives a chunk, for any loss, and no head product is computed twice.
+Only this module applies softmax, truncation, temperature and chunking. For each chunk of rows it computes the loss and
+at once the gradients with respect to logits, hidden states and head. So no tensor of width V outlives a chunk, for any
+loss, and no product with the head is computed twice.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kd.objective.temperature import Softening, soften
 from kd.objective.token_info import TokenInfo, check_needs
 from kd.system.console import console
 
-Signal = Callable[[slice], Target]  # what a logits source answers for a batch: rows -> Target
+Signal = Callable[[slice], Target]  # distributions of a source of logits for a batch: rows -> Target
 
 
 def with_token_info(signal: Signal, info: TokenInfo) -> Signal:
@@ -40,11 +40,11 @@ class LossSums(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """How a student is compared with its teacher, `chunk` positions at a time.
+    """Comparison of student and teacher, `chunk` positions at a time.
 
-    chunk: None takes `default_chunk_size`; it changes nothing but time, memory and rounding. compile: make loss and
-    gradient of a chunk's logits one kernel by torch.compile, which needs a C++ compiler and some ten seconds once;
-    None does so on a GPU, and goes on without where that fails.
+    chunk: None takes `default_chunk_size`. It changes only time, memory and rounding. compile: True makes one kernel of
+    the loss and gradient of a chunk's logits by torch.compile, which needs a C++ compiler and some ten seconds once.
+    None does so on a GPU, and computes without torch.compile if that fails.
     """
 
     loss: Callable[[Tensor, Target], Tensor]
@@ -55,10 +55,10 @@ class Objective:
     compile: bool | None = False
 
     def distillation_loss(self, student: Tensor, target: Target, truncated: Target | None = None) -> Tensor:
-        """The distillation loss per position [N] for student log-probabilities [N, V].
+        """Return the distillation loss per position [N] for student log-probabilities [N, V].
 
-        Order: truncate (unless `truncated` is there already), say where the dropped probability goes, then soften. The
-        temperature is of the whole target.
+        Order: truncate (unless `truncated` is given), distribute the dropped probability, soften. The temperature is
+        computed from the target before truncation.
         """
         softening = self.temperature(student, target)
         kept = self.target_transform(truncated or self.truncation(target)).soften(softening.teacher)
@@ -68,10 +68,11 @@ class Objective:
         self, head: torch.nn.Module, hidden: Tensor, label: Tensor, signal: Signal | None, alpha: float,
         observe_logits: Callable[[slice, Tensor], None] | None = None, kd_mask: Tensor | None = None,
     ) -> LossSums:  # fmt: skip
-        """Sums over the rows of hidden [N, D] of alpha * distillation + (1 - alpha) * language modelling.
+        """Return alpha * distillation + (1 - alpha) * language modelling, summed over the rows of hidden [N, D].
 
-        head maps hidden states to logits and owns parameters; without a signal the distillation term is 0.
-        observe_logits gets the student's logits [n, V], chunk by chunk. kd_mask: where it is False [N], alpha is 0.
+        head: maps hidden states to logits and has parameters. signal: None makes the distillation term 0.
+        observe_logits: called with the student's logits [n, V] of each chunk. kd_mask: [N]; alpha is 0 where it is
+        False.
         """
         parameters = [p for p in head.parameters() if p.requires_grad]
         return LossSums(*_Chunked.apply(self, head, label, signal, alpha, observe_logits, kd_mask, hidden, *parameters))
@@ -84,7 +85,7 @@ class Objective:
         self, logits: Tensor, label: Tensor, target: Target | None, alpha: Tensor, kd_mask: Tensor | None = None,
         truncated: Target | None = None,
     ) -> tuple[Tensor, LossSums]:  # fmt: skip
-        """The gradient of `total` with respect to the student's logits [n, V], and the sums."""
+        """Return the gradient of `total` with respect to the student's logits [n, V], and the sums."""
         student, chain = torch.func.vjp(lambda logits: logits.float().log_softmax(-1), logits)  # [n, V]
         lm = -student.gather(-1, label[:, None])  # [n, 1]
         share = 1 - (alpha if kd_mask is None else alpha * kd_mask[:, None])  # of language modelling
@@ -98,36 +99,36 @@ class Objective:
                 return alpha * kd, kd
 
             grad, kd = torch.func.grad(distillation, has_aux=True)(student)
-        # That of language modelling, one number per row, is put in its place; autograd would add [n, V] zeros.
+        # The gradient of language modelling is one number per row. Autograd would add a tensor [n, V] of zeros.
         grad.scatter_add_(-1, label[:, None], (-share).to(grad).expand(len(label), 1))
         return chain(grad)[0], LossSums(alpha * kd + (share * lm).sum(), kd, lm.sum())
 
 
 def log_probabilities(head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """Hidden states [n, D] -> log-probabilities [n, V], float32 whatever the precision of the head."""
+    """Return log-probabilities [n, V] of hidden states [n, D], in float32 for a head of any precision."""
     return head(hidden).float().log_softmax(-1)
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:
-    """The slices of at most `size` rows that cover `count` rows."""
+    """Yield slices of at most `size` rows that together cover `count` rows."""
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def default_chunk_size(head: torch.nn.Module) -> int:
-    """How many positions to take at once: as many as fill 32 MiB with float32 logits, on a GPU 512 MiB; at least 64.
+    """Return the number of positions per chunk: float32 logits of 32 MiB, on a GPU 512 MiB; at least 64 positions.
 
-    32 MiB stay near a CPU's caches; fewer positions than 64 leave too little to do per read of the head's weights.
+    32 MiB stay near a CPU's caches. Below 64 positions there is too little work per read of the head's weights.
     """
     output = max(head.parameters(), key=len)  # [V, D]
     budget = 2**25 if output.device.type == "cpu" else 2**29
     return max(64, budget // (4 * len(output)))
 
 
-_compile_failed = False  # in this process; said once
+_compile_failed = False  # in this process; the warning is printed once
 
 
 def _compiled(objective: Objective) -> Callable:
-    """Compiled `slope`. Where compiling is a default, what torch cannot compile is computed as it is."""
+    """Return compiled `logits_gradient`. If compiling is only the default, a failure falls back to eager code."""
     compiled = torch.compile(objective.logits_gradient)
     if objective.compile:
         return compiled
@@ -151,9 +152,9 @@ def _compiled(objective: Objective) -> Callable:
 
 
 def _cast(head: torch.nn.Module, device: str) -> dict[str, Tensor]:
-    """The head's parameters in the dtype that autocast computes in, as leaves of their own.
+    """Return the head's parameters in the dtype of autocast, as new leaves.
 
-    Cast once instead of with every chunk, they get their gradients in that dtype, which are added up in float32.
+    They are cast once instead of per chunk. Their gradients have that dtype, and are summed in float32.
     """
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return {
@@ -163,13 +164,13 @@ def _cast(head: torch.nn.Module, device: str) -> dict[str, Tensor]:
 
 
 class _Chunked(torch.autograd.Function):
-    """Objective over all chunks: forward already makes the gradients, backward only scales them."""
+    """Objective over all chunks. forward computes the gradients, backward scales them."""
 
     @staticmethod
     def forward(ctx, objective: Objective, head, label, signal, alpha, observe_logits, kd_mask, hidden, *parameters):
         compiles = hidden.is_cuda if objective.compile is None else objective.compile
         slope = _compiled(objective) if compiles else objective.logits_gradient
-        alpha = torch.tensor(alpha, device=hidden.device)  # a number would be compiled in, and anew when it changes
+        alpha = torch.tensor(alpha, device=hidden.device)  # torch would compile again for each new number
         hidden_grad = torch.empty_like(hidden)
         parameter_grads = [torch.zeros_like(p) for p in parameters]
         weights = _cast(head, hidden.device.type)
@@ -179,7 +180,7 @@ class _Chunked(torch.autograd.Function):
             target = signal(rows) if signal is not None else None
             if target is not None:
                 check_needs(objective.loss, target.token_info)
-            # Not within what is compiled: how many columns a top-p keeps is seen when it is computed.
+            # Outside the compiled part: the number of columns of a top-p depends on the data.
             truncated = None if target is None else objective.truncation(target)
             with torch.enable_grad():
                 piece = hidden[rows].detach().requires_grad_()

@@ -1,8 +1,8 @@
 """Every loss, side by side: (student log-probabilities [N, V], Target) -> nats per position [N].
 
-A loss is un-reduced and knows nothing of temperature, truncation, masks or chunks; these happen once, in
-chunked.py. The last three need more of a position than two distributions: fields of Target.token_info, which they
-declare by @needs. Below p is the teacher and q the student, over the columns that the target keeps. To add a loss,
+A loss is not reduced. Temperature, truncation, masks and chunks are applied outside of it, in chunked.py. The last
+three losses need more than two distributions per position: fields of Target.token_info, which they declare by @needs.
+In the docstrings p is the teacher and q the student, over the columns that the target keeps. To add a loss,
 write the function here and two lines in conf/loss/NAME.yaml. A loss that needs new information needs a field of
 TokenInfo (token_info.py) too, and a rollout or token selection that provides it.
 """
@@ -41,17 +41,17 @@ def jsd(student: Tensor, target: Target, beta: float = 0.5) -> Tensor:
     with torch.no_grad():
         teacher, mass = p.exp(), q.exp()
         m = _log(torch.lerp(mass, teacher, beta))  # [N, K]
-        gradient = (1 - beta) * mass * (q - m)  # what moves by way of m adds up to 0
+        gradient = (1 - beta) * mass * (q - m)  # the terms through m add up to 0
         value = beta * (teacher * (p - m)).sum(-1) + gradient.sum(-1)
     return _with_gradient(value, q, gradient)
 
 
 def akl(student: Tensor, target: Target, mu: float = 0.5) -> Tensor:
-    """Adaptive KL, nats [N]: fkl and rkl weighed by where the student is off, in the teacher's head or in its tail.
+    """Adaptive KL, nats [N]: fkl and rkl, weighted by the student's error in the teacher's head and in its tail.
 
     Head: the teacher's first token and all tokens whose running probability stays <= mu. The weights are the shares
-    of |p - q| in head (on fkl) and tail (on rkl), and carry no gradient. A rest column counts as one token. Wu et al.
-    2024, arXiv 2404.02657, section 4.
+    of |p - q| in the head (for fkl) and in the tail (for rkl). They carry no gradient. A residual column counts as one
+    token. Wu et al. 2024, arXiv 2404.02657, section 4.
     Raises UserError for mu outside [0, 1].
     """
     check("loss.mu", mu, 0 <= mu <= 1, "a probability from 0 to 1")
@@ -98,7 +98,7 @@ def srkl(student: Tensor, target: Target, alpha: float = 0.1) -> Tensor:
 
 
 def tvd(student: Tensor, target: Target) -> Tensor:
-    """Total variation distance, half of sum |p - q|, in [0, 1] per position [N]. Wen et al. 2023, arXiv 2307.15190.
+    """Total variation distance, half the sum of |p - q|, in [0, 1] per position [N]. Wen et al. 2023, arXiv 2307.15190.
 
     1 - tvd is the acceptance rate of speculative decoding with the student as the draft (Leviathan et al. 2022).
     """
@@ -109,7 +109,7 @@ def tvd(student: Tensor, target: Target) -> Tensor:
 def mse(student: Tensor, target: Target) -> Tensor:
     """Mean squared difference of logits over the kept columns, squared nats [N]. Ba & Caruana 2014, arXiv 1312.6184.
 
-    A logit means nothing up to a constant, so each side is first centred over the kept columns.
+    Logits are defined up to a constant, so each side is first centred over the kept columns.
     """
     q, p = target.align(student)
     kept = (p > FLOOR).to(q.dtype)
@@ -122,7 +122,7 @@ def mse(student: Tensor, target: Target) -> Tensor:
 def nll(student: Tensor, target: Target) -> Tensor:
     """Cross-entropy of the student under the teacher, -sum p log q, nats [N]. Peng et al. 2024, arXiv 2410.16215.
 
-    Its gradient is that of fkl; its value does not reach 0 but the teacher's entropy.
+    It has the gradient of fkl. Its least value is the teacher's entropy, not 0.
     """
     q, p = target.align(student)
     return -(p.exp() * q).sum(-1)
@@ -130,14 +130,14 @@ def nll(student: Tensor, target: Target) -> Tensor:
 
 @needs("student_logp", "importance", "advantage")
 def minillm(student: Tensor, target: Target, clip: float = 0.2, single_step: bool = True) -> Tensor:
-    """MiniLLM: policy gradient of what follows a token, and the exact rkl of the token itself, per position [N].
+    """MiniLLM: policy gradient for the text that follows a token, and exact rkl of the token, per position [N].
 
     -min(rho A, clip(rho, 1 - clip, 1 + clip) A) + rkl, where rho = exp(log q(y) - log q_old(y)) * q_old(y) / p~(y) is
-    the student now over what y was drawn from, and A the advantage that the rollout has given the position; both terms
-    are a surrogate, whose gradient is meant and not its value. Gu et al. 2023, arXiv 2306.08543, section 2.2. There
-    both terms are weighed by q_old / p~; here, as in the authors' code, the exact one is as it is. Without
-    single_step, A has to tell of the token itself too (rollout.from_next=false). The student is to be at temperature 1.
-    Raises UserError for a negative clip.
+    the ratio of the current student to the distribution that y was drawn from. A is the advantage that the rollout
+    gives the position. The sum is a surrogate: only its gradient has a meaning. Gu et al. 2023, arXiv 2306.08543,
+    section 2.2. The paper weights both terms by q_old / p~. Here, as in the authors' code, the exact term has no
+    weight. With single_step=false, A has to include the reward of the token itself (rollout.from_next=false). The
+    student has to be at temperature 1. Raises UserError for a negative clip.
     """
     check("loss.clip", clip, clip >= 0, "a number of at least 0, e.g. loss.clip=0.2")
     info, advantage = target.token_info, target.token_info.advantage
@@ -149,12 +149,12 @@ def minillm(student: Tensor, target: Target, clip: float = 0.2, single_step: boo
 
 @needs("by_student")
 def distillm2(student: Tensor, target: Target, beta: float = 1.0, alpha: float = 0.1) -> Tensor:
-    """DistiLLM-2: (2 - beta) skl on what the teacher wrote, beta srkl on what the student wrote, nats [N].
+    """DistiLLM-2: (2 - beta) skl on the teacher's responses, beta srkl on the student's responses, nats [N].
 
-    Ko et al. 2025, arXiv 2503.07067, where their code gives the student within the mixture of srkl no gradient;
-    here it has one. They average over the tokens of each response first and add both means; here a token counts as
-    much as any other, so that the whole is about half of theirs. Their code can also change beta over time and alpha by
-    response, and does not by default. Raises UserError for beta outside [0, 2] or alpha outside [0, 1).
+    Ko et al. 2025, arXiv 2503.07067. In their code the student within the mixture of srkl has no gradient; here it has
+    one. They average over the tokens of each response first and add both means. Here all tokens have equal weight, so
+    the loss is about half of theirs. Their code can also vary beta over time and alpha by response, which is off by
+    default. Raises UserError for beta outside [0, 2] or alpha outside [0, 1).
     """
     check("loss.beta", beta, 0 <= beta <= 2, "a number from 0 (skl alone) to 2 (srkl alone)")
     by_student = target.token_info.by_student > 0
@@ -166,8 +166,8 @@ def atkd(student: Tensor, target: Target, share: float = 0.2) -> Tensor:
     """ATKD: target and diversity terms on hard tokens, diversity alone on easy ones, nats times a weight [N].
 
     Its mean over a step is share * mean of dkd over the easy tokens + (1 - share) * mean of (tkd + dkd) over the hard
-    ones, whatever the micro-batches: token_selection.uncertainty says which is which, and weighs them. Zhong et al.
-    2024, arXiv 2402.11890, section 3; share is their lambda. Raises UserError for a share outside [0, 1].
+    ones, for any micro-batches. token_selection.uncertainty marks tokens as hard or easy and gives the weights. Zhong
+    et al. 2024, arXiv 2402.11890, section 3. share is lambda in the paper. Raises UserError for a share outside [0, 1].
     """
     check("loss.share", share, 0 <= share <= 1, "a share from 0 (hard tokens alone) to 1")
     info = target.token_info
@@ -176,11 +176,11 @@ def atkd(student: Tensor, target: Target, share: float = 0.2) -> Tensor:
 
 
 def _decoupled_kl(student: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """tkd and dkd [N], nats, of which fkl = tkd + u * dkd, where u is the teacher's probability of all other tokens.
+    """Return tkd and dkd [N], nats. fkl = tkd + u * dkd, where u is the teacher's probability of all other tokens.
 
-    tkd is the KL of two outcomes, the true token or another; dkd is that among the others, renormalised on both sides.
-    The student's others are all of the vocabulary, the teacher's those that are kept. Where the true token itself is
-    dropped, what is known of it is in no column, and all of fkl is dkd. Zhao et al. 2022 (DKD), arXiv 2203.08679.
+    tkd is the KL of two outcomes: the true token or another one. dkd is the KL among the others, renormalised on both
+    sides. The student's others are the whole vocabulary, the teacher's are the kept columns. If the true token is
+    dropped, no column holds its probability: tkd is 0, and dkd is all of fkl. Zhao et al. 2022 (DKD), arXiv 2203.08679.
     """
     q, p = target.align(student)  # [N, K]
     true = torch.nn.functional.pad(target.label_mask(), (0, q.shape[-1] - target.logp.shape[-1]))  # a rest is another
@@ -195,10 +195,11 @@ def _decoupled_kl(student: Tensor, target: Target) -> tuple[Tensor, Tensor]:
 
 
 def _reverse(q: Tensor, m: Tensor) -> Tensor:
-    """KL(q || m) of masses that need not add up to 1, per position [N], for an m that does not depend on q.
+    """Return KL(q || m) per position [N] for masses that need not add up to 1. m must not depend on q.
 
-    Over the columns that a truncation keeps, the student's mass is below 1, and sum q log(q / m) alone is least at
-    q = m / e: it would pay the student to leave the kept columns. The two mass terms are 0 where nothing is dropped.
+    Over the columns that a truncation keeps, the student's mass is below 1. There sum q log(q / m) alone is least at
+    q = m / e, so the student would gain by leaving the kept columns. Two mass terms prevent that; they are 0 if no
+    column is dropped.
     """
     with torch.no_grad():
         mass = q.exp()
@@ -208,28 +209,28 @@ def _reverse(q: Tensor, m: Tensor) -> Tensor:
 
 
 def _with_gradient(value: Tensor, q: Tensor, gradient: Tensor) -> Tensor:
-    """`value` [N] whose derivative by q is `gradient` [N, K]: half the passes over V that autograd takes."""
+    """Return `value` [N] with `gradient` [N, K] as its derivative by q: half the passes over V of autograd."""
     lead = (gradient * q).sum(-1)
     return value + (lead - lead.detach())
 
 
 def _log(probability: Tensor) -> Tensor:
-    """Logarithm; of what is below 1e-38, and so adds nothing to a loss, that of 1e-38."""
+    """Return the logarithm. A probability below 1e-38, too small to matter in a loss, counts as 1e-38."""
     return probability.clamp(min=1e-38).log()
 
 
 def _top_mass_mask(p: Tensor, mu: float) -> Tensor:
-    """The first column of log-probabilities [N, K] and all whose running probability stays <= mu, as a mask [N, K].
+    """Return a mask [N, K] of the largest column and of all whose running probability stays <= mu.
 
-    To sort a vocabulary costs more than all the rest of a step, so the lowest log-probability of the head is searched
-    for instead, to 1e-6 nats, the precision of float32 there. Of equal columns the first ones are in.
+    p: log-probabilities [N, K]. Sorting a vocabulary costs more than the rest of a step. So the lowest log-probability
+    of the head is searched instead, to 1e-6 nats, the precision of float32 there. Of equal columns the first are in.
     """
-    mu += 1e-6  # as sums of float32 that should be mu may be above it
+    mu += 1e-6  # tolerance for float32 sums
     return (_top_mass_by_halving if p.is_cuda else _top_mass_by_counting)(p, mu)
 
 
 def _top_mass_by_counting(p: Tensor, mu: float) -> Tensor:
-    """Mask [N, K] of the head: probability is counted in bins, then again within the bin that goes over mu."""
+    """Return the mask [N, K] of the head by sums in bins, repeated within the bin that exceeds mu."""
     bins = 256  # three rounds over some 11 nats come to 1e-6 nats
     low, high = _bounds(p, mu)
     inside = torch.zeros_like(high)  # probability above `high`
@@ -246,9 +247,10 @@ def _top_mass_by_counting(p: Tensor, mu: float) -> Tensor:
 
 
 def _top_mass_by_halving(p: Tensor, mu: float) -> Tensor:
-    """The same mask for a GPU, where many columns that add to one bin wait for each other: 377 of 703 ms of a step.
+    """Return the mask [N, K] of the head by bisection, for a GPU.
 
-    It sums in a fixed order, too. There is no running sum over K, which inductor of torch 2.11 cannot compile.
+    With bins, columns that add to one bin wait for each other on a GPU: 377 of 703 ms of a step. Bisection also sums
+    in a fixed order. It has no running sum over K, which inductor of torch 2.11 cannot compile.
     """
     probability = p.exp()
     low, high = _bounds(p, mu)
@@ -267,12 +269,18 @@ def _top_mass_by_halving(p: Tensor, mu: float) -> Tensor:
 
 
 def _bounds(p: Tensor, mu: float) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities [N, 1] between which the head ends: the first column that shares what is beyond mu."""
+    """Return two log-probabilities [N, 1], a lower and an upper bound for the last column of the head.
+
+    Below the lower one, even all K columns together could not fill the probability beyond mu.
+    """
     beyond = (p.exp().sum(-1, keepdim=True) - mu).clamp(min=1e-30)
     return (beyond / p.shape[-1]).log(), p.amax(-1, keepdim=True)
 
 
 def _equal_columns(inside: Tensor, logp: Tensor, mu: float) -> Tensor:
-    """How many columns of log-probability `logp` [N, 1] fit between `inside` and mu; one if nothing is inside."""
+    """Return the number of columns of log-probability `logp` [N, 1] that fit between `inside` and mu.
+
+    It is at least one if nothing is inside.
+    """
     many = ((mu - inside) / logp.exp()).floor()
     return torch.where(inside == 0, many.clamp(min=1), many)

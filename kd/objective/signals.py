@@ -13,7 +13,7 @@ from kd.objective.target import Target
 
 @dataclass(frozen=True)
 class ProjectedSignal:
-    """Signal whose distributions an output layer makes for the positions asked for, no more; it carries no gradient."""
+    """Signal that applies an output layer to hidden states, only at the requested positions. It has no gradient."""
 
     head: torch.nn.Module
     features: Tensor  # [N, D]

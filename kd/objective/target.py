@@ -1,4 +1,4 @@
-"""Target: the teacher's distribution at N positions, as every loss, truncation and temperature sees it.
+"""Target: the teacher's distribution at N positions, the input of every loss, truncation and temperature.
 
 Shapes, here and everywhere: B sequences, T positions, N kept positions (flattened), n of them in a chunk,
 V vocabulary, K kept columns, D hidden width. All probabilities are natural-log, float32.
@@ -22,17 +22,17 @@ LEAST = -16.1  # of a teacher's rest: 1 minus the kept columns is no surer than 
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x <= 0 without cancellation (Mächler 2012); never below log(1e-7)."""
+    """Return log(1 - exp(x)) for x <= 0 without cancellation (Mächler 2012); never below log(1e-7)."""
     x = x.clamp(max=-1e-7)
     return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-x.exp()))
 
 
 @dataclass(frozen=True)
 class Target:
-    """The teacher's distribution at N positions; dense (ids is None: column j is token j) or sparse.
+    """Distribution of the teacher at N positions, dense (ids is None: column j is token j) or sparse.
 
-    A column that a truncation dropped holds -inf and takes no part in any loss. The same type describes a live
-    teacher, a stored one and a truncated one, so a loss is written once.
+    A column that a truncation dropped holds -inf and takes no part in any loss. A live teacher, a stored one and a
+    truncated one have this one type, so a loss is written once.
     """
 
     label: Tensor  # [N]     the true next token
@@ -49,12 +49,12 @@ class Target:
         return replace(self, label=self.label[rows], logp=self.logp[rows], ids=ids, seed=seed, token_info=info)
 
     def select(self, logp: Tensor, columns: Tensor) -> Target:
-        """The target cut to `columns` [N, K'] of this one with log-probabilities `logp` [N, K'], true as they were."""
+        """Return the target cut to `columns` [N, K'], with log-probabilities `logp` [N, K'] as they are."""
         ids = columns if self.ids is None else self.ids.gather(-1, columns)
         return replace(self, logp=logp, ids=ids, complete=False)
 
     def soften(self, tau: Tensor | float) -> Target:
-        """softmax(logp / tau) over the kept columns; tau is a number or one per position [N]."""
+        """Return the target with softmax(logp / tau) over the kept columns; tau is a number or one per position [N]."""
         if isinstance(tau, float | int):
             if tau == 1:
                 return self
@@ -71,7 +71,7 @@ class Target:
         return replace(self, logp=(self.logp / tau).log_softmax(-1))
 
     def to_dense(self, vocabulary: int) -> Tensor:
-        """Log-probabilities of all tokens [N, V]: true ones where they are known, the others sharing what is left."""
+        """Return log-probabilities of all tokens [N, V]. Tokens without a column share the residual mass evenly."""
         if self.ids is None:
             return self.logp
         there = self.logp > -math.inf
@@ -80,7 +80,7 @@ class Target:
         return dense.scatter(-1, self.ids.where(there, vocabulary), self.logp)[:, :vocabulary]
 
     def entropy(self, vocabulary: int) -> Tensor:
-        """Entropy [N], nats. What is dropped counts as shared evenly by all other tokens: the most that it can be."""
+        """Return the entropy [N], nats. The residual mass counts as spread evenly, which gives an upper bound."""
         there = self.logp > -math.inf
         known = -(self.logp.exp() * self.logp.masked_fill(~there, 0)).sum(-1)
         others = vocabulary - there.sum(-1)
@@ -89,30 +89,30 @@ class Target:
 
     @property
     def residual_mass(self) -> Tensor:
-        """The probability outside the kept columns [N]; exactly 0 where they hold all of it."""
+        """Probability outside the kept columns [N]; exactly 0 where they hold all of it."""
         return -torch.expm1(self.logp.logsumexp(-1).clamp(max=0))
 
     def label_logp(self) -> Tensor:
-        """The log-probability of the true token [N]; -inf where it is dropped."""
+        """Return the log-probability of the true token [N]; -inf where it is dropped."""
         label = self.label[:, None]
         if self.ids is None:
             return self.logp.gather(-1, label)[:, 0]
         return self.logp.masked_fill(self.ids != label, -math.inf).amax(-1)
 
     def label_mask(self) -> Tensor:
-        """Which column is the true token [N, K]; none where it is dropped."""
+        """Return a mask [N, K] of the true token's column; all False where it is dropped."""
         label = self.label[:, None]
         if self.ids is None:
             return torch.zeros_like(self.logp, dtype=torch.bool).scatter(-1, label, True) & (self.logp > -math.inf)
         return (self.ids == label) & (self.logp > -math.inf)
 
     def uncertainty(self) -> Tensor:
-        """The probability of all but the true token [N], exact where it is small; 1 where the true token is dropped."""
+        """Return the probability of all but the true token [N], exact if small; 1 where the true token is dropped."""
         others = self.logp.masked_fill(self.label_mask(), -math.inf).logsumexp(-1).exp()
         return others if self.complete else others + self.residual_mass
 
     def add_label_mass(self, mass: Tensor) -> Target:
-        """`mass` [N] more probability on the true token, in a column of its own if it has none."""
+        """Return the target with `mass` [N] added to the true token, in a new column if it has none."""
         label, logp = self.label[:, None], self.logp  # [N, 1]
         if self.ids is None:
             return replace(self, logp=logp.scatter(-1, label, _plus(logp.gather(-1, label), mass[:, None])))
@@ -123,28 +123,28 @@ class Target:
         return replace(self, logp=logp, ids=torch.cat([self.ids, label], -1))
 
     def align(self, student: Tensor) -> tuple[Tensor, Tensor]:
-        """Student log-probabilities [N, V] -> (student, teacher) on the same columns [N, K], floored.
+        """Return student and teacher log-probabilities on the same columns [N, K].
 
-        Columns outside the teacher's support hold FLOOR on both sides, so they add 0 to any divergence. With
-        `rest`, column K+1 holds the mass of all other tokens.
+        student: log-probabilities [N, V]. Columns outside the teacher's support hold FLOOR on both sides, so they add
+        0 to any divergence. With has_residual_column, column K+1 holds the mass of all other tokens.
         """
         if self.complete:
             return student, self.logp
         dropped, p = self.logp == -math.inf, self.logp
         q = student if self.ids is None else student.gather(-1, self.ids)  # [N, K]
         if self.has_residual_column:
-            # Where the student is sure, 1 - kept would be 0, and so its gradient: there the others are added up.
+            # For a sure student 1 - kept would be 0, with gradient 0. There the other tokens are summed instead.
             kept = self._kept(student.shape[-1])
             others = student.masked_fill(kept, FLOOR).logsumexp(-1, keepdim=True)
             of_p, of_q = _rest(p, dropped), _rest(q, dropped)
             of_q = torch.where(of_q > math.log(1e-3), of_q, others)
-            of_q = torch.where(of_p > LEAST, of_q, of_q.clamp(min=LEAST))  # the teacher's rounding hides what is less
+            of_q = torch.where(of_p > LEAST, of_q, of_q.clamp(min=LEAST))  # below the teacher's rounding
             q, p = torch.cat([q, of_q], -1), torch.cat([p, of_p.clamp(min=LEAST)], -1)  # [N, K+1]
-            dropped = torch.cat([dropped, kept.all(-1, keepdim=True)], -1)  # or nothing is left for the rest
+            dropped = torch.cat([dropped, kept.all(-1, keepdim=True)], -1)  # no token remains for the rest
         return q.masked_fill(dropped, FLOOR), p.masked_fill(dropped, FLOOR)
 
     def _kept(self, vocabulary: int) -> Tensor:
-        """Which tokens are kept [N, V]."""
+        """Return a mask [N, V] of the tokens that are kept."""
         there = self.logp > -math.inf
         if self.ids is None:
             return there
@@ -153,10 +153,10 @@ class Target:
 
 
 def _plus(logp: Tensor, mass: Tensor) -> Tensor:
-    """Log of a probability and of `mass` more."""
+    """Return the log of a probability plus `mass`."""
     return torch.logaddexp(logp, mass.log())
 
 
 def _rest(logp: Tensor, dropped: Tensor) -> Tensor:
-    """Log of the probability outside the kept columns [N, 1]."""
+    """Return the log of the probability outside the kept columns [N, 1]."""
     return log1mexp(logp.masked_fill(dropped, -math.inf).logsumexp(-1, keepdim=True))

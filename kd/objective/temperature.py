@@ -1,7 +1,7 @@
-"""How much to soften: (student log-probabilities [N, V], Target before truncation) -> Softening.
+"""Temperatures: (student log-probabilities [N, V], Target before truncation) -> Softening.
 
-Temperatures are measured on the target before it is truncated (after it, a nucleus of one token would have spread 0)
-and applied after. All but `fixed` need whole distributions, so they are refused on a store of a part of them.
+A temperature is computed from the target before truncation, since a truncated target of one token has a spread of 0.
+It is applied after truncation. All but `fixed` need whole distributions, so a store of parts of them is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kd.objective.target import Target
 
 
 class Softening(NamedTuple):
-    """What a temperature decides: tau of either side and the weight of the loss, each a number or one per position."""
+    """Temperatures of teacher and student and the weight of the loss, each a number or one per position."""
 
     teacher: Tensor | float
     student: Tensor | float
@@ -35,35 +35,35 @@ def fixed(student: Tensor, target: Target, tau: float = 1.0, student_tau: float 
 
 
 def normkd(student: Tensor, target: Target, tau: float = 1.0) -> Softening:
-    """tau times the standard deviation of the logits, for each position and side, and the loss times teacher tau².
+    """Temperature of tau times the logits' standard deviation, per position and side; the loss times teacher tau².
 
     Chi et al. 2023 (NormKD), arXiv 2308.00520. Raises UserError for tau not above 0.
     """
     _positive("temperature.tau", tau)
-    # A spread of 0 (a uniform row) has nothing to divide by; 1e-3 leaves it uniform.
+    # A uniform row has a spread of 0, which cannot divide; 1e-3 leaves the row uniform.
     teacher = (tau * _spread(target.logp)).clamp(min=1e-3)
     return Softening(teacher, (tau * _spread(student)).clamp(min=1e-3), teacher.square())
 
 
 def std(student: Tensor, target: Target, tau: float = 0.5) -> Softening:
-    """tau times the standard deviation of the teacher's logits, for each position; the student stays as it is.
+    """Temperature of tau times the standard deviation of the teacher's logits, per position; the student's is 1.
 
-    In the place of AdaKD_SD of Peng et al. 2024, arXiv 2410.16215, table 3, whose formula is not known here. This is
-    the teacher's side of Sun et al. 2024 (logit standardisation), arXiv 2403.01427: every target has logits of one
-    spread. Its student's side is left out, as Peng et al. soften the teacher alone; normkd has both. Raises UserError
-    for tau not above 0.
+    Not AdaKD_SD of Peng et al. 2024, arXiv 2410.16215, table 3, whose formula is not known here, but a substitute for
+    it. This is the teacher's side of Sun et al. 2024 (logit standardisation), arXiv 2403.01427: the logits of every
+    target have one spread. The student's side is left out, since Peng et al. soften the teacher alone; normkd has both.
+    Raises UserError for tau not above 0.
     """
     _positive("temperature.tau", tau)
     return Softening((tau * _spread(target.logp)).clamp(min=1e-3), 1.0, 1.0)
 
 
 def entropy(student: Tensor, target: Target, tau: float = 2.0, theta: float = 1.0) -> Softening:
-    """tau * 0.8^(theta / H) for a teacher's entropy of H nats, for each position; the student stays as it is.
+    """Temperature of tau * 0.8^(theta / H) for a teacher's entropy of H nats, per position; the student's is 1.
 
-    In the place of AdaKD_H of Peng et al. 2024, arXiv 2410.16215, table 3, whose formula is not known here. This one is
-    of Zhang et al. 2024 (EDT), arXiv 2403.14541, there of a temperature to sample with: from 0 where the teacher is
-    sure, which leaves its first token alone, to tau where it is not. theta=0 is fixed. Raises UserError for tau not
-    above 0 or theta below 0.
+    Not AdaKD_H of Peng et al. 2024, arXiv 2410.16215, table 3, whose formula is not known here, but a substitute for
+    it. The formula is that of Zhang et al. 2024 (EDT), arXiv 2403.14541, for a temperature of sampling. It goes from 0
+    where the teacher is sure, which keeps only its first token, to tau where it is not. theta=0 is the same as
+    `fixed`. Raises UserError for tau not above 0 or theta below 0.
     """
     _positive("temperature.tau", tau)
     need = "a number of at least 0 (0 leaves the temperature at tau)"
@@ -82,14 +82,14 @@ def wttm(student: Tensor, target: Target, tau: float = 2.0) -> Softening:
 
 
 def soften(student: Tensor, tau: Tensor | float) -> Tensor:
-    """Student log-probabilities [N, V] at temperature tau, a number or one per position [N]."""
+    """Return student log-probabilities [N, V] at temperature tau, a number or one per position [N]."""
     if isinstance(tau, float | int):
         return student if tau == 1 else (student / tau).log_softmax(-1)
     return (student / tau[:, None]).log_softmax(-1)
 
 
 def _spread(logp: Tensor) -> Tensor:
-    """Standard deviation over the columns that are there [N]; log-probabilities are logits up to a constant."""
+    """Return the standard deviation over the kept columns [N]; log-probabilities are logits up to a constant."""
     there = logp > -math.inf
     count = there.sum(-1, keepdim=True)
     values = logp.masked_fill(~there, 0)

@@ -1,7 +1,7 @@
-"""Selection of the tokens of an optimizer step by the teacher's targets of all of them: measured -> Selection.
+"""Selection of tokens in an optimizer step by the teacher's targets: measured -> Selection.
 
-`measured(measure)` returns measure(target, vocabulary) [n] of all target positions [N] of the step, in the order of the
-batch, over all micro-batches and ranks; targets are the teacher's, before truncation and temperature. An option that
+`measured(measure)` returns measure(target, vocabulary) for all target positions [N] of the step, over all micro-batches
+and ranks, in the order of the batch. The targets are the teacher's, before truncation and temperature. An option that
 does not call it runs no teacher.
 """
 
@@ -26,8 +26,8 @@ Measured = Callable[[Callable[[Target, int], Tensor]], Tensor]
 class Selection:
     """Tokens to distil, and information about each token for the loss.
 
-    kd_mask: a token where it is False has alpha 0, whatever the schedule says: it is learned by language modelling
-    alone. So every target token has the weight 1 in the loss, and the sum of both terms is divided by all of them.
+    kd_mask: where it is False, alpha is 0 at any point of the schedule, so the token is learned by language modelling
+    alone. Every target token still has the weight 1 in the loss, and both terms are divided by the number of all.
     """
 
     kd_mask: Tensor | None = None  # [N] bool; None: all tokens
@@ -44,16 +44,16 @@ class Selection:
 
 
 def none(measured: Measured) -> Selection:
-    """Every token is distilled."""
+    """All tokens."""
     return Selection()
 
 
 def entropy(measured: Measured, share: float = 0.15) -> Selection:
-    """All tokens but the share of which the teacher is surest, by the entropy of its distribution.
+    """All tokens except the share with the lowest entropy, where the teacher is surest.
 
-    Token routing of Goyal et al. 2025 (distilled pre-training), arXiv 2509.01649: where the next token is all but sure,
-    as in copying from the context, distillation does harm, and 15% without it mend that (30% are too many). Of what the
-    share is there is not known here; here it is of the tokens of an optimizer step. Raises UserError for a share
+    Token routing of Goyal et al. 2025 (distilled pre-training), arXiv 2509.01649. Distillation does harm where the next
+    token is almost certain, as in copying from the context. Leaving out 15% repairs that; 30% are too many. Here the
+    share is that of the tokens in an optimizer step; the paper's base is not known here. Raises UserError for a share
     outside [0, 1].
     """
     if not 0 <= share <= 1:
@@ -70,11 +70,12 @@ def entropy(measured: Measured, share: float = 0.15) -> Selection:
 
 @provides("is_hard", "weight")
 def uncertainty(measured: Measured) -> Selection:
-    """Tokens are hard or easy for loss=atkd, by how uncertain the teacher is of the true one; all are distilled.
+    """All tokens, marked as hard or easy for loss=atkd by the teacher's uncertainty about the true token.
 
-    is_hard: 1 where 1 - p(label) is at least its median over the step (of two middle ones the lower, as in the authors'
-    code), else 0. weight: positions of the step per position of the same kind, so that a mean over all, of a loss times
-    its weight, is the sum of the means of both kinds. Zhong et al. 2024 (ATKD), arXiv 2402.11890, section 3.
+    is_hard: 1 where 1 - p(label) is at least its median over the step, else 0. Of two middle values the median is the
+    lower one, as in the authors' code. weight: positions of the step / positions of the same kind. With it, the mean of
+    loss * weight over all positions is the sum of both kinds' means. Zhong et al. 2024 (ATKD), arXiv 2402.11890,
+    section 3.
     """
     found = measured(lambda target, vocabulary: target.uncertainty())
     hard = found >= found.median() if len(found) else found > 0

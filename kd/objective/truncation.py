@@ -1,8 +1,8 @@
-"""Which of the teacher's tokens to keep: Target -> Target.
+"""Truncations of the teacher's distribution: Target -> Target.
 
-What is kept keeps its true probability, but for `random`, which is an unbiased sample; what becomes of the dropped
-probability is said in target_transforms.py. Truncation comes before temperature: softmax(truncate(z) / tau), Peng et
-al. 2024, arXiv 2410.16215, eq. 4.
+Kept tokens keep their true probability, except with `random`, which is an unbiased sample. target_transforms.py
+distributes the dropped probability. Truncation comes before temperature: softmax(truncate(z) / tau), Peng et al. 2024,
+arXiv 2410.16215, eq. 4.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch.nn import functional
 from kd.errors import UserError
 from kd.objective.target import Target
 
-BLOCK = 64  # columns that are looked at together
+BLOCK = 64  # columns
 
 
 def full(target: Target) -> Target:
@@ -52,13 +52,13 @@ def top_p_k(target: Target, p: float = 0.95, k: int = 50) -> Target:
 def random(target: Target, draws: int = 50, biased: bool = False) -> Target:
     """`draws` tokens drawn from the teacher with replacement; the target is count / draws, whose mean is the teacher.
 
-    Unbiased where top_k is not: Anshumann et al. 2025, arXiv 2503.16870, section 4. So is the gradient of a loss that
-    is linear in the teacher's probabilities: of fkl and nll, at temperature.tau=1 with target=renormalise. Through any
-    other loss, temperature or target, the mean over the draws is the gradient for another teacher; `biased` accepts
+    Unlike top_k, this is unbiased: Anshumann et al. 2025, arXiv 2503.16870, section 4. The gradient is unbiased too if
+    the loss is linear in the teacher's probabilities: fkl or nll at temperature.tau=1 with target=renormalise. With any
+    other loss, temperature or target, the mean over the draws is the gradient for another teacher. `biased` accepts
     that, and changes nothing else (kd.config.rules.not_linear has the rule).
 
-    The draws are a function of `target.seed`, so they depend neither on chunk or batch size nor on where a run was
-    resumed. Raises UserError for draws below 1.
+    The draws are a function of `target.seed`. They do not depend on chunk size, batch size, or the step of a resume.
+    Raises UserError for draws below 1.
     """
     if draws < 1:
         raise UserError(option="truncation.draws", got=draws, need="at least 1 draw", hint="type truncation.draws=50")
@@ -67,10 +67,10 @@ def random(target: Target, draws: int = 50, biased: bool = False) -> Target:
 
 
 def inverse_cdf_sample(probability: Tensor, points: Tensor) -> Tensor:
-    """The columns [N, draws] in which points in (0, 1) fall where probabilities [N, K] lie side by side.
+    """Return the columns [N, draws] into which points in (0, 1) fall on the cumulative sum of probabilities [N, K].
 
-    Of many columns, first the block and then the column in it: a running sum over all of them has to be float64, lest
-    it lose the tail of 150k summands, and costs twice as much.
+    For many columns, the block is searched first and then the column in it. One running sum over all columns costs
+    twice as much, since it needs float64: float32 would lose the tail of 150k summands.
     """
     if probability.shape[-1] <= points.shape[-1] * BLOCK:
         ends = probability.double().cumsum(-1)
@@ -88,7 +88,10 @@ def inverse_cdf_sample(probability: Tensor, points: Tensor) -> Tensor:
 
 
 def subsample(made_of: int, draws: int, target: Target) -> Target:
-    """`draws` of the `made_of` draws that a sampled target is, without replacement: again a sample of the teacher."""
+    """Return a target of `draws` out of the `made_of` draws of a sampled target, without replacement.
+
+    The result is again a sample of the teacher.
+    """
     assert target.seed is not None
     count = (target.logp.exp() * made_of).round().long()  # [N, K]
     all_draws = count.cumsum(-1)
@@ -97,7 +100,7 @@ def subsample(made_of: int, draws: int, target: Target) -> Target:
 
 
 def uniform(seed: Tensor, count: int) -> Tensor:
-    """Numbers in (0, 1) [N, count], a pure function of seed [N]: the murmur3 finaliser over seed and a counter.
+    """Return numbers in (0, 1) [N, count], a pure function of seed [N]: the murmur3 finaliser over seed and a counter.
 
     A torch.Generator would tie the numbers to the order of calls, and so to chunk and batch sizes.
     """
@@ -113,7 +116,7 @@ def uniform(seed: Tensor, count: int) -> Tensor:
 
 
 def _sampled(target: Target, columns: Tensor) -> Target:
-    """The target count / draws of drawn columns [N, draws]."""
+    """Return the target count / draws of drawn columns [N, draws]."""
     columns = columns.sort(-1).values
     # Equal draws now stand side by side: the first of each group takes the count, the others are dropped.
     count = torch.searchsorted(columns, columns, right=True) - torch.searchsorted(columns, columns)  # [N, draws]
@@ -133,7 +136,7 @@ def _top(target: Target, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _largest(logp: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """topk along the last dimension. All of the k largest are in the k blocks with the largest maxima."""
+    """Return topk along the last dimension. All of the k largest are in the k blocks with the largest maxima."""
     if logp.shape[-1] < 4 * k * BLOCK:
         return logp.topk(k)
     blocks = _blocks(logp, -math.inf)  # [N, blocks, BLOCK]
@@ -143,13 +146,13 @@ def _largest(logp: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(x: Tensor, fill: float) -> Tensor:
-    """[N, K] as [N, blocks, BLOCK], filled up at the end."""
+    """Return x [N, K] as [N, blocks, BLOCK], padded at the end with `fill`."""
     missing = -x.shape[-1] % BLOCK
     return (functional.pad(x, (0, missing), value=fill) if missing else x).unflatten(-1, (-1, BLOCK))
 
 
 def nucleus(logp: Tensor, p: float) -> Tensor:
-    """Log-probabilities sorted from the largest [N, K], with -inf where the ones before already add up to p."""
+    """Return log-probabilities, sorted from the largest [N, K], with -inf where the ones before add up to p."""
     if not 0 < p <= 1:
         need = "a probability above 0 and at most 1"
         raise UserError(option="truncation.p", got=p, need=need, hint="type truncation.p=0.95")

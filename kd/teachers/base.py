@@ -3,7 +3,7 @@
 A teacher answers for the target positions of a micro-batch: those that `mask` [B, T] selects, flattened to N. To add a
 source of logits, write a file here with a class and a function that builds it, and conf/logits/NAME.yaml, which names
 that function. The arguments of the function after `origin` are the settings logits.…. A source that does not run a
-finished teacher in the step says so by @traits.
+finished teacher in the step declares that by @traits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def traits(*names: str) -> Callable[[Function], Function]:
-    """Declare what the rules of configs have to know of a source of logits; they read it without importing it."""
+    """Declare properties of a source of logits. The rules of configs read them without an import."""
     if unknown := set(names) - set(TRAITS):
         raise TypeError(f"there is no trait {', '.join(sorted(unknown))}")
 
@@ -50,9 +50,9 @@ def traits(*names: str) -> Callable[[Function], Function]:
 
 
 class TeacherOrigin(NamedTuple):
-    """Parts that a teacher is built from. A run has those that its config asks for, and None for the others.
+    """Parts that a teacher is built from. Parts that the config does not need are None.
 
-    Without its model a teacher can tell its cost alone, which is enough for a plan.
+    A teacher without its model can give its cost, which is enough for a plan.
     """
 
     model: CausalLM | None = None
@@ -63,8 +63,8 @@ class TeacherOrigin(NamedTuple):
 class Teacher(Protocol):
     """Source of the training signal. One per run; the training step never asks which kind it has.
 
-    A teacher is no nn.Module: the model of one that does not learn stays out of the module tree, so it is neither
-    saved, nor trained, nor put in train mode.
+    A teacher is not an nn.Module. So a model that does not learn stays out of the module tree: it is not saved, not
+    trained, and not put in train mode.
     """
 
     distils: bool = True
@@ -80,7 +80,7 @@ class Teacher(Protocol):
 
     @property
     def frozen(self) -> CausalLM | None:
-        """The model, where it does not learn."""
+        """Model of a teacher that does not learn; else None."""
         return None if self.trainable else self.model
 
     def signal(self, batch: Batch, mask: Tensor) -> Signal:

@@ -13,7 +13,7 @@ from kd.teachers.base import Teacher, TeacherOrigin, project
 
 
 def online(origin: TeacherOrigin) -> Teacher:
-    """The teacher runs inside the training step; its hidden states are projected for the rows asked for, no more."""
+    """The teacher runs inside the training step; its output layer is applied only to the requested rows."""
     return OnlineTeacher(origin.model, origin.cost)
 
 

@@ -31,7 +31,7 @@ def offline(
 
 @traits("reads_store", "recorded")
 def recorded(origin: TeacherOrigin, window: str | tuple | None = "late", seed: int = 0) -> Teacher:
-    """What the teacher said while it was itself trained, which is recorded first; Peng et al. call this online logits.
+    """Logits of the teacher during its own training, which are recorded first; Peng et al. call them online logits.
 
     window: early, late or [0.5,1.0], the share of the teacher's training to read. seed: of the draws of a store of
     samples. Peng et al. 2024, arXiv 2410.16215, section 3.4.
@@ -45,7 +45,7 @@ def _from_store(origin: TeacherOrigin, window: str | tuple | None) -> StoredTeac
 
 
 class SignalStore(Protocol):
-    """What a teacher reads of a store; see kd.store.reader.Store."""
+    """Part of a store's interface that a teacher uses; see kd.store.reader.Store."""
 
     @property
     def cost(self) -> Cost | None: ...
@@ -58,7 +58,7 @@ class SignalStore(Protocol):
 
 
 class StoredTeacher(Teacher):
-    """Store of logits that a teacher has computed before, for the rows of the window alone."""
+    """Teacher whose logits are read from a store, for the rows of the window alone."""
 
     def __init__(self, store: SignalStore, window: str | tuple | None = None):
         self.store, self.cost = store, store.cost

@@ -44,4 +44,4 @@ def test_hooks_before_a_commit_are_checks_of_make_lint():
     (repository,) = yaml.safe_load((TRAIN.parent / ".pre-commit-config.yaml").read_text())["repos"]
     programs_of = {hook["entry"].split()[0].removeprefix(".venv/bin/") for hook in repository["hooks"]}
     lint = (TRAIN.parent / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
-    assert len(programs_of) == 2 and all(f"$(BIN)/{program}" in lint for program in programs_of)
+    assert len(programs_of) == 3 and all(f"$(BIN)/{program}" in lint for program in programs_of)
