@@ -250,7 +250,7 @@ def breakdown(work: Work) -> dict[str, dict[str, float]]:
     clock.watch(module.student, "hidden_states", "student's body")
     clock.watch(teacher, "hidden_states", "teacher's body")
     clock.watch(Objective, "__call__", "products with the heads")
-    clock.watch(Objective, "slope", "softmax, loss and gradient")
+    clock.watch(Objective, "logits_gradient", "softmax, loss and gradient")
     clock.watch(signals, "log_probabilities", "softmax, loss and gradient")
     for model in (module.student, teacher):
         clock.watch(model.head, "forward", "products with the heads")

@@ -71,7 +71,7 @@ class Shared(Run):
         super().__init__(root, name)
         self.job = job
 
-    def begin(self, config: ExperimentConfig) -> None:
+    def start(self, config: ExperimentConfig) -> None:
         pass
 
     def end(self, outcome: Outcome) -> Path:
