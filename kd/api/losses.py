@@ -7,14 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kd.data.batches import IGNORE
 from kd.errors import UserError
 from kd.objective import losses, target_transforms, temperature, truncation
 from kd.objective.chunked import Objective
 from kd.objective.target import Target
 from kd.objective.temperature import Softening
 from kd.objective.token_info import TokenInfo, check_needs
-
-IGNORE = -100  # label of a position that does not count
 
 
 def distillation_loss(

@@ -100,7 +100,7 @@ def deferred(words: list[str]) -> list[str]:
     return ["--multirun", *out] if by_file and out != words else out
 
 
-def typed(word: str) -> str:
+def undeferred(word: str) -> str:
     """Return an axis of one value as it was typed, before deferred()."""
     return re.sub(r"^([\w.]+)=choice\(([^(),]*)\)$", r"\1=\2", word)
 

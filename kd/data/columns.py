@@ -13,10 +13,10 @@ from kd.data.examples import Example, Turn
 from kd.data.messages import (
     LEARNED,
     brief,
+    check_decision,
     column_error,
     entry_of,
     has_content,
-    is_decision,
     is_present,
     messages_in,
     parsed_json,
@@ -153,13 +153,8 @@ class RowReader:
         for name, yes in LEARNED.items():
             value = row.get(name) if name not in self.shape else None
             if is_present(value):
-                if not is_decision(value):
-                    raise UserError(
-                        option=self.option,
-                        why=f"column {name!r} holds {brief(value)}, and a row is learned as a whole or not at all",
-                        need="0 or 1",
-                        hint="leave that column out, or rename it",
-                    )
+                place, hint = f"column {name!r} holds {brief(value)}", "leave that column out, or rename it"
+                check_decision(value, self.option, place, "row", hint)
                 weighted = weighted and bool(value) == yes
         label = row.get(LABEL) if LABEL not in self.shape else None
         if isinstance(label, bool) and not label:  # of KTO: a completion that is not wanted

@@ -11,10 +11,10 @@ from kd.data.messages import (
     ROLES,
     begins_with,
     brief,
+    check_decision,
     column_error,
     entry_of,
     has_system,
-    is_decision,
     is_present,
     messages_in,
     parsed_json,
@@ -132,13 +132,8 @@ class ConversationReader:
         for key in LEARNED:
             if key in keys:
                 value = keys.pop(key)
-                if not is_decision(value):
-                    raise UserError(
-                        option=self.option,
-                        why=f"{key}={brief(value)} in a message, and a turn is learned as a whole or not at all",
-                        need="0 or 1",
-                        hint="leave that key out, or such rows",
-                    )
+                place, hint = f"{key}={brief(value)} in a message", "leave that key out, or such rows"
+                check_decision(value, self.option, place, "turn", hint)
                 learned = learned and bool(value) == LEARNED[key]
         if role != "assistant" and learned and any(LEARNED.get(key) and message.get(key) for key in message):
             unused.append("weight of turns that are not the assistant's")

@@ -74,8 +74,11 @@ def entry_of(value, filled: bool):
     return without_null(value) if filled and not isinstance(value, str) else parsed_json(value)
 
 
-def is_decision(value) -> bool:
-    return isinstance(value, int | float) and value in (0, 1)
+def check_decision(value, option: str, place: str, unit: str, hint: str) -> None:
+    """Raise UserError unless a value is 0 or 1. place: where it stands; unit: what it decides on, a turn or a row."""
+    if not (isinstance(value, int | float) and value in (0, 1)):
+        why = f"{place}, and a {unit} is learned as a whole or not at all"
+        raise UserError(option=option, why=why, need="0 or 1", hint=hint)
 
 
 def has_content(turn: Turn) -> bool:

@@ -198,16 +198,21 @@ def _unfinished(root: Root) -> Iterator[Leftover]:
             yield Leftover("unfinished", use.run.folder, use.size, f"{use.state}; it could go on", needed)
 
 
+def _folders(root: Root, place: str) -> list[Path]:
+    """Return the folders in data/ or stores/ that are not hidden."""
+    return sorted(path for path in (root.folder / place).glob("[!.]*") if path.is_dir())
+
+
 def _data(root: Root) -> Iterator[Leftover]:
     used = {key for needs in root.needs.values() for key in needs.data}
-    for path in sorted(path for path in (root.folder / "data").glob("*") if path.is_dir() and path.name[0] != "."):
+    for path in _folders(root, "data"):
         if path.name not in used:
             yield Leftover("data", path, disk_use(path), "no run uses it", _may_be_needed(root))
 
 
 def _stores(root: Root) -> Iterator[Leftover]:
     used = {path for needs in root.needs.values() for path in needs.stores}
-    for path in sorted(path for path in (root.folder / "stores").glob("*") if path.is_dir() and path.name[0] != "."):
+    for path in _folders(root, "stores"):
         if path.resolve() not in used and _age(path) > (0 if (path / "manifest.json").exists() else DAY):
             yield Leftover("stores", path, disk_use(path), "no run uses it", _may_be_needed(root))
 

@@ -13,7 +13,7 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
 from kd.config.options import option_of
-from kd.config.overrides import typed
+from kd.config.overrides import undeferred
 from kd.config.rules import group_of
 from kd.config.schema import NO_EFFECT, NO_SIGNAL
 from kd.config.security import check_words
@@ -45,7 +45,7 @@ class LaunchingSweeper(Sweeper):
 
 def asked_for(arguments: Sequence[str]) -> str:
     """Return all words of a command except those that change no result."""
-    words = map(typed, arguments)
+    words = map(undeferred, arguments)
     return str(sorted(word for word in words if not is_under(word.lstrip("+~").partition("=")[0], NO_EFFECT)))
 
 

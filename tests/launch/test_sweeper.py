@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from kd.config.components import SWEEPS
-from kd.config.overrides import deferred, typed
+from kd.config.overrides import deferred, undeferred
 from kd.config.rules import group_of
 from kd.config.schema import NO_SIGNAL
 from kd.errors import UserError
@@ -295,7 +295,7 @@ def test_the_head_of_the_scaling_sweep_says_the_flops_of_its_runs(scale):
 )
 def test_a_setting_of_an_option_that_varies_is_an_axis(words, axes):
     assert [word for word in deferred(words) if word not in words] == axes
-    assert [typed(word) for word in deferred(words) if word != "--multirun"] == words
+    assert [undeferred(word) for word in deferred(words) if word != "--multirun"] == words
     assert deferred(deferred(words)) == deferred(words)
 
 
