@@ -81,7 +81,12 @@ class Requests:
         if again and (self.in_sweep or time.monotonic() - self._first < SAME):
             return
         self._first = time.monotonic()  # before anything within which the next signal is answered
-        if again or not self._in_steps:
+        if again:
+            raise Preempted
+        if not self._in_steps:
+            # Python leaves other signals of this moment until a later one comes, once a handler has raised: for seconds
+            # or for good. They would count as a second request then, so they are handled now.
+            signal.raise_signal(number)
             raise Preempted
         from kd.system.console import console
 
