@@ -101,7 +101,6 @@ class Search(LaunchingSweeper):
             jobs = [[*fixed, *(f"{key}={value}" for key, value in trial.params.items())] for trial in trials]
             for job in jobs:
                 check_words(job)
-            self.validate_batch_is_legal(jobs)
             watched = Watched(optuna, trials) if self.prune else None
             labels = [" ".join(job[len(fixed) :]) for job in jobs]
             batch = self.launcher.launch(jobs, initial_job_idx=done, labels=labels, watch=watched)

@@ -32,11 +32,6 @@ class LaunchingSweeper(Sweeper):
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
-    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Raise Hydra's error for the first job that it cannot compose."""
-        for job in batch:
-            self.launcher.composer.compose(job)
-
     def name_from(self, arguments: Sequence[str]) -> None:
         """Name an unnamed sweep after its words, so that no other sweep has the same list."""
         if self.config.sweep is None:
@@ -83,7 +78,6 @@ class SweepFileSweeper(LaunchingSweeper):
                 check_words(job)
         except UserError as error:
             exit_with_error(error)
-        self.validate_batch_is_legal(jobs)
         returns = self.launcher.launch(jobs, initial_job_idx=0, names=names)
         if any(r.status != JobStatus.COMPLETED for r in returns):
             sys.exit(1)

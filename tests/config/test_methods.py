@@ -124,7 +124,6 @@ def launched(*words: str) -> dict[str, list[str]]:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         lines.hydra_context = SimpleNamespace(config_loader=GlobalHydra.instance().config_loader())
     lines.config = OmegaConf.create({"sweep": "several", "scale": "cpu"})
-    lines.validate_batch_is_legal = lambda jobs: None
     lines.launcher = SimpleNamespace(
         launch=lambda jobs, initial_job_idx, names: found.update(zip(map(" ".join, jobs), names)) or []
     )
