@@ -36,9 +36,7 @@ OPENINGS = re.compile(r"(?:What|Whether|Which|Where|Of|The same)\b")
 
 DOCUMENTS_LATER = {"docs/extending.md"}
 NAMES_LATER = {
-    "kd", "kd/api", "kd/bench", "kd/config", "kd/data", "kd/evaluation", "kd/experiment", "kd/launch", "kd/models",
-    "kd/objective", "kd/parallel", "kd/rollout", "kd/runs", "kd/store", "kd/system", "kd/training", "sweeps/fit",
-    "sweeps/report",
+    "kd/api", "kd/bench", "kd/config", "kd/experiment", "kd/launch", "kd/rollout", "kd/runs", "kd/system",
 }  # fmt: skip
 
 

@@ -84,11 +84,11 @@ class Packed:
 
 def between(rows: np.ndarray | Tensor, boundary: Sequence[int]) -> np.ndarray | Tensor:
     """Return a mask [B, T] of the labels of rows [B, T + 1] that a tokenizer puts in front of a text."""
-    found = rows[:, 1:] != rows[:, 1:]
+    mask = rows[:, 1:] != rows[:, 1:]
     for number, (before, token) in enumerate(pairwise(boundary)):
         start = 1 if number == 0 else 0  # a row begins with such a token, and with no end
-        found[:, start:] |= (rows[:, start:-1] == before) & (rows[:, start + 1 :] == token)
-    return found
+        mask[:, start:] |= (rows[:, start:-1] == before) & (rows[:, start + 1 :] == token)
+    return mask
 
 
 def rows_of_step(count: int, batch: int, seed: int, step: int) -> np.ndarray:

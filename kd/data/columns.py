@@ -109,7 +109,7 @@ class RowReader:
 
     def _tools(self, row: dict) -> tuple:
         """Return schemas of functions; those in a column `functions` are bare."""
-        found: list[dict] = []
+        schemas: list[dict] = []
         for column in TOOLS:
             value = row.get(column) if column not in self.shape else None
             if not is_present(value):
@@ -124,8 +124,8 @@ class RowReader:
                 raise column_error(self.option, column, brief(value), need)
             bare = [column == "functions" and "function" not in tool for tool in tools]
             tools = [{"type": "function", "function": t} if b else t for t, b in zip(tools, bare, strict=True)]
-            found += [tool for tool in tools if tool not in found]
-        return tuple(found)
+            schemas += [tool for tool in tools if tool not in schemas]
+        return tuple(schemas)
 
     def _options(self, row: dict) -> dict:
         value = row.get(OPTIONS)

@@ -47,8 +47,8 @@ def key(corpus: Corpus, **settings) -> str:
         del settings["special"]
     if name and not (corpus.pairs and corpus.pairs.template == "chat") and (bos := bos_by_name(name)):
         settings["bos"] = bos
-    if of := settings.pop("tokenizer_of", None):
-        settings["tokenizer_of"] = key(of[0], **of[1])
+    if tokenizer_of := settings.pop("tokenizer_of", None):
+        settings["tokenizer_of"] = key(tokenizer_of[0], **tokenizer_of[1])
     return files.digest_of([FORMAT, corpus.fingerprint, settings, content])[:16]
 
 
@@ -206,8 +206,8 @@ def _write(
 
 def write_manifest(folder: Path, about: dict) -> None:
     """Write the manifest of packed rows: the entries in `about`, and the digests of all files."""
-    there = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "manifest.json")
-    manifest = about | {"digests": {str(p.relative_to(folder)): files.digest(p) for p in there}}
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "manifest.json")
+    manifest = about | {"digests": {str(p.relative_to(folder)): files.digest(p) for p in paths}}
     files.write_json(folder / "manifest.json", manifest | {"digest": files.digest_of(manifest)})
 
 

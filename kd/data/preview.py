@@ -37,14 +37,14 @@ def shown(packed: Packed, tokenizer, count: int) -> list[Shown]:
     if packed.prompts_only:  # the end alone is no response
         spans = np.where(spans[:, 1:] == spans[:, :1] + 1, spans[:, :1], spans)
     batch = to_batch(ids, rows, np.zeros(ids[:, 1:].shape, np.int64), spans, packed.boundary)
-    found = []
-    for row, (prompt, total) in enumerate(spans.tolist()):
+    examples = []
+    for row, (prompt_len, total) in enumerate(spans.tolist()):
         labels = [IGNORE, *batch.labels[row].tolist()][:total]
         learned = [label for label in labels if label != IGNORE]
-        parts = (ids[row, :total], ids[row, :prompt], learned)
-        text, asked, answer = (tokenizer.decode(np.array(part, int)) for part in parts)
-        found.append(Shown(row, text, asked, answer, ids[row, :total].tolist(), labels))
-    return found
+        parts = (ids[row, :total], ids[row, :prompt_len], learned)
+        text, prompt, answer = (tokenizer.decode(np.array(part, int)) for part in parts)
+        examples.append(Shown(row, text, prompt, answer, ids[row, :total].tolist(), labels))
+    return examples
 
 
 def layout(packed: Packed, tokenizer, date: str | None = None) -> dict[str, str]:

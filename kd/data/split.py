@@ -21,7 +21,7 @@ class TrainValSplit:
         self.bound = val_share * 2**64
 
     def __call__(self, document: str | Example) -> str:
-        text = document if isinstance(document, str) else document.asked
+        text = document if isinstance(document, str) else document.split_text
         return "val" if xxhash.xxh3_64_intdigest(text.encode(), seed=1) < self.bound else "train"
 
 
@@ -44,8 +44,8 @@ def ordered(corpus: Corpus, split: TrainValSplit):
         places.append(xxhash.xxh3_64_intdigest(text, seed=again[digest] - 1) if again[digest] > 1 else digest)
     order = sorted(range(len(places)), key=places.__getitem__)
     for side in {*on} - {"left out"}:
-        of = [place for place, i in enumerate(order) if on[i] == side]
-        for place, i in zip(of, _apart([order[place] for place in of], digests), strict=True):
+        slots = [place for place, i in enumerate(order) if on[i] == side]
+        for place, i in zip(slots, _apart([order[place] for place in slots], digests), strict=True):
             order[place] = i
     return _Reordered(documents, order)
 

@@ -62,7 +62,7 @@ class _TextRows:
                 self._add(text, side, ids)
 
     def _add(self, text: str, side: str, ids: list[int]) -> None:
-        part = _own(ids, self.end, self.bos) if self.special else slice(None)
+        part = _text_slice(ids, self.end, self.bos) if self.special else slice(None)
         if self.special and not ids[part]:
             self.counts.left_out["empty"] += 1
             return
@@ -106,7 +106,7 @@ def _bytes_per_token(
     return float(measured.sum(dtype=np.float64) / learned) or None
 
 
-def _own(ids: list[int], end: list[int], bos: list[int]) -> slice:
+def _text_slice(ids: list[int], end: list[int], bos: list[int]) -> slice:
     """Return the part of a text without a bos and an end that are written out in it: both are put around it anyway."""
     first = len(bos) if ids[: len(bos)] == bos else 0
     last = len(ids) - len(end) if end and ids[-len(end) :] == end else len(ids)

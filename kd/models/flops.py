@@ -55,8 +55,8 @@ def experts(model) -> Iterator[tuple[nn.Module, float]]:
     config = model.config.get_text_config()
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        path, _, own = name.rpartition(".")
-        routed = own == "experts" or (type(module).__name__.endswith("Experts") and "shared" not in own)
+        path, _, leaf = name.rpartition(".")
+        routed = leaf == "experts" or (type(module).__name__.endswith("Experts") and "shared" not in leaf)
         if not routed or name.startswith(inside):
             continue
         inside = (*inside, f"{name}.")  # modules within belong to it

@@ -61,8 +61,8 @@ class Objective:
         computed from the target before truncation.
         """
         softening = self.temperature(student, target)
-        kept = self.target_transform(truncated or self.truncation(target)).soften(softening.teacher)
-        return softening.weight * self.loss(soften(student, softening.student), kept)
+        softened = self.target_transform(truncated or self.truncation(target)).soften(softening.teacher)
+        return softening.weight * self.loss(soften(student, softening.student), softened)
 
     def __call__(
         self, head: torch.nn.Module, hidden: Tensor, label: Tensor, signal: Signal | None, alpha: float,

@@ -112,10 +112,10 @@ def mse(student: Tensor, target: Target) -> Tensor:
     Logits are defined up to a constant, so each side is first centred over the kept columns.
     """
     q, p = target.align(student)
-    kept = (p > FLOOR).to(q.dtype)
-    count = kept.sum(-1, keepdim=True)
-    gap = (q - p) * kept  # [N, K]
-    gap = (gap - gap.sum(-1, keepdim=True) / count) * kept
+    support = (p > FLOOR).to(q.dtype)
+    count = support.sum(-1, keepdim=True)
+    gap = (q - p) * support  # [N, K]
+    gap = (gap - gap.sum(-1, keepdim=True) / count) * support
     return gap.square().sum(-1) / count[:, 0]
 
 
@@ -184,14 +184,14 @@ def _decoupled_kl(student: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     """
     q, p = target.align(student)  # [N, K]
     true = torch.nn.functional.pad(target.label_mask(), (0, q.shape[-1] - target.logp.shape[-1]))  # a rest is another
-    there, label = true.any(-1), target.label[:, None]
+    has_label, label = true.any(-1), target.label[:, None]
     log_p, log_q = p.masked_fill(~true, FLOOR).amax(-1), student.gather(-1, label)[:, 0]
     others_p = p.masked_fill(true, FLOOR).logsumexp(-1)  # log of their probability
     others_q = student.scatter(-1, label, -torch.inf).logsumexp(-1)
     tkd = log_p.exp() * (log_p - log_q) + others_p.exp() * (others_p - others_q)
-    within = (p - torch.where(there, others_p, 0)[:, None]).masked_fill(true | (p <= FLOOR), FLOOR)
-    dkd = within.exp() * (within - q + torch.where(there, others_q, 0)[:, None])
-    return torch.where(there, tkd, 0), dkd.sum(-1)
+    within = (p - torch.where(has_label, others_p, 0)[:, None]).masked_fill(true | (p <= FLOOR), FLOOR)
+    dkd = within.exp() * (within - q + torch.where(has_label, others_q, 0)[:, None])
+    return torch.where(has_label, tkd, 0), dkd.sum(-1)
 
 
 def _reverse(q: Tensor, m: Tensor) -> Tensor:

@@ -185,10 +185,10 @@ def _metadata(index: dict) -> Metadata:
     """Return the index in torch's form. Raises various errors for an index that Writer did not write."""
     entries, places = {}, {}
 
-    def place(of: dict) -> _StorageInfo:
-        if not FILE.fullmatch(of["file"]):
-            raise ValueError(f"{of['file']} is no file of it")
-        return _StorageInfo(of["file"], int(of["start"]), int(of["length"]))
+    def place(note: dict) -> _StorageInfo:
+        if not FILE.fullmatch(note["file"]):
+            raise ValueError(f"{note['file']} is no file of it")
+        return _StorageInfo(note["file"], int(note["start"]), int(note["length"]))
 
     for name, entry in index.items():
         if "dtype" not in entry:

@@ -167,9 +167,9 @@ class Store:
                 hint="choose a wider window",
             )
         # If a row was trained on more than once, its last record counts.
-        everything, where = np.concatenate(rows)[::-1], np.concatenate(places)[::-1]
-        self._rows, first = np.unique(everything, return_index=True)
-        self._places = where[first]
+        recorded, locations = np.concatenate(rows)[::-1], np.concatenate(places)[::-1]
+        self._rows, first = np.unique(recorded, return_index=True)
+        self._places = locations[first]
         return self._rows
 
     def read(self, index: np.ndarray, ids: np.ndarray) -> Tensor | EncodedRows:
@@ -177,14 +177,14 @@ class Store:
 
         Raises UserError if the store was written for other tokens.
         """
-        found = []
+        stored_rows = []
         for row, tokens in zip(index, ids, strict=True):
             name, place = self._place(int(row))
             shard = self._shard(name)
             if shard.hashes[place] != row_hash(tokens):
                 raise self._other_tokens(int(row))
-            found.append(shard.row(place))
-        return collate_rows(found)
+            stored_rows.append(shard.row(place))
+        return collate_rows(stored_rows)
 
     def signal(self, batch: Batch, mask: Tensor) -> Signal:
         """Return the stored signal at the target positions of a batch. Its rows come from read()."""

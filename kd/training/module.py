@@ -132,10 +132,10 @@ class DistillationModule(lightning.LightningModule):
         metrics = self._metrics(terms, losses.tolist(), [fsdp.full_tensor(norm).item() for norm in norms], alpha)
         self.check_finite("train", metrics, batch, alpha)
         optimizer.step()
-        asked = sum(t.positions for t in terms if t.kd or self.teacher.trainable)
+        teacher_positions = sum(t.positions for t in terms if t.kd or self.teacher.trainable)
         self.last_step = StepReport(
             metrics, lr, alpha if self.teacher.distils else None, sum(t.target_tokens for t in terms),
-            sum(t.positions for t in terms), asked, rollout_tokens,
+            sum(t.positions for t in terms), teacher_positions, rollout_tokens,
         )  # fmt: skip
 
     def _metrics(
@@ -235,9 +235,9 @@ class DistillationModule(lightning.LightningModule):
                 )
                 self.manual_backward(sums.total * ((kd + lm) / tokens))
                 seen = [sums.total.detach() * (kd + lm), sums.kd, sums.lm * (term.lm is not None)]
-                if (own := self.teacher.own_loss(part, mask, signal, self.objective)) is not None:
-                    self.manual_backward(own / tokens)
-                    seen.append(own.detach())
+                if (teacher_loss := self.teacher.own_loss(part, mask, signal, self.objective)) is not None:
+                    self.manual_backward(teacher_loss / tokens)
+                    seen.append(teacher_loss.detach())
                 losses[: len(seen)] += torch.stack([x.to(losses.dtype) for x in seen]) / tokens
         return losses
 
@@ -253,11 +253,11 @@ class DistillationModule(lightning.LightningModule):
 
         def measured(measure: Callable[[Target, int], Tensor]) -> Tensor:
             vocabulary, size = self.student.head.vocab, self.objective.chunk or default_chunk_size(self.student.head)
-            found = []
+            measures = []
             for part, mask in parts:
                 signals.append(self.teacher.signal(part, mask))
-                found += [measure(signals[-1](rows), vocabulary) for rows in chunks(int(mask.sum()), size)]
-            everyone = collectives.all_gather(torch.cat(found).cpu())
+                measures += [measure(signals[-1](rows), vocabulary) for rows in chunks(int(mask.sum()), size)]
+            everyone = collectives.all_gather(torch.cat(measures).cpu())
             sizes.extend(map(len, everyone))
             return torch.cat(everyone)
 
