@@ -1,4 +1,4 @@
-"""What belongs to an example is used, refused or counted, whatever its columns and keys are called."""
+"""Columns and keys of examples: each is used, refused or counted, whatever its name."""
 
 import inspect
 import json

@@ -1,4 +1,4 @@
-"""What is packed is what the chat template writes, and nothing but the settings decides what that is."""
+"""Chat templates: rows are packed as the template writes them, and depend on nothing but the settings."""
 
 import datetime
 import json
