@@ -99,8 +99,8 @@ def rows_of_step(count: int, batch: int, seed: int, step: int) -> np.ndarray:
     place = np.arange(step * batch, (step + 1) * batch)
     rows = np.empty(batch, np.int64)
     for epoch in np.unique(place // count):
-        here = place // count == epoch
-        rows[here] = _permutation(count, seed, int(epoch))[place[here] % count]
+        in_epoch = place // count == epoch
+        rows[in_epoch] = _permutation(count, seed, int(epoch))[place[in_epoch] % count]
     return rows
 
 
@@ -158,9 +158,9 @@ def prefetch(items: Iterator, count: int = 2) -> Iterator:
     """Yield the items. A thread computes up to `count` of them ahead."""
     end = object()
     with ThreadPoolExecutor(1, "ahead") as thread:
-        coming = deque(thread.submit(next, items, end) for _ in range(count))
-        while (item := coming.popleft().result()) is not end:
-            coming.append(thread.submit(next, items, end))
+        futures = deque(thread.submit(next, items, end) for _ in range(count))
+        while (item := futures.popleft().result()) is not end:
+            futures.append(thread.submit(next, items, end))
             yield item
 
 

@@ -70,16 +70,16 @@ class ChatTemplate:
         The prompt begins with the generation prompt. Marks are around what is not special. Raises UserError, with both
         texts, where they cannot be the beginning of the whole conversation.
         """
-        more = self._marked({"tools": list(example.tools) or None, "options": {**example.options}}, self.control)
+        extras = self._marked({"tools": list(example.tools) or None, "options": {**example.options}}, self.control)
         prompt_messages = self._marked(_messages(before), self.control)
-        opening = self._rendered(prompt_messages, add_generation_prompt=True, **more)
+        opening = self._rendered(prompt_messages, add_generation_prompt=True, **extras)
         if example.prompt_only:
             return opening, opening, ""
-        placed = self._rendered([*prompt_messages, {"role": "assistant", "content": MARK}], **more)
+        placed = self._rendered([*prompt_messages, {"role": "assistant", "content": MARK}], **extras)
         head, mark, tail = placed.rpartition(MARK)
         if not mark or MARK in head:
             raise self._differs("does not write the answer as it is", opening, placed)
-        whole = self._rendered([*prompt_messages, *self._marked(_messages([answer]), self.in_answers)], **more)
+        whole = self._rendered([*prompt_messages, *self._marked(_messages([answer]), self.in_answers)], **extras)
         start = next((text for text in (head, opening) if whole.startswith(text)), None)
         if start is None or not start.startswith(opening):
             raise self._differs("begins an answer otherwise than it asks for one", opening, whole)
@@ -191,8 +191,8 @@ class ChatTemplate:
             if self._on_some_day(messages, tools, other_options) == whole:
                 unused.append(f"chat_template_kwargs {option}")
         for key in sorted(names):
-            less = [{k: v for k, v in message.items() if k != key} for message in messages]
-            if self._on_some_day(less, tools, options) == whole:
+            without_key = [{k: v for k, v in message.items() if k != key} for message in messages]
+            if self._on_some_day(without_key, tools, options) == whole:
                 if key in CALLS:
                     raise lost_tools("chat")
                 unused += [f"key {key}"] * sum(key in message for message in messages)
@@ -200,14 +200,17 @@ class ChatTemplate:
 
     def _differs(self, why: str, opening: str, whole: str) -> UserError:
         """Return the error with both texts, about where they begin to differ."""
-        alone, both = self.bare(opening), self.bare(whole)
-        place = next((i for i, pair in enumerate(zip_longest(alone, both)) if pair[0] != pair[1]), len(alone))
-        alone, both = _around(alone, place), _around(both, place)
+        bare_opening, bare_whole = self.bare(opening), self.bare(whole)
+        place = next(
+            (i for i, pair in enumerate(zip_longest(bare_opening, bare_whole)) if pair[0] != pair[1]),
+            len(bare_opening),
+        )
+        bare_opening, bare_whole = _around(bare_opening, place), _around(bare_whole, place)
         return UserError(
             option="data.template",
             got="chat",
             why=f"the tokenizer's chat template {why}, so that no row can be what it writes.\n"
-            f"With the prompt alone it writes: {alone!r}\nWith the answer: {both!r}",
+            f"With the prompt alone it writes: {bare_opening!r}\nWith the answer: {bare_whole!r}",
             hint="type data.template=alpaca, take a tokenizer with another chat template (data.tokenizer=FOLDER), or "
             "leave such examples out",
         )

@@ -106,9 +106,9 @@ class ConversationReader:
         if isinstance(value, str) and not (as_json and messages_in(value)):
             return [Turn(role, value, learned=role == "assistant")], False
         if (messages := messages_in(value)) is None:
-            what = kind_of(value)
-            wrong = value[0] if isinstance(value, list) and value else None
-            raise column_error(self.option, column, f"a list with {brief(wrong)}" if wrong is not None else what)
+            first = value[0] if isinstance(value, list) and value else None
+            got = kind_of(value) if first is None else f"a list with {brief(first)}"
+            raise column_error(self.option, column, got)
         filled = self.filled and not isinstance(value, str)
         return [self._turn(message, column, unused, filled) for message in messages], True
 
@@ -147,11 +147,11 @@ class ConversationReader:
         """Put the calls of tools in a message, which may be JSON text, in the form of objects, and return them."""
         filled = filled and not isinstance(keys[key], str)
         calls = parsed_json(keys[key])
-        many = calls if key == "tool_calls" and isinstance(calls, list) else [calls]
-        many = [entry_of(call, filled) for call in many]
-        if not all(isinstance(call, dict) for call in many):
+        entries = calls if key == "tool_calls" and isinstance(calls, list) else [calls]
+        entries = [entry_of(call, filled) for call in entries]
+        if not all(isinstance(call, dict) for call in entries):
             raise column_error(self.option, key, brief(calls), "calls of functions, as objects or their JSON")
-        keys[key] = many if key == "tool_calls" else many[0]
+        keys[key] = entries if key == "tool_calls" else entries[0]
         return keys[key]
 
     def _history(self, row: dict, unused: list[str]) -> list[Turn]:
@@ -165,4 +165,8 @@ class ConversationReader:
         pairs: list = parsed if isinstance(parsed, list) else [None]
         if not all(isinstance(p, list) and len(p) == 2 and all(isinstance(t, str) for t in p) for p in pairs):
             raise column_error(self.option, HISTORY, brief(value), "a list of [question, answer]")
-        return [turn for ask, say in pairs for turn in (Turn("user", ask), Turn("assistant", say, learned=True))]
+        return [
+            turn
+            for question, answer in pairs
+            for turn in (Turn("user", question), Turn("assistant", answer, learned=True))
+        ]

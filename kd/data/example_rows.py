@@ -99,13 +99,13 @@ class _ExampleRows:
                 "examples to validation (data.val_share=0.2)",
             )
         for side, spans in self.spans.items():
-            taken = save_rows(self.folder, side, self.dtype, (len(spans), self.size), val_rows)
-            table = np.array(spans, np.int32)[taken]
+            chosen = save_rows(self.folder, side, self.dtype, (len(spans), self.size), val_rows)
+            table = np.array(spans, np.int32)[chosen]
             np.save(self.folder / f"{side}_spans.npy", table)
         learned = (table[:, 1] - table[:, 0]).sum()  # of the validation rows
         return {
             "train_tokens": sum(total for _, total in self.spans["train"]),
-            "bytes_per_token": float(np.array(self.val_response_bytes)[taken].sum() / learned) or None,
+            "bytes_per_token": float(np.array(self.val_response_bytes)[chosen].sum() / learned) or None,
             "template": template, "end": self.end, "counts": counts.as_dict(),
         }  # fmt: skip
 

@@ -68,8 +68,8 @@ def teacher_gap(
         assert signal is not None, "a teacher with a model has complete distributions"
         for rows in chunks(len(place), chunk or default_chunk_size(student.head)):
             q, target = log_probabilities(student.head, hidden[rows]), signal(rows)
-            apart = [measure(q, target).double() for measure in (losses.fkl, losses.rkl, losses.tvd)]
-            by_place.index_add_(0, place[rows], torch.stack([torch.ones_like(apart[0]), *apart], -1))
+            divergences = [measure(q, target).double() for measure in (losses.fkl, losses.rkl, losses.tvd)]
+            by_place.index_add_(0, place[rows], torch.stack([torch.ones_like(divergences[0]), *divergences], -1))
             bins += metrics.bins_by_teacher(q, target)
     parts = collectives.all_gather((by_place.cpu(), bins.cpu()))
     return TeacherGap(*(sum(x) for x in zip(*parts, strict=True)))

@@ -124,9 +124,9 @@ class ResponseEvaluation(Callback):
         rows: list[tuple] = []  # tokens and span of each response
         tokens = 0
 
-        def watch(done: int, more: int) -> None:
+        def watch(done: int, new_tokens: int) -> None:
             requests.end_if_asked()
-            progress.update(min(len(rows) + done, progress.steps), tokens + more)
+            progress.update(min(len(rows) + done, progress.steps), tokens + new_tokens)
 
         try:
             for batch in prompts:
@@ -140,8 +140,8 @@ class ResponseEvaluation(Callback):
                     tokens = int(sum(span[1] - span[0] for _, span in rows))
         finally:
             progress.stop()
-        everyone = [row for part in collectives.all_gather(rows[: len(prompts.index)]) for row in part]
-        return Generations(*(np.stack(x) for x in zip(*everyone, strict=True)))
+        all_rows = [row for part in collectives.all_gather(rows[: len(prompts.index)]) for row in part]
+        return Generations(*(np.stack(x) for x in zip(*all_rows, strict=True)))
 
     def _generate_with_retry(
         self, model: CausalLM, batch: Batch, seed: Tensor, watch: Callable, sharded: bool
@@ -165,8 +165,8 @@ class ResponseEvaluation(Callback):
         """Return this rank's share of rows, `samples` times each. With shards, all ranks get equally many batches."""
         count = samples * len(tokens)
         passes = -(-count // (rows * collectives.world_size())) if sharded else 0
-        every = np.tile(tokens, (samples, 1)), np.tile(spans, (samples, 1))
-        return ValidationBatches(every[0], rows, collectives.rank_slice(count), passes, every[1])
+        repeated = np.tile(tokens, (samples, 1)), np.tile(spans, (samples, 1))
+        return ValidationBatches(repeated[0], rows, collectives.rank_slice(count), passes, repeated[1])
 
     def _gap(self, module, text: Generations) -> TeacherGap:
         batches = self._batches(*text, module.micro_batch_size, bool(module.sharded))

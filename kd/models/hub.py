@@ -170,7 +170,7 @@ class _Harmless:
         check(PretrainedConfig.get_config_dict(name)[0])
 
 
-def from_hub(auto, name: str, what: str, **settings):
+def from_hub(auto, name: str, option: str, **settings):
     """Return auto.from_pretrained(name); raise UserError with a hint if it cannot be loaded."""
     folder = Path(name).is_dir()
     if not folder:
@@ -186,7 +186,7 @@ def from_hub(auto, name: str, what: str, **settings):
             reason = f"{type(error).__name__}: {reason}"
         location = "in that folder" if folder else "it is no folder here, and the Hub did not give it"
         raise UserError(
-            option=what,
+            option=option,
             why=f"could not be loaded ({location}): {reason}",
             hint="check the name and the network, or give the folder of a downloaded model",
         ) from error

@@ -187,8 +187,8 @@ class _Chunked(torch.autograd.Function):
                 logits = functional_call(head, weights, (piece,))  # [n, V]
             if observe_logits is not None:
                 observe_logits(rows, logits.detach())
-            which = kd_mask[rows] if kd_mask is not None else None
-            logits_grad, values = slope(logits.detach(), label[rows], target, alpha, which, truncated)
+            mask = kd_mask[rows] if kd_mask is not None else None
+            logits_grad, values = slope(logits.detach(), label[rows], target, alpha, mask, truncated)
             hidden_grad[rows], *parts = torch.autograd.grad(logits, (piece, *learned), logits_grad)
             for whole, part in zip(parameter_grads, parts, strict=True):
                 whole += part

@@ -27,9 +27,9 @@ def rank() -> int:
 
 def rank_slice(rows: int) -> slice:
     """Return the rows of this rank. Shares are equal; if they cannot be, the first ranks have one row more."""
-    each, more = divmod(rows, world_size())
-    start = rank() * each + min(rank(), more)
-    return slice(start, start + each + (rank() < more))
+    per_rank, remainder = divmod(rows, world_size())
+    start = rank() * per_rank + min(rank(), remainder)
+    return slice(start, start + per_rank + (rank() < remainder))
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
@@ -39,11 +39,11 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
-def any_rank(here: bool) -> bool:
-    """Return True if `here` is true on any rank."""
+def any_rank(flag: bool) -> bool:
+    """Return True if `flag` is true on any rank."""
     if world_size() == 1:
-        return here
-    return bool(all_reduce_sum(torch.tensor(int(here))))  # by gloo, whatever the device
+        return flag
+    return bool(all_reduce_sum(torch.tensor(int(flag))))  # by gloo, whatever the device
 
 
 def all_gather(value) -> list:

@@ -214,10 +214,10 @@ class Plain(dcp.DefaultLoadPlanner):
         self.path = path
 
     def load_bytes(self, read_item, value: io.BytesIO) -> None:
-        again = io.BytesIO()
-        torch.save(load(self.path, part=value), again)
-        again.seek(0)
-        super().load_bytes(read_item, again)
+        checked = io.BytesIO()
+        torch.save(load(self.path, part=value), checked)
+        checked.seek(0)
+        super().load_bytes(read_item, checked)
 
 
 def read(state: dict, path: Path, **settings) -> None:

@@ -134,13 +134,13 @@ def line_plots(table: list[Row]) -> list[Plot]:
     keys, plots = axes_of([row.group for row in rows]), []
     for key in keys:
         # A setting of another option, such as temperature.tau of normkd, is not on this axis but beside it.
-        on = [row for row in rows if type(axis_value(row.group, key)) is float]
-        off = [row for row in rows if axis_value(row.group, key) is None]
+        on_axis = [row for row in rows if type(axis_value(row.group, key)) is float]
+        off_axis = [row for row in rows if axis_value(row.group, key) is None]
         series: dict[str, list[Row]] = {}
-        for row in sorted(on, key=lambda row: axis_number(row.group, key)):
+        for row in sorted(on_axis, key=lambda row: axis_number(row.group, key)):
             series.setdefault(label(row.group.config, [k for k in keys if k != key]), []).append(row)
         if len(series) <= 6 and any(len(line) > 2 for line in series.values()):
-            plots.append(Plot(line_plot(key, series, off if len(off) <= 4 else []), key))
+            plots.append(Plot(line_plot(key, series, off_axis if len(off_axis) <= 4 else []), key))
     return plots
 
 
