@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: conf/ is kd/conf in a wheel. Everything else is in pyproject.toml."""
+"""Build step that pyproject.toml cannot express: conf/ is kd/conf in a wheel. Everything else is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 

@@ -50,8 +50,8 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'kd' has no attribute {name!r}")
     module, _, attribute = _PLACES[name].partition(":")
-    found = import_module(module)
-    value = getattr(found, attribute) if attribute else found
+    imported = import_module(module)
+    value = getattr(imported, attribute) if attribute else imported
     globals()[name] = value
     return value
 

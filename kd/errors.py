@@ -57,8 +57,8 @@ class UserError(ValueError):
         joint = " " if reason.partition(" ")[0] in PREDICATES else ": "
         text = f"{subject}{joint}{reason}" if subject and reason else subject or _capitalised(reason)
         if self.hint:
-            text = _ended(text) + ("\n" if "\n" in text else " ") + _capitalised(self.hint)
-        return "\n  ".join([_ended(text, ":" if self.commands else "."), *self.commands])
+            text = _with_sign(text) + ("\n" if "\n" in text else " ") + _capitalised(self.hint)
+        return "\n  ".join([_with_sign(text, ":" if self.commands else "."), *self.commands])
 
     def _subject(self) -> str:
         """Return what is wrong, as it was typed."""
@@ -89,14 +89,14 @@ def _capitalised(text: str) -> str:
     return text[:1].upper() + text[1:] if first.rstrip(",").isalpha() else text
 
 
-def _ended(text: str, sign: str = ".") -> str:
+def _with_sign(text: str, sign: str = ".") -> str:
     """Return a sentence with a sign at its end, unless it has one."""
     return text if text.endswith((".", ":", "?", "!", "…")) else text + sign
 
 
-def check(option: str, got: object, good: bool, need: str, hint: str = "") -> None:
-    """Raise UserError unless the value that an option got is good."""
-    if not good:
+def check(option: str, got: object, valid: bool, need: str, hint: str = "") -> None:
+    """Raise UserError unless the value that an option got is valid."""
+    if not valid:
         raise UserError(option=option, got=got, need=need, hint=hint)
 
 

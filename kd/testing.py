@@ -62,12 +62,12 @@ def check_zero_at_equality(loss: Loss, floor: Callable[[Target], Tensor] | None 
     teacher = logits(1)
     for form in COMPLETE.values():
         value, target = on_logits(loss, form(teacher)), form(teacher)
-        least = value(teacher)
-        close(least, torch.zeros(N, dtype=least.dtype) if floor is None else floor(target))
+        at_equality = value(teacher)
+        close(at_equality, torch.zeros(N, dtype=at_equality.dtype) if floor is None else floor(target))
         close(gradient(value, teacher), torch.zeros_like(teacher), atol=1e-7)
         for seed in range(10, 20):
-            assert (value(logits(seed)) > least).all(), "another student has a lower value"
-            assert (value(teacher + 0.01 * logits(seed)) > least).all(), "a student close by has a lower value"
+            assert (value(logits(seed)) > at_equality).all(), "another student has a lower value"
+            assert (value(teacher + 0.01 * logits(seed)) > at_equality).all(), "a student close by has a lower value"
 
 
 def check_sparse_equals_dense(loss: Loss) -> None:
@@ -112,14 +112,14 @@ def check_chunks(loss: Loss) -> None:
     """Check that chunks of any size give the sums and gradients of all positions at once."""
     expected = _summed(loss, None)
     for size in (1, 4, 100):
-        _same(_summed(loss, size), expected)
+        _check_equal(_summed(loss, size), expected)
 
 
 def check_micro_batches(loss: Loss) -> None:
     """Check that sums and gradients of the parts of a batch add up to those of the batch."""
     whole = _summed(loss, 4)
     parts = [_summed(loss, 4, rows) for rows in chunks(13, 3)]
-    _same([sum(part[i] for part in parts) for i in range(len(whole))], whole)
+    _check_equal([sum(part[i] for part in parts) for i in range(len(whole))], whole)
 
 
 def _summed(loss: Loss, chunk: int | None, rows: slice = slice(None)) -> list[Tensor]:
@@ -134,7 +134,7 @@ def _summed(loss: Loss, chunk: int | None, rows: slice = slice(None)) -> list[Te
     return [*sums, *torch.autograd.grad(sums.total, [hidden, head.weight])]
 
 
-def _same(actual: list[Tensor], expected: list[Tensor]) -> None:
+def _check_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
     for a, b in zip(actual, expected, strict=True):
         close(a.double(), b.double(), rtol=1e-4, atol=1e-5 * max(1, b.abs().max().item()))
 

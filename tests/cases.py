@@ -1,4 +1,4 @@
-"""What the tests of the mathematics share: every option of conf/, built, and small inputs.
+"""Shared cases of the mathematical tests: every option of conf/, built, and small inputs.
 
 A new yaml in conf/ is one more case of each test that loops over its group.
 """

@@ -1,4 +1,4 @@
-"""What is to be refused, by the fields of the error instead of its sentence."""
+"""Assertions on refusals, by the fields of the error instead of its sentence."""
 
 from __future__ import annotations
 

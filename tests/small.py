@@ -76,7 +76,7 @@ def start(root: Path, *words: str, cold: bool = False, **environment: str) -> su
 
 
 def train(root: Path, *words: str, code: int = 0, cold: bool = False, **environment: str) -> str:
-    """What it prints; asserts that it ends with `code`."""
+    """Run train.py to its end, and return its output. Asserts that it ends with `code`."""
     process = start(root, *words, cold=cold, **environment)
     output = process.communicate(timeout=240)[0]
     assert process.returncode == code, output
@@ -105,7 +105,7 @@ def put_result(path: Path, result: dict) -> None:
 
 
 def outcome(path: Path) -> tuple[bytes, bytes]:
-    """What must be the same, bit by bit, however often a run was killed."""
+    """Return metrics and weights of a run, which must be the same bit by bit however often it was killed."""
     return (path / "metrics.jsonl").read_bytes(), (path / "student" / "model.safetensors").read_bytes()
 
 
@@ -122,7 +122,7 @@ def here(root: Path, *words: str) -> Path:
 
 
 def write(root: Path, *words: str) -> reader.Store:
-    """What `python -m kd.store write` does, in this process."""
+    """Do the work of `python -m kd.store write` in this process."""
     return store_program.write_store([*TINY, f"root={root}", *words])
 
 

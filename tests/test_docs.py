@@ -388,6 +388,15 @@ def test_words_of_documents_and_code_keep_the_rules():
     assert not faults
 
 
+def test_docstrings_of_tests_keep_the_rules_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(words_check, "ROOT", tmp_path)
+    monkeypatch.setattr(words_check, "documents", list)
+    (tmp_path / "tests").mkdir()
+    for name in ("setup.py", "train.py", "tests/test_a.py"):
+        (tmp_path / name).write_text('"""What it does."""\n')
+    assert len(words_check.check()[0]) == 3
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("One two three. Four `a.b` five.", ["One two three.", "Four code five."]),
@@ -405,7 +414,9 @@ def test_sentences_of_a_document(text, expected):
         (words_check.name_faults, "def f(of): made = 1\n", ["of", "made"]),
         (words_check.name_faults, "softening = f()\n", []),
         (words_check.docstring_faults, '"""Whether so."""\n', ["Whether"]),
+        (words_check.docstring_faults, 'def f():\n    """From here."""\n', ["From"]),
         (words_check.docstring_faults, '"""Return."""\n', []),
+        (words_check.docstring_faults, '"""In-place sum."""\n', []),
     ],
 )
 def test_faults_of_code_are_found(rule, source, expected, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What runs and sweeps make of faults: real processes and signals, and proof that each fault was met.
+"""Faults in runs and sweeps: real processes and signals, and proof that each fault was met.
 
 The product knows nothing of this file. A fault comes from outside: a signal to a process, a limit of its resources, a
 file damaged on disk, or a sitecustomize.py on its PYTHONPATH that patches a module and notes that the patch was met.
@@ -161,7 +161,7 @@ class Fault:
         return [int(line.split()[0]) for line in note.read_text().splitlines()] if note.exists() else []
 
     def wait(self, process: subprocess.Popen, count: int = 1) -> list[int]:
-        """Until it was met so many times."""
+        """Wait until the fault was met so many times."""
         until(lambda: len(self.fired()) >= count or process.poll() is not None)
         assert len(self.fired()) >= count, process.communicate()[0]
         return self.fired()
@@ -180,7 +180,7 @@ def until(true: Callable[[], object], seconds: float = 100) -> float:
 
 
 def ended(process: subprocess.Popen, code: int, seconds: float = 100) -> str:
-    """What it printed; asserts that it ends in time, and with this code."""
+    """Wait for a process, and return its output. Asserts that it ends in time, and with this code."""
     output = process.communicate(timeout=seconds)[0]
     assert process.returncode == code, output
     return output
@@ -223,7 +223,7 @@ def times(path: Path) -> dict[Path, int]:
 
 
 def same(root: Path, clean: Path, *seeds: str) -> None:
-    """These runs (or all) came out as in a root where nothing went wrong."""
+    """Assert that runs (or all) have the result of those in a root without faults."""
     for seed in seeds or runs(root):
         assert outcome(runs(root)[seed]) == outcome(runs(clean)[seed]), seed
 
@@ -532,7 +532,7 @@ def test_second_signal_to_a_run_ends_it_at_once(clean, root, tmp_path):
 
 @pytest.mark.slow
 def test_signal_before_training_ends_at_once(clean, tmp_path):
-    """While train.py is loaded, while data is packed, while the teacher learns."""
+    """Signal while train.py is loaded, while data is packed, and while the teacher learns."""
     root = tmp_path / "root"
     root.mkdir()
     packing = "def patch(module):\n    module.np.save = lambda *_: hold()\n"
@@ -629,7 +629,7 @@ def test_rows_at_once_are_kept_in_a_checkpoint(root, tmp_path):
 
 @pytest.mark.slow
 def test_out_of_memory_while_logits_are_recorded_stores_the_same(root, tmp_path):
-    """In the second half of a batch, so that what was recorded of the first is there already."""
+    """Run out of memory in the second half of a batch, when the first half is recorded already."""
     words = ("logits=none", "teacher=none", "record=top_k", "record.k=5")
     fault = Fault(tmp_path / "fault", "kd.models.causal_lm", MEMORY, ROWS=1, WHEN="count > 1", ERROR=CPU)
     train(root, *words, f"record.path={tmp_path / 'halved'}", **fault.environment)

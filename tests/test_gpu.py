@@ -1,4 +1,4 @@
-"""What only a GPU can show. Skipped without CUDA; `pytest -m gpu` runs these alone, in a minute and a half.
+"""Tests that need a GPU. Skipped without CUDA; `pytest -m gpu` runs these alone, in a minute and a half.
 
 KD_TEST_ON_CPU=1 runs them on a CPU instead, to see that the tests themselves work.
 """

@@ -65,7 +65,7 @@ def start(programs: Path, program: str, folder: Path, *words: str) -> subprocess
 
 
 def typed(programs: Path, program: str, folder: Path, *words: str, code: int = 0) -> str:
-    """What a program prints in a folder."""
+    """Run a program in a folder, and return its output."""
     process = start(programs, program, folder, *words)
     printed, _ = process.communicate(timeout=250)
     assert process.returncode == code, printed

@@ -12,7 +12,7 @@ PROJECTS = {"edges": [{"node": PROJECT, "cursor": "a"}], "pageInfo": {"endCursor
 
 
 def answer(query: str, variables: dict) -> dict:
-    """What W&B would say, of what is asked for here."""
+    """Return W&B's answer to a query, for the queries of these tests."""
     if "upsertView" in query:
         view = variables | {"id": "VIEW", "project": PROJECT, "updatedAt": "2026-01-01T00:00:00"}
         return {"upsertView": {"view": view, "inserted": True}}

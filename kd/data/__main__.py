@@ -28,8 +28,8 @@ def pack_data(words: list[str]) -> tuple[ExperimentConfig, Packed]:
     command_line.register()
     config = config_of(files.expanded_words(words))
     silence_libraries()
-    source, how = corpus(config)
-    return config, packing.pack(source, local_root(config.root) / "data", **how, announce=False)
+    source, options = corpus(config)
+    return config, packing.pack(source, local_root(config.root) / "data", **options, announce=False)
 
 
 def main() -> None:
@@ -55,11 +55,11 @@ def main() -> None:
             raise UserError(option=rows, need="a number of rows", hint="type e.g. rows=3")
         config, packed = pack_data([word for word in given.words if not word.startswith("rows=")])
         tokenizer = load_tokenizer(str(packed.tokenizer), "The tokenizer of the packed data")
-        of = packed, tokenizer, int(rows.removeprefix("rows=")), config.data.args.get("date")
+        arguments = packed, tokenizer, int(rows.removeprefix("rows=")), config.data.args.get("date")
         if given.json:
-            print(preview.as_json(*of))
+            print(preview.as_json(*arguments))
         else:
-            preview.show(*of)
+            preview.show(*arguments)
     except MISTAKES as error:
         exit_with_error(for_people(error))
 

@@ -84,11 +84,11 @@ class Packed:
 
 def between(rows: np.ndarray | Tensor, boundary: Sequence[int]) -> np.ndarray | Tensor:
     """Return a mask [B, T] of the labels of rows [B, T + 1] that a tokenizer puts in front of a text."""
-    found = rows[:, 1:] != rows[:, 1:]
+    mask = rows[:, 1:] != rows[:, 1:]
     for number, (before, token) in enumerate(pairwise(boundary)):
         start = 1 if number == 0 else 0  # a row begins with such a token, and with no end
-        found[:, start:] |= (rows[:, start:-1] == before) & (rows[:, start + 1 :] == token)
-    return found
+        mask[:, start:] |= (rows[:, start:-1] == before) & (rows[:, start + 1 :] == token)
+    return mask
 
 
 def rows_of_step(count: int, batch: int, seed: int, step: int) -> np.ndarray:
@@ -99,8 +99,8 @@ def rows_of_step(count: int, batch: int, seed: int, step: int) -> np.ndarray:
     place = np.arange(step * batch, (step + 1) * batch)
     rows = np.empty(batch, np.int64)
     for epoch in np.unique(place // count):
-        here = place // count == epoch
-        rows[here] = _permutation(count, seed, int(epoch))[place[here] % count]
+        in_epoch = place // count == epoch
+        rows[in_epoch] = _permutation(count, seed, int(epoch))[place[in_epoch] % count]
     return rows
 
 
@@ -158,9 +158,9 @@ def prefetch(items: Iterator, count: int = 2) -> Iterator:
     """Yield the items. A thread computes up to `count` of them ahead."""
     end = object()
     with ThreadPoolExecutor(1, "ahead") as thread:
-        coming = deque(thread.submit(next, items, end) for _ in range(count))
-        while (item := coming.popleft().result()) is not end:
-            coming.append(thread.submit(next, items, end))
+        futures = deque(thread.submit(next, items, end) for _ in range(count))
+        while (item := futures.popleft().result()) is not end:
+            futures.append(thread.submit(next, items, end))
             yield item
 
 

@@ -70,25 +70,25 @@ class ChatTemplate:
         The prompt begins with the generation prompt. Marks are around what is not special. Raises UserError, with both
         texts, where they cannot be the beginning of the whole conversation.
         """
-        more = self._marked({"tools": list(example.tools) or None, "options": {**example.options}}, self.control)
-        asked = self._marked(_messages(before), self.control)
-        opening = self._rendered(asked, add_generation_prompt=True, **more)
+        extras = self._marked({"tools": list(example.tools) or None, "options": {**example.options}}, self.control)
+        prompt_messages = self._marked(_messages(before), self.control)
+        opening = self._rendered(prompt_messages, add_generation_prompt=True, **extras)
         if example.prompt_only:
             return opening, opening, ""
-        placed = self._rendered([*asked, {"role": "assistant", "content": MARK}], **more)
-        head, found, tail = placed.rpartition(MARK)
-        if not found or MARK in head:
+        placed = self._rendered([*prompt_messages, {"role": "assistant", "content": MARK}], **extras)
+        head, mark, tail = placed.rpartition(MARK)
+        if not mark or MARK in head:
             raise self._differs("does not write the answer as it is", opening, placed)
-        whole = self._rendered([*asked, *self._marked(_messages([answer]), self.in_answers)], **more)
+        whole = self._rendered([*prompt_messages, *self._marked(_messages([answer]), self.in_answers)], **extras)
         start = next((text for text in (head, opening) if whole.startswith(text)), None)
         if start is None or not start.startswith(opening):
             raise self._differs("begins an answer otherwise than it asks for one", opening, whole)
         if not whole.endswith(tail) or len(start) + len(tail) > len(whole):
             raise self._differs(f"ends this answer otherwise than others ({tail!r})", opening, whole)
-        kept = tail.find(self.text_end) if self.text_end else 0
-        if kept < 0:
+        end_offset = tail.find(self.text_end) if self.text_end else 0
+        if end_offset < 0:
             raise self._differs(f"ends this answer without {self.text_end}", opening, whole)
-        return opening, start, whole[len(start) : len(whole) - len(tail) + kept]
+        return opening, start, whole[len(start) : len(whole) - len(tail) + end_offset]
 
     def layout(self) -> tuple[str, str, str]:
         """Return generation prompt, text before and text after the answer, of an example with {user} as its prompt."""
@@ -100,9 +100,9 @@ class ChatTemplate:
     def _text_end(self) -> str | None:
         """Return the first added token that the template puts behind an answer, as text; white space is none."""
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": MARK}]
-        _, found, tail = self._on_some_day(messages).rpartition(MARK)
-        known = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content.strip()}
-        places = [(tail.find(name), -len(name), name) for name in known if found and name in tail]
+        _, mark, tail = self._on_some_day(messages).rpartition(MARK)
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content.strip()}
+        places = [(tail.find(name), -len(name), name) for name in added if mark and name in tail]
         return min(places)[2] if places else None
 
     def _marked(self, value, pattern: re.Pattern):
@@ -130,7 +130,7 @@ class ChatTemplate:
             hint = "leave such examples out, or type data.special=tokens"
             raise UserError(option="data.template", got="chat", why=error, hint=hint) from error
 
-    def _rendered(self, messages: list[dict], tools: list | None = None, options: Mapping = NOTHING, **how) -> str:
+    def _rendered(self, messages: list[dict], tools: list | None = None, options: Mapping = NOTHING, **kwargs) -> str:
         from jinja2 import TemplateError
 
         try:
@@ -138,11 +138,11 @@ class ChatTemplate:
             template.globals["strftime_now"] = self._now
             template.globals["lipsum"] = template.environment.filters["random"] = _random
             render = self.tokenizer.apply_chat_template
-            text = render(with_arguments_as(messages), tools=tools, tokenize=False, **how, **options)
+            text = render(with_arguments_as(messages), tools=tools, tokenize=False, **kwargs, **options)
             for form in ("object", "text"):
                 if not is_mangled(messages, self.bare(text)):
                     break
-                text = render(with_arguments_as(messages, form), tools=tools, tokenize=False, **how, **options)
+                text = render(with_arguments_as(messages, form), tools=tools, tokenize=False, **kwargs, **options)
             return text
         except UserError:
             raise
@@ -154,11 +154,13 @@ class ChatTemplate:
                 hint="type data.template=alpaca, or leave such examples out",
             ) from error
 
-    def _on_some_day(self, messages: list[dict], tools: list | None = None, options: Mapping = NOTHING, **how) -> str:
+    def _on_some_day(
+        self, messages: list[dict], tools: list | None = None, options: Mapping = NOTHING, **kwargs
+    ) -> str:
         """Return a conversation without an option of its example, perhaps the date: on self.date or a fixed one."""
         date, self.date = self.date, self.date or "2000-01-01"
         try:
-            return self._rendered(messages, tools, options, **how)
+            return self._rendered(messages, tools, options, **kwargs)
         finally:
             self.date = date
 
@@ -189,8 +191,8 @@ class ChatTemplate:
             if self._on_some_day(messages, tools, other_options) == whole:
                 unused.append(f"chat_template_kwargs {option}")
         for key in sorted(names):
-            less = [{k: v for k, v in message.items() if k != key} for message in messages]
-            if self._on_some_day(less, tools, options) == whole:
+            without_key = [{k: v for k, v in message.items() if k != key} for message in messages]
+            if self._on_some_day(without_key, tools, options) == whole:
                 if key in CALLS:
                     raise lost_tools("chat")
                 unused += [f"key {key}"] * sum(key in message for message in messages)
@@ -198,20 +200,23 @@ class ChatTemplate:
 
     def _differs(self, why: str, opening: str, whole: str) -> UserError:
         """Return the error with both texts, about where they begin to differ."""
-        alone, both = self.bare(opening), self.bare(whole)
-        place = next((i for i, pair in enumerate(zip_longest(alone, both)) if pair[0] != pair[1]), len(alone))
-        alone, both = _around(alone, place), _around(both, place)
+        bare_opening, bare_whole = self.bare(opening), self.bare(whole)
+        place = next(
+            (i for i, pair in enumerate(zip_longest(bare_opening, bare_whole)) if pair[0] != pair[1]),
+            len(bare_opening),
+        )
+        bare_opening, bare_whole = _around(bare_opening, place), _around(bare_whole, place)
         return UserError(
             option="data.template",
             got="chat",
             why=f"the tokenizer's chat template {why}, so that no row can be what it writes.\n"
-            f"With the prompt alone it writes: {alone!r}\nWith the answer: {both!r}",
+            f"With the prompt alone it writes: {bare_opening!r}\nWith the answer: {bare_whole!r}",
             hint="type data.template=alpaca, take a tokenizer with another chat template (data.tokenizer=FOLDER), or "
             "leave such examples out",
         )
 
 
-def _random(*args, **how):
+def _random(*args, **kwargs):
     raise UserError(
         option="data.template",
         got="chat",

@@ -109,7 +109,7 @@ class RowReader:
 
     def _tools(self, row: dict) -> tuple:
         """Return schemas of functions; those in a column `functions` are bare."""
-        found: list[dict] = []
+        schemas: list[dict] = []
         for column in TOOLS:
             value = row.get(column) if column not in self.shape else None
             if not is_present(value):
@@ -124,8 +124,8 @@ class RowReader:
                 raise column_error(self.option, column, brief(value), need)
             bare = [column == "functions" and "function" not in tool for tool in tools]
             tools = [{"type": "function", "function": t} if b else t for t, b in zip(tools, bare, strict=True)]
-            found += [tool for tool in tools if tool not in found]
-        return tuple(found)
+            schemas += [tool for tool in tools if tool not in schemas]
+        return tuple(schemas)
 
     def _options(self, row: dict) -> dict:
         value = row.get(OPTIONS)
@@ -138,8 +138,8 @@ class RowReader:
         if not isinstance(options, dict):
             raise column_error(self.option, OPTIONS, brief(value), "an object")
         options = {key: option for key, option in options.items() if option is not None}
-        if taken := RENDERING & options.keys():
-            names = ", ".join(sorted(taken))
+        if reserved := RENDERING & options.keys():
+            names = ", ".join(sorted(reserved))
             raise UserError(
                 option=self.option,
                 why=f"column {OPTIONS!r} sets {names}, which kd sets itself",
@@ -150,12 +150,12 @@ class RowReader:
     def _excluded(self, row: dict, unused: list[str]) -> str:
         """Return the reason why a whole row is not to be learned, if its weight or its label says so."""
         weighted = True
-        for name, yes in LEARNED.items():
+        for name, learned_value in LEARNED.items():
             value = row.get(name) if name not in self.shape else None
             if is_present(value):
                 place, hint = f"column {name!r} holds {brief(value)}", "leave that column out, or rename it"
                 check_decision(value, self.option, place, "row", hint)
-                weighted = weighted and bool(value) == yes
+                weighted = weighted and bool(value) == learned_value
         label = row.get(LABEL) if LABEL not in self.shape else None
         if isinstance(label, bool) and not label:  # of KTO: a completion that is not wanted
             return "label"

@@ -39,18 +39,18 @@ class ConversationReader:
         shape = self.shape
         columns = [shape.prompt] if shape.response is None else [shape.prompt, shape.response]
         as_json = all(messages_in(row.get(column)) for column in columns)
-        asked, are_messages = self._turns(row, shape.prompt, "user", unused, as_json)
+        prompt, are_messages = self._turns(row, shape.prompt, "user", unused, as_json)
         if shape.input:
-            asked += [turn for turn in self._turns(row, shape.input, "input", unused)[0] if turn.content.strip()]
+            prompt += [turn for turn in self._turns(row, shape.input, "input", unused)[0] if turn.content.strip()]
         if shape.response:
-            as_json = as_json or self._repeats(asked, row.get(shape.response))
+            as_json = as_json or self._repeats(prompt, row.get(shape.response))
             answer, is_list = self._turns(row, shape.response, "assistant", unused, as_json)
             are_messages = are_messages or is_list
             if any(turn.role in ("user", "system", "developer") for turn in answer):
-                asked, answer = self._whole(asked, answer)
-            turns = asked + (answer or [Turn("user", "")])
+                prompt, answer = self._whole(prompt, answer)
+            turns = prompt + (answer or [Turn("user", "")])
         else:
-            turns = asked
+            turns = prompt
         history = self._history(row, unused)
         systems = [part[0] for part in (turns, history) if has_system(part)]
         for name in SYSTEM:
@@ -70,9 +70,9 @@ class ConversationReader:
                 why = f"a row has two system prompts, {both}, in its columns or messages"
                 raise UserError(option=self.option, why=why, hint="keep one of these system prompts")
 
-    def _whole(self, asked: list[Turn], answer: list[Turn]) -> tuple[list[Turn], list[Turn]]:
+    def _whole(self, prompt: list[Turn], answer: list[Turn]) -> tuple[list[Turn], list[Turn]]:
         """Return system prompts and turns of a conversation in the response's column that begins with the prompt."""
-        if not begins_with(answer, asked):
+        if not begins_with(answer, prompt):
             column = self.shape.response
             raise UserError(
                 option=self.option,
@@ -80,18 +80,18 @@ class ConversationReader:
                 f"{brief([list(t[:2]) for t in answer])}",
                 hint=f"to learn from column {column!r} alone, type data.prompt={column} and leave data.response out",
             )
-        systems = [turn for turn in asked if turn.role == "system"]
+        systems = [turn for turn in prompt if turn.role == "system"]
         if any(turn.role == "system" for turn in answer):
             self._check_same([turn for turn in (*systems, *answer) if turn.role == "system"])
             systems = []
         return systems, answer
 
-    def _repeats(self, asked: list[Turn], value) -> bool:
+    def _repeats(self, prompt: list[Turn], value) -> bool:
         """Return True for the JSON text of a whole conversation that begins with the prompt, and has a response."""
         messages = messages_in(value) if isinstance(value, str) else None
-        if not asked or not messages or not any(role_of(message) == "assistant" for message in messages):
+        if not prompt or not messages or not any(role_of(message) == "assistant" for message in messages):
             return False
-        return begins_with([Turn(role_of(m) or "", str(m.get("content", m.get("value")))) for m in messages], asked)
+        return begins_with([Turn(role_of(m) or "", str(m.get("content", m.get("value")))) for m in messages], prompt)
 
     def _turns(
         self, row: dict, column: str, role: str, unused: list[str], as_json: bool = False
@@ -106,9 +106,9 @@ class ConversationReader:
         if isinstance(value, str) and not (as_json and messages_in(value)):
             return [Turn(role, value, learned=role == "assistant")], False
         if (messages := messages_in(value)) is None:
-            what = kind_of(value)
-            wrong = value[0] if isinstance(value, list) and value else None
-            raise column_error(self.option, column, f"a list with {brief(wrong)}" if wrong is not None else what)
+            first = value[0] if isinstance(value, list) and value else None
+            got = kind_of(value) if first is None else f"a list with {brief(first)}"
+            raise column_error(self.option, column, got)
         filled = self.filled and not isinstance(value, str)
         return [self._turn(message, column, unused, filled) for message in messages], True
 
@@ -147,11 +147,11 @@ class ConversationReader:
         """Put the calls of tools in a message, which may be JSON text, in the form of objects, and return them."""
         filled = filled and not isinstance(keys[key], str)
         calls = parsed_json(keys[key])
-        many = calls if key == "tool_calls" and isinstance(calls, list) else [calls]
-        many = [entry_of(call, filled) for call in many]
-        if not all(isinstance(call, dict) for call in many):
+        entries = calls if key == "tool_calls" and isinstance(calls, list) else [calls]
+        entries = [entry_of(call, filled) for call in entries]
+        if not all(isinstance(call, dict) for call in entries):
             raise column_error(self.option, key, brief(calls), "calls of functions, as objects or their JSON")
-        keys[key] = many if key == "tool_calls" else many[0]
+        keys[key] = entries if key == "tool_calls" else entries[0]
         return keys[key]
 
     def _history(self, row: dict, unused: list[str]) -> list[Turn]:
@@ -165,4 +165,8 @@ class ConversationReader:
         pairs: list = parsed if isinstance(parsed, list) else [None]
         if not all(isinstance(p, list) and len(p) == 2 and all(isinstance(t, str) for t in p) for p in pairs):
             raise column_error(self.option, HISTORY, brief(value), "a list of [question, answer]")
-        return [turn for ask, say in pairs for turn in (Turn("user", ask), Turn("assistant", say, learned=True))]
+        return [
+            turn
+            for question, answer in pairs
+            for turn in (Turn("user", question), Turn("assistant", answer, learned=True))
+        ]

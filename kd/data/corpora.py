@@ -136,8 +136,7 @@ def hub_rows(name: str, subset: str | None, split: str, revision: str | None, st
         if is_saved(name):
             return saved_rows(name, subset, split, revision, streaming)
         cache = cache_of(content) if (content := on_disk.folder_fingerprint(name)) else None
-        how = dict(split=split, revision=revision, streaming=streaming, cache_dir=cache)
-        return datasets.load_dataset(name, subset, **how)
+        return datasets.load_dataset(name, subset, split=split, revision=revision, streaming=streaming, cache_dir=cache)
     except Exception as error:  # of many kinds, from several libraries
         if isinstance(error, ValueError) or Path(name).is_dir():
             of_files = Path(name).is_dir() and not is_saved(name)
@@ -195,8 +194,8 @@ def local_files(files: str, kinds: dict[str, str]) -> tuple[list[Path], str]:
         raise UserError(option=option, why=why, hint=hint)
     builder, *others = {kinds.get(p.suffix) for p in paths}
     if others or builder is None:
-        found = ", ".join(sorted({p.suffix or "no ending" for p in paths}))
-        raise UserError(option=option, why=f"got files of {found}", need=f"files of one kind, {', '.join(kinds)}")
+        endings = ", ".join(sorted({p.suffix or "no ending" for p in paths}))
+        raise UserError(option=option, why=f"got files of {endings}", need=f"files of one kind, {', '.join(kinds)}")
     for path in paths:
         if path.is_dir():
             hint = f"type a pattern for the files in it, e.g. '{path}/*.txt'"

@@ -43,10 +43,10 @@ class DistillationData(lightning.LightningDataModule):
             packed.boundary,
         )  # fmt: skip
 
-    def validation_batches(self, rows: int, rank_slice: slice = slice(None), least: int = 0) -> ValidationBatches:
+    def validation_batches(self, rows: int, rank_slice: slice = slice(None), passes: int = 0) -> ValidationBatches:
         """Return the validation rows of a rank, `rows` at a time, in at least so many batches.
 
         No val_dataloader(): Lightning's validation loop counts batches, see kd.evaluation.validation.
         """
         packed = self.packed
-        return ValidationBatches(packed.val, rows, rank_slice, least, packed.val_spans, packed.boundary)
+        return ValidationBatches(packed.val, rows, rank_slice, passes, packed.val_spans, packed.boundary)

@@ -34,9 +34,10 @@ def write_examples(
     rows = _ExampleRows(folder, split, fast, end, seq_len + 1, corpus.pairs.prompt_len, tokens)
     with closing(rows):
         for batch in in_batches(documents, 256):
-            for example, found in zip(batch, templates.encode(batch, template, fast, special, date), strict=True):
-                rows.counts.add(example, found, as_text)
-                for row in found:
+            encoded = templates.encode(batch, template, fast, special, date)
+            for example, encoded_rows in zip(batch, encoded, strict=True):
+                rows.counts.add(example, encoded_rows, as_text)
+                for row in encoded_rows:
                     rows.add(example, row)
     return rows.manifest(val_rows, template)
 
@@ -62,9 +63,9 @@ class _ExampleRows:
         for file in self.files.values():
             file.close()
 
-    def add(self, example: Example, found: templates.Row) -> None:
+    def add(self, example: Example, encoded_row: templates.Row) -> None:
         """Write a row of an example, if its prompt is short enough and there is something to learn."""
-        prompt, given = found.prompt, found.response
+        prompt, given = encoded_row.prompt, encoded_row.response
         response = _without_ends(given, self.end)
         is_learned = example.prompt_only or any(token not in (self.end, self.fast.eos_token_id) for token in given)
         if not 0 < len(prompt) <= self.prompt_len or not is_learned:
@@ -79,7 +80,7 @@ class _ExampleRows:
                 self.counts.left_out["limit"] += 1
                 return
         else:
-            sizes = byte_counts(found.text, given, self.fast)[: len(response)]
+            sizes = byte_counts(encoded_row.text, given, self.fast)[: len(response)]
             self.val_response_bytes.append(sizes[: self.size - len(prompt)].sum())
         np.array(row + [self.end] * (self.size - len(row)), self.dtype).tofile(self.files[side])
         self.spans[side].append((len(prompt), len(row)))
@@ -98,13 +99,13 @@ class _ExampleRows:
                 "examples to validation (data.val_share=0.2)",
             )
         for side, spans in self.spans.items():
-            taken = save_rows(self.folder, side, self.dtype, (len(spans), self.size), val_rows)
-            table = np.array(spans, np.int32)[taken]
+            chosen = save_rows(self.folder, side, self.dtype, (len(spans), self.size), val_rows)
+            table = np.array(spans, np.int32)[chosen]
             np.save(self.folder / f"{side}_spans.npy", table)
         learned = (table[:, 1] - table[:, 0]).sum()  # of the validation rows
         return {
             "train_tokens": sum(total for _, total in self.spans["train"]),
-            "bytes_per_token": float(np.array(self.val_response_bytes)[taken].sum() / learned) or None,
+            "bytes_per_token": float(np.array(self.val_response_bytes)[chosen].sum() / learned) or None,
             "template": template, "end": self.end, "counts": counts.as_dict(),
         }  # fmt: skip
 

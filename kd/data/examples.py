@@ -41,7 +41,7 @@ class Example(NamedTuple):
         return cls((*(Turn(*turn) for turn in turns), answer), conversation, document)
 
     @property
-    def asked(self) -> str:
+    def split_text(self) -> str:
         """Text that decides the side of the split: the document, as for plain text, or the prompt without layout."""
         if self.document:
             return self.document

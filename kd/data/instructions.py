@@ -54,13 +54,13 @@ def instructions(
             which = "data.name=… or data.files=…" if option in of_tables else "data.name=…"
             why, hint = f"would do nothing without {which}", f"leave data.{option} out"
             raise UserError(option=f"data.{option}", got=value, why=why, hint=hint)
-    how: dict = dict(prompt_len=prompt_len, template=template, prompt=prompt, response=response)
-    how |= {
+    fingerprint: dict = dict(prompt_len=prompt_len, template=template, prompt=prompt, response=response)
+    fingerprint |= {
         option: value for option, value, usual in (("turns", turns, "last"), ("date", date, None)) if value != usual
     }
     load: Callable[[], Documents | Joined | list[Example]]
     if name:
-        how |= dict(
+        fingerprint |= dict(
             name=name,
             subset=subset,
             split=split,
@@ -72,14 +72,14 @@ def instructions(
         load = partial(_of_table, rows, prompt, response, turns, f"data.name={name}")
     elif files:
         paths, builder = corpora.local_files(files, corpora.TABLES)
-        how |= dict(files=corpora.stamps(paths), version=ROWS)
+        fingerprint |= dict(files=corpora.stamps(paths), version=ROWS)
         rows = partial(tables.local_tables, files, paths, builder)
         load = partial(_of_files, rows, prompt, response, turns, f"data.files={files}")
     else:
         sources, template = corpora.standard_library(), template or "plain"
-        how |= dict(name="functions", version=3, template=template, content=corpora.digest_all(sources))
+        fingerprint |= dict(name="functions", version=3, template=template, content=corpora.digest_all(sources))
         load = partial(functions, sources)
-    return Corpus(load, how, pairs=Pairs(template, prompt_len, date))
+    return Corpus(load, fingerprint, pairs=Pairs(template, prompt_len, date))
 
 
 ROWS = 2  # since all columns and keys are looked at, and rows are what a chat template writes
@@ -102,7 +102,7 @@ def _check_date(date: str) -> None:
 
 # Functions
 
-MOST_ASKED, MOST_DONE = 600, 1000  # characters of a prompt and of a body; some 9 of 10 have no more
+LONGEST_PROMPT, LONGEST_BODY = 600, 1000  # characters of a prompt and of a body; some 9 of 10 have no more
 
 
 def functions(sources: Iterable[str]) -> list[Example]:
@@ -112,7 +112,7 @@ def functions(sources: Iterable[str]) -> list[Example]:
     its file is on, so a student pre-trained on data=python has not read validation rows. Functions within functions are
     left out, since they are part of another body. Bodies that do nothing, or only raise an error, are left out too.
     """
-    found: dict[str, Example] = {}
+    examples: dict[str, Example] = {}
     for source in sources:
         try:
             with warnings.catch_warnings():
@@ -122,10 +122,10 @@ def functions(sources: Iterable[str]) -> list[Example]:
             continue  # a template, or of another version of Python
         lines = source.split("\n")  # as ast counts them; splitlines() splits at form feeds too
         for function in _defined(tree):
-            prompt, response = _asked_for(function, lines)
+            prompt, response = _signature_and_body(function, lines)
             if response:
-                found.setdefault(prompt, Example.from_texts(("user", prompt), response=response, document=source))
-    return list(found.values())
+                examples.setdefault(prompt, Example.from_texts(("user", prompt), response=response, document=source))
+    return list(examples.values())
 
 
 def _defined(node: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -136,7 +136,7 @@ def _defined(node: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.
             yield from _defined(child)
 
 
-def _asked_for(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> tuple[str, str]:
+def _signature_and_body(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> tuple[str, str]:
     """Return signature with docstring, and body; two empty texts for a function that is left out."""
     docstring, *body = function.body
     if len((ast.get_docstring(function) or "").split()) < 3 or all(map(_idle, body)):
@@ -147,7 +147,7 @@ def _asked_for(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str
     quoted = lines[last].encode()[: docstring.end_col_offset].decode()
     prompt = "\n".join([*lines[first:last], quoted])
     response = "\n".join([lines[last].removeprefix(quoted), *lines[last + 1 : function.end_lineno]])
-    if len(prompt) > MOST_ASKED or len(response) > MOST_DONE:
+    if len(prompt) > LONGEST_PROMPT or len(response) > LONGEST_BODY:
         return "", ""
     return prompt, response
 

@@ -37,12 +37,12 @@ def messages_in(value) -> list[dict] | None:
             value = [dict(zip(value, message, strict=True)) for message in zip(*lists, strict=True)]
         else:
             value = [value]
-    good = isinstance(value, list) and all(
+    is_valid = isinstance(value, list) and all(
         isinstance(message, dict) and any(isinstance(message.get(key), str) for key in ("role", "from"))
         and message.keys() & {"content", "value", *CALLS}
         for message in value
     )  # fmt: skip
-    return value if good else None
+    return value if is_valid else None
 
 
 def role_of(message: Mapping) -> str | None:

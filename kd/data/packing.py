@@ -47,8 +47,8 @@ def key(corpus: Corpus, **settings) -> str:
         del settings["special"]
     if name and not (corpus.pairs and corpus.pairs.template == "chat") and (bos := bos_by_name(name)):
         settings["bos"] = bos
-    if of := settings.pop("tokenizer_of", None):
-        settings["tokenizer_of"] = key(of[0], **of[1])
+    if tokenizer_of := settings.pop("tokenizer_of", None):
+        settings["tokenizer_of"] = key(tokenizer_of[0], **tokenizer_of[1])
     return files.digest_of([FORMAT, corpus.fingerprint, settings, content])[:16]
 
 
@@ -100,9 +100,9 @@ def _check_settings(
 ) -> None:  # fmt: skip
     """Raise UserError for a setting of pack() without a meaning."""
     for option, value in dict(seq_len=seq_len, val_rows=val_rows, tokens=tokens).items():
-        least = seq_len + 1 if option == "tokens" else 1
-        if value is not None and value < least:
-            need = f"at least {least}{', one row' if least > 1 else ''}"
+        minimum = seq_len + 1 if option == "tokens" else 1
+        if value is not None and value < minimum:
+            need = f"at least {minimum}{', one row' if minimum > 1 else ''}"
             raise UserError(option=f"data.{option}", got=value, need=need)
     check("data.val_share", val_share, 0 < val_share < 1, "a share of the documents between 0 and 1, e.g. 0.05")
     if tokenizer is None and not corpus.words:
@@ -196,8 +196,8 @@ def _write(
         )
     write = write_examples if corpus.pairs else write_text
     about = write(folder, corpus, documents, split, fast, seq_len, tokens or math.inf, val_rows, special == "tokens")
-    worth_it = corpus.pairs or about["counts"]["left_out"].keys() - {"limit"} or about["counts"]["special_as_text"]
-    if announce and worth_it:
+    has_news = corpus.pairs or about["counts"]["left_out"].keys() - {"limit"} or about["counts"]["special_as_text"]
+    if announce and has_news:
         console.print(in_words(about["counts"]), soft_wrap=True)
     about |= {"source": corpus.fingerprint, "vocab": vocabulary_size(fast), "entropy": corpus.entropy}
     about |= {"code": code} if code else {}
@@ -206,8 +206,8 @@ def _write(
 
 def write_manifest(folder: Path, about: dict) -> None:
     """Write the manifest of packed rows: the entries in `about`, and the digests of all files."""
-    there = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "manifest.json")
-    manifest = about | {"digests": {str(p.relative_to(folder)): files.digest(p) for p in there}}
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "manifest.json")
+    manifest = about | {"digests": {str(p.relative_to(folder)): files.digest(p) for p in paths}}
     files.write_json(folder / "manifest.json", manifest | {"digest": files.digest_of(manifest)})
 
 

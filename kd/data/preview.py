@@ -37,14 +37,14 @@ def shown(packed: Packed, tokenizer, count: int) -> list[Shown]:
     if packed.prompts_only:  # the end alone is no response
         spans = np.where(spans[:, 1:] == spans[:, :1] + 1, spans[:, :1], spans)
     batch = to_batch(ids, rows, np.zeros(ids[:, 1:].shape, np.int64), spans, packed.boundary)
-    found = []
-    for row, (prompt, total) in enumerate(spans.tolist()):
+    examples = []
+    for row, (prompt_len, total) in enumerate(spans.tolist()):
         labels = [IGNORE, *batch.labels[row].tolist()][:total]
         learned = [label for label in labels if label != IGNORE]
-        parts = (ids[row, :total], ids[row, :prompt], learned)
-        text, asked, answer = (tokenizer.decode(np.array(part, int)) for part in parts)
-        found.append(Shown(row, text, asked, answer, ids[row, :total].tolist(), labels))
-    return found
+        parts = (ids[row, :total], ids[row, :prompt_len], learned)
+        text, prompt, answer = (tokenizer.decode(np.array(part, int)) for part in parts)
+        examples.append(Shown(row, text, prompt, answer, ids[row, :total].tolist(), labels))
+    return examples
 
 
 def layout(packed: Packed, tokenizer, date: str | None = None) -> dict[str, str]:
@@ -73,34 +73,35 @@ def as_json(packed: Packed, tokenizer, count: int, date: str | None = None) -> s
 
 def show(packed: Packed, tokenizer, count: int, date: str | None = None) -> None:
     """Print rows, counts and the template, for people."""
-    out = Terminal(highlight=False)
+    terminal = Terminal(highlight=False)
     special = np.array(sorted(i for i, token in tokenizer.added_tokens_decoder.items() if token.special))
 
     def part(ids: list[int], labels: list[int], kind: str) -> None:
         ids, learned = np.array(ids), np.array(labels) != IGNORE
         count = learned.sum() if kind == "learned" else len(ids)
-        out.print(Text(f"{kind}, {counted(count, 'token', 'tokens')}", "dim"))
+        terminal.print(Text(f"{kind}, {counted(count, 'token', 'tokens')}", "dim"))
         text, is_special = Text(), np.isin(ids, special)
         borders = np.flatnonzero(np.diff(is_special) | np.diff(learned)) + 1
-        for piece, like, counts in zip(*(np.split(x, borders) for x in (ids, is_special, learned)), strict=True):
+        for piece, flags, counts in zip(*(np.split(x, borders) for x in (ids, is_special, learned)), strict=True):
             style = COLOURS["learned" if counts[0] else "prompt"]
-            text.append(strip_control_characters(tokenizer.decode(piece)), f"reverse {style}" if like[0] else style)
-        out.print(text, soft_wrap=True)
+            text.append(strip_control_characters(tokenizer.decode(piece)), f"reverse {style}" if flags[0] else style)
+        terminal.print(text, soft_wrap=True)
 
     for row in shown(packed, tokenizer, count):
         prompt = 0 if packed.train_spans is None else int(packed.train_spans[row.row, 0])
-        out.print(Text(f"row {row.row} of {len(packed.train):,}", "bold"))
+        terminal.print(Text(f"row {row.row} of {len(packed.train):,}", "bold"))
         if prompt:
             part(row.ids[:prompt], row.labels[:prompt], "prompt")
         if row.ids[prompt:]:
             part(row.ids[prompt:], row.labels[prompt:], "learned")
-        out.print()
+        terminal.print()
     if parts := layout(packed, tokenizer, date):
-        out.print(Text(f"template {packed.template}", "bold"))
+        terminal.print(Text(f"template {packed.template}", "bold"))
         for name, text in parts.items():
             if text:
-                out.print(Text(f"{name:<9}{strip_control_characters(text)!r}", COLOURS.get(name, "")), soft_wrap=True)
-        out.print()
+                line = Text(f"{name:<9}{strip_control_characters(text)!r}", COLOURS.get(name, ""))
+                terminal.print(line, soft_wrap=True)
+        terminal.print()
     unknown = "Not known of this folder, which an earlier version packed."
-    out.print(Text(in_words(packed.counts) or unknown), soft_wrap=True)
-    out.print(Text(str(packed.folder), "dim"), soft_wrap=True)
+    terminal.print(Text(in_words(packed.counts) or unknown), soft_wrap=True)
+    terminal.print(Text(str(packed.folder), "dim"), soft_wrap=True)

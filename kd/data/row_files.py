@@ -18,12 +18,12 @@ def token_dtype(fast) -> type:
 
 def save_rows(folder: Path, side: str, dtype: type, shape: tuple[int, int], val_rows: int) -> np.ndarray | slice:
     """Write SIDE.bin as SIDE.npy, and return the indices of the rows that are used."""
-    taken = slice(None)
+    chosen = slice(None)
     if side == "val":  # a random part of the whole, so that one long document does not fill it
-        taken = np.sort(np.random.default_rng(0).permutation(shape[0])[:val_rows])
-    np.save(folder / f"{side}.npy", np.memmap(folder / f"{side}.bin", dtype, "r", shape=shape)[taken])
+        chosen = np.sort(np.random.default_rng(0).permutation(shape[0])[:val_rows])
+    np.save(folder / f"{side}.npy", np.memmap(folder / f"{side}.bin", dtype, "r", shape=shape)[chosen])
     (folder / f"{side}.bin").unlink()
-    return taken
+    return chosen
 
 
 def announced_bos(fast, seq_len: int) -> list[int]:

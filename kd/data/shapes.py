@@ -42,8 +42,8 @@ def shape_of(columns: list[str], prompt: str | None, response: str | None, optio
             hint = f"type data.{name}=ONE_OF_THEM"
             raise UserError(option=option, why=f"{has}, and no {column!r}", hint=hint)
     if prompt:
-        known = any(shape.prompt == prompt and shape.response for shape in SHAPES)
-        return _with_input(Shape(prompt, None, response), columns) if known else Shape(prompt, None, response)
+        is_standard = any(shape.prompt == prompt and shape.response for shape in SHAPES)
+        return _with_input(Shape(prompt, None, response), columns) if is_standard else Shape(prompt, None, response)
     for shape in SHAPES:
         if shape.prompt in columns and shape.response in (None, *columns):
             return _with_input(shape, columns)

@@ -21,7 +21,7 @@ class TrainValSplit:
         self.bound = val_share * 2**64
 
     def __call__(self, document: str | Example) -> str:
-        text = document if isinstance(document, str) else document.asked
+        text = document if isinstance(document, str) else document.split_text
         return "val" if xxhash.xxh3_64_intdigest(text.encode(), seed=1) < self.bound else "train"
 
 
@@ -30,27 +30,27 @@ def ordered(corpus: Corpus, split: TrainValSplit):
     documents = corpus.load()
     if corpus.streaming:
         return documents
-    digests, places, on = [], [], []
-    again: Counter[int] = Counter()
+    digests, places, sides = [], [], []
+    copies: Counter[int] = Counter()
     for document in documents:
         text = (document if isinstance(document, str) else document.content).encode()
         digest = xxhash.xxh3_64_intdigest(text)
         digests.append(digest)
         if not corpus.words:  # whose rows are documents
-            again[digest] += 1
+            copies[digest] += 1
         if not (corpus.words or corpus.pairs):  # whose documents are joined
-            on.append(split(document) if document.strip() else "left out")
+            sides.append(split(document) if document.strip() else "left out")
         # The first of equal documents where it would be alone, the others elsewhere.
-        places.append(xxhash.xxh3_64_intdigest(text, seed=again[digest] - 1) if again[digest] > 1 else digest)
+        places.append(xxhash.xxh3_64_intdigest(text, seed=copies[digest] - 1) if copies[digest] > 1 else digest)
     order = sorted(range(len(places)), key=places.__getitem__)
-    for side in {*on} - {"left out"}:
-        of = [place for place, i in enumerate(order) if on[i] == side]
-        for place, i in zip(of, _apart([order[place] for place in of], digests), strict=True):
+    for side in {*sides} - {"left out"}:
+        slots = [place for place, i in enumerate(order) if sides[i] == side]
+        for place, i in zip(slots, _equal_apart([order[place] for place in slots], digests), strict=True):
             order[place] = i
     return _Reordered(documents, order)
 
 
-def _apart(order: list[int], digests: list[int]) -> list[int]:
+def _equal_apart(order: list[int], digests: list[int]) -> list[int]:
     """Return the order with equal documents apart: each comes behind the next other one, if there is one.
 
     The second pass, backwards, is for those that are left at the end.

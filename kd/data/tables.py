@@ -125,13 +125,13 @@ def _parsed(text: bytes):
     return value
 
 
-def local_tables(files: str, paths: list[Path], builder: str, **how) -> list:
+def local_tables(files: str, paths: list[Path], builder: str, **options) -> list:
     """Return the tables of local files, one per file with named columns; raise UserError if one cannot be read."""
     groups = [paths] if builder == "text" else [[path] for path in paths]
     tables = []
     for group in groups:
         try:
-            tables.append(JsonRows(group[0]) if builder == "json" else _loaded(builder, group, **how))
+            tables.append(JsonRows(group[0]) if builder == "json" else _loaded(builder, group, **options))
         except UserError:
             raise
         except Exception as error:  # pyarrow and datasets have many
@@ -141,13 +141,13 @@ def local_tables(files: str, paths: list[Path], builder: str, **how) -> list:
     return tables
 
 
-def _loaded(builder: str, paths: list[Path], **how):
+def _loaded(builder: str, paths: list[Path], **options):
     import datasets
 
     on_disk.check_cache(datasets.config.HF_DATASETS_CACHE, "HF_HOME")
     names = [glob.escape(str(path)) for path in paths]  # of files, where datasets expects patterns
     cache = cache_of(stamps(paths))
-    return datasets.load_dataset(builder, data_files=names, split="train", cache_dir=cache, **how)
+    return datasets.load_dataset(builder, data_files=names, split="train", cache_dir=cache, **options)
 
 
 def stamps(paths: list[Path]) -> list:

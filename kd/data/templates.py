@@ -56,10 +56,10 @@ def template_of(pairs: Pairs, examples: Iterable[Example], tokenizer=None) -> st
 
     tokenizer: None for one that is still to be trained.
     """
-    able = getattr(tokenizer, "chat_template", None) is not None
-    if pairs.template == "chat" and not able:
-        which = "a tokenizer that is trained on the examples" if tokenizer is None else "the tokenizer"
-        has = f"{which} has no chat template"
+    has_chat_template = getattr(tokenizer, "chat_template", None) is not None
+    if pairs.template == "chat" and not has_chat_template:
+        described = "a tokenizer that is trained on the examples" if tokenizer is None else "the tokenizer"
+        has = f"{described} has no chat template"
         raise UserError(
             option="data.template",
             got="chat",
@@ -71,7 +71,7 @@ def template_of(pairs: Pairs, examples: Iterable[Example], tokenizer=None) -> st
     if pairs.template:
         return pairs.template
     first = next((example for example in examples if example.turns), None)  # the first that is not left out
-    return "chat" if able and first and first.conversation else "alpaca"
+    return "chat" if has_chat_template and first and first.conversation else "alpaca"
 
 
 class Row(NamedTuple):
@@ -96,26 +96,27 @@ def encode(examples: Sequence[Example], template: str, tokenizer, special: bool 
     if template == "chat":
         chat = ChatTemplate(tokenizer, special, date)
         texts, unused = [chat.split(*row) for row in rows], [chat.unused(*row) for row in rows]
-        ids, alone, bare, bos = chat.ids, chat.ids_behind, chat.bare, []
+        ids, encode_alone, bare, bos = chat.ids, chat.ids_behind, chat.bare, []
     else:
         texts = [("", WRITTEN[template](before), answer.content) for _, before, answer in rows]
         unused = [_unwritten(template, *row) for row in rows]
         ids, bare = partial(tokenize, tokenizer=tokenizer, special=special), str
-        alone, bos = lambda text: ids([text])[0], bos_of(tokenizer)
-    made = []
+        encode_alone, bos = lambda text: ids([text])[0], bos_of(tokenizer)
+    encoded = []
     prompts, wholes = ids([before for _, before, _ in texts]), ids([before + answer for _, before, answer in texts])
     for prompt, whole, (opening, before, response), keys in zip(prompts, wholes, texts, unused, strict=True):
         joined = whole[: len(prompt)] == prompt  # alone, a response may begin otherwise: SentencePiece adds a space
         if not joined and opening not in ("", before):
-            asked = ids([opening])[0]
-            if joined := whole[: len(asked)] == asked:
-                kept = next(i for i, pair in enumerate(zip_longest(prompt, whole)) if pair[0] != pair[1])
-                inserted = before.removeprefix(opening) if kept == len(asked) else tokenizer.decode(prompt[kept:])
-                prompt, response = prompt[:kept], inserted + response
-        answer = whole[len(prompt) :] if joined else alone(response)
+            opening_ids = ids([opening])[0]
+            if joined := whole[: len(opening_ids)] == opening_ids:
+                common = next(i for i, pair in enumerate(zip_longest(prompt, whole)) if pair[0] != pair[1])
+                whole_opening = common == len(opening_ids)
+                inserted = before.removeprefix(opening) if whole_opening else tokenizer.decode(prompt[common:])
+                prompt, response = prompt[:common], inserted + response
+        answer = whole[len(prompt) :] if joined else encode_alone(response)
         first = bos if prompt and prompt[: len(bos)] != bos else []  # it may be written out
-        made.append(Row(first + prompt, answer, bare(response), keys))
-    taken = iter(made)
+        encoded.append(Row(first + prompt, answer, bare(response), keys))
+    taken = iter(encoded)
     return [[next(taken) for _ in example.rows()] for example in examples]
 
 
@@ -131,11 +132,11 @@ def special_as_text(tokenizer, special: bool, template: str | None = None) -> Ca
     the form <|word|>. Other added tokens are always read as tokens.
     """
     added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
-    known = {name for name, is_special in added.items() if is_special}
+    special_tokens = {name for name, is_special in added.items() if is_special}
     if template == "chat":
-        known |= {*tokenizer._get_control_tokens(tokenizer.get_chat_template(None, None))}
-    tokens = {*added} if special else {*added} - known  # as which they are read
-    longest = sorted(known, key=len, reverse=True)
+        special_tokens |= {*tokenizer._get_control_tokens(tokenizer.get_chat_template(None, None))}
+    tokens = {*added} if special else {*added} - special_tokens  # as which they are read
+    longest = sorted(special_tokens, key=len, reverse=True)
     pattern = re.compile("|".join([*map(re.escape, longest), r"<\|\w+\|>"]))
     return lambda text: any(name not in tokens for name in pattern.findall(text))
 
@@ -143,8 +144,8 @@ def special_as_text(tokenizer, special: bool, template: str | None = None) -> Ca
 def check_date(date: str | None, template: str, tokenizer) -> None:
     """Raise UserError for a date that no template asks for."""
     if date and not (template == "chat" and "strftime_now" in str(tokenizer.chat_template)):
-        asks = ", as the tokenizer's chat template does not ask for a date" if template == "chat" else ""
-        why = f"would do nothing{asks}"
+        reason = ", as the tokenizer's chat template does not ask for a date" if template == "chat" else ""
+        why = f"would do nothing{reason}"
         raise UserError(
             option="data.date", got=date, conflict=f"data.template={template}", why=why, hint="leave data.date out"
         )

@@ -62,7 +62,7 @@ class _TextRows:
                 self._add(text, side, ids)
 
     def _add(self, text: str, side: str, ids: list[int]) -> None:
-        part = _own(ids, self.end, self.bos) if self.special else slice(None)
+        part = _text_slice(ids, self.end, self.bos) if self.special else slice(None)
         if self.special and not ids[part]:
             self.counts.left_out["empty"] += 1
             return
@@ -85,12 +85,12 @@ class _TextRows:
             if rows == 0:
                 _too_short(self.tokens, self.size)
             counts.rows[side] = min(rows, val_rows) if side == "val" else rows
-            taken = save_rows(self.folder, side, self.dtype, (rows, self.size), val_rows)
+            chosen = save_rows(self.folder, side, self.dtype, (rows, self.size), val_rows)
         counts.left_out["limit"] = counts.read - sum(counts.used.values()) - counts.left_out["empty"]
         about = {"counts": counts.as_dict(), "train_tokens": self.tokens["train"], "bytes_per_token": None}
         if not self.has_words:
             boundary = (*self.end, *self.bos)
-            bytes_per_token = _bytes_per_token(self.folder, (rows, self.size), taken, boundary)
+            bytes_per_token = _bytes_per_token(self.folder, (rows, self.size), chosen, boundary)
             about |= {"bytes_per_token": bytes_per_token, "measured_bytes": True}
             about |= {"boundary": boundary} if self.bos else {}
         (self.folder / "val_bytes.bin").unlink()
@@ -98,15 +98,15 @@ class _TextRows:
 
 
 def _bytes_per_token(
-    folder: Path, shape: tuple[int, int], taken: np.ndarray | slice, boundary: tuple[int, ...]
+    folder: Path, shape: tuple[int, int], chosen: np.ndarray | slice, boundary: tuple[int, ...]
 ) -> float | None:  # fmt: skip
     """Return the bytes that a measured token stands for: all but the first of a row, and those in front of a text."""
-    measured = np.memmap(folder / "val_bytes.bin", np.float32, "r", shape=shape)[taken, 1:]
+    measured = np.memmap(folder / "val_bytes.bin", np.float32, "r", shape=shape)[chosen, 1:]
     learned = measured.size - between(np.load(folder / "val.npy"), boundary).sum()
     return float(measured.sum(dtype=np.float64) / learned) or None
 
 
-def _own(ids: list[int], end: list[int], bos: list[int]) -> slice:
+def _text_slice(ids: list[int], end: list[int], bos: list[int]) -> slice:
     """Return the part of a text without a bos and an end that are written out in it: both are put around it anyway."""
     first = len(bos) if ids[: len(bos)] == bos else 0
     last = len(ids) - len(end) if end and ids[-len(end) :] == end else len(ids)

@@ -123,9 +123,9 @@ def byte_counts(text: str, ids: list[int], tokenizer) -> np.ndarray:
 
 def _offsets(text: str, ids: list[int], tokenizer) -> list[tuple[int, int]] | None:
     for split in (True, False) if tokenizer.is_fast else ():
-        found = tokenizer(
+        encoding = tokenizer(
             text, add_special_tokens=False, split_special_tokens=split, return_offsets_mapping=True, verbose=False
         )
-        if found["input_ids"] == ids:
-            return found["offset_mapping"]
+        if encoding["input_ids"] == ids:
+            return encoding["offset_mapping"]
     return None

@@ -21,17 +21,19 @@ from kd.teachers.base import Teacher
 # Measures of the models
 
 
-def excess_error(own: Tensor, oracle: Tensor) -> Tensor:
+def excess_error(after_student: Tensor, after_teacher: Tensor) -> Tensor:
     """Excess accumulated error over the length l = 1 … L of a response [L], a share: (R(l) - l eps(l)) / (l eps(l)).
 
     R(l) is the sum over t <= l of the mean KL(p || q) at token t after text of the student; l eps(l) is the same sum
-    after text of the teacher. own, oracle [T, 2]: for each t the number of responses that have a token t, and the sum
-    of their KL. L is the last t that both have. The value is 0 if errors do not accumulate; papers print per cent.
+    after text of the teacher. after_student, after_teacher [T, 2]: for each t the number of responses that have a token
+    t, and the sum of their KL. L is the last t that both have. The value is 0 if errors do not accumulate; papers print
+    per cent.
     Arora et al. 2022, arXiv 2204.01171; Gu et al. 2023, arXiv 2306.08543, section 3.3, where p is the teacher as here.
     In MiniLLM's code a response that has ended counts as one without error; here it no longer counts.
     """
-    both = int(((own[:, 0] > 0) & (oracle[:, 0] > 0)).long().cumprod(0).sum())
-    regret, expected = ((kl / count).cumsum(0) for count, kl in (x[:both].double().unbind(-1) for x in (own, oracle)))
+    sides = after_student, after_teacher
+    both = int(((after_student[:, 0] > 0) & (after_teacher[:, 0] > 0)).long().cumprod(0).sum())
+    regret, expected = ((kl / count).cumsum(0) for count, kl in (x[:both].double().unbind(-1) for x in sides))
     return (regret - expected) / expected.clamp(min=1e-9)  # of a student that is its teacher, 0 / 0 is 0
 
 
@@ -60,14 +62,14 @@ def teacher_gap(
     bins = torch.zeros(metrics.BINS, 3, dtype=torch.float64, device=device)
     for batch in batches:
         batch = move_data_to_device(batch, device)
-        kept = batch.labels != IGNORE
-        place = (torch.arange(length, device=device) - generate.prompt_lengths(batch)[:, None] + 1)[kept]  # [N]
-        signal, hidden = teacher.reference(batch, kept), student.hidden_states(batch.ids)[kept]
+        mask = batch.labels != IGNORE
+        place = (torch.arange(length, device=device) - generate.prompt_lengths(batch)[:, None] + 1)[mask]  # [N]
+        signal, hidden = teacher.reference(batch, mask), student.hidden_states(batch.ids)[mask]
         assert signal is not None, "a teacher with a model has complete distributions"
         for rows in chunks(len(place), chunk or default_chunk_size(student.head)):
             q, target = log_probabilities(student.head, hidden[rows]), signal(rows)
-            apart = [measure(q, target).double() for measure in (losses.fkl, losses.rkl, losses.tvd)]
-            by_place.index_add_(0, place[rows], torch.stack([torch.ones_like(apart[0]), *apart], -1))
+            divergences = [measure(q, target).double() for measure in (losses.fkl, losses.rkl, losses.tvd)]
+            by_place.index_add_(0, place[rows], torch.stack([torch.ones_like(divergences[0]), *divergences], -1))
             bins += metrics.bins_by_teacher(q, target)
     parts = collectives.all_gather((by_place.cpu(), bins.cpu()))
     return TeacherGap(*(sum(x) for x in zip(*parts, strict=True)))

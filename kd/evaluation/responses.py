@@ -14,6 +14,7 @@ import math
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,13 +56,13 @@ class Generations(NamedTuple):
     span: np.ndarray  # [S * R, 2] tokens of the prompt, and all without padding
 
 
-def kept(root: str, packed: Packed, teacher: str, **how) -> Path:
+def cache_path(root: str, packed: Packed, teacher: str, **settings) -> Path:
     """Return the file of a teacher's responses to these validation rows, shared by runs with equal settings.
 
-    teacher: its folder, or its name on the Hub. how: all other settings that the responses depend on.
+    teacher: its folder, or its name on the Hub. settings: all others that the responses depend on.
     """
-    asked = [packed.digests[f"{name}.npy"] for name in ("val", "val_spans")]
-    key = files.digest_of([asked, files.folder_fingerprint(teacher) or teacher, how])[:16]
+    prompts = [packed.digests[f"{name}.npy"] for name in ("val", "val_spans")]
+    key = files.digest_of([prompts, files.folder_fingerprint(teacher) or teacher, settings])[:16]
     return local_root(root) / "responses" / f"{key}.npz"
 
 
@@ -70,17 +71,17 @@ class ResponseEvaluation(Callback):
 
     samples: responses per prompt. temperature, seed: of sampling. The measures become part of the metrics of
     `validation`. The folder of the run gets the file RESPONSES, and if there is a teacher model also EXACCERR. The
-    teacher's responses are kept in the file `kept` for other runs, unless that is None.
+    teacher's responses are kept in the file `cache` for other runs, unless that is None.
 
     It runs after the last step, while models, ranks and precision are still set up. The ranks share the rows.
     Checkpoints hold no state of it: a run that is killed during evaluation starts the evaluation again.
     """
 
     def __init__(
-        self, folder: Path, packed: Packed, tokenizer, teacher: Teacher, validation: Validation, kept: Path | None,
+        self, folder: Path, packed: Packed, tokenizer, teacher: Teacher, validation: Validation, cache: Path | None,
         chunk: int | None = None, samples: int = 1, temperature: float = 1.0, seed: int = 0,
     ):  # fmt: skip
-        self.folder, self.packed, self.tokenizer, self.kept, self.chunk = folder, packed, tokenizer, kept, chunk
+        self.folder, self.packed, self.tokenizer, self.cache, self.chunk = folder, packed, tokenizer, cache, chunk
         self.teacher, self.validation = teacher, validation
         self.samples, self.temperature, self.seed, self.at_once = samples, temperature, seed, AT_ONCE
 
@@ -90,29 +91,29 @@ class ResponseEvaluation(Callback):
         module.eval()
         teacher = self.teacher.model
         with trainer.precision_plugin.val_step_context():
-            own = self._write(module.student, "the student responds", bool(module.sharded))
-            theirs = self._of_teacher(teacher, bool(module.sharded)) if teacher else None
-            gaps = [self._gap(module, text) for text in (own, theirs) if text] if teacher else []
+            by_student = self._write(module.student, "the student responds", bool(module.sharded))
+            by_teacher = self._of_teacher(teacher, bool(module.sharded)) if teacher else None
+            gaps = [self._gap(module, text) for text in (by_student, by_teacher) if text] if teacher else []
         if collectives.rank() == 0:
             metrics = self.validation.metrics
-            metrics |= {f"val/{name}": value for name, value in self._result(own, theirs, gaps).items()}
+            metrics |= {f"val/{name}": value for name, value in self._result(by_student, by_teacher, gaps).items()}
             for prefix in ("", "teacher_"):
                 if f"val/{prefix}lm" in metrics:
                     metrics[f"val/{prefix}perplexity"] = math.exp(metrics[f"val/{prefix}lm"])
 
     def _of_teacher(self, teacher: CausalLM, sharded: bool) -> Generations:
         """Return the teacher's responses, read from the file if it exists."""
-        if self.kept is None:
+        if self.cache is None:
             return self._write(teacher, "the teacher responds", sharded)
-        self.kept.parent.mkdir(parents=True, exist_ok=True)
+        self.cache.parent.mkdir(parents=True, exist_ok=True)
         first = collectives.rank() == 0
-        with filelock.FileLock(f"{self.kept}.lock") if first else nullcontext():
-            if collectives.any_rank(first and whole(self.kept)):
-                with np.load(self.kept) as found:
-                    return Generations(found["tokens"], found["span"])
+        with filelock.FileLock(f"{self.cache}.lock") if first else nullcontext():
+            if collectives.any_rank(first and whole(self.cache)):
+                with np.load(self.cache) as saved:
+                    return Generations(saved["tokens"], saved["span"])
             written = self._write(teacher, "the teacher responds", sharded)
             if first:
-                keep(self.kept, **written._asdict())
+                keep(self.cache, **written._asdict())
             return written
 
     def _write(self, model: CausalLM, title: str, sharded: bool) -> Generations:
@@ -123,9 +124,9 @@ class ResponseEvaluation(Callback):
         rows: list[tuple] = []  # tokens and span of each response
         tokens = 0
 
-        def watch(done: int, more: int) -> None:
+        def watch(done: int, new_tokens: int) -> None:
             requests.end_if_asked()
-            progress.update(min(len(rows) + done, progress.steps), tokens + more)
+            progress.update(min(len(rows) + done, progress.steps), tokens + new_tokens)
 
         try:
             for batch in prompts:
@@ -139,8 +140,8 @@ class ResponseEvaluation(Callback):
                     tokens = int(sum(span[1] - span[0] for _, span in rows))
         finally:
             progress.stop()
-        everyone = [row for part in collectives.all_gather(rows[: len(prompts.index)]) for row in part]
-        return Generations(*(np.stack(x) for x in zip(*everyone, strict=True)))
+        all_rows = [row for part in collectives.all_gather(rows[: len(prompts.index)]) for row in part]
+        return Generations(*(np.stack(x) for x in zip(*all_rows, strict=True)))
 
     def _generate_with_retry(
         self, model: CausalLM, batch: Batch, seed: Tensor, watch: Callable, sharded: bool
@@ -148,8 +149,8 @@ class ResponseEvaluation(Callback):
         """Return batches with responses. If memory runs out, this batch and later ones are halved."""
         if len(seed) <= self.at_once:
             try:
-                how = dict(temperature=self.temperature, watch=watch)
-                return [generate.sample(batch, self.packed.eos_token_id, seed, model, **how)]
+                end, temperature = self.packed.eos_token_id, self.temperature
+                return [generate.sample(batch, end, seed, model, temperature=temperature, watch=watch)]
             except (RuntimeError, MemoryError, OSError) as error:
                 if len(seed) == 1 or sharded or not out_of_memory(error):
                     raise
@@ -164,31 +165,34 @@ class ResponseEvaluation(Callback):
         """Return this rank's share of rows, `samples` times each. With shards, all ranks get equally many batches."""
         count = samples * len(tokens)
         passes = -(-count // (rows * collectives.world_size())) if sharded else 0
-        every = np.tile(tokens, (samples, 1)), np.tile(spans, (samples, 1))
-        return ValidationBatches(every[0], rows, collectives.rank_slice(count), passes, every[1])
+        repeated = np.tile(tokens, (samples, 1)), np.tile(spans, (samples, 1))
+        return ValidationBatches(repeated[0], rows, collectives.rank_slice(count), passes, repeated[1])
 
     def _gap(self, module, text: Generations) -> TeacherGap:
         batches = self._batches(*text, module.micro_batch_size, bool(module.sharded))
         return teacher_gap(module.student, self.teacher, batches, text.tokens.shape[1] - 1, self.chunk)
 
-    def _result(self, own: Generations, theirs: Generations | None, gaps: list[TeacherGap]) -> dict[str, float]:
+    def _result(
+        self, by_student: Generations, by_teacher: Generations | None, gaps: list[TeacherGap]
+    ) -> dict[str, float]:
         """Write the files, and return the measures."""
         spans = self.packed.val_spans
         assert spans is not None, "only prompts have responses"
-        says = [self._decode_row(tokens, span) for tokens, span in zip(*own, strict=True)]
-        wanted = [self._decode_row(*row) for row in zip(self.packed.val, spans, strict=True)] * self.samples
-        responses = self._scored(own, wanted)
+        written = [self._decode_row(*row) for row in zip(*by_student, strict=True)]
+        references = [self._decode_row(*row) for row in zip(self.packed.val, spans, strict=True)] * self.samples
+        responses = self._scored(by_student, references)
         result = summary(responses, self.samples)
         lines = [
             {"row": i % len(self.packed.val), "sample": i // len(self.packed.val), "prompt": prompt,
-             "reference": reference, **made._asdict()}
-            for i, ((prompt, _), (_, reference), made) in enumerate(zip(says, wanted, responses, strict=True))
+             "reference": reference, **response._asdict()}
+            for i, ((prompt, _), (_, reference), response)
+            in enumerate(zip(written, references, responses, strict=True))
         ]  # fmt: skip
-        if theirs:
-            taught = self._scored(theirs, wanted)
-            result |= {f"teacher_{name}": value for name, value in summary(taught, self.samples).items()}
-            for line, made in zip(lines, taught, strict=True):
-                line |= {"teacher": made.response, "teacher_rouge_l": made.rouge_l}
+        if by_teacher:
+            teacher_responses = self._scored(by_teacher, references)
+            result |= {f"teacher_{name}": value for name, value in summary(teacher_responses, self.samples).items()}
+            for line, response in zip(lines, teacher_responses, strict=True):
+                line |= {"teacher": response.response, "teacher_rouge_l": response.rouge_l}
             result |= {f"on_policy_{name}": value for name, value in gaps[0].means().items()}
             curve = excess_error(*(gap.by_place[:, :2] for gap in gaps)).tolist()
             result |= {"exaccerr": curve[EXACCERR_LENGTH - 1]} if len(curve) >= EXACCERR_LENGTH else {}
@@ -198,19 +202,19 @@ class ResponseEvaluation(Callback):
             temporary.write_text(text, encoding="utf-8", newline="")
         return result
 
-    def _scored(self, written: Generations, wanted: list[tuple[str, str]]) -> list[Response]:
-        found = []
-        for tokens, span, (_, reference) in zip(*written, wanted, strict=True):
+    def _scored(self, written: Generations, references: list[tuple[str, str]]) -> list[Response]:
+        scored = []
+        for tokens, span, (_, reference) in zip(*written, references, strict=True):
             text, ended = self._decode_row(tokens, span)[1], bool(tokens[span[1] - 1] == self.packed.eos_token_id)
             length = int(span[1] - span[0]) - ended
-            found.append(Response(text, length, ended, rouge_l(text, reference), exact_match(text, reference)))
-        return found
+            scored.append(Response(text, length, ended, rouge_l(text, reference), exact_match(text, reference)))
+        return scored
 
     def _decode_row(self, tokens: np.ndarray, span: np.ndarray) -> tuple[str, str]:
         """Return prompt and response of a row, as text."""
-        parts = tokens[: span[0]], tokens[span[0] : span[1]]
-        how = [dict(skip_special_tokens=skip, clean_up_tokenization_spaces=False) for skip in (False, True)]
-        return tuple(self.tokenizer.decode(ids.tolist(), **of) for ids, of in zip(parts, how, strict=True))
+        prompt, response = tokens[: span[0]].tolist(), tokens[span[0] : span[1]].tolist()
+        decode = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
+        return decode(prompt, skip_special_tokens=False), decode(response, skip_special_tokens=True)
 
 
 def _seeds(place: Tensor, rows: int, seed: int) -> Tensor:
@@ -221,7 +225,7 @@ def _seeds(place: Tensor, rows: int, seed: int) -> Tensor:
 
 def _curve(curve: list[float], gaps: list[TeacherGap]) -> dict:
     """Return ExAccErr over length, with its inputs: mean KL(p || q) and number of responses, by token."""
-    of = [gap.by_place[: len(curve), :2] for gap in gaps]
-    made = {who: {"fkl": (x[:, 1] / x[:, 0]).tolist(), "responses": x[:, 0].long().tolist()}
-            for who, x in zip(("student", "teacher"), of, strict=True)}  # fmt: skip
-    return {"exaccerr": curve, **made}
+    by_length = [gap.by_place[: len(curve), :2] for gap in gaps]
+    inputs = {writer: {"fkl": (x[:, 1] / x[:, 0]).tolist(), "responses": x[:, 0].long().tolist()}
+              for writer, x in zip(("student", "teacher"), by_length, strict=True)}  # fmt: skip
+    return {"exaccerr": curve, **inputs}

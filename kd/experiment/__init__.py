@@ -1,1 +1,1 @@
-"""From a config to a result: what a run depends on, what it costs, what is made first."""
+"""Path from a config to a result: prerequisites, costs, assembly and training of a run."""

@@ -129,7 +129,7 @@ def _responses(
         return None
     kept = None
     if inputs.teacher:
-        kept = responses.kept(config.root, packed, inputs.teacher, **sampling, precision=trainer.precision)
+        kept = responses.cache_path(config.root, packed, inputs.teacher, **sampling, precision=trainer.precision)
     return responses.ResponseEvaluation(
         run.folder, packed, inputs.components.tokenizer, teacher, validation, kept, trainer.chunk, **sampling
     )

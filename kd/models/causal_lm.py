@@ -28,7 +28,7 @@ class Head(nn.Module):
         self.output, self.vocab, self.softcap, self.scale = output, vocab, softcap, scale
 
     @classmethod
-    def of(cls, model, vocab: int) -> Head:
+    def from_model(cls, model, vocab: int) -> Head:
         """Return the head of a Hugging Face causal LM."""
         config = model.config.get_text_config()
         softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
@@ -50,7 +50,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = model
         # The head shares the model's output layer; out of the module tree, so that its weights are counted once.
-        self.__dict__["head"] = Head.of(model, vocab)
+        self.__dict__["head"] = Head.from_model(model, vocab)
 
     def hidden_states(self, ids: Tensor, **cache) -> Tensor:
         """Return the last hidden states [B, T, D] of ids [B, T]. cache: arguments about earlier tokens."""
@@ -152,7 +152,7 @@ def check_same_vocabulary(ours, theirs, option: str, by_ids: bool = False) -> No
     if a == b:
         return
     by_id = [{index: token for token, index in vocabulary.items()} for vocabulary in (a, b)]
-    added = {index for of in (ours, theirs) for index in getattr(of, "added_tokens_decoder", {})}
+    added = {index for tokenizer in (ours, theirs) for index in getattr(tokenizer, "added_tokens_decoder", {})}
     differ = sorted(index for index in by_id[0].keys() | by_id[1].keys() if by_id[0].get(index) != by_id[1].get(index))
     renamed = by_id[0].keys() == by_id[1].keys() and added.issuperset(differ)
     if by_ids and renamed:

@@ -53,13 +53,13 @@ EXPERTS_PER_TOKEN = (
 def experts(model) -> Iterator[tuple[nn.Module, float]]:
     """Yield the modules that hold the routed experts of a layer, and the share of experts that a token is sent to."""
     config = model.config.get_text_config()
-    inside: tuple[str, ...] = ()
+    expert_prefixes: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        path, _, own = name.rpartition(".")
-        routed = own == "experts" or (type(module).__name__.endswith("Experts") and "shared" not in own)
-        if not routed or name.startswith(inside):
+        path, _, leaf = name.rpartition(".")
+        routed = leaf == "experts" or (type(module).__name__.endswith("Experts") and "shared" not in leaf)
+        if not routed or name.startswith(expert_prefixes):
             continue
-        inside = (*inside, f"{name}.")  # modules within belong to it
+        expert_prefixes = (*expert_prefixes, f"{name}.")  # modules within belong to it
         parent = model.get_submodule(path)
         places = (module, parent, *parent.children(), config, getattr(config, "ffn_config", None))
         count = _first_number(places, EXPERTS)

@@ -150,8 +150,8 @@ class _File:
         """Return the local path of a file of a folder or of the Hub; None if there is no such file."""
         from transformers.utils import cached_file
 
-        how = dict(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-        return cached_file(name, file, **how)
+        no_raise = dict(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+        return cached_file(name, file, **no_raise)
 
 
 class _Harmless:
@@ -170,7 +170,7 @@ class _Harmless:
         check(PretrainedConfig.get_config_dict(name)[0])
 
 
-def from_hub(auto, name: str, what: str, **settings):
+def from_hub(auto, name: str, option: str, **settings):
     """Return auto.from_pretrained(name); raise UserError with a hint if it cannot be loaded."""
     folder = Path(name).is_dir()
     if not folder:
@@ -184,15 +184,15 @@ def from_hub(auto, name: str, what: str, **settings):
         reason = " ".join(lines[: 2 if lines[:1] and lines[0].endswith(":") else 1]) or type(error).__name__
         if not isinstance(error, OSError | ValueError | RuntimeError):
             reason = f"{type(error).__name__}: {reason}"
-        where = "in that folder" if folder else "it is no folder here, and the Hub did not give it"
+        location = "in that folder" if folder else "it is no folder here, and the Hub did not give it"
         raise UserError(
-            option=what,
-            why=f"could not be loaded ({where}): {reason}",
+            option=option,
+            why=f"could not be loaded ({location}): {reason}",
             hint="check the name and the network, or give the folder of a downloaded model",
         ) from error
 
 
 def revision(name: str) -> str | None:
     """Return the commit of a Hub model's last download on this machine; None if there is none."""
-    found = try_to_load_from_cache(name, "config.json")
-    return Path(found).parent.name if isinstance(found, str) else None
+    cached = try_to_load_from_cache(name, "config.json")
+    return Path(cached).parent.name if isinstance(cached, str) else None

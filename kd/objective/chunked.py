@@ -61,8 +61,8 @@ class Objective:
         computed from the target before truncation.
         """
         softening = self.temperature(student, target)
-        kept = self.target_transform(truncated or self.truncation(target)).soften(softening.teacher)
-        return softening.weight * self.loss(soften(student, softening.student), kept)
+        softened = self.target_transform(truncated or self.truncation(target)).soften(softening.teacher)
+        return softening.weight * self.loss(soften(student, softening.student), softened)
 
     def __call__(
         self, head: torch.nn.Module, hidden: Tensor, label: Tensor, signal: Signal | None, alpha: float,
@@ -187,8 +187,8 @@ class _Chunked(torch.autograd.Function):
                 logits = functional_call(head, weights, (piece,))  # [n, V]
             if observe_logits is not None:
                 observe_logits(rows, logits.detach())
-            which = kd_mask[rows] if kd_mask is not None else None
-            logits_grad, values = slope(logits.detach(), label[rows], target, alpha, which, truncated)
+            mask = kd_mask[rows] if kd_mask is not None else None
+            logits_grad, values = slope(logits.detach(), label[rows], target, alpha, mask, truncated)
             hidden_grad[rows], *parts = torch.autograd.grad(logits, (piece, *learned), logits_grad)
             for whole, part in zip(parameter_grads, parts, strict=True):
                 whole += part

@@ -112,10 +112,10 @@ def mse(student: Tensor, target: Target) -> Tensor:
     Logits are defined up to a constant, so each side is first centred over the kept columns.
     """
     q, p = target.align(student)
-    kept = (p > FLOOR).to(q.dtype)
-    count = kept.sum(-1, keepdim=True)
-    gap = (q - p) * kept  # [N, K]
-    gap = (gap - gap.sum(-1, keepdim=True) / count) * kept
+    support = (p > FLOOR).to(q.dtype)
+    count = support.sum(-1, keepdim=True)
+    gap = (q - p) * support  # [N, K]
+    gap = (gap - gap.sum(-1, keepdim=True) / count) * support
     return gap.square().sum(-1) / count[:, 0]
 
 
@@ -143,8 +143,8 @@ def minillm(student: Tensor, target: Target, clip: float = 0.2, single_step: boo
     info, advantage = target.token_info, target.token_info.advantage
     log_q = student.gather(-1, target.label[:, None])[:, 0]
     ratio = (log_q - info.student_logp + info.importance.log()).exp()
-    long = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    return long + rkl(student, target) if single_step else long
+    surrogate = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    return surrogate + rkl(student, target) if single_step else surrogate
 
 
 @needs("by_student")
@@ -184,14 +184,14 @@ def _decoupled_kl(student: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     """
     q, p = target.align(student)  # [N, K]
     true = torch.nn.functional.pad(target.label_mask(), (0, q.shape[-1] - target.logp.shape[-1]))  # a rest is another
-    there, label = true.any(-1), target.label[:, None]
+    has_label, label = true.any(-1), target.label[:, None]
     log_p, log_q = p.masked_fill(~true, FLOOR).amax(-1), student.gather(-1, label)[:, 0]
     others_p = p.masked_fill(true, FLOOR).logsumexp(-1)  # log of their probability
     others_q = student.scatter(-1, label, -torch.inf).logsumexp(-1)
     tkd = log_p.exp() * (log_p - log_q) + others_p.exp() * (others_p - others_q)
-    within = (p - torch.where(there, others_p, 0)[:, None]).masked_fill(true | (p <= FLOOR), FLOOR)
-    dkd = within.exp() * (within - q + torch.where(there, others_q, 0)[:, None])
-    return torch.where(there, tkd, 0), dkd.sum(-1)
+    within = (p - torch.where(has_label, others_p, 0)[:, None]).masked_fill(true | (p <= FLOOR), FLOOR)
+    dkd = within.exp() * (within - q + torch.where(has_label, others_q, 0)[:, None])
+    return torch.where(has_label, tkd, 0), dkd.sum(-1)
 
 
 def _reverse(q: Tensor, m: Tensor) -> Tensor:
@@ -233,17 +233,17 @@ def _top_mass_by_counting(p: Tensor, mu: float) -> Tensor:
     """Return the mask [N, K] of the head by sums in bins, repeated within the bin that exceeds mu."""
     bins = 256  # three rounds over some 11 nats come to 1e-6 nats
     low, high = _bounds(p, mu)
-    inside = torch.zeros_like(high)  # probability above `high`
+    mass_above = torch.zeros_like(high)  # probability above `high`
     for _ in range(3):
         width = (high - low).clamp(min=1e-6) / bins
         index = ((high - p) / width).clamp(0, bins).long()  # [N, K] 0: all that is known to be in; bins: below low
         running = p.new_zeros(len(p), bins + 1).scatter_add(-1, index, p.exp()).cumsum(-1)
         number = (running <= mu).sum(-1, keepdim=True)
-        inside = torch.where(number > 0, running.gather(-1, (number - 1).clamp(min=0)), inside)
+        mass_above = torch.where(number > 0, running.gather(-1, (number - 1).clamp(min=0)), mass_above)
         high = high - width * number
         low = high - width
     equal = (p <= high) & (p >= low - 1e-6)
-    return (p > high) | (equal & (equal.cumsum(-1, dtype=torch.int32) <= _equal_columns(inside, high, mu)))
+    return (p > high) | (equal & (equal.cumsum(-1, dtype=torch.int32) <= _equal_columns(mass_above, high, mu)))
 
 
 def _top_mass_by_halving(p: Tensor, mu: float) -> Tensor:
@@ -259,12 +259,12 @@ def _top_mass_by_halving(p: Tensor, mu: float) -> Tensor:
         fits = torch.where(p > middle, probability, 0).sum(-1, keepdim=True) <= mu
         low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
     above, equal = p > high, (p <= high) & (p >= low - 1e-6)
-    many = _equal_columns(torch.where(above, probability, 0).sum(-1, keepdim=True), high, mu)
+    count = _equal_columns(torch.where(above, probability, 0).sum(-1, keepdim=True), high, mu)
     column = torch.arange(p.shape[-1], device=p.device)
     end = torch.zeros_like(high, dtype=torch.long)  # equal columns before it are in
     for bit in reversed(range(p.shape[-1].bit_length())):
         further = end + (1 << bit)
-        end = torch.where((equal & (column < further)).sum(-1, keepdim=True) <= many, further, end)
+        end = torch.where((equal & (column < further)).sum(-1, keepdim=True) <= count, further, end)
     return above | (equal & (column < end))
 
 
@@ -277,10 +277,10 @@ def _bounds(p: Tensor, mu: float) -> tuple[Tensor, Tensor]:
     return (beyond / p.shape[-1]).log(), p.amax(-1, keepdim=True)
 
 
-def _equal_columns(inside: Tensor, logp: Tensor, mu: float) -> Tensor:
-    """Return the number of columns of log-probability `logp` [N, 1] that fit between `inside` and mu.
+def _equal_columns(mass_above: Tensor, logp: Tensor, mu: float) -> Tensor:
+    """Return the number of columns of log-probability `logp` [N, 1] that fit between `mass_above` and mu.
 
-    It is at least one if nothing is inside.
+    It is at least one if `mass_above` is 0.
     """
-    many = ((mu - inside) / logp.exp()).floor()
-    return torch.where(inside == 0, many.clamp(min=1), many)
+    count = ((mu - mass_above) / logp.exp()).floor()
+    return torch.where(mass_above == 0, count.clamp(min=1), count)

@@ -74,18 +74,18 @@ class Target:
         """Return log-probabilities of all tokens [N, V]. Tokens without a column share the residual mass evenly."""
         if self.ids is None:
             return self.logp
-        there = self.logp > -math.inf
-        left = _rest(self.logp, ~there) - (vocabulary - there.sum(-1, keepdim=True)).clamp(min=1).log()
-        dense = left.expand(-1, vocabulary + 1).clone()  # the last column takes what is no entry
-        return dense.scatter(-1, self.ids.where(there, vocabulary), self.logp)[:, :vocabulary]
+        support = self.logp > -math.inf
+        residual_logp = _rest(self.logp, ~support) - (vocabulary - support.sum(-1, keepdim=True)).clamp(min=1).log()
+        dense = residual_logp.expand(-1, vocabulary + 1).clone()  # the last column takes what is no entry
+        return dense.scatter(-1, self.ids.where(support, vocabulary), self.logp)[:, :vocabulary]
 
     def entropy(self, vocabulary: int) -> Tensor:
         """Return the entropy [N], nats. The residual mass counts as spread evenly, which gives an upper bound."""
-        there = self.logp > -math.inf
-        known = -(self.logp.exp() * self.logp.masked_fill(~there, 0)).sum(-1)
-        others = vocabulary - there.sum(-1)
-        left = torch.where(others > 0, self.residual_mass, 0)
-        return known + torch.special.entr(left) + left * others.clamp(min=1).log()
+        support = self.logp > -math.inf
+        support_entropy = -(self.logp.exp() * self.logp.masked_fill(~support, 0)).sum(-1)
+        others = vocabulary - support.sum(-1)
+        residual = torch.where(others > 0, self.residual_mass, 0)
+        return support_entropy + torch.special.entr(residual) + residual * others.clamp(min=1).log()
 
     @property
     def residual_mass(self) -> Tensor:
@@ -116,8 +116,8 @@ class Target:
         label, logp = self.label[:, None], self.logp  # [N, 1]
         if self.ids is None:
             return replace(self, logp=logp.scatter(-1, label, _plus(logp.gather(-1, label), mass[:, None])))
-        found = (self.ids == label) & (logp > -math.inf)  # [N, K]
-        column = torch.where(found.any(-1), found.int().argmax(-1), logp.shape[-1])[:, None]
+        is_label = (self.ids == label) & (logp > -math.inf)  # [N, K]
+        column = torch.where(is_label.any(-1), is_label.int().argmax(-1), logp.shape[-1])[:, None]
         logp = torch.cat([logp, torch.full_like(logp[:, :1], -math.inf)], -1)  # [N, K+1]
         logp = logp.scatter(-1, column, _plus(logp.gather(-1, column), mass[:, None]))
         return replace(self, logp=logp, ids=torch.cat([self.ids, label], -1))
@@ -133,23 +133,23 @@ class Target:
         dropped, p = self.logp == -math.inf, self.logp
         q = student if self.ids is None else student.gather(-1, self.ids)  # [N, K]
         if self.has_residual_column:
-            # For a sure student 1 - kept would be 0, with gradient 0. There the other tokens are summed instead.
-            kept = self._kept(student.shape[-1])
-            others = student.masked_fill(kept, FLOOR).logsumexp(-1, keepdim=True)
+            # For a sure student, 1 - its mass in the support would be 0, with gradient 0. There the others are summed.
+            in_support = self._support_mask(student.shape[-1])
+            others = student.masked_fill(in_support, FLOOR).logsumexp(-1, keepdim=True)
             of_p, of_q = _rest(p, dropped), _rest(q, dropped)
             of_q = torch.where(of_q > math.log(1e-3), of_q, others)
             of_q = torch.where(of_p > LEAST, of_q, of_q.clamp(min=LEAST))  # below the teacher's rounding
             q, p = torch.cat([q, of_q], -1), torch.cat([p, of_p.clamp(min=LEAST)], -1)  # [N, K+1]
-            dropped = torch.cat([dropped, kept.all(-1, keepdim=True)], -1)  # no token remains for the rest
+            dropped = torch.cat([dropped, in_support.all(-1, keepdim=True)], -1)  # no token remains for the rest
         return q.masked_fill(dropped, FLOOR), p.masked_fill(dropped, FLOOR)
 
-    def _kept(self, vocabulary: int) -> Tensor:
+    def _support_mask(self, vocabulary: int) -> Tensor:
         """Return a mask [N, V] of the tokens that are kept."""
-        there = self.logp > -math.inf
+        support = self.logp > -math.inf
         if self.ids is None:
-            return there
-        of = there.new_zeros(len(there), vocabulary + 1)  # the last column takes what is dropped
-        return of.scatter(-1, self.ids.where(there, vocabulary), True)[:, :vocabulary]
+            return support
+        mask = support.new_zeros(len(support), vocabulary + 1)  # the last column takes what is dropped
+        return mask.scatter(-1, self.ids.where(support, vocabulary), True)[:, :vocabulary]
 
 
 def _plus(logp: Tensor, mass: Tensor) -> Tensor:

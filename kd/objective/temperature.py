@@ -90,10 +90,10 @@ def soften(student: Tensor, tau: Tensor | float) -> Tensor:
 
 def _spread(logp: Tensor) -> Tensor:
     """Return the standard deviation over the kept columns [N]; log-probabilities are logits up to a constant."""
-    there = logp > -math.inf
-    count = there.sum(-1, keepdim=True)
-    values = logp.masked_fill(~there, 0)
-    gap = (values - values.sum(-1, keepdim=True) / count).masked_fill(~there, 0)
+    support = logp > -math.inf
+    count = support.sum(-1, keepdim=True)
+    values = logp.masked_fill(~support, 0)
+    gap = (values - values.sum(-1, keepdim=True) / count).masked_fill(~support, 0)
     # The root has no slope at 0, where the gradient would be NaN.
     return (gap.square().sum(-1) / (count[:, 0] - 1).clamp(min=1)).clamp(min=1e-12).sqrt()
 

@@ -77,7 +77,7 @@ def uncertainty(measured: Measured) -> Selection:
     loss * weight over all positions is the sum of both kinds' means. Zhong et al. 2024 (ATKD), arXiv 2402.11890,
     section 3.
     """
-    found = measured(lambda target, vocabulary: target.uncertainty())
-    hard = found >= found.median() if len(found) else found > 0
+    uncertainties = measured(lambda target, vocabulary: target.uncertainty())
+    hard = uncertainties >= uncertainties.median() if len(uncertainties) else uncertainties > 0
     count = torch.where(hard, hard.sum(), (~hard).sum())
-    return Selection(token_info=TokenInfo(is_hard=hard.float(), weight=len(found) / count.float()))
+    return Selection(token_info=TokenInfo(is_hard=hard.float(), weight=len(uncertainties) / count.float()))

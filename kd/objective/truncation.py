@@ -79,23 +79,23 @@ def inverse_cdf_sample(probability: Tensor, points: Tensor) -> Tensor:
     ends = blocks.sum(-1).double().cumsum(-1)
     points = points.double() * ends[:, -1:]
     block = torch.searchsorted(ends, points, right=True).clamp(max=ends.shape[1] - 1)  # [N, draws]
-    left = points - torch.where(block > 0, ends.gather(-1, (block - 1).clamp(min=0)), 0)
+    offset = points - torch.where(block > 0, ends.gather(-1, (block - 1).clamp(min=0)), 0)
     inner = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).cumsum(-1)  # [N, draws, BLOCK]
     # The block's own sum may be rounded up past its last running sum; the last column that can be drawn takes that.
     possible = (inner < inner[..., -1:]).sum(-1)
-    place = (inner <= left[..., None]).sum(-1).minimum(possible)
+    place = (inner <= offset[..., None]).sum(-1).minimum(possible)
     return block * BLOCK + place
 
 
-def subsample(made_of: int, draws: int, target: Target) -> Target:
-    """Return a target of `draws` out of the `made_of` draws of a sampled target, without replacement.
+def subsample(total_draws: int, draws: int, target: Target) -> Target:
+    """Return a target of `draws` out of the `total_draws` draws of a sampled target, without replacement.
 
     The result is again a sample of the teacher.
     """
     assert target.seed is not None
-    count = (target.logp.exp() * made_of).round().long()  # [N, K]
+    count = (target.logp.exp() * total_draws).round().long()  # [N, K]
     all_draws = count.cumsum(-1)
-    place = uniform(target.seed, made_of).argsort(-1)[:, :draws].contiguous()  # [N, draws]
+    place = uniform(target.seed, total_draws).argsort(-1)[:, :draws].contiguous()  # [N, draws]
     return _sampled(target, torch.searchsorted(all_draws, place, right=True))
 
 

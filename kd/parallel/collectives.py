@@ -27,9 +27,9 @@ def rank() -> int:
 
 def rank_slice(rows: int) -> slice:
     """Return the rows of this rank. Shares are equal; if they cannot be, the first ranks have one row more."""
-    each, more = divmod(rows, world_size())
-    start = rank() * each + min(rank(), more)
-    return slice(start, start + each + (rank() < more))
+    per_rank, remainder = divmod(rows, world_size())
+    start = rank() * per_rank + min(rank(), remainder)
+    return slice(start, start + per_rank + (rank() < remainder))
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
@@ -39,11 +39,11 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
-def any_rank(here: bool) -> bool:
-    """Return True if `here` is true on any rank."""
+def any_rank(flag: bool) -> bool:
+    """Return True if `flag` is true on any rank."""
     if world_size() == 1:
-        return here
-    return bool(all_reduce_sum(torch.tensor(int(here))))  # by gloo, whatever the device
+        return flag
+    return bool(all_reduce_sum(torch.tensor(int(flag))))  # by gloo, whatever the device
 
 
 def all_gather(value) -> list:
@@ -60,12 +60,12 @@ def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
     if world_size() == 1:
         return
     # FSDP sums the gradients of a sharded model in the backward pass.
-    left = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
-    while left:
+    grads = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+    while grads:
         bucket: list[Tensor] = []
         size = 0
-        while left and (not bucket or (size + left[0].numel() <= BUCKET and left[0].dtype == bucket[0].dtype)):
-            bucket.append(left.pop(0))
+        while grads and (not bucket or (size + grads[0].numel() <= BUCKET and grads[0].dtype == bucket[0].dtype)):
+            bucket.append(grads.pop(0))
             size += bucket[-1].numel()
         flat = torch.cat([grad.reshape(-1) for grad in bucket])
         dist.all_reduce(flat)
@@ -94,13 +94,13 @@ def device(accelerator: str) -> torch.device:
 
 def check_devices(trainer: TrainerConfig) -> None:
     """Raise UserError if this machine has fewer devices than ranks."""
-    there = torch.cuda.device_count() if cpu_group(trainer.accelerator) == "cuda" else trainer.devices
+    available = torch.cuda.device_count() if cpu_group(trainer.accelerator) == "cuda" else trainer.devices
     if trainer.accelerator == "mps":
-        there = 1
-    if trainer.devices > there:
+        available = 1
+    if trainer.devices > available:
         raise UserError(
             option="trainer.devices",
             got=trainer.devices,
-            why=f"this machine has {there}",
-            hint=f"type trainer.devices={there}, or trainer.accelerator=cpu for ranks that share its processor",
+            why=f"this machine has {available}",
+            hint=f"type trainer.devices={available}, or trainer.accelerator=cpu for ranks that share its processor",
         )

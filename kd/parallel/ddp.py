@@ -28,11 +28,11 @@ def lightning_arguments(devices: int, sharded: bool) -> dict:
 
     # Named, so that none is detected: within a job of SLURM, say, Lightning would ask for as many tasks as ranks, and
     # requeue the job itself.
-    alone = [LightningEnvironment()]
+    plugins = [LightningEnvironment()]
     rank_zero_only.rank = rank()  # the environment may give another rank
     if world_size() == 1:
-        return {"devices": 1, "plugins": alone}
+        return {"devices": 1, "plugins": plugins}
     strategy = FSDP2Strategy(world_size()) if sharded else ManualDDP()
     return {
-        "devices": devices, "strategy": strategy, "plugins": alone, "use_distributed_sampler": False
+        "devices": devices, "strategy": strategy, "plugins": plugins, "use_distributed_sampler": False
     }  # fmt: skip

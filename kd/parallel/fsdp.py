@@ -185,10 +185,10 @@ def _metadata(index: dict) -> Metadata:
     """Return the index in torch's form. Raises various errors for an index that Writer did not write."""
     entries, places = {}, {}
 
-    def place(of: dict) -> _StorageInfo:
-        if not FILE.fullmatch(of["file"]):
-            raise ValueError(f"{of['file']} is no file of it")
-        return _StorageInfo(of["file"], int(of["start"]), int(of["length"]))
+    def place(note: dict) -> _StorageInfo:
+        if not FILE.fullmatch(note["file"]):
+            raise ValueError(f"{note['file']} is no file of it")
+        return _StorageInfo(note["file"], int(note["start"]), int(note["length"]))
 
     for name, entry in index.items():
         if "dtype" not in entry:
@@ -214,10 +214,10 @@ class Plain(dcp.DefaultLoadPlanner):
         self.path = path
 
     def load_bytes(self, read_item, value: io.BytesIO) -> None:
-        again = io.BytesIO()
-        torch.save(load(self.path, part=value), again)
-        again.seek(0)
-        super().load_bytes(read_item, again)
+        checked = io.BytesIO()
+        torch.save(load(self.path, part=value), checked)
+        checked.seek(0)
+        super().load_bytes(read_item, checked)
 
 
 def read(state: dict, path: Path, **settings) -> None:

@@ -29,14 +29,14 @@ class StoreCost(NamedTuple):
 
 def estimate_cost(encoder: RowEncoder, packed: Packed, batch: int, rows: float) -> StoreCost:
     """Return the cost of `rows` rows like the packed ones, measured on one batch."""
-    output, each = encoder.head.output, packed.mean_target_tokens if encoder.truncate else packed.train.shape[1] - 1
+    output, per_row = encoder.head.output, packed.mean_target_tokens if encoder.truncate else packed.train.shape[1] - 1
     rest = sum(p.numel() for p in output.parameters()) + packed.val[:, 1:].size * output.weight.shape[1]
     for _ in range(2):  # the first forward pass is slower
         out, started = Rows(), time.monotonic()
         index = np.arange(min(batch, len(packed.train)))
         encoder.encode(packed.train, index, out, spans=packed.train_spans, boundary=packed.boundary)
         encoded = len(out.bodies)  # waits for the compression, which is part of the time
-    seconds, tokens = (time.monotonic() - started) / encoded * rows, rows * each
+    seconds, tokens = (time.monotonic() - started) / encoded * rows, rows * per_row
     return StoreCost(round(tokens), out.bytes / out.positions * tokens, rest * encoder.dtype.itemsize, seconds)
 
 
@@ -45,7 +45,7 @@ def print_cost(folder: Path, encoder: RowEncoder, packed: Packed, batch: int, ro
     tokens, size, rest, seconds = estimate_cost(encoder, packed, batch, rows)
     rest *= note_of(folder, "head") is None
     free = shutil.disk_usage(folder).free
-    say = (
+    summary = (
         f"{tokens:,} tokens at about {size / tokens:,.0f} bytes each, {files.format_bytes(size)} in all, and "
         f"{files.format_bytes(rest)} of output layer and validation rows; "
         f"{files.format_bytes(free)} are free in {folder}"
@@ -53,8 +53,8 @@ def print_cost(folder: Path, encoder: RowEncoder, packed: Packed, batch: int, ro
     if 1.1 * (size + rest) > free:
         raise UserError(
             option=folder,
-            why=f"has no room for the store: {say}",
+            why=f"has no room for the store: {summary}",
             hint="keep less of each position (e.g. record=top_k record.k=20), take less text (data.tokens=…), or "
             "choose another disk with logits.path=…",
         )
-    console.print(f"Writing {say}; {format_duration(seconds)} if no one helps.", soft_wrap=True)
+    console.print(f"Writing {summary}; {format_duration(seconds)} if no one helps.", soft_wrap=True)

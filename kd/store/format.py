@@ -43,11 +43,11 @@ class EncodedRows(NamedTuple):
             for parts in zip(counts, log_odds, self.id_delta.split(sizes), self.quantized_logp.split(sizes))
         ]
 
-    def at(self, kept: Tensor) -> EncodedPositions:
-        """Return the positions where kept [B, T] is True."""
+    def at(self, mask: Tensor) -> EncodedPositions:
+        """Return the positions where mask [B, T] is True."""
         count = self.count.flatten().long()
         start = count.cumsum(0) - count
-        chosen = kept.flatten()
+        chosen = mask.flatten()
         return EncodedPositions(
             start[chosen], count[chosen], self.log_odds.flatten()[chosen], self.id_delta, self.quantized_logp
         )
@@ -69,12 +69,12 @@ class EncodedPositions(NamedTuple):
         """
         start, count, log_odds = self.start[rows], self.count[rows], self.log_odds[rows]
         column = torch.arange(int(count.max()), device=count.device)
-        there = column < count[:, None]  # [n, K]
+        valid = column < count[:, None]  # [n, K]
         at = (start[:, None] + column).clamp(max=len(self.id_delta) - 1)
-        ids = self.id_delta[at].masked_fill(~there, 0).cumsum(-1) - 1
+        ids = self.id_delta[at].masked_fill(~valid, 0).cumsum(-1) - 1
         quantized_logp = self.quantized_logp[at].float()
         logp = (quantized_logp / draws).log() if draws else -QUANTIZATION_STEP * quantized_logp
-        logp = logp.masked_fill(~there, -math.inf)
+        logp = logp.masked_fill(~valid, -math.inf)
         if not draws:  # undoes the effect of rounding on their sum
             logp = logp + (logsigmoid(log_odds.float()) - logp.logsumexp(-1))[:, None]
         return Target(label, logp, ids, seed=seed)
@@ -83,19 +83,19 @@ class EncodedPositions(NamedTuple):
 def encode(target: Target, draws: int | None) -> EncodedPositions:
     """Return a sparse target with exact log-probabilities [n, K] as entries."""
     assert target.ids is not None
-    there = target.logp > -math.inf
-    ids, order = target.ids.masked_fill(~there, torch.iinfo(torch.int64).max).sort(-1)
+    support = target.logp > -math.inf
+    ids, order = target.ids.masked_fill(~support, torch.iinfo(torch.int64).max).sort(-1)
     logp = target.logp.gather(-1, order)
-    there = there.gather(-1, order)
-    count = there.sum(-1)
-    id_delta = ids.diff(dim=-1, prepend=torch.full_like(ids[:, :1], -1))[there]
+    support = support.gather(-1, order)
+    count = support.sum(-1)
+    id_delta = ids.diff(dim=-1, prepend=torch.full_like(ids[:, :1], -1))[support]
     if draws:
         quantized_logp, log_odds = (
-            (logp[there].exp() * draws).round(),
+            (logp[support].exp() * draws).round(),
             torch.full((len(ids),), math.inf, device=ids.device),
         )
     else:
-        quantized_logp = (logp[there] / -QUANTIZATION_STEP).round().clamp(0, torch.iinfo(torch.int16).max)
+        quantized_logp = (logp[support] / -QUANTIZATION_STEP).round().clamp(0, torch.iinfo(torch.int16).max)
         # Log-odds, since of a probability near 0 or 1 a short float loses the smaller side.
         log_odds = logp.double().exp().sum(-1).clamp(max=1).logit()
     return EncodedPositions(

@@ -97,17 +97,17 @@ class Store:
         """
         pairs = {f: (self.spec[f], value) for f, value in expected.items() if f != "truncation"}
         differing = [
-            f"its {field} is {describe(held)}, and here it is {describe(value)}"
-            for field, (held, value) in pairs.items()
-            if None not in (held, value) and held != value
+            f"its {field} is {describe(stored)}, and here it is {describe(value)}"
+            for field, (stored, value) in pairs.items()
+            if None not in (stored, value) and stored != value
         ]
         if differing:
-            refused = UserError(option=self.path, why=f"does not belong to this config: {'; '.join(differing)}")
+            refusal = UserError(option=self.path, why=f"does not belong to this config: {'; '.join(differing)}")
             if not by_path:  # the path is that of a store of this config
                 hint = "to have the store written anew, type this, and then the same command again"
-                raise refused.replace(hint=hint, commands=(shlex.join(["rm", "-r", str(self.folder)]),))
+                raise refusal.replace(hint=hint, commands=(shlex.join(["rm", "-r", str(self.folder)]),))
             hint = "leave logits.path out, so that a store of this config is found or written, or type the words that "
-            raise refused.replace(hint=f"{hint}this store was written with", commands=(self.words,))
+            raise refusal.replace(hint=f"{hint}this store was written with", commands=(self.words,))
         if not covers(self.truncation, expected["truncation"]):
             raise UserError(
                 option="truncation",
@@ -122,17 +122,17 @@ class Store:
         self._checked.clear()
         for name, note in track(self.manifest["files"].items(), "checking the store"):
             self._file(name)
-            self._same(f"{name.partition('.')[0]}.json", note)
-        self._same("begun.json", self.spec, "of")
+            self._check_same(f"{name.partition('.')[0]}.json", note)
+        self._check_same("begun.json", self.spec, "of")
 
-    def _same(self, name: str, expected: dict, key: str | None = None) -> None:
+    def _check_same(self, name: str, expected: dict, key: str | None = None) -> None:
         """Raise UserError if a file that only writers read exists and contradicts the manifest."""
         try:
             note = read_json(self.folder / name)
-            good = note is None or (note[key] if key else note) == expected
+            matches = note is None or (note[key] if key else note) == expected
         except (UserError, KeyError):
-            good = False
-        if not good:
+            matches = False
+        if not matches:
             raise self._damaged(name, "it is not what was written")
 
     def select_window(self, window: tuple[float, float] | None) -> np.ndarray | None:
@@ -167,9 +167,9 @@ class Store:
                 hint="choose a wider window",
             )
         # If a row was trained on more than once, its last record counts.
-        everything, where = np.concatenate(rows)[::-1], np.concatenate(places)[::-1]
-        self._rows, first = np.unique(everything, return_index=True)
-        self._places = where[first]
+        recorded, locations = np.concatenate(rows)[::-1], np.concatenate(places)[::-1]
+        self._rows, first = np.unique(recorded, return_index=True)
+        self._places = locations[first]
         return self._rows
 
     def read(self, index: np.ndarray, ids: np.ndarray) -> Tensor | EncodedRows:
@@ -177,14 +177,14 @@ class Store:
 
         Raises UserError if the store was written for other tokens.
         """
-        found = []
+        stored_rows = []
         for row, tokens in zip(index, ids, strict=True):
             name, place = self._place(int(row))
             shard = self._shard(name)
             if shard.hashes[place] != row_hash(tokens):
                 raise self._other_tokens(int(row))
-            found.append(shard.row(place))
-        return collate_rows(found)
+            stored_rows.append(shard.row(place))
+        return collate_rows(stored_rows)
 
     def signal(self, batch: Batch, mask: Tensor) -> Signal:
         """Return the stored signal at the target positions of a batch. Its rows come from read()."""
@@ -265,16 +265,16 @@ class Store:
         if name in self._checked:
             return path
         try:
-            self._good(name, path)
+            self._check_digest(name, path)
         except UserError:
             if "://" not in self.path:
                 raise
             path.unlink(missing_ok=True)  # the copy may be stale or damaged while the original is intact
-            self._good(name, files.download(self.path, self.folder, name))
+            self._check_digest(name, files.download(self.path, self.folder, name))
         self._checked.add(name)
         return path
 
-    def _good(self, name: str, path: Path) -> None:
+    def _check_digest(self, name: str, path: Path) -> None:
         """Raise UserError unless a file has the bytes that were written."""
         self._size(name)
         if files.digest(path) != self.manifest["files"][name]["digest"]:
@@ -290,11 +290,11 @@ class Store:
         if "://" in self.path:
             (self.folder / name).unlink(missing_ok=True)  # the local copy, so that the next read downloads it again
         stem = name.partition(".")[0]
-        gone = shlex.join(str(self.folder / n) for n in dict.fromkeys(("manifest.json", f"{stem}.json", name)))
+        paths = shlex.join(str(self.folder / n) for n in dict.fromkeys(("manifest.json", f"{stem}.json", name)))
         damaged = UserError(option=f"{self.path}/{name}", why=f"is damaged: {why}")
         if "://" in self.path or "words" not in self.manifest or "steps" in self.manifest:
             return damaged.replace(hint="copy that file again from its source: it cannot be made again here")
-        commands = (f"rm -f {gone}", self._command())
+        commands = (f"rm -f {paths}", self._command())
         return damaged.replace(hint="to write that file anew, and no other, type", commands=commands)
 
     def _command(self) -> str:
@@ -302,9 +302,9 @@ class Store:
         if "words" not in self.manifest:
             return "python -m kd.store write and the words of the run that reads it"
         words, key, root = [self.manifest["words"]], self.manifest.get("key", ""), str(self.cache.parent)
-        under = self.path.removesuffix(f"/stores/{key}")
-        if is_url(under) and local_root(under) == self.cache.parent:
-            root = under
+        location = self.path.removesuffix(f"/stores/{key}")
+        if is_url(location) and local_root(location) == self.cache.parent:
+            root = location
         elif self.folder != self.cache / key:
             words.append(shlex.quote(f"logits.path={conf.typed(self.path)}"))
         if root != files.expanded(os.environ.get("KD_ROOT", "runs")):

@@ -56,7 +56,7 @@ class Recorder:
                 commands=[shlex.join(["rm", "-r", str(checkpoints), str(folder)])],
             )
         self.begun = step
-        self.there: set[str] = set()
+        self.sent: set[str] = set()
         self.pieces: list[EncodedPositions] = []
         self.out = Rows()
 
@@ -87,11 +87,11 @@ class Recorder:
 
     def _pull(self, url: str) -> None:
         """Copy missing shards from the URL. A shard whose upload was cut off is left out."""
-        there = Remote(url, self.folder)
-        for note in (x for x in there.names() if x.startswith("shard-") and x.endswith(".json")):
+        remote = Remote(url, self.folder)
+        for note in (x for x in remote.names() if x.startswith("shard-") and x.endswith(".json")):
             name = note.removesuffix(".json")
-            if note_of(self.folder, name) is None and there.get(f"{name}.safetensors"):
-                written = there.read(note)
+            if note_of(self.folder, name) is None and remote.get(f"{name}.safetensors"):
+                written = remote.read(note)
                 if written and files.digest(self.folder / f"{name}.safetensors") == written["digest"]:
                     files.write_json(self.folder / note, written)
 
@@ -102,10 +102,10 @@ class Recorder:
         """
         if not self.url:
             return
-        there = Remote(self.url, self.folder)
-        for name in sorted(notes_of(self.folder).keys() - self.there):
-            there.put(f"{name}.safetensors", f"{name}.json", wait=wait)
-            self.there.add(name)
+        remote = Remote(self.url, self.folder)
+        for name in sorted(notes_of(self.folder).keys() - self.sent):
+            remote.put(f"{name}.safetensors", f"{name}.json", wait=wait)
+            self.sent.add(name)
 
     def finish(self, trained: Teacher, device: torch.device, validation: np.ndarray, batch: int, steps: int) -> None:
         """Write the last shard, the output layer, and the trained model's hidden states for the validation rows."""

@@ -23,17 +23,17 @@ def row_hash(ids: np.ndarray) -> int:
     return xxhash.xxh3_64_intdigest(np.ascontiguousarray(ids, np.uint32).tobytes()) >> 1  # fits an int64
 
 
-def covers(held: dict, requested: dict) -> bool:
+def covers(stored: dict, requested: dict) -> bool:
     """Return True if a store of one truncation holds all that another keeps. Both are {"name": …, setting: value}."""
-    kinds = held["name"], requested["name"]
+    kinds = stored["name"], requested["name"]
     if kinds[0] == "full":
         return True
     if not {*kinds} <= {"full", "random", "top_k", "top_p", "top_p_k"}:  # kd cannot compare those of plug-ins
-        return requested == held
+        return requested == stored
     if "random" in kinds:
-        return kinds == ("random", "random") and requested["draws"] <= held["draws"]
+        return kinds == ("random", "random") and requested["draws"] <= stored["draws"]
     # A truncation that sets no p or k needs it without limit.
-    return requested["name"] != "full" and all(requested.get(x, math.inf) <= held.get(x, math.inf) for x in "pk")
+    return requested["name"] != "full" and all(requested.get(x, math.inf) <= stored.get(x, math.inf) for x in "pk")
 
 
 def describe(value) -> str:
@@ -53,8 +53,8 @@ def check_manifest(manifest: dict) -> None:
 
     The words of its command are quoted again, since messages advise people to type them.
     """
-    if strange := [name for name in manifest["files"] if not NAME.fullmatch(name)]:
-        raise ValueError(f"{strange[0]} is no file of a store")
+    if foreign := [name for name in manifest["files"] if not NAME.fullmatch(name)]:
+        raise ValueError(f"{foreign[0]} is no file of a store")
     if missing := [f"of.{field}" for field in FIELDS if field not in manifest["of"]]:
         raise ValueError(f"it lacks {', '.join(missing)}")
     manifest["words"] = quote_words(manifest["words"])

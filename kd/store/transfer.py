@@ -58,19 +58,19 @@ def _begun(part: Path) -> dict:
 def upload(folder: Path, url: str) -> None:
     """Copy a complete store to a URL, the manifest last."""
     manifest = files.load_json(folder / "manifest.json")
-    there = read_json(files.download(url, folder, "manifest.json"))
-    if there and there["of"] != manifest["of"]:
+    remote_manifest = read_json(files.download(url, folder, "manifest.json"))
+    if remote_manifest and remote_manifest["of"] != manifest["of"]:
         raise UserError(
             option=url,
-            why=f"holds another store, of {there['of']['teacher']}",
+            why=f"holds another store, of {remote_manifest['of']['teacher']}",
             hint=f"choose another URL for the store in {folder}",
         )
-    if there:
+    if remote_manifest:
         return  # another machine was first
     remote = Remote(url, folder)
     try:
-        left = [name for name, note in manifest["files"].items() if not _is_sent(remote, name, note)]
-        for name in track([*left, "manifest.json"], f"copying to {url}"):
+        unsent = [name for name, note in manifest["files"].items() if not _is_sent(remote, name, note)]
+        for name in track([*unsent, "manifest.json"], f"copying to {url}"):
             remote.put(name)
     except UserError as error:
         raise UserError(
@@ -80,6 +80,6 @@ def upload(folder: Path, url: str) -> None:
         ) from error
 
 
-def _is_sent(there: Remote, name: str, note: dict) -> bool:
+def _is_sent(remote: Remote, name: str, note: dict) -> bool:
     """Return True if a file is at a URL already. Recorder.send writes a note after each file."""
-    return there.read(f"{name.partition('.')[0]}.json") == note
+    return remote.read(f"{name.partition('.')[0]}.json") == note

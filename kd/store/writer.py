@@ -47,8 +47,8 @@ def write(
     begin(folder, spec, about=about, shards=list(shards))
     if encoder.device.type == "cpu":
         disable_malloc_trim()
-    mine = dict(list(shards.items())[part[0] - 1 :: part[1]])
-    missing = {name: rows for name, rows in mine.items() if note_of(folder, name) is None}
+    own_shards = dict(list(shards.items())[part[0] - 1 :: part[1]])
+    missing = {name: rows for name, rows in own_shards.items() if note_of(folder, name) is None}
     work = _Files(folder, packed, encoder, batch, missing)
     if missing:
         print_cost(folder, encoder, packed, batch, work.rows)
@@ -57,8 +57,8 @@ def write(
         # First the files that no other process holds; then wait for the others, and write the files of dead ones.
         for wait in (False, True):
             for name in [*(["head", "validation"] if part[0] == 1 else []), *missing]:
-                with try_lock(folder / f".{name}.lock", wait) as held:
-                    if held and note_of(folder, name) is None:
+                with try_lock(folder / f".{name}.lock", wait) as is_locked:
+                    if is_locked and note_of(folder, name) is None:
                         work.write(name, progress)
     finally:
         progress.stop()
@@ -93,12 +93,12 @@ class _Files:
 
 def shard_ranges(rows: int, size: int, encoder: RowEncoder) -> dict[str, range]:
     """Return the rows of each shard. They depend on the data and the teacher only, so all writers use the same."""
-    most = SHARD_TOKENS // size
+    maximum = SHARD_TOKENS // size
     if encoder.truncate is None:
-        most = SHARD_BYTES // (encoder.dtype.itemsize * size * encoder.head.output.weight.shape[1])
-    each = max(1, min(most, -(-rows // SHARDS)))
-    starts = range(0, rows, each)
-    return {f"shard-{number:05}": range(first, min(first + each, rows)) for number, first in enumerate(starts)}
+        maximum = SHARD_BYTES // (encoder.dtype.itemsize * size * encoder.head.output.weight.shape[1])
+    per_shard = max(1, min(maximum, -(-rows // SHARDS)))
+    starts = range(0, rows, per_shard)
+    return {f"shard-{number:05}": range(first, min(first + per_shard, rows)) for number, first in enumerate(starts)}
 
 
 @contextmanager

@@ -132,10 +132,10 @@ class DistillationModule(lightning.LightningModule):
         metrics = self._metrics(terms, losses.tolist(), [fsdp.full_tensor(norm).item() for norm in norms], alpha)
         self.check_finite("train", metrics, batch, alpha)
         optimizer.step()
-        asked = sum(t.positions for t in terms if t.kd or self.teacher.trainable)
+        teacher_positions = sum(t.positions for t in terms if t.kd or self.teacher.trainable)
         self.last_step = StepReport(
             metrics, lr, alpha if self.teacher.distils else None, sum(t.target_tokens for t in terms),
-            sum(t.positions for t in terms), asked, rollout_tokens,
+            sum(t.positions for t in terms), teacher_positions, rollout_tokens,
         )  # fmt: skip
 
     def _metrics(
@@ -234,11 +234,11 @@ class DistillationModule(lightning.LightningModule):
                     self.student.head, features, part.labels[mask], kd_signal, kd / (kd + lm), observe, kd_mask
                 )
                 self.manual_backward(sums.total * ((kd + lm) / tokens))
-                seen = [sums.total.detach() * (kd + lm), sums.kd, sums.lm * (term.lm is not None)]
-                if (own := self.teacher.own_loss(part, mask, signal, self.objective)) is not None:
-                    self.manual_backward(own / tokens)
-                    seen.append(own.detach())
-                losses[: len(seen)] += torch.stack([x.to(losses.dtype) for x in seen]) / tokens
+                part_sums = [sums.total.detach() * (kd + lm), sums.kd, sums.lm * (term.lm is not None)]
+                if (teacher_loss := self.teacher.own_loss(part, mask, signal, self.objective)) is not None:
+                    self.manual_backward(teacher_loss / tokens)
+                    part_sums.append(teacher_loss.detach())
+                losses[: len(part_sums)] += torch.stack([x.to(losses.dtype) for x in part_sums]) / tokens
         return losses
 
     @torch.no_grad()
@@ -253,13 +253,13 @@ class DistillationModule(lightning.LightningModule):
 
         def measured(measure: Callable[[Target, int], Tensor]) -> Tensor:
             vocabulary, size = self.student.head.vocab, self.objective.chunk or default_chunk_size(self.student.head)
-            found = []
+            measures = []
             for part, mask in parts:
                 signals.append(self.teacher.signal(part, mask))
-                found += [measure(signals[-1](rows), vocabulary) for rows in chunks(int(mask.sum()), size)]
-            everyone = collectives.all_gather(torch.cat(found).cpu())
-            sizes.extend(map(len, everyone))
-            return torch.cat(everyone)
+                measures += [measure(signals[-1](rows), vocabulary) for rows in chunks(int(mask.sum()), size)]
+            all_ranks = collectives.all_gather(torch.cat(measures).cpu())
+            sizes.extend(map(len, all_ranks))
+            return torch.cat(all_ranks)
 
         selection = self.token_selection(measured) if self.token_selection else Selection()
         if sizes:
@@ -291,13 +291,13 @@ class DistillationModule(lightning.LightningModule):
         self, prefix: str, metrics: dict[str, float], batch: Batch | None = None, alpha: float | None = None
     ) -> None:  # fmt: skip
         """Raise NonFinite, with a report, if a metric is not finite. All ranks have to call it with equal metrics."""
-        wrong = [name for name, value in metrics.items() if not math.isfinite(value)]
-        if not wrong:
+        not_finite = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if not not_finite:
             return
         weights = {n: fsdp.full_tensor(p).abs().max().item() for n, p in self.student.named_parameters()}
         rows = collectives.all_gather(batch.row_ids.tolist()) if batch is not None else None
         raise NonFinite({
-            "what": f"{prefix}/{wrong[0]}",
+            "what": f"{prefix}/{not_finite[0]}",
             "step": self.global_step,
             "values": {k: str(v) for k, v in metrics.items()},
             "alpha": alpha,

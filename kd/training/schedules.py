@@ -18,7 +18,7 @@ def constant(progress: float, peak: float = 1.0, warmup: float = 0.0) -> float:
 
 
 def linear_increasing(progress: float, start: float = 0.0, peak: float = 1.0) -> float:
-    """From start to peak in a straight line. Its mean: (start + peak) / 2.
+    """Straight line from start to peak. Its mean: (start + peak) / 2.
 
     As alpha: language modelling first, then distillation, "Linear Inc" of Peng et al. 2024, arXiv 2410.16215, table 5.
     """
@@ -26,7 +26,7 @@ def linear_increasing(progress: float, start: float = 0.0, peak: float = 1.0) ->
 
 
 def linear_decreasing(progress: float, peak: float = 1.0, end: float = 0.0, warmup: float = 0.0) -> float:
-    """From peak to end in a straight line, after a warm-up from 0. The mean without it: (peak + end) / 2.
+    """Straight line from peak to end, after a warm-up from 0. The mean without it: (peak + end) / 2.
 
     As alpha: distillation first, then language modelling, "Linear Dec" of Peng et al. 2024, arXiv 2410.16215, table 5.
     """
@@ -37,7 +37,7 @@ def linear_decreasing(progress: float, peak: float = 1.0, end: float = 0.0, warm
 
 
 def cosine(progress: float, peak: float = 1.0, end: float = 0.0, warmup: float = 0.0) -> float:
-    """From peak to end along half a cosine, after a warm-up from 0. Loshchilov & Hutter 2016, arXiv 1608.03983.
+    """Half a cosine from peak to end, after a warm-up from 0. Loshchilov & Hutter 2016, arXiv 1608.03983.
 
     The mean without the warm-up: (peak + end) / 2.
     """

@@ -103,11 +103,13 @@ def fit_all(name: str, runs: list[Observation], notes: list[str], draws: int, se
         reasons.append("The distillation law cannot be fitted: it needs at least 2 teachers of different losses.")
     else:
         fits.distillation = fit_law(DISTILLATION, "", distilled, draws, seed, fits.supervised)
-    for axis, (where, some) in along_axes(supervised).items():
+    for axis, (constraint, some) in along_axes(supervised).items():
         if len(np.unique(column(some, axis))) < 4:
-            reasons.append(f"A power law over {axis} needs at least 4 values of it{where and f' for {where}'}.")
+            reasons.append(
+                f"A power law over {axis} needs at least 4 values of it{constraint and f' for {constraint}'}."
+            )
         else:
-            subset = f"over {axis}{where and f', {where}'}"
+            subset = f"over {axis}{constraint and f', {constraint}'}"
             fits.powers[axis] = fit_law(POWER, subset, some, draws, seed, axis=axis)
     return fits
 

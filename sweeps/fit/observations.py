@@ -160,19 +160,19 @@ def from_csv(path: Path) -> list[Observation]:
     return [from_line(line, number, f"{path}, line {number}") for number, line in lines]
 
 
-def from_line(line: dict[str, str], number: int, where: str) -> Observation:
+def from_line(line: dict[str, str], number: int, place: str) -> Observation:
     """Return the observation of a line of a CSV file."""
     given = {k: (line.get(k) or "").strip() for k in Observation._fields}
     given["run"] = given["run"] or str(number)
     try:
         values: dict[str, Any] = {k: (v or None) if k in TEXT else float(v) if v else None for k, v in given.items()}
     except ValueError as error:
-        raise UserError(option=where, why=error, need="a number") from None
+        raise UserError(option=place, why=error, need="a number") from None
     for name, value in values.items():
         if (value is None and name in REQUIRED) or (type(value) is float and not 0 < value < math.inf):
-            raise UserError(option=where, why=f"{name}={given[name] or 'nothing'}", need="a number above 0")
+            raise UserError(option=place, why=f"{name}={given[name] or 'nothing'}", need="a number above 0")
     if (values["teacher"] is None) is not (values["teacher_loss"] is None):
-        raise UserError(option=where, need="both teacher and teacher_loss, or neither")
+        raise UserError(option=place, need="both teacher and teacher_loss, or neither")
     for role in ("", "teacher_"):
         if values[f"{role}flops_per_token"] is None and values[f"{role}parameters"]:
             values[f"{role}flops_per_token"] = 2 * values[f"{role}parameters"]

@@ -73,9 +73,9 @@ def agreement_plot(fits: list[Fit]) -> go.Figure:
 
 def flops_per_token(runs: list[Observation]) -> Callable[[np.ndarray], np.ndarray]:
     """Return forward FLOPs per token over parameters, a straight line of logarithms between the measured sizes."""
-    known = sorted({(run.parameters, run.forward_flops) for run in runs})
-    n, per = np.log([x for x, _ in known]), np.log([f / x for x, f in known])
-    return lambda size: size * np.exp(np.interp(np.log(size), n, per))
+    measured = sorted({(run.parameters, run.forward_flops) for run in runs})
+    n, per_parameter = np.log([x for x, _ in measured]), np.log([f / x for x, f in measured])
+    return lambda size: size * np.exp(np.interp(np.log(size), n, per_parameter))
 
 
 def budgets(runs: list[Observation]) -> np.ndarray:

@@ -75,9 +75,9 @@ class Problem:
         return float(optimum.fun), optimum.x
 
     def optima(
-        self, misfits: np.ndarray, weights: np.ndarray | None = None, known: Sequence[np.ndarray] = (), tries: int = 30
+        self, misfits: np.ndarray, weights: np.ndarray | None = None, starts: Sequence[np.ndarray] = (), tries: int = 30
     ) -> list[np.ndarray]:
-        """Return optima, the best first, from `known` starts and from `tries` starts of the grid that suit the weights.
+        """Return optima, the best first, from `starts` and from `tries` starts of the grid that suit the weights.
 
         The first pass has a wide Huber loss, which is smooth, and the second the real one. With the published delta
         that is nearly the mean absolute error, and L-BFGS stops early at its kinks.
@@ -85,7 +85,8 @@ class Problem:
         weights = np.full(len(self.loss), 1 / len(self.loss)) if weights is None else weights
         order = np.argsort(misfits @ weights)
         suited = self.grid[order[:: max(1, len(order) // 300)]][:tries]  # not all from one corner of the grid
-        wide = sorted((self.solve(theta, weights, 1e-2) for theta in (*known, *suited)), key=lambda optimum: optimum[0])
+        solved = (self.solve(theta, weights, 1e-2) for theta in (*starts, *suited))
+        wide = sorted(solved, key=lambda optimum: optimum[0])
         distinct: list[np.ndarray] = []
         for _, theta in wide:
             if all(np.abs(theta - other).max() > 0.05 for other in distinct):

@@ -72,7 +72,7 @@ class ComputeTradeoff:
     low: np.ndarray  # [n] its 95% interval, from the bootstrap
     high: np.ndarray
     measured_up_to: float = np.inf  # most FLOPs at which it was run both ways; beyond, the laws are extrapolated
-    known: bool = True  # whether the cost of a teacher is
+    has_known_cost: bool = True  # of at least one teacher
 
     def ranges(self, beyond_noise: bool = False) -> list[tuple[float, float]]:
         """Return the FLOPs between which distillation wins, by the fit or by its whole interval."""
@@ -83,7 +83,7 @@ class ComputeTradeoff:
     def ranges_text(self, beyond_noise: bool = False) -> str:
         """Return the ranges as text, with † beyond the measured compute; unknown without cost or bootstrap."""
         unsure = beyond_noise and np.isnan(self.low).all() and not np.isnan(self.loss_reduction).all()
-        if not self.known or unsure:
+        if not self.has_known_cost or unsure:
             return "unknown"
         ranges = self.ranges(beyond_noise)
         return ", ".join(f"{a:.1e}–{b:.1e}{' †' * (b > self.measured_up_to)}" for a, b in ranges) or "nowhere"
@@ -175,7 +175,7 @@ def tradeoffs_of(fits: ScalingFits) -> list[ComputeTradeoff]:
                     low=low,
                     high=high,
                     measured_up_to=measured_up_to(fits, student[0], scenario),
-                    known=any(scenario.knows(teacher) for teacher in teachers),
+                    has_known_cost=any(scenario.knows(teacher) for teacher in teachers),
                 )
             )
     return tradeoffs

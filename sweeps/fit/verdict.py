@@ -27,11 +27,11 @@ def verdict(fits: ScalingFits) -> str:
 
 def irreducible_loss(fit: Fit, entropy: float | None) -> str:
     """Return E of the supervised law with its interval, beside the entropy of the data if that is known."""
-    known = f", entropy of the data {entropy:.3f}" if entropy else ""
+    entropy_note = f", entropy of the data {entropy:.3f}" if entropy else ""
     if "E" in fit.undetermined:
-        return f"the irreducible loss of language modelling cannot be told from these runs{known}"
+        return f"the irreducible loss of language modelling cannot be told from these runs{entropy_note}"
     interval = f" ({fit.interval_text('E')})" if fit.bootstrap else ""
-    return f"the irreducible loss of language modelling is {fit.coefficients['E']:.3f}{interval}{known}"
+    return f"the irreducible loss of language modelling is {fit.coefficients['E']:.3f}{interval}{entropy_note}"
 
 
 def ranges_text(tradeoff: ComputeTradeoff) -> str:

@@ -83,15 +83,15 @@ def colored(cells: list[list[Row | None]], paired: bool) -> dict:
         return row.group.required_mean().mean - levels.get(row.group.task, 0.0)
 
     z = [[height(row) for row in line] for line in cells]
-    known = [value for line in z for value in line if value is not None]
-    furthest = max(map(abs, known)) or 1
+    heights = [value for line in z for value in line if value is not None]
+    furthest = max(map(abs, heights)) or 1
     scale = [[0, rgba(BETTER, 0.8)], [0.5, rgba(BETTER, 0)], [0.5, rgba(WORSE, 0)], [1, rgba(WORSE, 0.8)]]
     bar = {"orientation": "h", "thickness": 8, "len": 0.7, "y": 0, "yref": "container", "yanchor": "bottom",
            "nticks": 4, "tickangle": 0, "outlinewidth": 0}  # fmt: skip
     return {
         "z": z, "x": list(range(len(z[0]))), "y": list(range(len(z))), "hoverinfo": "skip", "xgap": 2, "ygap": 2,
         "colorscale": scale if paired else [[0, rgba(BETTER, 0.8)], [1, rgba(BETTER, 0.05)]],
-        "zmin": -furthest if paired else min(known), "zmax": furthest if paired else max(known), "colorbar": bar,
+        "zmin": -furthest if paired else min(heights), "zmax": furthest if paired else max(heights), "colorbar": bar,
     }  # fmt: skip
 
 
@@ -134,13 +134,13 @@ def line_plots(table: list[Row]) -> list[Plot]:
     keys, plots = axes_of([row.group for row in rows]), []
     for key in keys:
         # A setting of another option, such as temperature.tau of normkd, is not on this axis but beside it.
-        on = [row for row in rows if type(axis_value(row.group, key)) is float]
-        off = [row for row in rows if axis_value(row.group, key) is None]
+        on_axis = [row for row in rows if type(axis_value(row.group, key)) is float]
+        off_axis = [row for row in rows if axis_value(row.group, key) is None]
         series: dict[str, list[Row]] = {}
-        for row in sorted(on, key=lambda row: axis_number(row.group, key)):
+        for row in sorted(on_axis, key=lambda row: axis_number(row.group, key)):
             series.setdefault(label(row.group.config, [k for k in keys if k != key]), []).append(row)
         if len(series) <= 6 and any(len(line) > 2 for line in series.values()):
-            plots.append(Plot(line_plot(key, series, off if len(off) <= 4 else []), key))
+            plots.append(Plot(line_plot(key, series, off_axis if len(off_axis) <= 4 else []), key))
     return plots
 
 

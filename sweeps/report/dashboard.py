@@ -17,7 +17,7 @@ from kd.runs.run import Run
 from sweeps.report.artifact import wandb_place
 from sweeps.report.report import Report
 
-TOLD_BY_OTHERS = (
+REDUNDANT_AXES = (
     "seed", "teacher_seed", "student", "teacher", "student_params_non_embedding", "teacher_params_non_embedding",
     "micro_batch", "steps",  # tokens have them
 )  # fmt: skip
@@ -30,7 +30,7 @@ def varying_axes(entries: list[Entry]) -> list[str]:
         for key, value in axes(entry.result["config"], sizes_of(entry.result)).items() if entry.result else ():
             values.setdefault(key, set()).add(value)
     return sorted(
-        (k for k in values if len(values[k]) > 1 and k not in TOLD_BY_OTHERS), key=lambda k: (-len(values[k]), k)
+        (k for k in values if len(values[k]) > 1 and k not in REDUNDANT_AXES), key=lambda k: (-len(values[k]), k)
     )
 
 

@@ -121,10 +121,12 @@ def describe_task(groups: list[Group]) -> str:
 
 def outcome_settings(config: dict) -> dict:
     """Return the settings that the result depends on, without the seed, and those of its teacher and start."""
-    made: tuple[str, ...] = ()
-    made += ("teacher",) if config["logits"] != "none" and (config["teacher.size"] or config.get("teacher.sft")) else ()
-    made += ("start", "plain") if config["data"] == "instructions" else ()  # which has the tokenizer of the plain text
-    prerequisites = whole_as_float({k: v for k, v in config.items() if is_under(k, made)})
+    prefixes: tuple[str, ...] = ()
+    if config["logits"] != "none" and (config["teacher.size"] or config.get("teacher.sft")):
+        prefixes += ("teacher",)
+    if config["data"] == "instructions":  # it has the tokenizer of the plain text
+        prefixes += ("start", "plain")
+    prerequisites = whole_as_float({k: v for k, v in config.items() if is_under(k, prefixes)})
     return {k: v for k, v in (prerequisites | identity_settings(config)).items() if k != "seed"}
 
 

@@ -52,8 +52,8 @@ def dots(table: list[Row], key: str, lines: Iterable[ReferenceLine] = (), width:
         return None
     labels = [folded(row.group.label, width) for row, _, _ in shown]
     lines = sorted((line for line in lines if key in line.values), key=lambda line: line.values[key])
-    top, tall = 18 * len(lines) + (48 if lines else 10), 14 + 17 * max(1 + text.count("<br>") for text in labels)
-    plot = blank(tall * len(shown) + top + 40, margin={"l": 8, "r": 20, "t": top, "b": 30}, dragmode=False)
+    top, line_height = 18 * len(lines) + (48 if lines else 10), 14 + 17 * max(1 + text.count("<br>") for text in labels)
+    plot = blank(line_height * len(shown) + top + 40, margin={"l": 8, "r": 20, "t": top, "b": 30}, dragmode=False)
     plot.update_layout(showlegend=False)
     for y, (row, seeds, mean) in enumerate(shown):
         hover = f"<b>{labels[y]}</b><br>%{{x:.4f}}"
@@ -71,15 +71,17 @@ def dots(table: list[Row], key: str, lines: Iterable[ReferenceLine] = (), width:
         )  # fmt: skip
     values = [x for _, seeds, _ in shown for x in seeds.values()]
     values += [mean.mean + sign * (mean.half or 0) for _, _, mean in shown for sign in (-1, 1)]
-    students, everything = padded(values), padded(values + [line.values[key] for line in lines])
-    plot.update_xaxes(range=everything, zeroline=False, fixedrange=True, nticks=6 if width > 20 else 4, tickangle=0)
+    students, with_references = padded(values), padded(values + [line.values[key] for line in lines])
+    plot.update_xaxes(
+        range=with_references, zeroline=False, fixedrange=True, nticks=6 if width > 20 else 4, tickangle=0
+    )
     plot.update_yaxes(range=[len(shown) - 0.5, -0.5], tickvals=list(range(len(shown))), ticktext=labels)
     plot.update_yaxes(automargin=True, showgrid=False, zeroline=False, fixedrange=True, ticklabelstandoff=8)
     label_width = 7 * max(len(line) for text in labels for line in text.split("<br>"))
     for level, line in enumerate(lines):
-        draw_reference(plot, line, key, everything, level, label_width)
+        draw_reference(plot, line, key, with_references, level, label_width)
     if lines:
-        ranges = {"everything": [{"xaxis.range": everything}], "students only": [{"xaxis.range": students}]}
+        ranges = {"everything": [{"xaxis.range": with_references}], "students only": [{"xaxis.range": students}]}
         plot.update_layout(updatemenus=buttons(18 * len(lines) + 8, ranges, "relayout"))
     return plot
 
@@ -126,8 +128,8 @@ def learning_curves(table: list[Row], lines: list[ReferenceLine]) -> go.Figure |
         place = {"x": 1, "xref": "paper", "xanchor": "right", "y": y, "yanchor": "bottom"}
         plot.add_annotation(text=escape(line.label), showarrow=False, font={"size": 12}, **place)
     # The first steps would take nearly all of the height.
-    later = [loss for _, curve in drawn for _, _, loss in curve[len(curve) // 3 :]]
-    plot.update_yaxes(title="loss, nats per token", range=padded(later + levels), zeroline=False)
+    later_losses = [loss for _, curve in drawn for _, _, loss in curve[len(curve) // 3 :]]
+    plot.update_yaxes(title="loss, nats per token", range=padded(later_losses + levels), zeroline=False)
     plot.update_xaxes(title={"text": "tokens", "standoff": 4}, zeroline=False)
     choices = {}
     for i, name in enumerate(("tokens", "FLOPs")):

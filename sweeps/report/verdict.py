@@ -146,5 +146,5 @@ def percent(share: Interval) -> str:
 
 def shortened(names: list[str]) -> str:
     """Join names; only the first ones if they are many."""
-    kept = MOST_NAMED - 1
-    return join_words(names if len(names) <= MOST_NAMED else [*names[:kept], f"{len(names) - kept} more"])
+    shown = MOST_NAMED - 1
+    return join_words(names if len(names) <= MOST_NAMED else [*names[:shown], f"{len(names) - shown} more"])

@@ -61,7 +61,7 @@ def config_of(*words: str) -> ExperimentConfig:
 
 
 def given(node: dict) -> dict:
-    """Its arguments; record.path is not for the truncation."""
+    """Return the arguments of a component in a config. record.path is no argument of the truncation."""
     notes = ("_target_", *(["path"] if "truncation" in node["_target_"] else []))
     return {k: v for k, v in node.items() if k not in notes}
 
@@ -421,7 +421,7 @@ class Payload:
 
 
 def hostile(folder: Path) -> dict[str, dict]:
-    """What would make the file `canary`, or end this process, or reach what is not an option, if it were run."""
+    """Return hostile nodes: if run, they create the file `canary`, end this process, or reach what is no option."""
     touch = {"command": f"touch {folder}/canary"}
     system = {"_target_": "os.system", **touch}
     unpickled = {"f": f"{folder}/evil.pt", "weights_only": False}

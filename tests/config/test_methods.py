@@ -169,7 +169,7 @@ def words(root):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_components_of_every_method_are_built(root, words, method):
-    """Its loss, on what its rollout and routing tell, has a finite gradient."""
+    """Prepare each method. Its loss, with the token information of its rollout and routing, has a finite gradient."""
     components = prepare(small_config(root, f"method={method}", *words))[1]
     assert components.objective and components.rollout
 

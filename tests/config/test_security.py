@@ -269,7 +269,7 @@ def sharded(tmp_path) -> Path:
 
 
 def state(scale: float = 1.0) -> dict:
-    """Of a model and its optimizer; with scale=0 what is to be filled."""
+    """Return the state of a model and its optimizer; scale=0 gives the tensors that loading fills."""
     group = {"lr": 0.1 * scale, "betas": (0.9 * scale, 0.5), "foreach": None, "params": ["a"]}
     weights = {"a": scale * torch.arange(6.0).view(2, 3), "b": scale * torch.ones(2, dtype=torch.bfloat16)}
     moments = {"a": {"step": torch.tensor(3.0 * scale)}}
@@ -532,7 +532,7 @@ NAMES = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKE
 
 
 def contents(path: Path) -> bytes:
-    """Of a file, with what is compressed in it."""
+    """Return the bytes of a file, and of everything that is compressed in it."""
     raw = path.read_bytes()
     found = [raw]
     if raw[:2] == b"\x1f\x8b":

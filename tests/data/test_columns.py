@@ -1,4 +1,4 @@
-"""What belongs to an example is used, refused or counted, whatever its columns and keys are called."""
+"""Columns and keys of examples: each is used, refused or counted, whatever its name."""
 
 import inspect
 import json
@@ -211,7 +211,7 @@ def test_turns_that_are_learned(tmp_path, learn):
     assert [turn.learned for turn in made.turns] == [False, learn == "all", False, True]
     assert made.unlearned == ({} if learn == "all" else {"earlier": 1})
     assert [len(before) for before, _ in made.rows()] == ([1, 3] if learn == "all" else [3])
-    assert made.asked == ("Hi" if learn == "all" else "Hi Hello And?")
+    assert made.split_text == ("Hi" if learn == "all" else "Hi Hello And?")
 
 
 @pytest.mark.parametrize("learn", ["last", "all"])
@@ -221,7 +221,7 @@ def test_a_greeting_before_the_first_prompt_is_context(tmp_path, learn):
         made = first(tmp_path, {"messages": [*before, ONE, TWO]}, turns=learn)
         assert [turn.learned for turn in made.turns] == [False] * (len(before) + 1) + [True]
         assert made.unlearned == {"no_prompt": before.count(greeting)}
-        assert made.asked == " ".join([*(m["content"] for m in before), "Hi"])
+        assert made.split_text == " ".join([*(m["content"] for m in before), "Hi"])
     assert first(tmp_path, {"messages": [greeting, ONE]}, turns=learn).left_out == "no_response"
     assert first(tmp_path, {"messages": [greeting, ONE, TWO | {"weight": 0}]}, turns=learn).left_out == "weight"
     assert first(tmp_path, {"messages": [SYSTEM, greeting]}, turns=learn).left_out == "no_prompt"

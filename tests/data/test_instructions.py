@@ -42,7 +42,7 @@ from tests.small import outcome
 
 
 class Short(NamedTuple):
-    """What matters of a simple example."""
+    """Turns and response of a simple example."""
 
     turns: tuple[tuple[str, str], ...]
     response: str = ""
@@ -76,7 +76,7 @@ CHAT = (
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
-    """Of the library, which keeps what it has read."""
+    """Give `datasets` an empty cache, since it keeps the files that it has read."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -95,7 +95,7 @@ def tokenizer(pre=None, **of) -> PreTrainedTokenizerFast:
 
 
 def pairs(*texts: tuple[str, str], prompt_len: int = 6, template: str | None = "plain") -> corpora.Corpus:
-    """Of prompts and responses."""
+    """Return a corpus of prompts and responses."""
     examples = [Example.from_texts(("user", prompt), response=response) for prompt, response in texts]
     found = corpora.Corpus(lambda: examples, {"of": sorted(texts)})
     return replace(found, pairs=corpora.Pairs(template, prompt_len))
@@ -112,7 +112,7 @@ def pack(tmp_path: Path, *texts: tuple[str, str], **of) -> Packed:
 
 
 def said(packed: Packed) -> list[tuple[str, str, int, int]]:
-    """Of each row, on both sides: the prompt, what counts of the rest, and how many of it are ends."""
+    """Return for each row, on both sides: prompt, response, number of end tokens, and number of target tokens."""
     fast, found = AutoTokenizer.from_pretrained(packed.tokenizer), []
     for rows, spans in ((packed.train, packed.train_spans), (packed.val, packed.val_spans)):
         batch = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans)
@@ -678,7 +678,7 @@ def test_functions_are_there_once_and_files_that_are_no_python_are_left_out():
 
 @pytest.fixture(scope="module")
 def library() -> list[Example]:
-    """Of every tenth file, and of that of a function that is known here; of all it would take its time."""
+    """Return the functions of every tenth file and of sysconfig, as those of all files would take too long."""
     files = corpora.standard_library()
     return functions([*files[::10], inspect.getsource(sysconfig)])
 
@@ -690,7 +690,7 @@ def test_functions_of_the_standard_library(library):
 
 
 def test_prompt_and_response_have_the_tokens_of_the_text_that_they_are(library, tmp_path):
-    """As a model of plain text would read it: no tokenizer of bytes joins what a docstring separates."""
+    """Compare with the tokens of plain text: no byte-level tokenizer joins the two parts around a docstring's end."""
     made = packing.pack(replace(instructions.instructions(256), load=lambda: library), tmp_path, vocab=2000, val_rows=9)
     fast = AutoTokenizer.from_pretrained(made.tokenizer)
     sample = library[::3]
@@ -701,7 +701,7 @@ def test_prompt_and_response_have_the_tokens_of_the_text_that_they_are(library, 
 
 
 def test_functions_are_on_the_side_of_their_file():
-    """What is measured on was not read by a student that was pre-trained on the plain text."""
+    """Check that pre-training on the plain text reads no validation rows."""
     side = TrainValSplit(0.5)
     sources = [SOURCE.replace("twice", f"{i} times") for i in range(20)]
     sides = {source: side(source) for source in sources}
@@ -819,7 +819,7 @@ def test_a_store_holds_responses_and_no_more(root):
 
 @pytest.mark.parametrize("start", [("start=scratch",), ("start=pretrained",), ("start=sft", "start.sft_steps=2")])
 def test_the_words_of_a_store_describe_that_store(root, start):
-    """They name what decides the tokenizer, and how the teacher was pretrained."""
+    """Read the store's words again: they name the settings of the tokenizer and of the teacher's pre-training."""
     (root / "plain.txt").write_text("A line of text.\n\n" * 9)
     more = (*start, *(["start.steps=7", "start.lr=1e-3"] if "start=scratch" not in start else []))
     made = config(root, *OFFLINE, *more, "plain=text", f"plain.files={root / 'plain.txt'}")
@@ -829,7 +829,7 @@ def test_the_words_of_a_store_describe_that_store(root, start):
 
 
 def test_a_store_of_other_prompts_is_another(root):
-    """The same rows, of which other tokens are asked: what is now to be learned may not be stored."""
+    """Change the targets of the same rows: the store may lack their new target tokens."""
     made = config(root, *OFFLINE)
     packed, _ = prerequisites.prepare(made)
     for part in ("train_spans.npy", "val_spans.npy"):

@@ -1,4 +1,4 @@
-"""From documents to batches: what goes where depends on content, seed and step alone, and is the same each time."""
+"""Path from documents to batches: each row depends on content, seed and step alone, and is the same each time."""
 
 import json
 import multiprocessing
@@ -313,7 +313,7 @@ def test_validation_is_the_same_for_any_amount_of_training_text(tmp_path):
 
 def test_fewer_tokens_of_a_markov_chain_are_a_part_of_more(tmp_path):
     def made(tokens: int) -> Packed:
-        """As train.py does it: each function takes what it has a parameter for."""
+        """Pack like train.py: each function takes the settings that it has parameters for."""
         node = {"seq_len": 16, "states": 8, "branching": 3, "size": 40_000, "tokens": tokens, "val_rows": 8}
         source = markov(**components.checked(markov, node, "data"))
         return packing.pack(source, tmp_path, **components.checked(packing.pack, node, "data"))
@@ -385,7 +385,7 @@ def test_data_from_before_bytes_were_counted_is_said_to_be(cache, packed, capsys
 
 
 def test_bytes_per_token_of_a_text_that_is_normalised(packed, tmp_path):
-    """What a tokenizer drops, and what it does not tell the place of, are bytes of the text all the same."""
+    """Count all bytes: also those that a tokenizer drops, or whose place it does not report."""
     fast = PreTrainedTokenizerFast.from_pretrained(packed.tokenizer)
     text = "  A  b \n"
     counts = tokenizer.byte_counts(text, fast(text)["input_ids"], fast)
@@ -501,7 +501,7 @@ def test_a_row_that_a_bos_fills_is_refused(packed, tmp_path):
 
 
 def test_ids_with_holes_are_no_smaller_vocabulary(packed, tmp_path):
-    """As where tokens were taken out, or added behind a padding: the largest id counts, and not how many there are."""
+    """Leave ids unused, as a tokenizer with removed tokens: the largest id counts, not the number of tokens."""
     fast = PreTrainedTokenizerFast.from_pretrained(packed.tokenizer)
     state = json.loads(fast.backend_tokenizer.to_str())
     vocabulary = state["model"]["vocab"]

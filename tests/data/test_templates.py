@@ -1,4 +1,4 @@
-"""What is packed is what the chat template writes, and nothing but the settings decides what that is."""
+"""Chat templates: rows are packed as the template writes them, and depend on nothing but the settings."""
 
 import datetime
 import json
@@ -366,4 +366,4 @@ def test_turns_and_keys_are_part_of_the_order():
     plain = Example.from_texts(("user", "a"), response="b")
     assert plain.content == str(((("user", "a"),), "b", False))
     other = plain._replace(turns=(Turn("user", "a", {"name": "x"}), plain.turns[1]))
-    assert other.content != plain.content and other.asked == plain.asked == "a"
+    assert other.content != plain.content and other.split_text == plain.split_text == "a"

@@ -1,4 +1,4 @@
-"""What trained models write, and its measures: by hand, against plain loops, and in runs that are killed meanwhile."""
+"""Responses of trained models and their metrics: by hand, against plain loops, and in runs that are killed."""
 
 import json
 import shutil
@@ -74,7 +74,7 @@ def test_rouge_l_counts_every_script(name):
 
 
 def test_rouge_l_of_latin_text_is_that_of_rouge_score():
-    """As papers print it; beside words of a-z it drops letters with accents, and signs, and so does kd."""
+    """Compare with the package that papers use: it drops letters with accents, and signs, and so does kd."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
@@ -178,7 +178,7 @@ def test_a_student_that_is_its_teacher_has_no_gap():
 
 @dataclass
 class Prompts:
-    """What a callback needs of packed data."""
+    """Packed data, as far as the callback reads it."""
 
     val: np.ndarray
     val_spans: np.ndarray
@@ -223,7 +223,7 @@ def test_where_memory_runs_out_fewer_rows_are_written_at_once_and_the_same(monke
 
 
 def test_ranks_share_the_rows_and_those_without_one_take_part(monkeypatch):
-    """Of models in shards all ranks must ask for as many batches as any, so some of them hold nothing that counts."""
+    """Give every rank of a sharded model as many batches as any other, so some batches hold no target."""
     expected, found = asked(samples=3)._write(model(), "test", False), []
     for rank in range(4):
         monkeypatch.setattr(collectives, "world_size", lambda: 4)
@@ -242,7 +242,7 @@ def test_ranks_share_the_rows_and_those_without_one_take_part(monkeypatch):
 
 
 def words_of(root: Path, *words: str) -> list[str]:
-    """What is typed behind the small settings for a run on the examples of a root."""
+    """Return the words, after the small settings, for a run on the examples of a root."""
     return ["data=instructions", f"data.files={root / 'examples.jsonl'}", "data.seq_len=32", "data.vocab=300",
             "data.val_rows=6", "data.val_share=0.2", "data.template=plain", "plain=text",
             f"plain.files={root / 'plain.txt'}", "start=pretrained", "start.steps=4", *words]  # fmt: skip
@@ -301,7 +301,7 @@ def test_measures_of_a_run_are_those_of_its_file(root, student):
 
 
 def test_a_teachers_responses_are_those_of_its_own_run_and_written_once(root, student, monkeypatch):
-    """The same draws, weights and settings: what it writes for a student is what it wrote when it was made."""
+    """Compare the teacher's responses in a student's run with those of its own run: draws and weights are the same."""
     (own,) = (p.parent for p in root.glob("lm-*/responses.jsonl"))
     assert [row["response"] for row in lines(own)] == [row["teacher"] for row in lines(student)]
     assert "teacher" not in lines(own)[0] and not (own / "exaccerr.json").exists()

@@ -52,7 +52,7 @@ def test_disk_before_is_that_of_the_model_and_the_store(taught, tmp_path):
 
 @pytest.mark.parametrize("words", [("truncation=top_k", "truncation.k=1"), ("truncation=full",)], ids=lambda w: w[0])
 def test_disk_of_a_store_is_that_of_its_output_layer_too(tmp_path, words):
-    """In the precision that it is stored in, whatever is kept."""
+    """Compare with the files, in the precision of the store, for every truncation."""
     words = ("data.states=400", "teacher.steps=1", "trainer.precision=bf16", *words)
     stored = next(said for name, said in of(tmp_path, "logits=offline", *words).items() if name.startswith("store"))
     size = sum(p.stat().st_size for p in write(tmp_path, *words).folder.glob("*.safetensors"))
@@ -102,7 +102,7 @@ def test_rows_that_do_not_fit_are_halved_as_in_a_run(tmp_path, monkeypatch):
 
 
 def test_a_teacher_that_is_loaded_is_counted(tmp_path):
-    """To be compared with, beside language modelling alone, too; what reads a store has none."""
+    """Count the teacher's memory for language modelling too, where it serves as a reference."""
     alone, beside, taught = (
         list(of(tmp_path, *words, "trainer.steps=3").values())[-1].memory
         for words in (("logits=none", "teacher=none"), ("logits=none", "teacher=10m"), ("logits=online", "teacher=10m"))

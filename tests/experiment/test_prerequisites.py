@@ -78,7 +78,7 @@ def test_stages_are_runs_that_are_made_once(root, words, made):
 
 
 def test_a_student_starts_from_the_weights_of_its_stage(root, words):
-    """With a learning rate of 0 it stays where it starts."""
+    """Train at a learning rate of 0: the student keeps the weights of its start."""
     still = here(root, *words, *SFT, "lr.peak=0")
     sft = Plan.of(before(small_config(root, *words, *SFT))).run.folder
     a, b = (load_file(run / "student" / "model.safetensors") for run in (still, sft))
@@ -146,7 +146,7 @@ def test_stages_are_part_of_what_a_run_is(root, words):
 
 
 def estimated(root, *more) -> planner.Estimate:
-    """What plan=true says of the run itself."""
+    """Return the estimate of plan=true for the run itself."""
     told = small_config(root, *more)
     return list(planner.estimate(told).values())[-1]
 
@@ -260,7 +260,7 @@ def test_what_a_teacher_wrote_is_written_once_and_learned_from(root, words, made
 
 
 def test_a_teacher_that_was_killed_while_it_wrote_goes_on(root, words, made, tmp_path, monkeypatch):
-    """What was written stays, a file that was torn is written again, and all of it is as if nothing had happened."""
+    """Continue: complete files stay, a torn file is written again, and the result equals that of an undisturbed run."""
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     for folder in (undisturbed, killed):
         for name in ("data", *(p.name for p in root.glob("lm-100k-*"))):

@@ -228,7 +228,7 @@ def test_damaged_teacher_is_named_and_not_used(begun):
 
 
 def test_a_signal_that_python_loses_is_not_forgotten():
-    """As one that comes within a callback of the garbage collector or of an import."""
+    """Lose the exception, as in a callback of the garbage collector or of an import."""
     asked = Requests()
     with pytest.raises(Preempted):
         asked._received(signal.SIGTERM, None)

@@ -47,7 +47,7 @@ def root(whole, tmp_path) -> Path:
 
 
 def outcome(run: Path) -> tuple[list[dict], bytes]:
-    """What was measured, and the student; without what the teacher's forward passes cost, of which a store has none."""
+    """Return metrics and student of a run. FLOPs are left out, since a store needs no forward passes of the teacher."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "flops"} for line in lines], weights(run)
 
@@ -57,7 +57,7 @@ def weights(run: Path) -> bytes:
 
 
 def both(root: Path, *words: str) -> tuple[Path, Path]:
-    """The same run online and offline."""
+    """Train the same run online and offline."""
     return here(root, "logits=online", *words), here(root, "logits=offline", *words)
 
 
@@ -217,7 +217,7 @@ def mean_slope(made: list[Target], student: torch.Tensor) -> torch.Tensor:
 
 
 def error(draws: int) -> torch.Tensor:
-    """Its standard error [N, V]: the gradient is student - count / draws."""
+    """Return the standard error of the gradient [N, V], which is student - count / draws."""
     p = heavy(ROWS * SIZE, V).logp.exp()
     return (p * (1 - p) / (draws * TIMES)).sqrt()
 
@@ -273,7 +273,7 @@ def test_fewer_draws_of_a_store_are_some_of_those_it_holds(root):
 
 
 def test_top_k_wants_the_head_larger_than_it_is():
-    """Its known bias (Anshumann et al. 2025, arXiv 2503.16870, section 3): a student that is right is pulled away."""
+    """Measure the bias of top-k (Anshumann et al. 2025, arXiv 2503.16870, section 3) on a student that is right."""
     target = heavy(ROWS * SIZE, V)
     cut = renormalise(stored(target, "top_k", k=5))
     pull = -gradient(lambda z: LOSSES["fkl"](z.log_softmax(-1), cut), target.logp)
@@ -300,7 +300,7 @@ def test_no_teacher_is_loaded_once_the_store_is_there(root, monkeypatch):
 
 
 def test_measures_of_a_student_are_those_it_has_online(root):
-    """The same student, measured once against the teacher and once against a store of draws."""
+    """Validate one student against the teacher, and against a store of draws."""
     online, offline = (here(root, how, *RANDOM, "alpha.peak=0") for how in ("logits=online", "logits=offline"))
     assert weights(online) == weights(offline)
     a, b = result(online)["final"], result(offline)["final"]
@@ -332,7 +332,7 @@ def test_runs_of_many_kinds_read_one_store(root, monkeypatch):
 
 
 def test_a_rank_composes_no_config(root, monkeypatch):
-    """It is given a config, and Hydra is not there; what a store is to hold is asked of who writes it alone."""
+    """Run fit() without Hydra, as a rank does. Only the writer of a store needs the store's settings."""
     given, real = [], fit.fit
     monkeypatch.setattr(fit, "fit", lambda *of: given.append(of) or {})
     here(root, "logits=offline", "record=top_k", "record.k=5", "trainer.steps=2", *TOP)

@@ -96,7 +96,7 @@ def same(root: Path, made: Path) -> None:
 
 
 def asked(root: Path) -> bool:
-    """Whether the run that is held has heard that it is to end."""
+    """Return True if the held run has received the signal to end."""
     return "the last whole step is saved" in (runs(root)["seed=0"] / "log.txt").read_text()
 
 

@@ -28,7 +28,7 @@ def searched(tmp_path_factory):
 
 
 def trials(root) -> dict[str, tuple[tuple[str, ...], float]]:
-    """What was tried, and what came out."""
+    """Return the options and the validation loss of each trial."""
     lines = json.loads(listed(root).read_text())["runs"]
     words = {line["run"]: tuple(w for w in line["overrides"] if w[:3] in ("lr.", "los")) for line in lines}
     return {run: (axes, result(root / run)["final"]["val/lm"]) for run, axes in words.items()}

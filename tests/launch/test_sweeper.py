@@ -200,7 +200,7 @@ SHORT = {  # what makes the runs of a sweep short; trainer.steps=2 for the other
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """Where the data are made once."""
+    """Folder in which the data is packed once."""
     return tmp_path_factory.mktemp("sweeps")
 
 

@@ -83,7 +83,7 @@ def test_each_end_is_told_as_that_of_a_process_and_harms_no_other(tmp_path, prog
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path, program):
-    """Where done() finds the program, for tests that have two sets of runs."""
+    """Put the program where done() finds it, for tests with two sets of runs."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "program.py").symlink_to(program)

@@ -115,7 +115,7 @@ def saved(tmp_path_factory) -> Path:
 
 
 def test_pretrained_models_have_no_dropout(saved):
-    """In train mode they say what they said when they wrote."""
+    """Compare logits: train mode and evaluation mode give the same."""
     assert CONFIGS["gpt2"].resid_pdrop == CONFIGS["opt"].dropout == 0.1
     for name in ("gpt2", "opt"):
         model = causal_lm.build_model(None, str(saved / name), V, T, "student.name").model
@@ -481,7 +481,7 @@ CHAT = (
 
 
 def ends(folder: Path) -> tuple:
-    """What config.json and generation_config.json name, and what plain transformers loads."""
+    """Return the end tokens that config.json and generation_config.json name, and that plain transformers loads."""
     files = [json.loads((folder / "student" / f"{name}.json").read_text()) for name in ("config", "generation_config")]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder / "student")
     values = [*(file.get("eos_token_id") for file in files), loaded.generation_config.eos_token_id]
@@ -547,7 +547,7 @@ def test_quantised_weights_are_refused_by_name(llama, method, make):
 
 
 class Odd(Exception):
-    """Of a library."""
+    """Error of a library."""
 
 
 @pytest.mark.parametrize("error", [ImportError("needs x"), AttributeError("no y"), KeyError("z"), Odd("strange\nmore")])
@@ -622,7 +622,7 @@ def test_an_adapter_without_peft_says_what_to_install(adapter, monkeypatch):
 
 
 def test_an_adapter_is_merged_into_its_model(saved, adapter, monkeypatch):
-    """With PEFT, or with something that does for this one adapter what PEFT would."""
+    """Merge with PEFT, or with a stand-in that merges this one adapter."""
     weights = load_file(adapter / "adapter_model.safetensors")
     expected = build(saved / "llama")
     with torch.no_grad():

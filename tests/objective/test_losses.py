@@ -372,7 +372,7 @@ class Sequences:
         return gradient(mean, self.student)
 
     def true_gradient(self) -> torch.Tensor:
-        """Of KL(student || teacher) over sequences."""
+        """Return the gradient of KL(student || teacher) over sequences."""
         log_p = self.of_tokens(self.teacher).sum(-1)
 
         def kl(table: torch.Tensor) -> torch.Tensor:
@@ -394,7 +394,7 @@ def test_minillm_is_the_gradient_of_rkl_over_sequences():
 
 @pytest.mark.parametrize("share", [0.2, 0.9])
 def test_importance_makes_up_for_what_the_teacher_drew(share):
-    """For responses of one token exactly: E over p~ of w A grad log q is E over q of A grad log q."""
+    """Responses of one token, exactly: E over p~ of w A grad log q is E over q of A grad log q."""
     q, p = logits(1, 1), logits(2, 1)
     mixture = share * p.softmax(-1) + (1 - share) * q.softmax(-1)
     every = torch.arange(V)
@@ -448,7 +448,7 @@ def test_fkl_is_the_target_term_and_the_others_share_of_the_diversity_term(form)
 
 
 def test_terms_are_those_of_softmaxes_without_the_true_token():
-    """As in the authors' code, over a whole vocabulary."""
+    """Compare with the authors' formula over a whole vocabulary."""
     target, student = dense(logits(1)), logits(2)
     tkd, dkd = losses._decoupled_kl(student.log_softmax(-1), target)
     for n, label in enumerate(target.label.tolist()):
@@ -460,7 +460,7 @@ def test_terms_are_those_of_softmaxes_without_the_true_token():
 
 @pytest.mark.parametrize(("teacher", "student"), [(100.0, 0.0), (0.0, 100.0), (100.0, 100.0), (100.0, -100.0)])
 def test_terms_of_a_sure_teacher_or_student_are_finite_and_have_gradients(teacher, student):
-    """In float32, where 1 - p of the true token is 0 to the last digit."""
+    """Compute in float32, where 1 - p of the true token is 0 to the last digit."""
     at = torch.eye(1, V)
     p, q = logits(1, 1, dtype=torch.float32) + teacher * at, logits(2, 1, dtype=torch.float32) + student * at
     target = dense(p)
@@ -486,7 +486,7 @@ def test_the_true_token_alone_is_all_target_term():
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in option_files("loss")))
 def test_a_loss_reads_the_token_information_that_it_declares(name):
-    """With all of it the loss is computed, and without any one field it cannot be."""
+    """Compute the loss with all declared fields; without any one of them it fails."""
     target, student = dense(logits(1)), logits(2).log_softmax(-1)
     needed = {field: target.token_info.provided()[field] for field in token_info.needs(name)}
     whole = LOSSES[name](student, target)

@@ -33,7 +33,7 @@ PARTIAL = {name: form for name, form in FORMS.items() if "rest" not in name}
 
 
 def cut(label: int) -> Target:
-    """Of 0.4, 0.3, 0.2 and 0.1 on tokens 2, 0, 3 and 1, the first two."""
+    """Return the first two of 0.4, 0.3, 0.2 and 0.1 on tokens 2, 0, 3 and 1."""
     logp = torch.tensor([[0.4, 0.3]], dtype=torch.float64).log()
     return Target(torch.tensor([label]), logp, torch.tensor([[2, 0]]))
 

@@ -1,4 +1,4 @@
-"""Which tokens are distilled does not depend on how a step is cut into chunks, micro-batches and ranks."""
+"""Token selection: independent of chunks, micro-batches and ranks."""
 
 import math
 import shutil
@@ -29,7 +29,7 @@ ROWS, T, V = 6, 5, 17
     [(0.0, []), (0.2, [3]), (0.4, [1, 3]), (0.5, [1, 3]), (0.6, [0, 1, 3]), (1.0, [0, 1, 2, 3, 4])],
 )
 def test_the_surest_go_first_by_hand(share, expected):
-    """Of equals, the first in the batch."""
+    """Select by hand; among equals the first in the batch goes first."""
     selection = option("routing", "entropy", share=share)(lambda measure: torch.tensor([0.5, 0.1, 2.0, 0.0, 0.5]))
     assert selection.token_info == TokenInfo()
     assert (~selection.kd_mask).nonzero().flatten().tolist() == expected
@@ -147,7 +147,7 @@ def step(of: Module, given: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 def asked_for(of: Module, given: Batch) -> torch.Tensor:
-    """Which of the counted positions are distilled."""
+    """Return a mask of the target positions that are distilled."""
     parts = [(part, part.labels != IGNORE) for part in given.split(of.micro_batch_size)]
     return torch.cat([selection.kd_mask for selection in of.select_tokens(parts)[1]])
 
@@ -209,7 +209,7 @@ def test_atkd_of_each_micro_batch_would_be_another():
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 6])
 def test_what_a_rollout_knows_reaches_the_loss(micro_batch):
-    """Beside what the routing says, for the positions that count."""
+    """Combine the rollout's token information with that of the routing, at target positions."""
     by_student = (torch.arange(ROWS) % 2)[:, None].expand(ROWS, T).float()
     given = batch()._replace(token_info=TokenInfo(by_student=by_student))
     of = made(micro_batch, 7, loss="distillm2")
@@ -296,7 +296,7 @@ def test_none_routed_is_the_plain_run(root):
 
 
 def test_a_store_of_a_part_routes_nearly_as_the_teacher(root):
-    """By the entropy that what it holds can have at most."""
+    """Select by the largest entropy that the stored entries allow."""
     found = {}
     real = module.DistillationModule.select_tokens
     for how in ("online", "offline"):

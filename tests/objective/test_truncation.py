@@ -42,7 +42,7 @@ def four(*p: float) -> Target:
 
 
 def copies(seed: torch.Tensor, columns: int = V) -> Target:
-    """The same position len(seed) times, under different seeds."""
+    """Return one position len(seed) times, under different seeds."""
     logp = logits(1, 1, columns).log_softmax(-1).expand(len(seed), columns)
     return Target(torch.zeros_like(seed), logp, seed=seed)
 
@@ -57,7 +57,7 @@ def by_sorting(p: np.ndarray, nucleus: float = 1.0, k: int = V) -> np.ndarray:
 
 
 def odds(counts: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of counts at least this far from what is expected, by a chi-square test."""
+    """Return the probability of counts at least this far from the expected ones, by a chi-square test."""
     chi2 = ((counts - expected) ** 2 / expected).sum().double()
     return torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2, dtype=torch.float64), chi2 / 2).item()
 

@@ -1,4 +1,4 @@
-"""What models write: beside Hugging Face, beside the probabilities of a whole forward pass, and by count."""
+"""Generated text: against Hugging Face, against the probabilities of a whole forward pass, and by count."""
 
 import math
 from itertools import product
@@ -186,7 +186,7 @@ COUNT = 4000
 
 
 def counts(**given) -> torch.Tensor:
-    """How often each token came first after one prompt, of COUNT times."""
+    """Return the count of each token as the first after one prompt, in COUNT samples."""
     one = batch([6])
     many = Batch(*(x.expand(COUNT, *x.shape[1:]).clone() for x in one[:4]))
     labels = sample(many, END, seeds(COUNT), max_tokens=1, **given).labels[:, 5]
@@ -237,7 +237,7 @@ def test_what_tokens_are_drawn_from_is_that_of_hugging_face(temperature, top_k, 
 
 
 def test_importance_is_of_what_was_drawn_from():
-    """At another temperature too: its mean over what is drawn is 1, and that of any f is its mean under the student."""
+    """Sample at another temperature: importance has mean 1, and importance * f has the mean of f under the student."""
     made = model("llama", 2, VOCAB)
     one = batch([6])
     many = Batch(*(x.expand(COUNT, *x.shape[1:]).clone() for x in one[:4]))
@@ -329,7 +329,7 @@ def test_a_model_that_forgets_its_padding_is_refused(monkeypatch):
 
 
 def test_a_model_whose_cache_keeps_too_little_is_refused(monkeypatch):
-    """Which shows in texts longer than the window alone."""
+    """Check texts longer than the window; shorter ones show no difference."""
     small = transformers.MistralConfig(**GATED, sliding_window=4)
     monkeypatch.setattr(generate, "DynamicCache", lambda config: transformers.DynamicCache(config=small))
     with torch.no_grad():

@@ -310,7 +310,7 @@ def test_the_threshold_rises_as_in_the_authors_code(models):
 
 
 def sources(models, monkeypatch, progress: float, replay: str, threshold: float = 0.5, full: bool = True) -> dict:
-    """How often text is data, new or replayed in 600 steps."""
+    """Return the number of data, new and replayed texts in 600 steps."""
     wrote = []
 
     def write(part, *_, **__):
@@ -345,7 +345,7 @@ def test_nothing_is_replayed_before_there_is_enough(models, monkeypatch):
 
 
 def test_rows_are_replayed_as_they_were_written(models):
-    """With threshold 1 and all of the run done: written until the buffer is full, then replayed."""
+    """Run at threshold 1 and progress 1: text is generated until the buffer is full, then replayed."""
     asked, written = made(models, "adaptive", threshold=1.0, capacity=10, max_tokens=6), {}
     for step in range(12):
         found = asked(data(step), step, 1.0)

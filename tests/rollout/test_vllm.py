@@ -26,7 +26,7 @@ INSTALLED = importlib.util.find_spec("vllm") is not None
 
 
 class Stub:
-    """What Engine uses of vllm.LLM: greedy, row by row, from the files that it is given."""
+    """Stand-in for vllm.LLM, as far as Engine uses it: greedy, row by row, with weights from a folder."""
 
     def __init__(self, folder: str, **how):
         assert how["max_model_len"] in (T, T + 1) and how["dtype"] in ("float32", "bfloat16")
@@ -66,7 +66,7 @@ def stub(monkeypatch):
 
 
 def model(seed: int, vocab: int = V, reads: int = 2048) -> CausalLM:
-    """Of a shape that vLLM computes on a CPU too."""
+    """Return a model of a shape that vLLM computes on a CPU too."""
     torch.manual_seed(seed)
     shape = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
     shape["max_position_embeddings"] = reads

@@ -1,4 +1,4 @@
-"""What takes disk, and what goes: nothing that a sweep or a run needs without a word, and nothing without yes=true."""
+"""Disk use and removal: nothing that a sweep or a run needs goes without a word, and nothing without yes=true."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def root(filled, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def typed(monkeypatch, capsys):
-    """What the program prints for the words of a command."""
+    """Function that runs a command and returns its output."""
     wide = {"width": 250, "highlight": False}
     monkeypatch.setattr(program, "out", console.Terminal(**wide))
     monkeypatch.setattr(program, "console", console.Terminal(stderr=True, **wide))

@@ -36,7 +36,7 @@ def root(made, tmp_path) -> Path:
 
 
 def show(root: Path, *words: str) -> prerequisites.FinishedRun:
-    """What a command on the run does, in this process, up to where its table is printed."""
+    """Run a command on the run in this process, up to where its table is printed."""
     given = small_config(root, *RUN, *words)
     outcome = product.train(given)
     outcome.check_files()
@@ -472,7 +472,7 @@ def test_force_plans_a_run_with_a_damaged_result(root, capsys):
 
 
 def test_force_leaves_what_a_killed_run_had_done(root, monkeypatch):
-    """It removes what is done, once: a run that is then interrupted goes on from its checkpoint."""
+    """Use force=true once: it removes the earlier results, and a run that is then interrupted continues."""
     from kd.training.module import DistillationModule
 
     class Killed(BaseException):

@@ -24,7 +24,7 @@ ASKED = {"loss": "jsd", "seed": 1, "lr.peak": 0.002, "alpha": "wsd"}
 
 
 def inspect(path: Path, *how: str) -> list[dict]:
-    """What is in an offline W&B run, read by W&B's own tool."""
+    """Return the content of an offline W&B run, read by W&B's own tool."""
     command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", *how, str(path)]
     said = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
     return [json.loads(said)] if how else [json.loads(line) for line in said.splitlines()]

@@ -1,4 +1,4 @@
-"""What a store keeps of a distribution comes back: ids exactly, probabilities to a rounding, in few bytes."""
+"""Round trip of distributions through a store: ids exactly, probabilities to a rounding, in few bytes."""
 
 import math
 from functools import cache
@@ -57,13 +57,13 @@ def read(entries: EncodedRows, draws: int | None = None, size: int = ROWS * SIZE
 
 
 def tables(targets: list[Target]) -> list[dict[int, float]]:
-    """Of each position its log-probabilities by id."""
+    """Return the log-probabilities of each position by id."""
     pairs = [(ids, logp) for t in targets for ids, logp in zip(t.ids.tolist(), t.logp.tolist(), strict=True)]
     return [{i: x for i, x in zip(*pair, strict=True) if x > -math.inf} for pair in pairs]
 
 
 def same(some: list[dict[int, float]], others: list[dict[int, float]]) -> bool:
-    """To float rounding: a target is as wide as its widest position, and sums are over its width."""
+    """Compare up to float rounding: a target is as wide as its widest position, and sums are over its width."""
     return all(a.keys() == b.keys() and list(a.values()) == pytest.approx(list(b.values()), abs=1e-5)
                for a, b in zip(some, others, strict=True))  # fmt: skip
 
@@ -114,7 +114,7 @@ def test_as_many_draws_as_a_count_can_hold():
 
 @pytest.mark.parametrize("mass", [1e-6, 1e-3, 0.5, 0.999, 1 - 1e-6])
 def test_mass_is_right_at_both_ends(mass):
-    """To half a percent of the smaller of what is kept and what is not."""
+    """Compare to half a percent of the smaller of the kept mass and the dropped mass."""
     count = ROWS * SIZE
     logp = torch.randn(count, 3, generator=torch.Generator().manual_seed(1)).double().log_softmax(-1) + math.log(mass)
     target = Target(torch.zeros(count, dtype=torch.long), logp, torch.tensor([[5, 3, 4]]).expand(count, 3))
@@ -207,7 +207,7 @@ def test_what_is_stored_is_what_was_computed_to_a_ten_thousandth_of_a_nat(name, 
 @pytest.mark.parametrize("vocabulary", [1_024, 32_768, 151_936])
 @pytest.mark.parametrize(("name", "most"), [("random", 40), ("top_k", 130)])
 def test_bytes_per_token(name, most, vocabulary):
-    """Of a teacher whose 50 draws are about 12 tokens, of ids that are anywhere in the vocabulary."""
+    """Store a teacher whose 50 draws are about 12 distinct tokens, with ids anywhere in the vocabulary."""
     rows, size = 1, 128
     target = heavy(rows * size, vocabulary, 1.7)
     draws = 50 if name == "random" else None

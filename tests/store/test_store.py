@@ -53,7 +53,7 @@ def only(root: Path) -> Path:
 
 
 def refusal(root: Path, *words: str) -> str:
-    """What is said when a run with this store is asked for; nothing has been begun then."""
+    """Return the error of a run with this store, which is refused before it starts."""
     with pytest.raises(UserError) as caught:
         here(root, *OFFLINE, *words)
     assert not list(root.glob("fkl*/metrics.jsonl"))
@@ -216,7 +216,7 @@ def test_verify_digests_every_file(root):
 
 @pytest.fixture
 def command_line(root, monkeypatch, capsys):
-    """What python -m kd.store answers, and with which exit code."""
+    """Function that runs python -m kd.store and returns its exit code and its messages."""
 
     def call(*words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["kd.store", *words, f"--root={root}"])
@@ -305,7 +305,7 @@ def test_verify_goes_where_the_store_was_moved(root, command_line):
 
 
 def test_verify_reads_the_settings_of_an_earlier_version(root, command_line):
-    """Its modules were not in packages, and what is called with the rest of its arguments later was marked so."""
+    """Write settings of an earlier version: modules outside packages, and components marked as partial."""
     former = {f"kd.{new}": f"kd.{old.partition('.')[0]}" for old, new in FORMER.items()}
     path = only(root) / "manifest.json"
     manifest = json.loads(path.read_text())

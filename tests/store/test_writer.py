@@ -38,7 +38,7 @@ def root(taught, tmp_path) -> Path:
 
 @pytest.fixture
 def clean(taught) -> dict[str, bytes]:
-    """What the files of the store are to be."""
+    """Return the expected files of the store."""
     (made,) = (taught / "stores").iterdir()
     return content(made)
 

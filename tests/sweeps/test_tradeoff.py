@@ -65,7 +65,7 @@ def test_ranges_by_hand():
     assert replace(case, low=nothing, high=nothing).ranges_text(beyond_noise=True) == "unknown"  # no bootstrap
     unpaid = replace(case, loss_reduction=nothing, low=nothing, high=nothing)
     assert unpaid.ranges_text() == unpaid.ranges_text(beyond_noise=True) == "nowhere"
-    assert replace(unpaid, known=False).ranges_text() == "unknown"
+    assert replace(unpaid, has_known_cost=False).ranges_text() == "unknown"
 
 
 def test_ranges_beyond_what_was_measured_are_marked():
@@ -100,5 +100,5 @@ def test_a_student_was_measured_as_far_as_it_was_run_both_ways(fits):
 
 def test_a_teacher_of_unknown_cost_is_no_teacher_that_costs_too_much(fits):
     made = tradeoffs_of(replace(fits, runs=[p._replace(teacher_tokens=None) for p in fits.runs]))
-    assert [of.known for of in made[:4]] == [True, True, False, False]
+    assert [of.has_known_cost for of in made[:4]] == [True, True, False, False]
     assert made[3].ranges_text() == made[3].ranges_text(beyond_noise=True) == "unknown" != made[1].ranges_text()

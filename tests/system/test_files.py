@@ -1,4 +1,4 @@
-"""What is written appears whole or not at all, whatever ends the writing; damage to a file shows in its digest."""
+"""Atomic writing: a file appears whole or not at all, and damage to it shows in its digest."""
 
 import errno
 import json
@@ -93,7 +93,7 @@ def test_kill_inside_leaves_what_was_there(tmp_path, folder):
 
 
 def test_two_writers_of_a_name_are_in_no_way_of_each_other_though_their_ids_are_the_same(tmp_path):
-    """As processes of two hosts may have."""
+    """Write from two processes with one id, as on two hosts."""
     with files.atomic(tmp_path / "made") as one, files.atomic(tmp_path / "made") as other:
         one.write_text("one")
         other.write_text("other")

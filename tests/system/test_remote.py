@@ -430,7 +430,7 @@ def test_training_does_not_wait_for_a_checkpoint_to_arrive_and_the_next_one_make
 
 
 def test_no_lease_is_taken_over_for_an_outage(away, tmp_path, monkeypatch):
-    """Its holder could not renew it either."""
+    """Keep the holder's lease through an outage, as the holder could not renew it either."""
     monkeypatch.setattr("kd.system.lease.EXPIRES", 0.6)
     monkeypatch.setattr(retries, "RENEWED", 0.3)
     run = Remote(f"{away}/run", tmp_path / "copy")

@@ -33,7 +33,7 @@ RECORD = (*PLAIN, "record=top_k", "record.k=5")
 
 
 def order(steps: range) -> list[tuple[int, int]]:
-    """Which row was trained on in which step."""
+    """Return the rows of each training step, as pairs of row and step."""
     return [(int(row), step) for step in steps for row in rows_of_step(ROWS, BATCH, 0, step)]
 
 

@@ -70,7 +70,7 @@ def test_rises_from_0_and_then_stays_between_its_ends(schedule):
 
 
 def means() -> list[tuple[str, dict, float]]:
-    """What the docstrings say of means, with and without a warm-up of the share w."""
+    """Return the means that the docstrings give, with and without a warm-up of the share w."""
     found = [("linear_increasing", {"start": 0.2, "peak": 0.8}, 0.5), ("constant", {"peak": 0.8, "warmup": 0.0}, 0.8)]
     for w in (0.0, 0.25):
         ends = {"peak": 0.8, "end": 0.2, "warmup": w}
