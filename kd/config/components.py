@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
+from kd import former_names
 from kd.config import plugins
 from kd.config.sizes import SIZES
 from kd.errors import UserError, first_line
@@ -43,31 +44,7 @@ TAKES = {
 # Arguments that would make a library run code it downloaded or unpickle what it reads.
 FORBIDDEN = ("trust_remote_code", "allow_pickle", "weights_only", "use_safetensors")
 
-# Older names of modules, in manifests of stores that were written before kd had packages.
-FORMER = {
-    **dict.fromkeys(("logits.offline", "logits.recorded"), "teachers.stored"),
-    **{f"logits.{name}": f"teachers.{name}" for name in ("none", "online", "cotrained")},
-    "losses": "objective.losses", "truncation": "objective.truncation", "treatment": "objective.target_transforms",
-    "temperature": "objective.temperature", "routing": "objective.token_selection", "schedules": "training.schedules",
-    "rollout": "rollout.strategies", "corpora": "data.corpora",
-    "instructions": "data.instructions", "optimizers": "models.optimizers", "loggers": "runs.loggers",
-}  # fmt: skip
-
 Node = dict[str, typing.Any]
-
-
-def renamed(node):
-    """Return the settings of an older manifest with today's modules in every `_target_`, and without `_partial_`."""
-    if isinstance(node, list):
-        return [renamed(value) for value in node]
-    if not isinstance(node, dict):
-        return node
-    new = {key: renamed(value) for key, value in node.items() if key != "_partial_"}
-    package, _, name = str(new.get("_target_", "")).rpartition(".")
-    if package.startswith("kd."):
-        module = package.removeprefix("kd.")
-        new["_target_"] = f"kd.{FORMER.get(f'{module}.{name}') or FORMER.get(module, module)}.{name}"
-    return new
 
 
 def check_targets(node, path: str = "") -> None:
@@ -226,6 +203,9 @@ def check_types(function, settings: Node, path: str) -> None:
     parameters, hints = parameters_of(function)
     known = [name for name in parameters if name not in GIVEN and (path, name) != ("optim", "lr")]
     for name, value in settings.items():
+        if name not in known and (current := former_names.renamed_setting(path, name)):
+            hint = f"type {current}, also in a file of options"
+            raise UserError(option=f"{path}.{name}", got=value, why=f"was renamed to {current}", hint=hint)
         if name not in known:
             raise UserError(
                 option=f"{path}.{name}",

@@ -33,9 +33,8 @@ def student(
 
     On-policy distillation, GKD: Agarwal et al. 2023, arXiv 2306.13649, algorithm 1; share is lambda in the paper.
     share=1 with loss=rkl takes the reverse KL over the whole vocabulary. The on-policy distillation of Thinking
-    Machines 2025 estimates it from the sampled token: type rollout=mixed with teacher_share=0 gamma=0 from_next=false
-    length_norm=false. Raises UserError for a share outside [0, 1], and like all functions here for values that
-    generate.sample cannot take.
+    Machines 2025 estimates it from the sampled token: type method=opd_token. Raises UserError for a share outside
+    [0, 1], and like all functions here for values that generate.sample cannot take.
     """
     check("rollout.share", share, 0 <= share <= 1, "a share of the batches from 0 to 1")
     return StudentSampling(samplers, share, **_sampling_options(temperature, top_k, top_p, max_tokens, engine))
@@ -91,8 +90,9 @@ def adaptive(
 @provides("student_logp", "teacher_logp", "importance", "advantage", "by_student")
 def mixed(
     samplers: Samplers | None, teacher_share: float = 0.2, scale: float = 1.0, clip: float | None = None,
-    gamma: float = 1.0, length_norm: bool = True, from_next: bool = True, whiten: bool = False, epochs: int = 4,
-    temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0, max_tokens: int | None = None,
+    gamma: float = 1.0, length_norm: bool = True, exclude_own_reward: bool = True, whiten: bool = False,
+    epochs: int = 4, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
+    max_tokens: int | None = None,
 ) -> Rollout:  # fmt: skip
     """Responses whose tokens teacher and student draw together, with an advantage per position, for loss=minillm.
 
@@ -112,7 +112,7 @@ def mixed(
     check("rollout.gamma", gamma, 0 <= gamma <= 1, "a discount from 0 to 1")
     check("rollout.epochs", epochs, epochs >= 1, "at least 1 step")
     how = dict(share=teacher_share, **_sampling_options(temperature, top_k, top_p, max_tokens))
-    returned = dict(gamma=gamma, length_norm=length_norm, from_next=from_next)
+    returned = dict(gamma=gamma, length_norm=length_norm, exclude_own_reward=exclude_own_reward)
     return TeacherMixedSampling(samplers, how, scale, clip, returned, whiten, epochs)
 
 

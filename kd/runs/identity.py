@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import xxhash
 
+from kd import former_names
 from kd.config.fields import UNSET
 from kd.config.schema import NO_SIGNAL, TRAITS
 
@@ -66,7 +67,7 @@ def identity(config: dict, **digests) -> str:
     digests: those of the data, of plain text beside it, of local models and of the store. They also include the names
     of the runs that make the teacher and the student's start.
     """
-    part = identity_settings(config)
+    part = former_names.former_options(identity_settings(config))
     digest = xxhash.xxh3_128_hexdigest(json.dumps([part, digests], sort_keys=True).encode())[:12]
     return f"{loss_name(config)}-{model_name(config, 'student')}-{digest}"
 

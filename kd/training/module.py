@@ -145,7 +145,7 @@ class DistillationModule(lightning.LightningModule):
         metrics = {"loss": loss, **({"lm": lm} if any(t.lm is not None for t in terms) else {})}
         metrics |= {**({"kd": kd} if alpha else {}), "grad_norm": norms[0]}
         if self.rollout:
-            metrics["by_student"] = terms[0].student_tokens / max(terms[0].target_tokens, 1)
+            metrics["student_token_share"] = terms[0].student_tokens / max(terms[0].target_tokens, 1)
         if self.teacher.trainable:
             metrics |= {"teacher_lm": teacher_lm, "teacher_grad_norm": norms[1]}
         return metrics

@@ -123,7 +123,7 @@ def test_every_sweep_is_registered_by_its_name(file):
         (
             "data=instructions rollout=mixed loss=minillm loss.single_step=false",
             "loss.single_step",
-            {"hint": "type rollout.from_next=false"},
+            {"hint": "type rollout.exclude_own_reward=false"},
         ),
         ("routing=uncertainty", "routing", {"conflict": "loss=fkl", "hint": "loss=atkd"}),
     ],

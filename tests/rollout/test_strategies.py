@@ -29,13 +29,13 @@ ROLLOUTS = settings("rollout")
 # Returns
 
 
-def earned(reward: list[float], mask: list[int], gamma: float, length_norm: bool, from_next: bool) -> list[float]:
+def earned(reward: list[float], mask: list[int], gamma: float, length_norm: bool, exclude: bool) -> list[float]:
     reward, mask = torch.tensor([reward], dtype=torch.float64), torch.tensor([mask]).bool()
-    return returns(reward, mask, gamma, length_norm, from_next)[0].tolist()
+    return returns(reward, mask, gamma, length_norm, exclude)[0].tolist()
 
 
 @pytest.mark.parametrize(
-    ("reward", "mask", "gamma", "length_norm", "from_next", "expected"),
+    ("reward", "mask", "gamma", "length_norm", "exclude_own_reward", "expected"),
     [
         ([1, 2, 4], [1, 1, 1], 1.0, False, False, [7, 6, 4]),
         ([1, 2, 4], [1, 1, 1], 1.0, False, True, [6, 4, 0]),
@@ -57,29 +57,29 @@ def earned(reward: list[float], mask: list[int], gamma: float, length_norm: bool
         ([9, 9, 9], [0, 0, 0], 0.9, True, False, [0, 0, 0]),
     ],
 )
-def test_returns_worked_by_hand(reward, mask, gamma, length_norm, from_next, expected):
-    assert earned(reward, mask, gamma, length_norm, from_next) == pytest.approx(expected)
+def test_returns_worked_by_hand(reward, mask, gamma, length_norm, exclude_own_reward, expected):
+    assert earned(reward, mask, gamma, length_norm, exclude_own_reward) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.95, 0.3])
 @pytest.mark.parametrize("length_norm", [False, True])
-@pytest.mark.parametrize("from_next", [False, True])
-def test_returns_are_what_their_sum_says(gamma, length_norm, from_next):
+@pytest.mark.parametrize("exclude_own_reward", [False, True])
+def test_returns_are_what_their_sum_says(gamma, length_norm, exclude_own_reward):
     rng = np.random.default_rng(0)
     reward, mask = rng.normal(size=(20, 11)), rng.random((20, 11)) < 0.7
     expected = np.zeros_like(reward)
     for row, t in zip(*mask.nonzero()):
-        later = [s for s in range(t + from_next, 11) if mask[row, s]]
-        expected[row, t] = sum(gamma ** (s - t - from_next) * reward[row, s] for s in later)
+        later = [s for s in range(t + exclude_own_reward, 11) if mask[row, s]]
+        expected[row, t] = sum(gamma ** (s - t - exclude_own_reward) * reward[row, s] for s in later)
         expected[row, t] /= max(1, len(later)) if length_norm else 1
-    found = returns(torch.from_numpy(reward), torch.from_numpy(mask), gamma, length_norm, from_next)
+    found = returns(torch.from_numpy(reward), torch.from_numpy(mask), gamma, length_norm, exclude_own_reward)
     close(found, expected)
 
 
 def test_returns_of_the_next_are_those_that_begin_here_one_further_on():
     reward = torch.randn(3, 8, dtype=torch.float64)
     every = torch.ones(3, 8).bool()
-    here, after = (returns(reward, every, 0.9, True, from_next) for from_next in (False, True))
+    here, after = (returns(reward, every, 0.9, True, exclude_own_reward) for exclude_own_reward in (False, True))
     close(after[:, :-1], here[:, 1:])
     assert not after[:, -1].any()
 
@@ -418,7 +418,7 @@ def test_the_advantage_is_that_of_the_paper_and_that_of_the_code(name, models):
 
 
 def test_rewards_are_scaled_and_then_cut(models):
-    plain = dict(gamma=0.0, length_norm=False, from_next=False)
+    plain = dict(gamma=0.0, length_norm=False, exclude_own_reward=False)
     one = made(models, "mixed", **plain)(data(), 0, 0.0).token_info
     close(one.advantage, one.teacher_logp - one.student_logp, rtol=1e-6)
     two = made(models, "mixed", **plain, scale=0.25, clip=2.0)(data(), 0, 0.0).token_info
