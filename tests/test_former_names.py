@@ -9,7 +9,8 @@ import kd
 import train  # noqa: F401, registers the sizes
 from kd import former_names
 from kd.config import overrides
-from kd.config.components import check_types, option_files
+from kd.config.argument_types import check_types
+from kd.config.components import option_files
 from kd.config.compose import config_of
 from kd.config.schema import ExperimentConfig
 from kd.evaluation.catalog import METRICS

@@ -12,7 +12,7 @@ import math
 from kd.errors import check
 from kd.objective.token_info import provides
 from kd.rollout import vllm
-from kd.rollout.base import Rollout
+from kd.rollout.base import Rollout, traits
 from kd.rollout.mixed import TeacherMixedSampling
 from kd.rollout.replay import FRESH, AdaptiveReplay
 from kd.rollout.sampled import StudentSampling, TeacherSampling, TeacherStudentPairs
@@ -24,6 +24,7 @@ def none(samplers: Samplers | None) -> Rollout:
     return Rollout(samplers)
 
 
+@traits("writes_all", share=1)
 @provides("by_student")
 def student(
     samplers: Samplers | None, share: float = 0.5, temperature: float = 1.0, top_k: int | None = None,
@@ -40,6 +41,7 @@ def student(
     return StudentSampling(samplers, share, **_sampling_options(temperature, top_k, top_p, max_tokens, engine))
 
 
+@traits("by_teacher")
 def teacher(
     samplers: Samplers | None, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
     max_tokens: int | None = None, engine: str = "kd",
@@ -51,6 +53,7 @@ def teacher(
     return TeacherSampling(samplers, **_sampling_options(temperature, top_k, top_p, max_tokens, engine))
 
 
+@traits("writes_all")
 @provides("by_student")
 def pairs(
     samplers: Samplers | None, temperature: float = 0.8, top_k: int | None = None, top_p: float = 1.0,
@@ -87,6 +90,7 @@ def adaptive(
     return AdaptiveReplay(samplers, threshold, tolerance, capacity, replay, **sampling)
 
 
+@traits("writes_all")
 @provides("student_logp", "teacher_logp", "importance", "advantage", "by_student")
 def mixed(
     samplers: Samplers | None, teacher_share: float = 0.2, scale: float = 1.0, clip: float | None = None,

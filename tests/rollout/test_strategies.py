@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd.config.components import declared
+from kd.config.declarations import Declaration, of_group
 from kd.data.batches import IGNORE, Batch
 from kd.objective.token_info import TokenInfo
 from kd.parallel import collectives
@@ -173,7 +173,7 @@ def prompts_of(batch: Batch) -> list[list[int]]:
 def test_every_option_gives_what_it_says_for_every_batch(name, models):
     changes = {"capacity": 4, "threshold": 0.6} if name == "adaptive" else {}
     asked = made(models, name, **changes)
-    provided = {*declared("rollout.strategies", "provides").get(name.removesuffix("_code"), ())}
+    provided = {*of_group("rollout", "provides").get(name.removesuffix("_code"), Declaration()).names}
     for step in range(8):
         given = data(step)
         found = asked(given, step, step / 8)
