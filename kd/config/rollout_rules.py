@@ -60,7 +60,7 @@ def check_prompts_only(config: ExperimentConfig, learns_data: bool) -> None:
             option=option,
             got=got,
             why=f"{missing}, and this rollout learns from the data",
-            need="a rollout that writes all responses",
+            need="a rollout that writes all responses (one of your own declares it by @traits of kd.rollout.base)",
             hint="type rollout=student rollout.share=1 alpha.peak=1, or rollout=teacher. If the data has a column of "
             "responses, name the columns: data.prompt=COLUMN data.response=COLUMN",
         )

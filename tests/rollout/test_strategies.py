@@ -13,11 +13,13 @@ from kd.data.batches import IGNORE, Batch
 from kd.objective.token_info import TokenInfo
 from kd.parallel import collectives
 from kd.rollout import generate
+from kd.rollout.base import Rollout
 from kd.rollout.mixed import returns, whiten
 from kd.rollout.rows import only_by_student
 from kd.rollout.samplers import Samplers
 from kd.runs.run import Run
 from kd.training.callbacks.checkpoints import Checkpoints
+from kd.training.module import DistillationModule
 from tests.cases import close, each, option, settings
 from tests.refusals import refused
 from tests.rollout.test_generate import END, T, batch, model, whole
@@ -248,6 +250,31 @@ def test_what_the_student_writes_is_what_generate_writes(models):
     assert torch.equal(found.token_info.by_student, (found.labels != IGNORE).float())
     left = made(models, "student", share=0.0)(given, 3, 0.0)
     same(left, given._replace(token_info=TokenInfo(by_student=torch.zeros(4, T))))
+
+
+def test_another_response_comes_of_other_seeds_alone(models):
+    samplers, given = Samplers(**models, eos_token_id=END, seed=5), data(3)
+    first, again = samplers.write(given, "student"), samplers.write(given, "student")
+    other = samplers.write(given._replace(position_seeds=given.position_seeds + 1), "student")
+    same(first, again)
+    assert not torch.equal(first.labels, other.labels)
+
+
+@pytest.mark.parametrize("info", [None, TokenInfo(), TokenInfo(advantage=torch.ones(4, T))])
+def test_new_text_that_does_not_say_who_wrote_it_is_refused(info):
+    """Language modelling would learn the student's own text."""
+
+    class Unmarked(Rollout):
+        def write(self, batch):
+            return batch._replace(labels=batch.labels.clone(), token_info=info)
+
+    step = SimpleNamespace(global_step=0, progress=0.0, rollout=Unmarked(Samplers(None, None, END, 5)))
+    step._stop_if_requested = None
+    with refused(option="rollout", why="Unmarked returns text without token_info.by_student", hint="Samplers.write"):
+        DistillationModule.run_rollout(step, data(), 1.0)
+    step.rollout = Rollout(step.rollout.samplers)
+    given = data()
+    assert DistillationModule.run_rollout(step, given, 1.0)[0] is given
 
 
 def test_the_teacher_writes(models):
