@@ -1,4 +1,4 @@
-"""Objects built from the composed config. An allowlist limits their functions; signatures give the argument types."""
+"""Config groups: their options, and the functions that an allowlist lets them call."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import ast
 import importlib
 import inspect
 import re
-import types
 import typing
-from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from kd.config import plugins
+from kd.config.argument_types import check_types, parameters_of
 from kd.config.sizes import SIZES
 from kd.errors import UserError, first_line
 from kd.system import files
@@ -43,31 +42,7 @@ TAKES = {
 # Arguments that would make a library run code it downloaded or unpickle what it reads.
 FORBIDDEN = ("trust_remote_code", "allow_pickle", "weights_only", "use_safetensors")
 
-# Older names of modules, in manifests of stores that were written before kd had packages.
-FORMER = {
-    **dict.fromkeys(("logits.offline", "logits.recorded"), "teachers.stored"),
-    **{f"logits.{name}": f"teachers.{name}" for name in ("none", "online", "cotrained")},
-    "losses": "objective.losses", "truncation": "objective.truncation", "treatment": "objective.target_transforms",
-    "temperature": "objective.temperature", "routing": "objective.token_selection", "schedules": "training.schedules",
-    "rollout": "rollout.strategies", "corpora": "data.corpora",
-    "instructions": "data.instructions", "optimizers": "models.optimizers", "loggers": "runs.loggers",
-}  # fmt: skip
-
 Node = dict[str, typing.Any]
-
-
-def renamed(node):
-    """Return the settings of an older manifest with today's modules in every `_target_`, and without `_partial_`."""
-    if isinstance(node, list):
-        return [renamed(value) for value in node]
-    if not isinstance(node, dict):
-        return node
-    new = {key: renamed(value) for key, value in node.items() if key != "_partial_"}
-    package, _, name = str(new.get("_target_", "")).rpartition(".")
-    if package.startswith("kd."):
-        module = package.removeprefix("kd.")
-        new["_target_"] = f"kd.{FORMER.get(f'{module}.{name}') or FORMER.get(module, module)}.{name}"
-    return new
 
 
 def check_targets(node, path: str = "") -> None:
@@ -176,31 +151,12 @@ def load(target: str, path: str):
 @cache
 def functions(module: str) -> dict[str, str]:
     """Return the public functions in the source of a module of kd, with the first line of their docstrings."""
-    return {name: plugins.first_docstring_line(function) for name, function in _definitions(module).items()}
+    return {name: plugins.first_docstring_line(function) for name, function in definitions(module).items()}
 
 
-def _definitions(module: str) -> dict[str, ast.FunctionDef]:
+def definitions(module: str) -> dict[str, ast.FunctionDef]:
     """Return the public functions of a module of kd."""
     return plugins.functions(PACKAGE / f"{module.replace('.', '/')}.py")
-
-
-@cache
-def declared(module: str, decorator: str) -> dict[str, tuple[str, ...]]:
-    """Return the arguments of a decorator on public functions of a module of kd: function -> texts.
-
-    They are read from the source, without an import.
-    """
-    calls = {name: plugins.decorator(function, decorator) for name, function in _definitions(module).items()}
-    return {name: arguments[0] for name, arguments in calls.items() if arguments}
-
-
-def declarations(target: str, decorator: str) -> tuple[str, ...]:
-    """Return a decorator's arguments on the function of kd or a plug-in that `target` names; () if not decorated."""
-    module, _, name = target.rpartition(".")
-    if module.startswith("kd."):
-        return declared(module.removeprefix("kd."), decorator).get(name, ())
-    function = plugins.definition(target)
-    return ((function and plugins.decorator(function, decorator)) or ((), {}))[0]
 
 
 def meaning(target: str, group: str) -> str:
@@ -221,59 +177,6 @@ def build(node: Node, path: str):
     return partial(function, **settings)
 
 
-def check_types(function, settings: Node, path: str) -> None:
-    """Raise UserError for a setting that the function's signature lacks, or a value of another type."""
-    parameters, hints = parameters_of(function)
-    known = [name for name in parameters if name not in GIVEN and (path, name) != ("optim", "lr")]
-    for name, value in settings.items():
-        if name not in known:
-            raise UserError(
-                option=f"{path}.{name}",
-                got=value,
-                why="no such option here",
-                need=f"one of {', '.join(known)}" if known else "",
-                hint="" if known else f"leave {path}.{name} out",
-            )
-        # The annotations of torch are too loose to check. Defaults that are not None give the types.
-        default = parameters[name].default
-        hint = hints.get(name, float if type(default) is int else type(default))
-        if name in hints or default is not None:
-            check_type(f"{path}.{name}", value, hint)
-
-
-@cache
-def parameters_of(function) -> tuple[Mapping[str, inspect.Parameter], dict]:
-    """Return the parameters of a function or class, and the types that a function's are annotated with."""
-    hints = typing.get_type_hints(function) if inspect.isfunction(function) else {}
-    return inspect.signature(function).parameters, hints
-
-
-def check_type(option: str, value, hint) -> None:
-    """Raise UserError for a value of another type."""
-    if not _fits(value, hint):
-        raise UserError(option=option, got=value, why=f"got {_got(value)}", need=_say(hint))
-
-
-# Arguments that kd gives, never the config.
-GIVEN = ("student", "target", "measured", "progress", "params", "origin", "samplers", "folder", "about", "corpus",
-         "cache")  # fmt: skip
-
-
-def _fits(value, hint) -> bool:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        option = typing.get_origin(option) or option
-        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return True
-        if option in (int, str, bool) and type(value) is option:
-            return True
-        if option is tuple and isinstance(value, list) and all(type(v) in (int, float) for v in value):
-            return True
-        if option is type(None) and value is None:
-            return True
-    return False
-
-
 def typed(value) -> str:
     """Return a value in the form in which Hydra reads it after `name=`."""
     if value is None:
@@ -283,25 +186,6 @@ def typed(value) -> str:
     if isinstance(value, str) and not re.fullmatch(r"[\w./:+-]+", value):
         return QuotedString(value, Quote.single).with_quotes()
     return str(value)
-
-
-def _got(value) -> str:
-    whole = isinstance(value, float) and value.is_integer()
-    return f"{type(value).__name__}{f': type {int(value):_}' if whole else ''}"
-
-
-def _say(hint) -> str:
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null",
-             tuple: "a list of numbers"}  # fmt: skip
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return " or ".join(words.get(option, str(option)) for option in options)
-
-
-def checked(function, node: Mapping[str, typing.Any], path: str) -> Node:
-    """Return the settings of a node that the function has parameters for; raise UserError for a wrong type."""
-    settings = {k: v for k, v in node.items() if k in parameters_of(function)[0]}
-    check_types(function, settings, path)
-    return settings
 
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # as Lightning calls them

@@ -9,7 +9,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
 from typing import Any, ClassVar, Self
 
-from kd.config.components import GROUPS, check_type, option_names
+from kd.config.argument_types import check_type
+from kd.config.components import GROUPS, option_names
 from kd.errors import UserError
 
 MAX_SEED = 2**32 - 1

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
-from kd.config import components
+from kd.config import components, declarations
+from kd.config.declarations import Declaration
 from kd.config.fields import MAX_SEED, ConfigNode, check_shape, converted, options, seed_setting, setting
 from kd.config.sizes import SIZES
 
@@ -148,7 +149,7 @@ class LogitsConfig(Component):
 
     @property
     def source(self) -> LogitsSource:
-        return LogitsSource(self.name, components.declarations(self.target, "traits"))
+        return LogitsSource(self.name, declarations.of_target(self.target, "traits").names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,9 +164,19 @@ class RolloutConfig(Component):
         return self.name == "none"
 
     @property
+    def declaration(self) -> Declaration:
+        """Traits that its function declares (kd.rollout.base.traits)."""
+        return declarations.of_target(self.target, "traits")
+
+    @property
+    def writes_all(self) -> bool:
+        """True if the student learns from no response of the data."""
+        return self.declaration.holds("writes_all", self.args) or self.by_teacher
+
+    @property
     def by_teacher(self) -> bool:
         """True if the teacher writes all responses before training."""
-        return self.name == "teacher"
+        return self.declaration.holds("by_teacher", self.args)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, OverrideType, QuotedString, Sweep
 from hydra.errors import HydraException
 
+from kd import former_names
 from kd.config.components import GROUPS, PRESETS, option_names
 from kd.config.options import NOTES, defaults, options, overridden, settings_of_preset, words_of
 from kd.config.schema import GROUPLESS, RUN_OPTIONS
@@ -239,7 +240,11 @@ def _check_setting(override: Override, chosen: dict[str, str | None]) -> None:
     else:
         return
     key = key.partition(".")[0]
-    if not key or key in settings or key in NOTES or (added and not others):
+    if not key or key in settings or key in NOTES:
+        return
+    if current := former_names.renamed_setting(group, key):
+        raise _refused(word, f"was renamed to {current}", f"type {current}={text}")
+    if added and not others:
         return
     others.sort(key=lambda other: len(options(group)[other]))
     if others:

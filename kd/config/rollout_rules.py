@@ -51,19 +51,20 @@ def check_rollout(config: ExperimentConfig) -> None:
 
 def check_prompts_only(config: ExperimentConfig, learns_data: bool) -> None:
     """Refuse prompts without responses unless a rollout writes all. learns_data: true if alpha is ever below 1."""
-    name, rollout = config.rollout.name, config.rollout
+    rollout = config.rollout
     missing = "this data has prompts and no responses"
-    if name not in ("teacher", "pairs", "mixed") and not (name == "student" and rollout.args["share"] == 1):
-        option, got = ("rollout.share", rollout.args["share"]) if name == "student" else ("rollout", name)
+    if not rollout.writes_all:
+        needed = rollout.declaration.missing(rollout.args)  # settings with which this rollout would write all
+        option, got = next(((f"rollout.{key}", rollout.args.get(key)) for key in needed), ("rollout", rollout.name))
         raise UserError(
             option=option,
             got=got,
             why=f"{missing}, and this rollout learns from the data",
-            need="a rollout that writes all responses",
+            need="a rollout that writes all responses (one of your own declares it by @traits of kd.rollout.base)",
             hint="type rollout=student rollout.share=1 alpha.peak=1, or rollout=teacher. If the data has a column of "
             "responses, name the columns: data.prompt=COLUMN data.response=COLUMN",
         )
-    if name != "teacher" and learns_data and config.lm == "data":
+    if not rollout.by_teacher and learns_data and config.lm == "data":
         why = f"is below 1, so that responses would be learned as text, and {missing}"
         raise UserError(option="alpha", why=why, hint="type alpha.peak=1, or lm=plain")
     stage = config.start.stage == "sft"

@@ -165,13 +165,13 @@ def check_logits(config: ExperimentConfig) -> None:
 def check_loss(config: ExperimentConfig) -> None:
     """Refuse a temperature or a return for which loss=minillm is not defined."""
     loss, temperature = config.loss.name, config.temperature
-    if loss == "minillm" and not config.loss.args["single_step"] and config.rollout.args.get("from_next"):
+    if loss == "minillm" and not config.loss.args["single_step"] and config.rollout.args.get("exclude_own_reward"):
         raise UserError(
             option="loss.single_step",
             got=False,
-            conflict="rollout.from_next=true",
+            conflict="rollout.exclude_own_reward=true",
             why="the reward of a token itself would not count, as its return begins with the next token",
-            hint="type rollout.from_next=false",
+            hint="type rollout.exclude_own_reward=false",
         )
     unscaled = temperature.name == "fixed" and temperature.args["tau"] == temperature.args["student_tau"] == 1
     if loss == "minillm" and config.logits.source.distils and not unscaled:

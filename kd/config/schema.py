@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 from omegaconf import DictConfig
 
+from kd import former_names
 from kd.config import components, nodes, rules
 from kd.config.fields import ConfigNode, Traits, all_traits, scalars, seed_setting, setting
 from kd.config.groups import (
@@ -74,7 +75,7 @@ class ExperimentConfig(ConfigNode):
     @classmethod
     def from_dict(cls, node: Mapping[str, Any]) -> Self:
         """Build a config from the dict of to_dict(), also of an older version; raise UserError for any other dict."""
-        node = components.renamed(dict(node))
+        node = former_names.current_config(dict(node))
         components.check_targets(node)
         config = cls.from_node(node)
         rules.check_values(config)

@@ -6,11 +6,10 @@ Losses declare their needs, rollouts and token selections what they provide, by 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import TYPE_CHECKING
 
-from kd.config import plugins
-from kd.config.components import MODULES, declared, takes_group
+from kd.config import declarations
+from kd.config.declarations import Declaration
 from kd.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,24 +20,13 @@ PROVIDERS = ("rollout", "routing")  # config groups
 
 def needs(loss: str) -> tuple[str, ...]:
     """Return the fields of TokenInfo that a loss needs."""
-    return _declared("loss", "needs", tuple(plugins.allowed())).get(loss, ())
-
-
-@cache
-def _declared(group: str, decorator: str, packages: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Return the arguments of a decorator on a group's functions, of kd and of the allowed packages."""
-    others = {
-        target.rpartition(".")[2]: names
-        for target, function, (names, _) in plugins.decorated(decorator)
-        if takes_group(function, group)
-    }
-    return declared(MODULES[group], decorator) | others
+    return declarations.of_group("loss", "needs").get(loss, Declaration()).names
 
 
 def providers() -> dict[str, tuple[str, ...]]:
     """Return the fields that each rollout and routing provides: `rollout=mixed` -> fields."""
-    declarations = {group: _declared(group, "provides", tuple(plugins.allowed())) for group in PROVIDERS}
-    return {f"{group}={name}": names for group, functions in declarations.items() for name, names in functions.items()}
+    declared = {group: declarations.of_group(group, "provides") for group in PROVIDERS}
+    return {f"{group}={name}": one.names for group, functions in declared.items() for name, one in functions.items()}
 
 
 def unique_fields(provider: str) -> list[str]:
@@ -88,8 +76,8 @@ def providers_of(name: str, loss: str) -> list[str]:
 def losses_for(provider: str) -> list[str]:
     """Return the losses that need a field which only this provider computes."""
     fields = unique_fields(provider)
-    losses = _declared("loss", "needs", tuple(plugins.allowed()))
-    return [loss for loss, names in losses.items() if set(fields) & set(names)]
+    losses = declarations.of_group("loss", "needs")
+    return [loss for loss, declaration in losses.items() if set(fields) & set(declaration.names)]
 
 
 def _list(words: Sequence[str], last: str) -> str:

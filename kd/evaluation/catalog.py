@@ -79,7 +79,7 @@ METRICS = (
            "lower"),
     Metric("distinct_4", "distinct-4", "distinct 4-grams of words in all responses together, as a share of all"),
     Metric("response_length", "length", "tokens of a response, without its end"),
-    Metric("ended", "ended", "share of responses that end by themselves, and not because their row is full"),
+    Metric("eos_rate", "eos rate", "share of responses that end by themselves, and not because their row is full"),
 )  # fmt: skip
 BY_NAME = {metric.name: metric for metric in METRICS}
 LOSS, ROUGE_L = BY_NAME["lm"], BY_NAME["rouge_l"]

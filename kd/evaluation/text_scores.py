@@ -98,6 +98,6 @@ def summary(responses: list[Response], samples: int) -> dict[str, float]:
         "rouge_l": fmean(r.rouge_l for r in responses),
         "exact_match": fmean(r.exact_match for r in responses),
         "response_length": fmean(r.tokens for r in responses),
-        "ended": fmean(r.ended for r in responses),
+        "eos_rate": fmean(r.ended for r in responses),
     }
     return means | {f"distinct_{n}": fmean(distinct(texts, n) for texts in of_sample) for n in NGRAMS}

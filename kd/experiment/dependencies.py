@@ -11,8 +11,8 @@ from functools import cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+from kd.config import argument_types, plugins
 from kd.config import components as conf
-from kd.config import plugins
 from kd.config.compose import default_config
 from kd.config.groups import Component, DataConfig, FineTunedInit, ModelConfig, PretrainedInit, TeacherConfig
 from kd.config.schema import ExperimentConfig
@@ -145,14 +145,14 @@ def plain_data(config: ExperimentConfig) -> DataConfig:
 
 def _packing(config: ExperimentConfig, data: Component, group: str) -> tuple[Corpus, dict[str, Any]]:
     make = conf.load(data.target, group)
-    parameters = {*conf.parameters_of(make)[0], *packing.OPTIONS}
+    parameters = {*argument_types.parameters_of(make)[0], *packing.OPTIONS}
     for name in data.args.keys() - parameters:
         hint = f"leave {group}.{name} out"
         raise UserError(option=f"{group}.{name}", got=data.args[name], why="this data has no such option", hint=hint)
-    source = cached_corpus(make, **conf.checked(make, data.args, group))
+    source = cached_corpus(make, **argument_types.checked(make, data.args, group))
     if plugged := plugins.digests([data.target]):  # other code may make other text
         source = replace(source, fingerprint=source.fingerprint | {"plugins": plugged})
-    how = conf.checked(packing.pack, data.args, group)
+    how = argument_types.checked(packing.pack, data.args, group)
     how["code"] = provenance.component(group, data.name)
     if not source.words:
         how["tokenizer"] = config.tokenizer

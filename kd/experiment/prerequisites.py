@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
+from kd.config import plugins
 from kd.config.rollout_rules import check_prompts_only
 from kd.config.schema import ExperimentConfig
 from kd.data import packing
@@ -210,8 +211,11 @@ def written_by_teacher(config: ExperimentConfig, packed: Packed, components: Com
         config.teacher.to_dict(),
     )
     # As a rollout used to be written in configs, so that folders keep their names.
-    rollout = {"_target_": "kd.rollout.teacher", "_partial_": True, **config.rollout.args} if writes else None
+    target = f"kd.rollout.{config.rollout.name}"
+    rollout = {"_target_": target, "_partial_": True, **config.rollout.args} if writes else None
     key = [packed.folder.name, rollout, teacher_id, *([sides] if packed.prompts_only else [])]
+    if writes and (code := plugins.digests([config.rollout.target])):
+        key.append(code)
     folder = local_root(config.root) / "rollouts" / files.digest_of(key)[:16]
 
     def samplers() -> Samplers:

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
+from kd import former_names
 from kd.config.components import check_sweep
 from kd.errors import UserError
 from kd.evaluation.catalog import LOSS, ROUGE_L
@@ -62,7 +63,7 @@ def read_manifest(root: str | Path, name: str) -> list[dict]:
         runs = json.loads(path.read_text())["runs"]
         if not all(files.is_name(line["run"]) for line in runs):
             raise ValueError("a run that is no folder of this root")
-        return [line | {"overrides": [str(word) for word in line["overrides"]]} for line in runs]
+        return [line | {"overrides": former_names.current_words(map(str, line["overrides"]))} for line in runs]
     except FileNotFoundError:
         names = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "none yet"
         why = f"does not exist in {path.parent.resolve()}, which has {names}"

@@ -22,6 +22,7 @@ from rich.console import Group
 
 from kd.config import components as conf
 from kd.config import plugins
+from kd.config.argument_types import check_types
 from kd.errors import UserError
 from kd.launch.job import Job
 from kd.launch.local import LocalPool
@@ -187,7 +188,7 @@ class ClusterLauncher(RunLauncher):
     def check(self) -> None:
         """Raise UserError for a parameter of a wrong type."""
         plain = {k: v for k, v in self.parameters.items() if k != "additional_parameters"}
-        conf.check_types(type(self).__init__, plain, "hydra.launcher")
+        check_types(type(self).__init__, plain, "hydra.launcher")
 
     def at_once(self, asked: Sequence[int]) -> float:
         return self.config.n_jobs or math.inf

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kd import former_names
 from kd.errors import UserError
 from kd.system import files, remote
 from kd.system.console import console
@@ -32,6 +33,8 @@ def _listed(path: Path) -> list[dict]:
     """Return the runs in the list of a sweep; none if the list is damaged, since it is then written again."""
     try:
         runs = (read_json(path) or {"runs": []})["runs"]
-        return runs if all(isinstance(line["run"], str) for line in runs) else []
-    except (UserError, KeyError, TypeError):
+        if not all(isinstance(line["run"], str) for line in runs):
+            return []
+        return [line | {"overrides": former_names.current_words(line["overrides"])} for line in runs]
+    except (UserError, KeyError, TypeError, AttributeError):
         return []

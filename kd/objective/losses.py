@@ -136,8 +136,8 @@ def minillm(student: Tensor, target: Target, clip: float = 0.2, single_step: boo
     the ratio of the current student to the distribution that y was drawn from. A is the advantage that the rollout
     gives the position. The sum is a surrogate: only its gradient has a meaning. Gu et al. 2023, arXiv 2306.08543,
     section 2.2. The paper weights both terms by q_old / p~. Here, as in the authors' code, the exact term has no
-    weight. With single_step=false, A has to include the reward of the token itself (rollout.from_next=false). The
-    student has to be at temperature 1. Raises UserError for a negative clip.
+    weight. With single_step=false, A has to include the reward of the token itself: rollout.exclude_own_reward=false.
+    The student has to be at temperature 1. Raises UserError for a negative clip.
     """
     check("loss.clip", clip, clip >= 0, "a number of at least 0, e.g. loss.clip=0.2")
     info, advantage = target.token_info, target.token_info.advantage

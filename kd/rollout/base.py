@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 from kd.data.batches import Batch
 from kd.rollout.samplers import Samplers
+
+TRAITS = (
+    "writes_all",  # every response is sampled, so that prompts alone suffice as data
+    "by_teacher",  # the teacher writes every response, once and before training
+)
+Function = TypeVar("Function", bound=Callable)
+
+
+def traits(*names: str, **needed: Any) -> Callable[[Function], Function]:
+    """Declare properties of a rollout. The rules of configs read them without an import, so all values are literals.
+
+    needed: values of the rollout's settings without which they do not hold.
+    """
+    if unknown := set(names) - set(TRAITS):
+        raise TypeError(f"there is no trait {', '.join(sorted(unknown))}")
+
+    def declare(function: Function) -> Function:
+        setattr(function, "traits", names)  # noqa: B010, a function has no such attribute by its type
+        return function
+
+    return declare
 
 
 class Rollout:

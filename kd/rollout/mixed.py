@@ -17,21 +17,21 @@ from kd.rollout.samplers import Samplers
 
 
 @torch.no_grad()
-def returns(reward: Tensor, mask: Tensor, gamma: float, length_norm: bool, from_next: bool) -> Tensor:
+def returns(reward: Tensor, mask: Tensor, gamma: float, length_norm: bool, exclude_own_reward: bool) -> Tensor:
     """Return the return of each position [B, T]: G_t = r_t + gamma G_{t+1}, with r = 0 where mask is False.
 
-    from_next: return G_{t+1} in place of G_t, which is 0 at the last position. The paper's long-term part has this
-    form, beside the exact single step. length_norm: divide by the number of rewards in the sum. Gu et al. 2023, arXiv
-    2306.08543, section 2.2; the discount is in their code alone. The result is 0 where mask is False.
+    exclude_own_reward: return G_{t+1} in place of G_t, which is 0 at the last position. The paper's long-term part has
+    this form, beside the exact single step. length_norm: divide by the number of rewards in the sum. Gu et al. 2023,
+    arXiv 2306.08543, section 2.2; the discount is in their code alone. The result is 0 where mask is False.
     """
     mask = mask.to(reward.dtype)
     total, earned = torch.zeros_like(reward[:, 0]), []
     for r in reward.mul(mask).flip(-1).unbind(-1):
         after, total = total, r + gamma * total
-        earned.append(after if from_next else total)
+        earned.append(after if exclude_own_reward else total)
     earned = torch.stack(earned, -1).flip(-1)  # [B, T]
     if length_norm:
-        counted = mask.flip(-1).cumsum(-1).flip(-1) - (mask if from_next else 0)
+        counted = mask.flip(-1).cumsum(-1).flip(-1) - (mask if exclude_own_reward else 0)
         earned = earned / counted.clamp(min=1)
     return earned * mask
 

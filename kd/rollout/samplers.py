@@ -33,6 +33,8 @@ class Samplers:
     def write(self, batch: Batch, *names: str, engine: str = "kd", **how) -> Batch:
         """Return a batch with responses of the student, the teacher, or the mixture of both.
 
+        The draws depend on batch.position_seeds alone: the same batch gets the same responses. For another response to
+        each prompt, pass batch._replace(position_seeds=batch.position_seeds + 1).
         engine: kd, or vllm if only one model writes. how: see kd.rollout.generate.sample.
         """
         models = {name: getattr(self, name) for name in names}

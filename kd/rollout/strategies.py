@@ -12,7 +12,7 @@ import math
 from kd.errors import check
 from kd.objective.token_info import provides
 from kd.rollout import vllm
-from kd.rollout.base import Rollout
+from kd.rollout.base import Rollout, traits
 from kd.rollout.mixed import TeacherMixedSampling
 from kd.rollout.replay import FRESH, AdaptiveReplay
 from kd.rollout.sampled import StudentSampling, TeacherSampling, TeacherStudentPairs
@@ -24,6 +24,7 @@ def none(samplers: Samplers | None) -> Rollout:
     return Rollout(samplers)
 
 
+@traits("writes_all", share=1)
 @provides("by_student")
 def student(
     samplers: Samplers | None, share: float = 0.5, temperature: float = 1.0, top_k: int | None = None,
@@ -33,14 +34,14 @@ def student(
 
     On-policy distillation, GKD: Agarwal et al. 2023, arXiv 2306.13649, algorithm 1; share is lambda in the paper.
     share=1 with loss=rkl takes the reverse KL over the whole vocabulary. The on-policy distillation of Thinking
-    Machines 2025 estimates it from the sampled token: type rollout=mixed with teacher_share=0 gamma=0 from_next=false
-    length_norm=false. Raises UserError for a share outside [0, 1], and like all functions here for values that
-    generate.sample cannot take.
+    Machines 2025 estimates it from the sampled token: type method=opd_token. Raises UserError for a share outside
+    [0, 1], and like all functions here for values that generate.sample cannot take.
     """
     check("rollout.share", share, 0 <= share <= 1, "a share of the batches from 0 to 1")
     return StudentSampling(samplers, share, **_sampling_options(temperature, top_k, top_p, max_tokens, engine))
 
 
+@traits("by_teacher")
 def teacher(
     samplers: Samplers | None, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
     max_tokens: int | None = None, engine: str = "kd",
@@ -52,6 +53,7 @@ def teacher(
     return TeacherSampling(samplers, **_sampling_options(temperature, top_k, top_p, max_tokens, engine))
 
 
+@traits("writes_all")
 @provides("by_student")
 def pairs(
     samplers: Samplers | None, temperature: float = 0.8, top_k: int | None = None, top_p: float = 1.0,
@@ -88,11 +90,13 @@ def adaptive(
     return AdaptiveReplay(samplers, threshold, tolerance, capacity, replay, **sampling)
 
 
+@traits("writes_all")
 @provides("student_logp", "teacher_logp", "importance", "advantage", "by_student")
 def mixed(
     samplers: Samplers | None, teacher_share: float = 0.2, scale: float = 1.0, clip: float | None = None,
-    gamma: float = 1.0, length_norm: bool = True, from_next: bool = True, whiten: bool = False, epochs: int = 4,
-    temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0, max_tokens: int | None = None,
+    gamma: float = 1.0, length_norm: bool = True, exclude_own_reward: bool = True, whiten: bool = False,
+    epochs: int = 4, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
+    max_tokens: int | None = None,
 ) -> Rollout:  # fmt: skip
     """Responses whose tokens teacher and student draw together, with an advantage per position, for loss=minillm.
 
@@ -112,7 +116,7 @@ def mixed(
     check("rollout.gamma", gamma, 0 <= gamma <= 1, "a discount from 0 to 1")
     check("rollout.epochs", epochs, epochs >= 1, "at least 1 step")
     how = dict(share=teacher_share, **_sampling_options(temperature, top_k, top_p, max_tokens))
-    returned = dict(gamma=gamma, length_norm=length_norm, from_next=from_next)
+    returned = dict(gamma=gamma, length_norm=length_norm, exclude_own_reward=exclude_own_reward)
     return TeacherMixedSampling(samplers, how, scale, clip, returned, whiten, epochs)
 
 

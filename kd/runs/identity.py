@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 import xxhash
 
+from kd import former_names
+from kd.config import declarations
+from kd.config.declarations import Declaration
 from kd.config.fields import UNSET
 from kd.config.schema import NO_SIGNAL, TRAITS
 
@@ -43,7 +46,7 @@ def identity_settings(config: dict) -> dict:
         without += ("record",)
     neutral = NEUTRAL | {k: traits.neutral for k, traits in TRAITS.items() if traits.neutral is not UNSET}
     part = {k: v for k, v in config.items() if not is_under(k, without) and not (k in neutral and v == neutral[k])}
-    seeded = config["logits"] == "cotrained" or config.get("rollout") == "teacher"  # the teacher draws with its seed
+    seeded = config["logits"] == "cotrained" or written_by_teacher(config)  # the teacher draws with its seed
     own = ("teacher.size", "teacher.name", *(["teacher.seed"] if seeded else []))
     part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in own}
     part["trainer.compile"] = bool(part.get("trainer.compile"))  # existing names have false for null
@@ -68,7 +71,7 @@ def identity(config: dict, **digests) -> str:
     digests: those of the data, of plain text beside it, of local models and of the store. They also include the names
     of the runs that make the teacher and the student's start.
     """
-    part = identity_settings(config)
+    part = former_names.former_options(identity_settings(config))
     digest = xxhash.xxh3_128_hexdigest(json.dumps([part, digests], sort_keys=True).encode())[:12]
     return f"{loss_name(config)}-{model_name(config, 'student')}-{digest}"
 
@@ -108,8 +111,15 @@ def axes(config: dict, sizes: dict[str, tuple[int, int]]) -> dict[str, str | int
 
 def trains_teacher(config: dict) -> bool:
     """Return True if the teacher's own training settings have an effect."""
-    learns_from = config["logits"] not in ("none", "cotrained") or config.get("rollout") == "teacher"
+    learns_from = config["logits"] not in ("none", "cotrained") or written_by_teacher(config)
     return learns_from and bool(config["teacher.size"] or config.get("teacher.sft"))
+
+
+def written_by_teacher(config: dict) -> bool:
+    """Return True if the teacher writes the responses before training (the trait by_teacher of kd.rollout.base)."""
+    declared = declarations.of_group("rollout", "traits").get(config.get("rollout", ""), Declaration())
+    settings = {key.removeprefix("rollout."): value for key, value in config.items() if key.startswith("rollout.")}
+    return declared.holds("by_teacher", settings)
 
 
 def nested(config: dict) -> dict:

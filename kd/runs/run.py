@@ -13,6 +13,7 @@ from pathlib import Path
 
 import filelock
 
+from kd import former_names
 from kd.config.schema import ExperimentConfig
 from kd.config.secrets import redacted
 from kd.errors import UserError
@@ -65,6 +66,7 @@ class Run:
     def result(self, wait: float | None = None) -> dict | None:
         """Return the result; None if the run is not done.
 
+        A result of an older version has today's names of settings and metrics.
         Raises UserError if the file has changed since it was written. wait: seconds for a URL that is away, see
         kd/system/retries.py.
         """
@@ -75,7 +77,7 @@ class Run:
         if found is not None and not is_whole(found):
             why = "is damaged: its content is not what was written"
             raise UserError(option=f"{self.where}/result.json", why=why, **self._made_anew())
-        return found
+        return None if found is None else former_names.current_result(found)
 
     def is_done(self) -> bool:
         """Return True if there is a result, damaged or not."""

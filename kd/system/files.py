@@ -17,6 +17,7 @@ from typing import TypedDict
 
 import xxhash
 
+from kd import former_names
 from kd.errors import UserError
 
 
@@ -267,10 +268,10 @@ def load_json(path: Path) -> dict:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Return all complete lines of a metrics.jsonl. A last line that a kill cut off is left out."""
+    """Return all complete lines of a metrics.jsonl, with today's names. A last line that a kill cut off is left out."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return [former_names.current_metrics(json.loads(line)) for line in lines if line.endswith("\n")]
     except ValueError as error:
         raise _damaged(path, error) from None
 

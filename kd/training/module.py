@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kd.data.batches import IGNORE, Batch
+from kd.errors import UserError
 from kd.models.causal_lm import CausalLM
 from kd.models.optimizers import parameter_groups
 from kd.objective.chunked import Objective, Signal, chunks, default_chunk_size, with_token_info
@@ -145,7 +146,7 @@ class DistillationModule(lightning.LightningModule):
         metrics = {"loss": loss, **({"lm": lm} if any(t.lm is not None for t in terms) else {})}
         metrics |= {**({"kd": kd} if alpha else {}), "grad_norm": norms[0]}
         if self.rollout:
-            metrics["by_student"] = terms[0].student_tokens / max(terms[0].target_tokens, 1)
+            metrics["student_token_share"] = terms[0].student_tokens / max(terms[0].target_tokens, 1)
         if self.teacher.trainable:
             metrics |= {"teacher_lm": teacher_lm, "teacher_grad_norm": norms[1]}
         return metrics
@@ -159,6 +160,14 @@ class DistillationModule(lightning.LightningModule):
         if collectives.world_size() == 1:
             samplers.between = self._stop_if_requested
         written = self.rollout(batch, self.global_step, self.progress)
+        info = written.token_info
+        if (written.labels is not batch.labels or info is not None) and (info is None or info.by_student is None):
+            raise UserError(
+                option="rollout",
+                why=f"{type(self.rollout).__name__} returns text without token_info.by_student, so that the student's "
+                "own text would be learned as if it were data",
+                hint="return a batch of Samplers.write, of kd.rollout.rows.only_by_student, or the data unchanged",
+            )
         read = torch.tensor([float(samplers.tokens_read[name] - before[name]) for name in ("student", "teacher")])
         student, teacher = collectives.all_reduce_sum(read).tolist()
         return written, {"student": student, "teacher": teacher}

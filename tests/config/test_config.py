@@ -15,15 +15,17 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 import train  # noqa: F401, registers what Hydra knows
-from kd.config import components, nodes, options, security, token_info
+from kd.config import argument_types, components, declarations, nodes, options, security, token_info
 from kd.config.compose import register
-from kd.config.groups import LogitsConfig
+from kd.config.groups import LogitsConfig, RolloutConfig
 from kd.config.schema import ExperimentConfig
 from kd.config.sizes import SIZES
 from kd.data import packing
 from kd.errors import UserError
 from kd.experiment import dependencies
 from kd.experiment.dependencies import Plan
+from kd.rollout.base import traits
+from kd.runs import identity
 from kd.training import schedules
 from tests.cases import each, settings
 from tests.refusals import refused
@@ -99,8 +101,8 @@ def test_every_option_composes_and_its_function_binds_and_its_settings_are_liste
     if option in CALLABLE:
         assert node["_target_"] == CALLABLE[option]["_target_"]
         function = components.load(node["_target_"], group)
-        settings = components.checked(function, node, group) if group in ("data", "plain") else given(node)
-        components.check_types(function, settings, group)
+        settings = argument_types.checked(function, node, group) if group in ("data", "plain") else given(node)
+        argument_types.check_types(function, settings, group)
         inspect.signature(function).bind_partial(**settings)
     if option in SIZED:
         assert node["size"] == name and node["name"] is None
@@ -123,7 +125,7 @@ def test_every_sweep_is_registered_by_its_name(file):
         (
             "data=instructions rollout=mixed loss=minillm loss.single_step=false",
             "loss.single_step",
-            {"hint": "type rollout.from_next=false"},
+            {"hint": "type rollout.exclude_own_reward=false"},
         ),
         ("routing=uncertainty", "routing", {"conflict": "loss=fkl", "hint": "loss=atkd"}),
     ],
@@ -153,24 +155,51 @@ def test_a_loss_without_its_token_information_is_refused_with_what_provides_it(w
 
 def test_declarations_in_the_source_are_those_of_the_functions():
     """The rules read them without importing the functions; every need has a provider."""
-    for group, attribute in (("loss", "needs"), ("rollout", "provides"), ("routing", "provides")):
+    pairs = (("loss", "needs"), ("rollout", "provides"), ("rollout", "traits"), ("routing", "provides"))
+    for group, attribute in pairs:
         module = importlib.import_module(f"kd.{components.MODULES[group]}")
         functions = {name: getattr(module, name) for name in components.functions(components.MODULES[group])}
         real = {name: getattr(f, attribute) for name, f in functions.items() if hasattr(f, attribute)}
-        assert real and components.declared(components.MODULES[group], attribute) == real
+        read = declarations.of_module(components.MODULES[group], attribute)
+        assert real and {name: declaration.names for name, declaration in read.items()} == real
     for module in components.modules_of("logits"):
         loaded = importlib.import_module(f"kd.{module}")
         real = {
             name: f.traits for name in components.functions(module) if hasattr(f := getattr(loaded, name), "traits")
         }
-        assert components.declared(module, "traits") == real
+        assert {k: declaration.names for k, declaration in declarations.of_module(module, "traits").items()} == real
     assert LogitsConfig("kd.teachers.none.none").source.distils is False
     assert LogitsConfig("kd.teachers.stored.recorded").source.is_recorded
-    for loss in components.declared(components.MODULES["loss"], "needs"):
+    for loss in declarations.of_group("loss", "needs"):
         assert all(token_info.providers_of(name, loss) for name in token_info.needs(loss))
     assert all(
         token_info.losses_for(provider) for provider in token_info.providers() if token_info.unique_fields(provider)
     )
+
+
+@pytest.mark.parametrize(
+    ("option", "changes", "writes_all", "by_teacher"),
+    [
+        ("none", {}, False, False),
+        ("student", {}, False, False),
+        ("student", {"share": 1}, True, False),
+        ("student", {"share": 1.0}, True, False),
+        ("teacher", {}, True, True),
+        ("pairs", {}, True, False),
+        ("mixed", {}, True, False),
+        ("mixed_code", {}, True, False),
+        ("adaptive", {}, False, False),
+    ],
+)
+def test_a_rollout_declares_who_writes(option, changes, writes_all, by_teacher):
+    rollout = RolloutConfig.from_node(OPTIONS[f"rollout={option}"] | changes)
+    assert (rollout.writes_all, rollout.by_teacher) == (writes_all, by_teacher)
+    assert identity.written_by_teacher(components.flat({"rollout": rollout.to_dict()})) == by_teacher
+
+
+def test_a_trait_that_does_not_exist_is_an_error():
+    with pytest.raises(TypeError, match="write_all"):
+        traits("write_all")
 
 
 NOT_AS_THE_FUNCTION = ("alpha", "lr", "optim", "data", "record")
@@ -294,7 +323,7 @@ def test_no_setting_takes_just_anything(case):
     group, node, key = case
     for wrong in ({}, [["x"]]):
         with refused(option=f"{group}.{key}", got=wrong):
-            components.check_types(components.load(node["_target_"], group), {key: wrong}, group)
+            argument_types.check_types(components.load(node["_target_"], group), {key: wrong}, group)
 
 
 @pytest.mark.parametrize("word", ["data.seq_len=abc", "data.tokens=1.5", "data.val_share=true", "data.tokenizer=5"])

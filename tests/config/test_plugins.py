@@ -11,7 +11,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 
 from kd.config import components, compose, plugins, search_path, token_info
-from kd.config.groups import LogitsConfig
+from kd.config.groups import LogitsConfig, RolloutConfig
 from kd.config.help import axes
 from kd.config.schema import ExperimentConfig
 from kd.evaluation import catalog
@@ -20,6 +20,7 @@ from kd.experiment.dependencies import Plan
 from kd.launch.cluster import RemoteJob
 from kd.launch.warm import Warm
 from kd.objective.target import Target
+from kd.runs import identity
 from tests.cases import settings
 from tests.refusals import refused
 from tests.small import TRAIN, here, listed, result, small_config, train
@@ -50,6 +51,15 @@ def giver(samplers, share: float = 0.5): ...
 
 @traits("trains_teacher")
 def source(origin): ...
+""",
+    "rollouts.py": """
+from kd.rollout.base import traits
+
+@traits("writes_all", until=1.0)
+def early(samplers, until: float = 0.5): ...
+
+@traits("by_teacher")
+def best(samplers, draws: int = 4): ...
 """,
     "data.py": """
 from kd.data.corpora import Corpus
@@ -207,6 +217,11 @@ def test_declarations_are_read_from_the_source(allowed):
     assert token_info.providers()["rollout=giver"] == ("advantage",)
     assert token_info.providers_of("advantage", "needy") == ["rollout=giver"]  # mixed computes more
     assert LogitsConfig("mypkg.losses.source").source.trains_teacher
+    early = RolloutConfig("mypkg.rollouts.early", {"until": 0.5})
+    assert not early.writes_all and early.derive(until=1).writes_all and not early.derive(until=1).by_teacher
+    best = RolloutConfig("mypkg.rollouts.best", {"draws": 2})
+    assert best.writes_all and best.by_teacher
+    assert identity.written_by_teacher({"rollout": "best", "rollout.draws": 2})  # so that its seed names the run
     write(allowed, {"losses.py": "@needs(NAMES)\ndef mine(student, target): ...\n"})
     plugins.syntax_tree.cache_clear()
     with refused(option="@needs of mine", why="is no literal", hint="write the value itself"):

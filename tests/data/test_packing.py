@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from kd.config import components
+from kd.config import argument_types
 from kd.data import corpora, packing, tokenizer
 from kd.data.batches import (
     IGNORE,
@@ -315,8 +315,8 @@ def test_fewer_tokens_of_a_markov_chain_are_a_part_of_more(tmp_path):
     def made(tokens: int) -> Packed:
         """Pack like train.py: each function takes the settings that it has parameters for."""
         node = {"seq_len": 16, "states": 8, "branching": 3, "size": 40_000, "tokens": tokens, "val_rows": 8}
-        source = markov(**components.checked(markov, node, "data"))
-        return packing.pack(source, tmp_path, **components.checked(packing.pack, node, "data"))
+        source = markov(**argument_types.checked(markov, node, "data"))
+        return packing.pack(source, tmp_path, **argument_types.checked(packing.pack, node, "data"))
 
     few, many = made(10_000), made(20_000)
     assert {tuple(r) for r in few.train} < {tuple(r) for r in many.train}

@@ -110,7 +110,7 @@ def test_summary_by_hand():
     of = [Response("a a b", 3, True, 0.5, False), Response("a b", 6, False, 1.0, True)]
     got = summary(of + of, 2)
     assert got == pytest.approx({
-        "rouge_l": 0.75, "exact_match": 0.5, "response_length": 4.5, "ended": 0.5,
+        "rouge_l": 0.75, "exact_match": 0.5, "response_length": 4.5, "eos_rate": 0.5,
         "distinct_1": 2 / 5, "distinct_2": 2 / 3, "distinct_3": 1.0, "distinct_4": 0.0,
     })  # fmt: skip
 
@@ -288,8 +288,8 @@ def test_measures_of_a_run_are_those_of_its_file(root, student):
         assert examples[row["prompt"]].startswith(row["reference"]) and row["reference"]
         assert row["rouge_l"] == rouge_l(row["response"], row["reference"])
         assert row["tokens"] <= 32 and (row["ended"] or row["tokens"] > 0)
-    for name in ("rouge_l", "exact_match", "ended"):
-        assert final[f"val/{name}"] == pytest.approx(fmean(row[name] for row in rows))
+    for name, column in (("rouge_l", "rouge_l"), ("exact_match", "exact_match"), ("eos_rate", "ended")):
+        assert final[f"val/{name}"] == pytest.approx(fmean(row[column] for row in rows))
     assert final["val/response_length"] == pytest.approx(fmean(row["tokens"] for row in rows))
     assert final["val/distinct_4"] == pytest.approx(distinct([row["response"] for row in rows], 4))
     assert final["val/teacher_rouge_l"] == pytest.approx(fmean(row["teacher_rouge_l"] for row in rows))

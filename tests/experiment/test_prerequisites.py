@@ -324,7 +324,7 @@ def test_every_method_goes_on_where_it_was_killed(root, words, made, method, tmp
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
     one, two = (json.loads((run / "result.json").read_text())["initial"] for run in (a, b))
     assert one == two and one["val/lm"]
-    own = [x.get("train/by_student") for x in read_metrics(a / "metrics.jsonl") if "train/loss" in x]
+    own = [x.get("train/student_token_share") for x in read_metrics(a / "metrics.jsonl") if "train/loss" in x]
     shares = {"gkd": {0, 1}, "distillm": {0, 1}, "on_policy": {1}, "sft": {None}, "seqkd": {None}}
     assert own and set(own) <= shares.get(method, set(own))
     assert method != "distillm2" or all(0 < share < 1 for share in own)

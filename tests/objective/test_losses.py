@@ -356,10 +356,10 @@ class Sequences:
         """Log-probabilities of each token of each sequence [27, 3]."""
         return table.log_softmax(-1)[self.place].gather(-1, self.all[..., None])[..., 0]
 
-    def expected_gradient(self, loss, from_next: bool) -> torch.Tensor:
+    def expected_gradient(self, loss, exclude_own_reward: bool) -> torch.Tensor:
         """The mean, over what the student writes, of the gradients of the sums of minillm over tokens."""
         log_q, log_p = self.of_tokens(self.student), self.of_tokens(self.teacher)
-        advantage = returns(log_p - log_q, torch.ones(27, 3), 1.0, False, from_next)
+        advantage = returns(log_p - log_q, torch.ones(27, 3), 1.0, False, exclude_own_reward)
         info = TokenInfo(student_logp=log_q, importance=torch.ones_like(log_q), advantage=advantage)
         teacher = self.teacher.log_softmax(-1)[self.place].flatten(0, 1)
         target = Target(self.all.flatten(), teacher, token_info=info.map(torch.Tensor.flatten))
@@ -385,11 +385,11 @@ class Sequences:
 def test_minillm_is_the_gradient_of_rkl_over_sequences():
     """Exactly, over all that can be written: with the single step apart, and with the return alone."""
     of = Sequences()
-    close(of.expected_gradient(LOSSES["minillm"], from_next=True), of.true_gradient())
+    close(of.expected_gradient(LOSSES["minillm"], exclude_own_reward=True), of.true_gradient())
     alone = option("loss", "minillm", single_step=False)
-    close(of.expected_gradient(alone, from_next=False), of.true_gradient())
-    for loss, from_next in ((LOSSES["minillm"], False), (alone, True)):  # the other two count a step twice, or never
-        assert (of.expected_gradient(loss, from_next) - of.true_gradient()).abs().max() > 0.1
+    close(of.expected_gradient(alone, exclude_own_reward=False), of.true_gradient())
+    for loss, exclude in ((LOSSES["minillm"], False), (alone, True)):  # the other two count a step twice, or never
+        assert (of.expected_gradient(loss, exclude) - of.true_gradient()).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("share", [0.2, 0.9])

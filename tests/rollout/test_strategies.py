@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from kd.config.components import declared
+from kd.config.declarations import Declaration, of_group
 from kd.data.batches import IGNORE, Batch
 from kd.objective.token_info import TokenInfo
 from kd.parallel import collectives
 from kd.rollout import generate
+from kd.rollout.base import Rollout
 from kd.rollout.mixed import returns, whiten
 from kd.rollout.rows import only_by_student
 from kd.rollout.samplers import Samplers
 from kd.runs.run import Run
 from kd.training.callbacks.checkpoints import Checkpoints
+from kd.training.module import DistillationModule
 from tests.cases import close, each, option, settings
 from tests.refusals import refused
 from tests.rollout.test_generate import END, T, batch, model, whole
@@ -29,13 +31,13 @@ ROLLOUTS = settings("rollout")
 # Returns
 
 
-def earned(reward: list[float], mask: list[int], gamma: float, length_norm: bool, from_next: bool) -> list[float]:
+def earned(reward: list[float], mask: list[int], gamma: float, length_norm: bool, exclude: bool) -> list[float]:
     reward, mask = torch.tensor([reward], dtype=torch.float64), torch.tensor([mask]).bool()
-    return returns(reward, mask, gamma, length_norm, from_next)[0].tolist()
+    return returns(reward, mask, gamma, length_norm, exclude)[0].tolist()
 
 
 @pytest.mark.parametrize(
-    ("reward", "mask", "gamma", "length_norm", "from_next", "expected"),
+    ("reward", "mask", "gamma", "length_norm", "exclude_own_reward", "expected"),
     [
         ([1, 2, 4], [1, 1, 1], 1.0, False, False, [7, 6, 4]),
         ([1, 2, 4], [1, 1, 1], 1.0, False, True, [6, 4, 0]),
@@ -57,29 +59,29 @@ def earned(reward: list[float], mask: list[int], gamma: float, length_norm: bool
         ([9, 9, 9], [0, 0, 0], 0.9, True, False, [0, 0, 0]),
     ],
 )
-def test_returns_worked_by_hand(reward, mask, gamma, length_norm, from_next, expected):
-    assert earned(reward, mask, gamma, length_norm, from_next) == pytest.approx(expected)
+def test_returns_worked_by_hand(reward, mask, gamma, length_norm, exclude_own_reward, expected):
+    assert earned(reward, mask, gamma, length_norm, exclude_own_reward) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.95, 0.3])
 @pytest.mark.parametrize("length_norm", [False, True])
-@pytest.mark.parametrize("from_next", [False, True])
-def test_returns_are_what_their_sum_says(gamma, length_norm, from_next):
+@pytest.mark.parametrize("exclude_own_reward", [False, True])
+def test_returns_are_what_their_sum_says(gamma, length_norm, exclude_own_reward):
     rng = np.random.default_rng(0)
     reward, mask = rng.normal(size=(20, 11)), rng.random((20, 11)) < 0.7
     expected = np.zeros_like(reward)
     for row, t in zip(*mask.nonzero()):
-        later = [s for s in range(t + from_next, 11) if mask[row, s]]
-        expected[row, t] = sum(gamma ** (s - t - from_next) * reward[row, s] for s in later)
+        later = [s for s in range(t + exclude_own_reward, 11) if mask[row, s]]
+        expected[row, t] = sum(gamma ** (s - t - exclude_own_reward) * reward[row, s] for s in later)
         expected[row, t] /= max(1, len(later)) if length_norm else 1
-    found = returns(torch.from_numpy(reward), torch.from_numpy(mask), gamma, length_norm, from_next)
+    found = returns(torch.from_numpy(reward), torch.from_numpy(mask), gamma, length_norm, exclude_own_reward)
     close(found, expected)
 
 
 def test_returns_of_the_next_are_those_that_begin_here_one_further_on():
     reward = torch.randn(3, 8, dtype=torch.float64)
     every = torch.ones(3, 8).bool()
-    here, after = (returns(reward, every, 0.9, True, from_next) for from_next in (False, True))
+    here, after = (returns(reward, every, 0.9, True, exclude_own_reward) for exclude_own_reward in (False, True))
     close(after[:, :-1], here[:, 1:])
     assert not after[:, -1].any()
 
@@ -173,7 +175,7 @@ def prompts_of(batch: Batch) -> list[list[int]]:
 def test_every_option_gives_what_it_says_for_every_batch(name, models):
     changes = {"capacity": 4, "threshold": 0.6} if name == "adaptive" else {}
     asked = made(models, name, **changes)
-    provided = {*declared("rollout.strategies", "provides").get(name.removesuffix("_code"), ())}
+    provided = {*of_group("rollout", "provides").get(name.removesuffix("_code"), Declaration()).names}
     for step in range(8):
         given = data(step)
         found = asked(given, step, step / 8)
@@ -248,6 +250,31 @@ def test_what_the_student_writes_is_what_generate_writes(models):
     assert torch.equal(found.token_info.by_student, (found.labels != IGNORE).float())
     left = made(models, "student", share=0.0)(given, 3, 0.0)
     same(left, given._replace(token_info=TokenInfo(by_student=torch.zeros(4, T))))
+
+
+def test_another_response_comes_of_other_seeds_alone(models):
+    samplers, given = Samplers(**models, eos_token_id=END, seed=5), data(3)
+    first, again = samplers.write(given, "student"), samplers.write(given, "student")
+    other = samplers.write(given._replace(position_seeds=given.position_seeds + 1), "student")
+    same(first, again)
+    assert not torch.equal(first.labels, other.labels)
+
+
+@pytest.mark.parametrize("info", [None, TokenInfo(), TokenInfo(advantage=torch.ones(4, T))])
+def test_new_text_that_does_not_say_who_wrote_it_is_refused(info):
+    """Language modelling would learn the student's own text."""
+
+    class Unmarked(Rollout):
+        def write(self, batch):
+            return batch._replace(labels=batch.labels.clone(), token_info=info)
+
+    step = SimpleNamespace(global_step=0, progress=0.0, rollout=Unmarked(Samplers(None, None, END, 5)))
+    step._stop_if_requested = None
+    with refused(option="rollout", why="Unmarked returns text without token_info.by_student", hint="Samplers.write"):
+        DistillationModule.run_rollout(step, data(), 1.0)
+    step.rollout = Rollout(step.rollout.samplers)
+    given = data()
+    assert DistillationModule.run_rollout(step, given, 1.0)[0] is given
 
 
 def test_the_teacher_writes(models):
@@ -418,7 +445,7 @@ def test_the_advantage_is_that_of_the_paper_and_that_of_the_code(name, models):
 
 
 def test_rewards_are_scaled_and_then_cut(models):
-    plain = dict(gamma=0.0, length_norm=False, from_next=False)
+    plain = dict(gamma=0.0, length_norm=False, exclude_own_reward=False)
     one = made(models, "mixed", **plain)(data(), 0, 0.0).token_info
     close(one.advantage, one.teacher_logp - one.student_logp, rtol=1e-6)
     two = made(models, "mixed", **plain, scale=0.25, clip=2.0)(data(), 0, 0.0).token_info

@@ -19,7 +19,8 @@ import safetensors
 import torch
 
 import train as product
-from kd.config.components import FORMER, typed
+from kd import former_names
+from kd.config.components import typed
 from kd.config.compose import composed, config_of
 from kd.errors import UserError
 from kd.experiment import prerequisites, store_check
@@ -306,7 +307,7 @@ def test_verify_goes_where_the_store_was_moved(root, command_line):
 
 def test_verify_reads_the_settings_of_an_earlier_version(root, command_line):
     """Write settings of an earlier version: modules outside packages, and components marked as partial."""
-    former = {f"kd.{new}": f"kd.{old.partition('.')[0]}" for old, new in FORMER.items()}
+    former = {f"kd.{new}": f"kd.{old.partition('.')[0]}" for old, new in former_names.MODULES.items()}
     path = only(root) / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest.pop("digest")
