@@ -7,6 +7,7 @@ module reads and checks every file, and compose.register() passes the checked co
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from kd.config import components, overrides, plugins
 from kd.config.components import GROUPS, PRESETS, builtin_option_names, typed
 from kd.config.schema import GROUPLESS, RUN_OPTIONS
 from kd.errors import UserError
+from kd.system import programs
 
 FLAGS = ("--config-dir", "-cd")
 WORD = "hydra.searchpath"
@@ -53,6 +55,11 @@ def words() -> list[str]:
     """Return the word that gives another process the same folders of the command line; [] if there are none."""
     places = [f"file://{folder}" for folder in plugins.typed_folders()]
     return [f"{WORD}={typed(places)}"] if places else []
+
+
+def sweep_command(name: str) -> str:
+    """Return the command that runs a sweep, with the folders of the command line."""
+    return f"{programs.command('train')} {shlex.join([*words(), f'sweeps={name}'])}"
 
 
 def _listed(word: str) -> list[str]:

@@ -6,10 +6,10 @@ import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kd.config import search_path
 from kd.errors import UserError
 from kd.evaluation.catalog import Metric
 from kd.experiment.results import Entry, load_sweep
-from kd.system import programs
 from sweeps.report import notes
 from sweeps.report.groups import Group, describe_task, group_runs, primary_metric
 from sweeps.report.question import papers_answer, question
@@ -62,7 +62,7 @@ def build_report(root: str | Path, name: str) -> Report:
     groups = group_runs(entries)
     if not groups:
         listing = "\n".join(f"  {e.state:<10}  {shlex.join(e.overrides)}  {e.message}".rstrip() for e in entries)
-        why, hint = f"has no run that is done yet:\n{listing}", f"type {programs.command('train')} sweeps={name}"
+        why, hint = f"has no run that is done yet:\n{listing}", f"type {search_path.sweep_command(name)}"
         raise UserError(option="sweeps", got=name, why=why, hint=hint)
     metric, rows, lines = primary_metric(groups), rows_of(groups), reference_lines(groups)
     columns = columns_of(rows, metric, lines)
