@@ -4,14 +4,16 @@ import json
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from hydra.core.config_store import ConfigStore
 
+from kd import testing
 from kd.config import components, compose, plugins, search_path, token_info
-from kd.config.groups import LogitsConfig
+from kd.config.groups import LogitsConfig, TruncationConfig
 from kd.config.help import axes
 from kd.config.schema import ExperimentConfig
 from kd.evaluation import catalog
@@ -20,6 +22,7 @@ from kd.experiment.dependencies import Plan
 from kd.launch.cluster import RemoteJob
 from kd.launch.warm import Warm
 from kd.objective.target import Target
+from kd.store.spec import draws_of
 from tests.cases import settings
 from tests.refusals import refused
 from tests.small import TRAIN, here, listed, result, small_config, train
@@ -461,6 +464,58 @@ def test_every_kind_in_the_documentation_trains(documented, tmp_path):
     config = compose.config_of(words)
     rollout = config.rollout.build("rollout")(None)
     assert (rollout.until, rollout.sampling_rate) == (0.25, 0.25)
+
+
+def test_a_store_of_a_plugins_truncation_serves_what_it_declares(documented, package, tmp_path):
+    """A store is written with least=0.01, and read by its path."""
+    root, short = tmp_path / "runs", ("trainer.steps=2", "teacher.steps=2", "logits=offline", "truncation=above")
+    here(root, *short)
+    (store,) = (root / "stores").iterdir()
+    path = f"logits.path={store}"
+    for words in ((), ("truncation.least=0.02",)):
+        assert result(here(root, *short, path, *words))["state"] == "done"
+    wide, narrow = (partial(compose.config_of(["truncation=above"]).truncation.build("truncation"), least=x)
+                    for x in (0.01, 0.04))  # fmt: skip
+    testing.check_nested(wide, narrow)
+    with pytest.raises(AssertionError):
+        testing.check_nested(narrow, wide)
+    with refused(option="truncation", got="above least=0.001", why="needs more than", hint="logits.path out"):
+        here(root, *short, path, "truncation.least=0.001")
+    with refused(
+        option="truncation", got="top_k k=2", why="may need more than", need="@nested", hint="logits.path out"
+    ):
+        here(root, *short[:-1], path, "truncation=top_k", "truncation.k=2")
+    targets = package.parent / "mypackage" / "targets.py"
+    text = targets.read_text()
+    targets.write_text(text.replace('@nested(least="higher")\n', ""))
+    plugins._allowed.cache_clear()
+    plugins.syntax_tree.cache_clear()
+    with refused(option=store, why="its plugin is mypackage=", hint="leave logits.path out"):  # its code is another now
+        here(root, *short, path)
+    assert compose.config_of(["truncation=above"]).truncation.nested == {}
+    plugins.syntax_tree.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("decorator", "fields"),
+    [
+        ('nested(mosT="lower")', {"why": "names mosT, which is none of its settings", "need": "most"}),
+        ("nested()", {"why": "names no setting"}),
+        ("nested", {"why": "names no setting"}),
+        ('nested("most")', {"why": "names no setting"}),
+        ('nested(target="lower")', {"why": "names target"}),
+        ('nested(most="less")', {"got": "less", "need": "higher or lower"}),
+    ],
+)
+def test_a_wrong_declaration_of_a_truncation_is_refused(decorator, fields, allowed):
+    write(allowed, {"cuts.py": f"@{decorator}\ndef first(target, most: int = 3): ...\n"})
+    plugins.syntax_tree.cache_clear()
+    with refused(option="@nested of mypkg.cuts.first", **fields):
+        TruncationConfig("mypkg.cuts.first", {"most": 3}).nested  # noqa: B018
+
+
+def test_draws_are_those_of_random_alone():
+    assert draws_of({"name": "random", "draws": 5}) == 5 and draws_of({"name": "sample", "draws": 5}) is None
 
 
 def test_kinds_of_the_documentation_are_the_groups():

@@ -520,6 +520,30 @@ def test_what_a_store_covers(asked, held, inside):
     assert covers(held, asked) is inside
 
 
+@pytest.mark.parametrize(
+    ("asked", "held", "inside"),
+    [
+        ({"least": 0.1}, {"least": 0.1}, True),
+        ({"least": 0.2}, {"least": 0.1}, True),
+        ({"least": 0.05}, {"least": 0.1}, False),
+        ({"least": 0.1, "most": 3}, {"least": 0.1, "most": 5}, True),
+        ({"least": 0.2, "most": 6}, {"least": 0.1, "most": 5}, False),
+        ({"least": 0.2, "mode": "b"}, {"least": 0.1, "mode": "a"}, False),
+        ({"least": 0.2, "mode": "a"}, {"least": 0.1, "mode": "a"}, True),
+        ({"least": 0.2}, {"least": 0.1, "mode": "a"}, False),
+        ({"least": None}, {"least": 0.1}, False),
+        ({"least": 0.2}, {"least": None}, False),
+        ({"least": True}, {"least": 0.1}, False),
+        ({"least": 0.2}, {"name": "other", "least": 0.1}, False),
+        ({"least": 0.2}, {"name": "top_k", "k": 9}, False),
+        ({"least": 0.2}, {"name": "full"}, True),
+    ],
+)
+def test_what_a_store_of_a_plugin_covers_is_what_it_declares(asked, held, inside):
+    nested = {"least": "higher", "most": "lower"}
+    assert covers({"name": "above"} | held, {"name": "above"} | asked, nested) is inside
+
+
 @pytest.mark.parametrize("asked", ["full", "random", "top_p", "top_k"])
 def test_asking_for_more_names_both_before_anything_is_done(root, asked, monkeypatch):
     monkeypatch.setattr(prerequisites, "teacher_model", None)  # not even loaded
