@@ -140,9 +140,10 @@ class TruncationConfig(Component):
             need = f"one of its settings, {', '.join(sorted(settings))}" if settings else "a function with settings"
             why, hint = f"names {wrong}, which is none of its settings" if wrong else "names no setting", "correct it"
             raise UserError(option=f"@nested of {self.target}", why=why, need=need, hint=hint)
-        if wrong := next((value for value in directions.values() if value not in ("higher", "lower")), None):
+        values = [value for value in directions.values() if value not in ("higher", "lower")]
+        if values:
             need, hint = "higher or lower", 'write e.g. @nested(k="lower")'
-            raise UserError(option=f"@nested of {self.target}", got=wrong, need=need, hint=hint)
+            raise UserError(option=f"@nested of {self.target}", got=values[0], need=need, hint=hint)
         return directions
 
     def build(self, group: str) -> Callable:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,6 +115,13 @@ def options() -> Iterator[Option]:
             yield checked(group, file)
 
 
+@cache
+def _content(file: Path) -> tuple[str, Any]:
+    """Return the text of a file and its content. Callers must not change it: a file is read once in a process."""
+    text = file.read_text(encoding="utf-8")
+    return text, OmegaConf.to_container(OmegaConf.create(text))
+
+
 def checked(group: str, file: Path) -> Option:
     """Return the option in a file; raise UserError for content that does not belong to kd's groups."""
 
@@ -121,8 +129,7 @@ def checked(group: str, file: Path) -> Option:
         return UserError(option=file, why=why, hint=hint)
 
     try:
-        text = file.read_text(encoding="utf-8")
-        node = OmegaConf.to_container(OmegaConf.create(text))
+        text, node = _content(file)
     except (YAMLError, OmegaConfBaseException, ValueError) as error:
         raise refused(f"is no plain YAML: {error}", "correct this file, or remove it") from None
     if not isinstance(node, dict) or not all(isinstance(key, str) for key in node):

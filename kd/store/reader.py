@@ -46,7 +46,7 @@ from kd.store.spec import (
     draws_of,
     row_hash,
 )
-from kd.system import files
+from kd.system import files, programs
 from kd.system.console import track
 from kd.system.files import read_json
 from kd.system.remote import is_url, local_root
@@ -85,7 +85,7 @@ class Store:
                 option=self.path,
                 why=f"has format {self.spec['format']}, and this version of kd reads format {FORMAT}",
                 hint="write the store again, in another folder",
-                commands=[f"python -m kd.store write {self.words} logits.path=FOLDER"],
+                commands=[f"{programs.command('store')} write {self.words} logits.path=FOLDER"],
             )
         self.truncation, self.draws = self.spec["truncation"], draws_of(self.spec["truncation"])
         notes = {name: note for name, note in manifest["files"].items() if name.startswith("shard-")}
@@ -322,7 +322,7 @@ class Store:
     def _command(self) -> str:
         """Return the command that writes this store, here."""
         if "words" not in self.manifest:
-            return "python -m kd.store write and the words of the run that reads it"
+            return f"{programs.command('store')} write and the words of the run that reads it"
         words, key, root = [self.manifest["words"]], self.manifest.get("key", ""), str(self.cache.parent)
         under = self.path.removesuffix(f"/stores/{key}")
         if is_url(under) and local_root(under) == self.cache.parent:
@@ -331,7 +331,7 @@ class Store:
             words.append(shlex.quote(f"logits.path={conf.typed(self.path)}"))
         if root != files.expanded(os.environ.get("KD_ROOT", "runs")):
             words.append(shlex.quote(f"root={conf.typed(root)}"))
-        return f"python -m kd.store write {' '.join(words)}"
+        return f"{programs.command('store')} write {' '.join(words)}"
 
     def _other_tokens(self, row: int, part: str = "") -> UserError:
         return UserError(

@@ -205,6 +205,43 @@ def test_the_signature_is_the_schema(settings, option, allowed):
     _forget()
 
 
+TYPED = "loss._target_=mypkg.losses.mine"
+
+
+def test_settings_beside_a_typed_function_are_those_of_its_signature(allowed):
+    for words, args in (
+        ([TYPED], {}),
+        ([TYPED, "+loss.beta=0.3"], {"beta": 0.3}),
+        ([TYPED, "++loss.beta=0.3"], {"beta": 0.3}),
+        (["loss=jsd", TYPED, "loss.beta=0.3"], {"beta": 0.3}),  # which has a setting of this name
+    ):
+        config = compose.config_of(words)
+        assert (config.loss.name, config.loss.args) == ("mine", args)
+    cut = "truncation._target_=kd.objective.truncation.top_k"
+    assert compose.config_of([cut, "+truncation.k=3"]).truncation.args == {"k": 3}
+    adam = compose.config_of(["optim=adamw", "optim._target_=torch.optim.Adam", "+optim.amsgrad=true"]).optim
+    assert adam.build("optim").keywords["amsgrad"] is True
+
+
+@pytest.mark.parametrize(
+    ("word", "fields"),
+    [
+        ("loss.beta=0.3", {"got": "0.3", "why": "a setting of loss._target_", "hint": "type +loss.beta=0.3"}),
+        ("loss.alpha=0.3", {"why": "mypkg.losses.mine has no alpha", "hint": "type +loss.beta=0.3"}),
+        ("+loss.alpha=0.3", {"option": "loss.alpha", "why": "has no alpha", "hint": "type +loss.beta=0.3"}),
+        ("loss.student=1", {"why": "has no student", "hint": "type +loss.beta=1"}),
+    ],
+)
+def test_a_wrong_setting_beside_a_typed_function_is_answered_with_a_right_one(word, fields, allowed):
+    with refused(**fields):
+        compose.config_of([TYPED, word])
+
+
+def test_a_setting_beside_a_function_that_is_not_allowed_names_the_function(package):
+    with refused(option="loss._target_", got="mypkg.losses.mine", hint="KD_PLUGINS=mypkg"):
+        compose.config_of([TYPED, "loss.beta=0.3"])
+
+
 def test_declarations_are_read_from_the_source(allowed):
     assert token_info.needs("needy") == ("advantage",)
     assert token_info.providers()["rollout=giver"] == ("advantage",)
@@ -300,6 +337,17 @@ def test_a_folder_adds_options_to_every_group(package):
     assert "evil" not in text
     with refused(option="loss", got="mine"):
         compose.config_of(["loss=mine"])
+
+
+def test_files_of_plugins_are_read_once_at_the_start(allowed, monkeypatch):
+    folder = write(allowed.parent / "theirs", {"loss/theirs.yaml": "_target_: kd.objective.losses.fkl\n"})
+    read, reads = Path.read_text, []
+    monkeypatch.setattr(Path, "read_text", lambda file, *args, **kw: (reads.append(file), read(file, *args, **kw))[1])
+    compose.register()
+    search_path.take(["--config-dir", str(folder)])
+    compose.register_folders()
+    compose.config_of(["loss=theirs"])
+    assert reads.count(allowed / "conf" / "loss" / "mine.yaml") == reads.count(folder / "loss" / "theirs.yaml") == 1
 
 
 def test_words_of_a_folder_are_read_as_they_are_typed(package):

@@ -30,7 +30,7 @@ from kd.store import __main__ as store_main
 from kd.store import transfer
 from kd.store.reader import Store
 from kd.store.spec import covers
-from kd.system import files
+from kd.system import files, programs
 from kd.system.console import console
 from kd.system.remote import Remote, local_root
 from tests.refusals import refused
@@ -562,6 +562,15 @@ def test_asking_for_less_is_answered(root):
         root, "logits=offline", "truncation=top_p_k", "truncation.p=0.5", "truncation.k=4", f"logits.path={only(root)}"
     )
     assert result(run)["state"] == "done" and len(list((root / "stores").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("installed", "program"), [(True, "kd-store"), (False, "python -m kd.store")])
+def test_hints_name_the_program_as_it_was_started(installed, program, tmp_path, monkeypatch):
+    monkeypatch.setattr(programs, "_by_script", installed)
+    (tmp_path / "empty").mkdir()
+    with refused(option=tmp_path / "empty", why="is no store", commands=f"{program} write ") as caught:
+        Store(str(tmp_path / "empty"), tmp_path)
+    assert caught.value.commands[0].startswith(program)
 
 
 # Elsewhere
