@@ -134,11 +134,11 @@ def check_nested(wide: Truncation, narrow: Truncation) -> None:
 
 
 def _kept(target: Target) -> Tensor:
-    """Return log-probabilities of all tokens [N, V], 0 for those that were dropped."""
+    """Return log-probabilities of all tokens [N, V], 1 for those that were dropped."""
     ids = torch.arange(V).expand_as(target.logp) if target.ids is None else target.ids
     mask = target.logp > -torch.inf
-    out = target.logp.new_zeros(len(target.logp), V + 1)
-    return out.scatter(-1, ids.where(mask, V), target.logp.where(mask, 0.0))[:, :V]
+    out = target.logp.new_ones(len(target.logp), V + 1)  # the last column takes what is dropped
+    return out.scatter(-1, ids.where(mask, V), target.logp.where(mask, 1.0))[:, :V]
 
 
 def _summed(loss: Loss, chunk: int | None, rows: slice = slice(None)) -> list[Tensor]:
