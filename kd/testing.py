@@ -25,6 +25,7 @@ from kd.objective.temperature import fixed
 from kd.objective.token_info import TokenInfo
 
 Loss = Callable[[Tensor, Target], Tensor]
+Truncation = Callable[[Target], Target]
 N, V, K = 6, 17, 5
 
 
@@ -120,6 +121,24 @@ def check_micro_batches(loss: Loss) -> None:
     whole = _summed(loss, 4)
     parts = [_summed(loss, 4, rows) for rows in chunks(13, 3)]
     _check_equal([sum(part[i] for part in parts) for i in range(len(whole))], whole)
+
+
+def check_nested(wide: Truncation, narrow: Truncation) -> None:
+    """Check that a truncation gives the same from the columns that another keeps as from complete distributions.
+
+    A store of the first then serves the second, as the decorator @nested of kd.objective.truncation declares.
+    """
+    target = dense(logits(1, rows=50))
+    direct, stored = narrow(target), narrow(wide(target))
+    close(_kept(stored), _kept(direct))
+
+
+def _kept(target: Target) -> Tensor:
+    """Return log-probabilities of all tokens [N, V], 1 for those that were dropped."""
+    ids = torch.arange(V).expand_as(target.logp) if target.ids is None else target.ids
+    mask = target.logp > -torch.inf
+    out = target.logp.new_ones(len(target.logp), V + 1)  # the last column takes what is dropped
+    return out.scatter(-1, ids.where(mask, V), target.logp.where(mask, 1.0))[:, :V]
 
 
 def _summed(loss: Loss, chunk: int | None, rows: slice = slice(None)) -> list[Tensor]:

@@ -12,7 +12,7 @@ if __name__ == "__main__":  # before a library that reads them is loaded
 
 from kd.errors import MISTAKES, for_people
 from kd.system.console import strip_control_characters
-from sweeps.report.arguments import sweep_parser
+from sweeps.report.arguments import add_sweep_folder, sweep_parser
 from sweeps.report.dashboard import check_package, save_dashboard
 from sweeps.report.report import build_report
 from sweeps.report.write import write_report
@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = sweep_parser("dashboard", "A sweep as a saved view and a report in Weights & Biases.")
     options = parser.parse_args(arguments)
     try:
+        add_sweep_folder(options.config_dir, options.name)
         check_package()
         report = build_report(options.root, options.name)
         addresses = save_dashboard(options.root, report, write_report(options.root, report))

@@ -123,6 +123,16 @@ def takes_group(function: ast.FunctionDef, group: str) -> bool:
     return [x.arg for x in (*function.args.posonlyargs, *function.args.args)][: len(takes)] == takes
 
 
+def parameters(target: str, group: str) -> list[str]:
+    """Return the settings of a function of a group; raise UserError for one that is not allowed."""
+    module, name = locate(target, group)
+    if target in CLASSES:
+        return [key for key in parameters_of(load(target, group))[0] if key not in ("params", "lr")]
+    function = plugins.definition(target) or definitions(module.removeprefix("kd.")).get(name)
+    arguments = [*function.args.args, *function.args.kwonlyargs] if function else []
+    return [argument.arg for argument in arguments if argument.arg not in TAKES[group].split()]
+
+
 @cache
 def _allowed(path: str) -> list[str]:
     """Return the values that `_target_` may have in a group."""

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
-from kd.config import components, declarations
+from kd.config import components, declarations, plugins
 from kd.config.declarations import Declaration
 from kd.config.fields import MAX_SEED, ConfigNode, check_shape, converted, options, seed_setting, setting
 from kd.config.sizes import SIZES
+from kd.errors import UserError
 
 Precision = Literal["fp32", "bf16"]
 
@@ -125,6 +126,26 @@ class TruncationConfig(Component):
     def spec(self) -> dict[str, Any]:
         """Name and settings, without `path` and `biased`."""
         return {"name": self.name} | {k: v for k, v in self.args.items() if k not in ("path", "biased")}
+
+    @property
+    def nested(self) -> dict[str, str]:
+        """Settings with which a store of a plug-in's truncation serves less (kd.objective.truncation.nested)."""
+        function = plugins.definition(self.target)
+        declared = plugins.decorator(function, "nested") if function else None
+        if function is None or declared is None:
+            return {}
+        positional, directions = declared
+        settings = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)} - {"target"}
+        if positional or not directions or not directions.keys() <= settings:
+            wrong = next((name for name in directions if name not in settings), "")
+            need = f"one of its settings, {', '.join(sorted(settings))}" if settings else "a function with settings"
+            why, hint = f"names {wrong}, which is none of its settings" if wrong else "names no setting", "correct it"
+            raise UserError(option=f"@nested of {self.target}", why=why, need=need, hint=hint)
+        values = [value for value in directions.values() if value not in ("higher", "lower")]
+        if values:
+            need, hint = "higher or lower", 'write e.g. @nested(k="lower")'
+            raise UserError(option=f"@nested of {self.target}", got=values[0], need=need, hint=hint)
+        return directions
 
     def build(self, group: str) -> Callable:
         """Return the function; the place of a store is not one of its arguments."""

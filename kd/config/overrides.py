@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Override, OverrideType
 from hydra.errors import HydraException
 
 from kd import former_names
-from kd.config.components import GROUPS, PRESETS, option_names
+from kd.config.components import GROUPS, PRESETS, TAKES, option_names, parameters
 from kd.config.options import NOTES, defaults, options, overridden, settings_of_preset, words_of
 from kd.config.schema import GROUPLESS, RUN_OPTIONS
 from kd.config.sizes import SIZES
@@ -46,8 +46,10 @@ def check_groups(words: Iterable[str]) -> None:
         if override.key_or_group in (*GROUPS, *PLUGINS):
             _check_option(override)
     chosen = _chosen(overrides)
+    targets = {override.key_or_group: _values(override) for override in overrides if _is_target(override)}
     for override in overrides:
-        _check_setting(override, chosen)
+        if not _is_setting_of_target(override, chosen, targets):
+            _check_setting(override, chosen)
     _check_conflict(chosen, {override.key_or_group for override in overrides})
     for preset in PRESETS:
         _check_preset(preset, chosen, words)
@@ -261,6 +263,36 @@ def _check_setting(override: Override, chosen: dict[str, str | None]) -> None:
             f"choose one of {', '.join(settings)}" if settings else f"leave {group}.{key} out: {which} has no settings"
         )
     raise _refused(word, f"{which} has no {key}", needed)
+
+
+def _is_target(override: Override) -> bool:
+    """Return True if an override names a function for a group itself: loss._target_=mypackage.losses.mine."""
+    group, _, key = override.key_or_group.partition(".")
+    return group in TAKES and key == "_target_"
+
+
+def _is_setting_of_target(override: Override, chosen: dict[str, str | None], targets: dict[str, list]) -> bool:
+    """Return True for an added setting of a function that the command line names; False if the option has the setting.
+
+    Raises UserError for a setting that the function does not have, or that is not added by a +. targets: functions that
+    are typed, by their setting such as loss._target_.
+    """
+    group, _, key = override.key_or_group.partition(".")
+    functions, name = targets.get(f"{group}._target_"), chosen.get(group)
+    if not key or key in NOTES or not functions or name is None:
+        return False
+    if key.partition(".")[0] in options(group).get(name, {}):
+        return False
+    settings = {str(function): parameters(str(function), group) for function in functions}
+    word, text = override.input_line.lstrip("+"), override.input_line.partition("=")[2]
+    if not any(key in names for names in settings.values()):
+        function, names = next(iter(settings.items()))
+        hint = f"type +{group}.{names[0]}={text}" if len(names) == 1 else f"choose one of {', '.join(names)}"
+        raise _refused(word, f"{function} has no {key}", hint if names else f"leave {group}.{key} out")
+    if not override.is_add() and not override.is_force_add():
+        why = f"it is a setting of {group}._target_, and {group}={name} has none of its name"
+        raise _refused(word, why, f"type +{word}, with the +")
+    return True
 
 
 def _anywhere(key: str, text: str, chosen: dict[str, str | None]) -> str:

@@ -171,9 +171,8 @@ def definition(target: str) -> ast.FunctionDef | None:
 
 def decorator(function: ast.FunctionDef, name: str) -> tuple[tuple, dict[str, Any]] | None:
     """Return the literal arguments of a function's decorator, positional and by keyword; None if not decorated."""
-    for call in function.decorator_list:
-        if not isinstance(call, ast.Call):
-            continue
+    for node in function.decorator_list:
+        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
         if name in (getattr(call.func, "id", None), getattr(call.func, "attr", None)):
             try:
                 keywords = {keyword.arg or "**": ast.literal_eval(keyword.value) for keyword in call.keywords}

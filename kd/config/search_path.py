@@ -7,7 +7,9 @@ module reads and checks every file, and compose.register() passes the checked co
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from kd.config import components, overrides, plugins
 from kd.config.components import GROUPS, PRESETS, builtin_option_names, typed
 from kd.config.schema import GROUPLESS, RUN_OPTIONS
 from kd.errors import UserError
+from kd.system import programs
 
 FLAGS = ("--config-dir", "-cd")
 WORD = "hydra.searchpath"
@@ -53,6 +56,11 @@ def words() -> list[str]:
     """Return the word that gives another process the same folders of the command line; [] if there are none."""
     places = [f"file://{folder}" for folder in plugins.typed_folders()]
     return [f"{WORD}={typed(places)}"] if places else []
+
+
+def sweep_command(name: str) -> str:
+    """Return the command that runs a sweep, with the folders of the command line."""
+    return f"{programs.command('train')} {shlex.join([*words(), f'sweeps={name}'])}"
 
 
 def _listed(word: str) -> list[str]:
@@ -107,6 +115,13 @@ def options() -> Iterator[Option]:
             yield checked(group, file)
 
 
+@cache
+def _content(file: Path) -> tuple[str, Any]:
+    """Return the text of a file and its content. Callers must not change it: a file is read once in a process."""
+    text = file.read_text(encoding="utf-8")
+    return text, OmegaConf.to_container(OmegaConf.create(text))
+
+
 def checked(group: str, file: Path) -> Option:
     """Return the option in a file; raise UserError for content that does not belong to kd's groups."""
 
@@ -114,8 +129,7 @@ def checked(group: str, file: Path) -> Option:
         return UserError(option=file, why=why, hint=hint)
 
     try:
-        text = file.read_text(encoding="utf-8")
-        node = OmegaConf.to_container(OmegaConf.create(text))
+        text, node = _content(file)
     except (YAMLError, OmegaConfBaseException, ValueError) as error:
         raise refused(f"is no plain YAML: {error}", "correct this file, or remove it") from None
     if not isinstance(node, dict) or not all(isinstance(key, str) for key in node):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kd import former_names
+from kd.config import search_path
 from kd.config.components import check_sweep
 from kd.errors import UserError
 from kd.evaluation.catalog import LOSS, ROUGE_L
@@ -55,10 +56,7 @@ def load_sweep(root: str | Path, name: str) -> list[Entry]:
 def read_manifest(root: str | Path, name: str) -> list[dict]:
     """Return the runs of a sweep as kd/launch/sweep_list.py wrote them; raise UserError if there is no such sweep."""
     check_sweep(name)
-    path, hint = (
-        fetch(root, f"sweeps/{name}.json"),
-        f"to run the sweep, type {programs.command('train')} sweeps={name}",
-    )
+    path, hint = fetch(root, f"sweeps/{name}.json"), f"to run the sweep, type {search_path.sweep_command(name)}"
     try:
         runs = json.loads(path.read_text())["runs"]
         if not all(files.is_name(line["run"]) for line in runs):

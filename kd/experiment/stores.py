@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from kd.config import components as conf
+from kd.config import plugins
 from kd.config.compose import default_options
 from kd.config.schema import ExperimentConfig
 from kd.config.secrets import redacted
@@ -31,7 +32,7 @@ from kd.store.format import MOST_DRAWS
 from kd.store.location import FORMAT
 from kd.store.reader import Store
 from kd.store.recorder import Recorder
-from kd.store.spec import FULL, covers, describe
+from kd.store.spec import FULL, are_comparable, covers, describe, draws_of
 from kd.system import files
 from kd.system.lease import lease
 from kd.system.processes import is_alive, process_info
@@ -55,17 +56,18 @@ def store_spec(config: ExperimentConfig, packed: Packed) -> dict:
     elif name:
         weights = hub.revision(name)
     part = config.stored.spec
-    if part.get("draws", 0) > MOST_DRAWS:
+    if (draws_of(part) or 0) > MOST_DRAWS:
         group = "record" if config.record else "truncation"
         need, hint = f"at most {MOST_DRAWS:,} draws per position for a store", f"type {group}.draws={MOST_DRAWS}"
         raise UserError(option=f"{group}.draws", got=part["draws"], need=need, hint=hint)
+    code = plugins.digests([config.stored.target])
     return {
         "format": FORMAT, "teacher": called, "weights": weights,
         "tokenizer": files.digest_of([v for k, v in sorted(packed.digests.items()) if k.startswith("tokenizer/")]),
         "data": files.digest_of([v for k, v in sorted(packed.digests.items()) if k in ROWS]),
         "truncation": part, "precision": config.trainer.precision,
         "seed": config.logits.seed if part["name"] == "random" and config.logits.source.reads_store else None,
-    }  # fmt: skip
+    } | ({"plugin": code} if code else {})  # fmt: skip
 
 
 @cache
@@ -108,19 +110,22 @@ def write_command(config: ExperimentConfig) -> str:
 def opened(config: ExperimentConfig, packed: Packed) -> Store | None:
     """Return the store of a run with logits=offline, if it exists; raise UserError if it does not match the run."""
     where, spec, truncation = Plan.of(config).store_place, store_spec(config, packed), config.truncation.spec
-    window = window_share(config.logits.window)
+    window, nested = window_share(config.logits.window), config.truncation.nested
     if where.manifest().exists():
         found = Store(where.path, where.cache)
         expected = {k: v for k, v in spec.items() if k != "precision"} | {"truncation": truncation}
-        found.check(expected, by_path=config.logits.path is not None or config.logits.source.is_recorded)
+        expected["plugin"] = plugins.digests([config.truncation.target]) or None
+        by_path = config.logits.path is not None or config.logits.source.is_recorded
+        found.check(expected, by_path, nested)
         _measurable(config, found.truncation)
         return found
-    if not covers(spec["truncation"], truncation):
+    if not covers(spec["truncation"], truncation, nested):
+        certain = are_comparable(spec["truncation"], truncation, nested)
         raise UserError(
             option="truncation",
             got=truncation["name"],
             conflict=f"record={spec['truncation']['name']}",
-            why="needs more than the store would hold",
+            why="needs more than the store would hold" if certain else "may need more than the store would hold",
             hint="record more, or leave record out to store what this truncation keeps",
         )
     _measurable(config, spec["truncation"])

@@ -6,6 +6,8 @@ arXiv 2410.16215, eq. 4.
 """
 
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,18 @@ from kd.errors import UserError
 from kd.objective.target import Target
 
 BLOCK = 64  # columns
+Function = TypeVar("Function", bound=Callable)
+
+
+def nested(**directions: str) -> Callable[[Function], Function]:
+    """Declare settings of a plug-in's truncation with which a store serves less than it holds.
+
+    @nested(k="lower"): the function with a lower k gives the same from the columns that it keeps with a higher k as
+    from complete distributions. Each setting has "higher" or "lower". The rules of stores read this without an import.
+    """
+    if not set(directions.values()) <= {"higher", "lower"}:
+        raise TypeError(f'each setting of @nested is "higher" or "lower", and not {directions}')
+    return lambda function: function
 
 
 def full(target: Target) -> Target:

@@ -18,6 +18,7 @@ from kd.parallel import collectives
 from kd.store import rows
 from kd.store.format import encode
 from kd.store.rows import Rows
+from kd.store.spec import draws_of
 from kd.system.hardware import cast_parameters
 from kd.teachers.base import Teacher
 
@@ -84,7 +85,7 @@ class RowEncoder:
             ids, mask, signal = self.signal(table, index, spans, boundary)
             if isinstance(signal, ProjectedSignal):
                 self._check_finite(signal.features, index, mask)
-            draws, pieces = self.spec["truncation"].get("draws"), []
+            draws, pieces = draws_of(self.spec["truncation"]), []
             for part in chunks(int(mask.sum()), default_chunk_size(self.head)):
                 pieces.append(encode(self.truncate(signal(part)), draws))
             out.add_entries(ids, pieces, mask)

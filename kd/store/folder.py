@@ -21,11 +21,11 @@ def begin(folder: Path, spec: dict, **about) -> None:
         files.write_json(folder / "begun.json", {"of": spec, **about})
     elif begun["of"] != spec:
         begun = begun["of"]
-        field = next(f for f in spec if begun.get(f) != spec[f])
+        field = next(f for f in spec | begun if begun.get(f) != spec.get(f))
         raise UserError(
             option=folder,
             why=f"holds the beginning of another store: its {field} is {describe(begun.get(field))}, and here it is "
-            f"{describe(spec[field])}",
+            f"{describe(spec.get(field))}",
             hint="choose another folder, or remove this one",
             commands=[shlex.join(["rm", "-r", str(folder)])],
         )

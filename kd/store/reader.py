@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -35,8 +35,18 @@ from kd.objective.target import Target
 from kd.store.format import EncodedRows
 from kd.store.location import FORMAT
 from kd.store.shard import Shard, collate_rows
-from kd.store.spec import FULL, before_manifest, check_manifest, covers, describe, row_hash
-from kd.system import files
+from kd.store.spec import (
+    FULL,
+    NOT_NESTED,
+    are_comparable,
+    before_manifest,
+    check_manifest,
+    covers,
+    describe,
+    draws_of,
+    row_hash,
+)
+from kd.system import files, programs
 from kd.system.console import track
 from kd.system.files import read_json
 from kd.system.remote import is_url, local_root
@@ -75,9 +85,9 @@ class Store:
                 option=self.path,
                 why=f"has format {self.spec['format']}, and this version of kd reads format {FORMAT}",
                 hint="write the store again, in another folder",
-                commands=[f"python -m kd.store write {self.words} logits.path=FOLDER"],
+                commands=[f"{programs.command('store')} write {self.words} logits.path=FOLDER"],
             )
-        self.truncation, self.draws = self.spec["truncation"], self.spec["truncation"].get("draws")
+        self.truncation, self.draws = self.spec["truncation"], draws_of(self.spec["truncation"])
         notes = {name: note for name, note in manifest["files"].items() if name.startswith("shard-")}
         self.shards = sorted(notes, key=lambda name: notes[name].get("first", notes[name].get("steps")))
         self.first = np.array([notes[name].get("first", 0) for name in self.shards])
@@ -90,12 +100,13 @@ class Store:
             for name in manifest["files"]:
                 self._size(name)
 
-    def check(self, expected: dict, by_path: bool = True) -> None:
+    def check(self, expected: dict, by_path: bool = True, nested: Mapping[str, str] = NOT_NESTED) -> None:
         """Raise UserError, naming the field, if the store belongs to another config.
 
-        A field that is None on either side is skipped. by_path: True if the store was requested by its path.
+        A field that is None on either side is skipped. by_path: True if the store was requested by its path. nested: as
+        of covers().
         """
-        pairs = {f: (self.spec[f], value) for f, value in expected.items() if f != "truncation"}
+        pairs = {f: (self.spec.get(f), value) for f, value in expected.items() if f != "truncation"}
         differing = [
             f"its {field} is {describe(stored)}, and here it is {describe(value)}"
             for field, (stored, value) in pairs.items()
@@ -108,14 +119,25 @@ class Store:
                 raise refusal.replace(hint=hint, commands=(shlex.join(["rm", "-r", str(self.folder)]),))
             hint = "leave logits.path out, so that a store of this config is found or written, or type the words that "
             raise refusal.replace(hint=f"{hint}this store was written with", commands=(self.words,))
-        if not covers(self.truncation, expected["truncation"]):
+        requested = expected["truncation"]
+        if covers(self.truncation, requested, nested):
+            return
+        if not are_comparable(self.truncation, requested, nested):
             raise UserError(
                 option="truncation",
-                got=describe(expected["truncation"]),
-                why=f"needs more than {self.path} holds, which is {describe(self.truncation)}",
-                hint="choose a truncation that keeps a part of that, or have a store written that holds more: leave "
-                "logits.path out, and type e.g. record=top_k record.k=100",
+                got=describe(requested),
+                why=f"may need more than {self.path} holds, which is {describe(self.truncation)}",
+                need="the truncation of the store, or one that declares by @nested which part of it serves",
+                hint="leave logits.path out, so that a store of this truncation is found or written; for a plug-in of "
+                "yours, declare it (docs/extending.md)",
             )
+        raise UserError(
+            option="truncation",
+            got=describe(requested),
+            why=f"needs more than {self.path} holds, which is {describe(self.truncation)}",
+            hint="choose a truncation that keeps a part of that, or have a store written that holds more: leave "
+            "logits.path out, and type e.g. record=top_k record.k=100",
+        )
 
     def verify(self) -> None:
         """Digest all files. Raises UserError, naming the file, at the first that has changed since it was written."""
@@ -300,7 +322,7 @@ class Store:
     def _command(self) -> str:
         """Return the command that writes this store, here."""
         if "words" not in self.manifest:
-            return "python -m kd.store write and the words of the run that reads it"
+            return f"{programs.command('store')} write and the words of the run that reads it"
         words, key, root = [self.manifest["words"]], self.manifest.get("key", ""), str(self.cache.parent)
         location = self.path.removesuffix(f"/stores/{key}")
         if is_url(location) and local_root(location) == self.cache.parent:
@@ -309,7 +331,7 @@ class Store:
             words.append(shlex.quote(f"logits.path={conf.typed(self.path)}"))
         if root != files.expanded(os.environ.get("KD_ROOT", "runs")):
             words.append(shlex.quote(f"root={conf.typed(root)}"))
-        return f"python -m kd.store write {' '.join(words)}"
+        return f"{programs.command('store')} write {' '.join(words)}"
 
     def _other_tokens(self, row: int, part: str = "") -> UserError:
         return UserError(

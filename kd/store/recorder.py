@@ -17,6 +17,7 @@ from kd.store.encoder import RowEncoder
 from kd.store.folder import begin, commit, note_of, notes_of
 from kd.store.format import EncodedPositions, encode
 from kd.store.rows import SHARD_BYTES, Rows
+from kd.store.spec import draws_of
 from kd.store.transfer import upload
 from kd.system import files
 from kd.system.remote import Remote
@@ -64,7 +65,7 @@ class Recorder:
         """Take logits [n, V] of the positions `rows` of a batch, whose position seeds are seed [N]."""
         # No truncation looks at the label.
         target = Target(seed[rows], logits.float().log_softmax(-1), seed=seed[rows])
-        self.pieces.append(encode(self.truncate(target), self.spec["truncation"].get("draws")))
+        self.pieces.append(encode(self.truncate(target), draws_of(self.spec["truncation"])))
 
     def discard(self) -> None:
         """Drop the observed logits of a batch that is computed again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from kd.errors import UserError
 from kd.system.files import read_json
 
 FULL = {"name": "full"}
+NOT_NESTED: Mapping[str, str] = {}
 FIELDS = ("format", "teacher", "weights", "tokenizer", "data", "truncation", "precision", "seed")
 NAME = re.compile(r"(shard-\d+|head|validation)\.safetensors")
 
@@ -23,17 +25,44 @@ def row_hash(ids: np.ndarray) -> int:
     return xxhash.xxh3_64_intdigest(np.ascontiguousarray(ids, np.uint32).tobytes()) >> 1  # fits an int64
 
 
-def covers(stored: dict, requested: dict) -> bool:
-    """Return True if a store of one truncation holds all that another keeps. Both are {"name": …, setting: value}."""
+def draws_of(truncation: dict) -> int | None:
+    """Return the draws per position of a store of samples; None for any other store."""
+    return truncation.get("draws") if truncation["name"] == "random" else None
+
+
+def covers(stored: dict, requested: dict, nested: Mapping[str, str] = NOT_NESTED) -> bool:
+    """Return True if a store of one truncation holds all that another keeps. Both are {"name": …, setting: value}.
+
+    nested: direction of each setting with which the requested truncation of a plug-in keeps less.
+    """
     kinds = stored["name"], requested["name"]
-    if kinds[0] == "full":
+    if kinds[0] == "full" or stored == requested:
         return True
-    if not {*kinds} <= {"full", "random", "top_k", "top_p", "top_p_k"}:  # kd cannot compare those of plug-ins
-        return requested == stored
+    if not are_comparable(stored, requested, nested):
+        return False
+    if nested:
+        return all(
+            value == stored[name] or (name in nested and _is_past(value, stored[name], nested[name]))
+            for name, value in requested.items()
+        )
     if "random" in kinds:
         return kinds == ("random", "random") and requested["draws"] <= stored["draws"]
     # A truncation that sets no p or k needs it without limit.
     return requested["name"] != "full" and all(requested.get(x, math.inf) <= stored.get(x, math.inf) for x in "pk")
+
+
+def are_comparable(stored: dict, requested: dict, nested: Mapping[str, str] = NOT_NESTED) -> bool:
+    """Return True if kd can find out whether one truncation keeps a part of another that differs from it."""
+    if {stored["name"], requested["name"]} <= {"full", "random", "top_k", "top_p", "top_p_k"}:
+        return True
+    return bool(nested) and stored.keys() == requested.keys() and stored["name"] == requested["name"]
+
+
+def _is_past(value: object, bound: object, direction: str) -> bool:
+    """Return True if a number is higher or lower than another; False for anything but numbers."""
+    if any(isinstance(x, bool) or not isinstance(x, int | float) for x in (value, bound)):
+        return False
+    return value > bound if direction == "higher" else value < bound  # type: ignore[operator]
 
 
 def describe(value) -> str:

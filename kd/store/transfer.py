@@ -8,7 +8,7 @@ from pathlib import Path
 from kd.errors import UserError
 from kd.store.folder import begin, commit, notes_of
 from kd.store.spec import quote_words
-from kd.system import files
+from kd.system import files, programs
 from kd.system.console import counted, track
 from kd.system.files import read_json
 from kd.system.remote import Remote
@@ -30,7 +30,7 @@ def merge(folder: Path, parts: list[Path]) -> None:
             f"{counted(len(missing), 'file is', 'files are')} in none of the parts, {missing[0]}.safetensors among "
             "them",
             hint="give the part that has these files, or write that part, where NUMBER is the number of the part",
-            commands=[f"python -m kd.store write {words} part=NUMBER/OF"],
+            commands=[f"{programs.command('store')} write {words} part=NUMBER/OF"],
         )
     for name, (part, note) in track(notes.items(), "merging"):
         source = part / f"{name}.safetensors"

@@ -20,7 +20,7 @@ from sweeps.fit.fitting import fit_all
 from sweeps.fit.observations import Observation, from_csv, from_sweep
 from sweeps.fit.output import print_fits, write_fits
 from sweeps.fit.verdict import verdict
-from sweeps.report.arguments import add_wandb_switch, path_argument, sweep_parser
+from sweeps.report.arguments import add_sweep_folder, add_wandb_switch, path_argument, sweep_parser
 from sweeps.report.artifact import keep_artifact, wandb_place
 from sweeps.report.question import question
 
@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     entries: list[Entry] = []
     notes: list[str] = []
     try:
+        add_sweep_folder(options.config_dir, options.name)
         if options.csv:
             folder, name = options.csv.parent, options.csv.stem
             runs = from_csv(options.csv)

@@ -15,7 +15,7 @@ if __name__ == "__main__":  # before a library that reads them is loaded
 
 from kd.errors import MISTAKES, for_people
 from kd.system.console import strip_control_characters
-from sweeps.report.arguments import add_wandb_switch, sweep_parser
+from sweeps.report.arguments import add_sweep_folder, add_wandb_switch, sweep_parser
 from sweeps.report.artifact import keep_artifact, wandb_place
 from sweeps.report.report import build_report
 from sweeps.report.write import write_report
@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_wandb_switch(parser)
     options = parser.parse_args(arguments)
     try:
+        add_sweep_folder(options.config_dir, options.name)
         report = build_report(options.root, options.name)
         paths = write_report(options.root, report)
         print(strip_control_characters(f"{paths[0]}: {report.verdict}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from kd.config import search_path
 from kd.errors import UserError
 from kd.system import files, programs
 
@@ -24,7 +25,28 @@ def sweep_parser(program: str, description: str, nargs: str | None = None) -> ar
     root = os.environ.get("KD_ROOT") or "runs"
     help_ = "folder or URL where runs are kept (default: $KD_ROOT, or runs)"
     parser.add_argument("--root", default=root, type=path_argument, help=help_)
+    help_ = f"folder with sweeps/NAME.yaml, as for {programs.command('train')}"
+    parser.add_argument("--config-dir", metavar="DIR", type=path_argument, help=help_)
     return parser
+
+
+def add_sweep_folder(folder: str | None, name: str | None) -> None:
+    """Add the folder of --config-dir to those with options.
+
+    Raises UserError for a folder that train.py refuses, and for one without this sweep.
+    """
+    if folder is None:
+        return
+    if name is None:
+        why, hint = "a CSV file has no sweep file", "leave one of the two out"
+        raise UserError(option="--config-dir", got=folder, conflict="--csv", why=why, hint=hint)
+    search_path.take([f"--config-dir={folder}"])
+    names = [option.name for option in search_path.options() if option.group == "sweeps"]
+    if name not in names:
+        why = f"has no sweep {name}"
+        need = f"a folder with sweeps/{name}.yaml"
+        hint = f"type one of its sweeps: {', '.join(names)}" if names else "leave --config-dir out"
+        raise UserError(option="--config-dir", got=folder, why=why, need=need, hint=hint)
 
 
 def add_wandb_switch(parser: argparse.ArgumentParser) -> None:

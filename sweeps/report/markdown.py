@@ -8,6 +8,7 @@ from kd.system.console import format_duration, strip_control_characters
 from sweeps.report.groups import baseline_name
 from sweeps.report.report import Report
 from sweeps.report.samples import Sample
+from sweeps.report.sections import Section
 from sweeps.report.statistics import Interval
 from sweeps.report.table import Row
 from sweeps.report.wording import format_number, plus_minus
@@ -31,6 +32,7 @@ def markdown(report: Report) -> str:
         f"The same in all rows: {constant}." if constant else "",
         "\n".join(f"- {plain(metric.label)}: {plain(metric.meaning)}" for metric in report.columns.metrics),
         " ".join(["Intervals are of one row each: the best of several looks better than it is.", *report.caveats]),
+        *map(section_lines, report.sections),
         *map(sample_details, report.samples),
         "\n".join(["Not done, and not counted:", "", *(f"- {plain(' '.join(e.overrides))}: {plain(e.state)}, "
                   f"{plain(e.message)}" for e in unfinished)]) if unfinished else "",
@@ -124,3 +126,11 @@ def sample_details(sample: Sample) -> str:
         score = f" (Rouge-L {text.rouge_l:.2f})" if text.rouge_l is not None else ""
         parts.append(f"**{plain(text.author)}**{score}\n\n{fenced(text.text)}")
     return "\n\n".join([f"<details><summary>Sample, prompt {sample.number}</summary>", *parts, "</details>"])
+
+
+def section_lines(section: Section) -> str:
+    """Return a section of a plug-in: its title, text and table."""
+    table = [line([plain(cell) for cell in row]) for row in (section.columns, *section.texts)]
+    rule = line([":--"] + ["--:"] * (len(section.columns) - 1))
+    parts = [f"### {plain(section.title)}", plain(section.text), "\n".join([table[0], rule, *table[1:]])]
+    return "\n\n".join(filter(None, parts if section.columns else parts[:2]))

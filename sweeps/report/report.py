@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kd.config import search_path
 from kd.errors import UserError
 from kd.evaluation.catalog import Metric
 from kd.experiment.results import Entry, load_sweep
-from kd.system import programs
 from sweeps.report import notes
 from sweeps.report.groups import Group, describe_task, group_runs, primary_metric
 from sweeps.report.question import papers_answer, question
 from sweeps.report.samples import Sample, samples_of
+from sweeps.report.sections import Section, plugged_in
 from sweeps.report.table import Columns, ReferenceLine, Row, columns_of, reference_lines, rows_of
 from sweeps.report.verdict import Verdict, headline, verdicts_of
 
@@ -36,6 +37,7 @@ class Report:
     warnings: list[str]
     caveats: list[str]
     samples: list[Sample]
+    sections: tuple[Section, ...] = ()  # of plug-ins
 
     @property
     def task(self) -> str:
@@ -60,11 +62,11 @@ def build_report(root: str | Path, name: str) -> Report:
     groups = group_runs(entries)
     if not groups:
         listing = "\n".join(f"  {e.state:<10}  {shlex.join(e.overrides)}  {e.message}".rstrip() for e in entries)
-        why, hint = f"has no run that is done yet:\n{listing}", f"type {programs.command('train')} sweeps={name}"
+        why, hint = f"has no run that is done yet:\n{listing}", f"type {search_path.sweep_command(name)}"
         raise UserError(option="sweeps", got=name, why=why, hint=hint)
     metric, rows, lines = primary_metric(groups), rows_of(groups), reference_lines(groups)
     columns = columns_of(rows, metric, lines)
-    return Report(
+    report = Report(
         name=name,
         question=question(name),
         papers_answer=papers_answer(name),
@@ -80,3 +82,5 @@ def build_report(root: str | Path, name: str) -> Report:
         caveats=notes.caveats(groups, rows, lines, columns.ranked),
         samples=samples_of(rows),
     )
+    sections, faults = plugged_in(report)
+    return replace(report, sections=sections, warnings=[*report.warnings, *faults])

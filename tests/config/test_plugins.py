@@ -4,14 +4,16 @@ import json
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from hydra.core.config_store import ConfigStore
 
+from kd import testing
 from kd.config import components, compose, plugins, search_path, token_info
-from kd.config.groups import LogitsConfig, RolloutConfig
+from kd.config.groups import LogitsConfig, RolloutConfig, TruncationConfig
 from kd.config.help import axes
 from kd.config.schema import ExperimentConfig
 from kd.evaluation import catalog
@@ -21,6 +23,7 @@ from kd.launch.cluster import RemoteJob
 from kd.launch.warm import Warm
 from kd.objective.target import Target
 from kd.runs import identity
+from kd.store.spec import draws_of
 from tests.cases import settings
 from tests.refusals import refused
 from tests.small import TRAIN, here, listed, result, small_config, train
@@ -212,6 +215,43 @@ def test_the_signature_is_the_schema(settings, option, allowed):
     _forget()
 
 
+TYPED = "loss._target_=mypkg.losses.mine"
+
+
+def test_settings_beside_a_typed_function_are_those_of_its_signature(allowed):
+    for words, args in (
+        ([TYPED], {}),
+        ([TYPED, "+loss.beta=0.3"], {"beta": 0.3}),
+        ([TYPED, "++loss.beta=0.3"], {"beta": 0.3}),
+        (["loss=jsd", TYPED, "loss.beta=0.3"], {"beta": 0.3}),  # which has a setting of this name
+    ):
+        config = compose.config_of(words)
+        assert (config.loss.name, config.loss.args) == ("mine", args)
+    cut = "truncation._target_=kd.objective.truncation.top_k"
+    assert compose.config_of([cut, "+truncation.k=3"]).truncation.args == {"k": 3}
+    adam = compose.config_of(["optim=adamw", "optim._target_=torch.optim.Adam", "+optim.amsgrad=true"]).optim
+    assert adam.build("optim").keywords["amsgrad"] is True
+
+
+@pytest.mark.parametrize(
+    ("word", "fields"),
+    [
+        ("loss.beta=0.3", {"got": "0.3", "why": "a setting of loss._target_", "hint": "type +loss.beta=0.3"}),
+        ("loss.alpha=0.3", {"why": "mypkg.losses.mine has no alpha", "hint": "type +loss.beta=0.3"}),
+        ("+loss.alpha=0.3", {"option": "loss.alpha", "why": "has no alpha", "hint": "type +loss.beta=0.3"}),
+        ("loss.student=1", {"why": "has no student", "hint": "type +loss.beta=1"}),
+    ],
+)
+def test_a_wrong_setting_beside_a_typed_function_is_answered_with_a_right_one(word, fields, allowed):
+    with refused(**fields):
+        compose.config_of([TYPED, word])
+
+
+def test_a_setting_beside_a_function_that_is_not_allowed_names_the_function(package):
+    with refused(option="loss._target_", got="mypkg.losses.mine", hint="KD_PLUGINS=mypkg"):
+        compose.config_of([TYPED, "loss.beta=0.3"])
+
+
 def test_declarations_are_read_from_the_source(allowed):
     assert token_info.needs("needy") == ("advantage",)
     assert token_info.providers()["rollout=giver"] == ("advantage",)
@@ -226,6 +266,13 @@ def test_declarations_are_read_from_the_source(allowed):
     plugins.syntax_tree.cache_clear()
     with refused(option="@needs of mine", why="is no literal", hint="write the value itself"):
         list(plugins.decorated("needs"))
+
+
+def test_a_decorator_without_brackets_has_no_arguments(allowed):
+    write(allowed, {"losses.py": "import x\n@other.section\n@x.more\ndef mine(report): ...\n\ndef bare(report): ...\n"})
+    plugins.syntax_tree.cache_clear()
+    found = [(target, arguments) for target, _, arguments in plugins.decorated("section")]
+    assert found == [("mypkg.losses.mine", ((), {}))]
 
 
 # Folders with options.
@@ -305,6 +352,17 @@ def test_a_folder_adds_options_to_every_group(package):
     assert "evil" not in text
     with refused(option="loss", got="mine"):
         compose.config_of(["loss=mine"])
+
+
+def test_files_of_plugins_are_read_once_at_the_start(allowed, monkeypatch):
+    folder = write(allowed.parent / "theirs", {"loss/theirs.yaml": "_target_: kd.objective.losses.fkl\n"})
+    read, reads = Path.read_text, []
+    monkeypatch.setattr(Path, "read_text", lambda file, *args, **kw: (reads.append(file), read(file, *args, **kw))[1])
+    compose.register()
+    search_path.take(["--config-dir", str(folder)])
+    compose.register_folders()
+    compose.config_of(["loss=theirs"])
+    assert reads.count(allowed / "conf" / "loss" / "mine.yaml") == reads.count(folder / "loss" / "theirs.yaml") == 1
 
 
 def test_words_of_a_folder_are_read_as_they_are_typed(package):
@@ -469,6 +527,58 @@ def test_every_kind_in_the_documentation_trains(documented, tmp_path):
     config = compose.config_of(words)
     rollout = config.rollout.build("rollout")(None)
     assert (rollout.until, rollout.sampling_rate) == (0.25, 0.25)
+
+
+def test_a_store_of_a_plugins_truncation_serves_what_it_declares(documented, package, tmp_path):
+    """A store is written with least=0.01, and read by its path."""
+    root, short = tmp_path / "runs", ("trainer.steps=2", "teacher.steps=2", "logits=offline", "truncation=above")
+    here(root, *short)
+    (store,) = (root / "stores").iterdir()
+    path = f"logits.path={store}"
+    for words in ((), ("truncation.least=0.02",)):
+        assert result(here(root, *short, path, *words))["state"] == "done"
+    wide, narrow = (partial(compose.config_of(["truncation=above"]).truncation.build("truncation"), least=x)
+                    for x in (0.01, 0.04))  # fmt: skip
+    testing.check_nested(wide, narrow)
+    with pytest.raises(AssertionError):
+        testing.check_nested(narrow, wide)
+    with refused(option="truncation", got="above least=0.001", why="needs more than", hint="logits.path out"):
+        here(root, *short, path, "truncation.least=0.001")
+    with refused(
+        option="truncation", got="top_k k=2", why="may need more than", need="@nested", hint="logits.path out"
+    ):
+        here(root, *short[:-1], path, "truncation=top_k", "truncation.k=2")
+    targets = package.parent / "mypackage" / "targets.py"
+    text = targets.read_text()
+    targets.write_text(text.replace('@nested(least="higher")\n', ""))
+    plugins._allowed.cache_clear()
+    plugins.syntax_tree.cache_clear()
+    with refused(option=store, why="its plugin is mypackage=", hint="leave logits.path out"):  # its code is another now
+        here(root, *short, path)
+    assert compose.config_of(["truncation=above"]).truncation.nested == {}
+    plugins.syntax_tree.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("decorator", "fields"),
+    [
+        ('nested(mosT="lower")', {"why": "names mosT, which is none of its settings", "need": "most"}),
+        ("nested()", {"why": "names no setting"}),
+        ("nested", {"why": "names no setting"}),
+        ('nested("most")', {"why": "names no setting"}),
+        ('nested(target="lower")', {"why": "names target"}),
+        ('nested(most="less")', {"got": "less", "need": "higher or lower"}),
+    ],
+)
+def test_a_wrong_declaration_of_a_truncation_is_refused(decorator, fields, allowed):
+    write(allowed, {"cuts.py": f"@{decorator}\ndef first(target, most: int = 3): ...\n"})
+    plugins.syntax_tree.cache_clear()
+    with refused(option="@nested of mypkg.cuts.first", **fields):
+        TruncationConfig("mypkg.cuts.first", {"most": 3}).nested  # noqa: B018
+
+
+def test_draws_are_those_of_random_alone():
+    assert draws_of({"name": "random", "draws": 5}) == 5 and draws_of({"name": "sample", "draws": 5}) is None
 
 
 def test_kinds_of_the_documentation_are_the_groups():

@@ -31,7 +31,7 @@ from kd.store import __main__ as store_main
 from kd.store import transfer
 from kd.store.reader import Store
 from kd.store.spec import covers
-from kd.system import files
+from kd.system import files, programs
 from kd.system.console import console
 from kd.system.remote import Remote, local_root
 from tests.refusals import refused
@@ -521,6 +521,30 @@ def test_what_a_store_covers(asked, held, inside):
     assert covers(held, asked) is inside
 
 
+@pytest.mark.parametrize(
+    ("asked", "held", "inside"),
+    [
+        ({"least": 0.1}, {"least": 0.1}, True),
+        ({"least": 0.2}, {"least": 0.1}, True),
+        ({"least": 0.05}, {"least": 0.1}, False),
+        ({"least": 0.1, "most": 3}, {"least": 0.1, "most": 5}, True),
+        ({"least": 0.2, "most": 6}, {"least": 0.1, "most": 5}, False),
+        ({"least": 0.2, "mode": "b"}, {"least": 0.1, "mode": "a"}, False),
+        ({"least": 0.2, "mode": "a"}, {"least": 0.1, "mode": "a"}, True),
+        ({"least": 0.2}, {"least": 0.1, "mode": "a"}, False),
+        ({"least": None}, {"least": 0.1}, False),
+        ({"least": 0.2}, {"least": None}, False),
+        ({"least": True}, {"least": 0.1}, False),
+        ({"least": 0.2}, {"name": "other", "least": 0.1}, False),
+        ({"least": 0.2}, {"name": "top_k", "k": 9}, False),
+        ({"least": 0.2}, {"name": "full"}, True),
+    ],
+)
+def test_what_a_store_of_a_plugin_covers_is_what_it_declares(asked, held, inside):
+    nested = {"least": "higher", "most": "lower"}
+    assert covers({"name": "above"} | held, {"name": "above"} | asked, nested) is inside
+
+
 @pytest.mark.parametrize("asked", ["full", "random", "top_p", "top_k"])
 def test_asking_for_more_names_both_before_anything_is_done(root, asked, monkeypatch):
     monkeypatch.setattr(prerequisites, "teacher_model", None)  # not even loaded
@@ -539,6 +563,15 @@ def test_asking_for_less_is_answered(root):
         root, "logits=offline", "truncation=top_p_k", "truncation.p=0.5", "truncation.k=4", f"logits.path={only(root)}"
     )
     assert result(run)["state"] == "done" and len(list((root / "stores").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("installed", "program"), [(True, "kd-store"), (False, "python -m kd.store")])
+def test_hints_name_the_program_as_it_was_started(installed, program, tmp_path, monkeypatch):
+    monkeypatch.setattr(programs, "_by_script", installed)
+    (tmp_path / "empty").mkdir()
+    with refused(option=tmp_path / "empty", why="is no store", commands=f"{program} write ") as caught:
+        Store(str(tmp_path / "empty"), tmp_path)
+    assert caught.value.commands[0].startswith(program)
 
 
 # Elsewhere

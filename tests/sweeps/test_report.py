@@ -3,11 +3,15 @@
 import json
 import math
 import re
+import shlex
 import socket
 
 import pytest
 
+from kd.config import plugins, search_path
 from kd.evaluation.catalog import LOSS
+from sweeps import dashboard
+from sweeps.fit import __main__ as fit
 from sweeps.report.__main__ import main
 from sweeps.report.curves import exposure_curve, learning_curve
 from sweeps.report.report import build_report
@@ -114,3 +118,42 @@ def test_excess_error_is_the_mean_as_far_as_all_seeds_have_one(sweep):
     assert 'id="exposure"' in sweep.page()
     (sweep.root / "run-1" / "exaccerr.json").write_text("{")
     assert exposure_curve([*group.runs.values()]) == [] and 'id="exposure"' not in sweep.page()
+
+
+@pytest.fixture
+def theirs(tmp_path, monkeypatch):
+    """A folder with a sweep file s, outside of the repository."""
+    monkeypatch.setattr(plugins, "_typed_folders", [])
+    (tmp_path / "their conf" / "sweeps").mkdir(parents=True)
+    lines = "# Which loss wins? (2 runs)\n#\n# Answers to: Someone 2020: fkl\nruns:\n- loss=fkl,rkl\n"
+    (tmp_path / "their conf" / "sweeps" / "s.yaml").write_text(lines)
+    return tmp_path / "their conf"
+
+
+def test_the_sweep_file_of_a_folder_gives_the_question(sweep, theirs):
+    sweep.losses(lm=[2.5], fkl=[2.3])
+    assert "Which loss wins?" not in sweep.page()
+    assert main(["s", "--root", str(sweep.root), "--config-dir", str(theirs)]) == 0
+    text = sweep.file("md")
+    assert text.startswith("## Sweep s: Which loss wins?\n") and "Answers to: Someone 2020: fkl" in text
+    assert "Which loss wins?" in (sweep.root / "sweeps" / "s.html").read_text()
+    words = shlex.split(search_path.sweep_command("s"))
+    assert words == ["python", "train.py", f"hydra.searchpath=['file://{theirs}']", "sweeps=s"]
+
+
+@pytest.mark.parametrize("program", [main, fit.main, dashboard.main])
+def test_a_folder_without_the_sweep_is_refused(program, sweep, theirs, capsys):
+    sweep.name = "other"
+    sweep.losses(lm=[2.5], fkl=[2.3]).page()
+    assert program(["other", "--root", str(sweep.root), "--config-dir", str(theirs)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"--config-dir={theirs} has no sweep other; need a folder with sweeps/other.yaml.")
+    assert "Type one of its sweeps: s." in error
+
+
+def test_a_folder_that_no_run_accepts_is_refused(sweep, theirs, capsys):
+    command = ["s", "--root", str(sweep.root), "--config-dir", str(theirs)]
+    (theirs / "sweeps" / "loss.yaml").write_text("runs: []\n")
+    assert main(command) == 2 and "would take the place of kd's own sweeps=loss" in capsys.readouterr().err
+    assert main([*command[:-1], str(theirs / "gone")]) == 2 and "no such folder" in capsys.readouterr().err
+    assert fit.main(["--csv", "x.csv", *command[3:]]) == 2 and "with --csv" in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""A loss, a data set and a metric for kd."""
+"""A loss, a data set, a metric and a section of reports for kd."""
