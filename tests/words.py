@@ -36,8 +36,8 @@ OPENINGS = re.compile(r"(?:What|Whether|Which|Where|Of|The same)\b")
 
 DOCUMENTS_LATER = {"docs/extending.md"}
 NAMES_LATER = {
-    "kd", "kd/api", "kd/bench", "kd/config", "kd/data", "kd/evaluation", "kd/experiment", "kd/launch", "kd/models",
-    "kd/objective", "kd/parallel", "kd/rollout", "kd/runs", "kd/store", "kd/system", "kd/training", "sweeps/fit",
+    "kd", "kd/data", "kd/evaluation", "kd/models",
+    "kd/objective", "kd/parallel", "kd/store", "kd/training", "sweeps/fit",
     "sweeps/report",
 }  # fmt: skip
 

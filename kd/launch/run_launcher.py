@@ -192,7 +192,7 @@ class RunLauncher(Launcher):
         sound: digests of the configs of runs, teachers and starts that were tried already.
         """
         config = self._run_config(words)
-        plan = Plan.of(config)
+        plan = Plan.from_config(config)
         run = plan.run
         if self.config.force or (result := run.result()) is None:
             self.check_place(config)
@@ -216,7 +216,7 @@ class RunLauncher(Launcher):
         for model in filter(None, (plan.start, None if stored else plan.teacher)):
             if (digest := files.digest_of(model.to_dict())) in sound:
                 continue
-            before = Plan.of(model)
+            before = Plan.from_config(model)
             if result := before.run.result():
                 before.run.check(result, "student")
             else:
