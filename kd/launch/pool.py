@@ -87,10 +87,12 @@ class Pool:
                         self._ended(ending.job)
                     elif self.asked and not self.running and ending.waits():
                         self.endings.remove(ending)
-                        self._say(ending.job, f"has ended; how is not known, as {ending.job.run.where} does not answer")
+                        self._say(
+                            ending.job, f"has ended; how is not known, as {ending.job.run.location} does not answer"
+                        )
                     elif ending.waits() and not ending.said:
                         ending.said = True
-                        self._say(ending.job, f"has ended; how is recorded when {ending.job.run.where} answers")
+                        self._say(ending.job, f"has ended; how is recorded when {ending.job.run.location} answers")
                 for job in self.running:
                     self._look(job)
 
