@@ -9,16 +9,16 @@ from kd.rollout.samplers import Samplers
 class Rollout:
     """Rollout that returns the text of the data. Subclasses replace some of its responses.
 
-    write() returns a batch with new responses, sampled with the options `how`. It is called in a share of the steps, at
-    most `sampling_rate`. The functions that build rollouts (kd/rollout/strategies.py) declare the TokenInfo of every
+    write() returns a batch with new responses, sampled with the options `sampling`. It is called in a share of the
+    steps, at most `sampling_rate`. The functions that build rollouts (kd/rollout/strategies.py) declare the TokenInfo of every
     batch.
     """
 
     sampling_rate = 0.0
     validate_before_training = False  # True: on_validation() is also called before the first step
 
-    def __init__(self, samplers: Samplers | None, **how):
-        self._samplers, self.how = samplers, how
+    def __init__(self, samplers: Samplers | None, **sampling):
+        self._samplers, self.sampling = samplers, sampling
 
     @property
     def samplers(self) -> Samplers:
