@@ -36,9 +36,8 @@ OPENINGS = re.compile(r"(?:What|Whether|Which|Where|Of|The same)\b")
 
 DOCUMENTS_LATER = {"docs/extending.md"}
 NAMES_LATER = {
-    "kd", "kd/data", "kd/evaluation", "kd/models",
-    "kd/objective", "kd/parallel", "kd/store", "kd/training", "sweeps/fit",
-    "sweeps/report",
+    "kd", "kd/data", "kd/evaluation", "kd/models", "kd/objective", "kd/parallel", "kd/store", "kd/training",
+    "sweeps/fit", "sweeps/report",
 }  # fmt: skip
 
 

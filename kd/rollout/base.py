@@ -10,8 +10,8 @@ class Rollout:
     """Rollout that returns the text of the data. Subclasses replace some of its responses.
 
     write() returns a batch with new responses, sampled with the options `sampling`. It is called in a share of the
-    steps, at most `sampling_rate`. The functions that build rollouts (kd/rollout/strategies.py) declare the TokenInfo of every
-    batch.
+    steps, at most `sampling_rate`. The functions that build rollouts (kd/rollout/strategies.py) declare the TokenInfo
+    of every batch.
     """
 
     sampling_rate = 0.0
