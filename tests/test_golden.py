@@ -110,7 +110,7 @@ NOWHERE = (f"root={GOLDEN / 'none'}", "logger=none")  # nothing is made there
 
 def names(config: ExperimentConfig) -> list[str]:
     """Name of a run, and of all that is made for it, in the order of making."""
-    planned = Plan.of(config)
+    planned = Plan.from_config(config)
     needed = [name for part in (planned.teacher, planned.start) if part for name in names(part)]
     return [planned.run.name, *([planned.store.key] if planned.store else []), *needed]
 

@@ -38,9 +38,7 @@ OPENINGS = re.compile(  # relative clauses, prepositions and pronouns
 )
 
 DOCUMENTS_LATER: set[str] = set()
-NAMES_LATER = {
-    "kd/api", "kd/bench", "kd/config", "kd/experiment", "kd/launch", "kd/rollout", "kd/runs", "kd/system",
-}  # fmt: skip
+NAMES_LATER: set[str] = set()
 
 
 def documents() -> list[str]:

@@ -47,17 +47,17 @@ def load_results(root: str | Path = "runs", sweep: str | None = None) -> list[di
 
 def record(entry: Entry) -> dict[str, Any]:
     """Return the flat record of a run."""
-    found: dict[str, Any] = {
+    flat_record: dict[str, Any] = {
         "run": entry.folder.name, "folder": str(entry.folder), "state": str(entry.state), "message": entry.message,
         "line": entry.name, "command": entry.command if entry.overrides else None,
     }  # fmt: skip
     result = entry.result
     if result is None:
-        return found | _config(entry.folder)
-    found |= result["config"] | {"git": result["environment"]["git"]}
-    found |= {name: result.get(name) for name in NUMBERS}
-    found |= {f"initial/{name}": value for name, value in (result.get("initial") or {}).items()}
-    return found | result["final"]
+        return flat_record | _config(entry.folder)
+    flat_record |= result["config"] | {"git": result["environment"]["git"]}
+    flat_record |= {name: result.get(name) for name in NUMBERS}
+    flat_record |= {f"initial/{name}": value for name, value in (result.get("initial") or {}).items()}
+    return flat_record | result["final"]
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -22,17 +22,17 @@ def load_student(run: str | Path) -> tuple[Any, Any]:
         print(tokenizer.decode(model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=20)[0]))
     """
     root, _, name = files.expanded(str(run)).rstrip("/").removesuffix("/student").rpartition("/")
-    found = Run(root or ".", name)
-    if (result := found.result()) is None:
+    trained_run = Run(root or ".", name)
+    if (result := trained_run.result()) is None:
         raise UserError(
             option=run,
-            why=f"is {found.state()['state']}" if found.folder.is_dir() else "does not exist",
+            why=f"is {trained_run.state()['state']}" if trained_run.folder.is_dir() else "does not exist",
             need="the folder of a run that is done",
             hint="see all runs by kd.load_results(root)",
         )
-    found.check(result, "student")
+    trained_run.check(result, "student")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder, what = str(found / "student"), f"The student of {name}"
+    folder, what = str(trained_run / "student"), f"The student of {name}"
     model = from_hub(AutoModelForCausalLM, folder, what, use_safetensors=True)
     return model.eval(), from_hub(AutoTokenizer, folder, what)

@@ -88,44 +88,44 @@ def check(names: list[str]) -> None:
 
 def compare(folder: Path, names: list[str], shape: Shape, steps: int, on_gpu: bool) -> None:
     """Measure the cases in turn and print a table. All numbers go to speed.json as soon as they are measured."""
-    found: dict[str, dict] = {}
+    results: dict[str, dict] = {}
     with console.status("") as status:
-        results = measured([(name, shape, steps) for name in names], on_gpu)
+        measurements = measured([(name, shape, steps) for name in names], on_gpu)
         for name in names:
-            status.update(f"{name} ({len(found) + 1} of {len(names)})")
-            found[name] = next(results)
-            files.write_json(folder / "speed.json", found)
-    console.print(table(found), width=110)
-    for result in found.values():
+            status.update(f"{name} ({len(results) + 1} of {len(names)})")
+            results[name] = next(measurements)
+            files.write_json(folder / "speed.json", results)
+    console.print(table(results), width=110)
+    for result in results.values():
         if parts := result.get("parts"):
             console.print(split(parts))
-    for name, result in found.items():
+    for name, result in results.items():
         if "waited" in result:
             console.print(f"{name}: a step waits {1000 * result['waited']:.1f} ms for its batch.")
-        if name.startswith("write_") and "forward" in found:
-            bare = found["forward"]["tokens_per_second"]
+        if name.startswith("write_") and "forward" in results:
+            bare = results["forward"]["tokens_per_second"]
             console.print(f"{name}: {ratio(result['tokens_per_second'], bare)} of the teacher's bare forward pass.")
-    device = next((r["device"] for r in found.values() if "device" in r), "")
+    device = next((r["device"] for r in results.values() if "device" in r), "")
     console.print(f"{device}, {shape.precision}; {folder / 'speed.json'}")
 
 
-def table(found: dict[str, dict]) -> Table:
+def table(results: dict[str, dict]) -> Table:
     """Return a table with a line per case, relative to lm and to TRL; on-policy cases relative to on-policy TRL."""
     out = Table("case", *("tokens/s", "of lm", "of trl", "of the limit", "peak GiB", "of trl"), box=None)
     for column in out.columns[1:]:
         column.justify = "right"
-    for name, result in found.items():
+    for name, result in results.items():
         if result.get("parts"):
             continue
         if error := result.get("error"):
             out.add_row(name, error)
             continue
         theirs = "trl_on_policy" if "on_policy" in name else "trl"
-        beside = [found.get(other, {}) for other in ("lm", theirs)]
+        baselines = [results.get(other, {}) for other in ("lm", theirs)]
         speed, most = result["tokens_per_second"], result["peak_memory"]
         out.add_row(
-            name, f"{speed:,.0f}", *(ratio(speed, other.get("tokens_per_second")) for other in beside),
-            ratio(speed, result.get("limit")), f"{most / GIB:.2f}", ratio(most, beside[1].get("peak_memory")),
+            name, f"{speed:,.0f}", *(ratio(speed, other.get("tokens_per_second")) for other in baselines),
+            ratio(speed, result.get("limit")), f"{most / GIB:.2f}", ratio(most, baselines[1].get("peak_memory")),
         )  # fmt: skip
     return out
 

@@ -117,8 +117,8 @@ def trl_tiled(work: Work, beta: float = 0.0) -> None:
         with torch.no_grad():
             theirs = teacher.model(input_ids=ids, use_cache=False).last_hidden_state
         ours = student.model(input_ids=ids, use_cache=False).last_hidden_state.to(work.dtype)
-        kept = torch.ones_like(ids)
-        return _chunked_divergence_loss(ours, theirs, student.lm_head.weight, teacher.lm_head.weight, kept, beta)[0]
+        mask = torch.ones_like(ids)
+        return _chunked_divergence_loss(ours, theirs, student.lm_head.weight, teacher.lm_head.weight, mask, beta)[0]
 
     plainly(work, student, loss)
 
@@ -277,15 +277,15 @@ CASES: dict[str, Callable[[Work], dict | None]] = {
     "online_fkl_compiled": partial(online, compile=True),
     "trl_on_policy": partial(trl, beta=0.5, on_policy=True),
     "on_policy_jsd": partial(online, loss="jsd", on_policy=True),
-    **{f"offline_{kept}": partial(offline.train, kept=kept) for kept in ("random", "top_50", "full")},
+    **{f"offline_{name}": partial(offline.train, truncation_name=name) for name in ("random", "top_50", "full")},
     "forward": offline.forward,
-    **{f"write_{kept}": partial(offline.write, kept=kept) for kept in ("random", "top_50", "full")},
-    **{f"read_{kept}": partial(offline.read, kept=kept) for kept in ("random", "top_12", "top_50")},
+    **{f"write_{name}": partial(offline.write, truncation_name=name) for name in ("random", "top_50", "full")},
+    **{f"read_{name}": partial(offline.read, truncation_name=name) for name in ("random", "top_12", "top_50")},
     "breakdown": breakdown,
 }
 CUDA_CASES: dict[str, Callable[[Work], dict | None]] = {
     **{f"online_{loss}_compiled": partial(online, loss=loss, compile=True) for loss in ("rkl", "jsd", "akl")},
-    "offline_top_50_compiled": partial(offline.train, kept="top_50", compile=True),
+    "offline_top_50_compiled": partial(offline.train, truncation_name="top_50", compile=True),
     "trl_jsd": partial(trl, beta=0.5),
     "trl_tiled": trl_tiled,
     "trl_tiled_jsd": partial(trl_tiled, beta=0.5),

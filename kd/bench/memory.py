@@ -18,25 +18,25 @@ def write(folder: Path, middle: Shape, on_gpu: bool) -> None:
     """Measure around the shape `middle`, one size at a time; numbers go to memory.json and a plot to memory.html."""
     shapes = {size: [Shape(**(vars(middle) | {size: int(f * getattr(middle, size))})) for f in factors]
               for size, factors in FACTORS.items()}  # fmt: skip
-    asked = list(dict.fromkeys((case, shape) for case in SHOWN for line in shapes.values() for shape in line))
+    cases = list(dict.fromkeys((case, shape) for case in SHOWN for line in shapes.values() for shape in line))
     room = available()
-    found: dict[tuple[str, Shape], dict] = {}
-    for case, shape in asked:
+    results: dict[tuple[str, Shape], dict] = {}
+    for case, shape in cases:
         needed = BUFFERS * 4 * shape.tokens * shape.vocab if case == "full" else 0
         if needed > room:
-            found[case, shape] = {"case": case, "error": f"not tried: needs some {needed / GIB:.0f} GiB"}
-    tried = [key for key in asked if key not in found]
+            results[case, shape] = {"case": case, "error": f"not tried: needs some {needed / GIB:.0f} GiB"}
+    tried = [key for key in cases if key not in results]
     with console.status("") as status:
-        results = measured([(case, shape, 1) for case, shape in tried], on_gpu)
+        measurements = measured([(case, shape, 1) for case, shape in tried], on_gpu)
         for case, shape in tried:
-            status.update(f"{case}, {described(shape)} ({len(found) + 1} of {len(asked)})")
-            found[case, shape] = next(results)
-    for case, shape in asked:
-        result = found[case, shape]
+            status.update(f"{case}, {described(shape)} ({len(results) + 1} of {len(cases)})")
+            results[case, shape] = next(measurements)
+    for case, shape in cases:
+        result = results[case, shape]
         says = result.get("error") or f"{result['peak_memory'] / GIB:.2f} GiB"
         console.print(f"{case:<11} {described(shape)}: {says}")
-    files.write_json(folder / "memory.json", [found[key] for key in asked])
-    (folder / "memory.html").write_text(page(middle, shapes, found), encoding="utf-8")
+    files.write_json(folder / "memory.json", [results[key] for key in cases])
+    (folder / "memory.html").write_text(page(middle, shapes, results), encoding="utf-8")
     console.print(folder / "memory.html")
 
 
@@ -55,14 +55,16 @@ def available() -> float:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
 
 
-def page(middle: Shape, shapes: dict[str, list[Shape]], found: dict[tuple[str, Shape], dict]) -> str:
+def page(middle: Shape, shapes: dict[str, list[Shape]], results: dict[tuple[str, Shape], dict]) -> str:
     """Return the page: one plot per size, with a line per case, all on one scale."""
     from plotly.subplots import make_subplots
 
     plot = make_subplots(1, len(shapes), shared_yaxes=True, horizontal_spacing=0.03)
     for column, (size, line) in enumerate(shapes.items(), 1):
         for (case, label), color in zip(SHOWN.items(), ("#3b78d8", "#d9772f")):
-            points = [(getattr(s, size), found[case, s]["peak_memory"]) for s in line if "error" not in found[case, s]]
+            points = [
+                (getattr(s, size), results[case, s]["peak_memory"]) for s in line if "error" not in results[case, s]
+            ]
             plot.add_scatter(
                 x=[x for x, _ in points], y=[y / GIB for _, y in points], name=label, legendgroup=label,
                 showlegend=column == 1, mode="lines+markers", line={"color": color},

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kd.store.encoder import RowEncoder
     from kd.store.reader import Store
 
-KEPT: dict[str, dict] = {
+TRUNCATIONS: dict[str, dict] = {
     "random": {"name": "random", "draws": 50},
     "top_12": {"name": "top_k", "k": 12},
     "top_50": {"name": "top_k", "k": 50},
@@ -38,13 +38,13 @@ def forward(work: Work) -> None:
         work.tick()
 
 
-def write(work: Work, kept: str) -> dict[str, float]:
+def write(work: Work, truncation_name: str) -> dict[str, float]:
     """Write a shard as kd.store does, a batch per step. The last step waits until all of it is on disk."""
     import numpy as np
 
     from kd.store.rows import Rows
 
-    encoder, table = encoder_of(work, kept), work.rows()
+    encoder, table = encoder_of(work, truncation_name), work.rows()
     out = Rows()
     with tempfile.TemporaryDirectory() as folder:
         for step in range(work.steps):
@@ -58,18 +58,18 @@ def write(work: Work, kept: str) -> dict[str, float]:
     return {"tokens_per_second": work.shape.tokens * (work.steps - WARM_UP) / (end - start)}
 
 
-def train(work: Work, kept: str, compile: bool = False) -> dict[str, float]:
+def train(work: Work, truncation_name: str, compile: bool = False) -> dict[str, float]:
     """kd with logits=offline and fkl; also the seconds that a step waits for its batch."""
     from kd.bench.cases import fitted
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer, module, batches = fitted(work, "fkl", compile, stored(Path(folder), work.shape, kept))
+        trainer, module, batches = fitted(work, "fkl", compile, stored(Path(folder), work.shape, truncation_name))
         waits = Waits(batches)
         trainer.fit(module, waits)
     return {"waited": statistics.median(waits.seconds)}
 
 
-def read(work: Work, kept: str) -> None:
+def read(work: Work, truncation_name: str) -> None:
     """Random rows of a store, from disk to targets, on one core."""
     import torch
 
@@ -78,7 +78,7 @@ def read(work: Work, kept: str) -> None:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        store = stored(Path(folder), work.shape, kept)
+        store = stored(Path(folder), work.shape, truncation_name)
         for batch in Batches(work.rows(), work.shape.batch, 0, 0, work.steps):
             # Read here, not ahead in a thread as in training, so that it is timed.
             batch = batch._replace(teacher_rows=store.read(batch.row_ids.numpy(), batch.ids.numpy()))
@@ -105,12 +105,12 @@ class Waits:
             yield batch
 
 
-def described(kept: str, precision: str) -> dict:
-    of = {"format": FORMAT, "teacher": "random", "weights": None, "tokenizer": None, "data": None}
-    return of | {"truncation": KEPT[kept], "precision": precision, "seed": 0}
+def described(truncation_name: str, precision: str) -> dict:
+    spec = {"format": FORMAT, "teacher": "random", "weights": None, "tokenizer": None, "data": None}
+    return spec | {"truncation": TRUNCATIONS[truncation_name], "precision": precision, "seed": 0}
 
 
-def encoder_of(work: Work, kept: str) -> RowEncoder:
+def encoder_of(work: Work, truncation_name: str) -> RowEncoder:
     """Return the encoder of a random teacher with distributions about as sharp as those of a trained one."""
     import torch
 
@@ -124,13 +124,14 @@ def encoder_of(work: Work, kept: str) -> RowEncoder:
     with torch.no_grad():
         model.model.norm.weight.mul_(SHARP)
     disable_malloc_trim()
-    settings = {k: v for k, v in KEPT[kept].items() if k != "name"}
-    keep = None if kept == "full" else partial(getattr(truncation, KEPT[kept]["name"]), **settings)
+    settings = dict(TRUNCATIONS[truncation_name])
+    function = getattr(truncation, settings.pop("name"))
+    keep = None if truncation_name == "full" else partial(function, **settings)
     teacher = OnlineTeacher(CausalLM(model, work.shape.vocab))
-    return RowEncoder.finished(teacher, described(kept, work.shape.precision), keep, "auto")
+    return RowEncoder.finished(teacher, described(truncation_name, work.shape.precision), keep, "auto")
 
 
-def stored(folder: Path, shape: Shape, kept: str) -> Store:
+def stored(folder: Path, shape: Shape, truncation_name: str) -> Store:
     """Return a store of the case's rows.
 
     On a CPU another process writes it, so that its teacher takes no memory here.
@@ -140,28 +141,28 @@ def stored(folder: Path, shape: Shape, kept: str) -> Store:
     from kd.store.reader import Store
 
     if torch.cuda.is_available():
-        _write_all(folder, shape, kept)
+        _write_all(folder, shape, truncation_name)
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
     else:
-        process = multiprocessing.get_context("spawn").Process(target=_write_all, args=(folder, shape, kept))
+        process = multiprocessing.get_context("spawn").Process(target=_write_all, args=(folder, shape, truncation_name))
         process.start()
         process.join()
 
     return Store(folder, folder)
 
 
-def _write_all(folder: Path, shape: Shape, kept: str) -> None:
+def _write_all(folder: Path, shape: Shape, truncation_name: str) -> None:
     from kd.data.batches import Packed
     from kd.models.flops import cost
     from kd.store import writer
 
     work = Work(shape, 1)
-    encoder, rows = encoder_of(work, kept), work.rows()
+    encoder, rows = encoder_of(work, truncation_name), work.rows()
     head, model = encoder.head, encoder.teacher.model
     assert model is not None, "an encoder's teacher runs here"
     about = {"key": "", "words": "", "seq_len": shape.seq_len, "vocab": shape.vocab, "validation": 1,
              "head": {"softcap": head.softcap, "scale": head.scale},
              "cost": cost(model.model, shape.seq_len)._asdict()}  # fmt: skip
     packed = Packed(folder, rows, rows[:1], None, None, {})
-    writer.write(folder, described(kept, shape.precision), about, packed, encoder, shape.batch)
+    writer.write(folder, described(truncation_name, shape.precision), about, packed, encoder, shape.batch)

@@ -15,18 +15,18 @@ from kd.errors import UserError
 def check_types(function, settings: Mapping[str, typing.Any], path: str) -> None:
     """Raise UserError for a setting that the function's signature lacks, or a value of another type."""
     parameters, hints = parameters_of(function)
-    known = [name for name in parameters if name not in GIVEN and (path, name) != ("optim", "lr")]
+    accepted = [name for name in parameters if name not in GIVEN and (path, name) != ("optim", "lr")]
     for name, value in settings.items():
-        if name not in known and (current := former_names.renamed_setting(path, name)):
+        if name not in accepted and (current := former_names.renamed_setting(path, name)):
             hint = f"type {current}, also in a file of options"
             raise UserError(option=f"{path}.{name}", got=value, why=f"was renamed to {current}", hint=hint)
-        if name not in known:
+        if name not in accepted:
             raise UserError(
                 option=f"{path}.{name}",
                 got=value,
                 why="no such option here",
-                need=f"one of {', '.join(known)}" if known else "",
-                hint="" if known else f"leave {path}.{name} out",
+                need=f"one of {', '.join(accepted)}" if accepted else "",
+                hint="" if accepted else f"leave {path}.{name} out",
             )
         # The annotations of torch are too loose to check. Defaults that are not None give the types.
         default = parameters[name].default

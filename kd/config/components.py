@@ -49,13 +49,13 @@ def check_targets(node, path: str = "") -> None:
     """Refuse any `_target_` outside the allowlist, anywhere in the tree, before anything is imported or run."""
     if isinstance(node, dict):
         for key, value in node.items():
-            where = f"{path}.{key}" if path else str(key)
+            option = f"{path}.{key}" if path else str(key)
             if key == "_target_":
                 locate(value, path)
             if key in FORBIDDEN:
-                why, hint = "not accepted from a config, since it can run foreign code", f"leave {where} out"
-                raise UserError(option=where, got=value, why=why, hint=hint)
-            check_targets(value, where)
+                why, hint = "not accepted from a config, since it can run foreign code", f"leave {option} out"
+                raise UserError(option=option, got=value, why=why, hint=hint)
+            check_targets(value, option)
     elif isinstance(node, list):
         for index, value in enumerate(node):
             check_targets(value, f"{path}[{index}]")
@@ -64,12 +64,12 @@ def check_targets(node, path: str = "") -> None:
 @cache
 def modules_of(group: str) -> tuple[str, ...]:
     """Return the modules that define the options of a group, as paths below kd."""
-    found = MODULES.get(group, "").split()
-    for module in [module for module in found if module.endswith(".*")]:
+    modules = MODULES.get(group, "").split()
+    for module in [module for module in modules if module.endswith(".*")]:
         package = module.removesuffix(".*")
-        found.remove(module)
-        found += sorted(f"{package}.{file.stem}" for file in (PACKAGE / package).glob("[!_]*.py"))
-    return tuple(found)
+        modules.remove(module)
+        modules += sorted(f"{package}.{file.stem}" for file in (PACKAGE / package).glob("[!_]*.py"))
+    return tuple(modules)
 
 
 def locate(target: str, path: str) -> tuple[str, str]:
@@ -146,16 +146,16 @@ def load(target: str, path: str):
     """Return the function or class that `target` names. The object is checked again after the import."""
     module, name = locate(target, path)
     if plugins.plugin_of(target):
-        found = plugins.load(target, f"{path}._target_")
+        component = plugins.load(target, f"{path}._target_")
         try:
-            parameters_of(found)
+            parameters_of(component)
         except Exception as error:
             why, hint = f"has annotations that cannot be read: {first_line(error)}", "correct its signature"
             raise UserError(option=f"{path}._target_", got=target, why=why, hint=hint) from None
-        return found
-    found = getattr(importlib.import_module(module), name)
-    assert target in CLASSES or (inspect.isfunction(found) and found.__module__ == module)
-    return found
+        return component
+    component = getattr(importlib.import_module(module), name)
+    assert target in CLASSES or (inspect.isfunction(component) and component.__module__ == module)
+    return component
 
 
 @cache

@@ -39,9 +39,9 @@ def setting(*, default: Any = UNSET, **traits: Any) -> Any:
     in conf/ may change, and then runs get new names, as they should. An option that cannot change the result has
     effect=False instead.
     """
-    known = Traits(**traits)
-    absent = known.neutral if default is UNSET else default
-    return field(default=MISSING if absent is UNSET else absent, metadata={"traits": known})
+    option_traits = Traits(**traits)
+    absent = option_traits.neutral if default is UNSET else default
+    return field(default=MISSING if absent is UNSET else absent, metadata={"traits": option_traits})
 
 
 def seed_setting() -> Any:
@@ -160,13 +160,13 @@ def scalars(cls: type) -> tuple[str, ...]:
 
 def all_traits(cls: type, path: str = "") -> dict[str, Traits]:
     """Return the traits of all options below a dataclass: full name, such as trainer.steps or lr -> traits."""
-    found = {}
+    traits = {}
     for option in options(cls):
         name = joined(path, option.name)
-        found[name] = traits_of(option)
+        traits[name] = traits_of(option)
         if group := group_type(hints(cls)[option.name]):
-            found |= all_traits(group, name)
-    return found
+            traits |= all_traits(group, name)
+    return traits
 
 
 def joined(path: str, name: str) -> str:

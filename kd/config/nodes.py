@@ -46,5 +46,5 @@ def expand_paths(node: dict[str, Any]) -> None:
             expand_paths(value)
         elif key in PATHS:
             several = isinstance(value, list)
-            found = [files.expanded(x) if isinstance(x, str) else x for x in (value if several else [value])]
-            node[key] = found if several else found[0]
+            expanded = [files.expanded(x) if isinstance(x, str) else x for x in (value if several else [value])]
+            node[key] = expanded if several else expanded[0]

@@ -59,8 +59,8 @@ def _settings(group: str, name: str) -> dict:
         else:
             for key, other in entry.items():  # as /data@_here_
                 inherited |= _settings(key.strip("/").partition("@")[0], other) if "_here_" in key else {}
-    own = node[group] if isinstance(node.get(group), dict) else node
-    return inherited | {k: v for k, v in own.items() if k not in NOTES}
+    settings = node[group] if isinstance(node.get(group), dict) else node
+    return inherited | {k: v for k, v in settings.items() if k not in NOTES}
 
 
 def _option(group: str, name: str) -> dict:

@@ -205,7 +205,7 @@ def _for_number(group: str, value, text: str) -> str:
     numbers from 1 on. A setting with another default below 1 takes no number above 1.
     """
     names = options(group)
-    numeric = {name: [k for k, v in of.items() if type(v) in (int, float)] for name, of in names.items()}
+    numeric = {name: [k for k, v in settings.items() if type(v) in (int, float)] for name, settings in names.items()}
     shared = set.intersection(*map(set, numeric.values()))
     if len(shared) == 1:
         return f"type {group}.{shared.pop()}={text}"
@@ -219,7 +219,7 @@ def _for_number(group: str, value, text: str) -> str:
     if not only or len(shared) > 1:
         return f"choose one of {_named(names)}"
     shares = {
-        name: sum(only[name] in of for of in names.values()) for name in only
+        name: sum(only[name] in settings for settings in names.values()) for name in only
     }  # of a setting, options that have it
     preferred = sorted(only, key=lambda name: -shares[name])
     return "type " + ", or ".join(f"{group}={name} {group}.{only[name]}={text}" for name in preferred)
@@ -238,7 +238,7 @@ def _check_setting(override: Override, chosen: dict[str, str | None]) -> None:
     elif group in chosen:
         name = chosen[group]
         settings, which = (options(group).get(name, {}), f"{group}={name}") if name else ({}, f"{group}=null")
-        others = [other for other, of in options(group).items() if key.partition(".")[0] in of]
+        others = [other for other, defaults in options(group).items() if key.partition(".")[0] in defaults]
     else:
         return
     key = key.partition(".")[0]
@@ -302,10 +302,10 @@ def _anywhere(key: str, text: str, chosen: dict[str, str | None]) -> str:
     here += [group for group in GROUPLESS if key in GROUPLESS[group]]
     if here:
         return f"type {', or '.join(f'{group}.{key}={text}' for group in here)}"
-    there = [(group, name) for group in chosen for name, of in options(group).items() if key in of]
-    there = [pair for pair in there if pair[0] not in BESIDE] or there
-    if there:
-        return "type " + ", or ".join(f"{group}={name} {group}.{key}={text}" for group, name in there)
+    elsewhere = [(group, name) for group in chosen for name, settings in options(group).items() if key in settings]
+    elsewhere = [pair for pair in elsewhere if pair[0] not in BESIDE] or elsewhere
+    if elsewhere:
+        return "type " + ", or ".join(f"{group}={name} {group}.{key}={text}" for group, name in elsewhere)
     close = difflib.get_close_matches(key, [*GROUPS, *RUN_OPTIONS], 1)
     return f"type {close[0]}={text}" if close else f"see all settings by {programs.command('train')} --help"
 
@@ -324,12 +324,12 @@ def _chosen(overrides: list[Override]) -> dict[str, str | None]:
 
 def _set_by(choices: dict[str, list], groups: Iterable[str]) -> dict[str, list]:
     """Return the options that the choices in `groups` set in other groups: a list per group, all that differ."""
-    found: dict[str, list] = {}
+    changed: dict[str, list] = {}
     for group in groups:
         sets = [overridden(group, name) for name in choices.get(group, []) if isinstance(name, str)]
         for other in {key for chosen in sets for key in chosen}:
-            found[other] = list({chosen.get(other) for chosen in sets})
-    return found
+            changed[other] = list({chosen.get(other) for chosen in sets})
+    return changed
 
 
 def _check_conflict(chosen: dict[str, str | None], typed: set[str]) -> None:
@@ -338,7 +338,7 @@ def _check_conflict(chosen: dict[str, str | None], typed: set[str]) -> None:
     for (first, some), (second, others) in itertools.combinations(presets.items(), 2):
         groups = [group for group in some.keys() & others.keys() - typed if some[group] != others[group]]
         if groups:
-            ways = (" ".join(f"{group}={of[group]}" for group in sorted(groups)) for of in (some, others))
+            ways = (" ".join(f"{group}={choice[group]}" for group in sorted(groups)) for choice in (some, others))
             why, hint = "these two do not agree", f"type {', or '.join(ways)}"
             raise UserError(option=first, conflict=second, why=why, hint=hint)
 

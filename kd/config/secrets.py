@@ -18,12 +18,12 @@ SECRETS = re.compile(
 
 def check_secrets(words: Iterable[str]) -> None:
     """Raise UserError for a secret, known by its name, its form, or the environment. The error does not show it."""
-    known = [v for k, v in os.environ.items() if SECRET.search(k) and len(v) >= 8 and not os.path.exists(v)]
+    secrets = [v for k, v in os.environ.items() if SECRET.search(k) and len(v) >= 8 and not os.path.exists(v)]
     for word in words:
         key, _, value = word.lstrip("+~").partition("=")
         name = SECRET.search(key.rpartition(".")[2]) and value not in ("", "null")
-        if name or SECRETS.search(word) or any(secret in word for secret in known):
-            hidden = not value or SECRETS.search(key) or any(s in key for s in known)
+        if name or SECRETS.search(word) or any(secret in word for secret in secrets):
+            hidden = not value or SECRETS.search(key) or any(s in key for s in secrets)
             raise UserError(
                 option="the command line" if hidden else key,
                 why="there seems to be a secret in it, and settings are kept in files",

@@ -127,11 +127,13 @@ def _responses(
     packed, sampling, trainer = inputs.packed, config.responses.to_dict(), config.trainer
     if packed.val_spans is None:
         return None
-    kept = None
+    responses_file = None
     if inputs.teacher:
-        kept = responses.cache_path(config.root, packed, inputs.teacher, **sampling, precision=trainer.precision)
+        responses_file = responses.cache_path(
+            config.root, packed, inputs.teacher, **sampling, precision=trainer.precision
+        )
     return responses.ResponseEvaluation(
-        run.folder, packed, inputs.components.tokenizer, teacher, validation, kept, trainer.chunk, **sampling
+        run.folder, packed, inputs.components.tokenizer, teacher, validation, responses_file, trainer.chunk, **sampling
     )
 
 

@@ -103,15 +103,15 @@ class Root:
         try:
             node = read_json(use.run / "config.json") or {}
             config = ExperimentConfig.from_dict(node).derive(root=str(self.folder))
-            return needs_of(config, self.folder) if Plan.of(config).run.name == use.run.name else None
+            return needs_of(config, self.folder) if Plan.from_config(config).run.name == use.run.name else None
         except (UserError, OSError, KeyError, TypeError, AttributeError):
             return None
 
 
 def needs_of(config: ExperimentConfig, root: Path) -> Needs:
     """Return what a config needs of its root; raise UserError if its data or models no longer exist."""
-    planned = Plan.of(config)
-    runs = {Plan.of(model).run.name for model in (planned.teacher, planned.start) if model}
+    planned = Plan.from_config(config)
+    runs = {Plan.from_config(model).run.name for model in (planned.teacher, planned.start) if model}
     for name in (config.teacher.name, config.student.name, config.data.tokenizer):
         if name and root.resolve() in Path(name).resolve().parents:  # another run's student, by its folder
             runs.add(Path(name).resolve().relative_to(root.resolve()).parts[0])
@@ -130,15 +130,15 @@ def leftovers(root: Root, kinds: tuple[str, ...]) -> list[Leftover]:
 
 def named_runs(root: Root, names: list[str]) -> list[Leftover]:
     """Return runs by their names, to be removed; raise UserError for one that does not exist or is at work."""
-    found = []
+    runs = []
     for name in names:
         use = root.find(name)
         if use.state == RunState.RUNNING:
             raise UserError(
                 option=name, why=f"is at work, as {use.run / 'state.json'} says", hint="end its process first"
             )
-        found.append(Leftover("run", use.run.folder, use.size, str(use.state), _needed(root, use.run.name)))
-    return found
+        runs.append(Leftover("run", use.run.folder, use.size, str(use.state), _needed(root, use.run.name)))
+    return runs
 
 
 def remove(leftover: Leftover) -> bool:

@@ -23,15 +23,15 @@ class Components:
 
         axes = ("loss", "truncation", "target", "temperature", "routing", "alpha", "lr", "logits", "optim", "logger",
                 "rollout")  # fmt: skip
-        made = {name: getattr(config, name).build(name) for name in axes}
-        self.alpha, self.lr, self.logits = made["alpha"], made["lr"], made["logits"]
-        self.optim, self.logger = made["optim"], made["logger"]
-        self.token_selection, self.rollout = made["routing"], made["rollout"]
+        built = {name: getattr(config, name).build(name) for name in axes}
+        self.alpha, self.lr, self.logits = built["alpha"], built["lr"], built["logits"]
+        self.optim, self.logger = built["optim"], built["logger"]
+        self.token_selection, self.rollout = built["routing"], built["rollout"]
         # What a store keeps; None for everything.
         self.truncate = None if config.stored.is_full else config.stored.build("record")
         trainer = config.trainer
         self.objective = Objective(
-            made["loss"], made["truncation"], made["target"], made["temperature"], trainer.chunk, trainer.compile
+            built["loss"], built["truncation"], built["target"], built["temperature"], trainer.chunk, trainer.compile
         )
         self.tokenizer = load_tokenizer(str(packed.tokenizer), "The tokenizer of the packed data")
         vocab = vocabulary_size(self.tokenizer)
@@ -39,7 +39,7 @@ class Components:
         self.rollout(None)  # both refuse wrong numbers
         self.token_selection(lambda measure: torch.zeros(2))
         zeros = torch.zeros(2, dtype=torch.long)
-        target = Target(zeros, logp, seed=zeros, token_info=TokenInfo.example(needs_of(made["loss"])))
+        target = Target(zeros, logp, seed=zeros, token_info=TokenInfo.example(needs_of(built["loss"])))
         if self.truncate is not None:
             try:
                 if self.truncate(target).ids is None:

@@ -45,16 +45,16 @@ class Plan(NamedTuple):
         return self.store
 
     @classmethod
-    def of(cls, config: ExperimentConfig) -> Plan:
+    def from_config(cls, config: ExperimentConfig) -> Plan:
         """Return the plan of a config, made once. Data, teacher and store are part of a run's identity."""
         if config not in _plans:
-            _plans[config] = _made(config)
+            _plans[config] = _build_plan(config)
         return _plans[config]
 
 
-def _made(config: ExperimentConfig) -> Plan:
-    source, how = corpus(config)
-    digests: dict[str, Any] = {"data": packing.key(source, **how)}
+def _build_plan(config: ExperimentConfig) -> Plan:
+    source, packing_options = corpus(config)
+    digests: dict[str, Any] = {"data": packing.key(source, **packing_options)}
     for role, model in (("student", config.student), ("teacher", config.teacher)):
         if stamp := files.folder_fingerprint(model.name):
             digests[f"{role}.name"] = stamp
@@ -63,15 +63,15 @@ def _made(config: ExperimentConfig) -> Plan:
     teacher = store = recording = None
     if (config.teacher.size or config.teacher.sft) and not config.logits.source.trains_teacher:
         teacher = teacher_config(config)
-        digests["teacher"] = Plan.of(teacher).run.name
+        digests["teacher"] = Plan.from_config(teacher).run.name
     if start := start_config(config):
-        digests["start"] = Plan.of(start).run.name
+        digests["start"] = Plan.from_config(start).run.name
     if config.lm == "plain":
-        text, how = plain_corpus(config)
-        digests["plain"] = packing.key(text, **how)
+        text, packing_options = plain_corpus(config)
+        digests["plain"] = packing.key(text, **packing_options)
     if config.logits.source.reads_store:
         recording = recording_config(config) if config.logits.source.is_recorded else None
-        recorded = Plan.of(recording).store if recording else None
+        recorded = Plan.from_config(recording).store if recording else None
         store = recorded or place(config, _store_key(config, digests), config.logits.path)
         digests["store"] = store.key
     run = Run(config.root, identity(config.flat(), **digests))
@@ -106,12 +106,12 @@ def place(config: ExperimentConfig, key: str, path: str | None) -> Place:
     """Return the place of a store. An existing store keeps the key that it was written under."""
     folder = remote.local_root(config.root) / "stores"
     usual = f"{config.root}/stores/{key}" if remote.is_url(config.root) else str(folder / key)
-    found = Place(path or usual, key, folder)
+    store_place = Place(path or usual, key, folder)
     try:
-        manifest = read_json(found.manifest()) or {}
+        manifest = read_json(store_place.manifest()) or {}
     except UserError:  # damaged: whoever opens it says so, with what mends it
         manifest = {}
-    return found._replace(key=str(manifest.get("key", key)))
+    return store_place._replace(key=str(manifest.get("key", key)))
 
 
 def recording_config(config: ExperimentConfig) -> ExperimentConfig:
@@ -125,10 +125,10 @@ def corpus(config: ExperimentConfig) -> tuple[Corpus, dict[str, Any]]:
 
     A pretrained model brings its tokenizer. Without one, instructions use the tokenizer of the plain text.
     """
-    source, how = _packing(config, config.data, "data")
-    if source.pairs and not how["tokenizer"]:
-        how["tokenizer_of"] = plain_corpus(config)
-    return source, how
+    source, packing_options = _packing(config, config.data, "data")
+    if source.pairs and not packing_options["tokenizer"]:
+        packing_options["tokenizer_of"] = plain_corpus(config)
+    return source, packing_options
 
 
 def plain_corpus(config: ExperimentConfig) -> tuple[Corpus, dict[str, Any]]:
@@ -152,14 +152,14 @@ def _packing(config: ExperimentConfig, data: Component, group: str) -> tuple[Cor
     source = cached_corpus(make, **argument_types.checked(make, data.args, group))
     if plugged := plugins.digests([data.target]):  # other code may make other text
         source = replace(source, fingerprint=source.fingerprint | {"plugins": plugged})
-    how = argument_types.checked(packing.pack, data.args, group)
-    how["code"] = provenance.component(group, data.name)
+    packing_options = argument_types.checked(packing.pack, data.args, group)
+    packing_options["code"] = provenance.component(group, data.name)
     if not source.words:
-        how["tokenizer"] = config.tokenizer
+        packing_options["tokenizer"] = config.tokenizer
     elif tokenizer := data.args.get("tokenizer"):
         why, hint = "this data has a vocabulary of its own", "leave data.tokenizer out"
         raise UserError(option="data.tokenizer", got=tokenizer, why=why, hint=hint)
-    return source, how
+    return source, packing_options
 
 
 @cache
@@ -201,8 +201,8 @@ def start_config(config: ExperimentConfig) -> ExperimentConfig | None:
         why, hint = "this student is pretrained as it is", "leave start=pretrained out"
         conflict = f"student.name={student.name}"
         raise UserError(option="start", got="pretrained", conflict=conflict, why=why, hint=hint)
-    made = _language_modelling(config, student, "scratch", start.steps, start.batch, start.lr, start.seed)
-    return made.derive(data=plain_data(config))
+    pretraining = _language_modelling(config, student, "scratch", start.steps, start.batch, start.lr, start.seed)
+    return pretraining.derive(data=plain_data(config))
 
 
 def _language_modelling(

@@ -67,8 +67,8 @@ def run_use(root: Path, name: str) -> RunUse:
     """Return state and size of a run; the state of a damaged one is unknown."""
     run = Run(root, name)
     try:
-        found = run.state()
-        state, reason = RunState(found["state"]), str(found["reason"])
+        recorded = run.state()
+        state, reason = RunState(recorded["state"]), str(recorded["reason"])
     except (UserError, KeyError, ValueError) as error:
         state, reason = RunState.UNKNOWN, str(error)
     return RunUse(run, state, reason, disk_use(run.folder), disk_use(run / "checkpoints"))

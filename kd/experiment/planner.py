@@ -44,7 +44,7 @@ class Estimate(NamedTuple):
     parameters: int | None = None  # of the student
     flops: float | None = None
     memory: int | None = None  # bytes
-    beside: int = 0  # bytes on disk as well, while it runs: two checkpoints
+    temporary_disk: int = 0  # bytes on disk as well, while it runs: two checkpoints
     active: int | None = None  # parameters that a token uses
 
 
@@ -59,7 +59,9 @@ def sampled(config: ExperimentConfig) -> tuple[ExperimentConfig, float]:
     return config.derive(data={"tokens": SAMPLE}), tokens / SAMPLE
 
 
-def of_run(config: ExperimentConfig, packed: Packed, times: float, components: Components, vocab: int) -> Estimate:
+def estimate_run(
+    config: ExperimentConfig, packed: Packed, times: float, components: Components, vocab: int
+) -> Estimate:
     """Return the estimate of a run on `times` as many rows as are packed. The teacher need not exist yet.
 
     Generated text counts with its greatest length, since untrained models do not end their responses.
@@ -75,8 +77,8 @@ def of_run(config: ExperimentConfig, packed: Packed, times: float, components: C
     student, teacher = step.costs["student"], step.costs.get("teacher")
     rows = trainer.steps * trainer.batch
     positions = rows * step.wider * seq_len
-    beside = rows * seq_len if config.lm == "plain" else 0  # of plain text
-    tokens = round(rows * step.wider * packed.mean_target_tokens) + beside
+    plain_tokens = rows * seq_len if config.lm == "plain" else 0
+    tokens = round(rows * step.wider * packed.mean_target_tokens) + plain_tokens
     planned = teacher_by_cost(config, components, step.costs, vocab)
     once = 3 * student.flops_per_token + planned.flops_per_token(config.routing.name != "none")
     # All rows once by a teacher before training, or some of those of the steps.
@@ -96,9 +98,9 @@ def of_run(config: ExperimentConfig, packed: Packed, times: float, components: C
         seconds += written / step.rows * step.writing
         if packed.val_spans is not None:
             seconds += config.responses.samples * len(packed.val) / step.rows * step.answering
-    flops = positions * once + beside * 3 * student.flops_per_token  # without those of writing
+    flops = positions * once + plain_tokens * 3 * student.flops_per_token  # without those of writing
     learned = student.parameters + (teacher.parameters if teacher and planned.trainable else 0)
-    memory = held(step.costs, config) + step.kept
+    memory = held(step.costs, config) + step.saved_bytes
     if collectives.device(trainer.accelerator).type == "cpu":
         memory += loaded
     disk, active = 4 * student.parameters, student.active_parameters
@@ -111,18 +113,18 @@ def before_measuring() -> int:
     return peak_memory()
 
 
-def of_store(config: ExperimentConfig, packed: Packed, times: float, keep, vocab: int, described: dict) -> Estimate:
+def estimate_store(config: ExperimentConfig, packed: Packed, times: float, keep, vocab: int, spec: dict) -> Estimate:
     """Return the estimate of writing the store that a run reads, for `times` as many rows as are packed.
 
     It uses an untrained teacher, for which a nucleus keeps the most tokens: an upper bound.
     """
     trainer, seq_len = config.trainer, config.data.seq_len
     model = build_teacher_model(config, vocab)
-    encoder = RowEncoder.finished(OnlineTeacher(model), described, keep, trainer.accelerator)
+    encoder = RowEncoder.finished(OnlineTeacher(model), spec, keep, trainer.accelerator)
     rows = len(packed.train) * times
     flops = rows * seq_len * flops_module.cost(model.model, seq_len).flops_per_token
-    tokens, size, beside, seconds = estimate_cost(encoder, packed, trainer.micro_batch, rows)
-    return Estimate(tokens, seconds, int(size) + beside, flops=flops)
+    tokens, size, rest, seconds = estimate_cost(encoder, packed, trainer.micro_batch, rows)
+    return Estimate(tokens, seconds, int(size) + rest, flops=flops)
 
 
 COLUMNS = ("parameters", "tokens", "FLOPs", "time", "memory", "disk")
@@ -162,41 +164,44 @@ def shortened(names: list[str]) -> list[str]:
     return short if len({*short}) == len(names) and all(short) else names
 
 
-def show(made: dict[str, Estimate], names: dict[str, str], done: int, config: ExperimentConfig, at_once: float) -> None:
-    """Print a line for each estimate in `made` (name of the folder -> estimate), and the total.
+def show(
+    estimates: dict[str, Estimate], names: dict[str, str], done: int, config: ExperimentConfig, at_once: float
+) -> None:
+    """Print a line for each estimate (name of the folder -> estimate), and the total.
 
     names: folder -> name to print. config: that of any run, for the machine.
     """
-    if not made:
+    if not estimates:
         console.print("Nothing is left to do.")
         return
     rows = {}
-    for name, of in made.items():
-        size = of.parameters and size_text(of.parameters, of.active).replace(" parameters", "")
-        takes = (
-            size, f"{of.tokens:,}", of.flops and f"{of.flops:.1e}",
-            of.seconds and format_duration(of.seconds), of.memory and files.format_bytes(of.memory),
-            files.format_bytes(of.disk),
+    for name, estimate in estimates.items():
+        size = estimate.parameters and size_text(estimate.parameters, estimate.active).replace(" parameters", "")
+        amounts = (
+            size, f"{estimate.tokens:,}", estimate.flops and f"{estimate.flops:.1e}",
+            estimate.seconds and format_duration(estimate.seconds),
+            estimate.memory and files.format_bytes(estimate.memory), files.format_bytes(estimate.disk),
         )  # fmt: skip
-        rows[names.get(name, name)] = [amount or "–" for amount in takes]
+        rows[names.get(name, name)] = [amount or "–" for amount in amounts]
     print_rows(dict(zip(shortened(list(rows)), rows.values(), strict=True)))
     root, device = local_root(config.root).resolve(), collectives.device(config.trainer.accelerator)
-    there = next(folder for folder in (root, *root.parents) if folder.exists())
-    at_once = min(at_once, len(made))
-    disk = sum(of.disk for of in made.values()) + at_once * max(of.beside for of in made.values())
+    existing = next(folder for folder in (root, *root.parents) if folder.exists())
+    each, at_once = estimates.values(), min(at_once, len(estimates))
+    disk = sum(estimate.disk for estimate in each) + at_once * max(estimate.temporary_disk for estimate in each)
     # Each GPU has one run, and a machine's memory all that run at once.
-    memory = max(of.memory or 0 for of in made.values()) * (1 if device.type == "cuda" else at_once)
-    free, says = shutil.disk_usage(there).free, f"{len(made)} to do{f', {done} done before' if done else ''}: "
-    says += f"{sum(of.flops or 0 for of in made.values()):.1e} FLOPs"
-    seconds = [of.seconds for of in made.values() if of.seconds]
-    if len(seconds) == len(made):
-        says += f", about {format_duration(sum(seconds))} one after another"
-    says += (
+    memory = max(estimate.memory or 0 for estimate in each) * (1 if device.type == "cuda" else at_once)
+    free = shutil.disk_usage(existing).free
+    summary = f"{len(estimates)} to do{f', {done} done before' if done else ''}: "
+    summary += f"{sum(estimate.flops or 0 for estimate in each):.1e} FLOPs"
+    seconds = [estimate.seconds for estimate in each if estimate.seconds]
+    if len(seconds) == len(estimates):
+        summary += f", about {format_duration(sum(seconds))} one after another"
+    summary += (
         f"; {files.format_bytes(disk)} of disk at most, where {files.format_bytes(free)} are free. Nothing was started."
     )
     if config.data.is_instructions:
-        says += " Responses that models write are taken to be as long as they may be, and count to the time alone."
-    console.print(says, soft_wrap=True)
+        summary += " Responses that models write are taken to be as long as they may be, and count to the time alone."
+    console.print(summary, soft_wrap=True)
     for what, needed, has in (("memory", memory, capacity(device)), ("disk", disk, free)):
         if needed > has:
             text = f"That needs {files.format_bytes(needed)} of {what}, and there are {files.format_bytes(has)}."
@@ -205,7 +210,7 @@ def show(made: dict[str, Estimate], names: dict[str, str], done: int, config: Ex
 
 def estimate(config: ExperimentConfig) -> dict[str, Estimate]:
     """Return the estimates of a run, its teacher and its store by name. Finished ones are left out."""
-    run, teacher, start, place, record = Plan.of(config)
+    run, teacher, start, place, record = Plan.from_config(config)
     if not config.force and run.result() is not None:
         return {}
     less, times = sampled(config)
@@ -214,23 +219,25 @@ def estimate(config: ExperimentConfig) -> dict[str, Estimate]:
     vocab, stored = vocabulary_size(components.tokenizer), config.logits.source.reads_store
     exists = stored and place is not None and place.manifest().exists()
     first = record or teacher
-    made = estimate(first) if first and not exists else {}
-    made |= estimate(start) if start else {}
+    estimates = estimate(first) if first and not exists else {}
+    estimates |= estimate(start) if start else {}
     if stored and place is not None and not exists and not record:
         spec = stores.store_spec(config, packed)
-        made[f"store {place.folder.name}"] = of_store(config, packed, times, components.truncate, vocab, spec)
-    return made | {run.name: of_run(config, packed, times, components, vocab)}
+        estimates[f"store {place.folder.name}"] = estimate_store(
+            config, packed, times, components.truncate, vocab, spec
+        )
+    return estimates | {run.name: estimate_run(config, packed, times, components, vocab)}
 
 
-def show_plan(configs: list[ExperimentConfig], said: list[str], at_once: float) -> None:
+def show_plan(configs: list[ExperimentConfig], titles: list[str], at_once: float) -> None:
     """Print the estimates of runs and of their prerequisites, each once.
 
-    said: names to print. at_once: number of parallel runs.
+    titles: names to print. at_once: number of parallel runs.
     """
     silence_libraries()
-    made: dict[str, Estimate] = {}
-    names = {Plan.of(config).run.name: words for config, words in zip(configs, said, strict=True)}
+    estimates: dict[str, Estimate] = {}
+    names = {Plan.from_config(config).run.name: words for config, words in zip(configs, titles, strict=True)}
     for config in track(configs, "measuring steps"):
-        made |= {name: takes for name, takes in estimate(config).items() if name not in made}
-    done = sum(not config.force and Plan.of(config).run.result() is not None for config in configs)
-    show(made, names, done, configs[0], at_once)
+        estimates |= {name: measured for name, measured in estimate(config).items() if name not in estimates}
+    done = sum(not config.force and Plan.from_config(config).run.result() is not None for config in configs)
+    show(estimates, names, done, configs[0], at_once)

@@ -75,7 +75,7 @@ Train = Callable[[ExperimentConfig], FinishedRun]  # trains a run, unless it is 
 
 def ensure(config: ExperimentConfig, train: Train) -> Inputs:
     """Check the prerequisites of a run, and make missing ones: data, teacher, first weights, store, teacher's text."""
-    planned = Plan.of(config)
+    planned = Plan.from_config(config)
     if config.trainer.devices > 1:
         from kd.parallel import collectives
 
@@ -106,7 +106,7 @@ def ensure(config: ExperimentConfig, train: Train) -> Inputs:
 
 def check_recorded(config: ExperimentConfig) -> None:
     """Raise UserError for a run that finished without the recording that the config now requests."""
-    planned = Plan.of(config)
+    planned = Plan.from_config(config)
     run, store = planned.run, planned.store
     if store and not store.manifest().exists() and not config.logits.source.distils:
         raise UserError(
@@ -128,32 +128,32 @@ def check_logger(config: ExperimentConfig) -> None:
 def ensure_trained(config: ExperimentConfig, train: Train) -> str:
     """Return the folder of the model that a run makes; train it first if there is none."""
     with wandb_agent.hidden():  # the agent requested another run, which needs this one
-        made, result, before = train(config)
-    made.check(result, "student")
+        run, result, before = train(config)
+    run.check(result, "student")
     if before and (reasons := provenance.reasons(result)):
         console.print(
-            f"{made.name}, which this run needs, may not be what this code would make: {'; '.join(reasons)}. To make "
-            f"it anew, type:\n  {made.removal_command()}\nand the same command again, with force=true.", soft_wrap=True,
+            f"{run.name}, which this run needs, may not be what this code would make: {'; '.join(reasons)}. To make "
+            f"it anew, type:\n  {run.removal_command()}\nand the same command again, with force=true.", soft_wrap=True,
         )  # fmt: skip
     requests.end_if_asked()
-    return str(made / "student")
+    return str(run / "student")
 
 
 def origins(models: dict[str, ExperimentConfig | None]) -> dict[str, dict]:
     """Return the record of earlier runs in a result; none for a store whose teacher is elsewhere or damaged."""
-    found = {}
+    records = {}
     for role, config in models.items():
         with suppress(UserError):
-            if config and (result := Plan.of(config).run.result()):
-                found[role] = provenance.origin(result)
-    return found
+            if config and (result := Plan.from_config(config).run.result()):
+                records[role] = provenance.origin(result)
+    return records
 
 
 def prepare(config: ExperimentConfig) -> tuple[Packed, Components]:
     """Return the packed data and the tried components of a run. All errors apart from those of models occur here."""
-    source, how = corpus(config)
+    source, packing_options = corpus(config)
     anew = config.force and not config.plan
-    packed = packing.pack(source, local_root(config.root) / "data", **how, anew=anew)
+    packed = packing.pack(source, local_root(config.root) / "data", **packing_options, anew=anew)
     parts = Components(config, packed)
     if packed.prompts_only:
         check_prompts_only(config, any(parts.alpha(step / 100) < 1 for step in range(101)))
@@ -168,8 +168,8 @@ def plain_text(config: ExperimentConfig) -> Packed | None:
     """Return the packed text of the language-modelling term; None if it is the data's own."""
     if config.lm != "plain":
         return None
-    source, how = plain_corpus(config)
-    return packing.pack(source, local_root(config.root) / "data", **how)
+    source, packing_options = plain_corpus(config)
+    return packing.pack(source, local_root(config.root) / "data", **packing_options)
 
 
 def teacher_model(config: ExperimentConfig, components: Components, train: Train) -> CausalLM:
@@ -177,7 +177,7 @@ def teacher_model(config: ExperimentConfig, components: Components, train: Train
     from kd.models import causal_lm
 
     silence_libraries()
-    planned = Plan.of(config)
+    planned = Plan.from_config(config)
     name = ensure_trained(planned.teacher, train) if planned.teacher else config.teacher.name
     if name is None:
         raise UserError(
@@ -204,9 +204,9 @@ def written_by_teacher(config: ExperimentConfig, packed: Packed, components: Com
     sides = (*(["train"] if writes else []), *(["val"] if packed.prompts_only else []))
     if not sides:
         return packed
-    teacher = Plan.of(config).teacher
+    teacher = Plan.from_config(config).teacher
     teacher_id = (
-        teacher and Plan.of(teacher).run.name,
+        teacher and Plan.from_config(teacher).run.name,
         files.folder_fingerprint(config.teacher.name),
         config.teacher.to_dict(),
     )

@@ -43,7 +43,7 @@ class Step(NamedTuple):
     rows: int = 1  # of a micro-batch
     micro_batch: float | None = None  # seconds
     optimizer: float = 0.0  # seconds
-    kept: int = 0  # bytes, for the backward pass
+    saved_bytes: int = 0  # bytes, for the backward pass
     writing: float = 0.0  # seconds that a rollout takes for a micro-batch, whose responses never end
     answering: float = 0.0  # seconds that the student does
     wider: int = 1  # rows that a rollout makes of one
@@ -98,7 +98,7 @@ def _measure(config: ExperimentConfig, packed: Packed, components: Components, v
     logits = min(counted, module.objective.chunk or default_chunk_size(student.head)) * vocab * 4 * ALIVE
     return Step(
         costs, min(rows, module.micro_batch_size), statistics.median(times.gradients) / parts,
-        statistics.median(times.updates), kept=times.saved_bytes + logits, writing=writing, answering=answering,
+        statistics.median(times.updates), saved_bytes=times.saved_bytes + logits, writing=writing, answering=answering,
         wider=len(batch.ids) // rows,
     )  # fmt: skip
 

@@ -23,8 +23,8 @@ def compare_with_teacher(store: Store, root: str, train: Train) -> str:
     except (KeyError, TypeError) as error:
         why, hint = f"has settings that are not those of a run ({error!r})", "do not use this store"
         raise UserError(option=store.path, why=why, hint=hint) from None
-    teacher, name = Plan.of(config).teacher, config.teacher.name
-    if (teacher and not Plan.of(teacher).run.result()) or (name and not teacher and not Path(name).is_dir()):
+    teacher, name = Plan.from_config(config).teacher, config.teacher.name
+    if (teacher and not Plan.from_config(teacher).run.result()) or (name and not teacher and not Path(name).is_dir()):
         return f"Its teacher {store.spec['teacher']} is not in {root}, so no row was computed again."
     packed, components = prepare(config)
     model = teacher_model(config, components, train)

@@ -46,10 +46,10 @@ Keep = Callable[[Target], Target] | None  # what a store keeps of a target, with
 
 def store_spec(config: ExperimentConfig, packed: Packed) -> dict:
     """Return all settings that a store's content depends on; the weights of an unavailable teacher are None."""
-    teacher, name, weights = Plan.of(config).teacher, config.teacher.name, None
+    teacher, name, weights = Plan.from_config(config).teacher, config.teacher.name, None
     called = name if name and not Path(name).is_dir() else model_name(config.flat(), "teacher")
     if teacher:
-        run = Plan.of(teacher).run
+        run = Plan.from_config(teacher).run
         called, weights = run.name, (run.result() or {}).get("weights")
     elif name and Path(name).is_dir():
         weights = _weights(name, files.folder_fingerprint(name))
@@ -92,33 +92,33 @@ def write_command(config: ExperimentConfig) -> str:
     typed = [f"data={config.data.name}", f"truncation={part['name']}"]
     typed += [f"teacher={teacher.size or ('hub' if teacher.name else 'none')}"]
     typed += [f"plain={config.plain.name}"] if config.data.is_instructions else []
-    own = {k: v for k, v in config.flat().items() if not k.startswith(("truncation.", "start."))}
-    own |= {f"truncation.{k}": v for k, v in part.items()}
-    made = Plan.of(config).teacher
-    if made and made.start.stage != "scratch" != config.start.stage:  # it was pretrained as the student
-        typed.append(f"start={made.start.stage}")
-        own |= conf.flat({"start": made.start.to_dict()})
+    settings = {k: v for k, v in config.flat().items() if not k.startswith(("truncation.", "start."))}
+    settings |= {f"truncation.{k}": v for k, v in part.items()}
+    teacher_run = Plan.from_config(config).teacher
+    if teacher_run and teacher_run.start.stage != "scratch" != config.start.stage:  # it was pretrained as the student
+        typed.append(f"start={teacher_run.start.stage}")
+        settings |= conf.flat({"start": teacher_run.start.to_dict()})
     if (tokenizer := corpus(config)[1]["tokenizer"]) != teacher.name:  # a pretrained student's
-        own["data.tokenizer"] = tokenizer
+        settings["data.tokenizer"] = tokenizer
     usual = default_options("logits=offline", *typed)
     groups = ("token_names", "data.", "plain.", "start.", "teacher.", "truncation.", "logits.seed", "trainer.precision")
-    own = {k: v for k, v in own.items() if k.startswith(groups) and k in usual and v != usual[k]}
-    typed += [f"{k}={conf.typed(v)}" for k, v in own.items()]
+    settings = {k: v for k, v in settings.items() if k.startswith(groups) and k in usual and v != usual[k]}
+    typed += [f"{k}={conf.typed(v)}" for k, v in settings.items()]
     return shlex.join(typed)
 
 
 def opened(config: ExperimentConfig, packed: Packed) -> Store | None:
     """Return the store of a run with logits=offline, if it exists; raise UserError if it does not match the run."""
-    where, spec, truncation = Plan.of(config).store_place, store_spec(config, packed), config.truncation.spec
+    place, spec, truncation = Plan.from_config(config).store_place, store_spec(config, packed), config.truncation.spec
     window, nested = window_share(config.logits.window), config.truncation.nested
-    if where.manifest().exists():
-        found = Store(where.path, where.cache)
+    if place.manifest().exists():
+        store = Store(place.path, place.cache)
         expected = {k: v for k, v in spec.items() if k != "precision"} | {"truncation": truncation}
         expected["plugin"] = plugins.digests([config.truncation.target]) or None
         by_path = config.logits.path is not None or config.logits.source.is_recorded
-        found.check(expected, by_path, nested)
-        _measurable(config, found.truncation)
-        return found
+        store.check(expected, by_path, nested)
+        _measurable(config, store.truncation)
+        return store
     if not covers(spec["truncation"], truncation, nested):
         certain = are_comparable(spec["truncation"], truncation, nested)
         raise UserError(
@@ -133,7 +133,7 @@ def opened(config: ExperimentConfig, packed: Packed) -> Store | None:
         raise UserError(
             option="logits.window",
             got=config.logits.window,
-            why=f"{where.path} does not exist, and a store that is written now, by a finished teacher, covers no "
+            why=f"{place.path} does not exist, and a store that is written now, by a finished teacher, covers no "
             "window of its training",
             hint="leave logits.window out, or give a recorded store by logits.path=…",
         )
@@ -168,31 +168,31 @@ def _measurable(config: ExperimentConfig, held: dict) -> None:
 
 def open_or_write(config: ExperimentConfig, packed: Packed, keep: Keep, teacher: Callable[[], CausalLM]) -> Store:
     """Return the store of a run with logits=offline. If it is missing, one process writes it while others wait."""
-    found = opened(config, packed)
-    if found is None:
-        where = Plan.of(config).store_place
-        run = Run(where.folder.parent, where.folder.name)
-        url = is_url(where.path)
-        held = lease(Remote(where.path, where.folder), process_info(), is_alive, True) if url else nullcontext()
+    store = opened(config, packed)
+    if store is None:
+        place = Plan.from_config(config).store_place
+        run = Run(place.folder.parent, place.folder.name)
+        url = is_url(place.path)
+        held = lease(Remote(place.path, place.folder), process_info(), is_alive, True) if url else nullcontext()
         with run.lock(wait=True), held:  # one process of this machine, and of all machines that share a URL
-            found = opened(config, packed) or write(config, packed, keep, teacher())
-    if "://" not in found.path:  # of a URL, each file is checked when it has been copied
-        found.verify()
-    return found
+            store = opened(config, packed) or write(config, packed, keep, teacher())
+    if "://" not in store.path:  # of a URL, each file is checked when it has been copied
+        store.verify()
+    return store
 
 
 def write_part(config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM, part: tuple[int, int]) -> None:
     """Write one of several parts of the store that a config describes, to be merged with the others."""
-    where, spec = Plan.of(config).store_place, store_spec(config, packed)
+    place, spec = Plan.from_config(config).store_place, store_spec(config, packed)
     encoder = RowEncoder.finished(OnlineTeacher(model), spec, keep, config.trainer.accelerator)
-    about = about_store(config, packed, model, where.key)
-    writer.write(where.folder, spec, about, packed, encoder, config.trainer.micro_batch, part)
+    about = about_store(config, packed, model, place.key)
+    writer.write(place.folder, spec, about, packed, encoder, config.trainer.micro_batch, part)
 
 
 def write(config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM) -> Store:
     """Write the store that a config describes, and open it."""
     write_part(config, packed, keep, model, (1, 1))
-    place = Plan.of(config).store_place
+    place = Plan.from_config(config).store_place
     if "://" in place.path:
         transfer.upload(place.folder, place.path)
     store = opened(config, packed)
@@ -203,51 +203,51 @@ def write(config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM)
 def recorder(config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM, start: int) -> Recorder:
     """Return the recorder of a model's logits during its training, from step `start` on."""
     assert keep is not None, "a recorder keeps a part of each distribution"
-    run, where = Plan.of(config).run, Plan.of(config).store_place
+    run, place = Plan.from_config(config).run, Plan.from_config(config).store_place
     spec = store_spec(config, packed) | {"teacher": run.name, "weights": None}
-    url = where.path if "://" in where.path else None
-    about = about_store(config, packed, model, where.key)
-    return Recorder(where.folder, spec, about, keep, start, run / "checkpoints", url)
+    url = place.path if "://" in place.path else None
+    about = about_store(config, packed, model, place.key)
+    return Recorder(place.folder, spec, about, keep, start, run / "checkpoints", url)
 
 
-def compare(found: Store, packed: Packed, keep: Keep, model: CausalLM, accelerator: str, count: int = 8) -> str:
+def compare(store: Store, packed: Packed, keep: Keep, model: CausalLM, accelerator: str, count: int = 8) -> str:
     """Return the distance of stored rows from recomputed ones as text; raise UserError if it is large."""
     index = np.unique(np.linspace(0, len(packed.train) - 1, count).astype(int))
     rows = packed.train[index]
-    encoder = RowEncoder.finished(OnlineTeacher(model), found.spec, keep, accelerator)
+    encoder = RowEncoder.finished(OnlineTeacher(model), store.spec, keep, accelerator)
     spans = packed.train_spans
     seed = np.zeros(rows[:, 1:].shape, int)
     batch = to_batch(rows, index, seed, None if spans is None else spans[index], packed.boundary)
-    batch = move_data_to_device(batch._replace(teacher_rows=found.read(index, batch.ids.numpy())), encoder.device)
-    kept = batch.labels != IGNORE
-    held = found.signal(batch, kept)
-    found_off, spread = [], []
+    batch = move_data_to_device(batch._replace(teacher_rows=store.read(index, batch.ids.numpy())), encoder.device)
+    mask = batch.labels != IGNORE
+    held = store.signal(batch, mask)
+    gaps, spread = [], []
     with torch.inference_mode(), encoder.computing():
         now = encoder.signal(packed.train, index, spans, packed.boundary)[-1]
-        for part in chunks(int(kept.sum()), 64):
-            if found.draws:
-                off, variance = sample_log_likelihood_gap(now(part), held(part))
-                spread.append(variance / found.draws)
+        for part in chunks(int(mask.sum()), 64):
+            if store.draws:
+                gap, variance = sample_log_likelihood_gap(now(part), held(part))
+                spread.append(variance / store.draws)
             else:
                 target = keep(now(part)) if keep else now(part)
-                off = divergence(target, held(part), found.manifest["vocab"])
-            found_off.append(off)
-    off = torch.cat(found_off)
+                gap = divergence(target, held(part), store.manifest["vocab"])
+            gaps.append(gap)
+    gap = torch.cat(gaps)
     words = f"{len(index)} rows of {rows.shape[1] - 1} tokens recomputed by the teacher: "
     error = 0.0
-    if found.draws:
-        error = (torch.cat(spread).sum().sqrt() / len(off)).item()
+    if store.draws:
+        error = (torch.cat(spread).sum().sqrt() / len(gap)).item()
         words += (
-            f"the draws that are stored have a log-probability {off.mean():+.4f} nats from what it expects of them, "
+            f"the draws that are stored have a log-probability {gap.mean():+.4f} nats from what it expects of them, "
             f"with a standard error of {error:.4f}."
         )
     else:
         words += (
-            f"KL from what it says now to what is stored {off.mean():.1e} nats in the mean, {off.max():.1e} at most."
+            f"KL from what it says now to what is stored {gap.mean():.1e} nats in the mean, {gap.max():.1e} at most."
         )
-    if not abs(off.mean()) <= 0.01 + 5 * error:  # NaN is far, too
+    if not abs(gap.mean()) <= 0.01 + 5 * error:  # NaN is far, too
         why, hint = f"does not hold the probabilities of this teacher: {words}", "do not use this store"
-        raise UserError(option=found.path, why=why, hint=hint)
+        raise UserError(option=store.path, why=why, hint=hint)
     return words
 
 
@@ -257,9 +257,9 @@ def sample_log_likelihood_gap(now: Target, held: Target) -> tuple[torch.Tensor, 
     Two samples cannot be compared draw by draw: rounding in the last bit moves a draw to the next token.
     """
     p = now.logp.exp()
-    mean = (p * now.logp).sum(-1)
-    said = (held.logp.exp() * now.logp.gather(-1, held.ids)).sum(-1)
-    return said - mean, ((p * now.logp.square()).sum(-1) - mean.square()).clamp(min=0)
+    expected = (p * now.logp).sum(-1)
+    observed = (held.logp.exp() * now.logp.gather(-1, held.ids)).sum(-1)
+    return observed - expected, ((p * now.logp.square()).sum(-1) - expected.square()).clamp(min=0)
 
 
 def divergence(a: Target, b: Target, vocabulary: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ def show(outcome: FinishedRun) -> None:
     counts = result.get("data") or {}
     if counts.get("left_out", {}).keys() - {"limit"} or any(counts.get(name) for name in NOT_ALL):
         console.print(f"Data: {in_words(counts)}.", soft_wrap=True)
-    console.print(f"{spent}. All of it: {run.where}", highlight=False, soft_wrap=True)
+    console.print(f"{spent}. All of it: {run.location}", highlight=False, soft_wrap=True)
 
 
 def measures(result: dict) -> Table:

@@ -45,7 +45,7 @@ class RemoteJob:
     root: str
     run: str
     words: list[str]
-    said: str
+    label: str
     gpus: int
     environment: dict[str, str] = field(default_factory=plugins.environment)  # where the sweep was started
 
@@ -55,7 +55,7 @@ class RemoteJob:
         self._set_environment()
         with received(early.append):
             os.chdir(self.folder)
-            job = Job(Run(self.root, self.run), self.words, self.said, self.gpus)
+            job = Job(Run(self.root, self.run), self.words, self.label, self.gpus)
             job.run.folder.mkdir(parents=True, exist_ok=True)
             with open(job.log, "a") as log:
                 log.write(f"on {socket.gethostname()}\n")
@@ -89,9 +89,9 @@ class NodePool(LocalPool):
 
     def _ask(self, name: str) -> None:
         self.heard.append(name)
-        if self.asked == ["SIGUSR2"] != [name]:
-            self.asked = [name]
-        elif not self.asked or name != "SIGUSR2":
+        if self.stop_signals == ["SIGUSR2"] != [name]:
+            self.stop_signals = [name]
+        elif not self.stop_signals or name != "SIGUSR2":
             super()._ask(name)
 
 
@@ -115,54 +115,58 @@ class ClusterPool(Pool):
         words = [*job.words, f"root={conf.typed(job.run.root)}"]  # an environment variable may say another one there
         return self.task(self.program, os.getcwd(), job.run.root, job.run.name, words, job.label, job.gpus)
 
-    def of(self, job: Job) -> SubmittedJob:
+    def submitted(self, job: Job) -> SubmittedJob:
         return self.handed[job.run.name]
 
     def _size(self, job: Job) -> int:
         return job.log.stat().st_size if job.log.exists() else 0
 
     def over(self) -> list[Job]:
-        if self.stopped and not self.asked and not self.withdrawn:  # a run failed; the others may end undisturbed
+        if (
+            self.stopped and not self.stop_signals and not self.withdrawn
+        ):  # a run failed; the others may end undisturbed
             self.withdrawn = True
             self.stop([job for job in self.running if not job.started_at], False)
         ended = []
         for job in list(self.running):
-            of = self.of(job)
-            if not job.started_at and self._size(job) != of.log:
+            submitted = self.submitted(job)
+            if not job.started_at and self._size(job) != submitted.log:
                 job.started_at = time.monotonic()
                 self._say(job, "starts")
-            if of.why and self.stopped and not job.started_at:
+            if submitted.why and self.stopped and not job.started_at:
                 self.running.remove(job)
                 self.waiting.append(job)
-            elif of.why:
+            elif submitted.why:
                 # Its last writes may be visible here only after some time.
-                of.since = of.since or time.monotonic()
+                submitted.since = submitted.since or time.monotonic()
                 state = job.look()
                 if state is None:  # the URL of the run is away, for its node perhaps too
-                    of.since = time.monotonic()
-                elif self._said(job, state) or time.monotonic() - of.since > SETTLE:
+                    submitted.since = time.monotonic()
+                elif self._has_recorded_end(job, state) or time.monotonic() - submitted.since > SETTLE:
                     ended.append(job)
             else:
-                of.since = 0.0
+                submitted.since = 0.0
         return ended
 
-    def _said(self, job: Job, state: dict) -> bool:
+    def _has_recorded_end(self, job: Job, state: dict) -> bool:
         """Return True if the run recorded its end since it was submitted. A run that is done counts, whoever did it."""
-        return state["state"] == RunState.DONE or (RunState(state["state"]).ended and state != self.of(job).before)
+        return state["state"] == RunState.DONE or (
+            RunState(state["state"]).ended and state != self.submitted(job).before
+        )
 
     def record(self, job: Job) -> dict:
-        of = self.of(job)
+        submitted = self.submitted(job)
         begun = job.started_at or time.monotonic()
         facts = {"seconds": round(time.monotonic() - begun, 2), "peak_memory": None, "log": str(job.log)}
-        if not self._said(job, job.run.state()):
-            outcome = Outcome(RunState.PREEMPTED, f"asked to end; {GOES_ON}") if self.asked else of.why
+        if not self._has_recorded_end(job, job.run.state()):
+            outcome = Outcome(RunState.PREEMPTED, f"asked to end; {GOES_ON}") if self.stop_signals else submitted.why
             assert outcome is not None, "the scheduler told the end of a run that did not"
             with contextlib.suppress(filelock.Timeout), filelock.FileLock(job.run / ".lock", timeout=0):
                 job.run.end(replace(outcome, details=facts))  # nobody works on it: not what another sweep began either
         return facts
 
     def board(self) -> Group:
-        waits = Counter(self.of(job).waits for job in self.running if not job.started_at)
+        waits = Counter(self.submitted(job).waits for job in self.running if not job.started_at)
         lines = [styled(f"{number} queued: {why}", "dim") for why, number in waits.items() if why]
         return Group(super().board(), *lines)
 
@@ -190,7 +194,7 @@ class ClusterLauncher(RunLauncher):
         plain = {k: v for k, v in self.parameters.items() if k != "additional_parameters"}
         check_types(type(self).__init__, plain, "hydra.launcher")
 
-    def at_once(self, asked: Sequence[int]) -> float:
+    def at_once(self, gpus_per_run: Sequence[int]) -> float:
         return self.config.n_jobs or math.inf
 
 

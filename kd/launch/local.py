@@ -40,8 +40,8 @@ class LocalLauncher(RunLauncher):
 
             collectives.check_devices(config.trainer)
 
-    def at_once(self, asked: Sequence[int]) -> int:
-        return self.config.n_jobs or max_parallel_runs(visible_devices(), min(asked, default=1))
+    def at_once(self, gpus_per_run: Sequence[int]) -> int:
+        return self.config.n_jobs or max_parallel_runs(visible_devices(), min(gpus_per_run, default=1))
 
     def pool(self, name: str, jobs: list[Job]) -> Pool:
         return LocalPool(self.program, jobs, self.at_once([job.gpus for job in jobs]), visible_devices(), self.warm)
@@ -103,7 +103,7 @@ class LocalPool(Pool):
         return {device: used.count(device) for device in self.devices}
 
     def _start(self, job: Job) -> None:
-        self._say(job, f"starts{self._left()}")
+        self._say(job, f"starts{self._remaining()}")
         loads = self._loads()
         devices = sorted(self.devices, key=loads.__getitem__)[: job.gpus]
         job.run.folder.mkdir(parents=True, exist_ok=True)
@@ -130,11 +130,11 @@ class LocalPool(Pool):
     def over(self) -> list[Job]:
         ended = []
         for job in self.running:
-            of = self.processes[job.run.name]
-            pid, status, usage = os.wait4(of.process.pid, os.WNOHANG)
+            worker = self.processes[job.run.name]
+            pid, status, usage = os.wait4(worker.process.pid, os.WNOHANG)
             if pid:
-                of.process.returncode = os.waitstatus_to_exitcode(status)
-                of.memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+                worker.process.returncode = os.waitstatus_to_exitcode(status)
+                worker.memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
                 ended.append(job)
         return ended
 
@@ -143,22 +143,22 @@ class LocalPool(Pool):
             os.kill(self.processes[job.run.name].process.pid, signal.SIGKILL if at_once else signal.SIGTERM)
 
     def record(self, job: Job) -> dict:
-        of, state = self.processes[job.run.name], job.run.state()
+        worker, state = self.processes[job.run.name], job.run.state()
         seconds = round(time.monotonic() - job.started_at, 2)
-        code = of.process.returncode
+        code = worker.process.returncode
         assert code is not None, "the process has ended"
-        facts = {"exit_code": code, "seconds": seconds, "peak_memory": of.memory, "log": str(job.log)}
-        if state["state"] == RunState.RUNNING and state["pid"] != of.process.pid:
+        facts = {"exit_code": code, "seconds": seconds, "peak_memory": worker.memory, "log": str(job.log)}
+        if state["state"] == RunState.RUNNING and state["pid"] != worker.process.pid:
             pass  # of another sweep, which says what becomes of it
         elif state["state"] == RunState.DONE:
             pass
-        elif RunState(state["state"]).ended and state.get("pid", of.process.pid) == of.process.pid:
+        elif RunState(state["state"]).ended and state.get("pid", worker.process.pid) == worker.process.pid:
             written = state | {name: facts[name] for name in ("exit_code", "log")}
             job.run.end(Outcome.from_json(written))
         else:
             with suppress(filelock.Timeout), filelock.FileLock(job.run / ".lock", timeout=0):
-                memory = killed_for_memory() > of.killed
-                ended = classify_exit(code, memory, len(self.asked) > 1, job.last_line())
+                memory = killed_for_memory() > worker.killed
+                ended = classify_exit(code, memory, len(self.stop_signals) > 1, job.last_line())
                 job.run.end(replace(ended, details=facts))  # nobody works on it: not what another sweep began either
         return facts
 

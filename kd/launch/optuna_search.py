@@ -89,14 +89,14 @@ class Search(LaunchingSweeper):
                 study.tell(trial.number, state=states.FAIL)
         while True:
             done = sum(t.state in (states.COMPLETE, states.PRUNED) for t in study.trials)
-            if (left := self.n_trials - done - len(interrupted)) <= 0:
+            if (remaining := self.n_trials - done - len(interrupted)) <= 0:
                 break
             under_way = [t for t in study.trials if t.state == states.RUNNING and t.number not in interrupted]
-            trials = [optuna.trial.Trial(study, t._trial_id) for t in under_way[:left]]
-            while len(trials) < min(left, max(1, self._at_once())):
+            trials = [optuna.trial.Trial(study, t._trial_id) for t in under_way[:remaining]]
+            while len(trials) < min(remaining, max(1, self._at_once())):
                 # A sampler of its own for each: what it asks for depends on what was tried, not on interruptions.
-                made = sum(t.params.keys() == space.keys() for t in study.trials)
-                study.sampler = optuna.samplers.TPESampler(seed=self.seed + made, constant_liar=True)
+                begun = sum(t.params.keys() == space.keys() for t in study.trials)
+                study.sampler = optuna.samplers.TPESampler(seed=self.seed + begun, constant_liar=True)
                 trials.append(study.ask(space))
             jobs = [[*fixed, *(f"{key}={value}" for key, value in trial.params.items())] for trial in trials]
             for job in jobs:
@@ -169,8 +169,8 @@ class Watched:
 
     def __init__(self, optuna, trials: list):
         # Optuna knows the earlier steps of an interrupted trial.
-        known = {t.number: t.intermediate_values for t in trials[0].study.trials} if trials else {}
-        self.trials, self.seen = trials, [max(known[trial.number], default=0) for trial in trials]
+        earlier_values = {t.number: t.intermediate_values for t in trials[0].study.trials} if trials else {}
+        self.trials, self.seen = trials, [max(earlier_values[trial.number], default=0) for trial in trials]
         self.pruned: set[int] = set()
         pruner = optuna.pruners.MedianPruner(n_startup_trials=5)
         for trial in trials:
@@ -202,18 +202,18 @@ def axis(optuna, override: Override):
         raise UserError(option=option, got=got, need=need) from None
 
 
-def _distribution(of, override: Override):
+def _distribution(distributions, override: Override):
     value = override.value()
     if isinstance(value, IntervalSweep):
         if "int" in value.tags:
-            return of.IntDistribution(int(value.start), int(value.end), log="log" in value.tags)
-        return of.FloatDistribution(value.start, value.end, log="log" in value.tags)
+            return distributions.IntDistribution(int(value.start), int(value.end), log="log" in value.tags)
+        return distributions.FloatDistribution(value.start, value.end, log="log" in value.tags)
     if isinstance(value, RangeSweep):
         steps = [float(x) for x in override.sweep_string_iterator()]
         if all(x.is_integer() for x in steps):
-            return of.IntDistribution(int(min(steps)), int(max(steps)), step=abs(int(value.step)))
-        return of.FloatDistribution(min(steps), max(steps), step=abs(value.step))
-    return of.CategoricalDistribution(list(override.sweep_string_iterator()))
+            return distributions.IntDistribution(int(min(steps)), int(max(steps)), step=abs(int(value.step)))
+        return distributions.FloatDistribution(min(steps), max(steps), step=abs(value.step))
+    return distributions.CategoricalDistribution(list(override.sweep_string_iterator()))
 
 
 def _optuna():

@@ -37,8 +37,8 @@ class Pool:
         self.jobs, self.at_once = jobs, at_once
         self.watch: Callable[[Run], str | None] | None = None  # reason why a run has to end early
         self.stop_on_failure, self.stopped = False, False
-        self.asked: list[str] = []  # signals received, but for those at the same moment as the one before
-        self.asked_at = 0.0
+        self.stop_signals: list[str] = []  # signals received, but for those at the same moment as the one before
+        self.last_signal_at = 0.0
         self.running: list[Job] = []  # or queued on another machine
         self.endings: list[Ending] = []  # ends of jobs, not yet recorded
         self.waiting = [job for job in jobs if job.run.result() is None]
@@ -75,8 +75,8 @@ class Pool:
                 if self.waiting and not self.stopped and not (self.stop_on_failure and self.endings):
                     self.start()
                 time.sleep(self.pause)
-                if heard < len(self.asked):
-                    heard = len(self.asked)
+                if heard < len(self.stop_signals):
+                    heard = len(self.stop_signals)
                     self.stop(self.running, heard > 1)
                 for job in self.over():
                     self.running.remove(job)
@@ -85,12 +85,14 @@ class Pool:
                     if ending.over():
                         self.endings.remove(ending)
                         self._ended(ending.job)
-                    elif self.asked and not self.running and ending.waits():
+                    elif self.stop_signals and not self.running and ending.waits():
                         self.endings.remove(ending)
-                        self._say(ending.job, f"has ended; how is not known, as {ending.job.run.where} does not answer")
-                    elif ending.waits() and not ending.said:
-                        ending.said = True
-                        self._say(ending.job, f"has ended; how is recorded when {ending.job.run.where} answers")
+                        self._say(
+                            ending.job, f"has ended; how is not known, as {ending.job.run.location} does not answer"
+                        )
+                    elif ending.waits() and not ending.announced:
+                        ending.announced = True
+                        self._say(ending.job, f"has ended; how is recorded when {ending.job.run.location} answers")
                 for job in self.running:
                     self._look(job)
 
@@ -121,7 +123,7 @@ class Pool:
 
     def _look(self, job: Job) -> None:
         """End a run early if the search has a reason for it."""
-        if self.watch and not job.stop_reason and not self.asked and time.monotonic() - job.checked_at > 1:
+        if self.watch and not job.stop_reason and not self.stop_signals and time.monotonic() - job.checked_at > 1:
             job.checked_at = time.monotonic()
             job.stop_reason = self.watch(job.run)
             if job.stop_reason:
@@ -138,13 +140,13 @@ class Pool:
         table = Table(box=None, show_header=False, pad_edge=False)
         for job in filter(lambda job: job.started_at, self.running):
             table.add_row(job.label, format_duration(time.monotonic() - job.started_at), styled(job.last_line(), "dim"))
-        return Group(styled(f"{says}{self._left()}", "bold"), table)
+        return Group(styled(f"{says}{self._remaining()}", "bold"), table)
 
-    def _left(self) -> str:
+    def _remaining(self) -> str:
         if not self.spent:
             return ""
-        left = len(self.waiting + self.running)
-        seconds = sum(self.spent) / len(self.spent) * left / min(self.at_once, max(1, left))
+        count = len(self.waiting + self.running)
+        seconds = sum(self.spent) / len(self.spent) * count / min(self.at_once, max(1, count))
         return f", about {format_duration(seconds)} left"
 
     def _say(self, job: Job, what: str, number: int | None = None) -> None:
@@ -177,12 +179,12 @@ class Pool:
 
     def _ask(self, name: str) -> None:
         """Take a signal that requests the sweep to end. work() passes it on."""
-        if self.asked and time.monotonic() - self.asked_at < SAME:
+        if self.stop_signals and time.monotonic() - self.last_signal_at < SAME:
             return
-        self.asked_at = time.monotonic()
-        self.asked.append(name)
+        self.last_signal_at = time.monotonic()
+        self.stop_signals.append(name)
         self.stopped = True
-        if len(self.asked) == 1:
+        if len(self.stop_signals) == 1:
             running = sum(bool(job.started_at) for job in self.running)
             console.print(f"{name}: {counted(running, 'run saves', 'runs save')} a checkpoint; once more kills them.")
 
@@ -191,7 +193,7 @@ class Ending:
     """End of a job that is being recorded. For a run under a URL a thread does so, since the URL may not answer."""
 
     def __init__(self, job: Job, record: Callable[[Job], None]):
-        self.job, self.record, self.said = job, record, False
+        self.job, self.record, self.announced = job, record, False
         self.begun, self.thread = time.monotonic(), None
         if job.run.remote:
             self.thread = threading.Thread(target=self._work, daemon=True)

@@ -46,22 +46,22 @@ class Job:
     """Exchange between a rank and the process that started it."""
 
     def __init__(self, place: str, port: str):
-        requests.told = True
+        requests.ignore_signals = True
         requests.watch()
         threading.Thread(target=_listen, daemon=True).start()
-        rank, of = map(int, place.split("/"))
+        rank, world_size = map(int, place.split("/"))
         self.store = dist.TCPStore("127.0.0.1", int(port), is_master=False)
         self.given = json.loads(self.store.get("job"))
         accelerator = self.given["config"]["trainer"]["accelerator"]
         backend = "gloo" if cpu_group(accelerator) == "cpu" else "cpu:gloo,cuda:nccl"
         if backend != "gloo":
             torch.cuda.set_device(rank)
-        dist.init_process_group(backend, store=dist.PrefixStore("group", self.store), rank=rank, world_size=of)
+        dist.init_process_group(backend, store=dist.PrefixStore("group", self.store), rank=rank, world_size=world_size)
 
     def tell(self, what: str, value) -> bool:
         """Publish a value unless another rank published one first; return True if this one was stored."""
-        said = json.dumps([rank(), value])
-        return self.store.compare_set(what, "", said).decode() == said
+        entry = json.dumps([rank(), value])
+        return self.store.compare_set(what, "", entry).decode() == entry
 
 
 class Shared(Run):
@@ -187,11 +187,11 @@ def _failed(run: Run, server: dist.TCPStore, codes: list[int | None], out_of_mem
         outcome = _outcome(server) or Outcome(
             RunState.FAILED, message or f"rank {rank} of {ranks} ended with exit code {code}", 2
         )
-    where = run.end(outcome)
+    report_path = run.end(outcome)
     if message is None:
         print(outcome.details.get("traceback", ""), file=sys.stderr, end="")
         why, hint = (
-            f"{outcome.reason}. The report of the run is in {where}",
+            f"{outcome.reason}. The report of the run is in {report_path}",
             "type the same command to continue the run",
         )
         raise UserError(option=run.name, why=why, hint=hint)

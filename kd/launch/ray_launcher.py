@@ -31,13 +31,13 @@ class Ray(ClusterLauncher):
         each = {"CPU": self.parameters["num_cpus"], "GPU": self.parameters["num_gpus"]}
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if not any(all(node.get(kind, 0) >= amount for kind, amount in each.items()) for node in nodes):
-            asked = ", ".join(f"{amount:g} {kind}" for kind, amount in each.items() if amount)
-            there = "; ".join(", ".join(f"{node.get(kind, 0):g} {kind}" for kind in each) for node in nodes)
-            said = f"no node has what a run needs, {asked}: there is {there}"
+            requested = ", ".join(f"{amount:g} {kind}" for kind, amount in each.items() if amount)
+            available = "; ".join(", ".join(f"{node.get(kind, 0):g} {kind}" for kind in each) for node in nodes)
+            why = f"no node has what a run needs, {requested}: there is {available}"
             if address is None:
                 hint = "type hydra.launcher.num_cpus=, or num_gpus="
-                raise UserError(option="hydra/launcher", got="ray", why=said, hint=hint)
-            console.print(f"{said.capitalize()}. The runs wait for a node that has it.", soft_wrap=True)
+                raise UserError(option="hydra/launcher", got="ray", why=why, hint=hint)
+            console.print(f"{why.capitalize()}. The runs wait for a node that has it.", soft_wrap=True)
         return RayPool(self.program, jobs, self.at_once([job.gpus for job in jobs]), ray, each)
 
     def _connect(self, ray, address: str | None) -> None:
@@ -75,28 +75,28 @@ class RayPool(ClusterPool):
             if job is None:
                 break
             task = self.submit(job)
-            self.of(job).number = self.perform.remote(task)
-            self.of(job).waits = "Ray has no room for it yet"
+            self.submitted(job).number = self.perform.remote(task)
+            self.submitted(job).waits = "Ray has no room for it yet"
 
     def over(self) -> list[Job]:
         for job in self.running:
-            of = self.of(job)
-            if of.why or not self.ray.wait([of.number], timeout=0)[0]:
+            submitted = self.submitted(job)
+            if submitted.why or not self.ray.wait([submitted.number], timeout=0)[0]:
                 continue
             try:
-                self.ray.get(of.number)
-                state = RunState.PREEMPTED if self.asked else RunState.FAILED
-                of.why = Outcome(state, "it ended without a word")
+                self.ray.get(submitted.number)
+                state = RunState.PREEMPTED if self.stop_signals else RunState.FAILED
+                submitted.why = Outcome(state, "it ended without a word")
             except self.ray.exceptions.TaskCancelledError:
-                of.why = Outcome(RunState.PREEMPTED, f"asked to end; {GOES_ON}")
+                submitted.why = Outcome(RunState.PREEMPTED, f"asked to end; {GOES_ON}")
             except self.ray.exceptions.RayError as error:
                 last = str(error).strip().splitlines()[-1]
-                of.why = Outcome(RunState.FAILED, f"Ray says {type(error).__name__}: {last}")
+                submitted.why = Outcome(RunState.FAILED, f"Ray says {type(error).__name__}: {last}")
         return super().over()
 
     def stop(self, jobs: list[Job], at_once: bool) -> None:
         for job in jobs:
-            self.ray.cancel(self.of(job).number)  # the second one is passed on there too, and kills the run
+            self.ray.cancel(self.submitted(job).number)  # the second one is passed on there too, and kills the run
 
 
 def perform(task: RemoteJob) -> None:

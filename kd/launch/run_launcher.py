@@ -63,8 +63,8 @@ class RunLauncher(Launcher):
         assert program is not None, "a command line starts a file"
         self.program = program
 
-    def at_once(self, asked: Sequence[int]) -> float:
-        """Return the largest number of runs at a time. asked: GPUs that each of them requests."""
+    def at_once(self, gpus_per_run: Sequence[int]) -> float:
+        """Return the largest number of runs at a time. gpus_per_run: GPUs that each of them requests."""
         raise NotImplementedError
 
     def pool(self, name: str, jobs: list[Job]) -> Pool:
@@ -138,23 +138,23 @@ class RunLauncher(Launcher):
             pool.work()
         finally:
             console.print(summary(name, jobs))
-        if pool.asked:
+        if pool.stop_signals:
             without = ", without force=true," if self.config.force else ""
             console.print(f"Asked to end. The same command{without} goes on where it was.")
             raise Preempted
 
     def _each(self, make: Callable, jobs: Sequence[Sequence[str]], labels: Sequence[str]) -> list:
         """Return make(words) of each job. Raises a UserError that names all jobs for which that fails, and why."""
-        made, wrong = [], {}
+        results, wrong = [], {}
         for number, job in enumerate(jobs):
             try:
-                made.append(make(job))
+                results.append(make(job))
             except UserError as error:
                 wrong[number] = error
             except HydraException as error:
                 wrong[number] = UserError(error)
         if not wrong:
-            return made
+            return results
         reasons = {number: str(error) for number, error in wrong.items()}
         if len(set(reasons.values())) == 1 and len(wrong) == len(jobs):
             raise wrong[0]
@@ -192,7 +192,7 @@ class RunLauncher(Launcher):
         sound: digests of the configs of runs, teachers and starts that were tried already.
         """
         config = self._run_config(words)
-        plan = Plan.of(config)
+        plan = Plan.from_config(config)
         run = plan.run
         if self.config.force or (result := run.result()) is None:
             self.check_place(config)
@@ -216,7 +216,7 @@ class RunLauncher(Launcher):
         for model in filter(None, (plan.start, None if stored else plan.teacher)):
             if (digest := files.digest_of(model.to_dict())) in sound:
                 continue
-            before = Plan.of(model)
+            before = Plan.from_config(model)
             if result := before.run.result():
                 before.run.check(result, "student")
             else:

@@ -37,13 +37,13 @@ class SlurmTask(RemoteJob):
 
     def __call__(self) -> list[str]:
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's
-        asked = super().__call__()
+        signals = super().__call__()
         if not self.done():
-            if "SIGUSR2" in asked:
+            if "SIGUSR2" in signals:
                 assert callable(requeue), "submitit handles the signal"
                 requeue(signal.SIGUSR2, None)  # the run has saved a checkpoint and ended; does not return
-            sys.exit(EXIT_CODE if asked else 1)  # SLURM needs the exit code too
-        return asked
+            sys.exit(EXIT_CODE if signals else 1)  # SLURM needs the exit code too
+        return signals
 
     def checkpoint(self):
         from submitit.helpers import DelayedSubmission
@@ -73,15 +73,15 @@ class Slurm(ClusterLauncher):
                 hint="type the command on a login node of the cluster, or leave the launcher out to run here",
             )
         folder = local_root(self.config.root).absolute() / "sweeps" / f"{name}.slurm"
-        of = {key: value for key, value in self.parameters.items() if value is not None}
-        executor = submitit.SlurmExecutor(folder, max_num_timeout=of.pop("max_num_timeout"))
-        if "mem_gb" in of:
-            of["mem"] = f"{math.ceil(of.pop('mem_gb') * 1024)}MB"
+        options = {key: value for key, value in self.parameters.items() if value is not None}
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=options.pop("max_num_timeout"))
+        if "mem_gb" in options:
+            options["mem"] = f"{math.ceil(options.pop('mem_gb') * 1024)}MB"
         executor.update_parameters(
-            job_name=f"kd-{name}", time=of.pop("timeout_min"), array_parallelism=self.config.n_jobs or AT_ONCE,
-            additional_parameters={"requeue": True, **of.pop("additional_parameters")},
+            job_name=f"kd-{name}", time=options.pop("timeout_min"), array_parallelism=self.config.n_jobs or AT_ONCE,
+            additional_parameters={"requeue": True, **options.pop("additional_parameters")},
             # kd may be a checkout that is not installed.
-            setup=[f"export PYTHONPATH={shlex.quote(str(HERE))}${{PYTHONPATH:+:$PYTHONPATH}}"], **of,
+            setup=[f"export PYTHONPATH={shlex.quote(str(HERE))}${{PYTHONPATH:+:$PYTHONPATH}}"], **options,
         )  # fmt: skip
         at_once = self.at_once([job.gpus for job in jobs])
         return SlurmPool(self.program, jobs, at_once, executor, folder / "jobs.json")
@@ -99,18 +99,18 @@ class SlurmPool(ClusterPool):
         super().__init__(program, jobs, at_once)
         self.executor, self.path = executor, record
         self.looked, self.begun, self.complained = 0.0, time.monotonic(), False
-        listed, left = self.queue(), read_json(record) or {}
-        if listed is None and any(job.run.name in left for job in self.waiting):
+        listed, recorded = self.queue(), read_json(record) or {}
+        if listed is None and any(job.run.name in recorded for job in self.waiting):
             raise UserError(
                 option="squeue",
                 why="does not answer, so that jobs of this sweep that are still queued would be queued once more",
                 hint="type the same command again when squeue answers",
             )
         for job in list(self.waiting):
-            number = left.get(job.run.name)
+            number = recorded.get(job.run.name)
             if listed and number in listed and listed[number][0] not in OVER:
                 self.submit(job)
-                self.of(job).number = number
+                self.submitted(job).number = number
                 self._say(job, f"is in the queue since before, as job {number}")
 
     def start(self) -> None:
@@ -120,14 +120,14 @@ class SlurmPool(ClusterPool):
         jobs = self.waiting[:AT_ONCE]
         tasks = [self.submit(job) for job in jobs]
         try:
-            numbers = [made.job_id for made in self.executor.submit_array(tasks)]
+            numbers = [submitted.job_id for submitted in self.executor.submit_array(tasks)]
         except Exception as error:  # submitit's own, with what sbatch printed
             self.running = []
             hint = "correct what sbatch names, e.g. by hydra.launcher.partition=…"
             raise UserError(option="sbatch", why=f"takes no job: {str(error).strip()}", hint=hint) from None
         files.write_json(self.path, (read_json(self.path) or {}) | {j.run.name: n for j, n in zip(jobs, numbers)})
         for job, number in zip(jobs, numbers):
-            self.of(job).number = number
+            self.submitted(job).number = number
             self._say(job, f"is queued as job {number}")
 
     def over(self) -> list[Job]:
@@ -136,10 +136,10 @@ class SlurmPool(ClusterPool):
             listed = self.queue()
             if listed is not None:
                 for job in self.running:
-                    of = self.of(job)
-                    stands, why = listed.get(of.number, ("", ""))
-                    of.waits = f"SLURM says {why}" if why != "None" else ""
-                    of.why = self._why(job, stands) if stands in OVER or not stands else None
+                    submitted = self.submitted(job)
+                    state, why = listed.get(submitted.number, ("", ""))
+                    submitted.waits = f"SLURM says {why}" if why != "None" else ""
+                    submitted.why = self._why(job, state) if state in OVER or not state else None
             self.looked = time.monotonic()
         return super().over()
 
@@ -156,22 +156,22 @@ class SlurmPool(ClusterPool):
         lines = (line.split("|") for line in answer.stdout.splitlines() if line.count("|") == 2)
         return {number.strip(): (state, reason) for number, state, reason in lines}
 
-    def _why(self, job: Job, stands: str) -> Outcome:
+    def _why(self, job: Job, state: str) -> Outcome:
         """Return how a job ended that has ended according to SLURM."""
-        number = self.of(job).number
-        if not stands and shutil.which("sacct"):  # it ended too long ago for the queue
+        number = self.submitted(job).number
+        if not state and shutil.which("sacct"):  # it ended too long ago for the queue
             words = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=State", f"--jobs={number}"]
-            stands = next(iter(ask(words).stdout.split()), "")
-        if stands == "OUT_OF_MEMORY":
+            state = next(iter(ask(words).stdout.split()), "")
+        if state == "OUT_OF_MEMORY":
             reason = f"SLURM ended its job {number} for want of memory; take more with hydra.launcher.mem_gb="
             return Outcome(RunState.OUT_OF_MEMORY, reason)
-        if stands in LOST:
-            return Outcome(RunState.PREEMPTED, f"SLURM says {stands} of its job {number}; {GOES_ON}")
-        said = f"SLURM says {stands} of" if stands else "SLURM no longer knows"
-        return Outcome(RunState.FAILED, f"{said} its job {number}; what it printed is in {self.path.parent}")
+        if state in LOST:
+            return Outcome(RunState.PREEMPTED, f"SLURM says {state} of its job {number}; {GOES_ON}")
+        subject = f"SLURM says {state} of" if state else "SLURM no longer knows"
+        return Outcome(RunState.FAILED, f"{subject} its job {number}; what it printed is in {self.path.parent}")
 
     def stop(self, jobs: list[Job], at_once: bool) -> None:
-        numbers = [self.of(job).number for job in jobs]
+        numbers = [self.submitted(job).number for job in jobs]
         if not numbers:
             return
         # Queued ones go at once. Without a signal scancel would kill the others after 30 seconds, saved or not.

@@ -20,9 +20,11 @@ def varying(jobs: Sequence[Sequence[str]], names: Sequence[str]) -> list[str]:
 
     A name stands for the words that all of its runs share.
     """
-    alike = {name: set.intersection(*(set(j) for j, of in zip(jobs, names) if of == name)) for name in names if name}
+    alike = {
+        name: set.intersection(*(set(j) for j, other in zip(jobs, names) if other == name)) for name in names if name
+    }
     alike[""] = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
-    return [" ".join([*filter(None, [of]), *(w for w in j if w not in alike[of])]) for j, of in zip(jobs, names)]
+    return [" ".join([*filter(None, [name]), *(w for w in j if w not in alike[name])]) for j, name in zip(jobs, names)]
 
 
 def refused(jobs: Sequence[Sequence[str]], labels: Sequence[str], wrong: Mapping[int, str]) -> str:

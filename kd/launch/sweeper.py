@@ -60,8 +60,8 @@ class SweepFileSweeper(LaunchingSweeper):
         self.name_from(arguments)
         more = [a for a in arguments if not a.startswith(("sweeps=", "scale="))]
         # Lines as they stand: what they refer to is said by the config of each run.
-        of = OmegaConf.to_container(self.config)["sweep"]
-        base, lines = at_scale(of if isinstance(of, dict) else {"runs": [""]}, self.config.scale)
+        sweep = OmegaConf.to_container(self.config)["sweep"]
+        base, lines = at_scale(sweep if isinstance(sweep, dict) else {"runs": [""]}, self.config.scale)
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         jobs: list[list[str]] = []
         names: list[str] = []
@@ -92,6 +92,10 @@ def at_scale(sweep: Mapping, scale: str) -> tuple[str, list[tuple[str, str]]]:
     scales = sweep.get("scales") or {"cpu": {}}
     if scale not in scales:
         exit_with_error(UserError(option="scale", got=scale, need=f"a scale of this sweep, {' or '.join(scales)}"))
-    own = scales[scale]
-    lines = [line if isinstance(line, Mapping) else {"": line} for of in (sweep, own) for line in of.get("runs", [])]
-    return f"{sweep.get('base', '')} {own.get('base', '')}", [pair for line in lines for pair in line.items()]
+    scale_part = scales[scale]
+    lines = [
+        line if isinstance(line, Mapping) else {"": line}
+        for part in (sweep, scale_part)
+        for line in part.get("runs", [])
+    ]
+    return f"{sweep.get('base', '')} {scale_part.get('base', '')}", [pair for line in lines for pair in line.items()]

@@ -15,7 +15,7 @@ def train(config: ExperimentConfig, wait: bool = True) -> FinishedRun:
     wait: True to wait for another process that works on the same run, instead of raising UserError. With force=true the
     run is made again. Its old result is removed when the new run begins, after all checks.
     """
-    run = Plan.of(config).run
+    run = Plan.from_config(config).run
     anew = config.force and run.is_done()
     if not anew and (result := run.result()):
         run.clean_up_if_done()

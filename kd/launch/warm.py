@@ -97,9 +97,9 @@ class Warm:
         self.is_ready = False
         return code
 
-    def _fail(self, where: str = "") -> None:
+    def _fail(self, context: str = "") -> None:
         code = self.close()
-        self.failed = f"The process that runs are forked from has ended with exit code {code}{where}"
+        self.failed = f"The process that runs are forked from has ended with exit code {code}{context}"
 
     def _start(self, environment: dict[str, str], log: Path) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -114,13 +114,13 @@ class Warm:
 
     def _sources(self) -> dict[str, tuple[int, int]]:
         """Return modification time and size of each file of kd and of the plug-ins."""
-        found = {}
+        stamps = {}
         others = [path for plugin in plugins.allowed().values() for path in plugin.modules.values()]
         for path in (Path(self.program), *PACKAGE.rglob("*.py"), *others):
             with suppress(FileNotFoundError):  # of an editor, for a moment
-                of = path.stat()
-                found[str(path)] = of.st_mtime_ns, of.st_size
-        return found
+                stat = path.stat()
+                stamps[str(path)] = stat.st_mtime_ns, stat.st_size
+        return stamps
 
 
 def serve(number: str) -> list[str]:

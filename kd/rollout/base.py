@@ -33,16 +33,16 @@ def traits(*names: str, **needed: Any) -> Callable[[Function], Function]:
 class Rollout:
     """Rollout that returns the text of the data. Subclasses replace some of its responses.
 
-    write() returns a batch with new responses, sampled with the options `how`. It is called in a share of the steps, at
-    most `sampling_rate`. The functions that build rollouts (kd/rollout/strategies.py) declare the TokenInfo of every
-    batch.
+    write() returns a batch with new responses, sampled with the options `sampling`. It is called in a share of the
+    steps, at most `sampling_rate`. The functions that build rollouts (kd/rollout/strategies.py) declare the TokenInfo
+    of every batch.
     """
 
     sampling_rate = 0.0
     validate_before_training = False  # True: on_validation() is also called before the first step
 
-    def __init__(self, samplers: Samplers | None, **how):
-        self._samplers, self.how = samplers, how
+    def __init__(self, samplers: Samplers | None, **sampling):
+        self._samplers, self.sampling = samplers, sampling
 
     @property
     def samplers(self) -> Samplers:

@@ -58,21 +58,21 @@ def sample(
     with _reading(student, teacher, length) as readers:
         ids, positions, mask = _left_padded(tokens[rows], prompt[rows])
         while any_rows_left(len(rows), readers):
-            said = {name: reader(ids, positions, mask) for name, reader in readers.items()}
-            choice = _softened(_mixture(list(said.values()), share), temperature, top_k, top_p)  # [b, V]
+            logps = {name: reader(ids, positions, mask) for name, reader in readers.items()}
+            choice = _softened(_mixture(list(logps.values()), share), temperature, top_k, top_p)  # [b, V]
             at = prompt[rows] + count - 1  # [b] position of the new token in labels
             token = inverse_cdf_sample(choice.exp(), points[rows, at][:, None])  # [b, 1]
             if student:
-                values["importance"][rows, at] = (said["student"] - choice).gather(-1, token)[:, 0].exp()
-            for name, logp in said.items():
+                values["importance"][rows, at] = (logps["student"] - choice).gather(-1, token)[:, 0].exp()
+            for name, logp in logps.items():
                 values[f"{name}_logp"][rows, at] = logp.gather(-1, token)[:, 0]
             tokens[rows, at + 1] = labels[rows, at] = token[:, 0]
             count += 1
-            left = ((token[:, 0] != end) & (count < room[rows])).nonzero()[:, 0]
+            unfinished = ((token[:, 0] != end) & (count < room[rows])).nonzero()[:, 0]
             for reader in readers.values():
-                reader.keep(left)
-            rows, ids, positions = rows[left], token[left], at[left, None] + 1
-            mask = functional.pad(mask[left], (0, 1), value=True)
+                reader.keep(unfinished)
+            rows, ids, positions = rows[unfinished], token[unfinished], at[unfinished, None] + 1
+            mask = functional.pad(mask[unfinished], (0, 1), value=True)
             written += len(token)
             watch(len(room) - len(rows), written)
     info = TokenInfo(**values, by_student=(labels != IGNORE).float() * (student is not None))
@@ -204,10 +204,10 @@ def any_rows_left(rows: int, readers: dict[str, CachedDecoder]) -> bool:
     return collectives.any_rank(rows > 0) if together else rows > 0
 
 
-def _mixture(said: list[Tensor], share: float) -> Tensor:
+def _mixture(logps: list[Tensor], share: float) -> Tensor:
     """Return log(share * p + (1 - share) * q), given log-probabilities [q, p], or those of the only model."""
-    q, p = said[0], said[-1]
-    if len(said) == 1 or share == 0:
+    q, p = logps[0], logps[-1]
+    if len(logps) == 1 or share == 0:
         return q
     return p if share == 1 else torch.logaddexp(p + math.log(share), q + math.log1p(-share))
 

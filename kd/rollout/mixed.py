@@ -50,10 +50,10 @@ class TeacherMixedSampling(Rollout):
     """Sampling from teacher and student. State: the current batch, and its number among the sampled batches."""
 
     def __init__(
-        self, samplers: Samplers | None, how: dict, scale: float, clip: float | None, returned: dict, whiten: bool,
+        self, samplers: Samplers | None, sampling: dict, scale: float, clip: float | None, returned: dict, whiten: bool,
         epochs: int,
     ):  # fmt: skip
-        super().__init__(samplers, **how)
+        super().__init__(samplers, **sampling)
         self.scale, self.clip, self.returned = scale, clip, returned
         self.whiten, self.epochs, self.sampling_rate = whiten, epochs, 1 / epochs
         self.batch: Batch | None = None
@@ -65,7 +65,7 @@ class TeacherMixedSampling(Rollout):
         return move_data_to_device(self.batch, batch.ids.device)  # a checkpoint is loaded to the CPU
 
     def write(self, batch: Batch) -> Batch:
-        written = self.samplers.write(batch, "student", "teacher", **self.how)
+        written = self.samplers.write(batch, "student", "teacher", **self.sampling)
         info = token_info_of(written)
         advantage = self._advantage(info, written.labels != IGNORE)
         return written._replace(token_info=replace(info, advantage=advantage))

@@ -28,9 +28,9 @@ class AdaptiveReplay(StudentSampling):
     validate_before_training = True
 
     def __init__(
-        self, samplers: Samplers | None, threshold: float, tolerance: float, capacity: int, replay: str, **how
+        self, samplers: Samplers | None, threshold: float, tolerance: float, capacity: int, replay: str, **sampling
     ):
-        super().__init__(samplers, 1.0, **how)
+        super().__init__(samplers, 1.0, **sampling)
         self.threshold, self.tolerance, self.capacity, self.fresh = threshold, tolerance, capacity, FRESH[replay]
         self.reference: float | None = None
         self.rows: dict[str, Tensor] = {}

@@ -30,12 +30,12 @@ class Samplers:
     engines: dict[str, vllm.Engine] = field(default_factory=dict)
     between: Callable[[], None] = lambda: None  # called before each `rows`
 
-    def write(self, batch: Batch, *names: str, engine: str = "kd", **how) -> Batch:
+    def write(self, batch: Batch, *names: str, engine: str = "kd", **sampling) -> Batch:
         """Return a batch with responses of the student, the teacher, or the mixture of both.
 
         The draws depend on batch.position_seeds alone: the same batch gets the same responses. For another response to
         each prompt, pass batch._replace(position_seeds=batch.position_seeds + 1).
-        engine: kd, or vllm if only one model writes. how: see kd.rollout.generate.sample.
+        engine: kd, or vllm if only one model writes. sampling: see kd.rollout.generate.sample.
         """
         models = {name: getattr(self, name) for name in names}
         if None in models.values():
@@ -51,15 +51,15 @@ class Samplers:
             (name,) = names
             if name not in self.engines:
                 self.engines[name] = vllm.Engine(models[name], batch.ids.shape[1], learns=name == "student")
-            written = [self.engines[name].write(batch, self.eos_token_id, batch.position_seeds[:, 0] ^ salt, **how)]
+            seed = batch.position_seeds[:, 0] ^ salt
+            written = [self.engines[name].write(batch, self.eos_token_id, seed, **sampling)]
         else:
             parts = batch._replace(teacher_rows=None).split(self.rows or len(batch.ids))
             written = []
             for part in parts:
                 self.between()
-                written.append(
-                    generate.sample(part, self.eos_token_id, part.position_seeds[:, 0] ^ salt, **models, **how)
-                )
+                seed = part.position_seeds[:, 0] ^ salt
+                written.append(generate.sample(part, self.eos_token_id, seed, **models, **sampling))
         self.seconds += time.perf_counter() - start
         new = sum(int((part.labels != IGNORE).sum()) for part in written)
         self.tokens += new

@@ -115,9 +115,9 @@ def mixed(
     check("rollout.clip", clip, clip is None or clip > 0, "a number above 0, or null")
     check("rollout.gamma", gamma, 0 <= gamma <= 1, "a discount from 0 to 1")
     check("rollout.epochs", epochs, epochs >= 1, "at least 1 step")
-    how = dict(share=teacher_share, **_sampling_options(temperature, top_k, top_p, max_tokens))
+    sampling = dict(share=teacher_share, **_sampling_options(temperature, top_k, top_p, max_tokens))
     returned = dict(gamma=gamma, length_norm=length_norm, exclude_own_reward=exclude_own_reward)
-    return TeacherMixedSampling(samplers, how, scale, clip, returned, whiten, epochs)
+    return TeacherMixedSampling(samplers, sampling, scale, clip, returned, whiten, epochs)
 
 
 def _sampling_options(

@@ -45,9 +45,9 @@ def by_teacher(
         spans = written["train"][1] if "train" in sides else _spans(packed, "train")
         packing.write_manifest(temporary, about | {"train_tokens": int(spans[:, 1].sum()), "written": folder.name})
 
-    made = packing.build_once(folder, make)
+    data = packing.build_once(folder, make)
     shutil.rmtree(parts, ignore_errors=True)
-    return made
+    return data
 
 
 def _all_parts(packed: Packed, side: str, parts: Path, rollout, samplers) -> tuple[np.ndarray, np.ndarray]:
@@ -55,7 +55,7 @@ def _all_parts(packed: Packed, side: str, parts: Path, rollout, samplers) -> tup
     from kd.system.console import console, format_duration, track
 
     parts.mkdir(exist_ok=True)
-    rows, asked = packed.train if side == "train" else packed.val, _spans(packed, side)
+    rows, data_spans = packed.train if side == "train" else packed.val, _spans(packed, side)
     name, salt = ("", []) if side == "train" else ("val-", [1])
     chosen = np.flatnonzero(_without_response(packed)) if side == "val" else np.arange(len(rows))
     paths = {start: parts / f"{name}{start:09}.npz" for start in range(0, len(chosen), AT_ONCE)}
@@ -67,14 +67,14 @@ def _all_parts(packed: Packed, side: str, parts: Path, rollout, samplers) -> tup
             index = chosen[start : start + AT_ONCE]
             shape = (len(index), rows.shape[1] - 1)
             seed = np.random.default_rng([given.seed, start, *salt]).integers(0, 2**62, shape)
-            batch = to_batch(rows[index], index, seed, asked[index])
+            batch = to_batch(rows[index], index, seed, data_spans[index])
             new = as_rows(write(move_data_to_device(batch, given.teacher.model.device), 0, 0.0))
             keep(paths[start], tokens=new["tokens"].numpy(), span=new["span"].numpy())
         tokens, seconds = given.tokens - before[0], given.seconds - before[1]
         console.print(
             f"The teacher wrote {tokens:,} tokens in {format_duration(seconds)}, {tokens / seconds:,.0f} tokens/s."
         )
-    tokens, spans = np.array(rows), np.array(asked)
+    tokens, spans = np.array(rows), np.array(data_spans)
     for start, path in paths.items():
         index, part = chosen[start : start + AT_ONCE], np.load(path)
         tokens[index], spans[index] = part["tokens"], part["span"]

@@ -79,37 +79,40 @@ class Engine:
         rows = [row for row, size in enumerate(prompt) if size < self.most]
         # Columns that pad the output layer are no tokens; kd.models.causal_lm.Head leaves them out.
         beyond = range(self.model.head.vocab, self.model.model.get_output_embeddings().weight.shape[0])
-        how = dict(temperature=temperature, top_k=top_k or 0, top_p=top_p, stop_token_ids=[end], ignore_eos=True,
+        shared = dict(temperature=temperature, top_k=top_k or 0, top_p=top_p, stop_token_ids=[end], ignore_eos=True,
                    detokenize=False, logprobs=0, logit_bias=dict.fromkeys(beyond, -100.0) or None)  # fmt: skip
         rooms = [min(self.most - prompt[row], max_tokens or self.most) for row in rows]
-        asked = [SamplingParams(**how, max_tokens=room, seed=int(seed[row])) for row, room in zip(rows, rooms)]
+        sampling_params = [
+            SamplingParams(**shared, max_tokens=room, seed=int(seed[row])) for row, room in zip(rows, rooms)
+        ]
         given = [{"prompt_token_ids": tokens[row, : prompt[row]].tolist()} for row in rows]
-        written = [of.outputs[0] for of in self.llm.generate(given, asked, use_tqdm=False)] if rows else []
-        for row, of in zip(rows, written, strict=True):
-            response = torch.tensor(of.token_ids)
+        results = self.llm.generate(given, sampling_params, use_tqdm=False) if rows else []
+        written = [result.outputs[0] for result in results]
+        for row, output in zip(rows, written, strict=True):
+            response = torch.tensor(output.token_ids)
             tokens[row, prompt[row] : prompt[row] + len(response)] = response
             labels[row, prompt[row] - 1 : prompt[row] - 1 + len(response)] = response
         device = batch.ids.device
         ids, labels = tokens[:, :-1].contiguous().to(device), labels.to(device)
         if rows:  # the longest row, the most sensitive one
-            row, of = max(zip(rows, written, strict=True), key=lambda pair: len(pair[1].token_ids))
-            said = [said[token].logprob for token, said in zip(of.token_ids, of.logprobs, strict=True)]
-            self._compare(ids[row], labels[row], said)
+            row, output = max(zip(rows, written, strict=True), key=lambda pair: len(pair[1].token_ids))
+            logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
+            self._compare(ids[row], labels[row], logprobs)
         by_student = (labels != IGNORE).float() * self.learns
         return batch._replace(ids=ids, labels=labels, teacher_rows=None, token_info=TokenInfo(by_student=by_student))
 
     def _compare(self, ids: Tensor, labels: Tensor, theirs: list[float]) -> None:
         """Raise UserError unless our model and vLLM give the tokens of a row [T] the same log-probabilities."""
-        kept = labels != IGNORE
+        mask = labels != IGNORE
         with eval_mode(self.model):
-            ours = self.model.model(input_ids=ids[None], use_cache=False).logits[0, kept].float().log_softmax(-1)
-        ours = ours.gather(-1, labels[kept, None])[:, 0]
-        off = (ours - torch.tensor(theirs, device=ids.device)).abs().mean().item()
-        if not off < OFF:
+            ours = self.model.model(input_ids=ids[None], use_cache=False).logits[0, mask].float().log_softmax(-1)
+        ours = ours.gather(-1, labels[mask, None])[:, 0]
+        gap = (ours - torch.tensor(theirs, device=ids.device)).abs().mean().item()
+        if not gap < OFF:
             raise UserError(
                 option="rollout.engine",
                 got="vllm",
-                why=f"vLLM's log-probabilities differ from those of {type(self.model.model).__name__} by {off:.2f} "
+                why=f"vLLM's log-probabilities differ from those of {type(self.model.model).__name__} by {gap:.2f} "
                 "nats a token: vLLM did not take the weights, or computes otherwise",
                 hint="type rollout.engine=kd",
             )

@@ -82,12 +82,12 @@ def table_of(*columns: str) -> Table:
 
 def list_runs(root: Path) -> None:
     """Print every run with its state and size, the largest first, and what is kept beside the runs."""
-    found = Root(root)
-    runs = sorted(found.runs.values(), key=lambda use: -use.size)
+    contents = Root(root)
+    runs = sorted(contents.runs.values(), key=lambda use: -use.size)
     table = table_of("run", "state", "size", "checkpoints", "sweeps")
     for use in runs:
         checkpoints = format_bytes(use.checkpoints) if use.checkpoints else ""
-        sweeps = " ".join(found.sweeps_with(use.run.name))
+        sweeps = " ".join(contents.sweeps_with(use.run.name))
         table.add_row(use.run.name, use.state, format_bytes(use.size), checkpoints, sweeps)
     if runs:
         out.print(table)
@@ -108,8 +108,8 @@ def show_run(root: Path, names: list[str]) -> None:
     if len(names) != 1:
         hint = f"type {programs.command('runs')} show RUN"
         raise UserError(option="show", why=f"got {len(names)} names", need="the name of one run", hint=hint)
-    found = Root(root)
-    use = found.find(names[0])
+    contents = Root(root)
+    use = contents.find(names[0])
     name = use.run.name
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
@@ -117,7 +117,7 @@ def show_run(root: Path, names: list[str]) -> None:
         "run": name,
         "state": f"{use.state}  {use.reason}".strip(),
         "size": format_bytes(use.size),
-        "at": use.run.where,
+        "at": use.run.location,
     }
     result = use.run.result() if use.is_done else None
     if result:
@@ -126,8 +126,8 @@ def show_run(root: Path, names: list[str]) -> None:
         rows |= {key: f"{value:.4f}" for key, value in result["final"].items() if "/" in key}
         for role, origin in result.get("origins", {}).items():
             rows[role] = origin["run"]
-    rows["in sweeps"] = " ".join(found.sweeps_with(name)) or "none"
-    rows["needed by"] = " ".join(found.users_of(name)) or "no other run"
+    rows["in sweeps"] = " ".join(contents.sweeps_with(name)) or "none"
+    rows["needed by"] = " ".join(contents.users_of(name)) or "no other run"
     for path in sorted(use.run.folder.iterdir()):
         if path.name[0] != ".":
             rows[path.name + "/" * path.is_dir()] = format_bytes(disk.disk_use(path))
@@ -138,11 +138,11 @@ def show_run(root: Path, names: list[str]) -> None:
 
 def clean(root: Path, names: list[str], settings: dict[str, str]) -> None:
     """Print what could be removed. With yes=true remove it, except what other runs need unless needed=true."""
-    found, yes, needed = Root(root), switch(settings, "yes"), switch(settings, "needed")
+    contents, yes, needed = Root(root), switch(settings, "yes"), switch(settings, "needed")
     if names and "what" in settings:
         raise UserError(option="what", got=settings["what"], conflict=names[0], need="runs by name, or kinds")
     kinds = kinds_of(settings)
-    chosen = cleanup.named_runs(found, names) if names else cleanup.leftovers(found, kinds)
+    chosen = cleanup.named_runs(contents, names) if names else cleanup.leftovers(contents, kinds)
     free = [leftover for leftover in chosen if needed or not leftover.needed]
     held = [leftover for leftover in chosen if leftover not in free]
     if yes:
@@ -159,7 +159,7 @@ def clean(root: Path, names: list[str], settings: dict[str, str]) -> None:
         command = f"{programs.command('runs')} clean {shlex.join(words)}"
         console.print(f"Nothing was removed. To remove it, type:\n  {command}", soft_wrap=True)
     if not names and not yes:
-        _print_other_kinds(found, kinds)
+        _print_other_kinds(contents, kinds)
 
 
 def _print_leftovers(title: str, leftovers: list[Leftover]) -> None:

@@ -43,7 +43,7 @@ tags: [knowledge-distillation]
 ---
 # {name}
 
-A {student} student, {parameters}, trained on {tokens:,} tokens of `{data}` {how}.
+A {student} student, {parameters}, trained on {tokens:,} tokens of `{data}` {training}.
 
 | measure, on held-out text | value |
 |---|---|
@@ -67,15 +67,15 @@ def export(run: Run, model, tokenizer, ends: list[int], config: ExperimentConfig
     before.
     """
     flat = result["config"]
-    how = "by language modelling alone"
+    training = "by language modelling alone"
     if flat["logits"] != "none":
-        of = f"a {name} teacher" if (name := model_name(flat, "teacher")) else "stored logits"
-        how = f"from {of} with the loss `{flat['loss']}`"
+        teacher = f"a {name} teacher" if (name := model_name(flat, "teacher")) else "stored logits"
+        training = f"from {teacher} with the loss `{flat['loss']}`"
     measures = "\n".join(f"| {k.removeprefix('val/')} | {v:.4f} |" for k, v in result["final"].items() if "/" in k)
     card = MODEL_CARD.format(
         name=run.name, student=model_name(flat, "student"), tokens=result["tokens"],
         parameters=size_text(result["parameters"], result["active_parameters"]),
-        data=flat["data"], how=how, measures=measures, version=kd.__version__,
+        data=flat["data"], training=training, measures=measures, version=kd.__version__,
         git=result["environment"]["git"] or "unknown",
     )  # fmt: skip
     eos = ends[0] if len(ends) == 1 else ends or None

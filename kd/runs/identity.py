@@ -47,8 +47,8 @@ def identity_settings(config: dict) -> dict:
     neutral = NEUTRAL | {k: traits.neutral for k, traits in TRAITS.items() if traits.neutral is not UNSET}
     part = {k: v for k, v in config.items() if not is_under(k, without) and not (k in neutral and v == neutral[k])}
     seeded = config["logits"] == "cotrained" or written_by_teacher(config)  # the teacher draws with its seed
-    own = ("teacher.size", "teacher.name", *(["teacher.seed"] if seeded else []))
-    part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in own}
+    teacher_keys = ("teacher.size", "teacher.name", *(["teacher.seed"] if seeded else []))
+    part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in teacher_keys}
     part["trainer.compile"] = bool(part.get("trainer.compile"))  # existing names have false for null
     return whole_as_float(part)
 
@@ -96,17 +96,17 @@ def axes(config: dict, sizes: dict[str, tuple[int, int]]) -> dict[str, str | int
     called = CALLED | (TEACHING if trains_teacher(config) else {})
     part = identity_settings(config)
     keys = [k for k in config if (k in part and (is_under(k, AXES) or k in CALLED)) or (k in called and k in TEACHING)]
-    found = {called.get(k, k): config[k] for k in keys}
-    found |= {"data": config["data"], "loss": loss_name(config)}
-    if isinstance(found.get("data_files"), list):
-        found["data_files"] = " ".join(map(str, found["data_files"]))
-    found |= {role: model_name(config, role) for role in ("student", "teacher")}
+    shown = {called.get(k, k): config[k] for k in keys}
+    shown |= {"data": config["data"], "loss": loss_name(config)}
+    if isinstance(shown.get("data_files"), list):
+        shown["data_files"] = " ".join(map(str, shown["data_files"]))
+    shown |= {role: model_name(config, role) for role in ("student", "teacher")}
     for role, (parameters, non_embedding) in sizes.items():
-        found |= {f"{role}_params": parameters, f"{role}_params_non_embedding": non_embedding}
-    found["tokens"] = config["trainer.steps"] * config["trainer.batch"] * config["data.seq_len"]
-    if found["loss"] == "lm":
-        found["alpha_peak"] = 0.0
-    return {k.replace(".", "_"): v for k, v in found.items() if isinstance(v, str | int | float)}
+        shown |= {f"{role}_params": parameters, f"{role}_params_non_embedding": non_embedding}
+    shown["tokens"] = config["trainer.steps"] * config["trainer.batch"] * config["data.seq_len"]
+    if shown["loss"] == "lm":
+        shown["alpha_peak"] = 0.0
+    return {k.replace(".", "_"): v for k, v in shown.items() if isinstance(v, str | int | float)}
 
 
 def trains_teacher(config: dict) -> bool:
@@ -138,8 +138,11 @@ def nested(config: dict) -> dict:
 def sizes_of(result: dict) -> dict[str, tuple[int, int]]:
     """Return the sizes of models that axes() needs, from the result of a run."""
     roles = {"student": "", "teacher": "teacher_"}
-    found = {role: (result.get(f"{of}parameters"), result.get(f"{of}non_embedding")) for role, of in roles.items()}
-    return {role: (count, inner) for role, (count, inner) in found.items() if count is not None and inner is not None}
+    counts = {
+        role: (result.get(f"{prefix}parameters"), result.get(f"{prefix}non_embedding"))
+        for role, prefix in roles.items()
+    }
+    return {role: (count, inner) for role, (count, inner) in counts.items() if count is not None and inner is not None}
 
 
 def size_text(parameters: int, active: int | None) -> str:
@@ -152,9 +155,9 @@ def wandb_metadata(name: str, config: dict, sizes: dict[str, tuple[int, int]], g
 
     git: revision of the code, from kd.runs.export.environment().
     """
-    how = loss_name(config)
-    kind = "distil" if how != "lm" else "lm" if model_name(config, "teacher") else "teacher"
-    tags = [how, kind, str(config["data"])]
+    loss = loss_name(config)
+    kind = "distil" if loss != "lm" else "lm" if model_name(config, "teacher") else "teacher"
+    tags = [loss, kind, str(config["data"])]
     shown = axes(config, sizes) | ({"git": git} if git else {})
     return WandbMetadata(name, readable(name, config), config.get("sweep"), kind, tags, shown, nested(config))
 
@@ -167,12 +170,12 @@ def readable(name: str, config: dict) -> str:
         f"lr{config['lr.peak']:g}" if "lr.peak" in config else None,
     ]
     if config["logits"] != "none":
-        tau, kept = config.get("temperature.tau"), config["truncation"]
+        tau, truncation = config.get("temperature.tau"), config["truncation"]
         parts += [
             f"from {model_name(config, 'teacher')}" if model_name(config, "teacher") else None,
             f"alpha{config['alpha.peak']:g}" if "alpha.peak" in config else None,
             f"tau{tau:g}" if tau not in (None, 1) else None,
-            kept if kept != "full" else None,
+            truncation if truncation != "full" else None,
             config["rollout"] if config["rollout"] != "none" else None,
         ]
     parts += [f"seed{config['seed']}", name.rpartition("-")[2][:4]]

@@ -38,9 +38,9 @@ class MetricsFile(Logger):
     def __init__(self, path: Path, step: int):
         super().__init__()
         self.path = Path(path)
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
+        lines = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
         with files.atomic(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         self.file = open(self.path, "a")
 
     name = version = None
@@ -171,9 +171,11 @@ def join(run: Run, result: dict, group: str) -> bool:
         return False
     if run.copy("wandb-group").exists() or not run.copy("wandb-id").exists():
         return False
-    of = wandb_metadata(run.name, config | {"sweep": group}, sizes_of(result), result.get("environment", {}).get("git"))
+    metadata = wandb_metadata(
+        run.name, config | {"sweep": group}, sizes_of(result), result.get("environment", {}).get("git")
+    )
     view = WandbView(
-        _begin(run.folder, of, config.get("logger.project", "kd"), config.get("logger.entity")), run.folder
+        _begin(run.folder, metadata, config.get("logger.project", "kd"), config.get("logger.entity")), run.folder
     )
     run.copy("metrics.jsonl")
     last: dict[str, float] = {}
@@ -241,18 +243,18 @@ def silent_server() -> str | None:
     import requests
     import wandb
 
-    known = wandb.setup(wandb.Settings(silent=True)).settings
-    proxies = {kind: proxy for kind in ("http", "https") if (proxy := getattr(known, f"{kind}_proxy", None))}
+    settings = wandb.setup(wandb.Settings(silent=True)).settings
+    proxies = {kind: proxy for kind in ("http", "https") if (proxy := getattr(settings, f"{kind}_proxy", None))}
     try:
         reply = requests.post(
-            f"{known.base_url.rstrip('/')}/graphql", json={"query": "query Viewer { viewer { id } }"},
+            f"{settings.base_url.rstrip('/')}/graphql", json={"query": "query Viewer { viewer { id } }"},
             timeout=WAIT, proxies=proxies or None,
         )  # fmt: skip
     except requests.exceptions.SSLError:
         return None  # W&B may know other certificates
     except (requests.exceptions.RequestException, OSError) as error:
-        return f"{known.base_url}: {type(error).__name__}"
-    return f"{known.base_url}: HTTP status {reply.status_code}" if reply.status_code >= 500 else None
+        return f"{settings.base_url}: {type(error).__name__}"
+    return f"{settings.base_url}: HTTP status {reply.status_code}" if reply.status_code >= 500 else None
 
 
 def logged_in() -> bool:
@@ -280,12 +282,12 @@ def _id(folder: Path, about: WandbMetadata) -> tuple[str, bool]:
     a kill, and a run that is made again is a new W&B run.
     """
     path = folder / "wandb-id"
-    kept = path.read_text() if path.exists() else None
-    name = wandb_agent.asked() or kept or f"{about.id}-{secrets.token_hex(3)}"
-    if name != kept:
+    previous = path.read_text() if path.exists() else None
+    name = wandb_agent.wandb_run_id() or previous or f"{about.id}-{secrets.token_hex(3)}"
+    if name != previous:
         with files.atomic(path) as temporary:
             temporary.write_text(name)
-    return name, name != kept
+    return name, name != previous
 
 
 COLUMNS = ("row", "sample", "prompt", "reference", "teacher", "response", "teacher_rouge_l", "rouge_l", "ended")

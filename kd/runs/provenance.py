@@ -40,27 +40,29 @@ def component(group: str, name: str | None) -> dict[str, str]:
     return {name: digest for module, name in used if (digest := _digest(module, name))}
 
 
-def differences(kept: dict, now: dict, config: dict) -> list[str]:
+def differences(recorded: dict, now: dict, config: dict) -> list[str]:
     """Return the components whose sources differ between two runs of one config, and the models they learn from."""
-    found = []
-    for group, before in kept["sources"].items():
+    changed_components = []
+    for group, before in recorded["sources"].items():
         if changed := sorted(name for name, code in before.items() if now["sources"].get(group, {}).get(name) != code):
-            found.append(f"{group}={config.get(group)} ({', '.join(changed)})")
-    return found + [f"its {role}" for role, before in kept["origins"].items() if now["origins"].get(role) != before]
+            changed_components.append(f"{group}={config.get(group)} ({', '.join(changed)})")
+    return changed_components + [
+        f"its {role}" for role, before in recorded["origins"].items() if now["origins"].get(role) != before
+    ]
 
 
 def changes(result: dict) -> list[str]:
     """Return the components of a result whose source has changed since, in words: "loss=akl (akl, _gap)"."""
-    found, config = [], result["config"]
-    for group, kept in result.get("sources", {}).items():
+    changed_components, config = [], result["config"]
+    for group, recorded in result.get("sources", {}).items():
         module, now = _module(group, config.get(group)), component(group, config.get(group))
         changed = [
-            name for name, digest in kept.items()
+            name for name, digest in recorded.items()
             if not module or (now.get(name) or _digest(module, name)) != digest
         ]  # fmt: skip
         if changed:
-            found.append(f"{group}={config.get(group)} ({', '.join(changed)})")
-    return found
+            changed_components.append(f"{group}={config.get(group)} ({', '.join(changed)})")
+    return changed_components
 
 
 def done_before(result: dict) -> str:
@@ -84,48 +86,50 @@ def origin(result: dict) -> dict:
 
 def doubts(result: dict) -> list[str]:
     """Return the reasons why this code may give another result for the same settings, and the words to type."""
-    own, others = reasons(result), _reasons_of_origins(result)
+    direct, others = reasons(result), _reasons_of_origins(result)
     if changes(result):
-        own[-1] += "; force=true makes the run anew"
+        direct[-1] += "; force=true makes the run anew"
     if others:
         others.append("to make such a run anew, remove its folder, and type the command of this run with force=true")
-    return own + others
+    return direct + others
 
 
 def reasons(result: dict) -> list[str]:
     """Return the doubts about a result or an origin() itself, without its origins and without words to type."""
-    found = [] if result.get("sealed", is_sealed(result)) else [UNSEALED]
+    texts = [] if result.get("sealed", is_sealed(result)) else [UNSEALED]
     if changed := changes(result):
-        found.append(f"old: the code of {', '.join(changed)} has changed since")
-    return found
+        texts.append(f"old: the code of {', '.join(changed)} has changed since")
+    return texts
 
 
 def _reasons_of_origins(result: dict) -> list[str]:
     """Return the doubts about a result's teacher and start, and about the origins of these."""
-    found = []
+    texts = []
     for role, origin in result.get("origins", {}).items():
-        found += [f"its {role} {origin['run']} is {reason}" for reason in reasons(origin)]
-        found += _reasons_of_origins(origin)
-    return list(dict.fromkeys(found))
+        texts += [f"its {role} {origin['run']} is {reason}" for reason in reasons(origin)]
+        texts += _reasons_of_origins(origin)
+    return list(dict.fromkeys(texts))
 
 
 def doubts_of_many(results: Iterable[dict]) -> list[str]:
     """Return the doubts about the results of a sweep, as sentences with counts."""
     results = list(results)
-    said, count = [], len(results)
+    sentences, count = [], len(results)
     if unsealed := sum(not is_sealed(result) for result in results):
-        said.append(f"{unsealed} of {count} runs were made before results were sealed: damage would not be noticed.")
+        sentences.append(
+            f"{unsealed} of {count} runs were made before results were sealed: damage would not be noticed."
+        )
     if old := [changed for result in results if (changed := changes(result))]:
         which = ", ".join(sorted({component for changed in old for component in changed}))
-        said.append(
+        sentences.append(
             f"{len(old)} of {count} runs are old: the code of {which} has changed since. force=true makes them anew."
         )
     if origins := sum(bool(_reasons_of_origins(result)) for result in results):
-        said.append(
+        sentences.append(
             f"The teacher or start of {origins} of {count} runs is old, or was made before results were sealed; "
             "each run says which, and what to type, when it is shown."
         )
-    return said
+    return sentences
 
 
 def _module(group: str, name: str | None) -> str | None:
@@ -136,32 +140,32 @@ def _module(group: str, name: str | None) -> str | None:
 @cache
 def _definitions(module: str) -> dict[str, list[ast.stmt] | tuple[str, str]]:
     """Return the top-level definitions of a module by name: statements, or module and name of an import from kd."""
-    found: dict[str, list[ast.stmt] | tuple[str, str]] = {}
+    definitions: dict[str, list[ast.stmt] | tuple[str, str]] = {}
     for node in ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found[node.name] = [node]
+            definitions[node.name] = [node]
         elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             for name in {x.id for target in targets for x in ast.walk(target) if isinstance(x, ast.Name)}:
-                found[name] = [*(old if isinstance(old := found.get(name), list) else []), node]
+                definitions[name] = [*(old if isinstance(old := definitions.get(name), list) else []), node]
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("kd."):
-            found |= {x.asname or x.name: (node.module.removeprefix("kd."), x.name) for x in node.names}
-    return found
+            definitions |= {x.asname or x.name: (node.module.removeprefix("kd."), x.name) for x in node.names}
+    return definitions
 
 
 @cache
 def _used(module: str, name: str) -> frozenset[tuple[str, str]]:
     """Return module and name of a definition, and of all that it uses, directly or not."""
-    found, left = set(), [(module, name)]
-    while left:
-        place = left.pop()
+    used, pending = set(), [(module, name)]
+    while pending:
+        place = pending.pop()
         definition = _definitions(place[0]).get(place[1])
         if isinstance(definition, tuple) and _is_followed(place[0], definition[0]):
-            left.append(definition)
-        elif place not in found and isinstance(definition, list):
-            found.add(place)
-            left += [(place[0], name) for node in definition for name in _names(node)]
-    return frozenset(found)
+            pending.append(definition)
+        elif place not in used and isinstance(definition, list):
+            used.add(place)
+            pending += [(place[0], name) for node in definition for name in _names(node)]
+    return frozenset(used)
 
 
 def _is_followed(module: str, imported: str) -> bool:

@@ -53,7 +53,7 @@ class Run:
         return self.folder / name
 
     @property
-    def where(self) -> str:
+    def location(self) -> str:
         """URL or folder of the run."""
         return self.remote.url if self.remote else str(self.folder)
 
@@ -71,13 +71,13 @@ class Run:
         kd/system/retries.py.
         """
         try:
-            found = self.remote.read_cached("result.json", wait) if self.remote else read_json(self / "result.json")
+            recorded = self.remote.read_cached("result.json", wait) if self.remote else read_json(self / "result.json")
         except remote.Damaged:
-            found = {"digest": None}
-        if found is not None and not is_whole(found):
+            recorded = {"digest": None}
+        if recorded is not None and not is_whole(recorded):
             why = "is damaged: its content is not what was written"
-            raise UserError(option=f"{self.where}/result.json", why=why, **self._made_anew())
-        return None if found is None else former_names.current_result(found)
+            raise UserError(option=f"{self.location}/result.json", why=why, **self._made_anew())
+        return None if recorded is None else former_names.current_result(recorded)
 
     def is_done(self) -> bool:
         """Return True if there is a result, damaged or not."""
@@ -138,8 +138,8 @@ class Run:
             try:
                 yield
             finally:
-                left = [p for p in self.folder.iterdir() if p.name not in ("checkpoints", "student", "result.json")]
-                self.remote.put_best_effort(*(p.name for p in left if p.is_dir() or p.stat().st_mtime >= began))
+                others = [p for p in self.folder.iterdir() if p.name not in ("checkpoints", "student", "result.json")]
+                self.remote.put_best_effort(*(p.name for p in others if p.is_dir() or p.stat().st_mtime >= began))
 
     def start(self, config: ExperimentConfig) -> None:
         """Prepare for work: write the resolved config, and reset the state of an earlier try.
@@ -210,19 +210,19 @@ class Run:
                 **{k: v for k, v in result.items() if k in ("seconds", "peak_memory")},
             }
         try:
-            found = read_json(self / "state.json")
+            state = read_json(self / "state.json")
         except UserError as error:
             reason = f"{error.option} {error.why}; the same command begins the run anew"
             return {"state": RunState.NOT_BEGUN, "reason": reason}
-        if self.remote and not (found and found["state"] == RunState.RUNNING and is_alive(found)):
-            there = self.remote.read_cached("state.json", wait)
-            found = found if found and there and is_same_process(found, there) else there or found
-        if found is None:
+        if self.remote and not (state and state["state"] == RunState.RUNNING and is_alive(state)):
+            remote_state = self.remote.read_cached("state.json", wait)
+            state = state if state and remote_state and is_same_process(state, remote_state) else remote_state or state
+        if state is None:
             return {"state": RunState.NOT_BEGUN, "reason": ""}
-        if found["state"] == RunState.RUNNING and not is_alive(found):
-            gone = f"its process {found['pid']} is gone; the same command goes on with it"
-            return found | {"state": RunState.STALE, "reason": gone}
-        return {"reason": "", **found}
+        if state["state"] == RunState.RUNNING and not is_alive(state):
+            gone = f"its process {state['pid']} is gone; the same command goes on with it"
+            return state | {"state": RunState.STALE, "reason": gone}
+        return {"reason": "", **state}
 
     def weights(self) -> dict[str, str]:
         """Return the digests of the trained model's weight files, by name."""
@@ -234,24 +234,24 @@ class Run:
         Without names, all of SEALED are checked. A run from before there were seals has digests of its weights only.
         """
         names, sealed = names or SEALED, is_sealed(result)
-        kept = result["files"] if sealed else {f"student/{k}": v for k, v in result.get("weights", {}).items()}
-        kept = {name: digest for name, digest in kept.items() if name.partition("/")[0] in names}
-        found = digests(self.folder, names)
-        if self.remote and not kept.items() <= found.items():
-            for name in kept if sealed else self.remote.names("student"):
+        expected = result["files"] if sealed else {f"student/{k}": v for k, v in result.get("weights", {}).items()}
+        expected = {name: digest for name, digest in expected.items() if name.partition("/")[0] in names}
+        actual = digests(self.folder, names)
+        if self.remote and not expected.items() <= actual.items():
+            for name in expected if sealed else self.remote.names("student"):
                 self.remote.get(name)
-            found = digests(self.folder, names)
+            actual = digests(self.folder, names)
         if not sealed:
-            found = {name: digest for name, digest in found.items() if name in kept}
-        for name, digest in kept.items():
-            if found.get(name) != digest:
+            actual = {name: digest for name, digest in actual.items() if name in expected}
+        for name, digest in expected.items():
+            if actual.get(name) != digest:
                 first, _, inner = name.partition("/")
-                state = "not what was written" if name in found else "gone"
+                state = "not what was written" if name in actual else "gone"
                 why = f"is damaged: {inner or first} is {state}"
-                raise UserError(option=f"{self.where}/{first}", why=why, **self._made_anew())
-        if strange := sorted(found.keys() - kept.keys()):
+                raise UserError(option=f"{self.location}/{first}", why=why, **self._made_anew())
+        if strange := sorted(actual.keys() - expected.keys()):
             raise UserError(
-                option=f"{self.where}/{strange[0]}",
+                option=f"{self.location}/{strange[0]}",
                 why="was not written by the run, and could change what is loaded from its folder",
                 hint="move this file to another folder",
             )

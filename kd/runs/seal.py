@@ -18,9 +18,9 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
     Hidden files are left out.
     """
-    there = [p for name in names for p in (folder / name, *(folder / name).rglob("*")) if p.is_file()]
-    there = sorted(p.relative_to(folder) for p in there)
-    return {p.as_posix(): files.digest(folder / p) for p in there if not any(x[0] == "." for x in p.parts)}
+    paths = [p for name in names for p in (folder / name, *(folder / name).rglob("*")) if p.is_file()]
+    paths = sorted(p.relative_to(folder) for p in paths)
+    return {p.as_posix(): files.digest(folder / p) for p in paths if not any(x[0] == "." for x in p.parts)}
 
 
 def is_sealed(result: dict) -> bool:

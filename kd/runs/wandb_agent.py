@@ -21,7 +21,7 @@ from kd.runs.seal import RESPONSES
 WANTED = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 
 
-def asked() -> str | None:
+def wandb_run_id() -> str | None:
     """Return the id of the W&B run that this process has to use; None if no agent started it."""
     return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
 
@@ -32,16 +32,16 @@ def hidden(names: Iterable[str] = WANTED) -> Iterator[None]:
 
     A teacher, for example, is not the run that the agent started.
     """
-    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    saved = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
-        os.environ.update(kept)
+        os.environ.update(saved)
 
 
 def check_single() -> None:
     """Raise UserError if an agent started a sweep. All its runs would be the same W&B run."""
-    if asked():
+    if wandb_run_id():
         raise UserError(
             option="WANDB_SWEEP_ID",
             why="is set in the environment, and an agent of W&B asks for one run at a time",
@@ -51,18 +51,18 @@ def check_single() -> None:
 
 def tell(run: Run, config: ExperimentConfig, result: dict) -> None:
     """Send the agent's W&B run the result of a run that was done before, or by another process."""
-    if not asked() or config.logger.name != "wandb":
+    if not wandb_run_id() or config.logger.name != "wandb":
         return
-    kept = run.copy("wandb-id")
-    if kept.exists() and kept.read_text() == asked():
+    id_file = run.copy("wandb-id")
+    if id_file.exists() and id_file.read_text() == wandb_run_id():
         return  # it has all steps already
     from kd.runs.loggers import views  # takes a second, and imports this module
 
     run.copy("metrics.jsonl")
     run.check(result, "metrics.jsonl", RESPONSES)
     git = result.get("environment", {}).get("git")
-    told = wandb_metadata(run.name, result["config"] | {"sweep": config.sweep}, sizes_of(result), git)
-    for view in views(config.logger.build("logger"), run.folder, told):
+    metadata = wandb_metadata(run.name, result["config"] | {"sweep": config.sweep}, sizes_of(result), git)
+    for view in views(config.logger.build("logger"), run.folder, metadata):
         view.close(result["final"])
 
 
@@ -71,7 +71,7 @@ def end() -> None:
 
     To an agent, exit codes above 0 are failures, and a few failures in a row end it (wandb_agent.py, is_failing).
     """
-    if asked():
+    if wandb_run_id():
         sys.stdout.flush()
         sys.stderr.flush()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

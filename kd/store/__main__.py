@@ -58,7 +58,7 @@ def write_store(words: list[str]) -> Store | None:
     if share[1] == 1:
         return stores.write(config, packed, components.truncate, teacher)
     stores.write_part(config, packed, components.truncate, teacher, share)
-    folder = Plan.of(config).store_place.folder
+    folder = Plan.from_config(config).store_place.folder
     console.print(f"Part {share[0]} of {share[1]} is in {folder}. When all parts are on one disk, type\n"
                   f"  {programs.command('store')} merge STORE {folder} …", soft_wrap=True)  # fmt: skip
     return None

@@ -33,7 +33,7 @@ class DigestIO(CheckpointIO):
                 torch.save(checkpoint, file)
             checksum = files.digest(temporary)
             # First the digest, then the checkpoint: a kill between the two leaves a digest of nothing.
-            with files.atomic(_beside(path)) as note:
+            with files.atomic(_digest_path(path)) as note:
                 note.write_text(checksum)
 
     def load_checkpoint(self, path, map_location=None, weights_only=True):
@@ -43,7 +43,7 @@ class DigestIO(CheckpointIO):
         if Path(path).is_dir():
             shutil.rmtree(path)
         Path(path).unlink(missing_ok=True)
-        _beside(Path(path)).unlink(missing_ok=True)
+        _digest_path(Path(path)).unlink(missing_ok=True)
 
 
 def load(path: Path, map_location="cpu", part: io.BytesIO | None = None):
@@ -78,7 +78,7 @@ def checked(checkpoint: dict, path: Path) -> dict:
 
 def seal(temporary: Path, path: Path) -> None:
     """Give a complete folder of shards its name, and write a digest beside it."""
-    with files.atomic(_beside(path)) as note:
+    with files.atomic(_digest_path(path)) as note:
         note.write_text(_digest(temporary))
     shutil.rmtree(path, ignore_errors=True)  # a damaged one
     os.replace(temporary, path)
@@ -89,7 +89,7 @@ def _digest(path: Path) -> str:
     return files.digest_of({p.name: files.digest(p) for p in path.iterdir()}) if path.is_dir() else files.digest(path)
 
 
-def _beside(path: Path) -> Path:
+def _digest_path(path: Path) -> Path:
     return path.with_suffix(".xxh3")
 
 
@@ -103,15 +103,15 @@ def newest(folder: Path) -> Path | None:
 
     Warns of every damaged one; raises UserError if all are damaged.
     """
-    found = steps(folder)
-    for path in found:
+    paths = steps(folder)
+    for path in paths:
         if _whole(path):
             return path
         warnings.warn(f"{path} is damaged (its bytes are not those that were written); going back to the one before.")
-    if found:
+    if paths:
         raise UserError(
             option=folder,
-            why=f"every checkpoint of this run is damaged: {', '.join(path.name for path in found)}",
+            why=f"every checkpoint of this run is damaged: {', '.join(path.name for path in paths)}",
             hint="to train it anew, type",
             commands=[shlex.join(["rm", "-r", str(folder)])],
         )
@@ -119,7 +119,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def _whole(path: Path) -> bool:
-    note = _beside(path)
+    note = _digest_path(path)
     return note.exists() and _digest(path) == note.read_text()
 
 

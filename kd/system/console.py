@@ -31,11 +31,11 @@ def counted(number: int, one: str, many: str) -> str:
 class Terminal(Console):
     """Console that shows text as it is: no text controls the terminal, is markup, or names an emoji."""
 
-    def __init__(self, **how):
-        super().__init__(**{"markup": False, "emoji": False} | how)
+    def __init__(self, **options):
+        super().__init__(**{"markup": False, "emoji": False} | options)
 
-    def render_str(self, text: str, **how) -> Text:
-        return super().render_str(strip_control_characters(text), **how)
+    def render_str(self, text: str, **options) -> Text:
+        return super().render_str(strip_control_characters(text), **options)
 
 
 def styled(text: str, style: str) -> Text:

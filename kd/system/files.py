@@ -54,10 +54,10 @@ def is_full(error: BaseException, path: Path) -> bool:
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in full:
             return True
-        said = [os.strerror(number).lower() for number in full]
+        messages = [os.strerror(number).lower() for number in full]
         if isinstance(cause, OSError) and cause.errno is None:  # numpy's, before and while it writes
-            said += ["not enough free space to write", " requested and "]
-        if any(words in str(cause).lower() for words in said):
+            messages += ["not enough free space to write", " requested and "]
+        if any(words in str(cause).lower() for words in messages):
             return True
         cause = cause.__cause__ or cause.__context__
     return isinstance(error, Exception) and shutil.disk_usage(Path(path).parent).free < 1 << 16
@@ -125,9 +125,9 @@ def folder_fingerprint(name: str | None) -> str | None:
     """
     if not name or not Path(name).is_dir():
         return None
-    found = sorted(p for p in Path(name).rglob("*") if p.is_file())
-    found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(name).parts)]
-    described = [[str(p.relative_to(name)), known_digest(p)] for p in found]
+    paths = sorted(p for p in Path(name).rglob("*") if p.is_file())
+    paths = [p for p in paths if not any(part.startswith(".") for part in p.relative_to(name).parts)]
+    described = [[str(p.relative_to(name)), known_digest(p)] for p in paths]
     with suppress(OSError, ValueError, AttributeError):  # no adapter, or one that fails when it is loaded
         base = folder_fingerprint(
             json.loads((Path(name) / "adapter_config.json").read_text()).get("base_model_name_or_path")
@@ -149,18 +149,18 @@ def known_digest(path: Path) -> str:
     before = _state(path)
     if before["size"] < LARGE:
         return digest(path)
-    kept = cache() / "digests" / f"{xxhash.xxh3_128_hexdigest(str(path).encode())}.json"
+    cache_file = cache() / "digests" / f"{xxhash.xxh3_128_hexdigest(str(path).encode())}.json"
     try:
-        known = json.loads(kept.read_text())
-        if known["file"] == before:
-            return str(known["digest"])
+        cached = json.loads(cache_file.read_text())
+        if cached["file"] == before:
+            return str(cached["digest"])
     except (OSError, ValueError, KeyError, TypeError):  # none, or damaged
         pass
-    made = digest(path)
+    computed = digest(path)
     if _state(path) == before and before["ctime"] < time.time_ns() - SETTLED * 10**9:
         with suppress(OSError, UserError):  # the cache is optional
-            write_json(kept, {"file": before, "digest": made})
-    return made
+            write_json(cache_file, {"file": before, "digest": computed})
+    return computed
 
 
 class _FileState(TypedDict):
@@ -174,8 +174,14 @@ class _FileState(TypedDict):
 
 
 def _state(path: Path) -> _FileState:
-    of = path.stat()
-    return {"path": str(path), "inode": of.st_ino, "size": of.st_size, "mtime": of.st_mtime_ns, "ctime": of.st_ctime_ns}
+    stat = path.stat()
+    return {
+        "path": str(path),
+        "inode": stat.st_ino,
+        "size": stat.st_size,
+        "mtime": stat.st_mtime_ns,
+        "ctime": stat.st_ctime_ns,
+    }
 
 
 def cache() -> Path:
@@ -197,7 +203,7 @@ def expanded(path: str) -> str:
 
 def expanded_words(words: list[str]) -> list[str]:
     """Return the words of a command line with ~ expanded if it is not quoted. Hydra cannot read an unquoted ~."""
-    return [re.sub(r"(?<=[=,(\[])~[\w.-]*(?=[/,)\]]|$)", lambda found: expanded(found[0]), word) for word in words]
+    return [re.sub(r"(?<=[=,(\[])~[\w.-]*(?=[/,)\]]|$)", lambda match: expanded(match[0]), word) for word in words]
 
 
 def local_path(path: str | Path, cache: Path) -> Path:

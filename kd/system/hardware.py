@@ -63,5 +63,7 @@ def out_of_memory(error: BaseException) -> bool:
     """Return True if an error means that memory ran out. torch has a type for it on GPUs alone."""
     words = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc", "bad allocation",
              "cublas_status_alloc_failed", "could not create a primitive", "can't start new thread")  # fmt: skip
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or (isinstance(error, RuntimeError | OSError) and any(w in str(error).lower() for w in words))
+    is_memory_error = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return is_memory_error or (
+        isinstance(error, RuntimeError | OSError) and any(w in str(error).lower() for w in words)
+    )

@@ -20,8 +20,8 @@ RANKS = re.compile(
 
 def forget_ranks(environment: MutableMapping[str, str]) -> None:
     """Remove every variable that gives a rank, and set those that Lightning reads if kd gave this process a rank."""
-    own = environment.pop(OWN, None)
+    rank = environment.pop(OWN, None)
     for name in [name for name in environment if RANKS.fullmatch(name)]:
         del environment[name]
-    if own is not None:
-        environment.update(LOCAL_RANK=own, NODE_RANK="0")
+    if rank is not None:
+        environment.update(LOCAL_RANK=rank, NODE_RANK="0")

@@ -143,16 +143,16 @@ class Remote:
         def act(system, path: str) -> list[str]:
             system.invalidate_cache()
             below = f"{path}/{name}".rstrip("/")
-            found = system.find(below) if system.exists(below) else []
-            return sorted(str(x).removeprefix(path).lstrip("/") for x in found)
+            paths = system.find(below) if system.exists(below) else []
+            return sorted(str(x).removeprefix(path).lstrip("/") for x in paths)
 
         return self._tried("read", act, wait)
 
     def put(self, *names: str, wait: float | None = None) -> None:
         """Copy files, and all files of folders, to the URL. Names that do not exist are left out."""
         for name in names:
-            found = self.folder / name
-            for file in sorted(found.rglob("*")) if found.is_dir() else [found]:
+            source = self.folder / name
+            for file in sorted(source.rglob("*")) if source.is_dir() else [source]:
                 inner = file.relative_to(self.folder)
                 passing = any(part.endswith((".tmp", ".lock")) for part in inner.parts)
                 if file.is_file() and not file.is_symlink() and not passing:

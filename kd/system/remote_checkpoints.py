@@ -33,7 +33,7 @@ class RemoteCheckpoints:
         for name in notes:
             try:
                 note = self.remote.read(name) or {}
-                if all(self._pull(part, of) for part, of in note["files"].items()):
+                if all(self._pull(part, digest) for part, digest in note["files"].items()):
                     # First the metrics: without the digest there is no checkpoint yet that goes with them.
                     os.replace((self.remote.folder / name).with_suffix(".jsonl"), self.remote.folder / "metrics.jsonl")
                     (self.remote.folder / name).with_suffix(".xxh3").write_text(note["digest"])

@@ -36,7 +36,7 @@ class Outage:
 
     since: float
     last: float
-    said: bool = False
+    announced: bool = False
 
 
 _outages: dict[str, Outage] = {}
@@ -59,7 +59,7 @@ def patiently(url: str, what: str, act: Callable[[], T], wait: float | None = No
     what: "read" or "written", for the UserError at the end. The error is Unreachable if the URL may answer later.
     """
     wait, pause = PATIENCE if wait is None else wait, PAUSES[0]
-    since, said = math.inf, False
+    since, announced = math.inf, False
     if wait == 0 and is_away(url):
         raise Unreachable(option=url, why=f"could not be {what}: {bucket(url)} does not answer")
     while True:
@@ -76,17 +76,17 @@ def patiently(url: str, what: str, act: Callable[[], T], wait: float | None = No
                 outage = _outages[bucket(url)] = Outage(now, now)
             outage.last = now
             since = min(since, outage.since)  # also where other things are reached in between
-            left = wait - (now - since)
-            if left < pause:
+            remaining = wait - (now - since)
+            if remaining < pause:
                 raise failed from error
-            if not said and not outage.said:
-                console.print(f"{failed} It is tried again for {format_duration(left)}.", soft_wrap=True)
-                said = outage.said = True
+            if not announced and not outage.announced:
+                console.print(f"{failed} It is tried again for {format_duration(remaining)}.", soft_wrap=True)
+                announced = outage.announced = True
             time.sleep(pause)
             pause = min(2 * pause, PAUSES[1])
         else:
             _outages.pop(bucket(url), None)
-            if said:
+            if announced:
                 away = format_duration(time.monotonic() - since)
                 console.print(f"{bucket(url)} answers again, after {away}.", soft_wrap=True)
             return value

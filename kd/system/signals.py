@@ -39,7 +39,7 @@ class Requests:
 
     def __init__(self):
         self.pending = False  # True: save a checkpoint at the next step, and raise Preempted
-        self.told = False  # by the process that started this one, whose signals alone count
+        self.ignore_signals = False  # True: only the process that started this one requests it to end, by ask()
         self.in_sweep = False  # True if a sweep started this process
         self._first = 0.0  # time at which the first signal was answered
         self._in_steps = False
@@ -48,7 +48,7 @@ class Requests:
         """Receive the signals from now on."""
         self.in_sweep = self.in_sweep or PARENT in os.environ
         for number in ASKED:
-            signal.signal(number, signal.SIG_IGN if self.told else self._received)
+            signal.signal(number, signal.SIG_IGN if self.ignore_signals else self._received)
 
     @contextmanager
     def in_steps(self):

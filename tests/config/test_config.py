@@ -361,7 +361,7 @@ def test_numbers_of_the_command_line_are_checked(word):
 )  # fmt: skip
 def test_every_other_setting_is_checked_by_name_too(word):
     with refused(option=word.partition("=")[0]):
-        Plan.of(config_of("data=markov", word))
+        Plan.from_config(config_of("data=markov", word))
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_every_other_setting_is_checked_by_name_too(word):
 def test_what_is_looked_at_before_functions_are_loaded_is_checked_first(words):
     words = words.split()
     with pytest.raises(UserError, match=f"^{words[0].partition('=')[0]}.*need"):
-        Plan.of(ExperimentConfig.from_hydra(compose("config", words), words))
+        Plan.from_config(ExperimentConfig.from_hydra(compose("config", words), words))
 
 
 @pytest.mark.parametrize("root", ["s3://bucket/kd", "runs", "/"])
@@ -398,7 +398,7 @@ def test_setting_that_an_option_does_not_have_is_refused_by_name(word):
 @pytest.mark.parametrize("word", ["+data.beta=1", "+trainer.beta=1", "+student.beta=1", "+teacher.beta=1", "+beta=1"])
 def test_setting_that_nothing_reads_is_refused_by_name(word):
     with refused(option=word[1:].partition("=")[0], got=1):
-        Plan.of(config_of(word))
+        Plan.from_config(config_of(word))
 
 
 @pytest.mark.parametrize("word", ["+alpha.progress=0.5", "+lr.progress=0.5", "+optim.lr=1", "+optim.params=1"])

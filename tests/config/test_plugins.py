@@ -430,7 +430,7 @@ def test_the_digest_is_of_all_python_files(allowed):
 
 def test_only_a_run_that_uses_a_plugin_has_another_name(allowed, tmp_path):
     def name(*words: str) -> str:
-        return Plan.of(small_config(tmp_path, *words)).run.name
+        return Plan.from_config(small_config(tmp_path, *words)).run.name
 
     without = name("seed=1")
     compose.register_folders()
@@ -440,7 +440,7 @@ def test_only_a_run_that_uses_a_plugin_has_another_name(allowed, tmp_path):
     plugins._allowed.cache_clear()
     assert name("loss=mine") != first
     config = small_config(tmp_path, "seed=1")
-    assert Plan.of(config).run.name == without and Plan.of(config.derive(seed=1)).run.name == without
+    assert Plan.from_config(config).run.name == without and Plan.from_config(config.derive(seed=1)).run.name == without
 
 
 METRIC = """from kd.evaluation.catalog import metric

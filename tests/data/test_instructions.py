@@ -825,7 +825,7 @@ def test_the_words_of_a_store_describe_that_store(root, start):
     made = config(root, *OFFLINE, *more, "plain=text", f"plain.files={root / 'plain.txt'}")
     words = ["logits=offline", *shlex.split(stores.write_command(made)), f"root={root}"]
     again = config_of(words)
-    assert Plan.of(again).store.key == Plan.of(made).store.key
+    assert Plan.from_config(again).store.key == Plan.from_config(made).store.key
 
 
 def test_a_store_of_other_prompts_is_another(root):

@@ -55,7 +55,7 @@ def made(root, words):
 
 
 def before(config: ExperimentConfig) -> ExperimentConfig | None:
-    return Plan.of(config).start
+    return Plan.from_config(config).start
 
 
 def test_stages_are_runs_that_are_made_once(root, words, made):
@@ -65,11 +65,11 @@ def test_stages_are_runs_that_are_made_once(root, words, made):
     pretrained = before(sft)
     assert before(pretrained) is None
     assert (
-        Plan.of(sft).run.result()["config"]["data"] == "instructions"
-        and Plan.of(sft).run.result()["config"]["logits"] == "none"
+        Plan.from_config(sft).run.result()["config"]["data"] == "instructions"
+        and Plan.from_config(sft).run.result()["config"]["logits"] == "none"
     )
-    assert Plan.of(pretrained).run.result()["config"]["data"] == "text"
-    assert Plan.of(Plan.of(told).teacher).start is not None  # the teacher was pretrained as well
+    assert Plan.from_config(pretrained).run.result()["config"]["data"] == "text"
+    assert Plan.from_config(Plan.from_config(told).teacher).start is not None  # the teacher was pretrained as well
     tokenizers = {(run / "student" / "tokenizer.json").read_bytes() for run in root.glob("*-100k-*")}
     assert len(tokenizers) == 1  # that of the plain text
     times = {p: p.stat().st_mtime_ns for p in root.rglob("model.safetensors")}
@@ -80,13 +80,13 @@ def test_stages_are_runs_that_are_made_once(root, words, made):
 def test_a_student_starts_from_the_weights_of_its_stage(root, words):
     """Train at a learning rate of 0: the student keeps the weights of its start."""
     still = here(root, *words, *SFT, "lr.peak=0")
-    sft = Plan.of(before(small_config(root, *words, *SFT))).run.folder
+    sft = Plan.from_config(before(small_config(root, *words, *SFT))).run.folder
     a, b = (load_file(run / "student" / "model.safetensors") for run in (still, sft))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_student_that_is_not_random_is_validated_before_its_first_step(root, words, made):
-    stage = Plan.of(before(small_config(root, *words, *SFT))).run
+    stage = Plan.from_config(before(small_config(root, *words, *SFT))).run
     outcome, rows = json.loads((made / "result.json").read_text()), read_metrics(made / "metrics.jsonl")
     (first,) = (row for row in rows if row["step"] == 0)
     assert rows[0] == first == outcome["initial"] | {"step": 0}
@@ -100,18 +100,20 @@ def test_a_student_that_is_not_random_is_validated_before_its_first_step(root, w
 
 
 def test_a_random_student_is_not_validated_before_its_first_step(root, words, made):
-    stage = Plan.of(before(before(small_config(root, *words, *SFT)))).run
+    stage = Plan.from_config(before(before(small_config(root, *words, *SFT)))).run
     assert stage.result()["initial"] is None and min(row["step"] for row in read_metrics(stage / "metrics.jsonl")) > 0
 
 
 def test_a_named_teacher_is_fine_tuned_first_where_that_is_asked(root, words, made):
-    name = Plan.of(before(before(small_config(root, *words, *SFT)))).run.folder / "student"  # pretrained on plain text
+    name = (
+        Plan.from_config(before(before(small_config(root, *words, *SFT)))).run.folder / "student"
+    )  # pretrained on plain text
     own = [word for word in words if not word.startswith("data.vocab")]  # a model has a tokenizer of its own
     named = (*own, "student=hub", f"student.name={name}", "teacher=hub", f"teacher.name={name}")
     plain, tuned = here(root, *named), here(root, *named, "teacher.sft=true", "teacher.steps=5")
-    assert Plan.of(small_config(root, *named)).teacher is None and plain != tuned
-    told = Plan.of(small_config(root, *named, "teacher.sft=true", "teacher.steps=5")).teacher
-    stage = Plan.of(told).run
+    assert Plan.from_config(small_config(root, *named)).teacher is None and plain != tuned
+    told = Plan.from_config(small_config(root, *named, "teacher.sft=true", "teacher.steps=5")).teacher
+    stage = Plan.from_config(told).run
     of = stage.result()["config"]
     assert (of["data"], of["logits"], of["trainer.steps"], of["student.name"]) == ("instructions", "none", 5, str(name))
     assert (of["optim"], of["lr.peak"]) == ("AdamW", 1e-4)
@@ -134,12 +136,12 @@ def test_a_named_teacher_is_fine_tuned_first_where_that_is_asked(root, words, ma
 def test_a_teacher_that_cannot_be_fine_tuned_is_refused(more, fields, root, words):
     with refused(option="teacher.sft", got=True, **fields):
         given = [word for word in words if not word.startswith("data.vocab") and "data=markov" not in more]
-        Plan.of(small_config(root, *given, *more.split(), "teacher.sft=true"))
+        Plan.from_config(small_config(root, *given, *more.split(), "teacher.sft=true"))
 
 
 def test_stages_are_part_of_what_a_run_is(root, words):
     names = {
-        Plan.of(small_config(root, *words, *more)).run.name
+        Plan.from_config(small_config(root, *words, *more)).run.name
         for more in ((), SFT, (*SFT, "start.sft_lr=1e-5"), (*SFT, "start.seed=1"), (*SFT, "lm=plain"))
     }
     assert len(names) == 5
@@ -179,8 +181,8 @@ def test_plan_names_all_that_is_made_first_for_recorded_logits(root, words, monk
     monkeypatch.setattr(step_timing, "_measure", lambda *_: step)
     monkeypatch.setattr(planner, "_measured", {})
     told = small_config(root, *words, *SFT, "start.seed=5", "teacher.seed=5", "logits=recorded", "truncation=top_k")
-    start, record = before(told), Plan.of(told).recording
-    made = {Plan.of(config).run.name for config in (before(record), before(start), record, start, told)}
+    start, record = before(told), Plan.from_config(told).recording
+    made = {Plan.from_config(config).run.name for config in (before(record), before(start), record, start, told)}
     assert planner.estimate(told).keys() == made
 
 

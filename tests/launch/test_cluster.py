@@ -326,10 +326,10 @@ def test_a_sweep_takes_signals_at_one_moment_for_one_request():
     pool = LocalPool("", [], 1, [])
     for name in ("SIGTERM", "SIGTERM", "SIGUSR2"):
         pool._ask(name)
-    assert len(pool.asked) == 1
+    assert len(pool.stop_signals) == 1
     time.sleep(0.15)
     pool._ask("SIGTERM")
-    assert len(pool.asked) == 2
+    assert len(pool.stop_signals) == 2
 
 
 # Ray

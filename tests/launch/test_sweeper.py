@@ -72,8 +72,8 @@ def test_words_that_make_other_runs_name_another_sweep(words):
 
 
 def test_a_damaged_teacher_is_said_before_any_run_starts(tmp_path):
-    planned = Plan.of(small_config(tmp_path, "student=100k"))
-    teacher = Plan.of(planned.teacher).run
+    planned = Plan.from_config(small_config(tmp_path, "student=100k"))
+    teacher = Plan.from_config(planned.teacher).run
     LocalLauncher().check_before(planned, set())  # it is not there yet
     teacher.folder.mkdir(parents=True)
     (teacher / "result.json").write_text("{")

@@ -758,4 +758,4 @@ def test_token_names_are_compared_as_typed(tmp_path):
         here(tmp_path / "runs", *words.split())
     folder = here(tmp_path / "runs", *words.split(), "token_names=any")
     assert (folder / "result.json").exists()
-    assert Plan.of(small_config(tmp_path / "runs", *words.split())).run.folder == folder
+    assert Plan.from_config(small_config(tmp_path / "runs", *words.split())).run.folder == folder

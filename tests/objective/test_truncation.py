@@ -376,7 +376,10 @@ def test_accepting_a_bias_changes_neither_names_nor_stores(tmp_path):
     for source in ("logits=online", "logits=offline", "logits=recorded"):
         words = [source, "truncation=random", "truncation.draws=9"]
         usual, accepted = typed(tmp_path, *words), typed(tmp_path, *words, "truncation.biased=true")
-        assert Plan.of(usual).run.name == Plan.of(accepted).run.name and Plan.of(usual).store == Plan.of(accepted).store
+        assert (
+            Plan.from_config(usual).run.name == Plan.from_config(accepted).run.name
+            and Plan.from_config(usual).store == Plan.from_config(accepted).store
+        )
 
 
 def test_an_unbiased_sample_and_one_that_nothing_reads_are_not_refused(tmp_path):

@@ -110,7 +110,7 @@ def edit(path: Path, old: bytes, new: bytes) -> None:
 
 def name_of(root: Path, *words: str) -> str:
     cached_corpus.cache_clear()  # as in a process of its own
-    return Plan.of(small_config(root, *words)).run.name
+    return Plan.from_config(small_config(root, *words)).run.name
 
 
 def test_the_name_of_a_run_is_of_what_is_in_the_models_it_is_given_by_path(tmp_path):

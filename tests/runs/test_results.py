@@ -203,22 +203,22 @@ def test_what_is_damaged_under_a_url_is_said_and_a_damaged_copy_is_fetched_anew(
     of.check(of.result(), "student")
     flip(kept / "config.json")
     shutil.rmtree(run / "student")
-    with refused(option=f"{of.where}/student", why="is damaged: config.json"):
+    with refused(option=f"{of.location}/student", why="is damaged: config.json"):
         of.check(of.result(), "student")
     for name in ("config.json", "metrics.jsonl"):
         flip(there / run.name / name)
         given = small_config(tmp_path, *words)
-        with refused(option=f"{of.where}/{name}", why="is damaged"):
+        with refused(option=f"{of.location}/{name}", why="is damaged"):
             product.train(given).check_files()
         flip(there / run.name / name)
     whole = (there / run.name / "result.json").read_text()
     (there / run.name / "result.json").write_text(whole[:100])
     of = Run(f"file://{there}", run.name)
-    with refused(option=f"{of.where}/result.json", why="is damaged", commands=of.removal_command()):
+    with refused(option=f"{of.location}/result.json", why="is damaged", commands=of.removal_command()):
         of.result()
     (there / run.name / "result.json").write_text(whole)
     edit(there / run.name / "result.json", '"val/lm": ', '"val/lm": 1')
-    with refused(option=f"{of.where}/result.json", why="is damaged"):
+    with refused(option=f"{of.location}/result.json", why="is damaged"):
         Run(f"file://{there}", run.name).result()
     (kept / "config.json").write_text("{}")
     assert here(tmp_path, *words, "force=true") == run  # made anew, whatever was wrong with it

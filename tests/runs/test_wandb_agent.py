@@ -139,13 +139,13 @@ def test_agent_is_asked_for_no_sweep(tmp_path, monkeypatch):
 def test_without_an_agent_nothing_is_asked(monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
     monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
-    assert wandb_agent.asked() is None
+    assert wandb_agent.wandb_run_id() is None
     wandb_agent.check_single()
     wandb_agent.end()
     monkeypatch.setenv("WANDB_SWEEP_ID", "abcd1234")
     with wandb_agent.hidden():
-        assert wandb_agent.asked() is None and "WANDB_RUN_ID" not in os.environ
-    assert wandb_agent.asked() == "mine"
+        assert wandb_agent.wandb_run_id() is None and "WANDB_RUN_ID" not in os.environ
+    assert wandb_agent.wandb_run_id() == "mine"
 
 
 def corners(parameters: dict) -> list[dict]:

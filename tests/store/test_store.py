@@ -381,7 +381,7 @@ def test_two_teachers_of_the_hub_have_a_store_each(tmp_path):
         typed = ["data=text", "data.files=x.txt", *hub, f"teacher.name={name}", f"root={tmp_path}"]
         (tmp_path / "x.txt").write_text("text")
         typed[1] = f"data.files={tmp_path / 'x.txt'}"
-        plans.append(Plan.of(config_of(typed)))
+        plans.append(Plan.from_config(config_of(typed)))
     assert plans[0].store.key != plans[1].store.key
 
 

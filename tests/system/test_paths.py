@@ -134,7 +134,7 @@ def test_no_name_is_markup(name, tmp_path, capsys, monkeypatch):
     console.print(summary(name, [job]))
     console.print(f"Text with {name}.")
     said = capsys.readouterr().err.replace("\n", "")
-    assert f"{run.where}" in said and f"A note on {name}." in said
+    assert f"{run.location}" in said and f"A note on {name}." in said
     assert f"words={name}  says {name}" in said and f"sweep {name}" in said and f"Text with {name}." in said
     assert said.count(name) >= 7
 

@@ -522,7 +522,7 @@ def test_a_scheduler_is_not_taken_at_its_word_while_the_url_is_away(away, tmp_pa
     (job,) = jobs_at(away, tmp_path, 0)
     pool = cluster.ClusterPool("", [job], 1)
     pool.submit(job)
-    pool.of(job).why = ("failed", "SLURM says COMPLETED")
+    pool.submitted(job).why = ("failed", "SLURM says COMPLETED")
     Away.go(0.6)
     began = time.monotonic()
     while not pool.over():

@@ -392,7 +392,7 @@ def test_seed_of_a_cotrained_teacher_is_part_of_the_run(cotrained, tmp_path):
 
 def settings_run(root: Path, *words: str):
     made = small_config(root, *words)
-    return Plan.of(made).run.name
+    return Plan.from_config(made).run.name
 
 
 def test_a_pretrained_teacher_does_not_learn_at_the_rates_of_sizes(tmp_path):
