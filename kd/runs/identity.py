@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import xxhash
@@ -55,9 +55,14 @@ def whole_as_float(config: dict) -> dict:
     return {k: float(v) if type(v) is int else v for k, v in config.items()}
 
 
-def is_under(key: str, prefixes: Iterable[str]) -> bool:
+def is_under(key: str, prefixes: Collection[str]) -> bool:
     """Return True if a setting is one of `prefixes` or below one: lr.peak is below lr."""
-    return any(key == p or key.startswith(f"{p}.") for p in prefixes)
+    end = len(key)
+    while end != -1:
+        if key[:end] in prefixes:
+            return True
+        end = key.rfind(".", 0, end)
+    return False
 
 
 def identity(config: dict, **digests) -> str:

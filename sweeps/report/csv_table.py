@@ -35,7 +35,8 @@ def csv_table(report: Report) -> str:
             typed = typed_settings(entry)
             cells = ["", *(typed.get(k, "") for k in keys), typed.get("seed", ""), *[""] * (len(metrics) + 5)]
         else:
-            config, final, seed = outcome_settings(result["config"]), result["final"], result["config"]["seed"]
+            config = row.group.config if row else outcome_settings(result["config"])
+            final, seed = result["final"], result["config"]["seed"]
             cells = [row.group.label if row else "", *(config.get(k) for k in keys), seed]
             cells += [final.get(k) for k in metrics]
             for other in (row.baseline, row.best) if row else (None, None):

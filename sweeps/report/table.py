@@ -63,9 +63,10 @@ def rows_of(groups: list[Group]) -> list[Row]:
     """Return the rows, best first; colors go to the best."""
     metric, colors, rows = primary_metric(groups), iter(COLORS), []
     best = {task[0].task: best_group(task, metric) for task in tasks_of(groups)}
-    mixed = any(not g.supervised for g in groups)
+    alone = [group for group in groups if group.supervised]
+    mixed = len(alone) < len(groups)
     for group in groups:
-        base, first = baseline(group, groups), best[group.task]
+        base, first = baseline(group, alone), best[group.task]
         color = GREY if group.supervised and mixed else next(colors, GREY)
         change = difference(group, base, metric.key)
         vs_best = None if group is first else difference(group, first, metric.key)
