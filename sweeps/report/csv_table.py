@@ -53,14 +53,14 @@ def axes_table(report: Report) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["axis", "value", "mean", "half_interval", "seeds", "to_the_best", "to_the_best_half_interval",
-                     "least", "most", "best_in", "used", "run", "combinations"])  # fmt: skip
+                     "least", "most", "best_in", "used", "combinations", "runs"])  # fmt: skip
     for axis in report.axes:
         for value in axis.means:
             mean, change = value.mean or NOTHING, value.difference or NOTHING
             numbers = (
                 [*mean, *change[:2], value.least, value.most, value.best_in, axis.used] if value.mean else [""] * 9
             )
-            cells = [axis.key, value.text, *numbers, value.settings, axis.combinations]
+            cells = [axis.key, value.text, *numbers, axis.combinations, value.runs]
             writer.writerow(map(safe_cell, cells))
     return out.getvalue()
 

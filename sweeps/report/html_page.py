@@ -11,7 +11,7 @@ from plotly.offline import get_plotlyjs
 from kd.evaluation.catalog import LOSS, metrics
 from kd.system.console import format_duration
 from sweeps.report.axis_plots import heat_map, line_plots
-from sweeps.report.marginals import meaning
+from sweeps.report.marginals import COLUMNS, meaning
 from sweeps.report.plots import dots, exposure_curves, learning_curves
 from sweeps.report.report import Report
 from sweeps.report.schedule_plots import schedule_plots
@@ -45,7 +45,7 @@ def html_page(report: Report) -> str:
     return render(
         "report.html", {key: figure for key, figure in figures.items() if figure}, folder=TEMPLATES,
         report=report, main=main, loss=LOSS, small=list(small), entries=entries,
-        axes_meaning=meaning(report.metric, report.several_seeds),
+        axes_meaning=meaning(report.metric, report.several_seeds), axes_columns=COLUMNS,
         plots_of={kind: {f"{kind}-{i}": plot for i, plot in enumerate(some)} for kind, some in plots.items()},
     )  # fmt: skip
 

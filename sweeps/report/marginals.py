@@ -25,7 +25,7 @@ class MarginalMean:
     """One value of an axis. Numbers are None where it is not compared."""
 
     text: str
-    settings: int  # combinations of the other settings with a finished run
+    runs: int  # that are done, at all other settings
     mean: Interval | None = None  # over seeds, each averaged over the combinations
     difference: Interval | None = None  # to the best value, paired over seeds; None for the best itself
     least: float | None = None  # lowest difference to the best value within one combination
@@ -59,20 +59,26 @@ class Axis:
         return f"{self.used} of {self.combinations} combinations, those with finished runs of all compared values,"
 
 
+COLUMNS = {
+    "to the best": "difference to the value that leads its axis, seed by seed; that is picked after the fact",
+    "in single combinations": "lowest and highest such difference at fixed other settings, means over seeds",
+    "best in": "combinations in which the value leads, by means over seeds",
+    "runs": "finished runs of the value, at any other settings; a value whose runs failed is compared where none did",
+}
+
+
 def meaning(metric: Metric, several_seeds: bool) -> str:
     """Return what marginal means and their intervals are, in words."""
     seeds = (
-        "± is the 95% interval over seeds: of each seed the combinations are averaged first. It says how the numbers "
-        "would change with other seeds, not with other settings than these."
+        "± is the 95% interval over seeds: each seed's mean over the combinations is one number. So it is about other "
+        "seeds, and not about other settings than these."
         if several_seeds
         else "One seed each, so no intervals: nothing here tells a small difference from chance."
     )
     return (
-        f"{metric.label.capitalize()} of each value of an axis, averaged over the combinations of the other settings "
-        f"that were run with all compared values, so that all are averaged over the same mix. {seeds} To the best: "
-        "difference to the value that leads its axis, seed by seed, picked after the fact. In single combinations: the "
-        "lowest and the highest such difference at fixed other settings. Best in: combinations in which the value "
-        "leads. Run in: combinations with a finished run; a value whose runs failed is compared where they did not."
+        f"Marginal means: {metric.label} of each value of an axis, averaged over combinations of the other settings. "
+        "A combination counts if it was run with all compared values and seeds, so that all are averaged over the "
+        f"same. {seeds}"
     )
 
 
@@ -109,7 +115,7 @@ def axis(key: str, keys: list[str], groups: list[Group], metric: Metric) -> Axis
     else:
         compared, seeds, used = complete_part(values, metric.key)
         why_not = "" if used else "no two of its values were run with the same other settings"
-    means = [MarginalMean(text_of(at, key), len(at)) for value, at in values.items() if value not in compared]
+    means = [MarginalMean(text_of(at, key), runs_of(at)) for value, at in values.items() if value not in compared]
     means += compared_means({value: values[value] for value in compared}, key, seeds, used, metric)
     order = {text_of(at, key): axis_value(next(iter(at.values())), key) for at in values.values()}
     means.sort(key=lambda m: sort_key(order[m.text], m, metric))
@@ -161,12 +167,16 @@ def compared_means(values: Values, key: str, seeds: list[int], used: list[tuple]
         paired = None if value == best else interval(a - b for a, b in zip(by_seed[value], by_seed[best]))
         ends = (None, None) if value == best else (min(gaps), max(gaps))
         mean = interval(by_seed[value])
-        means.append(MarginalMean(text_of(at, key), len(at), mean, paired, *ends, best_in=firsts.count(value)))
+        means.append(MarginalMean(text_of(at, key), runs_of(at), mean, paired, *ends, best_in=firsts.count(value)))
     return means
 
 
 def text_of(at: dict[tuple, Group], key: str) -> str:
     return axis_text(next(iter(at.values())), key)
+
+
+def runs_of(at: dict[tuple, Group]) -> int:
+    return sum(len(group.runs) for group in at.values())
 
 
 def sort_key(value: float | str | None, mean: MarginalMean, metric: Metric) -> tuple:

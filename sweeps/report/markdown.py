@@ -6,7 +6,7 @@ import re
 
 from kd.system.console import format_duration, strip_control_characters
 from sweeps.report.groups import baseline_name
-from sweeps.report.marginals import Axis, MarginalMean, meaning
+from sweeps.report.marginals import COLUMNS, MarginalMean, meaning
 from sweeps.report.report import Report
 from sweeps.report.samples import Sample
 from sweeps.report.statistics import Interval
@@ -16,7 +16,6 @@ from sweeps.report.wording import format_number, plus_minus
 SPECIAL = re.compile(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))")  # an _ within a word is none to Markdown
 
 MOST_UNFINISHED = 20  # runs that a long report names
-AXIS_COLUMNS = ("to the best", "in single combinations", "best in", "run in")
 
 
 def markdown(report: Report) -> str:
@@ -80,26 +79,26 @@ def table_lines(report: Report) -> list[str]:
 def axes_parts(report: Report) -> list[str]:
     """Return the marginal means: what they are, then a table for each axis."""
     parts = ["### Marginal means", meaning(report.metric, report.several_seeds)] if report.axes else []
+    parts += ["\n".join(f"- {title}: {text}" for title, text in COLUMNS.items())] if report.axes else []
     for axis in report.axes:
         parts += [f"**{plain(axis.title)}**. {plain(axis.averaged)}"]
-        lines = [line(["", report.metric.label, *AXIS_COLUMNS]), line([":--"] + ["--:"] * (1 + len(AXIS_COLUMNS)))]
+        lines = [line(["", report.metric.label, *COLUMNS]), line([":--"] + ["--:"] * (1 + len(COLUMNS)))]
         for value in axis.means:
-            lines.append(line([plain(value.text), *marginal_cells(value, axis)]))
+            lines.append(line([plain(value.text), *marginal_cells(value)]))
         parts += ["\n".join(lines)] if axis.means else []
     return parts
 
 
-def marginal_cells(value: MarginalMean, axis: Axis) -> list[str]:
+def marginal_cells(value: MarginalMean) -> list[str]:
     """Return the cells of a value of an axis behind its name."""
-    run = f"{value.settings} of {axis.combinations}"
     if value.mean is None:
-        return ["not compared", "", "", "", run]
+        return ["not compared", "", "", "", str(value.runs)]
     ends = (
         "–" if value.least is None else f"{format_number(value.least, 4, True)} to {format_number(value.most, 4, True)}"
     )
     change = "best" if value.least is None else difference_cell(value.difference)
     main = format_number(value.mean.mean) + plus_minus(value.mean.half)
-    return [main, change, ends, f"{value.best_in} of {axis.used}", run]
+    return [main, change, ends, str(value.best_in), str(value.runs)]
 
 
 def explanation(report: Report) -> str:
