@@ -38,7 +38,7 @@ def html_page(report: Report) -> str:
     entries = sorted(report.entries, key=lambda e: bool(report.extract) and e.state == "done")  # of many, these last
     plots = {
         "heat": [plot for plot in [heat_map(by_losses)] if plot], "over": line_plots(by_losses),
-        "schedule": schedule_plots(by_losses),
+        "schedule": schedule_plots(by_loss(rows)),
     }  # fmt: skip
     ids = {f"{kind}-{i}": plot for kind, some in plots.items() for i, plot in enumerate(some)}
     figures |= {metric.key: figure for metric, figure in small.items()} | {key: p.figure for key, p in ids.items()}
