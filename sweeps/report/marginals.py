@@ -107,7 +107,9 @@ def axis(key: str, keys: list[str], groups: list[Group], metric: Metric) -> Axis
             assert settings not in at, f"two groups have the settings of {group.label}"
             at[settings] = group
     combinations = {settings for at in values.values() for settings in at}
-    compared, seeds, used = [], [], []
+    compared: list[Hashable] = []
+    seeds: list[int] = []
+    used: list[tuple] = []
     if is_under(key, INCOMPARABLE) and key != LIMITS_TEXT:
         why_not = "what is measured differs between its values"
     elif len(values) > MOST_VALUES:
@@ -165,9 +167,9 @@ def compared_means(values: Values, key: str, seeds: list[int], used: list[tuple]
     for value, at in values.items():
         gaps = [a - b for a, b in zip(by_settings[value], by_settings[best])]
         paired = None if value == best else interval(a - b for a, b in zip(by_seed[value], by_seed[best]))
-        ends = (None, None) if value == best else (min(gaps), max(gaps))
+        least, most = (None, None) if value == best else (min(gaps), max(gaps))
         mean = interval(by_seed[value])
-        means.append(MarginalMean(text_of(at, key), runs_of(at), mean, paired, *ends, best_in=firsts.count(value)))
+        means.append(MarginalMean(text_of(at, key), runs_of(at), mean, paired, least, most, firsts.count(value)))
     return means
 
 
