@@ -1,7 +1,7 @@
 """Check of the words of documents and code, as far as words can be counted: python -m tests.words.
 
 Documents: the length of the README and of sentences, words that the style rules replace, chains of semicolons.
-Code: names and openings of docstrings. What is listed as LATER is not checked yet; these lists only shrink.
+Code: names of the product, and openings of docstrings.
 """
 
 from __future__ import annotations
@@ -36,9 +36,6 @@ OPENINGS = re.compile(  # relative clauses, prepositions and pronouns
     r"(?:What|Whether|Which|Where|Who|How|When|While|Until|The same|As|At|Beside|By|For|From|In|Of|To|With|Without"
     r"|It|Its|Their|They|That|These|This|Those)\b(?!-)"
 )
-
-DOCUMENTS_LATER: set[str] = set()
-NAMES_LATER: set[str] = set()
 
 
 def documents() -> list[str]:
@@ -100,12 +97,6 @@ def document_faults(name: str) -> Iterator[str]:
                 yield f"{name}:{number}: {match[0]!r} (instead: {instead}): {paragraph[:100]}"
 
 
-def package_of(path: Path) -> str:
-    """Return the package of a source file, the entry of a LATER list: kd/config, sweeps, train.py."""
-    name = path.relative_to(ROOT)
-    return str(name.parent) if len(name.parts) > 1 else str(name)
-
-
 def sources() -> list[Path]:
     """Return the Python files of the product."""
     return sorted([ROOT / "train.py", *ROOT.glob("kd/**/*.py"), *ROOT.glob("sweeps/**/*.py")])
@@ -143,33 +134,17 @@ def docstring_faults(path: Path) -> Iterator[str]:
                 yield f"{path.relative_to(ROOT)}:{line}: a docstring that begins with {match[0]!r}"
 
 
-def check() -> tuple[list[str], list[str]]:
-    """Return all faults, and entries of LATER lists that have none left."""
-    faults: list[str] = []
-    clean: list[str] = []
-
-    def add(later: set[str], groups: dict[str, list[str]], title: str) -> None:
-        for name, found in groups.items():
-            if name not in later:
-                faults.extend(found)
-        clean.extend(f"{name} ({title})" for name in sorted(later) if not groups.get(name))
-
-    add(DOCUMENTS_LATER, {name: list(document_faults(name)) for name in documents()}, "DOCUMENTS_LATER")
-    groups: dict[str, list[str]] = {}
-    for path in sources():
-        groups.setdefault(package_of(path), []).extend(name_faults(path))
-    for path in (*sources(), *other_sources()):
-        faults.extend(docstring_faults(path))
-    add(NAMES_LATER, groups, "NAMES_LATER")
-    return faults, clean
+def check() -> list[str]:
+    """Return all faults."""
+    faults = [fault for name in documents() for fault in document_faults(name)]
+    faults += [fault for path in sources() for fault in name_faults(path)]
+    return faults + [fault for path in (*sources(), *other_sources()) for fault in docstring_faults(path)]
 
 
 def main() -> int:
-    faults, clean = check()
+    faults = check()
     for fault in faults:
         print(fault)
-    if clean:
-        print(f"No longer needed in tests/words.py: {', '.join(clean)}")
     count = len(sources()) + len(other_sources())
     print(f"words: {len(faults)} faults in {len(documents())} documents and {count} source files")
     return 1 if faults else 0

@@ -51,13 +51,16 @@ def heat_map(table: list[Row]) -> Plot | None:
     plot = blank(66 * len(y) + 130, margin={"l": 10, "r": 10, "t": 8, "b": 92}, dragmode=False)
     plot.add_heatmap(**colored([[cells.get((i, j)) for i in x] for j in y], paired))
     alike = labels_within_noise(rows, paired)
+    annotations, frames = [], []
     for (i, across_at), (j, down_at) in product(enumerate(x), enumerate(y)):
         row = cells.get((across_at, down_at))
         marked = row is not None and row.group.label in alike
-        plot.add_annotation(x=i, y=j, text=cell_text(row, paired, marked), showarrow=False, font={"size": 13})
+        text = cell_text(row, paired, marked)
+        annotations.append({"x": i, "y": j, "text": text, "showarrow": False, "font": {"size": 13}})
         if marked:
-            plot.add_shape(type="rect", x0=i - 0.46, x1=i + 0.46, y0=j - 0.43, y1=j + 0.43,
-                           line={"color": GREY, "width": 1.6, "dash": "dot"})  # fmt: skip
+            frame = {"x0": i - 0.46, "x1": i + 0.46, "y0": j - 0.43, "y1": j + 0.43}
+            frames.append({"type": "rect", **frame, "line": {"color": GREY, "width": 1.6, "dash": "dot"}})
+    plot.update_layout(annotations=annotations, shapes=frames)  # at once: plotly copies them all for each that is added
     for update, key, texts in ((plot.update_xaxes, across, x), (plot.update_yaxes, down, y)):
         update(title=axis_title(short_title(key)), tickvals=list(range(len(texts))), ticks="",
                ticktext=[folded(text, 18) for text in texts], fixedrange=True, showgrid=False, zeroline=False,

@@ -1,4 +1,4 @@
-"""Report as CSV, a line per run."""
+"""Report as CSV, a line per run. Marginal means as CSV, a line per value of an axis."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from kd.system.console import strip_control_characters
 from sweeps.report.groups import Group, name_without_loss, outcome_settings, varying
 from sweeps.report.report import Report
 from sweeps.report.table import Row
+
+NOTHING = (None, None, None)  # in place of an interval
 
 
 def csv_table(report: Report) -> str:
@@ -35,13 +37,31 @@ def csv_table(report: Report) -> str:
             typed = typed_settings(entry)
             cells = ["", *(typed.get(k, "") for k in keys), typed.get("seed", ""), *[""] * (len(metrics) + 5)]
         else:
-            config, final, seed = outcome_settings(result["config"]), result["final"], result["config"]["seed"]
+            config = row.group.config if row else outcome_settings(result["config"])
+            final, seed = result["final"], result["config"]["seed"]
             cells = [row.group.label if row else "", *(config.get(k) for k in keys), seed]
             cells += [final.get(k) for k in metrics]
             for other in (row.baseline, row.best) if row else (None, None):
                 cells.append(seed_difference(row.group, other, seed, report.metric.key) if row and other else None)
             cells += [result.get(k) for k in ("tokens", "flops", "seconds")]
         writer.writerow(map(safe_cell, [entry.folder.name, entry.state, entry.message, *cells, entry.command]))
+    return out.getvalue()
+
+
+def axes_table(report: Report) -> str:
+    """Return the marginal means, a line per value of an axis; numbers are empty where a value is not compared."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["axis", "value", "mean", "half_interval", "seeds", "to_the_best", "to_the_best_half_interval",
+                     "least", "most", "best_in", "used", "combinations", "runs"])  # fmt: skip
+    for axis in report.axes:
+        for value in axis.means:
+            mean, change = value.mean or NOTHING, value.difference or NOTHING
+            numbers = (
+                [*mean, *change[:2], value.least, value.most, value.best_in, axis.used] if value.mean else [""] * 9
+            )
+            cells = [axis.key, value.text, *numbers, axis.combinations, value.runs]
+            writer.writerow(map(safe_cell, cells))
     return out.getvalue()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
 
 from kd.evaluation.catalog import LOSS, ROUGE_L, Metric
@@ -37,7 +39,7 @@ class Group:
         """True if the runs learn a teacher's distributions, so that all axes have a meaning."""
         return name_without_loss(self.config) is None
 
-    @property
+    @cached_property
     def task(self) -> str:
         """Student, data and steps, and so, with full rows, the tokens."""
         return subset(self.config, *TASK)
@@ -86,14 +88,18 @@ def primary_metric(groups: list[Group]) -> Metric:
 
 def group_runs(entries: list[Entry]) -> list[Group]:
     """Return the finished runs grouped by their settings, the best first, labelled by the settings that vary."""
-    runs: dict[str, dict[int, Entry]] = {}
+    by_settings: dict[str, tuple[dict, dict[int, Entry]]] = {}  # settings and runs by seed, by the settings as text
     for entry in entries:
         if entry.result is not None:
-            config = entry.result["config"]
-            runs.setdefault(json.dumps(outcome_settings(config), sort_keys=True), {})[config["seed"]] = entry
-    pairs = [(outcome_settings(next(iter(seeds.values())).finished["config"]), seeds) for seeds in runs.values()]
+            config = outcome_settings(entry.result["config"])
+            _, seeds = by_settings.setdefault(json.dumps(config, sort_keys=True), (config, {}))
+            seeds[entry.result["config"]["seed"]] = entry
+    pairs = list(by_settings.values())
     names = [next(iter(seeds.values())).name or name_without_loss(config) for config, seeds in pairs]
-    keys = {n: varying([config for (config, _), name in zip(pairs, names) if name == n]) for n in names}
+    by_name: dict[str | None, list[dict]] = {}
+    for (config, _), name in zip(pairs, names):
+        by_name.setdefault(name, []).append(config)
+    keys = {name: varying(configs) for name, configs in by_name.items()}
     groups = []
     for (config, seeds), name in zip(pairs, names):
         text = " ".join(filter(None, [name, label(config, keys[name])]))
@@ -142,11 +148,21 @@ def varying(configs: list[dict]) -> list[str]:
     """
     keys = []
     for key in dict.fromkeys(k for c in configs for k in c):
+        values = [comparable(c.get(key)) for c in configs]
+        if values.count(values[0]) == len(values):  # most settings
+            continue
         axis = key.partition(".")[0]
-        values = {(c.get(axis) if axis != key else None, json.dumps(c.get(key), sort_keys=True)) for c in configs}
-        if len(values) > len({choice for choice, _ in values}):
+        pairs = set(zip((c.get(axis) if axis != key else None for c in configs), values))
+        if len(pairs) > len({choice for choice, _ in pairs}):
             keys.append(key)
     return sorted(keys, key=lambda key: (key != "line", key != "loss"))
+
+
+def comparable(value: object) -> Hashable:
+    """Return a setting as a value that equals another only if both are the same as JSON: 1, 1.0 and true differ."""
+    if value is None or isinstance(value, str | int | float):
+        return type(value), value
+    return json.dumps(value, sort_keys=True)
 
 
 def label(config: dict, keys: list[str]) -> str:

@@ -6,6 +6,7 @@ import re
 
 from kd.system.console import format_duration, strip_control_characters
 from sweeps.report.groups import baseline_name
+from sweeps.report.marginals import COLUMNS, MarginalMean, meaning
 from sweeps.report.report import Report
 from sweeps.report.samples import Sample
 from sweeps.report.sections import Section
@@ -15,11 +16,16 @@ from sweeps.report.wording import format_number, plus_minus
 
 SPECIAL = re.compile(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))")  # an _ within a word is none to Markdown
 
+MOST_UNFINISHED = 20  # runs that a long report names
+
 
 def markdown(report: Report) -> str:
     """Return the report as Markdown. Text that comes from files cannot be markup."""
     unfinished = [entry for entry in report.entries if entry.state != "done"]
+    listed, files = (unfinished[:MOST_UNFINISHED], f"{plain(report.name)}.csv") if report.extract else (unfinished, "")
+    more = f"{len(unfinished) - len(listed)} more, which are in {files}." if len(listed) < len(unfinished) else ""
     commands = [strip_control_characters(entry.command).replace("\n", " ") for entry in report.entries]
+    commands_block = ["<details><summary>Commands</summary>", "", "```sh", *commands, "```", "", "</details>"]
     constant = ", ".join(f"{label} {value}" for label, value in report.columns.constant.items())
     parts = [
         f"## Sweep {plain(report.name)}{f': {plain(report.question)}' if report.question else ''}",
@@ -27,16 +33,19 @@ def markdown(report: Report) -> str:
         f"Answers to: {plain(report.papers_answer)}" if report.papers_answer else "",
         "\n".join(f"- {plain(key)}: {plain(text)}" for key, text in report.facts.items()),
         "\n".join(f"- Beware: {plain(text)}" for text in report.warnings),
+        f"{report.extract} All are in {files}, run by run, with their commands." if files else "",
         "\n".join(table_lines(report)),
         explanation(report),
         f"The same in all rows: {constant}." if constant else "",
         "\n".join(f"- {plain(metric.label)}: {plain(metric.meaning)}" for metric in report.columns.metrics),
         " ".join(["Intervals are of one row each: the best of several looks better than it is.", *report.caveats]),
+        *axes_parts(report),
         *map(section_lines, report.sections),
         *map(sample_details, report.samples),
         "\n".join(["Not done, and not counted:", "", *(f"- {plain(' '.join(e.overrides))}: {plain(e.state)}, "
-                  f"{plain(e.message)}" for e in unfinished)]) if unfinished else "",
-        "\n".join(["<details><summary>Commands</summary>", "", "```sh", *commands, "```", "", "</details>"]),
+                  f"{plain(e.message)}" for e in listed)]) if unfinished else "",
+        more,
+        "" if files else "\n".join(commands_block),
     ]  # fmt: skip
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -48,7 +57,7 @@ def table_lines(report: Report) -> list[str]:
     seeds = ["seeds"] * (columns.seeds is None)
     head = ["", metric.label, *comparisons, *(m.label for m in columns.metrics), *seeds, "time"]
     lines = [line(head), line([":--"] + ["--:"] * (len(head) - 1))]
-    for row in report.rows:
+    for row in report.shown:
         means = [row.group.mean(m.key) for m in columns.metrics]
         compared = {
             "difference": "baseline" if row.baseline is row.group else difference_cell(row.difference),
@@ -67,6 +76,31 @@ def table_lines(report: Report) -> list[str]:
         main = format_number(values.get(metric.key))
         lines.append(line([plain(reference.label), main, *blank, *numbers, *["" for _ in seeds], ""]))
     return lines
+
+
+def axes_parts(report: Report) -> list[str]:
+    """Return the marginal means: what they are, then a table for each axis."""
+    parts = ["### Marginal means", meaning(report.metric, report.several_seeds)] if report.axes else []
+    parts += ["\n".join(f"- {title}: {text}" for title, text in COLUMNS.items())] if report.axes else []
+    for axis in report.axes:
+        parts += [f"**{plain(axis.title)}**. {plain(axis.averaged)}"]
+        lines = [line(["", report.metric.label, *COLUMNS]), line([":--"] + ["--:"] * (1 + len(COLUMNS)))]
+        for value in axis.means:
+            lines.append(line([plain(value.text), *marginal_cells(value)]))
+        parts += ["\n".join(lines)] if axis.means else []
+    return parts
+
+
+def marginal_cells(value: MarginalMean) -> list[str]:
+    """Return the cells of a value of an axis behind its name."""
+    if value.mean is None:
+        return ["not compared", "", "", "", str(value.runs)]
+    ends = (
+        "–" if value.least is None else f"{format_number(value.least, 4, True)} to {format_number(value.most, 4, True)}"
+    )
+    change = "best" if value.least is None else difference_cell(value.difference)
+    main = format_number(value.mean.mean) + plus_minus(value.mean.half)
+    return [main, change, ends, str(value.best_in), str(value.runs)]
 
 
 def explanation(report: Report) -> str:

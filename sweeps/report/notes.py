@@ -12,6 +12,7 @@ from kd.runs.identity import model_name, size_text
 from kd.runs.provenance import doubts_of_many
 from kd.system.console import format_duration
 from sweeps.report.groups import Group, subset, tasks_of, varying
+from sweeps.report.savings import offline_saving
 from sweeps.report.table import ReferenceLine, Row
 from sweeps.report.wording import format_amount, join_words
 
@@ -19,11 +20,12 @@ MORE_TOKENS = 1.05  # as a factor: rows of one task that differ by more in their
 
 
 def facts(entries: list[Entry], groups: list[Group]) -> dict[str, str]:
-    """Return runs, seeds, data, models, time and revisions of a sweep."""
+    """Return runs, seeds, data, models, time and revisions of a sweep, and what a store would have saved."""
     results = [result for group in groups for result in group.results]
     tokens = sorted({r.get("tokens", 0) for r in results})
     states = Counter({entry.folder: entry.state for entry in entries}.values())
     data = [[r["config"].get(k) for k in ("data", "data.name", "data.files")] for r in results]
+    saving = offline_saving(groups)
     return {
         "runs": ", ".join(f"{count} {state}" for state, count in states.items()),
         "seeds": join_words([str(seed) for seed in sorted({r["config"]["seed"] for r in results})]),
@@ -35,7 +37,7 @@ def facts(entries: list[Entry], groups: list[Group]) -> dict[str, str]:
         else f"{tokens[0]:,} to {tokens[-1]:,}",
         "time": f"{format_duration(sum(r.get('seconds', 0) for r in results))} in all",
         "git": alternatives(str(r["environment"]["git"] or "unknown") for r in results),
-    }
+    } | ({"logits=offline": str(saving)} if saving else {})
 
 
 def alternatives(values: Iterable[str | None]) -> str:

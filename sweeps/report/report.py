@@ -12,10 +12,21 @@ from kd.evaluation.catalog import Metric
 from kd.experiment.results import Entry, load_sweep
 from sweeps.report import notes
 from sweeps.report.groups import Group, describe_task, group_runs, primary_metric
+from sweeps.report.marginals import Axis, marginal_means
 from sweeps.report.question import papers_answer, question
 from sweeps.report.samples import Sample, samples_of
 from sweeps.report.sections import Section, plugged_in
-from sweeps.report.table import Columns, ReferenceLine, Row, columns_of, reference_lines, rows_of
+from sweeps.report.table import (
+    BEST,
+    WORST,
+    Columns,
+    ReferenceLine,
+    Row,
+    columns_of,
+    extremes,
+    reference_lines,
+    rows_of,
+)
 from sweeps.report.verdict import Verdict, headline, verdicts_of
 
 
@@ -30,6 +41,8 @@ class Report:
     metric: Metric  # that the sweep is judged by
     groups: list[Group]  # the best first, as rows
     rows: list[Row]
+    shown: list[Row]  # in plots and in the first table: all, or the best and the worst
+    axes: list[Axis]  # marginal means, if not all rows are shown
     columns: Columns
     reference_lines: list[ReferenceLine]
     verdicts: list[Verdict]  # one per task
@@ -42,6 +55,13 @@ class Report:
     @property
     def task(self) -> str:
         return describe_task(self.groups)
+
+    @property
+    def extract(self) -> str:
+        """Sentence on the rows that are shown of a long table; empty if all are."""
+        if len(self.shown) == len(self.rows):
+            return ""
+        return f"Of {len(self.rows)} rows, the best {BEST} and the worst {WORST}, and those to compare with."
 
     @property
     def several_seeds(self) -> bool:
@@ -65,7 +85,7 @@ def build_report(root: str | Path, name: str) -> Report:
         why, hint = f"has no run that is done yet:\n{listing}", f"type {search_path.sweep_command(name)}"
         raise UserError(option="sweeps", got=name, why=why, hint=hint)
     metric, rows, lines = primary_metric(groups), rows_of(groups), reference_lines(groups)
-    columns = columns_of(rows, metric, lines)
+    columns, shown = columns_of(rows, metric, lines), extremes(rows)
     report = Report(
         name=name,
         question=question(name),
@@ -74,13 +94,15 @@ def build_report(root: str | Path, name: str) -> Report:
         metric=metric,
         groups=groups,
         rows=rows,
+        shown=shown,
+        axes=marginal_means(groups, metric) if len(shown) < len(rows) else [],
         columns=columns,
         reference_lines=lines,
         verdicts=verdicts_of(groups),
         facts=notes.facts(entries, groups),
         warnings=notes.warnings(groups),
         caveats=notes.caveats(groups, rows, lines, columns.ranked),
-        samples=samples_of(rows),
+        samples=samples_of(shown),
     )
     sections, faults = plugged_in(report)
     return replace(report, sections=sections, warnings=[*report.warnings, *faults])

@@ -18,6 +18,9 @@ from sweeps.report.wording import format_number
 
 COLORS = ("#3b78d8", "#d9772f", "#2a9d78", "#b855a8", "#b0931f", "#cf4a5a", "#4f8fa3", "#8468d0", "#73892f", "#9c664a")
 GREY = "#8c929c"
+MOST_ROWS = 30  # of a table and of plots; of more, the best and the worst are shown
+BEST, WORST = len(COLORS), 5
+MOST_TASKS = 4  # tasks whose best row and baseline are shown too
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,26 @@ def rows_of(groups: list[Group]) -> list[Row]:
     """Return the rows, best first; colors go to the best."""
     metric, colors, rows = primary_metric(groups), iter(COLORS), []
     best = {task[0].task: best_group(task, metric) for task in tasks_of(groups)}
-    mixed = any(not g.supervised for g in groups)
+    alone = [group for group in groups if group.supervised]
+    mixed = len(alone) < len(groups)
     for group in groups:
-        base, first = baseline(group, groups), best[group.task]
+        base, first = baseline(group, alone), best[group.task]
         color = GREY if group.supervised and mixed else next(colors, GREY)
         change = difference(group, base, metric.key)
         vs_best = None if group is first else difference(group, first, metric.key)
         rows.append(Row(group, base, change, gap_closed(group, base, metric), first, vs_best, color))
     return rows
+
+
+def extremes(rows: list[Row]) -> list[Row]:
+    """Return the best and the worst rows of a long table, with best row and baseline of each task; else all rows."""
+    if len(rows) <= MOST_ROWS:
+        return rows
+    tasks = tasks_of([row.group for row in rows])
+    firsts = [row.best.label for row in rows] if len(tasks) <= MOST_TASKS else []
+    bases = [task[0].label for groups in tasks[:MOST_TASKS] if (task := [g for g in groups if g.supervised])]
+    kept = {row.group.label for row in rows[:BEST] + rows[-WORST:]} | {*firsts, *bases}
+    return [row for row in rows if row.group.label in kept]
 
 
 def by_loss(rows: list[Row]) -> list[Row]:

@@ -96,11 +96,11 @@ def verdicts_of(groups: list[Group]) -> list[Verdict]:
 
 def judge(task: list[Group], metric: Metric, name: str) -> Verdict:
     """Return the verdict on the groups of one task, the best first."""
-    rivals = [g for g in task if not g.supervised] or task
+    rivals, alone = [g for g in task if not g.supervised] or task, [g for g in task if g.supervised]
     best = best_group(rivals, metric)
-    base = None if best.supervised else baseline(best, task)
+    base = None if best.supervised else baseline(best, alone)
     change = difference(best, base, metric.key) if base else None
-    changes = [(g, difference(g, baseline(g, task), metric.key)) for g in rivals if not g.supervised]
+    changes = [(g, difference(g, baseline(g, alone), metric.key)) for g in rivals if not g.supervised]
     sure = [g for g, c in changes if c and metric.sign * c.mean > 0 and c.beyond_noise]
     leads = [(g, difference(g, best, metric.key)) for g in rivals if g is not best]
     value = interval(x for seed, x in best.values(metric.key).items() if base is None or seed in base.runs)

@@ -1,4 +1,4 @@
-"""Files of a report: NAME.html, NAME.md and NAME.csv in the root's folder of sweeps."""
+"""Files of a report: NAME.html, NAME.md, NAME.csv and NAME.axes.csv in the root's folder of sweeps."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from pathlib import Path
 
 from kd.system import files
 from kd.system.remote import local_root, publish
-from sweeps.report.csv_table import csv_table
+from sweeps.report.csv_table import axes_table, csv_table
 from sweeps.report.html_page import html_page
 from sweeps.report.markdown import markdown
 from sweeps.report.report import Report
 
 RENDERERS = {"html": html_page, "md": markdown, "csv": csv_table}
+AXES = {"axes.csv": axes_table}  # of a report with marginal means
 
 
 def write_report(root: str | Path, report: Report) -> list[Path]:
     """Write all files of a report and return their paths, the page first."""
     paths = []
-    for kind, render in RENDERERS.items():
+    for kind, render in (RENDERERS | (AXES if report.axes else {})).items():
         path = local_root(root) / "sweeps" / f"{report.name}.{kind}"
         text = render(report)
         with files.atomic(path) as temporary:
