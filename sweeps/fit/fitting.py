@@ -14,7 +14,7 @@ from sweeps.fit.observations import Observation, column, data_of, numbered, sett
 from sweeps.fit.solver import WARM, Optimum, Problem
 from sweeps.report.wording import format_amount
 
-AT_ONCE = 50  # resamples that are fitted together: more of them would not fit the cache
+AT_ONCE = 100  # resamples that are fitted together: more of them would not fit the cache
 
 
 def fit_law(

@@ -50,7 +50,7 @@ class Search(NamedTuple):
     narrow: tuple[float, int]
 
 
-FULL = Search(tries=100, finalists=8, wide=(1e-4, 200), narrow=(1e-10, 3000))
+FULL = Search(tries=300, finalists=40, wide=(1e-4, 200), narrow=(1e-10, 3000))
 # Resamples start from the optima of all runs. A few starts from the grid are needed too: else they hardly leave the
 # valley that the fit to all runs ended in, and intervals are too narrow.
 WARM = Search(tries=4, finalists=4, wide=(1e-3, 60), narrow=(1e-7, 500))
@@ -125,7 +125,12 @@ class Problem:
         return self.minimize(theta[None], self.equal_weights, np.zeros(1, int), (1.0,), FULL.narrow).theta[0]
 
     def minimize(
-        self, theta: np.ndarray, weights: np.ndarray, row: np.ndarray, deltas: Sequence[float], limits: tuple[float, int]
+        self,
+        theta: np.ndarray,
+        weights: np.ndarray,
+        row: np.ndarray,
+        deltas: Sequence[float],
+        limits: tuple[float, int],
     ) -> Minima:
         """Return the minima from theta [R, K] with the weights, and the inputs, of these rows [R]."""
         inputs = select(self.inputs, row)
