@@ -131,7 +131,7 @@ class Problem:
         row: np.ndarray,
         deltas: Sequence[float],
         limits: tuple[float, int],
-    ) -> Minima:
+    ) -> Minima:  # fmt: skip
         """Return the minima from theta [R, K] with the weights, and the inputs, of these rows [R]."""
         inputs = select(self.inputs, row)
         return minimize_huber(self.law, theta, inputs, self.loss, weights[row], self.bounds, deltas, *limits)
