@@ -27,6 +27,8 @@ class Fit:
     runs: list[Observation]
     coefficients: Coefficients
     bootstrap: list[Coefficients]  # from settings drawn with replacement
+    converged: bool  # False if the search for `coefficients` ended before
+    unconverged: int  # resamples whose search ended before it converged; `bootstrap` has them too
     held_out: np.ndarray  # mask of the runs that `fit_coefficients` leaves out [n]
     fit_coefficients: Coefficients | None  # from the other runs; None if too few would remain
     errors: np.ndarray  # log predicted - log measured, of held-out runs by `fit_coefficients`, else `coefficients` [n]
@@ -158,6 +160,13 @@ class Fit:
             lines.append(
                 f"{join_words(self.at_bounds)} of the {self.title} ran to the end of the search: these runs do not "
                 "tell it."
+            )
+        if not self.converged:
+            lines.append(f"The search for the {self.title} did not converge: a better fit may exist.")
+        if self.unconverged:
+            lines.append(
+                f"The search did not converge for {self.unconverged:,} of {len(self.bootstrap):,} resamples of the "
+                f"{self.title}. The intervals include them."
             )
         if not self.held_out.any():
             lines.append(f"No run was held out from the {self.title}: too few would be left to fit it.")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from kd.system.console import console, counted, track
 from sweeps.fit import laws, solver
 from sweeps.fit.fits import Fit, ScalingFits
-from sweeps.fit.laws import DISTILLATION, POWER, SUPERVISED, Coefficients, Law
+from sweeps.fit.laws import DISTILLATION, POWER, SUPERVISED, Coefficients, Law, Samples
 from sweeps.fit.observations import Observation, column, data_of, numbered, setting_numbers
-from sweeps.fit.solver import Problem
+from sweeps.fit.solver import WARM, Optimum, Problem
 from sweeps.report.wording import format_amount
+
+AT_ONCE = 100  # resamples that are fitted together: more of them would not fit the cache
 
 
 def fit_law(
@@ -33,7 +37,7 @@ def fit_law(
     if law is POWER:
         data = data._replace(n=column(runs, axis))
 
-    def problem(rows, base: Coefficients | None) -> Problem:
+    def problem(rows, base: Coefficients | Samples | None) -> Problem:
         some = data.select(rows)
         return Problem(law, some, None if base is None else laws.supervised(base, some.n, some.d))
 
@@ -45,35 +49,44 @@ def fit_law(
             loss = laws.distilled(c, data.n, data.d, data.teacher_loss, loss)
         return np.log(loss) - np.log(data.loss)
 
+    def resamples(minima: list[np.ndarray]) -> Iterator[Optimum]:
+        """Yield the best optimum of each resample, from minima of all runs and a few starts of the grid."""
+        rng, misfits = np.random.default_rng(seed), whole.misfits()
+        for begin in range(0, draws, AT_ONCE):
+            count = min(AT_ONCE, draws - begin)
+            weights = np.stack([solver.resampled(settings, len(law.names), rng) for _ in range(count)])
+            some = whole
+            if supervised:
+                some = problem(slice(None), laws.stacked_samples(supervised.bootstrap[begin : begin + AT_ONCE]))
+            warm = np.broadcast_to(minima, (len(weights), *np.shape(minima)))
+            starts = np.concatenate([warm, whole.starts(misfits, weights, WARM.tries)], axis=1)
+            yield from (optima[0] for optima in some.optima(starts, weights, WARM))
+
     given = supervised.coefficients if supervised else None
     whole = problem(slice(None), given)
-    misfits = whole.misfits()
-    optima = whole.optima(misfits)
-    best = whole.coefficients(optima[0])
+    optima = whole.full_search()
+    best = whole.coefficients(optima[0].theta)
     errors = log_errors(best, given)
     held_out = solver.held_out(column(runs, "compute"), settings, len(law.names) + 1)
     fit_coefficients = None
     if held_out.any():
         base = (supervised.fit_coefficients or given) if supervised else None
         rest = problem(~held_out, base)
-        fit_coefficients = rest.coefficients(rest.optima(rest.misfits())[0])
+        fit_coefficients = rest.coefficients(rest.full_search()[0].theta)
         errors[held_out] = log_errors(fit_coefficients, base)[held_out]
-    rng, bootstrap = np.random.default_rng(seed), []
-    for draw in track(range(draws), f"bootstrap of the {law.name} law{subset and f' {subset}'}"):
-        again = problem(slice(None), supervised.bootstrap[draw]) if supervised else whole
-        # From the grid too: else a draw hardly leaves the valley that the whole ended in, and intervals are too narrow.
-        best_again, *_ = again.optima(misfits, solver.resampled(settings, rng), optima[:2], tries=4)
-        bootstrap.append(again.coefficients(best_again))
+    title = f"bootstrap of the {law.name} law{subset and f' {subset}'}"
+    drawn = [optimum for _, optimum in zip(track(range(draws), title), resamples([o.theta for o in optima[:2]]))]
     axes = [data.n] if law is POWER else [data.n, data.d, *([data.teacher_loss] if supervised else [])]
     off = solver.loglinear(np.log(axes), np.log(data.loss), ~held_out) - np.log(data.loss)
-    _, least_squares = whole.solve(optima[0], np.full(len(runs), 1 / len(runs)), delta=1.0)
-    residuals = law.log(least_squares, whole.inputs)[0] - whole.loss
+    residuals = law.log(whole.least_squares(optima[0].theta), whole.inputs)[0] - whole.loss
     return Fit(
         law=law,
         subset=subset,
         runs=runs,
         coefficients=best,
-        bootstrap=bootstrap,
+        bootstrap=[whole.coefficients(optimum.theta) for optimum in drawn],
+        converged=optima[0].converged,
+        unconverged=sum(not optimum.converged for optimum in drawn),
         held_out=held_out,
         fit_coefficients=fit_coefficients,
         errors=errors,

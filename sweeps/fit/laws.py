@@ -6,14 +6,14 @@ positive, so that everything is computed in logarithms, in float64.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 Coefficients = dict[str, float]
-Inputs = tuple[np.ndarray, ...]  # inputs of a law, each [n]
+Samples = dict[str, np.ndarray]  # coefficients of B resamples, each [B, 1]
+Inputs = tuple[np.ndarray, ...]  # inputs of a law, each [n], or [B, n] if they differ between resamples
 
 # Busbridge et al. 2025, arXiv 2502.08606, section 4 and table 6: C4, 143M to 12.6B parameters, 73 and 697 runs.
 PUBLISHED = {
@@ -25,12 +25,12 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def power(c: Coefficients, x):
+def power(c: Coefficients | Samples, x):
     """Return L(x) = E + C / x^kappa, over one axis alone."""
     return c["E"] + c["C"] * x ** -c["kappa"]
 
 
-def supervised(c: Coefficients, n, d):
+def supervised(c: Coefficients | Samples, n, d):
     """Return L(N, D) = E + (A / N^alpha + B / D^beta)^gamma, for language modelling alone. arXiv 2502.08606, eq. 1.
 
     gamma = 1 gives the law of Hoffmann et al. 2022, arXiv 2203.15556.
@@ -38,7 +38,7 @@ def supervised(c: Coefficients, n, d):
     return c["E"] + (c["A"] * n ** -c["alpha"] + c["B"] * d ** -c["beta"]) ** c["gamma"]
 
 
-def distilled(c: Coefficients, n, d, teacher_loss, supervised_loss):
+def distilled(c: Coefficients | Samples, n, d, teacher_loss, supervised_loss):
     """Return the loss of a student with N parameters after D tokens of a teacher with loss L_T.
 
     arXiv 2502.08606, eq. 8: L_T + L_T^-c0 (1 + (L_T / (L d1))^(1/f1))^(-c1 f1) (A / N^alpha + B / D^beta)^gamma, where
@@ -51,47 +51,72 @@ def distilled(c: Coefficients, n, d, teacher_loss, supervised_loss):
     return teacher_loss + teacher_loss ** -c["c0"] * gap * reducible
 
 
-# The same laws as log L, with its derivatives by the logarithms of the coefficients: theta [K] -> [n] and [K, n].
+def stacked_samples(samples: Sequence[Coefficients]) -> Samples:
+    """Return the coefficients of resamples as arrays [B, 1], with which a law gives [B, n]."""
+    return {name: np.array([sample[name] for sample in samples])[:, None] for name in samples[0]}
+
+
+# The same laws as log L, with its derivatives by the logarithms of the coefficients: theta [..., K] -> [..., n] and
+# [..., K, n]. Each row of theta is a start or a resample.
 
 
 def log_power(theta: np.ndarray, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
-    e, c, kappa = theta[0], theta[1], math.exp(theta[2])
-    reducible = c - kappa * inputs[0]
-    log_loss = np.logaddexp(e, reducible)
-    share = np.exp(reducible - log_loss)
-    return log_loss, np.stack([1 - share, share, -share * kappa * inputs[0]])
+    e, c, kappa = columns(theta)
+    (x,) = inputs
+    slope = -np.exp(kappa) * x
+    log_loss, share = log_sum(c + slope, e)
+    return log_loss, stacked([(1 - share, 1), (share, 1), (share, slope)])
 
 
 def log_supervised(theta: np.ndarray, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
-    reducible, slopes = _log_reducible(theta[1:], *inputs)
-    log_loss = np.logaddexp(theta[0], reducible)
-    share = np.exp(reducible - log_loss)
-    return log_loss, np.vstack([1 - share, share * slopes])
+    reducible, slopes = _log_reducible(theta[..., 1:], *inputs)
+    log_loss, share = log_sum(reducible, theta[..., :1])
+    return log_loss, stacked([(1 - share, 1), *((share, slope) for slope in slopes)])
 
 
 def log_distilled(theta: np.ndarray, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """Return the distillation law; its inputs are log N, log D, log L_T, the supervised law and the scale of L_T."""
     n, d, teacher, supervised_loss, unit = inputs
-    c0, c1, f1 = np.exp(theta[5:8])
-    ratio = (teacher - supervised_loss - theta[8]) / f1
-    soft = np.logaddexp(0, ratio)
-    below = np.exp(ratio - soft)  # derivative of soft
-    student, slopes = _log_reducible(theta[:5], n, d)
-    reducible = student - c0 * (teacher - unit) - c1 * f1 * soft
-    log_loss = np.logaddexp(teacher, reducible)
-    share = np.exp(reducible - log_loss)
-    more = [-c0 * (teacher - unit), -c1 * f1 * soft, c1 * f1 * (below * ratio - soft), c1 * below]
-    return log_loss, share * np.vstack([slopes, *more])
+    *_, c0, c1, f1, d1 = columns(theta)
+    c0, f1 = np.exp(c0), np.exp(f1)
+    exponent = np.exp(c1) * f1
+    ratio = (teacher - supervised_loss - d1) / f1
+    soft, below = log_sum(ratio, np.zeros(1))  # log(1 + e^ratio) and its derivative
+    student, slopes = _log_reducible(theta[..., :5], n, d)
+    by_c0, by_c1 = c0 * (unit - teacher), -exponent * soft
+    log_loss, share = log_sum(student + by_c0 + by_c1, teacher)
+    slopes += [by_c0, by_c1, exponent * (below * ratio - soft), np.exp(c1) * below]
+    return log_loss, stacked([(share, slope) for slope in slopes])
 
 
-def _log_reducible(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _log_reducible(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
     """Return log (A / N^alpha + B / D^beta)^gamma, theta in the order A, B, alpha, beta, gamma."""
-    alpha, beta, gamma = np.exp(theta[2:])
-    of_n, of_d = theta[0] - alpha * n, theta[1] - beta * d
-    both = np.logaddexp(of_n, of_d)
-    share = np.exp(of_n - both)
-    slopes = [share, 1 - share, -share * alpha * n, -(1 - share) * beta * d, both]
-    return gamma * both, gamma * np.stack(slopes)
+    a, b, alpha, beta, gamma = columns(theta)
+    by_alpha, by_beta, gamma = -np.exp(alpha) * n, -np.exp(beta) * d, np.exp(gamma)
+    both, share = log_sum(a + by_alpha, b + by_beta)
+    by_a, value = gamma * share, gamma * both
+    by_b = gamma - by_a
+    return value, [by_a, by_b, by_a * by_alpha, by_b * by_beta, value]
+
+
+def log_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return log(e^a + e^b) and its derivative by a. numpy's logaddexp takes several times longer."""
+    total = np.maximum(a, b) + np.log1p(np.exp(-np.abs(a - b)))
+    return total, np.exp(a - total)
+
+
+def columns(theta: np.ndarray) -> np.ndarray:
+    """Return each coefficient of theta [..., K] as [..., 1], so that it meets the runs [n]."""
+    return np.moveaxis(theta, -1, 0)[..., None]
+
+
+def stacked(products: Sequence[tuple[np.ndarray, np.ndarray | int]]) -> np.ndarray:
+    """Return K products of two factors, each [..., n], as [..., K, n]."""
+    first = products[0][0]
+    result = np.empty((*first.shape[:-1], len(products), first.shape[-1]))
+    for k, factors in enumerate(products):
+        np.multiply(*factors, out=result[..., k, :])
+    return result
 
 
 class Law(NamedTuple):

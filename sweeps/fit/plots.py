@@ -135,7 +135,7 @@ def power_plot(axis: str, fit: Fit, entropy: float | None) -> go.Figure:
     values = column(fit.runs, axis)
     grid, plot = np.geomspace(values.min() / 1.3, values.max() * 4, 80), canvas(300)
     if fit.bootstrap:
-        drawn = np.stack([laws.power(c, grid) for c in fit.bootstrap])
+        drawn = laws.power(laws.stacked_samples(fit.bootstrap), grid)  # [B, n]
         low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
         plot.add_scatter(x=[*grid, *grid[::-1]], y=[*high, *low[::-1]], fill="toself", mode="none", hoverinfo="skip",
                          fillcolor="rgba(59,120,216,0.18)", showlegend=False)  # fmt: skip

@@ -9,12 +9,14 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import minimize
 from scipy.special import fdtrc  # scipy.stats.f.sf, without the import of scipy.stats
 
 from sweeps.fit.laws import DISTILLATION, POWER, Coefficients, Inputs, Law
+from sweeps.fit.minimizer import Minima, huber, minimize_huber, select
 
 DELTA = 1e-4  # of the Huber loss on log L, as published
+WIDE = (1e-2,)  # the first pass has a wide Huber loss, which is smooth
+NARROW = tuple(np.geomspace(*WIDE, DELTA, 6))  # and the second ends with the real one
 SHARE = 0.2  # of the runs that are held out, the largest ones
 
 
@@ -31,11 +33,34 @@ class Data(NamedTuple):
         return Data(*(x if x is None else x[rows] for x in self))
 
 
+class Optimum(NamedTuple):
+    """Local minimum of the Huber loss."""
+
+    value: float  # mean of the Huber loss over delta
+    theta: np.ndarray  # [K]
+    converged: bool
+
+
+class Search(NamedTuple):
+    """Effort of a search. wide, narrow: tolerance and most iterations of the first and the second pass."""
+
+    tries: int  # starts from the grid
+    finalists: int  # optima of the first pass that the second refines, at most
+    wide: tuple[float, int]
+    narrow: tuple[float, int]
+
+
+FULL = Search(tries=300, finalists=40, wide=(1e-4, 200), narrow=(1e-10, 3000))
+# Resamples start from the optima of all runs. A few starts from the grid are needed too: else they hardly leave the
+# valley that the fit to all runs ended in, and intervals are too narrow.
+WARM = Search(tries=4, finalists=4, wide=(1e-3, 60), narrow=(1e-7, 500))
+
+
 class Problem:
     """Law and its runs, in units of their geometric means, so that coefficients are of the order of 1."""
 
     def __init__(self, law: Law, data: Data, supervised_loss: np.ndarray | None = None):
-        """supervised_loss: the supervised law at the runs of a distillation law [n]."""
+        """supervised_loss: the supervised law at the runs of a distillation law [n], or of each resample [B, n]."""
         self.law, self.loss = law, np.log(data.loss)
         self.n0, self.d0 = np.log(data.n).mean(), np.log(data.d).mean()
         self.t0 = np.log(data.teacher_loss).mean() if data.teacher_loss is not None else 0.0
@@ -47,7 +72,12 @@ class Problem:
             self.inputs = (n,)
         if law is DISTILLATION:
             self.inputs = (n, d, np.log(data.teacher_loss), np.log(supervised_loss), np.array(self.t0))
-        self.bounds = [tuple(np.log(b) + (self.e0 if k == "E" else 0)) for k, b in law.bounds.items()]
+        self.bounds = np.array([np.log(b) + (self.e0 if k == "E" else 0) for k, b in law.bounds.items()])  # [K, 2]
+
+    @property
+    def equal_weights(self) -> np.ndarray:
+        """Weights of the runs in a fit to all of them [1, n]."""
+        return np.full((1, len(self.loss)), 1 / len(self.loss))
 
     @cached_property
     def grid(self) -> np.ndarray:
@@ -59,44 +89,52 @@ class Problem:
 
     def misfits(self) -> np.ndarray:
         """Return the Huber loss of every start of the grid and run [G, n]."""
-        return np.stack([huber(self.law.log(theta, self.inputs)[0] - self.loss)[0] for theta in self.grid])
+        return huber(self.law.log(self.grid, self.inputs)[0] - self.loss, DELTA)[0]
 
-    def solve(self, theta: np.ndarray, weights: np.ndarray, delta: float = DELTA) -> tuple[float, np.ndarray]:
-        """Return the least Huber loss that L-BFGS finds from theta, and its theta."""
+    def starts(self, misfits: np.ndarray, weights: np.ndarray, tries: int) -> np.ndarray:
+        """Return starts of the grid that suit the weights [B, n] of the runs: [B, tries, K]."""
+        order = np.argsort(weights @ misfits.T)
+        suited = order[:, :: max(1, order.shape[1] // 300)][:, :tries]  # not all from one corner of the grid
+        return self.grid[suited]
 
-        def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
-            predicted, slopes = self.law.log(theta, self.inputs)
-            value, slope = huber(predicted - self.loss, delta)
-            return float(weights @ value), slopes @ (weights * slope)
+    def optima(self, starts: np.ndarray, weights: np.ndarray, search: Search) -> list[list[Optimum]]:
+        """Return the optima, the best first, for each row of weights [B, n]. starts: [B, S, K].
 
-        options = {"maxiter": 500, "maxcor": 20, "ftol": 1e-10, "gtol": 1e-8}
-        with np.errstate(over="ignore", invalid="ignore"):
-            optimum = minimize(objective, theta, jac=True, method="L-BFGS-B", bounds=self.bounds, options=options)
-        return float(optimum.fun), optimum.x
-
-    def optima(
-        self, misfits: np.ndarray, weights: np.ndarray | None = None, starts: Sequence[np.ndarray] = (), tries: int = 30
-    ) -> list[np.ndarray]:
-        """Return optima, the best first, from `starts` and from `tries` starts of the grid that suit the weights.
-
-        The first pass has a wide Huber loss, which is smooth, and the second the real one. With the published delta
-        that is nearly the mean absolute error, and L-BFGS stops early at its kinks.
+        A wide pass from all starts is refined where it ended at different optima. With the published delta, the loss is
+        nearly the mean absolute error, in whose kinks a search from afar gets stuck.
         """
-        weights = np.full(len(self.loss), 1 / len(self.loss)) if weights is None else weights
-        order = np.argsort(misfits @ weights)
-        suited = self.grid[order[:: max(1, len(order) // 300)]][:tries]  # not all from one corner of the grid
-        solved = (self.solve(theta, weights, 1e-2) for theta in (*starts, *suited))
-        wide = sorted(solved, key=lambda optimum: optimum[0])
-        distinct: list[np.ndarray] = []
-        for _, theta in wide:
-            if all(np.abs(theta - other).max() > 0.05 for other in distinct):
-                distinct.append(theta)
-        final = []
-        for theta in distinct[:4]:
-            for delta in (1e-3, DELTA):
-                value, theta = self.solve(theta, weights, delta)
-            final.append((value, theta))
-        return [theta for _, theta in sorted(final, key=lambda optimum: optimum[0])]
+        count = starts.shape[1]
+        row = np.repeat(np.arange(len(starts)), count)
+        wide = self.minimize(starts.reshape(len(row), -1), weights, row, WIDE, search.wide)
+        best_first = np.argsort(wide.value.reshape(-1, count), axis=1) + count * np.arange(len(starts))[:, None]
+        chosen = np.array([i for order in best_first for i in distinct(wide.theta, order)[: search.finalists]])
+        final = self.minimize(wide.theta[chosen], weights, row[chosen], NARROW, search.narrow)
+        optima: list[list[Optimum]] = [[] for _ in starts]
+        for i, value, theta, converged in zip(row[chosen], final.value, final.theta, final.converged):
+            optima[i].append(Optimum(float(value), theta, bool(converged)))
+        return [sorted(some, key=lambda optimum: optimum.value) for some in optima]
+
+    def full_search(self) -> list[Optimum]:
+        """Return the optima of all runs, the best first, from many starts of the grid."""
+        weights = self.equal_weights
+        (optima,) = self.optima(self.starts(self.misfits(), weights, FULL.tries), weights, FULL)
+        return optima
+
+    def least_squares(self, theta: np.ndarray) -> np.ndarray:
+        """Return the coefficients of least squares, from theta [K]."""
+        return self.minimize(theta[None], self.equal_weights, np.zeros(1, int), (1.0,), FULL.narrow).theta[0]
+
+    def minimize(
+        self,
+        theta: np.ndarray,
+        weights: np.ndarray,
+        row: np.ndarray,
+        deltas: Sequence[float],
+        limits: tuple[float, int],
+    ) -> Minima:  # fmt: skip
+        """Return the minima from theta [R, K] with the weights, and the inputs, of these rows [R]."""
+        inputs = select(self.inputs, row)
+        return minimize_huber(self.law, theta, inputs, self.loss, weights[row], self.bounds, deltas, *limits)
 
     def coefficients(self, theta: np.ndarray) -> Coefficients:
         """Return the coefficients in the units of the law's formula."""
@@ -109,21 +147,30 @@ class Problem:
         return c | {"A": math.exp(a), "B": math.exp(b)}
 
 
-def huber(residual: np.ndarray, delta: float = DELTA) -> tuple[np.ndarray, np.ndarray]:
-    """Return the Huber loss over delta, and its derivative: |r| - delta/2 beyond delta, r^2 / (2 delta) within."""
-    size = np.abs(residual)
-    value = np.where(size <= delta, residual**2 / (2 * delta), size - delta / 2)
-    return value, np.clip(residual / delta, -1, 1)
+def distinct(theta: np.ndarray, order: np.ndarray) -> list[int]:
+    """Return the rows of theta [R, K], in this order, that are not near an earlier one."""
+    chosen: list[int] = []
+    for i in order:
+        if all(np.abs(theta[i] - theta[other]).max() > 0.05 for other in chosen):
+            chosen.append(int(i))
+    return chosen
 
 
-def resampled(settings: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def resampled(settings: np.ndarray, least: int, rng: np.random.Generator) -> np.ndarray:
     """Return how often each run is drawn, as weights that add up to 1 [n]. settings: the number of its setting [n].
 
     Settings are drawn with replacement, each with all its seeds. The error of a law in a setting is common to all its
     seeds, so runs drawn one by one would give too narrow intervals.
+
+    least: number of distinct settings in a resample, at least. A law with K coefficients goes through any K - 1
+    settings in endless ways, and the coefficients would depend on where the search began. Of 4 settings, 34% of all
+    draws have fewer than 3; they are drawn again.
     """
     count = settings.max() + 1
-    weights = rng.multinomial(count, np.full(count, 1 / count))[settings]
+    drawn = np.zeros(count)
+    while np.count_nonzero(drawn) < least:
+        drawn = rng.multinomial(count, np.full(count, 1 / count))
+    weights = drawn[settings]
     return weights / weights.sum()
 
 

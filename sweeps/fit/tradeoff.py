@@ -10,7 +10,7 @@ import numpy as np
 
 from sweeps.fit import laws
 from sweeps.fit.fits import ScalingFits
-from sweeps.fit.laws import Coefficients
+from sweeps.fit.laws import Coefficients, Samples
 from sweeps.fit.observations import Observation
 
 GRID = 160  # amounts of compute that are compared
@@ -117,15 +117,17 @@ def student_tokens(compute, flops: float, teacher: TeacherCost, scenario: Scenar
 
 def loss_reduction(
     compute: np.ndarray, student: tuple[float, float], least: float, teachers: list[TeacherCost], scenario: Scenario,
-    supervised: Coefficients, distillation: Coefficients,
+    supervised: Coefficients | Samples, distillation: Coefficients | Samples,
 ) -> np.ndarray:  # fmt: skip
     """Return the loss of language modelling - that of distillation from the best teacher, at equal FLOPs [n].
+
+    The result is [B, n] with the coefficients of B resamples.
 
     student: parameters and FLOPs per token. NaN where any teacher leaves less than `least` tokens.
     """
     size, flops = student
     baseline = laws.supervised(supervised, size, compute / (3 * flops))
-    distilled = np.full_like(compute, np.inf)
+    distilled = np.full_like(baseline, np.inf)
     for teacher in teachers:
         tokens = student_tokens(compute, flops, teacher, scenario)
         tokens = np.where(tokens > 0.999 * least, tokens, np.nan)
@@ -155,7 +157,8 @@ def tradeoffs_of(fits: ScalingFits) -> list[ComputeTradeoff]:
     if not fits.supervised or not fits.distillation:
         return []
     teachers, tradeoffs = teachers_of(fits.distilled_runs), []
-    pairs = list(zip(fits.supervised.bootstrap, fits.distillation.bootstrap))
+    bootstraps = (fits.supervised.bootstrap, fits.distillation.bootstrap)
+    samples = [laws.stacked_samples(bootstrap) for bootstrap in bootstraps if bootstrap]
     trainings = [t.training for t in teachers if t.flops_per_token and t.tokens]
     most = 3 * (max(run.compute for run in fits.runs) + min(trainings, default=0))
     for student in sorted({(run.parameters, run.forward_flops) for run in fits.distilled_runs}):
@@ -164,7 +167,7 @@ def tradeoffs_of(fits: ScalingFits) -> list[ComputeTradeoff]:
         compute = np.geomspace(3 * student[1] * least, most, GRID)
         for scenario in SCENARIOS:
             reduction = partial(loss_reduction, compute, student, least, teachers, scenario)
-            drawn = np.stack([reduction(*pair) for pair in pairs] or [np.full_like(compute, np.nan)])
+            drawn = reduction(*samples) if samples else np.full((1, GRID), np.nan)
             low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
             tradeoffs.append(
                 ComputeTradeoff(

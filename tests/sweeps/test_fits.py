@@ -11,6 +11,7 @@ from sweeps.fit import fitting, laws, solver
 from sweeps.fit.fits import ScalingFits
 from sweeps.fit.fitting import fit_all, fit_law, too_few
 from sweeps.fit.laws import DISTILLATION, POWER, SUPERVISED
+from sweeps.fit.minimizer import minimize_huber
 from sweeps.fit.observations import column
 from sweeps.fit.output import as_json
 from sweeps.fit.page import fit_page
@@ -160,8 +161,38 @@ def test_a_coefficient_that_runs_do_not_tell_is_said():
     assert "irreducible loss of language modelling is" in verdict(ScalingFits("x", some, [], supervised=of))
     of.bootstrap[:] = [sample | {"E": 0.01 * 2**i} for i, sample in enumerate(of.bootstrap)]
     assert "cannot be told" in verdict(ScalingFits("x", some, [], supervised=of))
-    assert of.undetermined and any("alpha" in line and "cannot be told" in line for line in of.warnings), of.warnings
+    unknown = ("cannot be told", "these runs do not tell it")  # by its interval, or by the end of the search
+    assert "alpha" in of.undetermined and any("alpha" in x and any(y in x for y in unknown) for x in of.warnings)
     assert of.coefficients["E"] == pytest.approx(ALONE["E"], rel=0.02)
+
+
+def test_a_search_that_did_not_converge_is_counted_and_printed(monkeypatch):
+    alone = planted(0.01, taught=False)
+    assert not any("converge" in line for line in fit_law(SUPERVISED, "", alone, draws=0, seed=0).warnings)
+    for name in ("FULL", "WARM"):
+        cut = getattr(solver, name)._replace(wide=(1e-3, 2), narrow=(1e-7, 3))
+        for module in (solver, fitting):
+            monkeypatch.setattr(module, name, cut, raising=False)
+    short = fit_law(SUPERVISED, "", alone, draws=7, seed=0)
+    assert not short.converged and short.unconverged == 7 == len(short.bootstrap)
+    assert any("did not converge for 7 of 7 resamples" in line for line in short.warnings)
+    assert any("better fit may exist" in line for line in short.warnings)
+
+
+def test_a_resample_costs_few_evaluations(monkeypatch):
+    evaluations = []
+
+    def counting(*args):
+        minima = minimize_huber(*args)
+        evaluations.append(minima.evaluations)
+        return minima
+
+    monkeypatch.setattr(solver, "minimize_huber", counting)
+    fit_law(SUPERVISED, "", planted(0.002, taught=False), draws=0, seed=0)
+    full = sum(evaluations)
+    fit_law(SUPERVISED, "", planted(0.002, taught=False), draws=40, seed=0)
+    draws = sum(evaluations) - 2 * full
+    assert 0 < draws < 40 * 400  # about 150 each
 
 
 def test_ends_of_what_was_searched_are_no_values(fits):

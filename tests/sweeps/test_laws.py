@@ -7,8 +7,9 @@ import pytest
 
 from sweeps.fit import laws, solver
 from sweeps.fit.laws import DISTILLATION, POWER, PUBLISHED, SUPERVISED
+from sweeps.fit.observations import data_of, setting_numbers
 from sweeps.fit.solver import Data, Problem
-from tests.sweeps.planted import ALONE, TAUGHT
+from tests.sweeps.planted import ALONE, TAUGHT, planted
 
 
 def test_published_law_gives_the_published_prediction():
@@ -53,6 +54,40 @@ def test_gradient_is_the_finite_difference_and_the_fitted_form_is_the_written_on
         written = {POWER.name: lambda c: laws.power(c, n), SUPERVISED.name: lambda c: laws.supervised(c, n, d),
                    DISTILLATION.name: lambda c: laws.distilled(c, n, d, teacher, alone)}[law.name]  # fmt: skip
         np.testing.assert_allclose(np.exp(value), written(c), rtol=1e-9)
+
+
+@pytest.mark.parametrize("law", [SUPERVISED, DISTILLATION], ids=lambda law: law.name)
+def test_a_warm_resample_reaches_the_minimum_of_a_cold_one(law):
+    runs = [run for run in planted(0.002, seed=1) if (run.teacher is None) is (law is SUPERVISED)]
+    data, settings, rng = data_of(runs), setting_numbers(runs), np.random.default_rng(0)
+    problem = Problem(law, data, laws.supervised(ALONE, data.n, data.d) if law is DISTILLATION else None)
+    weights = np.stack([solver.resampled(settings, len(law.names), rng) for _ in range(4)])
+    misfits, known = problem.misfits(), problem.full_search()[0].theta
+    tries = problem.starts(misfits, weights, solver.WARM.tries)
+    warm = np.concatenate([np.broadcast_to(known, (4, 1, len(known))), tries], axis=1)
+    cold = problem.starts(misfits, weights, 60)
+    for some, others in zip(problem.optima(warm, weights, solver.WARM), problem.optima(cold, weights, solver.FULL)):
+        assert some[0].converged and some[0].value == pytest.approx(others[0].value, rel=1e-4)
+
+
+def test_a_resample_has_as_many_settings_as_the_law_has_coefficients():
+    settings, rng = np.array([0, 0, 1, 2, 3, 3]), np.random.default_rng(0)
+    drawn = np.stack([solver.resampled(settings, 3, rng) for _ in range(200)])
+    distinct = np.count_nonzero(drawn[:, [0, 2, 3, 4]], axis=1)
+    assert set(distinct) == {3, 4} and np.allclose(drawn.sum(axis=1), 1)
+    assert (drawn[:, 0] == drawn[:, 1]).all() and (drawn[:, 4] == drawn[:, 5]).all()  # seeds go with their setting
+
+
+def test_rows_of_a_batch_have_the_gradients_of_each():
+    rng = np.random.default_rng(0)
+    n, d, teacher = rng.normal(0, 2, 9), rng.normal(0, 2, 9), rng.uniform(0.6, 1.4, 9)
+    supervised = rng.uniform(0.6, 1.4, (5, 9))  # differs between resamples
+    theta = rng.normal(0, 0.5, (5, 9))
+    value, slopes = DISTILLATION.log(theta, (n, d, teacher, supervised, np.array(1.0)))
+    for row in range(5):
+        alone = DISTILLATION.log(theta[row], (n, d, teacher, supervised[row], np.array(1.0)))
+        np.testing.assert_allclose(value[row], alone[0], rtol=1e-12)
+        np.testing.assert_allclose(slopes[row], alone[1], rtol=1e-12)
 
 
 def test_huber_by_hand_and_its_slope():
