@@ -23,13 +23,13 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy
 
-from kd.system.forking import fork_children, request_child, show_words
+from kd.system.forking import exit_after, fork_children, request_child, show_words
 
 ROOT = Path(__file__).parent.parent
 ROOM = " " * 8192  # an argument of the zygote, for the command lines of what is forked from it
@@ -171,22 +171,6 @@ def customise(path: str) -> None:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-def run(words: list[str]) -> None:
-    """Do what `python WORDS` does, but for taking the modules apart at the end, which takes a second."""
-    try:
-        execute(words)
-        code = 0
-    except SystemExit as end:
-        if not isinstance(end.code, int | None):
-            raise
-        code = end.code or 0
-    threading._shutdown()  # as Python ends, and as multiprocessing ends its processes
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code & 0xFF)
-
-
 def execute(words: list[str]) -> None:
     if words[0] == "-m":
         sys.path[0] = os.getcwd()
@@ -207,4 +191,4 @@ if __name__ == "__main__":
     gc.collect()
     gc.freeze()
     tests.send(str(threads).encode())
-    run(serve(tests, environment))
+    exit_after(partial(execute, serve(tests, environment)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 from kd.config import compose, overrides, search_path, security
 from kd.config.secrets import check_secrets
@@ -13,6 +13,7 @@ from kd.launch import hydra_plugins, warm
 from kd.runs import wandb_agent
 from kd.system import files
 from kd.system.console import exit_with_error
+from kd.system.forking import exit_after
 from kd.system.signals import Preempted, end_with_parent
 
 
@@ -37,6 +38,12 @@ def enter(main: Callable[[], None]) -> None:
         return rank_launcher.work(sys.argv[2:])
     if sys.argv[1:2] == [warm.WORD]:  # a process that goes on here as each of a sweep's runs
         sys.argv[1:] = warm.serve(sys.argv[2])
+        exit_after(partial(_enter, main))
+    _enter(main)
+
+
+def _enter(main: Callable[[], None]) -> None:
+    """Run main() on the checked words of the command line."""
     end_with_parent()
     try:
         words = files.expanded_words(sys.argv[1:])
