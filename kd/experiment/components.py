@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
-import math
+import sys
+from collections.abc import Callable
 
 from kd.config.schema import ExperimentConfig
 from kd.data.batches import Packed
 from kd.data.tokenizer import load_tokenizer, vocabulary_size
 from kd.errors import UserError
+
+
+FUNCTIONS = ("loss", "truncation", "target", "temperature", "routing", "alpha", "lr", "logits", "optim", "logger",
+             "rollout")  # fmt: skip
+
+
+def build_functions(config: ExperimentConfig) -> dict[str, Callable]:
+    """Return the functions that a config names, by group. They need no data, so their mistakes are reported early.
+
+    Raises UserError for an argument of another type, and for a schedule that leaves its range.
+    """
+    functions = {group: getattr(config, group).build(group) for group in FUNCTIONS}
+    alphas, rates = ([functions[group](step / 100) for step in range(101)] for group in ("alpha", "lr"))
+    for group, values, most, need in (
+        ("alpha", alphas, 1, "a share from 0 to 1"), ("lr", rates, sys.float_info.max, "a number of at least 0"),
+    ):  # fmt: skip
+        for percent, value in enumerate(values):
+            if not 0 <= value <= most:
+                raise UserError(option=group, why=f"is {value} at {percent}% of the run", need=need)
+    if config.lm == "plain" and all(alpha == 1 for alpha in alphas):
+        why, hint = "would do nothing, as alpha is 1 in all steps", "type alpha.peak=0.5, or leave lm=plain out"
+        raise UserError(option="lm", got="plain", why=why, hint=hint)
+    return functions
 
 
 class Components:
@@ -21,9 +45,7 @@ class Components:
         from kd.objective.target import Target
         from kd.objective.token_info import TokenInfo, needs_of
 
-        axes = ("loss", "truncation", "target", "temperature", "routing", "alpha", "lr", "logits", "optim", "logger",
-                "rollout")  # fmt: skip
-        built = {name: getattr(config, name).build(name) for name in axes}
+        built = build_functions(config)
         self.alpha, self.lr, self.logits = built["alpha"], built["lr"], built["logits"]
         self.optim, self.logger = built["optim"], built["logger"]
         self.token_selection, self.rollout = built["routing"], built["rollout"]
@@ -68,13 +90,3 @@ class Components:
             raise
         except (ValueError, TypeError) as error:  # as torch says it
             raise UserError(option="optim", why=error) from None
-        for progress in (step / 100 for step in range(101)):
-            if not 0 <= self.alpha(progress) <= 1:
-                why, need = f"is {self.alpha(progress)} at {progress:.0%} of the run", "a share from 0 to 1"
-                raise UserError(option="alpha", why=why, need=need)
-            if not 0 <= self.lr(progress) < math.inf:
-                why, need = f"is {self.lr(progress)} at {progress:.0%} of the run", "a number of at least 0"
-                raise UserError(option="lr", why=why, need=need)
-        if config.lm == "plain" and all(self.alpha(step / 100) == 1 for step in range(101)):
-            why, hint = "would do nothing, as alpha is 1 in all steps", "type alpha.peak=0.5, or leave lm=plain out"
-            raise UserError(option="lm", got="plain", why=why, hint=hint)

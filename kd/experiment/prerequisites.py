@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kd.store.reader import Store
 
 
-from kd.experiment.components import Components
+from kd.experiment.components import Components, build_functions
 
 
 class Inputs(NamedTuple):
@@ -151,6 +151,7 @@ def origins(models: dict[str, ExperimentConfig | None]) -> dict[str, dict]:
 
 def prepare(config: ExperimentConfig) -> tuple[Packed, Components]:
     """Return the packed data and the tried components of a run. All errors apart from those of models occur here."""
+    build_functions(config)  # to report mistakes before the text is read, which may take minutes
     source, packing_options = corpus(config)
     anew = config.force and not config.plan
     packed = packing.pack(source, local_root(config.root) / "data", **packing_options, anew=anew)

@@ -13,6 +13,7 @@ from kd.config.schema import ExperimentConfig
 from kd.data import packing
 from kd.experiment import planner, step_timing, summary
 from kd.experiment.dependencies import Plan
+from kd.experiment.prerequisites import prepare
 from kd.experiment.results import read_run
 from kd.models.flops import Cost
 from kd.rollout import teacher_text
@@ -355,3 +356,18 @@ def killed_at(step, root, *words):
     finally:
         module.DistillationModule.training_step = real
     return here(root, *words)
+
+
+@pytest.mark.parametrize(
+    ("word", "option", "need"),
+    [
+        ("loss.alpha=abc", "loss.alpha", "a number"),
+        ("lr.peak=abc", "lr.peak", "a number"),
+        ("lr.peak=-1", "lr", "at least 0"),
+        ("alpha.peak=1.5", "alpha", "a share from 0 to 1"),
+    ],
+)
+def test_a_wrong_number_is_refused_before_text_is_read(word, option, need, tmp_path):
+    with refused(option=option, need=need):
+        prepare(small_config("loss=skl", word, f"root={tmp_path / 'root'}"))
+    assert not (tmp_path / "root").exists()
