@@ -10,7 +10,6 @@ from kd.data.batches import Packed
 from kd.data.tokenizer import load_tokenizer, vocabulary_size
 from kd.errors import UserError
 
-
 FUNCTIONS = ("loss", "truncation", "target", "temperature", "routing", "alpha", "lr", "logits", "optim", "logger",
              "rollout")  # fmt: skip
 

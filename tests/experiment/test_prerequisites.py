@@ -369,5 +369,5 @@ def killed_at(step, root, *words):
 )
 def test_a_wrong_number_is_refused_before_text_is_read(word, option, need, tmp_path):
     with refused(option=option, need=need):
-        prepare(small_config("loss=skl", word, f"root={tmp_path / 'root'}"))
+        prepare(small_config(tmp_path / "root", "loss=skl", word))
     assert not (tmp_path / "root").exists()
