@@ -32,7 +32,8 @@ from kd.rollout import generate
 from kd.runs import provenance
 from kd.runs.export import environment, export
 from kd.runs.identity import WandbMetadata, wandb_metadata
-from kd.runs.loggers import MetricsFile, views
+from kd.runs.loggers import views
+from kd.runs.metrics_file import MetricsFile
 from kd.runs.outcome import RunState, classify
 from kd.runs.run import Run
 from kd.store.reader import Store

@@ -27,7 +27,7 @@ from kd.launch.devices import gpus
 from kd.launch.job import Job
 from kd.launch.pool import Pool
 from kd.launch.summary import outcome, refused, summary, varying
-from kd.runs import wandb_agent
+from kd.runs import loggers, wandb_agent
 from kd.runs.outcome import RunState
 from kd.runs.run import Run
 from kd.runs.seal import SEALED
@@ -172,8 +172,6 @@ class RunLauncher(Launcher):
         alone = [(run, result) for run, result in results if result and not result["config"].get("sweep")]
         asks = self.here and any(result is None for _, result in results)
         if asks or alone:
-            from kd.runs import loggers  # and Lightning, which a finished sweep does not need
-
             if asks:
                 loggers.wandb_mode()
             joined = 0

@@ -1,8 +1,10 @@
-"""Loggers of metrics. metrics.jsonl in the run's folder is the truth; W&B and TensorBoard are views of it."""
+"""Options of the group `logger`: views of metrics.jsonl in W&B and TensorBoard, each a list of Lightning loggers.
+
+A sweep checks them before its first run. So nothing here imports Lightning, which takes 2 s, before it is needed.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import warnings
@@ -10,15 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
-
 from kd.config.secrets import SECRET, redacted
 from kd.errors import MISTAKES, UserError, first_line
 from kd.runs import wandb_agent
 from kd.runs.identity import WandbMetadata, sizes_of, wandb_metadata
 from kd.runs.run import Run
-from kd.runs.seal import RESPONSES
 from kd.system import files
 from kd.system.console import console
 from kd.system.files import read_metrics
@@ -26,47 +24,6 @@ from kd.system.files import read_metrics
 ANSWER = "KD_WANDB"  # environment variable: online or offline, as W&B's server answered when it was asked
 WAIT = 10  # seconds, timeout of W&B's server
 PERFORMANCE = "perf"  # metrics that depend on the clock
-
-
-class MetricsFile(Logger):
-    """File with one JSON object per line: `step`, and the metrics after that many steps.
-
-    No metric depends on the clock. On resume, lines after the checkpoint's step are removed, since those steps run
-    again. Without a checkpoint all lines are removed, also that of a validation before the first step.
-    """
-
-    def __init__(self, path: Path, step: int):
-        super().__init__()
-        self.path = Path(path)
-        lines = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
-        with files.atomic(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        self.file = open(self.path, "a")
-
-    name = version = None
-
-    def log_hyperparams(self, params, *args, **kwargs) -> None:
-        """Do nothing: the config has a file of its own."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        try:
-            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-            self.file.flush()
-        except OSError as error:
-            raise files.disk_full(self.path) from error
-
-    def save(self) -> None:
-        os.fsync(self.file.fileno())
-
-    def close(self, final: dict[str, float] | None) -> None:
-        """Close the file. final: final metrics; None if the run ended without."""
-        try:
-            self.save()
-            self.file.close()
-        except OSError:  # a full disk, which was reported before
-            if final is not None:
-                raise
 
 
 def check(name: str) -> None:
@@ -78,7 +35,7 @@ def check(name: str) -> None:
             wandb_mode()
 
 
-def views(make: Callable[..., list[Logger]], folder: Path, about: WandbMetadata) -> list[Logger]:
+def views(make: Callable[..., list], folder: Path, about: WandbMetadata) -> list:
     """Return the started loggers of a config. Raises UserError for any error of their library."""
     with _explained(getattr(make, "func", make).__name__):
         return make(folder=folder, about=about)
@@ -108,12 +65,12 @@ def _reason(error: Exception) -> str:
     return "; ".join(wrong)
 
 
-def none(folder: Path, about: WandbMetadata) -> list[Logger]:
+def none(folder: Path, about: WandbMetadata) -> list:
     """No view beside metrics.jsonl."""
     return []
 
 
-def tensorboard(folder: Path, about: WandbMetadata) -> list[Logger]:
+def tensorboard(folder: Path, about: WandbMetadata) -> list:
     """Event files in the run's folder."""
     _need_tensorboard()
     from lightning.pytorch.loggers import TensorBoardLogger
@@ -134,11 +91,13 @@ def _need_tensorboard() -> None:
         raise UserError(option="logger", got="tensorboard", need="the package TensorBoard", hint=hint) from error
 
 
-def wandb(folder: Path, about: WandbMetadata, project: str = "kd", entity: str | None = None) -> list[Logger]:
+def wandb(folder: Path, about: WandbMetadata, project: str = "kd", entity: str | None = None) -> list:
     """Weights & Biases; offline without a key or a network, so that nothing prompts, blocks or stops the training.
 
     WANDB_MODE (online, offline, disabled) is obeyed. `wandb sync runs/*/wandb/offline-run-*` uploads later.
     """
+    from kd.runs.wandb_view import WandbView
+
     _, new = _id(folder, about)
     run = _begin(folder, about, project, entity)
     for axis in ("tokens", "flops"):
@@ -166,6 +125,8 @@ def join(run: Run, result: dict, group: str) -> bool:
 
     The W&B run's summary is sent again with the group. No step is sent.
     """
+    from kd.runs.wandb_view import WandbView
+
     config, note = result["config"], run / "wandb-group"
     if config.get("logger") != "wandb" or config.get("sweep") or os.environ.get("WANDB_MODE") == "disabled":
         return False
@@ -288,54 +249,3 @@ def _id(folder: Path, about: WandbMetadata) -> tuple[str, bool]:
         with files.atomic(path) as temporary:
             temporary.write_text(name)
     return name, name != previous
-
-
-COLUMNS = ("row", "sample", "prompt", "reference", "teacher", "response", "teacher_rouge_l", "rouge_l", "ended")
-
-
-class WandbView(Logger):
-    """W&B run as a Lightning logger. folder: folder of the run of kd, with the student's responses."""
-
-    name = version = None
-
-    def __init__(self, run, folder: Path):
-        super().__init__()
-        self.run, self.folder = run, folder
-
-    def log_hyperparams(self, params, *args, **kwargs) -> None:
-        """Do nothing: W&B got the config when the run began."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self._try(lambda: self.run.log(metrics, step=step))
-
-    def close(self, final: dict[str, float] | None, responses: bool = True) -> None:
-        """Finish the W&B run. Final metrics are named final/…, since W&B's own summary does not name its step."""
-        if final:
-            self.summarise({f"final/{k.removeprefix('val/')}": v for k, v in final.items()})
-        if final and responses:
-            self._try(self._samples)
-        self._try(lambda: self.run.finish(exit_code=0 if final else 1))
-
-    def summarise(self, values: dict[str, float]) -> None:
-        """Add values to the summary of the run."""
-        self._try(lambda: self.run.summary.update(values))
-
-    def _samples(self) -> None:
-        """Log a table of prompts with the reference, and the responses of teacher and student."""
-        import wandb
-
-        path = self.folder / RESPONSES
-        if path.exists():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-            names = [name for name in COLUMNS if name in rows[0]]
-            self.run.log({"responses": wandb.Table(names, [[row[name] for name in names] for row in rows])})
-
-    def _try(self, send: Callable[[], object]) -> None:
-        """Call send(). If W&B has lost its process or its disk, warn once, and continue the training without W&B."""
-        if self.run is not None:
-            try:
-                send()
-            except Exception as error:
-                warnings.warn(f"W&B stopped ({error}); metrics.jsonl goes on.")
-                self.run = None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kd.errors import UserError
 from kd.experiment.results import Entry
+from kd.runs import loggers
 
 
 def wandb_place(entries: list[Entry]) -> dict[str, str | None]:
@@ -24,10 +25,8 @@ def keep_artifact(paths: list[Path], name: str, kind: str, notes: str, place: di
     """
     import wandb
 
-    from kd.runs.loggers import wandb_run  # loads Lightning
-
     try:
-        run = wandb_run(**place, dir=str(paths[0].parent), name=f"{kind} {name}", group=name, job_type=kind,
+        run = loggers.wandb_run(**place, dir=str(paths[0].parent), name=f"{kind} {name}", group=name, job_type=kind,
                         tags=[kind], notes=notes)  # fmt: skip
         title = re.sub(r"[^\w.-]", "-", f"{name}.{kind}", flags=re.ASCII)
         artifact = wandb.Artifact(title, kind, description=notes)

@@ -22,11 +22,12 @@ from kd.launch.local import LocalLauncher
 from kd.launch.ray_launcher import Ray
 from kd.runs import loggers
 from kd.runs.identity import WandbMetadata, wandb_metadata
-from kd.runs.loggers import MetricsFile, join, views, wandb
+from kd.runs.loggers import join, views, wandb
+from kd.runs.metrics_file import MetricsFile
 from kd.runs.run import Run
 from kd.system.files import read_metrics, write_json
 from tests.refusals import refused
-from tests.small import ENVIRONMENT, FORK, folder, here, result, small_config, train
+from tests.small import ENVIRONMENT, FORK, TINY, TRAIN, folder, here, result, small_config, train
 from tests.wandb_server import serving
 
 
@@ -355,3 +356,21 @@ def test_a_failed_run_is_a_failed_run_in_wandb(tmp_path):
     train(tmp_path, "logger=wandb", *words, code=2)
     assert list(folder(tmp_path, "lm").glob("wandb/offline-run-*"))
     shutil.rmtree(tmp_path)
+
+
+def test_a_sweep_checks_a_run_without_lightning(tmp_path):
+    """It takes 2 s to import, and the runs are trained elsewhere."""
+    program = """
+import sys
+from kd.config.compose import composed
+from kd.config.schema import ExperimentConfig
+from kd.experiment.prerequisites import prepare
+from kd.launch.command_line import register
+
+register()
+prepare(ExperimentConfig.from_hydra(composed(*sys.argv[1:]), sys.argv[1:]))
+print("lightning" in sys.modules)
+"""
+    command = [sys.executable, "-c", program, *TINY, f"root={tmp_path}"]
+    done = subprocess.run(command, cwd=TRAIN.parent, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["False"], done.stderr

@@ -6,7 +6,8 @@ import time
 
 from lightning.pytorch.callbacks import Callback
 
-from kd.runs.loggers import PERFORMANCE, MetricsFile
+from kd.runs.loggers import PERFORMANCE
+from kd.runs.metrics_file import MetricsFile
 from kd.system.processes import peak_memory
 
 
