@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from kd.data.batches import IGNORE, Batch
@@ -62,6 +61,8 @@ class TeacherMixedSampling(Rollout):
     def __call__(self, batch: Batch, step: int, progress: float) -> Batch:
         if step // self.epochs != self.round:
             self.batch, self.round = self.write(batch), step // self.epochs
+        from lightning.fabric.utilities import move_data_to_device  # takes 2 s, which the check of a sweep saves
+
         return move_data_to_device(self.batch, batch.ids.device)  # a checkpoint is loaded to the CPU
 
     def write(self, batch: Batch) -> Batch:

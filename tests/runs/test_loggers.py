@@ -359,7 +359,7 @@ def test_a_failed_run_is_a_failed_run_in_wandb(tmp_path):
 
 
 def test_a_sweep_checks_a_run_without_lightning(tmp_path):
-    """It takes 2 s to import, and the runs are trained elsewhere."""
+    """Lightning takes 2 s to import, and the runs are trained elsewhere."""
     program = """
 import sys
 from kd.config.compose import composed
