@@ -1,7 +1,8 @@
 """Names of older versions of kd in files, with today's: modules of components, settings and metrics.
 
 A renamed setting or metric gets one line here. What is read is renamed where it is read: configs in
-ExperimentConfig.from_dict, results in Run.result, metrics in files.read_metrics, words in results.read_manifest.
+ExperimentConfig.from_dict, results in Run.result, metrics in files.read_metrics, words in results.read_manifest and in
+kd.launch.sweep_list.
 """
 
 from __future__ import annotations
@@ -21,15 +22,20 @@ MODULES = {
 
 
 class RenamedSetting(NamedTuple):
-    """Setting of some options of a group. A plug-in's option has other names, and may have a setting of either name."""
+    """Setting of some options of a group. An option of a plug-in may have a setting of either name."""
 
     group: str
     options: tuple[str, ...]  # names of the yaml files and of their functions
+    methods: tuple[str, ...]  # that choose one of these options
     former: str
     current: str
 
 
-SETTINGS = (RenamedSetting("rollout", ("mixed", "mixed_code"), "from_next", "exclude_own_reward"),)
+SETTINGS = (
+    RenamedSetting(
+        "rollout", ("mixed", "mixed_code"), ("minillm", "minillm_code", "opd_token"), "from_next", "exclude_own_reward"
+    ),
+)
 
 METRICS = {
     "train/by_student": "train/student_token_share",
@@ -51,7 +57,8 @@ def current_config(node: Any) -> Any:
         new["_target_"] = f"kd.{MODULES.get(f'{module}.{name}') or MODULES.get(module, module)}.{name}"
     for setting in SETTINGS:
         component = new.get(setting.group)
-        if isinstance(component, dict) and str(component.get("_target_")).rpartition(".")[2] in setting.options:
+        target = str(component.get("_target_")) if isinstance(component, dict) else ""
+        if target.startswith("kd.") and target.rpartition(".")[2] in setting.options:
             new[setting.group] = _replaced(component, {setting.former: setting.current})
     return new
 
@@ -73,7 +80,7 @@ def current_words(words: Iterable[str]) -> list[str]:
     words = list(words)
     typed = {name: value for name, _, value in (word.lstrip("+").partition("=") for word in words)}
     for s in SETTINGS:
-        if typed.get(s.group, s.options[0]) in s.options:
+        if typed[s.group] in s.options if s.group in typed else typed.get("method") in s.methods:
             former, current = f"{s.group}.{s.former}=", f"{s.group}.{s.current}="
             words = [word.replace(former, current) if word.lstrip("+").startswith(former) else word for word in words]
     return words

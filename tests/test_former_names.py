@@ -64,10 +64,30 @@ def test_a_config_of_an_older_version_is_that_of_today_and_has_its_name():
 def test_a_plug_ins_option_keeps_its_settings():
     node = {"rollout": {"_target_": "mypkg.rollouts.mine", "from_next": 1}}
     flat = {"rollout": "mine", "rollout.from_next": 1}
-    words = ["rollout=mine", "rollout.from_next=1"]
     assert former_names.current_config(node) == node
+    same_name = {"rollout": {"_target_": "mypkg.rollouts.mixed_code", "from_next": 1}}
+    assert former_names.current_config(same_name) == same_name
     assert former_names.current_options(flat) == flat == former_names.former_options(flat)
+
+
+@pytest.mark.parametrize("choice", ["rollout=mine", "method=mine", "method=minillm rollout=mine"])
+def test_words_that_choose_a_plug_ins_option_are_left(choice):
+    words = [*choice.split(), "rollout.from_next=1"]
     assert former_names.current_words(words) == words
+
+
+def test_methods_that_choose_an_option_are_listed():
+    for setting in former_names.SETTINGS:
+        lines = {f"- override /{setting.group}: {option}" for option in setting.options}
+        methods = [
+            file.stem for file in option_files("method") if lines & {x.strip() for x in file.read_text().split("\n")}
+        ]
+        assert sorted(setting.methods) == methods
+        for method in methods:
+            word = f"{setting.group}.{setting.former}=1"
+            assert former_names.current_words([f"method={method}", word]) == [
+                f"method={method}", f"{setting.group}.{setting.current}=1",
+            ]  # fmt: skip
 
 
 def old_sweep(root: Path) -> Sweep:

@@ -26,7 +26,7 @@ def needs(loss: str) -> tuple[str, ...]:
 def providers() -> dict[str, tuple[str, ...]]:
     """Return the fields that each rollout and routing provides: `rollout=mixed` -> fields."""
     declared = {group: declarations.of_group(group, "provides") for group in PROVIDERS}
-    return {f"{group}={name}": one.names for group, functions in declared.items() for name, one in functions.items()}
+    return {f"{group}={name}": d.names for group, functions in declared.items() for name, d in functions.items()}
 
 
 def unique_fields(provider: str) -> list[str]:

@@ -45,12 +45,12 @@ def ordered(corpus: Corpus, split: TrainValSplit):
     order = sorted(range(len(places)), key=places.__getitem__)
     for side in {*sides} - {"left out"}:
         slots = [place for place, i in enumerate(order) if sides[i] == side]
-        for place, i in zip(slots, _equal_apart([order[place] for place in slots], digests), strict=True):
+        for place, i in zip(slots, _separate_duplicates([order[place] for place in slots], digests), strict=True):
             order[place] = i
     return _Reordered(documents, order)
 
 
-def _equal_apart(order: list[int], digests: list[int]) -> list[int]:
+def _separate_duplicates(order: list[int], digests: list[int]) -> list[int]:
     """Return the order with equal documents apart: each comes behind the next other one, if there is one.
 
     The second pass, backwards, is for those that are left at the end.

@@ -91,12 +91,12 @@ class ResponseEvaluation(Callback):
         module.eval()
         teacher = self.teacher.model
         with trainer.precision_plugin.val_step_context():
-            by_student = self._write(module.student, "the student responds", bool(module.sharded))
-            by_teacher = self._of_teacher(teacher, bool(module.sharded)) if teacher else None
-            gaps = [self._gap(module, text) for text in (by_student, by_teacher) if text] if teacher else []
+            student_text = self._write(module.student, "the student responds", bool(module.sharded))
+            teacher_text = self._of_teacher(teacher, bool(module.sharded)) if teacher else None
+            gaps = [self._gap(module, text) for text in (student_text, teacher_text) if text] if teacher else []
         if collectives.rank() == 0:
             metrics = self.validation.metrics
-            metrics |= {f"val/{name}": value for name, value in self._result(by_student, by_teacher, gaps).items()}
+            metrics |= {f"val/{name}": value for name, value in self._result(student_text, teacher_text, gaps).items()}
             for prefix in ("", "teacher_"):
                 if f"val/{prefix}lm" in metrics:
                     metrics[f"val/{prefix}perplexity"] = math.exp(metrics[f"val/{prefix}lm"])
@@ -173,14 +173,14 @@ class ResponseEvaluation(Callback):
         return teacher_gap(module.student, self.teacher, batches, text.tokens.shape[1] - 1, self.chunk)
 
     def _result(
-        self, by_student: Generations, by_teacher: Generations | None, gaps: list[TeacherGap]
+        self, student_text: Generations, teacher_text: Generations | None, gaps: list[TeacherGap]
     ) -> dict[str, float]:
         """Write the files, and return the measures."""
         spans = self.packed.val_spans
         assert spans is not None, "only prompts have responses"
-        written = [self._decode_row(*row) for row in zip(*by_student, strict=True)]
+        written = [self._decode_row(*row) for row in zip(*student_text, strict=True)]
         references = [self._decode_row(*row) for row in zip(self.packed.val, spans, strict=True)] * self.samples
-        responses = self._scored(by_student, references)
+        responses = self._scored(student_text, references)
         result = summary(responses, self.samples)
         lines = [
             {"row": i % len(self.packed.val), "sample": i // len(self.packed.val), "prompt": prompt,
@@ -188,8 +188,8 @@ class ResponseEvaluation(Callback):
             for i, ((prompt, _), (_, reference), response)
             in enumerate(zip(written, references, responses, strict=True))
         ]  # fmt: skip
-        if by_teacher:
-            teacher_responses = self._scored(by_teacher, references)
+        if teacher_text:
+            teacher_responses = self._scored(teacher_text, references)
             result |= {f"teacher_{name}": value for name, value in summary(teacher_responses, self.samples).items()}
             for line, response in zip(lines, teacher_responses, strict=True):
                 line |= {"teacher": response.response, "teacher_rouge_l": response.rouge_l}

@@ -195,7 +195,7 @@ def teacher_model(config: ExperimentConfig, components: Components, train: Train
 def written_by_teacher(config: ExperimentConfig, packed: Packed, components: Components, train: Train) -> Packed:
     """Return the data with text of the teacher, written once.
 
-    It is all responses for rollout=teacher, else the references that are missing.
+    It is all responses if the rollout declares by_teacher, else the references that are missing.
     """
     from kd.parallel import collectives
     from kd.rollout import strategies, teacher_text

@@ -61,6 +61,9 @@ from kd.rollout.base import traits
 @traits("writes_all", until=1.0)
 def early(samplers, until: float = 0.5): ...
 
+@traits("writes_all", until=1.0)
+def usual(samplers, until: float = 1.0): ...
+
 @traits("by_teacher")
 def best(samplers, draws: int = 4): ...
 """,
@@ -259,6 +262,7 @@ def test_declarations_are_read_from_the_source(allowed):
     assert LogitsConfig("mypkg.losses.source").source.trains_teacher
     early = RolloutConfig("mypkg.rollouts.early", {"until": 0.5})
     assert not early.writes_all and early.derive(until=1).writes_all and not early.derive(until=1).by_teacher
+    assert RolloutConfig("mypkg.rollouts.usual", {}).writes_all  # by the default of its signature
     best = RolloutConfig("mypkg.rollouts.best", {"draws": 2})
     assert best.writes_all and best.by_teacher
     assert identity.written_by_teacher({"rollout": "best", "rollout.draws": 2})  # so that its seed names the run
