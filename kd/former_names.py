@@ -57,8 +57,10 @@ def current_config(node: Any) -> Any:
         new["_target_"] = f"kd.{MODULES.get(f'{module}.{name}') or MODULES.get(module, module)}.{name}"
     for setting in SETTINGS:
         component = new.get(setting.group)
-        target = str(component.get("_target_")) if isinstance(component, dict) else ""
-        if target.startswith("kd.") and target.rpartition(".")[2] in setting.options:
+        if not isinstance(component, dict):
+            continue
+        package, _, name = str(component.get("_target_")).rpartition(".")
+        if package.startswith("kd.") and name in setting.options:
             new[setting.group] = _replaced(component, {setting.former: setting.current})
     return new
 
