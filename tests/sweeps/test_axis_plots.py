@@ -153,10 +153,8 @@ def test_no_point_is_lost_where_other_steps_have_the_same_tokens(sweep):
     assert plots["trainer.steps"].layout.xaxis.title.text == "steps"
     assert [list(line.x) for line in plots["lr.peak"].data] == [[0.1, 0.2, 0.3]] * 3
     assert len({line.name for line in plots["lr.peak"].data}) == 3
-    heat = heat_map(rows).figure
-    assert sorted(z for line in heat.data[0].z for z in line) == pytest.approx(
-        sorted(row.group.required_mean().mean for row in rows)
-    )
+    heat = heat_map(rows).figure.data[0]  # losses above the lowest of the same steps
+    assert sorted(z for line in heat.z for z in line) == pytest.approx([0.0] * 3 + [0.1] * 3 + [0.2] * 3)
 
 
 def test_without_distillation_the_axes_are_those_of_language_modelling(sweep):
