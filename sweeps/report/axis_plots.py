@@ -10,7 +10,7 @@ from itertools import product
 
 import plotly.graph_objects as go
 
-from sweeps.report.axes import TITLES, axes_of, axis_number, axis_text, axis_value, ordered_texts, short_title
+from sweeps.report.axes import Coordinates, axes_of
 from sweeps.report.groups import SUPERVISED, Group, label
 from sweeps.report.plots import blank, folded, padded
 from sweeps.report.statistics import indistinguishable
@@ -39,12 +39,13 @@ def distilled_rows(table: list[Row]) -> list[Row]:
 def heat_map(table: list[Row]) -> Plot | None:
     """Return two crossed axes: the paired difference to the baseline, or the loss if some row has no baseline."""
     rows = distilled_rows(table)
-    keys = axes_of([row.group for row in rows])
+    groups = [row.group for row in rows]
+    keys = axes_of(groups)
     if len(keys) != 2 or any(row.group.config.get(key) is None for row in rows for key in keys):
         return None
-    down, across = sorted(keys, key=lambda key: -len(ordered_texts(rows, key)))
-    x, y = ordered_texts(rows, across), ordered_texts(rows, down)
-    cells = {(axis_text(row.group, across), axis_text(row.group, down)): row for row in rows}
+    down, across = sorted((Coordinates(key, groups) for key in keys), key=lambda axis: -len(axis.ordered_texts()))
+    x, y = across.ordered_texts(), down.ordered_texts()
+    cells = {(across.text(row.group), down.text(row.group)): row for row in rows}
     if len(cells) < len(x) + len(y):  # no more than a cross: nothing is crossed
         return None
     paired = all(row.difference for row in rows)
@@ -61,8 +62,8 @@ def heat_map(table: list[Row]) -> Plot | None:
             frame = {"x0": i - 0.46, "x1": i + 0.46, "y0": j - 0.43, "y1": j + 0.43}
             frames.append({"type": "rect", **frame, "line": {"color": GREY, "width": 1.6, "dash": "dot"}})
     plot.update_layout(annotations=annotations, shapes=frames)  # at once: plotly copies them all for each that is added
-    for update, key, texts in ((plot.update_xaxes, across, x), (plot.update_yaxes, down, y)):
-        update(title=axis_title(short_title(key)), tickvals=list(range(len(texts))), ticks="",
+    for update, axis, texts in ((plot.update_xaxes, across, x), (plot.update_yaxes, down, y)):
+        update(title=axis_title(axis.short_title), tickvals=list(range(len(texts))), ticks="",
                ticktext=[folded(text, 18) for text in texts], fixedrange=True, showgrid=False, zeroline=False,
                automargin=True, tickangle=0)  # fmt: skip
     plot.update_yaxes(range=[len(y) - 0.5, -0.5])
@@ -134,31 +135,40 @@ def rgba(color: tuple[int, int, int], share: float) -> str:
 def line_plots(table: list[Row]) -> list[Plot]:
     """Return the loss over each numeric axis with three values or more at equal other settings."""
     rows = distilled_rows(table)
-    keys, plots = axes_of([row.group for row in rows]), []
+    groups = [row.group for row in rows]
+    keys, plots, steps = axes_of(groups), [], Coordinates("trainer.steps", groups)
     for key in keys:
+        axis = Coordinates(key, groups)
         # A setting of another option, such as temperature.tau of normkd, is not on this axis but beside it.
-        on_axis = [row for row in rows if type(axis_value(row.group, key)) is float]
-        off_axis = [row for row in rows if axis_value(row.group, key) is None]
+        on_axis = [row for row in rows if type(axis.value(row.group)) is float]
+        off_axis = [row for row in rows if axis.value(row.group) is None]
         series: dict[str, list[Row]] = {}
-        for row in sorted(on_axis, key=lambda row: axis_number(row.group, key)):
-            series.setdefault(label(row.group.config, [k for k in keys if k != key]), []).append(row)
+        for row in sorted(on_axis, key=lambda row: axis.number(row.group)):
+            series.setdefault(line_name(row.group, [k for k in keys if k != key], steps), []).append(row)
         if len(series) <= 6 and any(len(line) > 2 for line in series.values()):
-            plots.append(Plot(line_plot(key, series, off_axis if len(off_axis) <= 4 else []), key))
+            plots.append(Plot(line_plot(axis, series, off_axis if len(off_axis) <= 4 else []), key))
     return plots
 
 
-def line_plot(key: str, series: dict[str, list[Row]], constant: list[Row]) -> go.Figure:
+def line_name(group: Group, keys: list[str], steps: Coordinates) -> str:
+    """Return the settings of a line as text; steps as tokens only if these tell lines apart."""
+    if steps.tokens or steps.key not in keys:
+        return label(group.config, keys)
+    return f"{label(group.config, [key for key in keys if key != steps.key])} steps={steps.text(group)}".strip()
+
+
+def line_plot(axis: Coordinates, series: dict[str, list[Row]], constant: list[Row]) -> go.Figure:
     """Return the loss over one axis, a line per series; `constant` rows and the baseline as levels."""
     rows = [row for line in series.values() for row in line]
-    several, bases = len(series) > 1, baselines(key, rows)
+    several, bases = len(series) > 1, baselines(axis, rows)
     legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.18, "yanchor": "top"}
     plot = blank(430, margin={"l": 10, "r": 16, "t": 14, "b": 10}, hovermode="closest", legend=legend)
     for (name, line), color in zip(series.items(), COLORS):
         kind = SUPERVISED if line[0].group.supervised else "distilled"
-        points = {axis_number(row.group, key): row.group for row in line}
+        points = {axis.number(row.group): row.group for row in line}
         dots = {"size": 9, "color": [color if several else row.color for row in line]}
         plot.add_scatter(**trace(points, name or kind, color if several else GREY, marker=dots))
-    ends = [min(axis_number(r.group, key) for r in rows), max(axis_number(r.group, key) for r in rows)]
+    ends = [min(axis.number(row.group) for row in rows), max(axis.number(row.group) for row in rows)]
     levels = [(row.group, row.color, "dot", row.group.label) for row in constant]
     if len({id(group) for group in bases.values()}) == 1:
         levels.append((next(iter(bases.values())), GREY, "dash", SUPERVISED))
@@ -172,9 +182,9 @@ def line_plot(key: str, series: dict[str, list[Row]], constant: list[Row]) -> go
         )  # fmt: skip
         if mean.half:
             plot.add_hrect(mean.mean - mean.half, mean.mean + mean.half, fillcolor=color, opacity=0.1, line_width=0)
-    ticks = {axis_value(row.group, key): axis_text(row.group, key) for row in rows}
+    ticks = {axis.value(row.group): axis.text(row.group) for row in rows}
     transform = scale(ends)
-    plot.update_xaxes(title=axis_title(TITLES.get(key, key)), zeroline=False, automargin=True)
+    plot.update_xaxes(title=axis_title(axis.title or axis.key), zeroline=False, automargin=True)
     if len(ticks) <= 10:
         plot.update_xaxes(tickvals=list(ticks), ticktext=[escape(t) for t in ticks.values()], tickangle=0)
     plot.update_xaxes(type="log" if transform is math.log10 else "linear", range=padded(map(transform, ends)))
@@ -199,12 +209,12 @@ def scale(values: list[float]) -> Callable[[float], float]:
     return math.log10 if min(values) > 0 and max(values) / min(values) > 8 else float
 
 
-def baselines(key: str, rows: list[Row]) -> dict[float, Group]:
+def baselines(axis: Coordinates, rows: list[Row]) -> dict[float, Group]:
     """Return the baseline at each value; nothing if rows at one value differ in it."""
     bases: dict[float, Group] = {}
     for row in rows:
         if row.baseline is None:
             return {}
-        if bases.setdefault(axis_number(row.group, key), row.baseline) is not row.baseline:
+        if bases.setdefault(axis.number(row.group), row.baseline) is not row.baseline:
             return {}
     return bases

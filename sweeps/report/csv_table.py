@@ -58,7 +58,7 @@ def axes_table(report: Report) -> str:
         for value in axis.means:
             mean, change = value.mean or NOTHING, value.difference or NOTHING
             numbers = (
-                [*mean, *change[:2], value.least, value.most, value.best_in, axis.used] if value.mean else [""] * 9
+                [*mean, *change[:2], value.least, value.most, value.times_best, axis.used] if value.mean else [""] * 9
             )
             cells = [axis.key, value.text, *numbers, axis.combinations, value.runs]
             writer.writerow(map(safe_cell, cells))

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 from kd.evaluation.catalog import Metric
 from kd.runs.identity import is_under
-from sweeps.report.axes import TITLES, axes_of, axis_text, axis_value
+from sweeps.report.axes import Coordinates, axes_of
 from sweeps.report.groups import Group, comparable
 from sweeps.report.statistics import Interval, interval
 from sweeps.report.wording import join_words
 
 MOST_VALUES = 30  # of an axis
 INCOMPARABLE = ("data", "responses")  # axes that change what is measured
-LIMITS_TEXT = "data.tokens"  # amount of text for training: the held-out text stays the same
+TEXT_AMOUNT = "data.tokens"  # for training: the held-out text stays the same
 
 Values = dict[Hashable, dict[tuple, Group]]  # groups by value of an axis and by the other settings
 
@@ -30,7 +32,7 @@ class MarginalMean:
     difference: Interval | None = None  # to the best value, paired over seeds; None for the best itself
     least: float | None = None  # lowest difference to the best value within one combination
     most: float | None = None
-    best_in: int = 0  # combinations
+    times_best: int = 0  # combinations that the value leads
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,13 @@ class Axis:
     used: int  # combinations that were run with all compared values and seeds
     combinations: int  # of the other settings, run with any value
     seeds: list[int]
-    why_not: str = ""  # reason if nothing is compared
+    not_compared: str = ""  # reason, if nothing is compared
 
     @property
     def averaged(self) -> str:
         """Sentence on what the means are over."""
-        if self.why_not:
-            return f"Not compared: {self.why_not}."
+        if self.not_compared:
+            return f"Not compared: {self.not_compared}."
         seeds = f"{'seeds' if len(self.seeds) > 1 else 'seed'} {join_words([str(seed) for seed in self.seeds])}"
         share = f"{self.used} combinations" if self.used == self.combinations else self._incomplete()
         return f"Over {share} of {join_words(self.others)}, {seeds}."
@@ -96,89 +98,96 @@ def axis(key: str, keys: list[str], groups: list[Group], metric: Metric) -> Axis
     """Return the marginal means of one axis over its complete combinations.
 
     Means of a design with gaps would compare different mixes of the other settings. So a combination counts only if
-    it was run with all compared values and seeds. Values and seeds are chosen so that most runs count.
+    it was run with all compared values and seeds. complete_part() chooses these.
     """
     others = [k for k in keys if k != key]
     values: Values = {}
     for group in groups:
         if key in group.config:  # a setting of another option has no value here
             settings = tuple(comparable(group.config.get(k)) for k in others)
-            at = values.setdefault(comparable(group.config[key]), {})
-            assert settings not in at, f"two groups have the settings of {group.label}"
-            at[settings] = group
-    combinations = {settings for at in values.values() for settings in at}
+            groups_by_settings = values.setdefault(comparable(group.config[key]), {})
+            assert settings not in groups_by_settings, f"two groups have the settings of {group.label}"
+            groups_by_settings[settings] = group
+    combinations = {settings for groups_by_settings in values.values() for settings in groups_by_settings}
     compared: list[Hashable] = []
     seeds: list[int] = []
     used: list[tuple] = []
-    if is_under(key, INCOMPARABLE) and key != LIMITS_TEXT:
-        why_not = "what is measured differs between its values"
+    if is_under(key, INCOMPARABLE) and key != TEXT_AMOUNT:
+        not_compared = "what is measured differs between its values"
     elif len(values) > MOST_VALUES:
-        why_not = f"it has {len(values)} values"
+        not_compared = f"it has {len(values)} values"
     else:
         compared, seeds, used = complete_part(values, metric.key)
-        why_not = "" if used else "no two of its values were run with the same other settings"
-    means = [MarginalMean(text_of(at, key), runs_of(at)) for value, at in values.items() if value not in compared]
-    means += compared_means({value: values[value] for value in compared}, key, seeds, used, metric)
-    order = {text_of(at, key): axis_value(next(iter(at.values())), key) for at in values.values()}
-    means.sort(key=lambda m: sort_key(order[m.text], m, metric))
-    means = means if len(means) <= MOST_VALUES else []
-    title = ": ".join(filter(None, (key, TITLES.get(key))))
-    return Axis(key, title, others, means, len(used), len(combinations), seeds, why_not)
+        not_compared = "" if used else "no two of its values were run with the same other settings"
+    coordinates = Coordinates(key, [group for some in values.values() for group in some.values()])
+    firsts = {value: next(iter(groups_by_settings.values())) for value, groups_by_settings in values.items()}
+    means = {value: MarginalMean(coordinates.text(firsts[value]), runs_of(values[value])) for value in values}
+    numbers = compared_numbers({value: values[value] for value in compared}, seeds, used, metric)
+    means |= {value: replace(means[value], **numbers[value]) for value in numbers}
+    ordered = sorted(means, key=lambda value: sort_key(coordinates.value(firsts[value]), means[value], metric))
+    shown = [means[value] for value in ordered] if len(means) <= MOST_VALUES else []
+    title = ": ".join(filter(None, (key, coordinates.title)))
+    return Axis(key, title, others, shown, len(used), len(combinations), seeds, not_compared)
 
 
 def complete_part(values: Values, metric_key: str) -> tuple[list[Hashable], list[int], list[tuple]]:
-    """Return values, seeds and combinations that were all run with each other, so that most runs count.
+    """Return values, seeds and combinations that were all run with each other, with many runs.
 
-    Tried are the values that were run most and the seeds that were run most. Empty if there are no two such values.
+    Tried are the seeds with most runs: the first, the first two, and so on. For these, each value is tried as a start,
+    and then the value is added that keeps most combinations, again and again. The largest of these parts is returned.
+    A larger one may exist. Empty if no two values have a combination in common.
     """
+    combinations = sorted({settings for some in values.values() for settings in some}, key=str)
     seeds_of = {
-        value: {settings: set(group.values(metric_key)) for settings, group in at.items()}
-        for value, at in values.items()
+        value: [set(some[settings].values(metric_key)) if settings in some else set() for settings in combinations]
+        for value, some in values.items()
     }
-    seeds = {seed for at in seeds_of.values() for some in at.values() for seed in some}
-    runs = {seed: sum(seed in some for at in seeds_of.values() for some in at.values()) for seed in seeds}
-    by_runs = sorted(seeds, key=lambda seed: (-runs[seed], seed))
-    by_size = sorted(values, key=lambda value: -len(values[value]))
+    runs = Counter(seed for by_combination in seeds_of.values() for some in by_combination for seed in some)
+    by_runs = sorted(runs, key=lambda seed: (-runs[seed], seed))
     best: tuple[int, int, int] = (0, 0, 0)
-    block: tuple[list[Hashable], list[int], list[tuple]] = ([], [], [])
+    part: tuple[list[Hashable], list[int], list[tuple]] = ([], [], [])
     for s in range(1, len(by_runs) + 1):
-        used: set[tuple] | None = None
-        for v, value in enumerate(by_size, start=1):
-            whole = {settings for settings, some in seeds_of[value].items() if some >= set(by_runs[:s])}
-            used = whole if used is None else used & whole
-            size = (v * s * len(used), s, v)
-            if v > 1 and used and size > best:
-                best, block = size, (by_size[:v], sorted(by_runs[:s]), sorted(used, key=str))
-    return block
+        seeds = set(by_runs[:s])
+        whole = {value: {i for i, some in enumerate(seeds_of[value]) if some >= seeds} for value in values}
+        for start in sorted(values, key=str):  # so that no tie is broken by the results
+            chosen, used = [start], whole[start]
+            while len(chosen) < len(values):
+                rest = [value for value in sorted(values, key=str) if value not in chosen]
+                value = max(rest, key=lambda value: len(used & whole[value]))
+                chosen, used = [*chosen, value], used & whole[value]
+                size = (len(chosen) * s * len(used), s, len(chosen))
+                if not used:
+                    break
+                if size > best:
+                    best, part = size, (chosen, sorted(seeds), [combinations[i] for i in sorted(used)])
+    return part
 
 
-def compared_means(values: Values, key: str, seeds: list[int], used: list[tuple], metric: Metric) -> list[MarginalMean]:
-    """Return the means of values that have all seeds in all used combinations."""
+def compared_numbers(
+    values: Values, seeds: list[int], used: list[tuple], metric: Metric
+) -> dict[Hashable, dict[str, Any]]:
+    """Return the numbers of a MarginalMean for values that have all seeds in all used combinations."""
     losses = {
-        value: {settings: at[settings].values(metric.key) for settings in used} for value, at in values.items()
+        value: {settings: some[settings].values(metric.key) for settings in used} for value, some in values.items()
     }  # value -> combination -> seed -> loss
     if not losses:
-        return []
-    by_seed = {value: [fmean(at[c][seed] for c in used) for seed in seeds] for value, at in losses.items()}
-    by_settings = {value: [fmean(at[c][seed] for seed in seeds) for c in used] for value, at in losses.items()}
+        return {}
+    by_seed = {value: [fmean(some[c][seed] for c in used) for seed in seeds] for value, some in losses.items()}
+    by_settings = {value: [fmean(some[c][seed] for seed in seeds) for c in used] for value, some in losses.items()}
     best = min(by_seed, key=lambda value: -metric.sign * fmean(by_seed[value]))
-    firsts = [min(losses, key=lambda value: -metric.sign * by_settings[value][i]) for i in range(len(used))]
-    means = []
-    for value, at in values.items():
-        gaps = [a - b for a, b in zip(by_settings[value], by_settings[best])]
-        paired = None if value == best else interval(a - b for a, b in zip(by_seed[value], by_seed[best]))
-        least, most = (None, None) if value == best else (min(gaps), max(gaps))
-        mean = interval(by_seed[value])
-        means.append(MarginalMean(text_of(at, key), runs_of(at), mean, paired, least, most, firsts.count(value)))
-    return means
+    leaders = [min(losses, key=lambda value: -metric.sign * by_settings[value][i]) for i in range(len(used))]
+    numbers: dict[Hashable, dict[str, Any]] = {}
+    for value in values:
+        numbers[value] = {"mean": interval(by_seed[value]), "times_best": leaders.count(value)}
+        if value != best:
+            gaps = [a - b for a, b in zip(by_settings[value], by_settings[best])]
+            paired = interval(a - b for a, b in zip(by_seed[value], by_seed[best]))
+            numbers[value] |= {"difference": paired, "least": min(gaps), "most": max(gaps)}
+    return numbers
 
 
-def text_of(at: dict[tuple, Group], key: str) -> str:
-    return axis_text(next(iter(at.values())), key)
-
-
-def runs_of(at: dict[tuple, Group]) -> int:
-    return sum(len(group.runs) for group in at.values())
+def runs_of(groups_by_settings: dict[tuple, Group]) -> int:
+    return sum(len(group.runs) for group in groups_by_settings.values())
 
 
 def sort_key(value: float | str | None, mean: MarginalMean, metric: Metric) -> tuple:

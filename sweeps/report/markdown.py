@@ -100,7 +100,7 @@ def marginal_cells(value: MarginalMean) -> list[str]:
     )
     change = "best" if value.least is None else difference_cell(value.difference)
     main = format_number(value.mean.mean) + plus_minus(value.mean.half)
-    return [main, change, ends, str(value.best_in), str(value.runs)]
+    return [main, change, ends, str(value.times_best), str(value.runs)]
 
 
 def explanation(report: Report) -> str:

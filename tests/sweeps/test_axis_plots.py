@@ -141,6 +141,22 @@ def test_line_over_size_has_a_baseline_of_each_size(sweep):
     assert plot.figure.layout.xaxis.type == "log" and list(plot.figure.layout.xaxis.ticktext) == ["100k", "200k", "1m"]
 
 
+def test_no_point_is_lost_where_other_steps_have_the_same_tokens(sweep):
+    sizes = ((100, 16), (200, 8), (400, 4))
+    for steps, batch in sizes:
+        for rate in (0.1, 0.2, 0.3):
+            settings = {"trainer.steps": steps, "trainer.batch": batch, "lr.peak": rate}
+            sweep.done("fkl", 0, 2.0 + steps / 1000 + rate, **settings)
+    rows = table(sweep)
+    plots = {plot.title: plot.figure for plot in line_plots(rows)}
+    assert [list(line.x) for line in plots["trainer.steps"].data] == [[100, 200, 400]] * 3
+    assert plots["trainer.steps"].layout.xaxis.title.text == "steps"
+    assert [list(line.x) for line in plots["lr.peak"].data] == [[0.1, 0.2, 0.3]] * 3
+    assert len({line.name for line in plots["lr.peak"].data}) == 3
+    heat = heat_map(rows).figure.data[0]  # losses above the lowest of the same steps
+    assert sorted(z for line in heat.z for z in line) == pytest.approx([0.0] * 3 + [0.1] * 3 + [0.2] * 3)
+
+
 def test_without_distillation_the_axes_are_those_of_language_modelling(sweep):
     for rate, loss in ((0.001, 2.5), (0.002, 2.4), (0.004, 2.45)):
         sweep.done("lm", 0, loss, **{"lr.peak": rate})

@@ -10,8 +10,10 @@ from plotly.offline import get_plotlyjs
 
 from kd.evaluation.catalog import LOSS
 from sweeps.report.marginals import marginal_means
+from sweeps.report.report import build_report
 from sweeps.report.savings import offline_saving, teacher_flops
 from sweeps.report.table import BEST, MOST_ROWS, WORST
+from sweeps.report.write import write_report
 from tests.sweeps.fake import EVIL
 from tests.sweeps.test_files import outside
 
@@ -49,7 +51,7 @@ def test_marginal_means_and_intervals_over_seeds_are_those_made_by_hand(sweep):
     assert means["2"].difference.mean == pytest.approx(sum(gaps) / 3)
     assert means["2"].difference.half == pytest.approx(T3 * statistics.stdev(gaps) / math.sqrt(3), rel=1e-4)
     assert (means["2"].least, means["2"].most) == (pytest.approx(0.28 / 3), pytest.approx(0.86 / 3))
-    assert (means["1"].best_in, means["2"].best_in, axis.used, axis.seeds) == (2, 0, 2, [0, 1, 2])
+    assert (means["1"].times_best, means["2"].times_best, axis.used, axis.seeds) == (2, 0, 2, [0, 1, 2])
     assert axis.averaged == "Over 2 combinations of alpha.peak, seeds 0, 1 and 2."
 
 
@@ -74,6 +76,48 @@ def test_values_without_common_settings_are_not_compared(sweep):
     assert axis.averaged.startswith("Not compared: no two of its values") and all(
         m.mean is None for m in means.values()
     )
+
+
+def test_values_that_share_combinations_are_compared_beside_one_with_more_runs(sweep):
+    peaks = {1.0: (0.1, 0.2, 0.3, 0.4, 0.5), 2.0: (0.5, 0.6, 0.7, 0.8), 4.0: (0.5, 0.6, 0.7, 0.8)}
+    axis, means = means_of(crossed(sweep, {(tau, peak): (tau + peak,) for tau in peaks for peak in peaks[tau]}))
+    assert (axis.used, axis.combinations) == (4, 8)  # not 0.5 alone, which all three values have
+    assert means["1"].mean is None and means["1"].runs == 5
+    assert means["2"].mean.mean == pytest.approx(2.65) and means["4"].difference.mean == pytest.approx(2.0)
+
+
+def test_values_are_compared_though_the_one_with_most_runs_has_no_combination_with_them(sweep):
+    peaks = {1.0: (0.1, 0.2, 0.3, 0.4), 2.0: (0.6, 0.7), 4.0: (0.6, 0.7, 0.8)}
+    axis, means = means_of(crossed(sweep, {(tau, peak): (tau + peak,) for tau in peaks for peak in peaks[tau]}))
+    assert axis.used == 2 and [text for text in means if means[text].mean] == ["2", "4"]
+
+
+def steps_by(sweep, sizes, rates=(0.1, 0.2)):
+    """Groups with these (steps, batch), and results with their tokens."""
+    for steps, batch in sizes:
+        for rate in rates:
+            settings = {"trainer.steps": steps, "trainer.batch": batch, "lr.peak": rate}
+            sweep.done("fkl", 0, 2.0 + steps / 1000 + batch / 100 + rate, **settings)
+    groups = sweep.groups()
+    for group in groups:
+        tokens = group.config["trainer.steps"] * group.config["trainer.batch"] * group.config["data.seq_len"]
+        group.results[0]["tokens"] = tokens
+    return groups
+
+
+@pytest.mark.parametrize(
+    ("sizes", "title", "texts"),
+    [
+        (((100, 8), (100, 16), (200, 8), (200, 16)), "trainer.steps: steps", ["100", "200"]),  # crossed
+        (((100, 16), (200, 8)), "trainer.steps: steps", ["100", "200"]),  # the same tokens
+        (((100, 16), (200, 16)), "trainer.steps: tokens trained on", ["410k", "819k"]),
+    ],
+)
+def test_steps_are_shown_as_tokens_only_if_they_tell_values_apart(sweep, sizes, title, texts):
+    axes = {axis.key: axis for axis in marginal_means(steps_by(sweep, sizes), LOSS)}
+    axis = axes["trainer.steps"]
+    assert [mean.text for mean in axis.means] == texts and axis.title == title
+    assert axis.means[1].difference.mean == pytest.approx(0.02 if len(sizes) == 2 and sizes[1][1] == 8 else 0.1)
 
 
 def test_one_seed_has_no_interval(sweep):
@@ -111,6 +155,18 @@ def test_a_short_report_has_none_of_that(sweep):
     page = sweep.page()
     assert not sweep.report().axes and 'type="search"' not in page and "Marginal" not in sweep.file("md")
     assert not (sweep.root / "sweeps" / "s.axes.csv").exists()
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_a_short_report_removes_the_marginal_means_of_an_earlier_long_one(sweep, prefix, tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
+    root = f"{prefix}{sweep.root}"
+    for count, exists in ((20, True), (14, False)):
+        sweep.runs = []
+        many(sweep, count).report()
+        write_report(root, build_report(root, "s"))
+        assert (sweep.root / "sweeps" / "s.axes.csv").exists() == exists
+    assert not list(tmp_path.rglob("s.axes.csv"))  # nor in the copy of a URL
 
 
 def test_a_page_of_hundreds_of_settings_stays_small(sweep):
