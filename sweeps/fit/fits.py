@@ -9,12 +9,13 @@ import numpy as np
 
 from kd.system.console import counted
 from sweeps.fit.laws import DISTILLATION, POWER, PUBLISHED, SUPERVISED, Coefficients, Law
-from sweeps.fit.observations import Observation
-from sweeps.fit.solver import LackOfFit
+from sweeps.fit.observations import Observation, setting_numbers
+from sweeps.fit.solver import LackOfFit, accepted_share
 from sweeps.report.wording import join_words
 
 AT_BOUND = 1.01  # as a factor: this near to an end of the search, a coefficient is at it
 UNDETERMINED = 10.0  # a coefficient whose interval ends are further apart than this factor is undetermined
+ACCEPTED = 0.9  # share of draws: where more are drawn again, intervals are noticeably too narrow
 FEWEST_VALUES = 3  # of an axis, for an exponent over it
 
 
@@ -27,7 +28,7 @@ class Fit:
     runs: list[Observation]
     coefficients: Coefficients
     bootstrap: list[Coefficients]  # from settings drawn with replacement
-    converged: bool  # False if the search for `coefficients` ended before
+    converged: bool  # all searches, but those of resamples: of all runs, without the held-out runs, by least squares
     unconverged: int  # resamples whose search ended before it converged; `bootstrap` has them too
     held_out: np.ndarray  # mask of the runs that `fit_coefficients` leaves out [n]
     fit_coefficients: Coefficients | None  # from the other runs; None if too few would remain
@@ -137,6 +138,18 @@ class Fit:
         return lines
 
     @property
+    def narrow_intervals(self) -> list[str]:
+        """Warning of intervals that are too narrow, as draws with few distinct settings were drawn again."""
+        settings, least = len(np.unique(setting_numbers(self.runs))), len(self.law.names)
+        accepted = accepted_share(settings, least)
+        if not self.bootstrap or accepted >= ACCEPTED:
+            return []
+        return [
+            f"The intervals of the {self.title} are too narrow. Only {accepted:.0%} of draws from the {settings} "
+            f"settings have the {least} distinct ones that the fit needs, and the other draws were repeated."
+        ]
+
+    @property
     def better_than_teacher(self) -> int:
         """Number of students with a loss below their teacher's."""
         return sum(run.teacher_loss is not None and run.loss < run.teacher_loss for run in self.runs)
@@ -162,12 +175,16 @@ class Fit:
                 "tell it."
             )
         if not self.converged:
-            lines.append(f"The search for the {self.title} did not converge: a better fit may exist.")
+            lines.append(
+                f"A search for the {self.title} did not converge: to all runs, without the held-out runs, or by least "
+                "squares for the lack of fit. A better fit may exist."
+            )
         if self.unconverged:
             lines.append(
                 f"The search did not converge for {self.unconverged:,} of {len(self.bootstrap):,} resamples of the "
                 f"{self.title}. The intervals include them."
             )
+        lines += self.narrow_intervals
         if not self.held_out.any():
             lines.append(f"No run was held out from the {self.title}: too few would be left to fit it.")
         return lines

@@ -68,24 +68,26 @@ def fit_law(
     best = whole.coefficients(optima[0].theta)
     errors = log_errors(best, given)
     held_out = solver.held_out(column(runs, "compute"), settings, len(law.names) + 1)
-    fit_coefficients = None
+    fit_coefficients, rest_converged = None, True
     if held_out.any():
         base = (supervised.fit_coefficients or given) if supervised else None
         rest = problem(~held_out, base)
-        fit_coefficients = rest.coefficients(rest.full_search()[0].theta)
+        rest_optimum = rest.full_search()[0]
+        fit_coefficients, rest_converged = rest.coefficients(rest_optimum.theta), rest_optimum.converged
         errors[held_out] = log_errors(fit_coefficients, base)[held_out]
     title = f"bootstrap of the {law.name} law{subset and f' {subset}'}"
     drawn = [optimum for _, optimum in zip(track(range(draws), title), resamples([o.theta for o in optima[:2]]))]
     axes = [data.n] if law is POWER else [data.n, data.d, *([data.teacher_loss] if supervised else [])]
     off = solver.loglinear(np.log(axes), np.log(data.loss), ~held_out) - np.log(data.loss)
-    residuals = law.log(whole.least_squares(optima[0].theta), whole.inputs)[0] - whole.loss
+    squares = whole.least_squares(optima[0].theta)
+    residuals = law.log(squares.theta, whole.inputs)[0] - whole.loss
     return Fit(
         law=law,
         subset=subset,
         runs=runs,
         coefficients=best,
         bootstrap=[whole.coefficients(optimum.theta) for optimum in drawn],
-        converged=optima[0].converged,
+        converged=optima[0].converged and rest_converged and squares.converged,
         unconverged=sum(not optimum.converged for optimum in drawn),
         held_out=held_out,
         fit_coefficients=fit_coefficients,

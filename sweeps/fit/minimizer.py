@@ -27,14 +27,13 @@ class Minima(NamedTuple):
     value: np.ndarray  # Huber loss over delta [B]
     theta: np.ndarray  # [B, K]
     converged: np.ndarray  # mask [B]
-    evaluations: int  # of the law with its derivatives, over all rows
 
 
-def huber(residual: np.ndarray, delta: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the Huber loss over delta, and its derivative: |r| - delta/2 beyond delta, r^2 / (2 delta) within."""
+def huber(residual: np.ndarray, delta: float | np.ndarray) -> np.ndarray:
+    """Return the Huber loss over delta: |r| - delta/2 beyond delta, r^2 / (2 delta) within."""
     size = np.abs(residual)
     within = np.minimum(size, delta)
-    return within * (size - within / 2) / delta, residual / np.maximum(size, delta)
+    return within * (size - within / 2) / delta
 
 
 def select(inputs: Inputs, rows) -> Inputs:
@@ -63,7 +62,7 @@ def minimize_huber(
     diagonal = np.arange(theta.shape[1])
 
     def loss(residual: np.ndarray, delta: np.ndarray) -> np.ndarray:
-        value = (weights * huber(residual, delta[:, None])[0]).sum(-1)
+        value = (weights * huber(residual, delta[:, None])).sum(-1)
         return np.where(np.isfinite(value), value, np.inf)
 
     theta = np.clip(theta, low, high)
@@ -73,8 +72,7 @@ def minimize_huber(
     damping, calm = np.full(len(theta), 1e-3), np.zeros(len(theta), int)
     delta = steps[stage]
     value = loss(residual, delta)
-    result = Minima(np.empty(len(theta)), np.empty_like(theta), np.zeros(len(theta), bool), len(theta))
-    evaluations = len(theta)
+    result = Minima(np.empty(len(theta)), np.empty_like(theta), np.zeros(len(theta), bool))
     for _ in range(iterations):
         curvature = weights / np.maximum(np.abs(residual), delta[:, None])
         gradient = (slopes @ (curvature * residual)[..., None])[..., 0]
@@ -93,13 +91,14 @@ def minimize_huber(
         predicted, tried_slopes = law.log(tried, inputs)
         tried_residual = predicted - log_loss
         tried_value = loss(tried_residual, delta)
-        evaluations += len(rows)
         better = tried_value < value
         gain = np.where(better, value - tried_value, 0.0)
         damping *= np.where(better, np.where(gain > 0.75 * expected, 0.2, np.where(gain > 0.25 * expected, 0.5, 1)), 4)
         damping = np.maximum(damping, 1e-12)
         small = np.where(stage == last, tolerance, ROUGH) * np.maximum(value, EXACT)
-        calm = np.where(np.where(better, gain, expected) <= small, calm + 1, 0)
+        # The limits of a step turn its direction, so that an increase may be expected: the row has not converged then.
+        expects_little = (expected >= 0) & (expected <= small)
+        calm = np.where(np.where(better, gain <= small, expects_little), calm + 1, 0)
         theta = np.where(better[:, None], tried, theta)
         residual = np.where(better[:, None], tried_residual, residual)
         value = np.where(better, tried_value, value)
@@ -120,4 +119,4 @@ def minimize_huber(
         if not len(rows):
             break
     result.value[rows], result.theta[rows] = loss(residual, np.full(len(rows), steps[-1])), theta
-    return result._replace(evaluations=evaluations)
+    return result

@@ -89,7 +89,7 @@ class Problem:
 
     def misfits(self) -> np.ndarray:
         """Return the Huber loss of every start of the grid and run [G, n]."""
-        return huber(self.law.log(self.grid, self.inputs)[0] - self.loss, DELTA)[0]
+        return huber(self.law.log(self.grid, self.inputs)[0] - self.loss, DELTA)
 
     def starts(self, misfits: np.ndarray, weights: np.ndarray, tries: int) -> np.ndarray:
         """Return starts of the grid that suit the weights [B, n] of the runs: [B, tries, K]."""
@@ -120,9 +120,10 @@ class Problem:
         (optima,) = self.optima(self.starts(self.misfits(), weights, FULL.tries), weights, FULL)
         return optima
 
-    def least_squares(self, theta: np.ndarray) -> np.ndarray:
-        """Return the coefficients of least squares, from theta [K]."""
-        return self.minimize(theta[None], self.equal_weights, np.zeros(1, int), (1.0,), FULL.narrow).theta[0]
+    def least_squares(self, theta: np.ndarray) -> Optimum:
+        """Return the optimum of least squares, from theta [K]."""
+        minima = self.minimize(theta[None], self.equal_weights, np.zeros(1, int), (1.0,), FULL.narrow)
+        return Optimum(float(minima.value[0]), minima.theta[0], bool(minima.converged[0]))
 
     def minimize(
         self,
@@ -164,7 +165,7 @@ def resampled(settings: np.ndarray, least: int, rng: np.random.Generator) -> np.
 
     least: number of distinct settings in a resample, at least. A law with K coefficients goes through any K - 1
     settings in endless ways, and the coefficients would depend on where the search began. Of 4 settings, 34% of all
-    draws have fewer than 3; they are drawn again.
+    draws have fewer than 3; they are drawn again. Where that is frequent, by accepted_share, weights vary too little.
     """
     count = settings.max() + 1
     drawn = np.zeros(count)
@@ -172,6 +173,16 @@ def resampled(settings: np.ndarray, least: int, rng: np.random.Generator) -> np.
         drawn = rng.multinomial(count, np.full(count, 1 / count))
     weights = drawn[settings]
     return weights / weights.sum()
+
+
+def accepted_share(settings: int, least: int) -> float:
+    """Return the probability that as many draws as settings, with replacement, have `least` distinct ones."""
+    distinct = np.zeros(settings + 1)  # probability of each number of distinct settings
+    distinct[0] = 1
+    seen = np.arange(settings + 1) / settings  # probability that the next draw is not new
+    for _ in range(settings):
+        distinct = distinct * seen + np.concatenate([[0], (distinct * (1 - seen))[:-1]])
+    return float(distinct[least:].sum())
 
 
 def held_out(compute: np.ndarray, settings: np.ndarray, least: int) -> np.ndarray:

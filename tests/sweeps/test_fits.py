@@ -11,10 +11,10 @@ from sweeps.fit import fitting, laws, solver
 from sweeps.fit.fits import ScalingFits
 from sweeps.fit.fitting import fit_all, fit_law, too_few
 from sweeps.fit.laws import DISTILLATION, POWER, SUPERVISED
-from sweeps.fit.minimizer import minimize_huber
 from sweeps.fit.observations import column
 from sweeps.fit.output import as_json
 from sweeps.fit.page import fit_page
+from sweeps.fit.solver import Problem
 from sweeps.fit.verdict import verdict
 from tests.sweeps.planted import ALONE, AMOUNTS, SIZES, TAUGHT, planted, repeated
 
@@ -179,19 +179,50 @@ def test_a_search_that_did_not_converge_is_counted_and_printed(monkeypatch):
     assert any("better fit may exist" in line for line in short.warnings)
 
 
-def test_a_resample_costs_few_evaluations(monkeypatch):
-    evaluations = []
+@pytest.mark.parametrize("unsure", ["held_out", "least_squares", ""])
+def test_every_search_of_a_fit_has_to_converge(monkeypatch, unsure):
+    alone, full_search, least_squares = planted(0.01, taught=False), Problem.full_search, Problem.least_squares
 
-    def counting(*args):
-        minima = minimize_huber(*args)
-        evaluations.append(minima.evaluations)
-        return minima
+    def search(problem):
+        part = len(problem.loss) < len(alone)
+        return [o._replace(converged=not (unsure == "held_out" and part)) for o in full_search(problem)]
 
-    monkeypatch.setattr(solver, "minimize_huber", counting)
-    fit_law(SUPERVISED, "", planted(0.002, taught=False), draws=0, seed=0)
-    full = sum(evaluations)
-    fit_law(SUPERVISED, "", planted(0.002, taught=False), draws=40, seed=0)
-    draws = sum(evaluations) - 2 * full
+    def squares(problem, theta):
+        return least_squares(problem, theta)._replace(converged=unsure != "least_squares")
+
+    monkeypatch.setattr(Problem, "full_search", search)
+    monkeypatch.setattr(Problem, "least_squares", squares)
+    fit = fit_law(SUPERVISED, "", alone, draws=0, seed=0)
+    assert fit.converged is not bool(unsure)
+    assert any("better fit may exist" in line for line in fit.warnings) is bool(unsure)
+
+
+def test_intervals_from_draws_that_were_repeated_often_are_too_narrow():
+    alone = planted(0.001, taught=False)
+    seven = [p for p in alone if p.parameters in SIZES[:2]][:7]
+    for runs, expected in (
+        (seven, ["13%", "7 settings", "6 distinct"]),
+        (3 * seven, ["13%", "7 settings"]),
+        (alone, []),
+    ):
+        lines = [x for x in fit_law(SUPERVISED, "", runs, draws=2, seed=0).warnings if "too narrow" in x]
+        assert len(lines) == bool(expected) and all(word in lines[0] for word in expected)
+    assert not any("too narrow" in line for line in fit_law(SUPERVISED, "", seven, draws=0, seed=0).warnings)
+
+
+def test_a_resample_costs_few_evaluations():
+    evaluations = 0
+
+    def log(theta, inputs):
+        nonlocal evaluations
+        evaluations += theta.size // theta.shape[-1]
+        return SUPERVISED.log(theta, inputs)
+
+    counted = SUPERVISED._replace(log=log)
+    fit_law(counted, "", planted(0.002, taught=False), draws=0, seed=0)
+    full = evaluations
+    fit_law(counted, "", planted(0.002, taught=False), draws=40, seed=0)
+    draws = evaluations - 2 * full
     assert 0 < draws < 40 * 400  # about 150 each
 
 

@@ -4,9 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 
 from sweeps.fit import laws, solver
-from sweeps.fit.laws import DISTILLATION, POWER, PUBLISHED, SUPERVISED
+from sweeps.fit.laws import DISTILLATION, POWER, PUBLISHED, SUPERVISED, Law
+from sweeps.fit.minimizer import huber, minimize_huber
 from sweeps.fit.observations import data_of, setting_numbers
 from sweeps.fit.solver import Data, Problem
 from tests.sweeps.planted import ALONE, TAUGHT, planted
@@ -90,9 +92,42 @@ def test_rows_of_a_batch_have_the_gradients_of_each():
         np.testing.assert_allclose(slopes[row], alone[1], rtol=1e-12)
 
 
-def test_huber_by_hand_and_its_slope():
-    value, slope = solver.huber(np.array([0.0, 0.5, -3.0]), delta=1.0)
-    assert value.tolist() == [0.0, 0.125, 2.5] and slope.tolist() == [0.0, 0.5, -1.0]
+@pytest.mark.parametrize("law", [SUPERVISED, DISTILLATION], ids=lambda law: law.name)
+def test_another_minimizer_finds_no_better_loss_near_the_optimum(law):
+    runs = [run for run in planted(0.01, seed=2) if (run.teacher is None) is (law is SUPERVISED)]
+    data = data_of(runs)
+    problem = Problem(law, data, laws.supervised(ALONE, data.n, data.d) if law is DISTILLATION else None)
+
+    def loss(theta):
+        return huber(law.log(theta, problem.inputs)[0] - problem.loss, solver.DELTA).mean()
+
+    optimum = problem.full_search()[0]
+    assert optimum.converged and optimum.value == pytest.approx(loss(optimum.theta), rel=1e-12)
+    for method in ("Nelder-Mead", "Powell", "L-BFGS-B"):
+        other = minimize(loss, optimum.theta, method=method, bounds=problem.bounds)
+        assert other.fun > optimum.value * (1 - 1e-4), method
+    # They would have found a better one nearby.
+    near = optimum.theta + 0.01
+    assert minimize(loss, near, method="Nelder-Mead", bounds=problem.bounds).fun < loss(near) * (1 - 1e-2)
+
+
+@pytest.mark.parametrize(("bound", "expected"), [(20, (10, -1)), (2, (2, -0.2))])
+def test_a_step_that_its_limits_turn_uphill_is_no_convergence(bound, expected):
+    # Slopes of correlation 0.9 and norms 1 and 9. From 0, the whole step is (10, -1). Cut to (2, -1), it goes uphill.
+    slopes = np.array([[1.0, 0.0], [8.1, 9 * math.sqrt(1 - 0.9**2)]])
+    line = Law("line", "", lambda theta, inputs: (theta @ slopes, np.broadcast_to(slopes, (1, 2, 2)).copy()), {}, {})
+    limits, start = np.array([[-bound, bound]] * 2), np.zeros((1, 2))
+    got = minimize_huber(line, start, (), np.array([10, -1]) @ slopes, np.ones((1, 2)), limits, (1e3,), 1e-10, 500)
+    assert got.converged.all() and got.theta[0] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(("settings", "least", "share"), [(2, 2, 1 / 2), (3, 2, 8 / 9), (4, 3, 168 / 256), (5, 1, 1)])
+def test_share_of_accepted_draws_by_hand(settings, least, share):
+    assert solver.accepted_share(settings, least) == pytest.approx(share)
+
+
+def test_huber_by_hand():
+    assert huber(np.array([0.0, 0.5, -3.0]), delta=1.0).tolist() == [0.0, 0.125, 2.5]
 
 
 def test_lack_of_fit_by_hand():
