@@ -99,6 +99,7 @@ class Objective:
                 return alpha * kd, kd
 
             grad, kd = torch.func.grad(distillation, has_aux=True)(student)
+            grad = grad.contiguous()  # that of a sum over V is an expanded view, which cannot be added to
         # The gradient of language modelling is one number per row. Autograd would add a tensor [n, V] of zeros.
         grad.scatter_add_(-1, label[:, None], (-share).to(grad).expand(len(label), 1))
         return chain(grad)[0], LossSums(alpha * kd + (share * lm).sum(), kd, lm.sum())

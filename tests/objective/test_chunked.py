@@ -492,3 +492,12 @@ def test_a_loss_that_cannot_be_compiled_by_default_is_computed_as_it_is_and_that
     assert said.count("no C compiler") == 1 and "trainer.compile=false" in said and "many lines" not in said
     with pytest.raises(TorchDynamoException):
         module._compiled(replace(objective, compile=True))(*given)
+
+
+def test_a_loss_whose_gradient_is_an_expanded_view_is_added_to():
+    head, hidden, label, target = case()
+    parts = (lambda student, target: -student.sum(-1) / student.shape[-1], FULL, SAME, PLAIN)
+    expected = plainly(*parts, 0.7, head, hidden, label, target)
+    ours = Objective(*parts)(head, hidden, label, target.__getitem__, 0.7)
+    same(ours, expected)
+    same(grads_of(ours.total, head, hidden), grads_of(expected[0], head, hidden))
