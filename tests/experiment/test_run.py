@@ -17,7 +17,7 @@ import torch
 from kd.runs.identity import axes, sizes_of
 from kd.runs.run import Run
 from kd.system.checkpoint_files import DigestIO
-from kd.system.signals import Preempted, Requests, requests
+from kd.system.signals import ASKED, Preempted, Requests, requests
 from kd.training.module import DistillationModule
 from tests.refusals import refused
 from tests.small import folder, here, outcome, result, shared, start, train, type_in
@@ -229,9 +229,14 @@ def test_damaged_teacher_is_named_and_not_used(begun):
 
 def test_a_signal_that_python_loses_is_not_forgotten():
     """Lose the exception, as in a callback of the garbage collector or of an import."""
-    asked = Requests()
-    with pytest.raises(Preempted):
-        asked._received(signal.SIGTERM, None)
+    asked, handlers = Requests(), {number: signal.getsignal(number) for number in ASKED}
+    try:
+        asked.watch()
+        with pytest.raises(Preempted):
+            asked._received(signal.SIGTERM, None)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     with pytest.raises(Preempted):
         asked.end_if_asked()
 
