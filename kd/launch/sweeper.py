@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
+from kd.config.components import option_files
 from kd.config.options import option_of
 from kd.config.overrides import undeferred
 from kd.config.rules import group_of
@@ -66,8 +68,13 @@ class SweepFileSweeper(LaunchingSweeper):
         jobs: list[list[str]] = []
         names: list[str] = []
         for name, line in lines:
-            words = files.expanded_words(shlex.split(base) + shlex.split(line)) + more
-            for job in BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]:
+            try:
+                words = files.expanded_words(shlex.split(base) + shlex.split(line))
+                parser.parse_overrides(words)
+            except (HydraException, ValueError) as error:
+                reason = str(error).partition("\nSee ")[0]
+                exit_with_error(_refused(sweep, f"its words {f'{base} {line}'.strip()!r} are wrong: {reason}"))
+            for job in BasicSweeper.split_arguments(parser.parse_overrides(words + more), None)[0]:
                 if option_of("logits", job) == "none":
                     job = [w for w in job if group_of(w) not in NO_SIGNAL]
                 if job not in jobs:
@@ -87,8 +94,12 @@ class SweepFileSweeper(LaunchingSweeper):
 def at_scale(sweep: Mapping, scale: str) -> tuple[str, list[tuple[str, str]]]:
     """Return the words that all lines begin with, and name and words of each line.
 
-    Ends with an error if there is no such scale.
+    Ends with an error if there is no such scale, and for a file of another form.
     """
+    try:
+        _check_form(sweep)
+    except UserError as error:
+        exit_with_error(error)
     scales = sweep.get("scales") or {"cpu": {}}
     if scale not in scales:
         exit_with_error(UserError(option="scale", got=scale, need=f"a scale of this sweep, {' or '.join(scales)}"))
@@ -99,3 +110,37 @@ def at_scale(sweep: Mapping, scale: str) -> tuple[str, list[tuple[str, str]]]:
         for line in part.get("runs", [])
     ]
     return f"{sweep.get('base', '')} {scale_part.get('base', '')}", [pair for line in lines for pair in line.items()]
+
+
+def _check_form(sweep: Mapping) -> None:
+    """Raise UserError for an unknown key, a value of another type, and a sweep or scale without runs."""
+    scales = sweep.get("scales") or {}
+    if not isinstance(scales, Mapping) or not all(isinstance(part, Mapping) for part in scales.values()):
+        raise _refused(sweep, "its scales are no settings by name")
+    for part, keys in (
+        (sweep, ("name", "base", "runs", "scales")),
+        *((part, ("base", "runs")) for part in scales.values()),
+    ):
+        for key in part.keys() - {*keys}:
+            raise _refused(sweep, f"has a key {key}, which no sweep has")
+        if not isinstance(part.get("base", ""), str):
+            raise _refused(sweep, f"its base is no text: {part['base']}")
+        lines = part.get("runs", [])
+        if isinstance(lines, str) or not isinstance(lines, Sequence):
+            raise _refused(sweep, f"its runs are no list: {lines}")
+        for line in lines:
+            texts = line.values() if isinstance(line, Mapping) else [line]
+            if not all(isinstance(text, str) for text in texts):
+                raise _refused(sweep, f"its line {line} is no text")
+    if not all(sweep.get("runs") or part.get("runs") for part in scales.values() or [sweep]):
+        raise _refused(sweep, "has no runs")
+
+
+def _refused(sweep: object, why: str) -> UserError:
+    """Return the error for the file of a sweep."""
+    name = sweep.get("name") if isinstance(sweep, Mapping) else None
+    file = next((file for file in option_files("sweeps") if file.stem == name), "this sweep")
+    need = "the keys base (a text), runs (a list of lines) and scales (base and runs by name)"
+    return UserError(
+        option=file, why=why, need=need, hint="write each line as - loss=fkl seed=0,1, or - NAME: loss=fkl"
+    )

@@ -144,6 +144,27 @@ def test_scale_adds_its_words_and_lines():
     assert at_scale({"runs": [""]}, "cpu")[1] == [("", "")]
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("run: [loss=fkl]", "has a key run,"),
+        ("", "has no runs"),
+        ("scales: {cpu: {base: seed=0}}", "has no runs"),
+        ("runs: loss=fkl", "its runs are no list: loss=fkl"),
+        ("runs: [seed: 0]", "is no text"),
+        ("{base: [seed=0], runs: [loss=fkl]}", "its base is no text"),
+        ("runs: [loss: fkl]", "its words 'fkl' are wrong"),
+        ("runs: ['loss={fkl']", "its words 'loss={fkl' are wrong"),
+    ],
+)
+def test_a_sweep_file_of_another_form_is_refused_with_its_name(tmp_path, text, why):
+    file = tmp_path / "conf" / "sweeps" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    output = train(tmp_path, "sweeps=mine", f"--config-dir={tmp_path / 'conf'}", code=2)
+    assert f"{file}" in output.replace("\n", "") and why in output and "runs (a list of lines)" in output
+
+
 def test_a_line_has_a_name():
     assert at_scale({"runs": [{"plain": "logits=none"}]}, "cpu")[1] == [("plain", "logits=none")]
     jobs = [["seed=0", "a=1"], ["seed=1", "a=1"], ["seed=0", "a=2"], ["seed=0", "a=1", "b=1"]]
