@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 from kd.config.schema import ExperimentConfig
 from kd.data.batches import Packed
@@ -42,6 +43,7 @@ class Components:
         from kd.evaluation import metrics
         from kd.objective.chunked import Objective
         from kd.objective.target import Target
+        from kd.objective.temperature import Softening
         from kd.objective.token_info import TokenInfo, needs_of
 
         built = build_functions(config)
@@ -71,6 +73,13 @@ class Components:
                 option, hint = (str(text).replace("truncation.", f"{group}.") for text in (error.option, error.hint))
                 raise error.replace(option=option, hint=hint) from None
         student = logp.flip(0).requires_grad_()
+        # At a fixed temperature: a weight per position would give a scalar the right shape.
+        fixed = replace(self.objective, temperature=lambda student, target: Softening(1.0, 1.0, 1.0))
+        losses = fixed.distillation_loss(student, target)
+        if tuple(losses.shape) != (2,):
+            why, got = "does not return a value per position", f"a tensor of shape {list(losses.shape)} for 2 positions"
+            hint = "return one value per position, e.g. by .sum(-1) over the vocabulary"
+            raise UserError(option="loss", why=f"{why}, but {got}", need="a tensor of one dimension, [N]", hint=hint)
         self.objective.distillation_loss(student, target).sum().backward()
         if not student.grad.any():
             raise UserError(

@@ -482,6 +482,17 @@ def test_a_metric_without_a_value_per_position_is_refused_before_training(allowe
     _forget()
 
 
+@pytest.mark.parametrize("value", ["-student", "-student.sum(-1).mean()"])
+@pytest.mark.parametrize("temperature", ["fixed", "entropy"])
+def test_a_loss_without_a_value_per_position_is_refused_before_training(value, temperature, allowed, tmp_path):
+    loss = f"def mine(student, target, beta: float = 1.0):\n    return {value}\n"
+    write(allowed, {"__init__.py": "", "losses.py": loss})
+    compose.register_folders()
+    with refused(option="loss", why="does not return a value per position", need="[N]", hint=".sum(-1)"):
+        here(tmp_path / "runs", "loss=mine", f"temperature={temperature}")
+    _forget()
+
+
 def test_another_machine_has_the_same_plugins(allowed, monkeypatch):
     task = RemoteJob("train.py", ".", "runs", "run", [], "run", 0)
     assert task.environment == {"KD_PLUGINS": "mypkg", "PYTHONPATH": str(allowed.parent)}
