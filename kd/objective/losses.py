@@ -14,6 +14,8 @@ from kd.errors import check
 from kd.objective.target import FLOOR, Target
 from kd.objective.token_info import needs
 
+LEAST_PROBABILITY = 1e-38  # whose logarithm is finite in float32; too small to matter in a loss
+
 
 def fkl(student: Tensor, target: Target) -> Tensor:
     """Forward KL(p || q), nats [N]. Hinton et al. 2015, arXiv 1503.02531."""
@@ -41,8 +43,8 @@ def jsd(student: Tensor, target: Target, beta: float = 0.5) -> Tensor:
     with torch.no_grad():
         teacher, mass = p.exp(), q.exp()
         m = _log(torch.lerp(mass, teacher, beta))  # [N, K]
-        gradient = (1 - beta) * mass * (q - m)  # the terms through m add up to 0
-        value = beta * (teacher * (p - m)).sum(-1) + gradient.sum(-1)
+        gradient = (q - m).mul_(mass).mul_(1 - beta)  # the terms through m add up to 0
+        value = beta * (p - m).mul_(teacher).sum(-1) + gradient.sum(-1)
     return _with_gradient(value, q, gradient)
 
 
@@ -59,11 +61,18 @@ def akl(student: Tensor, target: Target, mu: float = 0.5) -> Tensor:
         return fkl(student, target)
     q, p = target.align(student)
     with torch.no_grad():
-        gap = (p.exp() - q.exp()).abs()  # [N, K]
-        head = gap.masked_fill(~_top_mass_mask(p, mu), 0).sum(-1)
+        teacher, mass = p.exp(), q.exp()  # [N, K]
+        head = _top_mass_mask(p, teacher, mu)
+        gap = (teacher - mass).abs_()
         total = gap.sum(-1)
-        share = torch.where(total > 0, head / total, 0.5).clamp(0, 1)  # 0/0 when q = p, where both KLs are 0
-    return share * (p.exp() * (p - q)).sum(-1) + (1 - share) * _reverse(q, p)
+        head_share = gap.mul_(head).sum(-1) / total
+        share = torch.where(total > 0, head_share, 0.5).clamp(0, 1)  # 0/0 when q = p, where both KLs are 0
+        log_ratio = q - p
+        forward = -(teacher * log_ratio).sum(-1)
+        reverse = log_ratio.mul_(mass)
+        value = share * forward + (1 - share) * (reverse.sum(-1) - mass.sum(-1) + teacher.sum(-1))
+        gradient = reverse.lerp_(-teacher, share[:, None])
+    return _with_gradient(value, q, gradient)
 
 
 def skl(student: Tensor, target: Target, alpha: float = 0.1) -> Tensor:
@@ -75,8 +84,12 @@ def skl(student: Tensor, target: Target, alpha: float = 0.1) -> Tensor:
     if alpha == 0:
         return fkl(student, target)
     q, p = target.align(student)
-    teacher = p.exp()
-    return (teacher * (p - _log(torch.lerp(q.exp(), teacher, alpha)))).sum(-1)
+    with torch.no_grad():
+        teacher, mass = p.exp(), q.exp()
+        m = torch.lerp(mass, teacher, alpha).clamp_(min=LEAST_PROBABILITY)  # [N, K]
+        gradient = mass.mul_(teacher).div_(m).mul_(alpha - 1)
+        value = (p - m.log_()).mul_(teacher).sum(-1)
+    return _with_gradient(value, q, gradient)
 
 
 def srkl(student: Tensor, target: Target, alpha: float = 0.1) -> Tensor:
@@ -93,7 +106,7 @@ def srkl(student: Tensor, target: Target, alpha: float = 0.1) -> Tensor:
         m = torch.lerp(p.exp(), mass, alpha)  # [N, K]
         gap = q - _log(m)
         value = (mass * gap).sum(-1) - mass.sum(-1) + m.sum(-1)  # the mass terms of _reverse
-        gradient = mass * (gap + alpha * (1 - gap.exp()))
+        gradient = gap.exp().neg_().add_(1).mul_(alpha).add_(gap).mul_(mass)
     return _with_gradient(value, q, gradient)
 
 
@@ -103,7 +116,12 @@ def tvd(student: Tensor, target: Target) -> Tensor:
     1 - tvd is the acceptance rate of speculative decoding with the student as the draft (Leviathan et al. 2022).
     """
     q, p = target.align(student)
-    return 0.5 * (p.exp() - q.exp()).abs().sum(-1)
+    with torch.no_grad():
+        mass = q.exp()
+        gap = mass - p.exp()  # [N, K]
+        value = 0.5 * gap.abs().sum(-1)
+        gradient = gap.sign_().mul_(mass).mul_(0.5)
+    return _with_gradient(value, q, gradient)
 
 
 def mse(student: Tensor, target: Target) -> Tensor:
@@ -112,11 +130,14 @@ def mse(student: Tensor, target: Target) -> Tensor:
     Logits are defined up to a constant, so each side is first centred over the kept columns.
     """
     q, p = target.align(student)
-    support = (p > FLOOR).to(q.dtype)
-    count = support.sum(-1, keepdim=True)
-    gap = (q - p) * support  # [N, K]
-    gap = (gap - gap.sum(-1, keepdim=True) / count) * support
-    return gap.square().sum(-1) / count[:, 0]
+    with torch.no_grad():
+        support = p > FLOOR  # [N, K]
+        count = support.sum(-1, keepdim=True)
+        gap = (q - p).mul_(support)
+        gap.sub_(gap.sum(-1, keepdim=True) / count).mul_(support)
+        value = (gap * gap).sum(-1) / count[:, 0]
+        gradient = gap.mul_(2 / count)  # gap adds up to 0, so its centring has no gradient of its own
+    return _with_gradient(value, q, gradient)
 
 
 def nll(student: Tensor, target: Target) -> Tensor:
@@ -203,7 +224,7 @@ def _reverse(q: Tensor, m: Tensor) -> Tensor:
     """
     with torch.no_grad():
         mass = q.exp()
-        gradient = mass * (q - m)  # [N, K]
+        gradient = (q - m).mul_(mass)  # [N, K]
         value = gradient.sum(-1) - mass.sum(-1) + m.exp().sum(-1)
     return _with_gradient(value, q, gradient)
 
@@ -215,29 +236,29 @@ def _with_gradient(value: Tensor, q: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _log(probability: Tensor) -> Tensor:
-    """Return the logarithm. A probability below 1e-38, too small to matter in a loss, counts as 1e-38."""
-    return probability.clamp(min=1e-38).log()
+    """Return the logarithm. A probability below LEAST_PROBABILITY counts as that."""
+    return probability.clamp(min=LEAST_PROBABILITY).log_()
 
 
-def _top_mass_mask(p: Tensor, mu: float) -> Tensor:
+def _top_mass_mask(p: Tensor, probability: Tensor, mu: float) -> Tensor:
     """Return a mask [N, K] of the largest column and of all whose running probability stays <= mu.
 
     p: log-probabilities [N, K]. Sorting a vocabulary costs more than the rest of a step. So the lowest log-probability
     of the head is searched instead, to 1e-6 nats, the precision of float32 there. Of equal columns the first are in.
     """
     mu += 1e-6  # tolerance for float32 sums
-    return (_top_mass_by_halving if p.is_cuda else _top_mass_by_counting)(p, mu)
+    return (_top_mass_by_halving if p.is_cuda else _top_mass_by_counting)(p, probability, mu)
 
 
-def _top_mass_by_counting(p: Tensor, mu: float) -> Tensor:
+def _top_mass_by_counting(p: Tensor, probability: Tensor, mu: float) -> Tensor:
     """Return the mask [N, K] of the head by sums in bins, repeated within the bin that exceeds mu."""
-    bins = 256  # three rounds over some 11 nats come to 1e-6 nats
-    low, high = _bounds(p, mu)
+    bins, rounds = (4096, 2) if p.shape[-1] >= 2**14 else (256, 3)  # 2^24 in all: some 11 nats come to 1e-6 nats
+    low, high = _bounds(p, probability, mu)
     mass_above = torch.zeros_like(high)  # probability above `high`
-    for _ in range(3):
+    for _ in range(rounds):
         width = (high - low).clamp(min=1e-6) / bins
-        index = ((high - p) / width).clamp(0, bins).long()  # [N, K] 0: all that is known to be in; bins: below low
-        running = p.new_zeros(len(p), bins + 1).scatter_add(-1, index, p.exp()).cumsum(-1)
+        index = (high - p).div_(width).clamp_(0, bins).long()  # [N, K] 0: all that is in; bins: below low
+        running = p.new_zeros(len(p), bins + 1).scatter_add_(-1, index, probability).cumsum(-1)
         number = (running <= mu).sum(-1, keepdim=True)
         mass_above = torch.where(number > 0, running.gather(-1, (number - 1).clamp(min=0)), mass_above)
         high = high - width * number
@@ -246,14 +267,13 @@ def _top_mass_by_counting(p: Tensor, mu: float) -> Tensor:
     return (p > high) | (equal & (equal.cumsum(-1, dtype=torch.int32) <= _equal_columns(mass_above, high, mu)))
 
 
-def _top_mass_by_halving(p: Tensor, mu: float) -> Tensor:
+def _top_mass_by_halving(p: Tensor, probability: Tensor, mu: float) -> Tensor:
     """Return the mask [N, K] of the head by bisection, for a GPU.
 
     With bins, columns that add to one bin wait for each other on a GPU: 377 of 703 ms of a step. Bisection also sums
     in a fixed order. It has no running sum over K, which inductor of torch 2.11 cannot compile.
     """
-    probability = p.exp()
-    low, high = _bounds(p, mu)
+    low, high = _bounds(p, probability, mu)
     for _ in range(24):  # as fine as three rounds of 256 bins
         middle = (low + high) / 2
         fits = torch.where(p > middle, probability, 0).sum(-1, keepdim=True) <= mu
@@ -268,12 +288,12 @@ def _top_mass_by_halving(p: Tensor, mu: float) -> Tensor:
     return above | (equal & (column < end))
 
 
-def _bounds(p: Tensor, mu: float) -> tuple[Tensor, Tensor]:
+def _bounds(p: Tensor, probability: Tensor, mu: float) -> tuple[Tensor, Tensor]:
     """Return two log-probabilities [N, 1], a lower and an upper bound for the last column of the head.
 
     Below the lower one, even all K columns together could not fill the probability beyond mu.
     """
-    beyond = (p.exp().sum(-1, keepdim=True) - mu).clamp(min=1e-30)
+    beyond = (probability.sum(-1, keepdim=True) - mu).clamp(min=1e-30)
     return (beyond / p.shape[-1]).log(), p.amax(-1, keepdim=True)
 
 
