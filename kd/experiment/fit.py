@@ -23,7 +23,7 @@ from kd.experiment.assembly import (
     build_teacher,
     sharded_roles,
 )
-from kd.experiment.components import Components
+from kd.experiment.components import Components, build_functions
 from kd.experiment.dependencies import corpus, plugged_in
 from kd.experiment.prerequisites import Inputs
 from kd.models import flops
@@ -248,5 +248,5 @@ def from_job(job: dict, config: ExperimentConfig) -> Inputs:
     packed = packing.open_packed(Path(job["data"]))
     store = Store(job["store"][0], Path(job["store"][1])) if job["store"] else None
     plain = packing.open_packed(Path(job["plain"])) if job["plain"] else None
-    components = Components(config, packed)
+    components = Components(config, packed, build_functions(config))
     return Inputs(packed, components, job["teacher"], job["start"], store, plain, job["origins"])
