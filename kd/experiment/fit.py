@@ -41,6 +41,7 @@ from kd.system.checkpoint_files import newest
 from kd.system.console import console, silence_libraries
 from kd.system.hardware import slowdown_in_bf16
 from kd.system.processes import peak_memory
+from kd.system.remote_checkpoints import step_of
 from kd.system.signals import Preempted, requests
 from kd.teachers.online import OnlineTeacher
 from kd.training.module import DistillationModule
@@ -116,7 +117,7 @@ def assemble(run: Run, config: ExperimentConfig, inputs: Inputs) -> Assembly:
     sharded = sharded_roles(config, teacher)
     run.start(config)
     checkpoint = latest_checkpoint(run, "student" in sharded)
-    start = int(checkpoint.stem.partition("-")[2]) if checkpoint else 0
+    start = step_of(checkpoint.name) if checkpoint else 0
     student_cost = flops.cost(student.model, config.data.seq_len)
     sizes = {role: cost[:2] for role, cost in (("student", student_cost), ("teacher", teacher.cost)) if cost}
     metadata = wandb_metadata(run.name, options, sizes, code["environment"]["git"])
