@@ -76,15 +76,13 @@ def pack(
     Raises UserError for text too short for one row.
     """
     _check_settings(corpus, seq_len, vocab, tokenizer, tokens, val_rows, val_share, special)
-    settings: dict = dict(seq_len=seq_len, tokens=tokens, val_rows=val_rows, val_share=val_share)
-    settings["special"] = special
+    settings: dict = dict(seq_len=seq_len, tokens=tokens, val_rows=val_rows, val_share=val_share, special=special)
     settings |= {"tokenizer": tokenizer} if tokenizer else {"vocab": vocab}
 
     def make(temporary: Path) -> None:
-        if tokenizer_of:
-            settings["tokenizer"] = str(pack(tokenizer_of[0], cache, **tokenizer_of[1]).tokenizer)
+        trained = {"tokenizer": str(pack(tokenizer_of[0], cache, **tokenizer_of[1]).tokenizer)} if tokenizer_of else {}
         temporary.mkdir(parents=True)
-        _write(temporary, corpus, announce=announce, code=code, **settings)
+        _write(temporary, corpus, announce=announce, code=code, **settings | trained)
 
     folder = Path(cache) / key(corpus, **settings, tokenizer_of=tokenizer_of)
     if anew and code_of(folder) not in (None, code):

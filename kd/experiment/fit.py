@@ -23,7 +23,7 @@ from kd.experiment.assembly import (
     build_teacher,
     sharded_roles,
 )
-from kd.experiment.components import Components
+from kd.experiment.components import Components, build_functions
 from kd.experiment.dependencies import corpus, plugged_in
 from kd.experiment.prerequisites import Inputs
 from kd.models import flops
@@ -41,6 +41,7 @@ from kd.system.checkpoint_files import newest
 from kd.system.console import console, silence_libraries
 from kd.system.hardware import slowdown_in_bf16
 from kd.system.processes import peak_memory
+from kd.system.remote_checkpoints import step_of
 from kd.system.signals import Preempted, requests
 from kd.teachers.online import OnlineTeacher
 from kd.training.module import DistillationModule
@@ -116,7 +117,7 @@ def assemble(run: Run, config: ExperimentConfig, inputs: Inputs) -> Assembly:
     sharded = sharded_roles(config, teacher)
     run.start(config)
     checkpoint = latest_checkpoint(run, "student" in sharded)
-    start = int(checkpoint.stem.partition("-")[2]) if checkpoint else 0
+    start = step_of(checkpoint.name) if checkpoint else 0
     student_cost = flops.cost(student.model, config.data.seq_len)
     sizes = {role: cost[:2] for role, cost in (("student", student_cost), ("teacher", teacher.cost)) if cost}
     metadata = wandb_metadata(run.name, options, sizes, code["environment"]["git"])
@@ -248,5 +249,5 @@ def from_job(job: dict, config: ExperimentConfig) -> Inputs:
     packed = packing.open_packed(Path(job["data"]))
     store = Store(job["store"][0], Path(job["store"][1])) if job["store"] else None
     plain = packing.open_packed(Path(job["plain"])) if job["plain"] else None
-    components = Components(config, packed)
+    components = Components(config, packed, build_functions(config))
     return Inputs(packed, components, job["teacher"], job["start"], store, plain, job["origins"])

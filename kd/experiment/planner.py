@@ -86,18 +86,7 @@ def estimate_run(
         written = len(packed.train) * times
     else:
         written = rows * components.rollout(None).sampling_rate / trainer.devices
-    seconds = None
-    if step.micro_batch is not None:
-        parts = -(-trainer.batch // trainer.devices // step.rows)
-        seconds = STARTS + trainer.steps * (parts * step.micro_batch + step.optimizer)
-        # A validation is forward passes alone, of the student and, if there is one, of the teacher.
-        looked = -(-trainer.steps // trainer.val_every) + config.is_pretrained
-        looked = looked * packed.val[:, 1:].size / trainer.devices
-        looked *= student.flops_per_token + (teacher.flops_per_token if teacher else 0)
-        seconds += looked / once * step.micro_batch / (step.rows * step.wider * seq_len)
-        seconds += written / step.rows * step.writing
-        if packed.val_spans is not None:
-            seconds += config.responses.samples * len(packed.val) / step.rows * step.answering
+    seconds = _seconds(config, packed, step, once, written)
     flops = positions * once + plain_tokens * 3 * student.flops_per_token  # without those of writing
     learned = student.parameters + (teacher.parameters if teacher and planned.trainable else 0)
     memory = held(step.costs, config) + step.saved_bytes
@@ -105,6 +94,27 @@ def estimate_run(
         memory += loaded
     disk, active = 4 * student.parameters, student.active_parameters
     return Estimate(tokens, seconds, disk, student.parameters, flops, memory, 24 * learned, active)
+
+
+def _seconds(config: ExperimentConfig, packed: Packed, step: Step, once: float, written: float) -> float | None:
+    """Return the seconds of a run with steps like this one; None if the step was not measured.
+
+    once: FLOPs of one position of a step. written: rows that a model writes, before training or in the steps.
+    """
+    if step.micro_batch is None:
+        return None
+    trainer, student, teacher = config.trainer, step.costs["student"], step.costs.get("teacher")
+    parts = -(-trainer.batch // trainer.devices // step.rows)
+    seconds = STARTS + trainer.steps * (parts * step.micro_batch + step.optimizer)
+    # A validation is forward passes alone, of the student and, if there is one, of the teacher.
+    looked = -(-trainer.steps // trainer.val_every) + config.is_pretrained
+    looked = looked * packed.val[:, 1:].size / trainer.devices
+    looked *= student.flops_per_token + (teacher.flops_per_token if teacher else 0)
+    seconds += looked / once * step.micro_batch / (step.rows * step.wider * config.data.seq_len)
+    seconds += written / step.rows * step.writing
+    if packed.val_spans is not None:
+        seconds += config.responses.samples * len(packed.val) / step.rows * step.answering
+    return seconds
 
 
 @cache
@@ -132,16 +142,14 @@ LEAST = ("parameters", "tokens", "disk", "memory")  # columns that a narrow term
 
 
 def print_rows(rows: dict[str, list[str]]) -> None:
-    """Print a table with a line for each run; a narrow terminal gets shorter names and fewer columns."""
-    short = dict(zip(shortened(list(rows)), rows.values(), strict=True))
-    tries = [(rows, ()), *((short, LEAST[:count]) for count in range(len(LEAST) + 1))]
-    for named, left_out in tries:
+    """Print a table with a line for each run; a narrow terminal gets fewer columns."""
+    for count in range(len(LEAST) + 1):
         table = Table(box=None, pad_edge=False)
         table.add_column("run", no_wrap=True)
-        shown = [number for number, column in enumerate(COLUMNS) if column not in left_out]
+        shown = [number for number, column in enumerate(COLUMNS) if column not in LEAST[:count]]
         for number in shown:
             table.add_column(COLUMNS[number], justify="right", no_wrap=True)
-        for name, amounts in named.items():
+        for name, amounts in rows.items():
             table.add_row(name, *(amounts[number] for number in shown))
         width = console.measure(table, options=console.options.update(width=10_000)).maximum
         if not console.is_terminal:  # no width to keep to
@@ -164,6 +172,17 @@ def shortened(names: list[str]) -> list[str]:
     return short if len({*short}) == len(names) and all(short) else names
 
 
+def _amounts(estimate: Estimate) -> list[str]:
+    """Return an estimate as text, in the order of COLUMNS."""
+    size = estimate.parameters and size_text(estimate.parameters, estimate.active).replace(" parameters", "")
+    amounts = (
+        size, f"{estimate.tokens:,}", estimate.flops and f"{estimate.flops:.1e}",
+        estimate.seconds and format_duration(estimate.seconds),
+        estimate.memory and files.format_bytes(estimate.memory), files.format_bytes(estimate.disk),
+    )  # fmt: skip
+    return [amount or "–" for amount in amounts]
+
+
 def show(
     estimates: dict[str, Estimate], names: dict[str, str], done: int, config: ExperimentConfig, at_once: float
 ) -> None:
@@ -174,15 +193,7 @@ def show(
     if not estimates:
         console.print("Nothing is left to do.")
         return
-    rows = {}
-    for name, estimate in estimates.items():
-        size = estimate.parameters and size_text(estimate.parameters, estimate.active).replace(" parameters", "")
-        amounts = (
-            size, f"{estimate.tokens:,}", estimate.flops and f"{estimate.flops:.1e}",
-            estimate.seconds and format_duration(estimate.seconds),
-            estimate.memory and files.format_bytes(estimate.memory), files.format_bytes(estimate.disk),
-        )  # fmt: skip
-        rows[names.get(name, name)] = [amount or "–" for amount in amounts]
+    rows = {names.get(name, name): _amounts(estimate) for name, estimate in estimates.items()}
     print_rows(dict(zip(shortened(list(rows)), rows.values(), strict=True)))
     root, device = local_root(config.root).resolve(), collectives.device(config.trainer.accelerator)
     existing = next(folder for folder in (root, *root.parents) if folder.exists())

@@ -13,6 +13,7 @@ from kd.data import packing
 from kd.data.batches import Packed
 from kd.data.tokenizer import load_tokenizer, vocabulary_size
 from kd.errors import UserError
+from kd.experiment.components import Components, build_functions, over_run
 from kd.experiment.dependencies import Plan, corpus, plain_corpus
 from kd.runs import provenance, wandb_agent
 from kd.runs.run import Run, check_student
@@ -25,9 +26,6 @@ from kd.system.signals import requests
 if TYPE_CHECKING:
     from kd.models.causal_lm import CausalLM
     from kd.store.reader import Store
-
-
-from kd.experiment.components import Components, build_functions
 
 
 class Inputs(NamedTuple):
@@ -151,18 +149,18 @@ def origins(models: dict[str, ExperimentConfig | None]) -> dict[str, dict]:
 
 def prepare(config: ExperimentConfig) -> tuple[Packed, Components]:
     """Return the packed data and the tried components of a run. All errors apart from those of models occur here."""
-    build_functions(config)  # to report mistakes before the text is read, which may take minutes
+    functions = build_functions(config)  # mistakes are reported before the text is read, which may take minutes
     source, packing_options = corpus(config)
     anew = config.force and not config.plan
     packed = packing.pack(source, local_root(config.root) / "data", **packing_options, anew=anew)
-    parts = Components(config, packed)
+    components = Components(config, packed, functions)
     if packed.prompts_only:
-        check_prompts_only(config, any(parts.alpha(step / 100) < 1 for step in range(101)))
+        check_prompts_only(config, min(over_run(components.alpha)) < 1)
     if config.logits.source.reads_store:
         from kd.experiment import stores
 
         stores.opened(config, packed)
-    return packed, parts
+    return packed, components
 
 
 def plain_text(config: ExperimentConfig) -> Packed | None:

@@ -17,7 +17,7 @@ from kd.config.groups import RolloutConfig
 from kd.config.schema import ExperimentConfig
 from kd.data.batches import IGNORE, Batch, Packed, to_batch
 from kd.experiment.assembly import build_module
-from kd.experiment.components import Components
+from kd.experiment.components import Components, over_run
 from kd.models import causal_lm
 from kd.models import flops as flops_module
 from kd.models.causal_lm import CausalLM
@@ -105,7 +105,7 @@ def _measure(config: ExperimentConfig, packed: Packed, components: Components, v
 
 def alpha_kind(components: Components) -> float:
     """Return 0 or 1 if the highest alpha is that, since a step then omits a loss or its text; else 0.5."""
-    highest = max(components.alpha(step / 100) for step in range(101))
+    highest = max(over_run(components.alpha))
     return highest if highest in (0, 1) else 0.5
 
 

@@ -176,7 +176,7 @@ def open_or_write(config: ExperimentConfig, packed: Packed, keep: Keep, teacher:
         held = lease(Remote(place.path, place.folder), process_info(), is_alive, True) if url else nullcontext()
         with run.lock(wait=True), held:  # one process of this machine, and of all machines that share a URL
             store = opened(config, packed) or write(config, packed, keep, teacher())
-    if "://" not in store.path:  # of a URL, each file is checked when it has been copied
+    if not is_url(store.path):  # of a URL, each file is checked when it has been copied
         store.verify()
     return store
 
@@ -193,7 +193,7 @@ def write(config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM)
     """Write the store that a config describes, and open it."""
     write_part(config, packed, keep, model, (1, 1))
     place = Plan.from_config(config).store_place
-    if "://" in place.path:
+    if is_url(place.path):
         transfer.upload(place.folder, place.path)
     store = opened(config, packed)
     assert store is not None, "the store was written just now"
@@ -205,7 +205,7 @@ def recorder(config: ExperimentConfig, packed: Packed, keep: Keep, model: Causal
     assert keep is not None, "a recorder keeps a part of each distribution"
     run, place = Plan.from_config(config).run, Plan.from_config(config).store_place
     spec = store_spec(config, packed) | {"teacher": run.name, "weights": None}
-    url = place.path if "://" in place.path else None
+    url = place.path if is_url(place.path) else None
     about = about_store(config, packed, model, place.key)
     return Recorder(place.folder, spec, about, keep, start, run / "checkpoints", url)
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kd.config.decorators import Function, declare
 from kd.errors import UserError
 
-Function = TypeVar("Function", bound=Callable)
 NOT_PROVIDED: Any = None
 FLAGS = ("by_student", "is_hard")  # fields that are 0 or 1
 
@@ -72,25 +72,17 @@ class TokenInfo:
         return cls(**{name: torch.tensor([0.0, 1.0]) if name in FLAGS else torch.ones(2) for name in names})
 
 
+FIELDS = tuple(field.name for field in fields(TokenInfo))
+
+
 def needs(*names: str) -> Callable[[Function], Function]:
     """Declare the fields of TokenInfo that a loss reads."""
-    return _declaration("needs", names)
+    return declare("needs", names, FIELDS)
 
 
 def provides(*names: str) -> Callable[[Function], Function]:
     """Declare the fields of TokenInfo that a rollout or token selection fills in for every batch."""
-    return _declaration("provides", names)
-
-
-def _declaration(attribute: str, names: tuple[str, ...]) -> Callable[[Function], Function]:
-    if unknown := set(names) - {field.name for field in fields(TokenInfo)}:
-        raise TypeError(f"TokenInfo has no {', '.join(sorted(unknown))}")
-
-    def declare(function: Function) -> Function:
-        setattr(function, attribute, names)
-        return function
-
-    return declare
+    return declare("provides", names, FIELDS)
 
 
 def needs_of(loss: Callable) -> tuple[str, ...]:

@@ -7,17 +7,16 @@ arXiv 2410.16215, eq. 4.
 
 import math
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kd.config.decorators import Function
 from kd.errors import UserError
 from kd.objective.target import Target
 
 BLOCK = 64  # columns
-Function = TypeVar("Function", bound=Callable)
 
 
 def nested(**directions: str) -> Callable[[Function], Function]:

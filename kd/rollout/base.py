@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
+from kd.config.decorators import Function, declare
 from kd.data.batches import Batch
 from kd.rollout.samplers import Samplers
 
@@ -12,7 +13,6 @@ TRAITS = (
     "writes_all",  # every response is sampled, so that prompts alone suffice as data
     "by_teacher",  # the teacher writes every response, once and before training
 )
-Function = TypeVar("Function", bound=Callable)
 
 
 def traits(*names: str, **needed: Any) -> Callable[[Function], Function]:
@@ -20,14 +20,7 @@ def traits(*names: str, **needed: Any) -> Callable[[Function], Function]:
 
     needed: values of the rollout's settings without which they do not hold.
     """
-    if unknown := set(names) - set(TRAITS):
-        raise TypeError(f"there is no trait {', '.join(sorted(unknown))}")
-
-    def declare(function: Function) -> Function:
-        setattr(function, "traits", names)  # noqa: B010, a function has no such attribute by its type
-        return function
-
-    return declare
+    return declare("traits", names, TRAITS)
 
 
 class Rollout:

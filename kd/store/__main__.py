@@ -32,7 +32,7 @@ from kd.store.reader import Store
 from kd.store.spec import FULL, describe
 from kd.system import files, programs
 from kd.system.console import console, counted, exit_with_error, styled
-from kd.system.remote import local_root
+from kd.system.remote import is_url, local_root
 
 
 def write_store(words: list[str]) -> Store | None:
@@ -127,7 +127,7 @@ def main() -> None:
             store = write_store(given.words)
         elif given.command == "merge":
             for path in (given.path, *given.part):
-                if "://" in path:
+                if is_url(path):
                     hint = "copy the parts to this machine, merge them, and copy the store"
                     raise UserError(option=path, why="merge joins folders", hint=hint)
             transfer.merge(Path(given.path), [Path(files.expanded(p)) for p in given.part])

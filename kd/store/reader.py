@@ -96,7 +96,7 @@ class Store:
         self._head: Head | None = None
         self._rows: np.ndarray | None = None  # of a store that was recorded in training: those of the window, ascending
         self._places: np.ndarray | None = None  # and the number of the shard of each, and its place there
-        if "://" not in self.path:
+        if not is_url(self.path):
             for name in manifest["files"]:
                 self._size(name)
 
@@ -289,7 +289,7 @@ class Store:
         try:
             self._check_digest(name, path)
         except UserError:
-            if "://" not in self.path:
+            if not is_url(self.path):
                 raise
             path.unlink(missing_ok=True)  # the copy may be stale or damaged while the original is intact
             self._check_digest(name, files.download(self.path, self.folder, name))
@@ -309,12 +309,12 @@ class Store:
             raise self._damaged(name, "it is gone" if size is None else f"it has {size:,} bytes of {expected:,}")
 
     def _damaged(self, name: str, why: str) -> UserError:
-        if "://" in self.path:
+        if is_url(self.path):
             (self.folder / name).unlink(missing_ok=True)  # the local copy, so that the next read downloads it again
         stem = name.partition(".")[0]
         paths = shlex.join(str(self.folder / n) for n in dict.fromkeys(("manifest.json", f"{stem}.json", name)))
         damaged = UserError(option=f"{self.path}/{name}", why=f"is damaged: {why}")
-        if "://" in self.path or "words" not in self.manifest or "steps" in self.manifest:
+        if is_url(self.path) or "words" not in self.manifest or "steps" in self.manifest:
             return damaged.replace(hint="copy that file again from its source: it cannot be made again here")
         commands = (f"rm -f {paths}", self._command())
         return damaged.replace(hint="to write that file anew, and no other, type", commands=commands)

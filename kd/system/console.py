@@ -110,7 +110,7 @@ class StepProgress:
         if step > self.start:
             say += f"  {format_duration(spent / (step - self.start) * (self.steps - step))} left"
         self.bar.update(self.task, completed=step, say=say)
-        if self.shown and not console.is_terminal and (time.monotonic() - self.printed > 10 or step == self.steps):
+        if self.shown and not console.is_terminal and (time.monotonic() - self.printed > QUIET or step == self.steps):
             self.printed = time.monotonic()
             print(f"{self.title}  {self.unit} {step}/{self.steps}  {say}", file=sys.stderr, flush=True)
 

@@ -9,11 +9,12 @@ finished teacher in the step declares that by @traits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
 
+from kd.config.decorators import Function, declare
 from kd.data.batches import Batch
 from kd.models.causal_lm import CausalLM
 from kd.models.flops import Cost
@@ -34,19 +35,11 @@ TRAITS = (
     "recorded",  # the store is written while the teacher is trained
     "trains_teacher",  # the teacher learns in the same steps
 )
-Function = TypeVar("Function", bound=Callable)
 
 
 def traits(*names: str) -> Callable[[Function], Function]:
     """Declare properties of a source of logits. The rules of configs read them without an import."""
-    if unknown := set(names) - set(TRAITS):
-        raise TypeError(f"there is no trait {', '.join(sorted(unknown))}")
-
-    def declare(function: Function) -> Function:
-        setattr(function, "traits", names)  # noqa: B010, a function has no such attribute by its type
-        return function
-
-    return declare
+    return declare("traits", names, TRAITS)
 
 
 class TeacherOrigin(NamedTuple):

@@ -10,8 +10,8 @@ from tokenizers.processors import TemplateProcessing
 from kd.data import __main__ as data_main
 from kd.data import preview
 from kd.data.batches import IGNORE
-from tests.data.test_instructions import cache as cache
-from tests.data.test_instructions import tokenizer, write
+from tests.data.examples import cache as cache
+from tests.data.examples import tokenizer, write
 from tests.data.test_templates import THINK
 from tests.small import SMALL
 

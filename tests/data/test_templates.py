@@ -15,22 +15,24 @@ from kd.data.chat_template import ChatTemplate
 from kd.data.examples import Example, Turn
 from kd.data.templates import encode
 from kd.errors import UserError
-from tests.data.test_columns import CALL, TOOL, first
-from tests.data.test_instructions import (
+from tests.data.examples import (
     BYTES,
+    CALL,
     CHAT,
     END,
     FOUR,
     ONE,
     SYSTEM,
     THREE,
+    TOOL,
     TWO,
     Short,
     encoded,
+    first,
     tokenizer,
     write,
 )
-from tests.data.test_instructions import cache as cache
+from tests.data.examples import cache as cache
 from tests.refusals import refused
 
 START, STOP = "<|im_start|>", "<|im_end|>"

@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kd.config import components
 from kd.config.schema import ExperimentConfig
 from kd.data import packing
 from kd.experiment import planner, step_timing, summary
+from kd.experiment.components import FUNCTIONS
 from kd.experiment.dependencies import Plan
 from kd.experiment.prerequisites import prepare
 from kd.experiment.results import read_run
@@ -371,3 +373,10 @@ def test_a_wrong_number_is_refused_before_text_is_read(word, option, need, tmp_p
     with refused(option=option, need=need):
         prepare(small_config(tmp_path / "root", "loss=skl", word))
     assert not (tmp_path / "root").exists()
+
+
+def test_the_functions_of_a_config_are_built_once(tmp_path, monkeypatch):
+    built, build = [], components.build
+    monkeypatch.setattr(components, "build", lambda node, group: built.append(group) or build(node, group))
+    prepare(small_config(tmp_path / "root"))
+    assert sorted(built) == sorted(FUNCTIONS)

@@ -331,6 +331,17 @@ def test_settings_of_a_foreign_store_are_checked_like_any(root, command_line):
     assert code == 2 and "os.system" in said
 
 
+@pytest.mark.parametrize("settings", [None, [], "text"])
+def test_a_store_without_the_settings_of_a_run_is_refused(settings, root, command_line):
+    path = only(root) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["digest"], manifest["settings"]
+    manifest |= {} if settings is None else {"settings": settings}
+    files.write_json(path, manifest | {"digest": files.digest_of(manifest)})
+    code, said = command_line("verify", str(only(root)))
+    assert code == 2 and "has settings that are not those of a run" in said and "Traceback" not in said
+
+
 # Something else
 
 
