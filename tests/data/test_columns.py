@@ -57,7 +57,9 @@ def test_a_system_prompt_beside_messages_is_there_once(tmp_path):
     made = first(tmp_path, {"messages": [ONE, TWO], "system": "Be brief."})
     assert roles(made) == [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello")]
     assert roles(first(tmp_path, {"messages": [SYSTEM, ONE, TWO], "system": "Be brief."})) == roles(made)
-    with refused(option="data.files", why="two system prompts, 'Be brief.' and 'No.', in its columns or messages"):
+    with refused(
+        option="data.files", why="in line 1, the columns or messages hold two system prompts, 'Be brief.' and 'No.'"
+    ):
         first(tmp_path, {"messages": [SYSTEM, ONE, TWO], "system": "No."})
 
 
@@ -91,7 +93,7 @@ def test_two_system_prompts_are_refused_and_equal_ones_are_there_once(tmp_path):
     assert len(first(tmp_path, chosen, **named).turns) == 3
     for bad, of in ((row | {"system_prompt": "No."}, {}), (row | history | {"system": "No."}, {}),
                     (chosen | {"prompt": [other, ONE]}, named)):  # fmt: skip
-        with refused(option="data.files", why="a row has two system prompts"):
+        with refused(option="data.files", why="two system prompts"):
             first(tmp_path, bad, **of)
 
 
@@ -334,6 +336,25 @@ def test_what_tables_fill_in_is_not_there(tmp_path):
 
 
 # Files
+
+
+@pytest.mark.parametrize(
+    ("kind", "place"), [("jsonl", "line 5 of {}"), ("json", "row 3 of {}"), ("parquet", "row 3 of {}")]
+)
+def test_a_row_that_cannot_be_read_is_named_with_its_file(tmp_path, kind, place):
+    good = {"prompt": "P", "response": "R", "weight": 1.0}
+    bad = good | {"weight": 0.5}
+    write(tmp_path / f"a.{kind}", good)
+    file = write(tmp_path / f"b.{kind}", good, good, bad, good)
+    if kind == "jsonl":
+        file.write_text(file.read_text().replace("\n", "\n\n"))
+    why = "column 'weight' holds 0.5, and a row is learned as a whole"
+    with refused(option="data.files", got=f"{tmp_path}/*.{kind}", why=f"in {place.format(file)}, {why}"):
+        load(f"{tmp_path}/*.{kind}")
+    with refused(option="data.files", got=file, why=f"in {place.removesuffix(' of {}')}, {why}"):
+        load(file)
+    with refused(why=f"in {place.removesuffix(' of {}')}, {why}"):
+        instructions.instructions(64, files=str(file)).load()[2]
 
 
 def test_prompts_alone(tmp_path):
