@@ -7,6 +7,7 @@ template reads, are counted by name. Values that would change the meaning and ca
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from kd.data.conversations import HISTORY, SYSTEM, ConversationReader
 from kd.data.examples import Example, Turn
@@ -163,12 +164,14 @@ class RowReader:
         return "" if weighted else "weight"
 
 
-def examples(rows, prompt: str | None, response: str | None, learn: str, option: str) -> Documents:
+def examples(
+    rows, prompt: str | None, response: str | None, learn: str, option: str, file: Path | None = None
+) -> Documents:
     """Return the examples of a table; raise UserError, which lists the columns, if no known columns exist."""
     columns = Documents(rows, dict, option).columns
     shape = shape_of(columns, prompt, response, option)
     reader = RowReader(shape, learn, option, filled=not isinstance(rows, JsonRows), named=prompt is not None)
-    documents = Documents(rows, reader, option)
+    documents = Documents(rows, reader, option, file)
     value = documents.first().get(shape.prompt)
     if shape.response is None and shape not in SHAPES[-1:] and value is not None and messages_in(value) is None:
         raise UserError(

@@ -67,7 +67,7 @@ class ConversationReader:
         for turn in systems:
             if turn.content.strip() != systems[0].content.strip():
                 both = f"{brief(systems[0].content)} and {brief(turn.content)}"
-                why = f"a row has two system prompts, {both}, in its columns or messages"
+                why = f"the columns or messages hold two system prompts, {both}"
                 raise UserError(option=self.option, why=why, hint="keep one of these system prompts")
 
     def _whole(self, prompt: list[Turn], answer: list[Turn]) -> tuple[list[Turn], list[Turn]]:

@@ -113,7 +113,7 @@ def hub(
     """Any dataset of the Hugging Face Hub (or a local folder of one); streaming reads only as much as is needed."""
 
     def load() -> Iterable[str]:
-        return _column(hub_rows(name, subset, split, revision, streaming), field, f"data.name={name}")
+        return _column(hub_rows(name, subset, split, revision, streaming), None, field, f"data.name={name}")
 
     if not name:
         hint = "type e.g. data.name=roneneldan/TinyStories"
@@ -170,7 +170,8 @@ def text(files: str, field: str = "text", sample_by: str = "paragraph") -> Corpu
 
     def load() -> Joined:
         tables = local_tables(files, paths, builder, **extra)
-        return Joined([_column(rows, field, f"data.files={files}") for rows in tables])
+        sources = [None] if builder == "text" else paths  # a table holds all files of plain text
+        return Joined([_column(*pair, field, f"data.files={files}") for pair in zip(tables, sources, strict=True)])
 
     return Corpus(load, fingerprint)
 
@@ -217,18 +218,18 @@ def _matching(files: str) -> list[Path]:
     return sorted(map(Path, names))
 
 
-def _column(rows, field: str, option: str) -> Documents:
+def _column(rows, file: Path | None, field: str, option: str) -> Documents:
     def text(row: dict) -> str:
         if not isinstance(value := row.get(field), str):
             raise UserError(
                 option=option,
-                why=f"column {field!r} holds {kind_of(value)} in a row",
+                why=f"column {field!r} holds {kind_of(value)}",
                 need="text in each row",
                 hint="type data.field=ANOTHER, or leave such rows out of the file",
             )
         return value
 
-    texts = Documents(rows, text, option)
+    texts = Documents(rows, text, option, file)
     if field not in texts.columns:
         why = f"has no column {field!r}, only {', '.join(texts.columns)}"
         raise UserError(option=option, why=why, hint="type data.field=ONE_OF_THEM")

@@ -57,6 +57,7 @@ class _ExampleRows:
         self.dtype, self.counts, self.tokens = token_dtype(fast), Counts("examples"), 0
         self.spans: dict[str, list[tuple[int, int]]] = {"train": [], "val": []}
         self.val_response_bytes: list[float] = []  # as far as rows hold them
+        self.too_long: list[int] = []  # tokens of the prompts that are left out for their length
         self.files = {side: open(folder / f"{side}.bin", "wb") for side in ("train", "val")}
 
     def close(self) -> None:
@@ -71,6 +72,8 @@ class _ExampleRows:
         if not 0 < len(prompt) <= self.prompt_len or not is_learned:
             reason = "prompt_too_long" if is_learned else "no_response"
             self.counts.left_out[reason if prompt else "no_prompt"] += 1
+            if prompt and is_learned:
+                self.too_long.append(len(prompt))
             return
         side, whole = self.split(example), [*prompt, *response, self.end]
         row = whole[: self.size]
@@ -92,12 +95,7 @@ class _ExampleRows:
         counts.used = {side: len(spans) for side, spans in self.spans.items()}
         counts.rows = counts.used | {"val": min(len(self.spans["val"]), val_rows)}
         if not all(counts.used.values()):
-            raise UserError(
-                in_words(counts.as_dict()),
-                need="at least one example for training and one for validation",
-                hint="give more examples, longer rows (data.seq_len=, data.prompt_len=), or a larger share of the "
-                "examples to validation (data.val_share=0.2)",
-            )
+            raise self._side_is_empty(template)
         for side, spans in self.spans.items():
             chosen = save_rows(self.folder, side, self.dtype, (len(spans), self.size), val_rows)
             table = np.array(spans, np.int32)[chosen]
@@ -108,6 +106,24 @@ class _ExampleRows:
             "bytes_per_token": float(np.array(self.val_response_bytes)[chosen].sum() / learned) or None,
             "template": template, "end": self.end, "counts": counts.as_dict(),
         }  # fmt: skip
+
+    def _side_is_empty(self, template: str) -> UserError:
+        """Return the error for data without a row for training or validation."""
+        why, need = in_words(self.counts.as_dict()), "at least one example for training and one for validation"
+        if not self.too_long:
+            hint = "give more examples, or a larger share of them to validation (data.val_share=0.2)"
+            return UserError(option="data", why=why, need=need, hint=hint)
+        shortest, longest = min(self.too_long), max(self.too_long)
+        lengths = f"{longest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
+        text = "" if template == "plain" else f", with what data.template={template} adds to them"
+        rows = "" if longest < self.size - 1 else f" data.seq_len={2 * longest}"  # as much again for the response
+        return UserError(
+            option="data.prompt_len",
+            got=self.prompt_len,
+            why=f"{why}; the prompts that are left out for their length have {lengths} tokens{text}",
+            need=need,
+            hint=f"type data.prompt_len={longest}{rows}, or give more examples, or shorter prompts",
+        )
 
 
 def _without_ends(tokens: list[int], end: int | None) -> list[int]:

@@ -12,6 +12,7 @@ import datetime
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 
 from kd.data import columns, corpora, tables
 from kd.data.corpora import Corpus, Pairs
@@ -74,7 +75,7 @@ def instructions(
         paths, builder = corpora.local_files(files, corpora.TABLES)
         fingerprint |= dict(files=corpora.stamps(paths), version=ROWS)
         rows = partial(tables.local_tables, files, paths, builder)
-        load = partial(_of_files, rows, prompt, response, turns, f"data.files={files}")
+        load = partial(_of_files, rows, paths, prompt, response, turns, f"data.files={files}")
     else:
         sources, template = corpora.standard_library(), template or "plain"
         fingerprint |= dict(name="functions", version=3, template=template, content=corpora.digest_all(sources))
@@ -89,8 +90,11 @@ def _of_table(rows: Callable, prompt: str | None, response: str | None, turns: s
     return columns.examples(rows(), prompt, response, turns, option)
 
 
-def _of_files(rows: Callable, prompt: str | None, response: str | None, turns: str, option: str) -> Joined:
-    return Joined([columns.examples(table, prompt, response, turns, option) for table in rows()])
+def _of_files(
+    rows: Callable, paths: list[Path], prompt: str | None, response: str | None, turns: str, option: str
+) -> Joined:
+    pairs = zip(rows(), paths, strict=True)
+    return Joined([columns.examples(table, prompt, response, turns, option, path) for table, path in pairs])
 
 
 def _check_date(date: str) -> None:

@@ -17,10 +17,13 @@ from kd.system import files as on_disk
 
 
 class Documents:
-    """Rows of a table, turned into documents by `make`: iterable, and indexable where the table is."""
+    """Rows of a table, turned into documents by `make`: iterable, and indexable where the table is.
 
-    def __init__(self, rows, make: Callable[[dict], Any], option: str):
-        self.rows, self.make, self.option = rows, make, option
+    A UserError of `make` is raised with the row's place in front of its reason. file: of the table, if it is one.
+    """
+
+    def __init__(self, rows, make: Callable[[dict], Any], option: str, file: Path | None = None):
+        self.rows, self.make, self.option, self.file = rows, make, option, file
         self.columns = rows.column_names or list(self.first())
         if not self.columns:
             why = "has no row with a named column"
@@ -34,10 +37,19 @@ class Documents:
         return next(self._read(), {})
 
     def __iter__(self) -> Iterator:
-        return map(self.make, self._read())
+        return (self._document(index, row) for index, row in enumerate(self._read()))
 
     def __getitem__(self, index: int):
-        return self.make(self.rows[index])
+        return self._document(index, self.rows[index])
+
+    def _document(self, index: int, row: dict):
+        try:
+            return self.make(row)
+        except UserError as error:
+            place = self.rows.place(index) if isinstance(self.rows, JsonRows) else f"row {index + 1}"
+            named = self.file is None or self.option == f"data.files={self.file}"
+            place += "" if named else f" of {self.file}"
+            raise error.replace(why=f"in {place}, {error.why}") from error
 
     def _read(self) -> Iterator[dict]:
         try:
@@ -110,6 +122,13 @@ class JsonRows:
             return self.rows[index]
         start, end = self.spans[index]
         return _parsed(self.text[start:end])
+
+    def place(self, index: int) -> str:
+        """Return the place of a row in the file, counted from 1; empty lines count too."""
+        if self.rows is not None:
+            return f"row {index + 1}"
+        before = self.text[: self.spans[index][0]].count(b"\n")
+        return f"line {before + 1}"
 
     @staticmethod
     def _row(row, place: str) -> dict:

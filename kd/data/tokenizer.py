@@ -13,6 +13,7 @@ from kd.system import files
 
 END = "<|endoftext|>"  # of tokenizers that are trained here
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # files that hold a whole vocabulary
 
 
 def load_tokenizer(name: str, label: str):
@@ -36,6 +37,13 @@ def load_tokenizer(name: str, label: str):
                 why=f"could not be loaded: {name} has a tokenizer.model and no tokenizer.json",
                 need="the packages sentencepiece and protobuf for that format",
                 hint="type pip install sentencepiece protobuf, and the same command again",
+            ) from error
+        if Path(name).is_dir() and not any((Path(name) / file).exists() for file in VOCABULARIES):
+            raise UserError(
+                option=label,
+                why=f"could not be loaded: {name} has no {', no '.join(VOCABULARIES)}",
+                need="the files of a tokenizer",
+                hint="copy the tokenizer that this model was trained with into that folder",
             ) from error
         raise
 

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from kd.errors import UserError
+from kd.models.folders import check_config, check_name, check_weights, meant
 from kd.system.network import offline_unless_reachable
 
 ADAPTER, BASE = "adapter_config.json", "base_model_name_or_path"
@@ -31,6 +32,8 @@ def pretrained(name: str, option: str):
             setattr(part, key, 0.0)
         if getattr(part, "rescale_every", None):  # RWKV halves weights in place whenever it is in eval mode
             part.rescale_every = 0
+    if Path(name).is_dir():
+        check_weights(Path(name), f"{option}={name}")
     settings = dict(config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     model, info = from_hub(AutoModelForCausalLM, name, f"{option}={name}", **settings)
     if info["missing_keys"]:
@@ -48,6 +51,8 @@ def config_of(name: str, option: str):
     """Return the config of a Hub name or folder; raise UserError if it needs code, or unsupported quantised weights."""
     from transformers import AutoConfig
 
+    if Path(name).is_dir():
+        check_config(Path(name), f"{option}={name}")
     from_hub(_Harmless, name, f"{option}={name}")
     config = from_hub(AutoConfig, name, f"{option}={name}")
     for part in (config, config.get_text_config()):
@@ -170,8 +175,12 @@ class _Harmless:
         check(PretrainedConfig.get_config_dict(name)[0])
 
 
-def from_hub(auto, name: str, option: str, **settings):
-    """Return auto.from_pretrained(name); raise UserError with a hint if it cannot be loaded."""
+def from_hub(auto, name: str, subject: str, **settings):
+    """Return auto.from_pretrained(name); raise UserError with a hint if it cannot be loaded.
+
+    subject: of the error, such as student.name=gpt2, or "The tokenizer of gpt2".
+    """
+    check_name(name, subject)
     folder = Path(name).is_dir()
     if not folder:
         offline_unless_reachable()
@@ -184,11 +193,12 @@ def from_hub(auto, name: str, option: str, **settings):
         reason = " ".join(lines[: 2 if lines[:1] and lines[0].endswith(":") else 1]) or type(error).__name__
         if not isinstance(error, OSError | ValueError | RuntimeError):
             reason = f"{type(error).__name__}: {reason}"
-        location = "in that folder" if folder else "it is no folder here, and the Hub did not give it"
+        location = f"no folder {Path(name).absolute()}, and the Hub did not give it"
+        network = "check the name and the network, or give the folder of a downloaded model"
         raise UserError(
-            option=option,
-            why=f"could not be loaded ({location}): {reason}",
-            hint="check the name and the network, or give the folder of a downloaded model",
+            option=subject,
+            why=f"could not be loaded ({'in that folder' if folder else location}): {reason}",
+            hint="check the files of that folder, or give another model" if folder else meant(name) or network,
         ) from error
 
 

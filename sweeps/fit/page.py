@@ -58,7 +58,7 @@ def fit_page(fits: ScalingFits, verdict: str, question: str = "") -> str:
     if fits.distillation:
         figures["students"], figures["winners"] = students_plot(fits), tradeoff_plot(fits, tradeoffs)
     figures |= {f"power-{axis}": power_plot(axis, fit, fits.entropy) for axis, fit in fits.powers.items()}
-    warnings = [*fits.not_fitted, *(line for fit in fits.main for line in fit.warnings), *fits.notes]
+    warnings = [*fits.not_fitted, *(line for fit in fits.fits for line in fit.warnings), *fits.notes]
     return render(
         "fit.html", figures, folder=Path(__file__).parent / "templates", question=question, verdict=verdict,
         facts=facts(fits), warnings=warnings, fits=fits, best_sizes=best_sizes, tradeoffs=tradeoffs,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import cached_property
 from statistics import fmean
 
-from sweeps.report.groups import Group, varying
+from sweeps.report.groups import Group, comparable, varying
 from sweeps.report.wording import format_amount
 
 TITLES = {  # of axes, with their units
@@ -79,9 +80,17 @@ class Coordinates:
     def text(self, group: Group) -> str:
         """Return a setting as a person writes it: 1m, 0.5, wsd."""
         setting = group.config.get(self.key)
-        if self.tokens:
-            return format_amount(self.tokens[setting])
-        return "–" if setting is None else f"{setting:g}" if type(setting) is float else str(setting)
+        text = format_amount(self.tokens[setting]) if self.tokens else short_text(setting)
+        return json.dumps(setting) if text in self._shared_texts else text
+
+    @cached_property
+    def _shared_texts(self) -> set[str]:
+        """Short texts that several values have, such as floats that are equal to six digits."""
+        if self.tokens:  # whose texts differ
+            return set()
+        settings = {comparable(value): value for value in (group.config.get(self.key) for group in self.groups)}
+        counts = Counter(map(short_text, settings.values()))
+        return {text for text, count in counts.items() if count > 1}
 
     def ordered_texts(self) -> list[str]:
         """Return the values as text: numbers by size, names by mean loss."""
@@ -94,3 +103,7 @@ class Coordinates:
         if len(sizes) == len(values):
             return sorted(losses, key=sizes.__getitem__)
         return sorted(losses, key=lambda text: fmean(losses[text]))
+
+
+def short_text(setting: object) -> str:
+    return "–" if setting is None else f"{setting:g}" if isinstance(setting, float) else str(setting)

@@ -11,7 +11,7 @@ from itertools import product
 import plotly.graph_objects as go
 
 from sweeps.report.axes import Coordinates, axes_of
-from sweeps.report.groups import SUPERVISED, Group, label
+from sweeps.report.groups import SUPERVISED, Group, comparable, distinct_labels
 from sweeps.report.plots import blank, folded, padded
 from sweeps.report.statistics import indistinguishable
 from sweeps.report.table import COLORS, GREY, Row
@@ -142,19 +142,24 @@ def line_plots(table: list[Row]) -> list[Plot]:
         # A setting of another option, such as temperature.tau of normkd, is not on this axis but beside it.
         on_axis = [row for row in rows if type(axis.value(row.group)) is float]
         off_axis = [row for row in rows if axis.value(row.group) is None]
-        series: dict[str, list[Row]] = {}
+        others = [k for k in keys if k != key]
+        lines: dict[tuple, list[Row]] = {}
         for row in sorted(on_axis, key=lambda row: axis.number(row.group)):
-            series.setdefault(line_name(row.group, [k for k in keys if k != key], steps), []).append(row)
+            settings = tuple(comparable(row.group.config.get(k)) for k in others)
+            lines.setdefault(settings, []).append(row)
+        series = dict(zip(line_names([line[0].group for line in lines.values()], others, steps), lines.values()))
         if len(series) <= 6 and any(len(line) > 2 for line in series.values()):
             plots.append(Plot(line_plot(axis, series, off_axis if len(off_axis) <= 4 else []), key))
     return plots
 
 
-def line_name(group: Group, keys: list[str], steps: Coordinates) -> str:
-    """Return the settings of a line as text; steps as tokens only if these tell lines apart."""
+def line_names(groups: list[Group], keys: list[str], steps: Coordinates) -> list[str]:
+    """Return the settings of lines as text; steps as tokens only if these tell lines apart. groups: one of each line"""
     if steps.tokens or steps.key not in keys:
-        return label(group.config, keys)
-    return f"{label(group.config, [key for key in keys if key != steps.key])} steps={steps.text(group)}".strip()
+        return distinct_labels([(group.config, keys) for group in groups], [None] * len(groups))
+    others = [key for key in keys if key != steps.key]
+    names = distinct_labels([(group.config, others) for group in groups], [None] * len(groups))
+    return [f"{name} steps={steps.text(group)}".strip() for name, group in zip(names, groups)]
 
 
 def line_plot(axis: Coordinates, series: dict[str, list[Row]], constant: list[Row]) -> go.Figure:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -100,9 +101,9 @@ def group_runs(entries: list[Entry]) -> list[Group]:
     for (config, _), name in zip(pairs, names):
         by_name.setdefault(name, []).append(config)
     keys = {name: varying(configs) for name, configs in by_name.items()}
+    labels = distinct_labels([(config, keys[name]) for (config, _), name in zip(pairs, names)], names)
     groups = []
-    for (config, seeds), name in zip(pairs, names):
-        text = " ".join(filter(None, [name, label(config, keys[name])]))
+    for (config, seeds), text in zip(pairs, labels):
         line = {"line": next(iter(seeds.values())).name} if all(names) else {}
         groups.append(Group(text or str(config.get("loss")), config | line, seeds))
     metric = primary_metric(groups)
@@ -165,10 +166,23 @@ def comparable(value: object) -> Hashable:
     return json.dumps(value, sort_keys=True)
 
 
-def label(config: dict, keys: list[str]) -> str:
+def distinct_labels(rows: list[tuple[dict, list[str]]], names: Sequence[str | None]) -> list[str]:
+    """Return names and labels of configs; numbers are written in full where short ones would give two the same.
+
+    rows: config of each, and the keys that its label has.
+    """
+    short, full = (
+        [" ".join(filter(None, [name, label(*row, exact)])) for row, name in zip(rows, names, strict=True)]
+        for exact in (False, True)
+    )
+    counts = Counter(short)
+    return [full[i] if counts[text] > 1 else text for i, text in enumerate(short)]
+
+
+def label(config: dict, keys: list[str], exact: bool = False) -> str:
     """Return the words that a person would type, shortened: akl, fkl tau=2, student=1m lr.peak=0.002.
 
-    Steps are given as tokens.
+    Steps are given as tokens. exact: write numbers with all their digits.
     """
     words = []
     for key in keys:
@@ -176,8 +190,11 @@ def label(config: dict, keys: list[str]) -> str:
         value, sized = config.get(key), name in ("size", "name")
         if key in config and not (value is None and (sized or axis in keys)):
             text = value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value)
+            if exact and isinstance(value, float) and float(text) != value:
+                text = json.dumps(value)
             short = axis if sized else name if axis in ("loss", "truncation", "temperature", "rollout") else key
             if key == "trainer.steps" and config["data"] != "instructions":  # whose rows are not full
-                short, text = "tokens", format_amount(value * config["trainer.batch"] * config["data.seq_len"])
+                tokens = value * config["trainer.batch"] * config["data.seq_len"]
+                short, text = "tokens", f"{tokens:.0f}" if exact else format_amount(tokens)
             words.append(text if key in ("loss", "truncation", "line") else f"{short}={text}")
     return " ".join(words)

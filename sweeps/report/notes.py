@@ -95,13 +95,7 @@ def token_warnings(groups: list[Group]) -> list[str]:
 
 def caveats(groups: list[Group], rows: list[Row], lines: list[ReferenceLine], ranked: bool) -> list[str]:
     """Return what the intervals leave out, with the numbers of this sweep."""
-    notes, configs = [], [result["config"] for g in groups for result in g.results]
-    for count, length in sorted({(c.get("data.val_rows"), c.get("data.seq_len")) for c in configs}, key=str):
-        if count and length:
-            most = "at most " if configs[0]["data"] == "instructions" else ""
-            notes.append(
-                f"The held-out text has {count} rows of {most}{length} tokens, {most}{count * length:,} in all."
-            )
+    notes = held_out_sizes(groups)
     teachers = sum(line.dash == "solid" for line in lines)
     if teachers:
         used = (
@@ -117,3 +111,17 @@ def caveats(groups: list[Group], rows: list[Row], lines: list[ReferenceLine], ra
             f"about {0.05 * count:.2g} would still look beyond noise."
         )
     return notes
+
+
+def held_out_sizes(groups: list[Group]) -> list[str]:
+    """Return the sizes of the held-out texts, from the rows that were packed: data.val_rows is only their limit."""
+    sizes = set()
+    for result in (result for group in groups for result in group.results):
+        counts, length = result.get("data") or {}, result["config"].get("data.seq_len")
+        if (rows := counts.get("rows", {}).get("val")) and length:  # results of earlier versions lack the counts
+            sizes.add((rows, length, counts.get("unit") == "examples"))
+    return [
+        f"The held-out text has {rows:,} row{'s' if rows > 1 else ''} of {'at most ' * padded}{length:,} tokens, "
+        f"{'at most ' * padded}{rows * length:,} in all."
+        for rows, length, padded in sorted(sizes)
+    ]

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from kd.evaluation.catalog import Metric
 from kd.runs.identity import is_under
 from sweeps.report.groups import (
-    SUPERVISED,
     TASK,
     Group,
     baseline_name,
     describe_task,
     label,
+    name_without_loss,
     primary_metric,
     tasks_of,
     varying,
@@ -33,6 +33,7 @@ class Verdict:
     metric: Metric
     value: Interval  # of the best, over the seeds that its baseline has too
     baseline: str | None  # None: there is none, or the best is language modelling alone itself
+    missing_baseline: str  # what is missing and what to type; empty if nothing is
     difference: Interval | None  # to the baseline, paired over seeds
     gap_closed: Interval | None
     tied: list[str]  # within noise of the best
@@ -60,8 +61,6 @@ class Verdict:
                 parts.append("which is no improvement")
             elif self.gap_closed and not change.within_noise:
                 parts.append(f"{percent(self.gap_closed)} of the gap to the teacher closed")
-        elif self.baseline:
-            parts.append(f"no run by {self.baseline} with its task and seed to compare with (logits=none)")
         seeds = f"{n} seeds, {'paired, ' if change else ''}95% interval" if n > 1 else "1 seed: no interval"
         text = f"{', '.join(parts)} ({seeds})"
         for caveat, names in (
@@ -70,7 +69,7 @@ class Verdict:
             ("ahead of it on 1 seed, which may be chance", self.ahead_on_one_seed),
         ):
             text += f"; {caveat}: {shortened(names)}" if names else ""
-        return text
+        return text + (f"; {self.missing_baseline}" if self.missing_baseline else "")
 
     def short(self) -> str:
         """Return task, best group and its difference."""
@@ -111,13 +110,28 @@ def judge(task: list[Group], metric: Metric, name: str) -> Verdict:
         rivals=len(rivals),
         metric=metric,
         value=value,
-        baseline=None if best.supervised else base.label if base else SUPERVISED,
+        baseline=base.label if base else None,
+        missing_baseline="" if best.supervised or base else missing_baseline(best, rivals),
         difference=change,
         gap_closed=gap_closed(best, base, metric),
         tied=[g.label for g in indistinguishable(best, rivals, metric)],
         surely_better=[] if best in sure else [g.label for g in sure],
         ahead_on_one_seed=[g.label for g, lead in leads if lead and lead.half is None and metric.sign * lead.mean > 0],
     )
+
+
+def missing_baseline(best: Group, rivals: list[Group]) -> str:
+    """Return which run there is none of to compare the best with, and what to type to get it."""
+    baseline = name_without_loss(best.config | {"logits": "none", "rollout": "none"})
+    seeds = join_words([str(seed) for seed in sorted(best.runs)])
+    text = (
+        f"not compared with training without a teacher, since no finished run of {baseline} has the same "
+        f"{describe_task([best])} and {'one of the seeds' if len(best.runs) > 1 else 'seed'} {seeds}"
+    )
+    if any(g.config.get("rollout", "none") != "none" for g in rivals):
+        return f"{text} (to get it, add runs with logits=none rollout=none to the sweep)"
+    sources = ",".join(["none", *sorted({g.config["logits"] for g in rivals})])
+    return f"{text} (to get it, type the command of the sweep again with logits={sources})"
 
 
 def headline(verdicts: list[Verdict], groups: list[Group]) -> str:

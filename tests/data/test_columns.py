@@ -43,7 +43,9 @@ def test_a_system_prompt_beside_messages_is_there_once(tmp_path):
     made = first(tmp_path, {"messages": [ONE, TWO], "system": "Be brief."})
     assert roles(made) == [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello")]
     assert roles(first(tmp_path, {"messages": [SYSTEM, ONE, TWO], "system": "Be brief."})) == roles(made)
-    with refused(option="data.files", why="two system prompts, 'Be brief.' and 'No.', in its columns or messages"):
+    with refused(
+        option="data.files", why="in line 1, the columns or messages hold two system prompts, 'Be brief.' and 'No.'"
+    ):
         first(tmp_path, {"messages": [SYSTEM, ONE, TWO], "system": "No."})
 
 
@@ -77,7 +79,7 @@ def test_two_system_prompts_are_refused_and_equal_ones_are_there_once(tmp_path):
     assert len(first(tmp_path, chosen, **named).turns) == 3
     for bad, of in ((row | {"system_prompt": "No."}, {}), (row | history | {"system": "No."}, {}),
                     (chosen | {"prompt": [other, ONE]}, named)):  # fmt: skip
-        with refused(option="data.files", why="a row has two system prompts"):
+        with refused(option="data.files", why="two system prompts"):
             first(tmp_path, bad, **of)
 
 

@@ -224,6 +224,19 @@ def test_file_without_text_in_it_is_named(tmp_path, name, content):
         read(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("source", ["files", "folder", "stream"])
+def test_row_without_text_is_named_by_its_number(tmp_path, name, source):
+    write(tmp_path / "set" / name, ["one", "two", None])
+    place = "line 3" if (source, name) == ("files", "a.jsonl") else "row 3"
+    folder = str(tmp_path / "set")
+    corpus = (
+        corpora.text(f"{folder}/{name}") if source == "files" else corpora.hub(folder, streaming=source == "stream")
+    )
+    with refused(why=f"in {place}, column 'text' holds NoneType", need="text in each row", hint="type data.field="):
+        list(corpus.load())
+
+
 def test_files_of_different_kinds_are_refused(tmp_path):
     write(tmp_path / "a.txt"), write(tmp_path / "a.jsonl")
     with refused(option="data.files", why=".jsonl, .txt", need="files of one kind"):

@@ -3,7 +3,7 @@
 import pytest
 
 from kd.data import instructions, packing
-from tests.data.examples import DOLLY, ONE, ROWS, TWO, Short, read, short, write
+from tests.data.examples import DOLLY, ONE, ROWS, TWO, Short, load, read, short, write
 from tests.data.examples import cache as cache
 from tests.refusals import refused
 
@@ -96,3 +96,22 @@ def test_whatever_changes_the_examples_changes_the_corpus(tmp_path):
     assert made[0].fingerprint == instructions.instructions(64, files=str(file)).fingerprint
     assert len({packing.key(of) for of in made}) == len(made)
     assert [of.pairs.prompt_len for of in made] == [32, 32, 5, 32]
+
+
+@pytest.mark.parametrize(
+    ("kind", "place"), [("jsonl", "line 5 of {}"), ("json", "row 3 of {}"), ("parquet", "row 3 of {}")]
+)
+def test_a_row_that_cannot_be_read_is_named_with_its_file(tmp_path, kind, place):
+    good = {"prompt": "P", "response": "R", "weight": 1.0}
+    bad = good | {"weight": 0.5}
+    write(tmp_path / f"a.{kind}", good)
+    file = write(tmp_path / f"b.{kind}", good, good, bad, good)
+    if kind == "jsonl":
+        file.write_text(file.read_text().replace("\n", "\n\n"))
+    why = "column 'weight' holds 0.5, and a row is learned as a whole"
+    with refused(option="data.files", got=f"{tmp_path}/*.{kind}", why=f"in {place.format(file)}, {why}"):
+        load(f"{tmp_path}/*.{kind}")
+    with refused(option="data.files", got=file, why=f"in {place.removesuffix(' of {}')}, {why}"):
+        load(file)
+    with refused(why=f"in {place.removesuffix(' of {}')}, {why}"):
+        instructions.instructions(64, files=str(file)).load()[2]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -185,9 +186,26 @@ def test_packed_examples_are_opened_as_they_were_written(tmp_path):
 
 
 def test_examples_that_leave_a_side_empty_are_refused(tmp_path):
-    with refused(why="left out: 40 with a prompt beyond data.prompt_len", hint="data.prompt_len="):
-        pack(tmp_path, *many(), prompt_len=1)
+    with refused(option="data", why="2 examples read, 2 rows for training and 0", hint="data.val_share=0.2"):
+        pack(tmp_path, *many(2), val_share=0.001)
     assert not [p for p in (tmp_path / "packed").iterdir() if p.is_dir()]
+
+
+def test_prompts_that_are_all_too_long_are_refused_with_their_lengths(tmp_path):
+    lengths = "left out for their length have 2 to 3 tokens"
+    why = ("left out: 40 with a prompt beyond data.prompt_len", lengths)
+    with refused(option="data.prompt_len", got=1, why=why, hint="type data.prompt_len=3, or") as caught:
+        pack(tmp_path, *many(), prompt_len=1)
+    assert "data.template" not in str(caught.value)
+    with refused(option="data.prompt_len", got=1, hint="type data.prompt_len=3 data.seq_len=6, or"):
+        pack(tmp_path, *many(), prompt_len=1, seq_len=3)
+    tokenizer().save_pretrained(tmp_path / "chat")
+    chat = dict(tokenizer=str(tmp_path / "chat"), vocab=None, template="chat")
+    with refused(option="data.prompt_len", got=6, why="tokens, with what data.template=chat adds to them") as caught:
+        pack(tmp_path, *many(), **chat)
+    typed = dict(re.findall(r"data\.(prompt_len|seq_len)=(\d+)", caught.value.hint))
+    packed = pack(tmp_path, *many(), **chat, **{name: int(value) for name, value in typed.items()})
+    assert not packed.counts["left_out"]  # what the hint says is enough
 
 
 def test_batches_are_masked_and_those_of_plain_text_are_not(tmp_path):

@@ -365,7 +365,8 @@ def test_pickled_weights_are_refused(llama):
     weights = load_file(llama / "model.safetensors")
     (llama / "model.safetensors").unlink()
     torch.save(weights, llama / "pytorch_model.bin")
-    with refused(option="teacher.name", got=llama, why=("could not be loaded (in that folder)", "safetensors")):
+    hint = "save the weights of pytorch_model.bin as safetensors"
+    with refused(option="teacher.name", got=llama, why="has neither model.safetensors", need="may run code", hint=hint):
         build(llama)
 
 
@@ -410,7 +411,66 @@ def test_weights_of_another_shape_are_refused(llama):
         build(llama)
 
 
-@pytest.mark.parametrize("name", ["no-such/model", "no such//name", "/no/folder"])
+def test_folder_without_weights_is_refused_by_the_names_of_files(llama):
+    (llama / "model.safetensors").unlink()
+    why = f"{llama} has neither model.safetensors nor model.safetensors.index.json; it has config.json, generation_con"
+    with refused(option="teacher.name", got=llama, why=why, need="weights as safetensors", hint="download the model"):
+        build(llama)
+
+
+@pytest.mark.parametrize("load", [build, lambda folder: flops.cost_of(None, str(folder), V, T, "teacher.name")])
+def test_folder_without_a_config_is_refused_with_what_is_below(llama, load):
+    (llama / "config.json").unlink()
+    why = f"could not be loaded: {llama} has no config.json; it has generation_config.json, model.safetensors"
+    hint = "give the folder of a downloaded model, or the name of one of the Hub"
+    with refused(option="teacher.name", got=llama, why=why, need="config.json and model.safetensors", hint=hint):
+        load(llama)
+    (llama / "checkpoint-3").mkdir()
+    (llama / "checkpoint-3" / "config.json").write_text("{}")
+    with refused(option="teacher.name", got=llama, hint=f"type {llama / 'checkpoint-3'} in its place"):
+        load(llama)
+
+
+def test_folder_without_a_tokenizer_is_refused_by_the_names_of_files(llama):
+    (llama / "tokenizer_config.json").write_text("{}")  # which holds no vocabulary
+    why, hint = f"{llama} has no tokenizer.json, no tokenizer.model", "copy the tokenizer that this model was trained"
+    with refused(option="The tokenizer of x", why=why, hint=hint):
+        load_tokenizer(str(llama), "The tokenizer of x")
+
+
+def test_path_without_a_folder_is_refused_with_the_part_that_is_missing(calls, llama, monkeypatch):
+    nested = shutil.copytree(llama, llama.parent / "models" / "small")
+    for name, part, meant in (
+        (llama.parent / "lama", "lama", llama), (llama.parent / "model" / "small", "model", nested),
+        (nested.parent / "smal", "smal", nested), (nested.parent / "smal" / "deeper", "smal", nested),
+    ):  # fmt: skip
+        with refused(option="teacher.name", got=name, why=f"has no folder '{part}'", hint=f"type {meant}, if that"):
+            build(name)
+        with refused(option="The tokenizer", why=f"has no folder '{part}'", hint=f"type {meant}, if that"):
+            load_tokenizer(str(name), "The tokenizer")
+    with refused(option="teacher.name", why=f"{llama.parent} has no folder 'xyz'; it has llama/, models/") as caught:
+        build(llama.parent / "xyz")
+    assert not caught.value.hint
+    with refused(option="teacher.name", why="could not be loaded: it is a file", hint=f"type {llama}, the folder of"):
+        build(llama / "config.json")
+    monkeypatch.setenv("HOME", str(llama.parent))
+    with refused(option="teacher.name", got="~/llama", hint=f"type {llama}, since ~ stays as it is"):
+        build("~/llama")
+    assert not calls
+    monkeypatch.chdir(llama.parent)
+    why = f"no folder {llama.parent / 'lama'}, and the Hub did not give it"
+    with refused(option="teacher.name", got="lama", why=why, hint=f"type {llama}, if that is meant"):
+        build("lama")
+
+
+def test_path_is_refused_without_the_network(calls):
+    for name in ("no such//name", "/no/folder"):
+        with refused(option="teacher.name", got=name, why="could not be loaded: /", need="the folder of a model"):
+            build(name)
+    assert not calls
+
+
+@pytest.mark.parametrize("name", ["no-such/model", "no-such-model"])
 def test_name_that_is_nowhere_is_refused_at_once_and_says_what_to_do(calls, name):
     with refused(option="teacher.name", got=name, why="could not be loaded", hint="check the name and the network"):
         build(name)
@@ -551,7 +611,7 @@ class Odd(Exception):
 
 
 @pytest.mark.parametrize("error", [ImportError("needs x"), AttributeError("no y"), KeyError("z"), Odd("strange\nmore")])
-def test_whatever_a_library_raises_while_it_loads_is_one_screen(saved, monkeypatch, error):
+def test_whatever_a_library_raises_while_it_loads_is_one_screen(saved, tmp_path, monkeypatch, error):
     def fail(*args, **more):
         raise error
 
@@ -561,8 +621,9 @@ def test_whatever_a_library_raises_while_it_loads_is_one_screen(saved, monkeypat
         build(saved / "llama")
     assert len(str(caught.value).splitlines()) == 1
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+    (tmp_path / "tokenizer.json").write_text("{}")
     with refused(option="The tokenizer", why=why):
-        load_tokenizer(str(saved / "llama"), "The tokenizer")
+        load_tokenizer(str(tmp_path), "The tokenizer")
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", fail)
     with refused(option="teacher.name", got=saved / "llama", why=why):
         flops.cost_of(None, str(saved / "llama"), V, T, "teacher.name")

@@ -23,6 +23,14 @@ TEACHER = 1.9
 EVIL = "</script><img src=x onerror=alert(1)>|`*[a](b)"
 
 
+def packed_counts(config):
+    """Return counts as a run records them, with as many held-out rows as the config allows."""
+    rows = {"train": 4000, "val": config["data.val_rows"]}
+    unit = "examples" if config["data"] == "instructions" else "documents"
+    counts = {"left_out": {}, "unlearned": {}, "unused": {}, "cut": 0, "special_as_text": 0, "prompts_only": 0}
+    return {"unit": unit, "read": sum(rows.values()), "used": rows, "rows": rows, **counts}
+
+
 class Sweep:
     """Run folders as train.py leaves them."""
 
@@ -44,7 +52,7 @@ class Sweep:
         result = {
             "state": "done", "config": config, "final": final, "environment": {"git": git, "torch": "2"},
             "parameters": 418_272, "teacher_parameters": 1_278_912, "bytes_per_token": 3.0, "entropy": entropy,
-            "tokens": 1_228_800, "flops": 1e12, "seconds": 60.0,
+            "tokens": 1_228_800, "flops": 1e12, "seconds": 60.0, "data": packed_counts(config),
         }  # fmt: skip
         curve = [{"step": s, "tokens": s * 4096, "flops": s * 1e9, "val/lm": loss + 300 - s} for s in (100, 200, 300)]
         lines = [{"step": 10, "train/loss": 5.0, "tokens": 40960, "flops": 1e10}, *curve]

@@ -1,14 +1,17 @@
 """Plots over the axes of a sweep, against numbers made by hand."""
 
+import itertools
 import json
 import math
 import statistics
 
 import pytest
 
+from kd.evaluation.catalog import LOSS
 from sweeps.report.axes import axes_of
 from sweeps.report.axis_plots import heat_map, line_plots
 from sweeps.report.groups import SUPERVISED
+from sweeps.report.marginals import marginal_means
 from sweeps.report.plots import dots, folded
 from sweeps.report.schedule_plots import schedule_plots
 from sweeps.report.table import ReferenceLine, rows_of
@@ -52,6 +55,29 @@ def test_heat_map_shows_the_paired_differences_and_marks_those_within_noise(swee
     assert texts[0, 1].startswith("≈ ") and texts[1, 2] == "–"
     frames = [((s.x0 + s.x1) / 2, (s.y0 + s.y1) / 2) for s in plot.figure.layout.shapes]
     assert frames == [pytest.approx((0, 1))] and not any("≈" in t for at, t in texts.items() if at != (0, 1))
+
+
+def test_floats_that_are_equal_to_six_digits_have_cells_and_rows_of_their_own(sweep):
+    near, exact = 0.1 + 1e-9, repr(0.1 + 1e-9)
+    for number, (tau, peak) in enumerate(itertools.product((1.0, 2.0, 4.0), (0.1, near))):
+        sweep.done("fkl", 0, 2.1 + 0.1 * number, **{"temperature.tau": tau, "alpha.peak": peak})
+    plot = heat_map(table(sweep))
+    layout = plot.figure.layout
+    assert sorted([*layout.xaxis.ticktext, *layout.yaxis.ticktext]) == ["0.1", exact, "1", "2", "4"]
+    losses = sorted(z for line in plot.figure.data[0].z for z in line)
+    assert losses == pytest.approx([2.1, 2.2, 2.3, 2.4, 2.5, 2.6])
+    labels = [group.label for group in sweep.groups()]
+    assert labels[:2] == ["tau=1 alpha.peak=0.1", f"tau=1 alpha.peak={exact}"] and len({*labels}) == 6
+    (lines,) = line_plots(table(sweep))
+    assert [line.name for line in lines.figure.data] == ["alpha.peak=0.1", f"alpha.peak={exact}"]
+    peaks = next(axis for axis in marginal_means(sweep.groups(), LOSS) if axis.key == "alpha.peak")
+    assert [mean.text for mean in peaks.means] == ["0.1", exact]
+
+
+def test_numbers_of_steps_that_are_equal_as_tokens_to_three_digits_have_rows_of_their_own(sweep):
+    for steps in (30_000, 30_001):
+        sweep.done("fkl", 0, 2.0, **{"trainer.steps": steps})
+    assert {group.label for group in sweep.groups()} == {"tokens=122880000", "tokens=122884096"}
 
 
 def test_heat_map_without_a_baseline_is_of_the_loss(sweep):

@@ -1,5 +1,6 @@
 """Fitted laws: planted coefficients are found, held-out runs are not seen, and limits are named."""
 
+import html
 import math
 import re
 from dataclasses import replace
@@ -248,6 +249,16 @@ def test_what_spans_more_than_an_order_of_magnitude_is_not_known(fits, name):
         fits.supervised, bootstrap=[s | {name: 0.37 * 1.2**i} for i, s in enumerate(fits.supervised.bootstrap)]
     )
     assert of.undetermined == [name]
+
+
+def test_warnings_of_all_laws_are_on_the_page_and_in_the_json(fits):
+    tokens = replace(fits.powers["tokens"], unconverged=3)
+    fits = replace(fits, powers=fits.powers | {"tokens": tokens})
+    lines = [line for fit in fits.fits for line in fit.warnings]
+    assert any(tokens.title in line and "did not converge for 3" in line for line in lines)
+    page = html.unescape(fit_page(fits, "x"))
+    in_json = [line for fit in as_json(fits)["fits"] for line in fit["doubts"]]
+    assert in_json == lines and not [line for line in lines if line not in page]
 
 
 def test_power_law_over_one_axis(fits):

@@ -52,6 +52,27 @@ def test_warns_of_other_code_and_other_text(sweep):
     assert "Held-out text differs (data.val_rows)" in page
 
 
+def test_held_out_text_is_stated_by_the_rows_that_were_packed(sweep):
+    for number, (kind, rows) in enumerate({"python": 12, "instructions": 1}.items()):
+        sweep.done("fkl", 0, 2.4, data=kind)  # with data.val_rows=64
+        path = sweep.root / f"run-{number}" / "result.json"
+        result = json.loads(path.read_text())
+        result["data"]["rows"]["val"] = rows
+        path.write_text(json.dumps(result))
+    one, twelve = [note for note in sweep.report().caveats if "held-out" in note]
+    assert one == "The held-out text has 1 row of at most 256 tokens, at most 256 in all."
+    assert twelve == "The held-out text has 12 rows of 256 tokens, 3,072 in all."
+    assert twelve in sweep.page() and twelve in sweep.file("md")
+
+
+@pytest.mark.parametrize("counts", [None, {}])  # of a result of an earlier version, and of a text without counts
+def test_rows_of_held_out_text_that_no_result_has_are_not_stated(sweep, counts):
+    path = sweep.losses(fkl=[2.4]).root / "run-0" / "result.json"
+    result = {key: value for key, value in json.loads(path.read_text()).items() if key != "data"}
+    path.write_text(json.dumps(result if counts is None else result | {"data": counts}))
+    assert not any("held-out" in note for note in sweep.report().caveats)
+
+
 def test_nothing_is_loaded_and_nothing_injected(sweep):
     evil = "</script><img src=x onerror=alert(1)>"
     sweep.losses(lm=[2.5, 2.6]).done(evil, 0, 2.4).done(evil, 1, 2.5, git=evil).done(

@@ -71,9 +71,27 @@ def test_no_baseline(sweep, tmp_path):
     verdict = sweep.losses(fkl=[2.3, 2.4], rkl=[2.5, 2.6]).verdict()
     assert verdict.best == "fkl" and verdict.difference is verdict.gap_closed is None
     assert verdict.value.mean == pytest.approx(2.35) and verdict.value.half == pytest.approx(0.6353, abs=1e-4)
-    assert "no run by language modelling alone with its task and seed to compare with (logits=none)" in verdict.line()
+    assert verdict.baseline is None and verdict.line() == (
+        "fkl is lowest of 2: 2.350 ± 0.635 nats per token on held-out text (2 seeds, 95% interval); not compared with "
+        "training without a teacher, since no finished run of language modelling alone has the same student, data and "
+        "tokens and one of the seeds 0 and 1 (to get it, type the command of the sweep again with logits=none,online)"
+    )
     only = Sweep(tmp_path / "only").losses(lm=[2.3]).verdict()
     assert (only.best, only.rivals, only.baseline) == (SUPERVISED, 1, None) and "compare" not in only.line()
+
+
+def test_baseline_of_another_seed_is_none(sweep):
+    sweep.done("lm", 7, 2.5).done("fkl", 3, 2.4, logits="offline").done("fkl", 3, 2.6)
+    assert "no finished run of language modelling alone" in sweep.verdict().line()
+    assert sweep.verdict().line().endswith("and seed 3 (to get it, type the command of the sweep again with "
+                                           "logits=none,offline,online)")  # fmt: skip
+
+
+@pytest.mark.parametrize("logits", ["online", "none"])
+def test_baseline_of_responses_is_fine_tuning(sweep, logits):
+    verdict = sweep.wrote("fkl", 0, 0.3, logits=logits, rollout="teacher").verdict()
+    assert "no finished run of SFT has the same student, data and steps and seed 0" in verdict.line()
+    assert verdict.line().endswith("(to get it, add runs with logits=none rollout=none to the sweep)")
 
 
 def test_each_student_has_a_verdict_of_its_own(sweep):
