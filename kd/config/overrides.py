@@ -34,8 +34,6 @@ SHOWN = 12  # names of options in a message, at most
 def check_groups(words: Iterable[str]) -> None:
     """Raise UserError unless an override names one option of its group, or a setting that exists."""
     words = list(words)
-    for word in words:
-        _check_slash(word)
     overrides = [override for word in words if (override := parsed(word))]
     for override in filter(Override.is_delete, overrides):
         group = override.key_or_group
@@ -75,7 +73,7 @@ def parsed(word: str) -> Override | None:
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException:
-        return None  # Hydra refuses it, and says where it ends
+        return None  # grammar.check() refuses it
 
 
 def deferred(words: list[str]) -> list[str]:
@@ -119,7 +117,7 @@ def _is_number(value) -> bool:
     return type(value) in (int, float) or (isinstance(value, Sweep) and not isinstance(value, ChoiceSweep))
 
 
-def _check_slash(word: str) -> None:
+def check_slash(word: str) -> None:
     """Raise UserError for a / in the name of a setting or group; names in kd have none."""
     key, equals, text = word.partition("=")
     name = key.lstrip("+~")
@@ -133,7 +131,7 @@ def _check_slash(word: str) -> None:
     raise _refused(word, "no setting of kd has a / in its name", f"type {needed or 'NAME'}={text}")
 
 
-def _named(names: Iterable[str]) -> str:
+def named(names: Iterable[str]) -> str:
     """Return the names of options as text; of many, only the first SHOWN."""
     names = list(names)
     shown = ", ".join(names if len(names) <= SHOWN else names[: SHOWN - 4])
@@ -150,7 +148,7 @@ def _instead(group: str, value: bool | None = None) -> str:
     if value is not True and "none" in names:
         return f"type {group}=none"
     leave = f"leave {group} out for none, or " if value is not True and group in OPTIONAL else ""
-    return f"{leave}choose one of {_named(names)}"
+    return f"{leave}choose one of {named(names)}"
 
 
 def _check_option(override: Override) -> None:
@@ -187,7 +185,7 @@ def _check_option(override: Override) -> None:
                 if "hub" in names
                 else ""
             )
-            raise _refused(word, f"{group} has no option {value}", f"{close} {_named(names)}{hub}")
+            raise _refused(word, f"{group} has no option {value}", f"{close} {named(names)}{hub}")
 
 
 def _renamed(group: str, values: str) -> str:
@@ -217,7 +215,7 @@ def _for_number(group: str, value, text: str) -> str:
 
     only = {name: keys[0] for name, keys in numeric.items() if len(keys) == 1 and takes(names[name][keys[0]])}
     if not only or len(shared) > 1:
-        return f"choose one of {_named(names)}"
+        return f"choose one of {named(names)}"
     shares = {
         name: sum(only[name] in settings for settings in names.values()) for name in only
     }  # of a setting, options that have it
