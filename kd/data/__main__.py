@@ -20,7 +20,7 @@ from kd.experiment.dependencies import corpus
 from kd.launch import command_line
 from kd.system import files, programs
 from kd.system.console import silence_libraries
-from kd.system.remote import local_root
+from kd.system.remote import create_root
 
 
 def pack_data(words: list[str]) -> tuple[ExperimentConfig, Packed]:
@@ -29,7 +29,7 @@ def pack_data(words: list[str]) -> tuple[ExperimentConfig, Packed]:
     config = config_of(files.expanded_words(words))
     silence_libraries()
     source, options = corpus(config)
-    return config, packing.pack(source, local_root(config.root) / "data", **options, announce=False)
+    return config, packing.pack(source, create_root(config.root) / "data", **options, announce=False)
 
 
 def main() -> None:

@@ -41,6 +41,17 @@ def local_root(root: str | Path) -> Path:
     return files.local_path(str(root).rstrip("/"), cache)
 
 
+def create_root(root: str | Path) -> Path:
+    """Return local_root(root), created if it does not exist; raise UserError if it cannot be."""
+    folder = local_root(root)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why, need = f"cannot be created: {error.strerror}", "a folder that can be written to"
+        raise UserError(option="root", got=root, why=why, need=need, hint="type e.g. root=runs") from None
+    return folder
+
+
 def fetch(root: str | Path, name: str) -> Path:
     """Return a file of a root on this machine, copied again if the root is a URL. The file may not exist."""
     path = local_root(root) / name
