@@ -28,6 +28,7 @@ from kd.runs.identity import readable
 from kd.system import files, programs
 from kd.system.console import Terminal, console, counted, exit_with_error, styled
 from kd.system.files import format_bytes
+from kd.system.remote import default_root
 
 SETTINGS = {  # of each command
     "list": ("root",),
@@ -205,7 +206,7 @@ def main() -> None:
     given = parser.parse_args()
     try:
         names, settings = parse_words(given.command, given.words)
-        root = disk.local_folder(settings.get("root") or os.environ.get("KD_ROOT") or "runs")
+        root = disk.local_folder(settings.get("root") or default_root())
         command_line.register()
         if given.command == "list":
             if names:

@@ -8,6 +8,7 @@ URL that does not answer is tried again, see kd/system/retries.py.
 from __future__ import annotations
 
 import json
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -30,6 +31,11 @@ class Damaged(UserError):
 
 def is_url(root: str | Path) -> bool:
     return "://" in str(root)
+
+
+def default_root() -> str:
+    """Return the root of a command that names none."""
+    return os.environ.get("KD_ROOT") or "runs"
 
 
 def local_root(root: str | Path) -> Path:
