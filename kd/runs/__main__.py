@@ -11,6 +11,7 @@ import argparse
 import difflib
 import os
 import shlex
+import sys
 from pathlib import Path
 
 from kd.system.launchers import forget_ranks
@@ -203,7 +204,7 @@ def main() -> None:
     for name, (meaning, words) in about.items():
         command = commands.add_parser(name, help=meaning, description=meaning)
         command.add_argument("words", nargs="*", metavar="WORD", help=f"{words} (root: $KD_ROOT, or runs)")
-    given = parser.parse_args()
+    given = parser.parse_args(programs.root_as_word(sys.argv[1:]))
     try:
         names, settings = parse_words(given.command, given.words)
         root = disk.local_folder(settings.get("root") or default_root())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from kd.config import search_path
 from kd.errors import UserError
@@ -18,9 +19,17 @@ def path_argument(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+class SweepParser(argparse.ArgumentParser):
+    """Parser that takes root=DIR, as train.py does, for --root DIR."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args(programs.root_as_switch(words), namespace)
+
+
 def sweep_parser(program: str, description: str, nargs: str | None = None) -> argparse.ArgumentParser:
     """Return a parser of a sweep's name and --root. nargs: "?" where the name may be left out."""
-    parser = argparse.ArgumentParser(prog=programs.command(program), description=description)
+    parser = SweepParser(prog=programs.command(program), description=description)
     parser.add_argument("name", nargs=nargs, help=f"of the sweep, as in {programs.command('train')} sweeps=NAME")
     help_ = "folder or URL where runs are kept (default: $KD_ROOT, or runs)"
     parser.add_argument("--root", default=default_root(), type=path_argument, help=help_)

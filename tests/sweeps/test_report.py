@@ -90,6 +90,8 @@ def test_damaged_manifest_says_what_to_type(tmp_path, text):
 
 def test_main_prints_one_line_and_the_root_comes_from_the_environment(sweep, capsys, monkeypatch):
     sweep.losses(lm=[2.5], fkl=[2.3]).page()
+    for words in (["s", "--root", str(sweep.root)], [f"root={sweep.root}", "s"]):
+        assert main(words) == 0 and f"{sweep.root / 'sweeps'}" in capsys.readouterr().out
     monkeypatch.setenv("KD_ROOT", str(sweep.root))
     assert main(["s"]) == 0
     out = capsys.readouterr().out
