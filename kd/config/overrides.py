@@ -28,6 +28,7 @@ PLUGINS = {"hydra/launcher": "processes", "hydra/sweeper": "lines"}  # with thei
 # Groups whose settings are also those of another, which is meant first.
 BESIDE = ("plain", "start", "teacher", "record")
 OPTIONAL = (*PRESETS, "record", "sweeps")  # groups without a required option
+OFFERED = 3  # settings of an option in a hint, at most
 SHOWN = 12  # names of options in a message, at most
 
 
@@ -47,7 +48,7 @@ def check_groups(words: Iterable[str]) -> None:
     targets = {override.key_or_group: _values(override) for override in overrides if _is_target(override)}
     for override in overrides:
         if not _is_setting_of_target(override, chosen, targets):
-            _check_setting(override, chosen)
+            _check_setting(override, chosen, {override.key_or_group for override in overrides})
     _check_conflict(chosen, {override.key_or_group for override in overrides})
     for preset in PRESETS:
         _check_preset(preset, chosen, words)
@@ -208,12 +209,7 @@ def _for_number(group: str, value, text: str) -> str:
     if len(shared) == 1:
         return f"type {group}.{shared.pop()}={text}"
 
-    def takes(default) -> bool:
-        if type(value) not in (int, float):
-            return True
-        return value >= 1 and float(value).is_integer() if type(default) is int else value <= 1 or default >= 1
-
-    only = {name: keys[0] for name, keys in numeric.items() if len(keys) == 1 and takes(names[name][keys[0]])}
+    only = {name: keys[0] for name, keys in numeric.items() if len(keys) == 1 and _takes(names[name][keys[0]], value)}
     if not only or len(shared) > 1:
         return f"choose one of {named(names)}"
     shares = {
@@ -223,8 +219,20 @@ def _for_number(group: str, value, text: str) -> str:
     return "type " + ", or ".join(f"{group}={name} {group}.{only[name]}={text}" for name in preferred)
 
 
-def _check_setting(override: Override, chosen: dict[str, str | None]) -> None:
-    """Raise UserError for a setting that the chosen option of its group does not have. chosen: group -> option."""
+def _takes(default, value) -> bool:
+    """Return True if a setting with this default probably takes a value, a number or a text."""
+    if type(default) not in (int, float) or not _is_number(value):
+        return not _is_number(value) and isinstance(default, str | None)
+    if isinstance(value, Sweep):
+        return True
+    return value >= 1 and float(value).is_integer() if type(default) is int else value <= 1 or default >= 1
+
+
+def _check_setting(override: Override, chosen: dict[str, str | None], typed: set[str]) -> None:
+    """Raise UserError for a setting that the chosen option of its group does not have.
+
+    chosen: group -> option. typed: names of groups and settings on the command line.
+    """
     group, _, key = override.key_or_group.partition(".")
     word, text, added = override.input_line, override.input_line.partition("=")[2], override.is_add()
     if not key and not added and group not in (*GROUPS, *GROUPLESS, *RUN_OPTIONS) and "/" not in group:
@@ -249,7 +257,13 @@ def _check_setting(override: Override, chosen: dict[str, str | None]) -> None:
     others.sort(key=lambda other: len(options(group)[other]))
     if others:
         also = f" (or {key} with {' or '.join(others[1:])})" if others[1:] else ""
-        raise _refused(word, f"{which} has no {key}", f"type {group}={others[0]} {group}.{key}={text}{also}")
+        needed = f"{group}={others[0]} {group}.{key}={text}{also}"
+        if group in typed and 0 < len(settings) <= OFFERED:  # the option is meant, and the name of its setting wrong
+            likely = [name for name, default in settings.items() if _takes(default, _values(override)[0])]
+            needed = ", or ".join([*(f"{group}.{name}={text}" for name in likely), needed])
+            refused = _refused(word, f"{which} has no {key}", f"type {needed}")
+            raise refused.replace(need=f"a setting of {which}: {' or '.join(settings)}")
+        raise _refused(word, f"{which} has no {key}", f"type {needed}")
     close = difflib.get_close_matches(key, settings, 1)
     if close:
         needed = f"type {group}.{close[0]}={text}"
