@@ -138,7 +138,7 @@ def patch(module):
     def check_command_line(words):
         if here():
             hold()
-        real(words)
+        return real(words)
 
     module.check_command_line = check_command_line
 """

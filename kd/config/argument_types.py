@@ -45,7 +45,12 @@ def parameters_of(function) -> tuple[Mapping[str, inspect.Parameter], dict]:
 def check_type(option: str, value, hint) -> None:
     """Raise UserError for a value of another type."""
     if not _fits(value, hint):
-        raise UserError(option=option, got=value, why=f"got {_got(value)}", need=_say(hint))
+        type_it = ""
+        if isinstance(value, float) and value.is_integer() and _fits(int(value), hint):
+            type_it = f"type {option}={int(value):_}"
+        elif _fits(True, hint):
+            type_it = f"type {option}=true or {option}=false"
+        raise UserError(option=option, got=value, why=f"got {_got(value)}", need=_say(hint), hint=type_it)
 
 
 # Arguments that kd gives, never the config.
@@ -68,16 +73,20 @@ def _fits(value, hint) -> bool:
     return False
 
 
+WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null",
+         tuple: "a list of numbers", list: "a list", dict: "settings"}  # fmt: skip
+
+
 def _got(value) -> str:
-    whole = isinstance(value, float) and value.is_integer()
-    return f"{type(value).__name__}{f': type {int(value):_}' if whole else ''}"
+    """Return the kind of a value in words."""
+    if isinstance(value, float) and not value.is_integer():
+        return "a number with a fraction"
+    return WORDS.get(type(value), type(value).__name__)
 
 
 def _say(hint) -> str:
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null",
-             tuple: "a list of numbers"}  # fmt: skip
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return " or ".join(words.get(option, str(option)) for option in options)
+    return " or ".join(WORDS.get(option, str(option)) for option in options)
 
 
 def checked(function, node: Mapping[str, typing.Any], path: str) -> dict[str, typing.Any]:

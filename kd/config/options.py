@@ -43,6 +43,14 @@ def _options(group: str, folders: tuple[Path, ...]) -> dict[str, dict]:
     return {name: shared | _settings(group, name) for name in option_names(group)}
 
 
+def is_switch(name: str) -> bool:
+    """Return True for a setting in conf/config.yaml that is true or false."""
+    node: object = _yaml(CONF / "config.yaml")
+    for key in name.split("."):
+        node = node.get(key) if isinstance(node, dict) else None
+    return isinstance(node, bool)
+
+
 def _settings(group: str, name: str) -> dict:
     """Return the settings of an option, with those that it inherits from other files."""
     if group in PRESETS:

@@ -28,14 +28,13 @@ PLUGINS = {"hydra/launcher": "processes", "hydra/sweeper": "lines"}  # with thei
 # Groups whose settings are also those of another, which is meant first.
 BESIDE = ("plain", "start", "teacher", "record")
 OPTIONAL = (*PRESETS, "record", "sweeps")  # groups without a required option
+OFFERED = 3  # settings of an option in a hint, at most
 SHOWN = 12  # names of options in a message, at most
 
 
 def check_groups(words: Iterable[str]) -> None:
     """Raise UserError unless an override names one option of its group, or a setting that exists."""
     words = list(words)
-    for word in words:
-        _check_slash(word)
     overrides = [override for word in words if (override := parsed(word))]
     for override in filter(Override.is_delete, overrides):
         group = override.key_or_group
@@ -49,7 +48,7 @@ def check_groups(words: Iterable[str]) -> None:
     targets = {override.key_or_group: _values(override) for override in overrides if _is_target(override)}
     for override in overrides:
         if not _is_setting_of_target(override, chosen, targets):
-            _check_setting(override, chosen)
+            _check_setting(override, chosen, {override.key_or_group for override in overrides})
     _check_conflict(chosen, {override.key_or_group for override in overrides})
     for preset in PRESETS:
         _check_preset(preset, chosen, words)
@@ -75,7 +74,7 @@ def parsed(word: str) -> Override | None:
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException:
-        return None  # Hydra refuses it, and says where it ends
+        return None  # grammar.check() refuses it
 
 
 def deferred(words: list[str]) -> list[str]:
@@ -119,7 +118,7 @@ def _is_number(value) -> bool:
     return type(value) in (int, float) or (isinstance(value, Sweep) and not isinstance(value, ChoiceSweep))
 
 
-def _check_slash(word: str) -> None:
+def check_slash(word: str) -> None:
     """Raise UserError for a / in the name of a setting or group; names in kd have none."""
     key, equals, text = word.partition("=")
     name = key.lstrip("+~")
@@ -133,7 +132,7 @@ def _check_slash(word: str) -> None:
     raise _refused(word, "no setting of kd has a / in its name", f"type {needed or 'NAME'}={text}")
 
 
-def _named(names: Iterable[str]) -> str:
+def named(names: Iterable[str]) -> str:
     """Return the names of options as text; of many, only the first SHOWN."""
     names = list(names)
     shown = ", ".join(names if len(names) <= SHOWN else names[: SHOWN - 4])
@@ -150,7 +149,7 @@ def _instead(group: str, value: bool | None = None) -> str:
     if value is not True and "none" in names:
         return f"type {group}=none"
     leave = f"leave {group} out for none, or " if value is not True and group in OPTIONAL else ""
-    return f"{leave}choose one of {_named(names)}"
+    return f"{leave}choose one of {named(names)}"
 
 
 def _check_option(override: Override) -> None:
@@ -187,7 +186,7 @@ def _check_option(override: Override) -> None:
                 if "hub" in names
                 else ""
             )
-            raise _refused(word, f"{group} has no option {value}", f"{close} {_named(names)}{hub}")
+            raise _refused(word, f"{group} has no option {value}", f"{close} {named(names)}{hub}")
 
 
 def _renamed(group: str, values: str) -> str:
@@ -210,14 +209,9 @@ def _for_number(group: str, value, text: str) -> str:
     if len(shared) == 1:
         return f"type {group}.{shared.pop()}={text}"
 
-    def takes(default) -> bool:
-        if type(value) not in (int, float):
-            return True
-        return value >= 1 and float(value).is_integer() if type(default) is int else value <= 1 or default >= 1
-
-    only = {name: keys[0] for name, keys in numeric.items() if len(keys) == 1 and takes(names[name][keys[0]])}
+    only = {name: keys[0] for name, keys in numeric.items() if len(keys) == 1 and _takes(names[name][keys[0]], value)}
     if not only or len(shared) > 1:
-        return f"choose one of {_named(names)}"
+        return f"choose one of {named(names)}"
     shares = {
         name: sum(only[name] in settings for settings in names.values()) for name in only
     }  # of a setting, options that have it
@@ -225,8 +219,20 @@ def _for_number(group: str, value, text: str) -> str:
     return "type " + ", or ".join(f"{group}={name} {group}.{only[name]}={text}" for name in preferred)
 
 
-def _check_setting(override: Override, chosen: dict[str, str | None]) -> None:
-    """Raise UserError for a setting that the chosen option of its group does not have. chosen: group -> option."""
+def _takes(default, value) -> bool:
+    """Return True if a setting with this default probably takes a value, a number or a text."""
+    if type(default) not in (int, float) or not _is_number(value):
+        return not _is_number(value) and isinstance(default, str | None)
+    if isinstance(value, Sweep):
+        return True
+    return value >= 1 and float(value).is_integer() if type(default) is int else value <= 1 or default >= 1
+
+
+def _check_setting(override: Override, chosen: dict[str, str | None], typed: set[str]) -> None:
+    """Raise UserError for a setting that the chosen option of its group does not have.
+
+    chosen: group -> option. typed: names of groups and settings on the command line.
+    """
     group, _, key = override.key_or_group.partition(".")
     word, text, added = override.input_line, override.input_line.partition("=")[2], override.is_add()
     if not key and not added and group not in (*GROUPS, *GROUPLESS, *RUN_OPTIONS) and "/" not in group:
@@ -251,7 +257,13 @@ def _check_setting(override: Override, chosen: dict[str, str | None]) -> None:
     others.sort(key=lambda other: len(options(group)[other]))
     if others:
         also = f" (or {key} with {' or '.join(others[1:])})" if others[1:] else ""
-        raise _refused(word, f"{which} has no {key}", f"type {group}={others[0]} {group}.{key}={text}{also}")
+        needed = f"{group}={others[0]} {group}.{key}={text}{also}"
+        if group in typed and 0 < len(settings) <= OFFERED:  # the option is meant, and the name of its setting wrong
+            likely = [name for name, default in settings.items() if _takes(default, _values(override)[0])]
+            needed = ", or ".join([*(f"{group}.{name}={text}" for name in likely), needed])
+            refused = _refused(word, f"{which} has no {key}", f"type {needed}")
+            raise refused.replace(need=f"a setting of {which}: {' or '.join(settings)}")
+        raise _refused(word, f"{which} has no {key}", f"type {needed}")
     close = difflib.get_close_matches(key, settings, 1)
     if close:
         needed = f"type {group}.{close[0]}={text}"

@@ -22,6 +22,7 @@ from kd.config.components import GROUPS, PRESETS, builtin_option_names, typed
 from kd.config.schema import GROUPLESS, RUN_OPTIONS
 from kd.errors import UserError
 from kd.system import programs
+from kd.system.remote import default_root
 
 FLAGS = ("--config-dir", "-cd")
 WORD = "hydra.searchpath"
@@ -58,9 +59,17 @@ def words() -> list[str]:
     return [f"{WORD}={typed(places)}"] if places else []
 
 
-def sweep_command(name: str) -> str:
-    """Return the command that runs a sweep, with the folders of the command line."""
-    return f"{programs.command('train')} {shlex.join([*words(), f'sweeps={name}'])}"
+def sweep_command(name: str, root: str | Path) -> str:
+    """Return the command that runs the sweep of a file in a root, with the folders of the command line."""
+    place = [] if str(root) == default_root() else [f"root={typed(str(root))}"]
+    return f"{programs.command('train')} {shlex.join([*words(), f'sweeps={name}', *place])}"
+
+
+def how_to_run(sweep: str, root: str | Path) -> str:
+    """Return a hint: the command that runs a sweep in a root, which only the user knows if it has no file."""
+    if sweep in components.option_names("sweeps"):
+        return f"to run the sweep, type {sweep_command(sweep, root)}"
+    return "type the command of this sweep again"
 
 
 def _listed(word: str) -> list[str]:

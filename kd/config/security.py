@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from hydra._internal.utils import get_args_parser
 
-from kd.config import overrides
+from kd.config import grammar, overrides
 from kd.config.components import GROUPS
 from kd.config.secrets import check_secrets
 from kd.errors import UserError
@@ -21,23 +21,25 @@ HYDRA = re.compile(r"hydra/(launcher|sweeper)|hydra\.(mode|verbose|(launcher|swe
 ELSEWHERE = ("config_dir", "config_path", "config_name", "experimental_rerun")  # Hydra's switches that read other files
 
 
-def check_command_line(words: list[str]) -> None:
-    """Check a whole command line: Hydra's switches, then check_words() of the rest; raise UserError."""
+def check_command_line(words: list[str]) -> list[str]:
+    """Check a whole command line: Hydra's switches, then check_words() of the rest; raise UserError.
+
+    Returns the words with the switches first, since Hydra refuses a switch between overrides.
+    """
     check_secrets(words)
     parser = get_args_parser()
     parser.prog = programs.command("train")
-    given = parser.parse_args(words)
+    grammar.check_switches(words, parser._option_string_actions)
+    given = parser.parse_intermixed_args(words)
     for switch in ELSEWHERE:
         if getattr(given, switch) is not None:
             option, why = f"--{switch.replace('_', '-')}", "kd reads no config but its own"
-            hint = f"leave {option} out"
-            if switch == "config_dir":  # an abbreviation, which search_path.take() does not handle
-                why, hint = "is abbreviated", f"type {option} and the folder"
-            raise UserError(option=option, got=getattr(given, switch), why=why, hint=hint)
+            raise UserError(option=option, got=getattr(given, switch), why=why, hint=f"leave {option} out")
     check_words(given.overrides)
     several = ("sweeps=", "hydra.mode=")
     if not given.multirun and not any(word.startswith(several) for word in given.overrides):
         overrides.check_single(given.overrides)
+    return [word for word in words if word not in given.overrides] + given.overrides
 
 
 def check_words(words: Iterable[str]) -> None:
@@ -50,7 +52,8 @@ def check_words(words: Iterable[str]) -> None:
     for word in words:
         override = overrides.parsed(word)
         if override is None:
-            continue  # Hydra refuses it too, with a better message
+            overrides.check_slash(word)
+            continue  # refused below
         key, value = override.key_or_group, word.partition("=")[2]
         if override.package is not None or (key.startswith("hydra") and not HYDRA.fullmatch(key)):
             raise UserError(option=word, why="not something a config may set", hint=f"leave {key} out")
@@ -62,4 +65,6 @@ def check_words(words: Iterable[str]) -> None:
         if (key in GROUPS or "/" in key) and re.search(r"[/\\{]|\.\.", value):
             need, hint = "the name of an option, and no path", "type --help to see all names"
             raise UserError(option=word, need=need, hint=hint)
+        overrides.check_slash(word)
+    grammar.check(words)
     overrides.check_groups(words)

@@ -11,6 +11,7 @@ from kd.system.launchers import forget_ranks
 if __name__ == "__main__":  # before a library that reads them is loaded
     forget_ranks(os.environ)
 
+from kd.config import grammar
 from kd.config.compose import config_of
 from kd.config.schema import ExperimentConfig
 from kd.data import packing
@@ -20,7 +21,7 @@ from kd.experiment.dependencies import corpus
 from kd.launch import command_line
 from kd.system import files, programs
 from kd.system.console import silence_libraries
-from kd.system.remote import local_root
+from kd.system.remote import create_root
 
 
 def pack_data(words: list[str]) -> tuple[ExperimentConfig, Packed]:
@@ -29,7 +30,7 @@ def pack_data(words: list[str]) -> tuple[ExperimentConfig, Packed]:
     config = config_of(files.expanded_words(words))
     silence_libraries()
     source, options = corpus(config)
-    return config, packing.pack(source, local_root(config.root) / "data", **options, announce=False)
+    return config, packing.pack(source, create_root(config.root) / "data", **options, announce=False)
 
 
 def main() -> None:
@@ -42,7 +43,6 @@ def main() -> None:
     command = parser.add_subparsers(dest="command", required=True).add_parser("show", help=about, description=about)
     command.add_argument("words", nargs="*", help="as for train.py, and rows=3 for another number of rows")
     command.add_argument("--json", action="store_true", help="text, ids, labels (-100: not learned) and counts")
-    given = parser.parse_args(sorted(sys.argv[1:], key="--json".__eq__))  # argparse takes no option between words
     from kd.errors import MISTAKES, for_people
     from kd.system.console import exit_with_error
 
@@ -50,6 +50,8 @@ def main() -> None:
         from kd.data import preview
         from kd.data.tokenizer import load_tokenizer
 
+        grammar.check_switches(sys.argv[1:], ("-h", "--help", "--json"))
+        given = parser.parse_args(sorted(sys.argv[1:], key="--json".__eq__))  # argparse takes no option between words
         rows = next((word for word in reversed(given.words) if word.startswith("rows=")), "rows=3")
         if not rows.removeprefix("rows=").isdecimal():
             raise UserError(option=rows, need="a number of rows", hint="type e.g. rows=3")

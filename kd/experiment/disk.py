@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kd.errors import UserError
-from kd.experiment.results import read_manifest, run_names
+from kd.experiment.results import read_manifest, run_names, sweep_names
 from kd.runs.outcome import RunState
 from kd.runs.run import Run
 from kd.system import files
@@ -81,6 +81,4 @@ def all_runs(root: Path) -> list[RunUse]:
 
 def sweeps_of(root: Path) -> dict[str, list[str]]:
     """Return the runs that each sweep of a root lists; raise UserError for a list that is damaged."""
-    lists = sorted((root / "sweeps").glob("*.json"))
-    names = [path.stem for path in lists if not path.stem.endswith(".fit")]
-    return {name: [line["run"] for line in read_manifest(root, name)] for name in names}
+    return {name: [line["run"] for line in read_manifest(root, name)] for name in sweep_names(root)}

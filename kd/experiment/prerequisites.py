@@ -20,7 +20,7 @@ from kd.runs.run import Run, check_student
 from kd.runs.seal import SEALED
 from kd.system import files
 from kd.system.console import console, silence_libraries
-from kd.system.remote import local_root
+from kd.system.remote import create_root, local_root
 from kd.system.signals import requests
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def prepare(config: ExperimentConfig) -> tuple[Packed, Components]:
     functions = build_functions(config)  # mistakes are reported before the text is read, which may take minutes
     source, packing_options = corpus(config)
     anew = config.force and not config.plan
-    packed = packing.pack(source, local_root(config.root) / "data", **packing_options, anew=anew)
+    packed = packing.pack(source, create_root(config.root) / "data", **packing_options, anew=anew)
     components = Components(config, packed, functions)
     if packed.prompts_only:
         check_prompts_only(config, min(over_run(components.alpha)) < 1)

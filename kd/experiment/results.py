@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import shlex
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 from kd import former_names
 from kd.config import search_path
-from kd.config.components import check_sweep
+from kd.config.components import check_sweep, option_names
 from kd.errors import UserError
 from kd.evaluation.catalog import LOSS, ROUGE_L
 from kd.runs.run import Run
@@ -56,19 +57,32 @@ def load_sweep(root: str | Path, name: str) -> list[Entry]:
 def read_manifest(root: str | Path, name: str) -> list[dict]:
     """Return the runs of a sweep as kd/launch/sweep_list.py wrote them; raise UserError if there is no such sweep."""
     check_sweep(name)
-    path, hint = fetch(root, f"sweeps/{name}.json"), f"to run the sweep, type {search_path.sweep_command(name)}"
+    path = fetch(root, f"sweeps/{name}.json")
     try:
         runs = json.loads(path.read_text())["runs"]
         if not all(files.is_name(line["run"]) for line in runs):
             raise ValueError("a run that is no folder of this root")
         return [line | {"overrides": former_names.current_words(map(str, line["overrides"]))} for line in runs]
     except FileNotFoundError:
-        names = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "none yet"
-        why = f"does not exist in {path.parent.resolve()}, which has {names}"
-        raise UserError(option="sweeps", got=name, why=why, hint=hint) from None
+        names = sweep_names(root)
+        why = f"does not exist in {path.parent.resolve()}, which has {', '.join(names) or 'none yet'}"
+        if name in option_names("sweeps"):
+            hint = search_path.how_to_run(name, root)
+        elif names:
+            hint = f"type {(difflib.get_close_matches(name, names, 1) or names)[0]} in place of {name}"
+        else:
+            hint = f"to run one, type e.g. {search_path.sweep_command('demo', root)}"
+        need = "a sweep that was run in this root"
+        raise UserError(option="sweeps", got=name, why=why, need=need, hint=hint) from None
     except (ValueError, KeyError, TypeError):
-        hint = f"{hint} (finished runs are not run again)"
+        hint = f"{search_path.how_to_run(name, root)} (finished runs are not run again)"
         raise UserError(option=path, why="is damaged: its content is not what was written", hint=hint) from None
+
+
+def sweep_names(root: str | Path) -> list[str]:
+    """Return the names of the sweeps in a root; the other JSON files beside the lists of sweeps are fits."""
+    paths = sorted((local_root(root) / "sweeps").glob("*.json"))
+    return [path.stem for path in paths if not path.stem.endswith(".fit")]
 
 
 def read_run(root: str | Path, line: dict) -> Entry:

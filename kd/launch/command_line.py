@@ -50,8 +50,7 @@ def _enter(main: Callable[[], None]) -> None:
         check_secrets(words)
         sys.argv[1:] = search_path.take(words)
         compose.register_folders()
-        security.check_command_line(sys.argv[1:])
-        sys.argv[1:] = overrides.deferred(sys.argv[1:])
+        sys.argv[1:] = overrides.deferred(security.check_command_line(sys.argv[1:]))
     except UserError as error:
         exit_with_error(error)
     try:

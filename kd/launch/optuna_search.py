@@ -24,7 +24,7 @@ from kd.launch.sweeper import LaunchingSweeper, asked_for
 from kd.runs.run import Run
 from kd.system.console import console, counted, exit_with_error
 from kd.system.files import read_metrics
-from kd.system.remote import local_root
+from kd.system.remote import create_root
 
 MEASURE = "val/lm"  # metric that every run has, nats per token
 
@@ -62,8 +62,8 @@ class Search(LaunchingSweeper):
             why, hint = "is not set, and a search learns from trials that are done", "type n_jobs=, the trials at once"
             raise UserError(option="n_jobs", why=why, hint=hint)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        path = local_root(self.config.root) / "sweeps" / f"{self.config.sweep}.optuna"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = create_root(self.config.root) / "sweeps" / f"{self.config.sweep}.optuna"
+        path.parent.mkdir(exist_ok=True)
         with alone(path.with_suffix(".search")):
             storage = optuna.storages.InMemoryStorage()  # for plan=true, which leaves nothing behind
             if not self.config.plan:

@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
+from kd.config import grammar
 from kd.config.components import option_files
 from kd.config.options import option_of
 from kd.config.overrides import undeferred
@@ -70,10 +71,13 @@ class SweepFileSweeper(LaunchingSweeper):
         for name, line in lines:
             try:
                 words = files.expanded_words(shlex.split(base) + shlex.split(line))
+                grammar.check(words)
                 parser.parse_overrides(words)
             except (HydraException, ValueError) as error:
-                reason = str(error).partition("\nSee ")[0]
-                exit_with_error(_refused(sweep, f"its words {f'{base} {line}'.strip()!r} are wrong: {reason}"))
+                refused = _refused(sweep, f"its words {f'{base} {line}'.strip()!r} are wrong")
+                if isinstance(error, UserError):
+                    exit_with_error(refused.replace(hint=error.hint))
+                exit_with_error(refused.replace(why=f"{refused.why}: {error}".partition("\nSee ")[0]))
             for job in BasicSweeper.split_arguments(parser.parse_overrides(words + more), None)[0]:
                 if option_of("logits", job) == "none":
                     job = [w for w in job if group_of(w) not in NO_SIGNAL]

@@ -11,6 +11,7 @@ import argparse
 import difflib
 import os
 import shlex
+import sys
 from pathlib import Path
 
 from kd.system.launchers import forget_ranks
@@ -28,6 +29,7 @@ from kd.runs.identity import readable
 from kd.system import files, programs
 from kd.system.console import Terminal, console, counted, exit_with_error, styled
 from kd.system.files import format_bytes
+from kd.system.remote import default_root
 
 SETTINGS = {  # of each command
     "list": ("root",),
@@ -202,10 +204,10 @@ def main() -> None:
     for name, (meaning, words) in about.items():
         command = commands.add_parser(name, help=meaning, description=meaning)
         command.add_argument("words", nargs="*", metavar="WORD", help=f"{words} (root: $KD_ROOT, or runs)")
-    given = parser.parse_args()
+    given = parser.parse_args(programs.root_as_word(sys.argv[1:]))
     try:
         names, settings = parse_words(given.command, given.words)
-        root = disk.local_folder(settings.get("root") or os.environ.get("KD_ROOT") or "runs")
+        root = disk.local_folder(settings.get("root") or default_root())
         command_line.register()
         if given.command == "list":
             if names:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from pathlib import Path
 
 from kd.system.launchers import forget_ranks
@@ -19,6 +20,7 @@ if __name__ == "__main__":  # before a library that reads them is loaded
 
 from rich.table import Table
 
+from kd.config import grammar
 from kd.config.compose import config_of
 from kd.config.groups import TruncationConfig
 from kd.config.secrets import check_secrets
@@ -117,10 +119,14 @@ def main() -> None:
     merge = commands.add_parser("merge", help="join in PATH what several machines wrote")
     merge.add_argument("path")
     merge.add_argument("part", nargs="+")
-    given = parser.parse_args()
     from kd.store import transfer
 
     try:
+        if sys.argv[1:2] == ["write"]:
+            grammar.check_switches(sys.argv[2:], ("-h", "--help"))
+            given = parser.parse_args()
+        else:
+            given = parser.parse_args(programs.root_as_switch(sys.argv[1:]))
         for name in {"path", "root"} & vars(given).keys():
             setattr(given, name, files.expanded(getattr(given, name)))
         if given.command == "write":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,23 @@ def command(name: str) -> str:
     if _by_script or (PACKAGE / "conf").is_dir():
         return f"kd-{name}"
     return "python train.py" if name == "train" else f"python -m {MODULES[name]}"
+
+
+def root_as_switch(words: Iterable[str]) -> list[str]:
+    """Return the words of a program that takes --root DIR, of a user who may have typed root=DIR."""
+    return [f"--{word}" if word.startswith("root=") else word for word in words]
+
+
+def root_as_word(words: Iterable[str]) -> list[str]:
+    """Return the words of a program that takes root=DIR, of a user who may have typed --root DIR or --root=DIR."""
+    out, rest = [], iter(words)
+    for word in rest:
+        folder = next(rest, None) if word == "--root" else None
+        if folder is not None:
+            out.append(f"root={folder}")
+        else:
+            out.append(word.removeprefix("--") if word.startswith("--root=") else word)
+    return out
 
 
 def start(name: str) -> None:

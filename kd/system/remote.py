@@ -8,6 +8,7 @@ URL that does not answer is tried again, see kd/system/retries.py.
 from __future__ import annotations
 
 import json
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -32,6 +33,11 @@ def is_url(root: str | Path) -> bool:
     return "://" in str(root)
 
 
+def default_root() -> str:
+    """Return the root of a command that names none."""
+    return os.environ.get("KD_ROOT") or "runs"
+
+
 def local_root(root: str | Path) -> Path:
     """Return the folder of a root on this machine: the root itself, or for a URL one in $KD_CACHE or ~/.cache/kd."""
     if not is_url(root):
@@ -39,6 +45,17 @@ def local_root(root: str | Path) -> Path:
     cache = files.cache()
     files.check_cache(cache, "KD_CACHE")
     return files.local_path(str(root).rstrip("/"), cache)
+
+
+def create_root(root: str | Path) -> Path:
+    """Return local_root(root), created if it does not exist; raise UserError if it cannot be."""
+    folder = local_root(root)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why, need = f"cannot be created: {error.strerror}", "a folder that can be written to"
+        raise UserError(option="root", got=root, why=why, need=need, hint="type e.g. root=runs") from None
+    return folder
 
 
 def fetch(root: str | Path, name: str) -> Path:

@@ -12,6 +12,7 @@ from kd.system.launchers import forget_ranks
 if __name__ == "__main__":  # before a library that reads them is loaded
     forget_ranks(os.environ)
 
+from kd.config.search_path import sweep_command
 from kd.errors import MISTAKES, UserError, for_people
 from kd.experiment.results import Entry, load_sweep
 from kd.system.console import Terminal, strip_control_characters
@@ -66,6 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
             why = "; ".join(["has no run that can be used", *(note.rstrip(".") for note in notes)])
             raise UserError(option=name, why=why)
         fits = fit_all(name, runs, notes, options.bootstrap, options.seed)
+        if not fits.fits:
+            reasons = "\n".join(f"- {reason}" for reason in [*fits.not_fitted, *notes])
+            hint = f"to run other sizes and numbers of tokens, type e.g. {sweep_command('scaling', options.root)}"
+            raise UserError(option=name, why=f"has no runs that a law can be fitted to:\n{reasons}", hint=hint)
         line = verdict(fits)
         paths = write_fits(folder, fits, line, question(name) if options.name else "")
         for kind in ("html", "json") if options.name else ():

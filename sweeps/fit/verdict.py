@@ -22,7 +22,7 @@ def verdict(fits: ScalingFits) -> str:
             "all of the teacher's cost counts"
         )
     parts += [f"but {limit[0].lower()}{limit[1:].rstrip('.')}" for fit in fits.main for limit in fit.limits]
-    return "; ".join(parts) or "nothing could be fitted: " + " ".join(fits.not_fitted)
+    return "; ".join(parts) or "only power laws could be fitted"
 
 
 def irreducible_loss(fit: Fit, entropy: float | None) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
+import sys
 
 from kd.config import search_path
 from kd.errors import UserError
 from kd.system import files, programs
+from kd.system.remote import default_root
 
 
 def path_argument(text: str) -> str:
@@ -18,13 +19,20 @@ def path_argument(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+class SweepParser(argparse.ArgumentParser):
+    """Parser that takes root=DIR, as train.py does, for --root DIR."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args(programs.root_as_switch(words), namespace)
+
+
 def sweep_parser(program: str, description: str, nargs: str | None = None) -> argparse.ArgumentParser:
     """Return a parser of a sweep's name and --root. nargs: "?" where the name may be left out."""
-    parser = argparse.ArgumentParser(prog=programs.command(program), description=description)
+    parser = SweepParser(prog=programs.command(program), description=description)
     parser.add_argument("name", nargs=nargs, help=f"of the sweep, as in {programs.command('train')} sweeps=NAME")
-    root = os.environ.get("KD_ROOT") or "runs"
     help_ = "folder or URL where runs are kept (default: $KD_ROOT, or runs)"
-    parser.add_argument("--root", default=root, type=path_argument, help=help_)
+    parser.add_argument("--root", default=default_root(), type=path_argument, help=help_)
     help_ = f"folder with sweeps/NAME.yaml, as for {programs.command('train')}"
     parser.add_argument("--config-dir", metavar="DIR", type=path_argument, help=help_)
     return parser

@@ -82,7 +82,7 @@ def build_report(root: str | Path, name: str) -> Report:
     groups = group_runs(entries)
     if not groups:
         listing = "\n".join(f"  {e.state:<10}  {shlex.join(e.overrides)}  {e.message}".rstrip() for e in entries)
-        why, hint = f"has no run that is done yet:\n{listing}", f"type {search_path.sweep_command(name)}"
+        why, hint = f"has no run that is done yet:\n{listing}", search_path.how_to_run(name, root)
         raise UserError(option="sweeps", got=name, why=why, hint=hint)
     metric, rows, lines = primary_metric(groups), rows_of(groups), reference_lines(groups)
     columns, shown = columns_of(rows, metric, lines), extremes(rows)

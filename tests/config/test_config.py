@@ -588,6 +588,11 @@ REFUSED = {
     "+truncation.k=50": "type truncation=top_k truncation.k=50",
     "truncation.p=0.9": "type truncation=top_p truncation.p=0.9",
     "loss.mu=0.3": "type loss=akl loss.mu=0.3.",
+    "loss=jsd loss.alpha=0.3": "type loss.beta=0.3, or loss=skl loss.alpha=0.3 (or alpha with srkl or distillm2).",
+    "loss=akl loss.alpha=2": "type loss=skl loss.alpha=2 (or alpha with srkl or distillm2).",
+    "loss=rkl loss.alpha=2": "loss=rkl has no alpha; type loss=skl loss.alpha=2",
+    "truncation=top_k truncation.p=0.9": "type truncation=top_p truncation.p=0.9 (or p with top_p_k).",
+    "truncation=top_p truncation.k=50": "type truncation=top_k truncation.k=50 (or k with top_p_k).",
     "alpha.decay=0.3": "type alpha=wsd alpha.decay=0.3.",
     "record.k=5": "type record=top_k record.k=5",
     "start.steps=5": "type start=pretrained start.steps=5",
@@ -652,6 +657,29 @@ def test_what_is_meant_for_a_setting_is_refused_with_what_to_type(words):
     assert REFUSED[" ".join(words)] in f"{caught.value.why}; {caught.value.hint}."
 
 
+@pytest.mark.parametrize(
+    ("word", "why", "need", "hint"),
+    [
+        ("trainer.clip=abc", "got a text", "a number", ""),
+        ("trainer.steps=1.5", "got a number with a fraction", "a whole number", ""),
+        ("trainer.steps=1e6", "got a number", "a whole number", "type trainer.steps=1_000_000"),
+        ("plan=maybe", "got a text", "true or false", "type plan=true or plan=false"),
+        ("student.name={a:1}", "got settings", "a text or null", ""),
+    ],
+)
+def test_the_type_of_a_value_is_told_in_plain_words(word, why, need, hint):
+    with refused(why=why, need=need, hint=hint):
+        config_of(word)
+
+
+def test_the_settings_of_the_typed_option_come_first():
+    with refused(option="loss.alpha", got="2", need="a setting of loss=akl: mu"):
+        security.check_words(["loss=akl", "loss.alpha=2"])
+    with refused(option="loss.alpha", got="2") as caught:
+        security.check_words(["method=akl", "loss.alpha=2"])
+    assert not caught.value.need
+
+
 def test_a_message_names_some_of_many_options():
     with refused(option="student", got="null") as caught:
         security.check_words(["student=null"])
@@ -699,7 +727,7 @@ def documented() -> list[str]:
 @pytest.mark.parametrize("line", documented())
 def test_commands_in_documents_are_not_refused(line, monkeypatch):
     monkeypatch.setenv("KD_PLUGINS", "kd_example")  # whose options docs/extending.md types
-    if any(mark in line for mark in ("…", "--help", "$", "...", "NAME", "WORDS")):
+    if any(mark in line for mark in ("…", "--help", "$", "...", "NAME", "WORDS", "[the words")):
         return
     words = [word for word in shlex.split(line) if not word.startswith("part=")]
     written = ["logits=offline"] if "record=" in line or "logits.path=" in line else []

@@ -55,6 +55,12 @@ def test_rows_counts_and_template_as_json(monkeypatch, capsys, words):
         assert row["prompt"].endswith("<think>\n\n</think>\n\n") and row["prompt"] + row["learned"] == row["text"]
 
 
+def test_a_setting_typed_as_a_switch_is_refused_with_what_to_type(monkeypatch, capsys, words):
+    with pytest.raises(SystemExit, match="2"):
+        shown(monkeypatch, capsys, *words, "--root", "x")
+    assert "Type root=x." in capsys.readouterr().err
+
+
 def test_people_see_the_same(monkeypatch, capsys, words):
     text = shown(monkeypatch, capsys, *words)
     assert text.count("row ") == 3 and text.count("learned, 2 tokens") >= 2

@@ -204,7 +204,7 @@ def test_what_slurm_refuses_is_said(root, slurm, tmp_path):
     (script,) = (root / "sweeps").glob("multirun-*.slurm/.submission_file_*")
     assert "#SBATCH --gpus-per-node=2" in script.read_text()
     output = train(root, *SLURM, "seed=0", "hydra.launcher.timeout_min=long", code=2, **slurm.environment)
-    assert "hydra.launcher.timeout_min=long: got str; need a whole number" in output
+    assert "hydra.launcher.timeout_min=long: got a text; need a whole number" in output
 
 
 def test_devices_are_counted_where_a_run_is_done(tmp_path, monkeypatch):

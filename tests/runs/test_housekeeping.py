@@ -229,6 +229,8 @@ def test_text_of_teachers_and_the_cache_go_by_kind(root, typed):
     (("list", "x"), "x: list takes no name. Type python -m kd.runs show x."),
     (("list", "rot=runs"), "Type root=runs."),
     (("list", "root=nowhere"), "root=nowhere does not exist."),
+    (("list", "--root", "nowhere"), "root=nowhere does not exist."),
+    (("list", "--root=nowhere"), "root=nowhere does not exist."),
     (("list", "root=s3://bucket/runs"), "need a folder of this machine"),
     (("show",), "got 0 names; need the name of one run"),
     (("show", "fkl-100"), "is no run in runs. Type fkl-100k-"),

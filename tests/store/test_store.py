@@ -246,6 +246,10 @@ def test_verify_compares_with_the_teacher_and_info_says_what_it_is(root, command
     assert code == 2 and f"{SHARDS[0]} is damaged" in said
     code, said = command_line("info", f"{path}/none")
     assert code == 2 and "is no store" in said
+    code, said = command_line("info", f"root={root}", path)
+    assert code == 0 and "top_k k=5" in said
+    code, said = command_line("write", "loss=akl")  # and --root
+    assert code == 2 and f"Type root={root}." in said
 
 
 def test_verify_finds_numbers_that_the_teacher_does_not_say(root, command_line, monkeypatch):

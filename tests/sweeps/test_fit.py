@@ -52,6 +52,18 @@ def test_command_without_teachers_or_with_nothing(tmp_path, capsys):
         main([])
 
 
+def test_runs_that_allow_no_fit_are_refused_once_with_what_is_needed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("KD_ROOT", str(tmp_path))
+    finished(Sweep(tmp_path, "s"), planted(0.001)[:2]).add(["seed=9"], {}).page()
+    capsys.readouterr()
+    assert main(["s"]) == 2
+    said = capsys.readouterr()
+    assert not said.out and not list(tmp_path.glob("sweeps/s.fit.*"))
+    assert said.err.startswith("s has no runs that a law can be fitted to:\n- The supervised law cannot be fitted")
+    assert said.err.count("at least 7 settings") == 1 and "1 of 3 runs is not done" in said.err
+    assert said.err.endswith("type e.g. python train.py sweeps=scaling.\n")
+
+
 def test_nothing_is_injected(tmp_path):
     evil = "</script><img src=x onerror=alert(1)>"
     some = [p._replace(run=evil, teacher=evil if p.teacher == "large" else p.teacher) for p in planted(0.001)]

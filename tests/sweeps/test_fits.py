@@ -121,7 +121,7 @@ def test_what_cannot_be_fitted_is_said():
     taught = [p for p in planted(0.001) if p.teacher in (None, "large")]
     assert "2 teachers" in " ".join(fit_all("x", taught, [], draws=0, seed=0).not_fitted)
     nothing = fit_all("x", alone[:2], [], draws=0, seed=0)
-    assert nothing.fits == [] and verdict(nothing).startswith("nothing could be fitted")
+    assert nothing.fits == []
 
 
 @pytest.mark.parametrize(("sizes", "amounts"), [(SIZES[:2], AMOUNTS[:2]), (SIZES[:2], AMOUNTS[:3])])
@@ -133,7 +133,7 @@ def test_a_law_needs_more_settings_than_coefficients_however_often_each_was_run(
     reason = f"at least 7 settings of at least 2 student sizes .* here: {len(some)} settings in {len(runs)} runs"
     assert re.search(reason, fits.not_fitted[0])
     headline = verdict(fits)
-    assert headline.startswith("nothing could be fitted") and "irreducible loss" not in headline
+    assert fits.powers and headline == "only power laws could be fitted"
     # So do the settings that a teacher's students have, and those that are left where the largest are held out.
     taught = [p for p in planted(0.0) if p.teacher and p.parameters in sizes and p.tokens in amounts[:2]]
     assert too_few([p._replace(seed=str(seed)) for p in taught[:9] for seed in range(4)], DISTILLATION)

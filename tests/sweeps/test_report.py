@@ -10,6 +10,7 @@ import pytest
 
 from kd.config import plugins, search_path
 from kd.evaluation.catalog import LOSS
+from kd.experiment.results import load_sweep
 from sweeps import dashboard
 from sweeps.fit import __main__ as fit
 from sweeps.report.__main__ import main
@@ -90,12 +91,12 @@ def test_unknown_sweep_lists_those_there_are(sweep, capsys):
     sweep.losses(fkl=[2.3]).page()
     assert main(["nope", "--root", str(sweep.root)]) == 2
     error = capsys.readouterr().err
-    assert "which has s." in error and "python train.py sweeps=nope" in error and "Traceback" not in error
+    assert "which has s;" in error and "Type s in place of nope." in error and "Traceback" not in error
 
 
 def test_no_finished_run_lists_their_states(sweep):
     sweep.add(["loss=fkl"]).add(["loss=rkl"], {"state.json": '{"state": "failed", "reason": "out of luck"}'})
-    with refused(option="sweeps", why="no run that is done yet", hint="python train.py sweeps=") as caught:
+    with refused(option="sweeps", why="no run that is done yet", hint="type the command of this sweep again") as caught:
         sweep.page()
     assert re.search(r"(?s)missing +loss=fkl.*failed +loss=rkl  out of luck", caught.value.why)
 
@@ -104,12 +105,14 @@ def test_no_finished_run_lists_their_states(sweep):
 def test_damaged_manifest_says_what_to_type(tmp_path, text):
     (tmp_path / "sweeps").mkdir()
     (tmp_path / "sweeps" / "s.json").write_text(text)
-    with refused(option=tmp_path / "sweeps" / "s.json", why="is damaged", hint="python train.py sweeps=s"):
+    with refused(option=tmp_path / "sweeps" / "s.json", why="is damaged", hint="the command of this sweep again"):
         build_report(tmp_path, "s")
 
 
 def test_main_prints_one_line_and_the_root_comes_from_the_environment(sweep, capsys, monkeypatch):
     sweep.losses(lm=[2.5], fkl=[2.3]).page()
+    for words in (["s", "--root", str(sweep.root)], [f"root={sweep.root}", "s"]):
+        assert main(words) == 0 and f"{sweep.root / 'sweeps'}" in capsys.readouterr().out
     monkeypatch.setenv("KD_ROOT", str(sweep.root))
     assert main(["s"]) == 0
     out = capsys.readouterr().out
@@ -158,8 +161,39 @@ def test_the_sweep_file_of_a_folder_gives_the_question(sweep, theirs):
     text = sweep.file("md")
     assert text.startswith("## Sweep s: Which loss wins?\n") and "Answers to: Someone 2020: fkl" in text
     assert "Which loss wins?" in (sweep.root / "sweeps" / "s.html").read_text()
-    words = shlex.split(search_path.sweep_command("s"))
-    assert words == ["python", "train.py", f"hydra.searchpath=['file://{theirs}']", "sweeps=s"]
+    words = shlex.split(search_path.sweep_command("s", "my runs"))
+    assert words == ["python", "train.py", f"hydra.searchpath=['file://{theirs}']", "sweeps=s", "root='my runs'"]
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "hint"),
+    [
+        ("demo", "", "to run the sweep, type python train.py sweeps=demo root=ROOT"),
+        ("demo", "s", "to run the sweep, type python train.py sweeps=demo root=ROOT"),
+        ("nosuch", "", "to run one, type e.g. python train.py sweeps=demo root=ROOT"),
+        ("nosuch", "s lossy", "type lossy in place of nosuch"),
+        ("looossy", "lossy s", "type lossy in place of looossy"),
+    ],
+)
+def test_a_sweep_that_was_not_run_is_refused_with_what_to_type(tmp_path, monkeypatch, name, runs, hint):
+    monkeypatch.delenv("KD_ROOT", raising=False)
+    (tmp_path / "sweeps").mkdir()
+    for sweep in runs.split():
+        (tmp_path / "sweeps" / f"{sweep}.json").write_text('{"runs": []}')
+        (tmp_path / "sweeps" / f"{sweep}.fit.json").write_text("{}")
+    names = ", ".join(sorted(runs.split())) or "none yet"
+    with refused(option="sweeps", got=name, need="a sweep that was run in this root") as caught:
+        load_sweep(tmp_path, name)
+    assert caught.value.hint == hint.replace("ROOT", str(tmp_path)) and caught.value.why.endswith(f"has {names}")
+    monkeypatch.setenv("KD_ROOT", str(tmp_path))
+    with refused(option="sweeps", hint=hint.replace(" root=ROOT", "")):
+        load_sweep(str(tmp_path), name)
+
+
+def test_a_sweep_without_a_file_is_not_run_by_its_name(sweep):
+    sweep.add(["loss=mse"], {})
+    with refused(option="sweeps", got="s", hint="type the command of this sweep again"):
+        sweep.page()
 
 
 @pytest.mark.parametrize("program", [main, fit.main, dashboard.main])

@@ -23,7 +23,7 @@ from kd.runs.run import Run
 from kd.store.reader import Store
 from kd.system import files
 from kd.system.console import StepProgress, Terminal, console, styled, track
-from kd.system.remote import local_root
+from kd.system.remote import create_root, local_root
 from sweeps.fit.__main__ import main as fit_main
 from sweeps.report.__main__ import main as report_main
 from tests.refusals import refused
@@ -179,6 +179,20 @@ def test_errors_of_places_are_mistakes_and_others_are_none():
     with pytest.raises(OSError, match="long") as caught:
         Path("/tmp", "a" * 300).mkdir()
     assert is_mistake(caught.value)
+
+
+@pytest.mark.parametrize(("inside", "reason"), [("/proc", "No such file or directory"), ("FILE", "Not a directory")])
+def test_a_root_that_cannot_be_created_is_refused_by_its_name(tmp_path, inside, reason):
+    (tmp_path / "file").touch()
+    root = f"{inside}/runs".replace("FILE", f"{tmp_path / 'file'}")
+    with refused(option="root", got=root, why=reason, need="a folder that can be written to", hint="type e.g. root="):
+        create_root(root)
+
+
+def test_no_command_has_a_traceback_for_a_root_that_cannot_be_created(tmp_path):
+    for words in ((), ("-m",), ("plan=true",)):
+        output = train(tmp_path, *words, "logits=none", "teacher=none", "root=/proc/runs", code=2)
+        assert "root=/proc/runs cannot be created" in output and "Traceback" not in output
 
 
 READ_ALONE = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && shift && exec "$@"'

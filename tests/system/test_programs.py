@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from kd.system import programs
+from kd.system.programs import root_as_switch, root_as_word
 from tests.small import TRAIN
 
 
@@ -45,3 +46,15 @@ def test_hooks_before_a_commit_are_checks_of_make_lint():
     programs_of = {hook["entry"].split()[0].removeprefix(".venv/bin/") for hook in repository["hooks"]}
     lint = (TRAIN.parent / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
     assert len(programs_of) == 3 and all(f"$(BIN)/{program}" in lint for program in programs_of)
+
+
+def test_the_root_may_be_typed_as_in_another_program():
+    assert root_as_switch(["loss", "root=a b", "--wandb"]) == ["loss", "--root=a b", "--wandb"]
+    assert root_as_word(["list", "--root", "a b", "x"]) == ["list", "root=a b", "x"]
+    assert root_as_word(["list", "--root=a", "-x--root=b", "--roots=c"]) == [
+        "list",
+        "root=a",
+        "-x--root=b",
+        "--roots=c",
+    ]
+    assert root_as_word(["list", "--root"]) == ["list", "--root"] and root_as_word([]) == []
