@@ -23,10 +23,10 @@ TEXTS = ["one\ntwo", "drei ä€😀", "four  spaces", "five"]
 @pytest.fixture(autouse=True)
 def calls(monkeypatch, tmp_path) -> list:
     """No network: connecting fails at once and is noted here. What the library finds out then is put back."""
-    made = []
+    addresses = []
 
     def refuse(address, *args, **more):
-        made.append(address)
+        addresses.append(address)
         raise OSError("no network")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
@@ -37,7 +37,7 @@ def calls(monkeypatch, tmp_path) -> list:
     for name in ("HTTPS_PROXY", "https_proxy", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
     network.offline_unless_reachable.cache_clear()
-    yield made
+    yield addresses
     network.offline_unless_reachable.cache_clear()
 
 
@@ -52,8 +52,8 @@ def write(path, texts=tuple(TEXTS), field="text"):
     return path
 
 
-def read(path, **of) -> list[str]:
-    return list(corpora.text(str(path), **of).load())
+def read(path, **options) -> list[str]:
+    return list(corpora.text(str(path), **options).load())
 
 
 # Generated
@@ -63,68 +63,69 @@ def chain(seq_len: int = 100, length: int = 200_000, states: int = 12, branching
     return corpora.markov(seq_len, length, states, branching, seed)
 
 
-def matrix(of: corpora.Corpus) -> np.ndarray:
-    return inspect.getclosurevars(of.load).nonlocals["matrix"]
+def matrix(options: corpora.Corpus) -> np.ndarray:
+    return inspect.getclosurevars(options.load).nonlocals["matrix"]
 
 
 @pytest.mark.parametrize(("states", "branching", "seed"), [(9, 1, 0), (2, 2, 0), (12, 4, 0), (12, 4, 1), (50, 50, 2)])
 def test_markov_entropy_is_that_of_its_matrix(states, branching, seed):
-    made = chain(states=states, branching=branching, seed=seed)
-    p = matrix(made)
+    corpus = chain(states=states, branching=branching, seed=seed)
+    p = matrix(corpus)
     np.testing.assert_allclose(p.sum(1), 1)
     assert ((p > 0).sum(1) <= branching).all() and (p >= 0).all()
     assert (np.linalg.matrix_power(p + np.eye(states), states) > 0).all()  # every state leads to every other
     visits = np.mean([np.linalg.matrix_power(p, 4000 + i)[0] for i in range(states)], 0)  # averaged over a period
-    assert made.entropy == pytest.approx(
+    assert corpus.entropy == pytest.approx(
         -sum((row[row > 0] * np.log(row[row > 0])).sum() * v for row, v in zip(p, visits))
     )
 
 
 def test_markov_text_has_the_entropy_it_says():
-    made = chain()
-    rows = np.array([[int(w[1:]) for w in text.split()] for text in made.load()])
+    corpus = chain()
+    rows = np.array([[int(w[1:]) for w in text.split()] for text in corpus.load()])
     pairs = np.zeros((12, 12))
     np.add.at(pairs, (rows[:, :-1], rows[:, 1:]), 1)
     share = pairs / pairs.sum(1, keepdims=True)
     empirical = -(pairs[pairs > 0] * np.log(share[pairs > 0])).sum() / pairs.sum()
-    assert empirical == pytest.approx(made.entropy, abs=0.01)  # of 1.0; sampling error 0.002
-    np.testing.assert_allclose(share, matrix(made), atol=0.02)
+    assert empirical == pytest.approx(corpus.entropy, abs=0.01)  # of 1.0; sampling error 0.002
+    np.testing.assert_allclose(share, matrix(corpus), atol=0.02)
     # Stationary from the first token on.
     first, last = (np.bincount(rows[:, t], minlength=12) / len(rows) for t in (0, -1))
     np.testing.assert_allclose(first, last, atol=0.06)
 
 
 def test_markov_documents_are_rows_of_its_words():
-    made = chain(seq_len=9, length=1001)
-    texts = made.load()
+    corpus = chain(seq_len=9, length=1001)
+    texts = corpus.load()
     assert len(texts) == 101 and all(len(t.split()) == 10 for t in texts)
-    assert {w for t in texts for w in t.split()} <= set(made.words) and len(set(made.words)) == 12
+    assert {w for t in texts for w in t.split()} <= set(corpus.words) and len(set(corpus.words)) == 12
 
 
 def test_markov_is_a_function_of_its_settings():
-    made = chain(seed=3, length=2000)
-    assert made.load() == made.load() == chain(seed=3, length=2000).load()
-    assert made.fingerprint == chain(seed=3, length=2000).fingerprint
+    corpus = chain(seed=3, length=2000)
+    assert corpus.load() == corpus.load() == chain(seed=3, length=2000).load()
+    assert corpus.fingerprint == chain(seed=3, length=2000).fingerprint
     for other in ({"seed": 4}, {"states": 13}, {"branching": 5}, {"length": 3000}, {"seq_len": 99}):
         another = chain(**{"seed": 3, "length": 2000} | other)
-        assert another.load() != made.load() and another.fingerprint != made.fingerprint
+        assert another.load() != corpus.load() and another.fingerprint != corpus.fingerprint
     assert not np.array_equal(matrix(chain(seed=4)), matrix(chain(seed=3)))
 
 
 @pytest.mark.parametrize(
-    ("of", "option"), [({"states": 1}, "states"), ({"branching": 0}, "branching"), ({"branching": 13}, "branching"),
-                       ({"length": 0}, "size")],
+    ("options", "option"),
+    [({"states": 1}, "states"), ({"branching": 0}, "branching"), ({"branching": 13}, "branching"),
+     ({"length": 0}, "size")],
 )  # fmt: skip
-def test_markov_setting_without_meaning_is_refused_by_name(of, option):
-    with refused(option=f"data.{option}", got=next(iter(of.values()))):
-        chain(**of)
+def test_markov_setting_without_meaning_is_refused_by_name(options, option):
+    with refused(option=f"data.{option}", got=next(iter(options.values()))):
+        chain(**options)
 
 
 def test_python_is_source_and_is_told_apart_by_content(monkeypatch, tmp_path):
-    made = corpora.python()
-    texts = made.load()
+    corpus = corpora.python()
+    texts = corpus.load()
     assert len(texts) > 300 and sum(map(len, texts)) > 3e6 and inspect.getsource(json) in texts
-    assert made.fingerprint == corpora.python().fingerprint
+    assert corpus.fingerprint == corpora.python().fingerprint
     for name, text in (("a.py", "x = 1\n"), ("test/b.py", "no"), ("site-packages/c.py", "no"), ("d.txt", "no")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -132,7 +133,7 @@ def test_python_is_source_and_is_told_apart_by_content(monkeypatch, tmp_path):
     assert corpora.python().load() == ["x = 1\n"]
     before = corpora.python().fingerprint
     (tmp_path / "a.py").write_text("x = 2\n")
-    assert corpora.python().fingerprint != before != made.fingerprint
+    assert corpora.python().fingerprint != before != corpus.fingerprint
 
 
 # Local files
@@ -250,20 +251,20 @@ def test_files_of_different_kinds_are_refused(tmp_path):
 @pytest.mark.parametrize("streaming", [True, False])
 def test_hub_reads_a_local_folder(tmp_path, name, streaming):
     write(tmp_path / "set" / name)
-    made = corpora.hub(str(tmp_path / "set"), streaming=streaming)
-    assert list(made.load()) == list(made.load()) == TEXTS and made.streaming == streaming
+    corpus = corpora.hub(str(tmp_path / "set"), streaming=streaming)
+    assert list(corpus.load()) == list(corpus.load()) == TEXTS and corpus.streaming == streaming
 
 
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize(
-    ("of", "fields"),
+    ("options", "fields"),
     [({"split": "nope"}, {"conflict": "data.split=nope"}), ({"subset": "nope"}, {"conflict": "data.subset=nope"}),
      ({"field": "nope"}, {"why": "no column 'nope'", "hint": "data.field"})],
 )  # fmt: skip
-def test_hub_names_the_wrong_setting(tmp_path, of, fields, streaming):
+def test_hub_names_the_wrong_setting(tmp_path, options, fields, streaming):
     write(tmp_path / "set" / "train.jsonl")
     with refused(option="data.name", got=tmp_path / "set", **fields):
-        corpora.hub(str(tmp_path / "set"), streaming=streaming, **of).load()
+        corpora.hub(str(tmp_path / "set"), streaming=streaming, **options).load()
 
 
 @pytest.mark.parametrize("streaming", [True, False])

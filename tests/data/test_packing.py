@@ -48,13 +48,13 @@ def documents(count: int = 300, seed: int = 0) -> list[str]:
     return [" ".join(f"w{i}" for i in rng.integers(0, 90, rng.integers(5, 40))) for _ in range(count)]
 
 
-def corpus(texts: list[str], **of) -> Corpus:
-    return Corpus(lambda: texts, {"texts": sorted(texts)}, **of)
+def corpus(texts: list[str], **options) -> Corpus:
+    return Corpus(lambda: texts, {"texts": sorted(texts)}, **options)
 
 
-def rows_of_words(texts: list[str], **of) -> Corpus:
+def rows_of_words(texts: list[str], **options) -> Corpus:
     """Documents that are rows as they stand, of words that are tokens."""
-    return corpus(texts, words=sorted({w for t in texts for w in t.split()}), **of)
+    return corpus(texts, words=sorted({w for t in texts for w in t.split()}), **options)
 
 
 @pytest.fixture(scope="module")
@@ -160,12 +160,12 @@ def test_validation_is_every_row_once_in_order(packed, size):
 def test_same_text_is_never_on_both_sides(tmp_path):
     rng = np.random.default_rng(0)
     texts = [" ".join(map(str, rng.permutation(9))) for _ in range(1000)]
-    made = packing.pack(rows_of_words(texts * 3), tmp_path, seq_len=8, val_rows=10_000, val_share=0.1)
-    train, val = ({tuple(row) for row in part} for part in (made.train, made.val))
+    packed = packing.pack(rows_of_words(texts * 3), tmp_path, seq_len=8, val_rows=10_000, val_share=0.1)
+    train, val = ({tuple(row) for row in part} for part in (packed.train, packed.val))
     assert not train & val
     assert train | val == {tuple(map(int, t.split())) for t in texts}
-    assert len(made.train) + len(made.val) == 3000
-    assert len(made.val) == pytest.approx(300, abs=90)  # 3 copies of 100, 3 standard deviations
+    assert len(packed.train) + len(packed.val) == 3000
+    assert len(packed.val) == pytest.approx(300, abs=90)  # 3 copies of 100, 3 standard deviations
 
 
 def test_side_does_not_depend_on_the_other_documents(tmp_path):
@@ -179,9 +179,9 @@ def test_rows_are_the_documents_joined_with_an_end_each(packed):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(packed.tokenizer)
     end = tokenizer.eos_token_id
     text = tokenizer.decode(packed.train.flatten())
-    found = text.split(END)[:-1]  # the last one may be cut
-    assert len(found) > 200 and set(found) < set(documents())
-    assert end is not None and (packed.train == end).sum() >= len(found)
+    documents_read = text.split(END)[:-1]  # the last one may be cut
+    assert len(documents_read) > 200 and set(documents_read) < set(documents())
+    assert end is not None and (packed.train == end).sum() >= len(documents_read)
     assert len(tokenizer) == SETTINGS["vocab"] > packed.train.max()
 
 
@@ -189,9 +189,9 @@ def test_text_of_the_end_token_stays_text(tmp_path):
     """A document that speaks of it would else end there."""
     texts = documents()
     texts[::3] = [f"{text} {END}{END} and on" for text in texts[::3]]
-    made = packing.pack(corpus(texts), tmp_path, **SETTINGS)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(made.tokenizer)
-    rows = made.train.flatten()
+    packed = packing.pack(corpus(texts), tmp_path, **SETTINGS)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(packed.tokenizer)
+    rows = packed.train.flatten()
     whole = [tokenizer.decode(part[1:]) for part in np.split(rows, np.flatnonzero(rows == tokenizer.eos_token_id))]
     assert set(whole[1:-1]) < set(texts) and sum(END in text for text in whole) > 50
 
@@ -200,18 +200,18 @@ def test_empty_documents_are_left_out_and_equal_ones_apart(tmp_path, capfd):
     """Lines of an encyclopedia as rows: four in ten are empty, and headings come again and again."""
     heading = next(f" = {n} = \n" for n in range(99) if TrainValSplit(0.2)(f" = {n} = \n") == "train")
     texts = [x for n in range(100) for x in ("", f" text {n} of its own \n", heading, " \n")]
-    made = packing.pack(corpus(texts), tmp_path, **SETTINGS | {"seq_len": 8})
-    assert made.counts["read"] == 400 and made.counts["left_out"] == {"empty": 200}
-    assert sum(made.counts["used"].values()) == 200 and not made.counts["special_as_text"]
+    packed = packing.pack(corpus(texts), tmp_path, **SETTINGS | {"seq_len": 8})
+    assert packed.counts["read"] == 400 and packed.counts["left_out"] == {"empty": 200}
+    assert sum(packed.counts["used"].values()) == 200 and not packed.counts["special_as_text"]
     assert "400 documents read" in (line := capfd.readouterr().err) and "left out: 200 empty" in line
-    fast = PreTrainedTokenizerFast.from_pretrained(made.tokenizer)
-    rows, end = made.train.flatten(), fast.eos_token_id
+    fast = PreTrainedTokenizerFast.from_pretrained(packed.tokenizer)
+    rows, end = packed.train.flatten(), fast.eos_token_id
     assert not ((rows[1:] == end) & (rows[:-1] == end)).any()
-    found = fast.decode(rows).split(END)
-    same = np.array([text == heading for text in found])
+    documents_read = fast.decode(rows).split(END)
+    same = np.array([text == heading for text in documents_read])
     assert same.sum() >= 99 and (same[1:] & same[:-1]).sum() < 0.4 * same.sum()  # they are more than the others
     again = packing.pack(corpus(texts[::-1]), tmp_path / "other", **SETTINGS | {"seq_len": 8})
-    assert (again.train == made.train).all() and (again.val == made.val).all()
+    assert (again.train == packed.train).all() and (again.val == packed.val).all()
 
 
 @pytest.mark.parametrize("equal", [10, 50, 99])
@@ -244,13 +244,13 @@ def test_the_usual_value_of_a_new_option_is_no_part_of_a_name(packed):
 
 def test_special_tokens_in_text_are_counted_or_read(tmp_path, capfd):
     texts = [f"{text}{END}more" for text in documents(200)] + documents(100, 1)
-    made = packing.pack(corpus(texts), tmp_path, **SETTINGS)
-    assert made.counts["special_as_text"] == 200
+    packed = packing.pack(corpus(texts), tmp_path, **SETTINGS)
+    assert packed.counts["special_as_text"] == 200
     assert "200 documents hold special tokens" in (line := capfd.readouterr().err) and "data.special=tokens" in line
     other = packing.pack(corpus(texts), tmp_path, **SETTINGS, special="tokens")
     end = PreTrainedTokenizerFast.from_pretrained(other.tokenizer).eos_token_id
-    ends = [int((made.flatten() == end).sum()) for made in (made.train, other.train)]
-    assert ends[1] > 1.4 * ends[0] and other.counts["special_as_text"] == 0 and other.folder != made.folder
+    ends = [int((packed.flatten() == end).sum()) for packed in (packed.train, other.train)]
+    assert ends[1] > 1.4 * ends[0] and other.counts["special_as_text"] == 0 and other.folder != packed.folder
     texts = [f"<|im_start|>user {text}<|im_end|>" for text in documents(200)]
     for special in ("text", "tokens"):  # of another tokenizer
         assert packing.pack(corpus(texts), tmp_path, **SETTINGS, special=special).counts["special_as_text"] == 200
@@ -273,17 +273,17 @@ def test_rows_of_plain_text_are_named_and_made_as_ever(packed, tmp_path):
 def test_tokenizer_is_trained_without_the_validation_text(tmp_path):
     side = TrainValSplit(0.2)
     texts = [f"{i} zq zq zq" if side(f"{i} zq zq zq") == "val" else f"{i} pw pw pw" for i in range(400)]
-    made = packing.pack(corpus(texts), tmp_path, **SETTINGS)
-    vocabulary = PreTrainedTokenizerFast.from_pretrained(made.tokenizer).get_vocab()
+    packed = packing.pack(corpus(texts), tmp_path, **SETTINGS)
+    vocabulary = PreTrainedTokenizerFast.from_pretrained(packed.tokenizer).get_vocab()
     assert "pw" in vocabulary and "zq" not in vocabulary
 
 
 def test_documents_are_shuffled_and_a_stream_is_not(tmp_path):
     texts = [f"{a} {b}" for a in range(20) for b in range(20)]
     for streaming in (True, False):
-        made = packing.pack(rows_of_words(texts, streaming=streaming), tmp_path / str(streaming), seq_len=1)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(made.tokenizer)
-        order = [texts.index(tokenizer.decode(row)) for row in made.train]
+        packed = packing.pack(rows_of_words(texts, streaming=streaming), tmp_path / str(streaming), seq_len=1)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(packed.tokenizer)
+        order = [texts.index(tokenizer.decode(row)) for row in packed.train]
         assert (order == sorted(order)) == streaming
 
 
@@ -292,8 +292,8 @@ def test_a_set_of_the_hub_is_packed_with_its_length_unknown_too(tmp_path, stream
     (tmp_path / "set").mkdir()
     lines = (json.dumps({"text": text}) for text in documents())
     (tmp_path / "set" / "train.jsonl").write_text("\n".join(lines))
-    made = packing.pack(corpora.hub(str(tmp_path / "set"), streaming=streaming), tmp_path / "packed", **SETTINGS)
-    assert len(made.train) > 0 and len(made.val) > 0
+    packed = packing.pack(corpora.hub(str(tmp_path / "set"), streaming=streaming), tmp_path / "packed", **SETTINGS)
+    assert len(packed.train) > 0 and len(packed.val) > 0
 
 
 @pytest.mark.parametrize("tokens", [17, 100, 1000, 5000])
@@ -312,37 +312,37 @@ def test_validation_is_the_same_for_any_amount_of_training_text(tmp_path):
 
 
 def test_fewer_tokens_of_a_markov_chain_are_a_part_of_more(tmp_path):
-    def made(tokens: int) -> Packed:
+    def pack_chain(tokens: int) -> Packed:
         """Pack like train.py: each function takes the settings that it has parameters for."""
         node = {"seq_len": 16, "states": 8, "branching": 3, "size": 40_000, "tokens": tokens, "val_rows": 8}
         source = markov(**argument_types.checked(markov, node, "data"))
         return packing.pack(source, tmp_path, **argument_types.checked(packing.pack, node, "data"))
 
-    few, many = made(10_000), made(20_000)
+    few, many = pack_chain(10_000), pack_chain(20_000)
     assert {tuple(r) for r in few.train} < {tuple(r) for r in many.train}
     assert (few.val == many.val).all()
 
 
 def test_rows_of_a_markov_chain_are_its_documents(tmp_path):
     chain = markov(16, 5000, 8, 3)
-    made = packing.pack(chain, tmp_path, 16, tokens=5000, val_rows=10_000)
-    rows = sorted(map(tuple, np.concatenate([made.train, made.val]).tolist()))
+    packed = packing.pack(chain, tmp_path, 16, tokens=5000, val_rows=10_000)
+    rows = sorted(map(tuple, np.concatenate([packed.train, packed.val]).tolist()))
     assert rows == sorted(tuple(int(w[1:]) for w in text.split()) for text in chain.load())
-    assert made.entropy == chain.entropy and made.bytes_per_token is None
+    assert packed.entropy == chain.entropy and packed.bytes_per_token is None
 
 
 def test_ids_above_65535_do_not_overflow(tmp_path):
     words = [f"w{i}" for i in range(70_000)]
     texts = [" ".join(words[i * 100 : (i + 1) * 100]) for i in range(700)]
-    made = packing.pack(corpus(texts, words=words), tmp_path, seq_len=99, val_rows=1000)
-    assert sorted(np.concatenate([made.train, made.val]).flatten().tolist()) == list(range(70_000))
+    packed = packing.pack(corpus(texts, words=words), tmp_path, seq_len=99, val_rows=1000)
+    assert sorted(np.concatenate([packed.train, packed.val]).flatten().tolist()) == list(range(70_000))
 
 
-def measured(made: Packed) -> float:
+def measured(packed: Packed) -> float:
     """Bytes per learned token of the validation rows, by the bytes that the tokens of a byte-level tokenizer are."""
-    fast = PreTrainedTokenizerFast.from_pretrained(made.tokenizer)
+    fast = PreTrainedTokenizerFast.from_pretrained(packed.tokenizer)
     size = {id: len(token) for token, id in fast.get_vocab().items()} | {id: 0 for id in fast.all_special_ids}
-    labels = [t for b in ValidationBatches(made.val, 1, boundary=made.boundary) for t in b.labels[0].tolist()]
+    labels = [t for b in ValidationBatches(packed.val, 1, boundary=packed.boundary) for t in b.labels[0].tolist()]
     labels = [label for label in labels if label != IGNORE]
     return sum(size[label] for label in labels) / len(labels)
 
@@ -352,25 +352,25 @@ def measured(made: Packed) -> float:
 def test_bytes_per_token_are_of_the_rows_that_are_measured(tmp_path, text, rows):
     # A vocabulary of 257 is one token per byte, and one for the end of each document; rows cut characters in two.
     texts = [text.format(i) + "z" * (i % 7) for i in range(400)]
-    made = packing.pack(corpus(texts), tmp_path, seq_len=8, vocab=257, val_share=0.2, val_rows=rows)
-    assert made.bytes_per_token == pytest.approx(measured(made))
-    ends = (made.val[:, 1:] == 0).mean()
-    assert made.bytes_per_token == pytest.approx(1 - ends)
+    packed = packing.pack(corpus(texts), tmp_path, seq_len=8, vocab=257, val_share=0.2, val_rows=rows)
+    assert packed.bytes_per_token == pytest.approx(measured(packed))
+    ends = (packed.val[:, 1:] == 0).mean()
+    assert packed.bytes_per_token == pytest.approx(1 - ends)
 
 
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("rows", [1, 5, 1000])
 def test_bytes_per_token_of_longer_tokens(packed, tmp_path, rows, streaming):
     how = dict(seq_len=16, vocab=400, val_share=0.2, val_rows=rows)
-    made = packing.pack(corpus(documents(), streaming=streaming), tmp_path, **how)
-    assert made.bytes_per_token == pytest.approx(measured(made), rel=1e-6)
+    packed_data = packing.pack(corpus(documents(), streaming=streaming), tmp_path, **how)
+    assert packed_data.bytes_per_token == pytest.approx(measured(packed_data), rel=1e-6)
 
 
 @BOS
 def test_bytes_per_token_with_a_bos(packed, tmp_path, bos):
     name = tokenizer_with(tmp_path / "tokenizer", packed, *bos)
-    made = packing.pack(corpus(documents()), tmp_path, tokenizer=name, **NO_VOCAB)
-    assert made.bytes_per_token == pytest.approx(measured(made), rel=1e-6)
+    packed_data = packing.pack(corpus(documents()), tmp_path, tokenizer=name, **NO_VOCAB)
+    assert packed_data.bytes_per_token == pytest.approx(measured(packed_data), rel=1e-6)
 
 
 def test_data_from_before_bytes_were_counted_is_said_to_be(cache, packed, capsys):
@@ -406,8 +406,12 @@ def test_packed_data_is_not_made_again(packed, tmp_path):
     def never():
         raise AssertionError("was read again")
 
-    made = packing.pack(Corpus(never, {"texts": sorted(documents())}), packed.folder.parent, **SETTINGS)
-    assert made.folder == packed.folder and (made.train == packed.train).all() and (made.val == packed.val).all()
+    packed_data = packing.pack(Corpus(never, {"texts": sorted(documents())}), packed.folder.parent, **SETTINGS)
+    assert (
+        packed_data.folder == packed.folder
+        and (packed_data.train == packed.train).all()
+        and (packed_data.val == packed.val).all()
+    )
 
 
 def test_whatever_changes_the_rows_changes_the_folder(packed, tmp_path):
@@ -435,22 +439,26 @@ def tokenizer_with(folder: Path, packed: Packed, *bos: str) -> str:
 
 def test_pretrained_tokenizer_without_a_bos_adds_nothing_but_ends(packed, tmp_path, capsys):
     name = tokenizer_with(tmp_path / "tokenizer", packed)
-    made = packing.pack(corpus(documents()), tmp_path, tokenizer=name, **NO_VOCAB)
-    assert (made.train == packed.train).all() and (made.val == packed.val).all() and made.boundary == ()
-    assert made.folder.name != packed.folder.name and "in front of a text" not in capsys.readouterr().err
+    packed_data = packing.pack(corpus(documents()), tmp_path, tokenizer=name, **NO_VOCAB)
+    assert (
+        (packed_data.train == packed.train).all()
+        and (packed_data.val == packed.val).all()
+        and packed_data.boundary == ()
+    )
+    assert packed_data.folder.name != packed.folder.name and "in front of a text" not in capsys.readouterr().err
 
 
 @BOS
 def test_every_text_and_every_row_begins_as_the_tokenizer_has_it_and_that_is_not_learned(packed, tmp_path, capsys, bos):
     name = tokenizer_with(tmp_path / "tokenizer", packed, *bos)
-    made = packing.pack(corpus(documents()), tmp_path, tokenizer=name, **NO_VOCAB)
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"puts {' '.join(bos)} in front of a text" in said and "not learned" in said
+    packed_data = packing.pack(corpus(documents()), tmp_path, tokenizer=name, **NO_VOCAB)
+    output = " ".join(capsys.readouterr().err.split())
+    assert f"puts {' '.join(bos)} in front of a text" in output and "not learned" in output
     fast = PreTrainedTokenizerFast.from_pretrained(name)
     ids, end = fast.convert_tokens_to_ids(list(bos)), fast.eos_token_id
     learned, texts = [], set(documents())
-    for row in made.train.tolist():
-        batch = to_batch(np.array([row]), np.zeros(1, int), np.zeros((1, 16), int), boundary=made.boundary)
+    for row in packed_data.train.tolist():
+        batch = to_batch(np.array([row]), np.zeros(1, int), np.zeros((1, 16), int), boundary=packed_data.boundary)
         assert row[: len(ids)] == ids  # as a text of its own
         expected, place = [IGNORE] * (len(ids) - 1) + row[len(ids) :], len(ids)
         while end in row[place:]:  # by hand: behind an end is what is put in front of the next text
@@ -462,9 +470,9 @@ def test_every_text_and_every_row_begins_as_the_tokenizer_has_it_and_that_is_not
         assert batch.labels[0].tolist() == expected
         learned += [label for label in expected if label != IGNORE]
     # Without what is put in front, the text is whole and ends as ever.
-    found = fast.decode(learned).split(END)[1:-1]
-    assert len(found) > 200 and set(found) <= texts
-    assert made.mean_target_tokens == pytest.approx(len(learned) / len(made.train))
+    documents_read = fast.decode(learned).split(END)[1:-1]
+    assert len(documents_read) > 200 and set(documents_read) <= texts
+    assert packed_data.mean_target_tokens == pytest.approx(len(learned) / len(packed_data.train))
 
 
 def test_batches_leave_out_what_stands_in_front_of_a_text():
@@ -508,10 +516,10 @@ def test_ids_with_holes_are_no_smaller_vocabulary(packed, tmp_path):
     vocabulary["w"] = 70_000
     changed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token=END)
     changed.save_pretrained(tmp_path / "tokenizer")
-    made = packing.pack(corpus(documents()), tmp_path, tokenizer=str(tmp_path / "tokenizer"), **NO_VOCAB)
+    packed_data = packing.pack(corpus(documents()), tmp_path, tokenizer=str(tmp_path / "tokenizer"), **NO_VOCAB)
     assert tokenizer.vocabulary_size(changed) == 70_001 > len(changed)
-    assert json.loads((made.folder / "manifest.json").read_text())["vocab"] == 70_001
-    assert made.train.dtype == np.uint32 and made.train.max() == 70_000
+    assert json.loads((packed_data.folder / "manifest.json").read_text())["vocab"] == 70_001
+    assert packed_data.train.dtype == np.uint32 and packed_data.train.max() == 70_000
 
 
 def test_changed_tokenizer_of_a_folder_gives_another_folder(packed, tmp_path):
@@ -531,8 +539,8 @@ def test_two_processes_at_once_make_it_once_and_agree(packed, tmp_path):
         return documents()
 
     def work(name: str):
-        made = packing.pack(Corpus(slow, {"texts": sorted(documents())}), tmp_path / "data", **SETTINGS)
-        (tmp_path / name).write_text(str(made.train.sum()))
+        packed_data = packing.pack(Corpus(slow, {"texts": sorted(documents())}), tmp_path / "data", **SETTINGS)
+        (tmp_path / name).write_text(str(packed_data.train.sum()))
 
     processes = [FORK.Process(target=work, args=(name,)) for name in ("a", "b")]
     for process in processes:
@@ -573,8 +581,8 @@ def test_damaged_manifest_is_named(packed, cache, damage):
     file = cache / packed.folder.name / "manifest.json"
     text = file.read_text()
     cut = {"shorter": text[:-20], "digit": text.replace('per_token": ', 'per_token": 1'), "empty": ""}
-    of = {k: v for k, v in json.loads(text).items() if k != "entropy"}
-    file.write_text(cut.get(damage, json.dumps(of)))
+    entries = {k: v for k, v in json.loads(text).items() if k != "entropy"}
+    file.write_text(cut.get(damage, json.dumps(entries)))
     with refused(option=file, why="is damaged", commands=f"rm -r {file.parent}"):
         packing.pack(corpus(documents()), cache, **SETTINGS)
 
@@ -649,20 +657,20 @@ def test_text_too_short_for_a_row_on_each_side_is_refused(tmp_path, texts, strea
 
 
 def test_items_come_in_order_and_at_most_two_ahead():
-    made = []
+    items_made = []
 
     def items():
         for number in range(20):
-            made.append(number)
+            items_made.append(number)
             yield number
 
     for number in (coming := prefetch(items())):
         time.sleep(0.002)
-        assert made[-1] <= number + 3
+        assert items_made[-1] <= number + 3
         if number == 9:
             break
     coming.close()
-    assert made == list(range(len(made))) and len(made) <= 13
+    assert items_made == list(range(len(items_made))) and len(items_made) <= 13
     assert list(prefetch(iter(range(50)))) == list(range(50)) and list(prefetch(iter([]))) == []
 
 

@@ -37,17 +37,17 @@ def shown(monkeypatch, capsys, *words: str) -> str:
 
 
 def test_rows_counts_and_template_as_json(monkeypatch, capsys, words):
-    made = json.loads(shown(monkeypatch, capsys, "--json", *words, "rows=2"))
-    counts = made["counts"]
-    assert len(made["rows"]) == 2 and made["template"] == "chat"
+    preview = json.loads(shown(monkeypatch, capsys, "--json", *words, "rows=2"))
+    counts = preview["counts"]
+    assert len(preview["rows"]) == 2 and preview["template"] == "chat"
     assert counts["read"] == 59 and counts["left_out"] == {"no_response": 19}
     assert counts["unused"] == {"column tag": 1, "key id": 1}
-    assert made["layout"] == {
+    assert preview["layout"] == {
         "prompt": "<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n", "inserted": "<think>\n\n</think>\n\n",
         "learned": "{assistant}", "end": "<|im_end|>",
     }  # fmt: skip
     fast = tokenizer()
-    for row in made["rows"]:
+    for row in preview["rows"]:
         assert len(row["ids"]) == len(row["labels"]) and fast.decode(row["ids"]) == row["text"]
         learned = [label for label in row["labels"] if label != IGNORE]
         assert row["labels"][-len(learned) :] == learned == row["ids"][-len(learned) :]
@@ -78,9 +78,9 @@ def preview_terminal(**how):
 
 def test_plain_text_is_learned_as_a_whole(monkeypatch, capsys, tmp_path):
     given = [word for word in SMALL if word.startswith("data")]
-    made = json.loads(shown(monkeypatch, capsys, *given, f"root={tmp_path}", "--json"))
-    assert made["layout"] == {} and made["counts"]["unit"] == "documents"
-    for row in made["rows"]:  # a label is the token after, so the first of a row has none
+    preview = json.loads(shown(monkeypatch, capsys, *given, f"root={tmp_path}", "--json"))
+    assert preview["layout"] == {} and preview["counts"]["unit"] == "documents"
+    for row in preview["rows"]:  # a label is the token after, so the first of a row has none
         assert row["labels"] == [IGNORE, *row["ids"][1:]] and not row["prompt"]
 
 
@@ -94,15 +94,15 @@ def test_labels_of_plain_text_are_those_of_training(monkeypatch, capsys, tmp_pat
     file = write(tmp_path / "a.jsonl", *({"text": f"ab{n}"} for n in range(90)))
     words = ["data=text", f"data.files={file}", f"data.tokenizer={tmp_path / 'own'}", "data.seq_len=12",
              f"root={tmp_path}", "data.val_share=0.3"]  # fmt: skip
-    made = json.loads(shown(monkeypatch, capsys, *words, "--json"))
-    for row in made["rows"]:
+    preview = json.loads(shown(monkeypatch, capsys, *words, "--json"))
+    for row in preview["rows"]:
         ids = row["ids"]
         assert start in ids[1:] and row["labels"] == [
             IGNORE if place == 0 or (token == start and ids[place - 1] == end) else token
             for place, token in enumerate(ids)
         ]
         assert "<|im_start|>" in row["text"] and "<|im_start|>" not in row["learned"]
-    labels = made["rows"][0]["labels"]
+    labels = preview["rows"][0]["labels"]
     assert f"learned, {sum(label != IGNORE for label in labels)} tokens" in shown(monkeypatch, capsys, *words)
 
 
@@ -111,8 +111,8 @@ def test_nothing_is_learned_of_prompts_alone(monkeypatch, capsys, tmp_path):
     file = write(tmp_path / "a.jsonl", *({"prompt": f"Say {n}"} for n in range(10, 70)))
     words = ["data=instructions", f"data.files={file}", f"data.tokenizer={tmp_path / 'own'}", "data.seq_len=250",
              f"root={tmp_path}", "data.val_share=0.3", "data.prompt_len=240", "data.template=plain"]  # fmt: skip
-    made = json.loads(shown(monkeypatch, capsys, *words, "--json"))
-    for row in made["rows"]:
+    preview = json.loads(shown(monkeypatch, capsys, *words, "--json"))
+    for row in preview["rows"]:
         assert {*row["labels"]} == {IGNORE} and row["text"] == row["prompt"] and row["learned"] == ""
     text = shown(monkeypatch, capsys, *words)
     assert "prompt, 6 tokens" in text and "learned, " not in text

@@ -74,8 +74,8 @@ SHAPES = {  # template, answer -> prompt and response
 @pytest.mark.parametrize(("template", "answer", "prompt", "response"), SHAPES.values(), ids=SHAPES)
 def test_prompt_response_and_end_begin_what_the_template_writes(template, answer, prompt, response):
     fast = tokenizer(chat_template=template)
-    made = [fast.decode(part) for part in encoded(Short((("user", "Hi"),), answer, True), "chat", fast)]
-    assert made == [prompt, response]
+    parts = [fast.decode(part) for part in encoded(Short((("user", "Hi"),), answer, True), "chat", fast)]
+    assert parts == [prompt, response]
     whole = fast.apply_chat_template([ONE, {"role": "assistant", "content": answer}], tokenize=False)
     end = fast.convert_ids_to_tokens(ChatTemplate(fast).end)
     assert whole.startswith(prompt + response + (end if end in whole else ""))
@@ -277,8 +277,8 @@ def test_the_date_is_in_the_key(tmp_path):
     how = BYTES | dict(tokenizer=str(tmp_path / "own"), vocab=None, seq_len=60)
     names = set()
     for date in ("2026-01-31", "2026-02-01"):
-        made = instructions.instructions(60, files=str(file), date=date, prompt_len=60)
-        packed = packing.pack(made, tmp_path / "data", **how)
+        corpus = instructions.instructions(60, files=str(file), date=date, prompt_len=60)
+        packed = packing.pack(corpus, tmp_path / "data", **how)
         fast = AutoTokenizer.from_pretrained(packed.tokenizer)
         assert fast.decode(packed.train[0]).startswith(datetime.date.fromisoformat(date).strftime("%d %b %Y"))
         names.add(packed.folder.name)
@@ -290,7 +290,7 @@ def test_the_date_is_in_the_key(tmp_path):
         packing.pack(plain, tmp_path / "data", **how)
     tokenizer().save_pretrained(tmp_path / "dateless")
     with refused(option="data.date", got="2026-02-01", conflict="data.template=chat", why="does not ask for a date"):
-        packing.pack(made, tmp_path / "data", **how | {"tokenizer": str(tmp_path / "dateless")})
+        packing.pack(corpus, tmp_path / "data", **how | {"tokenizer": str(tmp_path / "dateless")})
 
 
 # Special tokens that are written out
@@ -351,8 +351,8 @@ def test_a_response_of_nothing_but_an_end_is_no_response(tmp_path, template):
     rows = [{"prompt": f"q{n}", "completion": [END, f"{STOP}{STOP}", "ok"][n % 3]} for n in range(90)]
     tokenizer().save_pretrained(tmp_path / "own")
     how = BYTES | dict(tokenizer=str(tmp_path / "own"), vocab=None, seq_len=60, special="tokens")
-    made = instructions.instructions(60, files=str(write(tmp_path / "a.jsonl", *rows)), template=template)
-    packed = packing.pack(made, tmp_path / "data", **how)
+    corpus = instructions.instructions(60, files=str(write(tmp_path / "a.jsonl", *rows)), template=template)
+    packed = packing.pack(corpus, tmp_path / "data", **how)
     assert packed.counts["left_out"] == {"no_response": 60 if template == "chat" else 30}
     assert sum(packed.counts["used"].values()) == (30 if template == "chat" else 60)
     assert (packed.train_spans[:, 1] - packed.train_spans[:, 0] > 1).all()
