@@ -1,6 +1,6 @@
 """python -m kd.bench                                     all cases in turn, a process each
 python -m kd.bench only=lm,trl,online_fkl steps=5      some of them
-python -m kd.bench memory                              peak memory against batch, sequence and vocabulary, as a plot
+python -m kd.bench growth                              memory and time against the sizes of all things, as plots
 
 Other words: shape=cpu|gpu|tiny, precision=bf16|fp32 (default: bf16 where the processor computes in it), root=FOLDER
 (default: $KD_ROOT, or runs). Results land in FOLDER/bench/.
@@ -22,7 +22,7 @@ if __name__ == "__main__":  # before a library that reads them is loaded
 from rich.table import Table
 
 from kd import errors
-from kd.bench import memory
+from kd.bench import growth
 from kd.bench.cases import CASES, CUDA_CASES, NEEDS
 from kd.bench.work import GIB, SHAPES, Shape, measured
 from kd.config.components import PRECISIONS
@@ -35,7 +35,7 @@ from kd.system.remote import is_url
 def main(words: list[str]) -> None:
     given = dict(word.split("=", 1) for word in words if "=" in word)
     plain = [word for word in words if "=" not in word]
-    if unknown := [w for w in plain if w != "memory"] + [
+    if unknown := [w for w in plain if w != "growth"] + [
         k for k in given if k not in ("only", "steps", "shape", "precision", "root")
     ]:
         raise UserError(option=unknown[0], why=f"no such word here.\n\n{__doc__}")
@@ -57,7 +57,7 @@ def main(words: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if plain:
         middle = "tiny" if shape == "tiny" else "gpu_memory" if on_gpu else "memory"
-        memory.write(folder, replace(SHAPES[middle], precision=precision), on_gpu)
+        growth.write(folder, replace(SHAPES[middle], precision=precision), on_gpu)
     else:
         compare(folder, names, replace(SHAPES[shape], precision=precision), int(steps), on_gpu)
 

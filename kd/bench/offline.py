@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd.bench.work import ROUNDS, WARM_UP, Shape, Work
+from kd.bench.work import WARM_UP, Shape, Work
 from kd.store.location import FORMAT
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def write(work: Work, truncation_name: str) -> dict[str, float]:
         for step in range(work.steps):
             if step == WARM_UP:
                 out = Rows()
-            encoder.encode(table, np.arange(work.shape.batch) + step % ROUNDS * work.shape.batch, out)
+            encoder.encode(table, np.arange(work.shape.batch) + step % work.shape.rounds * work.shape.batch, out)
             if step == work.steps - 1:
                 out.save(Path(folder), "shard")
             work.tick()

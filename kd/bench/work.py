@@ -33,7 +33,7 @@ from kd.errors import first_line
 
 WARM_UP = 3  # steps before the measurement: first allocations, compilation
 GIB = 2**30
-ROUNDS = 8  # steps that the rows last for
+ROUNDS = 8  # steps that the rows last for, if a shape says nothing else
 HEAD = 512  # on a CPU, rows of the products that the limit is measured with
 
 
@@ -46,6 +46,7 @@ class Shape:
     seq_len: int
     response_len: int  # of a row, tokens that the student writes in the cases that are on-policy
     precision: str = "bf16"  # or fp32
+    rounds: int = ROUNDS
 
     @property
     def tokens(self) -> int:
@@ -99,7 +100,7 @@ class Work:
         """Return random ids [R, T + 1], in the form of packed data on disk."""
         import numpy as np
 
-        shape = (ROUNDS * self.shape.batch, self.shape.seq_len + 1)
+        shape = (self.shape.rounds * self.shape.batch, self.shape.seq_len + 1)
         ids = np.random.default_rng(0).integers(0, self.shape.vocab, shape)
         return ids.astype(np.uint32)
 

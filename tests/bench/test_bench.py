@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import pytest
 
 from kd.bench import __main__ as command
-from kd.bench import memory
+from kd.bench import growth
 from kd.bench.cases import CASES, CUDA_CASES, NEEDS
 from kd.bench.work import SHAPES, Shape, measure
 from tests.refusals import refused
@@ -100,15 +100,33 @@ def test_what_a_student_writes_is_timed_beside_trl_on_such_text():
     assert set(NEEDS) <= set(CASES | CUDA_CASES)
 
 
-def test_memory_is_measured_around_a_shape_and_drawn(tmp_path, monkeypatch):
+def test_growth_is_measured_around_a_shape_and_drawn(tmp_path, monkeypatch):
     def measured(cases: list[tuple[str, Shape, int]], on_gpu: bool):
         for case, shape, _ in cases:
-            yield {"case": case, "peak_memory": shape.tokens * shape.vocab}
+            yield {"case": case, "peak_memory": shape.tokens * shape.vocab, "seconds": [1.0, 2.0, 4.0]}
 
-    monkeypatch.setattr(memory, "measured", measured)
-    monkeypatch.setattr(memory, "available", lambda: 48 * TINY.tokens * TINY.vocab)
-    memory.write(tmp_path, TINY, False)
-    found = json.loads((tmp_path / "memory.json").read_text())
-    tried = {case: sum(r["case"] == case and "error" not in r for r in found) for case in memory.SHOWN}
-    assert tried["online_fkl"] > tried["full"] > 0
-    assert "peak memory, GiB" in (tmp_path / "memory.html").read_text()
+    planned = {10: {"case": "plan", "peak_memory": 2**30, "seconds": [3.0]}, 20: {"case": "plan", "error": "no room"}}
+    monkeypatch.setattr(growth, "measured", measured)
+    monkeypatch.setattr(growth, "plan", planned.__getitem__)
+    monkeypatch.setattr(growth, "SWEEPS", (10, 20))
+    monkeypatch.setattr(growth, "available", lambda: 48 * TINY.tokens * TINY.vocab)
+    growth.write(tmp_path, TINY, False)
+    results = json.loads((tmp_path / "growth.json").read_text())
+    tried = {case: sum(r["case"] == case and "error" not in r for r in results) for case in ("online_fkl", "full")}
+    assert tried["online_fkl"] > tried["full"] > 0 and planned[10] in results and planned[20] in results
+    text = (tmp_path / "growth.html").read_text()
+    assert all(axis.title in text for axis in growth.axes_around(TINY)) and "peak memory, GiB" in text
+
+
+def test_an_axis_of_growth_changes_one_size_alone():
+    for axis in growth.axes_around(TINY):
+        for x, point in axis.points.items():
+            if isinstance(point, Shape):
+                assert sum(getattr(point, field) != getattr(TINY, field) for field in vars(TINY)) <= 1
+                assert x in (point.batch, point.seq_len, point.vocab, point.teacher.hidden, point.batch * point.rounds)
+
+
+@pytest.mark.slow
+def test_a_sweep_is_planned_in_a_process_that_is_timed():
+    result = growth.plan(3)
+    assert result["runs"] == 3 and 0.5 < result["seconds"][0] < 120 and 2**27 < result["peak_memory"] < 2**32
