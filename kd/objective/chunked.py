@@ -2,8 +2,7 @@
 
 Only this module applies softmax, truncation, temperature and chunking. For each chunk of rows it computes the loss and
 at once the gradients with respect to logits, hidden states and head. So no tensor of width V outlives a chunk, for any
-loss, and no product with the head is computed twice. On a CPU the loss of a chunk is computed in blocks of rows that
-fit into the caches.
+loss, and no product with the head is computed twice.
 """
 
 from __future__ import annotations
@@ -117,22 +116,13 @@ def chunks(count: int, size: int) -> Iterator[slice]:
 
 
 def default_chunk_size(head: torch.nn.Module) -> int:
-    """Return the number of positions per chunk: float32 logits of 31 MiB, on a GPU 512 MiB; at least 48 positions.
+    """Return the number of positions per chunk: float32 logits of 32 MiB, on a GPU 512 MiB; at least 64 positions.
 
-    A tensor of 32 MiB or more is new pages of the kernel each time (glibc's largest M_MMAP_THRESHOLD), which costs more
-    than a pass over it. Below 48 positions there is too little work per read of the head's weights.
+    32 MiB stay near a CPU's caches. Below 64 positions there is too little work per read of the head's weights.
     """
     output = max(head.parameters(), key=len)  # [V, D]
-    budget = 31 * 2**20 if output.device.type == "cpu" else 2**29
-    return max(48, budget // (4 * len(output)))
-
-
-def _block_size(logits: Tensor) -> int:
-    """Return the number of positions per block: float32 logits of 8 MiB, of which a CPU keeps much in its caches.
-
-    A loss makes some ten passes over them. In blocks of 1 to 16 MiB it takes about half the time of one of 32 MiB.
-    """
-    return max(1, 2**23 // (4 * logits.shape[-1]))
+    budget = 2**25 if output.device.type == "cpu" else 2**29
+    return max(64, budget // (4 * len(output)))
 
 
 _compile_failed = False  # in this process; the warning is printed once
@@ -191,27 +181,19 @@ class _Chunked(torch.autograd.Function):
             target = signal(rows) if signal is not None else None
             if target is not None:
                 check_needs(objective.loss, target.token_info)
+            # Outside the compiled part: the number of columns of a top-p depends on the data.
+            truncated = None if target is None else objective.truncation(target)
             with torch.enable_grad():
                 piece = hidden[rows].detach().requires_grad_()
                 logits = functional_call(head, weights, (piece,))  # [n, V]
             if observe_logits is not None:
                 observe_logits(rows, logits.detach())
             mask = kd_mask[rows] if kd_mask is not None else None
-            # Compiled code makes few passes, and on a GPU each pass costs the launch of a kernel.
-            size = len(logits) if compiles or logits.is_cuda else _block_size(logits)
-            logits_grads = []
-            for block in chunks(len(logits), size):
-                part = None if target is None else target[block]
-                # Outside the compiled part: the number of columns of a top-p depends on the data.
-                truncated = None if part is None else objective.truncation(part)
-                block_mask = None if mask is None else mask[block]
-                grad, values = slope(logits.detach()[block], label[rows][block], part, alpha, block_mask, truncated)
-                logits_grads.append(grad)
-                sums += torch.stack(values)
-            logits_grad = torch.cat(logits_grads) if len(logits_grads) > 1 else logits_grads[0]
+            logits_grad, values = slope(logits.detach(), label[rows], target, alpha, mask, truncated)
             hidden_grad[rows], *parts = torch.autograd.grad(logits, (piece, *learned), logits_grad)
             for whole, part in zip(parameter_grads, parts, strict=True):
                 whole += part
+            sums += torch.stack(values)
         ctx.save_for_backward(hidden_grad, *parameter_grads)
         total, kd, lm = sums.unbind()
         ctx.mark_non_differentiable(kd, lm)
