@@ -14,7 +14,7 @@ from kd.errors import check
 from kd.objective.target import FLOOR, Target
 from kd.objective.token_info import needs
 
-LEAST_PROBABILITY = 1e-38  # whose logarithm is finite in float32; too small to matter in a loss
+LEAST_PROBABILITY = 2e-38  # a normal number in float32, so that its logarithm is finite; too small to matter in a loss
 
 
 def fkl(student: Tensor, target: Target) -> Tensor:
@@ -136,7 +136,7 @@ def mse(student: Tensor, target: Target) -> Tensor:
         gap = (q - p).mul_(support)
         gap.sub_(gap.sum(-1, keepdim=True) / count).mul_(support)
         value = (gap * gap).sum(-1) / count[:, 0]
-        gradient = gap.mul_(2 / count)  # gap adds up to 0, so its centring has no gradient of its own
+        gradient = gap.mul_(2).div_(count)  # gap adds up to 0, so its centring has no gradient of its own
     return _with_gradient(value, q, gradient)
 
 
@@ -230,7 +230,10 @@ def _reverse(q: Tensor, m: Tensor) -> Tensor:
 
 
 def _with_gradient(value: Tensor, q: Tensor, gradient: Tensor) -> Tensor:
-    """Return `value` [N] with `gradient` [N, K] as its derivative by q: half the passes over V of autograd."""
+    """Return `value` [N] with `gradient` [N, K] as its derivative by q: half the passes over V of autograd.
+
+    There is no gradient with respect to the target.
+    """
     lead = (gradient * q).sum(-1)
     return value + (lead - lead.detach())
 

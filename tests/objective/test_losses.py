@@ -259,6 +259,12 @@ def test_both_heads_of_akl_are_the_same_columns(mu, columns, off):
     assert halved.sum(-1).min() >= 1 and halved.sum(-1).max() < columns
 
 
+def test_gradient_of_mse_is_exact_in_float64():
+    student = torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    LOSSES["mse"](student, dense(torch.zeros(1, 3, dtype=torch.float64))).sum().backward()
+    assert (student.grad - torch.tensor([[2, 0, -2]], dtype=torch.float64) / 3).abs().max() < 1e-15
+
+
 def test_akl_of_equal_tokens_worked_by_hand():
     # Head: the first two tokens, whose gaps are 0.15 and 0.05 of 0.4 in all, so both directions weigh the same.
     p, q = torch.tensor([[0.25] * 4]), torch.tensor([[0.1, 0.2, 0.3, 0.4]])
