@@ -50,7 +50,7 @@ def refused(jobs: Sequence[Sequence[str]], labels: Sequence[str], wrong: Mapping
 def outcome(job: Job) -> tuple[dict | None, dict]:
     """Return the result and the state of a run, as far as its URL answers."""
     try:
-        return job.run.result(wait=0), job.run.state(wait=0)
+        return job.run.result_and_state(wait=0)
     except UserError as error:
         return None, job.state or {"state": RunState.UNKNOWN, "reason": str(error)}
 
@@ -66,7 +66,7 @@ def summary(name: str, jobs: Sequence[Job]) -> Table:
     for job, result, state in zip(jobs, results, states, strict=True):
         ended, why = RunState(state["state"]), state["reason"]
         failed = ended.is_failure
-        if ended == RunState.DONE:
+        if result is not None:
             why = "; ".join(doubts(result))
         elif ended == RunState.NOT_BEGUN:
             why = "the same command starts it"
