@@ -20,7 +20,7 @@ from kd.launch.job import Job
 from kd.launch.local import LocalPool
 from kd.launch.summary import summary
 from kd.runs.run import Run
-from kd.system import remote, retries
+from kd.system import files, remote, retries
 from kd.system.lease import lease
 from kd.system.processes import boot_id, is_alive, process_info
 from kd.system.remote import Remote
@@ -530,12 +530,9 @@ def test_result_and_state_agree_while_the_run_ends(cache, tmp_path, monkeypatch,
     def result(self, wait=None):
         monkeypatch.setattr(Run, "result", real)
         read = real(self, wait)
-        for name, value in {
-            "result.json": {"seconds": 1.0, "config": {}, "environment": {}, "final": {}}, "state.json": {"state": "done"}
-        }.items():  # fmt: skip
-            path = tmp_path / "there" / "run0" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(value))
+        written = tmp_path / "there" / "run0"
+        files.write_json(written / "result.json", {"seconds": 1.0, "config": {}, "environment": {}, "final": {}})
+        files.write_json(written / "state.json", {"state": "done"})
         return read
 
     monkeypatch.setattr(Run, "result", result)
