@@ -32,6 +32,7 @@ from kd.config.schema import NO_SIGNAL
 from kd.errors import UserError
 from kd.launch.sweeper import at_scale
 from kd.runs import __main__ as runs_program
+from kd.runs.identity import identity
 from sweeps.fit.__main__ import argument_parser
 from sweeps.report.arguments import add_wandb_switch, sweep_parser
 from tests import words as words_check
@@ -212,6 +213,17 @@ CHECKS: dict[str, Callable[[list[str]], object]] = {
 @pytest.mark.parametrize("command", ALL, ids=str)
 def test_command_is_understood(command):
     CHECKS[command.program](command.arguments)
+
+
+def test_run_that_is_recorded_is_no_run_of_another_command():
+    """A reader of another page has no finished run in its place, which could not be recorded any more."""
+    words = [command.arguments for command in ALL if command.program == "train.py" and "--help" not in command.words]
+    every = [job for line in words for job in jobs(line) if option_of("logits", job) == "none"]
+    recording = [job for job in every if option_of("record", job)]
+    students = {option_of("student", job) for job in recording}
+    rest = [job for job in every if job not in recording and option_of("student", job) in students]
+    recorded, others = ({(c.root, identity(c.flat())) for c in map(config_of, part)} for part in (recording, rest))
+    assert recorded and others and not recorded & others
 
 
 # Run at a tiny size

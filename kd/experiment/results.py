@@ -91,7 +91,7 @@ def read_run(root: str | Path, line: dict) -> Entry:
     result, resumable = None, "still running, or stopped: the same command goes on with it"
     try:
         run = Run(root, line["run"])
-        result, status = run.result(), run.state()
+        result, status = run.result_and_state()
         if result is not None:
             state, message, result = "done", "", checked_result(result)
             names = ("metrics.jsonl", *((RESPONSES, EXACCERR) if ROUGE_L.key in result["final"] else ()))

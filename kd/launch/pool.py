@@ -105,12 +105,16 @@ class Pool:
         taken = []
         for job in free:
             state = (job.look() or {}).get("state")
+            if state not in (RunState.DONE, RunState.RUNNING) and self._claim(job):
+                job.run.forget()
+                if (job.look() or {}).get("state") != RunState.DONE:
+                    return job
+                job.run.claim.release()  # another copy ended between the look and the claim
+                state = RunState.DONE
             if state == RunState.DONE:
                 self.waiting.remove(job)
                 job.state = {"state": RunState.DONE, "reason": ""}
                 self._say(job, "done by another process")
-            elif state != RunState.RUNNING and self._claim(job):
-                return job
             else:
                 taken.append((state == RunState.RUNNING, job))
         return min(taken, key=lambda pair: pair[0])[1] if taken else None
@@ -162,6 +166,7 @@ class Pool:
         """Record the end of a run, and read its state; wait for a URL that is away."""
         begun = job.started_at or time.monotonic()
         job.facts = {"seconds": time.monotonic() - begun}
+        job.run.forget()  # another machine may have done it since the last look
         job.facts = self.record(job)
         if job.stop_reason and job.run.result() is None:
             job.run.end(Outcome(RunState.PREEMPTED, job.stop_reason, details=job.facts))

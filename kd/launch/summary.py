@@ -11,6 +11,7 @@ from kd.errors import UserError
 from kd.launch.job import Job
 from kd.runs.outcome import RunState
 from kd.runs.provenance import doubts
+from kd.runs.run import Run
 from kd.system import files
 from kd.system.console import format_duration, styled
 
@@ -28,14 +29,17 @@ def varying(jobs: Sequence[Sequence[str]], names: Sequence[str]) -> list[str]:
 
 
 def refused(jobs: Sequence[Sequence[str]], labels: Sequence[str], wrong: Mapping[int, str]) -> str:
-    """Return why some of the jobs cannot be done, and words for the others. wrong: number of a job -> reason."""
+    """Return why some of the jobs cannot be done, and words for the others. wrong: number of a job -> reason.
+
+    Only commands to type are indented, as in every error.
+    """
     by_reason: dict[str, list[int]] = {}
     for number, reason in wrong.items():
         by_reason.setdefault(reason, []).append(number)
     lines = [f"{len(wrong)} of {len(jobs)} runs cannot be made, so none is started:"]
     for reason, numbers in by_reason.items():
         others = f" and {len(numbers) - 1} more" if numbers[1:] else ""
-        lines.append(f"  {labels[numbers[0]] or shlex.join(jobs[numbers[0]])}{others}: {reason}")
+        lines.append(f"- {labels[numbers[0]] or shlex.join(jobs[numbers[0]])}{others}: {reason}")
     for key in dict.fromkeys(word.partition("=")[0] for job in jobs for word in job):
         values = [next((w.partition("=")[2] for w in job if w.startswith(f"{key}=")), None) for job in jobs]
         bad = {value for number, value in enumerate(values) if number in wrong}
@@ -50,7 +54,7 @@ def refused(jobs: Sequence[Sequence[str]], labels: Sequence[str], wrong: Mapping
 def outcome(job: Job) -> tuple[dict | None, dict]:
     """Return the result and the state of a run, as far as its URL answers."""
     try:
-        return job.run.result(wait=0), job.run.state(wait=0)
+        return job.run.result_and_state(wait=0)
     except UserError as error:
         return None, job.state or {"state": RunState.UNKNOWN, "reason": str(error)}
 
@@ -66,12 +70,12 @@ def summary(name: str, jobs: Sequence[Job]) -> Table:
     for job, result, state in zip(jobs, results, states, strict=True):
         ended, why = RunState(state["state"]), state["reason"]
         failed = ended.is_failure
-        if ended == RunState.DONE:
+        if result is not None:
             why = "; ".join(doubts(result))
         elif ended == RunState.NOT_BEGUN:
             why = "the same command starts it"
         elif failed:
-            why = f"{why[:100]}  {job.log}"
+            why = f"{_short(why, job.run)}  {job.log}"
         table.add_row(
             job.label, styled(ended, "green" if ended == RunState.DONE else "red" if failed else "yellow"),
             *(f"{result['final'][key]:.4f}" if result and key in result["final"] else "" for key in measures.values()),
@@ -79,3 +83,10 @@ def summary(name: str, jobs: Sequence[Job]) -> Table:
             files.format_bytes(state["peak_memory"]) if "peak_memory" in state else "", styled(why, "dim"),
         )  # fmt: skip
     return table
+
+
+def _short(reason: str, run: Run) -> str:
+    """Return the start of a reason, with paths relative to the run or the root, since long ones would displace it."""
+    for place in (run.location, run.folder, run.root, run.folder.parent):
+        reason = reason.replace(f"{place}/", "")
+    return reason[:100]

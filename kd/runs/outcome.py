@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from kd.errors import is_mistake
+from kd.errors import UserError, first_line, is_mistake
 from kd.system.signals import ASKED, EXIT_CODE, Preempted
 
 GOES_ON = "the same command goes on with it"
@@ -81,7 +81,7 @@ def classify(error: BaseException) -> Outcome:
         code = 1  # the interpreter prints the text, and exits with 1
     if code == EXIT_CODE:
         return Outcome(RunState.PREEMPTED, preempted_at(error), EXIT_CODE)
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    reason = first_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".splitlines()[0]
     state = RunState.OUT_OF_MEMORY if full else RunState.FAILED
     return Outcome(state, reason, code, {"traceback": traceback.format_exc()})
 

@@ -88,6 +88,11 @@ class Run:
         except UserError:
             return True
 
+    def forget(self) -> None:
+        """Read result and state from the URL at the next look, not from a cache of some seconds."""
+        if self.remote:
+            self.remote.forget()
+
     def discard(self) -> None:
         """Remove all files of the run, the result first. The caller has to hold the lock."""
         if self.remote:
@@ -203,12 +208,22 @@ class Run:
 
     def state(self, wait: float | None = None) -> dict:
         """Return the content of state.json, or what is known without it: {"state": a RunState, "reason": …, …}."""
+        return self.result_and_state(wait)[1]
+
+    def result_and_state(self, wait: float | None = None) -> tuple[dict | None, dict]:
+        """Return result() and state(), which agree: the state is done exactly if there is a result."""
         if (result := self.result(wait)) is not None:
-            return {
-                "state": RunState.DONE,
-                "reason": "",
-                **{k: v for k, v in result.items() if k in ("seconds", "peak_memory")},
-            }
+            return result, _done(result)
+        state = self._recorded_state(wait)
+        if state["state"] != RunState.DONE:
+            return None, state
+        self.forget()
+        if (result := self.result(wait)) is not None:  # written after the first look
+            return result, _done(result)
+        return None, {"state": RunState.NOT_BEGUN, "reason": "its result.json is gone; the same command makes it anew"}
+
+    def _recorded_state(self, wait: float | None) -> dict:
+        """Return the state of a run without a result."""
         try:
             state = read_json(self / "state.json")
         except UserError as error:
@@ -311,6 +326,15 @@ class Run:
                 self.remote.remove("checkpoints", wait=retries.SOON)
             except UserError as error:
                 warnings.warn(f"{error} The run is done; its checkpoints there are of no use any more.")
+
+
+def _done(result: dict) -> dict:
+    """Return the state of a run with this result."""
+    return {
+        "state": RunState.DONE,
+        "reason": "",
+        **{k: v for k, v in result.items() if k in ("seconds", "peak_memory")},
+    }
 
 
 def check_student(name: str | None) -> None:

@@ -1,5 +1,6 @@
 """Sweeps: a process per run, one failure takes no other run with it, the table says what became of each."""
 
+import io
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from kd.config.components import SWEEPS
 from kd.config.overrides import deferred, undeferred
@@ -17,11 +19,14 @@ from kd.config.schema import NO_SIGNAL
 from kd.errors import UserError
 from kd.experiment.dependencies import Plan
 from kd.experiment.results import load_sweep
+from kd.launch.job import Job
 from kd.launch.local import LocalLauncher
 from kd.launch.run_launcher import discard
-from kd.launch.summary import varying
+from kd.launch.summary import refused as refused_runs
+from kd.launch.summary import summary, varying
 from kd.launch.sweeper import asked_for, at_scale
 from kd.models import flops as flops_module
+from kd.runs.outcome import classify
 from kd.runs.run import Run
 from kd.system import files
 from kd.system.console import counted
@@ -169,6 +174,34 @@ def test_a_line_has_a_name():
     assert at_scale({"runs": [{"plain": "logits=none"}]}, "cpu")[1] == [("plain", "logits=none")]
     jobs = [["seed=0", "a=1"], ["seed=1", "a=1"], ["seed=0", "a=2"], ["seed=0", "a=1", "b=1"]]
     assert varying(jobs, ["A", "A", "B", ""]) == ["A seed=0", "A seed=1", "B", "seed=0 a=1 b=1"]
+
+
+def test_only_commands_are_indented_where_some_runs_cannot_be_made():
+    reason = str(UserError(option="/data", why="is damaged", hint="type", commands=["rm -r /data"]))
+    text = refused_runs([["seed=0"], ["seed=1"]], ["seed=0", "seed=1"], {0: reason})
+    assert [line for line in text.splitlines() if line.startswith(" ")] == ["  rm -r /data"]
+    assert "- seed=0: /data is damaged" in text and text.endswith("type seed=1.")
+
+
+@pytest.mark.parametrize("url", [False, True])
+@pytest.mark.parametrize("place", ["run/checkpoints/step-00000003.ckpt", "data/1234/train.npy"])
+def test_table_shows_the_cause_behind_a_long_path(tmp_path, monkeypatch, place, url):
+    monkeypatch.setenv("KD_CACHE", str(tmp_path))
+    root = f"file://{tmp_path}/there" + "/folder" * 20 if url else tmp_path / ("folder/" * 20)
+    run = Run(root, "run")
+    run.folder.mkdir(parents=True)
+    (run / "log.txt").touch()
+    try:
+        path = run.folder.parent / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        raise files.disk_full(path)
+    except UserError as error:
+        failure = classify(error)
+    files.write_json(run / "state.json", failure.to_json())
+    table = Console(file=io.StringIO(), width=2000)
+    table.print(summary("s", [Job(run, [], "seed=0")]))
+    short = place.removeprefix("run/")
+    assert f" {short} could not be written, as the disk is full" in table.file.getvalue()
 
 
 @pytest.mark.slow

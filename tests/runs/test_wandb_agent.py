@@ -77,7 +77,7 @@ def work(root: Path, command: list[str], said: Path) -> None:
 @pytest.fixture(scope="module")
 def worked(tmp_path_factory) -> tuple[Path, dict]:
     root = tmp_path_factory.mktemp("agent")
-    command = load_sweep_config(FILES[0])["command"]
+    command = load_sweep_config(SWEEPS / "wandb" / "loss.yaml")["command"]
     command[-1:-1] = [*WORDS, f"root={root}"]
     process = FORK.Process(target=work, args=(root, command, root / "said"))
     process.start()
@@ -122,9 +122,8 @@ def test_run_that_is_done_is_told_to_an_agent_that_asks_again(worked, monkeypatc
     assert steps == before and third["state"] == "finished" and third["tags"] == second["tags"]
     final = result(folder(root, "jsd"))["final"]
     assert third["summary"]["final/lm"] == third["summary"]["val/lm"] == final["val/lm"]
-    assert third["config"] == {
-        k: v for k, v in second["config"].items() if k != "lr.peak"
-    }  # which the agent's file has
+    parameters = ("lr.peak", "alpha")  # of the agent's file; loss and seed are axes of every run as well
+    assert third["config"] == {k: v for k, v in second["config"].items() if k not in parameters}
     assert typed_in(root / "again", *words)[0] == 0
     logged(root, "third")  # once
 

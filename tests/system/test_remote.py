@@ -20,7 +20,7 @@ from kd.launch.job import Job
 from kd.launch.local import LocalPool
 from kd.launch.summary import summary
 from kd.runs.run import Run
-from kd.system import remote, retries
+from kd.system import files, remote, retries
 from kd.system.lease import lease
 from kd.system.processes import boot_id, is_alive, process_info
 from kd.system.remote import Remote
@@ -513,6 +513,43 @@ def test_a_run_whose_end_cannot_be_read_is_unknown_and_the_table_says_so(away, t
     table = Console(file=io.StringIO(), width=200)
     table.print(summary("s", jobs))
     assert table.file.getvalue().count("unknown") == 2 and "could not be read" in table.file.getvalue()
+
+
+def test_a_run_that_another_machine_did_meanwhile_is_done(away, tmp_path):
+    (job,) = jobs_at(away, tmp_path, 0.2)
+    job.run.remote.write("state.json", {"state": "running", **process_info()})  # of a process other than the job's
+    LocalPool(str(tmp_path / "program.py"), [job], 1, []).work()
+    assert job.state["state"] == "done"
+
+
+@pytest.mark.parametrize("url", [False, True])
+def test_result_and_state_agree_while_the_run_ends(cache, tmp_path, monkeypatch, url):
+    run = Run(f"file://{tmp_path}/there" if url else tmp_path / "there", "run0")
+    real = Run.result
+
+    def result(self, wait=None):
+        monkeypatch.setattr(Run, "result", real)
+        read = real(self, wait)
+        written = tmp_path / "there" / "run0"
+        files.write_json(written / "result.json", {"seconds": 1.0, "config": {}, "environment": {}, "final": {}})
+        files.write_json(written / "state.json", {"state": "done"})
+        return read
+
+    monkeypatch.setattr(Run, "result", result)
+    found, state = run.result_and_state()
+    assert found["seconds"] == state["seconds"] == 1 and state["state"] == "done"
+    (tmp_path / "there" / "run0" / "result.json").unlink()
+    run.forget()
+    assert run.result_and_state()[0] is None and run.state()["state"] == "not begun"
+
+
+def test_a_table_has_runs_whose_url_is_away_after_they_were_done(away, tmp_path):
+    (job,) = jobs_at(away, tmp_path, 0)
+    job.state = {"state": "done", "reason": ""}
+    Away.go(1000)
+    table = Console(file=io.StringIO(), width=200)
+    table.print(summary("s", [job]))
+    assert "done" in table.file.getvalue()
 
 
 def test_a_scheduler_is_not_taken_at_its_word_while_the_url_is_away(away, tmp_path, monkeypatch):
