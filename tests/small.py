@@ -68,10 +68,17 @@ def shared(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], ob
     return root
 
 
+def small_words(small: list[str], words: tuple[str, ...]) -> list[str]:
+    """Return the words of a small run that have an effect beside `words`: a pretrained teacher has no steps."""
+    pretrained = any(word.startswith("teacher.name=") for word in words) and "teacher.sft=true" not in words
+    return [word for word in small if not (pretrained and word.startswith("teacher.steps="))]
+
+
 def start(root: Path, *words: str, cold: bool = False, **environment: str) -> subprocess.Popen:
     """train.py with the small settings, and `words`, in `root`; forked from the zygote unless cold."""
     flags = [w for w in words if w.startswith("-")]
-    command = [sys.executable, str(TRAIN), *flags, *SMALL, f"root={root}", *(w for w in words if w not in flags)]
+    rest = [w for w in words if w not in flags]
+    command = [sys.executable, str(TRAIN), *flags, *small_words(SMALL, words), f"root={root}", *rest]
     return python(command, root, cold, **environment)
 
 
@@ -112,7 +119,7 @@ def outcome(path: Path) -> tuple[bytes, bytes]:
 def small_config(root: Path, *words: str) -> ExperimentConfig:
     """Return the config of the tiny run with `words`, in `root`."""
     own = any(word.startswith("data=") for word in words)
-    typed = [*(word for word in TINY if not (own and word.startswith("data"))), f"root={root}", *words]
+    typed = [*(word for word in small_words(TINY, words) if not (own and word.startswith("data"))), f"root={root}", *words]
     return ExperimentConfig.from_hydra(composed(*typed), typed)
 
 
@@ -123,7 +130,7 @@ def here(root: Path, *words: str) -> Path:
 
 def write(root: Path, *words: str) -> reader.Store:
     """Do the work of `python -m kd.store write` in this process."""
-    return store_program.write_store([*TINY, f"root={root}", *words])
+    return store_program.write_store([*small_words(TINY, words), f"root={root}", *words])
 
 
 def type_in(message: str) -> None:

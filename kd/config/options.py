@@ -90,6 +90,17 @@ def option_of(group: str, words: Iterable[str]) -> str | None:
     return next(filter(None, reversed(names)), None)
 
 
+def setting_of(name: str, words: Iterable[str]) -> object:
+    """Return the value of a group's setting in a run of these words, as text if they contain the setting itself."""
+    words = list(words)
+    named = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
+    group, _, key = name.partition(".")
+    values = {name: options(group).get(option_of(group, words) or defaults()[group] or "", {}).get(key)}
+    for preset in PRESETS:
+        values |= flat(settings_of_preset(preset, named[preset])) if preset in named else {}
+    return (values | named)[name]
+
+
 def words_of(preset: str, name: str) -> list[str]:
     """Return the words that an option of a preset stands for, as on a command line."""
     chosen = [f"{group}={option}" for group, option in overridden(preset, name).items()]

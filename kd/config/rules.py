@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from kd.config.schema import ExperimentConfig
 
 
+# Settings of the training of a teacher. A teacher by name is not trained, unless teacher.sft=true.
+TEACHER_TRAINING = ("teacher.steps", "teacher.batch", "teacher.lr", "teacher.precision")
+
+
 def check_deletions(overrides: Iterable[str]) -> None:
     """Refuse an override that removes a setting."""
     for word in overrides:
@@ -105,6 +109,13 @@ def unused(config: ExperimentConfig, word: str) -> UserError | None:
         hint = f"leave {name} out, or set the fine-tuning by start.sft_steps, start.sft_batch and start.sft_lr"
         why = "would do nothing, as it is for pretraining and this student is pretrained"
         return refused.replace(conflict=f"student.name={config.student.name}", why=why, hint=hint)
+    if config.teacher.name and not config.teacher.sft and name in TEACHER_TRAINING:
+        why, hint = "would do nothing, as this teacher is pretrained", f"leave {name} out"
+        if source.trains_teacher:
+            why = "would do nothing, as a cotrained teacher has the steps, batches and rate of the run"
+        elif config.data.is_instructions:
+            hint += ", or type teacher.sft=true to fine-tune the teacher"
+        return refused.replace(conflict=f"teacher.name={config.teacher.name}", why=why, hint=hint)
     vocabulary = "the states of the chain" if config.data.name == "markov" else config.tokenizer
     if vocabulary and word.lstrip("+").startswith("data.vocab="):
         why = f"would do nothing, as no tokenizer is trained: this data has {vocabulary}"

@@ -15,6 +15,7 @@ from lightning.fabric.utilities import move_data_to_device
 from kd.config import components as conf
 from kd.config import plugins
 from kd.config.compose import default_options
+from kd.config.rules import TEACHER_TRAINING
 from kd.config.schema import ExperimentConfig
 from kd.config.secrets import redacted
 from kd.data.batches import IGNORE, Packed, to_batch
@@ -93,6 +94,8 @@ def write_command(config: ExperimentConfig) -> str:
     typed += [f"teacher={teacher.size or ('hub' if teacher.name else 'none')}"]
     typed += [f"plain={config.plain.name}"] if config.data.is_instructions else []
     settings = {k: v for k, v in config.flat().items() if not k.startswith(("truncation.", "start."))}
+    if teacher.name and not teacher.sft:  # a preset for a teacher of a size may set them
+        settings = {k: v for k, v in settings.items() if k not in TEACHER_TRAINING}
     settings |= {f"truncation.{k}": v for k, v in part.items()}
     teacher_run = Plan.from_config(config).teacher
     if teacher_run and teacher_run.start.stage != "scratch" != config.start.stage:  # it was pretrained as the student

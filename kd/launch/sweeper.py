@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 
 from kd.config import grammar
 from kd.config.components import option_files
-from kd.config.options import option_of
+from kd.config.options import option_of, setting_of
 from kd.config.overrides import undeferred
-from kd.config.rules import group_of
+from kd.config.rules import TEACHER_TRAINING, group_of
 from kd.config.schema import NO_EFFECT, NO_SIGNAL
 from kd.config.security import check_words
 from kd.errors import UserError
@@ -44,7 +44,7 @@ class LaunchingSweeper(Sweeper):
 def asked_for(arguments: Sequence[str]) -> str:
     """Return all words of a command except those that change no result."""
     words = map(undeferred, arguments)
-    return str(sorted(word for word in words if not is_under(word.lstrip("+~").partition("=")[0], NO_EFFECT)))
+    return str(sorted(word for word in words if not is_under(name_of(word), NO_EFFECT)))
 
 
 class SweepFileSweeper(LaunchingSweeper):
@@ -53,7 +53,8 @@ class SweepFileSweeper(LaunchingSweeper):
     Words beside sweeps=NAME are added to every line. A line may have a name for its runs in tables: `- MiniLLM:
     method=minillm`. Without one they have the name of their method, if any. Without a sweep file there is one line: the
     words of the command. A file may have `scales`, each with a `base` and further `runs`; scale=NAME takes one.
-    Settings that treat a signal are left out of runs that have none. Runs that are then the same are one run.
+    Settings that treat a signal are left out of runs that have none, and those of a teacher's training of runs whose
+    teacher is pretrained. Runs that are then the same are one run.
     """
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
@@ -66,8 +67,7 @@ class SweepFileSweeper(LaunchingSweeper):
         sweep = OmegaConf.to_container(self.config)["sweep"]
         base, lines = at_scale(sweep if isinstance(sweep, dict) else {"runs": [""]}, self.config.scale)
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        jobs: list[list[str]] = []
-        names: list[str] = []
+        made: list[tuple[str, list[str]]] = []
         for name, line in lines:
             try:
                 words = files.expanded_words(shlex.split(base) + shlex.split(line))
@@ -81,9 +81,13 @@ class SweepFileSweeper(LaunchingSweeper):
             for job in BasicSweeper.split_arguments(parser.parse_overrides(words + more), None)[0]:
                 if option_of("logits", job) == "none":
                     job = [w for w in job if group_of(w) not in NO_SIGNAL]
-                if job not in jobs:
-                    jobs.append(job)
-                    names.append(name or option_of("method", job) or "")
+                made.append((name or option_of("method", job) or "", job))
+        jobs: list[list[str]] = []
+        names: list[str] = []
+        for (name, _), job in zip(made, without_teacher_training([job for _, job in made], more), strict=True):
+            if job not in jobs:
+                jobs.append(job)
+                names.append(name)
         try:
             for job in jobs:
                 check_words(job)
@@ -93,6 +97,31 @@ class SweepFileSweeper(LaunchingSweeper):
         if any(r.status != JobStatus.COMPLETED for r in returns):
             sys.exit(1)
         return returns
+
+
+def without_teacher_training(jobs: Sequence[list[str]], typed: Iterable[str]) -> list[list[str]]:
+    """Return the words of each run, without settings of a teacher's training if its teacher is pretrained.
+
+    A setting that was typed and has an effect in no run of the sweep is kept, so that it is refused.
+    """
+    pretrained = [_has_pretrained_teacher(job) for job in jobs]
+    used = {name_of(word) for job, named in zip(jobs, pretrained, strict=True) if not named for word in job}
+    left_out = {*TEACHER_TRAINING} - ({*map(name_of, typed)} - used)
+    return [
+        [word for word in job if not (named and name_of(word) in left_out)]
+        for job, named in zip(jobs, pretrained, strict=True)
+    ]
+
+
+def _has_pretrained_teacher(job: list[str]) -> bool:
+    """Return True if the teacher of a run has a name, and is not fine-tuned first."""
+    name, fine_tuned = setting_of("teacher.name", job), setting_of("teacher.sft", job)
+    return name not in (None, "null") and str(fine_tuned).lower() != "true"
+
+
+def name_of(word: str) -> str:
+    """Return the name in an override: loss.mu for ++loss.mu=1."""
+    return word.lstrip("+~").partition("=")[0]
 
 
 def at_scale(sweep: Mapping, scale: str) -> tuple[str, list[tuple[str, str]]]:

@@ -423,6 +423,29 @@ def test_setting_without_a_signal_to_apply_to_is_refused(word):
         config_of("teacher=none", word)
 
 
+@pytest.mark.parametrize("word", ["teacher.steps=5", "teacher.batch=4", "teacher.lr=1e-3", "++teacher.precision=bf16"])
+@pytest.mark.parametrize(
+    ("more", "why", "hint"),
+    [
+        ("", "as this teacher is pretrained", "out"),
+        ("data=instructions data.files=x", "as this teacher is pretrained", "type teacher.sft=true"),
+        ("logits=cotrained optim=adamw", "a cotrained teacher has the steps, batches and rate of the run", "out"),
+    ],
+)
+def test_settings_of_training_are_refused_for_a_pretrained_teacher(word, more, why, hint):
+    option, _, got = word.partition("=")
+    words = ("teacher=hub", "teacher.name=org/big", *more.split())
+    config_of("teacher.seed=1", *words)  # the seed of responses that a teacher writes
+    with refused(option=option, got=got, conflict="teacher.name=org/big", why=why, hint=hint) as caught:
+        config_of(*words, word)
+    assert ("teacher.sft" in caught.value.hint) == ("instructions" in more)
+
+
+def test_settings_of_training_are_for_a_teacher_that_is_fine_tuned_first():
+    words = ("data=instructions", "data.files=x", "teacher=hub", "teacher.name=org/big", "teacher.sft=true")
+    assert config_of(*words, "teacher.steps=5").teacher.steps == 5
+
+
 @pytest.mark.parametrize("truncation", ["full", "random"])
 @pytest.mark.parametrize("target", ["rest", "leftover"])
 def test_a_place_for_what_is_not_dropped_is_refused(truncation, target):

@@ -37,7 +37,7 @@ from kd.system.console import Terminal, styled
 from sweeps.report.__main__ import main as report_main
 from tests import small
 from tests.refusals import refused
-from tests.small import ENVIRONMENT, FORK, SMALL, TINY, TRAIN, folder, here, listed, train
+from tests.small import ENVIRONMENT, FORK, SMALL, TINY, TRAIN, folder, here, listed, small_words, train
 from tests.zygote import Forked, start_zygote
 
 
@@ -443,7 +443,8 @@ def test_model_with_code_of_its_own_is_refused(root, canary):
     told = json.loads((hub / "tokenizer_config.json").read_text())
     told |= {"auto_map": {"AutoTokenizer": ["hubconf.T", "hubconf.T"]}, "tokenizer_class": "Evil"}
     (hub / "tokenizer_config.json").write_text(json.dumps(told))
-    code, output = typed_in(canary.parent, *TINY, f"root={root}", "teacher=hub", f"teacher.name={hub}")
+    named = ("teacher=hub", f"teacher.name={hub}")
+    code, output = typed_in(canary.parent, *small_words(TINY, named), f"root={root}", *named)
     assert code == 2 and "Traceback" not in output, output
 
 

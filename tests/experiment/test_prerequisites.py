@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from kd.system import console
 from kd.system.files import read_metrics
 from sweeps.report.curves import learning_curve
 from tests.refusals import refused
-from tests.small import here, small_config
+from tests.small import TINY, TRAIN, here, listed, python, small_config, small_words
 
 SFT = ("start=sft", "start.steps=3", "start.batch=2", "start.sft_steps=3")
 
@@ -126,6 +127,15 @@ def test_a_named_teacher_is_fine_tuned_first_where_that_is_asked(root, words, ma
     assert (
         finals[1]["val/teacher_lm"] == pytest.approx(finals[2]["val/lm"]) != pytest.approx(finals[0]["val/teacher_lm"])
     )
+    # A sweep over both takes teacher.steps, for the one that is fine-tuned.
+    base = [word for word in small_words(TINY, named) if not word.startswith("data")]
+    both = ("teacher.sft=false,true", "teacher.steps=5")
+    process = python([sys.executable, str(TRAIN), "-m", *base, f"root={root}", *named, *both], root)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    runs = json.loads(listed(root).read_text())["runs"]
+    assert [run["run"] for run in runs] == [plain.name, tuned.name]
+    assert ["teacher.steps=5" in run["overrides"] for run in runs] == [False, True]
 
 
 @pytest.mark.parametrize(

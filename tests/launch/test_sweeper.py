@@ -24,7 +24,7 @@ from kd.launch.local import LocalLauncher
 from kd.launch.run_launcher import discard
 from kd.launch.summary import refused as refused_runs
 from kd.launch.summary import summary, varying
-from kd.launch.sweeper import asked_for, at_scale
+from kd.launch.sweeper import asked_for, at_scale, without_teacher_training
 from kd.models import flops as flops_module
 from kd.runs.outcome import classify
 from kd.runs.run import Run
@@ -222,6 +222,35 @@ def test_wrong_scale_names_those_there_are(tmp_path):
     assert "scale=huge: need a scale of this sweep, cpu or full" in output
     assert "scale=full: need a scale of this sweep, cpu" in train(tmp_path, "sweeps=demo", "scale=full", code=2)
     assert "only a sweep has scales" in train(tmp_path, "scale=full", code=2)
+
+
+NAMED = ["teacher=hub", "teacher.name=org/big"]
+
+
+@pytest.mark.parametrize("typed", [[], ["teacher.steps=choice(5)"]])
+@pytest.mark.parametrize(
+    "pretrained",
+    [NAMED, ["experiment=c4_330m"], [*NAMED, "teacher.sft=false"], [*NAMED, "teacher.seed=1"]],
+)
+@pytest.mark.parametrize(
+    "trained",
+    [
+        ["teacher=100k"],
+        ["seed=1"],
+        ["experiment=c4_100m"],
+        [*NAMED, "teacher.sft=True"],
+        ["teacher=hub", "teacher.name=null", "teacher.size=1m"],
+        ["experiment=c4_330m", "teacher=1b", "teacher.name=null"],
+    ],
+)
+def test_settings_of_a_teachers_training_are_left_out_of_runs_of_a_pretrained_one(typed, pretrained, trained):
+    jobs = [[*words, "teacher.steps=5", "trainer.steps=3"] for words in (trained, pretrained)]
+    assert without_teacher_training(jobs, typed) == [jobs[0], [*pretrained, "trainer.steps=3"]]
+
+
+def test_a_typed_setting_of_a_teachers_training_without_an_effect_in_any_run_is_not_left_out():
+    jobs = [[f"seed={seed}", *NAMED, "teacher.lr=1", "teacher.steps=5"] for seed in (0, 1)]
+    assert without_teacher_training(jobs, ["teacher.lr=choice(1)"]) == [job[:-1] for job in jobs]
 
 
 def jobs(sweep: dict, scale: str = "cpu") -> set[tuple[str, ...]]:

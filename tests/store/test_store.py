@@ -23,7 +23,7 @@ from kd import former_names
 from kd.config.components import typed
 from kd.config.compose import composed, config_of
 from kd.errors import UserError
-from kd.experiment import prerequisites, store_check
+from kd.experiment import prerequisites, store_check, stores
 from kd.experiment.dependencies import Plan, cached_corpus
 from kd.models import causal_lm
 from kd.models import hub as hub_module
@@ -398,6 +398,14 @@ def test_two_teachers_of_the_hub_have_a_store_each(tmp_path):
         typed[1] = f"data.files={tmp_path / 'x.txt'}"
         plans.append(Plan.from_config(config_of(typed)))
     assert plans[0].store.key != plans[1].store.key
+
+
+def test_the_words_for_a_store_of_a_pretrained_teacher_have_no_settings_of_its_training(tmp_path):
+    (tmp_path / "x.txt").write_text("text")
+    typed = ["data=text", f"data.files={tmp_path / 'x.txt'}", "logits=offline", "teacher=hub", "teacher.name=org/big"]
+    made = config_of(typed).derive(teacher={"steps": 9, "batch": 9, "lr": 9, "precision": "bf16", "seed": 9})
+    words = shlex.split(stores.write_command(made))  # as a preset sets them
+    assert "teacher.seed=9" in words and config_of(["logits=offline", *words]).teacher.steps != 9
 
 
 def test_a_hub_teacher_is_known_by_its_commit(tmp_path, monkeypatch):
