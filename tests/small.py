@@ -119,7 +119,8 @@ def outcome(path: Path) -> tuple[bytes, bytes]:
 def small_config(root: Path, *words: str) -> ExperimentConfig:
     """Return the config of the tiny run with `words`, in `root`."""
     own = any(word.startswith("data=") for word in words)
-    typed = [*(word for word in small_words(TINY, words) if not (own and word.startswith("data"))), f"root={root}", *words]
+    small = (word for word in small_words(TINY, words) if not (own and word.startswith("data")))
+    typed = [*small, f"root={root}", *words]
     return ExperimentConfig.from_hydra(composed(*typed), typed)
 
 

@@ -67,7 +67,7 @@ class SweepFileSweeper(LaunchingSweeper):
         sweep = OmegaConf.to_container(self.config)["sweep"]
         base, lines = at_scale(sweep if isinstance(sweep, dict) else {"runs": [""]}, self.config.scale)
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        made: list[tuple[str, list[str]]] = []
+        labelled: list[tuple[str, list[str]]] = []
         for name, line in lines:
             try:
                 words = files.expanded_words(shlex.split(base) + shlex.split(line))
@@ -81,10 +81,11 @@ class SweepFileSweeper(LaunchingSweeper):
             for job in BasicSweeper.split_arguments(parser.parse_overrides(words + more), None)[0]:
                 if option_of("logits", job) == "none":
                     job = [w for w in job if group_of(w) not in NO_SIGNAL]
-                made.append((name or option_of("method", job) or "", job))
+                labelled.append((name or option_of("method", job) or "", job))
         jobs: list[list[str]] = []
         names: list[str] = []
-        for (name, _), job in zip(made, without_teacher_training([job for _, job in made], more), strict=True):
+        effective = without_teacher_training([job for _, job in labelled], more)
+        for (name, _), job in zip(labelled, effective, strict=True):
             if job not in jobs:
                 jobs.append(job)
                 names.append(name)

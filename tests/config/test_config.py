@@ -423,7 +423,7 @@ def test_setting_without_a_signal_to_apply_to_is_refused(word):
         config_of("teacher=none", word)
 
 
-@pytest.mark.parametrize("word", ["teacher.steps=5", "teacher.batch=4", "teacher.lr=1e-3", "++teacher.precision=bf16"])
+@pytest.mark.parametrize("word", ["teacher.steps=5", "teacher.batch=4", "teacher.lr=1e-3", "teacher.precision=bf16"])
 @pytest.mark.parametrize(
     ("more", "why", "hint"),
     [
@@ -439,6 +439,8 @@ def test_settings_of_training_are_refused_for_a_pretrained_teacher(word, more, w
     with refused(option=option, got=got, conflict="teacher.name=org/big", why=why, hint=hint) as caught:
         config_of(*words, word)
     assert ("teacher.sft" in caught.value.hint) == ("instructions" in more)
+    with refused(option=f"++{word}", why=why):
+        config_of(*words, f"++{word}")
 
 
 def test_settings_of_training_are_for_a_teacher_that_is_fine_tuned_first():
