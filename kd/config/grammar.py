@@ -19,6 +19,8 @@ from kd.system import programs
 QUOTES = "quotes around a value with other signs than letters, digits and ./:-_, for the shell and for Hydra"
 CALLS = "a function of Hydra's with its arguments, as choice(1,2), range(1,9) or interval(0,1)"
 
+BRACKETS = {"[": "]", "{": "}"}
+
 
 def check(words: Iterable[str]) -> None:
     """Raise UserError for the first word that Hydra cannot parse, or that names no setting."""
@@ -94,8 +96,8 @@ def _hint(words: list[str], index: int) -> str:
     if word in GROUPS:
         leave = f"leave {word} out, or " if word in PRESETS else ""
         return f"{leave}type {word}=NAME with one of {overrides.named(option_names(word))}"
-    if _is_setting(word):
-        return f"type {word}=… with its value"
+    if _is_setting(name := word.partition("=")[0].strip(" .:+")):
+        return f"type {name}=… with its value"
     if groups := [group for group in GROUPS if word in option_names(group)]:
         return f"type {', or '.join(f'{group}={word}' for group in groups)}"
     return f"see all settings by {programs.command('train')} --help"
@@ -110,22 +112,27 @@ def _meant(words: list[str], index: int) -> Iterator[str]:
         return
     key, value = key.strip(" .:+"), value.strip()
     yield f"{key}={value.lstrip('= ')}"
-    for count in range(1, len(after) + 1):  # a list with a space in it, which the shell takes for several words
-        if "=" in after[count - 1] or not value.endswith(",") or not value:
+    opening, closing = value[:1], BRACKETS.get(value[:1], "")
+    whole = value
+    for other in map(str.strip, after):  # a list with a space in it, which the shell takes for several words
+        is_open = whole.count(opening) > whole.count(closing) if closing else whole.endswith(",")
+        if "=" in other or not is_open:
             break
-        value += after[count - 1].strip()
-        yield f"{key}={value}"
+        comma = "," if closing and whole[-1] not in ",:[{" and other[:1] not in ",:]}" else ""
+        whole += comma + other
+        yield f"{key}={whole}"
     if key in GROUPS:
         yield f"{key}={value.strip('={}[]()<>,;:. ')}"
-    elif value[:1] in ("[", "{"):
-        yield f"{key}={value.rstrip(',')}{']' if value[0] == '[' else '}'}"
-    yield _with_quotes(word)
+    elif not closing:
+        yield _with_quotes(word)
+    elif whole == value:
+        yield f"{key}={value.rstrip(',')}{closing}"
 
 
 def _meant_by_name(word: str, before: list[str], after: list[str]) -> Iterator[str]:
     """Yield what a word without = may be meant to be: a name whose value is another word, or such a value."""
     if before and before[-1].endswith("="):
-        yield before[-1] + word
+        yield from _meant([before[-1] + word, *after], 0)
     name, colon, value = word.partition(":")
     if colon and value and _is_setting(name):
         yield f"{name}={value}"

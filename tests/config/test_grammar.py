@@ -33,6 +33,11 @@ TYPED = {  # words as they are typed, and the words that the hint names
     "-m loss=fkl, rkl": "loss=fkl,rkl",
     "-m loss=fkl,": "loss=fkl",
     "data=text data.files=[a.txt, b.txt]": "'data.files=[a.txt,b.txt]'",
+    "data=text data.files=[a.txt b.txt c.txt]": "'data.files=[a.txt,b.txt,c.txt]'",
+    "data=text data.files=[a.txt , b.txt]": "'data.files=[a.txt,b.txt]'",
+    "data=text data.files= [a.txt b.txt]": "'data.files=[a.txt,b.txt]'",
+    "data=text data.files=[ a.txt b.txt ] seed=1": "'data.files=[a.txt,b.txt]'",
+    "optim.betas=[0.9 0.95]": "'optim.betas=[0.9,0.95]'",
     "data=text data.files=[a.txt": "'data.files=[a.txt]'",
     "root=s3://x/y?z=1": "'root=\"s3://x/y?z=1\"'",
     '"root=it\'s"': "'root=\"it'\"'\"'s\"'",
@@ -73,6 +78,8 @@ HINTS = {  # words for which the hint is a choice
     "=fkl": "see all settings by python train.py --help",
     "--": "see all settings by python train.py --help",
     "lr.peak=choice()": "type lr.peak=…,… with its values",
+    "data=text data.files=[a.txt b.txt seed=1": "type data.files=… with its value",
+    "data=text 'data.files=[a b.txt, x(1).txt]'": "type data.files=… with its value",
     "root=my(folder)": "for a text with brackets 'root=\"my(folder)\"'",
 }
 
