@@ -24,7 +24,8 @@ ELSEWHERE = ("config_dir", "config_path", "config_name", "experimental_rerun")  
 def check_command_line(words: list[str]) -> list[str]:
     """Check a whole command line: Hydra's switches, then check_words() of the rest; raise UserError.
 
-    Returns the words with the switches first, since Hydra refuses a switch between overrides.
+    Returns the switches with their values as one word each, and then the overrides: Hydra refuses a switch between
+    overrides, and a switch with an optional value would take the first of them.
     """
     check_secrets(words)
     parser = get_args_parser()
@@ -39,7 +40,9 @@ def check_command_line(words: list[str]) -> list[str]:
     several = ("sweeps=", "hydra.mode=")
     if not given.multirun and not any(word.startswith(several) for word in given.overrides):
         overrides.check_single(given.overrides)
-    return [word for word in words if word not in given.overrides] + given.overrides
+    switches = {name.replace("_", "-"): value for name, value in vars(given).items() if name != "overrides"}
+    typed = [f"--{name}" if value is True else f"--{name}={value}" for name, value in switches.items() if value]
+    return typed + given.overrides
 
 
 def check_words(words: Iterable[str]) -> None:

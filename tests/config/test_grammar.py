@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 import pytest
+from hydra._internal.utils import get_args_parser
 
 from kd.config import grammar, overrides, security
 from kd.errors import UserError
@@ -102,10 +103,21 @@ def test_a_secret_after_a_switch_is_not_shown():
     assert secret not in str(caught.value)
 
 
-def test_switches_may_stand_between_overrides():
-    assert security.check_command_line(["loss=fkl,rkl", "-m", "seed=1"]) == ["-m", "loss=fkl,rkl", "seed=1"]
-    words = ["loss=fkl", "--cfg", "job", "seed=1", "--resolve"]
-    assert security.check_command_line(words) == ["--cfg", "job", "--resolve", "loss=fkl", "seed=1"]
+@pytest.mark.parametrize(
+    ("line", "switches", "others"),
+    [
+        ("loss=fkl,rkl -m seed=1", {"multirun": True}, ["loss=fkl,rkl", "seed=1"]),
+        ("loss=fkl --cfg job seed=1 --resolve", {"cfg": "job", "resolve": True}, ["loss=fkl", "seed=1"]),
+        ("loss=fkl --info", {"info": "all"}, ["loss=fkl"]),
+        ("--info config loss=fkl", {"info": "config"}, ["loss=fkl"]),
+        ("-p loss=fkl loss=fkl", {"package": "loss=fkl"}, ["loss=fkl"]),
+        ("loss=fkl --cfg job -p loss=fkl", {"cfg": "job", "package": "loss=fkl"}, ["loss=fkl"]),
+    ],
+)
+def test_hydra_reads_switches_and_overrides_in_any_order(line, switches, others):
+    words = overrides.deferred(security.check_command_line(shlex.split(line)))
+    read = vars(get_args_parser().parse_args(words))
+    assert {name: value for name, value in read.items() if value} == switches | {"overrides": others}
 
 
 def test_what_hydra_can_parse_is_no_mistake_of_grammar():
