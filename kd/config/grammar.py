@@ -13,6 +13,7 @@ from kd.config import overrides
 from kd.config.components import GROUPS, PRESETS, option_names
 from kd.config.options import is_switch
 from kd.config.schema import GROUPLESS, RUN_OPTIONS
+from kd.config.secrets import check_secrets
 from kd.errors import UserError
 from kd.system import programs
 
@@ -31,7 +32,8 @@ def check(words: Iterable[str]) -> None:
 
 
 def check_switches(words: list[str], switches: Collection[str]) -> None:
-    """Raise UserError for the first word with a - in front that is none of the switches."""
+    """Raise UserError for a secret, and for the first word with a - in front that is none of the switches."""
+    check_secrets(words)
     for index, word in enumerate(words):
         name, equals, value = word.partition("=")
         if not word.startswith("-") or name in switches:

@@ -27,7 +27,6 @@ def check_command_line(words: list[str]) -> list[str]:
     Returns the switches with their values as one word each, and then the overrides: Hydra refuses a switch between
     overrides, and a switch with an optional value would take the first of them.
     """
-    check_secrets(words)
     parser = get_args_parser()
     parser.prog = programs.command("train")
     grammar.check_switches(words, parser._option_string_actions)
