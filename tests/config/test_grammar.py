@@ -81,6 +81,7 @@ HINTS = {  # words for which the hint is a choice
     "lr.peak=choice()": "type lr.peak=…,… with its values",
     "data=text data.files=[a.txt b.txt seed=1": "type data.files=… with its value",
     "data=text 'data.files=[a b.txt, x(1).txt]'": "type data.files=… with its value",
+    "data.files=x(1).txt": "type data=text 'data.files=\"x(1).txt\"' (or files with instructions)",
     "root=my(folder)": "for a text with brackets 'root=\"my(folder)\"'",
 }
 
