@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 
 from kd.config import overrides
 from kd.config.components import GROUPS, PRESETS, option_names
-from kd.config.options import is_switch
+from kd.config.options import defaults_of
 from kd.config.schema import GROUPLESS, RUN_OPTIONS
 from kd.config.secrets import check_secrets
 from kd.errors import UserError
@@ -66,7 +66,7 @@ def _refused(words: list[str], index: int) -> UserError:
     if " while evaluating " in reason:
         why = reason.partition(": ")[2].partition("\n")[0]
         hint = f"type {word.partition('=')[0]}=…,… with its values"
-        if why.startswith("Unknown function"):
+        if why.startswith("Unknown function") and _takes_text(word):
             hint = f"{hint}, or for a text with brackets {_quoted(word)}"
         return UserError(option=word, why=why, need=CALLS, hint=hint)
     hint = _hint(words, index)
@@ -98,7 +98,7 @@ def _hint(words: list[str], index: int) -> str:
     if word in GROUPS:
         leave = f"leave {word} out, or " if word in PRESETS else ""
         return f"{leave}type {word}=NAME with one of {overrides.named(option_names(word))}"
-    if _is_setting(name := word.partition("=")[0].strip(" .:+")):
+    if defaults_of(name := word.partition("=")[0].strip(" .:+")):
         return f"type {name}=… with its value"
     if groups := [group for group in GROUPS if word in option_names(group)]:
         return f"type {', or '.join(f'{group}={word}' for group in groups)}"
@@ -126,7 +126,9 @@ def _meant(words: list[str], index: int) -> Iterator[str]:
     if key in GROUPS:
         yield f"{key}={value.strip('={}[]()<>,;:. ')}"
     elif not closing:
-        yield _with_quotes(word)
+        yield f"{key}={value.rstrip(',;)')}"
+        if _takes_text(word):
+            yield _with_quotes(word)
     elif whole == value:
         yield f"{key}={value.rstrip(',')}{closing}"
 
@@ -142,13 +144,25 @@ def _meant_by_name(word: str, before: list[str], after: list[str]) -> Iterator[s
         values = [text for text in (other.lstrip("=") for other in after[:2]) if text]
         if values and "=" not in values[0] and not values[0].startswith("-"):
             yield f"{word}={values[0]}"
-    if is_switch(word):
+    if _is_switch(word):
         yield f"{word}=true"
 
 
 def _is_setting(name: str) -> bool:
     """Return True for the name of a group or of an option, or a name below one."""
     return name in RUN_OPTIONS or name.partition(".")[0] in (*GROUPS, *GROUPLESS)
+
+
+def _is_switch(name: str) -> bool:
+    """Return True for a setting that is true or false."""
+    return any(isinstance(default, bool) for default in defaults_of(name))
+
+
+def _takes_text(word: str) -> bool:
+    """Return True if the setting of an override takes a text; a value that begins with a digit is meant as a number."""
+    key, _, value = word.partition("=")
+    defaults = defaults_of(key.strip(" .:+"))
+    return any(isinstance(default, str) or (default is None and not value[:1].isdigit()) for default in defaults)
 
 
 def _with_quotes(word: str) -> str:

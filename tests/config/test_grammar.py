@@ -43,6 +43,9 @@ TYPED = {  # words as they are typed, and the words that the hint names
     "root=s3://x/y?z=1": "'root=\"s3://x/y?z=1\"'",
     '"root=it\'s"': "'root=\"it'\"'\"'s\"'",
     "'root=a\"\\b'": '\'root="a\\"\\\\b"\'',
+    "lr.peak=1e-3,": "lr.peak=1e-3",
+    "trainer.steps=5)": "trainer.steps=5",
+    "teacher.sft": "teacher.sft=true",
     "--loss rkl": "loss=rkl",
     "--loss=rkl": "loss=rkl",
     "-lr 1e-3": "lr.peak=1e-3",
@@ -81,6 +84,10 @@ HINTS = {  # words for which the hint is a choice
     "lr.peak=choice()": "type lr.peak=…,… with its values",
     "data=text data.files=[a.txt b.txt seed=1": "type data.files=… with its value",
     "data=text 'data.files=[a b.txt, x(1).txt]'": "type data.files=… with its value",
+    "lr.peak=choice(1,2": "type lr.peak=… with its value",
+    "trainer.tokens=1e3x(": "type trainer.tokens=… with its value",
+    "optim.betas=(0.9,0.95)": "type optim.betas=… with its value",
+    "data.fils=x(1)": "see all settings by python train.py --help",
     "data.files=x(1).txt": "type data=text 'data.files=\"x(1).txt\"' (or files with instructions)",
     "root=my(folder)": "for a text with brackets 'root=\"my(folder)\"'",
 }
@@ -90,6 +97,12 @@ HINTS = {  # words for which the hint is a choice
 def test_a_hint_for_what_may_be_meant_for_several_settings(line):
     with refused(hint=HINTS[line]):
         security.check_command_line(shlex.split(line))
+
+
+def test_a_number_is_not_offered_as_a_text():
+    with pytest.raises(UserError) as caught:
+        security.check_command_line(["lr.peak=choise(1,2)"])
+    assert caught.value.hint == "type lr.peak=…,… with its values"
 
 
 def test_the_first_wrong_word_is_named():
