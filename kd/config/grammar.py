@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator
 
@@ -19,8 +20,9 @@ from kd.system import programs
 
 QUOTES = "quotes around a value with other signs than letters, digits and ./:-_, for the shell and for Hydra"
 CALLS = "a function of Hydra's with its arguments, as choice(1,2), range(1,9) or interval(0,1)"
-
+ELSEWHERE = ("--config-dir", "--config-path", "--config-name", "--experimental-rerun")  # read other files; refused
 BRACKETS = {"[": "]", "{": "}"}
+NEGATIVE = re.compile(r"-\.?\d")
 
 
 def check(words: Iterable[str]) -> None:
@@ -38,13 +40,16 @@ def check_switches(words: list[str], switches: Collection[str]) -> None:
         name, equals, value = word.partition("=")
         if not word.startswith("-") or name in switches:
             continue
+        if NEGATIVE.match(word):
+            raise _refused(words, index - 1 if index and _is_value(words[index - 1]) else index)
         setting = name.lstrip("-").replace("-", "_")
-        close = difflib.get_close_matches(name, switches, 1) if len(name) > 3 and not _is_setting(setting) else []
+        offered = [switch for switch in switches if switch not in ELSEWHERE]
+        close = difflib.get_close_matches(name, offered, 1) if len(name) > 3 and not _is_setting(setting) else []
         if close:
             hint = f"type {close[0]}{equals}{value}"
             raise UserError(option=word, why="is no switch", need="a switch that exists", hint=hint)
         after = words[index + 1 :]
-        if not equals and after and "=" not in after[0] and not after[0].startswith("-"):
+        if not equals and after and _is_value(after[0]):
             equals, value = "=", after[0]
         hint = _hint([*words[:index], f"{setting}{equals}{value}", *after], index)
         raise UserError(option=word, why="is no switch", need="NAME=VALUE without a - in front", hint=hint)
@@ -140,12 +145,13 @@ def _meant_by_name(word: str, before: list[str], after: list[str]) -> Iterator[s
     name, colon, value = word.partition(":")
     if colon and value and _is_setting(name):
         yield f"{name}={value}"
-    if word in GROUPS or _is_setting(word) or not any(word in option_names(group) for group in GROUPS):
-        values = [text for text in (other.lstrip("=") for other in after[:2]) if text]
-        if values and "=" not in values[0] and not values[0].startswith("-"):
-            yield f"{word}={values[0]}"
-    if _is_switch(word):
+    values = [text for text in (other.lstrip("=:") for other in after[:2]) if text]
+    is_switch = any(isinstance(default, bool) for default in defaults_of(word))
+    if is_switch and values[:1] not in (["true"], ["false"]):
         yield f"{word}=true"
+    elif word in GROUPS or _is_setting(word) or not any(word in option_names(group) for group in GROUPS):
+        if values and _is_value(values[0]):
+            yield f"{word}={values[0]}"
 
 
 def _is_setting(name: str) -> bool:
@@ -153,9 +159,9 @@ def _is_setting(name: str) -> bool:
     return name in RUN_OPTIONS or name.partition(".")[0] in (*GROUPS, *GROUPLESS)
 
 
-def _is_switch(name: str) -> bool:
-    """Return True for a setting that is true or false."""
-    return any(isinstance(default, bool) for default in defaults_of(name))
+def _is_value(word: str) -> bool:
+    """Return True for a word that may be the value of the name before it: no override, and no switch."""
+    return "=" not in word and (not word.startswith("-") or bool(NEGATIVE.match(word)))
 
 
 def _takes_text(word: str) -> bool:

@@ -18,7 +18,6 @@ from kd.errors import UserError
 from kd.system import programs
 
 HYDRA = re.compile(r"hydra/(launcher|sweeper)|hydra\.(mode|verbose|(launcher|sweeper)(\.[A-Za-z]\w*)+)")
-ELSEWHERE = ("config_dir", "config_path", "config_name", "experimental_rerun")  # Hydra's switches that read other files
 
 
 def check_command_line(words: list[str]) -> list[str]:
@@ -31,10 +30,10 @@ def check_command_line(words: list[str]) -> list[str]:
     parser.prog = programs.command("train")
     grammar.check_switches(words, parser._option_string_actions)
     given = parser.parse_intermixed_args(words)
-    for switch in ELSEWHERE:
-        if getattr(given, switch) is not None:
-            option, why = f"--{switch.replace('_', '-')}", "kd reads no config but its own"
-            raise UserError(option=option, got=getattr(given, switch), why=why, hint=f"leave {option} out")
+    for switch in grammar.ELSEWHERE:
+        if (value := getattr(given, switch[2:].replace("-", "_"))) is not None:
+            why, hint = "kd reads no config but its own", f"leave {switch} out"
+            raise UserError(option=switch, got=value, why=why, hint=hint)
     check_words(given.overrides)
     several = ("sweeps=", "hydra.mode=")
     if not given.multirun and not any(word.startswith(several) for word in given.overrides):
