@@ -33,11 +33,20 @@ def check(words: Iterable[str]) -> None:
             raise _refused(words, index)
 
 
-def check_switches(words: list[str], switches: Collection[str]) -> None:
-    """Raise UserError for a secret, and for the first word with a - in front that is none of the switches."""
+def check_switches(words: list[str], switches: Collection[str], names: Collection[str] = ()) -> None:
+    """Raise UserError for a secret, and for the first word with a - in front that is none of the switches.
+
+    names: settings of a program itself, each of which needs a value too.
+    """
     check_secrets(words)
     for index, word in enumerate(words):
         name, equals, value = word.partition("=")
+        after = words[index + 1 :]
+        if name.strip("-:") in names and not (equals and name in names):
+            value = next((text for text in (value, *after) if text.strip("=:")), "…").lstrip("=:")
+            raise UserError(
+                option=word, why="is no setting", need="NAME=VALUE", hint=f"type {name.strip('-:')}={value}"
+            )
         if not word.startswith("-") or name in switches:
             continue
         if NEGATIVE.match(word):
@@ -48,7 +57,6 @@ def check_switches(words: list[str], switches: Collection[str]) -> None:
         if close:
             hint = f"type {close[0]}{equals}{value}"
             raise UserError(option=word, why="is no switch", need="a switch that exists", hint=hint)
-        after = words[index + 1 :]
         if not equals and after and _is_value(after[0]):
             equals, value = "=", after[0]
         hint = _hint([*words[:index], f"{setting}{equals}{value}", *after], index)
@@ -146,12 +154,11 @@ def _meant_by_name(word: str, before: list[str], after: list[str]) -> Iterator[s
     if colon and value and _is_setting(name):
         yield f"{name}={value}"
     values = [text for text in (other.lstrip("=:") for other in after[:2]) if text]
-    is_switch = any(isinstance(default, bool) for default in defaults_of(word))
-    if is_switch and values[:1] not in (["true"], ["false"]):
+    named = word in GROUPS or _is_setting(word) or not any(word in option_names(group) for group in GROUPS)
+    if any(isinstance(default, bool) for default in defaults_of(word)) and values[:1] not in (["true"], ["false"]):
         yield f"{word}=true"
-    elif word in GROUPS or _is_setting(word) or not any(word in option_names(group) for group in GROUPS):
-        if values and _is_value(values[0]):
-            yield f"{word}={values[0]}"
+    elif named and values and _is_value(values[0]):
+        yield f"{word}={values[0]}"
 
 
 def _is_setting(name: str) -> bool:

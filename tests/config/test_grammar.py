@@ -117,6 +117,13 @@ def test_a_number_is_not_offered_as_a_text():
     assert caught.value.hint == "type lr.peak=…,… with its values"
 
 
+@pytest.mark.parametrize("line", ["part 1/2", "part = 1/2", "part =1/2", "part: 1/2", "--part 1/2", "--part=1/2"])
+def test_a_setting_of_another_program_is_offered_by_its_name(line):
+    with refused(need="NAME=VALUE", hint="type part=1/2"):
+        grammar.check_switches(["loss=fkl", *line.split()], [], ["part"])
+    grammar.check_switches(["loss=fkl", "part=1/2"], [], ["part"])
+
+
 def test_the_first_wrong_word_is_named():
     with refused(option="akl", need="NAME=VALUE"):
         security.check_words(["seed=1", "akl", "loss={fkl"])

@@ -61,6 +61,12 @@ def test_a_setting_typed_as_a_switch_is_refused_with_what_to_type(monkeypatch, c
     assert "Type root=x." in capsys.readouterr().err
 
 
+def test_the_number_of_rows_is_offered_by_its_name(monkeypatch, capsys, words):
+    with pytest.raises(SystemExit, match="2"):
+        shown(monkeypatch, capsys, *words, "rows", "5")
+    assert "Type rows=5." in capsys.readouterr().err
+
+
 def test_a_secret_typed_as_a_switch_is_not_shown(monkeypatch, capsys, words):
     secret = "hf_" + 30 * "a"
     with pytest.raises(SystemExit, match="2"):
