@@ -29,7 +29,7 @@ from kd.config.components import PRECISIONS
 from kd.errors import UserError
 from kd.system import files
 from kd.system.console import console, exit_with_error
-from kd.system.remote import is_url
+from kd.system.remote import default_root, is_url
 
 
 def main(words: list[str]) -> None:
@@ -47,7 +47,7 @@ def main(words: list[str]) -> None:
     errors.check("shape", shape, shape in SHAPES, f"one of {', '.join(SHAPES)}")
     precision = given.get("precision") or ("bf16" if computes_in_bf16() else "fp32")
     errors.check("precision", precision, precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
-    root = given.get("root") or os.environ.get("KD_ROOT") or "runs"
+    root = given.get("root") or default_root()
     if is_url(root):
         why, hint = "the benchmark writes its results to this machine alone", "type root=FOLDER"
         raise UserError(option="root", got=root, why=why, hint=hint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator
 
@@ -11,13 +12,17 @@ from hydra.errors import HydraException
 
 from kd.config import overrides
 from kd.config.components import GROUPS, PRESETS, option_names
-from kd.config.options import is_switch
+from kd.config.options import defaults_of
 from kd.config.schema import GROUPLESS, RUN_OPTIONS
+from kd.config.secrets import check_secrets
 from kd.errors import UserError
 from kd.system import programs
 
 QUOTES = "quotes around a value with other signs than letters, digits and ./:-_, for the shell and for Hydra"
 CALLS = "a function of Hydra's with its arguments, as choice(1,2), range(1,9) or interval(0,1)"
+ELSEWHERE = ("--config-dir", "--config-path", "--config-name", "--experimental-rerun")  # read other files; refused
+BRACKETS = {"[": "]", "{": "}"}
+NEGATIVE = re.compile(r"-\.?\d")
 
 
 def check(words: Iterable[str]) -> None:
@@ -28,19 +33,31 @@ def check(words: Iterable[str]) -> None:
             raise _refused(words, index)
 
 
-def check_switches(words: list[str], switches: Collection[str]) -> None:
-    """Raise UserError for the first word with a - in front that is none of the switches."""
+def check_switches(words: list[str], switches: Collection[str], names: Collection[str] = ()) -> None:
+    """Raise UserError for a secret, and for the first word with a - in front that is none of the switches.
+
+    names: settings of a program itself, each of which needs a value too.
+    """
+    check_secrets(words)
     for index, word in enumerate(words):
         name, equals, value = word.partition("=")
+        after = words[index + 1 :]
+        if name.strip("-:") in names and not (equals and name in names):
+            value = next((text for text in (value, *after) if text.strip("=:")), "…").lstrip("=:")
+            raise UserError(
+                option=word, why="is no setting", need="NAME=VALUE", hint=f"type {name.strip('-:')}={value}"
+            )
         if not word.startswith("-") or name in switches:
             continue
+        if NEGATIVE.match(word):
+            raise _refused(words, index - 1 if index and _is_value(words[index - 1]) else index)
         setting = name.lstrip("-").replace("-", "_")
-        close = difflib.get_close_matches(name, switches, 1) if len(name) > 3 and not _is_setting(setting) else []
+        offered = [switch for switch in switches if switch not in ELSEWHERE]
+        close = difflib.get_close_matches(name, offered, 1) if len(name) > 3 and not _is_setting(setting) else []
         if close:
             hint = f"type {close[0]}{equals}{value}"
             raise UserError(option=word, why="is no switch", need="a switch that exists", hint=hint)
-        after = words[index + 1 :]
-        if not equals and after and "=" not in after[0] and not after[0].startswith("-"):
+        if not equals and after and _is_value(after[0]):
             equals, value = "=", after[0]
         hint = _hint([*words[:index], f"{setting}{equals}{value}", *after], index)
         raise UserError(option=word, why="is no switch", need="NAME=VALUE without a - in front", hint=hint)
@@ -62,7 +79,7 @@ def _refused(words: list[str], index: int) -> UserError:
     if " while evaluating " in reason:
         why = reason.partition(": ")[2].partition("\n")[0]
         hint = f"type {word.partition('=')[0]}=…,… with its values"
-        if why.startswith("Unknown function"):
+        if why.startswith("Unknown function") and _takes_text(word):
             hint = f"{hint}, or for a text with brackets {_quoted(word)}"
         return UserError(option=word, why=why, need=CALLS, hint=hint)
     hint = _hint(words, index)
@@ -94,8 +111,8 @@ def _hint(words: list[str], index: int) -> str:
     if word in GROUPS:
         leave = f"leave {word} out, or " if word in PRESETS else ""
         return f"{leave}type {word}=NAME with one of {overrides.named(option_names(word))}"
-    if _is_setting(word):
-        return f"type {word}=… with its value"
+    if defaults_of(name := word.partition("=")[0].strip(" .:+")):
+        return f"type {name}=… with its value"
     if groups := [group for group in GROUPS if word in option_names(group)]:
         return f"type {', or '.join(f'{group}={word}' for group in groups)}"
     return f"see all settings by {programs.command('train')} --help"
@@ -110,36 +127,55 @@ def _meant(words: list[str], index: int) -> Iterator[str]:
         return
     key, value = key.strip(" .:+"), value.strip()
     yield f"{key}={value.lstrip('= ')}"
-    for count in range(1, len(after) + 1):  # a list with a space in it, which the shell takes for several words
-        if "=" in after[count - 1] or not value.endswith(",") or not value:
+    opening, closing = value[:1], BRACKETS.get(value[:1], "")
+    whole = value
+    for other in map(str.strip, after):  # a list with a space in it, which the shell takes for several words
+        is_open = whole.count(opening) > whole.count(closing) if closing else whole.endswith(",")
+        if "=" in other or not is_open:
             break
-        value += after[count - 1].strip()
-        yield f"{key}={value}"
+        comma = "," if closing and whole[-1] not in ",:[{" and other[:1] not in ",:]}" else ""
+        whole += comma + other
+        yield f"{key}={whole}"
     if key in GROUPS:
         yield f"{key}={value.strip('={}[]()<>,;:. ')}"
-    elif value[:1] in ("[", "{"):
-        yield f"{key}={value.rstrip(',')}{']' if value[0] == '[' else '}'}"
-    yield _with_quotes(word)
+    elif not closing:
+        yield f"{key}={value.rstrip(',;)')}"
+        if _takes_text(word):
+            yield _with_quotes(word)
+    elif whole == value:
+        yield f"{key}={value.rstrip(',')}{closing}"
 
 
 def _meant_by_name(word: str, before: list[str], after: list[str]) -> Iterator[str]:
     """Yield what a word without = may be meant to be: a name whose value is another word, or such a value."""
     if before and before[-1].endswith("="):
-        yield before[-1] + word
+        yield from _meant([before[-1] + word, *after], 0)
     name, colon, value = word.partition(":")
     if colon and value and _is_setting(name):
         yield f"{name}={value}"
-    if word in GROUPS or _is_setting(word) or not any(word in option_names(group) for group in GROUPS):
-        values = [text for text in (other.lstrip("=") for other in after[:2]) if text]
-        if values and "=" not in values[0] and not values[0].startswith("-"):
-            yield f"{word}={values[0]}"
-    if is_switch(word):
+    values = [text for text in (other.lstrip("=:") for other in after[:2]) if text]
+    named = word in GROUPS or _is_setting(word) or not any(word in option_names(group) for group in GROUPS)
+    if any(isinstance(default, bool) for default in defaults_of(word)) and values[:1] not in (["true"], ["false"]):
         yield f"{word}=true"
+    elif named and values and _is_value(values[0]):
+        yield f"{word}={values[0]}"
 
 
 def _is_setting(name: str) -> bool:
     """Return True for the name of a group or of an option, or a name below one."""
     return name in RUN_OPTIONS or name.partition(".")[0] in (*GROUPS, *GROUPLESS)
+
+
+def _is_value(word: str) -> bool:
+    """Return True for a word that may be the value of the name before it: no override, and no switch."""
+    return "=" not in word and (not word.startswith("-") or bool(NEGATIVE.match(word)))
+
+
+def _takes_text(word: str) -> bool:
+    """Return True if the setting of an override takes a text; a value that begins with a digit is meant as a number."""
+    key, _, value = word.partition("=")
+    defaults = defaults_of(key.strip(" .:+"))
+    return any(isinstance(default, str) or (default is None and not value[:1].isdigit()) for default in defaults)
 
 
 def _with_quotes(word: str) -> str:

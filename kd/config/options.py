@@ -43,12 +43,15 @@ def _options(group: str, folders: tuple[Path, ...]) -> dict[str, dict]:
     return {name: shared | _settings(group, name) for name in option_names(group)}
 
 
-def is_switch(name: str) -> bool:
-    """Return True for a setting in conf/config.yaml that is true or false."""
+def defaults_of(name: str) -> list:
+    """Return the defaults of a setting: one per option that has it, or that of conf/config.yaml; [] for others."""
+    group, _, key = name.partition(".")
+    if group in GROUPS:
+        return [settings[key] for settings in options(group).values() if key in settings]
     node: object = _yaml(CONF / "config.yaml")
-    for key in name.split("."):
-        node = node.get(key) if isinstance(node, dict) else None
-    return isinstance(node, bool)
+    for part in name.split("."):
+        node = node.get(part, {}) if isinstance(node, dict) else {}
+    return [] if isinstance(node, dict) else [node]
 
 
 def _settings(group: str, name: str) -> dict:

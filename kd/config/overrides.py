@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
+import shlex
 from collections.abc import Iterable
 from functools import cache
 
@@ -65,6 +66,8 @@ def check_single(words: Iterable[str]) -> None:
 def _refused(word: str, why: str, hint: str) -> UserError:
     """Return the error for an override as it was typed."""
     option, equals, value = word.partition("=")
+    if shlex.quote(value) != value:  # for the shell, in each word of the hint
+        hint = re.sub(rf"[\w.+/]+={re.escape(value)}", lambda match: shlex.quote(match[0]), hint)
     return UserError(option=option, got=value if equals else ..., why=why, hint=hint)
 
 

@@ -18,28 +18,29 @@ from kd.errors import UserError
 from kd.system import programs
 
 HYDRA = re.compile(r"hydra/(launcher|sweeper)|hydra\.(mode|verbose|(launcher|sweeper)(\.[A-Za-z]\w*)+)")
-ELSEWHERE = ("config_dir", "config_path", "config_name", "experimental_rerun")  # Hydra's switches that read other files
 
 
 def check_command_line(words: list[str]) -> list[str]:
     """Check a whole command line: Hydra's switches, then check_words() of the rest; raise UserError.
 
-    Returns the words with the switches first, since Hydra refuses a switch between overrides.
+    Returns the switches with their values as one word each, and then the overrides: Hydra refuses a switch between
+    overrides, and a switch with an optional value would take the first of them.
     """
-    check_secrets(words)
     parser = get_args_parser()
     parser.prog = programs.command("train")
     grammar.check_switches(words, parser._option_string_actions)
     given = parser.parse_intermixed_args(words)
-    for switch in ELSEWHERE:
-        if getattr(given, switch) is not None:
-            option, why = f"--{switch.replace('_', '-')}", "kd reads no config but its own"
-            raise UserError(option=option, got=getattr(given, switch), why=why, hint=f"leave {option} out")
+    for switch in grammar.ELSEWHERE:
+        if (value := getattr(given, switch[2:].replace("-", "_"))) is not None:
+            why, hint = "kd reads no config but its own", f"leave {switch} out"
+            raise UserError(option=switch, got=value, why=why, hint=hint)
     check_words(given.overrides)
     several = ("sweeps=", "hydra.mode=")
     if not given.multirun and not any(word.startswith(several) for word in given.overrides):
         overrides.check_single(given.overrides)
-    return [word for word in words if word not in given.overrides] + given.overrides
+    switches = {name.replace("_", "-"): value for name, value in vars(given).items() if name != "overrides"}
+    typed = [f"--{name}" if value is True else f"--{name}={value}" for name, value in switches.items() if value]
+    return typed + given.overrides
 
 
 def check_words(words: Iterable[str]) -> None:

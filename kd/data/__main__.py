@@ -50,7 +50,7 @@ def main() -> None:
         from kd.data import preview
         from kd.data.tokenizer import load_tokenizer
 
-        grammar.check_switches(sys.argv[1:], ("-h", "--help", "--json"))
+        grammar.check_switches(sys.argv[1:], ("-h", "--help", "--json"), ["rows"])
         given = parser.parse_args(sorted(sys.argv[1:], key="--json".__eq__))  # argparse takes no option between words
         rows = next((word for word in reversed(given.words) if word.startswith("rows=")), "rows=3")
         if not rows.removeprefix("rows=").isdecimal():

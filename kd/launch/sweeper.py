@@ -76,7 +76,9 @@ class SweepFileSweeper(LaunchingSweeper):
             except (HydraException, ValueError) as error:
                 refused = _refused(sweep, f"its words {f'{base} {line}'.strip()!r} are wrong")
                 if isinstance(error, UserError):
-                    exit_with_error(refused.replace(hint=error.hint))
+                    wrong = str(error.replace(need="", hint="")).rstrip(".")
+                    why = f"{refused.why}: {wrong}"
+                    exit_with_error(refused.replace(why=why, need=error.need, hint=error.hint))
                 exit_with_error(refused.replace(why=f"{refused.why}: {error}".partition("\nSee ")[0]))
             for job in BasicSweeper.split_arguments(parser.parse_overrides(words + more), None)[0]:
                 if option_of("logits", job) == "none":

@@ -34,7 +34,7 @@ from kd.store.reader import Store
 from kd.store.spec import FULL, describe
 from kd.system import files, programs
 from kd.system.console import console, counted, exit_with_error, styled
-from kd.system.remote import is_url, local_root
+from kd.system.remote import default_root, is_url, local_root
 
 
 def write_store(words: list[str]) -> Store | None:
@@ -115,7 +115,7 @@ def main() -> None:
     ):
         command = commands.add_parser(name, help=help_, description=help_)
         command.add_argument("path", help="folder or URL")
-        command.add_argument("--root", default=os.environ.get("KD_ROOT", "runs"), help="where runs and packed data are")
+        command.add_argument("--root", default=default_root(), help="where runs and packed data are")
     merge = commands.add_parser("merge", help="join in PATH what several machines wrote")
     merge.add_argument("path")
     merge.add_argument("part", nargs="+")
@@ -123,7 +123,7 @@ def main() -> None:
 
     try:
         if sys.argv[1:2] == ["write"]:
-            grammar.check_switches(sys.argv[2:], ("-h", "--help"))
+            grammar.check_switches(sys.argv[2:], ("-h", "--help"), ["part"])
             given = parser.parse_args()
         else:
             given = parser.parse_args(programs.root_as_switch(sys.argv[1:]))

@@ -664,7 +664,7 @@ REFUSED = {
     "~loss=fkl": "loss needs an option; choose one of akl,",
     # A / before the name, or in it.
     "/loss=fkl": "type loss=fkl.",
-    "/loss=[fkl,rkl]": "type loss=[fkl,rkl].",
+    "/loss=[fkl,rkl]": "type 'loss=[fkl,rkl]'.",
     "//loss.mu=0.5": "type loss.mu=0.5.",
     "kd/loss=fkl": "type loss=fkl.",
     "+/seed=1": "type seed=1.",

@@ -61,6 +61,20 @@ def test_a_setting_typed_as_a_switch_is_refused_with_what_to_type(monkeypatch, c
     assert "Type root=x." in capsys.readouterr().err
 
 
+def test_the_number_of_rows_is_offered_by_its_name(monkeypatch, capsys, words):
+    with pytest.raises(SystemExit, match="2"):
+        shown(monkeypatch, capsys, *words, "rows", "5")
+    assert "Type rows=5." in capsys.readouterr().err
+
+
+def test_a_secret_typed_as_a_switch_is_not_shown(monkeypatch, capsys, words):
+    secret = "hf_" + 30 * "a"
+    with pytest.raises(SystemExit, match="2"):
+        shown(monkeypatch, capsys, *words, f"--logger.token={secret}")
+    message = capsys.readouterr().err
+    assert "there seems to be a secret" in message and secret not in message
+
+
 def test_people_see_the_same(monkeypatch, capsys, words):
     text = shown(monkeypatch, capsys, *words)
     assert text.count("row ") == 3 and text.count("learned, 2 tokens") >= 2

@@ -7,8 +7,10 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -24,7 +26,7 @@ from kd.launch.local import LocalLauncher
 from kd.launch.run_launcher import discard
 from kd.launch.summary import refused as refused_runs
 from kd.launch.summary import summary, varying
-from kd.launch.sweeper import asked_for, at_scale, without_teacher_training
+from kd.launch.sweeper import SweepFileSweeper, asked_for, at_scale, without_teacher_training
 from kd.models import flops as flops_module
 from kd.runs.outcome import classify
 from kd.runs.run import Run
@@ -158,8 +160,6 @@ def test_scale_adds_its_words_and_lines():
         ("runs: loss=fkl", "its runs are no list: loss=fkl"),
         ("runs: [seed: 0]", "is no text"),
         ("{base: [seed=0], runs: [loss=fkl]}", "its base is no text"),
-        ("runs: [loss: fkl]", "its words 'fkl' are wrong"),
-        ("runs: ['loss={fkl']", "its words 'loss={fkl' are wrong"),
     ],
 )
 def test_a_sweep_file_of_another_form_is_refused_with_its_name(tmp_path, text, why):
@@ -168,6 +168,28 @@ def test_a_sweep_file_of_another_form_is_refused_with_its_name(tmp_path, text, w
     file.write_text(text)
     output = train(tmp_path, "sweeps=mine", f"--config-dir={tmp_path / 'conf'}", code=2)
     assert f"{file}" in output.replace("\n", "") and why in output and "runs (a list of lines)" in output
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (
+            "{base: seed=0, runs: [loss fkl]}",
+            "its words 'seed=0 loss fkl' are wrong: loss is no setting without =VALUE",
+        ),
+        ("runs: [loss: fkl]", "its words 'fkl' are wrong: fkl is no setting: it has no ="),
+        ("runs: ['loss={fkl']", "its words 'loss={fkl' are wrong: loss={fkl cannot be read"),
+    ],
+)
+def test_a_wrong_word_of_a_sweep_file_is_named_with_what_to_type(text, why, monkeypatch, capsys):
+    sweeper = SweepFileSweeper()
+    sweep = yaml.safe_load(text) | {"name": "mine"}
+    sweeper.config = OmegaConf.create({"sweep": sweep, "scale": "cpu"})
+    sweeper.hydra_context = SimpleNamespace(config_loader=None)
+    with pytest.raises(SystemExit, match="2"):
+        sweeper.sweep(["sweeps=mine"])
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"{why}; need NAME=VALUE. Type loss=fkl." in message
 
 
 def test_a_line_has_a_name():

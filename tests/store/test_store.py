@@ -252,6 +252,21 @@ def test_verify_compares_with_the_teacher_and_info_says_what_it_is(root, command
     assert code == 2 and f"Type root={root}." in said
 
 
+def test_a_secret_typed_as_a_switch_is_not_shown(command_line):
+    secret = "hf_" + 30 * "a"
+    code, said = command_line("write", f"--logger.token={secret}")
+    assert code == 2 and "there seems to be a secret" in said and secret not in said
+
+
+def test_an_empty_root_in_the_environment_counts_as_none(monkeypatch):
+    folders: list[Path] = []
+    monkeypatch.setenv("KD_ROOT", "")
+    monkeypatch.setattr(sys, "argv", ["kd.store", "info", "x"])
+    monkeypatch.setattr(store_main, "Store", lambda path, folder: folders.append(folder))
+    store_main.main()
+    assert folders == [Path("runs/stores")]
+
+
 def test_verify_finds_numbers_that_the_teacher_does_not_say(root, command_line, monkeypatch):
     def other(settings, components, train):
         model = real(settings, components, train)
