@@ -22,7 +22,7 @@ def check_name(name: str, subject: str) -> None:
         return
     path = _absolute(name)
     if path.is_dir():
-        why, hint = "~ is not replaced in quotes or files", f"type {path}"
+        why, hint = "~ is not replaced here", f"type {path}"
     else:
         why, hint = "it is a file" if path.is_file() else missing(name), meant(name)
     need = "the folder of a model, or the name of one of the Hub"

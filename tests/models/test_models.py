@@ -456,9 +456,9 @@ def test_path_without_a_folder_is_refused_with_the_part_that_is_missing(calls, l
     assert not calls
 
 
-def test_home_folder_that_is_quoted_is_refused_with_its_path(calls, llama, monkeypatch):
+def test_home_folder_that_nothing_replaced_is_refused_with_its_path(calls, llama, monkeypatch):
     monkeypatch.setenv("HOME", str(llama.parent))
-    why = "could not be loaded: ~ is not replaced in quotes or files"
+    why = "could not be loaded: ~ is not replaced here"
     with refused(option="teacher.name", got="~/llama", why=why, hint=f"type {llama}") as caught:
         build("~/llama")
     assert "has no folder" not in str(caught.value)
