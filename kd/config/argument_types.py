@@ -45,12 +45,12 @@ def parameters_of(function) -> tuple[Mapping[str, inspect.Parameter], dict]:
 def check_type(option: str, value, hint) -> None:
     """Raise UserError for a value of another type."""
     if not _fits(value, hint):
-        type_it = ""
+        correction = ""
         if isinstance(value, float) and value.is_integer() and _fits(int(value), hint):
-            type_it = f"type {option}={int(value):_}"
+            correction = f"type {option}={int(value):_}"
         elif _fits(True, hint):
-            type_it = f"type {option}=true or {option}=false"
-        raise UserError(option=option, got=value, why=f"got {_got(value)}", need=_say(hint), hint=type_it)
+            correction = f"type {option}=true or {option}=false"
+        raise UserError(option=option, got=value, why=f"got {_got(value)}", need=_say(hint), hint=correction)
 
 
 # Arguments that kd gives, never the config.

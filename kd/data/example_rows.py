@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
+from statistics import median_low
 
 import numpy as np
 
@@ -110,19 +111,21 @@ class _ExampleRows:
     def _side_is_empty(self, template: str) -> UserError:
         """Return the error for data without a row for training or validation."""
         why, need = in_words(self.counts.as_dict()), "at least one example for training and one for validation"
-        if not self.too_long:
+        if self.spans["train"]:
             hint = "give more examples, or a larger share of them to validation (data.val_share=0.2)"
             return UserError(option="data", why=why, need=need, hint=hint)
-        shortest, longest = min(self.too_long), max(self.too_long)
-        lengths = f"{longest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
+        if self.spans["val"] or not self.too_long:
+            return UserError(option="data", why=why, need=need, hint="give more examples")
+        shortest, longest, median = min(self.too_long), max(self.too_long), median_low(self.too_long)
         text = "" if template == "plain" else f", with what data.template={template} adds to them"
-        rows = "" if longest < self.size - 1 else f" data.seq_len={2 * longest}"  # as much again for the response
+        rows = "" if median < self.size - 1 else f" data.seq_len={2 * median}"  # as much again for the response
         return UserError(
             option="data.prompt_len",
             got=self.prompt_len,
-            why=f"{why}; the prompts that are left out for their length have {lengths} tokens{text}",
+            why=f"{why}; the prompts that are left out for their length have "
+            f"{f'{longest:,}' if shortest == longest else f'{shortest:,} to {longest:,}'} tokens{text}",
             need=need,
-            hint=f"type data.prompt_len={longest}{rows}, or give more examples, or shorter prompts",
+            hint=f"type data.prompt_len={median}{rows}, which keeps half of them or more; or give shorter prompts",
         )
 
 

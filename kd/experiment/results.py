@@ -69,7 +69,8 @@ def read_manifest(root: str | Path, name: str) -> list[dict]:
         if name in option_names("sweeps"):
             hint = search_path.how_to_run(name, root)
         elif names:
-            hint = f"type {(difflib.get_close_matches(name, names, 1) or names)[0]} in place of {name}"
+            similar = difflib.get_close_matches(name, names, 1)
+            hint = f"type {similar[0]} in place of {name}" if similar else ""
         else:
             hint = f"to run one, type e.g. {search_path.sweep_command('demo', root)}"
         need = "a sweep that was run in this root"

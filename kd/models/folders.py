@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
@@ -19,13 +20,13 @@ def check_name(name: str, subject: str) -> None:
     """Raise UserError for a path without a folder. subject: of the error, see kd.models.hub.from_hub."""
     if Path(name).is_dir() or _may_be_of_hub(name):
         return
-    is_file = Path(name).expanduser().is_file()
-    raise UserError(
-        option=subject,
-        why=f"could not be loaded: {'it is a file' if is_file else missing(name)}",
-        need="the folder of a model, or the name of one of the Hub",
-        hint=meant(name),
-    )
+    path = _absolute(name)
+    if path.is_dir():
+        why, hint = "~ is not replaced here", f"type {path}"
+    else:
+        why, hint = "it is a file" if path.is_file() else missing(name), meant(name)
+    need = "the folder of a model, or the name of one of the Hub"
+    raise UserError(option=subject, why=f"could not be loaded: {why}", need=need, hint=hint)
 
 
 def check_config(folder: Path, subject: str) -> None:
@@ -57,24 +58,23 @@ def check_weights(folder: Path, subject: str) -> None:
 
 
 def missing(name: str) -> str:
-    """Return which part of a path does not exist, and what stands there."""
+    """Return which part of a path does not exist, and what its parent holds."""
     parent, part = _nearest(name)
     return f"{parent} has no folder {part!r}; {listed(parent, folders=True)}"
 
 
 def meant(name: str) -> str:
-    """Return what to type for a name that is no folder, if there is a folder that may be meant; else an empty text."""
-    path = Path(name).expanduser().absolute()
-    if path.is_dir():
-        return f"type {path}, since ~ stays as it is behind an equals sign"
+    """Return what to type for a name that is no folder, if a model's folder may be meant; else an empty text."""
+    path = _absolute(name)
     if path.is_file():
-        return f"type {path.parent}, the folder of that file"
+        return f"type {path.parent}, the folder of that file" if _is_model(path.parent) else ""
     parent, part = _nearest(name)
-    folders = [entry.name for entry in parent.iterdir() if entry.is_dir()]
-    if not (similar := difflib.get_close_matches(part, folders, n=1)):
-        return ""
-    whole = parent.joinpath(similar[0], *path.relative_to(parent).parts[1:])
-    return f"type {whole if whole.is_dir() else parent / similar[0]}, if that is meant"
+    below = path.relative_to(parent).parts[1:]
+    for similar in difflib.get_close_matches(part, [entry.name for entry in parent.iterdir() if entry.is_dir()]):
+        for folder in (parent.joinpath(similar, *below), parent / similar):
+            if _is_model(folder):
+                return f"type {folder}, if that is meant"
+    return ""
 
 
 def listed(folder: Path, folders: bool = False) -> str:
@@ -93,8 +93,17 @@ def _may_be_of_hub(name: str) -> bool:
     return True
 
 
+def _is_model(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def _absolute(name: str) -> Path:
+    """Return the absolute path of a name, with ~ replaced if there is such a user."""
+    return Path(os.path.expanduser(name)).absolute()
+
+
 def _nearest(name: str) -> tuple[Path, str]:
     """Return the longest part of a path that is a folder, and the name that it lacks."""
-    path = Path(name).expanduser().absolute()
+    path = _absolute(name)
     parent = next(parent for parent in path.parents if parent.is_dir())
     return parent, path.relative_to(parent).parts[0]

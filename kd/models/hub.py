@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from kd.errors import UserError
-from kd.models.folders import check_config, check_name, check_weights, meant
+from kd.models.folders import CONFIG, check_config, check_name, check_weights, meant
 from kd.system.network import offline_unless_reachable
 
 ADAPTER, BASE = "adapter_config.json", "base_model_name_or_path"
@@ -86,11 +86,11 @@ def adapter_base(name: str, option: str) -> str | None:
     path = from_hub(_File, name, f"{option}={name}", file=ADAPTER)
     if path is None:
         return None
-    if from_hub(_File, name, f"{option}={name}", file="config.json") is not None:
+    if from_hub(_File, name, f"{option}={name}", file=CONFIG) is not None:
         raise UserError(
             option=option,
             got=name,
-            why=f"holds a whole model (config.json) and an adapter ({ADAPTER}), and only one of them can be meant",
+            why=f"holds a whole model ({CONFIG}) and an adapter ({ADAPTER}), and only one of them can be meant",
             hint="keep the adapter in another folder, or remove the adapter if it is merged into the model already",
         )
     try:
@@ -169,7 +169,7 @@ class _Harmless:
         def check(node) -> None:
             for key, value in node.items() if isinstance(node, dict) else ():
                 if "implementation" in key and "/" in str(value):
-                    raise ValueError(f"its config.json asks for code of the Hub, {key}={value}, which kd runs none of.")
+                    raise ValueError(f"its {CONFIG} asks for code of the Hub, {key}={value}, which kd runs none of.")
                 check(value)
 
         check(PretrainedConfig.get_config_dict(name)[0])
@@ -193,16 +193,16 @@ def from_hub(auto, name: str, subject: str, **settings):
         reason = " ".join(lines[: 2 if lines[:1] and lines[0].endswith(":") else 1]) or type(error).__name__
         if not isinstance(error, OSError | ValueError | RuntimeError):
             reason = f"{type(error).__name__}: {reason}"
-        location = f"no folder {Path(name).absolute()}, and the Hub did not give it"
-        network = "check the name and the network, or give the folder of a downloaded model"
-        raise UserError(
-            option=subject,
-            why=f"could not be loaded ({'in that folder' if folder else location}): {reason}",
-            hint="check the files of that folder, or give another model" if folder else meant(name) or network,
-        ) from error
+        location = "in that folder"
+        hint = "check the files of that folder, or give another model"
+        if not folder:
+            location = f"no folder {Path(name).absolute()}, and the Hub did not give it"
+            network = "check the name and the network, or give the folder of a downloaded model"
+            hint = "; else ".join(filter(None, (meant(name), network)))
+        raise UserError(option=subject, why=f"could not be loaded ({location}): {reason}", hint=hint) from error
 
 
 def revision(name: str) -> str | None:
     """Return the commit of a Hub model's last download on this machine; None if there is none."""
-    cached = try_to_load_from_cache(name, "config.json")
+    cached = try_to_load_from_cache(name, CONFIG)
     return Path(cached).parent.name if isinstance(cached, str) else None

@@ -147,8 +147,9 @@ def line_plots(table: list[Row]) -> list[Plot]:
         for row in sorted(on_axis, key=lambda row: axis.number(row.group)):
             settings = tuple(comparable(row.group.config.get(k)) for k in others)
             lines.setdefault(settings, []).append(row)
-        series = dict(zip(line_names([line[0].group for line in lines.values()], others, steps), lines.values()))
-        if len(series) <= 6 and any(len(line) > 2 for line in series.values()):
+        names = line_names([line[0].group for line in lines.values()], others, steps)
+        series = list(zip(names, lines.values(), strict=True))  # names may be equal: true, "true"
+        if len(series) <= 6 and any(len(line) > 2 for _, line in series):
             plots.append(Plot(line_plot(axis, series, off_axis if len(off_axis) <= 4 else []), key))
     return plots
 
@@ -159,16 +160,19 @@ def line_names(groups: list[Group], keys: list[str], steps: Coordinates) -> list
         return distinct_labels([(group.config, keys) for group in groups], [None] * len(groups))
     others = [key for key in keys if key != steps.key]
     names = distinct_labels([(group.config, others) for group in groups], [None] * len(groups))
-    return [f"{name} steps={steps.text(group)}".strip() for name, group in zip(names, groups)]
+    return [f"{name} steps={steps.text(group)}".strip() for name, group in zip(names, groups, strict=True)]
 
 
-def line_plot(axis: Coordinates, series: dict[str, list[Row]], constant: list[Row]) -> go.Figure:
-    """Return the loss over one axis, a line per series; `constant` rows and the baseline as levels."""
-    rows = [row for line in series.values() for row in line]
+def line_plot(axis: Coordinates, series: list[tuple[str, list[Row]]], constant: list[Row]) -> go.Figure:
+    """Return the loss over one axis, a line per series; `constant` rows and the baseline as levels.
+
+    series: name and rows of each line.
+    """
+    rows = [row for _, line in series for row in line]
     several, bases = len(series) > 1, baselines(axis, rows)
     legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.18, "yanchor": "top"}
     plot = blank(430, margin={"l": 10, "r": 16, "t": 14, "b": 10}, hovermode="closest", legend=legend)
-    for (name, line), color in zip(series.items(), COLORS):
+    for (name, line), color in zip(series, COLORS):
         kind = SUPERVISED if line[0].group.supervised else "distilled"
         points = {axis.number(row.group): row.group for row in line}
         dots = {"size": 9, "color": [color if several else row.color for row in line]}

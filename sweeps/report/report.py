@@ -98,7 +98,7 @@ def build_report(root: str | Path, name: str) -> Report:
         axes=marginal_means(groups, metric) if len(shown) < len(rows) else [],
         columns=columns,
         reference_lines=lines,
-        verdicts=verdicts_of(groups),
+        verdicts=verdicts_of(groups, [entry for entry in entries if entry.result is None]),
         facts=notes.facts(entries, groups),
         warnings=notes.warnings(groups),
         caveats=notes.caveats(groups, rows, lines, columns.ranked),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kd.config.options import option_of
 from kd.evaluation.catalog import Metric
+from kd.experiment.results import Entry
 from kd.runs.identity import is_under
 from sweeps.report.groups import (
     TASK,
@@ -85,15 +88,15 @@ class Verdict:
         return format_number(change.mean, self.digits, True) + plus_minus(change.half, self.digits)
 
 
-def verdicts_of(groups: list[Group]) -> list[Verdict]:
-    """Return a verdict for each task that has groups to compare. groups: the best first."""
+def verdicts_of(groups: list[Group], unfinished: Sequence[Entry] = ()) -> list[Verdict]:
+    """Return a verdict for each task that has groups to compare. groups: the best first; unfinished: other runs."""
     tasks = [task for task in tasks_of(groups) if not all(g.supervised for g in task)] or tasks_of(groups)
     keys = [k for k in varying([g.config for g in groups]) if is_under(k, TASK)] if len(tasks) > 1 else []
     metric = primary_metric(groups)
-    return [judge(task, metric, label(task[0].config, keys)) for task in tasks]
+    return [judge(task, metric, label(task[0].config, keys), unfinished) for task in tasks]
 
 
-def judge(task: list[Group], metric: Metric, name: str) -> Verdict:
+def judge(task: list[Group], metric: Metric, name: str, unfinished: Sequence[Entry]) -> Verdict:
     """Return the verdict on the groups of one task, the best first."""
     rivals, alone = [g for g in task if not g.supervised] or task, [g for g in task if g.supervised]
     best = best_group(rivals, metric)
@@ -111,7 +114,7 @@ def judge(task: list[Group], metric: Metric, name: str) -> Verdict:
         metric=metric,
         value=value,
         baseline=base.label if base else None,
-        missing_baseline="" if best.supervised or base else missing_baseline(best, rivals),
+        missing_baseline="" if best.supervised or base else missing_baseline(best, rivals, unfinished),
         difference=change,
         gap_closed=gap_closed(best, base, metric),
         tied=[g.label for g in indistinguishable(best, rivals, metric)],
@@ -120,18 +123,41 @@ def judge(task: list[Group], metric: Metric, name: str) -> Verdict:
     )
 
 
-def missing_baseline(best: Group, rivals: list[Group]) -> str:
-    """Return which run there is none of to compare the best with, and what to type to get it."""
+def missing_baseline(best: Group, rivals: list[Group], unfinished: Sequence[Entry]) -> str:
+    """Return the missing baseline and the words to type for it."""
     baseline = name_without_loss(best.config | {"logits": "none", "rollout": "none"})
     seeds = join_words([str(seed) for seed in sorted(best.runs)])
     text = (
         f"not compared with training without a teacher, since no finished run of {baseline} has the same "
         f"{describe_task([best])} and {'one of the seeds' if len(best.runs) > 1 else 'seed'} {seeds}"
     )
-    if any(g.config.get("rollout", "none") != "none" for g in rivals):
-        return f"{text} (to get it, add runs with logits=none rollout=none to the sweep)"
-    sources = ",".join(["none", *sorted({g.config["logits"] for g in rivals})])
-    return f"{text} (to get it, type the command of the sweep again with logits={sources})"
+    return f"{text} (to get it, {how_to_get_baseline(best, rivals, unfinished)})"
+
+
+def how_to_get_baseline(best: Group, rivals: list[Group], unfinished: Sequence[Entry]) -> str:
+    """Return what to do for a baseline: an override of the whole command only if it leaves each line as it is."""
+    tasks = [task_words(entry) for entry in best.runs.values()]
+    if any(trains_without_teacher(entry) and task_words(entry) in tasks for entry in unfinished):
+        return "run the sweep again, since its run is not done"
+    if any(group.config.get("rollout", "none") != "none" for group in rivals):
+        return "add runs with logits=none rollout=none to the sweep"
+    source, *others = {group.config["logits"] for group in rivals}
+    words = [word for group in rivals for entry in group.runs.values() for word in entry.overrides]
+    if others or any(word.lstrip("+").startswith("logits.") for word in words):  # which logits=none lacks
+        return "add runs with logits=none to the sweep"
+    return f"type the command of the sweep again with logits=none,{source}"
+
+
+def trains_without_teacher(entry: Entry) -> bool:
+    """Return True if a run's words choose neither a teacher's distributions nor its text."""
+    logits, rollout = (option_of(group, entry.overrides) for group in ("logits", "rollout"))
+    return logits == "none" and rollout in (None, "none")
+
+
+def task_words(entry: Entry) -> set[str]:
+    """Return the words of a run that choose its task and its seed."""
+    keys = (*TASK, "experiment", "seed")
+    return {word for word in entry.overrides if is_under(word.partition("=")[0], keys)}
 
 
 def headline(verdicts: list[Verdict], groups: list[Group]) -> str:

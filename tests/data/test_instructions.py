@@ -189,15 +189,31 @@ def test_examples_that_leave_a_side_empty_are_refused(tmp_path):
     with refused(option="data", why="2 examples read, 2 rows for training and 0", hint="data.val_share=0.2"):
         pack(tmp_path, *many(2), val_share=0.001)
     assert not [p for p in (tmp_path / "packed").iterdir() if p.is_dir()]
+    with refused(option="data", why="0 rows for training and 2", hint="give more examples") as caught:
+        pack(tmp_path, *many(2), val_share=0.999)
+    assert "val_share" not in str(caught.value)
+
+
+def test_one_long_prompt_does_not_hide_that_validation_is_empty(tmp_path):
+    why = ("2 rows for training and 0", "left out: 1 with a prompt beyond data.prompt_len")
+    with refused(option="data", why=why, hint="data.val_share=0.2"):
+        pack(tmp_path, *many(2), ("much too long", "x"), val_share=0.001)
+
+
+def test_advice_on_the_length_of_prompts_is_not_for_the_longest(tmp_path):
+    texts = [("p" * length, f"a{length}") for length in (7, 8, 9, 1000)]
+    hint = "type data.prompt_len=8, which keeps half"
+    with refused(option="data.prompt_len", got=6, why="have 7 to 1,000 tokens", hint=hint):
+        pack(tmp_path, *texts)
 
 
 def test_prompts_that_are_all_too_long_are_refused_with_their_lengths(tmp_path):
     lengths = "left out for their length have 2 to 3 tokens"
     why = ("left out: 40 with a prompt beyond data.prompt_len", lengths)
-    with refused(option="data.prompt_len", got=1, why=why, hint="type data.prompt_len=3, or") as caught:
+    with refused(option="data.prompt_len", got=1, why=why, hint="type data.prompt_len=3, which") as caught:
         pack(tmp_path, *many(), prompt_len=1)
     assert "data.template" not in str(caught.value)
-    with refused(option="data.prompt_len", got=1, hint="type data.prompt_len=3 data.seq_len=6, or"):
+    with refused(option="data.prompt_len", got=1, hint="type data.prompt_len=3 data.seq_len=6, which"):
         pack(tmp_path, *many(), prompt_len=1, seq_len=3)
     tokenizer().save_pretrained(tmp_path / "chat")
     chat = dict(tokenizer=str(tmp_path / "chat"), vocab=None, template="chat")
@@ -205,7 +221,7 @@ def test_prompts_that_are_all_too_long_are_refused_with_their_lengths(tmp_path):
         pack(tmp_path, *many(), **chat)
     typed = dict(re.findall(r"data\.(prompt_len|seq_len)=(\d+)", caught.value.hint))
     packed = pack(tmp_path, *many(), **chat, **{name: int(value) for name, value in typed.items()})
-    assert not packed.counts["left_out"]  # what the hint says is enough
+    assert packed.counts["left_out"].get("prompt_too_long", 0) <= 20  # the hint keeps half of the 40
 
 
 def test_batches_are_masked_and_those_of_plain_text_are_not(tmp_path):

@@ -453,14 +453,41 @@ def test_path_without_a_folder_is_refused_with_the_part_that_is_missing(calls, l
     assert not caught.value.hint
     with refused(option="teacher.name", why="could not be loaded: it is a file", hint=f"type {llama}, the folder of"):
         build(llama / "config.json")
-    monkeypatch.setenv("HOME", str(llama.parent))
-    with refused(option="teacher.name", got="~/llama", hint=f"type {llama}, since ~ stays as it is"):
-        build("~/llama")
     assert not calls
+
+
+def test_home_folder_that_nothing_replaced_is_refused_with_its_path(calls, llama, monkeypatch):
+    monkeypatch.setenv("HOME", str(llama.parent))
+    why = "could not be loaded: ~ is not replaced here"
+    with refused(option="teacher.name", got="~/llama", why=why, hint=f"type {llama}") as caught:
+        build("~/llama")
+    assert "has no folder" not in str(caught.value)
+    with refused(option="teacher.name", got="~/lama", why="has no folder 'lama'", hint=f"type {llama}, if that"):
+        build("~/lama")
+    with refused(option="teacher.name", got="~nosuchuser/x", why="has no folder '~nosuchuser'"):
+        build("~nosuchuser/x")
+    assert not calls
+
+
+def test_name_that_is_nowhere_is_refused_with_a_similar_folder_and_the_network(calls, llama, monkeypatch):
     monkeypatch.chdir(llama.parent)
     why = f"no folder {llama.parent / 'lama'}, and the Hub did not give it"
-    with refused(option="teacher.name", got="lama", why=why, hint=f"type {llama}, if that is meant"):
+    hint = (f"type {llama}, if that is meant; else check the name and the network", "a downloaded model")
+    with refused(option="teacher.name", got="lama", why=why, hint=hint):
         build("lama")
+
+
+def test_folder_that_holds_no_model_is_not_offered(calls, llama, monkeypatch):
+    monkeypatch.chdir(llama.parent)
+    (llama.parent / "tests").mkdir()
+    (llama.parent / "notes").write_text("")
+    for name in ("test/tiny", "test", "notes"):
+        with refused(option="teacher.name", got=name, hint="check the name and the network") as caught:
+            build(name)
+        assert "type" not in caught.value.hint
+    with refused(option="teacher.name", why="has no folder 'test'") as caught:
+        build(llama.parent / "test" / "small" / "tiny")
+    assert not caught.value.hint
 
 
 def test_path_is_refused_without_the_network(calls):

@@ -183,6 +183,15 @@ def test_no_point_is_lost_where_other_steps_have_the_same_tokens(sweep):
     assert sorted(z for line in heat.z for z in line) == pytest.approx([0.0] * 3 + [0.1] * 3 + [0.2] * 3)
 
 
+def test_no_line_is_lost_where_another_has_its_name(sweep):
+    for value, shift in ((True, 0.0), ("true", 0.1)):
+        for rate in (0.1, 0.2, 0.3):
+            sweep.done("fkl", 0, 2.0 + shift + rate, **{"data.extra": value, "lr.peak": rate})
+    (plot,) = line_plots(table(sweep))
+    assert [list(line.y) for line in plot.figure.data] == [[2.1, 2.2, 2.3], pytest.approx([2.2, 2.3, 2.4])]
+    assert {line.name for line in plot.figure.data} == {"data.extra=true"}
+
+
 def test_without_distillation_the_axes_are_those_of_language_modelling(sweep):
     for rate, loss in ((0.001, 2.5), (0.002, 2.4), (0.004, 2.45)):
         sweep.done("lm", 0, loss, **{"lr.peak": rate})

@@ -91,7 +91,7 @@ def test_unknown_sweep_lists_those_there_are(sweep, capsys):
     sweep.losses(fkl=[2.3]).page()
     assert main(["nope", "--root", str(sweep.root)]) == 2
     error = capsys.readouterr().err
-    assert "which has s;" in error and "Type s in place of nope." in error and "Traceback" not in error
+    assert "which has s;" in error and "Type" not in error and "Traceback" not in error
 
 
 def test_no_finished_run_lists_their_states(sweep):
@@ -171,7 +171,7 @@ def test_the_sweep_file_of_a_folder_gives_the_question(sweep, theirs):
         ("demo", "", "to run the sweep, type python train.py sweeps=demo root=ROOT"),
         ("demo", "s", "to run the sweep, type python train.py sweeps=demo root=ROOT"),
         ("nosuch", "", "to run one, type e.g. python train.py sweeps=demo root=ROOT"),
-        ("nosuch", "s lossy", "type lossy in place of nosuch"),
+        ("nosuch", "s lossy", ""),
         ("looossy", "lossy s", "type lossy in place of looossy"),
     ],
 )

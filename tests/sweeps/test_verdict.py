@@ -81,10 +81,36 @@ def test_no_baseline(sweep, tmp_path):
 
 
 def test_baseline_of_another_seed_is_none(sweep):
-    sweep.done("lm", 7, 2.5).done("fkl", 3, 2.4, logits="offline").done("fkl", 3, 2.6)
+    sweep.done("lm", 7, 2.5).done("fkl", 3, 2.4, logits="offline")
     assert "no finished run of language modelling alone" in sweep.verdict().line()
     assert sweep.verdict().line().endswith("and seed 3 (to get it, type the command of the sweep again with "
-                                           "logits=none,offline,online)")  # fmt: skip
+                                           "logits=none,offline)")  # fmt: skip
+
+
+def test_baseline_beside_lines_of_several_sources_is_added_to_the_sweep(sweep):
+    """logits=none,offline,online would be an override of every line, and a cross product."""
+    sweep.done("fkl", 0, 2.4, logits="offline").done("fkl", 0, 2.6)
+    assert sweep.verdict().line().endswith("and seed 0 (to get it, add runs with logits=none to the sweep)")
+
+
+def test_baseline_beside_settings_of_the_source_is_added_to_the_sweep(sweep):
+    """logits=none has no window and is refused beside logits.window=early."""
+    sweep.done("fkl", 0, 2.4, logits="recorded")
+    sweep.runs[-1]["overrides"] += ["logits=recorded", "logits.window=early"]
+    assert sweep.verdict().line().endswith("and seed 0 (to get it, add runs with logits=none to the sweep)")
+
+
+@pytest.mark.parametrize(
+    ("words", "planned"),
+    [
+        ("seed=0 logits=none", True), ("seed=0 method=sft", True), ("seed=1 logits=none", False),
+        ("seed=0 student=1m logits=none", False), ("seed=0 loss=rkl", False), ("seed=0 method=seqkd", False),
+    ],
+)  # fmt: skip
+def test_baseline_that_is_not_done_comes_with_the_sweep(sweep, words, planned):
+    sweep.done("fkl", 0, 2.4).add(words.split())
+    assert ("run the sweep again, since its run is not done)" in sweep.report().verdict) == planned
+    assert ("logits=none,online)" in sweep.report().verdict) != planned
 
 
 @pytest.mark.parametrize("logits", ["online", "none"])
