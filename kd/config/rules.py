@@ -29,7 +29,10 @@ def check_deletions(overrides: Iterable[str]) -> None:
 
 
 def check_values(config: ExperimentConfig) -> None:
-    """Refuse a sweep name that is a path, and a model that is named twice or not at all."""
+    """Refuse an empty root, a sweep name that is a path, and a model that is named twice or not at all."""
+    if not config.root:
+        hint = "type root=runs, and unset KD_ROOT if it is empty"
+        raise UserError(option="root", got="", need="a folder or a URL", hint=hint)
     conf.check_sweep(config.sweep)
     if config.responses.samples > 1 and config.responses.temperature == 0:
         raise UserError(

@@ -128,6 +128,7 @@ def test_every_sweep_is_registered_by_its_name(file):
             {"hint": "type rollout.exclude_own_reward=false"},
         ),
         ("routing=uncertainty", "routing", {"conflict": "loss=fkl", "hint": "loss=atkd"}),
+        ("root=", "root", {"need": "a folder or a URL", "hint": "type root=runs"}),
     ],
 )
 def test_what_would_have_no_effect_is_refused(words, option, fields):

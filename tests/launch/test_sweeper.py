@@ -355,8 +355,8 @@ def test_all_runs_that_cannot_be_made_are_named_with_what_to_type_for_the_others
         launcher._each(make, jobs, said)
     lines = str(error.value).splitlines()
     assert lines[1:] == [
-        "  loss=minillm seed=0 and 1 more: loss=minillm needs more.",
-        "  loss=atkd seed=0 and 1 more: loss=atkd needs more.",
+        "- loss=minillm seed=0 and 1 more: loss=minillm needs more.",
+        "- loss=atkd seed=0 and 1 more: loss=atkd needs more.",
         "To leave them out, type loss=fkl,tvd.",
     ]
     with pytest.raises(UserError, match=r"^loss=atkd needs more\.$"):

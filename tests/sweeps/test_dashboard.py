@@ -82,7 +82,8 @@ def test_report_is_kept_as_an_artefact_and_as_media(sweep):
 
 
 def test_fit_is_kept_as_an_artefact(tmp_path):
-    (tmp_path / "my points.csv").write_text("parameters,tokens,loss\n1e6,1e7,3\n2e6,1e7,2.9\n")
+    points = ["parameters,tokens,loss", "1e6,1e7,3", "2e6,1e7,2.9", "4e6,1e7,2.85", "8e6,1e7,2.83"]
+    (tmp_path / "my points.csv").write_text("\n".join(points))
     code, output = typed(tmp_path, fit_main, "--csv", str(tmp_path / "my points.csv"), "--wandb", "--bootstrap", "0")
     assert code == 0 and "wandb sync" in output, output
     (run,), (artefact,) = records(tmp_path, "run"), records(tmp_path, "artifact")
