@@ -7,7 +7,6 @@ long and do not contain what to type.
 from __future__ import annotations
 
 import difflib
-import itertools
 import re
 import shlex
 from collections.abc import Iterable
@@ -19,9 +18,9 @@ from hydra.errors import HydraException
 
 from kd import former_names
 from kd.config.components import GROUPS, PRESETS, TAKES, option_names, parameters
-from kd.config.options import NOTES, defaults, options, overridden, settings_of_preset, words_of
+from kd.config.options import NOTES, defaults, options
+from kd.config.presets import check_conflict, check_preset, set_by
 from kd.config.schema import GROUPLESS, RUN_OPTIONS
-from kd.config.sizes import SIZES
 from kd.errors import UserError
 from kd.system import programs
 
@@ -50,9 +49,9 @@ def check_groups(words: Iterable[str]) -> None:
     for override in overrides:
         if not _is_setting_of_target(override, chosen, targets):
             _check_setting(override, chosen, {override.key_or_group for override in overrides})
-    _check_conflict(chosen, {override.key_or_group for override in overrides})
+    check_conflict(chosen, {override.key_or_group for override in overrides})
     for preset in PRESETS:
-        _check_preset(preset, chosen, words)
+        check_preset(preset, chosen, words)
 
 
 def check_single(words: Iterable[str]) -> None:
@@ -328,53 +327,10 @@ def _anywhere(key: str, text: str, chosen: dict[str, str | None]) -> str:
 def _chosen(overrides: list[Override]) -> dict[str, str | None]:
     """Return group -> option. Groups with several requested options, or that a sweep may choose, are left out."""
     typed = {override.key_or_group: _values(override) for override in overrides if override.key_or_group in GROUPS}
-    preset = _set_by(typed, PRESETS)
+    preset = set_by(typed, PRESETS)
     choices = {group: [name] for group, name in defaults().items()} | preset | typed
-    choices |= _set_by(choices, [group for group in GROUPS if group not in PRESETS]) | preset | typed
+    choices |= set_by(choices, [group for group in GROUPS if group not in PRESETS]) | preset | typed
     if "sweeps" in typed:
         choices = {group: values for group, values in choices.items() if group in typed and group != "sweeps"}
     single = {group: values[0] for group, values in choices.items() if len(values) == 1}
     return {group: name for group, name in single.items() if name is None or isinstance(name, str)}
-
-
-def _set_by(choices: dict[str, list], groups: Iterable[str]) -> dict[str, list]:
-    """Return the options that the choices in `groups` set in other groups: a list per group, all that differ."""
-    changed: dict[str, list] = {}
-    for group in groups:
-        sets = [overridden(group, name) for name in choices.get(group, []) if isinstance(name, str)]
-        for other in {key for chosen in sets for key in chosen}:
-            changed[other] = list({chosen.get(other) for chosen in sets})
-    return changed
-
-
-def _check_conflict(chosen: dict[str, str | None], typed: set[str]) -> None:
-    """Raise UserError if two presets choose different options of a group and the command line chooses none."""
-    presets = {f"{preset}={name}": overridden(preset, name) for preset in PRESETS if (name := chosen.get(preset))}
-    for (first, some), (second, others) in itertools.combinations(presets.items(), 2):
-        groups = [group for group in some.keys() & others.keys() - typed if some[group] != others[group]]
-        if groups:
-            ways = (" ".join(f"{group}={choice[group]}" for group in sorted(groups)) for choice in (some, others))
-            why, hint = "these two do not agree", f"type {', or '.join(ways)}"
-            raise UserError(option=first, conflict=second, why=why, hint=hint)
-
-
-def _check_preset(preset: str, chosen: dict[str, str | None], words: list[str]) -> None:
-    """Raise UserError if a preset has settings for one option of a group and the command line chooses another."""
-    if not (name := chosen.get(preset)):
-        return
-    for group, settings in settings_of_preset(preset, name).items():
-        option = chosen.get(group)
-        if not isinstance(settings, dict) or option in (None, overridden(preset, name).get(group)):
-            continue
-        word = f"{group}={option}"
-        for key in settings.keys() - options(group).get(option, {}).keys():
-            others = [other for other in words_of(preset, name) if not other.startswith((f"{group}=", f"{group}."))]
-            raise UserError(
-                option=word,
-                conflict=f"{preset}={name}",
-                why=f"{preset}={name} sets {group}.{key}, which {word} does not have",
-                hint=f"leave {preset}={name} out, and type the rest of what {name} stands for: {' '.join(others)}",
-            )
-        if "name" in settings and option in SIZES and f"{group}.name=null" not in words:
-            why = f"{preset}={name} sets {group}.name, and {option} is a size"
-            raise UserError(option=word, conflict=f"{preset}={name}", why=why, hint=f"type {word} {group}.name=null")
