@@ -21,7 +21,7 @@ from kd.config import components, overrides, plugins
 from kd.config.components import GROUPS, PRESETS, builtin_option_names, typed
 from kd.config.schema import GROUPLESS, RUN_OPTIONS
 from kd.errors import UserError
-from kd.system import programs
+from kd.system import files, programs
 from kd.system.remote import default_root
 
 FLAGS = ("--config-dir", "-cd")
@@ -96,7 +96,7 @@ def _folder(place: str, option: str) -> Path:
             raise UserError(option=option, got=place, why=why, hint=plugins.how_to_allow(package))
         folders = [folder.joinpath(*inner) for folder in plugin.folders]
     else:
-        folders = [Path(rest if mark else place).expanduser().absolute()] if place else []
+        folders = [Path(files.expanded(rest if mark else place)).absolute()] if place else []
     folder = next(filter(Path.is_dir, folders), None)
     if folder is None:
         hint = f"type {option} with the folder that holds e.g. loss/NAME.yaml"

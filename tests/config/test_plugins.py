@@ -381,6 +381,7 @@ def test_words_of_a_folder_are_read_as_they_are_typed(package):
     ("words", "option", "fields"),
     [
         (["--config-dir", "nowhere"], "--config-dir", {"why": "no such folder"}),
+        (["--config-dir", "~nosuchuser/x"], "~nosuchuser/x", {"why": "there is no home folder for ~nosuchuser"}),
         (["--config-dir"], "--config-dir", {"why": "no such folder"}),
         (["hydra.searchpath=[https://x.org/conf]"], "hydra.searchpath", {"need": "a folder of this machine"}),
         (["hydra.searchpath=file://x"], "hydra.searchpath", {"need": "a list of places"}),
