@@ -90,14 +90,14 @@ def test_programs_import_nothing_from_the_folder_they_are_started_in(programs, t
     store = ["teacher.steps=2", "record=top_k", "record.k=5", "logits.path=kept"]
     assert "5.0 entries" in typed(programs, "kd-store", tmp_path, "write", *TINY, *store)
     printed = typed(programs, "kd-report", tmp_path, "mine", code=2)
-    assert "To run the sweep, type kd-train sweeps=mine." in printed
+    assert "To run one, type e.g. kd-train sweeps=demo." in printed
 
 
 @pytest.mark.slow
 def test_help_and_errors_name_the_program_that_was_typed(programs, tmp_path):
     help_ = typed(programs, "kd-train", tmp_path, "--help")
     assert "\n  kd-train sweeps=loss " in help_ and "\n  kd-report loss " in help_ and "python train.py" not in help_
-    assert typed(programs, "kd-train", tmp_path, "--nope", code=2).splitlines()[-1].startswith("kd-train: error:")
+    assert "see all settings by kd-train --help" in typed(programs, "kd-train", tmp_path, "--nope", code=2).lower()
     assert "kd-train --help" in typed(programs, "kd-train", tmp_path, "qzx=1", code=2)
 
 

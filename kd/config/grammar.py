@@ -53,7 +53,7 @@ def check_switches(words: list[str], switches: Collection[str], names: Collectio
             raise _refused(words, index - 1 if index and _is_value(words[index - 1]) else index)
         setting = name.lstrip("-").replace("-", "_")
         offered = [switch for switch in switches if switch not in ELSEWHERE]
-        close = difflib.get_close_matches(name, offered, 1) if len(name) > 3 and not _is_setting(setting) else []
+        close = difflib.get_close_matches(name, offered, 1, 0.75) if len(name) > 3 and not _is_setting(setting) else []
         if close:
             hint = f"type {close[0]}{equals}{value}"
             raise UserError(option=word, why="is no switch", need="a switch that exists", hint=hint)
