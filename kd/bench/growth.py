@@ -15,6 +15,7 @@ from kd.bench.work import GIB, ROUNDS, Shape, measured
 from kd.config.sizes import Size
 from kd.system import files
 from kd.system.console import console
+from kd.system.processes import most_resident
 
 KD, ALL_LOGITS = "kd", "all logits at once"
 BUFFERS = 12  # tensors of float32 logits that the obvious loop holds at once
@@ -108,8 +109,7 @@ def plan(runs: int) -> dict:
             seconds = time.perf_counter() - started
             if process.returncode:
                 return {"case": "plan", "runs": count, "error": lines[-1] if lines else "no output"}
-    scale = 1 if sys.platform == "darwin" else 1024
-    return {"case": "plan", "runs": runs, "seconds": [seconds], "peak_memory": usage.ru_maxrss * scale}
+    return {"case": "plan", "runs": runs, "seconds": [seconds], "peak_memory": most_resident(usage)}
 
 
 def numbers(result: dict) -> str:

@@ -265,7 +265,12 @@ def check_teacher(config: ExperimentConfig) -> None:
 
 def group_of(word: str) -> str:
     """Return the config group of an override: loss for loss=akl, ++loss.mu=1 and ~loss."""
-    return word.lstrip("+~").partition("=")[0].partition(".")[0].partition("@")[0]
+    return name_of(word).partition(".")[0].partition("@")[0]
+
+
+def name_of(word: str) -> str:
+    """Return the name in an override: loss.mu for ++loss.mu=1."""
+    return word.lstrip("+~").partition("=")[0]
 
 
 Rule = Callable[["ExperimentConfig"], None]

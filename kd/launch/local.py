@@ -21,7 +21,7 @@ from kd.launch.run_launcher import RunLauncher
 from kd.launch.warm import Forked, Warm
 from kd.runs.outcome import Outcome, RunState, classify_exit
 from kd.system.console import console
-from kd.system.processes import killed_for_memory
+from kd.system.processes import killed_for_memory, most_resident
 from kd.system.signals import PARENT
 
 
@@ -134,7 +134,7 @@ class LocalPool(Pool):
             pid, status, usage = os.wait4(worker.process.pid, os.WNOHANG)
             if pid:
                 worker.process.returncode = os.waitstatus_to_exitcode(status)
-                worker.memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+                worker.memory = most_resident(usage)
                 ended.append(job)
         return ended
 

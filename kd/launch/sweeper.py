@@ -17,7 +17,7 @@ from kd.config import grammar
 from kd.config.components import option_files
 from kd.config.options import option_of, setting_of
 from kd.config.overrides import undeferred
-from kd.config.rules import TEACHER_TRAINING, group_of
+from kd.config.rules import TEACHER_TRAINING, group_of, name_of
 from kd.config.schema import NO_EFFECT, NO_SIGNAL
 from kd.config.security import check_words
 from kd.errors import UserError
@@ -67,12 +67,13 @@ class SweepFileSweeper(LaunchingSweeper):
         sweep = OmegaConf.to_container(self.config)["sweep"]
         base, lines = at_scale(sweep if isinstance(sweep, dict) else {"runs": [""]}, self.config.scale)
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        typed_overrides = parser.parse_overrides(more)
         labelled: list[tuple[str, list[str]]] = []
         for name, line in lines:
             try:
                 words = files.expanded_words(shlex.split(base) + shlex.split(line))
                 grammar.check(words)
-                parser.parse_overrides(words)
+                line_overrides = parser.parse_overrides(words)
             except (HydraException, ValueError) as error:
                 refused = _refused(sweep, f"its words {f'{base} {line}'.strip()!r} are wrong")
                 if isinstance(error, UserError):
@@ -80,7 +81,7 @@ class SweepFileSweeper(LaunchingSweeper):
                     why = f"{refused.why}: {wrong}"
                     exit_with_error(refused.replace(why=why, need=error.need, hint=error.hint))
                 exit_with_error(refused.replace(why=f"{refused.why}: {error}".partition("\nSee ")[0]))
-            for job in BasicSweeper.split_arguments(parser.parse_overrides(words + more), None)[0]:
+            for job in BasicSweeper.split_arguments(line_overrides + typed_overrides, None)[0]:
                 if option_of("logits", job) == "none":
                     job = [w for w in job if group_of(w) not in NO_SIGNAL]
                 labelled.append((name or option_of("method", job) or "", job))
@@ -120,11 +121,6 @@ def _has_pretrained_teacher(job: list[str]) -> bool:
     """Return True if the teacher of a run has a name, and is not fine-tuned first."""
     name, fine_tuned = setting_of("teacher.name", job), setting_of("teacher.sft", job)
     return name not in (None, "null") and str(fine_tuned).lower() != "true"
-
-
-def name_of(word: str) -> str:
-    """Return the name in an override: loss.mu for ++loss.mu=1."""
-    return word.lstrip("+~").partition("=")[0]
 
 
 def at_scale(sweep: Mapping, scale: str) -> tuple[str, list[tuple[str, str]]]:

@@ -6,6 +6,10 @@ import os
 import platform
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import resource
 
 
 def process_info() -> dict:
@@ -54,4 +58,9 @@ def peak_memory() -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    return most_resident(resource.getrusage(resource.RUSAGE_SELF))
+
+
+def most_resident(usage: resource.struct_rusage) -> int:
+    """Return the peak of resident memory of a resource usage, in bytes."""
+    return usage.ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
