@@ -9,6 +9,7 @@ from kd.config import components as conf
 from kd.config.device_rules import check_ranks
 from kd.config.rollout_rules import check_rollout
 from kd.config.secrets import check_secrets
+from kd.config.start_rules import check_start, check_start_student, unused_in_start
 from kd.config.token_info import check_token_info
 from kd.errors import UserError
 
@@ -51,7 +52,8 @@ def check_values(config: ExperimentConfig) -> None:
                 why="a model has either a name or a size",
                 hint=f"type {role}=hub first",
             )
-    if not config.student.size and not config.student.name:
+    check_start_student(config)
+    if not config.student.size and not config.student.name and config.start.stage != "teacher":
         raise UserError(
             option="student.size",
             got=None,
@@ -112,6 +114,8 @@ def unused(config: ExperimentConfig, word: str) -> UserError | None:
         hint = f"leave {name} out, or set the fine-tuning by start.sft_steps, start.sft_batch and start.sft_lr"
         why = "would do nothing, as it is for pretraining and this student is pretrained"
         return refused.replace(conflict=f"student.name={config.student.name}", why=why, hint=hint)
+    if error := unused_in_start(config, word):
+        return error
     if config.teacher.name and not config.teacher.sft and name in TEACHER_TRAINING:
         why, hint = "would do nothing, as this teacher is pretrained", f"leave {name} out"
         if source.trains_teacher:
@@ -276,5 +280,5 @@ def name_of(word: str) -> str:
 Rule = Callable[["ExperimentConfig"], None]
 RULES: tuple[Rule, ...] = (
     check_scale, check_logits, check_ranks, check_loss, check_token_info, check_sampling, check_lm, check_teacher,
-    check_rollout,
+    check_rollout, check_start,
 )  # fmt: skip

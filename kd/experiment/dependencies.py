@@ -15,7 +15,7 @@ from kd.config import argument_types, plugins
 from kd.config import components as conf
 from kd.config.compose import default_config
 from kd.config.groups import Component, DataConfig, FineTunedInit, ModelConfig, PretrainedInit, TeacherConfig
-from kd.config.schema import ExperimentConfig
+from kd.config.schema import ExperimentConfig, fine_tuning_rate
 from kd.data import packing
 from kd.data.corpora import Corpus
 from kd.errors import UserError
@@ -191,10 +191,8 @@ def start_config(config: ExperimentConfig) -> ExperimentConfig | None:
         if not corpus(config)[0].pairs:
             why = "needs instructions to fine-tune on, and this data is plain text"
             raise UserError(option="start", got="sft", why=why, hint="type data=instructions, or start=scratch")
-        before, lr = ("scratch", 1e-4) if student.name else ("pretrained", 1e-3)
-        return _language_modelling(
-            config, student, before, start.sft_steps, start.sft_batch, start.sft_lr or lr, start.seed
-        )  # fmt: skip
+        before, lr = "scratch" if student.name else "pretrained", start.sft_lr or fine_tuning_rate(student.name)
+        return _language_modelling(config, student, before, start.sft_steps, start.sft_batch, lr, start.seed)
     if not isinstance(start, PretrainedInit):
         return None
     if student.name:
