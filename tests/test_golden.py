@@ -51,6 +51,10 @@ alpha=linear_increasing lr=linear_increasing
 lr=linear_decreasing
 optim=adamw
 student=1m teacher=3m
+start=teacher start.layers=1
+start=teacher student=teacher start.layers=[0,1] start.ffn=64 logits=none
+start=teacher start.layers=1 start.keep=influence data=instructions logits=offline
+start=teacher start.layers=1 start.keep=random seed=1
 logits=cotrained
 logits=offline truncation=top_k truncation.k=50
 logits=offline truncation=random truncation.draws=20

@@ -58,7 +58,7 @@ def check_values(config: ExperimentConfig) -> None:
             option="student.size",
             got=None,
             need="a size, or the name of a model",
-            hint="type e.g. student=200k, or student=hub student.name=…",
+            hint="type e.g. student=200k, student=hub student.name=…, or start=teacher",
         )
 
 

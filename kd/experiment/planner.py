@@ -92,7 +92,8 @@ def estimate_run(
     memory = held(step.costs, config) + step.saved_bytes
     if collectives.device(trainer.accelerator).type == "cpu":
         memory += loaded
-    disk, active = 4 * student.parameters, student.active_parameters
+    made = Plan.from_config(config).pruned is not None  # first weights, on disk beside the last ones
+    disk, active = 4 * student.parameters * (1 + made), student.active_parameters
     return Estimate(tokens, seconds, disk, student.parameters, flops, memory, 24 * learned, active)
 
 
@@ -221,7 +222,7 @@ def show(
 
 def estimate(config: ExperimentConfig) -> dict[str, Estimate]:
     """Return the estimates of a run, its teacher and its store by name. Finished ones are left out."""
-    run, teacher, start, place, record = Plan.from_config(config)
+    run, teacher, start, place, record, pruned = Plan.from_config(config)
     if not config.force and run.result() is not None:
         return {}
     less, times = sampled(config)
@@ -230,7 +231,7 @@ def estimate(config: ExperimentConfig) -> dict[str, Estimate]:
     vocab, stored = vocabulary_size(components.tokenizer), config.logits.source.reads_store
     exists = stored and place is not None and place.manifest().exists()
     first = record or teacher
-    estimates = estimate(first) if first and not exists else {}
+    estimates = estimate(first) if first and (pruned or not exists) else {}
     estimates |= estimate(start) if start else {}
     if stored and place is not None and not exists and not record:
         spec = stores.store_spec(config, packed)

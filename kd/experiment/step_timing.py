@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from kd.config.groups import RolloutConfig
 from kd.config.schema import ExperimentConfig
 from kd.data.batches import IGNORE, Batch, Packed, to_batch
 from kd.experiment.assembly import build_module
+from kd.experiment import starts
 from kd.experiment.components import Components, over_run
 from kd.models import causal_lm
 from kd.models import flops as flops_module
@@ -58,6 +60,13 @@ def held(costs: dict[str, Cost], config: ExperimentConfig) -> int:
     return 16 * costs["student"].parameters + (each * costs["teacher"].parameters if "teacher" in costs else 0)
 
 
+def build_student_model(config: ExperimentConfig, vocab: int) -> CausalLM:
+    """Return a model of the student's shape; its weights do not matter here."""
+    if config.start.stage == "teacher":
+        return CausalLM(AutoModelForCausalLM.from_config(starts.student_shape(config, vocab)), vocab)
+    return causal_lm.build_model(config.student.size, config.student.name, vocab, config.data.seq_len, "student.name")
+
+
 def build_teacher_model(config: ExperimentConfig, vocab: int) -> CausalLM:
     return causal_lm.build_model(config.teacher.size, config.teacher.name, vocab, config.data.seq_len, "teacher.name")
 
@@ -80,7 +89,7 @@ def _measure(config: ExperimentConfig, packed: Packed, components: Components, v
     if held(costs, config) > 0.9 * capacity(device):
         return Step(costs)
     seq_len = config.data.seq_len
-    student = causal_lm.build_model(config.student.size, config.student.name, vocab, seq_len, "student.name").to(device)
+    student = build_student_model(config, vocab).to(device)
     teacher = _planned_teacher(config, components, costs, vocab)
     batch, writing, answering = _written(config, packed, components, student, teacher)
     trainer, rollout = {"compile": False}, RolloutConfig("kd.rollout.strategies.none")  # compiling takes a minute
@@ -112,7 +121,9 @@ def alpha_kind(components: Components) -> float:
 def _costs(config: ExperimentConfig, vocab: int) -> dict[str, Cost]:
     """Return the costs of student and teacher, from their shapes alone."""
     seq_len = config.data.seq_len
-    return {
+    pruned = config.start.stage == "teacher"
+    student = {"student": flops_module.cost_of_shape(starts.student_shape(config, vocab), seq_len)} if pruned else {}
+    return student | {
         role: flops_module.cost_of(model.size, model.name, vocab, seq_len, f"{role}.name")
         for role, model in (("student", config.student), ("teacher", config.teacher))
         if model.size or model.name

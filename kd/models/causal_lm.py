@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd.config.sizes import SIZES
 from kd.errors import UserError, first_line
-from kd.models.hub import adapter_base, config_of, pretrained
+from kd.models.hub import BASE, adapter_base, config_of, pretrained
 from kd.system.hardware import out_of_memory
 
 
@@ -118,16 +118,32 @@ def build_model(size: str | None, name: str | None, vocab: int, seq_len: int, op
     return causal
 
 
+def shape_of(size: str | None, name: str | None, vocab: int, seq_len: int, option: str):
+    """Return the Hugging Face config of a model of build_model(). No weights are made or read."""
+    if size:
+        return size_config(size, vocab, seq_len)
+    assert name, "a model without a size has a name"
+    base = adapter_base(name, option)
+    return config_of(base, f"{option}={name} {BASE}") if base else config_of(name, option)
+
+
 def from_size(size: str, vocab: int, seq_len: int):
-    """Return a Llama-style model with new weights, from the row `size` of kd/config/sizes.py.
+    """Return a Llama-style model with new weights, from the row `size` of kd/config/sizes.py."""
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM(size_config(size, vocab, seq_len))
+
+
+def size_config(size: str, vocab: int, seq_len: int):
+    """Return the config of a Llama-style model, from the row `size` of kd/config/sizes.py.
 
     Initial weights have a variance of 1 / width, as in muP (Yang et al. 2022, arXiv 2203.03466). The usual standard
     deviation of 0.02 fits a width of 2,500; at a width of 96 it costs 0.4 nats after 300,000 tokens.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
     row = SIZES[size]
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=vocab,
         hidden_size=row.hidden,
         intermediate_size=row.ffn,
@@ -140,7 +156,6 @@ def from_size(size: str, vocab: int, seq_len: int):
         bos_token_id=None,
         eos_token_id=0,
     )
-    return LlamaForCausalLM(config)
 
 
 def check_same_vocabulary(ours, theirs, option: str, by_ids: bool = False) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from kd.errors import UserError
-from kd.models.causal_lm import from_size
-from kd.models.hub import BASE, _FromConfig, adapter_base, config_of, from_hub
+from kd.models.causal_lm import shape_of
+from kd.models.hub import _FromConfig, from_hub
 
 
 class Cost(NamedTuple):
@@ -95,11 +95,14 @@ def attention_layers(config) -> int:
 
 def cost_of(size: str | None, name: str | None, vocab: int, seq_len: int, option: str) -> Cost:
     """Return the cost of a model of build_model() from its shape alone; no weights are made or read."""
+    shape = shape_of(size, name, vocab, seq_len, option)
+    if not name:
+        return cost_of_shape(shape, seq_len)
     with torch.device("meta"):
-        if size:
-            return cost(from_size(size, vocab, seq_len), seq_len)
-        assert name, "a model without a size has a name"
-        base = adapter_base(name, option)
-        config = config_of(base, f"{option}={name} {BASE}") if base else config_of(name, option)
-        model = from_hub(_FromConfig, name, f"{option}={name}", config=config)
-        return cost(model, seq_len)
+        return cost(from_hub(_FromConfig, name, f"{option}={name}", config=shape), seq_len)
+
+
+def cost_of_shape(config, seq_len: int) -> Cost:
+    """Return the cost of a model of a Hugging Face config."""
+    with torch.device("meta"):
+        return cost(_FromConfig.from_pretrained("", config), seq_len)
