@@ -92,8 +92,8 @@ def estimate_run(
     memory = held(step.costs, config) + step.saved_bytes
     if collectives.device(trainer.accelerator).type == "cpu":
         memory += loaded
-    made = Plan.from_config(config).pruned is not None  # first weights, on disk beside the last ones
-    disk, active = 4 * student.parameters * (1 + made), student.active_parameters
+    copies = 1 + (Plan.from_config(config).pruned is not None)  # first weights made of the teacher stay on disk
+    disk, active = 4 * student.parameters * copies, student.active_parameters
     return Estimate(tokens, seconds, disk, student.parameters, flops, memory, 24 * learned, active)
 
 

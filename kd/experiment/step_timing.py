@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from kd.config.groups import RolloutConfig
 from kd.config.schema import ExperimentConfig
 from kd.data.batches import IGNORE, Batch, Packed, to_batch
-from kd.experiment.assembly import build_module
 from kd.experiment import starts
+from kd.experiment.assembly import build_module
 from kd.experiment.components import Components, over_run
 from kd.models import causal_lm
 from kd.models import flops as flops_module
@@ -88,7 +88,6 @@ def _measure(config: ExperimentConfig, packed: Packed, components: Components, v
     device = collectives.device(config.trainer.accelerator)
     if held(costs, config) > 0.9 * capacity(device):
         return Step(costs)
-    seq_len = config.data.seq_len
     student = build_student_model(config, vocab).to(device)
     teacher = _planned_teacher(config, components, costs, vocab)
     batch, writing, answering = _written(config, packed, components, student, teacher)

@@ -43,7 +43,8 @@ def by_teacher(
         about = json.loads((temporary / "manifest.json").read_text())
         about = {k: v for k, v in about.items() if k not in ("digest", "digests")}
         spans = written["train"][1] if "train" in sides else _spans(packed, "train")
-        sealed_folder.write_manifest(temporary, about | {"train_tokens": int(spans[:, 1].sum()), "written": folder.name})
+        about |= {"train_tokens": int(spans[:, 1].sum()), "written": folder.name}
+        sealed_folder.write_manifest(temporary, about)
 
     data = packing.build_once(folder, make)
     shutil.rmtree(parts, ignore_errors=True)
