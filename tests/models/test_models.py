@@ -87,10 +87,10 @@ IDS = torch.arange(2 * T).view(2, T) * 7 % 80
 @pytest.fixture(autouse=True)
 def calls(monkeypatch) -> list:
     """No network: connecting fails at once and is noted here. What kd finds out then is put back."""
-    made = []
+    addresses = []
 
     def refuse(address, *args, **more):
-        made.append(address)
+        addresses.append(address)
         raise OSError("no network")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
@@ -99,7 +99,7 @@ def calls(monkeypatch) -> list:
     network.offline_unless_reachable.cache_clear()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    yield made
+    yield addresses
     network.offline_unless_reachable.cache_clear()
 
 
@@ -119,8 +119,8 @@ def test_pretrained_models_have_no_dropout(saved):
     assert CONFIGS["gpt2"].resid_pdrop == CONFIGS["opt"].dropout == 0.1
     for name in ("gpt2", "opt"):
         model = causal_lm.build_model(None, str(saved / name), V, T, "student.name").model
-        told = [mode().forward(IDS).logits for mode in (model.train, model.eval, model.train)]
-        assert torch.equal(told[0], told[1]) and torch.equal(told[0], told[2])
+        outputs = [mode().forward(IDS).logits for mode in (model.train, model.eval, model.train)]
+        assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
 @pytest.fixture
@@ -269,9 +269,9 @@ def test_head_of_hidden_states_is_what_the_model_says(saved, name):
     causal = build(saved / name).eval()
     with torch.no_grad():
         expected = causal.model(input_ids=IDS).logits
-        found = causal.head(causal.hidden_states(IDS))
+        actual = causal.head(causal.hidden_states(IDS))
     assert expected.abs().max() > 0.02
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "part"), [("gemma2", "softcap"), ("cohere", "scale"), ("granite", "scale")])
@@ -289,8 +289,8 @@ def test_head_that_does_something_unknown_is_refused(saved, odd):
     causal = build(saved / "llama")
     forward = causal.model.forward
 
-    def strange(**of):
-        out = forward(**of)
+    def strange(**inputs):
+        out = forward(**inputs)
         out.logits = odd(out.logits)
         return out
 
@@ -727,10 +727,10 @@ def test_an_adapter_is_merged_into_its_model(saved, adapter, monkeypatch):
     if not importlib.util.find_spec("peft"):
         fake = types.SimpleNamespace(PeftModel=types.SimpleNamespace(from_pretrained=lambda model, name: Merged()))
         monkeypatch.setitem(sys.modules, "peft", fake)
-    found = build(adapter)
+    merged = build(adapter)
     with torch.no_grad():
-        torch.testing.assert_close(found.model(IDS).logits, expected.model(IDS).logits, rtol=1e-4, atol=1e-5)
-    assert all(p.requires_grad for p in found.parameters())
+        torch.testing.assert_close(merged.model(IDS).logits, expected.model(IDS).logits, rtol=1e-4, atol=1e-5)
+    assert all(p.requires_grad for p in merged.parameters())
     assert flops.cost_of(None, str(adapter), V, T, "teacher.name") == flops.cost(expected.model, T)
 
 
@@ -777,8 +777,8 @@ def test_an_adapter_without_a_tokenizer_has_that_of_its_model(adapter, tmp_path)
     _, name = text_and_tokenizer(tmp_path)
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(name)}))
     assert load_tokenizer(str(adapter), "teacher").get_vocab()["w3"] == 5
-    _, own = text_and_tokenizer(tmp_path / "more", {"new": 42})
-    shutil.copytree(own, adapter, dirs_exist_ok=True)
+    _, new_tokenizer = text_and_tokenizer(tmp_path / "more", {"new": 42})
+    shutil.copytree(new_tokenizer, adapter, dirs_exist_ok=True)
     assert load_tokenizer(str(adapter), "teacher").get_vocab()["new"] == 42
 
 
