@@ -76,14 +76,14 @@ def test_what_is_recorded_is_what_the_model_said_before_it_learned_from_it(recor
         ids = torch.from_numpy(table(root)[[row], :-1].astype(np.int64))
         with torch.no_grad():
             logp = before[step].head(before[step].hidden_states(ids)).log_softmax(-1)[0]
-        kept, columns = logp.topk(5)
+        top, columns = logp.topk(5)
         zeros = torch.zeros(32, dtype=torch.long)
         entries = held.read(np.array([row]), ids.numpy())
-        said = entries.at(torch.ones(1, 32, dtype=torch.bool)).target(slice(None), zeros, zeros, None)
-        difference = said.logp - logp.gather(-1, said.ids)
+        stored = entries.at(torch.ones(1, 32, dtype=torch.bool)).target(slice(None), zeros, zeros, None)
+        difference = stored.logp - logp.gather(-1, stored.ids)
         assert difference.abs().max() < 1 / 32 + 1e-3
-        assert said.logp.exp().sum(-1).numpy() == pytest.approx(kept.exp().sum(-1).numpy(), rel=2e-3)
-        assert (said.ids == columns.sort(-1).values).float().mean() > 0.99
+        assert stored.logp.exp().sum(-1).numpy() == pytest.approx(top.exp().sum(-1).numpy(), rel=2e-3)
+        assert (stored.ids == columns.sort(-1).values).float().mean() > 0.99
 
 
 def test_a_row_that_came_twice_has_two_answers(recorded):
@@ -111,9 +111,9 @@ def test_recording_changes_nothing_and_takes_no_forward_pass(recorded, tmp_path,
     # The validation rows, once more: what students are measured against.
     assert Counter(passes) - alone == Counter({(2, 32): 4})
     assert run.name == plain.name and outcome(run) == outcome(plain)
-    (made,) = (tmp_path / "recording" / "stores").iterdir()
+    (store,) = (tmp_path / "recording" / "stores").iterdir()
     expected = content(recorded[0] / "store")
-    assert {n: d for n, d in content(made).items() if "manifest" not in n and "begun" not in n} == {
+    assert {n: d for n, d in content(store).items() if "manifest" not in n and "begun" not in n} == {
         n: d for n, d in expected.items() if "manifest" not in n and "begun" not in n
     }
 
@@ -144,11 +144,11 @@ def at_the_end(_: int) -> None:
     recorder.commit = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die(root: Path, words: tuple[str, ...], how: Callable[[int], None], number: int) -> None:
+def die(root: Path, words: tuple[str, ...], killer: Callable[[int], None], number: int) -> None:
     """Run in a process of its own that is killed."""
 
     def run() -> None:
-        how(number)
+        killer(number)
         here(root, *words)
 
     process = FORK.Process(target=run)
@@ -157,15 +157,15 @@ def die(root: Path, words: tuple[str, ...], how: Callable[[int], None], number: 
     assert process.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize(("how", "number"), [(at_step, 2), (at_step, 10), (at_checkpoint, 9), (at_the_end, 0)])
-def test_killed_recording_ends_with_the_same_bytes(recorded, tmp_path, how, number):
+@pytest.mark.parametrize(("killer", "number"), [(at_step, 2), (at_step, 10), (at_checkpoint, 9), (at_the_end, 0)])
+def test_killed_recording_ends_with_the_same_bytes(recorded, tmp_path, killer, number):
     words = (*RECORD, f"record.path={tmp_path / 'store'}")
-    die(tmp_path, words, how, number)
+    die(tmp_path, words, killer, number)
     assert not (tmp_path / "store" / "manifest.json").exists()
     here(tmp_path, *words)
-    found, expected = content(tmp_path / "store"), content(recorded[0] / "store")
-    assert found.keys() == expected.keys()
-    assert {n: d for n, d in found.items() if n != "manifest.json"} == {
+    actual, expected = content(tmp_path / "store"), content(recorded[0] / "store")
+    assert actual.keys() == expected.keys()
+    assert {n: d for n, d in actual.items() if n != "manifest.json"} == {
         n: d for n, d in expected.items() if n != "manifest.json"
     }
     Store(tmp_path / "store", tmp_path).verify()
@@ -233,8 +233,8 @@ def test_a_window_without_a_step_is_refused(recorded):
         student(recorded[0], "logits.window=[0.51,0.54]")
 
 
-def test_a_window_of_a_finished_teacher_is_refused_before_a_store_is_written(taught, tmp_path):
-    root = shutil.copytree(taught, tmp_path / "root")
+def test_a_window_of_a_finished_teacher_is_refused_before_a_store_is_written(trained_root, tmp_path):
+    root = shutil.copytree(trained_root, tmp_path / "root")
     with refused(option="logits.window", why="covers no window", hint="leave logits.window out"):
         here(root, "logits=offline", *TOP, "logits.window=late")
     with refused(option="logits.window", why="covers no window"):
@@ -361,25 +361,25 @@ COTRAINED = ("logits=cotrained", "seed=0", "teacher.seed=0", f"trainer.steps={ST
 @pytest.fixture(scope="module")
 def cotrained(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
     """A root with a run, and its teacher's weights as they were at the end."""
-    root, kept = tmp_path_factory.mktemp("cotrained"), {}
+    root, teacher_weights = tmp_path_factory.mktemp("cotrained"), {}
     real = module.DistillationModule.on_train_batch_end
 
     def spy(self, *given) -> None:
-        kept.update({k: v.clone() for k, v in self.trainable_teacher.model.state_dict().items()})
+        teacher_weights.update({k: v.clone() for k, v in self.trainable_teacher.model.state_dict().items()})
         real(self, *given)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.DistillationModule, "on_train_batch_end", spy)
         here(root, *COTRAINED)
-    return root, kept
+    return root, teacher_weights
 
 
 def test_cotrained_teacher_learns_as_it_would_alone(cotrained, tmp_path):
-    root, kept = cotrained
+    root, teacher_weights = cotrained
     here(tmp_path, "logits=none", "teacher=none", f"trainer.steps={STEPS}")
     alone = safetensors.torch.load_file(folder(tmp_path, "lm") / "student" / "model.safetensors")
-    assert alone.keys() <= kept.keys()
-    assert all(torch.equal(alone[name], kept[name]) for name in alone)
+    assert alone.keys() <= teacher_weights.keys()
+    assert all(torch.equal(alone[name], teacher_weights[name]) for name in alone)
     lm, fkl = result(folder(tmp_path, "lm"))["final"], result(folder(root, "fkl"))["final"]
     assert fkl["val/teacher_lm"] == lm["val/lm"] != fkl["val/lm"]
     assert not list(root.glob("lm*"))  # and is no run of its own
@@ -391,8 +391,8 @@ def test_seed_of_a_cotrained_teacher_is_part_of_the_run(cotrained, tmp_path):
 
 
 def settings_run(root: Path, *words: str):
-    made = small_config(root, *words)
-    return Plan.from_config(made).run.name
+    config = small_config(root, *words)
+    return Plan.from_config(config).run.name
 
 
 def test_a_pretrained_teacher_does_not_learn_at_the_rates_of_sizes(tmp_path):
@@ -403,10 +403,10 @@ def test_a_pretrained_teacher_does_not_learn_at_the_rates_of_sizes(tmp_path):
 
 
 def test_cotrained_student_is_exported_without_its_teacher(cotrained, tmp_path):
-    root, kept = cotrained
+    root, teacher_weights = cotrained
     saved = safetensors.torch.load_file(folder(root, "fkl") / "student" / "model.safetensors")
-    assert saved.keys() <= kept.keys()
-    assert not all(torch.equal(saved[name], kept[name]) for name in saved)
+    assert saved.keys() <= teacher_weights.keys()
+    assert not all(torch.equal(saved[name], teacher_weights[name]) for name in saved)
     assert len(list((folder(root, "fkl") / "student").glob("*.safetensors"))) == 1
 
 
