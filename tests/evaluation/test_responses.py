@@ -107,8 +107,8 @@ def test_distinct_by_hand(texts, n, expected):
 
 def test_summary_by_hand():
     """Distinct n-grams are counted within a sample of all prompts: the second says the same again."""
-    of = [Response("a a b", 3, True, 0.5, False), Response("a b", 6, False, 1.0, True)]
-    got = summary(of + of, 2)
+    scored = [Response("a a b", 3, True, 0.5, False), Response("a b", 6, False, 1.0, True)]
+    got = summary(scored + scored, 2)
     assert got == pytest.approx({
         "rouge_l": 0.75, "exact_match": 0.5, "response_length": 4.5, "eos_rate": 0.5,
         "distinct_1": 2 / 5, "distinct_2": 2 / 3, "distinct_3": 1.0, "distinct_4": 0.0,
@@ -119,34 +119,34 @@ def test_summary_by_hand():
 
 
 def test_excess_error_by_hand():
-    own = torch.tensor([[2, 2.0], [2, 4.0], [1, 3.0], [1, 5.0], [0, 0.0]])  # means 1, 2, 3, 5
+    by_student = torch.tensor([[2, 2.0], [2, 4.0], [1, 3.0], [1, 5.0], [0, 0.0]])  # means 1, 2, 3, 5
     oracle = torch.tensor([[4, 4.0], [2, 2.0], [2, 2.0], [0, 0.0], [0, 0.0]])  # means 1, 1, 1
     # R = 1, 3, 6 and l eps(l) = 1, 2, 3; nothing is known of a fourth token.
-    close(excess_error(own, oracle), [0.0, 0.5, 1.0])
-    close(excess_error(oracle, own), [0.0, -1 / 3, -1 / 2])
+    close(excess_error(by_student, oracle), [0.0, 0.5, 1.0])
+    close(excess_error(oracle, by_student), [0.0, -1 / 3, -1 / 2])
 
 
 def test_a_student_that_is_its_teacher_has_no_excess_error():
-    own = torch.tensor([[2, 0.0], [2, 0.0], [0, 0.0]])
-    close(excess_error(own, own), [0.0, 0.0])
-    assert len(excess_error(own[2:], own)) == 0
+    by_student = torch.tensor([[2, 0.0], [2, 0.0], [0, 0.0]])
+    close(excess_error(by_student, by_student), [0.0, 0.0])
+    assert len(excess_error(by_student[2:], by_student)) == 0
 
 
 @cache
 def written() -> tuple[Generations, Batch]:
     """Responses of several lengths to prompts of several lengths, one row of which is full."""
     prompts = [3, 1, 9, 5, 12]
-    made = generate.sample(batch(prompts), END, torch.arange(5), model("llama", 0))
-    rows = responses.as_rows(made)
-    return Generations(rows["tokens"].numpy(), rows["span"].numpy()), made
+    batch_written = generate.sample(batch(prompts), END, torch.arange(5), model("llama", 0))
+    rows = responses.as_rows(batch_written)
+    return Generations(rows["tokens"].numpy(), rows["span"].numpy()), batch_written
 
 
 def test_the_gap_is_what_plain_loops_say():
     student, teacher = model("llama", 0).eval(), model("gpt2", 1).eval()
-    text, made = written()
+    text, generated = written()
     by_place, bins = np.zeros((T, 4)), torch.zeros(metrics.BINS, 3, dtype=torch.float64)
     with torch.no_grad():
-        q, p = (m.model(input_ids=made.ids).logits.double().log_softmax(-1) for m in (student, teacher))
+        q, p = (m.model(input_ids=generated.ids).logits.double().log_softmax(-1) for m in (student, teacher))
     for row, (prompt, end) in enumerate(text.span):
         for place, at in enumerate(range(prompt - 1, end - 1)):  # the position that says token `at` + 1
             a, b = q[row, at], p[row, at]
@@ -157,8 +157,8 @@ def test_the_gap_is_what_plain_loops_say():
     assert by_place[0, 0] == 5 and 0 < by_place[6, 0] < 5  # some responses are shorter than others
 
     for rows, chunk in ((5, None), (2, 3)):
-        of = ValidationBatches(text.tokens, rows, response_spans=text.span)
-        got = teacher_gap(student, OnlineTeacher(teacher), of, T, chunk)
+        batches = ValidationBatches(text.tokens, rows, response_spans=text.span)
+        got = teacher_gap(student, OnlineTeacher(teacher), batches, T, chunk)
         close(got.by_place, by_place, rtol=1e-4)
         close(got.bins, bins, rtol=1e-4)
     means = got.means()
@@ -185,57 +185,57 @@ class Prompts:
     eos_token_id: int = END
 
 
-def asked(**how) -> ResponseEvaluation:
+def evaluation(**options) -> ResponseEvaluation:
     (text, _) = written()
-    return ResponseEvaluation(Path("nowhere"), Prompts(*text), None, NoTeacher(), None, None, **how)
+    return ResponseEvaluation(Path("nowhere"), Prompts(*text), None, NoTeacher(), None, None, **options)
 
 
 def test_samples_are_drawn_row_by_row_with_seeds_of_their_own():
-    writes, of = asked(samples=2, seed=7)._write(model(), "test", False), batch([3, 1, 9, 5, 12])
+    writes, prompts = evaluation(samples=2, seed=7)._write(model(), "test", False), batch([3, 1, 9, 5, 12])
     seed = [np.random.default_rng([7, sample, row]).integers(2**62) for sample in range(2) for row in range(5)]
     for sample in range(2):
-        made = generate.sample(of, END, torch.tensor(seed[5 * sample : 5 * sample + 5]), model())
-        rows = responses.as_rows(made)
+        generated = generate.sample(prompts, END, torch.tensor(seed[5 * sample : 5 * sample + 5]), model())
+        rows = responses.as_rows(generated)
         assert (writes.tokens[5 * sample : 5 * sample + 5] == rows["tokens"].numpy()).all()
         assert (writes.span[5 * sample : 5 * sample + 5] == rows["span"].numpy()).all()
     assert (writes.tokens[:5] != writes.tokens[5:]).any()
-    assert (asked(samples=1, seed=8)._write(model(), "test", False).tokens != writes.tokens[:5]).any()
+    assert (evaluation(samples=1, seed=8)._write(model(), "test", False).tokens != writes.tokens[:5]).any()
 
 
 def test_where_memory_runs_out_fewer_rows_are_written_at_once_and_the_same(monkeypatch):
-    one = asked(samples=3)
+    one = evaluation(samples=3)
     expected, write, tried = one._write(model(), "test", False), generate.sample, []
 
-    def small(given, *args, **how):
+    def small(given, *args, **options):
         tried.append(len(given.ids))
         if len(given.ids) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return write(given, *args, **how)
+        return write(given, *args, **options)
 
     monkeypatch.setattr(generate, "sample", small)
     monkeypatch.setattr(responses, "AT_ONCE", 5)
-    got = asked(samples=3)._write(model(), "test", False)
+    got = evaluation(samples=3)._write(model(), "test", False)
     assert (got.tokens == expected.tokens).all() and (got.span == expected.span).all()
     assert tried[:3] == [5, 3, 2] and 3 not in tried[2:] and 5 not in tried[1:]
     monkeypatch.setattr(generate, "sample", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("of another kind")))
     with pytest.raises(RuntimeError, match="another kind"):
-        asked()._write(model(), "test", False)
+        evaluation()._write(model(), "test", False)
 
 
 def test_ranks_share_the_rows_and_those_without_one_take_part(monkeypatch):
     """Give every rank of a sharded model as many batches as any other, so some batches hold no target."""
-    expected, found = asked(samples=3)._write(model(), "test", False), []
+    expected, parts = evaluation(samples=3)._write(model(), "test", False), []
     for rank in range(4):
         monkeypatch.setattr(collectives, "world_size", lambda: 4)
         monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(collectives, "any_rank", lambda here: here)
         monkeypatch.setattr(collectives, "all_gather", lambda value: [value])
-        one = asked(samples=3)
+        one = evaluation(samples=3)
         one.at_once = 1
         assert len(one._batches(one.packed.val, one.packed.val_spans, 1, True, 3)) == 4
-        found.append(one._write(model(), "test", True))
-    assert [len(part.tokens) for part in found] == [4, 4, 4, 3]
-    assert (np.concatenate([part.tokens for part in found]) == expected.tokens).all()
+        parts.append(one._write(model(), "test", True))
+    assert [len(part.tokens) for part in parts] == [4, 4, 4, 3]
+    assert (np.concatenate([part.tokens for part in parts]) == expected.tokens).all()
 
 
 # Runs
@@ -302,27 +302,27 @@ def test_measures_of_a_run_are_those_of_its_file(root, student):
 
 def test_a_teachers_responses_are_those_of_its_own_run_and_written_once(root, student, monkeypatch):
     """Compare the teacher's responses in a student's run with those of its own run: draws and weights are the same."""
-    (own,) = (p.parent for p in root.glob("lm-*/responses.jsonl"))
-    assert [row["response"] for row in lines(own)] == [row["teacher"] for row in lines(student)]
-    assert "teacher" not in lines(own)[0] and not (own / "exaccerr.json").exists()
-    assert "val/exaccerr" not in result(own)["final"]
-    write, asked = generate.sample, []
+    (teacher_run,) = (p.parent for p in root.glob("lm-*/responses.jsonl"))
+    assert [row["response"] for row in lines(teacher_run)] == [row["teacher"] for row in lines(student)]
+    assert "teacher" not in lines(teacher_run)[0] and not (teacher_run / "exaccerr.json").exists()
+    assert "val/exaccerr" not in result(teacher_run)["final"]
+    write, calls = generate.sample, []
 
-    def watched(*args, **how):
-        asked.append(args[3])
-        return write(*args, **how)
+    def watched(*args, **options):
+        calls.append(args[3])
+        return write(*args, **options)
 
     monkeypatch.setattr(generate, "sample", watched)
     again = here(root, "seed=1")
-    assert len(asked) == 1
+    assert len(calls) == 1
     assert [row["teacher"] for row in lines(again)] == [row["teacher"] for row in lines(student)]
     assert [row["response"] for row in lines(again)] != [row["response"] for row in lines(student)]
-    (kept,) = root.glob("responses/*.npz")
-    damaged = bytearray(kept.read_bytes())
+    (stored,) = root.glob("responses/*.npz")
+    damaged = bytearray(stored.read_bytes())
     damaged[len(damaged) // 2] ^= 1
-    kept.write_bytes(damaged)
+    stored.write_bytes(damaged)
     assert [row["teacher"] for row in lines(here(root, "seed=2"))] == [row["teacher"] for row in lines(student)]
-    assert len(asked) == 3
+    assert len(calls) == 3
 
 
 def test_other_settings_are_other_runs_and_have_responses_of_their_own(root, student):
@@ -344,7 +344,7 @@ def test_a_run_that_is_ended_while_it_writes_goes_on_and_writes_the_same(root, s
     words = (f"data.files={root / 'examples.jsonl'}", f"plain.files={root / 'plain.txt'}")
     write = generate.sample
 
-    def ended(*args, watch, **how):
+    def ended(*args, watch, **options):
         watch(0, 1)
         raise Preempted
 
@@ -374,7 +374,7 @@ def test_responses_are_written_before_the_student_leaves_its_device(root, studen
 def test_a_signal_is_heeded_while_a_model_writes(monkeypatch):
     monkeypatch.setattr(responses.requests, "pending", True)
     with pytest.raises(Preempted):
-        asked()._write(model(), "test", False)
+        evaluation()._write(model(), "test", False)
 
 
 def test_without_a_teacher_at_hand_the_text_alone_is_measured(root):
