@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from statistics import fmean
 
@@ -15,165 +14,20 @@ import torch
 from lightning.pytorch.strategies import Strategy
 
 from kd.config.schema import ExperimentConfig
-from kd.data import corpora, packing
-from kd.data.batches import Batch, ValidationBatches
-from kd.evaluation import metrics, responses, text_scores
-from kd.evaluation.exposure import excess_error, teacher_gap
-from kd.evaluation.responses import Generations, ResponseEvaluation
-from kd.evaluation.text_scores import Response, distinct, exact_match, rouge_l, summary
+from kd.data import packing
+from kd.evaluation import responses
+from kd.evaluation.responses import ResponseEvaluation
+from kd.evaluation.text_scores import distinct, rouge_l
 from kd.parallel import collectives
 from kd.rollout import generate
 from kd.runs import identity, run
 from kd.system.signals import Preempted
 from kd.teachers.none import NoTeacher
-from kd.teachers.online import OnlineTeacher
 from tests import small
-from tests.cases import close
+from tests.evaluation.written import written
 from tests.refusals import refused
-from tests.rollout.test_generate import END, T, batch, model
+from tests.rollout.test_generate import END, batch, model
 from tests.small import ENVIRONMENT, SMALL, TRAIN, result
-
-# Text
-
-
-def test_rouge_l_by_hand():
-    # 3 of 3 words and of 6 are in common, in order, if "cats" and "cat" are one word: F1 of 1 and 1/2.
-    assert rouge_l("Cat, sat; mat!", "the cats sat on the mat") == pytest.approx(2 / 3)
-    assert rouge_l("mat sat cat", "the cats sat on the mat") == pytest.approx(2 / 9)  # one after the other
-    assert rouge_l("a b", "a b") == 1 and rouge_l("", "a b") == rouge_l("...", "a b") == 0
-
-
-SCRIPTS = {
-    "chinese": ("北京是首都", "南京是首都", 4 / 5),
-    "japanese": ("東京タワーです", "東京タワーだ", 2 * 5 / (7 + 6)),
-    "thai": ("สวัสดีครับ", "สวัสดีค่ะ", 2 * 4 / (7 + 6)),
-    "khmer": ("សួស្តី", "សួស្តី", 1),
-    "korean": ("안녕하세요 반가워요", "안녕하세요 오늘", 1 / 2),
-    "russian": ("Привет, мир!", "привет мир и я", 2 * 2 / (2 + 4)),
-    "greek": ("Καλημέρα κόσμε", "καλημέρα", 2 / 3),
-    "hindi": ("नमस्ते दुनिया", "नमस्ते", 2 / 3),
-    "arabic": ("السلام عليكم ١٢", "السلام ١٢", 4 / 5),
-    "hebrew": ("שלום עולם", "עולם", 2 / 3),
-    "georgian": ("გამარჯობა მსოფლიო", "მსოფლიო", 2 / 3),
-    "full width": ("ＡＢＣ １２", "ＡＢＣ", 2 / 3),
-    "signs": ("+ =", "+", 2 / 3),
-    "emoji": ("👍", "👍\n", 1),
-    "accents": ("\u00c9 \u00e0 \u00ff", "\u00e9 \u00e0", 4 / 5),
-    "fractions": ("½", " ½", 1),
-    "marks": ("? !", "?!", 1),
-    "mixed": ("用Python写cats", "用 python 写 cat", 1),
-}
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_rouge_l_counts_every_script(name):
-    response, reference, expected = SCRIPTS[name]
-    assert rouge_l(response, reference) == pytest.approx(expected)
-    assert rouge_l(response, response) == rouge_l(reference, reference) == 1
-    assert rouge_l(response, "") == rouge_l("", reference) == rouge_l(response, "other words") == 0
-
-
-def test_rouge_l_of_latin_text_is_that_of_rouge_score():
-    """Compare with the package that papers use: it drops letters with accents, and signs, and so does kd."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    texts = [
-        "Café don’t — “naïve” 5 µm 10² ½ №5 😀 Straße İstanbul ﬁne a\x1cb",
-        "Cats running, the CAFÉ’s 10 µ",
-    ]
-    texts += [text for text in corpora.standard_library()[:40] if len(text) < 3000]
-    for one in texts:
-        assert text_scores._words(one) == one.split()
-        for other in texts[:5]:
-            assert rouge_l(one, other) == scorer.score(other, one)["rougeL"].fmeasure
-
-
-def test_exact_match_is_but_for_white_space():
-    assert exact_match(" return  x\n", "return x")
-    assert not exact_match("return X", "return x") and not exact_match("returnx", "return x")
-
-
-@pytest.mark.parametrize(
-    ("texts", "n", "expected"),
-    [(["a b a b"], 2, 2 / 3), (["a b", "a b"], 2, 1 / 2), (["a b", "b a"], 2, 1), (["a b", "b a"], 1, 1 / 2),
-     (["a b"], 3, 0), ([], 1, 0), (["a\nb c", "a b  d"], 2, 3 / 4),
-     (["北京北京"], 1, 1 / 2), (["北京 ok北京"], 2, 3 / 4), (["北京北京"], 2, 2 / 3), (["да да"], 1, 1 / 2)],
-)  # fmt: skip
-def test_distinct_by_hand(texts, n, expected):
-    """No n-gram reaches from one response into another."""
-    assert distinct(texts, n) == pytest.approx(expected)
-
-
-def test_summary_by_hand():
-    """Distinct n-grams are counted within a sample of all prompts: the second says the same again."""
-    scored = [Response("a a b", 3, True, 0.5, False), Response("a b", 6, False, 1.0, True)]
-    got = summary(scored + scored, 2)
-    assert got == pytest.approx({
-        "rouge_l": 0.75, "exact_match": 0.5, "response_length": 4.5, "eos_rate": 0.5,
-        "distinct_1": 2 / 5, "distinct_2": 2 / 3, "distinct_3": 1.0, "distinct_4": 0.0,
-    })  # fmt: skip
-
-
-# Excess accumulated error
-
-
-def test_excess_error_by_hand():
-    by_student = torch.tensor([[2, 2.0], [2, 4.0], [1, 3.0], [1, 5.0], [0, 0.0]])  # means 1, 2, 3, 5
-    oracle = torch.tensor([[4, 4.0], [2, 2.0], [2, 2.0], [0, 0.0], [0, 0.0]])  # means 1, 1, 1
-    # R = 1, 3, 6 and l eps(l) = 1, 2, 3; nothing is known of a fourth token.
-    close(excess_error(by_student, oracle), [0.0, 0.5, 1.0])
-    close(excess_error(oracle, by_student), [0.0, -1 / 3, -1 / 2])
-
-
-def test_a_student_that_is_its_teacher_has_no_excess_error():
-    by_student = torch.tensor([[2, 0.0], [2, 0.0], [0, 0.0]])
-    close(excess_error(by_student, by_student), [0.0, 0.0])
-    assert len(excess_error(by_student[2:], by_student)) == 0
-
-
-@cache
-def written() -> tuple[Generations, Batch]:
-    """Responses of several lengths to prompts of several lengths, one row of which is full."""
-    prompts = [3, 1, 9, 5, 12]
-    batch_written = generate.sample(batch(prompts), END, torch.arange(5), model("llama", 0))
-    rows = responses.as_rows(batch_written)
-    return Generations(rows["tokens"].numpy(), rows["span"].numpy()), batch_written
-
-
-def test_the_gap_is_what_plain_loops_say():
-    student, teacher = model("llama", 0).eval(), model("gpt2", 1).eval()
-    text, generated = written()
-    by_place, bins = np.zeros((T, 4)), torch.zeros(metrics.BINS, 3, dtype=torch.float64)
-    with torch.no_grad():
-        q, p = (m.model(input_ids=generated.ids).logits.double().log_softmax(-1) for m in (student, teacher))
-    for row, (prompt, end) in enumerate(text.span):
-        for place, at in enumerate(range(prompt - 1, end - 1)):  # the position that says token `at` + 1
-            a, b = q[row, at], p[row, at]
-            values = ((b.exp() * (b - a)).sum(), (a.exp() * (a - b)).sum(), (a.exp() - b.exp()).abs().sum() / 2)
-            by_place[place] += [1, *(x.item() for x in values)]
-            sure, best = a.exp().max(0)
-            bins[int(sure * metrics.BINS)] += torch.tensor([1, sure.item(), b[best].exp().item()])
-    assert by_place[0, 0] == 5 and 0 < by_place[6, 0] < 5  # some responses are shorter than others
-
-    for rows, chunk in ((5, None), (2, 3)):
-        batches = ValidationBatches(text.tokens, rows, response_spans=text.span)
-        got = teacher_gap(student, OnlineTeacher(teacher), batches, T, chunk)
-        close(got.by_place, by_place, rtol=1e-4)
-        close(got.bins, bins, rtol=1e-4)
-    means = got.means()
-    total = by_place.sum(0)
-    assert (means["rkl"], means["tvd"]) == pytest.approx((total[2] / total[0], total[3] / total[0]), rel=1e-4)
-    assert means["ece"] == pytest.approx(((bins[:, 2] - bins[:, 1]).abs().sum() / total[0]).item(), rel=1e-4)
-
-
-def test_a_student_that_is_its_teacher_has_no_gap():
-    same, (text, _) = model("llama", 0).eval(), written()
-    got = teacher_gap(same, OnlineTeacher(same), ValidationBatches(text.tokens, 5, response_spans=text.span), T, None)
-    assert list(got.means().values()) == pytest.approx([0, 0, 0], abs=1e-5)
-
-
-# Writing
 
 
 @dataclass

@@ -16,7 +16,7 @@ from kd.parallel import collectives
 from kd.rollout import generate
 from kd.rollout.generate import sample
 from tests.cases import close, logits
-from tests.models.test_models import CONFIGS, GATED, V
+from tests.models.examples import CONFIGS, GATED, V
 from tests.objective.test_truncation import ODDS, odds
 from tests.refusals import refused
 

@@ -1,4 +1,4 @@
-"""Logits that come from a teacher in training: recorded on its way for later students, or learned beside them."""
+"""Logits that are recorded while a teacher is trained: exact, resumed exactly, read by windows."""
 
 import copy
 import os
@@ -6,29 +6,24 @@ import re
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 
 from kd.data.batches import rows_of_step
-from kd.experiment.dependencies import Plan
 from kd.models import causal_lm
 from kd.store import recorder
 from kd.store.reader import Store
 from kd.system import checkpoint_files
-from kd.system.files import read_metrics
 from kd.teachers.stored import window_share
 from kd.training import module
 from tests.refusals import refused
-from tests.small import FORK, TOP, content, folder, here, outcome, result, small_config, type_in
+from tests.small import TOP, content, folder, here, outcome, result, type_in
+from tests.teachers.killing import BATCH, PLAIN, ROWS, STEPS, at_step, die
 
-STEPS, ROWS, BATCH = 20, 60, 4
-PLAIN = ("logits=none", "teacher=none", f"trainer.steps={STEPS}", "trainer.val_every=50")
 RECORD = (*PLAIN, "record=top_k", "record.k=5")
 
 
@@ -118,17 +113,6 @@ def test_recording_changes_nothing_and_takes_no_forward_pass(recorded, tmp_path,
     }
 
 
-def at_step(number: int) -> None:
-    real = recorder.Recorder.batch
-
-    def batch(self, batch, step) -> None:
-        if step == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        real(self, batch, step)
-
-    recorder.Recorder.batch = batch
-
-
 def at_checkpoint(number: int) -> None:
     real = checkpoint_files.DigestIO.save_checkpoint
 
@@ -142,19 +126,6 @@ def at_checkpoint(number: int) -> None:
 
 def at_the_end(_: int) -> None:
     recorder.commit = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die(root: Path, words: tuple[str, ...], killer: Callable[[int], None], number: int) -> None:
-    """Run in a process of its own that is killed."""
-
-    def run() -> None:
-        killer(number)
-        here(root, *words)
-
-    process = FORK.Process(target=run)
-    process.start()
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(("killer", "number"), [(at_step, 2), (at_step, 10), (at_checkpoint, 9), (at_the_end, 0)])
@@ -351,94 +322,3 @@ def test_a_store_is_recorded_to_a_url(recorded, tmp_path):
     name = "shard-00000009.safetensors"
     assert system.cat_file(f"{url}/{name}") == (recorded[0] / "store" / name).read_bytes()
     here(tmp_path, "logits=offline", "teacher=none", *TOP, f"logits.path={url}", "logits.window=late")
-
-
-# Learned beside
-
-COTRAINED = ("logits=cotrained", "seed=0", "teacher.seed=0", f"trainer.steps={STEPS}", "alpha.peak=0.5")
-
-
-@pytest.fixture(scope="module")
-def cotrained(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A root with a run, and its teacher's weights as they were at the end."""
-    root, teacher_weights = tmp_path_factory.mktemp("cotrained"), {}
-    real = module.DistillationModule.on_train_batch_end
-
-    def spy(self, *given) -> None:
-        teacher_weights.update({k: v.clone() for k, v in self.trainable_teacher.model.state_dict().items()})
-        real(self, *given)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.DistillationModule, "on_train_batch_end", spy)
-        here(root, *COTRAINED)
-    return root, teacher_weights
-
-
-def test_cotrained_teacher_learns_as_it_would_alone(cotrained, tmp_path):
-    root, teacher_weights = cotrained
-    here(tmp_path, "logits=none", "teacher=none", f"trainer.steps={STEPS}")
-    alone = safetensors.torch.load_file(folder(tmp_path, "lm") / "student" / "model.safetensors")
-    assert alone.keys() <= teacher_weights.keys()
-    assert all(torch.equal(alone[name], teacher_weights[name]) for name in alone)
-    lm, fkl = result(folder(tmp_path, "lm"))["final"], result(folder(root, "fkl"))["final"]
-    assert fkl["val/teacher_lm"] == lm["val/lm"] != fkl["val/lm"]
-    assert not list(root.glob("lm*"))  # and is no run of its own
-
-
-def test_seed_of_a_cotrained_teacher_is_part_of_the_run(cotrained, tmp_path):
-    assert settings_run(tmp_path, *COTRAINED) != settings_run(tmp_path, *COTRAINED, "teacher.seed=1")
-    assert settings_run(tmp_path, "teacher.lr=0.1") != settings_run(tmp_path)  # of the teacher's own run
-
-
-def settings_run(root: Path, *words: str):
-    config = small_config(root, *words)
-    return Plan.from_config(config).run.name
-
-
-def test_a_pretrained_teacher_does_not_learn_at_the_rates_of_sizes(tmp_path):
-    words = ("logits=cotrained", "teacher=hub", "teacher.name=org/model")
-    with refused(option="optim", got="mup", conflict="logits=cotrained", hint="type optim=adamw lr.peak=1e-4"):
-        small_config(tmp_path, *words)
-    assert small_config(tmp_path, *words, "optim=adamw", "lr.peak=1e-4")
-
-
-def test_cotrained_student_is_exported_without_its_teacher(cotrained, tmp_path):
-    root, teacher_weights = cotrained
-    saved = safetensors.torch.load_file(folder(root, "fkl") / "student" / "model.safetensors")
-    assert saved.keys() <= teacher_weights.keys()
-    assert not all(torch.equal(saved[name], teacher_weights[name]) for name in saved)
-    assert len(list((folder(root, "fkl") / "student").glob("*.safetensors"))) == 1
-
-
-def test_cotrained_student_learns_from_what_the_teacher_says_meanwhile(cotrained):
-    """The loss starts at what two models of one seed differ by, which is nothing."""
-    lines = [x for x in read_metrics(folder(cotrained[0], "fkl") / "metrics.jsonl") if "train/kd" in x]
-    assert lines[0]["train/kd"] == pytest.approx(0, abs=1e-6) and lines[-1]["train/kd"] > 1e-4
-    assert lines[0]["train/teacher_lm"] == pytest.approx(lines[0]["train/lm"], abs=1e-6)
-    assert lines[-1]["train/teacher_lm"] < lines[0]["train/teacher_lm"] - 0.1
-
-
-def test_killed_cotraining_ends_bit_for_bit_as_if_never_killed(cotrained, tmp_path):
-    def at(number: int) -> None:
-        real = module.DistillationModule.training_step
-
-        def step(self, batch, index) -> None:
-            if self.global_step == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            real(self, batch, index)
-
-        module.DistillationModule.training_step = step
-
-    die(tmp_path, COTRAINED, at, 8)
-    newest = max((folder(tmp_path, "fkl") / "checkpoints").glob("*.ckpt"))
-    held = torch.load(newest, weights_only=True)["state_dict"]
-    assert {name.partition(".")[0] for name in held} == {"student", "trainable_teacher"}
-    here(tmp_path, *COTRAINED)
-    assert outcome(folder(tmp_path, "fkl")) == outcome(folder(cotrained[0], "fkl"))
-
-
-def test_cotraining_without_distillation_still_teaches_the_teacher(cotrained, tmp_path):
-    here(tmp_path, *COTRAINED, "alpha.peak=0")
-    final = result(folder(tmp_path, "fkl"))["final"]
-    assert final["val/teacher_lm"] == result(folder(cotrained[0], "fkl"))["final"]["val/teacher_lm"]
-    assert final["val/lm"] == final["val/teacher_lm"]  # a twin
