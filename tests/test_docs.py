@@ -128,14 +128,14 @@ def jobs(words: list[str]) -> list[list[str]]:
         file = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
         base, named = at_scale(file, next((w.partition("=")[2] for w in words if w.startswith("scale=")), "cpu"))
         lines = [f"{base} {line}" for _, line in named]
-    made = []
+    jobs_of_line = []
     for line in lines:
         parsed = OverridesParser.create().parse_overrides([*shlex.split(line), *typed])
         for job in BasicSweeper.split_arguments([o for o in parsed if not o.is_interval_sweep()], None)[0]:
             if option_of("logits", job) == "none":
                 job = [word for word in job if group_of(word) not in NO_SIGNAL]
-            made.append(job)
-    return made
+            jobs_of_line.append(job)
+    return jobs_of_line
 
 
 def check_train(arguments: list[str]) -> None:
@@ -424,6 +424,7 @@ def test_sentences_of_a_document(text, expected):
     [
         (words_check.name_faults, "def f(of): made = 1\n", ["of", "made"]),
         (words_check.name_faults, "softening = f()\n", []),
+        (words_check.name_faults, "import re as said\n", ["said"]),
         (words_check.docstring_faults, '"""Whether so."""\n', ["Whether"]),
         (words_check.docstring_faults, 'def f():\n    """From here."""\n', ["From"]),
         (words_check.docstring_faults, '"""Return."""\n', []),

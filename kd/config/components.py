@@ -194,8 +194,13 @@ def typed(value) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(typed, value))}]"
     if isinstance(value, str) and not re.fullmatch(r"[\w./:+-]+", value):
-        return QuotedString(value, Quote.single).with_quotes()
+        return quoted(value)
     return str(value)
+
+
+def quoted(text: str) -> str:
+    """Return a text in quotes of Hydra's grammar; in double ones, so that a shell takes it in single ones."""
+    return QuotedString(text, Quote.double).with_quotes()
 
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # as Lightning calls them

@@ -39,17 +39,24 @@ SAMPLE = 20_000_000  # characters of the text that a tokenizer is trained on, at
 OPTIONS = ("seq_len", "vocab", "tokenizer", "tokens", "val_rows", "val_share", "special")  # of pack() in a config
 
 
-def key(corpus: Corpus, **settings) -> str:
-    """Return the name of the packed data: a digest of everything that its content depends on, but for the code."""
-    settings.pop("code", None)
-    content, name = files.folder_fingerprint(settings.get("tokenizer")), settings.get("tokenizer")
-    if settings.get("special") == "text":  # an option that is newer than many folders
-        del settings["special"]
+def key(
+    corpus: Corpus, *, tokenizer_of: tuple[Corpus, dict] | None = None, special: str = "text",
+    code: dict[str, str] | None = None, **options,
+) -> str:  # fmt: skip
+    """Return the name of the packed data: a digest of everything that its content depends on, but for the code.
+
+    options: the other arguments of pack().
+    """
+    name = options.get("tokenizer")
+    content = files.folder_fingerprint(name)
+    if special != "text":  # an option that is newer than many folders
+        options |= {"special": special}
     if name and not (corpus.pairs and corpus.pairs.template == "chat") and (bos := bos_by_name(name)):
-        settings["bos"] = bos
-    if tokenizer_of := settings.pop("tokenizer_of", None):
-        settings["tokenizer_of"] = key(tokenizer_of[0], **tokenizer_of[1])
-    return files.digest_of([FORMAT, corpus.fingerprint, settings, content])[:16]
+        options |= {"bos": bos}
+    if tokenizer_of:
+        text, text_options = tokenizer_of
+        options |= {"tokenizer_of": key(text, **text_options)}
+    return files.digest_of([FORMAT, corpus.fingerprint, options, content])[:16]
 
 
 def folder_name(corpus: Corpus, tokenizer_of: tuple[Corpus, dict] | None = None, **options) -> str:

@@ -102,7 +102,7 @@ def write_command(config: ExperimentConfig) -> str:
         typed.append(f"start={teacher_run.start.stage}")
         settings |= conf.flat({"start": teacher_run.start.to_dict()})
     if (tokenizer := corpus(config)[1]["tokenizer"]) != teacher.name:  # a pretrained student's
-        settings["data.tokenizer"] = tokenizer
+        settings |= {"data.tokenizer": tokenizer}
     usual = default_options("logits=offline", *typed)
     groups = ("token_names", "data.", "plain.", "start.", "teacher.", "truncation.", "logits.seed", "trainer.precision")
     settings = {k: v for k, v in settings.items() if k.startswith(groups) and k in usual and v != usual[k]}

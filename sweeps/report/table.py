@@ -84,8 +84,8 @@ def extremes(rows: list[Row]) -> list[Row]:
     tasks = tasks_of([row.group for row in rows])
     firsts = [row.best.label for row in rows] if len(tasks) <= MOST_TASKS else []
     bases = [task[0].label for groups in tasks[:MOST_TASKS] if (task := [g for g in groups if g.supervised])]
-    kept = {row.group.label for row in rows[:BEST] + rows[-WORST:]} | {*firsts, *bases}
-    return [row for row in rows if row.group.label in kept]
+    labels = {row.group.label for row in rows[:BEST] + rows[-WORST:]} | {*firsts, *bases}
+    return [row for row in rows if row.group.label in labels]
 
 
 def by_loss(rows: list[Row]) -> list[Row]:

@@ -198,13 +198,13 @@ def test_where_a_token_is_not_distilled_alpha_is_0(loss, chunk):
     head, hidden, label, target = case()
     kd_mask = torch.arange(ROWS) % 3 > 0
     objective = Objective(loss, FULL, SAME, PLAIN, chunk)
-    found = objective(head, hidden, label, target.__getitem__, 0.7, kd_mask=kd_mask)
+    mixed = objective(head, hidden, label, target.__getitem__, 0.7, kd_mask=kd_mask)
     parts = [
         objective(head, hidden[rows], label[rows], target[rows].__getitem__, alpha)
         for rows, alpha in ((kd_mask, 0.7), (~kd_mask, 0.0))
     ]
-    same(found, (parts[0].total + parts[1].total, parts[0].kd, parts[0].lm + parts[1].lm))
-    same(grads_of(found.total, head, hidden), grads_of(parts[0].total + parts[1].total, head, hidden))
+    same(mixed, (parts[0].total + parts[1].total, parts[0].kd, parts[0].lm + parts[1].lm))
+    same(grads_of(mixed.total, head, hidden), grads_of(parts[0].total + parts[1].total, head, hidden))
 
 
 def test_what_the_teacher_says_of_a_token_that_is_not_distilled_changes_nothing():
@@ -231,11 +231,11 @@ def test_all_or_none_distilled_is_alpha_or_0():
     objective = Objective(LOSSES["rkl"], FULL, SAME, PLAIN, 5)
     for which, alpha in ((True, 0.7), (False, 0.0)):
         mask = torch.full((ROWS,), which)
-        found = objective(head, hidden, label, target.__getitem__, 0.7, kd_mask=mask)
+        masked = objective(head, hidden, label, target.__getitem__, 0.7, kd_mask=mask)
         expected = objective(head, hidden, label, target.__getitem__, alpha)
-        same([found.total, found.lm], [expected.total, expected.lm])
-        same(grads_of(found.total, head, hidden), grads_of(expected.total, head, hidden))
-        assert which or found.kd == 0
+        same([masked.total, masked.lm], [expected.total, expected.lm])
+        same(grads_of(masked.total, head, hidden), grads_of(expected.total, head, hidden))
+        assert which or masked.kd == 0
 
 
 def test_gradient_of_a_step_with_tokens_that_are_not_distilled_is_that_of_finite_differences():
@@ -488,8 +488,8 @@ def test_a_loss_that_cannot_be_compiled_by_default_is_computed_as_it_is_and_that
         ours = module._compiled(objective)(*given)
         expected = objective.logits_gradient(*given)
         assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1].total, expected[1].total)
-    said = capsys.readouterr().err
-    assert said.count("no C compiler") == 1 and "trainer.compile=false" in said and "many lines" not in said
+    message = capsys.readouterr().err
+    assert message.count("no C compiler") == 1 and "trainer.compile=false" in message and "many lines" not in message
     with pytest.raises(TorchDynamoException):
         module._compiled(replace(objective, compile=True))(*given)
 
