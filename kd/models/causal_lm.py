@@ -37,7 +37,10 @@ class Head(nn.Module):
         return cls(model.get_output_embeddings(), vocab, softcap, scale)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits = self.output(hidden)[..., : self.vocab]
+        return self.adjusted(self.output(hidden)[..., : self.vocab])
+
+    def adjusted(self, logits: Tensor) -> Tensor:
+        """Return what the model makes of the products with its output layer [n, V]."""
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
-from torch.func import functional_call
 
 from kd.errors import first_line
+from kd.objective.output_layer import output_layer
 from kd.objective.target import Target
 from kd.objective.temperature import Softening, soften
 from kd.objective.token_info import TokenInfo, check_needs
@@ -152,18 +152,6 @@ def _compiled(objective: Objective) -> Callable:
     return slope
 
 
-def _cast(head: torch.nn.Module, device: str) -> dict[str, Tensor]:
-    """Return the head's parameters in the dtype of autocast, as new leaves.
-
-    They are cast once instead of per chunk. Their gradients have that dtype, and are summed in float32.
-    """
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return {
-        name: p if dtype is None else p.detach().to(dtype).requires_grad_(p.requires_grad)
-        for name, p in head.named_parameters()
-    }
-
-
 class _Chunked(torch.autograd.Function):
     """Objective over all chunks. forward computes the gradients, backward scales them."""
 
@@ -172,10 +160,7 @@ class _Chunked(torch.autograd.Function):
         compiles = hidden.is_cuda if objective.compile is None else objective.compile
         slope = _compiled(objective) if compiles else objective.logits_gradient
         alpha = torch.tensor(alpha, device=hidden.device)  # torch would compile again for each new number
-        hidden_grad = torch.empty_like(hidden)
-        parameter_grads = [torch.zeros_like(p) for p in parameters]
-        weights = _cast(head, hidden.device.type)
-        learned = [w for w in weights.values() if w.requires_grad]
+        hidden_grad, layer = torch.empty_like(hidden), output_layer(head, hidden)
         sums = torch.zeros(3, device=hidden.device, dtype=torch.float64)
         for rows in chunks(len(hidden), objective.chunk or default_chunk_size(head)):
             target = signal(rows) if signal is not None else None
@@ -183,18 +168,14 @@ class _Chunked(torch.autograd.Function):
                 check_needs(objective.loss, target.token_info)
             # Outside the compiled part: the number of columns of a top-p depends on the data.
             truncated = None if target is None else objective.truncation(target)
-            with torch.enable_grad():
-                piece = hidden[rows].detach().requires_grad_()
-                logits = functional_call(head, weights, (piece,))  # [n, V]
+            logits = layer.logits(hidden[rows])  # [n, V]
             if observe_logits is not None:
-                observe_logits(rows, logits.detach())
+                observe_logits(rows, logits)
             mask = kd_mask[rows] if kd_mask is not None else None
-            logits_grad, values = slope(logits.detach(), label[rows], target, alpha, mask, truncated)
-            hidden_grad[rows], *parts = torch.autograd.grad(logits, (piece, *learned), logits_grad)
-            for whole, part in zip(parameter_grads, parts, strict=True):
-                whole += part
+            logits_grad, values = slope(logits, label[rows], target, alpha, mask, truncated)
+            hidden_grad[rows] = layer.backward(logits_grad)
             sums += torch.stack(values)
-        ctx.save_for_backward(hidden_grad, *parameter_grads)
+        ctx.save_for_backward(hidden_grad, *layer.gradients)
         total, kd, lm = sums.unbind()
         ctx.mark_non_differentiable(kd, lm)
         return total, kd, lm
