@@ -60,6 +60,6 @@ def check_shards(trainer: TrainerConfig, option: str) -> None:
             need=f"as many rows for each of the {trainer.devices} devices",
             hint=f"type trainer.batch={trainer.batch // trainer.devices * trainer.devices}",
         )
-    if trainer.compile:
+    if trainer.compile is True:
         why, hint = "models in shards cannot be compiled", "leave trainer.compile out"
         raise UserError(option=option, conflict="trainer.compile=true", why=why, hint=hint)

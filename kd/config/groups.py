@@ -286,7 +286,7 @@ class TrainerConfig(ConfigNode):
     micro_batch: int = setting(least=1)  # rows per forward pass
     clip: float = setting(least=0)  # norm of the gradients; 0 = unlimited
     precision: Precision
-    compile: bool | None
+    compile: bool | str = setting(choices=("auto",))
     chunk: int | None = setting(least=1)  # positions whose logits are in memory at a time
     log_every: int = setting(least=1)
     val_every: int = setting(least=1)

@@ -15,6 +15,7 @@ from kd.data.tokenizer import vocabulary_size
 from kd.evaluation import responses
 from kd.evaluation.validation import Validation
 from kd.experiment import stores
+from kd.experiment.compilation import Compiled, compiled_parts, training_flops
 from kd.experiment.components import Components
 from kd.experiment.prerequisites import Inputs
 from kd.models import causal_lm, flops
@@ -22,6 +23,7 @@ from kd.models.causal_lm import CausalLM
 from kd.parallel import collectives, fsdp
 from kd.rollout.samplers import Samplers
 from kd.runs.run import Run
+from kd.system.compilation import keep_compiled_code
 from kd.teachers.base import Teacher, TeacherOrigin
 from kd.training.callbacks.checkpoints import Checkpoints
 from kd.training.callbacks.logits_recorder import LogitsRecorder
@@ -48,20 +50,33 @@ def build_module(
     sharded: tuple[str, ...] = (),
 ) -> DistillationModule:  # fmt: skip
     """Return the module that trains a student."""
-    trainer, objective = config.trainer, components.objective
-    truncation = teacher.truncation(config.truncation.spec, objective.truncation)
+    trainer = config.trainer
+    truncation = teacher.truncation(config.truncation.spec, components.objective.truncation)
     rollout = None
     if not (config.rollout.is_none or config.rollout.by_teacher):  # what a teacher writes is in the data
         rollout = components.rollout(Samplers(student, teacher.model, eos_token_id, config.seed, trainer.micro_batch))
-    if trainer.compile:
+    compiled = _compiled(config, student, teacher, bool(sharded))
+    if compiled != (False, False):
+        keep_compiled_code()
+    if compiled.models:
         for model in filter(None, (student, teacher.frozen)):
-            model.compile_layers()
+            model.compile_layers(required=trainer.compile is True)
+    objective = replace(components.objective, truncation=truncation, compile=compiled.loss)
     return DistillationModule(
-        student, teacher, replace(objective, truncation=truncation), Schedules(components.alpha, components.lr),
+        student, teacher, objective, Schedules(components.alpha, components.lr),
         components.optim, max_steps=trainer.steps, micro_batch_size=trainer.micro_batch,
         grad_clip=trainer.clip, rollout=rollout, sharded=sharded,
         token_selection=None if config.routing.name == "none" else components.token_selection,
     )  # fmt: skip
+
+
+def _compiled(config: ExperimentConfig, student: CausalLM, teacher: Teacher, sharded: bool) -> Compiled:
+    """Return the parts of a run that are compiled. It depends on its config and device alone, so a resume is exact."""
+    trainer, seq_len = config.trainer, config.data.seq_len
+    student_flops = flops.cost(student.model, seq_len).flops_per_token
+    teacher_flops = teacher.flops_per_token(config.routing.name != "none")
+    total = training_flops(trainer, seq_len, student_flops, teacher_flops)
+    return compiled_parts(trainer, collectives.device(trainer.accelerator).type, total, sharded)
 
 
 def build_data(config: ExperimentConfig, inputs: Inputs, teacher: Teacher) -> DistillationData:

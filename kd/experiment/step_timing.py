@@ -83,8 +83,8 @@ def _measure(config: ExperimentConfig, packed: Packed, components: Components, v
     student = causal_lm.build_model(config.student.size, config.student.name, vocab, seq_len, "student.name").to(device)
     teacher = _planned_teacher(config, components, costs, vocab)
     batch, writing, answering = _written(config, packed, components, student, teacher)
-    trainer, rollout = {"compile": False}, RolloutConfig("kd.rollout.strategies.none")  # compiling takes a minute
-    planned = config.derive(trainer=trainer, rollout=rollout)
+    trainer = {"compile": config.trainer.compile and "auto", "steps": 1}  # compiling models takes a minute
+    planned = config.derive(trainer=trainer, rollout=RolloutConfig("kd.rollout.strategies.none"))
     module = build_module(planned, components, student, teacher, packed.eos_token_id)
     alpha = alpha_kind(components)
     module.schedules = Schedules(lambda progress: alpha, lambda progress: 0.0)

@@ -49,7 +49,7 @@ def identity_settings(config: dict) -> dict:
     seeded = config["logits"] == "cotrained" or written_by_teacher(config)  # the teacher draws with its seed
     teacher_keys = ("teacher.size", "teacher.name", *(["teacher.seed"] if seeded else []))
     part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in teacher_keys}
-    part["trainer.compile"] = bool(part.get("trainer.compile"))  # existing names have false for null
+    part["trainer.compile"] = part.get("trainer.compile") is True  # auto, whatever it compiles, is named as false
     return whole_as_float(part)
 
 
