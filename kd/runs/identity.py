@@ -20,7 +20,7 @@ from kd.config.schema import NO_SIGNAL, TRAITS
 NEUTRAL: dict[str, object] = {"data.turns": "last", "data.date": None}
 
 # Settings that people filter, group and plot by, with the settings below them (alpha.peak).
-AXES = ("seed", "data.tokens", "logits", *NO_SIGNAL, "rollout", "lr", "optim")
+AXES = ("seed", "data.tokens", "logits", *NO_SIGNAL, "rollout", "lr", "optim", "adapter")
 # More of them, and what dashboards call them. The history of a run has a number `lr` and a number `alpha`, so the names
 # of their schedules are called otherwise.
 CALLED = {
@@ -98,8 +98,9 @@ def axes(config: dict, sizes: dict[str, tuple[int, int]]) -> dict[str, str | int
     keys = [k for k in config if (k in part and (is_under(k, AXES) or k in CALLED)) or (k in called and k in TEACHING)]
     shown = {called.get(k, k): config[k] for k in keys}
     shown |= {"data": config["data"], "loss": loss_name(config)}
-    if isinstance(shown.get("data_files"), list):
-        shown["data_files"] = " ".join(map(str, shown["data_files"]))
+    for key in ("data_files", "adapter.targets"):
+        if isinstance(shown.get(key), list):
+            shown[key] = " ".join(map(str, shown[key]))
     shown |= {role: model_name(config, role) for role in ("student", "teacher")}
     for role, (parameters, non_embedding) in sizes.items():
         shown |= {f"{role}_params": parameters, f"{role}_params_non_embedding": non_embedding}
@@ -167,6 +168,7 @@ def readable(name: str, config: dict) -> str:
     parts = [
         loss_name(config),
         model_name(config, "student"),
+        f"{config['adapter']}{config['adapter.rank']}" if "adapter.rank" in config else None,
         f"lr{config['lr.peak']:g}" if "lr.peak" in config else None,
     ]
     if config["logits"] != "none":
