@@ -31,7 +31,7 @@ from kd.parallel import collectives, fsdp
 from kd.rollout import generate
 from kd.runs import provenance
 from kd.runs.export import environment, export
-from kd.runs.identity import WandbMetadata, wandb_metadata
+from kd.runs.identity import WandbMetadata, size_text, wandb_metadata
 from kd.runs.loggers import views
 from kd.runs.metrics_file import MetricsFile
 from kd.runs.outcome import RunState, classify
@@ -75,6 +75,9 @@ def fit(run: Run, config: ExperimentConfig, inputs: Inputs) -> dict:
     if first:
         warn_of_bf16(config, trainer)
         warn_of_large_batches(config, parts.data)
+        if not config.adapter.is_none:
+            count = size_text(parts.student_cost.parameters, None, parts.trainable)
+            console.print(f"{name}: {count}, in an adapter.", soft_wrap=True)
     final = None  # until all of the run is done
     try:
         with requests.in_steps():

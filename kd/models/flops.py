@@ -112,11 +112,15 @@ def attention_layers(config) -> int:
 
 def cost_of(size: str | None, name: str | None, vocab: int, seq_len: int, option: str) -> Cost:
     """Return the cost of a model of build_model() from its shape alone; no weights are made or read."""
+    return cost(shape_of(size, name, vocab, seq_len, option), seq_len)
+
+
+def shape_of(size: str | None, name: str | None, vocab: int, seq_len: int, option: str) -> nn.Module:
+    """Return a model of build_model() on the device meta, which holds no weights."""
     with torch.device("meta"):
         if size:
-            return cost(from_size(size, vocab, seq_len), seq_len)
+            return from_size(size, vocab, seq_len)
         assert name, "a model without a size has a name"
         base = adapter_base(name, option)
         config = config_of(base, f"{option}={name} {BASE}") if base else config_of(name, option)
-        model = from_hub(_FromConfig, name, f"{option}={name}", config=config)
-        return cost(model, seq_len)
+        return from_hub(_FromConfig, name, f"{option}={name}", config=config)

@@ -146,9 +146,13 @@ def sizes_of(result: dict) -> dict[str, tuple[int, int]]:
     return {role: (count, inner) for role, (count, inner) in counts.items() if count is not None and inner is not None}
 
 
-def size_text(parameters: int, active: int | None) -> str:
-    """Return a number of parameters as text, with the number that a token uses if that is lower."""
-    return f"{parameters:,} parameters" + (f", {active:,} of them active" if active not in (None, parameters) else "")
+def size_text(parameters: int, active: int | None, trainable: int | None = None, unit: str = " parameters") -> str:
+    """Return a number of parameters as text, with the number that a token uses if that is lower.
+
+    trainable: number of those that learn, which is named if an adapter learns in place of the parameters.
+    """
+    text = f"{parameters:,}{unit}" + (f", {active:,} of them active" if active not in (None, parameters) else "")
+    return text + (f" + {trainable:,} trainable" if trainable not in (None, parameters) else "")
 
 
 def wandb_metadata(name: str, config: dict, sizes: dict[str, tuple[int, int]], git: str | None = None) -> WandbMetadata:
