@@ -60,7 +60,8 @@ def held(costs: dict[str, Cost], trainable: int, config: ExperimentConfig) -> in
     # A teacher that is loaded; beside language modelling alone for the validation.
     source = config.logits.source
     each = 16 if source.trains_teacher else 0 if source.reads_store else 2 if half else 4
-    if not config.adapter.is_none and full_name(config.teacher.name) == full_name(config.student.name):
+    as_it_is = config.start.stage == "scratch" and not config.teacher.sft and config.teacher.name
+    if not config.adapter.is_none and as_it_is and full_name(config.teacher.name) == full_name(config.student.name):
         each = 0  # the teacher is the model under the adapter
     student = costs["student"].parameters
     learns = 16 * student if trainable == student else 4 * student + 16 * trainable
