@@ -86,6 +86,10 @@ data=instructions data.template=alpaca responses.samples=2
 data=instructions data.name=tatsu-lab/alpaca data.turns=all teacher=hub teacher.name=openai-community/gpt2 teacher.sft=true
 data=instructions plain=text plain.files=README.md start=pretrained logits=none teacher=none
 student=hub student.name=openai-community/gpt2 teacher=hub teacher.name=openai-community/gpt2-medium data.tokenizer=gpt2
+student=hub student.name=openai-community/gpt2 teacher=hub teacher.name=openai-community/gpt2-medium adapter=lora
+student=hub student.name=openai-community/gpt2 teacher=hub teacher.name=openai-community/gpt2-medium adapter=lora adapter.rank=4 adapter.alpha=8 adapter.targets=[c_attn] adapter.rslora=true
+student=hub student.name=openai-community/gpt2 teacher=hub teacher.name=openai-community/gpt2-medium adapter=lora adapter.export=both
+data=instructions start=sft adapter=lora adapter.head=true
 method=sft
 method=kd
 method=seqkd

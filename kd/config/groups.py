@@ -201,6 +201,18 @@ class RolloutConfig(Component):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterConfig(Component):
+    """Weights that learn in place of those of the student."""
+
+    export: str = setting(neutral="merged")  # both: also the adapter alone
+
+    @property
+    def is_none(self) -> bool:
+        """True if the weights of the student themselves learn."""
+        return self.name == "none"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig(ConfigNode):
     """A size of kd/config/sizes.py, or a name on the Hub or folder."""
 

@@ -12,6 +12,7 @@ from kd import former_names
 from kd.config import components, nodes, rules
 from kd.config.fields import ConfigNode, Traits, all_traits, scalars, seed_setting, setting
 from kd.config.groups import (
+    AdapterConfig,
     Component,
     DataConfig,
     InitConfig,
@@ -56,6 +57,7 @@ class ExperimentConfig(ConfigNode):
     lr: Component
     optim: Component
     student: ModelConfig
+    adapter: AdapterConfig = setting(default=AdapterConfig(target="kd.models.adapters.none"), neutral="none")
     trainer: TrainerConfig
     logger: Component = setting(effect=False)
 

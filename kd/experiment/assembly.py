@@ -12,13 +12,14 @@ from kd.config.device_rules import check_shards
 from kd.config.schema import ExperimentConfig
 from kd.data.datamodule import DistillationData
 from kd.data.tokenizer import vocabulary_size
+from kd.errors import check
 from kd.evaluation import responses
 from kd.evaluation.validation import Validation
 from kd.experiment import stores
 from kd.experiment.compilation import Compiled, compiled_parts, training_flops
 from kd.experiment.components import Components
-from kd.experiment.prerequisites import Inputs
-from kd.models import causal_lm, flops
+from kd.experiment.prerequisites import Inputs, full_name
+from kd.models import adapters, causal_lm, flops
 from kd.models.causal_lm import CausalLM
 from kd.parallel import collectives, fsdp
 from kd.rollout.samplers import Samplers
@@ -33,15 +34,21 @@ from kd.training.callbacks.throughput import Throughput
 from kd.training.module import DistillationModule, Schedules
 
 
-def build_teacher(config: ExperimentConfig, inputs: Inputs) -> Teacher:
-    """Return the teacher of a run: its model is loaded, or begins from teacher.seed, unless a store stands for it."""
+def build_teacher(config: ExperimentConfig, inputs: Inputs, student: CausalLM) -> Teacher:
+    """Return the teacher of a run: its model is loaded, or begins from teacher.seed, unless a store stands for it.
+
+    If it is the model under the student's adapter, both are on the same weights.
+    """
     size, name = config.teacher.size, inputs.teacher
     if inputs.store or not (size or name):
         return inputs.components.logits(TeacherOrigin(store=inputs.store))
     vocab, seq_len = vocabulary_size(inputs.components.tokenizer), config.data.seq_len
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.teacher.seed)
-        model = causal_lm.build_model(None if name else size, name, vocab, seq_len, "teacher.name")
+    if name and full_name(name) == inputs.first_weights(config) and adapters.is_adapted(student):
+        model = adapters.without_adapter(student)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.teacher.seed)
+            model = causal_lm.build_model(None if name else size, name, vocab, seq_len, "teacher.name")
     return inputs.components.logits(TeacherOrigin(model, flops.cost(model.model, seq_len)))
 
 
@@ -114,9 +121,10 @@ def build_callbacks(
     if config.record and not teacher.distils:
         recorder = stores.recorder(config, packed, inputs.components.truncate, module.student, start)
     saving = (recorder.flush, recorder.send) if recorder else (None, None)
-    student_flops = flops.cost(module.student.model, config.data.seq_len).flops_per_token
+    cost = flops.cost(module.student.model, config.data.seq_len)
+    step_flops = flops.step_flops(cost, adapters.trainable(module.student))
     teacher_flops = teacher.flops_per_token(module.token_selection is not None)
-    throughput = Throughput(student_flops, teacher_flops, trainer.log_every)
+    throughput = Throughput(cost.flops_per_token, step_flops, teacher_flops, trainer.log_every)
     rows, least = collectives.rank_slice(len(packed.val)), 0
     if sharded:  # as many batches on each rank
         least = -(-len(packed.val) // (trainer.micro_batch * collectives.world_size()))
@@ -152,7 +160,7 @@ def _responses(
     )
 
 
-def sharded_roles(config: ExperimentConfig, teacher: Teacher) -> tuple[str, ...]:
+def sharded_roles(config: ExperimentConfig, student: CausalLM, teacher: Teacher) -> tuple[str, ...]:
     """Return which of student and teacher the ranks are to hold parts of."""
     trainer = config.trainer
     if collectives.world_size() == 1:
@@ -161,6 +169,9 @@ def sharded_roles(config: ExperimentConfig, teacher: Teacher) -> tuple[str, ...]
     shard_teacher = trainer.shard_teacher
     if teacher.trainable:
         shard_teacher = trainer.strategy == "fsdp"
+    elif adapters.share_weights(student, teacher.model):
+        why, hint = "the teacher is the model under the student's adapter", "leave trainer.shard_teacher out"
+        check("trainer.shard_teacher", shard_teacher, not shard_teacher, f"no shards, as {why}", hint)
     elif teacher.model and shard_teacher is None:
         assert teacher.cost is not None, "a model comes with its cost"
         size = 2 if trainer.precision == "bf16" else 4

@@ -18,7 +18,8 @@ from kd.config.schema import ExperimentConfig
 from kd.data.batches import IGNORE, Batch, Packed, to_batch
 from kd.experiment.assembly import build_module
 from kd.experiment.components import Components, over_run
-from kd.models import causal_lm
+from kd.experiment.prerequisites import full_name
+from kd.models import adapters, causal_lm
 from kd.models import flops as flops_module
 from kd.models.causal_lm import CausalLM
 from kd.models.flops import Cost
@@ -40,6 +41,7 @@ class Step(NamedTuple):
     """Measurements of one shape; empty if its models do not fit into memory."""
 
     costs: dict[str, Cost]
+    trainable: int  # weights of the student that learn
     rows: int = 1  # of a micro-batch
     micro_batch: float | None = None  # seconds
     optimizer: float = 0.0  # seconds
@@ -49,13 +51,21 @@ class Step(NamedTuple):
     wider: int = 1  # rows that a rollout makes of one
 
 
-def held(costs: dict[str, Cost], config: ExperimentConfig) -> int:
-    """Return the bytes of weights, and for models that learn also of gradients and AdamW's two moments."""
+def held(costs: dict[str, Cost], trainable: int, config: ExperimentConfig) -> int:
+    """Return the bytes of weights, and for those that learn also of gradients and AdamW's two moments.
+
+    trainable: weights of the student that learn.
+    """
     half = config.trainer.precision == "bf16"
     # A teacher that is loaded; beside language modelling alone for the validation.
     source = config.logits.source
     each = 16 if source.trains_teacher else 0 if source.reads_store else 2 if half else 4
-    return 16 * costs["student"].parameters + (each * costs["teacher"].parameters if "teacher" in costs else 0)
+    as_it_is = config.start.stage == "scratch" and not config.teacher.sft and config.teacher.name
+    if not config.adapter.is_none and as_it_is and full_name(config.teacher.name) == full_name(config.student.name):
+        each = 0  # the teacher is the model under the adapter
+    student = costs["student"].parameters
+    learns = 16 * student if trainable == student else 4 * student + 16 * trainable
+    return learns + (each * costs["teacher"].parameters if "teacher" in costs else 0)
 
 
 def build_teacher_model(config: ExperimentConfig, vocab: int) -> CausalLM:
@@ -75,12 +85,13 @@ def measure(config: ExperimentConfig, packed: Packed, components: Components, vo
 
 def _measure(config: ExperimentConfig, packed: Packed, components: Components, vocab: int) -> Step:
     """Measure some steps of the run's own module on one micro-batch; values of weights do not matter here."""
-    costs = _costs(config, vocab)
+    costs, trainable = _costs(config, vocab), _trainable(config, components, vocab)
     device = collectives.device(config.trainer.accelerator)
-    if held(costs, config) > 0.9 * capacity(device):
-        return Step(costs)
+    if held(costs, trainable, config) > 0.9 * capacity(device):
+        return Step(costs, trainable)
     seq_len = config.data.seq_len
     student = causal_lm.build_model(config.student.size, config.student.name, vocab, seq_len, "student.name").to(device)
+    components.adapter(student)
     teacher = _planned_teacher(config, components, costs, vocab)
     batch, writing, answering = _written(config, packed, components, student, teacher)
     trainer = {"compile": config.trainer.compile and "auto", "steps": 1}  # compiling models takes a minute
@@ -97,7 +108,7 @@ def _measure(config: ExperimentConfig, packed: Packed, components: Components, v
     counted = int((batch.labels[: module.micro_batch_size] != IGNORE).sum())
     logits = min(counted, module.objective.chunk or default_chunk_size(student.head)) * vocab * 4 * ALIVE
     return Step(
-        costs, min(rows, module.micro_batch_size), statistics.median(times.gradients) / parts,
+        costs, trainable, min(rows, module.micro_batch_size), statistics.median(times.gradients) / parts,
         statistics.median(times.updates), saved_bytes=times.saved_bytes + logits, writing=writing, answering=answering,
         wider=len(batch.ids) // rows,
     )  # fmt: skip
@@ -117,6 +128,15 @@ def _costs(config: ExperimentConfig, vocab: int) -> dict[str, Cost]:
         for role, model in (("student", config.student), ("teacher", config.teacher))
         if model.size or model.name
     }
+
+
+def _trainable(config: ExperimentConfig, components: Components, vocab: int) -> int:
+    """Return the number of weights of the student that learn, from its shape alone."""
+    shape = flops_module.shape_of(config.student.size, config.student.name, vocab, config.data.seq_len, "student.name")
+    student = CausalLM(shape, vocab)
+    with torch.device("meta"):
+        components.adapter(student)
+    return adapters.trainable(student)
 
 
 def teacher_by_cost(config: ExperimentConfig, components: Components, costs: dict[str, Cost], vocab: int) -> Teacher:

@@ -20,7 +20,7 @@ from kd.config.schema import NO_SIGNAL, TRAITS
 NEUTRAL: dict[str, object] = {"data.turns": "last", "data.date": None}
 
 # Settings that people filter, group and plot by, with the settings below them (alpha.peak).
-AXES = ("seed", "data.tokens", "logits", *NO_SIGNAL, "rollout", "lr", "optim")
+AXES = ("seed", "data.tokens", "logits", *NO_SIGNAL, "rollout", "lr", "optim", "adapter")
 # More of them, and what dashboards call them. The history of a run has a number `lr` and a number `alpha`, so the names
 # of their schedules are called otherwise.
 CALLED = {
@@ -98,8 +98,9 @@ def axes(config: dict, sizes: dict[str, tuple[int, int]]) -> dict[str, str | int
     keys = [k for k in config if (k in part and (is_under(k, AXES) or k in CALLED)) or (k in called and k in TEACHING)]
     shown = {called.get(k, k): config[k] for k in keys}
     shown |= {"data": config["data"], "loss": loss_name(config)}
-    if isinstance(shown.get("data_files"), list):
-        shown["data_files"] = " ".join(map(str, shown["data_files"]))
+    for key in ("data_files", "adapter.targets"):
+        if isinstance(shown.get(key), list):
+            shown[key] = " ".join(map(str, shown[key]))
     shown |= {role: model_name(config, role) for role in ("student", "teacher")}
     for role, (parameters, non_embedding) in sizes.items():
         shown |= {f"{role}_params": parameters, f"{role}_params_non_embedding": non_embedding}
@@ -145,9 +146,13 @@ def sizes_of(result: dict) -> dict[str, tuple[int, int]]:
     return {role: (count, inner) for role, (count, inner) in counts.items() if count is not None and inner is not None}
 
 
-def size_text(parameters: int, active: int | None) -> str:
-    """Return a number of parameters as text, with the number that a token uses if that is lower."""
-    return f"{parameters:,} parameters" + (f", {active:,} of them active" if active not in (None, parameters) else "")
+def size_text(parameters: int, active: int | None, trainable: int | None = None, unit: str = " parameters") -> str:
+    """Return a number of parameters as text, with the number that a token uses if that is lower.
+
+    trainable: number of those that learn, which is named if an adapter learns in place of the parameters.
+    """
+    text = f"{parameters:,}{unit}" + (f", {active:,} of them active" if active not in (None, parameters) else "")
+    return text + (f" + {trainable:,} trainable" if trainable not in (None, parameters) else "")
 
 
 def wandb_metadata(name: str, config: dict, sizes: dict[str, tuple[int, int]], git: str | None = None) -> WandbMetadata:
@@ -167,6 +172,7 @@ def readable(name: str, config: dict) -> str:
     parts = [
         loss_name(config),
         model_name(config, "student"),
+        f"{config['adapter']}{config['adapter.rank']}" if "adapter.rank" in config else None,
         f"lr{config['lr.peak']:g}" if "lr.peak" in config else None,
     ]
     if config["logits"] != "none":
