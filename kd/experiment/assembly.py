@@ -130,7 +130,7 @@ def build_callbacks(
         least = -(-len(packed.val) // (trainer.micro_batch * collectives.world_size()))
     validation = Validation(
         trainer.val_every, teacher, data.validation_batches(trainer.micro_batch, rows, least), throughput.axes,
-        packed.bytes_per_token, config.is_pretrained,
+        packed.bytes_per_token, config.is_pretrained, packed.parts,
     )  # fmt: skip
     return RunCallbacks(
         Checkpoints(run, trainer.checkpoint_every, options, code, *saving),

@@ -229,6 +229,7 @@ def result_of(run: Run, inputs: Inputs, parts: Assembly, memory: int) -> dict:
         "flops_per_token": student.flops_per_token,
         **{f"teacher_{name}": getattr(teacher, name, None) for name in flops.Cost._fields},
         "train_rows": parts.data.train_rows, "data": packed.counts, "entropy": packed.entropy,
+        **({"parts": [part._asdict() for part in packed.parts]} if packed.parts else {}),
         "bytes_per_token": packed.bytes_per_token, "tokens": throughput.tokens, "flops": throughput.flops,
         "seconds": round(throughput.seconds, 2), "peak_memory": memory,
         "micro_batch": parts.module.micro_batch_size, "initial": validation.initial or None,
