@@ -292,7 +292,7 @@ class TrainerConfig(ConfigNode):
     devices: int = setting(effect=False, least=1)
     strategy: Literal["auto", "ddp", "fsdp"] = setting(effect=False)
     shard_teacher: bool | None = setting(default=None, effect=False)
-    steps: int = setting(least=1)
+    steps: int = setting(least=0)  # 0: evaluation alone
     tokens: int | None = setting(default=None, least=1)  # resolved into steps
     batch: int = setting(least=1)  # rows per optimizer step
     micro_batch: int = setting(least=1)  # rows per forward pass

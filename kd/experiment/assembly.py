@@ -87,10 +87,10 @@ def _compiled(config: ExperimentConfig, student: CausalLM, teacher: Teacher, sha
 
 
 def build_data(config: ExperimentConfig, inputs: Inputs, teacher: Teacher) -> DistillationData:
-    """Return the batches of this rank."""
+    """Return the batches of this rank. Lightning calls no hooks of a run without any, so that an evaluation has one."""
     trainer = config.trainer
     return DistillationData(
-        inputs.packed, trainer.batch, config.seed, trainer.steps, teacher_rows=teacher.rows,
+        inputs.packed, trainer.batch, config.seed, max(trainer.steps, 1), teacher_rows=teacher.rows,
         read_teacher=teacher.read, lm_data=inputs.plain, rank_slice=collectives.rank_slice(trainer.batch),
     )  # fmt: skip
 
