@@ -287,6 +287,7 @@ class TrainerConfig(ConfigNode):
     clip: float = setting(least=0)  # norm of the gradients; 0 = unlimited
     precision: Precision
     compile: bool | None
+    gradient_checkpointing: bool = setting(default=False, effect=False)  # of models that learn
     chunk: int | None = setting(least=1)  # positions whose logits are in memory at a time
     log_every: int = setting(least=1)
     val_every: int = setting(least=1)

@@ -275,6 +275,6 @@ def name_of(word: str) -> str:
 
 Rule = Callable[["ExperimentConfig"], None]
 RULES: tuple[Rule, ...] = (
-    check_scale, check_logits, check_ranks, check_loss, check_token_info, check_sampling, check_lm, check_teacher,
-    check_rollout,
+    check_scale, check_logits, check_ranks, check_loss, check_token_info, check_sampling, check_lm,
+    check_teacher, check_rollout,
 )  # fmt: skip

@@ -63,6 +63,25 @@ class CausalLM(nn.Module):
                 for layer in module:
                     layer.compile()
 
+    def checkpoint_layers(self) -> None:
+        """Keep only the inputs of each layer for the backward pass, which computes the layer once more.
+
+        Chen et al. 2016, arXiv 1604.06174. Gradients do not change. In eval mode the layers are as before, and may
+        use a cache. Raises UserError for a model without such layers.
+        """
+        model = self.model
+        # Its former name is deprecated in newer versions of transformers.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        try:
+            enable({"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(
+                option="trainer.gradient_checkpointing",
+                got=True,
+                why=f"{type(model).__name__} has no layers that can be computed again",
+                hint="leave trainer.gradient_checkpointing out, and type a smaller trainer.micro_batch",
+            ) from error
+
     def check(self, option: str) -> None:
         """Raise UserError unless head(hidden_states(x)) equals the model's logits: no scale or cap may be missed."""
         device = next(self.model.parameters()).device
