@@ -82,6 +82,30 @@ class CausalLM(nn.Module):
                 hint="leave trainer.gradient_checkpointing out, and type a smaller trainer.micro_batch",
             ) from error
 
+    def set_attention(self, implementation: str) -> None:
+        """Compute attention by eager, sdpa or flash_attention_2 of transformers, from now on.
+
+        Raises UserError where this machine or this model cannot.
+        """
+        from transformers.utils import is_flash_attn_2_available
+
+        refused = UserError(option="trainer.attention", got=implementation)
+        # Without that package transformers would load a kernel of the Hub, which is code.
+        flash = implementation == "flash_attention_2"
+        if flash and not is_flash_attn_2_available():
+            hint = "type pip install flash-attn --no-build-isolation, or trainer.attention=sdpa"
+            raise refused.replace(need="a GPU of NVIDIA and the package flash-attn", hint=hint)
+        name, reason = type(self.model).__name__, "it computes attention in another way"
+        kernels = getattr(self.model, "_compatible_flash_implementations", None)  # which may be of the Hub
+        try:
+            if not (flash and kernels and implementation not in kernels):
+                self.model.set_attn_implementation(implementation)
+        except (ValueError, ImportError) as error:
+            reason = first_line(error)
+        if self.model.config.get_text_config()._attn_implementation != implementation:
+            hint = "leave trainer.attention out"
+            raise refused.replace(why=f"does not fit {name}: {reason}", hint=hint)
+
     def check(self, option: str) -> None:
         """Raise UserError unless head(hidden_states(x)) equals the model's logits: no scale or cap may be missed."""
         device = next(self.model.parameters()).device
