@@ -63,3 +63,19 @@ def check_shards(trainer: TrainerConfig, option: str) -> None:
     if trainer.compile is True:
         why, hint = "models in shards cannot be compiled", "leave trainer.compile out"
         raise UserError(option=option, conflict="trainer.compile=true", why=why, hint=hint)
+
+
+def check_attention(config: ExperimentConfig) -> None:
+    """Refuse FlashAttention where it cannot compute."""
+    trainer = config.trainer
+    if trainer.attention != "flash_attention_2":
+        return
+    for option, value, need in (("accelerator", "cpu", "gpu"), ("precision", "fp32", "bf16")):
+        if getattr(trainer, option) == value:
+            raise UserError(
+                option="trainer.attention",
+                got=trainer.attention,
+                conflict=f"trainer.{option}={value}",
+                why="FlashAttention computes in bf16, on a GPU of NVIDIA",
+                hint=f"type trainer.{option}={need}, or trainer.attention=sdpa",
+            )

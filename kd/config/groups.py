@@ -298,7 +298,9 @@ class TrainerConfig(ConfigNode):
     micro_batch: int = setting(least=1)  # rows per forward pass
     clip: float = setting(least=0)  # norm of the gradients; 0 = unlimited
     precision: Precision
+    attention: str | None = setting(neutral=None, choices=("eager", "sdpa", "flash_attention_2"))
     compile: bool | str = setting(choices=("auto",))
+    gradient_checkpointing: bool = setting(default=False, effect=False)  # of models that learn
     chunk: int | None = setting(least=1)  # positions whose logits are in memory at a time
     log_every: int = setting(least=1)
     val_every: int = setting(least=1)

@@ -62,6 +62,12 @@ def build_module(
     rollout = None
     if not (config.rollout.is_none or config.rollout.by_teacher):  # what a teacher writes is in the data
         rollout = components.rollout(Samplers(student, teacher.model, eos_token_id, config.seed, trainer.micro_batch))
+    if trainer.attention:
+        for model in filter(None, (student, teacher.model)):
+            model.set_attention(trainer.attention)
+    if trainer.gradient_checkpointing:
+        for model in filter(None, (student, teacher.model if teacher.trainable else None)):
+            model.checkpoint_layers()
     compiled = _compiled(config, student, teacher, bool(sharded))
     if compiled != (False, False):
         keep_compiled_code()
