@@ -17,7 +17,7 @@ from torch import Tensor
 from kd.config.groups import TeacherInit
 from kd.config.schema import ExperimentConfig
 from kd.data.batches import Packed
-from kd.models import causal_lm, importance, prune
+from kd.models import flops, importance, prune
 from kd.models.causal_lm import CausalLM
 from kd.models.prune import Importance, Widths
 from kd.parallel import collectives
@@ -46,7 +46,7 @@ def student_shape(config: ExperimentConfig, vocab: int):
     Raises UserError for parts that this teacher does not have, or that kd cannot cut.
     """
     teacher = config.teacher
-    shape = causal_lm.shape_of(teacher.size, teacher.name, vocab, config.data.seq_len, "teacher.name")
+    shape = flops.shape_of(teacher.size, teacher.name, vocab, config.data.seq_len, "teacher.name").config
     return prune.pruned_config(shape, _layers(_start(config), shape), _widths(_start(config)))
 
 

@@ -103,7 +103,7 @@ def test_first_weights_of_all_widths_are_measured_and_cut(root, run):
     assert (shape.intermediate_size, shape.num_key_value_heads, shape.num_attention_heads) == (64, 2, 2)
     assert (shape.hidden_size, shape.head_dim, shape.num_hidden_layers) == (32, 16, 1)
     model = causal_lm.build_model(None, str(folder), 17, 32, "student.name").model
-    assert flops.cost(model, 32) == flops.cost_of_shape(shape, 32)
+    assert sum(p.numel() for p in model.parameters()) == 17 * 32 + 3 * 32 + 32 * 32 * 4 + 3 * 32 * 64
     influence = json.loads((folder / "manifest.json").read_text())["influence"]
     assert len(influence) == 2 and all(0 < value < 2 for value in influence)
 
