@@ -28,7 +28,7 @@ MODULES = {
     "loss": "objective.losses", "truncation": "objective.truncation", "target": "objective.target_transforms",
     "temperature": "objective.temperature", "routing": "objective.token_selection", "alpha": "training.schedules",
     "lr": "training.schedules", "logits": "teachers.*", "record": "objective.truncation",
-    "rollout": "rollout.strategies", "data": "data.corpora data.instructions", "plain": "data.corpora",
+    "rollout": "rollout.strategies", "data": "data.corpora data.instructions data.mixture", "plain": "data.corpora",
     "optim": "models.optimizers", "adapter": "models.adapters", "logger": "runs.loggers",
 }  # fmt: skip
 CLASSES = ("torch.optim.AdamW", "torch.optim.Adam", "torch.optim.SGD")
@@ -194,9 +194,16 @@ def typed(value) -> str:
         return "null"
     if isinstance(value, list):
         return f"[{','.join(map(typed, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{name}:{typed(x)}' for name, x in value.items())}}}"
     if isinstance(value, str) and not re.fullmatch(r"[\w./:+-]+", value):
-        return QuotedString(value, Quote.single).with_quotes()
+        return quoted(value)
     return str(value)
+
+
+def quoted(text: str) -> str:
+    """Return a text in quotes of Hydra's grammar; in double ones, so that a shell takes it in single ones."""
+    return QuotedString(text, Quote.double).with_quotes()
 
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # as Lightning calls them

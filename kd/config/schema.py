@@ -111,6 +111,11 @@ class ExperimentConfig(ConfigNode):
         return self.data.tokenizer or self.student.name or self.teacher.name
 
     @property
+    def is_evaluation(self) -> bool:
+        """True if the student is measured as it is, without training."""
+        return self.trainer.steps == 0
+
+    @property
     def is_pretrained(self) -> bool:
         """True if the student's first weights are trained, so that its loss before training is informative."""
         return bool(self.student.name) or self.start.stage != "scratch"

@@ -16,6 +16,7 @@ from kd.errors import check
 from kd.evaluation import responses
 from kd.evaluation.validation import Validation
 from kd.experiment import stores
+from kd.experiment.compilation import Compiled, compiled_parts, training_flops
 from kd.experiment.components import Components
 from kd.experiment.prerequisites import Inputs, full_name
 from kd.models import adapters, causal_lm, flops
@@ -23,6 +24,7 @@ from kd.models.causal_lm import CausalLM
 from kd.parallel import collectives, fsdp
 from kd.rollout.samplers import Samplers
 from kd.runs.run import Run
+from kd.system.compilation import keep_compiled_code
 from kd.teachers.base import Teacher, TeacherOrigin
 from kd.training.callbacks.checkpoints import Checkpoints
 from kd.training.callbacks.logits_recorder import LogitsRecorder
@@ -55,27 +57,46 @@ def build_module(
     sharded: tuple[str, ...] = (),
 ) -> DistillationModule:  # fmt: skip
     """Return the module that trains a student."""
-    trainer, objective = config.trainer, components.objective
-    truncation = teacher.truncation(config.truncation.spec, objective.truncation)
+    trainer = config.trainer
+    truncation = teacher.truncation(config.truncation.spec, components.objective.truncation)
     rollout = None
     if not (config.rollout.is_none or config.rollout.by_teacher):  # what a teacher writes is in the data
         rollout = components.rollout(Samplers(student, teacher.model, eos_token_id, config.seed, trainer.micro_batch))
-    if trainer.compile:
+    if trainer.attention:
+        for model in filter(None, (student, teacher.model)):
+            model.set_attention(trainer.attention)
+    if trainer.gradient_checkpointing:
+        for model in filter(None, (student, teacher.model if teacher.trainable else None)):
+            model.checkpoint_layers()
+    compiled = _compiled(config, student, teacher, bool(sharded))
+    if compiled != (False, False):
+        keep_compiled_code()
+    if compiled.models:
         for model in filter(None, (student, teacher.frozen)):
-            model.compile_layers()
+            model.compile_layers(required=trainer.compile is True)
+    objective = replace(components.objective, truncation=truncation, compile=compiled.loss)
     return DistillationModule(
-        student, teacher, replace(objective, truncation=truncation), Schedules(components.alpha, components.lr),
+        student, teacher, objective, Schedules(components.alpha, components.lr),
         components.optim, max_steps=trainer.steps, micro_batch_size=trainer.micro_batch,
         grad_clip=trainer.clip, rollout=rollout, sharded=sharded,
         token_selection=None if config.routing.name == "none" else components.token_selection,
     )  # fmt: skip
 
 
+def _compiled(config: ExperimentConfig, student: CausalLM, teacher: Teacher, sharded: bool) -> Compiled:
+    """Return the parts of a run that are compiled. It depends on its config and device alone, so a resume is exact."""
+    trainer, seq_len = config.trainer, config.data.seq_len
+    student_flops = flops.cost(student.model, seq_len).flops_per_token
+    teacher_flops = teacher.flops_per_token(config.routing.name != "none")
+    total = training_flops(trainer, seq_len, student_flops, teacher_flops)
+    return compiled_parts(trainer, collectives.device(trainer.accelerator).type, total, sharded)
+
+
 def build_data(config: ExperimentConfig, inputs: Inputs, teacher: Teacher) -> DistillationData:
-    """Return the batches of this rank."""
+    """Return the batches of this rank. Lightning calls no hooks of a run without any, so that an evaluation has one."""
     trainer = config.trainer
     return DistillationData(
-        inputs.packed, trainer.batch, config.seed, trainer.steps, teacher_rows=teacher.rows,
+        inputs.packed, trainer.batch, config.seed, max(trainer.steps, 1), teacher_rows=teacher.rows,
         read_teacher=teacher.read, lm_data=inputs.plain, rank_slice=collectives.rank_slice(trainer.batch),
     )  # fmt: skip
 
@@ -115,7 +136,7 @@ def build_callbacks(
         least = -(-len(packed.val) // (trainer.micro_batch * collectives.world_size()))
     validation = Validation(
         trainer.val_every, teacher, data.validation_batches(trainer.micro_batch, rows, least), throughput.axes,
-        packed.bytes_per_token, config.is_pretrained,
+        packed.bytes_per_token, config.is_pretrained, packed.parts,
     )  # fmt: skip
     return RunCallbacks(
         Checkpoints(run, trainer.checkpoint_every, options, code, *saving),

@@ -55,7 +55,7 @@ class Components:
         self.truncate = None if config.stored.is_full else config.stored.build("record")
         self.objective = Objective(
             functions["loss"], functions["truncation"], functions["target"], functions["temperature"],
-            config.trainer.chunk, config.trainer.compile,
+            config.trainer.chunk,
         )  # fmt: skip
         self.tokenizer = load_tokenizer(str(packed.tokenizer), "The tokenizer of the packed data")
         trial.check(self, config)

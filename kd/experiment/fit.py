@@ -74,7 +74,8 @@ def fit(run: Run, config: ExperimentConfig, inputs: Inputs) -> dict:
     first, seq_len = collectives.rank() == 0, config.data.seq_len
     if first:
         warn_of_bf16(config, trainer)
-        warn_of_large_batches(config, parts.data)
+        if not config.is_evaluation:
+            warn_of_large_batches(config, parts.data)
         if not config.adapter.is_none:
             count = size_text(parts.student_cost.parameters, None, parts.trainable)
             console.print(f"{name}: {count}, in an adapter.", soft_wrap=True)
@@ -138,7 +139,7 @@ def assemble(run: Run, config: ExperimentConfig, inputs: Inputs) -> Assembly:
         run, config, inputs, module, data, options=options, code=code, title=metadata.name, start=start
     )
     lightning_trainer = build_trainer(
-        trainer.steps, trainer.precision, trainer.accelerator, trainer.devices, "student" in sharded,
+        max(trainer.steps, 1), trainer.precision, trainer.accelerator, trainer.devices, "student" in sharded,
         callbacks.present(), loggers, run.folder,
     )  # fmt: skip
     return Assembly(
@@ -196,7 +197,8 @@ def finish(run: Run, config: ExperimentConfig, inputs: Inputs, parts: Assembly) 
     """Write the trained student and the result. Return final metrics and result; None and {} on other ranks."""
     memory = max(collectives.all_gather(peak_memory()))
     student, tokenizer = parts.module.student, inputs.components.tokenizer
-    weights = fsdp.full_state_dict(student) if "student" in parts.module.sharded else None
+    exported = not config.is_evaluation
+    weights = fsdp.full_state_dict(student) if exported and "student" in parts.module.sharded else None
     if collectives.rank() != 0:
         return None, {}
     result = result_of(run, inputs, parts, memory)
@@ -210,11 +212,12 @@ def finish(run: Run, config: ExperimentConfig, inputs: Inputs, parts: Assembly) 
     if weights:
         student = inputs.student(config)
         student.load_state_dict(weights)
-    if config.adapter.export == "both":
+    if exported and config.adapter.export == "both":
         with files.atomic(run / ADAPTER) as temporary:
             adapters.save(student, temporary, inputs.first_weights(config))
-    adapters.merge(student)
-    export(run, student.model, tokenizer, row_ends(config, inputs.packed, tokenizer), config, result)
+    if exported:
+        adapters.merge(student)
+        export(run, student.model, tokenizer, row_ends(config, inputs.packed, tokenizer), config, result)
     return parts.callbacks.validation.metrics, run.finish(result)
 
 
@@ -229,6 +232,7 @@ def result_of(run: Run, inputs: Inputs, parts: Assembly, memory: int) -> dict:
         "flops_per_token": student.flops_per_token,
         **{f"teacher_{name}": getattr(teacher, name, None) for name in flops.Cost._fields},
         "train_rows": parts.data.train_rows, "data": packed.counts, "entropy": packed.entropy,
+        **({"parts": [part._asdict() for part in packed.parts]} if packed.parts else {}),
         "bytes_per_token": packed.bytes_per_token, "tokens": throughput.tokens, "flops": throughput.flops,
         "seconds": round(throughput.seconds, 2), "peak_memory": memory,
         "micro_batch": parts.module.micro_batch_size, "initial": validation.initial or None,

@@ -69,7 +69,12 @@ def estimate_run(
     """
     shape = {k: v for k, v in identity_settings(config.flat()).items() if not k.startswith(NO_SHAPE)}
     trainer, seq_len = config.trainer, config.data.seq_len
-    shape |= {"accelerator": trainer.accelerator, "devices": trainer.devices, "strategy": trainer.strategy}
+    shape |= {
+        "accelerator": trainer.accelerator,
+        "devices": trainer.devices,
+        "strategy": trainer.strategy,
+        "gradient_checkpointing": trainer.gradient_checkpointing,
+    }
     key = json.dumps([shape, vocab, alpha_kind(components)], sort_keys=True)
     loaded = before_measuring()
     if key not in _measured:

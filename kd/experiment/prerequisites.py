@@ -166,7 +166,7 @@ def prepare(config: ExperimentConfig) -> tuple[Packed, Components]:
     anew = config.force and not config.plan
     packed = packing.pack(source, create_root(config.root) / "data", **packing_options, anew=anew)
     components = Components(config, packed, functions)
-    if packed.prompts_only:
+    if packed.prompts_only and not config.is_evaluation:
         check_prompts_only(config, min(over_run(components.alpha)) < 1)
     if config.logits.source.reads_store:
         from kd.experiment import stores

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import repeat
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kd.config.groups import RolloutConfig
 from kd.config.schema import ExperimentConfig
@@ -94,8 +96,8 @@ def _measure(config: ExperimentConfig, packed: Packed, components: Components, v
     components.adapter(student)
     teacher = _planned_teacher(config, components, costs, vocab)
     batch, writing, answering = _written(config, packed, components, student, teacher)
-    trainer, rollout = {"compile": False}, RolloutConfig("kd.rollout.strategies.none")  # compiling takes a minute
-    planned = config.derive(trainer=trainer, rollout=rollout)
+    trainer = {"compile": config.trainer.compile and "auto", "steps": 1}  # compiling models takes a minute
+    planned = config.derive(trainer=trainer, rollout=RolloutConfig("kd.rollout.strategies.none"))
     module = build_module(planned, components, student, teacher, packed.eos_token_id)
     alpha = alpha_kind(components)
     module.schedules = Schedules(lambda progress: alpha, lambda progress: 0.0)
@@ -236,7 +238,10 @@ class StepTimes(Callback):
         trainer.should_stop = len(self.gradients) >= 3 and end - self._begun >= PROBE
 
     def _watch_saved(self, student: CausalLM) -> None:
-        """Count what the student's body keeps for its backward pass, in the largest micro-batch."""
+        """Count what the student's body keeps for its backward pass, in the largest micro-batch.
+
+        Of layers that are computed again, it keeps the inputs, and the tensors of one layer at a time.
+        """
         parameters = {p.untyped_storage().data_ptr() for p in student.parameters()}
         forward = student.hidden_states
 
@@ -249,12 +254,27 @@ class StepTimes(Callback):
                     sizes[storage.data_ptr()] = storage.nbytes()
                 return tensor
 
-            with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), _one_layer_kept(student):
                 hidden = forward(ids)
             self.saved_bytes = max(self.saved_bytes, sum(sizes.values()))
             return hidden
 
         student.__dict__["hidden_states"] = hidden_states  # in place of the method, for this model alone
+
+
+@contextmanager
+def _one_layer_kept(model: CausalLM) -> Iterator[None]:
+    """Let one of the layers that are computed again keep its tensors, as each does in its turn in the backward pass."""
+    layers = (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing)
+    layer = next(layers, None)
+    if layer is None:
+        yield
+        return
+    layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        layer.gradient_checkpointing = True
 
 
 def _timed(device: torch.device, work: Callable[[], Batch]) -> tuple[Batch, float]:

@@ -49,7 +49,7 @@ def identity_settings(config: dict) -> dict:
     seeded = config["logits"] == "cotrained" or written_by_teacher(config)  # the teacher draws with its seed
     teacher_keys = ("teacher.size", "teacher.name", *(["teacher.seed"] if seeded else []))
     part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in teacher_keys}
-    part["trainer.compile"] = bool(part.get("trainer.compile"))  # existing names have false for null
+    part["trainer.compile"] = part.get("trainer.compile") is True  # auto, whatever it compiles, is named as false
     return whole_as_float(part)
 
 
@@ -73,12 +73,21 @@ def identity(config: dict, **digests) -> str:
     """
     part = former_names.former_options(identity_settings(config))
     digest = xxhash.xxh3_128_hexdigest(json.dumps([part, digests], sort_keys=True).encode())[:12]
-    return f"{loss_name(config)}-{model_name(config, 'student')}-{digest}"
+    label = f"{loss_name(config)}-{model_name(config, 'student')}"
+    return f"{evaluated(config) or label}-{digest}"
 
 
 def loss_name(config: dict) -> str:
     """Return the loss of a flat config; lm if there is no signal from a teacher."""
     return "lm" if config["logits"] == "none" else config["loss"]
+
+
+def evaluated(config: dict) -> str | None:
+    """Return a name of the model that an evaluation measures, of a run the run's: eval-MODEL; None for training."""
+    if config.get("trainer.steps") != 0:
+        return None
+    parts = str(config["student.name"]).rstrip("/").split("/")
+    return f"eval-{parts[-2 if parts[-1] == 'student' and len(parts) > 1 else -1]}"
 
 
 def model_name(config: dict, role: str) -> str | None:
@@ -162,6 +171,7 @@ def wandb_metadata(name: str, config: dict, sizes: dict[str, tuple[int, int]], g
     """
     loss = loss_name(config)
     kind = "distil" if loss != "lm" else "lm" if model_name(config, "teacher") else "teacher"
+    kind = "evaluation" if evaluated(config) else kind
     tags = [loss, kind, str(config["data"])]
     shown = axes(config, sizes) | ({"git": git} if git else {})
     return WandbMetadata(name, readable(name, config), config.get("sweep"), kind, tags, shown, nested(config))
@@ -169,6 +179,8 @@ def wandb_metadata(name: str, config: dict, sizes: dict[str, tuple[int, int]], g
 
 def readable(name: str, config: dict) -> str:
     """Return a name for tables and legends: the settings that vary most, then the unique part of the run name."""
+    if label := evaluated(config):
+        return f"{label} {name.rpartition('-')[2][:4]}"
     parts = [
         loss_name(config),
         model_name(config, "student"),

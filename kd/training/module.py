@@ -124,7 +124,7 @@ class DistillationModule(lightning.LightningModule):
     @property
     def progress(self) -> float:
         """Return the middle of this step as a share of the run. A warm-up or decay so wastes no step on a rate of 0."""
-        return (self.global_step + 0.5) / self.max_steps
+        return (self.global_step + 0.5) / max(self.max_steps, 1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         alpha = self.schedules.alpha(self.progress) if self.teacher.distils else 0.0

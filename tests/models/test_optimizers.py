@@ -23,9 +23,9 @@ def groups(size: str) -> dict[str, dict]:
 
 
 def test_width_divides_the_rate_of_inner_matrices_alone():
-    made = groups("500k")  # 128 wide
-    inner, outer = made["layers.0.self_attn.q_proj.weight"], made["embed_tokens.weight"]
-    vectors = made["norm.weight"]
+    by_name = groups("500k")  # 128 wide
+    inner, outer = by_name["layers.0.self_attn.q_proj.weight"], by_name["embed_tokens.weight"]
+    vectors = by_name["norm.weight"]
     assert inner["scale"] == 64 / 128 and outer["scale"] == vectors["scale"] == 1
     # The decay of a step is rate times decay: that of plain AdamW.
     assert inner["scale"] * inner["weight_decay"] == pytest.approx(0.1) and outer["weight_decay"] == 0.1
@@ -34,13 +34,13 @@ def test_width_divides_the_rate_of_inner_matrices_alone():
 
 def test_an_output_layer_of_its_own_is_an_inner_matrix(monkeypatch):
     monkeypatch.setitem(sizes.SIZES, "500k", sizes.SIZES["500k"]._replace(tied=False))
-    made = groups("500k")
-    assert made["lm_head.weight"]["scale"] == 64 / 128 and made["embed_tokens.weight"]["scale"] == 1
+    by_name = groups("500k")
+    assert by_name["lm_head.weight"]["scale"] == 64 / 128 and by_name["embed_tokens.weight"]["scale"] == 1
 
 
 def test_step_of_a_matrix_is_that_of_adamw_at_its_own_rate():
     weight = torch.arange(6.0).view(2, 3) / 7
-    made = []
+    stepped = []
     for make, lr, decay in ((mup, 0.01, 0.1), (torch.optim.AdamW, 0.01 * 64 / 192, 0.1 * 192 / 64)):
         p = torch.nn.Parameter(weight.clone())
         p.grad = torch.sin(torch.arange(6.0)).view(2, 3)
@@ -49,8 +49,8 @@ def test_step_of_a_matrix_is_that_of_adamw_at_its_own_rate():
         for g in optimizer.param_groups:
             g["lr"] = 0.01 * g["scale"] if make is mup else lr
         optimizer.step()
-        made.append(p.detach())
-    assert torch.equal(*made) and not torch.equal(made[0], weight)
+        stepped.append(p.detach())
+    assert torch.equal(*stepped) and not torch.equal(stepped[0], weight)
 
 
 def test_width_is_a_number_of_at_least_one():
