@@ -30,6 +30,7 @@ from kd.config.options import option_of
 from kd.config.rules import group_of
 from kd.config.schema import NO_SIGNAL
 from kd.errors import UserError
+from kd.evaluate import evaluation_words
 from kd.launch.sweeper import at_scale
 from kd.runs import __main__ as runs_program
 from kd.runs.identity import identity
@@ -158,6 +159,12 @@ def check_data(arguments: list[str]) -> None:
     config_of(arguments[1:])
 
 
+def check_evaluate(arguments: list[str]) -> None:
+    typed = evaluation_words([word for word in arguments if word != "-m"])
+    for job in jobs(typed):
+        config_of(job)
+
+
 def check_report(arguments: list[str]) -> None:
     parser = sweep_parser("report", "")
     add_wandb_switch(parser)
@@ -197,6 +204,7 @@ CHECKS: dict[str, Callable[[list[str]], object]] = {
     "train.py": check_train,
     "kd.store": check_store,
     "kd.data": check_data,
+    "kd.evaluate": check_evaluate,
     "kd.runs": check_runs,
     "sweeps.report": check_report,
     "sweeps.fit": check_fit,
@@ -356,6 +364,12 @@ def run(command: Command, folder: Path, cluster: dict[str, str]) -> None:
         part = [word for word in words if word.startswith("part=")]
         rest = [word for word in words[1:] if word not in part]
         words = [words[0], *shrunk([*written, *rest])[len(written) :], *part]
+    elif command.program == "kd.evaluate":
+        typed = evaluation_words([word for word in words if word != "-m"])
+        names = {word.partition("=")[0] for word in typed}
+        every = jobs(typed)
+        small = [word for word in SMALL if word.partition("=")[0] not in names]
+        words += [word for word in small if all(accepted(job, word) for job in every)]
     elif command.program == "sweeps.fit" and "--help" not in words:
         words += ["--bootstrap", "2"]
     if "--wandb" in words:

@@ -72,6 +72,7 @@ data.seq_len=64 data.vocab=512
 data=hub data.name=roneneldan/TinyStories data.special=tokens
 data=hub data.name=roneneldan/TinyStories
 data=text data.files=README.md
+data=mixture data.parts={code:{source:python,weight:0.7},readme:{source:text,files:README.md,weight:0.3}}
 data=instructions logits=none
 data=instructions start=sft alpha.peak=0.5
 data=instructions start=sft rollout=student rollout.share=1 loss=rkl alpha.peak=1
@@ -86,6 +87,10 @@ data=instructions data.template=alpaca responses.samples=2
 data=instructions data.name=tatsu-lab/alpaca data.turns=all teacher=hub teacher.name=openai-community/gpt2 teacher.sft=true
 data=instructions plain=text plain.files=README.md start=pretrained logits=none teacher=none
 student=hub student.name=openai-community/gpt2 teacher=hub teacher.name=openai-community/gpt2-medium data.tokenizer=gpt2
+student=hub student.name=openai-community/gpt2 teacher=hub teacher.name=openai-community/gpt2-medium adapter=lora
+student=hub student.name=openai-community/gpt2 teacher=hub teacher.name=openai-community/gpt2-medium adapter=lora adapter.rank=4 adapter.alpha=8 adapter.targets=[c_attn] adapter.rslora=true
+student=hub student.name=openai-community/gpt2 teacher=hub teacher.name=openai-community/gpt2-medium adapter=lora adapter.export=both
+data=instructions start=sft adapter=lora adapter.head=true
 method=sft
 method=kd
 method=seqkd

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import repeat
 from typing import NamedTuple
 
@@ -12,13 +13,15 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kd.config.groups import RolloutConfig
 from kd.config.schema import ExperimentConfig
 from kd.data.batches import IGNORE, Batch, Packed, to_batch
 from kd.experiment.assembly import build_module
 from kd.experiment.components import Components, over_run
-from kd.models import causal_lm
+from kd.experiment.prerequisites import full_name
+from kd.models import adapters, causal_lm
 from kd.models import flops as flops_module
 from kd.models.causal_lm import CausalLM
 from kd.models.flops import Cost
@@ -40,6 +43,7 @@ class Step(NamedTuple):
     """Measurements of one shape; empty if its models do not fit into memory."""
 
     costs: dict[str, Cost]
+    trainable: int  # weights of the student that learn
     rows: int = 1  # of a micro-batch
     micro_batch: float | None = None  # seconds
     optimizer: float = 0.0  # seconds
@@ -49,13 +53,21 @@ class Step(NamedTuple):
     wider: int = 1  # rows that a rollout makes of one
 
 
-def held(costs: dict[str, Cost], config: ExperimentConfig) -> int:
-    """Return the bytes of weights, and for models that learn also of gradients and AdamW's two moments."""
+def held(costs: dict[str, Cost], trainable: int, config: ExperimentConfig) -> int:
+    """Return the bytes of weights, and for those that learn also of gradients and AdamW's two moments.
+
+    trainable: weights of the student that learn.
+    """
     half = config.trainer.precision == "bf16"
     # A teacher that is loaded; beside language modelling alone for the validation.
     source = config.logits.source
     each = 16 if source.trains_teacher else 0 if source.reads_store else 2 if half else 4
-    return 16 * costs["student"].parameters + (each * costs["teacher"].parameters if "teacher" in costs else 0)
+    as_it_is = config.start.stage == "scratch" and not config.teacher.sft and config.teacher.name
+    if not config.adapter.is_none and as_it_is and full_name(config.teacher.name) == full_name(config.student.name):
+        each = 0  # the teacher is the model under the adapter
+    student = costs["student"].parameters
+    learns = 16 * student if trainable == student else 4 * student + 16 * trainable
+    return learns + (each * costs["teacher"].parameters if "teacher" in costs else 0)
 
 
 def build_teacher_model(config: ExperimentConfig, vocab: int) -> CausalLM:
@@ -75,16 +87,17 @@ def measure(config: ExperimentConfig, packed: Packed, components: Components, vo
 
 def _measure(config: ExperimentConfig, packed: Packed, components: Components, vocab: int) -> Step:
     """Measure some steps of the run's own module on one micro-batch; values of weights do not matter here."""
-    costs = _costs(config, vocab)
+    costs, trainable = _costs(config, vocab), _trainable(config, components, vocab)
     device = collectives.device(config.trainer.accelerator)
-    if held(costs, config) > 0.9 * capacity(device):
-        return Step(costs)
+    if held(costs, trainable, config) > 0.9 * capacity(device):
+        return Step(costs, trainable)
     seq_len = config.data.seq_len
     student = causal_lm.build_model(config.student.size, config.student.name, vocab, seq_len, "student.name").to(device)
+    components.adapter(student)
     teacher = _planned_teacher(config, components, costs, vocab)
     batch, writing, answering = _written(config, packed, components, student, teacher)
-    trainer, rollout = {"compile": False}, RolloutConfig("kd.rollout.strategies.none")  # compiling takes a minute
-    planned = config.derive(trainer=trainer, rollout=rollout)
+    trainer = {"compile": config.trainer.compile and "auto", "steps": 1}  # compiling models takes a minute
+    planned = config.derive(trainer=trainer, rollout=RolloutConfig("kd.rollout.strategies.none"))
     module = build_module(planned, components, student, teacher, packed.eos_token_id)
     alpha = alpha_kind(components)
     module.schedules = Schedules(lambda progress: alpha, lambda progress: 0.0)
@@ -97,7 +110,7 @@ def _measure(config: ExperimentConfig, packed: Packed, components: Components, v
     counted = int((batch.labels[: module.micro_batch_size] != IGNORE).sum())
     logits = min(counted, module.objective.chunk or default_chunk_size(student.head)) * vocab * 4 * ALIVE
     return Step(
-        costs, min(rows, module.micro_batch_size), statistics.median(times.gradients) / parts,
+        costs, trainable, min(rows, module.micro_batch_size), statistics.median(times.gradients) / parts,
         statistics.median(times.updates), saved_bytes=times.saved_bytes + logits, writing=writing, answering=answering,
         wider=len(batch.ids) // rows,
     )  # fmt: skip
@@ -117,6 +130,15 @@ def _costs(config: ExperimentConfig, vocab: int) -> dict[str, Cost]:
         for role, model in (("student", config.student), ("teacher", config.teacher))
         if model.size or model.name
     }
+
+
+def _trainable(config: ExperimentConfig, components: Components, vocab: int) -> int:
+    """Return the number of weights of the student that learn, from its shape alone."""
+    shape = flops_module.shape_of(config.student.size, config.student.name, vocab, config.data.seq_len, "student.name")
+    student = CausalLM(shape, vocab)
+    with torch.device("meta"):
+        components.adapter(student)
+    return adapters.trainable(student)
 
 
 def teacher_by_cost(config: ExperimentConfig, components: Components, costs: dict[str, Cost], vocab: int) -> Teacher:
@@ -216,7 +238,10 @@ class StepTimes(Callback):
         trainer.should_stop = len(self.gradients) >= 3 and end - self._begun >= PROBE
 
     def _watch_saved(self, student: CausalLM) -> None:
-        """Count what the student's body keeps for its backward pass, in the largest micro-batch."""
+        """Count what the student's body keeps for its backward pass, in the largest micro-batch.
+
+        Of layers that are computed again, it keeps the inputs, and the tensors of one layer at a time.
+        """
         parameters = {p.untyped_storage().data_ptr() for p in student.parameters()}
         forward = student.hidden_states
 
@@ -229,12 +254,27 @@ class StepTimes(Callback):
                     sizes[storage.data_ptr()] = storage.nbytes()
                 return tensor
 
-            with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), _one_layer_kept(student):
                 hidden = forward(ids)
             self.saved_bytes = max(self.saved_bytes, sum(sizes.values()))
             return hidden
 
         student.__dict__["hidden_states"] = hidden_states  # in place of the method, for this model alone
+
+
+@contextmanager
+def _one_layer_kept(model: CausalLM) -> Iterator[None]:
+    """Let one of the layers that are computed again keep its tensors, as each does in its turn in the backward pass."""
+    layers = (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing)
+    layer = next(layers, None)
+    if layer is None:
+        yield
+        return
+    layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        layer.gradient_checkpointing = True
 
 
 def _timed(device: torch.device, work: Callable[[], Batch]) -> tuple[Batch, float]:

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from kd.config.sizes import SIZES
+from kd.data.tokenizer import vocabulary_size
 from kd.experiment import planner, step_timing
+from kd.experiment.prerequisites import prepare
 from kd.models.flops import Cost
 from kd.system import console
 from kd.system.console import Terminal, silence_libraries
@@ -76,6 +79,25 @@ def test_what_is_kept_for_the_backward_pass_grows_with_rows_and_the_rest_does_no
     words = ("logits=none", "teacher=none", "trainer.batch=8")
     ((few,), (many,)) = (estimates(tmp_path, *words, f"trainer.micro_batch={n}").values() for n in (2, 8))
     assert few.flops == many.flops and few.memory < many.memory
+
+
+def test_layers_that_are_computed_again_keep_less(tmp_path):
+    """Compare with inputs of the layers and the tensors of one of them, which the backward pass has at a time."""
+    words = ("logits=none", "teacher=none", "student=500k", "trainer.batch=8", "trainer.micro_batch=8")
+    step_timing_of = []
+    for on in ("false", "true"):
+        config = small_config(tmp_path, *words, f"trainer.gradient_checkpointing={on}")
+        packed, components = prepare(config)
+        vocab = vocabulary_size(components.tokenizer)
+        step_timing_of.append(step_timing.measure(config, packed, components, vocab).saved_bytes)
+    plain, again = step_timing_of
+    row = SIZES["500k"]
+    inputs = 8 * 32 * row.hidden * 4  # bytes of a layer's input
+    assert plain / row.layers < again < plain / row.layers + (row.layers + 4) * inputs + 2**20
+    (estimate,), (less,) = (
+        estimates(tmp_path, *words, f"trainer.gradient_checkpointing={on}").values() for on in ("false", "true")
+    )
+    assert estimate.memory > less.memory and estimate.flops == less.flops
 
 
 def test_time_is_that_of_the_steps_measured(tmp_path, monkeypatch):

@@ -82,6 +82,16 @@ def test_two_shards_equal_one_process(root, source):
     near(alone, run_of(root))
 
 
+@pytest.mark.parametrize("devices", ["ddp", "fsdp"])
+def test_layers_that_are_computed_again_change_nothing(root, devices):
+    """Compare with the run without them: bit for bit on a CPU, since the same products are computed."""
+    words = ("logits=online", f"trainer={devices}")
+    train(root, *words)
+    plain = outcome(shutil.move(run_of(root), root.parent / "plain"))
+    train(root, *words, "trainer.gradient_checkpointing=true")
+    assert outcome(run_of(root)) == plain
+
+
 def test_shares_need_not_be_even(root):
     words = ("trainer.batch=5", "data.val_rows=5")
     train(root, *words)
