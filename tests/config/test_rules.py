@@ -9,6 +9,7 @@ from tests.config.options import config_of
 from tests.refusals import refused
 
 pytestmark = pytest.mark.usefixtures("conf")
+NAMED = "teacher=hub teacher.name=org/big"
 
 
 @pytest.mark.parametrize(
@@ -61,22 +62,41 @@ def test_setting_without_a_signal_to_apply_to_is_refused(word):
 
 @pytest.mark.parametrize("word", ["teacher.steps=5", "teacher.batch=4", "teacher.lr=1e-3", "teacher.precision=bf16"])
 @pytest.mark.parametrize(
-    ("more", "why", "hint"),
+    ("words", "conflict", "why", "hint"),
     [
-        ("", "as this teacher is pretrained", "out"),
-        ("data=instructions data.files=x", "as this teacher is pretrained", "type teacher.sft=true"),
-        ("logits=cotrained optim=adamw", "a cotrained teacher has the steps, batches and rate of the run", "out"),
+        (NAMED, "teacher.name=org/big", "as this teacher is pretrained", "out"),
+        (f"{NAMED} data=instructions data.files=x", "teacher.name=org/big", "is pretrained", "type teacher.sft=true"),
+        (f"{NAMED} logits=cotrained optim=adamw", "teacher.name=org/big", "has the steps, batches and rate of", "out"),
+        ("logits=cotrained", "logits=cotrained", "has the steps, batches and rate of the run", "out"),
+        ("teacher=none", "teacher=none", "as there is no teacher", "out"),
     ],
 )
-def test_settings_of_training_are_refused_for_a_pretrained_teacher(word, more, why, hint):
+def test_settings_of_training_are_refused_for_a_teacher_that_no_run_trains(word, words, conflict, why, hint):
     option, _, got = word.partition("=")
-    words = ("teacher=hub", "teacher.name=org/big", *more.split())
-    config_of("teacher.seed=1", *words)  # the seed of responses that a teacher writes
-    with refused(option=option, got=got, conflict="teacher.name=org/big", why=why, hint=hint) as caught:
+    words = words.split()
+    with refused(option=option, got=got, conflict=conflict, why=why, hint=hint) as caught:
         config_of(*words, word)
-    assert ("teacher.sft" in caught.value.hint) == ("instructions" in more)
+    assert ("teacher.sft" in caught.value.hint) == any("instructions" in word for word in words)
     with refused(option=f"++{word}", why=why):
         config_of(*words, f"++{word}")
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (NAMED, "writes no responses"),
+        (f"{NAMED} logits=cotrained optim=adamw", "writes no responses"),
+        ("teacher=none", "as there is no teacher"),
+        (f"{NAMED} data=instructions rollout=teacher", None),  # the seed of responses that a teacher writes
+        ("logits=cotrained", None),
+    ],
+)
+def test_the_seed_of_a_teacher_is_refused_where_nothing_is_drawn_with_it(words, why):
+    if why is None:
+        assert config_of(*words.split(), "teacher.seed=1").teacher.seed == 1
+        return
+    with refused(option="teacher.seed", got="1", why=why, hint="leave teacher.seed out"):
+        config_of(*words.split(), "teacher.seed=1")
 
 
 def test_settings_of_training_are_for_a_teacher_that_is_fine_tuned_first():
