@@ -218,7 +218,8 @@ def result_of(run: Run, inputs: Inputs, parts: Assembly, memory: int) -> dict:
         "train_rows": parts.data.train_rows, "data": packed.counts, "entropy": packed.entropy,
         "bytes_per_token": packed.bytes_per_token, "tokens": throughput.tokens, "flops": throughput.flops,
         "seconds": round(throughput.seconds, 2), "peak_memory": memory,
-        "micro_batch": parts.module.micro_batch_size, "initial": validation.initial or None,
+        "micro_batch": parts.module.micro_batch_size, "performance": throughput.rates(),
+        "initial": validation.initial or None,
         "final": validation.metrics,
     }  # fmt: skip
 
