@@ -14,10 +14,11 @@ from kd.data.datamodule import DistillationData
 from kd.data.tokenizer import vocabulary_size
 from kd.evaluation import responses
 from kd.evaluation.validation import Validation
-from kd.experiment import stores
+from kd.experiment import stores, teacher_weights
 from kd.experiment.components import Components
+from kd.experiment.dependencies import teacher_computation
 from kd.experiment.prerequisites import Inputs
-from kd.models import causal_lm, flops
+from kd.models import causal_lm, flops, weights
 from kd.models.causal_lm import CausalLM
 from kd.parallel import collectives, fsdp
 from kd.rollout.samplers import Samplers
@@ -37,9 +38,12 @@ def build_teacher(config: ExperimentConfig, inputs: Inputs) -> Teacher:
     if inputs.store or not (size or name):
         return inputs.components.logits(TeacherOrigin(store=inputs.store))
     vocab, seq_len = vocabulary_size(inputs.components.tokenizer), config.data.seq_len
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.teacher.seed)
-        model = causal_lm.build_model(None if name else size, name, vocab, seq_len, "teacher.name")
+    if name and not config.logits.source.trains_teacher:
+        model = teacher_weights.load(config, inputs.packed, vocab, name)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.teacher.seed)
+            model = causal_lm.build_model(None if name else size, name, vocab, seq_len, "teacher.name")
     return inputs.components.logits(TeacherOrigin(model, flops.cost(model.model, seq_len)))
 
 
@@ -136,7 +140,7 @@ def _responses(
     responses_file = None
     if inputs.teacher:
         responses_file = responses.cache_path(
-            config.root, packed, inputs.teacher, **sampling, precision=trainer.precision
+            config.root, packed, inputs.teacher, **sampling, precision=trainer.precision, **teacher_computation(config)
         )
     return responses.ResponseEvaluation(
         run.folder, packed, inputs.components.tokenizer, teacher, validation, responses_file, trainer.chunk, **sampling
@@ -154,8 +158,10 @@ def sharded_roles(config: ExperimentConfig, teacher: Teacher) -> tuple[str, ...]
         shard_teacher = trainer.strategy == "fsdp"
     elif teacher.model and shard_teacher is None:
         assert teacher.cost is not None, "a model comes with its cost"
-        size = 2 if trainer.precision == "bf16" else 4
-        shard_teacher = not fsdp.fits_unsharded(teacher.cost.parameters, size, collectives.device(trainer.accelerator))
+        dtype = config.teacher.dtype
+        size = weights.held_bytes(teacher.cost, dtype, trainer.precision)
+        shard_teacher = not fsdp.fits_unsharded(size, collectives.device(trainer.accelerator))
+        shard_teacher &= dtype not in weights.QUANTISED
         if shard_teacher:
             check_shards(trainer, f"The teacher is too large for one device of {trainer.devices}")
     return (*roles, *(["teacher"] if teacher.model and shard_teacher else []))

@@ -19,6 +19,7 @@ PLACES = {
     "stores": "stores of teacher logits",
     "rollouts": "responses that teachers wrote, to train on",
     "responses": "teachers' responses to validation prompts",
+    "teacher_losses": "held-out losses of teachers with weights in fewer bits",
     "recorded": "runs of teachers that were recorded while they learned",
     "sweeps": "lists and reports of sweeps",
 }

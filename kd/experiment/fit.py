@@ -15,6 +15,7 @@ from kd.data.batches import Packed
 from kd.data.datamodule import DistillationData
 from kd.errors import UserError
 from kd.evaluation import catalog
+from kd.experiment import teacher_weights
 from kd.experiment.assembly import (
     RunCallbacks,
     build_callbacks,
@@ -191,7 +192,7 @@ def finish(run: Run, config: ExperimentConfig, inputs: Inputs, parts: Assembly) 
     weights = fsdp.full_state_dict(student) if "student" in parts.module.sharded else None
     if collectives.rank() != 0:
         return None, {}
-    result = result_of(run, inputs, parts, memory)
+    result = result_of(run, config, inputs, parts, memory)
     if parts.callbacks.recorder:
         device = parts.trainer.strategy.root_device
         student.to(device)  # Lightning has moved it to the CPU
@@ -206,7 +207,7 @@ def finish(run: Run, config: ExperimentConfig, inputs: Inputs, parts: Assembly) 
     return parts.callbacks.validation.metrics, run.finish(result)
 
 
-def result_of(run: Run, inputs: Inputs, parts: Assembly, memory: int) -> dict:
+def result_of(run: Run, config: ExperimentConfig, inputs: Inputs, parts: Assembly, memory: int) -> dict:
     """Return the content of result.json. memory: peak of any rank, in bytes."""
     packed, throughput, validation = inputs.packed, parts.callbacks.throughput, parts.callbacks.validation
     student, teacher = parts.student_cost, parts.module.teacher.cost
@@ -215,6 +216,7 @@ def result_of(run: Run, inputs: Inputs, parts: Assembly, memory: int) -> dict:
         **parts.code, "parameters": student.parameters, "non_embedding": student.non_embedding,
         "active_parameters": student.active_parameters, "flops_per_token": student.flops_per_token,
         **{f"teacher_{name}": getattr(teacher, name, None) for name in flops.Cost._fields},
+        "teacher_weights": teacher_weights.losses(config, packed, inputs.teacher),
         "train_rows": parts.data.train_rows, "data": packed.counts, "entropy": packed.entropy,
         "bytes_per_token": packed.bytes_per_token, "tokens": throughput.tokens, "flops": throughput.flops,
         "seconds": round(throughput.seconds, 2), "peak_memory": memory,

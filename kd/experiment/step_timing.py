@@ -20,7 +20,7 @@ from kd.config.schema import ExperimentConfig
 from kd.data.batches import IGNORE, Batch, Packed, to_batch
 from kd.experiment.assembly import build_module
 from kd.experiment.components import Components, over_run
-from kd.models import causal_lm
+from kd.models import causal_lm, weights
 from kd.models import flops as flops_module
 from kd.models.causal_lm import CausalLM
 from kd.models.flops import Cost
@@ -28,7 +28,7 @@ from kd.objective.chunked import Signal, default_chunk_size
 from kd.objective.target import Target
 from kd.parallel import collectives
 from kd.rollout.samplers import Samplers
-from kd.system.hardware import capacity, cast_parameters, out_of_memory
+from kd.system.hardware import capacity, out_of_memory
 from kd.system.signals import requests
 from kd.teachers.base import Teacher, TeacherOrigin, Truncation
 from kd.training.module import Schedules
@@ -53,15 +53,23 @@ class Step(NamedTuple):
 
 def held(costs: dict[str, Cost], config: ExperimentConfig) -> int:
     """Return the bytes of weights, and for models that learn also of gradients and AdamW's two moments."""
-    half = config.trainer.precision == "bf16"
     # A teacher that is loaded; beside language modelling alone for the validation.
     source = config.logits.source
-    each = 16 if source.trains_teacher else 0 if source.reads_store else 2 if half else 4
-    return 16 * costs["student"].parameters + (each * costs["teacher"].parameters if "teacher" in costs else 0)
+    teacher, size = costs.get("teacher"), 0
+    if teacher and source.trains_teacher:
+        size = 16 * teacher.parameters
+    elif teacher and not source.reads_store:
+        size = weights.held_bytes(teacher, config.teacher.dtype, config.trainer.precision)
+    return 16 * costs["student"].parameters + size
 
 
 def build_teacher_model(config: ExperimentConfig, vocab: int) -> CausalLM:
-    return causal_lm.build_model(config.teacher.size, config.teacher.name, vocab, config.data.seq_len, "teacher.name")
+    """Return a model of the teacher's shape, with weights of its dtype."""
+    teacher, trainer = config.teacher, config.trainer
+    model = causal_lm.build_model(teacher.size, teacher.name, vocab, config.data.seq_len, "teacher.name")
+    if teacher.dtype:
+        weights.hold(model, teacher.dtype, trainer.precision, collectives.device(trainer.accelerator))
+    return model
 
 
 def measure(config: ExperimentConfig, packed: Packed, components: Components, vocab: int) -> Step:
@@ -135,8 +143,8 @@ def _planned_teacher(config: ExperimentConfig, components: Components, costs: di
         return teacher
     device = collectives.device(config.trainer.accelerator)
     teacher = components.logits(TeacherOrigin(build_teacher_model(config, vocab).to(device), costs["teacher"]))
-    if teacher.frozen and config.trainer.precision == "bf16":
-        cast_parameters(torch.bfloat16, teacher.frozen)
+    if teacher.frozen:
+        weights.hold(teacher.frozen, None, config.trainer.precision, device)
     return teacher
 
 
