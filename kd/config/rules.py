@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from kd.config import components as conf
-from kd.config.device_rules import check_attention, check_ranks
+from kd.config.device_rules import check_attention, check_optimizer, check_ranks
 from kd.config.rollout_rules import check_rollout
 from kd.config.secrets import check_secrets
 from kd.config.token_info import check_token_info
@@ -298,6 +298,6 @@ def name_of(word: str) -> str:
 
 Rule = Callable[["ExperimentConfig"], None]
 RULES: tuple[Rule, ...] = (
-    check_scale, check_logits, check_ranks, check_attention, check_loss, check_token_info,
+    check_scale, check_logits, check_ranks, check_attention, check_optimizer, check_loss, check_token_info,
     check_sampling, check_lm, check_teacher, check_rollout,
 )  # fmt: skip

@@ -53,14 +53,20 @@ class Step(NamedTuple):
 
 def held(costs: dict[str, Cost], config: ExperimentConfig) -> int:
     """Return the bytes of weights, and for models that learn also of gradients and AdamW's two moments."""
+    learned = 8 + moment_bytes(config)
     # A teacher that is loaded; beside language modelling alone for the validation.
     source = config.logits.source
     teacher, size = costs.get("teacher"), 0
     if teacher and source.trains_teacher:
-        size = 16 * teacher.parameters
+        size = learned * teacher.parameters
     elif teacher and not source.reads_store:
         size = weights.held_bytes(teacher, config.teacher.dtype, config.trainer.precision)
-    return 16 * costs["student"].parameters + size
+    return learned * costs["student"].parameters + size
+
+
+def moment_bytes(config: ExperimentConfig) -> int:
+    """Return the bytes of the optimizer's two moments of a weight that learns."""
+    return 2 if config.optim.name == "adamw8" else 8
 
 
 def build_teacher_model(config: ExperimentConfig, vocab: int) -> CausalLM:
