@@ -92,8 +92,8 @@ def train(root: Path, *words: str, code: int = 0, cold: bool = False, **environm
 
 def folder(root: Path, start: str) -> Path:
     """The one run folder whose name begins so."""
-    (found,) = root.glob(f"{start}*")
-    return found
+    (run,) = root.glob(f"{start}*")
+    return run
 
 
 def listed(root: Path) -> Path:
@@ -118,8 +118,8 @@ def outcome(path: Path) -> tuple[bytes, bytes]:
 
 def small_config(root: Path, *words: str) -> ExperimentConfig:
     """Return the config of the tiny run with `words`, in `root`."""
-    own = any(word.startswith("data=") for word in words)
-    small = (word for word in small_words(TINY, words) if not (own and word.startswith("data")))
+    own_data = any(word.startswith("data=") for word in words)
+    small = (word for word in small_words(TINY, words) if not (own_data and word.startswith("data")))
     typed = [*small, f"root={root}", *words]
     return ExperimentConfig.from_hydra(composed(*typed), typed)
 

@@ -188,14 +188,14 @@ def ended(process: subprocess.Popen, code: int, seconds: float = 100) -> str:
 
 def processes(root: Path) -> list[int]:
     """All that work in a root: train.py and what it started."""
-    found = []
+    pids = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if f"root={root}".encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
+                pids.append(int(path.parent.name))
         except (FileNotFoundError, ProcessLookupError):
             pass
-    return found
+    return pids
 
 
 def runs(root: Path) -> dict[str, Path]:
@@ -314,14 +314,14 @@ def test_one_bad_run_leaves_the_others_and_alone_is_made_again(
 
     bad, others = "seed=2", [f"seed={n}" for n in (0, 1)]
     assert states(root) == {seed: "done" for seed in others} | {bad: stands}
-    found, log = state(runs(root)[bad]), (runs(root)[bad] / "log.txt").read_text()
-    assert found["exit_code"] == code and reason in found["reason"] and found["peak_memory"] > 1e8
-    assert found["seconds"] > 0 and found["log"] == str(runs(root)[bad] / "log.txt")
-    said = table(output)
-    assert said[bad].startswith(stands) and found["reason"][:40] in said[bad]
-    assert all(said[seed].startswith("done") for seed in others)
+    record, log = state(runs(root)[bad]), (runs(root)[bad] / "log.txt").read_text()
+    assert record["exit_code"] == code and reason in record["reason"] and record["peak_memory"] > 1e8
+    assert record["seconds"] > 0 and record["log"] == str(runs(root)[bad] / "log.txt")
+    rows = table(output)
+    assert rows[bad].startswith(stands) and record["reason"][:40] in rows[bad]
+    assert all(rows[seed].startswith("done") for seed in others)
     if make is raises:
-        assert "Traceback" in found["traceback"] and "injected" in found["traceback"] and "injected" in log
+        assert "Traceback" in record["traceback"] and "injected" in record["traceback"] and "injected" in log
     if make is has_no_memory:
         assert "Type trainer.chunk=" in log and "Out of memory with 2 rows at once: going on with 1" in log
         assert "Traceback" not in log
@@ -379,9 +379,9 @@ def test_disk_too_full_to_say_so_is_recorded_by_the_sweep(root, held):
     resource.prlimit(held.wait(process)[0], resource.RLIMIT_FSIZE, (0, 0))
     held.go()
     output = ended(process, 1)
-    found = state(folder(root, "fkl"))
-    assert found["state"] == "failed" and found["reason"] and found["exit_code"] not in (0, None), found
-    assert f"failed after 0:{found['seconds']:02.0f}" in output
+    record = state(folder(root, "fkl"))
+    assert record["state"] == "failed" and record["reason"] and record["exit_code"] not in (0, None), record
+    assert f"failed after 0:{record['seconds']:02.0f}" in output
 
 
 # The sweep itself
@@ -426,9 +426,9 @@ def test_sweep_killed_at_random_moments_makes_nothing_twice(clean, root, seed):
         os.kill(pid, signal.SIGKILL)
     process.communicate()
     assert until(lambda: not processes(root)) < SOON
-    found = list(root.glob("fkl*"))
-    assert {state(path)["state"] for path in found} <= {"done", "preempted", "stale", "not begun"}
-    before = {path: times(path) for path in found if (path / "result.json").exists()}
+    folders = list(root.glob("fkl*"))
+    assert {state(path)["state"] for path in folders} <= {"done", "preempted", "stale", "not begun"}
+    before = {path: times(path) for path in folders if (path / "result.json").exists()}
     assert train(root, *PAIR).count("done before") == len(before)
     assert {path: times(path) for path in before} == before
     same(root, clean)
@@ -450,8 +450,8 @@ def test_signal_to_a_sweep_has_its_runs_save_and_end(root, tmp_path):
     process = start(root, *THREE, **fault.environment)
     fault.wait(process, 2)
     process.terminate()
-    said = "the last whole step is saved"
-    until(lambda: all(said in (runs(root)[s] / "log.txt").read_text() for s in ("seed=0", "seed=1")))
+    message = "the last whole step is saved"
+    until(lambda: all(message in (runs(root)[s] / "log.txt").read_text() for s in ("seed=0", "seed=1")))
     fault.go()
     output = ended(process, 143)
     assert "SIGTERM: 2 runs save a checkpoint" in output and not processes(root)
@@ -584,8 +584,8 @@ def test_signal_while_a_checkpoint_is_written_leaves_none_that_is_torn(clean, ro
 
 
 def lines(path: Path, kind: str) -> list[dict]:
-    found = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if any(name.startswith(kind) for name in line)]
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in records if any(name.startswith(kind) for name in line)]
 
 
 def close(ours: list[dict], theirs: list[dict]) -> bool:
@@ -650,9 +650,9 @@ def test_memory_that_is_limited_in_earnest_ends_the_run_with_a_reason(root, tmp_
     resource.prlimit(pid, resource.RLIMIT_AS, (size + 2**21, size + 2**21))
     fault.go()
     output = ended(process, 1)
-    found = state(folder(root, "fkl"))
-    assert found["state"] in ("out of memory", "failed") and found["reason"] and found["exit_code"] != 0, found
-    assert f"{found['state']} after" in output
+    record = state(folder(root, "fkl"))
+    assert record["state"] in ("out of memory", "failed") and record["reason"] and record["exit_code"] != 0, record
+    assert f"{record['state']} after" in output
 
 
 # Files that are damaged, and commands that change
@@ -680,8 +680,10 @@ def test_data_that_is_damaged_in_the_middle_of_a_sweep(clean, root, tmp_path):
     fault.go()
     output = ended(process, 1)
     assert states(root) == {"seed=1": "done", "seed=0": "failed"}
-    found = state(runs(root)["seed=0"])
-    assert f"{data} is damaged" in found["reason"] and found["exit_code"] == 2 and "damaged" in table(output)["seed=0"]
+    record = state(runs(root)["seed=0"])
+    assert (
+        f"{data} is damaged" in record["reason"] and record["exit_code"] == 2 and "damaged" in table(output)["seed=0"]
+    )
     again = train(root, *words, code=2)
     assert f"{data} is damaged" in again and "starts" not in again
     type_in(again)

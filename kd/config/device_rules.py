@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def check_ranks(config: ExperimentConfig) -> None:
     """Refuse several devices for a batch or a task that they cannot share."""
     trainer, source = config.trainer, config.logits.source
-    if trainer.devices > trainer.batch:
+    if trainer.devices > trainer.batch and not config.is_evaluation:
         raise UserError(
             option="trainer.devices",
             got=trainer.devices,
@@ -53,14 +53,14 @@ def check_ranks(config: ExperimentConfig) -> None:
 
 def check_shards(trainer: TrainerConfig, option: str) -> None:
     """Refuse shards that the ranks would not need at the same time."""
-    if trainer.batch % trainer.devices:
+    if trainer.batch % trainer.devices and trainer.steps:
         raise UserError(
             option=option,
             conflict=f"trainer.batch={trainer.batch}",
             need=f"as many rows for each of the {trainer.devices} devices",
             hint=f"type trainer.batch={trainer.batch // trainer.devices * trainer.devices}",
         )
-    if trainer.compile:
+    if trainer.compile is True:
         why, hint = "models in shards cannot be compiled", "leave trainer.compile out"
         raise UserError(option=option, conflict="trainer.compile=true", why=why, hint=hint)
 

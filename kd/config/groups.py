@@ -201,6 +201,18 @@ class RolloutConfig(Component):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterConfig(Component):
+    """Weights that learn in place of those of the student."""
+
+    export: str = setting(neutral="merged")  # both: also the adapter alone
+
+    @property
+    def is_none(self) -> bool:
+        """True if the weights of the student themselves learn."""
+        return self.name == "none"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig(ConfigNode):
     """A size of kd/config/sizes.py, or a name on the Hub or folder."""
 
@@ -281,14 +293,14 @@ class TrainerConfig(ConfigNode):
     devices: int = setting(effect=False, least=1)
     strategy: Literal["auto", "ddp", "fsdp"] = setting(effect=False)
     shard_teacher: bool | None = setting(default=None, effect=False)
-    steps: int = setting(least=1)
+    steps: int = setting(least=0)  # 0: evaluation alone
     tokens: int | None = setting(default=None, least=1)  # resolved into steps
     batch: int = setting(least=1)  # rows per optimizer step
     micro_batch: int = setting(least=1)  # rows per forward pass
     clip: float = setting(least=0)  # norm of the gradients; 0 = unlimited
     precision: Precision
     attention: str | None = setting(neutral=None, choices=("eager", "sdpa", "flash_attention_2"))
-    compile: bool | None
+    compile: bool | str = setting(choices=("auto",))
     gradient_checkpointing: bool = setting(default=False, effect=False)  # of models that learn
     chunk: int | None = setting(least=1)  # positions whose logits are in memory at a time
     log_every: int = setting(least=1)

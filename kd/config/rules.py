@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from kd.config import components as conf
+from kd.config.adapter_rules import check_adapter
 from kd.config.device_rules import check_attention, check_optimizer, check_ranks
+from kd.config.evaluation_rules import check_evaluation, unused_in_evaluation
 from kd.config.rollout_rules import check_rollout
 from kd.config.secrets import check_secrets
 from kd.config.token_info import check_token_info
@@ -90,6 +92,8 @@ def check_unused(config: ExperimentConfig, overrides: Iterable[str]) -> None:
 
 def unused(config: ExperimentConfig, word: str) -> UserError | None:
     """Return the error for an override without an effect in this config; None if it has one."""
+    if config.is_evaluation and (error := unused_in_evaluation(word, name_of(word))):
+        return error
     source, group = config.logits.source, group_of(word)
     traits, name = config.traits.get(group), word.lstrip("+").partition("=")[0]
     refused = UserError(option=word, why="would do nothing")
@@ -281,7 +285,7 @@ def _check_dtype(config: ExperimentConfig) -> None:
         hint = "leave one of them out"
         why = "a teacher in shards has weights in floating point"
         raise refused.replace(conflict="trainer.shard_teacher=true", why=why, hint=hint)
-    if dtype == "nf4" and trainer.compile:
+    if dtype == "nf4" and trainer.compile is True:
         hint = "leave trainer.compile out, or type teacher.dtype=int8"
         raise refused.replace(conflict="trainer.compile=true", why="layers of bitsandbytes are not compiled", hint=hint)
 
@@ -298,6 +302,6 @@ def name_of(word: str) -> str:
 
 Rule = Callable[["ExperimentConfig"], None]
 RULES: tuple[Rule, ...] = (
-    check_scale, check_logits, check_ranks, check_attention, check_optimizer, check_loss, check_token_info,
-    check_sampling, check_lm, check_teacher, check_rollout,
+    check_scale, check_evaluation, check_logits, check_ranks, check_attention, check_optimizer, check_loss,
+    check_token_info, check_sampling, check_lm, check_teacher, check_rollout, check_adapter,
 )  # fmt: skip

@@ -12,6 +12,7 @@ from kd import former_names
 from kd.config import components, nodes, rules
 from kd.config.fields import ConfigNode, Traits, all_traits, scalars, seed_setting, setting
 from kd.config.groups import (
+    AdapterConfig,
     Component,
     DataConfig,
     InitConfig,
@@ -56,6 +57,7 @@ class ExperimentConfig(ConfigNode):
     lr: Component
     optim: Component
     student: ModelConfig
+    adapter: AdapterConfig = setting(default=AdapterConfig(target="kd.models.adapters.none"), neutral="none")
     trainer: TrainerConfig
     logger: Component = setting(effect=False)
 
@@ -107,6 +109,11 @@ class ExperimentConfig(ConfigNode):
     def tokenizer(self) -> str | None:
         """Name of the pretrained tokenizer: data.tokenizer, else that of a pretrained model; None to train one."""
         return self.data.tokenizer or self.student.name or self.teacher.name
+
+    @property
+    def is_evaluation(self) -> bool:
+        """True if the student is measured as it is, without training."""
+        return self.trainer.steps == 0
 
     @property
     def is_pretrained(self) -> bool:

@@ -48,6 +48,16 @@ class Batch(NamedTuple):
         return (Batch(*part) for part in zip(*parts, strict=True))
 
 
+class PackedPart(NamedTuple):
+    """One text of a mixture. Validation rows of the parts follow each other in the order of the parts."""
+
+    name: str
+    weight: float  # share of the training rows
+    train_rows: int
+    val_rows: int
+    bytes_per_token: float | None  # of its validation text
+
+
 @dataclass(frozen=True)
 class Packed:
     """Tokenised rows on disk, with their metadata."""
@@ -65,6 +75,7 @@ class Packed:
     boundary: tuple[int, ...] = ()  # tokens between two plain texts: the end of one, then those in front of the next
     counts: dict = field(default_factory=dict)  # of what was read and what became of it; none in older folders
     template: str | None = None  # of prompts with responses
+    parts: tuple[PackedPart, ...] = ()  # of a mixture
 
     @property
     def tokenizer(self) -> Path:

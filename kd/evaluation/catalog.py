@@ -4,7 +4,7 @@ A value is logged as `val/NAME`; the same metric of the teacher as `val/teacher_
 its function in metrics.py and an entry here that names it. In a plug-in, write a function with the decorator @metric.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -136,6 +136,15 @@ def metrics() -> tuple[Metric, ...]:
             target, function.name, plugins.first_docstring_line(function).rstrip("."), fields
         )
     return tuple(by_name.values())
+
+
+def with_parts(keys: Iterable[str]) -> tuple[Metric, ...]:
+    """Return all metrics, and the loss on each part of a mixture that the keys of results name (val/lm/PART)."""
+    names = dict.fromkeys(key.removeprefix(f"{LOSS.key}/") for key in keys if key.startswith(f"{LOSS.key}/"))
+    meaning = "loss on the held-out text of {} alone"
+    parts = [Metric(f"{LOSS.name}/{n}", f"loss on {n}", meaning.format(n), "lower", teacher=True) for n in names]
+    loss, *others = metrics()
+    return (loss, *parts, *others)
 
 
 def _of_plugin(target: str, name: str, meaning: str, fields: dict[str, Any]) -> Metric:

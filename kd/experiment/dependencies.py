@@ -5,6 +5,7 @@ Needs no model and no torch.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -156,7 +157,7 @@ def _packing(config: ExperimentConfig, data: Component, group: str) -> tuple[Cor
     for name in data.args.keys() - parameters:
         hint = f"leave {group}.{name} out"
         raise UserError(option=f"{group}.{name}", got=data.args[name], why="this data has no such option", hint=hint)
-    source = cached_corpus(make, **argument_types.checked(make, data.args, group))
+    source = cached_corpus(make, json.dumps(argument_types.checked(make, data.args, group)))
     if plugged := plugins.digests([data.target]):  # other code may make other text
         source = replace(source, fingerprint=source.fingerprint | {"plugins": plugged})
     packing_options = argument_types.checked(packing.pack, data.args, group)
@@ -170,9 +171,9 @@ def _packing(config: ExperimentConfig, data: Component, group: str) -> tuple[Cor
 
 
 @cache
-def cached_corpus(make: Callable[..., Corpus], **arguments: Any) -> Corpus:
-    """Return a corpus, made once for all runs of a sweep."""
-    return make(**arguments)
+def cached_corpus(make: Callable[..., Corpus], arguments: str) -> Corpus:
+    """Return a corpus, made once for all runs of a sweep. arguments: JSON, since those of a mixture have parts."""
+    return make(**json.loads(arguments))
 
 
 def teacher_config(config: ExperimentConfig) -> ExperimentConfig:

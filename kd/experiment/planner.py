@@ -54,6 +54,7 @@ class Estimate(NamedTuple):
     memory: int | None = None  # bytes
     temporary_disk: int = 0  # bytes on disk as well, while it runs: two checkpoints
     active: int | None = None  # parameters that a token uses
+    trainable: int | None = None  # parameters that learn
 
 
 _measured: dict[str, Step] = {}  # a sweep has many runs of one shape
@@ -94,21 +95,22 @@ def estimate_run(
     plain_tokens = rows * seq_len if config.lm == "plain" else 0
     tokens = round(rows * step.wider * packed.mean_target_tokens) + plain_tokens
     planned = teacher_by_cost(config, components, step.costs, vocab)
-    once = 3 * student.flops_per_token + planned.flops_per_token(config.routing.name != "none")
+    forward_and_backward = flops_module.step_flops(student, step.trainable)
+    once = forward_and_backward + planned.flops_per_token(config.routing.name != "none")
     # All rows once by a teacher before training, or some of those of the steps.
     if config.rollout.by_teacher:
         written = len(packed.train) * times
     else:
         written = rows * components.rollout(None).sampling_rate / trainer.devices
     seconds = _seconds(config, packed, step, once, written)
-    flops = positions * once + plain_tokens * 3 * student.flops_per_token  # without those of writing
-    learned = student.parameters + (teacher.parameters if teacher and planned.trainable else 0)
-    memory = held(step.costs, config) + step.saved_bytes
+    flops = positions * once + plain_tokens * forward_and_backward  # without those of writing
+    learned = step.trainable + (teacher.parameters if teacher and planned.trainable else 0)
+    memory = held(step.costs, step.trainable, config) + step.saved_bytes
     if collectives.device(trainer.accelerator).type == "cpu":
         memory += loaded
     disk, active = 4 * student.parameters, student.active_parameters
     checkpoints = 2 * (4 + moment_bytes(config)) * learned
-    return Estimate(tokens, seconds, disk, student.parameters, flops, memory, checkpoints, active)
+    return Estimate(tokens, seconds, disk, student.parameters, flops, memory, checkpoints, active, step.trainable)
 
 
 def _seconds(config: ExperimentConfig, packed: Packed, step: Step, once: float, written: float) -> float | None:
@@ -189,7 +191,7 @@ def shortened(names: list[str]) -> list[str]:
 
 def _amounts(estimate: Estimate) -> list[str]:
     """Return an estimate as text, in the order of COLUMNS."""
-    size = estimate.parameters and size_text(estimate.parameters, estimate.active).replace(" parameters", "")
+    size = estimate.parameters and size_text(estimate.parameters, estimate.active, estimate.trainable, "")
     amounts = (
         size, f"{estimate.tokens:,}", estimate.flops and f"{estimate.flops:.1e}",
         estimate.seconds and format_duration(estimate.seconds),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from kd.config import plugins
@@ -40,12 +41,23 @@ class Inputs(NamedTuple):
     origins: dict[str, dict]  # role -> provenance.origin() of its run
 
     def student(self, config: ExperimentConfig) -> CausalLM:
-        """Return the student as it starts."""
+        """Return the student as it starts, with its adapter."""
         from kd.models import causal_lm
 
         size, name = (None, self.start) if self.start else (config.student.size, config.student.name)
         vocab = vocabulary_size(self.components.tokenizer)
-        return causal_lm.build_model(size, name, vocab=vocab, seq_len=config.data.seq_len, option="student.name")
+        student = causal_lm.build_model(size, name, vocab=vocab, seq_len=config.data.seq_len, option="student.name")
+        self.components.adapter(student)
+        return student
+
+    def first_weights(self, config: ExperimentConfig) -> str | None:
+        """Return the full name of the model that the student starts from; None for random weights."""
+        return full_name(self.start or config.student.name)
+
+
+def full_name(name: str | None) -> str | None:
+    """Return the absolute path of a model's folder, or its name on the Hub."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 class FinishedRun(NamedTuple):
@@ -154,7 +166,7 @@ def prepare(config: ExperimentConfig) -> tuple[Packed, Components]:
     anew = config.force and not config.plan
     packed = packing.pack(source, create_root(config.root) / "data", **packing_options, anew=anew)
     components = Components(config, packed, functions)
-    if packed.prompts_only:
+    if packed.prompts_only and not config.is_evaluation:
         check_prompts_only(config, min(over_run(components.alpha)) < 1)
     if config.logits.source.reads_store:
         from kd.experiment import stores

@@ -20,7 +20,8 @@ from kd.config.schema import ExperimentConfig
 from kd.data.batches import IGNORE, Batch, Packed, to_batch
 from kd.experiment.assembly import build_module
 from kd.experiment.components import Components, over_run
-from kd.models import causal_lm, weights
+from kd.experiment.prerequisites import full_name
+from kd.models import adapters, causal_lm, weights
 from kd.models import flops as flops_module
 from kd.models.causal_lm import CausalLM
 from kd.models.flops import Cost
@@ -42,6 +43,7 @@ class Step(NamedTuple):
     """Measurements of one shape; empty if its models do not fit into memory."""
 
     costs: dict[str, Cost]
+    trainable: int  # weights of the student that learn
     rows: int = 1  # of a micro-batch
     micro_batch: float | None = None  # seconds
     optimizer: float = 0.0  # seconds
@@ -51,17 +53,28 @@ class Step(NamedTuple):
     wider: int = 1  # rows that a rollout makes of one
 
 
-def held(costs: dict[str, Cost], config: ExperimentConfig) -> int:
-    """Return the bytes of weights, and for models that learn also of gradients and AdamW's two moments."""
-    learned = 8 + moment_bytes(config)
-    # A teacher that is loaded; beside language modelling alone for the validation.
-    source = config.logits.source
-    teacher, size = costs.get("teacher"), 0
+def held(costs: dict[str, Cost], trainable: int, config: ExperimentConfig) -> int:
+    """Return the bytes of weights, and for those that learn also of gradients and AdamW's two moments.
+
+    trainable: weights of the student that learn.
+    """
+    learned, student = 4 + moment_bytes(config), costs["student"].parameters
+    teacher, source = costs.get("teacher"), config.logits.source
+    size = 4 * student + learned * trainable
     if teacher and source.trains_teacher:
-        size = learned * teacher.parameters
-    elif teacher and not source.reads_store:
-        size = weights.held_bytes(teacher, config.teacher.dtype, config.trainer.precision)
-    return learned * costs["student"].parameters + size
+        size += (4 + learned) * teacher.parameters
+    # A teacher that is loaded; beside language modelling alone for the validation.
+    elif teacher and not source.reads_store and not _is_under_adapter(config):
+        size += weights.held_bytes(teacher, config.teacher.dtype, config.trainer.precision)
+    return size
+
+
+def _is_under_adapter(config: ExperimentConfig) -> bool:
+    """Return True if the teacher is the model under the student's adapter, which is in memory once."""
+    teacher = config.teacher
+    as_it_is = config.start.stage == "scratch" and not teacher.sft and not teacher.dtype and teacher.name
+    adapted = not config.adapter.is_none and as_it_is
+    return bool(adapted) and full_name(teacher.name) == full_name(config.student.name)
 
 
 def moment_bytes(config: ExperimentConfig) -> int:
@@ -91,16 +104,17 @@ def measure(config: ExperimentConfig, packed: Packed, components: Components, vo
 
 def _measure(config: ExperimentConfig, packed: Packed, components: Components, vocab: int) -> Step:
     """Measure some steps of the run's own module on one micro-batch; values of weights do not matter here."""
-    costs = _costs(config, vocab)
+    costs, trainable = _costs(config, vocab), _trainable(config, components, vocab)
     device = collectives.device(config.trainer.accelerator)
-    if held(costs, config) > 0.9 * capacity(device):
-        return Step(costs)
+    if held(costs, trainable, config) > 0.9 * capacity(device):
+        return Step(costs, trainable)
     seq_len = config.data.seq_len
     student = causal_lm.build_model(config.student.size, config.student.name, vocab, seq_len, "student.name").to(device)
+    components.adapter(student)
     teacher = _planned_teacher(config, components, costs, vocab)
     batch, writing, answering = _written(config, packed, components, student, teacher)
-    trainer, rollout = {"compile": False}, RolloutConfig("kd.rollout.strategies.none")  # compiling takes a minute
-    planned = config.derive(trainer=trainer, rollout=rollout)
+    trainer = {"compile": config.trainer.compile and "auto", "steps": 1}  # compiling models takes a minute
+    planned = config.derive(trainer=trainer, rollout=RolloutConfig("kd.rollout.strategies.none"))
     module = build_module(planned, components, student, teacher, packed.eos_token_id)
     alpha = alpha_kind(components)
     module.schedules = Schedules(lambda progress: alpha, lambda progress: 0.0)
@@ -113,7 +127,7 @@ def _measure(config: ExperimentConfig, packed: Packed, components: Components, v
     counted = int((batch.labels[: module.micro_batch_size] != IGNORE).sum())
     logits = min(counted, module.objective.chunk or default_chunk_size(student.head)) * vocab * 4 * ALIVE
     return Step(
-        costs, min(rows, module.micro_batch_size), statistics.median(times.gradients) / parts,
+        costs, trainable, min(rows, module.micro_batch_size), statistics.median(times.gradients) / parts,
         statistics.median(times.updates), saved_bytes=times.saved_bytes + logits, writing=writing, answering=answering,
         wider=len(batch.ids) // rows,
     )  # fmt: skip
@@ -133,6 +147,15 @@ def _costs(config: ExperimentConfig, vocab: int) -> dict[str, Cost]:
         for role, model in (("student", config.student), ("teacher", config.teacher))
         if model.size or model.name
     }
+
+
+def _trainable(config: ExperimentConfig, components: Components, vocab: int) -> int:
+    """Return the number of weights of the student that learn, from its shape alone."""
+    shape = flops_module.shape_of(config.student.size, config.student.name, vocab, config.data.seq_len, "student.name")
+    student = CausalLM(shape, vocab)
+    with torch.device("meta"):
+        components.adapter(student)
+    return adapters.trainable(student)
 
 
 def teacher_by_cost(config: ExperimentConfig, components: Components, costs: dict[str, Cost], vocab: int) -> Teacher:

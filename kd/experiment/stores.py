@@ -93,6 +93,8 @@ def write_command(config: ExperimentConfig) -> str:
     typed = [f"data={config.data.name}", f"truncation={part['name']}"]
     typed += [f"teacher={teacher.size or ('hub' if teacher.name else 'none')}"]
     typed += [f"plain={config.plain.name}"] if config.data.is_instructions else []
+    if parts := config.data.args.get("parts"):  # of a mixture: one setting, whose parts have no defaults
+        typed.append(f"data.parts={conf.typed(parts)}")
     settings = {k: v for k, v in config.flat().items() if not k.startswith(("truncation.", "start."))}
     if teacher.name and not teacher.sft:  # a preset for a teacher of a size may set them
         settings = {k: v for k, v in settings.items() if k not in TEACHER_TRAINING}
@@ -102,7 +104,7 @@ def write_command(config: ExperimentConfig) -> str:
         typed.append(f"start={teacher_run.start.stage}")
         settings |= conf.flat({"start": teacher_run.start.to_dict()})
     if (tokenizer := corpus(config)[1]["tokenizer"]) != teacher.name:  # a pretrained student's
-        settings["data.tokenizer"] = tokenizer
+        settings |= {"data.tokenizer": tokenizer}
     usual = default_options("logits=offline", *typed)
     groups = (
         "token_names",

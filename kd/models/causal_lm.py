@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kd.config.sizes import SIZES
 from kd.errors import UserError, first_line
 from kd.models.hub import adapter_base, config_of, pretrained
+from kd.system.compilation import compile_if_possible
 from kd.system.hardware import out_of_memory
 
 
@@ -37,7 +38,10 @@ class Head(nn.Module):
         return cls(model.get_output_embeddings(), vocab, softcap, scale)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits = self.output(hidden)[..., : self.vocab]
+        return self.adjusted(self.output(hidden)[..., : self.vocab])
+
+    def adjusted(self, logits: Tensor) -> Tensor:
+        """Return what the model makes of the products with its output layer [n, V]."""
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -57,12 +61,18 @@ class CausalLM(nn.Module):
         """Return the last hidden states [B, T, D] of ids [B, T]. cache: arguments about earlier tokens."""
         return self.model.base_model(input_ids=ids, **{"use_cache": False} | cache).last_hidden_state
 
-    def compile_layers(self) -> None:
-        """Compile each layer by itself. Layers are alike, so torch compiles one; a whole body would take a minute."""
+    def compile_layers(self, required: bool = True) -> None:
+        """Compile each layer by itself. Layers are alike, so torch compiles one; a whole body would take a minute.
+
+        required: False to compute without torch.compile if that fails.
+        """
         for module in self.model.modules():
             if isinstance(module, nn.ModuleList):
                 for layer in module:
-                    layer.compile()
+                    if required:
+                        layer.compile()
+                    else:
+                        layer._compiled_call_impl = compile_if_possible(layer._call_impl)
 
     def checkpoint_layers(self) -> None:
         """Keep only the inputs of each layer for the backward pass, which computes the layer once more.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kd.data.batches import IGNORE, Batch
 from kd.errors import UserError
-from kd.models import weights
+from kd.models import adapters, weights
 from kd.models.causal_lm import CausalLM
 from kd.models.optimizers import parameter_groups
 from kd.objective.chunked import Objective, Signal, chunks, default_chunk_size, with_token_info
@@ -86,7 +86,8 @@ class DistillationModule(lightning.LightningModule):
 
     def configure_model(self) -> None:
         collectives.broadcast_parameters(self)
-        if self.teacher.frozen:
+        shared = adapters.share_weights(self.student, self.teacher.frozen)  # an adapter is merged in float32
+        if self.teacher.frozen and not shared:
             precision = "bf16" if self.trainer.precision == "bf16-mixed" else "fp32"
             weights.hold(self.teacher.frozen, None, precision, self.device)
         models = {"student": self.student, "teacher": self.teacher.model}
@@ -94,6 +95,17 @@ class DistillationModule(lightning.LightningModule):
             model = models[role]
             assert model is not None, f"the {role} is in this process"
             fsdp.shard(model, self.trainer.strategy.root_device)
+
+    def state_dict(self, *args, **kwargs) -> dict:
+        """Return the weights that learn: those under an adapter come from its model again."""
+        state, frozen = super().state_dict(*args, **kwargs), adapters.frozen_names(self)
+        return {name: weight for name, weight in state.items() if name not in frozen} if frozen else state
+
+    def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
+        """Load the weights of state_dict(). Those that do not learn stay."""
+        state, frozen = super().state_dict(), adapters.frozen_names(self)
+        stay = {name: state[name] for name in state if name in frozen}
+        return super().load_state_dict(stay | dict(state_dict) if frozen else state_dict, strict, assign)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         fused = {"fused": True} if self.device.type == "cuda" else {}  # one kernel for all of it
@@ -113,7 +125,7 @@ class DistillationModule(lightning.LightningModule):
     @property
     def progress(self) -> float:
         """Return the middle of this step as a share of the run. A warm-up or decay so wastes no step on a rate of 0."""
-        return (self.global_step + 0.5) / self.max_steps
+        return (self.global_step + 0.5) / max(self.max_steps, 1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         alpha = self.schedules.alpha(self.progress) if self.teacher.distils else 0.0

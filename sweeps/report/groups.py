@@ -16,7 +16,8 @@ from sweeps.report.statistics import Interval, interval
 from sweeps.report.wording import format_amount
 
 TASK = ("data", "student", "trainer.steps", "trainer.batch")  # where these agree, losses can be compared
-SUPERVISED, FINE_TUNED, SEQUENCE_LEVEL = "language modelling alone", "SFT", "SeqKD"
+EVALUATION_TASK = ("data", "trainer.steps")  # models that are measured as they are
+SUPERVISED, FINE_TUNED, SEQUENCE_LEVEL, EVALUATED = "language modelling alone", "SFT", "SeqKD", "evaluation"
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Group:
 
     @cached_property
     def task(self) -> str:
-        """Student, data and steps, and so, with full rows, the tokens."""
-        return subset(self.config, *TASK)
+        """Student, data and steps, and so, with full rows, the tokens; of an evaluation the data."""
+        return subset(self.config, *(EVALUATION_TASK if is_evaluation(self.config) else TASK))
 
     @property
     def seconds(self) -> float:
@@ -65,13 +66,20 @@ class Group:
         return mean
 
 
+def is_evaluation(config: dict) -> bool:
+    """Return True if a run measures a model without training it."""
+    return config.get("trainer.steps") == 0
+
+
 def is_supervised(config: dict) -> bool:
-    """Return True if a run learns neither a teacher's distributions nor its text."""
-    return config["logits"] == "none" and config.get("rollout", "none") == "none"
+    """Return True if a run learns, and neither a teacher's distributions nor its text."""
+    return not is_evaluation(config) and config["logits"] == "none" and config.get("rollout", "none") == "none"
 
 
 def name_without_loss(config: dict) -> str | None:
     """Return the name of a run that compares no distributions; None if it does."""
+    if is_evaluation(config):
+        return EVALUATED
     if is_supervised(config):
         return FINE_TUNED if config["data"] == "instructions" else SUPERVISED
     return SEQUENCE_LEVEL if config["logits"] == "none" else None
@@ -123,6 +131,8 @@ def describe_task(groups: list[Group]) -> str:
 
     Rows of instructions are not full, so their tokens may differ.
     """
+    if groups and all(is_evaluation(group.config) for group in groups):
+        return "data"
     return f"student, data and {'steps' if any(g.config['data'] == 'instructions' for g in groups) else 'tokens'}"
 
 

@@ -261,9 +261,9 @@ def test_functions_and_yamls_have_the_same_names(group, takes):
 def test_help_names_and_explains_every_group_and_option():
     text = compose("config", return_hydra_config=True).hydra.help.template
     assert [g for g in GROUPS if f"\n  {g}: " not in text] == []
-    said = {words[0]: words[1:] for line in text.splitlines() if (words := line.split())}
+    explanations = {words[0]: words[1:] for line in text.splitlines() if (words := line.split())}
     sweeps = [f"sweeps={p.stem}" for p in components.SWEEPS.glob("*.yaml")]
-    assert [option for option in [*OPTIONS, *SIZED, *sweeps] if len(said.get(option, [])) < 2] == []
+    assert [option for option in [*OPTIONS, *SIZED, *sweeps] if len(explanations.get(option, [])) < 2] == []
 
 
 def test_flat_names_an_option_and_joins_keys():
@@ -287,8 +287,8 @@ def test_build_binds_settings_and_waits_for_the_rest():
 )  # fmt: skip
 def test_every_optimizer_takes_its_settings(name, settings):
     make = components.build({"_target_": f"torch.optim.{name}", **settings}, "optim")
-    made = make([torch.zeros(2, requires_grad=True)], lr=0.1).defaults
-    assert {k: made[k] for k in settings} == settings
+    optimizer_defaults = make([torch.zeros(2, requires_grad=True)], lr=0.1).defaults
+    assert {k: optimizer_defaults[k] for k in settings} == settings
 
 
 # What is wrong is refused, by name.
@@ -305,10 +305,10 @@ def test_every_optimizer_takes_its_settings(name, settings):
 )  # fmt: skip
 def test_value_of_another_type_is_refused_by_name(word):
     option = word.partition("=")[0]
-    made = config_of("truncation=top_p_k", "target=revise", "routing=entropy", "logger=wandb", word)
+    config = config_of("truncation=top_p_k", "target=revise", "routing=entropy", "logger=wandb", word)
     group = option.partition(".")[0]
     with refused(option=option, why="got ", need=" "):
-        getattr(made, group).build(group)
+        getattr(config, group).build(group)
 
 
 @each(
@@ -746,8 +746,8 @@ def documented() -> list[str]:
         root / "train.py",
     ]
     pattern = re.compile(r"^[\s`]*(?:\w+=\S+ )*python (?:train\.py|-m kd\.store write) ([^`\n]*)", re.MULTILINE)
-    found = {match[1] for file in files for match in pattern.finditer(re.sub(r"\\\n\s*", " ", file.read_text()))}
-    return sorted(re.split(r"\s#|&&|\s{3,}|[;|]", line)[0].strip() for line in found)
+    commands = {match[1] for file in files for match in pattern.finditer(re.sub(r"\\\n\s*", " ", file.read_text()))}
+    return sorted(re.split(r"\s#|&&|\s{3,}|[;|]", line)[0].strip() for line in commands)
 
 
 @pytest.mark.parametrize("line", documented())

@@ -275,8 +275,8 @@ def test_declarations_are_read_from_the_source(allowed):
 def test_a_decorator_without_brackets_has_no_arguments(allowed):
     write(allowed, {"losses.py": "import x\n@other.section\n@x.more\ndef mine(report): ...\n\ndef bare(report): ...\n"})
     plugins.syntax_tree.cache_clear()
-    found = [(target, arguments) for target, _, arguments in plugins.decorated("section")]
-    assert found == [("mypkg.losses.mine", ((), {}))]
+    decorated = [(target, arguments) for target, _, arguments in plugins.decorated("section")]
+    assert decorated == [("mypkg.losses.mine", ((), {}))]
 
 
 # Folders with options.

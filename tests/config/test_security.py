@@ -108,13 +108,13 @@ def typed(commands: dict[Path, list[str]], program: Path | str = TRAIN) -> dict[
     process.join(200)
     process.kill()
     process.join()
-    found = {}
+    ends = {}
     for home in commands:
         code, output = ((home / name).read_text(errors="replace") if (home / name).exists() else None
                         for name in ("code", "output"))  # fmt: skip
-        found[home] = int(code) if code else None, output or ""
+        ends[home] = int(code) if code else None, output or ""
         (home / "code").unlink(missing_ok=True)
-    return found
+    return ends
 
 
 def typed_in(home: Path, *words: str, program: Path | str = TRAIN) -> tuple[int | None, str]:
@@ -194,15 +194,15 @@ def refusals(tmp_path_factory) -> dict[str, tuple[int | None, str, set[str]]]:
     before = {name: set(home.rglob("*")) for name, home in homes.items()}
     usual = ["data=markov", "logger=none", "root=FILE/runs"]
     ends = typed({home: [*usual, *WORDS[name]] for name, home in homes.items()})
-    made = {n: {str(p.relative_to(home)) for p in {*home.rglob("*")} - before[n]} for n, home in homes.items()}
-    return {name: (*ends[home], made[name]) for name, home in homes.items()}
+    new_files = {n: {str(p.relative_to(home)) for p in {*home.rglob("*")} - before[n]} for n, home in homes.items()}
+    return {name: (*ends[home], new_files[name]) for name, home in homes.items()}
 
 
 @pytest.mark.parametrize("name", WORDS)
 def test_hostile_command_line_is_refused_before_anything_is_made(refusals, name):
-    code, output, made = refusals[name]
+    code, output, new_files = refusals[name]
     assert code in (1, 2) and "Traceback" not in output, output
-    assert made == {"output"}
+    assert new_files == {"output"}
 
 
 @pytest.mark.parametrize("words", [WORDS[w] for w in ("callback", "option by a path", "logging", "search path")])
@@ -277,9 +277,9 @@ def state(scale: float = 1.0) -> dict:
 
 
 def read(path: Path) -> dict:
-    found = state(0.0)
-    fsdp.read(found, path, no_dist=True)
-    return found
+    loaded = state(0.0)
+    fsdp.read(loaded, path, no_dist=True)
+    return loaded
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -287,9 +287,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 def test_shards_are_read_as_they_were_written(sharded):
     assert {p.name for p in sharded.iterdir()} == {"__0_0.distcp", "index.json"}  # and no .metadata, which is a pickle
-    found, expected = read(sharded), state()
-    torch.testing.assert_close(found["state_dict"], expected["state_dict"], rtol=0, atol=0)
-    assert found["optimizer_0"] == expected["optimizer_0"]
+    loaded, expected = read(sharded), state()
+    torch.testing.assert_close(loaded["state_dict"], expected["state_dict"], rtol=0, atol=0)
+    assert loaded["optimizer_0"] == expected["optimizer_0"]
 
 
 def test_hostile_metadata_of_shards_is_not_read(sharded, canary):
@@ -311,8 +311,8 @@ def test_hostile_metadata_of_shards_is_not_read(sharded, canary):
 )  # fmt: skip
 def test_hostile_index_of_shards_is_refused(sharded, canary, name, field, value):
     index = json.loads((sharded / "index.json").read_text())
-    found = next(key for key in index if key == name or (name.endswith(".lr") and key.endswith(".lr")))
-    index[found][field] = value
+    full_name = next(key for key in index if key == name or (name.endswith(".lr") and key.endswith(".lr")))
+    index[full_name][field] = value
     (sharded / "index.json").write_text(json.dumps(index))
     with refused(option=sharded, why="is no checkpoint of kd", commands=f"rm -r {sharded.parent}"):
         fsdp.Reader(sharded).read_metadata()
@@ -332,8 +332,8 @@ def test_hostile_bytes_within_a_shard_are_not_run(sharded, canary):
 
 
 @pytest.fixture
-def root(taught, canary) -> Path:
-    return Path(shutil.copytree(taught, canary.parent / "root"))
+def root(trained_root, canary) -> Path:
+    return Path(shutil.copytree(trained_root, canary.parent / "root"))
 
 
 def altered(root: Path, **changes) -> Path:
@@ -347,12 +347,12 @@ def altered(root: Path, **changes) -> Path:
 
 
 @pytest.mark.parametrize("action", ["info", "verify"])
-def test_store_that_names_a_file_elsewhere_is_refused(action, taught, canary):
+def test_store_that_names_a_file_elsewhere_is_refused(action, trained_root, canary):
     commands = {}
     for number, name in enumerate(
         ("../../x.safetensors", "/etc/passwd", "shard-00000.pkl", "", "shard-0/../x.safetensors")
     ):
-        root = Path(shutil.copytree(taught, canary.parent / str(number)))
+        root = Path(shutil.copytree(trained_root, canary.parent / str(number)))
         commands[root] = [action, str(altered(root, files={name: {"size": 1, "digest": "x"}}))]
     for code, output in typed(commands, "kd.store").values():
         assert code == 2 and "is no file of a store" in output and "Traceback" not in output, output
@@ -397,9 +397,9 @@ def test_shard_that_is_a_pickle_is_not_read_though_its_digest_is_right(root, can
     evil.write_bytes(pickle.dumps(Payload(canary)))
     notes = json.loads(path.read_text())["files"]
     notes[evil.name] |= {"size": evil.stat().st_size, "digest": files.digest(evil)}
-    found = reader.Store(altered(root, files=notes), root / "stores")
+    store = reader.Store(altered(root, files=notes), root / "stores")
     with refused(option=evil, why="it is no file of tensors"):
-        found.read(np.array([0]), np.zeros((1, 32)))
+        store.read(np.array([0]), np.zeros((1, 32)))
 
 
 def test_packed_rows_that_are_a_pickle_are_not_read(root, canary):
@@ -415,13 +415,13 @@ def test_packed_rows_that_are_a_pickle_are_not_read(root, canary):
 
 @pytest.mark.parametrize("name", ["config.json", "result.json", "state.json"])
 def test_hostile_json_of_a_teachers_run_calls_nothing(name, root):
-    made = folder(root, "lm") / name
-    content = json.loads(made.read_text())
+    file = folder(root, "lm") / name
+    content = json.loads(file.read_text())
     hostile = {"_target_": "evil.Boom", "_partial_": False}
     content |= {"loss": hostile, "config": content.get("config", {}) | {"loss": hostile}}
     if name == "result.json":  # a digest is no secret
         content["digest"] = files.digest_of({k: v for k, v in content.items() if k != "digest"})
-    made.write_text(json.dumps(content))
+    file.write_text(json.dumps(content))
     here(root, "trainer.steps=1")
 
 
@@ -440,9 +440,9 @@ def test_model_with_code_of_its_own_is_refused(root, canary):
     with refused(option="student.name", got=hub, why="asks for code of the Hub"):
         causal_lm.build_model(None, str(hub), 17, 32, "student.name")
     (hub / "config.json").write_text(json.dumps(plain))
-    told = json.loads((hub / "tokenizer_config.json").read_text())
-    told |= {"auto_map": {"AutoTokenizer": ["hubconf.T", "hubconf.T"]}, "tokenizer_class": "Evil"}
-    (hub / "tokenizer_config.json").write_text(json.dumps(told))
+    tokenizer_config = json.loads((hub / "tokenizer_config.json").read_text())
+    tokenizer_config |= {"auto_map": {"AutoTokenizer": ["hubconf.T", "hubconf.T"]}, "tokenizer_class": "Evil"}
+    (hub / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     named = ("teacher=hub", f"teacher.name={hub}")
     code, output = typed_in(canary.parent, *small_words(TINY, named), f"root={root}", *named)
     assert code == 2 and "Traceback" not in output, output
@@ -490,10 +490,10 @@ def test_words_of_a_search_that_come_from_its_journal_are_checked(hostile):
     words = [*SMALL, f"root={hostile / 'runs'}"]
     name = f"multirun-{files.digest_of(optuna_search.asked_for([*words, 'seed=1,2']))[:8]}"
     journal = optuna.storages.journal.JournalFileBackend(str(hostile / "runs" / "sweeps" / f"{name}.optuna"))
-    made = optuna.create_study(
+    study = optuna.create_study(
         storage=optuna.storages.JournalStorage(journal), study_name=optuna_search.asked_for([*words, "seed=1,2"])
     )
-    trial = made.ask()
+    trial = study.ask()
     trial.suggest_categorical("seed", ["${oc.env:HOME}"])
     code, output = typed_in(hostile, "-m", "hydra/sweeper=optuna", *words, "seed=1,2")
     assert code == 2 and "not to anything outside" in output and "Traceback" not in output, output
@@ -535,13 +535,13 @@ NAMES = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKE
 def contents(path: Path) -> bytes:
     """Return the bytes of a file, and of everything that is compressed in it."""
     raw = path.read_bytes()
-    found = [raw]
+    parts = [raw]
     if raw[:2] == b"\x1f\x8b":
-        found.append(gzip.decompress(raw))
+        parts.append(gzip.decompress(raw))
     for start in re.finditer(rb"\x78[\x01\x9c\xda]", raw):
         with suppress(zlib.error):
-            found.append(zlib.decompressobj().decompress(raw[start.start() :]))
-    return b"".join(found)
+            parts.append(zlib.decompressobj().decompress(raw[start.start() :]))
+    return b"".join(parts)
 
 
 def test_secrets_of_the_environment_are_in_no_file(tmp_path, monkeypatch):
@@ -581,10 +581,10 @@ TYPED = [
 
 
 @pytest.mark.parametrize("word", TYPED)
-@pytest.mark.parametrize("how", [[], ["-m"]])
-def test_secret_that_is_typed_is_refused_and_shown_nowhere(word, how, canary, monkeypatch):
+@pytest.mark.parametrize("switches", [[], ["-m"]])
+def test_secret_that_is_typed_is_refused_and_shown_nowhere(word, switches, canary, monkeypatch):
     monkeypatch.setenv("MY_TOKEN", SECRET)
-    code, output = typed_in(canary.parent, *how, "data=markov", f"root={canary.parent}/runs", word)
+    code, output = typed_in(canary.parent, *switches, "data=markov", f"root={canary.parent}/runs", word)
     assert code == 2 and "there seems to be a secret" in output and "environment" in output, output
     assert "sesame" not in output.lower() and not (canary.parent / "runs").exists()
 

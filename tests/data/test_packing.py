@@ -119,8 +119,8 @@ def test_every_epoch_has_every_row_once_in_a_new_order(batch):
 
 def test_an_order_is_made_once_for_the_data_and_once_for_the_text_beside_it(packed):
     _permutation.cache_clear()
-    beside = Batches(packed.train[:50], batch=4, seed=1, start=0, steps=5)
-    assert len(list(Batches(packed.train[:60], batch=4, seed=1, start=0, steps=5, lm_batches=beside))) == 5
+    plain = Batches(packed.train[:50], batch=4, seed=1, start=0, steps=5)
+    assert len(list(Batches(packed.train[:60], batch=4, seed=1, start=0, steps=5, lm_batches=plain))) == 5
     assert _permutation.cache_info().misses == 2
 
 
@@ -217,15 +217,15 @@ def test_empty_documents_are_left_out_and_equal_ones_apart(tmp_path, capfd):
 @pytest.mark.parametrize("equal", [10, 50, 99])
 def test_equal_documents_are_never_neighbours_where_others_can_be_between_them(equal):
     split = TrainValSplit(0.3)
-    own = [text for n in range(999) if split(text := f"text {n}") == "train"][:100]
+    distinct = [text for n in range(999) if split(text := f"text {n}") == "train"][:100]
     heading = next(f"= {n} =" for n in range(99) if split(f"= {n} =") == "train")
     others = [text for n in range(999) if split(text := f"other {n}") == "val"][:60]
-    texts = [*own, *others, *[heading] * equal, *[" "] * 50]
+    texts = [*distinct, *others, *[heading] * equal, *[" "] * 50]
     order = [*ordered(corpus(texts), split)]
     train = [text for text in order if text.strip() and split(text) == "train"]
     assert sorted(order) == sorted(texts)
     assert not any(a == b for a, b in pairwise(train))
-    assert [*ordered(corpus(own), split)] == [text for text in train if text != heading]
+    assert [*ordered(corpus(distinct), split)] == [text for text in train if text != heading]
 
 
 def test_the_standard_library_has_another_name_where_its_rows_are_others(monkeypatch):
@@ -361,8 +361,8 @@ def test_bytes_per_token_are_of_the_rows_that_are_measured(tmp_path, text, rows)
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("rows", [1, 5, 1000])
 def test_bytes_per_token_of_longer_tokens(packed, tmp_path, rows, streaming):
-    how = dict(seq_len=16, vocab=400, val_share=0.2, val_rows=rows)
-    packed_data = packing.pack(corpus(documents(), streaming=streaming), tmp_path, **how)
+    options = dict(seq_len=16, vocab=400, val_share=0.2, val_rows=rows)
+    packed_data = packing.pack(corpus(documents(), streaming=streaming), tmp_path, **options)
     assert packed_data.bytes_per_token == pytest.approx(measured(packed_data), rel=1e-6)
 
 

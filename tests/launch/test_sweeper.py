@@ -57,10 +57,10 @@ def test_two_sweeps_without_a_name_keep_a_list_each(tmp_path):
     words = ("logits=none", "teacher=none", "trainer.steps=2")
     train(tmp_path, "-m", *words, "seed=0,1")
     first = listed(tmp_path)
-    kept = first.read_text()
+    original = first.read_text()
     output = train(tmp_path, "-m", *words, "seed=1,2")
     second = listed(tmp_path)
-    assert first != second and first.read_text() == kept and f"sweep {second.stem}" in output
+    assert first != second and first.read_text() == original and f"sweep {second.stem}" in output
     assert "another command" not in output
     again = train(tmp_path, "-m", *words, "seed=1,2", f"sweep={first.stem}").replace("\n", "")  # which asks for it
     assert f"{first} lists what this command makes" in again and "1 are of another command" in again
@@ -235,8 +235,8 @@ def test_runs_of_a_line_go_by_its_name(tmp_path):
         names == [None, "plain distillation", "best of all", "best of all at a temperature of 1"]
         and "  best of all  starts" in output
     )
-    found = group_runs(load_sweep(tmp_path, "best"))
-    assert {group.label for group in found} == {SUPERVISED, *names[1:]}
+    groups = group_runs(load_sweep(tmp_path, "best"))
+    assert {group.label for group in groups} == {SUPERVISED, *names[1:]}
 
 
 def test_wrong_scale_names_those_there_are(tmp_path):
@@ -278,14 +278,14 @@ def test_a_typed_setting_of_a_teachers_training_without_an_effect_in_any_run_is_
 def jobs(sweep: dict, scale: str = "cpu") -> set[tuple[str, ...]]:
     """The runs of a sweep, multiplied out."""
     base, lines = at_scale(sweep, scale)
-    made = set()
+    distinct = set()
     for _, line in lines:
         words = dict(word.split("=", 1) for word in f"{base} {line}".split())
         for values in itertools.product(*(value.split(",") for value in words.values())):
             job = dict(zip(words, values, strict=True))
             alone = job.get("logits") == "none"
-            made.add(tuple(sorted((k, v) for k, v in job.items() if not (alone and group_of(k) in NO_SIGNAL))))
-    return made
+            distinct.add(tuple(sorted((k, v) for k, v in job.items() if not (alone and group_of(k) in NO_SIGNAL))))
+    return distinct
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in SWEEPS.glob("*.yaml")))
@@ -350,9 +350,9 @@ def test_all_runs_that_cannot_be_made_are_named_with_what_to_type_for_the_others
         return job
 
     launcher = LocalLauncher.__new__(LocalLauncher)
-    said = [" ".join(job) for job in jobs]
+    labels = [" ".join(job) for job in jobs]
     with pytest.raises(UserError) as error:
-        launcher._each(make, jobs, said)
+        launcher._each(make, jobs, labels)
     lines = str(error.value).splitlines()
     assert lines[1:] == [
         "- loss=minillm seed=0 and 1 more: loss=minillm needs more.",
@@ -360,8 +360,8 @@ def test_all_runs_that_cannot_be_made_are_named_with_what_to_type_for_the_others
         "To leave them out, type loss=fkl,tvd.",
     ]
     with pytest.raises(UserError, match=r"^loss=atkd needs more\.$"):
-        launcher._each(make, jobs[-2:], said[-2:])
-    assert launcher._each(make, jobs[:2], said) == jobs[:2]
+        launcher._each(make, jobs[-2:], labels[-2:])
+    assert launcher._each(make, jobs[:2], labels) == jobs[:2]
 
 
 @pytest.mark.parametrize("scale", ["cpu", "full"])
@@ -379,10 +379,10 @@ def test_the_head_of_the_scaling_sweep_says_the_flops_of_its_runs(scale):
         flops = 3 * student.flops_per_token + source.flops_per_token(selects_tokens=False)
         total += flops * int(job["trainer.steps"]) * batch * length
         if teacher and scale == "full":  # on a CPU they are runs of the sweep
-            own = int(job["teacher.steps"]) * int(job["teacher.batch"]) * length
-            teachers[job["teacher"]] = 3 * teacher.flops_per_token * own
-    said = float(re.search(rf"\({scale}: .*?([\d.]+e\d+) FLOPs", path.read_text())[1])
-    assert said == pytest.approx(total + sum(teachers.values()), rel=0.05)
+            tokens = int(job["teacher.steps"]) * int(job["teacher.batch"]) * length
+            teachers[job["teacher"]] = 3 * teacher.flops_per_token * tokens
+    documented = float(re.search(rf"\({scale}: .*?([\d.]+e\d+) FLOPs", path.read_text())[1])
+    assert documented == pytest.approx(total + sum(teachers.values()), rel=0.05)
 
 
 @pytest.mark.parametrize(

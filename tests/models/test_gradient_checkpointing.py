@@ -6,9 +6,10 @@ import pytest
 import torch
 import transformers
 
+from kd.models import adapters
 from kd.models.causal_lm import CausalLM
 from kd.rollout import generate
-from tests.models.test_models import CONFIGS, IDS, T, V
+from tests.models.examples import CONFIGS, IDS, T, V
 from tests.refusals import refused
 from tests.small import here, outcome
 
@@ -66,6 +67,23 @@ def test_weights_behind_frozen_embeddings_get_their_gradients():
     assert all(torch.equal(plain[key], again[key]) and plain[key].any() for key in plain)
 
 
+def test_an_adapter_gets_the_same_gradients():
+    pytest.importorskip("peft")
+    made = []
+    for on in (False, True):
+        one = model("llama", False)
+        torch.manual_seed(1)
+        adapters.lora(one, rank=2)
+        for name, p in one.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(p)  # as after some steps
+        if on:
+            one.checkpoint_layers()
+        made.append(gradients(one))
+    plain, again = made
+    assert len(plain) == len(again) > 5 and all(torch.equal(plain[key], again[key]) for key in plain)
+
+
 @every_model
 def test_less_is_kept_for_the_backward_pass(name):
     assert saved_bytes(model(name, True)) < 0.5 * saved_bytes(model(name, False))
@@ -85,9 +103,9 @@ def test_a_model_without_such_layers_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("source", ["online", "cotrained"])
-def test_a_run_is_the_same_with_it(taught, tmp_path, source):
+def test_a_run_is_the_same_with_it(trained_root, tmp_path, source):
     made = []
     for name, words in (("plain", ()), ("again", ("trainer.gradient_checkpointing=true",))):
-        root = shutil.copytree(taught, tmp_path / name)
+        root = shutil.copytree(trained_root, tmp_path / name)
         made.append(here(root, f"logits={source}", "trainer.steps=3", "trainer.val_every=3", *words))
     assert made[0].name == made[1].name and outcome(made[0]) == outcome(made[1])

@@ -27,9 +27,9 @@ def groups(size: str) -> dict[str, dict]:
 
 
 def test_width_divides_the_rate_of_inner_matrices_alone():
-    made = groups("500k")  # 128 wide
-    inner, outer = made["layers.0.self_attn.q_proj.weight"], made["embed_tokens.weight"]
-    vectors = made["norm.weight"]
+    by_name = groups("500k")  # 128 wide
+    inner, outer = by_name["layers.0.self_attn.q_proj.weight"], by_name["embed_tokens.weight"]
+    vectors = by_name["norm.weight"]
     assert inner["scale"] == 64 / 128 and outer["scale"] == vectors["scale"] == 1
     # The decay of a step is rate times decay: that of plain AdamW.
     assert inner["scale"] * inner["weight_decay"] == pytest.approx(0.1) and outer["weight_decay"] == 0.1
@@ -38,13 +38,13 @@ def test_width_divides_the_rate_of_inner_matrices_alone():
 
 def test_an_output_layer_of_its_own_is_an_inner_matrix(monkeypatch):
     monkeypatch.setitem(sizes.SIZES, "500k", sizes.SIZES["500k"]._replace(tied=False))
-    made = groups("500k")
-    assert made["lm_head.weight"]["scale"] == 64 / 128 and made["embed_tokens.weight"]["scale"] == 1
+    by_name = groups("500k")
+    assert by_name["lm_head.weight"]["scale"] == 64 / 128 and by_name["embed_tokens.weight"]["scale"] == 1
 
 
 def test_step_of_a_matrix_is_that_of_adamw_at_its_own_rate():
     weight = torch.arange(6.0).view(2, 3) / 7
-    made = []
+    stepped = []
     for make, lr, decay in ((mup, 0.01, 0.1), (torch.optim.AdamW, 0.01 * 64 / 192, 0.1 * 192 / 64)):
         p = torch.nn.Parameter(weight.clone())
         p.grad = torch.sin(torch.arange(6.0)).view(2, 3)
@@ -53,8 +53,8 @@ def test_step_of_a_matrix_is_that_of_adamw_at_its_own_rate():
         for g in optimizer.param_groups:
             g["lr"] = 0.01 * g["scale"] if make is mup else lr
         optimizer.step()
-        made.append(p.detach())
-    assert torch.equal(*made) and not torch.equal(made[0], weight)
+        stepped.append(p.detach())
+    assert torch.equal(*stepped) and not torch.equal(stepped[0], weight)
 
 
 def test_width_is_a_number_of_at_least_one():
@@ -127,10 +127,10 @@ def test_moments_of_eight_bits_are_of_whole_weights(tmp_path):
         small_config(tmp_path, "optim=adamw8", "trainer=fsdp", "trainer.batch=4")
 
 
-def test_a_run_with_moments_of_eight_bits_resumes_bit_for_bit(bitsandbytes, taught, tmp_path, monkeypatch):
+def test_a_run_with_moments_of_eight_bits_resumes_bit_for_bit(bitsandbytes, trained_root, tmp_path, monkeypatch):
     """Stop after a checkpoint, as a signal does, and go on."""
     words = ("logits=online", "optim=adamw8", "student=200k", "trainer.steps=6", "trainer.checkpoint_every=2")
-    roots = [shutil.copytree(taught, tmp_path / name) for name in ("whole", "halves")]
+    roots = [shutil.copytree(trained_root, tmp_path / name) for name in ("whole", "halves")]
     whole = outcome(here(roots[0], *words))
     step = DistillationModule.training_step
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from kd.models import flops, weights
 from kd.models.causal_lm import CausalLM
-from tests.models.test_models import CONFIGS, IDS, NO_ATTENTION, V
+from tests.models.examples import CONFIGS, IDS, V
 from tests.refusals import refused
 from tests.small import TOP, folder, here, result, small_config, write
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 def model(name: str = "llama", dtype: str | None = None, precision: str = "fp32") -> CausalLM:
     torch.manual_seed(0)
-    built = CausalLM(transformers.AutoModelForCausalLM.from_config((CONFIGS | NO_ATTENTION)[name]), V)
+    built = CausalLM(transformers.AutoModelForCausalLM.from_config(CONFIGS[name]), V)
     weights.hold(built.eval().requires_grad_(False), dtype, precision, CPU)
     return built
 
@@ -125,8 +125,8 @@ def test_no_teacher_has_no_dtype(tmp_path):
         small_config(tmp_path, "teacher.dtype=int8", "logits=none", "teacher=none")
 
 
-def test_the_effect_on_the_teachers_loss_is_measured_once_and_is_in_the_result(taught, tmp_path, capfd):
-    root = shutil.copytree(taught, tmp_path / "root")
+def test_the_effect_on_the_teachers_loss_is_measured_once_and_is_in_the_result(trained_root, tmp_path, capfd):
+    root = shutil.copytree(trained_root, tmp_path / "root")
     words = ("trainer.steps=2", "trainer.val_every=2")
     whole = result(here(root, "logits=online", *words))
     fewer = result(here(root, "logits=online", *words, "teacher.dtype=int8"))
@@ -143,8 +143,8 @@ def test_the_effect_on_the_teachers_loss_is_measured_once_and_is_in_the_result(t
     assert file.stat().st_mtime_ns == written
 
 
-def test_a_store_of_a_rounded_teacher_is_another_one(taught, tmp_path):
-    root = shutil.copytree(taught, tmp_path / "root")
+def test_a_store_of_a_rounded_teacher_is_another_one(trained_root, tmp_path):
+    root = shutil.copytree(trained_root, tmp_path / "root")
     whole = write(root, *TOP)
     fewer = write(root, *TOP, "teacher.dtype=int8")
     assert whole.folder != fewer.folder and fewer.spec["dtype"] == "int8" and "dtype" not in whole.spec

@@ -112,9 +112,9 @@ def test_equals_numpy(loss, form):
     target, student = form(logits(1)), logits(2).log_softmax(-1)
     actual = loss(student, target)
     for row in range(len(student)):
-        kept = target.logp[row] > -torch.inf
-        ids = torch.arange(V)[kept] if target.ids is None else target.ids[row][kept]
-        p, q = target.logp[row][kept].exp().numpy(), student[row, ids].exp().numpy()
+        support = target.logp[row] > -torch.inf
+        ids = torch.arange(V)[support] if target.ids is None else target.ids[row][support]
+        p, q = target.logp[row][support].exp().numpy(), student[row, ids].exp().numpy()
         if target.has_residual_column:
             p, q = (np.append(x, 1 - x.sum()) for x in (p, q))
         close(actual[row], NUMPY[loss.func.__name__](p, q, **loss.keywords))
@@ -147,8 +147,8 @@ def test_truncation_does_not_pay_the_student_to_leave_the_kept_tokens(loss):
         optimizer.zero_grad()
         on_logits(loss, target)(student).sum().backward()
         optimizer.step()
-    kept = student.log_softmax(-1).gather(-1, target.ids).exp().sum(-1)
-    assert (kept > 0.9).all()
+    kept_mass = student.log_softmax(-1).gather(-1, target.ids).exp().sum(-1)
+    assert (kept_mass > 0.9).all()
 
 
 CHECKS = (
@@ -393,12 +393,12 @@ class Sequences:
 
 def test_minillm_is_the_gradient_of_rkl_over_sequences():
     """Exactly, over all that can be written: with the single step apart, and with the return alone."""
-    of = Sequences()
-    close(of.expected_gradient(LOSSES["minillm"], exclude_own_reward=True), of.true_gradient())
+    sequences = Sequences()
+    close(sequences.expected_gradient(LOSSES["minillm"], exclude_own_reward=True), sequences.true_gradient())
     alone = option("loss", "minillm", single_step=False)
-    close(of.expected_gradient(alone, exclude_own_reward=False), of.true_gradient())
+    close(sequences.expected_gradient(alone, exclude_own_reward=False), sequences.true_gradient())
     for loss, exclude in ((LOSSES["minillm"], False), (alone, True)):  # the other two count a step twice, or never
-        assert (of.expected_gradient(loss, exclude) - of.true_gradient()).abs().max() > 0.1
+        assert (sequences.expected_gradient(loss, exclude) - sequences.true_gradient()).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("share", [0.2, 0.9])
@@ -412,8 +412,8 @@ def test_importance_makes_up_for_what_the_teacher_drew(share):
     info = TokenInfo(student_logp=log_q, importance=importance, advantage=reward)
     target = Target(every, p.log_softmax(-1).expand(V, V), token_info=info)
     loss = option("loss", "minillm", single_step=False, clip=1e9)
-    found = gradient(lambda z: mixture[0] * loss(z.log_softmax(-1).expand(V, V), target), q)
-    close(found, gradient(on_logits(LOSSES["rkl"], dense(p)), q))
+    weighted = gradient(lambda z: mixture[0] * loss(z.log_softmax(-1).expand(V, V), target), q)
+    close(weighted, gradient(on_logits(LOSSES["rkl"], dense(p)), q))
 
 
 # DistiLLM-2
@@ -441,8 +441,8 @@ def test_target_and_diversity_terms_worked_by_hand():
     close(dkd, [DKD])
     close(tkd + 0.5 * dkd, [0.25 * math.log(2)])  # fkl
     for hard, expected in ((1.0, 0.8 * (TKD + DKD)), (0.0, 0.2 * DKD)):
-        told = replace(target, token_info=TokenInfo(is_hard=torch.tensor([hard]), weight=torch.tensor([3.0])))
-        close(LOSSES["atkd"](THREE[1], told), [3 * expected])
+        marked = replace(target, token_info=TokenInfo(is_hard=torch.tensor([hard]), weight=torch.tensor([3.0])))
+        close(LOSSES["atkd"](THREE[1], marked), [3 * expected])
 
 
 @each("form", FORMS)
@@ -450,10 +450,10 @@ def test_fkl_is_the_target_term_and_the_others_share_of_the_diversity_term(form)
     target, student = form(logits(1)), logits(2).log_softmax(-1)
     tkd, dkd = losses._decoupled_kl(student, target)
     p = target.align(student)[1].exp()
-    own = torch.cat([target.label_mask(), torch.zeros(len(p), p.shape[1] - target.logp.shape[1]).bool()], -1)
-    others = torch.where(own.any(-1), (p * ~own).sum(-1), 1.0)
+    label_mask = torch.cat([target.label_mask(), torch.zeros(len(p), p.shape[1] - target.logp.shape[1]).bool()], -1)
+    others = torch.where(label_mask.any(-1), (p * ~label_mask).sum(-1), 1.0)
     close(tkd + others * dkd, LOSSES["fkl"](student, target))
-    assert not tkd[~own.any(-1)].any()
+    assert not tkd[~label_mask.any(-1)].any()
 
 
 def test_terms_are_those_of_softmaxes_without_the_true_token():

@@ -74,8 +74,8 @@ def test_returns_are_what_their_sum_says(gamma, length_norm, exclude_own_reward)
         later = [s for s in range(t + exclude_own_reward, 11) if mask[row, s]]
         expected[row, t] = sum(gamma ** (s - t - exclude_own_reward) * reward[row, s] for s in later)
         expected[row, t] /= max(1, len(later)) if length_norm else 1
-    found = returns(torch.from_numpy(reward), torch.from_numpy(mask), gamma, length_norm, exclude_own_reward)
-    close(found, expected)
+    actual = returns(torch.from_numpy(reward), torch.from_numpy(mask), gamma, length_norm, exclude_own_reward)
+    close(actual, expected)
 
 
 def test_returns_of_the_next_are_those_that_begin_here_one_further_on():
@@ -118,7 +118,7 @@ def test_whitening_of_what_does_not_vary_is_nothing():
 def test_whitening_is_over_all_ranks(monkeypatch):
     x, mask = torch.randn(5, 4) + 3, torch.rand(5, 4) < 0.7
     expected = whiten(x, mask)
-    here, sums, found = threading.local(), {}, {}
+    here, sums, whitened = threading.local(), {}, {}
     barrier = threading.Barrier(2)
 
     def total(value: torch.Tensor) -> torch.Tensor:
@@ -128,7 +128,7 @@ def test_whitening_is_over_all_ranks(monkeypatch):
         return sum(sums[here.count])
 
     def work(rows: slice) -> None:
-        found[rows.start] = whiten(x[rows], mask[rows])
+        whitened[rows.start] = whiten(x[rows], mask[rows])
 
     monkeypatch.setattr(collectives, "all_reduce_sum", total)
     threads = [threading.Thread(target=work, args=[rows]) for rows in (slice(0, 3), slice(3, 5))]
@@ -136,7 +136,7 @@ def test_whitening_is_over_all_ranks(monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    close(torch.cat([found[0], found[3]]), expected, rtol=1e-6)
+    close(torch.cat([whitened[0], whitened[3]]), expected, rtol=1e-6)
 
 
 # Who writes
@@ -156,7 +156,7 @@ def models():
     return {"student": model("llama", 0), "teacher": model("gpt2", 1)}
 
 
-def made(models, name: str, **changes):
+def build_rollout(models, name: str, **changes):
     return option("rollout", name, **changes)(Samplers(**models, eos_token_id=END, seed=5))
 
 
@@ -174,17 +174,17 @@ def prompts_of(batch: Batch) -> list[list[int]]:
 @each("name", {name: name for name in ROLLOUTS})
 def test_every_option_gives_what_it_says_for_every_batch(name, models):
     changes = {"capacity": 4, "threshold": 0.6} if name == "adaptive" else {}
-    asked = made(models, name, **changes)
+    rollout = build_rollout(models, name, **changes)
     provided = {*of_group("rollout", "provides").get(name.removesuffix("_code"), Declaration()).names}
     for step in range(8):
         given = data(step)
-        found = asked(given, step, step / 8)
-        info = {} if found.token_info is None else found.token_info[found.labels != IGNORE].provided()
+        sampled = rollout(given, step, step / 8)
+        info = {} if sampled.token_info is None else sampled.token_info[sampled.labels != IGNORE].provided()
         assert provided <= info.keys() and all(x.isfinite().all() for x in info.values())
         if name not in ("adaptive", "mixed", "mixed_code"):
-            assert set(map(tuple, prompts_of(found))) == set(map(tuple, prompts_of(given)))
-        loaded = torch.load(saved(asked.state()), weights_only=True)
-        made(models, name, **changes).load(loaded)
+            assert set(map(tuple, prompts_of(sampled))) == set(map(tuple, prompts_of(given)))
+        loaded = torch.load(saved(rollout.state()), weights_only=True)
+        build_rollout(models, name, **changes).load(loaded)
 
 
 def saved(state: dict) -> io.BytesIO:
@@ -200,55 +200,55 @@ def test_a_run_that_was_killed_writes_what_it_would_have_written(name, models):
     changes |= {"max_tokens": 3} if name != "none" else {}
     losses = [2.0, 2.2, 2.25]
 
-    def go_on(asked, start: int, stop: int) -> list[Batch]:
-        found = []
+    def go_on(rollout, start: int, stop: int) -> list[Batch]:
+        batches = []
         for step in range(start, stop):
-            found.append(asked(data(step), step, step / 10))
+            batches.append(rollout(data(step), step, step / 10))
             if step % 3 == 2:
-                asked.on_validation(losses[step // 3])
-        return found
+                rollout.on_validation(losses[step // 3])
+        return batches
 
-    one = made(models, name, **changes)
+    one = build_rollout(models, name, **changes)
     whole_run = go_on(one, 0, 10)
     for cut in (1, 6):
-        first = made(models, name, **changes)
+        first = build_rollout(models, name, **changes)
         before = go_on(first, 0, cut)
         state = torch.load(saved(first.state()), weights_only=True)
-        second = made(models, name, **changes)
+        second = build_rollout(models, name, **changes)
         second.load(state)
         for a, b in zip(before + go_on(second, cut, 10), whole_run, strict=True):
             same(a, b)
-        numbers = [{k: v for k, v in asked.state().items() if isinstance(v, float)} for asked in (one, second)]
+        numbers = [{k: v for k, v in rollout.state().items() if isinstance(v, float)} for rollout in (one, second)]
         assert numbers[0] == numbers[1] and (name != "adaptive" or len(numbers[0]) == 2)
 
 
 def test_none_leaves_the_text_as_it_is(models):
     given = data()
-    assert made(models, "none")(given, 0, 0.0) is given
+    assert build_rollout(models, "none")(given, 0, 0.0) is given
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
 def test_the_student_writes_a_share_of_the_batches(share, models, monkeypatch):
-    asked, wrote = made(models, "student", share=share), 0
+    rollout, wrote = build_rollout(models, "student", share=share), 0
     monkeypatch.setattr(
         generate,
         "sample",
         lambda part, *_, **__: part._replace(token_info=TokenInfo(by_student=part.labels * 0 + 1.0)),
     )
     for step in range(400):
-        found = asked(data(), step, step / 400)
-        wrote += found.token_info.by_student.any().item()
+        sampled = rollout(data(), step, step / 400)
+        wrote += sampled.token_info.by_student.any().item()
     assert abs(wrote - 400 * share) <= 4 * (400 * share * (1 - share)) ** 0.5
 
 
 def test_what_the_student_writes_is_what_generate_writes(models):
     given = data(3)
-    found = made(models, "student", share=1.0, temperature=0.7, top_k=9, max_tokens=4)(given, 3, 0.0)
+    sampled = build_rollout(models, "student", share=1.0, temperature=0.7, top_k=9, max_tokens=4)(given, 3, 0.0)
     seed = given.position_seeds[:, 0] ^ (1 << 32)
-    how = dict(temperature=0.7, top_k=9, top_p=1.0, max_tokens=4)
-    same(found, only_by_student(generate.sample(given, END, seed, models["student"], **how)))
-    assert torch.equal(found.token_info.by_student, (found.labels != IGNORE).float())
-    left = made(models, "student", share=0.0)(given, 3, 0.0)
+    options = dict(temperature=0.7, top_k=9, top_p=1.0, max_tokens=4)
+    same(sampled, only_by_student(generate.sample(given, END, seed, models["student"], **options)))
+    assert torch.equal(sampled.token_info.by_student, (sampled.labels != IGNORE).float())
+    left = build_rollout(models, "student", share=0.0)(given, 3, 0.0)
     same(left, given._replace(token_info=TokenInfo(by_student=torch.zeros(4, T))))
 
 
@@ -278,60 +278,60 @@ def test_new_text_that_does_not_say_who_wrote_it_is_refused(info):
 
 
 def test_the_teacher_writes(models):
-    found = made(models, "teacher", temperature=0.0)(data(), 0, 0.0)
+    sampled = build_rollout(models, "teacher", temperature=0.0)(data(), 0, 0.0)
     alone = generate.sample(data(), END, data().position_seeds[:, 0], teacher=models["teacher"], temperature=0.0)
-    assert torch.equal(found.labels, alone.labels) and not found.token_info.by_student.any()
-    close(found.token_info.teacher_logp, whole(models["teacher"], found), rtol=0, atol=1e-4)
+    assert torch.equal(sampled.labels, alone.labels) and not sampled.token_info.by_student.any()
+    close(sampled.token_info.teacher_logp, whole(models["teacher"], sampled), rtol=0, atol=1e-4)
 
 
 def test_pairs_are_the_teachers_rows_and_then_the_students(models):
     given = data()
-    found = made(models, "pairs")(given, 0, 0.0)
-    assert prompts_of(found) == prompts_of(given) * 2 and len(found.ids) == 8
-    assert torch.equal(found.row_ids, given.row_ids.repeat(2)) and torch.equal(
-        found.position_seeds, given.position_seeds.repeat(2, 1)
+    sampled = build_rollout(models, "pairs")(given, 0, 0.0)
+    assert prompts_of(sampled) == prompts_of(given) * 2 and len(sampled.ids) == 8
+    assert torch.equal(sampled.row_ids, given.row_ids.repeat(2)) and torch.equal(
+        sampled.position_seeds, given.position_seeds.repeat(2, 1)
     )
-    counted = (found.labels != IGNORE).float()
-    assert torch.equal(found.token_info.by_student, torch.cat([torch.zeros(4, T), counted[4:]]))
-    assert [len(part.ids) for part in found.split(3)] == [3, 3, 2]
-    greedy = {name: made(models, "pairs", temperature=0.0)(given, 0, 0.0) for name in models}["student"]
+    counted = (sampled.labels != IGNORE).float()
+    assert torch.equal(sampled.token_info.by_student, torch.cat([torch.zeros(4, T), counted[4:]]))
+    assert [len(part.ids) for part in sampled.split(3)] == [3, 3, 2]
+    greedy = {name: build_rollout(models, "pairs", temperature=0.0)(given, 0, 0.0) for name in models}["student"]
     for name, rows in (("teacher", slice(0, 4)), ("student", slice(4, 8))):
         alone = generate.sample(given, END, given.position_seeds[:, 0], **{name: models[name]}, temperature=0.0)
         assert torch.equal(greedy.labels[rows], alone.labels)
 
 
 def test_one_model_asked_twice_would_not_write_the_same(models):
-    found = made({"student": models["student"], "teacher": models["student"]}, "pairs")(data(), 0, 0.0)
-    assert not torch.equal(found.labels[:4], found.labels[4:])
+    sampled = build_rollout({"student": models["student"], "teacher": models["student"]}, "pairs")(data(), 0, 0.0)
+    assert not torch.equal(sampled.labels[:4], sampled.labels[4:])
 
 
 def test_rows_at_once_change_nothing(models):
     for name in ("student", "pairs", "mixed"):
         changes = {"share": 1.0} if name == "student" else {}
-        make, found = option("rollout", name, **changes), []
+        make, batches = option("rollout", name, **changes), []
         for rows in (None, 1, 3):
             samplers = Samplers(**models, eos_token_id=END, seed=5, rows=rows)
-            found.append(make(samplers)(data(), 0, 0.0))
-            assert samplers.tokens == (found[-1].labels != IGNORE).sum() and samplers.seconds > 0
-        for other in found[1:]:
-            assert torch.equal(other.labels, found[0].labels)
+            batches.append(make(samplers)(data(), 0, 0.0))
+            assert samplers.tokens == (batches[-1].labels != IGNORE).sum() and samplers.seconds > 0
+        for other in batches[1:]:
+            assert torch.equal(other.labels, batches[0].labels)
 
 
 @pytest.mark.parametrize("name", ["teacher", "pairs", "mixed", "mixed_code"])
 def test_a_teacher_that_is_not_there_is_asked_for(name, models):
     with refused(option="rollout", why="needs a teacher", hint="logits=online"):
-        made(models | {"teacher": None}, name)(data(), 0, 0.0)
+        build_rollout(models | {"teacher": None}, name)(data(), 0, 0.0)
 
 
 # Adaptive
 
 
 def test_the_threshold_rises_as_in_the_authors_code(models):
-    asked = made(models, "adaptive", tolerance=0.1)
+    rollout = build_rollout(models, "adaptive", tolerance=0.1)
     seen = []
     for loss in (2.0, 2.05, 1.5, 2.1, 2.15, 2.25, 1.0, 2.35, *[9.0 + n for n in range(12)]):
-        asked.on_validation(loss)
-        seen.append(round(asked.threshold, 6))
+        rollout.on_validation(loss)
+        seen.append(round(rollout.threshold, 6))
     # The loss to beat stays at 2.0 until 2.1 is there, then at 2.1 until 2.25, and so on; never below.
     assert seen[:8] == [0, 0, 0, 0.1, 0.1, 0.2, 0.2, 0.3] and seen[-1] == 1.0 and seen[-6] == 1.0
 
@@ -345,13 +345,13 @@ def sources(models, monkeypatch, progress: float, replay: str, threshold: float 
         return part._replace(token_info=TokenInfo(by_student=part.labels * 0 + 1.0))
 
     monkeypatch.setattr(generate, "sample", write)
-    asked = made(models, "adaptive", threshold=threshold, capacity=4 if full else 10**6, replay=replay)
+    rollout = build_rollout(models, "adaptive", threshold=threshold, capacity=4 if full else 10**6, replay=replay)
     count = {"data": 0, "new": 0, "replayed": 0}
     for step in range(600):
         before = len(wrote)
-        found = asked(data(), step, progress)
+        sampled = rollout(data(), step, progress)
         new = len(wrote) > before
-        count["new" if new else "replayed" if found.token_info.by_student.any() else "data"] += 1
+        count["new" if new else "replayed" if sampled.token_info.by_student.any() else "data"] += 1
     return count
 
 
@@ -373,12 +373,12 @@ def test_nothing_is_replayed_before_there_is_enough(models, monkeypatch):
 
 def test_rows_are_replayed_as_they_were_written(models):
     """Run at threshold 1 and progress 1: text is generated until the buffer is full, then replayed."""
-    asked, written = made(models, "adaptive", threshold=1.0, capacity=10, max_tokens=6), {}
+    rollout, written = build_rollout(models, "adaptive", threshold=1.0, capacity=10, max_tokens=6), {}
     for step in range(12):
-        found = asked(data(step), step, 1.0)
+        sampled = rollout(data(step), step, 1.0)
         rows = {
             int(row): (ids, labels)
-            for row, ids, labels in zip(found.row_ids, found.ids.tolist(), found.labels.tolist(), strict=True)
+            for row, ids, labels in zip(sampled.row_ids, sampled.ids.tolist(), sampled.labels.tolist(), strict=True)
         }
         if step < 3:
             assert rows.keys() == set(data(step).row_ids.tolist())
@@ -387,22 +387,22 @@ def test_rows_are_replayed_as_they_were_written(models):
         assert len(rows) == 4  # no row twice
         assert all(written[row] == rows[row] for row in rows)
         assert min(rows) >= 2  # twelve were written, and the last ten are kept
-        assert torch.equal(found.token_info.by_student, (found.labels != IGNORE).float())
-        assert torch.equal(found.position_seeds, data(step).position_seeds)
+        assert torch.equal(sampled.token_info.by_student, (sampled.labels != IGNORE).float())
+        assert torch.equal(sampled.position_seeds, data(step).position_seeds)
     assert any(labels[-1] == IGNORE for _, labels in written.values())  # before the row is full
-    assert all(x.dtype == torch.int32 and len(x) == 10 for x in asked.state()["rows"].values())
+    assert all(x.dtype == torch.int32 and len(x) == 10 for x in rollout.state()["rows"].values())
 
 
 def test_ranks_replay_only_when_all_have_enough(models, monkeypatch):
     monkeypatch.setattr(collectives, "world_size", lambda: 2)
-    asked = made(models, "adaptive", threshold=1.0, capacity=8)
+    rollout = build_rollout(models, "adaptive", threshold=1.0, capacity=8)
     monkeypatch.setattr(collectives, "any_rank", lambda here: here)
-    asked(data(0), 0, 1.0)
-    assert len(asked.rows["row"]) == 4  # its part of the capacity
+    rollout(data(0), 0, 1.0)
+    assert len(rollout.rows["row"]) == 4  # its part of the capacity
     monkeypatch.setattr(collectives, "any_rank", lambda here: True)  # another one has not
-    assert set(asked(data(1), 1, 1.0).row_ids.tolist()) == set(data(1).row_ids.tolist())
+    assert set(rollout(data(1), 1, 1.0).row_ids.tolist()) == set(data(1).row_ids.tolist())
     monkeypatch.setattr(collectives, "any_rank", lambda here: here)
-    assert set(asked(data(2), 2, 1.0).row_ids.tolist()) == set(data(1).row_ids.tolist())
+    assert set(rollout(data(2), 2, 1.0).row_ids.tolist()) == set(data(1).row_ids.tolist())
 
 
 # Mixed
@@ -410,20 +410,20 @@ def test_ranks_replay_only_when_all_have_enough(models, monkeypatch):
 
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_a_batch_is_learned_from_in_so_many_steps(epochs, models):
-    asked = made(models, "mixed", epochs=epochs)
-    found = [asked(data(step), step, 0.0) for step in range(6)]
+    rollout = build_rollout(models, "mixed", epochs=epochs)
+    batches = [rollout(data(step), step, 0.0) for step in range(6)]
     for step in range(6):
-        assert found[step].row_ids.tolist() == data(step - step % epochs).row_ids.tolist()
-        same(found[step], found[step - step % epochs])
-    assert asked.samplers.tokens == sum((found[step].labels != IGNORE).sum() for step in range(0, 6, epochs))
+        assert batches[step].row_ids.tolist() == data(step - step % epochs).row_ids.tolist()
+        same(batches[step], batches[step - step % epochs])
+    assert rollout.samplers.tokens == sum((batches[step].labels != IGNORE).sum() for step in range(0, 6, epochs))
 
 
 @pytest.mark.parametrize("name", ["mixed", "mixed_code"])
 def test_the_advantage_is_that_of_the_paper_and_that_of_the_code(name, models):
     """Recomputed in numpy from whole forward passes of both models over what was written."""
-    found = made(models, name)(data(prompts=[2, 7, T, 4, 5, 3, 9]), 0, 0.0)
-    log_q, log_p = (whole(models[who], found).double().numpy() for who in ("student", "teacher"))
-    counted = (found.labels != IGNORE).numpy()
+    sampled = build_rollout(models, name)(data(prompts=[2, 7, T, 4, 5, 3, 9]), 0, 0.0)
+    log_q, log_p = (whole(models[who], sampled).double().numpy() for who in ("student", "teacher"))
+    counted = (sampled.labels != IGNORE).numpy()
     expected = np.zeros_like(log_q)
     for row in range(len(counted)):
         place = np.flatnonzero(counted[row])
@@ -438,42 +438,42 @@ def test_the_advantage_is_that_of_the_paper_and_that_of_the_code(name, models):
     if name == "mixed_code":
         values = expected[counted]
         expected[counted] = (values - values.mean()) / np.sqrt(values.var() + 1e-8)
-    close(found.token_info.advantage.double(), expected, rtol=1e-3, atol=1e-4)
+    close(sampled.token_info.advantage.double(), expected, rtol=1e-3, atol=1e-4)
     mixture = 0.2 * np.exp(log_p) + 0.8 * np.exp(log_q)
     weight = np.where(counted, np.exp(log_q) / mixture, 0)
-    close(found.token_info.importance.double(), weight, rtol=1e-3, atol=1e-5)
+    close(sampled.token_info.importance.double(), weight, rtol=1e-3, atol=1e-5)
 
 
 def test_rewards_are_scaled_and_then_cut(models):
     plain = dict(gamma=0.0, length_norm=False, exclude_own_reward=False)
-    one = made(models, "mixed", **plain)(data(), 0, 0.0).token_info
+    one = build_rollout(models, "mixed", **plain)(data(), 0, 0.0).token_info
     close(one.advantage, one.teacher_logp - one.student_logp, rtol=1e-6)
-    two = made(models, "mixed", **plain, scale=0.25, clip=2.0)(data(), 0, 0.0).token_info
+    two = build_rollout(models, "mixed", **plain, scale=0.25, clip=2.0)(data(), 0, 0.0).token_info
     close(two.advantage, (4 * (one.teacher_logp - one.student_logp)).clamp(-2, 2), rtol=1e-6)
     assert (two.advantage.abs() == 2).any() and (two.advantage.abs() < 2).any()
 
 
 def test_without_a_share_of_the_teacher_the_student_writes_alone(models):
-    found = made(models, "mixed", teacher_share=0.0)(data(), 0, 0.0)
-    kept = found.labels != IGNORE
-    close(found.token_info.importance[kept], torch.ones(int(kept.sum())), rtol=1e-5)
-    assert found.token_info.teacher_logp[kept].any()
+    sampled = build_rollout(models, "mixed", teacher_share=0.0)(data(), 0, 0.0)
+    mask = sampled.labels != IGNORE
+    close(sampled.token_info.importance[mask], torch.ones(int(mask.sum())), rtol=1e-5)
+    assert sampled.token_info.teacher_logp[mask].any()
 
 
 def test_another_number_of_ranks_goes_on_where_none_has_text_of_its_own(models):
-    asked = made(models, "adaptive", threshold=1.0, capacity=8)
-    asked.on_validation(2.5)
-    before = asked.state()
-    going = SimpleNamespace(rollout=made(models, "adaptive"))
+    rollout = build_rollout(models, "adaptive", threshold=1.0, capacity=8)
+    rollout.on_validation(2.5)
+    before = rollout.state()
+    going = SimpleNamespace(rollout=build_rollout(models, "adaptive"))
     code = {"sources": {}, "origins": {}}
     checkpoints = Checkpoints(Run("root", "run"), 1, {}, code)
     checkpoints.setup(None, going, "fit")
     state = {"code": code, "micro_batch_size": 2, "random": [None]}
     checkpoints.load_state_dict(state | {"rollout": [before, before]})
     assert going.rollout.reference == 2.5 and going.rollout.threshold == 1.0
-    asked(data(), 0, 0.0)
+    rollout(data(), 0, 0.0)
     with refused(option="trainer.devices", got=1, need="2 processes", hint="type trainer.devices=2"):
-        checkpoints.load_state_dict(state | {"rollout": [before, asked.state()]})
+        checkpoints.load_state_dict(state | {"rollout": [before, rollout.state()]})
 
 
 @pytest.mark.parametrize(

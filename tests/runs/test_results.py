@@ -24,14 +24,14 @@ RUN = ("trainer.steps=2", "teacher.steps=2")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def finished(tmp_path_factory) -> Path:
     """A root with a student and its teacher."""
     return shared(tmp_path_factory, "student", lambda root: here(root, *RUN))
 
 
 @pytest.fixture
-def root(made, tmp_path) -> Path:
-    shutil.copytree(made, tmp_path / "root")
+def root(finished, tmp_path) -> Path:
+    shutil.copytree(finished, tmp_path / "root")
     return tmp_path / "root"
 
 
@@ -62,8 +62,8 @@ def unseal(run: Path) -> None:
     path.write_text(json.dumps(result))
 
 
-def test_every_file_of_a_run_is_sealed(made):
-    for run in (folder(made, "fkl"), folder(made, "lm")):
+def test_every_file_of_a_run_is_sealed(finished):
+    for run in (folder(finished, "fkl"), folder(finished, "lm")):
         result = json.loads((run / "result.json").read_text())
         written = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file() and p.name[0] != "."}
         assert result["files"].keys() == written - {"result.json", "state.json"}
@@ -179,8 +179,8 @@ def test_results_from_before_the_seals_are_accepted_and_marked(root, capsys):
     assert provenance.doubts_of_many([result]) and not provenance.doubts_of_many([])
     capsys.readouterr()
     student = here(root, *RUN, "loss=rkl")  # which learns from the teacher of before
-    said, teacher = capsys.readouterr().err, folder(root, "lm")
-    assert f"{teacher.name}, which this run needs" in said and f"\n  rm -r {teacher}\n" in said
+    message, teacher = capsys.readouterr().err, folder(root, "lm")
+    assert f"{teacher.name}, which this run needs" in message and f"\n  rm -r {teacher}\n" in message
     doubt, _ = provenance.doubts(json.loads((student / "result.json").read_text()))
     assert doubt.startswith(f"its teacher {teacher.name} is from before results were sealed")
     flip(folder(root, "lm") / "student" / "model.safetensors")
@@ -190,40 +190,40 @@ def test_results_from_before_the_seals_are_accepted_and_marked(root, capsys):
 
 def test_what_is_damaged_under_a_url_is_said_and_a_damaged_copy_is_fetched_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
-    there = tmp_path / "there"
-    words = (*RUN, f"root=file://{there}", "logits=none", "teacher=none")
+    remote_root = tmp_path / "there"
+    words = (*RUN, f"root=file://{remote_root}", "logits=none", "teacher=none")
     run = here(tmp_path, *words)  # its copy on this machine
-    kept = there / run.name / "student"
-    assert files.digest(kept / "config.json") == files.digest(run / "student" / "config.json")
-    of = Run(f"file://{there}", run.name)
+    original = remote_root / run.name / "student"
+    assert files.digest(original / "config.json") == files.digest(run / "student" / "config.json")
+    remote_run = Run(f"file://{remote_root}", run.name)
     flip(run / "student" / "config.json")
-    of.check(of.result(), "student")
-    assert (run / "student" / "config.json").read_bytes() == (kept / "config.json").read_bytes()
+    remote_run.check(remote_run.result(), "student")
+    assert (run / "student" / "config.json").read_bytes() == (original / "config.json").read_bytes()
     shutil.rmtree(run / "student")
-    of.check(of.result(), "student")
-    flip(kept / "config.json")
+    remote_run.check(remote_run.result(), "student")
+    flip(original / "config.json")
     shutil.rmtree(run / "student")
-    with refused(option=f"{of.location}/student", why="is damaged: config.json"):
-        of.check(of.result(), "student")
+    with refused(option=f"{remote_run.location}/student", why="is damaged: config.json"):
+        remote_run.check(remote_run.result(), "student")
     for name in ("config.json", "metrics.jsonl"):
-        flip(there / run.name / name)
+        flip(remote_root / run.name / name)
         given = small_config(tmp_path, *words)
-        with refused(option=f"{of.location}/{name}", why="is damaged"):
+        with refused(option=f"{remote_run.location}/{name}", why="is damaged"):
             product.train(given).check_files()
-        flip(there / run.name / name)
-    whole = (there / run.name / "result.json").read_text()
-    (there / run.name / "result.json").write_text(whole[:100])
-    of = Run(f"file://{there}", run.name)
-    with refused(option=f"{of.location}/result.json", why="is damaged", commands=of.removal_command()):
-        of.result()
-    (there / run.name / "result.json").write_text(whole)
-    edit(there / run.name / "result.json", '"val/lm": ', '"val/lm": 1')
-    with refused(option=f"{of.location}/result.json", why="is damaged"):
-        Run(f"file://{there}", run.name).result()
-    (kept / "config.json").write_text("{}")
+        flip(remote_root / run.name / name)
+    whole = (remote_root / run.name / "result.json").read_text()
+    (remote_root / run.name / "result.json").write_text(whole[:100])
+    remote_run = Run(f"file://{remote_root}", run.name)
+    with refused(option=f"{remote_run.location}/result.json", why="is damaged", commands=remote_run.removal_command()):
+        remote_run.result()
+    (remote_root / run.name / "result.json").write_text(whole)
+    edit(remote_root / run.name / "result.json", '"val/lm": ', '"val/lm": 1')
+    with refused(option=f"{remote_run.location}/result.json", why="is damaged"):
+        Run(f"file://{remote_root}", run.name).result()
+    (original / "config.json").write_text("{}")
     assert here(tmp_path, *words, "force=true") == run  # made anew, whatever was wrong with it
-    of = Run(f"file://{there}", run.name)
-    of.check(of.result())
+    remote_run = Run(f"file://{remote_root}", run.name)
+    remote_run.check(remote_run.result())
 
 
 # The code that a result was made by.
@@ -254,9 +254,9 @@ def result(root: Path, name: str = "fkl") -> dict:
     return json.loads((folder(root, name) / "result.json").read_text())
 
 
-def test_what_a_message_says_to_remove_is_quoted(made, tmp_path):
+def test_what_a_message_says_to_remove_is_quoted(finished, tmp_path):
     root = tmp_path / "a [b] 'c'"
-    shutil.copytree(made, root)
+    shutil.copytree(finished, root)
     run, data, wanted = folder(root, "fkl"), next(root.glob("data/*/manifest.json")).parent, []
     with pytest.raises(UserError) as caught:
         flip(run / "metrics.jsonl")
@@ -285,8 +285,8 @@ def test_what_a_message_says_to_remove_is_quoted(made, tmp_path):
         assert shlex.split(line) == ["rm", "-r", str(path)]
 
 
-def test_a_result_says_which_components_it_was_made_by(made):
-    student, teacher = result(made), result(made, "lm")
+def test_a_result_says_which_components_it_was_made_by(finished):
+    student, teacher = result(finished), result(finished, "lm")
     assert student["sources"]["loss"].keys() == {"fkl"}
     assert {"loss", "truncation", "target", "alpha", "lr", "optim", "data", "logits"} <= student["sources"].keys()
     assert not {"logger", "plain", "record"} & student["sources"].keys()
@@ -308,10 +308,10 @@ COSMETIC = {
 
 
 @pytest.mark.parametrize("kind", COSMETIC)
-def test_what_changes_nothing_that_is_computed_makes_no_result_old(made, code, kind):
+def test_what_changes_nothing_that_is_computed_makes_no_result_old(finished, code, kind):
     module, *change = COSMETIC[kind]
     code(module, change)
-    assert provenance.changes(result(made)) == []
+    assert provenance.changes(result(finished)) == []
 
 
 REAL = {
@@ -333,19 +333,19 @@ REAL = {
 
 
 @pytest.mark.parametrize("kind", REAL)
-def test_a_result_of_other_code_is_shown_as_old_with_what_changed(made, root, code, kind):
-    module, old, new, said = REAL[kind]
+def test_a_result_of_other_code_is_shown_as_old_with_what_changed(finished, root, code, kind):
+    module, old, new, reasons = REAL[kind]
     code(module, (old, new))
     _, shown, before = show(root)
-    assert before and provenance.changes(shown) == said
+    assert before and provenance.changes(shown) == reasons
     doubt, *others = provenance.doubts(shown)
-    assert bool(others) == any("lr=" in component for component in said)  # of the teacher
-    assert doubt.startswith(f"old: the code of {', '.join(said)} has changed") and "force=true" in doubt
+    assert bool(others) == any("lr=" in component for component in reasons)  # of the teacher
+    assert doubt.startswith(f"old: the code of {', '.join(reasons)} has changed") and "force=true" in doubt
     assert doubt.partition(": ")[2].partition(" has")[0] in provenance.doubts_of_many([shown])[0]
 
 
-def test_another_function_with_the_name_of_a_parameter_makes_no_result_old(made, code):
-    config = result(made)["config"] | {"data": "instructions", "rollout": "mixed"}
+def test_another_function_with_the_name_of_a_parameter_makes_no_result_old(finished, code):
+    config = result(finished)["config"] | {"data": "instructions", "rollout": "mixed"}
     before = {"config": config, "sources": provenance.sources(config)}
     assert {"mixed"} <= before["sources"]["rollout"].keys()
     code(
@@ -375,14 +375,17 @@ class Both:
     def two(self): return fixed
 """)
     code("rollout.strategies")
-    used = {of: {name for _, name in provenance._used("rollout.strategies", of)} for of in ("mixed", "student", "Both")}
+    used = {
+        definition: {name for _, name in provenance._used("rollout.strategies", definition)}
+        for definition in ("mixed", "student", "Both")
+    }
     assert used["mixed"] == {"mixed", "helper"}
     assert used["student"] == {"student", "teacher", "LIMIT"}
     assert used["Both"] >= {"Both", "fixed"} and "student" not in used["Both"]
 
 
-def test_a_rollout_is_old_where_the_module_of_its_method_has_changed(made, code):
-    config = result(made)["config"] | {"data": "instructions", "rollout": "mixed"}
+def test_a_rollout_is_old_where_the_module_of_its_method_has_changed(finished, code):
+    config = result(finished)["config"] | {"data": "instructions", "rollout": "mixed"}
     before = {"config": config, "sources": provenance.sources(config)}
     assert {"mixed", "TeacherMixedSampling", "returns", "Rollout", "Samplers"} <= before["sources"]["rollout"].keys()
     code("rollout.replay", ("RISE = 0.1", "RISE = 0.2"))
@@ -391,37 +394,37 @@ def test_a_rollout_is_old_where_the_module_of_its_method_has_changed(made, code)
     assert provenance.changes(before) == ["rollout=mixed (returns)"]
 
 
-def test_a_result_is_shown_as_old_where_the_code_of_its_teacher_has_changed(made, code):
-    shown, teacher = result(made), folder(made, "lm").name
+def test_a_result_is_shown_as_old_where_the_code_of_its_teacher_has_changed(finished, code):
+    shown, teacher = result(finished), folder(finished, "lm").name
     assert shown["origins"]["teacher"]["run"] == teacher
     code("training.schedules", ("progress / warmup", "progress / warmup**2"))
     shown["sources"] = {}
     first, remedy = provenance.doubts(shown)
     assert first == f"its teacher {teacher} is old: the code of lr=cosine (_warm) has changed since"
     assert "force=true" in remedy
-    (said,) = provenance.doubts_of_many([shown])
-    assert said.startswith("The teacher or start of 1 of 1 runs is old")
+    (doubt,) = provenance.doubts_of_many([shown])
+    assert doubt.startswith("The teacher or start of 1 of 1 runs is old")
     behind = {"config": {}, "digest": "", "origins": {"start": provenance.origin(shown | {"config": {}})}}
     assert provenance.doubts(behind)[0] == first
 
 
-def test_code_that_is_edited_while_a_run_trains_is_not_taken_for_its_own(made, root, code, monkeypatch):
+def test_code_that_is_edited_while_a_run_trains_is_not_taken_for_its_own(finished, root, code, monkeypatch):
     from kd.training.module import DistillationModule
 
-    module, old, new, said = REAL["the function"]
+    module, old, new, reasons = REAL["the function"]
     monkeypatch.setattr(DistillationModule, "on_train_end", lambda self: code(module, (old, new)))
     outcome = json.loads((here(root, *RUN, "seed=7") / "result.json").read_text())
-    assert outcome["sources"]["loss"] == result(made)["sources"]["loss"]
-    assert provenance.changes(outcome) == said
+    assert outcome["sources"]["loss"] == result(finished)["sources"]["loss"]
+    assert provenance.changes(outcome) == reasons
 
 
-def test_a_function_that_only_moved_to_another_module_is_the_same(made, code):
+def test_a_function_that_only_moved_to_another_module_is_the_same(finished, code):
     source = (provenance.PACKAGE / "training" / "schedules.py").read_text()
     start = source.index("def _warm(")
     helper = source[start : source.index("\n\n\n", start)]
     (provenance.PACKAGE / "warming.py").write_text(f"# Moved.\n{helper}\n")
     code("training.schedules", (helper, ""), ("from kd.errors", "from kd.warming import _warm\nfrom kd.errors"))
-    assert provenance.changes(result(made)) == []
+    assert provenance.changes(result(finished)) == []
 
 
 def test_a_run_that_was_there_says_when_and_by_which_revision(root):
@@ -429,8 +432,8 @@ def test_a_run_that_was_there_says_when_and_by_which_revision(root):
     assert before
     words = provenance.done_before(shown)
     assert words == f"done before, on {shown['date']}, git revision {shown['environment']['git'] or 'unknown'}"
-    made = here(root, *RUN, "seed=5")
-    assert made != run.folder and not provenance.doubts(json.loads((made / "result.json").read_text()))
+    new_run = here(root, *RUN, "seed=5")
+    assert new_run != run.folder and not provenance.doubts(json.loads((new_run / "result.json").read_text()))
 
 
 def test_force_makes_a_run_anew(root):
@@ -496,7 +499,7 @@ def test_force_leaves_what_a_killed_run_had_done(root, monkeypatch):
     assert steps == [0, 1, 2, 3, 4, 4, 5]
 
 
-def test_data_of_other_code_stays_old_until_it_is_packed_anew(made, root, code):
+def test_data_of_other_code_stays_old_until_it_is_packed_anew(finished, root, code):
     code("data.corpora", ("rng = np.random.default_rng(", "rng = np.random.default_rng(1 + "))
     (packed,) = root.glob("data/*/train.npy")
     before = packed.stat().st_ino

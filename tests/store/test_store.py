@@ -41,16 +41,16 @@ OFFLINE = ("logits=offline", *TOP)
 
 
 @pytest.fixture
-def root(taught, tmp_path) -> Path:
+def root(trained_root, tmp_path) -> Path:
     """A root of its own, with data, teacher and store."""
-    shutil.copytree(taught, tmp_path / "root")
+    shutil.copytree(trained_root, tmp_path / "root")
     return tmp_path / "root"
 
 
 def only(root: Path) -> Path:
     """The one store in a root."""
-    (found,) = (root / "stores").iterdir()
-    return found
+    (store,) = (root / "stores").iterdir()
+    return store
 
 
 def refusal(root: Path, *words: str) -> str:
@@ -95,22 +95,22 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "gone": Path.unlink,
 }
 SHARDS = ("shard-00000.safetensors", "shard-00005.safetensors", "shard-00007.safetensors")
-CASES = [(SHARDS[1], how) for how in DAMAGE]
+CASES = [(SHARDS[1], damage) for damage in DAMAGE]
 CASES += [(name, "flipped") for name in (SHARDS[0], SHARDS[2], "head.safetensors", "validation.safetensors")]
-CASES += [("manifest.json", how) for how in ("flipped", "first byte", "truncated")]
+CASES += [("manifest.json", damage) for damage in ("flipped", "first byte", "truncated")]
 CASES += [("head.safetensors", "gone")]
 
 
-@pytest.mark.parametrize(("name", "how"), CASES)
-def test_damage_is_named_and_what_is_printed_mends_it_and_no_other_file(root, name, how):
-    path, before, made = only(root), content(only(root)), times(only(root))
-    DAMAGE[how](path / name)
-    said = refusal(root)
-    assert f"{path / name} is damaged" in said
+@pytest.mark.parametrize(("name", "damage"), CASES)
+def test_damage_is_named_and_what_is_printed_mends_it_and_no_other_file(root, name, damage):
+    path, before, times_before = only(root), content(only(root)), times(only(root))
+    DAMAGE[damage](path / name)
+    message = refusal(root)
+    assert f"{path / name} is damaged" in message
     time.sleep(0.01)
-    type_in(said)
+    type_in(message)
     assert content(path) == before
-    changed = {n for n, when in times(path).items() if when != made[n]}
+    changed = {n for n, when in times(path).items() if when != times_before[n]}
     assert changed == {name} - {"manifest.json"}
 
 
@@ -120,9 +120,9 @@ def test_damage_of_what_only_a_writer_reads_is_named_and_mended(root, name):
     text = (path / name).read_bytes()
     # In a name: the last digit of a number may say nothing.
     flip(path / name, (text.index(b'":') - 1) / (len(text) - 1))
-    said = refusal(root)
-    assert f"{path / name} is damaged" in said
-    type_in(said)
+    message = refusal(root)
+    assert f"{path / name} is damaged" in message
+    type_in(message)
     described = ("begun.json", "manifest.json") if name == "begun.json" else ()  # with the settings of who wrote last
     assert all(content(path)[n] == data for n, data in before.items() if n not in described)
     here(root, *OFFLINE)
@@ -133,9 +133,9 @@ def test_number_in_the_manifest_is_damage(root):
     before = content(path)
     change_number(path / "manifest.json")
     assert content(path) != before
-    said = refusal(root)
-    assert f"{path / 'manifest.json'} is damaged" in said
-    type_in(said)
+    message = refusal(root)
+    assert f"{path / 'manifest.json'} is damaged" in message
+    type_in(message)
     assert content(path) == before
 
 
@@ -145,10 +145,10 @@ def test_two_shards_in_each_others_place(root):
     one, other = a.read_bytes(), b.read_bytes()
     a.write_bytes(other), b.write_bytes(one)
     for name in SHARDS[:2]:  # one after the other
-        said = refusal(root)
-        assert f"{path / name} is damaged" in said
+        message = refusal(root)
+        assert f"{path / name} is damaged" in message
         with contextlib.suppress(UserError):  # which names the other
-            type_in(said)
+            type_in(message)
     assert content(path) == before
     # A shard and its note as well, so that both are whole.
     for end in ("safetensors", "json"):
@@ -159,7 +159,7 @@ def test_two_shards_in_each_others_place(root):
 
 
 def test_a_store_without_manifest_is_made_whole_again_by_the_run(root):
-    path, before, made = only(root), content(only(root)), times(only(root))
+    path, before, times_before = only(root), content(only(root)), times(only(root))
     (path / "manifest.json").unlink()
     with refused(option=path, why="has no manifest.json", commands="python -m kd.store write") as caught:
         Store(path, path.parent)
@@ -167,7 +167,7 @@ def test_a_store_without_manifest_is_made_whole_again_by_the_run(root):
     assert content(path) == before
     (path / "manifest.json").unlink()
     here(root, *OFFLINE)
-    assert content(path) == before and times(path) == made
+    assert content(path) == before and times(path) == times_before
 
 
 def test_a_damaged_note_makes_one_shard_anew(root):
@@ -234,28 +234,28 @@ def command_line(root, monkeypatch, capsys):
 
 def test_verify_compares_with_the_teacher_and_info_says_what_it_is(root, command_line):
     path = str(only(root))
-    code, said = command_line("verify", path)
-    assert code == 0 and "10 files are all what was written" in said and "8 rows of 32 tokens recomputed" in said
-    code, said = command_line("info", path)
-    assert code == 0 and "top_k k=5" in said and "60 rows of 32 tokens" in said and "8 shards" in said
+    code, message = command_line("verify", path)
+    assert code == 0 and "10 files are all what was written" in message and "8 rows of 32 tokens recomputed" in message
+    code, message = command_line("info", path)
+    assert code == 0 and "top_k k=5" in message and "60 rows of 32 tokens" in message and "8 shards" in message
     shutil.rmtree(folder(root, "lm"))
-    code, said = command_line("verify", path)
-    assert code == 0 and "no row was computed again" in said
+    code, message = command_line("verify", path)
+    assert code == 0 and "no row was computed again" in message
     flip(Path(path) / SHARDS[0])
-    code, said = command_line("verify", path)
-    assert code == 2 and f"{SHARDS[0]} is damaged" in said
-    code, said = command_line("info", f"{path}/none")
-    assert code == 2 and "is no store" in said
-    code, said = command_line("info", f"root={root}", path)
-    assert code == 0 and "top_k k=5" in said
-    code, said = command_line("write", "loss=akl")  # and --root
-    assert code == 2 and f"Type root={root}." in said
+    code, message = command_line("verify", path)
+    assert code == 2 and f"{SHARDS[0]} is damaged" in message
+    code, message = command_line("info", f"{path}/none")
+    assert code == 2 and "is no store" in message
+    code, message = command_line("info", f"root={root}", path)
+    assert code == 0 and "top_k k=5" in message
+    code, message = command_line("write", "loss=akl")  # and --root
+    assert code == 2 and f"Type root={root}." in message
 
 
 def test_a_secret_typed_as_a_switch_is_not_shown(command_line):
     secret = "hf_" + 30 * "a"
-    code, said = command_line("write", f"--logger.token={secret}")
-    assert code == 2 and "there seems to be a secret" in said and secret not in said
+    code, message = command_line("write", f"--logger.token={secret}")
+    assert code == 2 and "there seems to be a secret" in message and secret not in message
 
 
 def test_an_empty_root_in_the_environment_counts_as_none(monkeypatch):
@@ -276,8 +276,8 @@ def test_verify_finds_numbers_that_the_teacher_does_not_say(root, command_line, 
 
     real = store_check.teacher_model
     monkeypatch.setattr(store_check, "teacher_model", other)
-    code, said = command_line("verify", str(only(root)))
-    assert code == 2 and "does not hold the probabilities of this teacher" in said
+    code, message = command_line("verify", str(only(root)))
+    assert code == 2 and "does not hold the probabilities of this teacher" in message
 
 
 DRAWS = ("truncation=random", "truncation.draws=50")
@@ -287,8 +287,8 @@ DRAWS = ("truncation=random", "truncation.draws=50")
 def test_verify_forgives_draws_that_the_last_bits_of_arithmetic_have_moved(root, command_line, monkeypatch, noise):
     held = write(root, *DRAWS)
     shaken(monkeypatch, lambda logits: logits + noise * torch.randn_like(logits))
-    code, said = command_line("verify", held.path)
-    assert code == 0 and "from what it expects of them" in said
+    code, message = command_line("verify", held.path)
+    assert code == 0 and "from what it expects of them" in message
 
 
 @pytest.mark.parametrize(
@@ -304,8 +304,8 @@ def test_verify_forgives_draws_that_the_last_bits_of_arithmetic_have_moved(root,
 def test_verify_finds_another_teacher(root, command_line, monkeypatch, words, change):
     held = write(root, *words)
     shaken(monkeypatch, change)
-    code, said = command_line("verify", held.path)
-    assert code == 2 and "does not hold the probabilities of this teacher" in said
+    code, message = command_line("verify", held.path)
+    assert code == 2 and "does not hold the probabilities of this teacher" in message
 
 
 def shaken(monkeypatch, change) -> None:
@@ -320,8 +320,8 @@ def test_verify_goes_where_the_store_was_moved(root, command_line):
     shutil.move(path, root / "moved")
     path.mkdir()
     (path / "manifest.json").write_text("damaged")
-    code, said = command_line("verify", str(root / "moved"))
-    assert code == 0 and "recomputed by the teacher" in said
+    code, message = command_line("verify", str(root / "moved"))
+    assert code == 0 and "recomputed by the teacher" in message
 
 
 def test_verify_reads_the_settings_of_an_earlier_version(root, command_line):
@@ -336,8 +336,8 @@ def test_verify_reads_the_settings_of_an_earlier_version(root, command_line):
             node |= {"_target_": f"{former[module]}.{name}"} | ({"_partial_": True} if group != "data" else {})
     assert manifest["settings"]["loss"] == {"_target_": "kd.losses.fkl", "_partial_": True}
     files.write_json(path, manifest | {"digest": files.digest_of(manifest)})
-    code, said = command_line("verify", str(only(root)))
-    assert code == 0 and "recomputed by the teacher" in said
+    code, message = command_line("verify", str(only(root)))
+    assert code == 0 and "recomputed by the teacher" in message
 
 
 def test_settings_of_a_foreign_store_are_checked_like_any(root, command_line):
@@ -346,8 +346,8 @@ def test_settings_of_a_foreign_store_are_checked_like_any(root, command_line):
     manifest.pop("digest")
     manifest["settings"]["data"]["_target_"] = "os.system"
     files.write_json(path, manifest | {"digest": files.digest_of(manifest)})
-    code, said = command_line("verify", str(only(root)))
-    assert code == 2 and "os.system" in said
+    code, message = command_line("verify", str(only(root)))
+    assert code == 2 and "os.system" in message
 
 
 @pytest.mark.parametrize("settings", [None, [], "text"])
@@ -357,8 +357,8 @@ def test_a_store_without_the_settings_of_a_run_is_refused(settings, root, comman
     del manifest["digest"], manifest["settings"]
     manifest |= {} if settings is None else {"settings": settings}
     files.write_json(path, manifest | {"digest": files.digest_of(manifest)})
-    code, said = command_line("verify", str(only(root)))
-    assert code == 2 and "has settings that are not those of a run" in said and "Traceback" not in said
+    code, message = command_line("verify", str(only(root)))
+    assert code == 2 and "has settings that are not those of a run" in message and "Traceback" not in message
 
 
 # Something else
@@ -378,29 +378,29 @@ def test_a_store_without_the_settings_of_a_run_is_refused(settings, root, comman
     ],
 )
 def test_store_of_something_else_is_refused_by_field(root, field, words):
-    said = refusal(root, f"logits.path={only(root)}", *words)
-    assert f"its {field} is " in said
-    words = shlex.split(said.splitlines()[-1])
+    message = refusal(root, f"logits.path={only(root)}", *words)
+    assert f"its {field} is " in message
+    words = shlex.split(message.splitlines()[-1])
     here(root, "logits=offline", f"logits.path={only(root)}", "trainer.steps=1", *words)
 
 
 def test_all_that_differs_is_said(root):
-    said = refusal(root, f"logits.path={only(root)}", "data.seed=1", "data.states=17", "teacher.seed=1")
-    assert all(f"its {field} is " in said for field in ("teacher", "tokenizer", "data"))
+    message = refusal(root, f"logits.path={only(root)}", "data.seed=1", "data.states=17", "teacher.seed=1")
+    assert all(f"its {field} is " in message for field in ("teacher", "tokenizer", "data"))
 
 
 def test_other_weights_of_the_teacher_are_refused(root):
     weights = folder(root, "lm") / "student" / "model.safetensors"
-    made = result(folder(root, "lm"))
-    assert made["weights"] == {"model.safetensors": files.digest(weights)}
-    made["weights"] = {"model.safetensors": "0" * 32}
-    put_result(folder(root, "lm"), made)
-    said = refusal(root)
-    assert "its weights is model.safetensors=" in said
+    record = result(folder(root, "lm"))
+    assert record["weights"] == {"model.safetensors": files.digest(weights)}
+    record["weights"] = {"model.safetensors": "0" * 32}
+    put_result(folder(root, "lm"), record)
+    message = refusal(root)
+    assert "its weights is model.safetensors=" in message
     (folder(root, "lm") / "student" / "model.safetensors").write_bytes(weights.read_bytes())
-    made["weights"] = {"model.safetensors": files.digest(weights)}
-    type_in(said)  # removes the store
-    put_result(folder(root, "lm"), made)
+    record["weights"] = {"model.safetensors": files.digest(weights)}
+    type_in(message)  # removes the store
+    put_result(folder(root, "lm"), record)
     here(root, *OFFLINE)
 
 
@@ -418,8 +418,8 @@ def test_two_teachers_of_the_hub_have_a_store_each(tmp_path):
 def test_the_words_for_a_store_of_a_pretrained_teacher_have_no_settings_of_its_training(tmp_path):
     (tmp_path / "x.txt").write_text("text")
     typed = ["data=text", f"data.files={tmp_path / 'x.txt'}", "logits=offline", "teacher=hub", "teacher.name=org/big"]
-    made = config_of(typed).derive(teacher={"steps": 9, "batch": 9, "lr": 9, "precision": "bf16", "seed": 9})
-    words = shlex.split(stores.write_command(made))  # as a preset sets them
+    config = config_of(typed).derive(teacher={"steps": 9, "batch": 9, "lr": 9, "precision": "bf16", "seed": 9})
+    words = shlex.split(stores.write_command(config))  # as a preset sets them
     assert "teacher.seed=9" in words and config_of(["logits=offline", *words]).teacher.steps != 9
 
 
@@ -486,9 +486,9 @@ def test_an_older_format_is_refused_with_what_makes_a_new_one(root, tmp_path):
     manifest.pop("digest")
     manifest["of"]["format"] -= 1
     files.write_json(path / "manifest.json", manifest | {"digest": files.digest_of(manifest)})
-    said = refusal(root)
-    assert f"{path} has format 0, and this version of kd reads format 1" in said
-    type_in(f"{said.replace('FOLDER', str(tmp_path / 'new'))} root={root}")
+    message = refusal(root)
+    assert f"{path} has format 0, and this version of kd reads format 1" in message
+    type_in(f"{message.replace('FOLDER', str(tmp_path / 'new'))} root={root}")
     here(root, *OFFLINE, f"logits.path={tmp_path / 'new'}")
 
 
@@ -496,9 +496,9 @@ def test_the_beginning_of_another_store_is_not_gone_on_with(root, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     shutil.copy(only(root) / "begun.json", other)
-    said = refusal(root, f"logits.path={other}", "record=top_k", "record.k=6")
-    assert "its truncation is top_k k=5, and here it is top_k k=6" in said
-    type_in(said)
+    message = refusal(root, f"logits.path={other}", "record=top_k", "record.k=6")
+    assert "its truncation is top_k k=5, and here it is top_k k=6" in message
+    type_in(message)
     here(root, *OFFLINE, f"logits.path={other}", "record=top_k", "record.k=6")
 
 
@@ -513,7 +513,7 @@ def top(**settings) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("asked", "held", "inside"),
+    ("requested", "held", "inside"),
     [
         (FULL, FULL, True),
         (top(k=50), FULL, True),
@@ -555,12 +555,12 @@ def top(**settings) -> dict:
         (top(k=1), PLUGIN, False),
     ],
 )
-def test_what_a_store_covers(asked, held, inside):
-    assert covers(held, asked) is inside
+def test_what_a_store_covers(requested, held, inside):
+    assert covers(held, requested) is inside
 
 
 @pytest.mark.parametrize(
-    ("asked", "held", "inside"),
+    ("requested", "held", "inside"),
     [
         ({"least": 0.1}, {"least": 0.1}, True),
         ({"least": 0.2}, {"least": 0.1}, True),
@@ -578,20 +578,24 @@ def test_what_a_store_covers(asked, held, inside):
         ({"least": 0.2}, {"name": "full"}, True),
     ],
 )
-def test_what_a_store_of_a_plugin_covers_is_what_it_declares(asked, held, inside):
+def test_what_a_store_of_a_plugin_covers_is_what_it_declares(requested, held, inside):
     nested = {"least": "higher", "most": "lower"}
-    assert covers({"name": "above"} | held, {"name": "above"} | asked, nested) is inside
+    assert covers({"name": "above"} | held, {"name": "above"} | requested, nested) is inside
 
 
-@pytest.mark.parametrize("asked", ["full", "random", "top_p", "top_k"])
-def test_asking_for_more_names_both_before_anything_is_done(root, asked, monkeypatch):
+@pytest.mark.parametrize("requested", ["full", "random", "top_p", "top_k"])
+def test_asking_for_more_names_both_before_anything_is_done(root, requested, monkeypatch):
     monkeypatch.setattr(prerequisites, "teacher_model", None)  # not even loaded
     for words in ((f"logits.path={only(root)}",), (f"logits.path={root / 'none'}", "record=top_k", "record.k=5")):
         with refused(option="truncation") as caught:
             here(
-                root, "logits=offline", f"truncation={asked}", *(["truncation.k=6"] if asked == "top_k" else []), *words
+                root,
+                "logits=offline",
+                f"truncation={requested}",
+                *(["truncation.k=6"] if requested == "top_k" else []),
+                *words,
             )
-        assert caught.value.got.startswith(asked) and "more than" in caught.value.why
+        assert caught.value.got.startswith(requested) and "more than" in caught.value.why
         assert "top_k" in f"{caught.value.conflict} {caught.value.why}"
     assert not (root / "none").exists() and not list(root.glob("fkl*"))
 
@@ -661,13 +665,13 @@ def test_a_url_is_read_through_local_copies(root, tmp_path):
     assert outcome(folder(root, "fkl")) == outcome(tmp_path / "by-url")
 
 
-@pytest.mark.parametrize("how", ["flipped", "truncated", "gone"])
-def test_damage_at_a_url_is_refused_until_it_is_mended_there(root, tmp_path, how):
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "gone"])
+def test_damage_at_a_url_is_refused_until_it_is_mended_there(root, tmp_path, damage):
     remote = tmp_path / "remote"
     shutil.move(only(root), remote)
     words = (*OFFLINE, f"logits.path=file://{remote}", "teacher=none")
     whole = (remote / SHARDS[0]).read_bytes()
-    DAMAGE[how](remote / SHARDS[0])
+    DAMAGE[damage](remote / SHARDS[0])
     for _ in range(2):
         with refused(option=f"file://{remote}/{SHARDS[0]}", why="is damaged", hint="copy that file again"):
             here(root, *words)
@@ -704,9 +708,9 @@ def test_a_url_is_written_to_and_an_upload_that_was_cut_off_goes_on(root, monkey
         with refused(option=url, why="the network is gone", hint="type the same command again"):
             here(root, *OFFLINE, f"logits.path={url}")
     assert not system.exists(f"{url}/manifest.json")
-    made = times(only(root))
+    times_before = times(only(root))
     here(root, *OFFLINE, f"logits.path={url}")
-    assert times(only(root)) == made
+    assert times(only(root)) == times_before
     assert {n: system.cat_file(f"{url}/{n}") for n in expected} == expected
     shutil.rmtree(root / "stores")
     here(root, *OFFLINE, f"logits.path={url}", "teacher=none", "seed=1")  # from the URL alone
@@ -729,9 +733,9 @@ def test_a_store_of_a_root_under_a_url_is_written_under_that_url(root, monkeypat
 
 def test_an_upload_leaves_out_what_was_sent_while_it_was_recorded(root, monkeypatch):
     url, folder, copied = f"memory://{root.name}/sent", only(root), []
-    there, system = Remote(url, folder), fsspec.filesystem("memory")
-    there.put(SHARDS[0], f"{SHARDS[0].partition('.')[0]}.json", SHARDS[1])  # one of them without a note
-    there.write(f"{SHARDS[1].partition('.')[0]}.json", {"digest": "of another one"})
+    remote, system = Remote(url, folder), fsspec.filesystem("memory")
+    remote.put(SHARDS[0], f"{SHARDS[0].partition('.')[0]}.json", SHARDS[1])  # one of them without a note
+    remote.write(f"{SHARDS[1].partition('.')[0]}.json", {"digest": "of another one"})
     put = type(system).put_file
     monkeypatch.setattr(
         type(system), "put_file", lambda self, a, b, **m: copied.append(Path(a).name) or put(self, a, b)

@@ -76,7 +76,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def there(whole, cache, tmp_path) -> Path:
+def remote_root(whole, cache, tmp_path) -> Path:
     """A folder that is a URL to kd, with the teacher in it."""
     shutil.copytree(whole, tmp_path / "there", ignore=shutil.ignore_patterns("fkl*", "data", ".*"))
     return tmp_path / "there"
@@ -93,28 +93,29 @@ def killed_after(process: subprocess.Popen, path: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_machine_that_is_lost_is_followed_by_another_bit_for_bit(whole, there, cache, tmp_path):
-    url = f"root=file://{there}"
-    killed_after(start(tmp_path, url, "trainer.steps=12"), there, 6)
-    assert not list(there.glob("fkl*/result.json"))
-    metrics = folder(there, "fkl") / "metrics.jsonl"
+def test_a_machine_that_is_lost_is_followed_by_another_bit_for_bit(whole, remote_root, cache, tmp_path):
+    url = f"root=file://{remote_root}"
+    killed_after(start(tmp_path, url, "trainer.steps=12"), remote_root, 6)
+    assert not list(remote_root.glob("fkl*/result.json"))
+    metrics = folder(remote_root, "fkl") / "metrics.jsonl"
     metrics.write_bytes(metrics.read_bytes()[:100])  # where it is cut off as it is copied: a view, nothing more
     shutil.rmtree(cache)
     output = train(tmp_path, url)
-    assert "step 1/12" not in output and "step 12/12" in output and f"All of it: file://{there}" in output
-    assert outcome(folder(there, "fkl")) == outcome(folder(whole, "fkl"))
-    assert not (folder(there, "fkl") / "checkpoints").exists() and not list(there.rglob("lease.json"))
-    run = Run(f"file://{there}", folder(there, "fkl").name)
+    assert "step 1/12" not in output and "step 12/12" in output and f"All of it: file://{remote_root}" in output
+    assert outcome(folder(remote_root, "fkl")) == outcome(folder(whole, "fkl"))
+    assert not (folder(remote_root, "fkl") / "checkpoints").exists() and not list(remote_root.rglob("lease.json"))
+    run = Run(f"file://{remote_root}", folder(remote_root, "fkl").name)
     assert (
-        run.state()["state"] == "done" and json.loads((there / run.name / "state.json").read_text())["exit_code"] == 0
+        run.state()["state"] == "done"
+        and json.loads((remote_root / run.name / "state.json").read_text())["exit_code"] == 0
     )
     shutil.rmtree(cache)
     assert "step " not in train(tmp_path, url)  # its result is read from there
 
 
-def pushed(there: Path, cache: Path) -> tuple[Remote, Path]:
+def pushed(remote_root: Path, cache: Path) -> tuple[Remote, Path]:
     """A run of two checkpoints at a URL."""
-    run = Remote(f"file://{there}/run", cache / "run")
+    run = Remote(f"file://{remote_root}/run", cache / "run")
     (cache / "run" / "checkpoints").mkdir(parents=True)
     for step in (3, 6, 9):
         with open(run.folder / "metrics.jsonl", "a") as file:
@@ -126,7 +127,7 @@ def pushed(there: Path, cache: Path) -> tuple[Remote, Path]:
         copies.send(path, None, None)
         copies.finish_sending()
     shutil.rmtree(cache)
-    return run, there / "run" / "checkpoints"
+    return run, remote_root / "run" / "checkpoints"
 
 
 def test_checkpoint_and_metrics_belong_together_and_a_damaged_one_is_passed_over(cache, tmp_path):
@@ -176,27 +177,29 @@ def test_checkpoint_in_shards_is_a_folder_there_too(cache, tmp_path):
     ]
 
 
-def test_a_copy_that_fails_is_said_and_made_up_for(there, cache, monkeypatch, recwarn):
-    root = f"broken://{there}"
+def test_a_copy_that_fails_is_said_and_made_up_for(remote_root, cache, monkeypatch, recwarn):
+    root = f"broken://{remote_root}"
     monkeypatch.setattr(Broken, "refuses", lambda path: "step-00000003" in path)
     here(cache.parent, f"root={root}", "teacher=none", "logits=none", "seed=5")
     assert any("no access (403 Forbidden)" in str(w.message) and "here alone" in str(w.message) for w in recwarn)
     monkeypatch.setattr(Broken, "refuses", lambda path: "student" in path)
     with refused(why="no access (403 Forbidden", hint="credentials"):
         here(cache.parent, f"root={root}", "teacher=none", "logits=none", "seed=6")
-    (name,) = (p.name for p in there.iterdir() if (p / "state.json").exists() and not (p / "result.json").exists())
-    made = Run(root, name)
-    assert made.state()["state"] == "failed" and made.result() is None
+    (name,) = (
+        p.name for p in remote_root.iterdir() if (p / "state.json").exists() and not (p / "result.json").exists()
+    )
+    run = Run(root, name)
+    assert run.state()["state"] == "failed" and run.result() is None
     monkeypatch.setattr(Broken, "refuses", lambda path: False)
     here(cache.parent, f"root={root}", "teacher=none", "logits=none", "seed=6")
-    assert Run(root, made.name).result()["weights"] == made.weights()
+    assert Run(root, run.name).result()["weights"] == run.weights()
 
 
 def test_what_is_recorded_goes_on_on_another_machine(cache, tmp_path):
     words = ("teacher=none", "logits=none", "record=top_k", "record.k=5", "trainer.steps=12")
     undisturbed = here(tmp_path / "whole", *words)
-    there = tmp_path / "there"
-    url = f"root=file://{there}"
+    remote_root = tmp_path / "there"
+    url = f"root=file://{remote_root}"
     from kd.training.module import DistillationModule
 
     real = DistillationModule.training_step
@@ -213,27 +216,27 @@ def test_what_is_recorded_goes_on_on_another_machine(cache, tmp_path):
     finally:
         DistillationModule.training_step = real
     shutil.rmtree(cache)
-    made = here(tmp_path, url, *words)
-    assert outcome(there / made.name) == outcome(undisturbed)
-    stores = [next((root / "stores").glob("*/manifest.json")).parent for root in (tmp_path / "whole", there)]
+    run = here(tmp_path, url, *words)
+    assert outcome(remote_root / run.name) == outcome(undisturbed)
+    stores = [next((root / "stores").glob("*/manifest.json")).parent for root in (tmp_path / "whole", remote_root)]
     whole, other = [json.loads((s / "manifest.json").read_text())["files"] for s in stores]
     assert whole == other
 
 
 @pytest.mark.slow
-def test_sweep_and_report_at_a_url(there, cache, tmp_path):
-    url = f"file://{there}"
+def test_sweep_and_report_at_a_url(remote_root, cache, tmp_path):
+    url = f"file://{remote_root}"
     train(tmp_path, "-m", f"root={url}", "seed=0,1", "trainer.steps=3")
-    assert len(json.loads(listed(there).read_text())["runs"]) == 2
+    assert len(json.loads(listed(remote_root).read_text())["runs"]) == 2
     shutil.rmtree(cache)
     again = train(tmp_path, "-m", f"root={url}", "seed=0,1", "trainer.steps=3")
     assert again.count("done before") == 2
     shutil.rmtree(cache)
-    name = listed(there).stem
+    name = listed(remote_root).stem
     command = [sys.executable, "-m", "sweeps.report", name, "--root", url]
-    said = subprocess.run(command, env=ENVIRONMENT, cwd=TRAIN.parent, capture_output=True, text=True)
-    assert said.returncode == 0 and "2 seeds" in said.stdout, said.stderr
-    assert name in (there / "sweeps" / f"{name}.html").read_text()
+    reported = subprocess.run(command, env=ENVIRONMENT, cwd=TRAIN.parent, capture_output=True, text=True)
+    assert reported.returncode == 0 and "2 seeds" in reported.stdout, reported.stderr
+    assert name in (remote_root / "sweeps" / f"{name}.html").read_text()
 
 
 def other(**about) -> dict:
@@ -269,8 +272,8 @@ def test_a_machine_that_is_gone_is_followed_and_one_that_is_there_is_not(cache, 
 
 
 @pytest.mark.slow
-def test_two_machines_do_one_run_once(there, cache, tmp_path):
-    url, environments = f"root=file://{there}", [{"KD_CACHE": str(tmp_path / name)} for name in "ab"]
+def test_two_machines_do_one_run_once(remote_root, cache, tmp_path):
+    url, environments = f"root=file://{remote_root}", [{"KD_CACHE": str(tmp_path / name)} for name in "ab"]
     both = [start(tmp_path, "-m", url, "seed=0,1", **e) for e in environments]
     outputs = [process.communicate(timeout=240)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
@@ -294,8 +297,8 @@ def test_urls_that_cannot_be(cache, tmp_path, root, why):
 
 
 def test_a_folder_is_no_url(tmp_path):
-    made = small_config(tmp_path)
-    assert remote.local_root(made.root) == tmp_path and Run(tmp_path, "x").remote is None
+    config = small_config(tmp_path)
+    assert remote.local_root(config.root) == tmp_path and Run(tmp_path, "x").remote is None
 
 
 class Away(LocalFileSystem):
@@ -338,43 +341,46 @@ def away(cache, monkeypatch, tmp_path) -> str:
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda there: there.write("other.json", {"a": 1}),
-        lambda there: there.read("one.json")["a"] == 1,
-        lambda there: there.get("one.json"),
-        lambda there: there.names() == ["one.json"],
-        lambda there: there.put("one.json"),
-        lambda there: there.create("two.json", {}),
-        lambda there: there.remove("one.json"),
+        lambda remote: remote.write("other.json", {"a": 1}),
+        lambda remote: remote.read("one.json")["a"] == 1,
+        lambda remote: remote.get("one.json"),
+        lambda remote: remote.names() == ["one.json"],
+        lambda remote: remote.put("one.json"),
+        lambda remote: remote.create("two.json", {}),
+        lambda remote: remote.remove("one.json"),
     ],
 )
 def test_what_is_asked_of_a_url_that_is_away_is_asked_again(away, tmp_path, capsys, ask):
-    there = Remote(away, tmp_path / "copy")
-    there.write("one.json", {"a": 1})
+    remote = Remote(away, tmp_path / "copy")
+    remote.write("one.json", {"a": 1})
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "one.json").write_text('{"a": 1}')
     Away.go(0.4)
-    assert ask(there) in (None, True)
-    said = " ".join(capsys.readouterr().err.split())
-    assert said.count("(OSError: the network is gone). It is tried again for 10:00.") == 1 and "answers again" in said
+    assert ask(remote) in (None, True)
+    message = " ".join(capsys.readouterr().err.split())
+    assert (
+        message.count("(OSError: the network is gone). It is tried again for 10:00.") == 1
+        and "answers again" in message
+    )
 
 
 def test_a_url_is_asked_once_where_nothing_waits_and_not_for_ever(away, tmp_path, monkeypatch):
-    there = Remote(away, tmp_path / "copy")
+    remote = Remote(away, tmp_path / "copy")
     Away.go(1000)
     for wait, least, most in ((0, 0, 0.3), (0.5, 0.3, 1.5), (None, 0, 0.3)):  # the last one, as it was away so long
         monkeypatch.setattr(retries, "PATIENCE", 0.4)
         began = time.monotonic()
         with pytest.raises(retries.Unreachable, match=r"could not be read"):
-            there.read("one.json", wait)
+            remote.read("one.json", wait)
         assert least <= time.monotonic() - began < most
 
 
 def test_what_can_never_be_written_is_given_up_although_the_rest_is_reached(away, tmp_path, monkeypatch):
-    there = Remote(away, tmp_path / "copy")
+    remote = Remote(away, tmp_path / "copy")
     monkeypatch.setattr(retries, "PATIENCE", 0.5)
 
     def too_large() -> None:
-        there.write("small.json", {})
+        remote.write("small.json", {})
         raise OSError("too large")
 
     with pytest.raises(retries.Unreachable, match="too large"):
@@ -391,10 +397,10 @@ def test_a_run_that_ends_while_its_url_is_away_is_done(away, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "finish", finish)
-        made = here(tmp_path, *words)
-    assert json.loads((tmp_path / "there" / made.name / "result.json").read_text())["state"] == "done"
-    assert json.loads((tmp_path / "there" / made.name / "state.json").read_text())["state"] == "done"
-    assert not (tmp_path / "there" / made.name / "checkpoints").exists()
+        run = here(tmp_path, *words)
+    assert json.loads((tmp_path / "there" / run.name / "result.json").read_text())["state"] == "done"
+    assert json.loads((tmp_path / "there" / run.name / "state.json").read_text())["state"] == "done"
+    assert not (tmp_path / "there" / run.name / "checkpoints").exists()
 
 
 def test_why_a_run_failed_is_not_lost_in_an_outage(away, tmp_path, monkeypatch):
@@ -536,8 +542,8 @@ def test_result_and_state_agree_while_the_run_ends(cache, tmp_path, monkeypatch,
         return read
 
     monkeypatch.setattr(Run, "result", result)
-    found, state = run.result_and_state()
-    assert found["seconds"] == state["seconds"] == 1 and state["state"] == "done"
+    record, state = run.result_and_state()
+    assert record["seconds"] == state["seconds"] == 1 and state["state"] == "done"
     (tmp_path / "there" / "run0" / "result.json").unlink()
     run.forget()
     assert run.result_and_state()[0] is None and run.state()["state"] == "not begun"
@@ -565,9 +571,9 @@ def test_a_scheduler_is_not_taken_at_its_word_while_the_url_is_away(away, tmp_pa
     while not pool.over():
         assert time.monotonic() - began < 5
         if time.monotonic() - began > 0.4:
-            there = tmp_path / "there" / "run0"
-            there.mkdir(parents=True, exist_ok=True)
-            (there / "result.json").write_text("{}")
+            remote_run = tmp_path / "there" / "run0"
+            remote_run.mkdir(parents=True, exist_ok=True)
+            (remote_run / "result.json").write_text("{}")
     assert time.monotonic() - began > 0.5 and job.run.state()["state"] == "done"
 
 

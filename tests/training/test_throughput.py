@@ -25,7 +25,7 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_run_logs_every_metric_to_a_file_of_its_own(taught, tmp_path):
+def test_a_run_logs_every_metric_to_a_file_of_its_own(trained_root, tmp_path):
     root = Path(tmp_path / "root")
     run = here(root, "logits=none", "teacher=none", "trainer.steps=4", "trainer.log_every=2")
     logged = lines(run / "performance.jsonl")

@@ -35,12 +35,12 @@ class Throughput(Callback):
 
     Every `log_every` steps it logs the metrics of catalog.PERFORMANCE.
 
-    student_flops: FLOPs of the student's forward pass, per token. teacher_flops: FLOPs of the teacher's side of a step,
-    per position.
+    student_flops: FLOPs of the student's forward pass, per token. step_flops: those of its forward and backward pass.
+    teacher_flops: FLOPs of the teacher's side of a step, per position.
     """
 
-    def __init__(self, student_flops: float, teacher_flops: float, log_every: int):
-        self.step_flops, self.teacher_flops = 3 * student_flops, teacher_flops  # forward and backward pass
+    def __init__(self, student_flops: float, step_flops: float, teacher_flops: float, log_every: int):
+        self.student_flops, self.step_flops, self.teacher_flops = student_flops, step_flops, teacher_flops
         self.log_every = log_every
         self.tokens, self.flops = 0, 0.0
         self._seconds = 0.0
@@ -82,7 +82,7 @@ class Throughput(Callback):
         self.tokens += step.tokens
         if step.rollout_tokens:
             written = step.rollout_tokens  # by forward passes alone
-            self.flops += written["student"] * self.step_flops / 3 + written["teacher"] * self.teacher_flops
+            self.flops += written["student"] * self.student_flops + written["teacher"] * self.teacher_flops
         self.flops += step.positions * self.step_flops + step.teacher_positions * self.teacher_flops
         for times in (self._total, self._recent):
             times.steps, times.tokens = times.steps + 1, times.tokens + step.tokens
