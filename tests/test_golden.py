@@ -50,6 +50,11 @@ alpha=cosine lr=period
 alpha=linear_increasing lr=linear_increasing
 lr=linear_decreasing
 optim=adamw
+optim=adamw8
+trainer.attention=eager
+trainer.gradient_checkpointing=true
+teacher.dtype=int8
+logits=offline truncation=top_k truncation.k=50 teacher.dtype=int8
 student=1m teacher=3m
 start=teacher start.layers=1
 start=teacher student=teacher start.layers=[0,1] start.ffn=64 logits=none

@@ -65,6 +65,16 @@ def check_shards(trainer: TrainerConfig, option: str) -> None:
         raise UserError(option=option, conflict="trainer.compile=true", why=why, hint=hint)
 
 
+def check_optimizer(config: ExperimentConfig) -> None:
+    """Refuse 8-bit moments of weights in shards: bitsandbytes knows no shards."""
+    if config.optim.name == "adamw8" and config.trainer.strategy == "fsdp":
+        hint = "type optim=adamw, whose moments are shared by the devices, or trainer=ddp"
+        raise UserError(
+            option="optim", got="adamw8", conflict="trainer.strategy=fsdp",
+            why="moments of 8 bits are of whole weights", hint=hint,
+        )  # fmt: skip
+
+
 def check_attention(config: ExperimentConfig) -> None:
     """Refuse FlashAttention where it cannot compute."""
     trainer = config.trainer

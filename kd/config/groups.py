@@ -229,6 +229,7 @@ class TeacherConfig(ConfigNode):
     lr: float = setting(least=0)
     seed: int = seed_setting()
     precision: Precision
+    dtype: str | None = setting(neutral=None, choices=("fp32", "bf16", "int8", "nf4"))  # of a frozen teacher's weights
     sft: bool = setting(default=False)
     size: str | None = setting(choices=tuple(SIZES))
     name: str | None

@@ -111,6 +111,7 @@ def _store_key(config: ExperimentConfig, digests: dict[str, Any]) -> str:
     inputs = {k: v for k, v in digests.items() if k in ("data", "teacher", "teacher.name")}
     if plugged := plugins.digests([config.stored.target]):
         inputs["plugins"] = plugged
+    inputs |= teacher_computation(config)
     seed = config.logits.seed if spec["name"] == "random" else None
     on_hub = None if "teacher.name" in digests else config.teacher.name
     return files.digest_of([FORMAT, inputs, config.trainer.precision, whole_as_float(spec), seed, on_hub])[:16]
@@ -127,6 +128,12 @@ def pruned_start(config: ExperimentConfig, digests: dict[str, Any]) -> Path | No
     seed = config.seed if start.keep == "random" else None
     key = files.digest_of([STARTS, inputs, on_hub, settings, seed])[:16]
     return remote.local_root(config.root) / "starts" / key
+
+
+def teacher_computation(config: ExperimentConfig) -> dict[str, str]:
+    """Return the settings beside trainer.precision that change what a finished teacher computes; {} by default."""
+    settings = {"teacher.dtype": config.teacher.dtype, "trainer.attention": config.trainer.attention}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def place(config: ExperimentConfig, key: str, path: str | None) -> Place:

@@ -15,6 +15,7 @@ from kd.data.batches import Packed
 from kd.data.datamodule import DistillationData
 from kd.errors import UserError
 from kd.evaluation import catalog
+from kd.experiment import teacher_weights
 from kd.experiment.assembly import (
     RunCallbacks,
     build_callbacks,
@@ -201,7 +202,7 @@ def finish(run: Run, config: ExperimentConfig, inputs: Inputs, parts: Assembly) 
     weights = fsdp.full_state_dict(student) if exported and "student" in parts.module.sharded else None
     if collectives.rank() != 0:
         return None, {}
-    result = result_of(run, inputs, parts, memory)
+    result = result_of(run, config, inputs, parts, memory)
     if parts.callbacks.recorder:
         device = parts.trainer.strategy.root_device
         student.to(device)  # Lightning has moved it to the CPU
@@ -221,7 +222,7 @@ def finish(run: Run, config: ExperimentConfig, inputs: Inputs, parts: Assembly) 
     return parts.callbacks.validation.metrics, run.finish(result)
 
 
-def result_of(run: Run, inputs: Inputs, parts: Assembly, memory: int) -> dict:
+def result_of(run: Run, config: ExperimentConfig, inputs: Inputs, parts: Assembly, memory: int) -> dict:
     """Return the content of result.json. memory: peak of any rank, in bytes."""
     packed, throughput, validation = inputs.packed, parts.callbacks.throughput, parts.callbacks.validation
     student, teacher = parts.student_cost, parts.module.teacher.cost
@@ -231,11 +232,13 @@ def result_of(run: Run, inputs: Inputs, parts: Assembly, memory: int) -> dict:
         "active_parameters": student.active_parameters, "trainable_parameters": parts.trainable,
         "flops_per_token": student.flops_per_token,
         **{f"teacher_{name}": getattr(teacher, name, None) for name in flops.Cost._fields},
+        "teacher_weights": teacher_weights.losses(config, packed, inputs.teacher),
         "train_rows": parts.data.train_rows, "data": packed.counts, "entropy": packed.entropy,
         **({"parts": [part._asdict() for part in packed.parts]} if packed.parts else {}),
         "bytes_per_token": packed.bytes_per_token, "tokens": throughput.tokens, "flops": throughput.flops,
         "seconds": round(throughput.seconds, 2), "peak_memory": memory,
-        "micro_batch": parts.module.micro_batch_size, "initial": validation.initial or None,
+        "micro_batch": parts.module.micro_batch_size, "performance": throughput.rates(),
+        "initial": validation.initial or None,
         "final": validation.metrics,
     }  # fmt: skip
 

@@ -16,7 +16,15 @@ from kd.experiment import stores
 from kd.experiment.components import Components
 from kd.experiment.dependencies import Plan
 from kd.experiment.prerequisites import check_tokenizers, prepare
-from kd.experiment.step_timing import Step, alpha_kind, build_teacher_model, held, measure, teacher_by_cost
+from kd.experiment.step_timing import (
+    Step,
+    alpha_kind,
+    build_teacher_model,
+    held,
+    measure,
+    moment_bytes,
+    teacher_by_cost,
+)
 from kd.models import flops as flops_module
 from kd.parallel import collectives
 from kd.runs.identity import identity_settings, size_text
@@ -73,6 +81,7 @@ def estimate_run(
         "accelerator": trainer.accelerator,
         "devices": trainer.devices,
         "strategy": trainer.strategy,
+        "optim": config.optim.name,
         "gradient_checkpointing": trainer.gradient_checkpointing,
     }
     key = json.dumps([shape, vocab, alpha_kind(components)], sort_keys=True)
@@ -101,7 +110,8 @@ def estimate_run(
         memory += loaded
     copies = 1 + (Plan.from_config(config).pruned is not None)  # first weights made of the teacher stay on disk
     disk, active = 4 * student.parameters * copies, student.active_parameters
-    return Estimate(tokens, seconds, disk, student.parameters, flops, memory, 24 * learned, active, step.trainable)
+    checkpoints = 2 * (4 + moment_bytes(config)) * learned
+    return Estimate(tokens, seconds, disk, student.parameters, flops, memory, checkpoints, active, step.trainable)
 
 
 def _seconds(config: ExperimentConfig, packed: Packed, step: Step, once: float, written: float) -> float | None:

@@ -15,7 +15,7 @@ from kd.data.batches import Packed
 from kd.data.tokenizer import load_tokenizer, vocabulary_size
 from kd.errors import UserError
 from kd.experiment.components import Components, build_functions, over_run
-from kd.experiment.dependencies import Plan, corpus, plain_corpus
+from kd.experiment.dependencies import Plan, corpus, plain_corpus, teacher_computation
 from kd.runs import provenance, wandb_agent
 from kd.runs.run import Run, check_student
 from kd.runs.seal import SEALED
@@ -103,7 +103,7 @@ def ensure(config: ExperimentConfig, train: Train) -> Inputs:
                 train(planned.recording)
         name = None
         store = stores.open_or_write(
-            config, packed, components.truncate, lambda: teacher_model(config, components, train)
+            config, packed, components.truncate, lambda: teacher_model(config, packed, components, train)
         )
         requests.end_if_asked()
     elif planned.teacher:
@@ -200,9 +200,9 @@ def plain_text(config: ExperimentConfig) -> Packed | None:
     return packing.pack(source, local_root(config.root) / "data", **packing_options)
 
 
-def teacher_model(config: ExperimentConfig, components: Components, train: Train) -> CausalLM:
+def teacher_model(config: ExperimentConfig, packed: Packed, components: Components, train: Train) -> CausalLM:
     """Return the finished teacher; train it first if there is none."""
-    from kd.models import causal_lm
+    from kd.experiment import teacher_weights
 
     silence_libraries()
     planned = Plan.from_config(config)
@@ -216,8 +216,7 @@ def teacher_model(config: ExperimentConfig, components: Components, train: Train
         )
     check_student(config.teacher.name)
     check_tokenizers(config, components.tokenizer, name)
-    vocab = vocabulary_size(components.tokenizer)
-    return causal_lm.build_model(None, name, vocab, config.data.seq_len, "teacher.name")
+    return teacher_weights.load(config, packed, vocabulary_size(components.tokenizer), name)
 
 
 def written_by_teacher(config: ExperimentConfig, packed: Packed, components: Components, train: Train) -> Packed:
@@ -237,7 +236,7 @@ def written_by_teacher(config: ExperimentConfig, packed: Packed, components: Com
     teacher_id = (
         teacher and Plan.from_config(teacher).run.name,
         files.folder_fingerprint(config.teacher.name),
-        config.teacher.to_dict(),
+        {k: v for k, v in config.teacher.to_dict().items() if k != "dtype"} | teacher_computation(config),
     )
     # As a rollout used to be written in configs, so that folders keep their names.
     target = f"kd.rollout.{config.rollout.name}"
@@ -248,7 +247,7 @@ def written_by_teacher(config: ExperimentConfig, packed: Packed, components: Com
     folder = local_root(config.root) / "rollouts" / files.digest_of(key)[:16]
 
     def samplers() -> Samplers:
-        model = teacher_model(config, components, train).to(collectives.device(config.trainer.accelerator))
+        model = teacher_model(config, packed, components, train).to(collectives.device(config.trainer.accelerator))
         return Samplers(None, model, packed.eos_token_id, config.teacher.seed)
 
     return teacher_text.by_teacher(

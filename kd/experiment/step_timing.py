@@ -23,7 +23,7 @@ from kd.experiment import starts
 from kd.experiment.assembly import build_module
 from kd.experiment.components import Components, over_run
 from kd.experiment.prerequisites import full_name
-from kd.models import adapters, causal_lm
+from kd.models import adapters, causal_lm, weights
 from kd.models import flops as flops_module
 from kd.models.causal_lm import CausalLM
 from kd.models.flops import Cost
@@ -31,7 +31,7 @@ from kd.objective.chunked import Signal, default_chunk_size
 from kd.objective.target import Target
 from kd.parallel import collectives
 from kd.rollout.samplers import Samplers
-from kd.system.hardware import capacity, cast_parameters, out_of_memory
+from kd.system.hardware import capacity, out_of_memory
 from kd.system.signals import requests
 from kd.teachers.base import Teacher, TeacherOrigin, Truncation
 from kd.training.module import Schedules
@@ -60,16 +60,28 @@ def held(costs: dict[str, Cost], trainable: int, config: ExperimentConfig) -> in
 
     trainable: weights of the student that learn.
     """
-    half = config.trainer.precision == "bf16"
+    learned, student = 4 + moment_bytes(config), costs["student"].parameters
+    teacher, source = costs.get("teacher"), config.logits.source
+    size = 4 * student + learned * trainable
+    if teacher and source.trains_teacher:
+        size += (4 + learned) * teacher.parameters
     # A teacher that is loaded; beside language modelling alone for the validation.
-    source = config.logits.source
-    each = 16 if source.trains_teacher else 0 if source.reads_store else 2 if half else 4
-    as_it_is = config.start.stage == "scratch" and not config.teacher.sft and config.teacher.name
-    if not config.adapter.is_none and as_it_is and full_name(config.teacher.name) == full_name(config.student.name):
-        each = 0  # the teacher is the model under the adapter
-    student = costs["student"].parameters
-    learns = 16 * student if trainable == student else 4 * student + 16 * trainable
-    return learns + (each * costs["teacher"].parameters if "teacher" in costs else 0)
+    elif teacher and not source.reads_store and not _is_under_adapter(config):
+        size += weights.held_bytes(teacher, config.teacher.dtype, config.trainer.precision)
+    return size
+
+
+def _is_under_adapter(config: ExperimentConfig) -> bool:
+    """Return True if the teacher is the model under the student's adapter, which is in memory once."""
+    teacher = config.teacher
+    as_it_is = config.start.stage == "scratch" and not teacher.sft and not teacher.dtype and teacher.name
+    adapted = not config.adapter.is_none and as_it_is
+    return bool(adapted) and full_name(teacher.name) == full_name(config.student.name)
+
+
+def moment_bytes(config: ExperimentConfig) -> int:
+    """Return the bytes of the optimizer's two moments of a weight that learns."""
+    return 2 if config.optim.name == "adamw8" else 8
 
 
 def build_student_model(config: ExperimentConfig, vocab: int) -> CausalLM:
@@ -80,7 +92,12 @@ def build_student_model(config: ExperimentConfig, vocab: int) -> CausalLM:
 
 
 def build_teacher_model(config: ExperimentConfig, vocab: int) -> CausalLM:
-    return causal_lm.build_model(config.teacher.size, config.teacher.name, vocab, config.data.seq_len, "teacher.name")
+    """Return a model of the teacher's shape, with weights of its dtype."""
+    teacher, trainer = config.teacher, config.trainer
+    model = causal_lm.build_model(teacher.size, teacher.name, vocab, config.data.seq_len, "teacher.name")
+    if teacher.dtype:
+        weights.hold(model, teacher.dtype, trainer.precision, collectives.device(trainer.accelerator))
+    return model
 
 
 def measure(config: ExperimentConfig, packed: Packed, components: Components, vocab: int) -> Step:
@@ -170,8 +187,8 @@ def _planned_teacher(config: ExperimentConfig, components: Components, costs: di
         return teacher
     device = collectives.device(config.trainer.accelerator)
     teacher = components.logits(TeacherOrigin(build_teacher_model(config, vocab).to(device), costs["teacher"]))
-    if teacher.frozen and config.trainer.precision == "bf16":
-        cast_parameters(torch.bfloat16, teacher.frozen)
+    if teacher.frozen:
+        weights.hold(teacher.frozen, None, config.trainer.precision, device)
     return teacher
 
 

@@ -53,6 +53,7 @@ class CausalLM(nn.Module):
     def __init__(self, model, vocab: int):
         super().__init__()
         self.model = model
+        self.held_in: str | None = None  # dtype of the weights of a frozen model, see kd.models.weights
         # The head shares the model's output layer; out of the module tree, so that its weights are counted once.
         self.__dict__["head"] = Head.from_model(model, vocab)
 

@@ -26,6 +26,7 @@ AXES = ("seed", "data.tokens", "logits", *NO_SIGNAL, "rollout", "lr", "optim", "
 CALLED = {
     "trainer.steps": "steps", "trainer.batch": "batch", "trainer.micro_batch": "micro_batch",
     "trainer.precision": "precision", "data.seq_len": "seq_len", "data.name": "data_name", "data.files": "data_files",
+    "teacher.dtype": "teacher_dtype",
     "lr": "lr_schedule", "alpha": "alpha_schedule",
 }  # fmt: skip
 TEACHING = {f"teacher.{name}": f"teacher_{name}" for name in ("steps", "batch", "lr", "seed", "precision")}
@@ -47,7 +48,7 @@ def identity_settings(config: dict) -> dict:
     neutral = NEUTRAL | {k: traits.neutral for k, traits in TRAITS.items() if traits.neutral is not UNSET}
     part = {k: v for k, v in config.items() if not is_under(k, without) and not (k in neutral and v == neutral[k])}
     seeded = config["logits"] == "cotrained" or written_by_teacher(config)  # the teacher draws with its seed
-    teacher_keys = ("teacher.size", "teacher.name", *(["teacher.seed"] if seeded else []))
+    teacher_keys = ("teacher.size", "teacher.name", "teacher.dtype", *(["teacher.seed"] if seeded else []))
     part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in teacher_keys}
     part["trainer.compile"] = part.get("trainer.compile") is True  # auto, whatever it compiles, is named as false
     return whole_as_float(part)

@@ -6,7 +6,7 @@ import transformers
 
 from kd.models.causal_lm import CausalLM
 from kd.runs.identity import identity
-from tests.models.test_models import CONFIGS, IDS, V
+from tests.models.examples import CONFIGS, IDS, V
 from tests.refusals import refused
 from tests.small import small_config
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 import transformers
 
+from kd.models import adapters
 from kd.models.causal_lm import CausalLM
 from kd.rollout import generate
-from tests.models.test_models import CONFIGS, IDS, T, V
+from tests.models.examples import CONFIGS, IDS, T, V
 from tests.refusals import refused
 from tests.small import here, outcome
 
@@ -55,15 +56,32 @@ def test_gradients_are_the_same_bit_for_bit(name):
 
 def test_weights_behind_frozen_embeddings_get_their_gradients():
     """Freeze all but one matrix of each layer, as an adapter does."""
-    made = []
+    by_run = []
     for on in (False, True):
         one = model("llama", on)
         for key, p in one.named_parameters():
             p.requires_grad_("q_proj" in key)
-        made.append(gradients(one))
-    plain, again = made
+        by_run.append(gradients(one))
+    plain, again = by_run
     assert len(plain) == len(again) == 2
     assert all(torch.equal(plain[key], again[key]) and plain[key].any() for key in plain)
+
+
+def test_an_adapter_gets_the_same_gradients():
+    pytest.importorskip("peft")
+    made = []
+    for on in (False, True):
+        one = model("llama", False)
+        torch.manual_seed(1)
+        adapters.lora(one, rank=2)
+        for name, p in one.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(p)  # as after some steps
+        if on:
+            one.checkpoint_layers()
+        made.append(gradients(one))
+    plain, again = made
+    assert len(plain) == len(again) > 5 and all(torch.equal(plain[key], again[key]) for key in plain)
 
 
 @every_model
@@ -85,9 +103,9 @@ def test_a_model_without_such_layers_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("source", ["online", "cotrained"])
-def test_a_run_is_the_same_with_it(taught, tmp_path, source):
-    made = []
+def test_a_run_is_the_same_with_it(trained_root, tmp_path, source):
+    runs = []
     for name, words in (("plain", ()), ("again", ("trainer.gradient_checkpointing=true",))):
-        root = shutil.copytree(taught, tmp_path / name)
-        made.append(here(root, f"logits={source}", "trainer.steps=3", "trainer.val_every=3", *words))
-    assert made[0].name == made[1].name and outcome(made[0]) == outcome(made[1])
+        root = shutil.copytree(trained_root, tmp_path / name)
+        runs.append(here(root, f"logits={source}", "trainer.steps=3", "trainer.val_every=3", *words))
+    assert runs[0].name == runs[1].name and outcome(runs[0]) == outcome(runs[1])
