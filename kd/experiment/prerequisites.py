@@ -114,7 +114,7 @@ def ensure(config: ExperimentConfig, train: Train) -> Inputs:
         from kd.experiment import starts
 
         start_path = starts.ensure_start(
-            config, packed, planned.pruned, lambda: teacher_model(config, components, train)
+            config, packed, planned.pruned, lambda: whole_teacher(config, components, train)
         )
         requests.end_if_asked()
     packed = written_by_teacher(config, packed, components, train)
@@ -201,9 +201,23 @@ def plain_text(config: ExperimentConfig) -> Packed | None:
 
 
 def teacher_model(config: ExperimentConfig, packed: Packed, components: Components, train: Train) -> CausalLM:
-    """Return the finished teacher; train it first if there is none."""
+    """Return the finished teacher, as the run holds it; train it first if there is none."""
     from kd.experiment import teacher_weights
 
+    name = teacher_name(config, components, train)
+    return teacher_weights.load(config, packed, vocabulary_size(components.tokenizer), name)
+
+
+def whole_teacher(config: ExperimentConfig, components: Components, train: Train) -> CausalLM:
+    """Return the finished teacher with all bits of its weights; train it first if there is none."""
+    from kd.models import causal_lm
+
+    name, vocab = teacher_name(config, components, train), vocabulary_size(components.tokenizer)
+    return causal_lm.build_model(None, name, vocab, config.data.seq_len, "teacher.name")
+
+
+def teacher_name(config: ExperimentConfig, components: Components, train: Train) -> str:
+    """Return the folder or Hub name of the finished teacher, checked; train it first if there is none."""
     silence_libraries()
     planned = Plan.from_config(config)
     trained = planned.recording or planned.teacher
@@ -216,7 +230,7 @@ def teacher_model(config: ExperimentConfig, packed: Packed, components: Componen
         )
     check_student(config.teacher.name)
     check_tokenizers(config, components.tokenizer, name)
-    return teacher_weights.load(config, packed, vocabulary_size(components.tokenizer), name)
+    return name
 
 
 def written_by_teacher(config: ExperimentConfig, packed: Packed, components: Components, train: Train) -> Packed:

@@ -64,10 +64,10 @@ def _layers(start: TeacherInit, shape, measured: Importance | None = None) -> li
     prune.family_of(shape)  # refuses other architectures
     total = shape.num_hidden_layers
     prune.check_layers(total, start.layers)
-    if isinstance(start.layers, list):
-        return start.layers
+    if not isinstance(start.layers, int | None):
+        return list(start.layers)
     if start.ranks_layers and measured:
-        return prune.choose_layers(total, start.layers, "influence", measured.layers.tolist())
+        return prune.choose_layers(total, start.layers or total, "influence", measured.layers.tolist())
     return prune.choose_layers(total, start.layers or total, "every" if start.keep == "every" else "uniform")
 
 
