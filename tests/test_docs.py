@@ -27,11 +27,9 @@ from kd.config import security
 from kd.config.components import option_names
 from kd.config.compose import config_of
 from kd.config.options import option_of
-from kd.config.rules import group_of
-from kd.config.schema import NO_SIGNAL
 from kd.errors import UserError
 from kd.evaluate import evaluation_words
-from kd.launch.sweeper import at_scale
+from kd.launch.sweeper import at_scale, without_unused
 from kd.runs import __main__ as runs_program
 from kd.runs.identity import identity
 from sweeps.fit.__main__ import argument_parser
@@ -133,10 +131,8 @@ def jobs(words: list[str]) -> list[list[str]]:
     for line in lines:
         parsed = OverridesParser.create().parse_overrides([*shlex.split(line), *typed])
         for job in BasicSweeper.split_arguments([o for o in parsed if not o.is_interval_sweep()], None)[0]:
-            if option_of("logits", job) == "none":
-                job = [word for word in job if group_of(word) not in NO_SIGNAL]
             jobs_of_line.append(job)
-    return jobs_of_line
+    return without_unused(jobs_of_line, typed)
 
 
 def check_train(arguments: list[str]) -> None:
@@ -282,7 +278,9 @@ def shrunk(arguments: list[str]) -> list[str]:
     for word in SMALL:
         name = word.partition("=")[0]
         length = {"trainer.steps", "trainer.tokens"}
-        if name not in typed and not (name in length and length & typed) and all(accepted(job, word) for job in every):
+        everywhere = any if name.startswith("teacher.") else all  # a sweep leaves these out where no teacher is trained
+        is_free = name not in typed and not (name in length and length & typed)
+        if is_free and everywhere(accepted(job, word) for job in every):
             words.append(word)
     if option_of("sweeps", words):
         words.append("seed=0")
