@@ -56,20 +56,20 @@ def test_gradients_are_the_same_bit_for_bit(name):
 
 def test_weights_behind_frozen_embeddings_get_their_gradients():
     """Freeze all but one matrix of each layer, as an adapter does."""
-    made = []
+    outcomes = []
     for on in (False, True):
         one = model("llama", on)
         for key, p in one.named_parameters():
             p.requires_grad_("q_proj" in key)
-        made.append(gradients(one))
-    plain, again = made
+        outcomes.append(gradients(one))
+    plain, again = outcomes
     assert len(plain) == len(again) == 2
     assert all(torch.equal(plain[key], again[key]) and plain[key].any() for key in plain)
 
 
 def test_an_adapter_gets_the_same_gradients():
     pytest.importorskip("peft")
-    made = []
+    outcomes = []
     for on in (False, True):
         one = model("llama", False)
         torch.manual_seed(1)
@@ -79,8 +79,8 @@ def test_an_adapter_gets_the_same_gradients():
                 torch.nn.init.normal_(p)  # as after some steps
         if on:
             one.checkpoint_layers()
-        made.append(gradients(one))
-    plain, again = made
+        outcomes.append(gradients(one))
+    plain, again = outcomes
     assert len(plain) == len(again) > 5 and all(torch.equal(plain[key], again[key]) for key in plain)
 
 
@@ -104,8 +104,8 @@ def test_a_model_without_such_layers_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("source", ["online", "cotrained"])
 def test_a_run_is_the_same_with_it(trained_root, tmp_path, source):
-    made = []
+    outcomes = []
     for name, words in (("plain", ()), ("again", ("trainer.gradient_checkpointing=true",))):
         root = shutil.copytree(trained_root, tmp_path / name)
-        made.append(here(root, f"logits={source}", "trainer.steps=3", "trainer.val_every=3", *words))
-    assert made[0].name == made[1].name and outcome(made[0]) == outcome(made[1])
+        outcomes.append(here(root, f"logits={source}", "trainer.steps=3", "trainer.val_every=3", *words))
+    assert outcomes[0].name == outcomes[1].name and outcome(outcomes[0]) == outcome(outcomes[1])

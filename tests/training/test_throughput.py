@@ -35,10 +35,12 @@ def test_a_run_logs_every_metric_to_a_file_of_its_own(trained_root, tmp_path):
     last = logged[-1]
     assert last["perf/tokens_per_second"] * last["perf/seconds_per_step"] == pytest.approx(4 * 32)
     assert 1e-2 < last["perf/memory_gb"] <= last["perf/peak_memory_gb"] * 1.01
-    made = result(run)
-    assert made["performance"].keys() == {"tokens_per_second", "seconds_per_step", "data_seconds_per_step"}
-    assert 4 * made["performance"]["seconds_per_step"] < made["seconds"] + 0.01
-    assert made["performance"]["tokens_per_second"] * made["performance"]["seconds_per_step"] == pytest.approx(4 * 32)
+    finished = result(run)
+    assert finished["performance"].keys() == {"tokens_per_second", "seconds_per_step", "data_seconds_per_step"}
+    assert 4 * finished["performance"]["seconds_per_step"] < finished["seconds"] + 0.01
+    assert finished["performance"]["tokens_per_second"] * finished["performance"]["seconds_per_step"] == pytest.approx(
+        4 * 32
+    )
 
 
 def test_a_wait_for_data_is_counted():
