@@ -69,9 +69,10 @@ def shared(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], ob
 
 
 def small_words(small: list[str], words: tuple[str, ...]) -> list[str]:
-    """Return the words of a small run that have an effect beside `words`: a pretrained teacher has no steps."""
+    """Return the words of a small run that have an effect beside `words`: not each teacher is trained by a run."""
     pretrained = any(word.startswith("teacher.name=") for word in words) and "teacher.sft=true" not in words
-    return [word for word in small if not (pretrained and word.startswith("teacher.steps="))]
+    untrained = pretrained or {"teacher=none", "logits=cotrained"} & {*words}
+    return [word for word in small if not (untrained and word.startswith("teacher.steps="))]
 
 
 def start(root: Path, *words: str, cold: bool = False, **environment: str) -> subprocess.Popen:

@@ -250,7 +250,13 @@ PARSED = {"docs/results.md": "its commands are all sweeps of sweeps/, which are 
 SMALL = """trainer.steps=2 trainer.batch=4 trainer.micro_batch=2 trainer.val_every=2 trainer.checkpoint_every=2
 trainer.log_every=1 teacher.steps=2 teacher.batch=2 start.steps=2 start.sft_steps=2 data.seq_len=64 data.val_rows=4
 data.tokens=4000 data.template=plain rollout.max_tokens=4 responses.samples=1 logger=none""".split()  # noqa: SIM905
-PARTLY = {"trainer.devices": "2", "n_jobs": "2", "hydra.sweeper.n_trials": "2", "rollout.capacity": "4"}
+PARTLY = {
+    "trainer.devices": "2",
+    "n_jobs": "2",
+    "hydra.sweeper.n_trials": "2",
+    "rollout.capacity": "4",
+    "start.layers": "1",
+}
 LISTS = {"trainer.steps": ("2", "4", "6"), "seed": ("0",)}
 
 

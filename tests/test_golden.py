@@ -56,6 +56,10 @@ trainer.gradient_checkpointing=true
 teacher.dtype=int8
 logits=offline truncation=top_k truncation.k=50 teacher.dtype=int8
 student=1m teacher=3m
+start=teacher start.layers=1
+start=teacher student=teacher start.layers=[0,1] start.ffn=64 logits=none
+start=teacher start.layers=1 start.keep=influence data=instructions logits=offline
+start=teacher start.layers=1 start.keep=random seed=1
 logits=cotrained
 logits=offline truncation=top_k truncation.k=50
 logits=offline truncation=random truncation.draws=20

@@ -242,13 +242,13 @@ class TeacherConfig(ConfigNode):
 
 @dataclass(frozen=True, kw_only=True)
 class InitConfig(ConfigNode):
-    """Training of the student before distillation: none, for stage=scratch."""
+    """Origin of the student's first weights: none, for stage=scratch."""
 
-    stage: Literal["scratch", "pretrained", "sft"]
+    stage: Literal["scratch", "pretrained", "sft", "teacher"]
 
     @classmethod
     def from_node(cls, node: Any, path: str = "") -> Self:
-        kinds = {"pretrained": PretrainedInit, "sft": FineTunedInit}
+        kinds = {"pretrained": PretrainedInit, "sft": FineTunedInit, "teacher": TeacherInit}
         stage = node.get("stage") if isinstance(node, Mapping) else None
         kind = kinds.get(stage, InitConfig) if isinstance(stage, str) else InitConfig
         check_shape(node, path)
@@ -273,6 +273,33 @@ class FineTunedInit(PretrainedInit):
     sft_steps: int = setting(least=1)
     sft_batch: int = setting(least=1)
     sft_lr: float | None = setting(least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherInit(InitConfig):
+    """Parts of the teacher that the student is made of, or has the shape of (kd/models/prune.py)."""
+
+    layers: int | tuple | None = setting(least=1)
+    keep: Literal["uniform", "every", "influence", "random"]
+    ffn: int | None = setting(least=1)
+    kv_heads: int | None = setting(least=1)
+    hidden: int | None = setting(least=1)
+    sample: int = setting(least=1)  # rows
+
+    @property
+    def layer_count(self) -> int | None:
+        """Number of layers; None for all of the teacher's."""
+        return len(self.layers) if isinstance(self.layers, list) else self.layers  # type: ignore[return-value]
+
+    @property
+    def ranks_layers(self) -> bool:
+        """True if the layers are chosen by their influence."""
+        return self.keep == "influence" and isinstance(self.layers, int)
+
+    @property
+    def measures(self) -> bool:
+        """True if a part is chosen by the teacher's activations."""
+        return self.ranks_layers or (self.keep != "random" and bool(self.ffn or self.kv_heads or self.hidden))
 
 
 @dataclass(frozen=True, kw_only=True)

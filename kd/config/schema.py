@@ -121,6 +121,11 @@ class ExperimentConfig(ConfigNode):
         return bool(self.student.name) or self.start.stage != "scratch"
 
 
+def fine_tuning_rate(name: str | None) -> float:
+    """Return the usual learning rate for trained weights: lower for those of a name than for those of a size."""
+    return 1e-4 if name else 1e-3
+
+
 TRAITS = all_traits(ExperimentConfig)
 NO_EFFECT = tuple(name for name, traits in TRAITS.items() if not traits.effect)
 NO_SIGNAL = tuple(name for name, traits in TRAITS.items() if traits.needs_signal)

@@ -108,7 +108,8 @@ def estimate_run(
     memory = held(step.costs, step.trainable, config) + step.saved_bytes
     if collectives.device(trainer.accelerator).type == "cpu":
         memory += loaded
-    disk, active = 4 * student.parameters, student.active_parameters
+    copies = 1 + (Plan.from_config(config).pruned is not None)  # first weights made of the teacher stay on disk
+    disk, active = 4 * student.parameters * copies, student.active_parameters
     checkpoints = 2 * (4 + moment_bytes(config)) * learned
     return Estimate(tokens, seconds, disk, student.parameters, flops, memory, checkpoints, active, step.trainable)
 
@@ -238,7 +239,7 @@ def show(
 
 def estimate(config: ExperimentConfig) -> dict[str, Estimate]:
     """Return the estimates of a run, its teacher and its store by name. Finished ones are left out."""
-    run, teacher, start, place, record = Plan.from_config(config)
+    run, teacher, start, place, record, pruned = Plan.from_config(config)
     if not config.force and run.result() is not None:
         return {}
     less, times = sampled(config)
@@ -247,7 +248,7 @@ def estimate(config: ExperimentConfig) -> dict[str, Estimate]:
     vocab, stored = vocabulary_size(components.tokenizer), config.logits.source.reads_store
     exists = stored and place is not None and place.manifest().exists()
     first = record or teacher
-    estimates = estimate(first) if first and not exists else {}
+    estimates = estimate(first) if first and (pruned or not exists) else {}
     estimates |= estimate(start) if start else {}
     if stored and place is not None and not exists and not record:
         spec = stores.store_spec(config, packed)

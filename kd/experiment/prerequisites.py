@@ -91,6 +91,7 @@ def ensure(config: ExperimentConfig, train: Train) -> Inputs:
 
         collectives.check_devices(config.trainer)
     packed, components = prepare(config)
+    check_pruning(config, components)
     for model in (config.student.name, config.teacher.name, config.data.tokenizer):
         check_student(model)
     name, store = config.teacher.name, None
@@ -108,8 +109,15 @@ def ensure(config: ExperimentConfig, train: Train) -> Inputs:
     elif planned.teacher:
         name = ensure_trained(planned.teacher, train)
     check_tokenizers(config, components.tokenizer, name)
-    packed = written_by_teacher(config, packed, components, train)
     start_path = ensure_trained(planned.start, train) if planned.start else None
+    if planned.pruned:
+        from kd.experiment import starts
+
+        start_path = starts.ensure_start(
+            config, packed, planned.pruned, lambda: teacher_model(config, components, train)
+        )
+        requests.end_if_asked()
+    packed = written_by_teacher(config, packed, components, train)
     before = origins({"teacher": planned.teacher, "start": planned.start})
     return Inputs(packed, components, name, start_path, store, plain_text(config), before)
 
@@ -175,6 +183,15 @@ def prepare(config: ExperimentConfig) -> tuple[Packed, Components]:
     return packed, components
 
 
+def check_pruning(config: ExperimentConfig, components: Components) -> None:
+    """Raise UserError for a student that cannot be made of its teacher, before the teacher is trained."""
+    if Plan.from_config(config).pruned:
+        from kd.experiment import starts
+
+        silence_libraries()
+        starts.student_shape(config, vocabulary_size(components.tokenizer))
+
+
 def plain_text(config: ExperimentConfig) -> Packed | None:
     """Return the packed text of the language-modelling term; None if it is the data's own."""
     if config.lm != "plain":
@@ -189,7 +206,8 @@ def teacher_model(config: ExperimentConfig, packed: Packed, components: Componen
 
     silence_libraries()
     planned = Plan.from_config(config)
-    name = ensure_trained(planned.teacher, train) if planned.teacher else config.teacher.name
+    trained = planned.recording or planned.teacher
+    name = ensure_trained(trained, train) if trained else config.teacher.name
     if name is None:
         raise UserError(
             option=planned.store_place.path,

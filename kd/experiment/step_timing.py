@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kd.config.groups import RolloutConfig
 from kd.config.schema import ExperimentConfig
 from kd.data.batches import IGNORE, Batch, Packed, to_batch
+from kd.experiment import starts
 from kd.experiment.assembly import build_module
 from kd.experiment.components import Components, over_run
 from kd.experiment.prerequisites import full_name
@@ -82,6 +84,13 @@ def moment_bytes(config: ExperimentConfig) -> int:
     return 2 if config.optim.name == "adamw8" else 8
 
 
+def build_student_model(config: ExperimentConfig, vocab: int) -> CausalLM:
+    """Return a model of the student's shape; its weights do not matter here."""
+    if config.start.stage == "teacher":
+        return CausalLM(AutoModelForCausalLM.from_config(starts.student_shape(config, vocab)), vocab)
+    return causal_lm.build_model(config.student.size, config.student.name, vocab, config.data.seq_len, "student.name")
+
+
 def build_teacher_model(config: ExperimentConfig, vocab: int) -> CausalLM:
     """Return a model of the teacher's shape, with weights of its dtype."""
     teacher, trainer = config.teacher, config.trainer
@@ -108,8 +117,7 @@ def _measure(config: ExperimentConfig, packed: Packed, components: Components, v
     device = collectives.device(config.trainer.accelerator)
     if held(costs, trainable, config) > 0.9 * capacity(device):
         return Step(costs, trainable)
-    seq_len = config.data.seq_len
-    student = causal_lm.build_model(config.student.size, config.student.name, vocab, seq_len, "student.name").to(device)
+    student = build_student_model(config, vocab).to(device)
     components.adapter(student)
     teacher = _planned_teacher(config, components, costs, vocab)
     batch, writing, answering = _written(config, packed, components, student, teacher)
@@ -141,18 +149,25 @@ def alpha_kind(components: Components) -> float:
 
 def _costs(config: ExperimentConfig, vocab: int) -> dict[str, Cost]:
     """Return the costs of student and teacher, from their shapes alone."""
-    seq_len = config.data.seq_len
-    return {
-        role: flops_module.cost_of(model.size, model.name, vocab, seq_len, f"{role}.name")
-        for role, model in (("student", config.student), ("teacher", config.teacher))
-        if model.size or model.name
-    }
+    teacher, seq_len = config.teacher, config.data.seq_len
+    costs = {"student": flops_module.cost(_student_shape(config, vocab), seq_len)}
+    if teacher.exists:
+        costs["teacher"] = flops_module.cost_of(teacher.size, teacher.name, vocab, seq_len, "teacher.name")
+    return costs
+
+
+def _student_shape(config: ExperimentConfig, vocab: int) -> torch.nn.Module:
+    """Return the Hugging Face model of a student on the device meta."""
+    if config.start.stage == "teacher":
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(starts.student_shape(config, vocab))
+    student = config.student
+    return flops_module.shape_of(student.size, student.name, vocab, config.data.seq_len, "student.name")
 
 
 def _trainable(config: ExperimentConfig, components: Components, vocab: int) -> int:
     """Return the number of weights of the student that learn, from its shape alone."""
-    shape = flops_module.shape_of(config.student.size, config.student.name, vocab, config.data.seq_len, "student.name")
-    student = CausalLM(shape, vocab)
+    student = CausalLM(_student_shape(config, vocab), vocab)
     with torch.device("meta"):
         components.adapter(student)
     return adapters.trainable(student)

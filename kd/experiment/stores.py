@@ -13,9 +13,8 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from kd.config import components as conf
-from kd.config import plugins
+from kd.config import plugins, teacher_rules
 from kd.config.compose import default_options
-from kd.config.rules import TEACHER_TRAINING
 from kd.config.schema import ExperimentConfig
 from kd.config.secrets import redacted
 from kd.data.batches import IGNORE, Packed, to_batch
@@ -96,8 +95,8 @@ def write_command(config: ExperimentConfig) -> str:
     if parts := config.data.args.get("parts"):  # of a mixture: one setting, whose parts have no defaults
         typed.append(f"data.parts={conf.typed(parts)}")
     settings = {k: v for k, v in config.flat().items() if not k.startswith(("truncation.", "start."))}
-    if teacher.name and not teacher.sft:  # a preset for a teacher of a size may set them
-        settings = {k: v for k, v in settings.items() if k not in TEACHER_TRAINING}
+    unused = teacher_rules.unused_by(config)  # a preset for a teacher of a size may set them
+    settings = {k: v for k, v in settings.items() if k not in unused}
     settings |= {f"truncation.{k}": v for k, v in part.items()}
     teacher_run = Plan.from_config(config).teacher
     if teacher_run and teacher_run.start.stage != "scratch" != config.start.stage:  # it was pretrained as the student

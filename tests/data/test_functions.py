@@ -13,10 +13,7 @@ from kd.data.instructions import functions
 from kd.data.split import TrainValSplit
 from kd.data.templates import encode
 from kd.data.tokenizer import tokenize
-from tests.data.examples import (
-    Short,
-    short,
-)
+from tests.data.examples import Short, short
 from tests.data.examples import cache as cache
 
 SOURCE = '''\

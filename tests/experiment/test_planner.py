@@ -94,10 +94,10 @@ def test_layers_that_are_computed_again_keep_less(tmp_path):
     row = SIZES["500k"]
     inputs = 8 * 32 * row.hidden * 4  # bytes of a layer's input
     assert plain / row.layers < again < plain / row.layers + (row.layers + 4) * inputs + 2**20
-    (usual,), (less,) = (
+    (estimate,), (less,) = (
         estimates(tmp_path, *words, f"trainer.gradient_checkpointing={on}").values() for on in ("false", "true")
     )
-    assert usual.memory > less.memory and usual.flops == less.flops
+    assert estimate.memory > less.memory and estimate.flops == less.flops
 
 
 def test_time_is_that_of_the_steps_measured(tmp_path, monkeypatch):

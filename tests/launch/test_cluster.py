@@ -32,9 +32,9 @@ from kd.launch.slurm import HERE, SlurmPool
 from kd.parallel import collectives, ddp
 from kd.runs.run import Run
 from kd.system.checkpoint_files import newest
+from tests.faults.injection import STEP, Fault, ended, processes, runs, state, states, table, until
 from tests.refusals import refused
 from tests.small import ENVIRONMENT, outcome, shared, small_config, start, train
-from tests.test_faults import STEP, Fault, ended, processes, runs, state, states, table, until
 
 SLURM = ("-m", "hydra/launcher=submitit_slurm")
 

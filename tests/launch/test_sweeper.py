@@ -26,7 +26,7 @@ from kd.launch.local import LocalLauncher
 from kd.launch.run_launcher import discard
 from kd.launch.summary import refused as refused_runs
 from kd.launch.summary import summary, varying
-from kd.launch.sweeper import SweepFileSweeper, asked_for, at_scale, without_teacher_training
+from kd.launch.sweeper import SweepFileSweeper, asked_for, at_scale, without_unused
 from kd.models import flops as flops_module
 from kd.runs.outcome import classify
 from kd.runs.run import Run
@@ -251,8 +251,15 @@ NAMED = ["teacher=hub", "teacher.name=org/big"]
 
 @pytest.mark.parametrize("typed", [[], ["teacher.steps=choice(5)"]])
 @pytest.mark.parametrize(
-    "pretrained",
-    [NAMED, ["experiment=c4_330m"], [*NAMED, "teacher.sft=false"], [*NAMED, "teacher.seed=1"]],
+    "untrained",
+    [
+        NAMED,
+        ["experiment=c4_330m"],
+        [*NAMED, "teacher.sft=false"],
+        ["teacher=none", "logits=none"],
+        ["logits=cotrained"],
+        ["teacher=3m", "logits=cotrained"],
+    ],
 )
 @pytest.mark.parametrize(
     "trained",
@@ -265,14 +272,32 @@ NAMED = ["teacher=hub", "teacher.name=org/big"]
         ["experiment=c4_330m", "teacher=1b", "teacher.name=null"],
     ],
 )
-def test_settings_of_a_teachers_training_are_left_out_of_runs_of_a_pretrained_one(typed, pretrained, trained):
-    jobs = [[*words, "teacher.steps=5", "trainer.steps=3"] for words in (trained, pretrained)]
-    assert without_teacher_training(jobs, typed) == [jobs[0], [*pretrained, "trainer.steps=3"]]
+def test_settings_of_a_teachers_training_are_left_out_of_runs_that_train_none(typed, untrained, trained):
+    jobs = [[*words, "teacher.steps=5", "trainer.steps=3"] for words in (trained, untrained)]
+    assert without_unused(jobs, typed) == [jobs[0], [*untrained, "trainer.steps=3"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "is_used"),
+    [
+        (["teacher=1m"], True), (["teacher=1m", "logits=cotrained"], True), (["teacher=none", "logits=none"], False),
+        (NAMED, False), ([*NAMED, "rollout=teacher"], True), ([*NAMED, "teacher.sft=true"], True),
+    ],
+)  # fmt: skip
+def test_the_seed_of_a_teacher_is_left_out_where_nothing_is_drawn_with_it(words, is_used):
+    jobs = [[*words, "teacher.seed=1"], ["teacher=1m", "teacher.seed=1"]]
+    assert without_unused(jobs, ["teacher.seed=1"])[0] == [*words, "teacher.seed=1"][: len(words) + is_used]
+
+
+def test_a_typed_setting_of_a_signal_without_an_effect_in_any_run_is_not_left_out():
+    jobs = [["logits=none", f"seed={seed}", "loss=akl", "alpha.peak=1"] for seed in (0, 1)]
+    assert without_unused(jobs, ["loss=akl"]) == [job[:-1] for job in jobs]
+    assert without_unused([*jobs, ["loss=akl"]], ["loss=akl"]) == [*[job[:2] for job in jobs], ["loss=akl"]]
 
 
 def test_a_typed_setting_of_a_teachers_training_without_an_effect_in_any_run_is_not_left_out():
     jobs = [[f"seed={seed}", *NAMED, "teacher.lr=1", "teacher.steps=5"] for seed in (0, 1)]
-    assert without_teacher_training(jobs, ["teacher.lr=choice(1)"]) == [job[:-1] for job in jobs]
+    assert without_unused(jobs, ["teacher.lr=choice(1)"]) == [job[:-1] for job in jobs]
 
 
 def jobs(sweep: dict, scale: str = "cpu") -> set[tuple[str, ...]]:

@@ -56,13 +56,13 @@ def test_gradients_are_the_same_bit_for_bit(name):
 
 def test_weights_behind_frozen_embeddings_get_their_gradients():
     """Freeze all but one matrix of each layer, as an adapter does."""
-    outcomes = []
+    by_run = []
     for on in (False, True):
         one = model("llama", on)
         for key, p in one.named_parameters():
             p.requires_grad_("q_proj" in key)
-        outcomes.append(gradients(one))
-    plain, again = outcomes
+        by_run.append(gradients(one))
+    plain, again = by_run
     assert len(plain) == len(again) == 2
     assert all(torch.equal(plain[key], again[key]) and plain[key].any() for key in plain)
 
@@ -104,8 +104,8 @@ def test_a_model_without_such_layers_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("source", ["online", "cotrained"])
 def test_a_run_is_the_same_with_it(trained_root, tmp_path, source):
-    outcomes = []
+    runs = []
     for name, words in (("plain", ()), ("again", ("trainer.gradient_checkpointing=true",))):
         root = shutil.copytree(trained_root, tmp_path / name)
-        outcomes.append(here(root, f"logits={source}", "trainer.steps=3", "trainer.val_every=3", *words))
-    assert outcomes[0].name == outcomes[1].name and outcome(outcomes[0]) == outcome(outcomes[1])
+        runs.append(here(root, f"logits={source}", "trainer.steps=3", "trainer.val_every=3", *words))
+    assert runs[0].name == runs[1].name and outcome(runs[0]) == outcome(runs[1])

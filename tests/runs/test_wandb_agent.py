@@ -15,7 +15,7 @@ from kd.config import security
 from kd.config.components import CONF, SWEEPS
 from kd.runs import wandb_agent
 from kd.system.files import read_metrics
-from tests.config.test_security import typed_in
+from tests.config.hostile import typed_in
 from tests.small import ENVIRONMENT, FORK, SMALL, TRAIN, folder, result, small_config
 
 FILES = sorted((SWEEPS / "wandb").glob("*.yaml"))
