@@ -139,7 +139,7 @@ def plain_corpus(config: ExperimentConfig) -> tuple[Corpus, dict[str, Any]]:
 
 def plain_data(config: ExperimentConfig) -> DataConfig:
     """Return the plain text as the data of a run."""
-    shared = ("seq_len", "vocab", "tokenizer", "val_rows", "val_share", "special")
+    shared = ("seq_len", "vocab", "tokenizer", "val_rows", "val_share", "special", "isolate")
     alike = {k: config.data.args[k] for k in shared if k in config.data.args}  # an old store's has no special
     return DataConfig.from_node({"tokens": None} | config.plain.to_dict() | alike, "plain")
 
@@ -154,6 +154,8 @@ def _packing(config: ExperimentConfig, data: Component, group: str) -> tuple[Cor
     if plugged := plugins.digests([data.target]):  # other code may make other text
         source = replace(source, fingerprint=source.fingerprint | {"plugins": plugged})
     packing_options = argument_types.checked(packing.pack, data.args, group)
+    if packing_options.get("isolate"):
+        _check_isolation(source, group)
     packing_options["code"] = provenance.component(group, data.name)
     if not source.words:
         packing_options["tokenizer"] = config.tokenizer
@@ -161,6 +163,18 @@ def _packing(config: ExperimentConfig, data: Component, group: str) -> tuple[Cor
         why, hint = "this data has a vocabulary of its own", "leave data.tokenizer out"
         raise UserError(option="data.tokenizer", got=tokenizer, why=why, hint=hint)
     return source, packing_options
+
+
+def _check_isolation(source: Corpus, group: str) -> None:
+    """Refuse to isolate the documents of rows that hold one each."""
+    if source.words or source.pairs:
+        what = "a prompt with its response" if source.pairs else "one document"
+        raise UserError(
+            option=f"{group}.isolate",
+            got=True,
+            why=f"would do nothing, as each row of this data is {what}",
+            hint=f"leave {group}.isolate out",
+        )
 
 
 @cache

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
@@ -145,8 +146,10 @@ def _written(
     trainer, device = config.trainer, next(student.parameters()).device
     rows = packed.train[: min(trainer.micro_batch, trainer.batch)]
     spans = None if packed.train_spans is None else packed.train_spans[: len(rows)]
-    data = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans, packed.boundary)
-    batch = data = Batch(*(x.to(device) for x in data[:4]))
+    marks = None if packed.train_marks is None else packed.train_marks[: len(rows)]
+    seed = np.zeros(rows[:, 1:].shape, np.int64)
+    data = to_batch(rows, np.arange(len(rows)), seed, spans, packed.boundary, marks)
+    batch = data = move_data_to_device(data, device)
     samplers = Samplers(student, teacher.model, packed.eos_token_id, 0)
     writing = answering = 0.0
     with torch.autocast(device.type, torch.bfloat16, enabled=trainer.precision == "bf16"):
@@ -220,7 +223,7 @@ class StepTimes(Callback):
         parameters = {p.untyped_storage().data_ptr() for p in student.parameters()}
         forward = student.hidden_states
 
-        def hidden_states(ids: Tensor) -> Tensor:
+        def hidden_states(*inputs: Tensor) -> Tensor:
             sizes: dict[int, int] = {}
 
             def save(tensor: Tensor) -> Tensor:
@@ -230,7 +233,7 @@ class StepTimes(Callback):
                 return tensor
 
             with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-                hidden = forward(ids)
+                hidden = forward(*inputs)
             self.saved_bytes = max(self.saved_bytes, sum(sizes.values()))
             return hidden
 
