@@ -104,6 +104,7 @@ class DataConfig(Component):
     val_share: float = setting(default=0.05)  # of the documents
     special: str = setting(neutral="text")
     isolate: bool = setting(neutral=False)  # documents of a row do not see each other
+    pack: bool = setting(neutral=False)  # several examples to a row
 
     @property
     def is_instructions(self) -> bool:

@@ -38,9 +38,23 @@ from kd.system.console import console
 from kd.system.files import read_json
 
 FORMAT = 1  # of the packed rows; a new one makes new folders
-NEUTRAL: dict[str, object] = {"special": "text", "isolate": False}  # values that are left out of a folder's name
+NEUTRAL: dict[str, object] = {
+    "special": "text",
+    "isolate": False,
+    "pack": False,
+}  # values that are left out of a folder's name
 SAMPLE = 20_000_000  # characters of the text that a tokenizer is trained on, at most
-OPTIONS = ("seq_len", "vocab", "tokenizer", "tokens", "val_rows", "val_share", "special", "isolate")  # of pack()
+OPTIONS = (
+    "seq_len",
+    "vocab",
+    "tokenizer",
+    "tokens",
+    "val_rows",
+    "val_share",
+    "special",
+    "isolate",
+    "pack",
+)  # of pack()
 
 
 def key(corpus: Corpus, **settings) -> str:
@@ -71,6 +85,7 @@ def pack(
     tokens: int | None = None, val_rows: int = 64, val_share: float = 0.05,
     tokenizer_of: tuple[Corpus, dict] | None = None, special: str = "text", announce: bool = True,
     code: dict[str, str] | None = None, anew: bool = False, isolate: bool = False,
+    pack: bool = False,
 ) -> Packed:  # fmt: skip
     """Return the corpus as rows of seq_len + 1 tokens, which are made once and kept in `cache`.
 
@@ -78,17 +93,18 @@ def pack(
     `tokenizer_of`, which is packed too. tokens: at most so many for training, padding not counted (a smaller amount is
     a part of a larger one). special: special tokens that are written out in the text are read as text, or as tokens.
     announce: print counts of used and omitted documents.
-    isolate: mark the documents in the rows, so that models do not see one from another.
+    isolate: mark the documents in the rows, so that models do not see one from another. pack: put several examples into
+    a row for training, and mark them.
     code: digests of the corpus's source, kept in the manifest. anew: pack again if other code packed the data.
     Raises UserError for text too short for one row.
     """
     _check_settings(corpus, seq_len, vocab, tokenizer, tokens, val_rows, val_share, special)
     settings: dict = dict(seq_len=seq_len, tokens=tokens, val_rows=val_rows, val_share=val_share, special=special)
-    settings["isolate"] = isolate
+    settings |= {"isolate": isolate, "pack": pack}
     settings |= {"tokenizer": tokenizer} if tokenizer else {"vocab": vocab}
 
     def make(temporary: Path) -> None:
-        trained = {"tokenizer": str(pack(tokenizer_of[0], cache, **tokenizer_of[1]).tokenizer)} if tokenizer_of else {}
+        trained = {"tokenizer": _tokenizer_folder(cache, *tokenizer_of)} if tokenizer_of else {}
         temporary.mkdir(parents=True)
         _write(temporary, corpus, announce=announce, code=code, **settings | trained)
 
@@ -98,6 +114,11 @@ def pack(
     packed = build_once(folder, make)
     _warn_of_old_bytes(corpus, packed)
     return packed
+
+
+def _tokenizer_folder(cache: Path, corpus: Corpus, options: dict) -> str:
+    """Return the folder of the tokenizer of other text, which is packed first."""
+    return str(pack(corpus, cache, **options).tokenizer)
 
 
 def _check_settings(
@@ -174,7 +195,9 @@ def open_packed(folder: Path) -> Packed:
         packed = replace(packed, val_marks=np.load(folder / "val_marks.npy", mmap_mode="r"))
     if "end" not in manifest:
         return replace(packed, boundary=tuple(manifest.get("boundary", ())))
-    train_spans, val_spans = (np.load(folder / f"{part}_spans.npy") for part in ("train", "val"))
+    spans = folder / "train_spans.npy"
+    train_spans = np.load(spans) if spans.exists() else None
+    val_spans = np.load(folder / "val_spans.npy")
     end, template = manifest["end"], manifest["template"]
     return replace(packed, train_spans=train_spans, val_spans=val_spans, eos_token_id=end, template=template)
 
@@ -191,7 +214,7 @@ def _damaged(folder: Path, name: str) -> UserError:
 def _write(
     folder: Path, corpus: Corpus, seq_len: int, tokens: int | None, val_rows: int, val_share: float,
     vocab: int | None = None, tokenizer: str | None = None, special: str = "text", announce: bool = True,
-    code: dict[str, str] | None = None, isolate: bool = False,
+    code: dict[str, str] | None = None, isolate: bool = False, pack: bool = False,
 ) -> None:  # fmt: skip
     split = TrainValSplit(val_share)
     documents = _ordered_parts(corpus, split) if isinstance(corpus, Mixture) else ordered(corpus, split)
@@ -205,7 +228,7 @@ def _write(
             hint="choose a tokenizer that has an eos_token",
         )
     write = write_mixture if isinstance(corpus, Mixture) else write_examples if corpus.pairs else write_text
-    options = (seq_len, tokens or math.inf, val_rows, special == "tokens", *([isolate] if isolate else []))
+    options = (seq_len, tokens or math.inf, val_rows, special == "tokens", isolate or pack)
     about = write(folder, corpus, documents, split, fast, *options)
     has_news = corpus.pairs or about["counts"]["left_out"].keys() - {"limit"} or about["counts"]["special_as_text"]
     if announce and has_news:

@@ -154,8 +154,7 @@ def _packing(config: ExperimentConfig, data: Component, group: str) -> tuple[Cor
     if plugged := plugins.digests([data.target]):  # other code may make other text
         source = replace(source, fingerprint=source.fingerprint | {"plugins": plugged})
     packing_options = argument_types.checked(packing.pack, data.args, group)
-    if packing_options.get("isolate"):
-        _check_isolation(source, group)
+    _check_isolation(source, group, packing_options)
     packing_options["code"] = provenance.component(group, data.name)
     if not source.words:
         packing_options["tokenizer"] = config.tokenizer
@@ -165,15 +164,23 @@ def _packing(config: ExperimentConfig, data: Component, group: str) -> tuple[Cor
     return source, packing_options
 
 
-def _check_isolation(source: Corpus, group: str) -> None:
-    """Refuse to isolate the documents of rows that hold one each."""
-    if source.words or source.pairs:
+def _check_isolation(source: Corpus, group: str, packing_options: dict[str, Any]) -> None:
+    """Refuse to isolate the documents of rows that hold one each, and to pack text whose rows are full."""
+    if packing_options.get("pack") and not source.pairs:
+        raise UserError(
+            option=f"{group}.pack",
+            got=True,
+            why="is for prompts with responses, and rows of plain text are full anyway",
+            hint=f"leave {group}.pack out, or type data=instructions",
+        )
+    if packing_options.get("isolate") and (source.words or source.pairs):
         what = "a prompt with its response" if source.pairs else "one document"
         raise UserError(
             option=f"{group}.isolate",
             got=True,
             why=f"would do nothing, as each row of this data is {what}",
-            hint=f"leave {group}.isolate out",
+            hint=f"leave {group}.isolate out"
+            + (f"; with {group}.pack=true, examples are isolated" * bool(source.pairs)),
         )
 
 

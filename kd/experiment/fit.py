@@ -115,9 +115,10 @@ def assemble(run: Run, config: ExperimentConfig, inputs: Inputs) -> Assembly:
         for model in filter(None, (student, teacher.model)):
             generate.check_cache(model)
     if inputs.packed.train_marks is not None:
-        student.check_isolation("student")
+        setting = "data.pack" if config.data.pack else "data.isolate"
+        student.check_isolation("student", setting)
         if teacher.model:
-            teacher.model.check_isolation("teacher")
+            teacher.model.check_isolation("teacher", setting)
     sharded = sharded_roles(config, teacher)
     run.start(config)
     checkpoint = latest_checkpoint(run, "student" in sharded)

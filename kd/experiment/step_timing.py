@@ -153,13 +153,23 @@ def _written(
     samplers = Samplers(student, teacher.model, packed.eos_token_id, 0)
     writing = answering = 0.0
     with torch.autocast(device.type, torch.bfloat16, enabled=trainer.precision == "bf16"):
-        if spans is not None:
-            _, answering = _timed(device, lambda: samplers.write(data, "student"))
+        if packed.val_spans is not None:
+            prompts = data if spans is not None else _validation_rows(packed, len(rows), device)
+            _, answering = _timed(device, lambda: samplers.write(prompts, "student"))
         rollout = components.rollout(samplers, **({"engine": "kd"} if "engine" in config.rollout.args else {}))
         if rollout.sampling_rate:
             batch, writing = _timed(device, lambda: rollout.write(data))
     plain = config.lm == "plain" or batch is not data  # language modelling is of other text then
     return (batch._replace(lm_batch=data) if plain else batch), writing, answering
+
+
+def _validation_rows(packed: Packed, count: int, device: torch.device) -> Batch:
+    """Return rows of one prompt each, for training data that has several in a row."""
+    assert packed.val_spans is not None, "rows for validation have one prompt each"
+    index = np.arange(count) % len(packed.val)
+    rows = packed.val[index]
+    batch = to_batch(rows, index, np.zeros(rows[:, 1:].shape, np.int64), packed.val_spans[index])
+    return move_data_to_device(batch, device)
 
 
 class UnwrittenStore:

@@ -190,7 +190,7 @@ def write_part(config: ExperimentConfig, packed: Packed, keep: Keep, model: Caus
     """Write one of several parts of the store that a config describes, to be merged with the others."""
     place, spec = Plan.from_config(config).store_place, store_spec(config, packed)
     if packed.train_marks is not None:
-        model.check_isolation("teacher")
+        model.check_isolation("teacher", "data.pack" if config.data.pack else "data.isolate")
     encoder = RowEncoder.finished(OnlineTeacher(model), spec, keep, config.trainer.accelerator)
     about = about_store(config, packed, model, place.key)
     writer.write(place.folder, spec, about, packed, encoder, config.trainer.micro_batch, part)

@@ -101,17 +101,17 @@ class CausalLM(nn.Module):
             )
 
     @torch.no_grad()
-    def check_isolation(self, option: str) -> None:
+    def check_isolation(self, option: str, setting: str = "data.isolate") -> None:
         """Raise UserError unless documents in one row give the logits that each gives alone.
 
         Models with a state that goes on (Mamba, RWKV) or distances in place of positions (ALiBi) do not. The error is
-        compared with the effect of the other documents, so that it shows in untrained models, too.
+        compared with the effect of the other documents, so that it shows in untrained models, too. setting: needs it.
         """
         device, training = next(self.model.parameters()).device, self.model.training
         rows = [(3, 5), (5, 2, 1)]  # tokens of the documents in two rows that restart at other places
         ids = torch.arange(16, device=device).view(2, 8) * 7 % self.head.vocab
         positions = torch.tensor([[i for size in sizes for i in range(size)] for sizes in rows], device=device)
-        kind, hint = type(self.model).__name__, "leave data.isolate out, or choose another model"
+        kind, hint = type(self.model).__name__, f"leave {setting} out, or choose another model"
         self.model.eval()
         try:
             together, plain = (self.head(self.hidden_states(*x)).float() for x in ((ids, positions), (ids,)))
@@ -123,14 +123,14 @@ class CausalLM(nn.Module):
             if out_of_memory(error):
                 raise
             why = f"{kind} takes no positions of documents in a row ({type(error).__name__}: {first_line(error)})"
-            raise UserError(option=option, conflict="data.isolate=true", why=why, hint=hint) from error
+            raise UserError(option=option, conflict=f"{setting}=true", why=why, hint=hint) from error
         finally:
             self.model.train(training)
         error, effect = (together - alone).abs().max(), (plain - alone).abs().max()
         if not error <= (0.01 * effect).clamp(min=1e-5 * alone.abs().max().item()):
             raise UserError(
                 option=option,
-                conflict="data.isolate=true",
+                conflict=f"{setting}=true",
                 why=f"{kind} does not keep the documents of a row apart: logits differ from those of a document alone "
                 f"by {error:.2g}, where the other documents move them by {effect:.2g}",
                 hint=hint,
