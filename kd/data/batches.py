@@ -7,6 +7,7 @@ position, so that padding with end tokens never hides a true end.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -158,9 +159,17 @@ class Batches:
             lm_batches,
         )
         self.boundary, self.marks = boundary, marks
+        self.waited = 0.0  # seconds that iterations have waited for batches
 
     def __iter__(self) -> Iterator[Batch]:
-        return prefetch(map(self._make, range(self.start, self.steps)))
+        batches = prefetch(map(self._make, range(self.start, self.steps)))
+        while True:
+            begun = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - begun
+            if batch is None:
+                return
+            yield batch
 
     def _make(self, step: int) -> Batch:
         count = len(self.rows if self.row_subset is None else self.row_subset)

@@ -33,43 +33,35 @@ from kd.data.split import TrainValSplit, ordered
 from kd.data.text_rows import write_text
 from kd.data.tokenizer import bos_by_name, load_tokenizer, train_tokenizer, vocabulary_size, word_tokenizer
 from kd.errors import UserError, check
-from kd.system import files
+from kd.system import files, sealed_folder
 from kd.system.console import console
 from kd.system.files import read_json
+from kd.system.sealed_folder import write_manifest
 
 FORMAT = 1  # of the packed rows; a new one makes new folders
-NEUTRAL: dict[str, object] = {
-    "special": "text",
-    "isolate": False,
-    "pack": False,
-}  # values that are left out of a folder's name
+NEUTRAL: dict[str, object] = {"special": "text", "isolate": False, "pack": False}  # newer than many folders' names
 SAMPLE = 20_000_000  # characters of the text that a tokenizer is trained on, at most
-OPTIONS = (
-    "seq_len",
-    "vocab",
-    "tokenizer",
-    "tokens",
-    "val_rows",
-    "val_share",
-    "special",
-    "isolate",
-    "pack",
-)  # of pack()
+OPTIONS = (  # of pack() in a config
+    "seq_len", "vocab", "tokenizer", "tokens", "val_rows", "val_share", *NEUTRAL,
+)  # fmt: skip
 
 
-def key(corpus: Corpus, **settings) -> str:
-    """Return the name of the packed data: a digest of everything that its content depends on, but for the code."""
-    settings.pop("code", None)
-    content = files.folder_fingerprint(settings.get("tokenizer"))
-    for name, neutral in NEUTRAL.items():  # options that are newer than many folders
-        if settings.get(name) == neutral:
-            del settings[name]
-    name = settings.get("tokenizer")
+def key(
+    corpus: Corpus, *, tokenizer_of: tuple[Corpus, dict] | None = None, code: dict[str, str] | None = None, **options
+) -> str:
+    """Return the name of the packed data: a digest of everything that its content depends on, but for the code.
+
+    options: the other arguments of pack().
+    """
+    name = options.get("tokenizer")
+    content = files.folder_fingerprint(name)
+    options = {k: v for k, v in options.items() if k not in NEUTRAL or v != NEUTRAL[k]}
     if name and not (corpus.pairs and corpus.pairs.template == "chat") and (bos := bos_by_name(name)):
-        settings["bos"] = bos
-    if tokenizer_of := settings.pop("tokenizer_of", None):
-        settings["tokenizer_of"] = key(tokenizer_of[0], **tokenizer_of[1])
-    return files.digest_of([FORMAT, corpus.fingerprint, settings, content])[:16]
+        options |= {"bos": bos}
+    if tokenizer_of:
+        text, text_options = tokenizer_of
+        options |= {"tokenizer_of": key(text, **text_options)}
+    return files.digest_of([FORMAT, corpus.fingerprint, options, content])[:16]
 
 
 def folder_name(corpus: Corpus, tokenizer_of: tuple[Corpus, dict] | None = None, **options) -> str:
@@ -154,13 +146,7 @@ def _warn_of_old_bytes(corpus: Corpus, packed: Packed) -> None:
 
 def build_once(folder: Path, make: Callable[[Path], None]) -> Packed:
     """Return the packed data of a folder. If it is missing, one process fills it by `make` under a temporary name."""
-    if not (folder / "manifest.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{folder}.lock"):
-            if not (folder / "manifest.json").exists():
-                files.clear(folder.parent, folder.name)
-                with files.atomic(folder) as temporary:
-                    make(temporary)
+    sealed_folder.fill_once(folder, make)
     return open_packed(folder)
 
 
@@ -171,19 +157,14 @@ def code_of(folder: Path) -> dict[str, str] | None:
 
 def _remove_old(folder: Path, code: dict[str, str] | None) -> None:
     """Remove packed data that other code made."""
-    with filelock.FileLock(f"{folder}.lock"):
+    with filelock.FileLock(sealed_folder.lock_of(folder)):
         if code_of(folder) not in (None, code):
             files.remove(folder)
 
 
 def open_packed(folder: Path) -> Packed:
     """Return the packed data of a folder; raise UserError if files differ from the ones that were written."""
-    manifest = read_json(folder / "manifest.json") or {}
-    if manifest.pop("digest", None) != files.digest_of(manifest):
-        raise _damaged(folder, "manifest.json")
-    for name, expected in manifest["digests"].items():
-        if not (folder / name).exists() or files.digest(folder / name) != expected:
-            raise _damaged(folder, name)
+    manifest = sealed_folder.read_manifest(folder, "the packed data")
     train, val = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("train", "val"))
     packed = Packed(
         folder, train, val, manifest["bytes_per_token"], manifest["entropy"], manifest["digests"],
@@ -200,15 +181,6 @@ def open_packed(folder: Path) -> Packed:
     val_spans = np.load(folder / "val_spans.npy")
     end, template = manifest["end"], manifest["template"]
     return replace(packed, train_spans=train_spans, val_spans=val_spans, eos_token_id=end, template=template)
-
-
-def _damaged(folder: Path, name: str) -> UserError:
-    return UserError(
-        option=folder / name,
-        why="is damaged: its bytes are not those that were written",
-        hint="remove the packed data and type the same command again",
-        commands=[shlex.join(["rm", "-r", str(folder)])],
-    )
 
 
 def _write(
@@ -236,13 +208,6 @@ def _write(
     about |= {"source": corpus.fingerprint, "vocab": vocabulary_size(fast), "entropy": corpus.entropy}
     about |= {"code": code} if code else {}
     write_manifest(folder, about)
-
-
-def write_manifest(folder: Path, about: dict) -> None:
-    """Write the manifest of packed rows: the entries in `about`, and the digests of all files."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "manifest.json")
-    manifest = about | {"digests": {str(p.relative_to(folder)): files.digest(p) for p in paths}}
-    files.write_json(folder / "manifest.json", manifest | {"digest": files.digest_of(manifest)})
 
 
 def _ordered_parts(corpus: Mixture, split: TrainValSplit) -> dict[str, Iterable]:

@@ -20,6 +20,8 @@ from kd.teachers.base import Teacher
 class Validation(Callback):
     """Validation of the student on all rows, every `every` steps and after the last; equal for all runs.
 
+    Without any steps it is once, and training ends before its first batch.
+
     It counts steps itself: the batch count of Lightning's validation loop drifts by one with every resume.
 
     axes: x-values for plots. bytes_per_token: of the validation text; None if tokens are not text.
@@ -44,6 +46,10 @@ class Validation(Callback):
         self.metrics, self.initial = state["metrics"], state["initial"]
 
     def on_train_start(self, trainer, module) -> None:
+        if module.max_steps == 0:  # an evaluation
+            self.validate(trainer, module)
+            trainer.should_stop = True
+            return
         needed = self.before_training or (module.rollout is not None and module.rollout.validate_before_training)
         if needed and trainer.global_step == 0:
             self.validate(trainer, module)

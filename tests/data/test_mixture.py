@@ -18,7 +18,7 @@ from kd.data.mixture_rows import in_words, interleaved, rows_by_weight
 from kd.evaluation import catalog
 from kd.evaluation.validation import Validation
 from kd.experiment import stores
-from tests.data.test_packing import NO_VOCAB, SETTINGS, corpus, documents
+from tests.data.texts import NO_VOCAB, SETTINGS, corpus, documents
 from tests.refusals import refused
 from tests.small import here, result, small_config
 

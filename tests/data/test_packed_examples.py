@@ -71,14 +71,14 @@ def test_validation_rows_hold_one_prompt_each_as_ever(both):
 
 def models() -> tuple[CausalLM, CausalLM]:
     """Student and teacher in float64, whose layer norms compute in float64 too."""
-    made = []
+    pair = []
     for seed in range(2):
         torch.manual_seed(seed)
         config = transformers.GPT2Config(vocab_size=259, n_embd=16, n_layer=2, n_head=2, n_positions=SEQ_LEN)
         model = transformers.GPT2LMHeadModel(config).double().eval()
         torch.nn.init.normal_(model.transformer.wte.weight, std=0.5)
-        made.append(CausalLM(model, 259))
-    return made[0], made[1]
+        pair.append(CausalLM(model, 259))
+    return pair[0], made[1]
 
 
 def losses(packed, student: CausalLM, teacher: CausalLM) -> tuple[list[float], dict[str, torch.Tensor]]:
