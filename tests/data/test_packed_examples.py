@@ -71,7 +71,7 @@ def test_validation_rows_hold_one_prompt_each_as_ever(both):
 
 def models() -> tuple[CausalLM, CausalLM]:
     """Student and teacher in float64, whose layer norms compute in float64 too."""
-    pair = []
+    models_by_seed = []
     for seed in range(2):
         torch.manual_seed(seed)
         config = transformers.GPT2Config(vocab_size=259, n_embd=16, n_layer=2, n_head=2, n_positions=SEQ_LEN)
