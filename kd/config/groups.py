@@ -103,6 +103,8 @@ class DataConfig(Component):
     val_rows: int = setting(default=64)
     val_share: float = setting(default=0.05)  # of the documents
     special: str = setting(neutral="text")
+    isolate: bool = setting(neutral=False)  # documents of a row do not see each other
+    pack: bool = setting(neutral=False)  # several examples to a row
 
     @property
     def is_instructions(self) -> bool:

@@ -77,7 +77,8 @@ def _loss(config: ExperimentConfig, packed: Packed, model: CausalLM) -> float | 
     device, half = collectives.device(trainer.accelerator), trainer.precision == "bf16"
     total, count = 0.0, 0
     rows = ValidationBatches(
-        packed.val, trainer.micro_batch, response_spans=packed.val_spans, boundary=packed.boundary
+        packed.val, trainer.micro_batch, response_spans=packed.val_spans, boundary=packed.boundary,
+        marks=packed.val_marks,
     )  # fmt: skip
     try:
         teacher = OnlineTeacher(model.to(device))
