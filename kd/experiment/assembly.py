@@ -151,5 +151,5 @@ def sharded_roles(config: ExperimentConfig, teacher: Teacher) -> tuple[str, ...]
         size = 2 if trainer.precision == "bf16" else 4
         shard_teacher = not fsdp.fits_unsharded(teacher.cost.parameters, size, collectives.device(trainer.accelerator))
         if shard_teacher:
-            check_shards(trainer, f"The teacher is too large for one device of {trainer.devices}")
+            check_shards(trainer, f"The teacher is too large for one device of {trainer.ranks}")
     return (*roles, *(["teacher"] if teacher.model and shard_teacher else []))

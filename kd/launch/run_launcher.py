@@ -31,7 +31,7 @@ from kd.runs import loggers, wandb_agent
 from kd.runs.outcome import RunState
 from kd.runs.run import Run
 from kd.runs.seal import SEALED
-from kd.system import files
+from kd.system import files, launchers
 from kd.system.console import console, counted, exit_with_error
 from kd.system.signals import Preempted, requests
 
@@ -99,6 +99,9 @@ class RunLauncher(Launcher):
         name = sweep if isinstance(sweep, str) else sweep["name"]
         check_sweep(name)
         wandb_agent.check_single()
+        if launchers.by_torchrun():
+            why, hint = "starts this sweep several times", "type python train.py …, which starts what the runs need"
+            raise UserError(option="torchrun", why=why, hint=hint)
         if self.config.plan:
             self._show_plan(job_overrides, labels)
         # Done here, once: runs that are started again on the way go on where they were.
