@@ -41,7 +41,7 @@ TOGETHER = 20  # seconds after the first failure; the agent kills later what doe
 def launch(run: Run, config: ExperimentConfig) -> dict:
     """Train in several processes, and return the result.
 
-    Raises UserError as soon as one of them fails for the last time. The others are ended, and state.json has the reason.
+    Raises UserError as soon as one of them fails for the last time. The others are ended; state.json has the reason.
     """
     check_devices(config.trainer)
     silent = logging.getLogger("torch.distributed.elastic")

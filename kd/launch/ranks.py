@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 import uuid
 import warnings
@@ -31,7 +30,7 @@ VISIBLE = 60  # seconds until a file of another machine has to be visible
 
 
 class SharedRun(Run):
-    """Folder of a run for its ranks. Rank 0 starts the run, and the first rank that ends without a result writes why."""
+    """Folder of a run for its ranks. Rank 0 starts the run; the first rank that ends without a result writes why."""
 
     def __init__(self, run: Run, rendezvous: Rendezvous):
         super().__init__(run.root, run.name)

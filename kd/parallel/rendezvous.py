@@ -39,8 +39,9 @@ class Rendezvous:
         if "TORCHELASTIC_RUN_ID" in launchers.given:
             threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
         self.base = store or dist.TCPStore(
-            place.address, place.port, place.world_size, place.serves, CONNECT, wait_for_workers=False, multi_tenant=True
-        )
+            place.address, place.port, place.world_size, place.serves, CONNECT, wait_for_workers=False,
+            multi_tenant=True,
+        )  # fmt: skip
         if self.base.check(["mistake"]):  # of the ranks before these, and it would be made again
             sys.exit(2)
         self.store = self.base
