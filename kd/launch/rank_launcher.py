@@ -114,26 +114,24 @@ def _fail(run: Run, failures: dict[int, ProcessFailure], ranks: int, out_of_memo
     The others then know only that it is gone. The agent ends them by SIGTERM.
     """
     first = min(failure.timestamp for failure in failures.values())
-    by_code = {failure.exitcode: (rank, failure) for rank, failure in failures.items()}
-    killed = [code for code in by_code if code < 0 and code != -signal.SIGTERM]
-    killed = [code for code in killed if by_code[code][1].timestamp - first < TOGETHER]
+    ended = {rank: f for rank, f in failures.items() if f.exitcode not in (EXIT_CODE, -signal.SIGTERM)}
+    killed = [rank for rank, f in ended.items() if f.exitcode < 0 and f.timestamp - first < TOGETHER]
+    if not ended:
+        raise Preempted
     if killed:
-        code = killed[0]
-        kill = classify_kill(code, out_of_memory)
-        outcome = replace(kill, reason=f"rank {by_code[code][0]} of {ranks}: {kill.reason}", exit_code=2)
+        kill = classify_kill(ended[killed[0]].exitcode, out_of_memory)
+        outcome = replace(kill, reason=f"rank {killed[0]} of {ranks}: {kill.reason}", exit_code=2)
         _record(run, outcome)
-    elif 2 in by_code:
+    elif any(failure.exitcode == 2 for failure in ended.values()):
         sys.exit(2)  # that rank has printed why
-    elif others := by_code.keys() - {EXIT_CODE, -signal.SIGTERM}:
-        rank, failure = by_code[min(others)]
-        reason = f"rank {rank} of {ranks} ended with exit code {failure.exitcode}"
-        if isinstance(failure.message, dict):
-            print(failure.message["extraInfo"]["py_callstack"], file=sys.stderr, end="")
-            reason = failure.message["message"].partition("\n")[0]
+    else:
+        rank = min(ended, key=lambda rank: (isinstance(ended[rank].message, str), ended[rank].timestamp))
+        reason, message = f"rank {rank} of {ranks} ended with exit code {ended[rank].exitcode}", ended[rank].message
+        if isinstance(message, dict):  # of the one rank that wrote its error
+            print(message["extraInfo"]["py_callstack"], file=sys.stderr, end="")
+            reason = message["message"].partition("\n")[0]
         outcome = Outcome(RunState.FAILED, reason, 2)
         if not run.ended_here():
             _record(run, outcome)
-    else:
-        raise Preempted
     why = f"{outcome.reason}. The report of the run is in {run / 'state.json'}"
     raise UserError(option=run.name, why=why, hint="type the same command to continue the run")

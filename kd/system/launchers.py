@@ -9,7 +9,7 @@ that imports kd keeps its variables.
 from __future__ import annotations
 
 import re
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 RANKS = re.compile(
     r"((GLOBAL|LOCAL|NODE|GROUP|ROLE|CROSS|MPIRUN)_)?RANK|((LOCAL|GROUP|ROLE)_)?WORLD_SIZE|MASTER_(ADDR|PORT)|"
@@ -27,11 +27,16 @@ def forget_ranks(environment: MutableMapping[str, str]) -> None:
     given.update({name: environment.pop(name) for name in list(environment) if RANKS.fullmatch(name)})
 
 
+def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without the variables that give a rank."""
+    return {name: value for name, value in environment.items() if not RANKS.fullmatch(name)}
+
+
 def by_torchrun() -> bool:
     """Return True if torchrun, or a launcher that sets the same variables, started this process as one of several."""
     return given.keys() >= TORCHRUN and given["WORLD_SIZE"] != "1"
 
 
-def by_srun(environment: MutableMapping[str, str]) -> bool:
+def by_srun(environment: Mapping[str, str]) -> bool:
     """Return True if srun started this process as one of several tasks. A batch script itself is no task."""
     return "SLURM_PROCID" in given and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1"
