@@ -70,8 +70,8 @@ def launch(run: Run, config: ExperimentConfig) -> dict:
             raise
         finally:
             spec.rdzv_handler.shutdown()
-    requests.end_if_asked()
     if failures:
+        requests.end_if_asked()
         _fail(run, failures, trainer.devices, killed_for_memory() > killed)
     result = run.result()
     assert result is not None, "rank 0 has written it"

@@ -14,14 +14,14 @@ import warnings
 from pathlib import Path
 
 from kd.config.schema import ExperimentConfig
-from kd.errors import MISTAKES, UserError, for_people
+from kd.errors import MISTAKES, UserError, for_people, typed
 from kd.parallel.collectives import check_devices
 from kd.parallel.place import Place, place_of
 from kd.parallel.rendezvous import Rendezvous
 from kd.runs import provenance
 from kd.runs.outcome import Outcome, RunState
 from kd.runs.run import Run
-from kd.system import processes
+from kd.system import launchers, processes
 from kd.system.console import console, exit_with_error
 from kd.system.remote import create_root
 from kd.system.signals import requests
@@ -49,9 +49,12 @@ class SharedRun(Run):
 def meet(place: Place) -> Rendezvous:
     """Return the rendezvous of this rank with the others."""
     requests.in_sweep = True  # what signals all ranks does so several times perhaps
+    restarts = launchers.given.get("TORCHELASTIC_RESTART_COUNT", "0")
     if place.rank:
         warnings.simplefilter("ignore")  # rank 0 shows them
         console.quiet = True
+    elif restarts != "0":
+        console.print(f"A process died. All start again from the last checkpoint, for the {restarts}. time.")
     return Rendezvous(place)
 
 
@@ -69,14 +72,15 @@ def check_alike(rendezvous: Rendezvous, config: ExperimentConfig) -> None:
         if other["problem"]:
             raise UserError(f"{where}: {other['problem']}")
         for name in sorted(options.keys() | other["options"].keys()):
-            values = [json.loads(json.dumps(options.get(name))) for options in (ranks[0]["options"], other["options"])]
-            if values[0] != values[1]:
-                why, hint = f"{where} has {values[1]}", "type the same command on all machines"
-                raise UserError(option=name, got=values[0], why=why, hint=hint)
+            ours, theirs = (options.get(name) for options in (ranks[0]["options"], other["options"]))
+            if ours != theirs:
+                why, hint = f"{where} has {typed(theirs)}", "type the same command on all machines"
+                raise UserError(option=name, got=ours, why=why, hint=hint)
         if other["code"] != ranks[0]["code"]:
             why, need = f"{where} has other code of kd than rank 0", "the same version of kd on all machines"
             raise UserError(option="kd", why=why, need=need)
-    _check_root(rendezvous, config)
+    if config.trainer.nodes > 1:
+        _check_root(rendezvous, config)
 
 
 def _check_root(rendezvous: Rendezvous, config: ExperimentConfig) -> None:

@@ -25,6 +25,7 @@ from kd.parallel.collectives import cpu_group
 from kd.parallel.place import Place
 from kd.system import launchers
 from kd.system.console import console
+from kd.system.signals import requests
 
 PAUSE = 0.1  # seconds between looks at the store
 CONNECT = timedelta(minutes=30)  # time in which all ranks have to start
@@ -70,10 +71,12 @@ class Rendezvous:
 
     def receive(self, key: str):
         """Return the value that another rank publishes, however long that takes; exit if a rank fails meanwhile."""
+        pause = PAUSE
         while not self.store.check([key]):
             if self.store.check(["error"]):
                 sys.exit(json.loads(self.store.get("error"))[1])
-            time.sleep(PAUSE)
+            time.sleep(pause)
+            pause = min(1, 1.1 * pause)
         return json.loads(self.store.get(key))
 
     def all_gather(self, value) -> list:
@@ -102,6 +105,7 @@ class Rendezvous:
             yield
         except Exception as error:
             code = 2 if is_mistake(error) else 1
+            requests.ignore()  # of an agent, which has seen the end of another rank
             if not self.is_first("error", code):
                 sys.exit(code)
             console.quiet = False

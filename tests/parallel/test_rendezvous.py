@@ -17,7 +17,7 @@ from kd.parallel.rendezvous import Rendezvous
 from kd.runs.outcome import Outcome, RunState
 from kd.runs.run import Run
 from kd.system import launchers
-from kd.system.signals import Preempted
+from kd.system.signals import Preempted, requests
 from tests.refusals import refused
 from tests.small import small_config
 
@@ -26,6 +26,12 @@ TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE
 SRUN = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NTASKS": "4",
         "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_ID": "1234567",
         "SLURM_STEP_NODELIST": "gpu[3-4]"}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def signals(monkeypatch):
+    """Leave the signals of this process as they are."""
+    monkeypatch.setattr(requests, "ignore", lambda: None)
 
 
 @pytest.fixture
