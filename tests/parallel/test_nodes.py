@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.injection import ended, until
 from tests.small import SMALL, TRAIN, folder, outcome, python, result, train
-from tests.test_faults import ended, until
 
 pytestmark = pytest.mark.slow
 
