@@ -63,17 +63,17 @@ class Agents:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def prepared(tmp_path_factory) -> Path:
     """A root with data and a teacher."""
-    root = tmp_path_factory.mktemp("made")
+    root = tmp_path_factory.mktemp("prepared")
     train(root, "trainer.steps=1")
     shutil.rmtree(folder(root, "fkl"))
     return root
 
 
 @pytest.fixture
-def root(made, tmp_path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "root"))
+def root(prepared, tmp_path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "root"))
 
 
 @pytest.mark.timeout(900)

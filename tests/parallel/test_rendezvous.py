@@ -228,11 +228,11 @@ def test_root_that_is_not_shared_is_refused(tmp_path, monkeypatch, root, hint):
 
 
 def failure(code: int, second: int, message: str = "") -> ProcessFailure:
-    made = ProcessFailure(0, 1, code, "")
-    made.timestamp = second
+    failed = ProcessFailure(0, 1, code, "")
+    failed.timestamp = second
     if message:
-        made.message = {"message": message, "extraInfo": {"py_callstack": f"Traceback: {message}\n"}}
-    return made
+        failed.message = {"message": message, "extraInfo": {"py_callstack": f"Traceback: {message}\n"}}
+    return failed
 
 
 @pytest.mark.parametrize(
