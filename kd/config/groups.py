@@ -319,7 +319,8 @@ class TrainerConfig(ConfigNode):
 
     INPUT_ONLY: ClassVar = ("tokens",)
 
-    devices: int = setting(effect=False, least=1)
+    devices: int = setting(effect=False, least=1)  # of each machine
+    nodes: int = setting(default=1, effect=False, least=1)  # machines
     strategy: Literal["auto", "ddp", "fsdp"] = setting(effect=False)
     shard_teacher: bool | None = setting(default=None, effect=False)
     steps: int = setting(least=0)  # 0: evaluation alone
@@ -336,3 +337,9 @@ class TrainerConfig(ConfigNode):
     val_every: int = setting(least=1)
     checkpoint_every: int = setting(effect=False, least=1)
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = setting(effect=False)
+    max_restarts: int = setting(default=0, effect=False, least=0)
+
+    @property
+    def ranks(self) -> int:
+        """Number of processes, one per device of all machines."""
+        return self.devices * self.nodes

@@ -86,10 +86,6 @@ Train = Callable[[ExperimentConfig], FinishedRun]  # trains a run, unless it is 
 def ensure(config: ExperimentConfig, train: Train) -> Inputs:
     """Check the prerequisites of a run, and make missing ones: data, teacher, first weights, store, teacher's text."""
     planned = Plan.from_config(config)
-    if config.trainer.devices > 1:
-        from kd.parallel import collectives
-
-        collectives.check_devices(config.trainer)
     packed, components = prepare(config)
     check_pruning(config, components)
     for model in (config.student.name, config.teacher.name, config.data.tokenizer):
