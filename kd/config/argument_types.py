@@ -68,6 +68,8 @@ def _fits(value, hint) -> bool:
             return True
         if option is tuple and isinstance(value, list) and all(type(v) in (int, float) for v in value):
             return True
+        if option is list and isinstance(value, list) and all(type(v) is str for v in value):
+            return True
         if option is type(None) and value is None:
             return True
     return False

@@ -40,6 +40,7 @@ class ExperimentConfig(ConfigNode):
     plan: bool = setting(default=False, effect=False)
     force: bool = setting(default=False, effect=False)
     on_failure: Literal["continue", "stop"] = setting(default="continue", effect=False)
+    benchmarks: str | list | None = setting(default=None, effect=False)
     data: DataConfig
     teacher: TeacherConfig
     responses: ResponsesConfig

@@ -38,6 +38,10 @@ def measures(result: dict) -> Table:
         if key in result["final"]:
             meaning += f"; before training {initial[key]:.4f}" if key in initial else ""
             table.add_row(key.removeprefix("val/"), f"{result['final'][key]:.4f}", styled(meaning, "dim"))
+    for metric in catalog.benchmarks([result]):
+        error = catalog.standard_error(result, metric)
+        value = f"{result['final'][metric.key]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+        table.add_row(metric.label, value, styled(f"{metric.meaning}; ± is the standard error over these", "dim"))
     if result["entropy"] is not None:
         table.add_row("entropy", f"{result['entropy']:.4f}", styled("loss of a perfect model of this data", "dim"))
     return table

@@ -10,6 +10,18 @@ from kd.system.programs import TRAIN
 
 
 def train(config: ExperimentConfig, wait: bool = True) -> FinishedRun:
+    """Return the result of a run, with the benchmarks of its config. See _train()."""
+    if not config.benchmarks:
+        return _train(config, wait)
+    from kd.experiment import benchmarking
+
+    run = Plan.from_config(config).run
+    benchmarking.check(config, None if config.force else run.result())
+    outcome = _train(config, wait)
+    return outcome._replace(result=benchmarking.add(run, config, outcome.result))
+
+
+def _train(config: ExperimentConfig, wait: bool) -> FinishedRun:
     """Return the result of a run. A finished run is read, and a started one is resumed. Prerequisites are made first.
 
     wait: True to wait for another process that works on the same run, instead of raising UserError. With force=true the

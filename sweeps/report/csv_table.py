@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
-from kd.evaluation.catalog import LOSS
+from kd.evaluation.catalog import BENCHMARK, LOSS
 from kd.experiment.results import Entry
 from kd.system.console import strip_control_characters
 from sweeps.report.groups import Group, name_without_loss, outcome_settings, varying
@@ -23,8 +23,8 @@ def csv_table(report: Report) -> str:
     """
     runs = list({entry.folder: entry for entry in report.entries}.values())
     keys = settings_that_vary(report.rows)
-    metrics = sorted({k for e in runs if e.result for k in e.result["final"] if k.startswith("val/")})
-    metrics.sort(key=LOSS.key.__ne__)
+    metrics = sorted({k for e in runs if e.result for k in e.result["final"] if k.startswith(("val/", BENCHMARK))})
+    metrics.sort(key=lambda key: (key != LOSS.key, key.startswith(BENCHMARK)))
     rows = {e.folder: row for row in report.rows for e in row.group.runs.values()}
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
