@@ -291,4 +291,6 @@ class TrainerConfig(ConfigNode):
     log_every: int = setting(least=1)
     val_every: int = setting(least=1)
     checkpoint_every: int = setting(effect=False, least=1)
+    keep: Literal["last", "best", "all"] = setting(neutral="last")
+    patience: int | None = setting(neutral=None, least=1)
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = setting(effect=False)

@@ -10,6 +10,7 @@ from kd.config.device_rules import check_ranks
 from kd.config.evaluation_rules import check_evaluation, unused_in_evaluation
 from kd.config.rollout_rules import check_rollout
 from kd.config.secrets import check_secrets
+from kd.config.selection_rules import check_selection
 from kd.config.token_info import check_token_info
 from kd.errors import UserError
 
@@ -279,5 +280,5 @@ def name_of(word: str) -> str:
 Rule = Callable[["ExperimentConfig"], None]
 RULES: tuple[Rule, ...] = (
     check_scale, check_evaluation, check_logits, check_ranks, check_loss, check_token_info, check_sampling, check_lm,
-    check_teacher, check_rollout,
+    check_teacher, check_rollout, check_selection,
 )  # fmt: skip

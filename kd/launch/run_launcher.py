@@ -31,7 +31,7 @@ from kd.launch.summary import outcome, refused, summary, varying
 from kd.runs import loggers, wandb_agent
 from kd.runs.outcome import RunState
 from kd.runs.run import Run
-from kd.runs.seal import SEALED
+from kd.runs.seal import SEALED, STUDENTS
 from kd.system import files, programs
 from kd.system.console import console, counted, exit_with_error
 from kd.system.signals import Preempted, requests
@@ -223,7 +223,7 @@ class RunLauncher(Launcher):
         else:
             run.clean_up_if_done()
             if not run.remote:
-                run.check(result, *(name for name in SEALED if name != "student"))
+                run.check(result, *(name for name in SEALED if name not in ("student", STUDENTS)))
         return PlannedRun(run, gpus(config.trainer), config.logger.name)
 
     def check_before(self, plan: Plan, sound: set[str]) -> None:

@@ -10,7 +10,8 @@ from kd.system import files
 # Responses of the student to the validation prompts (kd/evaluation/responses.py), and the curve of its ExAccErr.
 RESPONSES, EXACCERR = "responses.jsonl", "exaccerr.json"
 # What result.json keeps digests of, beside its own; folders with all that is in them.
-SEALED = ("config.json", "metrics.jsonl", RESPONSES, EXACCERR, "student")
+STUDENTS = "students"  # models of all validations, with trainer.keep=all
+SEALED = ("config.json", "metrics.jsonl", RESPONSES, EXACCERR, "student", STUDENTS)
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:

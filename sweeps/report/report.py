@@ -107,4 +107,5 @@ def build_report(root: str | Path, name: str) -> Report:
     )
     sections, faults = plugged_in(report)
     benchmarks = benchmark_section(rows)
-    return replace(report, sections=(*([benchmarks] if benchmarks else []), *sections), warnings=[*report.warnings, *faults])
+    own_first = (*([benchmarks] if benchmarks else []), *sections)
+    return replace(report, sections=own_first, warnings=[*report.warnings, *faults])
