@@ -137,6 +137,16 @@ def check_scale(config: ExperimentConfig) -> None:
         raise UserError(option="scale", got=config.scale, why="only a sweep has scales", hint=hint)
 
 
+def check_upload(config: ExperimentConfig) -> None:
+    """Refuse one repository for the students of a sweep."""
+    if config.push_to_hub and config.sweep:
+        hint = "choose a run of the sweep, and type its command with push_to_hub=NAME and without the sweep"
+        why = "one repository holds one student"
+        raise UserError(
+            option="push_to_hub", got=config.push_to_hub, conflict=f"sweep={config.sweep}", why=why, hint=hint
+        )
+
+
 def check_logits(config: ExperimentConfig) -> None:
     """Refuse a source of logits that lacks something."""
     source, truncation, target = config.logits.source, config.truncation.name, config.target.name
@@ -280,5 +290,5 @@ def name_of(word: str) -> str:
 Rule = Callable[["ExperimentConfig"], None]
 RULES: tuple[Rule, ...] = (
     check_scale, check_evaluation, check_logits, check_ranks, check_loss, check_token_info, check_sampling, check_lm,
-    check_teacher, check_rollout, check_selection,
+    check_teacher, check_rollout, check_selection, check_upload,
 )  # fmt: skip

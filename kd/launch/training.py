@@ -6,19 +6,31 @@ from kd.config.schema import ExperimentConfig
 from kd.experiment import prerequisites
 from kd.experiment.dependencies import Plan
 from kd.experiment.prerequisites import FinishedRun
+from kd.system.console import console
 from kd.system.programs import TRAIN
 
 
 def train(config: ExperimentConfig, wait: bool = True) -> FinishedRun:
-    """Return the result of a run, with the benchmarks of its config. See _train()."""
-    if not config.benchmarks:
-        return _train(config, wait)
-    from kd.experiment import benchmarking
+    """Return the result of a run, with the benchmarks of its config, after its upload. See _train().
 
+    What follows the training is checked before it.
+    """
     run = Plan.from_config(config).run
-    benchmarking.check(config, None if config.force else run.result())
+    name = None
+    if config.push_to_hub:
+        from kd.runs import upload
+
+        name = upload.repository(config.push_to_hub)
+    if config.benchmarks:
+        from kd.experiment import benchmarking
+
+        benchmarking.check(config, None if config.force else run.result())
     outcome = _train(config, wait)
-    return outcome._replace(result=benchmarking.add(run, config, outcome.result))
+    if config.benchmarks:
+        outcome = outcome._replace(result=benchmarking.add(run, config, outcome.result))
+    if name:
+        console.print(f"{run.name} is on the Hub: {upload.upload(run, outcome.result, name)}", soft_wrap=True)
+    return outcome
 
 
 def _train(config: ExperimentConfig, wait: bool) -> FinishedRun:
