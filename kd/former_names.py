@@ -37,6 +37,8 @@ SETTINGS = (
     ),
 )
 
+NULLS = {("trainer", "compile"): "auto"}  # group and setting -> today's value for a null of earlier versions
+
 METRICS = {
     "train/by_student": "train/student_token_share",
     "val/ended": "val/eos_rate",
@@ -62,13 +64,18 @@ def current_config(node: Any) -> Any:
         package, _, name = str(component.get("_target_")).rpartition(".")
         if package.startswith("kd.") and name in setting.options:
             new[setting.group] = _replaced(component, {setting.former: setting.current})
+    for (group, name), value in NULLS.items():
+        settings = new.get(group)
+        if isinstance(settings, dict) and settings.get(name, value) is None:
+            new[group] = settings | {name: value}
     return new
 
 
 def current_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return a flat config (kd.config.components.flat) with today's names."""
     names = {f"{s.group}.{s.former}": f"{s.group}.{s.current}" for s in _settings_of(options)}
-    return _replaced(options, names)
+    values = {f"{group}.{name}": value for (group, name), value in NULLS.items()}
+    return {k: values[k] if v is None and k in values else v for k, v in _replaced(options, names).items()}
 
 
 def former_options(options: Mapping[str, Any]) -> dict[str, Any]:

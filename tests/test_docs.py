@@ -129,14 +129,14 @@ def jobs(words: list[str]) -> list[list[str]]:
         file = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
         base, named = at_scale(file, next((w.partition("=")[2] for w in words if w.startswith("scale=")), "cpu"))
         lines = [f"{base} {line}" for _, line in named]
-    made = []
+    jobs_of_line = []
     for line in lines:
         parsed = OverridesParser.create().parse_overrides([*shlex.split(line), *typed])
         for job in BasicSweeper.split_arguments([o for o in parsed if not o.is_interval_sweep()], None)[0]:
             if option_of("logits", job) == "none":
                 job = [word for word in job if group_of(word) not in NO_SIGNAL]
-            made.append(job)
-    return made
+            jobs_of_line.append(job)
+    return jobs_of_line
 
 
 def check_train(arguments: list[str]) -> None:
@@ -252,7 +252,13 @@ PARSED = {"docs/results.md": "its commands are all sweeps of sweeps/, which are 
 SMALL = """trainer.steps=2 trainer.batch=4 trainer.micro_batch=2 trainer.val_every=2 trainer.checkpoint_every=2
 trainer.log_every=1 teacher.steps=2 teacher.batch=2 start.steps=2 start.sft_steps=2 data.seq_len=64 data.val_rows=4
 data.tokens=4000 data.template=plain rollout.max_tokens=4 responses.samples=1 logger=none""".split()  # noqa: SIM905
-PARTLY = {"trainer.devices": "2", "n_jobs": "2", "hydra.sweeper.n_trials": "2", "rollout.capacity": "4"}
+PARTLY = {
+    "trainer.devices": "2",
+    "n_jobs": "2",
+    "hydra.sweeper.n_trials": "2",
+    "rollout.capacity": "4",
+    "start.layers": "1",
+}
 LISTS = {"trainer.steps": ("2", "4", "6"), "seed": ("0",)}
 
 
@@ -451,6 +457,7 @@ def test_sentences_of_a_document(text, expected):
     [
         (words_check.name_faults, "def f(of): made = 1\n", ["of", "made"]),
         (words_check.name_faults, "softening = f()\n", []),
+        (words_check.name_faults, "import re as said\n", ["said"]),
         (words_check.docstring_faults, '"""Whether so."""\n', ["Whether"]),
         (words_check.docstring_faults, 'def f():\n    """From here."""\n', ["From"]),
         (words_check.docstring_faults, '"""Return."""\n', []),

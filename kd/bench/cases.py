@@ -170,7 +170,8 @@ def fitted(work: Work, loss: str, compile: bool, store: Store | None = None, on_
     teacher = StoredTeacher(store) if store else OnlineTeacher(CausalLM(work.teacher(), work.shape.vocab))
     compared = components.build(OmegaConf.to_container(OmegaConf.load(CONF / "loss" / f"{loss}.yaml")), "loss")
     cut = teacher.truncation(store.truncation if store else {"name": "full"}, truncation.full)
-    objective = Objective(compared, cut, target_transforms.renormalise, temperature.fixed, compile=compile or None)
+    compiled = compile or (None if work.device.type == "cuda" else False)
+    objective = Objective(compared, cut, target_transforms.renormalise, temperature.fixed, compile=compiled)
     samplers = Samplers(student, teacher.model, work.shape.vocab - 1, 0)
     module = DistillationModule(
         student, teacher, objective, Schedules(lambda progress: 1.0 if on_policy else ALPHA, lambda progress: RATE),

@@ -60,6 +60,32 @@ def check_shards(trainer: TrainerConfig, option: str) -> None:
             need=f"as many rows for each of the {trainer.devices} devices",
             hint=f"type trainer.batch={trainer.batch // trainer.devices * trainer.devices}",
         )
-    if trainer.compile:
+    if trainer.compile is True:
         why, hint = "models in shards cannot be compiled", "leave trainer.compile out"
         raise UserError(option=option, conflict="trainer.compile=true", why=why, hint=hint)
+
+
+def check_optimizer(config: ExperimentConfig) -> None:
+    """Refuse 8-bit moments of weights in shards: bitsandbytes knows no shards."""
+    if config.optim.name == "adamw8" and config.trainer.strategy == "fsdp":
+        hint = "type optim=adamw, whose moments are shared by the devices, or trainer=ddp"
+        raise UserError(
+            option="optim", got="adamw8", conflict="trainer.strategy=fsdp",
+            why="moments of 8 bits are of whole weights", hint=hint,
+        )  # fmt: skip
+
+
+def check_attention(config: ExperimentConfig) -> None:
+    """Refuse FlashAttention where it cannot compute."""
+    trainer = config.trainer
+    if trainer.attention != "flash_attention_2":
+        return
+    for option, value, need in (("accelerator", "cpu", "gpu"), ("precision", "fp32", "bf16")):
+        if getattr(trainer, option) == value:
+            raise UserError(
+                option="trainer.attention",
+                got=trainer.attention,
+                conflict=f"trainer.{option}={value}",
+                why="FlashAttention computes in bf16, on a GPU of NVIDIA",
+                hint=f"type trainer.{option}={need}, or trainer.attention=sdpa",
+            )

@@ -129,8 +129,9 @@ def value_of(value: Any, hint: Any, traits: Traits, name: str) -> Any:
         raise UserError(option=name, got=value, need=f"a whole number from {traits.least} to {traits.most}")
     if number and traits.least is not None and not traits.least <= value < math.inf:
         raise UserError(option=name, got=value, need=f"a number of at least {traits.least}")
-    if words and value is not None and value not in words:
-        raise UserError(option=name, got=value, need=f"one of {', '.join(words)}")
+    if words and isinstance(value, str) and value not in words:
+        allowed = ("true", "false", *words) if bool in typing.get_args(hint) else words
+        raise UserError(option=name, got=value, need=f"one of {', '.join(allowed)}")
     return value
 
 

@@ -27,6 +27,9 @@ def check_selection(config: ExperimentConfig) -> None:
     if trainer.keep == "best" and config.logits.source.trains_teacher:
         why = "responses would be compared with the teacher of the last step"
         raise refused.replace(conflict=f"logits={config.logits.source}", why=why, hint="leave trainer.keep out")
+    if trainer.keep == "all" and not config.adapter.is_none:
+        why, hint = "models of each validation would be adapters alone", "type trainer.keep=best, or adapter=none"
+        raise refused.replace(conflict=f"adapter={config.adapter.name}", why=why, hint=hint)
     if trainer.keep == "all" and is_url(config.root):
         why, hint = "models of each validation are written to a folder alone", "type root=FOLDER, or trainer.keep=best"
         raise refused.replace(conflict=f"root={config.root}", why=why, hint=hint)

@@ -13,6 +13,8 @@ from kd.evaluation.benchmarks import Benchmark
 from kd.parallel import collectives
 from kd.runs import loggers
 from kd.runs.run import Run
+from kd.runs.seal import digest_of_result, is_sealed
+from kd.system import files
 from kd.system.console import console
 from kd.system.signals import requests
 
@@ -53,10 +55,20 @@ def add(run: Run, config: ExperimentConfig, result: dict) -> dict:
             result = run.result() or result  # as another process may have left it
             measured_all = result.get("benchmarks", {}) | {benchmark.name: measured}
             final = result["final"] | benchmarks.final_metrics(measured_all)
-            result = run.amend(result | {"benchmarks": measured_all, "final": final})
+            result = amended(run, result | {"benchmarks": measured_all, "final": final})
             requests.end_if_asked()
     try:
         loggers.add_final(run, config, result)
     except Exception as error:  # a view: its errors lose no result
         warnings.warn(f"{config.logger.name} did not get the benchmarks of {run.name} ({error}).")
+    return result
+
+
+def amended(run: Run, result: dict) -> dict:
+    """Write the result of a finished run anew, and return it. The caller has to hold the lock."""
+    if is_sealed(result):
+        result = result | {"digest": digest_of_result(result)}
+    if run.remote:
+        run.remote.write("result.json", result)
+    files.write_json(run / "result.json", result)
     return result

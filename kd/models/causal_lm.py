@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kd.config.sizes import SIZES
 from kd.errors import UserError, first_line
 from kd.models.hub import adapter_base, config_of, pretrained
+from kd.system.compilation import compile_if_possible
 from kd.system.hardware import out_of_memory
 
 
@@ -37,7 +38,10 @@ class Head(nn.Module):
         return cls(model.get_output_embeddings(), vocab, softcap, scale)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits = self.output(hidden)[..., : self.vocab]
+        return self.adjusted(self.output(hidden)[..., : self.vocab])
+
+    def adjusted(self, logits: Tensor) -> Tensor:
+        """Return what the model makes of the products with its output layer [n, V]."""
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -49,6 +53,7 @@ class CausalLM(nn.Module):
     def __init__(self, model, vocab: int):
         super().__init__()
         self.model = model
+        self.held_in: str | None = None  # dtype of the weights of a frozen model, see kd.models.weights
         # The head shares the model's output layer; out of the module tree, so that its weights are counted once.
         self.__dict__["head"] = Head.from_model(model, vocab)
 
@@ -56,12 +61,61 @@ class CausalLM(nn.Module):
         """Return the last hidden states [B, T, D] of ids [B, T]. cache: arguments about earlier tokens."""
         return self.model.base_model(input_ids=ids, **{"use_cache": False} | cache).last_hidden_state
 
-    def compile_layers(self) -> None:
-        """Compile each layer by itself. Layers are alike, so torch compiles one; a whole body would take a minute."""
+    def compile_layers(self, required: bool = True) -> None:
+        """Compile each layer by itself. Layers are alike, so torch compiles one; a whole body would take a minute.
+
+        required: False to compute without torch.compile if that fails.
+        """
         for module in self.model.modules():
             if isinstance(module, nn.ModuleList):
                 for layer in module:
-                    layer.compile()
+                    if required:
+                        layer.compile()
+                    else:
+                        layer._compiled_call_impl = compile_if_possible(layer._call_impl)
+
+    def checkpoint_layers(self) -> None:
+        """Keep only the inputs of each layer for the backward pass, which computes the layer once more.
+
+        Chen et al. 2016, arXiv 1604.06174. Gradients do not change. In eval mode the layers are as before, and may
+        use a cache. Raises UserError for a model without such layers.
+        """
+        model = self.model
+        # Its former name is deprecated in newer versions of transformers.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        try:
+            enable({"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(
+                option="trainer.gradient_checkpointing",
+                got=True,
+                why=f"{type(model).__name__} has no layers that can be computed again",
+                hint="leave trainer.gradient_checkpointing out, and type a smaller trainer.micro_batch",
+            ) from error
+
+    def set_attention(self, implementation: str) -> None:
+        """Compute attention by eager, sdpa or flash_attention_2 of transformers, from now on.
+
+        Raises UserError where this machine or this model cannot.
+        """
+        from transformers.utils import is_flash_attn_2_available
+
+        refused = UserError(option="trainer.attention", got=implementation)
+        # Without that package transformers would load a kernel of the Hub, which is code.
+        flash = implementation == "flash_attention_2"
+        if flash and not is_flash_attn_2_available():
+            hint = "type pip install flash-attn --no-build-isolation, or trainer.attention=sdpa"
+            raise refused.replace(need="a GPU of NVIDIA and the package flash-attn", hint=hint)
+        name, reason = type(self.model).__name__, "it computes attention in another way"
+        kernels = getattr(self.model, "_compatible_flash_implementations", None)  # which may be of the Hub
+        try:
+            if not (flash and kernels and implementation not in kernels):
+                self.model.set_attn_implementation(implementation)
+        except (ValueError, ImportError) as error:
+            reason = first_line(error)
+        if self.model.config.get_text_config()._attn_implementation != implementation:
+            hint = "leave trainer.attention out"
+            raise refused.replace(why=f"does not fit {name}: {reason}", hint=hint)
 
     def check(self, option: str) -> None:
         """Raise UserError unless head(hidden_states(x)) equals the model's logits: no scale or cap may be missed."""

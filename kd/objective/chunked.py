@@ -13,14 +13,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
-from torch.func import functional_call
 
-from kd.errors import first_line
+from kd.objective.output_layer import output_layer
 from kd.objective.target import Target
 from kd.objective.temperature import Softening, soften
 from kd.objective.token_info import TokenInfo, check_needs
-from kd.system.console import console
+from kd.system.compilation import compile_if_possible
 
 Signal = Callable[[slice], Target]  # distributions of a source of logits for a batch: rows -> Target
 
@@ -44,7 +42,7 @@ class Objective:
 
     chunk: None takes `default_chunk_size`. It changes only time, memory and rounding. compile: True makes one kernel of
     the loss and gradient of a chunk's logits by torch.compile, which needs a C++ compiler and some ten seconds once.
-    None does so on a GPU, and computes without torch.compile if that fails.
+    None does so too, and computes without torch.compile if that fails.
     """
 
     loss: Callable[[Tensor, Target], Tensor]
@@ -125,43 +123,10 @@ def default_chunk_size(head: torch.nn.Module) -> int:
     return max(64, budget // (4 * len(output)))
 
 
-_compile_failed = False  # in this process; the warning is printed once
-
-
 def _compiled(objective: Objective) -> Callable:
-    """Return compiled `logits_gradient`. If compiling is only the default, a failure falls back to eager code."""
-    compiled = torch.compile(objective.logits_gradient)
-    if objective.compile:
-        return compiled
-
-    def slope(*arguments) -> tuple[Tensor, LossSums]:
-        global _compile_failed
-        if not _compile_failed:
-            try:
-                return compiled(*arguments)
-            except TorchDynamoException as error:
-                _compile_failed = True
-                reason = first_line(error)
-                console.print(
-                    f"torch.compile failed, so the loss is slower and takes more memory than it could: {reason}\n"
-                    "trainer.compile=false leaves it out; trainer.compile=true shows all of the error.",
-                    soft_wrap=True,
-                )  # fmt: skip
-        return objective.logits_gradient(*arguments)
-
-    return slope
-
-
-def _cast(head: torch.nn.Module, device: str) -> dict[str, Tensor]:
-    """Return the head's parameters in the dtype of autocast, as new leaves.
-
-    They are cast once instead of per chunk. Their gradients have that dtype, and are summed in float32.
-    """
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return {
-        name: p if dtype is None else p.detach().to(dtype).requires_grad_(p.requires_grad)
-        for name, p in head.named_parameters()
-    }
+    """Return compiled `logits_gradient`."""
+    compiler = torch.compile if objective.compile else compile_if_possible
+    return compiler(objective.logits_gradient)
 
 
 class _Chunked(torch.autograd.Function):
@@ -169,13 +134,9 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, objective: Objective, head, label, signal, alpha, observe_logits, kd_mask, hidden, *parameters):
-        compiles = hidden.is_cuda if objective.compile is None else objective.compile
-        slope = _compiled(objective) if compiles else objective.logits_gradient
+        slope = objective.logits_gradient if objective.compile is False else _compiled(objective)
         alpha = torch.tensor(alpha, device=hidden.device)  # torch would compile again for each new number
-        hidden_grad = torch.empty_like(hidden)
-        parameter_grads = [torch.zeros_like(p) for p in parameters]
-        weights = _cast(head, hidden.device.type)
-        learned = [w for w in weights.values() if w.requires_grad]
+        hidden_grad, layer = torch.empty_like(hidden), output_layer(head, hidden)
         sums = torch.zeros(3, device=hidden.device, dtype=torch.float64)
         for rows in chunks(len(hidden), objective.chunk or default_chunk_size(head)):
             target = signal(rows) if signal is not None else None
@@ -183,18 +144,14 @@ class _Chunked(torch.autograd.Function):
                 check_needs(objective.loss, target.token_info)
             # Outside the compiled part: the number of columns of a top-p depends on the data.
             truncated = None if target is None else objective.truncation(target)
-            with torch.enable_grad():
-                piece = hidden[rows].detach().requires_grad_()
-                logits = functional_call(head, weights, (piece,))  # [n, V]
+            logits = layer.logits(hidden[rows])  # [n, V]
             if observe_logits is not None:
-                observe_logits(rows, logits.detach())
+                observe_logits(rows, logits)
             mask = kd_mask[rows] if kd_mask is not None else None
-            logits_grad, values = slope(logits.detach(), label[rows], target, alpha, mask, truncated)
-            hidden_grad[rows], *parts = torch.autograd.grad(logits, (piece, *learned), logits_grad)
-            for whole, part in zip(parameter_grads, parts, strict=True):
-                whole += part
+            logits_grad, values = slope(logits, label[rows], target, alpha, mask, truncated)
+            hidden_grad[rows] = layer.backward(logits_grad)
             sums += torch.stack(values)
-        ctx.save_for_backward(hidden_grad, *parameter_grads)
+        ctx.save_for_backward(hidden_grad, *layer.gradients)
         total, kd, lm = sums.unbind()
         ctx.mark_non_differentiable(kd, lm)
         return total, kd, lm

@@ -37,7 +37,7 @@ class Run:
     student/  the trained model    students/  those of all validations, with trainer.keep=all
     log.txt  console output, if a sweep started the run
     responses.jsonl, exaccerr.json  responses to the validation prompts, see kd/evaluation/responses.py
-    state.json   state: running and where, or how it ended
+    performance.jsonl  speed and memory    state.json  state: running and where, or how it ended
 
     For a root under a URL this is the folder on this machine; the files under the URL are what counts.
     """
@@ -306,15 +306,6 @@ class Run:
                 ) from None
         files.write_json(self / "result.json", result)
         self.clean_up()
-        return result
-
-    def amend(self, result: dict) -> dict:
-        """Write the result of a finished run anew, with what was measured after its end, and return it."""
-        if is_sealed(result):
-            result = result | {"digest": digest_of_result(result)}
-        if self.remote:
-            self.remote.write("result.json", result)
-        files.write_json(self / "result.json", result)
         return result
 
     def clean_up_if_done(self) -> None:

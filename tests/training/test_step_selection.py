@@ -143,6 +143,8 @@ RECORDED = ("logits=none", "teacher=none", "record=top_k")
      (["trainer.keep=all", "trainer.strategy=fsdp", "trainer.devices=2"], {"conflict": "fsdp", "hint": "ddp"}),
      (["trainer.keep=best", "logits=cotrained"], {"conflict": "logits=cotrained"}),
      (["trainer.keep=all", "root=memory://a"], {"conflict": "root=memory://a", "hint": "root=FOLDER"}),
+     (["trainer.keep=all", "adapter=lora", "student=hub", "student.name=x", "teacher=hub", "teacher.name=y"],
+      {"conflict": "adapter=lora", "hint": "adapter=none"}),
      (["trainer.keep=first"], {"option": "trainer.keep", "need": "best"}),
      (["trainer.patience=0"], {"option": "trainer.patience"})],
 )  # fmt: skip

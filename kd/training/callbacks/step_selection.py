@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kd.evaluation.catalog import LOSS
 from kd.evaluation.validation import Validation
+from kd.models.adapters import frozen_names
 from kd.parallel import collectives
 
 
@@ -31,7 +32,7 @@ class StepSelection(Callback):
         self.validation, self.keep, self.patience, self.save = validation, keep, patience, save
         self.step = -1  # with the lowest loss so far
         self.metrics: dict[str, float] = {}  # of that step
-        self.weights: dict[str, Tensor] = {}  # of that step, if they are kept, on the CPU of the first rank
+        self.weights: dict[str, Tensor] = {}  # of that step that learn, if they are kept, on the CPU of the first rank
         self.worse = 0  # validations since then
 
     def state_dict(self) -> dict:
@@ -47,7 +48,8 @@ class StepSelection(Callback):
         if not self.metrics or self.validation.metrics[LOSS.key] < self.metrics[LOSS.key]:
             self.step, self.metrics, self.worse = trainer.global_step, dict(self.validation.metrics), 0
             if self.keep == "best" and collectives.rank() == 0:
-                self.weights = {name: value.cpu().clone() for name, value in module.student.state_dict().items()}
+                frozen, weights = frozen_names(module.student), module.student.state_dict()
+                self.weights = {name: weights[name].cpu().clone() for name in weights if name not in frozen}
         else:
             self.worse += 1
         if self.keep == "all" and collectives.rank() == 0:
@@ -60,7 +62,7 @@ class StepSelection(Callback):
         if self.keep != "best" or self.step in (-1, self.validation.step):
             return
         if self.weights:
-            module.student.load_state_dict(self.weights)
+            module.student.load_state_dict(self.weights, strict=not frozen_names(module.student))
         with torch.random.fork_rng(devices=[]):
             collectives.broadcast_parameters(module.student)
         self.validation.step, self.validation.metrics = self.step, dict(self.metrics)
