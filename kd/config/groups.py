@@ -336,6 +336,8 @@ class TrainerConfig(ConfigNode):
     log_every: int = setting(least=1)
     val_every: int = setting(least=1)
     checkpoint_every: int = setting(effect=False, least=1)
+    keep: Literal["last", "best", "all"] = setting(neutral="last")
+    patience: int | None = setting(neutral=None, least=1)
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = setting(effect=False)
     max_restarts: int = setting(default=0, effect=False, least=0)
 
