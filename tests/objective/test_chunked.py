@@ -1,8 +1,10 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -426,19 +428,50 @@ def test_the_count_of_elements_sees_logits_in_one_piece_or_in_many():
     assert share_of_logits(lambda *inputs: sum(whole(*inputs, rows) for rows in chunks(len(inputs[1]), 6))) > 1
 
 
-@pytest.mark.slow
-def test_compiled_equals_eager():
+COLUMNS = {  # of the target: all, some, and some beside the probability of the others
+    "dense": (FULL, SAME),
+    "sparse": (TRUNCATIONS["top_k-k=5"], SAME),
+    "leftover": (TRUNCATIONS["top_k-k=5"], TREATMENTS["leftover"]),
+    "rest": (TRUNCATIONS["top_k-k=5"], TREATMENTS["rest"]),
+}
+
+
+def assert_compiled_equals_eager(loss, columns) -> None:
     head, hidden, label, target = case()
-    cut, leftover, kd_mask = TRUNCATIONS["top_k-k=5"], TREATMENTS["leftover"], torch.arange(ROWS) % 3 > 0
+    kd_mask = torch.arange(ROWS) % 3 > 0
     for alpha in (0.9, 0.3):  # that alpha changes must not be compiled in
         eager, compiled = (
-            Objective(LOSSES["akl"], cut, leftover, PLAIN, 5, compile)(
+            Objective(loss, *columns, PLAIN, 5, compile)(
                 head, hidden, label, target.__getitem__, alpha, kd_mask=kd_mask
             )
             for compile in (False, True)
         )
         same(compiled, eager)
         same(grads_of(compiled.total, head, hidden), grads_of(eager.total, head, hidden))
+
+
+@pytest.mark.slow
+@each("columns", COLUMNS)
+@each("loss", LOSSES)
+def test_compiled_equals_eager(loss, columns):
+    torch.compiler.reset()
+    assert_compiled_equals_eager(loss, columns)
+
+
+@pytest.mark.slow
+@each("columns", COLUMNS)
+@each("loss", LOSSES)
+def test_a_loss_is_one_graph_for_all_chunks(loss, columns, monkeypatch):
+    """With torch's capture of graphs alone, which is fast. What it cannot capture, it would compute eagerly in silence."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
+    torch.compiler.reset()
+    counters.clear()
+    assert_compiled_equals_eager(loss, columns)
+    for rows in range(2, ROWS):  # the last chunk has 1 to 5 rows
+        head, hidden, label, target = case(rows)
+        Objective(loss, *columns, PLAIN, 5, True)(head, hidden, label, target.__getitem__, 0.9)
+    # Two kinds, with a mask and without one, for 5 rows, for any number and for a single row.
+    assert counters["stats"]["unique_graphs"] <= 6 and not counters["graph_break"]
 
 
 def test_a_chunk_is_chosen_by_the_vocabulary():
