@@ -130,10 +130,10 @@ def check_nested(wide: Truncation, narrow: Truncation) -> None:
     """
     target = dense(logits(1, rows=50))
     direct, stored = narrow(target), narrow(wide(target))
-    close(_kept(stored), _kept(direct))
+    close(_truncated_logp(stored), _truncated_logp(direct))
 
 
-def _kept(target: Target) -> Tensor:
+def _truncated_logp(target: Target) -> Tensor:
     """Return log-probabilities of all tokens [N, V], 1 for those that were dropped."""
     ids = torch.arange(V).expand_as(target.logp) if target.ids is None else target.ids
     mask = target.logp > -torch.inf

@@ -30,7 +30,7 @@ hydra.compose = compose
 
 
 @pytest.fixture(scope="session")
-def taught(tmp_path_factory) -> Path:
+def trained_root(tmp_path_factory) -> Path:
     """A root with data, a teacher and its top-5 store, for tests to copy."""
     from tests.small import TOP, shared, write
 

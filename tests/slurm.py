@@ -26,10 +26,10 @@ def jobs():
     with open(HERE / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         path = HERE / "jobs.json"
-        found = json.loads(path.read_text()) if path.exists() else {}
-        yield found
+        by_name = json.loads(path.read_text()) if path.exists() else {}
+        yield by_name
         whole = path.with_suffix(".new")  # a test may read it at any time
-        whole.write_text(json.dumps(found, indent=1))
+        whole.write_text(json.dumps(by_name, indent=1))
         whole.replace(path)
 
 
@@ -38,12 +38,12 @@ def sbatch(words: list[str]) -> None:
     flags = dict(re.findall(r"^#SBATCH --([a-z-]+)=(.*)$", script, re.M))
     if flags.get("partition") == "nowhere":
         sys.exit("sbatch: error: invalid partition specified: nowhere")
-    with jobs() as found:
-        number = str(len({name.partition("_")[0] for name in found}) + 1)
+    with jobs() as by_name:
+        number = str(len({name.partition("_")[0] for name in by_name}) + 1)
         last, _, limit = flags.get("array", "").removeprefix("0-").partition("%")
         names = [f"{number}_{n}" for n in range(int(last) + 1)] if last else [number]
         for name in names:
-            found[name] = {"state": "PENDING", "reason": "Resources", "tries": 0}
+            by_name[name] = {"state": "PENDING", "reason": "Resources", "tries": 0}
         (HERE / f"{number}.sh").write_text(script)
     words = [sys.executable, __file__, "daemon", str(limit or 1), *names]
     subprocess.Popen(words, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -55,20 +55,20 @@ def daemon(words: list[str]) -> None:
     """Start the jobs that are pending, and see how they end, until all have."""
     limit, names, running = int(words[0]), words[1:], {}
     while True:
-        with jobs() as found:
+        with jobs() as by_name:
             for name, process in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
-                    of = found[name]
-                    if of.pop("requeue", False):
-                        of.update(state="PENDING", reason="BeginTime")
-                    elif of["state"] == "RUNNING":
-                        of["state"] = "COMPLETED" if process.returncode == 0 else "FAILED"
+                    job = by_name[name]
+                    if job.pop("requeue", False):
+                        job.update(state="PENDING", reason="BeginTime")
+                    elif job["state"] == "RUNNING":
+                        job["state"] = "COMPLETED" if process.returncode == 0 else "FAILED"
             for name in names:
-                if found[name]["state"] == "PENDING" and len(running) < limit and not (HERE / "hold").exists():
-                    found[name].update(state="RUNNING", reason="None", tries=found[name]["tries"] + 1)
+                if by_name[name]["state"] == "PENDING" and len(running) < limit and not (HERE / "hold").exists():
+                    by_name[name].update(state="RUNNING", reason="None", tries=by_name[name]["tries"] + 1)
                     running[name] = start(name)
-            if not running and all(found[name]["state"] not in ("PENDING", "RUNNING") for name in names):
+            if not running and all(by_name[name]["state"] not in ("PENDING", "RUNNING") for name in names):
                 return
         time.sleep(0.1)
 
@@ -94,53 +94,53 @@ def srun(words: list[str]) -> None:
     for flag, descriptor in (("--output", 1), ("--error", 2)):
         path = outputs[flag].replace("%A", number).replace("%a", index).replace("%j", number).replace("%t", "0")
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-    with jobs() as found:
-        found[name]["pid"] = os.getpid()
+    with jobs() as by_name:
+        by_name[name]["pid"] = os.getpid()
     os.execvpe(words[0], words, os.environ | {"SLURM_STEP": name})
 
 
 def step(name: str) -> list[int]:
     """All processes of a job's step."""
-    found = []
+    pids = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
             if f"SLURM_STEP={name}".encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-    return sorted(found)
+                pids.append(int(path.parent.name))
+    return sorted(pids)
 
 
 def scancel(words: list[str]) -> None:
     flags = dict(word.removeprefix("--").split("=") for word in words if "=" in word)
-    with jobs() as found:
+    with jobs() as by_name:
         for name in (word for word in words if not word.startswith("--")):
-            of = found[name]
-            if of["state"] == "PENDING" and "signal" not in flags:
-                of["state"] = "CANCELLED"
-            elif of["state"] == "RUNNING" and "state" not in flags and "pid" in of:
+            job = by_name[name]
+            if job["state"] == "PENDING" and "signal" not in flags:
+                job["state"] = "CANCELLED"
+            elif job["state"] == "RUNNING" and "state" not in flags and "pid" in job:
                 for pid in step(name):
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.Signals[f"SIG{flags.get('signal', 'TERM')}"])
                 if "signal" not in flags:
-                    of["state"] = "CANCELLED"
+                    job["state"] = "CANCELLED"
 
 
 def squeue(words: list[str]) -> None:
-    with jobs() as found:
-        for name, of in found.items():
-            if "forgotten" not in of:
-                print(f"{name}|{of['state']}|{of['reason']}")
+    with jobs() as by_name:
+        for name, job in by_name.items():
+            if "forgotten" not in job:
+                print(f"{name}|{job['state']}|{job['reason']}")
 
 
 def sacct(words: list[str]) -> None:
     (name,) = (word.partition("=")[2] for word in words if word.startswith("--jobs="))
-    with jobs() as found:
-        print(found[name]["state"])
+    with jobs() as by_name:
+        print(by_name[name]["state"])
 
 
 def scontrol(words: list[str]) -> None:
     assert words[0] == "requeue"
-    with jobs() as found:
-        found[words[1]]["requeue"] = True
+    with jobs() as by_name:
+        by_name[words[1]]["requeue"] = True
 
 
 if __name__ == "__main__":

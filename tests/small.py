@@ -69,9 +69,10 @@ def shared(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], ob
 
 
 def small_words(small: list[str], words: tuple[str, ...]) -> list[str]:
-    """Return the words of a small run that have an effect beside `words`: a pretrained teacher has no steps."""
+    """Return the words of a small run that have an effect beside `words`: not each teacher is trained by a run."""
     pretrained = any(word.startswith("teacher.name=") for word in words) and "teacher.sft=true" not in words
-    return [word for word in small if not (pretrained and word.startswith("teacher.steps="))]
+    untrained = pretrained or {"teacher=none", "logits=cotrained"} & {*words}
+    return [word for word in small if not (untrained and word.startswith("teacher.steps="))]
 
 
 def start(root: Path, *words: str, cold: bool = False, **environment: str) -> subprocess.Popen:
@@ -92,8 +93,8 @@ def train(root: Path, *words: str, code: int = 0, cold: bool = False, **environm
 
 def folder(root: Path, start: str) -> Path:
     """The one run folder whose name begins so."""
-    (found,) = root.glob(f"{start}*")
-    return found
+    (run,) = root.glob(f"{start}*")
+    return run
 
 
 def listed(root: Path) -> Path:
@@ -118,8 +119,8 @@ def outcome(path: Path) -> tuple[bytes, bytes]:
 
 def small_config(root: Path, *words: str) -> ExperimentConfig:
     """Return the config of the tiny run with `words`, in `root`."""
-    own = any(word.startswith("data=") for word in words)
-    small = (word for word in small_words(TINY, words) if not (own and word.startswith("data")))
+    own_data = any(word.startswith("data=") for word in words)
+    small = (word for word in small_words(TINY, words) if not (own_data and word.startswith("data")))
     typed = [*small, f"root={root}", *words]
     return ExperimentConfig.from_hydra(composed(*typed), typed)
 

@@ -30,6 +30,7 @@ from kd.config.options import option_of
 from kd.config.rules import group_of
 from kd.config.schema import NO_SIGNAL
 from kd.errors import UserError
+from kd.evaluate import evaluation_words
 from kd.launch.sweeper import at_scale
 from kd.runs import __main__ as runs_program
 from kd.runs.identity import identity
@@ -128,14 +129,14 @@ def jobs(words: list[str]) -> list[list[str]]:
         file = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
         base, named = at_scale(file, next((w.partition("=")[2] for w in words if w.startswith("scale=")), "cpu"))
         lines = [f"{base} {line}" for _, line in named]
-    made = []
+    jobs_of_line = []
     for line in lines:
         parsed = OverridesParser.create().parse_overrides([*shlex.split(line), *typed])
         for job in BasicSweeper.split_arguments([o for o in parsed if not o.is_interval_sweep()], None)[0]:
             if option_of("logits", job) == "none":
                 job = [word for word in job if group_of(word) not in NO_SIGNAL]
-            made.append(job)
-    return made
+            jobs_of_line.append(job)
+    return jobs_of_line
 
 
 def check_train(arguments: list[str]) -> None:
@@ -156,6 +157,12 @@ def check_store(arguments: list[str]) -> None:
 def check_data(arguments: list[str]) -> None:
     assert arguments[0] == "show"
     config_of(arguments[1:])
+
+
+def check_evaluate(arguments: list[str]) -> None:
+    typed = evaluation_words([word for word in arguments if word != "-m"])
+    for job in jobs(typed):
+        config_of(job)
 
 
 def check_report(arguments: list[str]) -> None:
@@ -197,6 +204,7 @@ CHECKS: dict[str, Callable[[list[str]], object]] = {
     "train.py": check_train,
     "kd.store": check_store,
     "kd.data": check_data,
+    "kd.evaluate": check_evaluate,
     "kd.runs": check_runs,
     "sweeps.report": check_report,
     "sweeps.fit": check_fit,
@@ -242,7 +250,13 @@ PARSED = {"docs/results.md": "its commands are all sweeps of sweeps/, which are 
 SMALL = """trainer.steps=2 trainer.batch=4 trainer.micro_batch=2 trainer.val_every=2 trainer.checkpoint_every=2
 trainer.log_every=1 teacher.steps=2 teacher.batch=2 start.steps=2 start.sft_steps=2 data.seq_len=64 data.val_rows=4
 data.tokens=4000 data.template=plain rollout.max_tokens=4 responses.samples=1 logger=none""".split()  # noqa: SIM905
-PARTLY = {"trainer.devices": "2", "n_jobs": "2", "hydra.sweeper.n_trials": "2", "rollout.capacity": "4"}
+PARTLY = {
+    "trainer.devices": "2",
+    "n_jobs": "2",
+    "hydra.sweeper.n_trials": "2",
+    "rollout.capacity": "4",
+    "start.layers": "1",
+}
 LISTS = {"trainer.steps": ("2", "4", "6"), "seed": ("0",)}
 
 
@@ -356,6 +370,12 @@ def run(command: Command, folder: Path, cluster: dict[str, str]) -> None:
         part = [word for word in words if word.startswith("part=")]
         rest = [word for word in words[1:] if word not in part]
         words = [words[0], *shrunk([*written, *rest])[len(written) :], *part]
+    elif command.program == "kd.evaluate":
+        typed = evaluation_words([word for word in words if word != "-m"])
+        names = {word.partition("=")[0] for word in typed}
+        every = jobs(typed)
+        small = [word for word in SMALL if word.partition("=")[0] not in names]
+        words += [word for word in small if all(accepted(job, word) for job in every)]
     elif command.program == "sweeps.fit" and "--help" not in words:
         words += ["--bootstrap", "2"]
     if "--wandb" in words:
@@ -424,6 +444,7 @@ def test_sentences_of_a_document(text, expected):
     [
         (words_check.name_faults, "def f(of): made = 1\n", ["of", "made"]),
         (words_check.name_faults, "softening = f()\n", []),
+        (words_check.name_faults, "import re as said\n", ["said"]),
         (words_check.docstring_faults, '"""Whether so."""\n', ["Whether"]),
         (words_check.docstring_faults, 'def f():\n    """From here."""\n', ["From"]),
         (words_check.docstring_faults, '"""Return."""\n', []),

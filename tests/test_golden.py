@@ -50,7 +50,16 @@ alpha=cosine lr=period
 alpha=linear_increasing lr=linear_increasing
 lr=linear_decreasing
 optim=adamw
+optim=adamw8
+trainer.attention=eager
+trainer.gradient_checkpointing=true
+teacher.dtype=int8
+logits=offline truncation=top_k truncation.k=50 teacher.dtype=int8
 student=1m teacher=3m
+start=teacher start.layers=1
+start=teacher student=teacher start.layers=[0,1] start.ffn=64 logits=none
+start=teacher start.layers=1 start.keep=influence data=instructions logits=offline
+start=teacher start.layers=1 start.keep=random seed=1
 logits=cotrained
 logits=offline truncation=top_k truncation.k=50
 logits=offline truncation=random truncation.draws=20
@@ -72,6 +81,7 @@ data.seq_len=64 data.vocab=512
 data=hub data.name=roneneldan/TinyStories data.special=tokens
 data=hub data.name=roneneldan/TinyStories
 data=text data.files=README.md
+data=mixture data.parts={code:{source:python,weight:0.7},readme:{source:text,files:README.md,weight:0.3}}
 data=instructions logits=none
 data=instructions start=sft alpha.peak=0.5
 data=instructions start=sft rollout=student rollout.share=1 loss=rkl alpha.peak=1
@@ -86,6 +96,10 @@ data=instructions data.template=alpaca responses.samples=2
 data=instructions data.name=tatsu-lab/alpaca data.turns=all teacher=hub teacher.name=openai-community/gpt2 teacher.sft=true
 data=instructions plain=text plain.files=README.md start=pretrained logits=none teacher=none
 student=hub student.name=openai-community/gpt2 teacher=hub teacher.name=openai-community/gpt2-medium data.tokenizer=gpt2
+student=hub student.name=openai-community/gpt2 teacher=hub teacher.name=openai-community/gpt2-medium adapter=lora
+student=hub student.name=openai-community/gpt2 teacher=hub teacher.name=openai-community/gpt2-medium adapter=lora adapter.rank=4 adapter.alpha=8 adapter.targets=[c_attn] adapter.rslora=true
+student=hub student.name=openai-community/gpt2 teacher=hub teacher.name=openai-community/gpt2-medium adapter=lora adapter.export=both
+data=instructions start=sft adapter=lora adapter.head=true
 method=sft
 method=kd
 method=seqkd
@@ -147,20 +161,20 @@ def of_lines() -> dict[str, list[str]]:
 
 def of_sweep(file: Path, every: bool = True) -> dict[str, dict[str, list[str]]]:
     """Scale -> words of a run, without those of its scale -> names; unless `every`, of runs with a new word alone."""
-    found: dict[str, dict[str, list[str]]] = {}
+    names_by_scale: dict[str, dict[str, list[str]]] = {}
     seen: set[str] = set()
     for scale in scales_of(file):
         common = shlex.split(lines_of(file, scale)[0])
-        found[scale] = {}
+        names_by_scale[scale] = {}
         for words in runs_of(file, scale):
             line = " ".join(w for w in words if w not in common)
-            found[scale][line] = []
+            names_by_scale[scale][line] = []
             if every or set(words) - seen:
                 config = config_of(words)
                 assert reads_new_text(config)
-                found[scale][line] = names(config)
+                names_by_scale[scale][line] = names(config)
                 seen.update(words)
-    return found
+    return names_by_scale
 
 
 def reads_new_text(config: ExperimentConfig) -> bool:
@@ -213,13 +227,13 @@ def test_every_option_has_a_name_here():
     for word in words:
         group, _, values = word.partition("=")
         named |= {f"{group}={value}" for value in values.split(",")}
-    kept = {f"{file.parent.name}={file.stem}" for file in CONF.glob("*/*.yaml") if file.parent.name != "logger"}
-    assert kept and not kept - named
+    with_file = {f"{file.parent.name}={file.stem}" for file in CONF.glob("*/*.yaml") if file.parent.name != "logger"}
+    assert with_file and not with_file - named
 
 
 if __name__ == "__main__":
     os.chdir(REPOSITORY)
     pytest.MonkeyPatch().setattr(packing, "key", lambda *_, **__: "0" * 16)
-    found = {"names": of_lines(), "sweeps": {file.stem: of_sweep(file) for file in SWEEP_FILES}}
-    for kind, content in found.items():
+    current = {"names": of_lines(), "sweeps": {file.stem: of_sweep(file) for file in SWEEP_FILES}}
+    for kind, content in current.items():
         (GOLDEN / f"{kind}.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -197,9 +197,9 @@ def losses(strategy, sharded: tuple[str, ...], checkpoint: Path | None = None) -
         Schedules(lambda progress: 0.9, lambda progress: 1e-3), partial(torch.optim.AdamW, weight_decay=0.1),
         max_steps=4, micro_batch_size=4, grad_clip=1.0, sharded=sharded,
     )  # fmt: skip
-    kept = _Kept()
+    recorder = _Kept()
     trainer = lightning.Trainer(
-        accelerator=DEVICE.type, devices=1, max_steps=4, max_epochs=-1, callbacks=[kept], logger=False,
+        accelerator=DEVICE.type, devices=1, max_steps=4, max_epochs=-1, callbacks=[recorder], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False,
         strategy=strategy or "auto", default_root_dir=checkpoint,
@@ -211,7 +211,7 @@ def losses(strategy, sharded: tuple[str, ...], checkpoint: Path | None = None) -
         trainer.strategy.finish_writing()
         assert next(iter(student.parameters())).device.type == DEVICE.type
         assert any(fsdp.is_sharded(p) for p in student.parameters())
-    return kept.losses
+    return recorder.losses
 
 
 def test_fsdp2_on_one_device_equals_no_fsdp(tmp_path, monkeypatch):
@@ -260,7 +260,7 @@ def test_masked_positions_reach_no_loss():
     ids = torch.randint(0, 300, (4, 32), device=DEVICE)
     labels = ids.clone()
     labels[:, ::2] = IGNORE
-    kept = labels != IGNORE
+    mask = labels != IGNORE
     objective = Objective(option("loss", "fkl"), full, renormalise, fixed)
-    sums = objective(student.head, student.hidden_states(ids)[kept], labels[kept], None, 0.0)
+    sums = objective(student.head, student.hidden_states(ids)[mask], labels[mask], None, 0.0)
     assert torch.isfinite(sums.total)

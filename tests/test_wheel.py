@@ -40,9 +40,9 @@ def test_a_wheel_has_every_file_that_a_run_or_a_report_reads_and_no_test(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     of_code = [p for folder in ("kd", "sweeps") for p in (REPOSITORY / folder).rglob("*")]
-    there = {p.relative_to(REPOSITORY).as_posix() for p in of_code if p.suffix in (".py", ".yaml", ".html")}
-    there |= {f"kd/{p.relative_to(REPOSITORY).as_posix()}" for p in (REPOSITORY / "conf").rglob("*.yaml")}
-    assert names == there | {"train.py"}
+    expected = {p.relative_to(REPOSITORY).as_posix() for p in of_code if p.suffix in (".py", ".yaml", ".html")}
+    expected |= {f"kd/{p.relative_to(REPOSITORY).as_posix()}" for p in (REPOSITORY / "conf").rglob("*.yaml")}
+    assert names == expected | {"train.py"}
 
 
 @pytest.fixture(scope="module")

@@ -29,15 +29,15 @@ def serving() -> Iterator[tuple[dict[str, str], list[dict]]]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
-            asked = json.loads(body) if self.path == "/graphql" else {"query": ""}
-            if "upsertView" in asked["query"]:
-                given.append(asked["variables"])
-            said = json.dumps({"data": answer(asked["query"], asked.get("variables") or {})}).encode()
+            request = json.loads(body) if self.path == "/graphql" else {"query": ""}
+            if "upsertView" in request["query"]:
+                given.append(request["variables"])
+            reply = json.dumps({"data": answer(request["query"], request.get("variables") or {})}).encode()
             self.send_response(200)
             self.send_header("content-type", "application/json")
-            self.send_header("content-length", str(len(said)))
+            self.send_header("content-length", str(len(reply)))
             self.end_headers()
-            self.wfile.write(said)
+            self.wfile.write(reply)
 
         def log_message(self, *_):
             pass

@@ -31,7 +31,9 @@ BANNED = {
     r"simply|obviously|of course": "nothing",
     r"utili[sz]e[sd]?|leverag(?:e|es|ed|ing)": "use",
 }
-NAMES = {"of", "told", "made", "asked", "known", "found", "how", "there", "own", "beside"}
+NAMES = {  # that say nothing of what they name
+    "of", "told", "made", "asked", "known", "found", "how", "there", "own", "beside", "said", "says", "kept", "taught",
+}  # fmt: skip
 OPENINGS = re.compile(  # relative clauses, prepositions and pronouns
     r"(?:What|Whether|Which|Where|Who|How|When|While|Until|The same|As|At|Beside|By|For|From|In|Of|To|With|Without"
     r"|It|Its|Their|They|That|These|This|Those)\b(?!-)"
@@ -40,8 +42,8 @@ OPENINGS = re.compile(  # relative clauses, prepositions and pronouns
 
 def documents() -> list[str]:
     """Return the paths of all documents whose words are checked."""
-    found = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *ROOT.glob("docs/**/*.md")]
-    return sorted(str(path if isinstance(path, str) else path.relative_to(ROOT)) for path in found)
+    paths = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *ROOT.glob("docs/**/*.md")]
+    return sorted(str(path if isinstance(path, str) else path.relative_to(ROOT)) for path in paths)
 
 
 def paragraphs(text: str) -> Iterator[tuple[int, str]]:
@@ -118,6 +120,10 @@ def name_faults(path: Path) -> Iterator[str]:
             name = node.name
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             name = node.attr
+        elif isinstance(node, ast.alias):
+            name = node.asname or ""
+        elif isinstance(node, ast.ExceptHandler):
+            name = node.name or ""
         else:
             continue
         if name.strip("_") in NAMES:
@@ -137,8 +143,9 @@ def docstring_faults(path: Path) -> Iterator[str]:
 def check() -> list[str]:
     """Return all faults."""
     faults = [fault for name in documents() for fault in document_faults(name)]
-    faults += [fault for path in sources() for fault in name_faults(path)]
-    return faults + [fault for path in (*sources(), *other_sources()) for fault in docstring_faults(path)]
+    return faults + [
+        fault for path in (*sources(), *other_sources()) for fault in (*name_faults(path), *docstring_faults(path))
+    ]
 
 
 def main() -> int:

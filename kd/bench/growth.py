@@ -72,9 +72,15 @@ def write(folder: Path, middle: Shape, on_gpu: bool) -> None:
     )
     room = available()
     results: dict[tuple[str, Shape | int], dict] = {}
+
+    def add(key: tuple[str, Shape | int], result: dict) -> None:
+        results[key] = result
+        console.print(f"{key[0]:<11} {described(key[1])}: {numbers(result)}")
+        files.write_json(folder / "growth.json", [results[key] for key in points if key in results])
+
     for case, point in points:
         if case == "full" and isinstance(point, Shape) and (needed := BUFFERS * 4 * point.tokens * point.vocab) > room:
-            results[case, point] = {"case": case, "error": f"not tried: needs some {needed / GIB:.0f} GiB"}
+            add((case, point), {"case": case, "error": f"not tried: needs some {needed / GIB:.0f} GiB"})
     shapes = [(case, point) for case, point in points if isinstance(point, Shape) and (case, point) not in results]
     with console.status("") as status:
         measurements = measured([(case, shape, STEPS) for case, shape in shapes], on_gpu)
@@ -82,10 +88,7 @@ def write(folder: Path, middle: Shape, on_gpu: bool) -> None:
             if (case, point) in results:
                 continue
             status.update(f"{case}, {described(point)} ({len(results) + 1} of {len(points)})")
-            results[case, point] = next(measurements) if isinstance(point, Shape) else plan(point)
-    for case, point in points:
-        console.print(f"{case:<11} {described(point)}: {numbers(results[case, point])}")
-    files.write_json(folder / "growth.json", [results[key] for key in points])
+            add((case, point), next(measurements) if isinstance(point, Shape) else plan(point))
     (folder / "growth.html").write_text(page(middle, axes, results), encoding="utf-8")
     console.print(folder / "growth.html")
 

@@ -54,8 +54,8 @@ def check_type(option: str, value, hint) -> None:
 
 
 # Arguments that kd gives, never the config.
-GIVEN = ("student", "target", "measured", "progress", "params", "origin", "samplers", "folder", "about", "corpus",
-         "cache")  # fmt: skip
+GIVEN = ("student", "target", "measured", "progress", "params", "origin", "samplers", "model", "folder", "about",
+         "corpus", "cache")  # fmt: skip
 
 
 def _fits(value, hint) -> bool:
@@ -67,6 +67,10 @@ def _fits(value, hint) -> bool:
         if option in (int, str, bool) and type(value) is option:
             return True
         if option is tuple and isinstance(value, list) and all(type(v) in (int, float) for v in value):
+            return True
+        if option is list and isinstance(value, list) and all(type(v) is str for v in value):
+            return True
+        if option is dict and isinstance(value, dict):
             return True
         if option is type(None) and value is None:
             return True
@@ -86,7 +90,7 @@ def _got(value) -> str:
 
 def _say(hint) -> str:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return " or ".join(WORDS.get(option, str(option)) for option in options)
+    return " or ".join(WORDS.get(typing.get_origin(option) or option, str(option)) for option in options)
 
 
 def checked(function, node: Mapping[str, typing.Any], path: str) -> dict[str, typing.Any]:

@@ -28,8 +28,8 @@ MODULES = {
     "loss": "objective.losses", "truncation": "objective.truncation", "target": "objective.target_transforms",
     "temperature": "objective.temperature", "routing": "objective.token_selection", "alpha": "training.schedules",
     "lr": "training.schedules", "logits": "teachers.*", "record": "objective.truncation",
-    "rollout": "rollout.strategies", "data": "data.corpora data.instructions", "plain": "data.corpora",
-    "optim": "models.optimizers", "logger": "runs.loggers",
+    "rollout": "rollout.strategies", "data": "data.corpora data.instructions data.mixture", "plain": "data.corpora",
+    "optim": "models.optimizers", "adapter": "models.adapters", "logger": "runs.loggers",
 }  # fmt: skip
 CLASSES = ("torch.optim.AdamW", "torch.optim.Adam", "torch.optim.SGD")
 # First parameters of a group's functions, which kd gives. A public function of an allowed plug-in (plugins.py) is an
@@ -37,7 +37,8 @@ CLASSES = ("torch.optim.AdamW", "torch.optim.Adam", "torch.optim.SGD")
 TAKES = {
     "loss": "student target", "truncation": "target", "record": "target", "target": "target",
     "temperature": "student target", "routing": "measured", "alpha": "progress", "lr": "progress", "logits": "origin",
-    "rollout": "samplers", "data": "", "plain": "", "optim": "params", "logger": "folder about",
+    "rollout": "samplers", "data": "", "plain": "", "optim": "params", "adapter": "model",
+    "logger": "folder about",
 }  # fmt: skip
 # Arguments that would make a library run code it downloaded or unpickle what it reads.
 FORBIDDEN = ("trust_remote_code", "allow_pickle", "weights_only", "use_safetensors")
@@ -193,9 +194,16 @@ def typed(value) -> str:
         return "null"
     if isinstance(value, list):
         return f"[{','.join(map(typed, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{name}:{typed(x)}' for name, x in value.items())}}}"
     if isinstance(value, str) and not re.fullmatch(r"[\w./:+-]+", value):
-        return QuotedString(value, Quote.single).with_quotes()
+        return quoted(value)
     return str(value)
+
+
+def quoted(text: str) -> str:
+    """Return a text in quotes of Hydra's grammar; in double ones, so that a shell takes it in single ones."""
+    return QuotedString(text, Quote.double).with_quotes()
 
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}  # as Lightning calls them
@@ -273,6 +281,7 @@ GROUPS = {
     "alpha": "share of distillation over time; the rest is language modelling",
     "lr": "learning rate over time",
     "optim": "the optimizer",
+    "adapter": "weights that learn in place of those of the student",
     "trainer": "steps, batch, precision, device",
     "logger": "where metrics go beside metrics.jsonl",
     "sweeps": "a question answered by many runs",

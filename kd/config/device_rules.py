@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def check_ranks(config: ExperimentConfig) -> None:
     """Refuse several devices for a batch or a task that they cannot share."""
     trainer, source = config.trainer, config.logits.source
-    if trainer.devices > trainer.batch:
+    if trainer.devices > trainer.batch and not config.is_evaluation:
         raise UserError(
             option="trainer.devices",
             got=trainer.devices,
@@ -53,7 +53,7 @@ def check_ranks(config: ExperimentConfig) -> None:
 
 def check_shards(trainer: TrainerConfig, option: str) -> None:
     """Refuse shards that the ranks would not need at the same time."""
-    if trainer.batch % trainer.devices:
+    if trainer.batch % trainer.devices and trainer.steps:
         raise UserError(
             option=option,
             conflict=f"trainer.batch={trainer.batch}",
@@ -63,3 +63,29 @@ def check_shards(trainer: TrainerConfig, option: str) -> None:
     if trainer.compile is True:
         why, hint = "models in shards cannot be compiled", "leave trainer.compile out"
         raise UserError(option=option, conflict="trainer.compile=true", why=why, hint=hint)
+
+
+def check_optimizer(config: ExperimentConfig) -> None:
+    """Refuse 8-bit moments of weights in shards: bitsandbytes knows no shards."""
+    if config.optim.name == "adamw8" and config.trainer.strategy == "fsdp":
+        hint = "type optim=adamw, whose moments are shared by the devices, or trainer=ddp"
+        raise UserError(
+            option="optim", got="adamw8", conflict="trainer.strategy=fsdp",
+            why="moments of 8 bits are of whole weights", hint=hint,
+        )  # fmt: skip
+
+
+def check_attention(config: ExperimentConfig) -> None:
+    """Refuse FlashAttention where it cannot compute."""
+    trainer = config.trainer
+    if trainer.attention != "flash_attention_2":
+        return
+    for option, value, need in (("accelerator", "cpu", "gpu"), ("precision", "fp32", "bf16")):
+        if getattr(trainer, option) == value:
+            raise UserError(
+                option="trainer.attention",
+                got=trainer.attention,
+                conflict=f"trainer.{option}={value}",
+                why="FlashAttention computes in bf16, on a GPU of NVIDIA",
+                hint=f"type trainer.{option}={need}, or trainer.attention=sdpa",
+            )

@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from kd.config import overrides
-from kd.config.components import GROUPS, PRESETS, option_names
+from kd.config.components import GROUPS, PRESETS, option_names, quoted
 from kd.config.options import defaults_of
 from kd.config.schema import GROUPLESS, RUN_OPTIONS
 from kd.config.secrets import check_secrets
@@ -181,7 +181,7 @@ def _takes_text(word: str) -> bool:
 def _with_quotes(word: str) -> str:
     """Return an override with its value in the quotes of Hydra's grammar."""
     key, _, value = word.partition("=")
-    return f'{key}="{value.replace(chr(92), chr(92) * 2).replace(chr(34), chr(92) + chr(34))}"'
+    return f"{key}={quoted(value)}"
 
 
 def _quoted(word: str) -> str:

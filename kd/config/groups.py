@@ -201,6 +201,18 @@ class RolloutConfig(Component):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterConfig(Component):
+    """Weights that learn in place of those of the student."""
+
+    export: str = setting(neutral="merged")  # both: also the adapter alone
+
+    @property
+    def is_none(self) -> bool:
+        """True if the weights of the student themselves learn."""
+        return self.name == "none"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig(ConfigNode):
     """A size of kd/config/sizes.py, or a name on the Hub or folder."""
 
@@ -217,6 +229,7 @@ class TeacherConfig(ConfigNode):
     lr: float = setting(least=0)
     seed: int = seed_setting()
     precision: Precision
+    dtype: str | None = setting(neutral=None, choices=("fp32", "bf16", "int8", "nf4"))  # of a frozen teacher's weights
     sft: bool = setting(default=False)
     size: str | None = setting(choices=tuple(SIZES))
     name: str | None
@@ -229,13 +242,13 @@ class TeacherConfig(ConfigNode):
 
 @dataclass(frozen=True, kw_only=True)
 class InitConfig(ConfigNode):
-    """Training of the student before distillation: none, for stage=scratch."""
+    """Origin of the student's first weights: none, for stage=scratch."""
 
-    stage: Literal["scratch", "pretrained", "sft"]
+    stage: Literal["scratch", "pretrained", "sft", "teacher"]
 
     @classmethod
     def from_node(cls, node: Any, path: str = "") -> Self:
-        kinds = {"pretrained": PretrainedInit, "sft": FineTunedInit}
+        kinds = {"pretrained": PretrainedInit, "sft": FineTunedInit, "teacher": TeacherInit}
         stage = node.get("stage") if isinstance(node, Mapping) else None
         kind = kinds.get(stage, InitConfig) if isinstance(stage, str) else InitConfig
         check_shape(node, path)
@@ -263,6 +276,33 @@ class FineTunedInit(PretrainedInit):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherInit(InitConfig):
+    """Parts of the teacher that the student is made of, or has the shape of (kd/models/prune.py)."""
+
+    layers: int | tuple | None = setting(least=1)
+    keep: Literal["uniform", "every", "influence", "random"]
+    ffn: int | None = setting(least=1)
+    kv_heads: int | None = setting(least=1)
+    hidden: int | None = setting(least=1)
+    sample: int = setting(least=1)  # rows
+
+    @property
+    def layer_count(self) -> int | None:
+        """Number of layers; None for all of the teacher's."""
+        return len(self.layers) if isinstance(self.layers, list) else self.layers  # type: ignore[return-value]
+
+    @property
+    def ranks_layers(self) -> bool:
+        """True if the layers are chosen by their influence."""
+        return self.keep == "influence" and isinstance(self.layers, int)
+
+    @property
+    def measures(self) -> bool:
+        """True if a part is chosen by the teacher's activations."""
+        return self.ranks_layers or (self.keep != "random" and bool(self.ffn or self.kv_heads or self.hidden))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResponsesConfig(ConfigNode):
     """Responses of a trained student to the prompts of the validation rows."""
 
@@ -280,13 +320,15 @@ class TrainerConfig(ConfigNode):
     devices: int = setting(effect=False, least=1)
     strategy: Literal["auto", "ddp", "fsdp"] = setting(effect=False)
     shard_teacher: bool | None = setting(default=None, effect=False)
-    steps: int = setting(least=1)
+    steps: int = setting(least=0)  # 0: evaluation alone
     tokens: int | None = setting(default=None, least=1)  # resolved into steps
     batch: int = setting(least=1)  # rows per optimizer step
     micro_batch: int = setting(least=1)  # rows per forward pass
     clip: float = setting(least=0)  # norm of the gradients; 0 = unlimited
     precision: Precision
+    attention: str | None = setting(neutral=None, choices=("eager", "sdpa", "flash_attention_2"))
     compile: bool | str = setting(choices=("auto",))
+    gradient_checkpointing: bool = setting(default=False, effect=False)  # of models that learn
     chunk: int | None = setting(least=1)  # positions whose logits are in memory at a time
     log_every: int = setting(least=1)
     val_every: int = setting(least=1)

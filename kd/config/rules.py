@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from kd.config import components as conf
-from kd.config.device_rules import check_ranks
+from kd.config.adapter_rules import check_adapter
+from kd.config.device_rules import check_attention, check_optimizer, check_ranks
+from kd.config.evaluation_rules import check_evaluation, unused_in_evaluation
 from kd.config.rollout_rules import check_rollout
 from kd.config.secrets import check_secrets
+from kd.config.start_rules import check_start, check_start_student, unused_in_start
+from kd.config.teacher_rules import check_teacher, unused_setting
 from kd.config.token_info import check_token_info
 from kd.errors import UserError
 
 if TYPE_CHECKING:
     from kd.config.groups import Component
     from kd.config.schema import ExperimentConfig
-
-
-# Settings of the training of a teacher. A teacher by name is not trained, unless teacher.sft=true.
-TEACHER_TRAINING = ("teacher.steps", "teacher.batch", "teacher.lr", "teacher.precision")
 
 
 def check_deletions(overrides: Iterable[str]) -> None:
@@ -51,12 +51,13 @@ def check_values(config: ExperimentConfig) -> None:
                 why="a model has either a name or a size",
                 hint=f"type {role}=hub first",
             )
-    if not config.student.size and not config.student.name:
+    check_start_student(config)
+    if not config.student.size and not config.student.name and config.start.stage != "teacher":
         raise UserError(
             option="student.size",
             got=None,
             need="a size, or the name of a model",
-            hint="type e.g. student=200k, or student=hub student.name=…",
+            hint="type e.g. student=200k, student=hub student.name=…, or start=teacher",
         )
 
 
@@ -90,6 +91,8 @@ def check_unused(config: ExperimentConfig, overrides: Iterable[str]) -> None:
 
 def unused(config: ExperimentConfig, word: str) -> UserError | None:
     """Return the error for an override without an effect in this config; None if it has one."""
+    if config.is_evaluation and (error := unused_in_evaluation(word, name_of(word))):
+        return error
     source, group = config.logits.source, group_of(word)
     traits, name = config.traits.get(group), word.lstrip("+").partition("=")[0]
     refused = UserError(option=word, why="would do nothing")
@@ -112,13 +115,10 @@ def unused(config: ExperimentConfig, word: str) -> UserError | None:
         hint = f"leave {name} out, or set the fine-tuning by start.sft_steps, start.sft_batch and start.sft_lr"
         why = "would do nothing, as it is for pretraining and this student is pretrained"
         return refused.replace(conflict=f"student.name={config.student.name}", why=why, hint=hint)
-    if config.teacher.name and not config.teacher.sft and name in TEACHER_TRAINING:
-        why, hint = "would do nothing, as this teacher is pretrained", f"leave {name} out"
-        if source.trains_teacher:
-            why = "would do nothing, as a cotrained teacher has the steps, batches and rate of the run"
-        elif config.data.is_instructions:
-            hint += ", or type teacher.sft=true to fine-tune the teacher"
-        return refused.replace(conflict=f"teacher.name={config.teacher.name}", why=why, hint=hint)
+    if error := unused_in_start(config, word):
+        return error
+    if error := unused_setting(config, word, name):
+        return error
     vocabulary = "the states of the chain" if config.data.name == "markov" else config.tokenizer
     if vocabulary and word.lstrip("+").startswith("data.vocab="):
         why = f"would do nothing, as no tokenizer is trained: this data has {vocabulary}"
@@ -248,21 +248,6 @@ def check_lm(config: ExperimentConfig) -> None:
         raise UserError(option="lm", got="plain", why=why, hint="leave lm out, or type data=instructions")
 
 
-def check_teacher(config: ExperimentConfig) -> None:
-    """Refuse to fine-tune a teacher that cannot be fine-tuned."""
-    if not config.teacher.sft:
-        return
-    if not config.teacher.name:
-        need, hint = "a teacher by name, as a size is always fine-tuned", "type teacher=hub teacher.name=…"
-        raise UserError(option="teacher.sft", got=True, need=need, hint=hint)
-    if not config.data.is_instructions:
-        why = "needs instructions to fine-tune on, and this data is plain text"
-        raise UserError(option="teacher.sft", got=True, why=why, hint="type data=instructions")
-    if config.logits.source.trains_teacher:
-        why, hint = "a cotrained teacher learns while the student does", "leave teacher.sft out"
-        raise UserError(option="teacher.sft", got=True, conflict="logits=cotrained", why=why, hint=hint)
-
-
 def group_of(word: str) -> str:
     """Return the config group of an override: loss for loss=akl, ++loss.mu=1 and ~loss."""
     return name_of(word).partition(".")[0].partition("@")[0]
@@ -275,6 +260,6 @@ def name_of(word: str) -> str:
 
 Rule = Callable[["ExperimentConfig"], None]
 RULES: tuple[Rule, ...] = (
-    check_scale, check_logits, check_ranks, check_loss, check_token_info, check_sampling, check_lm, check_teacher,
-    check_rollout,
+    check_scale, check_evaluation, check_logits, check_ranks, check_attention, check_optimizer, check_loss,
+    check_token_info, check_sampling, check_lm, check_teacher, check_rollout, check_adapter, check_start,
 )  # fmt: skip

@@ -12,6 +12,7 @@ from kd import former_names
 from kd.config import components, nodes, rules
 from kd.config.fields import ConfigNode, Traits, all_traits, scalars, seed_setting, setting
 from kd.config.groups import (
+    AdapterConfig,
     Component,
     DataConfig,
     InitConfig,
@@ -56,6 +57,7 @@ class ExperimentConfig(ConfigNode):
     lr: Component
     optim: Component
     student: ModelConfig
+    adapter: AdapterConfig = setting(default=AdapterConfig(target="kd.models.adapters.none"), neutral="none")
     trainer: TrainerConfig
     logger: Component = setting(effect=False)
 
@@ -109,9 +111,19 @@ class ExperimentConfig(ConfigNode):
         return self.data.tokenizer or self.student.name or self.teacher.name
 
     @property
+    def is_evaluation(self) -> bool:
+        """True if the student is measured as it is, without training."""
+        return self.trainer.steps == 0
+
+    @property
     def is_pretrained(self) -> bool:
         """True if the student's first weights are trained, so that its loss before training is informative."""
         return bool(self.student.name) or self.start.stage != "scratch"
+
+
+def fine_tuning_rate(name: str | None) -> float:
+    """Return the usual learning rate for trained weights: lower for those of a name than for those of a size."""
+    return 1e-4 if name else 1e-3
 
 
 TRAITS = all_traits(ExperimentConfig)

@@ -22,7 +22,7 @@ from kd.config.components import GROUPS, PRESETS, builtin_option_names, typed
 from kd.config.schema import GROUPLESS, RUN_OPTIONS
 from kd.errors import UserError
 from kd.system import files, programs
-from kd.system.remote import default_root
+from kd.system.remote import is_default_root
 
 FLAGS = ("--config-dir", "-cd")
 WORD = "hydra.searchpath"
@@ -61,7 +61,7 @@ def words() -> list[str]:
 
 def sweep_command(name: str, root: str | Path) -> str:
     """Return the command that runs the sweep of a file in a root, with the folders of the command line."""
-    place = [] if str(root) == default_root() else [f"root={typed(str(root))}"]
+    place = [] if is_default_root(root) else [f"root={typed(str(root))}"]
     return f"{programs.command('train')} {shlex.join([*words(), f'sweeps={name}', *place])}"
 
 

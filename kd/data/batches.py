@@ -7,6 +7,7 @@ position, so that padding with end tokens never hides a true end.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,16 @@ class Batch(NamedTuple):
         return (Batch(*part) for part in zip(*parts, strict=True))
 
 
+class PackedPart(NamedTuple):
+    """One text of a mixture. Validation rows of the parts follow each other in the order of the parts."""
+
+    name: str
+    weight: float  # share of the training rows
+    train_rows: int
+    val_rows: int
+    bytes_per_token: float | None  # of its validation text
+
+
 @dataclass(frozen=True)
 class Packed:
     """Tokenised rows on disk, with their metadata."""
@@ -64,6 +75,7 @@ class Packed:
     boundary: tuple[int, ...] = ()  # tokens between two plain texts: the end of one, then those in front of the next
     counts: dict = field(default_factory=dict)  # of what was read and what became of it; none in older folders
     template: str | None = None  # of prompts with responses
+    parts: tuple[PackedPart, ...] = ()  # of a mixture
 
     @property
     def tokenizer(self) -> Path:
@@ -135,9 +147,17 @@ class Batches:
             lm_batches,
         )
         self.boundary = boundary
+        self.waited = 0.0  # seconds that iterations have waited for batches
 
     def __iter__(self) -> Iterator[Batch]:
-        return prefetch(map(self._make, range(self.start, self.steps)))
+        batches = prefetch(map(self._make, range(self.start, self.steps)))
+        while True:
+            begun = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - begun
+            if batch is None:
+                return
+            yield batch
 
     def _make(self, step: int) -> Batch:
         count = len(self.rows if self.row_subset is None else self.row_subset)

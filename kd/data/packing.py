@@ -14,42 +14,53 @@ from __future__ import annotations
 import inspect
 import math
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import filelock
 import numpy as np
 
 from kd.data import templates
-from kd.data.batches import Packed
+from kd.data.batches import Packed, PackedPart
 from kd.data.corpora import Corpus
 from kd.data.counts import in_words
 from kd.data.example_rows import write_examples
+from kd.data.mixture import Mixture, errors_of
+from kd.data.mixture_rows import write_mixture
 from kd.data.split import TrainValSplit, ordered
 from kd.data.text_rows import write_text
 from kd.data.tokenizer import bos_by_name, load_tokenizer, train_tokenizer, vocabulary_size, word_tokenizer
 from kd.errors import UserError, check
-from kd.system import files
+from kd.system import files, sealed_folder
 from kd.system.console import console
 from kd.system.files import read_json
+from kd.system.sealed_folder import write_manifest
 
 FORMAT = 1  # of the packed rows; a new one makes new folders
 SAMPLE = 20_000_000  # characters of the text that a tokenizer is trained on, at most
 OPTIONS = ("seq_len", "vocab", "tokenizer", "tokens", "val_rows", "val_share", "special")  # of pack() in a config
 
 
-def key(corpus: Corpus, **settings) -> str:
-    """Return the name of the packed data: a digest of everything that its content depends on, but for the code."""
-    settings.pop("code", None)
-    content, name = files.folder_fingerprint(settings.get("tokenizer")), settings.get("tokenizer")
-    if settings.get("special") == "text":  # an option that is newer than many folders
-        del settings["special"]
+def key(
+    corpus: Corpus, *, tokenizer_of: tuple[Corpus, dict] | None = None, special: str = "text",
+    code: dict[str, str] | None = None, **options,
+) -> str:  # fmt: skip
+    """Return the name of the packed data: a digest of everything that its content depends on, but for the code.
+
+    options: the other arguments of pack().
+    """
+    name = options.get("tokenizer")
+    content = files.folder_fingerprint(name)
+    if special != "text":  # an option that is newer than many folders
+        options |= {"special": special}
     if name and not (corpus.pairs and corpus.pairs.template == "chat") and (bos := bos_by_name(name)):
-        settings["bos"] = bos
-    if tokenizer_of := settings.pop("tokenizer_of", None):
-        settings["tokenizer_of"] = key(tokenizer_of[0], **tokenizer_of[1])
-    return files.digest_of([FORMAT, corpus.fingerprint, settings, content])[:16]
+        options |= {"bos": bos}
+    if tokenizer_of:
+        text, text_options = tokenizer_of
+        options |= {"tokenizer_of": key(text, **text_options)}
+    return files.digest_of([FORMAT, corpus.fingerprint, options, content])[:16]
 
 
 def folder_name(corpus: Corpus, tokenizer_of: tuple[Corpus, dict] | None = None, **options) -> str:
@@ -125,13 +136,7 @@ def _warn_of_old_bytes(corpus: Corpus, packed: Packed) -> None:
 
 def build_once(folder: Path, make: Callable[[Path], None]) -> Packed:
     """Return the packed data of a folder. If it is missing, one process fills it by `make` under a temporary name."""
-    if not (folder / "manifest.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{folder}.lock"):
-            if not (folder / "manifest.json").exists():
-                files.clear(folder.parent, folder.name)
-                with files.atomic(folder) as temporary:
-                    make(temporary)
+    sealed_folder.fill_once(folder, make)
     return open_packed(folder)
 
 
@@ -142,23 +147,18 @@ def code_of(folder: Path) -> dict[str, str] | None:
 
 def _remove_old(folder: Path, code: dict[str, str] | None) -> None:
     """Remove packed data that other code made."""
-    with filelock.FileLock(f"{folder}.lock"):
+    with filelock.FileLock(sealed_folder.lock_of(folder)):
         if code_of(folder) not in (None, code):
             files.remove(folder)
 
 
 def open_packed(folder: Path) -> Packed:
     """Return the packed data of a folder; raise UserError if files differ from the ones that were written."""
-    manifest = read_json(folder / "manifest.json") or {}
-    if manifest.pop("digest", None) != files.digest_of(manifest):
-        raise _damaged(folder, "manifest.json")
-    for name, expected in manifest["digests"].items():
-        if not (folder / name).exists() or files.digest(folder / name) != expected:
-            raise _damaged(folder, name)
+    manifest = sealed_folder.read_manifest(folder, "the packed data")
     train, val = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("train", "val"))
     packed = Packed(
         folder, train, val, manifest["bytes_per_token"], manifest["entropy"], manifest["digests"],
-        counts=manifest.get("counts", {}),
+        counts=manifest.get("counts", {}), parts=tuple(PackedPart(**part) for part in manifest.get("parts", ())),
     )  # fmt: skip
     if "end" not in manifest:
         return replace(packed, boundary=tuple(manifest.get("boundary", ())))
@@ -167,22 +167,13 @@ def open_packed(folder: Path) -> Packed:
     return replace(packed, train_spans=train_spans, val_spans=val_spans, eos_token_id=end, template=template)
 
 
-def _damaged(folder: Path, name: str) -> UserError:
-    return UserError(
-        option=folder / name,
-        why="is damaged: its bytes are not those that were written",
-        hint="remove the packed data and type the same command again",
-        commands=[shlex.join(["rm", "-r", str(folder)])],
-    )
-
-
 def _write(
     folder: Path, corpus: Corpus, seq_len: int, tokens: int | None, val_rows: int, val_share: float,
     vocab: int | None = None, tokenizer: str | None = None, special: str = "text", announce: bool = True,
     code: dict[str, str] | None = None,
 ) -> None:  # fmt: skip
     split = TrainValSplit(val_share)
-    documents = ordered(corpus, split)
+    documents = _ordered_parts(corpus, split) if isinstance(corpus, Mixture) else ordered(corpus, split)
     fast = _tokenizer(corpus, documents, split, vocab, tokenizer)
     fast.save_pretrained(folder / "tokenizer")
     if fast.eos_token_id is None and not corpus.words:
@@ -192,7 +183,7 @@ def _write(
             why="has no token for the end of a text, which separates documents",
             hint="choose a tokenizer that has an eos_token",
         )
-    write = write_examples if corpus.pairs else write_text
+    write = write_mixture if isinstance(corpus, Mixture) else write_examples if corpus.pairs else write_text
     about = write(folder, corpus, documents, split, fast, seq_len, tokens or math.inf, val_rows, special == "tokens")
     has_news = corpus.pairs or about["counts"]["left_out"].keys() - {"limit"} or about["counts"]["special_as_text"]
     if announce and has_news:
@@ -202,28 +193,43 @@ def _write(
     write_manifest(folder, about)
 
 
-def write_manifest(folder: Path, about: dict) -> None:
-    """Write the manifest of packed rows: the entries in `about`, and the digests of all files."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "manifest.json")
-    manifest = about | {"digests": {str(p.relative_to(folder)): files.digest(p) for p in paths}}
-    files.write_json(folder / "manifest.json", manifest | {"digest": files.digest_of(manifest)})
+def _ordered_parts(corpus: Mixture, split: TrainValSplit) -> dict[str, Iterable]:
+    """Return the ordered documents of each part of a mixture."""
+    documents = {}
+    for part in corpus.parts:
+        with errors_of(part.name):
+            documents[part.name] = ordered(part.corpus, split)
+    return documents
 
 
-def _tokenizer(corpus: Corpus, documents: Iterable, split: TrainValSplit, vocab: int | None, name: str | None):
-    """Return the tokenizer `name`, one token per word, or byte-level BPE trained on the text."""
+def _tokenizer(
+    corpus: Corpus, documents: Iterable | Mapping[str, Iterable], split: TrainValSplit, vocab: int | None,
+    name: str | None,
+):  # fmt: skip
+    """Return the tokenizer `name`, one token per word, or byte-level BPE trained on the text.
+
+    Of a mixture, each part gives its share of the text.
+    """
     if corpus.words:
         return word_tokenizer(corpus.words)
     if name:
         return load_tokenizer(name, f"The tokenizer of {name}")
+    if isinstance(corpus, Mixture):
+        assert isinstance(documents, Mapping), "a mixture has documents of each part"
+        samples = (_sample(documents[part.name], split, None, SAMPLE * part.share) for part in corpus.parts)
+        return train_tokenizer(chain.from_iterable(samples), vocab)
     template = templates.template_of(corpus.pairs, documents) if corpus.pairs else None
     return train_tokenizer(_sample(documents, split, template), vocab)
 
 
-def _sample(documents: Iterable, split: TrainValSplit, template: str | None) -> Iterator[str]:
-    """Yield texts of the training side, up to SAMPLE characters. template: of examples."""
+def _sample(
+    documents: Iterable, split: TrainValSplit, template: str | None, limit: float | None = None
+) -> Iterator[str]:
+    """Yield texts of the training side, up to `limit` or SAMPLE characters. template: of examples."""
+    limit = SAMPLE if limit is None else limit
     read = 0
     for document in documents:
-        if read >= SAMPLE:
+        if read >= limit:
             return
         if split(document) == "train":
             text = document if template is None else templates.written(document, template)

@@ -4,12 +4,13 @@ A value is logged as `val/NAME`; the same metric of the teacher as `val/teacher_
 its function in metrics.py and an entry here that names it. In a plug-in, write a function with the decorator @metric.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from kd.config import plugins
 from kd.errors import UserError
+from kd.runs.loggers import PERFORMANCE as CLOCK
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -81,6 +82,32 @@ METRICS = (
     Metric("response_length", "length", "tokens of a response, without its end"),
     Metric("eos_rate", "eos rate", "share of responses that end by themselves, and not because their row is full"),
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Number on the speed or the memory of a run, which depends on the machine. It is logged as `perf/NAME`."""
+
+    name: str
+    meaning: str
+    unit: str
+
+    @property
+    def key(self) -> str:
+        return f"{CLOCK}/{self.name}"
+
+
+PERFORMANCE = (
+    Measurement("tokens_per_second", "target tokens of all devices, per second of the steps", "tokens per second"),
+    Measurement("seconds_per_step", "from a batch to its update, without validation and checkpoints", "seconds"),
+    Measurement("data_seconds_per_step", "wait for the batch of a step, before it begins", "seconds"),
+    Measurement("memory_gb", "memory after a step: allocated on a GPU, else resident", "GB of 10^9 bytes"),
+    Measurement("peak_memory_gb", "the most of it since the process began", "GB of 10^9 bytes"),
+    Measurement("gpu_utilisation", "share of the last moments in which the GPU computed, by NVML; needs the package "
+                "nvidia-ml-py", "share from 0 to 1"),
+)  # fmt: skip
+
+
 BY_NAME = {metric.name: metric for metric in METRICS}
 LOSS, ROUGE_L = BY_NAME["lm"], BY_NAME["rouge_l"]
 
@@ -109,6 +136,15 @@ def metrics() -> tuple[Metric, ...]:
             target, function.name, plugins.first_docstring_line(function).rstrip("."), fields
         )
     return tuple(by_name.values())
+
+
+def with_parts(keys: Iterable[str]) -> tuple[Metric, ...]:
+    """Return all metrics, and the loss on each part of a mixture that the keys of results name (val/lm/PART)."""
+    names = dict.fromkeys(key.removeprefix(f"{LOSS.key}/") for key in keys if key.startswith(f"{LOSS.key}/"))
+    meaning = "loss on the held-out text of {} alone"
+    parts = [Metric(f"{LOSS.name}/{n}", f"loss on {n}", meaning.format(n), "lower", teacher=True) for n in names]
+    loss, *others = metrics()
+    return (loss, *parts, *others)
 
 
 def _of_plugin(target: str, name: str, meaning: str, fields: dict[str, Any]) -> Metric:

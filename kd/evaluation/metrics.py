@@ -72,7 +72,7 @@ class Measures:
     def __init__(self, chunk: int | None = None):
         self.chunk = chunk
         self.functions = against_teacher()
-        self.tokens = 0
+        self.tokens: float = 0  # or the weight of sums that are means
         self.sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -106,7 +106,7 @@ class Measures:
                 means[name] = value.item() / self.tokens
         return means
 
-    def add(self, tokens: int, sums: dict[str, Tensor]) -> None:
+    def add(self, tokens: float, sums: dict[str, Tensor]) -> None:
         """Merge sums from another rank."""
         self.tokens += tokens
         for name, value in sums.items():

@@ -12,13 +12,15 @@ from kd.config.device_rules import check_shards
 from kd.config.schema import ExperimentConfig
 from kd.data.datamodule import DistillationData
 from kd.data.tokenizer import vocabulary_size
+from kd.errors import check
 from kd.evaluation import responses
 from kd.evaluation.validation import Validation
-from kd.experiment import stores
+from kd.experiment import stores, teacher_weights
 from kd.experiment.compilation import Compiled, compiled_parts, training_flops
 from kd.experiment.components import Components
-from kd.experiment.prerequisites import Inputs
-from kd.models import causal_lm, flops
+from kd.experiment.dependencies import teacher_computation
+from kd.experiment.prerequisites import Inputs, full_name
+from kd.models import adapters, causal_lm, flops, weights
 from kd.models.causal_lm import CausalLM
 from kd.parallel import collectives, fsdp
 from kd.rollout.samplers import Samplers
@@ -33,15 +35,24 @@ from kd.training.callbacks.throughput import Throughput
 from kd.training.module import DistillationModule, Schedules
 
 
-def build_teacher(config: ExperimentConfig, inputs: Inputs) -> Teacher:
-    """Return the teacher of a run: its model is loaded, or begins from teacher.seed, unless a store stands for it."""
+def build_teacher(config: ExperimentConfig, inputs: Inputs, student: CausalLM) -> Teacher:
+    """Return the teacher of a run: its model is loaded, or begins from teacher.seed, unless a store stands for it.
+
+    If it is the model under the student's adapter, both are on the same weights.
+    """
     size, name = config.teacher.size, inputs.teacher
     if inputs.store or not (size or name):
         return inputs.components.logits(TeacherOrigin(store=inputs.store))
     vocab, seq_len = vocabulary_size(inputs.components.tokenizer), config.data.seq_len
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.teacher.seed)
-        model = causal_lm.build_model(None if name else size, name, vocab, seq_len, "teacher.name")
+    under_adapter = name and full_name(name) == inputs.first_weights(config) and adapters.is_adapted(student)
+    if under_adapter and config.teacher.dtype is None:
+        model = adapters.without_adapter(student)
+    elif name and not config.logits.source.trains_teacher:
+        model = teacher_weights.load(config, inputs.packed, vocab, name)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.teacher.seed)
+            model = causal_lm.build_model(None if name else size, name, vocab, seq_len, "teacher.name")
     return inputs.components.logits(TeacherOrigin(model, flops.cost(model.model, seq_len)))
 
 
@@ -55,7 +66,14 @@ def build_module(
     rollout = None
     if not (config.rollout.is_none or config.rollout.by_teacher):  # what a teacher writes is in the data
         rollout = components.rollout(Samplers(student, teacher.model, eos_token_id, config.seed, trainer.micro_batch))
-    compiled = _compiled(config, student, teacher, bool(sharded))
+    if trainer.attention:
+        for model in filter(None, (student, teacher.model)):
+            model.set_attention(trainer.attention)
+    if trainer.gradient_checkpointing:
+        for model in filter(None, (student, teacher.model if teacher.trainable else None)):
+            model.checkpoint_layers()
+    whole_layers = not sharded and config.teacher.dtype != "nf4"  # which torch.compile can take
+    compiled = _compiled(config, student, teacher, not whole_layers)
     if compiled != (False, False):
         keep_compiled_code()
     if compiled.models:
@@ -80,10 +98,10 @@ def _compiled(config: ExperimentConfig, student: CausalLM, teacher: Teacher, sha
 
 
 def build_data(config: ExperimentConfig, inputs: Inputs, teacher: Teacher) -> DistillationData:
-    """Return the batches of this rank."""
+    """Return the batches of this rank. Lightning calls no hooks of a run without any, so that an evaluation has one."""
     trainer = config.trainer
     return DistillationData(
-        inputs.packed, trainer.batch, config.seed, trainer.steps, teacher_rows=teacher.rows,
+        inputs.packed, trainer.batch, config.seed, max(trainer.steps, 1), teacher_rows=teacher.rows,
         read_teacher=teacher.read, lm_data=inputs.plain, rank_slice=collectives.rank_slice(trainer.batch),
     )  # fmt: skip
 
@@ -114,15 +132,16 @@ def build_callbacks(
     if config.record and not teacher.distils:
         recorder = stores.recorder(config, packed, inputs.components.truncate, module.student, start)
     saving = (recorder.flush, recorder.send) if recorder else (None, None)
-    student_flops = flops.cost(module.student.model, config.data.seq_len).flops_per_token
+    cost = flops.cost(module.student.model, config.data.seq_len)
+    step_flops = flops.step_flops(cost, adapters.trainable(module.student))
     teacher_flops = teacher.flops_per_token(module.token_selection is not None)
-    throughput = Throughput(student_flops, teacher_flops, trainer.log_every)
+    throughput = Throughput(cost.flops_per_token, step_flops, teacher_flops, trainer.log_every)
     rows, least = collectives.rank_slice(len(packed.val)), 0
     if sharded:  # as many batches on each rank
         least = -(-len(packed.val) // (trainer.micro_batch * collectives.world_size()))
     validation = Validation(
         trainer.val_every, teacher, data.validation_batches(trainer.micro_batch, rows, least), throughput.axes,
-        packed.bytes_per_token, config.is_pretrained,
+        packed.bytes_per_token, config.is_pretrained, packed.parts,
     )  # fmt: skip
     return RunCallbacks(
         Checkpoints(run, trainer.checkpoint_every, options, code, *saving),
@@ -145,14 +164,14 @@ def _responses(
     responses_file = None
     if inputs.teacher:
         responses_file = responses.cache_path(
-            config.root, packed, inputs.teacher, **sampling, precision=trainer.precision
+            config.root, packed, inputs.teacher, **sampling, precision=trainer.precision, **teacher_computation(config)
         )
     return responses.ResponseEvaluation(
         run.folder, packed, inputs.components.tokenizer, teacher, validation, responses_file, trainer.chunk, **sampling
     )
 
 
-def sharded_roles(config: ExperimentConfig, teacher: Teacher) -> tuple[str, ...]:
+def sharded_roles(config: ExperimentConfig, student: CausalLM, teacher: Teacher) -> tuple[str, ...]:
     """Return which of student and teacher the ranks are to hold parts of."""
     trainer = config.trainer
     if collectives.world_size() == 1:
@@ -161,10 +180,15 @@ def sharded_roles(config: ExperimentConfig, teacher: Teacher) -> tuple[str, ...]
     shard_teacher = trainer.shard_teacher
     if teacher.trainable:
         shard_teacher = trainer.strategy == "fsdp"
+    elif adapters.share_weights(student, teacher.model):
+        why, hint = "the teacher is the model under the student's adapter", "leave trainer.shard_teacher out"
+        check("trainer.shard_teacher", shard_teacher, not shard_teacher, f"no shards, as {why}", hint)
     elif teacher.model and shard_teacher is None:
         assert teacher.cost is not None, "a model comes with its cost"
-        size = 2 if trainer.precision == "bf16" else 4
-        shard_teacher = not fsdp.fits_unsharded(teacher.cost.parameters, size, collectives.device(trainer.accelerator))
+        dtype = config.teacher.dtype
+        size = weights.held_bytes(teacher.cost, dtype, trainer.precision)
+        shard_teacher = not fsdp.fits_unsharded(size, collectives.device(trainer.accelerator))
+        shard_teacher &= dtype not in weights.QUANTISED
         if shard_teacher:
             check_shards(trainer, f"The teacher is too large for one device of {trainer.devices}")
     return (*roles, *(["teacher"] if teacher.model and shard_teacher else []))

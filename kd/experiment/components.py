@@ -13,8 +13,8 @@ from kd.data.batches import Packed
 from kd.data.tokenizer import load_tokenizer
 from kd.errors import UserError
 
-FUNCTIONS = ("loss", "truncation", "target", "temperature", "routing", "alpha", "lr", "logits", "optim", "logger",
-             "rollout")  # fmt: skip
+FUNCTIONS = ("loss", "truncation", "target", "temperature", "routing", "alpha", "lr", "logits", "optim", "adapter",
+             "logger", "rollout")  # fmt: skip
 
 
 def build_functions(config: ExperimentConfig) -> dict[str, Callable]:
@@ -49,7 +49,7 @@ class Components:
         from kd.objective.chunked import Objective
 
         self.alpha, self.lr, self.logits = functions["alpha"], functions["lr"], functions["logits"]
-        self.optim, self.logger = functions["optim"], functions["logger"]
+        self.optim, self.adapter, self.logger = functions["optim"], functions["adapter"], functions["logger"]
         self.token_selection, self.rollout = functions["routing"], functions["rollout"]
         # What a store keeps; None for everything.
         self.truncate = None if config.stored.is_full else config.stored.build("record")

@@ -15,6 +15,7 @@ from kd.data.batches import Packed
 from kd.data.datamodule import DistillationData
 from kd.errors import UserError
 from kd.evaluation import catalog
+from kd.experiment import teacher_weights
 from kd.experiment.assembly import (
     RunCallbacks,
     build_callbacks,
@@ -26,17 +27,19 @@ from kd.experiment.assembly import (
 from kd.experiment.components import Components, build_functions
 from kd.experiment.dependencies import corpus, plugged_in
 from kd.experiment.prerequisites import Inputs
-from kd.models import flops
+from kd.models import adapters, flops
 from kd.parallel import collectives, fsdp
 from kd.rollout import generate
 from kd.runs import provenance
 from kd.runs.export import environment, export
-from kd.runs.identity import WandbMetadata, wandb_metadata
+from kd.runs.identity import WandbMetadata, size_text, wandb_metadata
 from kd.runs.loggers import views
 from kd.runs.metrics_file import MetricsFile
 from kd.runs.outcome import RunState, classify
 from kd.runs.run import Run
+from kd.runs.seal import ADAPTER
 from kd.store.reader import Store
+from kd.system import files
 from kd.system.checkpoint_files import newest
 from kd.system.console import console, silence_libraries
 from kd.system.hardware import slowdown_in_bf16
@@ -62,6 +65,7 @@ class Assembly:
     options: dict  # the flat config
     code: dict
     student_cost: flops.Cost
+    trainable: int  # weights of the student that learn
 
 
 def fit(run: Run, config: ExperimentConfig, inputs: Inputs) -> dict:
@@ -71,7 +75,11 @@ def fit(run: Run, config: ExperimentConfig, inputs: Inputs) -> dict:
     first, seq_len = collectives.rank() == 0, config.data.seq_len
     if first:
         warn_of_bf16(config, trainer)
-        warn_of_large_batches(config, parts.data)
+        if not config.is_evaluation:
+            warn_of_large_batches(config, parts.data)
+        if not config.adapter.is_none:
+            count = size_text(parts.student_cost.parameters, None, parts.trainable)
+            console.print(f"{name}: {count}, in an adapter.", soft_wrap=True)
     final = None  # until all of the run is done
     try:
         with requests.in_steps():
@@ -110,11 +118,12 @@ def assemble(run: Run, config: ExperimentConfig, inputs: Inputs) -> Assembly:
     options, trainer = config.flat(), config.trainer
     code = source_code(config, inputs)
     lightning.seed_everything(config.seed, verbose=False)
-    student, teacher = inputs.student(config), build_teacher(config, inputs)
+    student = inputs.student(config)
+    teacher = build_teacher(config, inputs, student)
     if inputs.packed.val_spans is not None:  # they respond to prompts when training has ended
         for model in filter(None, (student, teacher.model)):
             generate.check_cache(model)
-    sharded = sharded_roles(config, teacher)
+    sharded = sharded_roles(config, student, teacher)
     run.start(config)
     checkpoint = latest_checkpoint(run, "student" in sharded)
     start = step_of(checkpoint.name) if checkpoint else 0
@@ -131,11 +140,12 @@ def assemble(run: Run, config: ExperimentConfig, inputs: Inputs) -> Assembly:
         run, config, inputs, module, data, options=options, code=code, title=metadata.name, start=start
     )
     lightning_trainer = build_trainer(
-        trainer.steps, trainer.precision, trainer.accelerator, trainer.devices, "student" in sharded,
+        max(trainer.steps, 1), trainer.precision, trainer.accelerator, trainer.devices, "student" in sharded,
         callbacks.present(), loggers, run.folder,
     )  # fmt: skip
     return Assembly(
-        lightning_trainer, module, data, callbacks, loggers, checkpoint, metadata, options, code, student_cost
+        lightning_trainer, module, data, callbacks, loggers, checkpoint, metadata, options, code, student_cost,
+        adapters.trainable(student),
     )  # fmt: skip
 
 
@@ -188,10 +198,11 @@ def finish(run: Run, config: ExperimentConfig, inputs: Inputs, parts: Assembly) 
     """Write the trained student and the result. Return final metrics and result; None and {} on other ranks."""
     memory = max(collectives.all_gather(peak_memory()))
     student, tokenizer = parts.module.student, inputs.components.tokenizer
-    weights = fsdp.full_state_dict(student) if "student" in parts.module.sharded else None
+    exported = not config.is_evaluation
+    weights = fsdp.full_state_dict(student) if exported and "student" in parts.module.sharded else None
     if collectives.rank() != 0:
         return None, {}
-    result = result_of(run, inputs, parts, memory)
+    result = result_of(run, config, inputs, parts, memory)
     if parts.callbacks.recorder:
         device = parts.trainer.strategy.root_device
         student.to(device)  # Lightning has moved it to the CPU
@@ -202,23 +213,32 @@ def finish(run: Run, config: ExperimentConfig, inputs: Inputs, parts: Assembly) 
     if weights:
         student = inputs.student(config)
         student.load_state_dict(weights)
-    export(run, student.model, tokenizer, row_ends(config, inputs.packed, tokenizer), config, result)
+    if exported and config.adapter.export == "both":
+        with files.atomic(run / ADAPTER) as temporary:
+            adapters.save(student, temporary, inputs.first_weights(config))
+    if exported:
+        adapters.merge(student)
+        export(run, student.model, tokenizer, row_ends(config, inputs.packed, tokenizer), config, result)
     return parts.callbacks.validation.metrics, run.finish(result)
 
 
-def result_of(run: Run, inputs: Inputs, parts: Assembly, memory: int) -> dict:
+def result_of(run: Run, config: ExperimentConfig, inputs: Inputs, parts: Assembly, memory: int) -> dict:
     """Return the content of result.json. memory: peak of any rank, in bytes."""
     packed, throughput, validation = inputs.packed, parts.callbacks.throughput, parts.callbacks.validation
     student, teacher = parts.student_cost, parts.module.teacher.cost
     return {
         "state": "done", "run": run.name, "date": time.strftime("%Y-%m-%d %H:%M:%S"), "config": parts.options,
         **parts.code, "parameters": student.parameters, "non_embedding": student.non_embedding,
-        "active_parameters": student.active_parameters, "flops_per_token": student.flops_per_token,
+        "active_parameters": student.active_parameters, "trainable_parameters": parts.trainable,
+        "flops_per_token": student.flops_per_token,
         **{f"teacher_{name}": getattr(teacher, name, None) for name in flops.Cost._fields},
+        "teacher_weights": teacher_weights.losses(config, packed, inputs.teacher),
         "train_rows": parts.data.train_rows, "data": packed.counts, "entropy": packed.entropy,
+        **({"parts": [part._asdict() for part in packed.parts]} if packed.parts else {}),
         "bytes_per_token": packed.bytes_per_token, "tokens": throughput.tokens, "flops": throughput.flops,
         "seconds": round(throughput.seconds, 2), "peak_memory": memory,
-        "micro_batch": parts.module.micro_batch_size, "initial": validation.initial or None,
+        "micro_batch": parts.module.micro_batch_size, "performance": throughput.rates(),
+        "initial": validation.initial or None,
         "final": validation.metrics,
     }  # fmt: skip
 

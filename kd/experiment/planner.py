@@ -16,7 +16,15 @@ from kd.experiment import stores
 from kd.experiment.components import Components
 from kd.experiment.dependencies import Plan
 from kd.experiment.prerequisites import check_tokenizers, prepare
-from kd.experiment.step_timing import Step, alpha_kind, build_teacher_model, held, measure, teacher_by_cost
+from kd.experiment.step_timing import (
+    Step,
+    alpha_kind,
+    build_teacher_model,
+    held,
+    measure,
+    moment_bytes,
+    teacher_by_cost,
+)
 from kd.models import flops as flops_module
 from kd.parallel import collectives
 from kd.runs.identity import identity_settings, size_text
@@ -46,6 +54,7 @@ class Estimate(NamedTuple):
     memory: int | None = None  # bytes
     temporary_disk: int = 0  # bytes on disk as well, while it runs: two checkpoints
     active: int | None = None  # parameters that a token uses
+    trainable: int | None = None  # parameters that learn
 
 
 _measured: dict[str, Step] = {}  # a sweep has many runs of one shape
@@ -68,7 +77,13 @@ def estimate_run(
     """
     shape = {k: v for k, v in identity_settings(config.flat()).items() if not k.startswith(NO_SHAPE)}
     trainer, seq_len = config.trainer, config.data.seq_len
-    shape |= {"accelerator": trainer.accelerator, "devices": trainer.devices, "strategy": trainer.strategy}
+    shape |= {
+        "accelerator": trainer.accelerator,
+        "devices": trainer.devices,
+        "strategy": trainer.strategy,
+        "optim": config.optim.name,
+        "gradient_checkpointing": trainer.gradient_checkpointing,
+    }
     key = json.dumps([shape, vocab, alpha_kind(components)], sort_keys=True)
     loaded = before_measuring()
     if key not in _measured:
@@ -80,20 +95,23 @@ def estimate_run(
     plain_tokens = rows * seq_len if config.lm == "plain" else 0
     tokens = round(rows * step.wider * packed.mean_target_tokens) + plain_tokens
     planned = teacher_by_cost(config, components, step.costs, vocab)
-    once = 3 * student.flops_per_token + planned.flops_per_token(config.routing.name != "none")
+    forward_and_backward = flops_module.step_flops(student, step.trainable)
+    once = forward_and_backward + planned.flops_per_token(config.routing.name != "none")
     # All rows once by a teacher before training, or some of those of the steps.
     if config.rollout.by_teacher:
         written = len(packed.train) * times
     else:
         written = rows * components.rollout(None).sampling_rate / trainer.devices
     seconds = _seconds(config, packed, step, once, written)
-    flops = positions * once + plain_tokens * 3 * student.flops_per_token  # without those of writing
-    learned = student.parameters + (teacher.parameters if teacher and planned.trainable else 0)
-    memory = held(step.costs, config) + step.saved_bytes
+    flops = positions * once + plain_tokens * forward_and_backward  # without those of writing
+    learned = step.trainable + (teacher.parameters if teacher and planned.trainable else 0)
+    memory = held(step.costs, step.trainable, config) + step.saved_bytes
     if collectives.device(trainer.accelerator).type == "cpu":
         memory += loaded
-    disk, active = 4 * student.parameters, student.active_parameters
-    return Estimate(tokens, seconds, disk, student.parameters, flops, memory, 24 * learned, active)
+    copies = 1 + (Plan.from_config(config).pruned is not None)  # first weights made of the teacher stay on disk
+    disk, active = 4 * student.parameters * copies, student.active_parameters
+    checkpoints = 2 * (4 + moment_bytes(config)) * learned
+    return Estimate(tokens, seconds, disk, student.parameters, flops, memory, checkpoints, active, step.trainable)
 
 
 def _seconds(config: ExperimentConfig, packed: Packed, step: Step, once: float, written: float) -> float | None:
@@ -174,7 +192,7 @@ def shortened(names: list[str]) -> list[str]:
 
 def _amounts(estimate: Estimate) -> list[str]:
     """Return an estimate as text, in the order of COLUMNS."""
-    size = estimate.parameters and size_text(estimate.parameters, estimate.active).replace(" parameters", "")
+    size = estimate.parameters and size_text(estimate.parameters, estimate.active, estimate.trainable, "")
     amounts = (
         size, f"{estimate.tokens:,}", estimate.flops and f"{estimate.flops:.1e}",
         estimate.seconds and format_duration(estimate.seconds),
@@ -221,7 +239,7 @@ def show(
 
 def estimate(config: ExperimentConfig) -> dict[str, Estimate]:
     """Return the estimates of a run, its teacher and its store by name. Finished ones are left out."""
-    run, teacher, start, place, record = Plan.from_config(config)
+    run, teacher, start, place, record, pruned = Plan.from_config(config)
     if not config.force and run.result() is not None:
         return {}
     less, times = sampled(config)
@@ -230,7 +248,7 @@ def estimate(config: ExperimentConfig) -> dict[str, Estimate]:
     vocab, stored = vocabulary_size(components.tokenizer), config.logits.source.reads_store
     exists = stored and place is not None and place.manifest().exists()
     first = record or teacher
-    estimates = estimate(first) if first and not exists else {}
+    estimates = estimate(first) if first and (pruned or not exists) else {}
     estimates |= estimate(start) if start else {}
     if stored and place is not None and not exists and not record:
         spec = stores.store_spec(config, packed)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import repeat
 from typing import NamedTuple
 
@@ -12,13 +13,17 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kd.config.groups import RolloutConfig
 from kd.config.schema import ExperimentConfig
 from kd.data.batches import IGNORE, Batch, Packed, to_batch
+from kd.experiment import starts
 from kd.experiment.assembly import build_module
 from kd.experiment.components import Components, over_run
-from kd.models import causal_lm
+from kd.experiment.prerequisites import full_name
+from kd.models import adapters, causal_lm, weights
 from kd.models import flops as flops_module
 from kd.models.causal_lm import CausalLM
 from kd.models.flops import Cost
@@ -26,7 +31,7 @@ from kd.objective.chunked import Signal, default_chunk_size
 from kd.objective.target import Target
 from kd.parallel import collectives
 from kd.rollout.samplers import Samplers
-from kd.system.hardware import capacity, cast_parameters, out_of_memory
+from kd.system.hardware import capacity, out_of_memory
 from kd.system.signals import requests
 from kd.teachers.base import Teacher, TeacherOrigin, Truncation
 from kd.training.module import Schedules
@@ -40,6 +45,7 @@ class Step(NamedTuple):
     """Measurements of one shape; empty if its models do not fit into memory."""
 
     costs: dict[str, Cost]
+    trainable: int  # weights of the student that learn
     rows: int = 1  # of a micro-batch
     micro_batch: float | None = None  # seconds
     optimizer: float = 0.0  # seconds
@@ -49,17 +55,49 @@ class Step(NamedTuple):
     wider: int = 1  # rows that a rollout makes of one
 
 
-def held(costs: dict[str, Cost], config: ExperimentConfig) -> int:
-    """Return the bytes of weights, and for models that learn also of gradients and AdamW's two moments."""
-    half = config.trainer.precision == "bf16"
+def held(costs: dict[str, Cost], trainable: int, config: ExperimentConfig) -> int:
+    """Return the bytes of weights, and for those that learn also of gradients and AdamW's two moments.
+
+    trainable: weights of the student that learn.
+    """
+    learned, student = 4 + moment_bytes(config), costs["student"].parameters
+    teacher, source = costs.get("teacher"), config.logits.source
+    size = 4 * student + learned * trainable
+    if teacher and source.trains_teacher:
+        size += (4 + learned) * teacher.parameters
     # A teacher that is loaded; beside language modelling alone for the validation.
-    source = config.logits.source
-    each = 16 if source.trains_teacher else 0 if source.reads_store else 2 if half else 4
-    return 16 * costs["student"].parameters + (each * costs["teacher"].parameters if "teacher" in costs else 0)
+    elif teacher and not source.reads_store and not _is_under_adapter(config):
+        size += weights.held_bytes(teacher, config.teacher.dtype, config.trainer.precision)
+    return size
+
+
+def _is_under_adapter(config: ExperimentConfig) -> bool:
+    """Return True if the teacher is the model under the student's adapter, which is in memory once."""
+    teacher = config.teacher
+    as_it_is = config.start.stage == "scratch" and not teacher.sft and not teacher.dtype and teacher.name
+    adapted = not config.adapter.is_none and as_it_is
+    return bool(adapted) and full_name(teacher.name) == full_name(config.student.name)
+
+
+def moment_bytes(config: ExperimentConfig) -> int:
+    """Return the bytes of the optimizer's two moments of a weight that learns."""
+    return 2 if config.optim.name == "adamw8" else 8
+
+
+def build_student_model(config: ExperimentConfig, vocab: int) -> CausalLM:
+    """Return a model of the student's shape; its weights do not matter here."""
+    if config.start.stage == "teacher":
+        return CausalLM(AutoModelForCausalLM.from_config(starts.student_shape(config, vocab)), vocab)
+    return causal_lm.build_model(config.student.size, config.student.name, vocab, config.data.seq_len, "student.name")
 
 
 def build_teacher_model(config: ExperimentConfig, vocab: int) -> CausalLM:
-    return causal_lm.build_model(config.teacher.size, config.teacher.name, vocab, config.data.seq_len, "teacher.name")
+    """Return a model of the teacher's shape, with weights of its dtype."""
+    teacher, trainer = config.teacher, config.trainer
+    model = causal_lm.build_model(teacher.size, teacher.name, vocab, config.data.seq_len, "teacher.name")
+    if teacher.dtype:
+        weights.hold(model, teacher.dtype, trainer.precision, collectives.device(trainer.accelerator))
+    return model
 
 
 def measure(config: ExperimentConfig, packed: Packed, components: Components, vocab: int) -> Step:
@@ -75,12 +113,12 @@ def measure(config: ExperimentConfig, packed: Packed, components: Components, vo
 
 def _measure(config: ExperimentConfig, packed: Packed, components: Components, vocab: int) -> Step:
     """Measure some steps of the run's own module on one micro-batch; values of weights do not matter here."""
-    costs = _costs(config, vocab)
+    costs, trainable = _costs(config, vocab), _trainable(config, components, vocab)
     device = collectives.device(config.trainer.accelerator)
-    if held(costs, config) > 0.9 * capacity(device):
-        return Step(costs)
-    seq_len = config.data.seq_len
-    student = causal_lm.build_model(config.student.size, config.student.name, vocab, seq_len, "student.name").to(device)
+    if held(costs, trainable, config) > 0.9 * capacity(device):
+        return Step(costs, trainable)
+    student = build_student_model(config, vocab).to(device)
+    components.adapter(student)
     teacher = _planned_teacher(config, components, costs, vocab)
     batch, writing, answering = _written(config, packed, components, student, teacher)
     trainer = {"compile": config.trainer.compile and "auto", "steps": 1}  # compiling models takes a minute
@@ -97,7 +135,7 @@ def _measure(config: ExperimentConfig, packed: Packed, components: Components, v
     counted = int((batch.labels[: module.micro_batch_size] != IGNORE).sum())
     logits = min(counted, module.objective.chunk or default_chunk_size(student.head)) * vocab * 4 * ALIVE
     return Step(
-        costs, min(rows, module.micro_batch_size), statistics.median(times.gradients) / parts,
+        costs, trainable, min(rows, module.micro_batch_size), statistics.median(times.gradients) / parts,
         statistics.median(times.updates), saved_bytes=times.saved_bytes + logits, writing=writing, answering=answering,
         wider=len(batch.ids) // rows,
     )  # fmt: skip
@@ -111,12 +149,28 @@ def alpha_kind(components: Components) -> float:
 
 def _costs(config: ExperimentConfig, vocab: int) -> dict[str, Cost]:
     """Return the costs of student and teacher, from their shapes alone."""
-    seq_len = config.data.seq_len
-    return {
-        role: flops_module.cost_of(model.size, model.name, vocab, seq_len, f"{role}.name")
-        for role, model in (("student", config.student), ("teacher", config.teacher))
-        if model.size or model.name
-    }
+    teacher, seq_len = config.teacher, config.data.seq_len
+    costs = {"student": flops_module.cost(_student_shape(config, vocab), seq_len)}
+    if teacher.exists:
+        costs["teacher"] = flops_module.cost_of(teacher.size, teacher.name, vocab, seq_len, "teacher.name")
+    return costs
+
+
+def _student_shape(config: ExperimentConfig, vocab: int) -> torch.nn.Module:
+    """Return the Hugging Face model of a student on the device meta."""
+    if config.start.stage == "teacher":
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(starts.student_shape(config, vocab))
+    student = config.student
+    return flops_module.shape_of(student.size, student.name, vocab, config.data.seq_len, "student.name")
+
+
+def _trainable(config: ExperimentConfig, components: Components, vocab: int) -> int:
+    """Return the number of weights of the student that learn, from its shape alone."""
+    student = CausalLM(_student_shape(config, vocab), vocab)
+    with torch.device("meta"):
+        components.adapter(student)
+    return adapters.trainable(student)
 
 
 def teacher_by_cost(config: ExperimentConfig, components: Components, costs: dict[str, Cost], vocab: int) -> Teacher:
@@ -133,8 +187,8 @@ def _planned_teacher(config: ExperimentConfig, components: Components, costs: di
         return teacher
     device = collectives.device(config.trainer.accelerator)
     teacher = components.logits(TeacherOrigin(build_teacher_model(config, vocab).to(device), costs["teacher"]))
-    if teacher.frozen and config.trainer.precision == "bf16":
-        cast_parameters(torch.bfloat16, teacher.frozen)
+    if teacher.frozen:
+        weights.hold(teacher.frozen, None, config.trainer.precision, device)
     return teacher
 
 
@@ -216,7 +270,10 @@ class StepTimes(Callback):
         trainer.should_stop = len(self.gradients) >= 3 and end - self._begun >= PROBE
 
     def _watch_saved(self, student: CausalLM) -> None:
-        """Count what the student's body keeps for its backward pass, in the largest micro-batch."""
+        """Count what the student's body keeps for its backward pass, in the largest micro-batch.
+
+        Of layers that are computed again, it keeps the inputs, and the tensors of one layer at a time.
+        """
         parameters = {p.untyped_storage().data_ptr() for p in student.parameters()}
         forward = student.hidden_states
 
@@ -229,12 +286,27 @@ class StepTimes(Callback):
                     sizes[storage.data_ptr()] = storage.nbytes()
                 return tensor
 
-            with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), _one_layer_kept(student):
                 hidden = forward(ids)
             self.saved_bytes = max(self.saved_bytes, sum(sizes.values()))
             return hidden
 
         student.__dict__["hidden_states"] = hidden_states  # in place of the method, for this model alone
+
+
+@contextmanager
+def _one_layer_kept(model: CausalLM) -> Iterator[None]:
+    """Let one of the layers that are computed again keep its tensors, as each does in its turn in the backward pass."""
+    layers = (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing)
+    layer = next(layers, None)
+    if layer is None:
+        yield
+        return
+    layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        layer.gradient_checkpointing = True
 
 
 def _timed(device: torch.device, work: Callable[[], Batch]) -> tuple[Batch, float]:

@@ -13,9 +13,8 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from kd.config import components as conf
-from kd.config import plugins
+from kd.config import plugins, teacher_rules
 from kd.config.compose import default_options
-from kd.config.rules import TEACHER_TRAINING
 from kd.config.schema import ExperimentConfig
 from kd.config.secrets import redacted
 from kd.data.batches import IGNORE, Packed, to_batch
@@ -61,14 +60,14 @@ def store_spec(config: ExperimentConfig, packed: Packed) -> dict:
         group = "record" if config.record else "truncation"
         need, hint = f"at most {MOST_DRAWS:,} draws per position for a store", f"type {group}.draws={MOST_DRAWS}"
         raise UserError(option=f"{group}.draws", got=part["draws"], need=need, hint=hint)
-    code = plugins.digests([config.stored.target])
+    code, dtype = plugins.digests([config.stored.target]), config.teacher.dtype
     return {
         "format": FORMAT, "teacher": called, "weights": weights,
         "tokenizer": files.digest_of([v for k, v in sorted(packed.digests.items()) if k.startswith("tokenizer/")]),
         "data": files.digest_of([v for k, v in sorted(packed.digests.items()) if k in ROWS]),
         "truncation": part, "precision": config.trainer.precision,
         "seed": config.logits.seed if part["name"] == "random" and config.logits.source.reads_store else None,
-    } | ({"plugin": code} if code else {})  # fmt: skip
+    } | ({"plugin": code} if code else {}) | ({"dtype": dtype} if dtype else {})  # fmt: skip
 
 
 @cache
@@ -93,18 +92,30 @@ def write_command(config: ExperimentConfig) -> str:
     typed = [f"data={config.data.name}", f"truncation={part['name']}"]
     typed += [f"teacher={teacher.size or ('hub' if teacher.name else 'none')}"]
     typed += [f"plain={config.plain.name}"] if config.data.is_instructions else []
+    if parts := config.data.args.get("parts"):  # of a mixture: one setting, whose parts have no defaults
+        typed.append(f"data.parts={conf.typed(parts)}")
     settings = {k: v for k, v in config.flat().items() if not k.startswith(("truncation.", "start."))}
-    if teacher.name and not teacher.sft:  # a preset for a teacher of a size may set them
-        settings = {k: v for k, v in settings.items() if k not in TEACHER_TRAINING}
+    unused = teacher_rules.unused_by(config)  # a preset for a teacher of a size may set them
+    settings = {k: v for k, v in settings.items() if k not in unused}
     settings |= {f"truncation.{k}": v for k, v in part.items()}
     teacher_run = Plan.from_config(config).teacher
     if teacher_run and teacher_run.start.stage != "scratch" != config.start.stage:  # it was pretrained as the student
         typed.append(f"start={teacher_run.start.stage}")
         settings |= conf.flat({"start": teacher_run.start.to_dict()})
     if (tokenizer := corpus(config)[1]["tokenizer"]) != teacher.name:  # a pretrained student's
-        settings["data.tokenizer"] = tokenizer
+        settings |= {"data.tokenizer": tokenizer}
     usual = default_options("logits=offline", *typed)
-    groups = ("token_names", "data.", "plain.", "start.", "teacher.", "truncation.", "logits.seed", "trainer.precision")
+    groups = (
+        "token_names",
+        "data.",
+        "plain.",
+        "start.",
+        "teacher.",
+        "truncation.",
+        "logits.seed",
+        "trainer.precision",
+        "trainer.attention",
+    )
     settings = {k: v for k, v in settings.items() if k.startswith(groups) and k in usual and v != usual[k]}
     typed += [f"{k}={conf.typed(v)}" for k, v in settings.items()]
     return shlex.join(typed)
@@ -118,6 +129,8 @@ def opened(config: ExperimentConfig, packed: Packed) -> Store | None:
         store = Store(place.path, place.cache)
         expected = {k: v for k, v in spec.items() if k != "precision"} | {"truncation": truncation}
         expected["plugin"] = plugins.digests([config.truncation.target]) or None
+        if config.teacher.exists and store.spec.get("dtype") != config.teacher.dtype:
+            raise _other_dtype(store, config.teacher.dtype)
         by_path = config.logits.path is not None or config.logits.source.is_recorded
         store.check(expected, by_path, nested)
         _measurable(config, store.truncation)
@@ -141,6 +154,17 @@ def opened(config: ExperimentConfig, packed: Packed) -> Store | None:
             hint="leave logits.window out, or give a recorded store by logits.path=…",
         )
     return None
+
+
+def _other_dtype(store: Store, dtype: str | None) -> UserError:
+    stored = store.spec.get("dtype")
+    return UserError(
+        option="teacher.dtype",
+        got=dtype,
+        conflict=f"logits.path={store.path}",
+        why=f"the teacher's weights were {f'in {stored}' if stored else 'as they are'} when it wrote this store",
+        hint=f"type teacher.dtype={stored}" if stored else "leave teacher.dtype out",
+    )
 
 
 def _measurable(config: ExperimentConfig, held: dict) -> None:

@@ -31,7 +31,7 @@ def measures(result: dict) -> Table:
     """Return the metrics of a result with their meaning, and their values before training if these were measured."""
     table, initial = Table(box=None, show_header=False, pad_edge=False), result.get("initial") or {}
     meanings: dict[str, str] = {}
-    for metric in catalog.metrics():
+    for metric in catalog.with_parts(result["final"]):
         meanings |= {metric.key: metric.meaning}
         meanings |= {metric.teacher_key: f"{metric.label} of the teacher"} if metric.teacher else {}
     for key, meaning in meanings.items():

@@ -25,7 +25,8 @@ POSITIONS = 2  # of the target, as of TokenInfo.example
 
 def check(components: Components, config: ExperimentConfig) -> None:
     """Call each function once. Raises UserError for wrong numbers, and for results that training could not use."""
-    components.rollout(None)  # both refuse wrong numbers
+    components.adapter(None)  # all three refuse wrong numbers
+    components.rollout(None)
     components.token_selection(lambda measure: torch.zeros(POSITIONS))
     target = _target(vocabulary_size(components.tokenizer), needs_of(components.objective.loss))
     if components.truncate is not None:

@@ -5,6 +5,7 @@ python train.py -m hydra/sweeper=optuna lr.peak='tag(log,interval(1e-3,3e-2))' a
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from kd.config.components import check_sweep
 from kd.config.security import check_words
 from kd.errors import MISTAKES, UserError, for_people
 from kd.launch.devices import gpus
-from kd.launch.sweeper import LaunchingSweeper, asked_for
+from kd.launch.sweeper import LaunchingSweeper, asked_for, unused_everywhere, without
 from kd.runs.run import Run
 from kd.system.console import console, counted, exit_with_error
 from kd.system.files import read_metrics
@@ -58,6 +59,7 @@ class Search(LaunchingSweeper):
         self.name_from(arguments)
         check_words(arguments)
         fixed, space = self._space(optuna, arguments)
+        self.refused = unused_everywhere(alternatives(fixed, space), arguments)
         if self._at_once() == math.inf:
             why, hint = "is not set, and a search learns from trials that are done", "type n_jobs=, the trials at once"
             raise UserError(option="n_jobs", why=why, hint=hint)
@@ -98,11 +100,12 @@ class Search(LaunchingSweeper):
                 begun = sum(t.params.keys() == space.keys() for t in study.trials)
                 study.sampler = optuna.samplers.TPESampler(seed=self.seed + begun, constant_liar=True)
                 trials.append(study.ask(space))
-            jobs = [[*fixed, *(f"{key}={value}" for key, value in trial.params.items())] for trial in trials]
+            chosen = [[f"{key}={value}" for key, value in trial.params.items()] for trial in trials]
+            jobs = [without([*fixed, *words], self.refused) for words in chosen]
             for job in jobs:
                 check_words(job)
             watched = Watched(optuna, trials) if self.prune else None
-            labels = [" ".join(job[len(fixed) :]) for job in jobs]
+            labels = [" ".join(words) for words in chosen]
             batch = self.launcher.launch(jobs, initial_job_idx=done, labels=labels, watch=watched)
             pruned = watched.pruned if watched else set()
             failed = 0
@@ -147,6 +150,15 @@ class Search(LaunchingSweeper):
             need, hint = "an axis to search", "type e.g. lr.peak='tag(log,interval(1e-3,3e-2))'"
             raise UserError(option="hydra/sweeper", got="optuna", need=need, hint=hint)
         return fixed, space
+
+
+def alternatives(fixed: list[str], space: dict) -> list[list[str]]:
+    """Return words of trials for all combinations of the axes with choices; of the other axes, one value."""
+    choices = [
+        [f"{key}={value}" for value in (axis.choices if hasattr(axis, "choices") else [axis.low])]
+        for key, axis in space.items()
+    ]
+    return [[*fixed, *words] for words in itertools.product(*choices)]
 
 
 @contextmanager

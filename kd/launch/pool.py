@@ -137,14 +137,14 @@ class Pool:
         """Return a table of the running jobs and the progress of the sweep."""
         ended = [job.state["state"] for job in self.jobs if job.state]
         done, queued = ended.count(RunState.DONE), sum(not job.started_at for job in self.running)
-        says = f"{done} done, {len(self.running) - queued} running, {len(ended) - done} not done, "
-        says += f"{len(self.waiting) + queued} to come"
+        caption = f"{done} done, {len(self.running) - queued} running, {len(ended) - done} not done, "
+        caption += f"{len(self.waiting) + queued} to come"
         if self.endings:
-            says += f", {len(self.endings)} ended, to be recorded"
+            caption += f", {len(self.endings)} ended, to be recorded"
         table = Table(box=None, show_header=False, pad_edge=False)
         for job in filter(lambda job: job.started_at, self.running):
             table.add_row(job.label, format_duration(time.monotonic() - job.started_at), styled(job.last_line(), "dim"))
-        return Group(styled(f"{says}{self._remaining()}", "bold"), table)
+        return Group(styled(f"{caption}{self._remaining()}", "bold"), table)
 
     def _remaining(self) -> str:
         if not self.spent:

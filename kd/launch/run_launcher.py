@@ -210,7 +210,7 @@ class RunLauncher(Launcher):
 
         sound: digests of the configs of those that were checked already.
         """
-        stored = plan.store is not None and plan.store.manifest().exists()
+        stored = plan.store is not None and plan.store.manifest().exists() and not plan.pruned
         for model in filter(None, (plan.start, None if stored else plan.teacher)):
             if (digest := files.digest_of(model.to_dict())) in sound:
                 continue

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from kd.errors import UserError
+from kd.evaluation.catalog import LOSS, ROUGE_L, with_parts
 from kd.launch.job import Job
 from kd.runs.outcome import RunState
 from kd.runs.provenance import doubts
@@ -60,11 +61,12 @@ def outcome(job: Job) -> tuple[dict | None, dict]:
 
 
 def summary(name: str, jobs: Sequence[Job]) -> Table:
-    """Return a table of the runs of a sweep: state, loss (and Rouge-L), time, memory, and why a run is not done."""
+    """Return a table of the runs of a sweep: state, losses (and Rouge-L), time, memory, and why a run is not done."""
     table = Table(title=f"sweep {name}", title_justify="left", pad_edge=False, box=None)
     results, states = zip(*map(outcome, jobs), strict=True) if jobs else ((), ())
-    measures = {"loss": "val/lm", "rouge-l": "val/rouge_l"}
-    measures = {k: v for k, v in measures.items() if k == "loss" or any(v in r["final"] for r in results if r)}
+    shown = with_parts(key for result in results if result for key in result["final"])
+    measures = {m.label: m.key for m in shown if m in (LOSS, ROUGE_L) or m.key.startswith(f"{LOSS.key}/")}
+    measures = {k: v for k, v in measures.items() if v == LOSS.key or any(v in r["final"] for r in results if r)}
     for column in ("run", "state", *measures, "time", "memory", ""):
         table.add_column(column, justify="left" if column in ("run", "state", "") else "right")
     for job, result, state in zip(jobs, results, states, strict=True):

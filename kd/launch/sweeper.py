@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -13,15 +13,17 @@ from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
-from kd.config import grammar
+from kd.config import grammar, teacher_rules
 from kd.config.components import option_files
-from kd.config.options import option_of, setting_of
+from kd.config.declarations import Declaration, of_group
+from kd.config.groups import LogitsSource
+from kd.config.options import defaults, option_of, setting_of
 from kd.config.overrides import undeferred
-from kd.config.rules import TEACHER_TRAINING, group_of, name_of
+from kd.config.rules import group_of, name_of
 from kd.config.schema import NO_EFFECT, NO_SIGNAL
 from kd.config.security import check_words
 from kd.errors import UserError
-from kd.runs.identity import is_under
+from kd.runs.identity import is_under, written_by_teacher
 from kd.system import files
 from kd.system.console import exit_with_error
 
@@ -53,8 +55,8 @@ class SweepFileSweeper(LaunchingSweeper):
     Words beside sweeps=NAME are added to every line. A line may have a name for its runs in tables: `- MiniLLM:
     method=minillm`. Without one they have the name of their method, if any. Without a sweep file there is one line: the
     words of the command. A file may have `scales`, each with a `base` and further `runs`; scale=NAME takes one.
-    Settings that treat a signal are left out of runs that have none, and those of a teacher's training of runs whose
-    teacher is pretrained. Runs that are then the same are one run.
+    Settings that treat a signal are left out of runs that have none, and those of a teacher's training of runs that
+    train no teacher. Runs that are then the same are one run.
     """
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
@@ -82,12 +84,10 @@ class SweepFileSweeper(LaunchingSweeper):
                     exit_with_error(refused.replace(why=why, need=error.need, hint=error.hint))
                 exit_with_error(refused.replace(why=f"{refused.why}: {error}".partition("\nSee ")[0]))
             for job in BasicSweeper.split_arguments(line_overrides + typed_overrides, None)[0]:
-                if option_of("logits", job) == "none":
-                    job = [w for w in job if group_of(w) not in NO_SIGNAL]
                 labelled.append((name or option_of("method", job) or "", job))
         jobs: list[list[str]] = []
         names: list[str] = []
-        effective = without_teacher_training([job for _, job in labelled], more)
+        effective = without_unused([job for _, job in labelled], more)
         for (name, _), job in zip(labelled, effective, strict=True):
             if job not in jobs:
                 jobs.append(job)
@@ -103,24 +103,44 @@ class SweepFileSweeper(LaunchingSweeper):
         return returns
 
 
-def without_teacher_training(jobs: Sequence[list[str]], typed: Iterable[str]) -> list[list[str]]:
-    """Return the words of each run, without settings of a teacher's training if its teacher is pretrained.
+def without_unused(jobs: Sequence[list[str]], typed: Iterable[str]) -> list[list[str]]:
+    """Return the words of each run, without settings that have no effect in it.
 
     A setting that was typed and has an effect in no run of the sweep is kept, so that it is refused.
     """
-    pretrained = [_has_pretrained_teacher(job) for job in jobs]
-    used = {name_of(word) for job, named in zip(jobs, pretrained, strict=True) if not named for word in job}
-    left_out = {*TEACHER_TRAINING} - ({*map(name_of, typed)} - used)
+    refused = unused_everywhere(jobs, typed)
+    return [without(job, refused) for job in jobs]
+
+
+def unused_everywhere(jobs: Sequence[list[str]], typed: Iterable[str]) -> set[str]:
+    """Return the names of typed settings that have an effect in no run."""
+    used = {name_of(word) for job in jobs for word in without(job)}
+    return {*map(name_of, typed)} - used
+
+
+def without(job: list[str], refused: Collection[str] = ()) -> list[str]:
+    """Return the words of a run, without settings that have no effect in it, except those that are to be refused.
+
+    They treat a signal, or belong to the training of a teacher, and this run has none.
+    """
+    logits = option_of("logits", job) or defaults()["logits"] or ""
+    source = LogitsSource(logits, of_group("logits", "traits").get(logits, Declaration()).names)
+    rollout = {"rollout": option_of("rollout", job)}
+    unused = teacher_rules.unused_settings(
+        _given(setting_of("teacher.size", job)), _given(setting_of("teacher.name", job)),
+        str(setting_of("teacher.sft", job)).lower() == "true", source.trains_teacher, written_by_teacher(rollout),
+    )  # fmt: skip
     return [
-        [word for word in job if not (named and name_of(word) in left_out)]
-        for job, named in zip(jobs, pretrained, strict=True)
+        word
+        for word in job
+        if name_of(word) in refused
+        or not ((not source.distils and group_of(word) in NO_SIGNAL) or name_of(word) in unused)
     ]
 
 
-def _has_pretrained_teacher(job: list[str]) -> bool:
-    """Return True if the teacher of a run has a name, and is not fine-tuned first."""
-    name, fine_tuned = setting_of("teacher.name", job), setting_of("teacher.sft", job)
-    return name not in (None, "null") and str(fine_tuned).lower() != "true"
+def _given(value: object) -> bool:
+    """Return True for a value other than null."""
+    return value not in (None, "null")
 
 
 def at_scale(sweep: Mapping, scale: str) -> tuple[str, list[tuple[str, str]]]:

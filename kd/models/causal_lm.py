@@ -53,6 +53,7 @@ class CausalLM(nn.Module):
     def __init__(self, model, vocab: int):
         super().__init__()
         self.model = model
+        self.held_in: str | None = None  # dtype of the weights of a frozen model, see kd.models.weights
         # The head shares the model's output layer; out of the module tree, so that its weights are counted once.
         self.__dict__["head"] = Head.from_model(model, vocab)
 
@@ -72,6 +73,49 @@ class CausalLM(nn.Module):
                         layer.compile()
                     else:
                         layer._compiled_call_impl = compile_if_possible(layer._call_impl)
+
+    def checkpoint_layers(self) -> None:
+        """Keep only the inputs of each layer for the backward pass, which computes the layer once more.
+
+        Chen et al. 2016, arXiv 1604.06174. Gradients do not change. In eval mode the layers are as before, and may
+        use a cache. Raises UserError for a model without such layers.
+        """
+        model = self.model
+        # Its former name is deprecated in newer versions of transformers.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        try:
+            enable({"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(
+                option="trainer.gradient_checkpointing",
+                got=True,
+                why=f"{type(model).__name__} has no layers that can be computed again",
+                hint="leave trainer.gradient_checkpointing out, and type a smaller trainer.micro_batch",
+            ) from error
+
+    def set_attention(self, implementation: str) -> None:
+        """Compute attention by eager, sdpa or flash_attention_2 of transformers, from now on.
+
+        Raises UserError where this machine or this model cannot.
+        """
+        from transformers.utils import is_flash_attn_2_available
+
+        refused = UserError(option="trainer.attention", got=implementation)
+        # Without that package transformers would load a kernel of the Hub, which is code.
+        flash = implementation == "flash_attention_2"
+        if flash and not is_flash_attn_2_available():
+            hint = "type pip install flash-attn --no-build-isolation, or trainer.attention=sdpa"
+            raise refused.replace(need="a GPU of NVIDIA and the package flash-attn", hint=hint)
+        name, reason = type(self.model).__name__, "it computes attention in another way"
+        kernels = getattr(self.model, "_compatible_flash_implementations", None)  # which may be of the Hub
+        try:
+            if not (flash and kernels and implementation not in kernels):
+                self.model.set_attn_implementation(implementation)
+        except (ValueError, ImportError) as error:
+            reason = first_line(error)
+        if self.model.config.get_text_config()._attn_implementation != implementation:
+            hint = "leave trainer.attention out"
+            raise refused.replace(why=f"does not fit {name}: {reason}", hint=hint)
 
     def check(self, option: str) -> None:
         """Raise UserError unless head(hidden_states(x)) equals the model's logits: no scale or cap may be missed."""

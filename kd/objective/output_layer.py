@@ -41,7 +41,7 @@ class OutputLayer:
 
 
 class LinearOutputLayer(OutputLayer):
-    """Head of one nn.Linear in float32. Each chunk's product for the gradient of the weights is added as it is computed.
+    """Head of one nn.Linear in float32. A chunk's gradient of the weights is added as it is computed.
 
     A product and then a sum take about twice as long: the sum reads 2 V D numbers and writes V D, in each chunk.
     """

@@ -49,7 +49,7 @@ def parse_words(command: str, words: list[str]) -> tuple[list[str], dict[str, st
             close = difflib.get_close_matches(key, SETTINGS[command], 1)
             why, need = f"no setting of {command}", " or ".join(f"{name}=" for name in SETTINGS[command])
             raise UserError(option=word, why=why, need=need, hint=f"type {close[0]}={value}" if close else "")
-        settings[key] = value
+        settings |= {key: value}
     return names, settings
 
 
@@ -61,15 +61,15 @@ def switch(settings: dict[str, str], key: str) -> bool:
     return value == "true"
 
 
-def kinds_of(settings: dict[str, str]) -> tuple[str, ...]:
+def kinds_of(what: str | None) -> tuple[str, ...]:
     """Return the kinds of leftovers that were typed as what=KIND,KIND."""
-    if "what" not in settings:
+    if what is None:
         return DEFAULT
-    kinds = tuple(KINDS) if settings["what"] == "all" else tuple(settings["what"].split(","))
+    kinds = tuple(KINDS) if what == "all" else tuple(what.split(","))
     for kind in kinds:
         if kind not in KINDS:
             need = f"all, or some of {', '.join(KINDS)}"
-            raise UserError(option="what", got=settings["what"], need=need, hint=f"type what={','.join(DEFAULT)}")
+            raise UserError(option="what", got=what, need=need, hint=f"type what={','.join(DEFAULT)}")
     return kinds
 
 
@@ -141,9 +141,10 @@ def show_run(root: Path, names: list[str]) -> None:
 def clean(root: Path, names: list[str], settings: dict[str, str]) -> None:
     """Print what could be removed. With yes=true remove it, except what other runs need unless needed=true."""
     contents, yes, needed = Root(root), switch(settings, "yes"), switch(settings, "needed")
-    if names and "what" in settings:
-        raise UserError(option="what", got=settings["what"], conflict=names[0], need="runs by name, or kinds")
-    kinds = kinds_of(settings)
+    what = settings.get("what")
+    if names and what is not None:
+        raise UserError(option="what", got=what, conflict=names[0], need="runs by name, or kinds")
+    kinds = kinds_of(what)
     chosen = cleanup.named_runs(contents, names) if names else cleanup.leftovers(contents, kinds)
     free = [leftover for leftover in chosen if needed or not leftover.needed]
     held = [leftover for leftover in chosen if leftover not in free]

@@ -74,7 +74,7 @@ def export(run: Run, model, tokenizer, ends: list[int], config: ExperimentConfig
     measures = "\n".join(f"| {k.removeprefix('val/')} | {v:.4f} |" for k, v in result["final"].items() if "/" in k)
     card = MODEL_CARD.format(
         name=run.name, student=model_name(flat, "student"), tokens=result["tokens"],
-        parameters=size_text(result["parameters"], result["active_parameters"]),
+        parameters=size_text(result["parameters"], result["active_parameters"], result["trainable_parameters"]),
         data=flat["data"], training=training, measures=measures, version=kd.__version__,
         git=result["environment"]["git"] or "unknown",
     )  # fmt: skip

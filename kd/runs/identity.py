@@ -20,12 +20,13 @@ from kd.config.schema import NO_SIGNAL, TRAITS
 NEUTRAL: dict[str, object] = {"data.turns": "last", "data.date": None}
 
 # Settings that people filter, group and plot by, with the settings below them (alpha.peak).
-AXES = ("seed", "data.tokens", "logits", *NO_SIGNAL, "rollout", "lr", "optim")
+AXES = ("seed", "data.tokens", "logits", *NO_SIGNAL, "rollout", "lr", "optim", "adapter")
 # More of them, and what dashboards call them. The history of a run has a number `lr` and a number `alpha`, so the names
 # of their schedules are called otherwise.
 CALLED = {
     "trainer.steps": "steps", "trainer.batch": "batch", "trainer.micro_batch": "micro_batch",
     "trainer.precision": "precision", "data.seq_len": "seq_len", "data.name": "data_name", "data.files": "data_files",
+    "teacher.dtype": "teacher_dtype",
     "lr": "lr_schedule", "alpha": "alpha_schedule",
 }  # fmt: skip
 TEACHING = {f"teacher.{name}": f"teacher_{name}" for name in ("steps", "batch", "lr", "seed", "precision")}
@@ -47,7 +48,7 @@ def identity_settings(config: dict) -> dict:
     neutral = NEUTRAL | {k: traits.neutral for k, traits in TRAITS.items() if traits.neutral is not UNSET}
     part = {k: v for k, v in config.items() if not is_under(k, without) and not (k in neutral and v == neutral[k])}
     seeded = config["logits"] == "cotrained" or written_by_teacher(config)  # the teacher draws with its seed
-    teacher_keys = ("teacher.size", "teacher.name", *(["teacher.seed"] if seeded else []))
+    teacher_keys = ("teacher.size", "teacher.name", "teacher.dtype", *(["teacher.seed"] if seeded else []))
     part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in teacher_keys}
     part["trainer.compile"] = part.get("trainer.compile") is True  # auto, whatever it compiles, is named as false
     return whole_as_float(part)
@@ -73,7 +74,8 @@ def identity(config: dict, **digests) -> str:
     """
     part = former_names.former_options(identity_settings(config))
     digest = xxhash.xxh3_128_hexdigest(json.dumps([part, digests], sort_keys=True).encode())[:12]
-    return f"{loss_name(config)}-{model_name(config, 'student')}-{digest}"
+    label = f"{loss_name(config)}-{model_name(config, 'student')}"
+    return f"{evaluated(config) or label}-{digest}"
 
 
 def loss_name(config: dict) -> str:
@@ -81,8 +83,25 @@ def loss_name(config: dict) -> str:
     return "lm" if config["logits"] == "none" else config["loss"]
 
 
+def evaluated(config: dict) -> str | None:
+    """Return a name of the model that an evaluation measures, of a run the run's: eval-MODEL; None for training."""
+    if config.get("trainer.steps") != 0:
+        return None
+    parts = str(config["student.name"]).rstrip("/").split("/")
+    return f"eval-{parts[-2 if parts[-1] == 'student' and len(parts) > 1 else -1]}"
+
+
 def model_name(config: dict, role: str) -> str | None:
-    """Return the size of the student or teacher in a flat config, or the last part of its name."""
+    """Return the size of the student or teacher in a flat config, or the last part of its name.
+
+    A student that is made of its teacher has the teacher's name and what it has of it: 1m-1l-ffn256.
+    """
+    if role == "student" and config.get("start.stage") == "teacher":
+        layers = config["start.layers"]
+        counts = {"{}l": len(layers) if isinstance(layers, list) else layers}
+        counts |= {"ffn{}": config["start.ffn"], "kv{}": config["start.kv_heads"], "h{}": config["start.hidden"]}
+        parts = [text.format(int(count)) for text, count in counts.items() if count is not None]
+        return "-".join([str(model_name(config, "teacher")), *parts])
     name = config[f"{role}.size"] or config[f"{role}.name"]
     return str(name).rstrip("/").rpartition("/")[2] if name else None
 
@@ -98,9 +117,12 @@ def axes(config: dict, sizes: dict[str, tuple[int, int]]) -> dict[str, str | int
     keys = [k for k in config if (k in part and (is_under(k, AXES) or k in CALLED)) or (k in called and k in TEACHING)]
     shown = {called.get(k, k): config[k] for k in keys}
     shown |= {"data": config["data"], "loss": loss_name(config)}
-    if isinstance(shown.get("data_files"), list):
-        shown["data_files"] = " ".join(map(str, shown["data_files"]))
+    for key in ("data_files", "adapter.targets"):
+        if isinstance(shown.get(key), list):
+            shown[key] = " ".join(map(str, shown[key]))
     shown |= {role: model_name(config, role) for role in ("student", "teacher")}
+    if config.get("start.stage") == "teacher":
+        shown["start_keep"] = config["start.keep"]
     for role, (parameters, non_embedding) in sizes.items():
         shown |= {f"{role}_params": parameters, f"{role}_params_non_embedding": non_embedding}
     shown["tokens"] = config["trainer.steps"] * config["trainer.batch"] * config["data.seq_len"]
@@ -112,6 +134,7 @@ def axes(config: dict, sizes: dict[str, tuple[int, int]]) -> dict[str, str | int
 def trains_teacher(config: dict) -> bool:
     """Return True if the teacher's own training settings have an effect."""
     learns_from = config["logits"] not in ("none", "cotrained") or written_by_teacher(config)
+    learns_from = learns_from or config.get("start.stage") == "teacher"
     return learns_from and bool(config["teacher.size"] or config.get("teacher.sft"))
 
 
@@ -145,9 +168,13 @@ def sizes_of(result: dict) -> dict[str, tuple[int, int]]:
     return {role: (count, inner) for role, (count, inner) in counts.items() if count is not None and inner is not None}
 
 
-def size_text(parameters: int, active: int | None) -> str:
-    """Return a number of parameters as text, with the number that a token uses if that is lower."""
-    return f"{parameters:,} parameters" + (f", {active:,} of them active" if active not in (None, parameters) else "")
+def size_text(parameters: int, active: int | None, trainable: int | None = None, unit: str = " parameters") -> str:
+    """Return a number of parameters as text, with the number that a token uses if that is lower.
+
+    trainable: number of those that learn, which is named if an adapter learns in place of the parameters.
+    """
+    text = f"{parameters:,}{unit}" + (f", {active:,} of them active" if active not in (None, parameters) else "")
+    return text + (f" + {trainable:,} trainable" if trainable not in (None, parameters) else "")
 
 
 def wandb_metadata(name: str, config: dict, sizes: dict[str, tuple[int, int]], git: str | None = None) -> WandbMetadata:
@@ -157,6 +184,7 @@ def wandb_metadata(name: str, config: dict, sizes: dict[str, tuple[int, int]], g
     """
     loss = loss_name(config)
     kind = "distil" if loss != "lm" else "lm" if model_name(config, "teacher") else "teacher"
+    kind = "evaluation" if evaluated(config) else kind
     tags = [loss, kind, str(config["data"])]
     shown = axes(config, sizes) | ({"git": git} if git else {})
     return WandbMetadata(name, readable(name, config), config.get("sweep"), kind, tags, shown, nested(config))
@@ -164,9 +192,13 @@ def wandb_metadata(name: str, config: dict, sizes: dict[str, tuple[int, int]], g
 
 def readable(name: str, config: dict) -> str:
     """Return a name for tables and legends: the settings that vary most, then the unique part of the run name."""
+    if label := evaluated(config):
+        return f"{label} {name.rpartition('-')[2][:4]}"
     parts = [
         loss_name(config),
         model_name(config, "student"),
+        config["start.keep"] if config.get("start.keep") not in (None, "uniform") else None,
+        f"{config['adapter']}{config['adapter.rank']}" if "adapter.rank" in config else None,
         f"lr{config['lr.peak']:g}" if "lr.peak" in config else None,
     ]
     if config["logits"] != "none":

@@ -188,8 +188,8 @@ def wandb_mode() -> str:
         os.environ[ANSWER] = "online"
         if why := silent_server():
             _stay_offline()
-            says = f"W&B does not answer ({why}); runs are logged offline, to be sent with `wandb sync`."
-            console.print(says, soft_wrap=True)
+            message = f"W&B does not answer ({why}); runs are logged offline, to be sent with `wandb sync`."
+            console.print(message, soft_wrap=True)
     return os.environ[ANSWER]
 
 

@@ -36,7 +36,7 @@ class Run:
     result.json  written when the run is done, with digests of the other files and of itself
     student/  the trained model    log.txt  console output, if a sweep started the run
     responses.jsonl, exaccerr.json  responses to the validation prompts, see kd/evaluation/responses.py
-    state.json   state: running and where, or how it ended
+    performance.jsonl  speed and memory    state.json  state: running and where, or how it ended
 
     For a root under a URL this is the folder on this machine; the files under the URL are what counts.
     """

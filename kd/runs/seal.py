@@ -9,8 +9,9 @@ from kd.system import files
 
 # Responses of the student to the validation prompts (kd/evaluation/responses.py), and the curve of its ExAccErr.
 RESPONSES, EXACCERR = "responses.jsonl", "exaccerr.json"
+ADAPTER = "adapter"  # folder of the adapter alone, for adapter.export=both
 # What result.json keeps digests of, beside its own; folders with all that is in them.
-SEALED = ("config.json", "metrics.jsonl", RESPONSES, EXACCERR, "student")
+SEALED = ("config.json", "metrics.jsonl", RESPONSES, EXACCERR, "student", ADAPTER)
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:

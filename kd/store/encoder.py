@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kd.data.batches import IGNORE, Batch, to_batch
 from kd.errors import UserError
+from kd.models import weights
 from kd.objective.chunked import Signal, chunks, default_chunk_size
 from kd.objective.signals import ProjectedSignal
 from kd.objective.target import Target
@@ -19,7 +20,6 @@ from kd.store import rows
 from kd.store.format import encode
 from kd.store.rows import Rows
 from kd.store.spec import draws_of
-from kd.system.hardware import cast_parameters
 from kd.teachers.base import Teacher
 
 
@@ -53,8 +53,7 @@ class RowEncoder:
         device = collectives.device(accelerator)
         if teacher.frozen:
             teacher.frozen.to(device)
-            if spec["precision"] == "bf16":
-                cast_parameters(torch.bfloat16, teacher.frozen)
+            weights.hold(teacher.frozen, None, spec["precision"], device)
         return cls(teacher, spec, truncate, device)
 
     def signal(

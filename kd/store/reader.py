@@ -11,7 +11,6 @@ manifest.json           size and digest of every file; written last, once the st
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -49,7 +48,7 @@ from kd.store.spec import (
 from kd.system import files, programs
 from kd.system.console import track
 from kd.system.files import read_json
-from kd.system.remote import is_url, local_root
+from kd.system.remote import is_default_root, is_url, local_root
 
 
 class Store:
@@ -329,7 +328,7 @@ class Store:
             root = location
         elif self.folder != self.cache / key:
             words.append(shlex.quote(f"logits.path={conf.typed(self.path)}"))
-        if root != files.expanded(os.environ.get("KD_ROOT", "runs")):
+        if not is_default_root(root):
             words.append(shlex.quote(f"root={conf.typed(root)}"))
         return f"{programs.command('store')} write {' '.join(words)}"
 

@@ -16,8 +16,8 @@ from kd.system.console import console
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # environment variable of torch; kernels of Triton are below this folder
 
-# Shapes and kinds of arguments that a function is compiled for. At 8, the default of torch, a run with plain text, prompts
-# and token selection can reach the limit: torch would compute the rest without compiled code, and not say so.
+# Shapes and kinds of arguments that a function is compiled for, at most. A run with plain text, prompts and token
+# selection can exceed 8, the default of torch, which would compute the rest without compiled code and not say so.
 torch._dynamo.config.recompile_limit = 64
 
 _failed = False  # in this process; the warning is printed once

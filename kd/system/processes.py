@@ -61,6 +61,19 @@ def peak_memory() -> int:
     return most_resident(resource.getrusage(resource.RUSAGE_SELF))
 
 
+def memory() -> int | None:
+    """Return the memory of this process in bytes: on the GPU if there is one, else resident.
+
+    None where the system does not tell it.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    path = Path("/proc/self/statm")
+    return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else None
+
+
 def most_resident(usage: resource.struct_rusage) -> int:
     """Return the peak of resident memory of a resource usage, in bytes."""
     return usage.ru_maxrss * (1 if platform.system() == "Darwin" else 1024)

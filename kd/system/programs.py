@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent
 TRAIN = PACKAGE.parent / "train.py"
 MODULES = {
-    "store": "kd.store", "data": "kd.data", "runs": "kd.runs",
+    "evaluate": "kd.evaluate", "store": "kd.store", "data": "kd.data", "runs": "kd.runs",
     "report": "sweeps.report", "fit": "sweeps.fit", "dashboard": "sweeps.dashboard",
 }  # fmt: skip
 
@@ -56,5 +56,6 @@ def start(name: str) -> None:
 
 
 # Entry points of pyproject.toml.
-train, store, data, runs = (partial(start, name) for name in ("train", "store", "data", "runs"))
+train, evaluate, store = (partial(start, name) for name in ("train", "evaluate", "store"))
+data, runs = (partial(start, name) for name in ("data", "runs"))
 report, fit, dashboard = (partial(start, name) for name in ("report", "fit", "dashboard"))

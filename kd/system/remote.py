@@ -38,6 +38,11 @@ def default_root() -> str:
     return os.environ.get("KD_ROOT") or "runs"
 
 
+def is_default_root(root: str | Path) -> bool:
+    """Return True if a command that names no root has this one."""
+    return str(root) == files.expanded(default_root())
+
+
 def local_root(root: str | Path) -> Path:
     """Return the folder of a root on this machine: the root itself, or for a URL one in $KD_CACHE or ~/.cache/kd."""
     if not is_url(root):

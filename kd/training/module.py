@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kd.data.batches import IGNORE, Batch
 from kd.errors import UserError
+from kd.models import adapters, weights
 from kd.models.causal_lm import CausalLM
 from kd.models.optimizers import parameter_groups
 from kd.objective.chunked import Objective, Signal, chunks, default_chunk_size, with_token_info
@@ -24,7 +25,7 @@ from kd.objective.token_selection import Measured, Selection
 from kd.parallel import collectives, fsdp
 from kd.runs.outcome import NonFinite
 from kd.system.console import console
-from kd.system.hardware import cast_parameters, disable_malloc_trim, out_of_memory
+from kd.system.hardware import disable_malloc_trim, out_of_memory
 from kd.system.signals import Preempted, Stopped, requests
 from kd.teachers.base import Teacher
 from kd.training.report import LossTerm, StepReport
@@ -85,13 +86,26 @@ class DistillationModule(lightning.LightningModule):
 
     def configure_model(self) -> None:
         collectives.broadcast_parameters(self)
-        if self.trainer.precision == "bf16-mixed" and self.teacher.frozen:
-            cast_parameters(torch.bfloat16, self.teacher.frozen)
+        shared = adapters.share_weights(self.student, self.teacher.frozen)  # an adapter is merged in float32
+        if self.teacher.frozen and not shared:
+            precision = "bf16" if self.trainer.precision == "bf16-mixed" else "fp32"
+            weights.hold(self.teacher.frozen, None, precision, self.device)
         models = {"student": self.student, "teacher": self.teacher.model}
         for role in self.sharded:
             model = models[role]
             assert model is not None, f"the {role} is in this process"
             fsdp.shard(model, self.trainer.strategy.root_device)
+
+    def state_dict(self, *args, **kwargs) -> dict:
+        """Return the weights that learn: those under an adapter come from its model again."""
+        state, frozen = super().state_dict(*args, **kwargs), adapters.frozen_names(self)
+        return {name: weight for name, weight in state.items() if name not in frozen} if frozen else state
+
+    def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
+        """Load the weights of state_dict(). Those that do not learn stay."""
+        state, frozen = super().state_dict(), adapters.frozen_names(self)
+        stay = {name: state[name] for name in state if name in frozen}
+        return super().load_state_dict(stay | dict(state_dict) if frozen else state_dict, strict, assign)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         fused = {"fused": True} if self.device.type == "cuda" else {}  # one kernel for all of it
@@ -111,7 +125,7 @@ class DistillationModule(lightning.LightningModule):
     @property
     def progress(self) -> float:
         """Return the middle of this step as a share of the run. A warm-up or decay so wastes no step on a rate of 0."""
-        return (self.global_step + 0.5) / self.max_steps
+        return (self.global_step + 0.5) / max(self.max_steps, 1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         alpha = self.schedules.alpha(self.progress) if self.teacher.distils else 0.0

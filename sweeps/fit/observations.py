@@ -19,7 +19,7 @@ from kd.runs.provenance import doubts_of_many
 from kd.system import files, programs
 from kd.system.console import counted
 from sweeps.fit.solver import Data
-from sweeps.report.groups import label, outcome_settings, subset, varying
+from sweeps.report.groups import is_evaluation, label, outcome_settings, subset, varying
 from sweeps.report.wording import join_words
 
 # Settings that the laws are about, or that matter too little; a note names any others in which runs differ.
@@ -87,6 +87,12 @@ def from_sweep(entries: list[Entry]) -> tuple[list[Observation], list[str]]:
             f"{unfinished} of {len(entries)} runs {'is' if unfinished == 1 else 'are'} not done and not counted: "
             f"{programs.command('report')} says why."
         )
+    evaluations = [e for e in done if is_evaluation(e.finished["config"])]
+    if evaluations:
+        notes.append(
+            f"{counted(len(evaluations), 'run is an evaluation', 'runs are evaluations')}, which train nothing."
+        )
+    done = [e for e in done if e not in evaluations]
     usable = [e for e in done if e.finished["config"]["logits"] in ("none", "online", "offline")]
     if learning := len(done) - len(usable):
         notes.append(

@@ -11,12 +11,13 @@ from statistics import fmean
 
 from kd.evaluation.catalog import LOSS, ROUGE_L, Metric
 from kd.experiment.results import Entry
-from kd.runs.identity import identity_settings, is_under, whole_as_float
+from kd.runs.identity import identity_settings, is_under, model_name, whole_as_float
 from sweeps.report.statistics import Interval, interval
 from sweeps.report.wording import format_amount
 
 TASK = ("data", "student", "trainer.steps", "trainer.batch")  # where these agree, losses can be compared
-SUPERVISED, FINE_TUNED, SEQUENCE_LEVEL = "language modelling alone", "SFT", "SeqKD"
+EVALUATION_TASK = ("data", "trainer.steps")  # models that are measured as they are
+SUPERVISED, FINE_TUNED, SEQUENCE_LEVEL, EVALUATED = "language modelling alone", "SFT", "SeqKD", "evaluation"
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Group:
 
     @cached_property
     def task(self) -> str:
-        """Student, data and steps, and so, with full rows, the tokens."""
-        return subset(self.config, *TASK)
+        """Student, data and steps, and so, with full rows, the tokens; of an evaluation the data."""
+        return subset(self.config, *(EVALUATION_TASK if is_evaluation(self.config) else TASK))
 
     @property
     def seconds(self) -> float:
@@ -65,13 +66,20 @@ class Group:
         return mean
 
 
+def is_evaluation(config: dict) -> bool:
+    """Return True if a run measures a model without training it."""
+    return config.get("trainer.steps") == 0
+
+
 def is_supervised(config: dict) -> bool:
-    """Return True if a run learns neither a teacher's distributions nor its text."""
-    return config["logits"] == "none" and config.get("rollout", "none") == "none"
+    """Return True if a run learns, and neither a teacher's distributions nor its text."""
+    return not is_evaluation(config) and config["logits"] == "none" and config.get("rollout", "none") == "none"
 
 
 def name_without_loss(config: dict) -> str | None:
     """Return the name of a run that compares no distributions; None if it does."""
+    if is_evaluation(config):
+        return EVALUATED
     if is_supervised(config):
         return FINE_TUNED if config["data"] == "instructions" else SUPERVISED
     return SEQUENCE_LEVEL if config["logits"] == "none" else None
@@ -123,18 +131,31 @@ def describe_task(groups: list[Group]) -> str:
 
     Rows of instructions are not full, so their tokens may differ.
     """
+    if groups and all(is_evaluation(group.config) for group in groups):
+        return "data"
     return f"student, data and {'steps' if any(g.config['data'] == 'instructions' for g in groups) else 'tokens'}"
 
 
 def outcome_settings(config: dict) -> dict:
     """Return the settings that the result depends on, without the seed, and those of its teacher and start."""
     prefixes: tuple[str, ...] = ()
-    if config["logits"] != "none" and (config["teacher.size"] or config.get("teacher.sft")):
+    pruned = config.get("start.stage") == "teacher"
+    if (config["logits"] != "none" or pruned) and (config["teacher.size"] or config.get("teacher.sft")):
         prefixes += ("teacher",)
     if config["data"] == "instructions":  # it has the tokenizer of the plain text
         prefixes += ("start", "plain")
+    if pruned:
+        config = with_student(config)
+        prefixes += ("start.keep", "start.stage", "start.sample")
     prerequisites = whole_as_float({k: v for k, v in config.items() if is_under(k, prefixes)})
     return {k: v for k, v in (prerequisites | identity_settings(config)).items() if k != "seed"}
+
+
+def with_student(config: dict) -> dict:
+    """Return a flat config in which a student that is made of its teacher has a name as its size: 1m-1l."""
+    if config.get("start.stage") != "teacher":
+        return config
+    return config | {"student.size": model_name(config, "student")}
 
 
 def subset(config: dict, *prefixes: str) -> str:

@@ -47,7 +47,8 @@ def alternatives(values: Iterable[str | None]) -> str:
 def model_text(result: dict, role: str, prefix: str) -> str | None:
     """Return name and size of a model."""
     name, size = model_name(result["config"], role), result.get(f"{prefix}parameters")
-    return f"{name} ({size_text(size, result.get(f'{prefix}active_parameters'))})" if name and size else name
+    active, trainable = (result.get(f"{prefix}{kind}_parameters") for kind in ("active", "trainable"))
+    return f"{name} ({size_text(size, active, trainable)})" if name and size else name
 
 
 def warnings(groups: list[Group]) -> list[str]:

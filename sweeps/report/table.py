@@ -12,7 +12,7 @@ from statistics import fmean
 from kd.evaluation import catalog
 from kd.evaluation.catalog import BY_NAME, LOSS, Metric
 from kd.runs.identity import model_name
-from sweeps.report.groups import Group, label, primary_metric, subset, tasks_of, varying
+from sweeps.report.groups import Group, label, primary_metric, subset, tasks_of, varying, with_student
 from sweeps.report.statistics import Interval, baseline, best_group, difference, gap_closed
 from sweeps.report.wording import format_number
 
@@ -84,8 +84,8 @@ def extremes(rows: list[Row]) -> list[Row]:
     tasks = tasks_of([row.group for row in rows])
     firsts = [row.best.label for row in rows] if len(tasks) <= MOST_TASKS else []
     bases = [task[0].label for groups in tasks[:MOST_TASKS] if (task := [g for g in groups if g.supervised])]
-    kept = {row.group.label for row in rows[:BEST] + rows[-WORST:]} | {*firsts, *bases}
-    return [row for row in rows if row.group.label in kept]
+    labels = {row.group.label for row in rows[:BEST] + rows[-WORST:]} | {*firsts, *bases}
+    return [row for row in rows if row.group.label in labels]
 
 
 def by_loss(rows: list[Row]) -> list[Row]:
@@ -120,7 +120,12 @@ def measured(groups: list[Group], metric: Metric) -> list[Metric]:
     """
     tokenizers = {result.get("bytes_per_token") for g in groups for result in g.results}
     left_out = {metric} | ({BY_NAME["bpb"]} if len(tokenizers) == 1 else set())
-    return [m for m in catalog.metrics() if m.column and m not in left_out and any(g.values(m.key) for g in groups)]
+    return [m for m in metrics_of(groups) if m.column and m not in left_out and any(g.values(m.key) for g in groups)]
+
+
+def metrics_of(groups: list[Group]) -> tuple[Metric, ...]:
+    """Return all metrics, with those of the parts of a mixture."""
+    return catalog.with_parts(key for group in groups for result in group.results for key in result["final"])
 
 
 def constant_values(groups: list[Group], metrics: Iterable[Metric], lines: list[ReferenceLine]) -> dict[Metric, str]:
@@ -145,7 +150,9 @@ def reference_lines(groups: list[Group]) -> list[ReferenceLine]:
     for (text, note), members in students.items():
         name = label(json.loads(text), keys) or str(model_name(members[0].config, "teacher"))
         seen = {
-            m.key: [v for g in members for v in g.values(m.teacher_key).values()] for m in catalog.metrics() if m.column
+            m.key: [v for g in members for v in g.values(m.teacher_key).values()]
+            for m in metrics_of(members)
+            if m.column
         }
         values = {k: fmean(v) for k, v in seen.items() if v}
         if per_token := members[0].results[0].get("bytes_per_token"):
@@ -161,11 +168,12 @@ def before_training(groups: list[Group]) -> list[ReferenceLine]:
     """Return the values of pretrained students before training, a line for each start."""
     starts: dict[str, list[dict[str, float]]] = {}
     for result in (result for group in groups for result in group.results if result.get("initial")):
-        starts.setdefault(subset(result["config"], "student", "start", "data"), []).append(result["initial"])
+        config = with_student(result["config"])
+        starts.setdefault(subset(config, "student", "start", "data"), []).append(result["initial"])
     keys, lines = varying([json.loads(text) for text in starts]), []
     for text, initials in starts.items():
         seen = {
-            m.key: [initial[m.key] for initial in initials if m.key in initial] for m in catalog.metrics() if m.column
+            m.key: [initial[m.key] for initial in initials if m.key in initial] for m in metrics_of(groups) if m.column
         }
         values = {k: fmean(v) for k, v in seen.items() if v}
         lines.append(ReferenceLine(f"before training {label(json.loads(text), keys)}".rstrip(), "", values))

@@ -14,6 +14,7 @@ from sweeps.report.groups import (
     Group,
     baseline_name,
     describe_task,
+    is_evaluation,
     label,
     name_without_loss,
     primary_metric,
@@ -114,7 +115,9 @@ def judge(task: list[Group], metric: Metric, name: str, unfinished: Sequence[Ent
         metric=metric,
         value=value,
         baseline=base.label if base else None,
-        missing_baseline="" if best.supervised or base else missing_baseline(best, rivals, unfinished),
+        missing_baseline=""
+        if best.supervised or base or is_evaluation(best.config)
+        else missing_baseline(best, rivals, unfinished),
         difference=change,
         gap_closed=gap_closed(best, base, metric),
         tied=[g.label for g in indistinguishable(best, rivals, metric)],

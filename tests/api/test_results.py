@@ -30,13 +30,13 @@ def records(*arguments, **settings):
 
 
 def test_a_record_has_the_config_and_the_metrics_of_a_run(runs):
-    found = {record["loss"] if record["logits"] != "none" else "lm": record for record in records(runs)}
-    student, teacher = found["fkl"], found["lm"]
-    kept = result(runs / student["run"])
-    assert kept["final"].items() <= student.items() and kept["config"].items() <= student.items()
-    assert student["state"] == "done" and student["message"] == "" and student["tokens"] == kept["tokens"]
-    assert student["git"] == kept["environment"]["git"] and teacher["teacher.size"] is None
-    assert not any(isinstance(value, dict) for record in found.values() for value in record.values())
+    by_loss = {record["loss"] if record["logits"] != "none" else "lm": record for record in records(runs)}
+    student, teacher = by_loss["fkl"], by_loss["lm"]
+    stored = result(runs / student["run"])
+    assert stored["final"].items() <= student.items() and stored["config"].items() <= student.items()
+    assert student["state"] == "done" and student["message"] == "" and student["tokens"] == stored["tokens"]
+    assert student["git"] == stored["environment"]["git"] and teacher["teacher.size"] is None
+    assert not any(isinstance(value, dict) for record in by_loss.values() for value in record.values())
 
 
 def test_a_sweeps_records_are_in_the_order_of_its_list(tmp_path):
@@ -56,10 +56,10 @@ def test_runs_that_are_not_done_or_damaged_are_said(tmp_path, runs):
     (stopped / "result.json").unlink()
     (stopped / "state.json").write_text(json.dumps({"state": "failed", "reason": "no more patience"}))
     with pytest.warns(UserWarning, match=r"2 of 2 runs in .* are not done \(1 damaged, 1 failed\)"):
-        found = {record["run"]: record for record in kd.load_results(tmp_path / "r")}
-    assert found[damaged.name]["state"] == "damaged" and "is damaged" in found[damaged.name]["message"]
-    assert found[stopped.name]["message"] == "no more patience" and "val/lm" not in found[stopped.name]
-    assert found[stopped.name]["trainer.steps"] == 2  # of its config.json
+        by_run = {record["run"]: record for record in kd.load_results(tmp_path / "r")}
+    assert by_run[damaged.name]["state"] == "damaged" and "is damaged" in by_run[damaged.name]["message"]
+    assert by_run[stopped.name]["message"] == "no more patience" and "val/lm" not in by_run[stopped.name]
+    assert by_run[stopped.name]["trainer.steps"] == 2  # of its config.json
 
 
 def test_a_root_or_sweep_that_does_not_exist_is_refused(tmp_path, runs):

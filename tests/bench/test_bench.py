@@ -28,14 +28,14 @@ def bench(folder, *words: str) -> subprocess.CompletedProcess:
 def test_prints_a_table_and_writes_the_numbers(tmp_path):
     done = bench(tmp_path, "only=lm,online_fkl,breakdown", "shape=tiny", "steps=2")
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "bench" / "speed.json").read_text())
-    assert list(found) == ["lm", "online_fkl", "breakdown"]
-    for result in found.values():
+    numbers = json.loads((tmp_path / "bench" / "speed.json").read_text())
+    assert list(numbers) == ["lm", "online_fkl", "breakdown"]
+    for result in numbers.values():
         assert len(result["seconds"]) == 2
         assert 0 < result["tokens_per_second"] < result["limit"]
         assert result["peak_memory"] > 2**27
-    assert sum(found["breakdown"]["parts"].values()) <= 1.05 * max(found["breakdown"]["seconds"])
-    for word in ("tokens/s", "online_fkl", f"{found['lm']['tokens_per_second']:,.0f}", "teacher's body"):
+    assert sum(numbers["breakdown"]["parts"].values()) <= 1.05 * max(numbers["breakdown"]["seconds"])
+    for word in ("tokens/s", "online_fkl", f"{numbers['lm']['tokens_per_second']:,.0f}", "teacher's body"):
         assert word in done.stderr
 
 
@@ -89,14 +89,14 @@ def test_a_missing_package_is_named_with_what_installs_it(name, monkeypatch):
 
 
 def test_a_case_that_fails_is_a_line_of_the_table():
-    found = {"lm": {"case": "lm", "error": "out of memory"}}
-    assert command.table(found).row_count == 1
+    numbers = {"lm": {"case": "lm", "error": "out of memory"}}
+    assert command.table(numbers).row_count == 1
 
 
 def test_what_a_student_writes_is_timed_beside_trl_on_such_text():
     speeds = {"trl": 100.0, "trl_on_policy": 20.0, "online_fkl": 250.0, "on_policy_jsd": 60.0}
-    made = command.table({name: {"tokens_per_second": x, "peak_memory": 2**30 * x} for name, x in speeds.items()})
-    assert [*made.columns[3].cells] == ["1.00", "1.00", "2.50", "3.00"] == [*made.columns[6].cells]
+    table = command.table({name: {"tokens_per_second": x, "peak_memory": 2**30 * x} for name, x in speeds.items()})
+    assert [*table.columns[3].cells] == ["1.00", "1.00", "2.50", "3.00"] == [*table.columns[6].cells]
     assert set(NEEDS) <= set(CASES | CUDA_CASES)
 
 

@@ -20,20 +20,20 @@ from tests.small import SMALL
 @pytest.fixture(scope="module")
 def composer():
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        made = GlobalHydra.instance().hydra
-        master = made.compose_config("config", ["root=/somewhere"], run_mode=RunMode.MULTIRUN)
-        yield Composer.of_sweep(made.config_loader, master)
+        hydra_object = GlobalHydra.instance().hydra
+        master = hydra_object.compose_config("config", ["root=/somewhere"], run_mode=RunMode.MULTIRUN)
+        yield Composer.of_sweep(hydra_object.config_loader, master)
 
 
 def same(composer: Composer, words: list[str]) -> None:
     """Nodes, types and interpolations, not their values alone; twice, since the first may compose the whole."""
     expected = by_hydra("config", words)
     for _ in range(2):
-        made = composer.compose(words)
-        assert made == expected and list(made) == list(expected) and OmegaConf.is_struct(made)
+        actual = composer.compose(words)
+        assert actual == expected and list(actual) == list(expected) and OmegaConf.is_struct(actual)
         for resolve in (False, True):
-            assert OmegaConf.to_container(made, resolve=resolve) == OmegaConf.to_container(expected, resolve=resolve)
-        OmegaConf.update(made, "seed", 99)  # in this copy alone
+            assert OmegaConf.to_container(actual, resolve=resolve) == OmegaConf.to_container(expected, resolve=resolve)
+        OmegaConf.update(actual, "seed", 99)  # in this copy alone
 
 
 def test_hydra_composes_each_choice_of_groups_once(composer):
@@ -50,11 +50,11 @@ def test_tests_compose_as_hydra_does(composer):
 
 
 def of_sweeps() -> list[tuple[str, str]]:
-    found = []
+    names = []
     for path in sorted(SWEEPS.glob("*.yaml")):
         scales = OmegaConf.load(path).get("scales") or {"cpu": None}
-        found += [(path.stem, scale) for scale in scales]
-    return found
+        names += [(path.stem, scale) for scale in scales]
+    return names
 
 
 def runs_of(name: str, scale: str) -> list[list[str]]:

@@ -86,9 +86,9 @@ def test_what_is_typed_comes_first_in_any_order(words, stands_for):
 
 
 def test_a_method_goes_with_an_experiment():
-    found = composed("method=minillm", "experiment=dolly_gpt2", "lr=constant", "lr.peak=5e-6")
+    config = composed("method=minillm", "experiment=dolly_gpt2", "lr=constant", "lr.peak=5e-6")
     words = [word for word in words_of("experiment", "dolly_gpt2") if not word.startswith("lr.")]
-    assert found == composed(*words, *TABLE["minillm"].split(), "lr=constant", "lr.peak=5e-6")
+    assert config == composed(*words, *TABLE["minillm"].split(), "lr=constant", "lr.peak=5e-6")
 
 
 @pytest.mark.parametrize(
@@ -120,15 +120,15 @@ def test_what_a_message_says_to_type_is_accepted():
 
 def launched(*words: str) -> dict[str, list[str]]:
     """Words and names of the runs of a sweep."""
-    lines, found = SweepFileSweeper(), {}
+    lines, name_by_words = SweepFileSweeper(), {}
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         lines.hydra_context = SimpleNamespace(config_loader=GlobalHydra.instance().config_loader())
     lines.config = OmegaConf.create({"sweep": "several", "scale": "cpu"})
     lines.launcher = SimpleNamespace(
-        launch=lambda jobs, initial_job_idx, names: found.update(zip(map(" ".join, jobs), names)) or []
+        launch=lambda jobs, initial_job_idx, names: name_by_words.update(zip(map(" ".join, jobs), names)) or []
     )
     lines.sweep(list(words))
-    return found
+    return name_by_words
 
 
 def test_runs_of_several_methods_go_by_their_names_and_have_no_word_without_effect():
@@ -161,10 +161,10 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def words(root):
-    own = ["data=instructions", f"data.files={root}/sums.jsonl", "data.template=plain", "data.seq_len=32"]
-    own += ["data.vocab=300", "data.val_rows=2", "data.val_share=0.2", "plain=text", f"plain.files={root}/plain.txt"]
-    own += ["teacher.steps=1", "start.steps=1", "start.sft_steps=1", "trainer.steps=2", "trainer.val_every=2"]
-    return own
+    words = ["data=instructions", f"data.files={root}/sums.jsonl", "data.template=plain", "data.seq_len=32"]
+    words += ["data.vocab=300", "data.val_rows=2", "data.val_share=0.2", "plain=text", f"plain.files={root}/plain.txt"]
+    words += ["teacher.steps=1", "start.steps=1", "start.sft_steps=1", "trainer.steps=2", "trainer.val_every=2"]
+    return words
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -39,9 +39,9 @@ def short(given: Example) -> Short:
     return Short(tuple((turn.role, turn.content) for turn in before), last.content, given.conversation)
 
 
-def encoded(given: Short, template: str, fast, **how) -> tuple[list[int], list[int]]:
+def encoded(given: Short, template: str, fast, **options) -> tuple[list[int], list[int]]:
     """Tokens of the prompt and of the response."""
-    (((prompt, response, *_),),) = encode([given.example()], template, fast, **how)
+    (((prompt, response, *_),),) = encode([given.example()], template, fast, **options)
     return prompt, response
 
 
@@ -59,7 +59,7 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def tokenizer(pre=None, **of) -> PreTrainedTokenizerFast:
+def tokenizer(pre=None, **changes) -> PreTrainedTokenizerFast:
     """A token per byte, those of chats, and an end of a text that is not the end of a turn."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -69,30 +69,30 @@ def tokenizer(pre=None, **of) -> PreTrainedTokenizerFast:
         vocab_size=259, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator([], trainer)
-    how = {"eos_token": END, "extra_special_tokens": special[1:], "chat_template": CHAT} | of
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, **how)
+    special_options = {"eos_token": END, "extra_special_tokens": special[1:], "chat_template": CHAT} | changes
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **special_options)
 
 
 def pairs(*texts: tuple[str, str], prompt_len: int = 6, template: str | None = "plain") -> corpora.Corpus:
     """Return a corpus of prompts and responses."""
     examples = [Example.from_texts(("user", prompt), response=response) for prompt, response in texts]
-    found = corpora.Corpus(lambda: examples, {"of": sorted(texts)})
-    return replace(found, pairs=corpora.Pairs(template, prompt_len))
+    corpus = corpora.Corpus(lambda: examples, {"of": sorted(texts)})
+    return replace(corpus, pairs=corpora.Pairs(template, prompt_len))
 
 
 def many(count: int = 40) -> list[tuple[str, str]]:
     return [(f"q{number}", f"a{number}") for number in range(count)]
 
 
-def pack(tmp_path: Path, *texts: tuple[str, str], **of) -> Packed:
+def pack(tmp_path: Path, *texts: tuple[str, str], **options) -> Packed:
     """Each example is on both sides of the split in a copy of its own, its prompt followed by some number."""
-    how = {k: of.pop(k) for k in ("prompt_len", "template") if k in of}
-    return packing.pack(pairs(*texts, **how), tmp_path / "packed", **BYTES | of)
+    pair_options = {k: options.pop(k) for k in ("prompt_len", "template") if k in options}
+    return packing.pack(pairs(*texts, **pair_options), tmp_path / "packed", **BYTES | options)
 
 
-def said(packed: Packed) -> list[tuple[str, str, int, int]]:
+def text_rows(packed: Packed) -> list[tuple[str, str, int, int]]:
     """Return for each row, on both sides: prompt, response, number of end tokens, and number of target tokens."""
-    fast, found = AutoTokenizer.from_pretrained(packed.tokenizer), []
+    fast, texts = AutoTokenizer.from_pretrained(packed.tokenizer), []
     for rows, spans in ((packed.train, packed.train_spans), (packed.val, packed.val_spans)):
         batch = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans)
         for row, labels, (prompt, total) in zip(rows, batch.labels, spans, strict=True):
@@ -100,8 +100,8 @@ def said(packed: Packed) -> list[tuple[str, str, int, int]]:
             assert counted.tolist() == row[prompt:total].tolist()
             response = fast.decode([t for t in counted if t != packed.eos_token_id])
             ends = (counted == packed.eos_token_id).sum().item()
-            found.append((fast.decode(row[:prompt]), response, ends, len(counted)))
-    return sorted(found)
+            texts.append((fast.decode(row[:prompt]), response, ends, len(counted)))
+    return sorted(texts)
 
 
 DOLLY = {"instruction": "Sum up.", "context": "A b.", "response": "B.", "category": "x"}
@@ -145,20 +145,20 @@ def write(path: Path, *rows: dict) -> Path:
     return path
 
 
-def read(path: Path, **of) -> list[Short]:
-    return [short(e) for e in load(path, **of)]
+def read(path: Path, **options) -> list[Short]:
+    return [short(e) for e in load(path, **options)]
 
 
-def load(path: Path, **of) -> list[Example]:
-    return list(instructions.instructions(64, files=str(path), **of).load())
+def load(path: Path, **options) -> list[Example]:
+    return list(instructions.instructions(64, files=str(path), **options).load())
 
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
 
-def first(tmp_path, *rows: dict, kind: str = "jsonl", **of) -> Example:
-    return load(write(tmp_path / f"a.{kind}", *rows), **of)[0]
+def first(tmp_path, *rows: dict, kind: str = "jsonl", **options) -> Example:
+    return load(write(tmp_path / f"a.{kind}", *rows), **options)[0]
 
 
 def roles(example: Example) -> list[tuple[str, str]]:

@@ -20,9 +20,9 @@ from tests.refusals import refused
 
 def test_system_and_history_are_turns(tmp_path):
     row = {"instruction": "And?", "input": "x", "output": "C", "system": "Be brief.", "history": [["A?", "B"]]}
-    made = first(tmp_path, row)
+    example = first(tmp_path, row)
     want = [("system", "Be brief."), ("user", "A?"), ("assistant", "B"), ("user", "And?"), ("input", "x")]
-    assert short(made) == Short(tuple(want), "C") and made.unlearned == {"earlier": 1} and not made.unused
+    assert short(example) == Short(tuple(want), "C") and example.unlearned == {"earlier": 1} and not example.unused
     assert [turn.learned for turn in first(tmp_path, row, turns="all").turns] == [
         False,
         False,
@@ -32,17 +32,17 @@ def test_system_and_history_are_turns(tmp_path):
         True,
     ]
     other = {"system_prompt": "Be brief.", "question": "Q", "response": "R", "history": [ONE, TWO]}
-    made = first(tmp_path, other, prompt="question", response="response")
-    assert roles(made)[:3] == [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello")]
+    example = first(tmp_path, other, prompt="question", response="response")
+    assert roles(example)[:3] == [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello")]
     assert first(tmp_path, row | {"system": "", "history": []}).turns[0].role == "user"
     for history in ([["A?", "B"]], [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B"}]):
         assert short(first(tmp_path, row | {"history": json.dumps(history)})) == Short(tuple(want), "C")
 
 
 def test_a_system_prompt_beside_messages_is_there_once(tmp_path):
-    made = first(tmp_path, {"messages": [ONE, TWO], "system": "Be brief."})
-    assert roles(made) == [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello")]
-    assert roles(first(tmp_path, {"messages": [SYSTEM, ONE, TWO], "system": "Be brief."})) == roles(made)
+    example = first(tmp_path, {"messages": [ONE, TWO], "system": "Be brief."})
+    assert roles(example) == [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello")]
+    assert roles(first(tmp_path, {"messages": [SYSTEM, ONE, TWO], "system": "Be brief."})) == roles(example)
     with refused(
         option="data.files", why="in line 1, the columns or messages hold two system prompts, 'Be brief.' and 'No.'"
     ):
@@ -54,18 +54,18 @@ def test_a_system_prompt_beside_messages_is_there_once(tmp_path):
 )
 def test_a_whole_conversation_beside_its_prompt_is_read_once(tmp_path, prompt):
     row = {"prompt": prompt, "chosen": [ONE, TWO], "rejected": [ONE, FOUR], "score": 8.0}
-    made = first(tmp_path, row, prompt="prompt", response="chosen")
+    example = first(tmp_path, row, prompt="prompt", response="chosen")
     system = [("system", "Be brief.")] if prompt == [SYSTEM, ONE] else []
-    assert roles(made) == [*system, ("user", "Hi"), ("assistant", "Hello")]
-    assert made.unused == ("column rejected", "column score") and made.conversation
+    assert roles(example) == [*system, ("user", "Hi"), ("assistant", "Hello")]
+    assert example.unused == ("column rejected", "column score") and example.conversation
 
 
 def test_a_whole_conversation_beside_its_prompt_may_be_json(tmp_path):
     for prompt in ("Hi", [ONE]):
         for turns in ([ONE, TWO], [SYSTEM, ONE, TWO], [ONE, TWO, THREE, FOUR]):
             row = {"prompt": prompt, "chosen": json.dumps(turns)}
-            made = first(tmp_path, row, prompt="prompt", response="chosen")
-            assert roles(made) == [(turn["role"], turn["content"]) for turn in turns] and made.conversation
+            example = first(tmp_path, row, prompt="prompt", response="chosen")
+            assert roles(example) == [(turn["role"], turn["content"]) for turn in turns] and example.conversation
 
 
 def test_two_system_prompts_are_refused_and_equal_ones_are_there_once(tmp_path):
@@ -77,10 +77,10 @@ def test_two_system_prompts_are_refused_and_equal_ones_are_there_once(tmp_path):
     chosen = {"prompt": [SYSTEM, ONE], "chosen": [SYSTEM, ONE, TWO]}
     named = {"prompt": "prompt", "response": "chosen"}
     assert len(first(tmp_path, chosen, **named).turns) == 3
-    for bad, of in ((row | {"system_prompt": "No."}, {}), (row | history | {"system": "No."}, {}),
-                    (chosen | {"prompt": [other, ONE]}, named)):  # fmt: skip
+    for bad, settings in ((row | {"system_prompt": "No."}, {}), (row | history | {"system": "No."}, {}),
+                          (chosen | {"prompt": [other, ONE]}, named)):  # fmt: skip
         with refused(option="data.files", why="two system prompts"):
-            first(tmp_path, bad, **of)
+            first(tmp_path, bad, **settings)
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_two_system_prompts_are_refused_and_equal_ones_are_there_once(tmp_path):
 )  # fmt: skip
 @pytest.mark.parametrize("named", [False, True])
 def test_an_input_is_used_beside_every_prompt(tmp_path, prompt, name, response, named):
-    of = {"prompt": prompt, "response": response} if named else {}
-    made = first(tmp_path, {prompt: "P", name: "X", response: "R"}, **of)
-    assert short(made) == Short((("user", "P"), ("input", "X")), "R") and not made.unused
+    columns = {"prompt": prompt, "response": response} if named else {}
+    example = first(tmp_path, {prompt: "P", name: "X", response: "R"}, **columns)
+    assert short(example) == Short((("user", "P"), ("input", "X")), "R") and not example.unused
 
 
 def test_several_turns_beside_a_prompt(tmp_path):
@@ -104,8 +104,8 @@ def test_several_turns_beside_a_prompt(tmp_path):
 
 def test_an_input_is_used_where_its_instruction_is_named(tmp_path):
     row = {"instruction": "I", "input": "X", "output": "O", "better": "B"}
-    made = first(tmp_path, row, prompt="instruction", response="better")
-    assert short(made) == Short((("user", "I"), ("input", "X")), "B") and made.unused == ("column output",)
+    example = first(tmp_path, row, prompt="instruction", response="better")
+    assert short(example) == Short((("user", "I"), ("input", "X")), "B") and example.unused == ("column output",)
 
 
 def test_weights_and_labels_of_rows(tmp_path):
@@ -126,8 +126,8 @@ def test_weights_and_labels_of_rows(tmp_path):
     ):
         ((name, value),) = no.items()
         assert first(tmp_path, row | no).left_out == "weight"
-        made = first(tmp_path, row | {name: not value})
-        assert made.turns[1].learned and not made.unused
+        example = first(tmp_path, row | {name: not value})
+        assert example.turns[1].learned and not example.unused
         for bad in ("0", 0.5, [0, 1]):
             with refused(option="data.files", why=f"column '{name}' holds", need="0 or 1"):
                 first(tmp_path, row | {name: bad})
@@ -165,9 +165,9 @@ def test_columns_that_nothing_reads_are_named(tmp_path):
 
 def test_prompts_alone(tmp_path):
     for prompt in ("Hi", [ONE], [ONE, TWO, THREE]):
-        made = first(tmp_path, {"prompt": prompt, "id": 3})
-        assert made.prompt_only and made.turns[-1][:2] == ("assistant", "") and made.turns[0].content == "Hi"
-        assert made.unused == ("column id",)
+        example = first(tmp_path, {"prompt": prompt, "id": 3})
+        assert example.prompt_only and example.turns[-1][:2] == ("assistant", "") and example.turns[0].content == "Hi"
+        assert example.unused == ("column id",)
     assert not first(tmp_path, {"prompt": [ONE, TWO]}).prompt_only
 
 
@@ -204,23 +204,23 @@ def test_the_teacher_writes_only_references_that_are_missing(tmp_path):
     model = SimpleNamespace(device="cpu")
     teacher = SimpleNamespace(seed=0, tokens=0, seconds=0, teacher=SimpleNamespace(model=model))
 
-    def by_teacher(of, name):
-        return by_teacher_of(of, tmp_path / name, lambda _: write_x, lambda: teacher, ("val",))
+    def by_teacher(packed_data, name):
+        return by_teacher_of(packed_data, tmp_path / name, lambda _: write_x, lambda: teacher, ("val",))
 
-    made = by_teacher(packed, "written")
-    assert written == np.flatnonzero(missing).tolist() and (made.train == packed.train).all()
-    assert (made.val[~missing] == packed.val[~missing]).all()
-    assert (made.val_spans[~missing] == packed.val_spans[~missing]).all()
-    assert (np.diff(made.val_spans[missing])[:, 0] == 2).all()
-    assert (by_teacher(made, "again").val == made.val).all()  # where none is missing
+    completed = by_teacher(packed, "written")
+    assert written == np.flatnonzero(missing).tolist() and (completed.train == packed.train).all()
+    assert (completed.val[~missing] == packed.val[~missing]).all()
+    assert (completed.val_spans[~missing] == packed.val_spans[~missing]).all()
+    assert (np.diff(completed.val_spans[missing])[:, 0] == 2).all()
+    assert (by_teacher(completed, "again").val == completed.val).all()  # where none is missing
 
 
 def test_columns_may_differ_between_files_and_rows(tmp_path):
     write(tmp_path / "a.jsonl", {"prompt": "P", "response": "R", "n": 1}, {"prompt": "Q", "response": "S", "n": "x"})
     write(tmp_path / "b.jsonl", {"instruction": "I", "output": "O"})
     write(tmp_path / "c.jsonl", {"messages": [ONE, TWO]})
-    made = load(tmp_path / "*.jsonl")
-    assert [e.turns[0].content for e in made] == ["P", "Q", "I", "Hi"]
+    examples = load(tmp_path / "*.jsonl")
+    assert [e.turns[0].content for e in examples] == ["P", "Q", "I", "Hi"]
     write(tmp_path / "a.parquet", {"prompt": "P", "response": "R", "n": 1})
     write(tmp_path / "b.parquet", {"prompt": "I", "response": "O", "n": "x", "m": 1.5})
     assert [e.turns[0].content for e in load(tmp_path / "*.parquet")] == ["P", "I"]
@@ -268,8 +268,8 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path, parts):
     for wrong in ({"split": "nope"}, {"subset": "x"}, {"revision": "x"}):
         with refused(option="data.name", got=name) as caught:
             instructions.instructions(64, name=name, **wrong).load()
-        said = str(caught.value)
-        assert f"data.{next(iter(wrong))}" in said and "data.files" not in said
+        message = str(caught.value)
+        assert f"data.{next(iter(wrong))}" in message and "data.files" not in message
     with refused(option="data.files", got=name, why="is a folder of save_to_disk", hint=f"type data.name={name}"):
         instructions.instructions(64, files=name).load()
 

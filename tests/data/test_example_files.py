@@ -26,9 +26,9 @@ def test_a_pattern_takes_all_files(tmp_path):
 
 def test_a_dataset_of_the_hub_is_read_from_a_folder(tmp_path):
     folder = write(tmp_path / "set" / "train.jsonl", DOLLY).parent
-    made = instructions.instructions(64, name=str(folder))
-    assert [*map(short, made.load())] == [ROWS["dolly"][1]] and len(made.load()) == 1
-    before = made.fingerprint
+    corpus = instructions.instructions(64, name=str(folder))
+    assert [*map(short, corpus.load())] == [ROWS["dolly"][1]] and len(corpus.load()) == 1
+    before = corpus.fingerprint
     write(folder / "train.jsonl", DOLLY | {"response": "another"})
     assert instructions.instructions(64, name=str(folder)).fingerprint != before
     with refused(option="data.name", got=folder, conflict="data.split=nope"):
@@ -43,17 +43,17 @@ def test_columns_can_be_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("of", "fields"),
+    ("columns", "fields"),
     [({}, {"why": "has the columns ask, say", "need": "instruction, context, response", "hint": "data.prompt=COLUMN"}),
      ({"prompt": "no", "response": "say"}, {"why": "the columns ask, say, and no 'no'", "hint": "data.prompt=ONE"}),
      ({"prompt": "ask", "response": "no"}, {"why": "the columns ask, say, and no 'no'", "hint": "data.response=ONE"}),
      ({"response": "say"}, {"conflict": "data.response=say", "why": "ask, say", "hint": "data.prompt="}),
      ({"prompt": "ask"}, {"why": ("'ask' is no list of messages", "ask, say"), "hint": "data.response=ONE_OF"})],
 )  # fmt: skip
-def test_wrong_columns_are_refused_with_those_there_are(tmp_path, of, fields):
+def test_wrong_columns_are_refused_with_those_there_are(tmp_path, columns, fields):
     file = write(tmp_path / "a.jsonl", {"ask": "P", "say": "R"})
     with refused(option="data.files", got=file, **fields):
-        read(file, **of)
+        read(file, **columns)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_column_without_text_is_named(tmp_path, row):
 
 
 @pytest.mark.parametrize(
-    ("of", "option", "fields"),
+    ("options", "option", "fields"),
     [({"template": "llama"}, "template", {"need": "alpaca, chat or plain"}),
      ({"prompt_len": 0}, "prompt_len", {"need": "from 1 to data.seq_len=64"}), ({"prompt_len": 65}, "prompt_len", {}),
      ({"files": "a.jsonl", "name": "b"}, "files", {"conflict": "data.name=b"}),
@@ -78,9 +78,9 @@ def test_a_column_without_text_is_named(tmp_path, row):
      ({"files": "none.jsonl"}, "files", {"why": "no such file", "hint": ".jsonl"}),
      ({"files": "none.csv"}, "files", {"why": "no such file"})],
 )  # fmt: skip
-def test_settings_without_a_meaning_are_refused(of, option, fields):
-    with refused(option=f"data.{option}", got=of[option], **fields):
-        instructions.instructions(64, **of)
+def test_settings_without_a_meaning_are_refused(options, option, fields):
+    with refused(option=f"data.{option}", got=options[option], **fields):
+        instructions.instructions(64, **options)
 
 
 def test_text_is_not_read_as_examples(tmp_path):
@@ -92,10 +92,10 @@ def test_text_is_not_read_as_examples(tmp_path):
 def test_whatever_changes_the_examples_changes_the_corpus(tmp_path):
     file = write(tmp_path / "a.jsonl", {"prompt": "P", "response": "R", "other": "O"})
     changes = [{}, {"template": "plain"}, {"prompt_len": 5}, {"prompt": "prompt", "response": "other"}]
-    made = [instructions.instructions(64, files=str(file), **of) for of in changes]
-    assert made[0].fingerprint == instructions.instructions(64, files=str(file)).fingerprint
-    assert len({packing.key(of) for of in made}) == len(made)
-    assert [of.pairs.prompt_len for of in made] == [32, 32, 5, 32]
+    corpora = [instructions.instructions(64, files=str(file), **change) for change in changes]
+    assert corpora[0].fingerprint == instructions.instructions(64, files=str(file)).fingerprint
+    assert len({packing.key(corpus) for corpus in corpora}) == len(corpora)
+    assert [corpus.pairs.prompt_len for corpus in corpora] == [32, 32, 5, 32]
 
 
 @pytest.mark.parametrize(

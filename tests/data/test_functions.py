@@ -13,10 +13,7 @@ from kd.data.instructions import functions
 from kd.data.split import TrainValSplit
 from kd.data.templates import encode
 from kd.data.tokenizer import tokenize
-from tests.data.examples import (
-    Short,
-    short,
-)
+from tests.data.examples import Short, short
 from tests.data.examples import cache as cache
 
 SOURCE = '''\
@@ -75,21 +72,21 @@ class Thing:
 
 
 def test_functions_are_cut_from_the_source_as_it_stands():
-    found = functions([SOURCE])
-    names = [e.turns[0].content.split("def ")[1].split("(")[0] for e in found]
+    examples = functions([SOURCE])
+    names = [e.turns[0].content.split("def ")[1].split("(")[0] for e in examples]
     assert names == ["outer", "method", "short", "deep"]
-    for example in found:
+    for example in examples:
         ((role, prompt), *_), response, talk = *short(example)[:2], example.conversation
         assert role == "user" and prompt + response in SOURCE and not talk
-    prompt, response = (turn.content for turn in found[0].turns)
+    prompt, response = (turn.content for turn in examples[0].turns)
     assert prompt == '@decorated(\n    "twice")\ndef outer(a,\n          b=1):\n    """Add what is ä€ given."""'
     assert response == SOURCE[SOURCE.index("\n    def inner") : SOURCE.index("\n\n\nclass")]
     assert (
-        found[1].turns[0].content.startswith("    async def method")
-        and found[1].turns[1].content == "\n\n        await self.other"
+        examples[1].turns[0].content.startswith("    async def method")
+        and examples[1].turns[1].content == "\n\n        await self.other"
     )
-    assert short(found[2]) == Short((("user", '    def short(self): "One line for all."'),), "; return 1")
-    assert found[3].turns[1].content.endswith("                1: 2}")
+    assert short(examples[2]) == Short((("user", '    def short(self): "One line for all."'),), "; return 1")
+    assert examples[3].turns[1].content.endswith("                1: 2}")
 
 
 def test_functions_are_there_once_and_files_that_are_no_python_are_left_out():
@@ -113,13 +110,15 @@ def test_functions_of_the_standard_library(library):
 
 def test_prompt_and_response_have_the_tokens_of_the_text_that_they_are(library, tmp_path):
     """Compare with the tokens of plain text: no byte-level tokenizer joins the two parts around a docstring's end."""
-    made = packing.pack(replace(instructions.instructions(256), load=lambda: library), tmp_path, vocab=2000, val_rows=9)
-    fast = AutoTokenizer.from_pretrained(made.tokenizer)
+    packed = packing.pack(
+        replace(instructions.instructions(256), load=lambda: library), tmp_path, vocab=2000, val_rows=9
+    )
+    fast = AutoTokenizer.from_pretrained(packed.tokenizer)
     sample = library[::3]
     for example, ((prompt, response, *_),) in zip(sample, encode(sample, "plain", fast), strict=True):
         assert prompt + response == tokenize([templates.written(example, "plain")], fast)[0]
         assert response == tokenize([example.turns[-1].content], fast)[0]
-    assert fast.decode(made.train[0][: made.train_spans[0, 0]]) in {e.turns[0].content for e in library}
+    assert fast.decode(packed.train[0][: packed.train_spans[0, 0]]) in {e.turns[0].content for e in library}
 
 
 def test_functions_are_on_the_side_of_their_file():

@@ -35,7 +35,7 @@ def words_of(root: Path, *words: str) -> list[str]:
     plain = root / "tokenizer.txt"  # for the tokenizer; the standard library takes ten times as long
     if not plain.exists():
         plain.write_text("\n\n".join(f"{'abcdefg'[n % 7] * (n % 5 + 1)} text without digits" for n in range(2000)))
-    of = [
+    common = [
         "plain=text",
         f"plain.files={plain}",
         "data=instructions",
@@ -44,7 +44,7 @@ def words_of(root: Path, *words: str) -> list[str]:
         "data.val_rows=8",
         "data.val_share=0.2",
     ]
-    return [*of, "data.template=plain", f"data.files={root / 'examples.jsonl'}", *words]
+    return [*common, "data.template=plain", f"data.files={root / 'examples.jsonl'}", *words]
 
 
 def config(root: Path, *words: str) -> ExperimentConfig:
@@ -71,17 +71,17 @@ def root(tmp_path_factory) -> Path:
 
 def test_only_what_counts_is_counted(root):
     folder = run(root, "logits=none", "teacher=none")
-    made, (packed,) = json.loads((folder / "result.json").read_text()), root.glob("data/*/train_spans.npy")
-    of = packing.open_packed(packed.parent)
-    steps = Batches(of.train, 4, 0, 0, 12, response_spans=of.train_spans)
-    assert made["tokens"] == sum((b.labels != IGNORE).sum().item() for b in steps) < 12 * 4 * 32
+    record, (packed,) = json.loads((folder / "result.json").read_text()), root.glob("data/*/train_spans.npy")
+    data = packing.open_packed(packed.parent)
+    steps = Batches(data.train, 4, 0, 0, 12, response_spans=data.train_spans)
+    assert record["tokens"] == sum((b.labels != IGNORE).sum().item() for b in steps) < 12 * 4 * 32
     student = AutoModelForCausalLM.from_pretrained(folder / "student")
-    (rows,) = ValidationBatches(of.val, 8, response_spans=of.val_spans)
+    (rows,) = ValidationBatches(data.val, 8, response_spans=data.val_spans)
     with torch.no_grad():
         lm = cross_entropy(student(rows.ids).logits.flatten(0, 1), rows.labels.flatten(), ignore_index=IGNORE).item()
-    assert made["final"]["val/lm"] == pytest.approx(lm, rel=1e-5)
-    bpb = lm / np.log(2) / of.bytes_per_token
-    assert made["final"]["val/bpb"] == pytest.approx(bpb) and 0.4 < of.bytes_per_token < 1.5
+    assert record["final"]["val/lm"] == pytest.approx(lm, rel=1e-5)
+    bpb = lm / np.log(2) / data.bytes_per_token
+    assert record["final"]["val/bpb"] == pytest.approx(bpb) and 0.4 < data.bytes_per_token < 1.5
 
 
 def test_what_is_not_counted_teaches_nothing(root, monkeypatch):
@@ -107,20 +107,20 @@ def test_a_run_from_a_whole_store_is_one_online(root):
 
 
 def test_a_store_holds_responses_and_no_more(root):
-    made = config(root, *OFFLINE)
+    offline = config(root, *OFFLINE)
     run(root, *OFFLINE)
-    packed, _ = prerequisites.prepare(made)
-    found = stores.opened(made, packed)
+    packed, _ = prerequisites.prepare(offline)
+    store = stores.opened(offline, packed)
     counted = int((packed.train_spans @ [-1, 1]).sum())
-    assert found.manifest["positions"] == counted and found.manifest["entries"] == 5 * counted
+    assert store.manifest["positions"] == counted and store.manifest["entries"] == 5 * counted
     assert counted < 0.5 * packed.train[:, 1:].size
-    batch = next(iter(Batches(packed.train, 4, 0, 0, 1, read_teacher=found.read, response_spans=packed.train_spans)))
-    kept = batch.labels != IGNORE
-    assert torch.equal(batch.teacher_rows.count > 0, kept)
-    target = found.signal(batch, kept)(slice(0, int(kept.sum())))
+    batch = next(iter(Batches(packed.train, 4, 0, 0, 1, read_teacher=store.read, response_spans=packed.train_spans)))
+    mask = batch.labels != IGNORE
+    assert torch.equal(batch.teacher_rows.count > 0, mask)
+    target = store.signal(batch, mask)(slice(0, int(mask.sum())))
     assert (target.logp > -torch.inf).all() and (target.logp.exp().sum(-1) <= 1 + 1e-5).all()
-    assert torch.equal(target.label, batch.labels[kept])
-    assert "KL from what it says now to what is stored" in store_program.compare_with_teacher(found, str(root))
+    assert torch.equal(target.label, batch.labels[mask])
+    assert "KL from what it says now to what is stored" in store_program.compare_with_teacher(store, str(root))
 
 
 @pytest.mark.parametrize("start", [("start=scratch",), ("start=pretrained",), ("start=sft", "start.sft_steps=2")])
@@ -128,19 +128,19 @@ def test_the_words_of_a_store_describe_that_store(root, start):
     """Read the store's words again: they name the settings of the tokenizer and of the teacher's pre-training."""
     (root / "plain.txt").write_text("A line of text.\n\n" * 9)
     more = (*start, *(["start.steps=7", "start.lr=1e-3"] if "start=scratch" not in start else []))
-    made = config(root, *OFFLINE, *more, "plain=text", f"plain.files={root / 'plain.txt'}")
-    words = ["logits=offline", *shlex.split(stores.write_command(made)), f"root={root}"]
+    offline = config(root, *OFFLINE, *more, "plain=text", f"plain.files={root / 'plain.txt'}")
+    words = ["logits=offline", *shlex.split(stores.write_command(offline)), f"root={root}"]
     again = config_of(words)
-    assert Plan.from_config(again).store.key == Plan.from_config(made).store.key
+    assert Plan.from_config(again).store.key == Plan.from_config(offline).store.key
 
 
 def test_a_store_of_other_prompts_is_another(root):
     """Change the targets of the same rows: the store may lack their new target tokens."""
-    made = config(root, *OFFLINE)
-    packed, _ = prerequisites.prepare(made)
+    offline = config(root, *OFFLINE)
+    packed, _ = prerequisites.prepare(offline)
     for part in ("train_spans.npy", "val_spans.npy"):
         other = replace(packed, digests=packed.digests | {part: "another"})
-        assert stores.store_spec(made, other)["data"] != stores.store_spec(made, packed)["data"]
+        assert stores.store_spec(offline, other)["data"] != stores.store_spec(offline, packed)["data"]
 
 
 @pytest.mark.slow
@@ -164,10 +164,10 @@ def test_micro_batches_of_any_size_learn_the_same(root):
 
 
 def test_an_estimate_counts_what_counts(root):
-    asked = config(root, "logits=none", "teacher=none", "seed=99", "trainer.steps=50")
-    made = planner.estimate(asked)
+    planned = config(root, "logits=none", "teacher=none", "seed=99", "trainer.steps=50")
+    estimates = planner.estimate(planned)
     (packed,) = (packing.open_packed(p.parent) for p in root.glob("data/*/train_spans.npy"))
-    assert [of.tokens for of in made.values()] == [round(50 * 4 * packed.mean_target_tokens)]
+    assert [estimate.tokens for estimate in estimates.values()] == [round(50 * 4 * packed.mean_target_tokens)]
 
 
 ON_POLICY = ("rollout=student", "rollout.share=1", "alpha.peak=1", "loss=rkl")
@@ -181,8 +181,8 @@ def test_prompts_alone_are_for_rollouts_that_write_all_responses(root, tmp_path,
     prompts = texts if kind == "text" else [[{"role": "user", "content": text}] for text in texts]
     file = write(tmp_path / "prompts.jsonl", *({"prompt": prompt} for prompt in prompts))
     named = (f"data.files={file}", "teacher=hub", f"teacher.name={teacher}", "data.val_rows=4")
-    of = [word for word in words_of(root) if not word.startswith(("data.vocab", "data.files"))]
-    folder = small.here(tmp_path, *of, *named, *words, "trainer.steps=2", "trainer.val_every=2")
+    common = [word for word in words_of(root) if not word.startswith(("data.vocab", "data.files"))]
+    folder = small.here(tmp_path, *common, *named, *words, "trainer.steps=2", "trainer.val_every=2")
     result = json.loads((folder / "result.json").read_text())
     assert result["data"]["prompts_only"] == 60 and "left_out" in result["data"]
     assert 0 < result["final"]["val/lm"] < 20
@@ -204,10 +204,10 @@ def test_prompts_alone_are_for_rollouts_that_write_all_responses(root, tmp_path,
 )
 def test_prompts_alone_are_refused_where_responses_are_learned(tmp_path, words, fields):
     file = write(tmp_path / "prompts.jsonl", *({"prompt": f"{n}="} for n in range(60)))
-    of = [word for word in words_of(tmp_path) if not word.startswith("data.files")]
-    made = small.small_config(tmp_path, *of, f"data.files={file}", *words)
+    common = [word for word in words_of(tmp_path) if not word.startswith("data.files")]
+    config = small.small_config(tmp_path, *common, f"data.files={file}", *words)
     with refused(**fields):
-        prerequisites.prepare(made)
+        prerequisites.prepare(config)
 
 
 def test_a_result_has_what_became_of_all_rows(root, tmp_path, capsys):

@@ -16,7 +16,7 @@ from kd.data.examples import Example
 from kd.data.templates import alpaca, encode
 from kd.data.tokenizer import tokenize
 from tests.data.examples import cache as cache
-from tests.data.examples import many, pack, said, tokenizer
+from tests.data.examples import many, pack, text_rows, tokenizer
 from tests.refusals import refused
 
 
@@ -54,58 +54,58 @@ def test_rows_by_hand(tmp_path):
         ("é€", "😀"),  # 5 bytes and 4
         ("a\r\nb", "c\r\nd"),
     ]
-    made = pack(tmp_path, *texts, *many())
-    rows = [row for row in said(made) if not row[0].startswith("q")]
+    packed = pack(tmp_path, *texts, *many())
+    rows = [row for row in text_rows(packed) if not row[0].startswith("q")]
     assert rows == sorted([
         ("ask", "yes", 1, 4), ("full", "12345678", 1, 9), ("fuller", "1234567", 0, 7),
         ("cut", "1234567890", 0, 10), ("é€", "😀", 1, 5), ("a\r\nb", "c\r\nd", 1, 5),
     ])  # fmt: skip
-    manifest = json.loads((made.folder / "manifest.json").read_text())
-    assert manifest["counts"] == made.counts and made.counts["read"] == 49 and made.counts["cut"] == 2
-    assert made.counts["left_out"] == {"prompt_too_long": 1, "no_prompt": 1, "no_response": 1}
-    assert made.counts["used"] == {"train": len(made.train), "val": len(made.val)}
-    assert len(made.train) + len(made.val) == 46 and min(len(made.train), len(made.val)) > 5
-    assert made.train.shape[1] == 13 and made.train_spans.shape == (len(made.train), 2)
-    assert made.train_spans.dtype == made.val_spans.dtype == np.int32
-    for rows, spans in ((made.train, made.train_spans), (made.val, made.val_spans)):
-        assert all((row[total:] == made.eos_token_id).all() for row, (_, total) in zip(rows, spans, strict=True))
-    counted = (made.train_spans[:, 1] - made.train_spans[:, 0]).mean()
-    assert made.mean_target_tokens == pytest.approx(counted)
-    assert manifest["train_tokens"] == made.train_spans[:, 1].sum()
+    manifest = json.loads((packed.folder / "manifest.json").read_text())
+    assert manifest["counts"] == packed.counts and packed.counts["read"] == 49 and packed.counts["cut"] == 2
+    assert packed.counts["left_out"] == {"prompt_too_long": 1, "no_prompt": 1, "no_response": 1}
+    assert packed.counts["used"] == {"train": len(packed.train), "val": len(packed.val)}
+    assert len(packed.train) + len(packed.val) == 46 and min(len(packed.train), len(packed.val)) > 5
+    assert packed.train.shape[1] == 13 and packed.train_spans.shape == (len(packed.train), 2)
+    assert packed.train_spans.dtype == packed.val_spans.dtype == np.int32
+    for rows, spans in ((packed.train, packed.train_spans), (packed.val, packed.val_spans)):
+        assert all((row[total:] == packed.eos_token_id).all() for row, (_, total) in zip(rows, spans, strict=True))
+    counted = (packed.train_spans[:, 1] - packed.train_spans[:, 0]).mean()
+    assert packed.mean_target_tokens == pytest.approx(counted)
+    assert manifest["train_tokens"] == packed.train_spans[:, 1].sum()
 
 
 def test_what_was_left_out_is_said_in_a_line(tmp_path, capfd):
-    made = pack(tmp_path, ("much too long", "x"), ("cut", "1234567890ab"), *many())
+    packed = pack(tmp_path, ("much too long", "x"), ("cut", "1234567890ab"), *many())
     line = capfd.readouterr().err.strip().replace("\n", "")
     assert line == (
-        f"42 examples read, {len(made.train)} rows for training and {len(made.val)} for validation; left out: 1 with a "
-        "prompt beyond data.prompt_len; cut: 1 responses that are longer than their row"
+        f"42 examples read, {len(packed.train)} rows for training and {len(packed.val)} for validation; left out: 1 "
+        "with a prompt beyond data.prompt_len; cut: 1 responses that are longer than their row"
     )
 
 
 def test_bytes_per_token_are_those_of_what_counts_in_validation(tmp_path):
     """A response of 4 bytes and 5 tokens with its end; one of 4 bytes in a row that has room for 3 of them."""
     whole, cut = [(f"w{n}", "abcd") for n in range(30)], [(f"prompt{n:03}", "abcd") for n in range(30)]
-    made = pack(tmp_path, *whole, val_rows=7)
-    assert made.bytes_per_token == pytest.approx(4 / 5) and len(made.val) == 7
+    packed = pack(tmp_path, *whole, val_rows=7)
+    assert packed.bytes_per_token == pytest.approx(4 / 5) and len(packed.val) == 7
     assert pack(tmp_path, *cut, prompt_len=12, seq_len=11, val_rows=3).bytes_per_token == pytest.approx(1)
-    made = pack(tmp_path, *whole, *cut, prompt_len=12, seq_len=11, val_rows=40)
-    lengths = made.val_spans[:, 1] - made.val_spans[:, 0]
+    packed = pack(tmp_path, *whole, *cut, prompt_len=12, seq_len=11, val_rows=40)
+    lengths = packed.val_spans[:, 1] - packed.val_spans[:, 0]
     assert set(lengths) == {5, 3}
-    assert made.bytes_per_token == pytest.approx(np.where(lengths == 5, 4, 3).sum() / lengths.sum())
+    assert packed.bytes_per_token == pytest.approx(np.where(lengths == 5, 4, 3).sum() / lengths.sum())
 
 
 def test_bytes_of_a_response_that_is_cut_are_those_of_its_part(tmp_path):
     """Tokens of 1 byte first, of 3 bytes then: an even share would count 2 for each."""
-    made = pack(tmp_path, *[(f"p{n:02}", "aaaa" + 4 * "é") for n in range(30)], seq_len=8)
-    assert {tuple(span) for span in made.val_spans} == {(3, 9)}
-    assert made.bytes_per_token == pytest.approx(1)  # 4 letters, and one é of two tokens
+    packed = pack(tmp_path, *[(f"p{n:02}", "aaaa" + 4 * "é") for n in range(30)], seq_len=8)
+    assert {tuple(span) for span in packed.val_spans} == {(3, 9)}
+    assert packed.bytes_per_token == pytest.approx(1)  # 4 letters, and one é of two tokens
     fast = tokenizer()
     fast.add_tokens(["wwwwwwww"])
     fast.save_pretrained(tmp_path / "own")
-    of = dict(seq_len=8, tokenizer=str(tmp_path / "own"), vocab=None)
-    made = pack(tmp_path, *[(f"p{n:02}", "wwwwwwww" + 8 * "a") for n in range(30)], **of)
-    assert made.bytes_per_token == pytest.approx((8 + 5) / 6)
+    options = dict(seq_len=8, tokenizer=str(tmp_path / "own"), vocab=None)
+    packed = pack(tmp_path, *[(f"p{n:02}", "wwwwwwww" + 8 * "a") for n in range(30)], **options)
+    assert packed.bytes_per_token == pytest.approx((8 + 5) / 6)
 
 
 @pytest.mark.parametrize(("bos", "before"), [(None, []), ("<s>", ["<s>"]), ("[gMASK]<sop>", ["[gMASK]", "<sop>"])])
@@ -124,11 +124,13 @@ def test_prompts_of_text_begin_as_the_tokenizer_has_it_and_chats_as_their_templa
     (((prompt, *_),),) = encode([example], "chat", fast)
     assert fast.decode(prompt) == "<|im_start|>user\nask<|im_end|>\n<|im_start|>assistant\n"
     fast.save_pretrained(tmp_path / "own")
-    made = pack(tmp_path, *many(), prompt_len=3 + len(ids), tokenizer=str(tmp_path / "own"), vocab=None)
-    assert {tuple(row[: len(ids)]) for row in made.train.tolist()} == {tuple(ids)}
+    packed = pack(tmp_path, *many(), prompt_len=3 + len(ids), tokenizer=str(tmp_path / "own"), vocab=None)
+    assert {tuple(row[: len(ids)]) for row in packed.train.tolist()} == {tuple(ids)}
     # The prompt has them, so that they are read and not learned, and count to its length.
-    assert set(made.train_spans[:, 0] - len(ids)) == {2, 3}
-    batch = to_batch(made.train, np.arange(len(made.train)), np.zeros(made.train[:, 1:].shape, int), made.train_spans)
+    assert set(packed.train_spans[:, 0] - len(ids)) == {2, 3}
+    batch = to_batch(
+        packed.train, np.arange(len(packed.train)), np.zeros(packed.train[:, 1:].shape, int), packed.train_spans
+    )
     assert not np.isin(batch.labels, ids).any()
     if ids:
         few = pack(tmp_path / "few", *many(), prompt_len=2 + len(ids), tokenizer=str(tmp_path / "own"), vocab=None)
@@ -137,17 +139,17 @@ def test_prompts_of_text_begin_as_the_tokenizer_has_it_and_chats_as_their_templa
 
 def test_validation_rows_keep_their_spans(tmp_path):
     texts = [(f"q{n}" * (1 + n % 2), "a" * (1 + n % 6)) for n in range(60)]
-    made, few = pack(tmp_path, *texts), pack(tmp_path, *texts, val_rows=4)
-    assert len(few.val) == 4 < len(made.val) and set(said(few)) < set(said(made))
+    packed, few = pack(tmp_path, *texts), pack(tmp_path, *texts, val_rows=4)
+    assert len(few.val) == 4 < len(packed.val) and set(text_rows(few)) < set(text_rows(packed))
     assert len({*map(tuple, few.val_spans)}) > 2
 
 
 def test_same_prompt_is_never_on_both_sides(tmp_path):
     texts = [(f"q {n}", str(answer)) for n in range(60) for answer in range(3)]
     texts += [(f"q\r\n{n}", "crlf") for n in range(60)] + [(f" q  {n} ", "space") for n in range(60)]
-    made = pack(tmp_path, *texts, prompt_len=9)
-    fast, sides = AutoTokenizer.from_pretrained(made.tokenizer), []
-    for rows, spans in ((made.train, made.train_spans), (made.val, made.val_spans)):
+    packed = pack(tmp_path, *texts, prompt_len=9)
+    fast, sides = AutoTokenizer.from_pretrained(packed.tokenizer), []
+    for rows, spans in ((packed.train, packed.train_spans), (packed.val, packed.val_spans)):
         sides.append([" ".join(fast.decode(row[:n]).split()) for row, (n, _) in zip(rows, spans, strict=True)])
     assert not set(sides[0]) & set(sides[1]) and set(sides[0]) | set(sides[1]) == {f"q {n}" for n in range(60)}
     assert len(sides[0]) + len(sides[1]) == 5 * 60 and len(set(sides[1])) > 8
@@ -155,13 +157,13 @@ def test_same_prompt_is_never_on_both_sides(tmp_path):
 
 @pytest.mark.parametrize("template", ["plain", "alpaca"])
 def test_the_split_is_that_of_any_template_and_order(tmp_path, template):
-    of = dict(seq_len=400, prompt_len=300)
-    made = pack(tmp_path, *many(), template="plain", **of)
-    other = pack(tmp_path / "other", *many()[::-1], template=template, **of)
-    assert [row[1] for row in said(made)] == [row[1] for row in said(other)]
-    assert (len(made.train), len(made.val)) == (len(other.train), len(other.val))
+    options = dict(seq_len=400, prompt_len=300)
+    packed = pack(tmp_path, *many(), template="plain", **options)
+    other = pack(tmp_path / "other", *many()[::-1], template=template, **options)
+    assert [row[1] for row in text_rows(packed)] == [row[1] for row in text_rows(other)]
+    assert (len(packed.train), len(packed.val)) == (len(other.train), len(other.val))
     if template == "plain":
-        assert (made.train == other.train).all() and (made.val_spans == other.val_spans).all()
+        assert (packed.train == other.train).all() and (packed.val_spans == other.val_spans).all()
 
 
 def test_fewer_tokens_are_the_first_of_more(tmp_path):
@@ -176,13 +178,13 @@ def test_fewer_tokens_are_the_first_of_more(tmp_path):
 
 
 def test_packed_examples_are_opened_as_they_were_written(tmp_path):
-    made = pack(tmp_path, *many())
-    again = packing.open_packed(made.folder)
-    assert (again.train_spans == made.train_spans).all() and (again.val_spans == made.val_spans).all()
-    assert again.eos_token_id == made.eos_token_id == AutoTokenizer.from_pretrained(made.tokenizer).eos_token_id
-    (made.folder / "val_spans.npy").write_bytes(b"")
-    with refused(option=made.folder / "val_spans.npy", why="is damaged"):
-        packing.open_packed(made.folder)
+    packed = pack(tmp_path, *many())
+    again = packing.open_packed(packed.folder)
+    assert (again.train_spans == packed.train_spans).all() and (again.val_spans == packed.val_spans).all()
+    assert again.eos_token_id == packed.eos_token_id == AutoTokenizer.from_pretrained(packed.tokenizer).eos_token_id
+    (packed.folder / "val_spans.npy").write_bytes(b"")
+    with refused(option=packed.folder / "val_spans.npy", why="is damaged"):
+        packing.open_packed(packed.folder)
 
 
 def test_examples_that_leave_a_side_empty_are_refused(tmp_path):
@@ -225,28 +227,28 @@ def test_prompts_that_are_all_too_long_are_refused_with_their_lengths(tmp_path):
 
 
 def test_batches_are_masked_and_those_of_plain_text_are_not(tmp_path):
-    made = pack(tmp_path, *many())
-    for batch in Batches(made.train, 4, 0, 0, 5, response_spans=made.train_spans):
+    packed = pack(tmp_path, *many())
+    for batch in Batches(packed.train, 4, 0, 0, 5, response_spans=packed.train_spans):
         counted = (batch.labels != IGNORE).sum(1)
-        assert counted.tolist() == (made.train_spans[batch.row_ids] @ [-1, 1]).tolist()
-    batches = list(ValidationBatches(made.val, 4, response_spans=made.val_spans))
-    assert sum((b.labels != IGNORE).sum().item() for b in batches) == (made.val_spans @ [-1, 1]).sum()
-    (plain,) = Batches(made.train, 4, 0, 0, 1)
+        assert counted.tolist() == (packed.train_spans[batch.row_ids] @ [-1, 1]).tolist()
+    batches = list(ValidationBatches(packed.val, 4, response_spans=packed.val_spans))
+    assert sum((b.labels != IGNORE).sum().item() for b in batches) == (packed.val_spans @ [-1, 1]).sum()
+    (plain,) = Batches(packed.train, 4, 0, 0, 1)
     assert (plain.labels != IGNORE).all()
 
 
 def test_rows_of_examples_are_made_as_ever(tmp_path):
     """Digests of what was packed before there were turns and keys."""
     texts = [(f"q {n}\n{'é' * (n % 4)}", f"a{n} " * (n % 5 + 1)) for n in range(60)]
-    made = pack(tmp_path, *texts, prompt_len=200, seq_len=220)
-    assert made.folder.name == "41dd29beccf34bd8"
-    parts = (made.train, made.val, made.train_spans, made.val_spans)
+    packed = pack(tmp_path, *texts, prompt_len=200, seq_len=220)
+    assert packed.folder.name == "41dd29beccf34bd8"
+    parts = (packed.train, packed.val, packed.train_spans, packed.val_spans)
     assert xxhash.xxh3_64_hexdigest(b"".join(part.tobytes() for part in parts)) == "d8cefce7008a0a5e"
 
 
 def test_equal_examples_are_apart(tmp_path):
-    made = pack(tmp_path, *many(), *[("same", "x")] * 40)
-    same = [row[0] == "same" for row in said_in_order(made)]
+    packed = pack(tmp_path, *many(), *[("same", "x")] * 40)
+    same = [row[0] == "same" for row in said_in_order(packed)]
     assert sum(same) == 40 and sum(map(all, itertools.pairwise(same))) < 35
 
 

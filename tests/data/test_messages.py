@@ -12,9 +12,9 @@ from tests.refusals import refused
 def test_weight_decides_which_turn_is_learned(tmp_path):
     turns = [ONE, TWO | {"weight": 1}, THREE, FOUR | {"weight": 0}]
     for learn in ("last", "all"):
-        made = first(tmp_path, {"messages": turns}, turns=learn)
-        assert roles(made) == [("user", "Hi"), ("assistant", "Hello")] and made.turns[1].learned
-        assert made.unlearned == {"weight": 1} and made.unused == ("turns after the last that is learned",)
+        example = first(tmp_path, {"messages": turns}, turns=learn)
+        assert roles(example) == [("user", "Hi"), ("assistant", "Hello")] and example.turns[1].learned
+        assert example.unlearned == {"weight": 1} and example.unused == ("turns after the last that is learned",)
     assert first(tmp_path, {"messages": [ONE, TWO | {"weight": 0}]}).left_out == "weight"
 
 
@@ -31,52 +31,52 @@ def test_other_keys_that_say_so(tmp_path, no):
 
 
 def test_a_weight_of_others_turns_is_counted(tmp_path):
-    made = first(tmp_path, {"messages": [ONE | {"weight": 1}, TWO]})
-    assert made.unused == ("weight of turns that are not the assistant's",)
+    example = first(tmp_path, {"messages": [ONE | {"weight": 1}, TWO]})
+    assert example.unused == ("weight of turns that are not the assistant's",)
     assert not first(tmp_path, {"messages": [ONE | {"weight": 0}, TWO]}).unused
 
 
 @pytest.mark.parametrize("learn", ["last", "all"])
 def test_turns_that_are_learned(tmp_path, learn):
-    made = first(tmp_path, {"messages": [ONE, TWO, THREE, FOUR, ONE]}, turns=learn)
-    assert [turn.learned for turn in made.turns] == [False, learn == "all", False, True]
-    assert made.unlearned == ({} if learn == "all" else {"earlier": 1})
-    assert [len(before) for before, _ in made.rows()] == ([1, 3] if learn == "all" else [3])
-    assert made.split_text == ("Hi" if learn == "all" else "Hi Hello And?")
+    example = first(tmp_path, {"messages": [ONE, TWO, THREE, FOUR, ONE]}, turns=learn)
+    assert [turn.learned for turn in example.turns] == [False, learn == "all", False, True]
+    assert example.unlearned == ({} if learn == "all" else {"earlier": 1})
+    assert [len(before) for before, _ in example.rows()] == ([1, 3] if learn == "all" else [3])
+    assert example.split_text == ("Hi" if learn == "all" else "Hi Hello And?")
 
 
 @pytest.mark.parametrize("learn", ["last", "all"])
 def test_a_greeting_before_the_first_prompt_is_context(tmp_path, learn):
     greeting = {"role": "assistant", "content": "Welcome"}
     for before in ([greeting], [SYSTEM, greeting], [greeting, greeting]):
-        made = first(tmp_path, {"messages": [*before, ONE, TWO]}, turns=learn)
-        assert [turn.learned for turn in made.turns] == [False] * (len(before) + 1) + [True]
-        assert made.unlearned == {"no_prompt": before.count(greeting)}
-        assert made.split_text == " ".join([*(m["content"] for m in before), "Hi"])
+        example = first(tmp_path, {"messages": [*before, ONE, TWO]}, turns=learn)
+        assert [turn.learned for turn in example.turns] == [False] * (len(before) + 1) + [True]
+        assert example.unlearned == {"no_prompt": before.count(greeting)}
+        assert example.split_text == " ".join([*(m["content"] for m in before), "Hi"])
     assert first(tmp_path, {"messages": [greeting, ONE]}, turns=learn).left_out == "no_response"
     assert first(tmp_path, {"messages": [greeting, ONE, TWO | {"weight": 0}]}, turns=learn).left_out == "weight"
     assert first(tmp_path, {"messages": [SYSTEM, greeting]}, turns=learn).left_out == "no_prompt"
-    made = first(tmp_path, {"prompt": [greeting, ONE]}, turns=learn)
-    assert made.prompt_only and roles(made)[0] == ("assistant", "Welcome")
-    made = first(tmp_path, {"prompt": "And?", "response": "R", "history": [greeting, ONE, TWO]}, turns=learn)
-    assert made.unlearned == {"no_prompt": 1} | ({"earlier": 1} if learn == "last" else {})
+    example = first(tmp_path, {"prompt": [greeting, ONE]}, turns=learn)
+    assert example.prompt_only and roles(example)[0] == ("assistant", "Welcome")
+    example = first(tmp_path, {"prompt": "And?", "response": "R", "history": [greeting, ONE, TWO]}, turns=learn)
+    assert example.unlearned == {"no_prompt": 1} | ({"earlier": 1} if learn == "last" else {})
 
 
 def test_empty_turns_are_not_learned(tmp_path):
     empty = FOUR | {"content": " \n"}
     assert first(tmp_path, {"messages": [ONE, TWO, THREE, empty]}).left_out == "no_response"
-    made = first(tmp_path, {"messages": [ONE, TWO, THREE, empty]}, turns="all")
-    assert made.unlearned == {"empty": 1} and [turn.learned for turn in made.turns] == [False, True]
+    example = first(tmp_path, {"messages": [ONE, TWO, THREE, empty]}, turns="all")
+    assert example.unlearned == {"empty": 1} and [turn.learned for turn in example.turns] == [False, True]
     assert first(tmp_path, {"instruction": "I", "output": " "}).left_out == "no_response"
     assert first(tmp_path, {"instruction": " ", "output": "O"}).left_out == "no_prompt"
 
 
 @pytest.mark.parametrize("role", ["gpt", "model", "bot", "Assistant", "ai", "chatbot"])
 def test_roles_of_other_names(tmp_path, role):
-    made = first(tmp_path, {"messages": [{"role": "human", "content": "Hi"}, {"role": role, "content": "Hello"}]})
-    assert roles(made) == [("user", "Hi"), ("assistant", "Hello")]
-    made = first(tmp_path, {"conversations": [{"from": "human", "value": "Hi"}, {"from": role, "value": "Hello"}]})
-    assert roles(made) == [("user", "Hi"), ("assistant", "Hello")]
+    example = first(tmp_path, {"messages": [{"role": "human", "content": "Hi"}, {"role": role, "content": "Hello"}]})
+    assert roles(example) == [("user", "Hi"), ("assistant", "Hello")]
+    example = first(tmp_path, {"conversations": [{"from": "human", "value": "Hi"}, {"from": role, "value": "Hello"}]})
+    assert roles(example) == [("user", "Hi"), ("assistant", "Hello")]
 
 
 @pytest.mark.parametrize("role", ["narrator", "g"])
@@ -95,15 +95,15 @@ LISTS = {"role": ["user", "assistant"], "content": ["Hi", "Hello"]}
 )
 def test_messages_in_other_forms(tmp_path, value, kind):
     assert roles(first(tmp_path, {"messages": value}, kind=kind)) == [("user", "Hi"), ("assistant", "Hello")]
-    made = first(tmp_path, {"prompt": json.dumps([ONE]), "completion": json.dumps([TWO])}, kind=kind)
-    assert roles(made) == [("user", "Hi"), ("assistant", "Hello")]
+    example = first(tmp_path, {"prompt": json.dumps([ONE]), "completion": json.dumps([TWO])}, kind=kind)
+    assert roles(example) == [("user", "Hi"), ("assistant", "Hello")]
 
 
 def test_text_that_is_json_stays_text(tmp_path):
-    asked = json.dumps([ONE, TWO])
-    made = first(tmp_path, {"instruction": "Count these.", "input": "[]", "output": asked})
-    assert short(made) == Short((("user", "Count these."), ("input", "[]")), asked)
-    assert short(first(tmp_path, {"prompt": asked, "response": "R"})) == Short((("user", asked),), "R")
+    answer = json.dumps([ONE, TWO])
+    example = first(tmp_path, {"instruction": "Count these.", "input": "[]", "output": answer})
+    assert short(example) == Short((("user", "Count these."), ("input", "[]")), answer)
+    assert short(first(tmp_path, {"prompt": answer, "response": "R"})) == Short((("user", answer),), "R")
 
 
 def test_content_in_parts(tmp_path):
@@ -117,15 +117,15 @@ def test_content_in_parts(tmp_path):
 def test_tools_and_calls_are_kept(tmp_path, tools):
     messages = [ONE, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
     for row in ({"messages": messages, "tools": tools}, {"messages": json.dumps(messages), "tools": tools}):
-        made = first(tmp_path, row)
-        assert made.tools == (TOOL,) and made.turns[1].learned and made.turns[1].keys == {"tool_calls": [CALL]}
+        example = first(tmp_path, row)
+        assert example.tools == (TOOL,) and example.turns[1].learned and example.turns[1].keys == {"tool_calls": [CALL]}
 
 
 def test_functions_are_tools(tmp_path):
     for given in ({"functions": [TOOL["function"]]}, {"functions": [TOOL]},
                   {"functions": [TOOL["function"]], "tools": [TOOL]}):  # fmt: skip
-        made = first(tmp_path, {"messages": [ONE, TWO]} | given)
-        assert made.tools == (TOOL,) and not made.unused
+        example = first(tmp_path, {"messages": [ONE, TWO]} | given)
+        assert example.tools == (TOOL,) and not example.unused
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -133,8 +133,8 @@ def test_calls_may_be_json(tmp_path, kind):
     for key, calls, want in (("tool_calls", [CALL], [CALL]), ("tool_calls", CALL, [CALL]),
                              ("function_call", CALL["function"], CALL["function"])):  # fmt: skip
         row = {"messages": [ONE, {"role": "assistant", "content": None, key: json.dumps(calls)}]}
-        made = first(tmp_path, row, kind=kind)
-        assert made.turns[1].keys == {key: want} and made.turns[1].learned
+        example = first(tmp_path, row, kind=kind)
+        assert example.turns[1].keys == {key: want} and example.turns[1].learned
     with refused(option="data.files", why="'tool_calls' holds 'weather'", need="calls of functions"):
         first(tmp_path, {"messages": [ONE, TWO | {"tool_calls": "weather"}]}, kind=kind)
 
@@ -148,8 +148,8 @@ def test_null_that_a_row_itself_has_is_kept(tmp_path):
     for kind, row in (("jsonl", {"messages": messages, "tools": [tool]}),
                       ("parquet", {"messages": json.dumps(messages), "tools": json.dumps([tool])}),
                       ("parquet", {"messages": as_json, "tools": [json.dumps(tool)]})):  # fmt: skip
-        made = first(tmp_path, row, kind=kind)
-        assert made.turns[1].keys == {"tool_calls": [call]} and made.tools == (tool,)
+        example = first(tmp_path, row, kind=kind)
+        assert example.turns[1].keys == {"tool_calls": [call]} and example.tools == (tool,)
 
 
 def test_what_tables_fill_in_is_not_there(tmp_path):
@@ -159,6 +159,6 @@ def test_what_tables_fill_in_is_not_there(tmp_path):
         {"messages": messages, "tools": [TOOL]},
         {"messages": [ONE, TWO | {"name": "n"}], "tools": [TOOL | {"x": 1}]},
     ]
-    made, other = load(write(tmp_path / "a.parquet", *rows))
-    assert made.tools == (TOOL,) and made.turns[1].keys == {"tool_calls": [CALL]} and not made.turns[0].keys
+    example, other = load(write(tmp_path / "a.parquet", *rows))
+    assert example.tools == (TOOL,) and example.turns[1].keys == {"tool_calls": [CALL]} and not example.turns[0].keys
     assert other.turns[1].keys == {"name": "n"} and not other.unused

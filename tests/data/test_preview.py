@@ -79,15 +79,15 @@ def test_people_see_the_same(monkeypatch, capsys, words):
     text = shown(monkeypatch, capsys, *words)
     assert text.count("row ") == 3 and text.count("learned, 2 tokens") >= 2
     assert "template chat" in text and "inserted '<think>" in text and "19 without a response" in text
-    monkeypatch.setattr(preview, "Terminal", lambda **how: preview_terminal(**how))
+    monkeypatch.setattr(preview, "Terminal", lambda **options: preview_terminal(**options))
     text = shown(monkeypatch, capsys, *words, "rows=1")
     assert "\x1b[36m" in text and "\x1b[32m" in text and "\x1b[7;32m<|im_end|>" in text
 
 
-def preview_terminal(**how):
+def preview_terminal(**options):
     from kd.system.console import Terminal
 
-    return Terminal(force_terminal=True, color_system="standard", **how)
+    return Terminal(force_terminal=True, color_system="standard", **options)
 
 
 def test_plain_text_is_learned_as_a_whole(monkeypatch, capsys, tmp_path):

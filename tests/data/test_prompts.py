@@ -10,7 +10,7 @@ from kd.data import corpora, templates
 from kd.data.examples import Turn
 from kd.data.templates import alpaca, end_of_response, plain
 from kd.data.tokenizer import END, tokenize
-from tests.data.examples import Short, encoded, many, pack, said, tokenizer
+from tests.data.examples import Short, encoded, many, pack, text_rows, tokenizer
 from tests.data.examples import cache as cache
 from tests.refusals import refused
 
@@ -60,7 +60,7 @@ def test_the_end_of_a_turn_is_the_texts_where_the_template_has_none():
 
 def test_transformers_that_would_take_it_for_one_is_refused(monkeypatch):
     fast = tokenizer()
-    monkeypatch.setattr(fast, "apply_chat_template", lambda messages, **how: [])  # as before 5.23
+    monkeypatch.setattr(fast, "apply_chat_template", lambda messages, **options: [])  # as before 5.23
     with refused(option="data.template", got="chat", hint="pip install 'transformers>=5.23', or data.template=alpaca"):
         encoded(Short((("user", "x"),), "y"), "chat", fast)
 
@@ -103,14 +103,14 @@ def test_what_a_chat_template_does_not_take_is_said():
 
 def test_chats_are_packed_with_the_end_of_the_turn(tmp_path):
     tokenizer().save_pretrained(tmp_path / "own")
-    of = dict(tokenizer=str(tmp_path / "own"), vocab=None, seq_len=60, prompt_len=50)
-    made = pack(tmp_path, *many(), template="chat", **of)
-    fast = AutoTokenizer.from_pretrained(made.tokenizer)
-    assert made.eos_token_id == fast.convert_tokens_to_ids("<|im_end|>")
-    row, (prompt, total) = made.train[0], made.train_spans[0]
-    assert fast.decode(row[:prompt]).startswith("<|im_start|>user\nq") and row[total - 1] == made.eos_token_id
-    assert (row[total:] == made.eos_token_id).all() and len(row) > total + 1
-    assert {(ends, n > 2) for *_, ends, n in said(made)} == {(1, True)}
+    options = dict(tokenizer=str(tmp_path / "own"), vocab=None, seq_len=60, prompt_len=50)
+    packed = pack(tmp_path, *many(), template="chat", **options)
+    fast = AutoTokenizer.from_pretrained(packed.tokenizer)
+    assert packed.eos_token_id == fast.convert_tokens_to_ids("<|im_end|>")
+    row, (prompt, total) = packed.train[0], packed.train_spans[0]
+    assert fast.decode(row[:prompt]).startswith("<|im_start|>user\nq") and row[total - 1] == packed.eos_token_id
+    assert (row[total:] == packed.eos_token_id).all() and len(row) > total + 1
+    assert {(ends, n > 2) for *_, ends, n in text_rows(packed)} == {(1, True)}
 
 
 def test_a_response_has_the_tokens_that_it_has_behind_its_prompt():

@@ -79,8 +79,8 @@ def test_prompt_response_and_end_begin_what_the_template_writes(template, answer
     whole = fast.apply_chat_template([ONE, {"role": "assistant", "content": answer}], tokenize=False)
     end = fast.convert_ids_to_tokens(ChatTemplate(fast).end)
     assert whole.startswith(prompt + response + (end if end in whole else ""))
-    asked = fast.apply_chat_template([ONE], tokenize=False, add_generation_prompt=True)
-    assert prompt.startswith(asked)
+    prompt_of_template = fast.apply_chat_template([ONE], tokenize=False, add_generation_prompt=True)
+    assert prompt.startswith(prompt_of_template)
 
 
 MERGING = {  # templates that put a space in front of an answer, which its first token takes in
@@ -94,8 +94,8 @@ MERGING = {  # templates that put a space in front of an answer, which its first
 def of_words(text: str, template: str, special: Sequence[str] = (END, START, STOP)) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    how = dict(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    bpe.train_from_iterator([text] * 9, trainers.BpeTrainer(vocab_size=300, special_tokens=[*special], **how))
+    options = dict(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    bpe.train_from_iterator([text] * 9, trainers.BpeTrainer(vocab_size=300, special_tokens=[*special], **options))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, chat_template=template)
 
 
@@ -107,8 +107,8 @@ def test_tokens_are_those_of_the_template_where_it_merges_text_with_the_answer(t
     whole = fast.apply_chat_template([ONE | {"content": "Hello"}, {"role": "assistant", "content": "Hello"}])
     assert [*prompt, *response, ChatTemplate(fast).end] == whole["input_ids"]
     assert fast.convert_ids_to_tokens(response) == ["\u0120Hello"]
-    asked = fast.apply_chat_template([ONE | {"content": "Hello"}], add_generation_prompt=True)
-    assert prompt == asked["input_ids"]
+    prompt_of_template = fast.apply_chat_template([ONE | {"content": "Hello"}], add_generation_prompt=True)
+    assert prompt == prompt_of_template["input_ids"]
 
 
 def test_a_token_over_the_answer_leaves_the_rest_of_what_is_inserted_in_the_prompt():
@@ -164,10 +164,10 @@ def test_all_turns_are_rows_of_what_would_be_asked(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", ['{"city": "Paris"}', {"city": "Paris"}])
-@pytest.mark.parametrize("how", ["| tojson", ""])
-def test_tools_are_in_the_prompt_and_calls_are_learned(tmp_path, arguments, how):
+@pytest.mark.parametrize("arguments_filter", ["| tojson", ""])
+def test_tools_are_in_the_prompt_and_calls_are_learned(tmp_path, arguments, arguments_filter):
     """Some templates expect the arguments as JSON text, and some as an object, which they write as JSON."""
-    fast = tokenizer(chat_template=TOOLS.replace("ARGUMENTS", how))
+    fast = tokenizer(chat_template=TOOLS.replace("ARGUMENTS", arguments_filter))
     call = CALL | {"function": {"name": "weather", "arguments": arguments}}
     row = {"messages": [ONE, {"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [TOOL]}
     (((prompt, response, *_),),) = encode([first(tmp_path, row)], "chat", fast)
@@ -176,9 +176,9 @@ def test_tools_are_in_the_prompt_and_calls_are_learned(tmp_path, arguments, how)
 
 
 @pytest.mark.parametrize("arguments", ["{}", "[1, 2]", '{"a": 1}'])
-@pytest.mark.parametrize("how", ["| tojson", ""])
-def test_arguments_are_learned_as_json_and_not_as_a_quoted_string(tmp_path, arguments, how):
-    fast = tokenizer(chat_template=TOOLS.replace("ARGUMENTS", how))
+@pytest.mark.parametrize("arguments_filter", ["| tojson", ""])
+def test_arguments_are_learned_as_json_and_not_as_a_quoted_string(tmp_path, arguments, arguments_filter):
+    fast = tokenizer(chat_template=TOOLS.replace("ARGUMENTS", arguments_filter))
     call = CALL | {"function": {"name": "now", "arguments": arguments}}
     row = {"messages": [ONE, {"role": "assistant", "content": "", "tool_calls": [call]}]}
     (((_, response, *_),),) = encode([first(tmp_path, row)], "chat", fast)
@@ -274,11 +274,11 @@ def test_chance_is_not_in_the_data(chance):
 def test_the_date_is_in_the_key(tmp_path):
     file = write(tmp_path / "a.jsonl", *({"messages": [ONE | {"content": f"q{n}"}, TWO]} for n in range(40)))
     tokenizer(chat_template=TODAY).save_pretrained(tmp_path / "own")
-    how = BYTES | dict(tokenizer=str(tmp_path / "own"), vocab=None, seq_len=60)
+    options = BYTES | dict(tokenizer=str(tmp_path / "own"), vocab=None, seq_len=60)
     names = set()
     for date in ("2026-01-31", "2026-02-01"):
         corpus = instructions.instructions(60, files=str(file), date=date, prompt_len=60)
-        packed = packing.pack(corpus, tmp_path / "data", **how)
+        packed = packing.pack(corpus, tmp_path / "data", **options)
         fast = AutoTokenizer.from_pretrained(packed.tokenizer)
         assert fast.decode(packed.train[0]).startswith(datetime.date.fromisoformat(date).strftime("%d %b %Y"))
         names.add(packed.folder.name)
@@ -287,10 +287,10 @@ def test_the_date_is_in_the_key(tmp_path):
         instructions.instructions(60, files=str(file), date="today")
     plain = instructions.instructions(60, files=str(file), date="2026-01-31", template="plain")
     with refused(option="data.date", got="2026-01-31", conflict="data.template=plain", why="would do nothing"):
-        packing.pack(plain, tmp_path / "data", **how)
+        packing.pack(plain, tmp_path / "data", **options)
     tokenizer().save_pretrained(tmp_path / "dateless")
     with refused(option="data.date", got="2026-02-01", conflict="data.template=chat", why="does not ask for a date"):
-        packing.pack(corpus, tmp_path / "data", **how | {"tokenizer": str(tmp_path / "dateless")})
+        packing.pack(corpus, tmp_path / "data", **options | {"tokenizer": str(tmp_path / "dateless")})
 
 
 # Special tokens that are written out
@@ -310,18 +310,18 @@ def test_an_end_that_is_written_out_is_there_once(tmp_path):
     rows = [{"prompt": f"q{n}{END}", "completion": f"a{n}{END}"} for n in range(40)]
     file = write(tmp_path / "a.jsonl", *rows)
     tokenizer().save_pretrained(tmp_path / "own")
-    how = BYTES | dict(tokenizer=str(tmp_path / "own"), vocab=None, seq_len=40)
+    options = BYTES | dict(tokenizer=str(tmp_path / "own"), vocab=None, seq_len=40)
     corpus = instructions.instructions(40, files=str(file), template="plain", prompt_len=30)
-    as_text, as_tokens = (packing.pack(corpus, tmp_path / "data", **how, special=s) for s in ("text", "tokens"))
+    as_text, as_tokens = (packing.pack(corpus, tmp_path / "data", **options, special=s) for s in ("text", "tokens"))
     assert as_text.folder != as_tokens.folder
-    assert packing.pack(corpus, tmp_path / "data", **how).folder == as_text.folder  # the usual is no part of a name
-    settings = {k: how[k] for k in ("seq_len", "val_rows", "val_share", "tokenizer")}
+    assert packing.pack(corpus, tmp_path / "data", **options).folder == as_text.folder  # the usual is no part of a name
+    settings = {k: options[k] for k in ("seq_len", "val_rows", "val_share", "tokenizer")}
     assert packing.key(corpus, tokens=None, tokenizer_of=None, **settings) == as_text.folder.name
     assert as_text.counts["special_as_text"] == 40 and as_tokens.counts["special_as_text"] == 0
     for row, (prompt, total) in zip(as_tokens.train, as_tokens.train_spans, strict=True):
         assert row[prompt - 1] == as_tokens.eos_token_id == row[total - 1] != row[total - 2]
     with refused(option="data.special", got="maybe", need="text or tokens"):
-        packing.pack(corpus, tmp_path / "data", **how, special="maybe")
+        packing.pack(corpus, tmp_path / "data", **options, special="maybe")
 
 
 def test_a_text_has_the_tokens_around_it_once_where_they_are_written_out(tmp_path):
@@ -329,15 +329,15 @@ def test_a_text_has_the_tokens_around_it_once_where_they_are_written_out(tmp_pat
     start = fast.convert_tokens_to_ids(START)
     fast.backend_tokenizer.post_processor = TemplateProcessing(single=f"{START} $A", special_tokens=[(START, start)])
     fast.save_pretrained(tmp_path / "own")
-    how = BYTES | dict(tokenizer=str(tmp_path / "own"), vocab=None, seq_len=60, special="tokens")
+    options = BYTES | dict(tokenizer=str(tmp_path / "own"), vocab=None, seq_len=60, special="tokens")
     texts = [*(f"{START}text {n}{END}" for n in range(200)), *[f"{START}{END}"] * 9]
-    packed = packing.pack(corpora.Corpus(lambda: texts, {"of": 1}), tmp_path / "data", **how)
+    packed = packing.pack(corpora.Corpus(lambda: texts, {"of": 1}), tmp_path / "data", **options)
     rows = packed.train
     assert not ((rows[:, 1:] == rows[:, :-1]) & np.isin(rows[:, 1:], (start, fast.eos_token_id))).any()
     assert packed.counts["left_out"] == {"empty": 9}
     assert packed.bytes_per_token == pytest.approx(
         packing.pack(
-            corpora.Corpus(lambda: [f"text {n}" for n in range(200)], {"of": 2}), tmp_path / "data", **how
+            corpora.Corpus(lambda: [f"text {n}" for n in range(200)], {"of": 2}), tmp_path / "data", **options
         ).bytes_per_token,
         rel=0.1,
     )
@@ -350,9 +350,9 @@ def test_a_text_has_the_tokens_around_it_once_where_they_are_written_out(tmp_pat
 def test_a_response_of_nothing_but_an_end_is_no_response(tmp_path, template):
     rows = [{"prompt": f"q{n}", "completion": [END, f"{STOP}{STOP}", "ok"][n % 3]} for n in range(90)]
     tokenizer().save_pretrained(tmp_path / "own")
-    how = BYTES | dict(tokenizer=str(tmp_path / "own"), vocab=None, seq_len=60, special="tokens")
+    options = BYTES | dict(tokenizer=str(tmp_path / "own"), vocab=None, seq_len=60, special="tokens")
     corpus = instructions.instructions(60, files=str(write(tmp_path / "a.jsonl", *rows)), template=template)
-    packed = packing.pack(corpus, tmp_path / "data", **how)
+    packed = packing.pack(corpus, tmp_path / "data", **options)
     assert packed.counts["left_out"] == {"no_response": 60 if template == "chat" else 30}
     assert sum(packed.counts["used"].values()) == (30 if template == "chat" else 60)
     assert (packed.train_spans[:, 1] - packed.train_spans[:, 0] > 1).all()

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from statistics import fmean
 
@@ -15,165 +14,20 @@ import torch
 from lightning.pytorch.strategies import Strategy
 
 from kd.config.schema import ExperimentConfig
-from kd.data import corpora, packing
-from kd.data.batches import Batch, ValidationBatches
-from kd.evaluation import metrics, responses, text_scores
-from kd.evaluation.exposure import excess_error, teacher_gap
-from kd.evaluation.responses import Generations, ResponseEvaluation
-from kd.evaluation.text_scores import Response, distinct, exact_match, rouge_l, summary
+from kd.data import packing
+from kd.evaluation import responses
+from kd.evaluation.responses import ResponseEvaluation
+from kd.evaluation.text_scores import distinct, rouge_l
 from kd.parallel import collectives
 from kd.rollout import generate
 from kd.runs import identity, run
 from kd.system.signals import Preempted
 from kd.teachers.none import NoTeacher
-from kd.teachers.online import OnlineTeacher
 from tests import small
-from tests.cases import close
+from tests.evaluation.written import written
 from tests.refusals import refused
-from tests.rollout.test_generate import END, T, batch, model
+from tests.rollout.test_generate import END, batch, model
 from tests.small import ENVIRONMENT, SMALL, TRAIN, result
-
-# Text
-
-
-def test_rouge_l_by_hand():
-    # 3 of 3 words and of 6 are in common, in order, if "cats" and "cat" are one word: F1 of 1 and 1/2.
-    assert rouge_l("Cat, sat; mat!", "the cats sat on the mat") == pytest.approx(2 / 3)
-    assert rouge_l("mat sat cat", "the cats sat on the mat") == pytest.approx(2 / 9)  # one after the other
-    assert rouge_l("a b", "a b") == 1 and rouge_l("", "a b") == rouge_l("...", "a b") == 0
-
-
-SCRIPTS = {
-    "chinese": ("北京是首都", "南京是首都", 4 / 5),
-    "japanese": ("東京タワーです", "東京タワーだ", 2 * 5 / (7 + 6)),
-    "thai": ("สวัสดีครับ", "สวัสดีค่ะ", 2 * 4 / (7 + 6)),
-    "khmer": ("សួស្តី", "សួស្តី", 1),
-    "korean": ("안녕하세요 반가워요", "안녕하세요 오늘", 1 / 2),
-    "russian": ("Привет, мир!", "привет мир и я", 2 * 2 / (2 + 4)),
-    "greek": ("Καλημέρα κόσμε", "καλημέρα", 2 / 3),
-    "hindi": ("नमस्ते दुनिया", "नमस्ते", 2 / 3),
-    "arabic": ("السلام عليكم ١٢", "السلام ١٢", 4 / 5),
-    "hebrew": ("שלום עולם", "עולם", 2 / 3),
-    "georgian": ("გამარჯობა მსოფლიო", "მსოფლიო", 2 / 3),
-    "full width": ("ＡＢＣ １２", "ＡＢＣ", 2 / 3),
-    "signs": ("+ =", "+", 2 / 3),
-    "emoji": ("👍", "👍\n", 1),
-    "accents": ("\u00c9 \u00e0 \u00ff", "\u00e9 \u00e0", 4 / 5),
-    "fractions": ("½", " ½", 1),
-    "marks": ("? !", "?!", 1),
-    "mixed": ("用Python写cats", "用 python 写 cat", 1),
-}
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_rouge_l_counts_every_script(name):
-    response, reference, expected = SCRIPTS[name]
-    assert rouge_l(response, reference) == pytest.approx(expected)
-    assert rouge_l(response, response) == rouge_l(reference, reference) == 1
-    assert rouge_l(response, "") == rouge_l("", reference) == rouge_l(response, "other words") == 0
-
-
-def test_rouge_l_of_latin_text_is_that_of_rouge_score():
-    """Compare with the package that papers use: it drops letters with accents, and signs, and so does kd."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    texts = [
-        "Café don’t — “naïve” 5 µm 10² ½ №5 😀 Straße İstanbul ﬁne a\x1cb",
-        "Cats running, the CAFÉ’s 10 µ",
-    ]
-    texts += [text for text in corpora.standard_library()[:40] if len(text) < 3000]
-    for one in texts:
-        assert text_scores._words(one) == one.split()
-        for other in texts[:5]:
-            assert rouge_l(one, other) == scorer.score(other, one)["rougeL"].fmeasure
-
-
-def test_exact_match_is_but_for_white_space():
-    assert exact_match(" return  x\n", "return x")
-    assert not exact_match("return X", "return x") and not exact_match("returnx", "return x")
-
-
-@pytest.mark.parametrize(
-    ("texts", "n", "expected"),
-    [(["a b a b"], 2, 2 / 3), (["a b", "a b"], 2, 1 / 2), (["a b", "b a"], 2, 1), (["a b", "b a"], 1, 1 / 2),
-     (["a b"], 3, 0), ([], 1, 0), (["a\nb c", "a b  d"], 2, 3 / 4),
-     (["北京北京"], 1, 1 / 2), (["北京 ok北京"], 2, 3 / 4), (["北京北京"], 2, 2 / 3), (["да да"], 1, 1 / 2)],
-)  # fmt: skip
-def test_distinct_by_hand(texts, n, expected):
-    """No n-gram reaches from one response into another."""
-    assert distinct(texts, n) == pytest.approx(expected)
-
-
-def test_summary_by_hand():
-    """Distinct n-grams are counted within a sample of all prompts: the second says the same again."""
-    of = [Response("a a b", 3, True, 0.5, False), Response("a b", 6, False, 1.0, True)]
-    got = summary(of + of, 2)
-    assert got == pytest.approx({
-        "rouge_l": 0.75, "exact_match": 0.5, "response_length": 4.5, "eos_rate": 0.5,
-        "distinct_1": 2 / 5, "distinct_2": 2 / 3, "distinct_3": 1.0, "distinct_4": 0.0,
-    })  # fmt: skip
-
-
-# Excess accumulated error
-
-
-def test_excess_error_by_hand():
-    own = torch.tensor([[2, 2.0], [2, 4.0], [1, 3.0], [1, 5.0], [0, 0.0]])  # means 1, 2, 3, 5
-    oracle = torch.tensor([[4, 4.0], [2, 2.0], [2, 2.0], [0, 0.0], [0, 0.0]])  # means 1, 1, 1
-    # R = 1, 3, 6 and l eps(l) = 1, 2, 3; nothing is known of a fourth token.
-    close(excess_error(own, oracle), [0.0, 0.5, 1.0])
-    close(excess_error(oracle, own), [0.0, -1 / 3, -1 / 2])
-
-
-def test_a_student_that_is_its_teacher_has_no_excess_error():
-    own = torch.tensor([[2, 0.0], [2, 0.0], [0, 0.0]])
-    close(excess_error(own, own), [0.0, 0.0])
-    assert len(excess_error(own[2:], own)) == 0
-
-
-@cache
-def written() -> tuple[Generations, Batch]:
-    """Responses of several lengths to prompts of several lengths, one row of which is full."""
-    prompts = [3, 1, 9, 5, 12]
-    made = generate.sample(batch(prompts), END, torch.arange(5), model("llama", 0))
-    rows = responses.as_rows(made)
-    return Generations(rows["tokens"].numpy(), rows["span"].numpy()), made
-
-
-def test_the_gap_is_what_plain_loops_say():
-    student, teacher = model("llama", 0).eval(), model("gpt2", 1).eval()
-    text, made = written()
-    by_place, bins = np.zeros((T, 4)), torch.zeros(metrics.BINS, 3, dtype=torch.float64)
-    with torch.no_grad():
-        q, p = (m.model(input_ids=made.ids).logits.double().log_softmax(-1) for m in (student, teacher))
-    for row, (prompt, end) in enumerate(text.span):
-        for place, at in enumerate(range(prompt - 1, end - 1)):  # the position that says token `at` + 1
-            a, b = q[row, at], p[row, at]
-            values = ((b.exp() * (b - a)).sum(), (a.exp() * (a - b)).sum(), (a.exp() - b.exp()).abs().sum() / 2)
-            by_place[place] += [1, *(x.item() for x in values)]
-            sure, best = a.exp().max(0)
-            bins[int(sure * metrics.BINS)] += torch.tensor([1, sure.item(), b[best].exp().item()])
-    assert by_place[0, 0] == 5 and 0 < by_place[6, 0] < 5  # some responses are shorter than others
-
-    for rows, chunk in ((5, None), (2, 3)):
-        of = ValidationBatches(text.tokens, rows, response_spans=text.span)
-        got = teacher_gap(student, OnlineTeacher(teacher), of, T, chunk)
-        close(got.by_place, by_place, rtol=1e-4)
-        close(got.bins, bins, rtol=1e-4)
-    means = got.means()
-    total = by_place.sum(0)
-    assert (means["rkl"], means["tvd"]) == pytest.approx((total[2] / total[0], total[3] / total[0]), rel=1e-4)
-    assert means["ece"] == pytest.approx(((bins[:, 2] - bins[:, 1]).abs().sum() / total[0]).item(), rel=1e-4)
-
-
-def test_a_student_that_is_its_teacher_has_no_gap():
-    same, (text, _) = model("llama", 0).eval(), written()
-    got = teacher_gap(same, OnlineTeacher(same), ValidationBatches(text.tokens, 5, response_spans=text.span), T, None)
-    assert list(got.means().values()) == pytest.approx([0, 0, 0], abs=1e-5)
-
-
-# Writing
 
 
 @dataclass
@@ -185,57 +39,57 @@ class Prompts:
     eos_token_id: int = END
 
 
-def asked(**how) -> ResponseEvaluation:
+def evaluation(**options) -> ResponseEvaluation:
     (text, _) = written()
-    return ResponseEvaluation(Path("nowhere"), Prompts(*text), None, NoTeacher(), None, None, **how)
+    return ResponseEvaluation(Path("nowhere"), Prompts(*text), None, NoTeacher(), None, None, **options)
 
 
 def test_samples_are_drawn_row_by_row_with_seeds_of_their_own():
-    writes, of = asked(samples=2, seed=7)._write(model(), "test", False), batch([3, 1, 9, 5, 12])
+    writes, prompts = evaluation(samples=2, seed=7)._write(model(), "test", False), batch([3, 1, 9, 5, 12])
     seed = [np.random.default_rng([7, sample, row]).integers(2**62) for sample in range(2) for row in range(5)]
     for sample in range(2):
-        made = generate.sample(of, END, torch.tensor(seed[5 * sample : 5 * sample + 5]), model())
-        rows = responses.as_rows(made)
+        generated = generate.sample(prompts, END, torch.tensor(seed[5 * sample : 5 * sample + 5]), model())
+        rows = responses.as_rows(generated)
         assert (writes.tokens[5 * sample : 5 * sample + 5] == rows["tokens"].numpy()).all()
         assert (writes.span[5 * sample : 5 * sample + 5] == rows["span"].numpy()).all()
     assert (writes.tokens[:5] != writes.tokens[5:]).any()
-    assert (asked(samples=1, seed=8)._write(model(), "test", False).tokens != writes.tokens[:5]).any()
+    assert (evaluation(samples=1, seed=8)._write(model(), "test", False).tokens != writes.tokens[:5]).any()
 
 
 def test_where_memory_runs_out_fewer_rows_are_written_at_once_and_the_same(monkeypatch):
-    one = asked(samples=3)
+    one = evaluation(samples=3)
     expected, write, tried = one._write(model(), "test", False), generate.sample, []
 
-    def small(given, *args, **how):
+    def small(given, *args, **options):
         tried.append(len(given.ids))
         if len(given.ids) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return write(given, *args, **how)
+        return write(given, *args, **options)
 
     monkeypatch.setattr(generate, "sample", small)
     monkeypatch.setattr(responses, "AT_ONCE", 5)
-    got = asked(samples=3)._write(model(), "test", False)
+    got = evaluation(samples=3)._write(model(), "test", False)
     assert (got.tokens == expected.tokens).all() and (got.span == expected.span).all()
     assert tried[:3] == [5, 3, 2] and 3 not in tried[2:] and 5 not in tried[1:]
     monkeypatch.setattr(generate, "sample", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("of another kind")))
     with pytest.raises(RuntimeError, match="another kind"):
-        asked()._write(model(), "test", False)
+        evaluation()._write(model(), "test", False)
 
 
 def test_ranks_share_the_rows_and_those_without_one_take_part(monkeypatch):
     """Give every rank of a sharded model as many batches as any other, so some batches hold no target."""
-    expected, found = asked(samples=3)._write(model(), "test", False), []
+    expected, parts = evaluation(samples=3)._write(model(), "test", False), []
     for rank in range(4):
         monkeypatch.setattr(collectives, "world_size", lambda: 4)
         monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(collectives, "any_rank", lambda here: here)
         monkeypatch.setattr(collectives, "all_gather", lambda value: [value])
-        one = asked(samples=3)
+        one = evaluation(samples=3)
         one.at_once = 1
         assert len(one._batches(one.packed.val, one.packed.val_spans, 1, True, 3)) == 4
-        found.append(one._write(model(), "test", True))
-    assert [len(part.tokens) for part in found] == [4, 4, 4, 3]
-    assert (np.concatenate([part.tokens for part in found]) == expected.tokens).all()
+        parts.append(one._write(model(), "test", True))
+    assert [len(part.tokens) for part in parts] == [4, 4, 4, 3]
+    assert (np.concatenate([part.tokens for part in parts]) == expected.tokens).all()
 
 
 # Runs
@@ -302,27 +156,27 @@ def test_measures_of_a_run_are_those_of_its_file(root, student):
 
 def test_a_teachers_responses_are_those_of_its_own_run_and_written_once(root, student, monkeypatch):
     """Compare the teacher's responses in a student's run with those of its own run: draws and weights are the same."""
-    (own,) = (p.parent for p in root.glob("lm-*/responses.jsonl"))
-    assert [row["response"] for row in lines(own)] == [row["teacher"] for row in lines(student)]
-    assert "teacher" not in lines(own)[0] and not (own / "exaccerr.json").exists()
-    assert "val/exaccerr" not in result(own)["final"]
-    write, asked = generate.sample, []
+    (teacher_run,) = (p.parent for p in root.glob("lm-*/responses.jsonl"))
+    assert [row["response"] for row in lines(teacher_run)] == [row["teacher"] for row in lines(student)]
+    assert "teacher" not in lines(teacher_run)[0] and not (teacher_run / "exaccerr.json").exists()
+    assert "val/exaccerr" not in result(teacher_run)["final"]
+    write, calls = generate.sample, []
 
-    def watched(*args, **how):
-        asked.append(args[3])
-        return write(*args, **how)
+    def watched(*args, **options):
+        calls.append(args[3])
+        return write(*args, **options)
 
     monkeypatch.setattr(generate, "sample", watched)
     again = here(root, "seed=1")
-    assert len(asked) == 1
+    assert len(calls) == 1
     assert [row["teacher"] for row in lines(again)] == [row["teacher"] for row in lines(student)]
     assert [row["response"] for row in lines(again)] != [row["response"] for row in lines(student)]
-    (kept,) = root.glob("responses/*.npz")
-    damaged = bytearray(kept.read_bytes())
+    (stored,) = root.glob("responses/*.npz")
+    damaged = bytearray(stored.read_bytes())
     damaged[len(damaged) // 2] ^= 1
-    kept.write_bytes(damaged)
+    stored.write_bytes(damaged)
     assert [row["teacher"] for row in lines(here(root, "seed=2"))] == [row["teacher"] for row in lines(student)]
-    assert len(asked) == 3
+    assert len(calls) == 3
 
 
 def test_other_settings_are_other_runs_and_have_responses_of_their_own(root, student):
@@ -344,7 +198,7 @@ def test_a_run_that_is_ended_while_it_writes_goes_on_and_writes_the_same(root, s
     words = (f"data.files={root / 'examples.jsonl'}", f"plain.files={root / 'plain.txt'}")
     write = generate.sample
 
-    def ended(*args, watch, **how):
+    def ended(*args, watch, **options):
         watch(0, 1)
         raise Preempted
 
@@ -374,7 +228,7 @@ def test_responses_are_written_before_the_student_leaves_its_device(root, studen
 def test_a_signal_is_heeded_while_a_model_writes(monkeypatch):
     monkeypatch.setattr(responses.requests, "pending", True)
     with pytest.raises(Preempted):
-        asked()._write(model(), "test", False)
+        evaluation()._write(model(), "test", False)
 
 
 def test_without_a_teacher_at_hand_the_text_alone_is_measured(root):

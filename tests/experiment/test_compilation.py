@@ -70,8 +70,8 @@ def test_models_in_shards_are_not_compiled_by_default():
     assert config_of(["trainer=fsdp", "trainer.batch=4"]).trainer.compile == "auto"
 
 
-def test_a_long_run_compiles_its_models_and_its_loss(taught, tmp_path, monkeypatch):
-    root = shutil.copytree(taught, tmp_path / "root")
+def test_a_long_run_compiles_its_models_and_its_loss(trained_root, tmp_path, monkeypatch):
+    root = shutil.copytree(trained_root, tmp_path / "root")
     compiled = []
     for module in (causal_lm, chunked):
         monkeypatch.setattr(module, "compile_if_possible", lambda function: compiled.append(function) or function)

@@ -41,19 +41,19 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def words(root):
-    own = ("data=instructions", "data.seq_len=48", "data.val_rows=6", f"data.files={root / 'sums.jsonl'}")
-    own += (
+    common = ("data=instructions", "data.seq_len=48", "data.val_rows=6", f"data.files={root / 'sums.jsonl'}")
+    common += (
         "data.template=plain",
         "data.vocab=300",
         "data.val_share=0.2",
         "plain=text",
         f"plain.files={root / 'plain.txt'}",
     )
-    return (*own, "trainer.steps=4", "trainer.val_every=4")
+    return (*common, "trainer.steps=4", "trainer.val_every=4")
 
 
 @pytest.fixture(scope="module")
-def made(root, words):
+def finished(root, words):
     """A student distilled after all stages, and a teacher."""
     return here(root, *words, *SFT)
 
@@ -62,10 +62,10 @@ def before(config: ExperimentConfig) -> ExperimentConfig | None:
     return Plan.from_config(config).start
 
 
-def test_stages_are_runs_that_are_made_once(root, words, made):
+def test_stages_are_runs_that_are_made_once(root, words, finished):
     """Language modelling on plain text, fine-tuning on instructions, distillation: each from the weights before."""
-    told = small_config(root, *words, *SFT)
-    sft = before(told)
+    config = small_config(root, *words, *SFT)
+    sft = before(config)
     pretrained = before(sft)
     assert before(pretrained) is None
     assert (
@@ -73,12 +73,12 @@ def test_stages_are_runs_that_are_made_once(root, words, made):
         and Plan.from_config(sft).run.result()["config"]["logits"] == "none"
     )
     assert Plan.from_config(pretrained).run.result()["config"]["data"] == "text"
-    assert Plan.from_config(Plan.from_config(told).teacher).start is not None  # the teacher was pretrained as well
+    assert Plan.from_config(Plan.from_config(config).teacher).start is not None  # the teacher was pretrained as well
     tokenizers = {(run / "student" / "tokenizer.json").read_bytes() for run in root.glob("*-100k-*")}
     assert len(tokenizers) == 1  # that of the plain text
     times = {p: p.stat().st_mtime_ns for p in root.rglob("model.safetensors")}
     here(root, *words, *SFT, "loss=rkl")
-    assert {p: p.stat().st_mtime_ns for p in times} == times and made != here(root, *words, *SFT, "loss=rkl")
+    assert {p: p.stat().st_mtime_ns for p in times} == times and finished != here(root, *words, *SFT, "loss=rkl")
 
 
 def test_a_student_starts_from_the_weights_of_its_stage(root, words):
@@ -89,38 +89,43 @@ def test_a_student_starts_from_the_weights_of_its_stage(root, words):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_student_that_is_not_random_is_validated_before_its_first_step(root, words, made):
+def test_a_student_that_is_not_random_is_validated_before_its_first_step(root, words, finished):
     stage = Plan.from_config(before(small_config(root, *words, *SFT))).run
-    outcome, rows = json.loads((made / "result.json").read_text()), read_metrics(made / "metrics.jsonl")
+    outcome, rows = json.loads((finished / "result.json").read_text()), read_metrics(finished / "metrics.jsonl")
     (first,) = (row for row in rows if row["step"] == 0)
     assert rows[0] == first == outcome["initial"] | {"step": 0}
     assert (first["tokens"], first["flops"]) == (0, 0) and first["val/teacher_lm"] == outcome["final"]["val/teacher_lm"]
     assert first["val/lm"] == pytest.approx(stage.result()["final"]["val/lm"], abs=1e-5) != outcome["final"]["val/lm"]
-    entry = read_run(root, {"run": made.name, "overrides": []})
+    entry = read_run(root, {"run": finished.name, "overrides": []})
     assert learning_curve([entry])[0] == (0, 0, first["val/lm"])
     text = io.StringIO()
     console.Terminal(file=text, width=200).print(summary.measures(outcome))
     assert f"before training {first['val/lm']:.4f}" in text.getvalue()
 
 
-def test_a_random_student_is_not_validated_before_its_first_step(root, words, made):
+def test_a_random_student_is_not_validated_before_its_first_step(root, words, finished):
     stage = Plan.from_config(before(before(small_config(root, *words, *SFT)))).run
     assert stage.result()["initial"] is None and min(row["step"] for row in read_metrics(stage / "metrics.jsonl")) > 0
 
 
-def test_a_named_teacher_is_fine_tuned_first_where_that_is_asked(root, words, made):
+def test_a_named_teacher_is_fine_tuned_first_where_that_is_asked(root, words, finished):
     name = (
         Plan.from_config(before(before(small_config(root, *words, *SFT)))).run.folder / "student"
     )  # pretrained on plain text
-    own = [word for word in words if not word.startswith("data.vocab")]  # a model has a tokenizer of its own
-    named = (*own, "student=hub", f"student.name={name}", "teacher=hub", f"teacher.name={name}")
+    common = [word for word in words if not word.startswith("data.vocab")]  # a model has a tokenizer of its own
+    named = (*common, "student=hub", f"student.name={name}", "teacher=hub", f"teacher.name={name}")
     plain, tuned = here(root, *named), here(root, *named, "teacher.sft=true", "teacher.steps=5")
     assert Plan.from_config(small_config(root, *named)).teacher is None and plain != tuned
-    told = Plan.from_config(small_config(root, *named, "teacher.sft=true", "teacher.steps=5")).teacher
-    stage = Plan.from_config(told).run
-    of = stage.result()["config"]
-    assert (of["data"], of["logits"], of["trainer.steps"], of["student.name"]) == ("instructions", "none", 5, str(name))
-    assert (of["optim"], of["lr.peak"]) == ("AdamW", 1e-4)
+    teacher = Plan.from_config(small_config(root, *named, "teacher.sft=true", "teacher.steps=5")).teacher
+    stage = Plan.from_config(teacher).run
+    settings = stage.result()["config"]
+    assert (settings["data"], settings["logits"], settings["trainer.steps"], settings["student.name"]) == (
+        "instructions",
+        "none",
+        5,
+        str(name),
+    )
+    assert (settings["optim"], settings["lr.peak"]) == ("AdamW", 1e-4)
     a, b = (load_file(folder / "model.safetensors") for folder in (name, stage.folder / "student"))
     assert not torch.equal(a["model.embed_tokens.weight"], b["model.embed_tokens.weight"])
     finals = [json.loads((run / "result.json").read_text())["final"] for run in (plain, tuned, stage.folder)]
@@ -162,8 +167,8 @@ def test_stages_are_part_of_what_a_run_is(root, words):
 
 def estimated(root, *more) -> planner.Estimate:
     """Return the estimate of plan=true for the run itself."""
-    told = small_config(root, *more)
-    return list(planner.estimate(told).values())[-1]
+    config = small_config(root, *more)
+    return list(planner.estimate(config).values())[-1]
 
 
 @pytest.mark.parametrize(
@@ -183,9 +188,9 @@ def test_plan_counts_the_time_of_writing(rollout, written, root, words, monkeypa
     monkeypatch.setattr(step_timing, "_measure", lambda *_: step)
     monkeypatch.setattr(planner, "_measured", {})
     more = f"rollout={rollout} trainer.steps=10 trainer.batch=4 trainer.micro_batch=2 responses.samples=3 seed=7"
-    said = estimated(root, *words[:-2], *more.split())
+    estimate = estimated(root, *words[:-2], *more.split())
     # Four held-out prompts are answered three times, two at once.
-    assert said.seconds == pytest.approx(planner.STARTS + 7 * written + 5 * 3 * 4 / 2)
+    assert estimate.seconds == pytest.approx(planner.STARTS + 7 * written + 5 * 3 * 4 / 2)
 
 
 def test_plan_names_all_that_is_made_first_for_recorded_logits(root, words, monkeypatch):
@@ -193,10 +198,12 @@ def test_plan_names_all_that_is_made_first_for_recorded_logits(root, words, monk
     step = step_timing.Step({role: Cost(10, 8, 0.001) for role in ("student", "teacher")}, micro_batch=0.0)
     monkeypatch.setattr(step_timing, "_measure", lambda *_: step)
     monkeypatch.setattr(planner, "_measured", {})
-    told = small_config(root, *words, *SFT, "start.seed=5", "teacher.seed=5", "logits=recorded", "truncation=top_k")
-    start, record = before(told), Plan.from_config(told).recording
-    made = {Plan.from_config(config).run.name for config in (before(record), before(start), record, start, told)}
-    assert planner.estimate(told).keys() == made
+    recorded = small_config(root, *words, *SFT, "start.seed=5", "teacher.seed=5", "logits=recorded", "truncation=top_k")
+    start, record = before(recorded), Plan.from_config(recorded).recording
+    run_names = {
+        Plan.from_config(config).run.name for config in (before(record), before(start), record, start, recorded)
+    }
+    assert planner.estimate(recorded).keys() == run_names
 
 
 def test_plan_measures_writing_and_the_rows_it_makes(root, words, monkeypatch):
@@ -252,55 +259,55 @@ def test_what_plain_text_cannot_have(tmp_path, word):
         here(tmp_path, word)
 
 
-def test_what_a_teacher_wrote_is_written_once_and_learned_from(root, words, made):
+def test_what_a_teacher_wrote_is_written_once_and_learned_from(root, words, finished):
     """SeqKD: prompts as they are, responses of the teacher; a kill in between costs the part that was being written."""
     words = (*words, *SFT)
     here(root, *words, "logits=none", "rollout=teacher")
     (folder,) = (p.parent for p in (root / "rollouts").glob("*/manifest.json"))
-    own = packing.open_packed(next(p.parent for p in (root / "data").glob("*/train_spans.npy")))
+    packed = packing.open_packed(next(p.parent for p in (root / "data").glob("*/train_spans.npy")))
     written = packing.open_packed(folder)
-    assert np.array_equal(written.val, own.val) and written.train.shape == own.train.shape
-    asked = own.train_spans[:, 0]
-    assert np.array_equal(written.train_spans[:, 0], asked)
-    for a, b, n in zip(own.train, written.train, asked, strict=True):
+    assert np.array_equal(written.val, packed.val) and written.train.shape == packed.train.shape
+    prompt_ends = packed.train_spans[:, 0]
+    assert np.array_equal(written.train_spans[:, 0], prompt_ends)
+    for a, b, n in zip(packed.train, written.train, prompt_ends, strict=True):
         assert np.array_equal(a[:n], b[:n])
-    assert not np.array_equal(own.train, written.train)
+    assert not np.array_equal(packed.train, written.train)
     assert not list((root / "rollouts").glob("*.parts"))
-    kept = (folder / "train.npy").read_bytes()
+    original = (folder / "train.npy").read_bytes()
     here(root, *words, "rollout=teacher")  # distilled on the same text
     assert len(list((root / "rollouts").glob("*/manifest.json"))) == 1
     shutil.rmtree(folder)
     here(root, *words, "rollout=teacher", "loss=rkl")
-    assert (folder / "train.npy").read_bytes() == kept
+    assert (folder / "train.npy").read_bytes() == original
 
 
-def test_a_teacher_that_was_killed_while_it_wrote_goes_on(root, words, made, tmp_path, monkeypatch):
+def test_a_teacher_that_was_killed_while_it_wrote_goes_on(root, words, finished, tmp_path, monkeypatch):
     """Continue: complete files stay, a torn file is written again, and the result equals that of an undisturbed run."""
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     for folder in (undisturbed, killed):
         for name in ("data", *(p.name for p in root.glob("lm-100k-*"))):
             shutil.copytree(root / name, folder / name)
     monkeypatch.setattr(teacher_text, "AT_ONCE", 10)
-    more, real, kept = (*words, *SFT, "logits=none", "rollout=teacher", "seed=3"), teacher_text.keep, []
+    more, real, saved = (*words, *SFT, "logits=none", "rollout=teacher", "seed=3"), teacher_text.keep, []
 
     def keep(path, **arrays):
-        if len(kept) == 3:
+        if len(saved) == 3:
             raise KeyboardInterrupt
         real(path, **arrays)
-        kept.append(path)
+        saved.append(path)
 
     monkeypatch.setattr(teacher_text, "keep", keep)
     with pytest.raises(KeyboardInterrupt):
         here(killed, *more)
-    whole = [path.read_bytes() for path in kept]
-    kept[1].write_bytes(whole[1][:-50])
+    whole = [path.read_bytes() for path in saved]
+    saved[1].write_bytes(whole[1][:-50])
     again = []
     monkeypatch.setattr(teacher_text, "keep", lambda path, **arrays: (again.append(path), real(path, **arrays)))
     here(killed, *more)
-    assert again[0] == kept[1] and len(again) == 3  # of five parts
+    assert again[0] == saved[1] and len(again) == 3  # of five parts
     monkeypatch.setattr(teacher_text, "keep", real)
     here(undisturbed, *more)
-    (a,), (b,) = ([p.parent for p in (of / "rollouts").glob("*/manifest.json")] for of in (undisturbed, killed))
+    (a,), (b,) = ([p.parent for p in (place / "rollouts").glob("*/manifest.json")] for place in (undisturbed, killed))
     assert a.name == b.name and (a / "train.npy").read_bytes() == (b / "train.npy").read_bytes()
 
 
@@ -327,7 +334,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_goes_on_where_it_was_killed(root, words, made, method, tmp_path):
+def test_every_method_goes_on_where_it_was_killed(root, words, finished, method, tmp_path):
     """Bit for bit: what is written is a function of seed, step and weights, and of what a checkpoint keeps."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut):
@@ -339,10 +346,10 @@ def test_every_method_goes_on_where_it_was_killed(root, words, made, method, tmp
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
     one, two = (json.loads((run / "result.json").read_text())["initial"] for run in (a, b))
     assert one == two and one["val/lm"]
-    own = [x.get("train/student_token_share") for x in read_metrics(a / "metrics.jsonl") if "train/loss" in x]
+    by_student = [x.get("train/student_token_share") for x in read_metrics(a / "metrics.jsonl") if "train/loss" in x]
     shares = {"gkd": {0, 1}, "distillm": {0, 1}, "on_policy": {1}, "sft": {None}, "seqkd": {None}}
-    assert own and set(own) <= shares.get(method, set(own))
-    assert method != "distillm2" or all(0 < share < 1 for share in own)
+    assert by_student and set(by_student) <= shares.get(method, set(by_student))
+    assert method != "distillm2" or all(0 < share < 1 for share in by_student)
     x, y = (load_file(run / "student" / "model.safetensors") for run in (a, b))
     assert all(torch.equal(x[name], y[name]) for name in x)
 

@@ -56,13 +56,13 @@ def kill(root: Path, lines: int, *words: str, after: float = 0.0) -> None:
 
 def test_result_says_what_the_run_was(whole):
     run = folder(whole, "fkl")
-    made = result(run)
-    assert made["state"] == "done" and made["config"]["truncation"] == "random"
-    assert made["tokens"] == 12 * 4 * 32
-    assert made["entropy"] < made["final"]["val/lm"] < math.log(16) + 1
-    assert made["environment"]["torch"] == torch.__version__
+    record = result(run)
+    assert record["state"] == "done" and record["config"]["truncation"] == "random"
+    assert record["tokens"] == 12 * 4 * 32
+    assert record["entropy"] < record["final"]["val/lm"] < math.log(16) + 1
+    assert record["environment"]["torch"] == torch.__version__
     measures = {"lm", "ece", "fkl", "rkl", "tvd", "agreement", "teacher_lm", "teacher_ece"}
-    assert {f"val/{m}" for m in measures} <= made["final"].keys()
+    assert {f"val/{m}" for m in measures} <= record["final"].keys()
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if "val/lm" in x] == [5, 10, 12]
     assert [x["step"] for x in lines if "train/loss" in x] == list(range(1, 13))
@@ -229,16 +229,16 @@ def test_damaged_teacher_is_named_and_not_used(begun):
 
 def test_a_signal_that_python_loses_is_not_forgotten():
     """Lose the exception, as in a callback of the garbage collector or of an import."""
-    asked, handlers = Requests(), {number: signal.getsignal(number) for number in ASKED}
+    requests_of_process, handlers = Requests(), {number: signal.getsignal(number) for number in ASKED}
     try:
-        asked.watch()
+        requests_of_process.watch()
         with pytest.raises(Preempted):
-            asked._received(signal.SIGTERM, None)
+            requests_of_process._received(signal.SIGTERM, None)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     with pytest.raises(Preempted):
-        asked.end_if_asked()
+        requests_of_process.end_if_asked()
 
 
 def test_a_damaged_state_is_said_and_stops_nothing(tmp_path):

@@ -30,11 +30,11 @@ V = 17  # of the tiny data
 
 
 @pytest.fixture(scope="module")
-def whole(taught, tmp_path_factory) -> Path:
+def whole(trained_root, tmp_path_factory) -> Path:
     """A root with a store of everything."""
 
     def fill(root: Path) -> None:
-        shutil.copytree(taught, root, dirs_exist_ok=True)
+        shutil.copytree(trained_root, root, dirs_exist_ok=True)
         write(root, "truncation=full")
 
     return shared(tmp_path_factory, "full-store", fill)
@@ -141,18 +141,18 @@ def test_every_position_of_a_batch_gets_what_is_stored_of_it(root):
     index = np.array([5, 41, 0, 59])
     batch = to_batch(rows[index], index, np.zeros((4, 32), np.int64))
     batch = batch._replace(teacher_rows=held.read(index, batch.ids.numpy()))
-    kept = torch.rand(4, 32, generator=torch.Generator().manual_seed(0)) < 0.7
+    mask = torch.rand(4, 32, generator=torch.Generator().manual_seed(0)) < 0.7
 
-    def tables(batch: Batch, kept: torch.Tensor) -> list[dict]:
-        target = held.signal(batch, kept)(slice(None))
-        assert (target.label == batch.labels[kept]).all()
+    def tables(batch: Batch, mask: torch.Tensor) -> list[dict]:
+        target = held.signal(batch, mask)(slice(None))
+        assert (target.label == batch.labels[mask]).all()
         return [dict(zip(i, x, strict=True)) for i, x in zip(target.ids.tolist(), target.logp.tolist(), strict=True)]
 
-    everything = tables(batch, torch.ones_like(kept))
+    everything = tables(batch, torch.ones_like(mask))
     for size in (1, 3, 4):
-        pieces = zip(batch.split(size), kept.split(size), strict=True)
-        found = [table for part, which in pieces for table in tables(part, which)]
-        assert found == [everything[i] for i in kept.flatten().nonzero().flatten()]
+        pieces = zip(batch.split(size), mask.split(size), strict=True)
+        by_position = [table for part, which in pieces for table in tables(part, which)]
+        assert by_position == [everything[i] for i in mask.flatten().nonzero().flatten()]
 
 
 # Losses
@@ -169,9 +169,9 @@ STORED = {
 def stored(target: Target, name: str, **settings) -> Target:
     """A part of a target, as a store gives it back."""
     draws = settings.get("draws")
-    kept = option("truncation", name, **settings)(target)
-    (found,) = read(from_bytes(written(kept, draws).bodies), draws)
-    return replace(target, logp=found.logp, ids=found.ids)
+    truncated = option("truncation", name, **settings)(target)
+    (decoded,) = read(from_bytes(written(truncated, draws).bodies), draws)
+    return replace(target, logp=decoded.logp, ids=decoded.ids)
 
 
 def rounded(target: Target) -> Target:
@@ -181,10 +181,10 @@ def rounded(target: Target) -> Target:
 
 
 FORMS = {
-    f"{name}-{how}": (name, treatment)
+    f"{name}-{transform}": (name, treatment)
     for name in STORED
-    for how, treatment in TREATMENTS.items()
-    if name != "random" or how in ("renormalise", "revise")
+    for transform, treatment in TREATMENTS.items()
+    if name != "random" or transform in ("renormalise", "revise")
 }
 
 
@@ -211,9 +211,9 @@ def test_every_loss_of_stored_logits_is_that_of_the_rounded_ones(loss, form):
 DRAWS, TIMES = 20, 400
 
 
-def mean_slope(made: list[Target], student: torch.Tensor) -> torch.Tensor:
+def mean_slope(targets: list[Target], student: torch.Tensor) -> torch.Tensor:
     """Mean over targets of the gradient of fkl [N, V]."""
-    return sum(gradient(lambda z, t=t: LOSSES["fkl"](z.log_softmax(-1), t), student) for t in made) / len(made)
+    return sum(gradient(lambda z, t=t: LOSSES["fkl"](z.log_softmax(-1), t), student) for t in targets) / len(targets)
 
 
 def error(draws: int) -> torch.Tensor:
@@ -229,17 +229,17 @@ def sampled() -> tuple[torch.Tensor, torch.Tensor, list[Target]]:
     student = torch.randn(ROWS * SIZE, V, generator=torch.Generator().manual_seed(3))
     exact = gradient(lambda z: LOSSES["fkl"](z.log_softmax(-1), target), student)
     seeds = torch.arange(TIMES)[:, None] * 1009 + torch.arange(ROWS * SIZE)
-    made = [stored(Target(target.label, target.logp, seed=s), "random", draws=DRAWS) for s in seeds]
-    return student, exact, made
+    targets = [stored(Target(target.label, target.logp, seed=s), "random", draws=DRAWS) for s in seeds]
+    return student, exact, targets
 
 
 def test_mean_gradient_from_stored_draws_is_that_of_the_whole_teacher(sampled):
-    student, exact, made = sampled
-    z = (mean_slope(made, student) - exact) / error(DRAWS)
+    student, exact, targets = sampled
+    z = (mean_slope(targets, student) - exact) / error(DRAWS)
     assert z.abs().max() < 5 and 0.8 < z.square().mean() < 1.25
     assert error(DRAWS).max() < 0.1 * exact.abs().max()
     # The same test finds the bias of the most probable tokens alone, as many of them as a sample has.
-    entries = sum(int((t.logp > -torch.inf).sum()) for t in made) // (len(made) * ROWS * SIZE)
+    entries = sum(int((t.logp > -torch.inf).sum()) for t in targets) // (len(targets) * ROWS * SIZE)
     cut = renormalise(stored(heavy(ROWS * SIZE, V), "top_k", k=entries))
     z = (mean_slope([cut], student) - exact) / error(DRAWS)
     assert z.abs().max() > 10 and z.square().mean() > 10
@@ -247,9 +247,9 @@ def test_mean_gradient_from_stored_draws_is_that_of_the_whole_teacher(sampled):
 
 @pytest.mark.parametrize("draws", [1, 7, DRAWS])
 def test_fewer_draws_of_a_store_are_again_a_sample_of_the_teacher(sampled, draws):
-    student, exact, made = sampled
+    student, exact, targets = sampled
     some = []
-    for number, target in enumerate(made):
+    for number, target in enumerate(targets):
         seed = torch.arange(ROWS * SIZE) * 7 + 10**6 * number
         some.append(subsample(DRAWS, draws, replace(target, seed=seed)))
         count = some[-1].logp.exp() * draws
@@ -301,7 +301,7 @@ def test_no_teacher_is_loaded_once_the_store_is_there(root, monkeypatch):
 
 def test_measures_of_a_student_are_those_it_has_online(root):
     """Validate one student against the teacher, and against a store of draws."""
-    online, offline = (here(root, how, *RANDOM, "alpha.peak=0") for how in ("logits=online", "logits=offline"))
+    online, offline = (here(root, source, *RANDOM, "alpha.peak=0") for source in ("logits=online", "logits=offline"))
     assert weights(online) == weights(offline)
     a, b = result(online)["final"], result(offline)["final"]
     assert a.keys() == b.keys() and {k: v for k, v in a.items() if k != "flops"} == {
@@ -316,7 +316,7 @@ def test_a_store_in_bf16_is_read_by_a_run_in_fp32(root, tmp_path):
         run = here(root, *words, "logits=offline", f"logits.path={held.path}")
         whole = here(root, *words, "logits=online")
         assert result(run)["final"]["val/fkl"] == pytest.approx(result(whole)["final"]["val/fkl"], abs=0.01)
-        teacher = [result(of)["final"]["val/teacher_lm"] for of in (run, whole)]
+        teacher = [result(folder_of_run)["final"]["val/teacher_lm"] for folder_of_run in (run, whole)]
         assert teacher[0] == pytest.approx(teacher[1], abs=1e-3)
 
 
@@ -334,7 +334,7 @@ def test_runs_of_many_kinds_read_one_store(root, monkeypatch):
 def test_a_rank_composes_no_config(root, monkeypatch):
     """Run fit() without Hydra, as a rank does. Only the writer of a store needs the store's settings."""
     given, real = [], fit.fit
-    monkeypatch.setattr(fit, "fit", lambda *of: given.append(of) or {})
+    monkeypatch.setattr(fit, "fit", lambda *arguments: given.append(arguments) or {})
     here(root, "logits=offline", "record=top_k", "record.k=5", "trainer.steps=2", *TOP)
     composed.cache_clear()
     default_config.cache_clear()
@@ -358,12 +358,12 @@ def test_full_store_answers_with_a_projection(root):
     held = reader.Store(full(root), root / "stores")
     rows = np.load(next((root / "data").glob("*/val.npy")))
     batch = to_batch(rows[2:4], np.array([2, 3]), np.zeros((2, 32), np.int64))
-    kept = torch.ones_like(batch.ids, dtype=torch.bool)
-    signal = held.reference(batch, kept)
+    mask = torch.ones_like(batch.ids, dtype=torch.bool)
+    signal = held.reference(batch, mask)
     assert isinstance(signal, ProjectedSignal) and signal(slice(3, 9)).logp.shape == (6, V)
     other = to_batch(rows[3:5], np.array([2, 3]), np.zeros((2, 32), np.int64))
     with refused(option=held.path, why="those of validation row 2 differ"):
-        held.reference(other, kept)
+        held.reference(other, mask)
 
 
 def test_objective_truncates_a_stored_target_like_a_whole_one():

@@ -32,22 +32,22 @@ from kd.launch.slurm import HERE, SlurmPool
 from kd.parallel import collectives, ddp
 from kd.runs.run import Run
 from kd.system.checkpoint_files import newest
+from tests.faults.injection import STEP, Fault, ended, processes, runs, state, states, table, until
 from tests.refusals import refused
 from tests.small import ENVIRONMENT, outcome, shared, small_config, start, train
-from tests.test_faults import STEP, Fault, ended, processes, runs, state, states, table, until
 
 SLURM = ("-m", "hydra/launcher=submitit_slurm")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def finished(tmp_path_factory) -> Path:
     """A root with data, a teacher, and two runs of this machine."""
     return shared(tmp_path_factory, "two-runs", lambda root: train(root, "-m", "n_jobs=2", "seed=0,1"))
 
 
 @pytest.fixture
-def root(made, tmp_path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "root", ignore=shutil.ignore_patterns("fkl*", "sweeps")))
+def root(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "root", ignore=shutil.ignore_patterns("fkl*", "sweeps")))
 
 
 class Slurm:
@@ -72,9 +72,9 @@ class Slurm:
         return json.loads((self.folder / "jobs.json").read_text())
 
     def change(self, name: str, **values) -> None:
-        of = self.jobs()
-        of[name].update(values)
-        (self.folder / "jobs.json").write_text(json.dumps(of))
+        jobs = self.jobs()
+        jobs[name].update(values)
+        (self.folder / "jobs.json").write_text(json.dumps(jobs))
 
 
 @pytest.fixture
@@ -89,36 +89,36 @@ def held(tmp_path) -> Fault:
     return Fault(tmp_path / "held", "kd.training.module", STEP, only="seed=0", AT=7, ACT="hold()")
 
 
-def same(root: Path, made: Path) -> None:
+def same(root: Path, finished: Path) -> None:
     assert states(root) == {"seed=0": "done", "seed=1": "done"}
     for seed, path in runs(root).items():
-        assert outcome(path) == outcome(runs(made)[seed])
+        assert outcome(path) == outcome(runs(finished)[seed])
 
 
-def asked(root: Path) -> bool:
+def is_requested(root: Path) -> bool:
     """Return True if the held run has received the signal to end."""
     return "the last whole step is saved" in (runs(root)["seed=0"] / "log.txt").read_text()
 
 
 @pytest.mark.slow
-def test_preempted_job_is_requeued_and_ends_bit_for_bit(made, root, slurm, held):
+def test_preempted_job_is_requeued_and_ends_bit_for_bit(finished, root, slurm, held):
     process = start(root, *SLURM, "n_jobs=2", "seed=0,1", **held.environment, **slurm.environment)
     held.wait(process)
     slurm.signal("USR2", "1_0")
-    until(lambda: asked(root))
+    until(lambda: is_requested(root))
     held.go()
     output = ended(process, 0)
     assert [slurm.jobs()[name]["tries"] for name in ("1_0", "1_1")] == [2, 1]
     assert len(held.fired()) == 2  # the first try left its step 7 unfinished, so the second begins with it
     assert "run 1 of 2  seed=0  is queued as job 1_0" in output
-    same(root, made)
+    same(root, finished)
     script = (slurm.folder / "1.sh").read_text()
     assert "--array=0-1%2" in script and "--signal=USR2@120" in script and "gpu" not in script
     until(lambda: not processes(root))
 
 
 @pytest.mark.slow
-def test_job_that_vanishes_is_recorded_with_what_slurm_says_and_made_again(made, root, slurm, held):
+def test_job_that_vanishes_is_recorded_with_what_slurm_says_and_made_again(finished, root, slurm, held):
     process = start(root, *SLURM, "seed=0,1", **held.environment, **slurm.environment)
     (pid,) = held.wait(process)
     slurm.change("1_0", state="NODE_FAIL", forgotten=True)
@@ -126,13 +126,13 @@ def test_job_that_vanishes_is_recorded_with_what_slurm_says_and_made_again(made,
         os.kill(number, signal.SIGKILL)
     output = ended(process, 1)
     assert states(root) == {"seed=0": "preempted", "seed=1": "done"}
-    found = state(runs(root)["seed=0"])
-    assert "SLURM says NODE_FAIL of its job 1_0" in found["reason"] and "peak_memory" not in found
+    record = state(runs(root)["seed=0"])
+    assert "SLURM says NODE_FAIL of its job 1_0" in record["reason"] and "peak_memory" not in record
     assert "NODE_FAIL" in table(output)["seed=0"]
     held.go()
     output = train(root, *SLURM, "seed=0,1", **slurm.environment)
     assert output.count("done before") == 1 and "is queued as job 2" in output
-    same(root, made)
+    same(root, finished)
 
 
 @pytest.mark.slow
@@ -140,7 +140,7 @@ def test_signals_to_a_sweep_reach_its_jobs(root, slurm, held):
     process = start(root, *SLURM, "n_jobs=1", "seed=0,1", **held.environment, **slurm.environment)
     held.wait(process)
     process.terminate()
-    until(lambda: asked(root))
+    until(lambda: is_requested(root))
     assert slurm.jobs()["1_1"]["state"] == "CANCELLED"
     held.go()
     output = ended(process, 143)
@@ -150,7 +150,7 @@ def test_signals_to_a_sweep_reach_its_jobs(root, slurm, held):
 
 
 @pytest.mark.slow
-def test_second_signal_kills_and_a_killed_sweep_is_taken_up_again(made, root, slurm, held):
+def test_second_signal_kills_and_a_killed_sweep_is_taken_up_again(finished, root, slurm, held):
     words = (*SLURM, "n_jobs=1", "seed=0,1")
     process = start(root, *words, **held.environment, **slurm.environment)
     held.wait(process)
@@ -160,7 +160,7 @@ def test_second_signal_kills_and_a_killed_sweep_is_taken_up_again(made, root, sl
     list(iter(lambda: "since before" in process.stdout.readline(), True))
     time.sleep(1)
     process.terminate()
-    until(lambda: asked(root))
+    until(lambda: is_requested(root))
     process.terminate()
     output = process.stdout.read()
     assert process.wait() == 143 and "is queued" not in output and len(slurm.jobs()) == 2
@@ -168,7 +168,7 @@ def test_second_signal_kills_and_a_killed_sweep_is_taken_up_again(made, root, sl
     assert "asked to end at once" in state(runs(root)["seed=0"])["reason"]
     held.go()
     train(root, *words, **slurm.environment)
-    same(root, made)
+    same(root, finished)
 
 
 def test_nothing_is_queued_twice_while_slurm_does_not_answer(tmp_path, monkeypatch):
@@ -211,13 +211,13 @@ def test_devices_are_counted_where_a_run_is_done(tmp_path, monkeypatch):
     """Not on the login node that a sweep is started on."""
     monkeypatch.setattr(collectives, "cpu_group", lambda accelerator: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    told = small_config(tmp_path, "trainer.devices=4", "teacher.steps=1")
-    monkeypatch.setattr(RunLauncher, "_run_config", lambda self, words: told)
+    config = small_config(tmp_path, "trainer.devices=4", "teacher.steps=1")
+    monkeypatch.setattr(RunLauncher, "_run_config", lambda self, words: config)
     monkeypatch.setattr(RunLauncher, "config", SimpleNamespace(force=False), raising=False)
     ray, local = Ray(None, 1, 4), LocalLauncher()
     ray.config = local.config = SimpleNamespace(force=False)
     assert ray._run([], set())[1] == 4
-    for work in (lambda words: local._run(words, set()), lambda words: product.train(told)):
+    for work in (lambda words: local._run(words, set()), lambda words: product.train(config)):
         with refused(option="trainer.devices", got=4, why="this machine has 1", hint="trainer.devices=1"):
             work([])
 
@@ -357,7 +357,7 @@ def parent(pid: int) -> int:
 
 
 @pytest.mark.slow
-def test_node_of_ray_that_dies_costs_a_sweep_no_run(made, root, nodes, held):
+def test_node_of_ray_that_dies_costs_a_sweep_no_run(finished, root, nodes, held):
     """The judge's case: eight runs, and a node killed in the middle of one."""
     words = ("-m", "hydra/launcher=ray", f"hydra.launcher.address={nodes.address}", "seed=0,1,2,3,4,5,6,7")
     process = start(root, *words, **held.environment)
@@ -374,7 +374,7 @@ def test_node_of_ray_that_dies_costs_a_sweep_no_run(made, root, nodes, held):
     assert all(row.startswith("done") for row in table(output).values())
     assert (runs(root)["seed=0"] / "log.txt").read_text().count("on ") >= 2  # on one node, and then on another
     for seed in ("seed=0", "seed=1"):
-        assert outcome(runs(root)[seed]) == outcome(runs(made)[seed])
+        assert outcome(runs(root)[seed]) == outcome(runs(finished)[seed])
 
 
 # GPUs of one machine
@@ -402,14 +402,14 @@ print("ends", "", time.time())
 )
 def test_every_run_has_the_gpus_it_asks_for(asks, n_jobs, devices, most, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    jobs = [Job(Run(tmp_path, f"run{n}"), [], str(n), asked) for n, asked in enumerate(asks)]
+    jobs = [Job(Run(tmp_path, f"run{n}"), [], str(n), count) for n, count in enumerate(asks)]
     at_once = n_jobs or max_parallel_runs(list(devices), min(asks))
     LocalPool(str(tmp_path / "program.py"), jobs, at_once, list(devices)).work()
     spans = []
-    for job, asked in zip(jobs, asks):
+    for job, count in zip(jobs, asks):
         gets, ends = (line.split(" ") for line in job.log.read_text().splitlines()[:2])
         got = [x for x in gets[1].split(",") if x]
-        assert len(got) == len(set(got)) == min(asked, len(devices)) and set(got) <= set(devices)
+        assert len(got) == len(set(got)) == min(count, len(devices)) and set(got) <= set(devices)
         spans.append((float(gets[2]), float(ends[2]), got))
     at = [[s for s in spans if s[0] <= begun < s[1]] for begun, _, _ in spans]
     assert max(map(len, at)) <= most and (most == 1 or max(map(len, at)) > 1)
@@ -421,10 +421,12 @@ def test_every_run_has_the_gpus_it_asks_for(asks, n_jobs, devices, most, tmp_pat
 def test_as_many_runs_as_fit_by_what_they_ask_for(monkeypatch):
     """Not by what stands in the config that their words change."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    here, there = LocalLauncher(), Ray(None, 1, 0)
-    here.config = there.config = OmegaConf.create({"n_jobs": None, "trainer": {"accelerator": "auto", "devices": 1}})
-    assert [here.at_once(asked) for asked in ([1, 1], [2, 2], [4, 2], [])] == [4, 2, 2, 4]
-    assert there.at_once([1]) == math.inf
+    here, elsewhere = LocalLauncher(), Ray(None, 1, 0)
+    here.config = elsewhere.config = OmegaConf.create(
+        {"n_jobs": None, "trainer": {"accelerator": "auto", "devices": 1}}
+    )
+    assert [here.at_once(counts) for counts in ([1, 1], [2, 2], [4, 2], [])] == [4, 2, 2, 4]
+    assert elsewhere.at_once([1]) == math.inf
     here.config.n_jobs = 3
     assert here.at_once([2]) == 3
 

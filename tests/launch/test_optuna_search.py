@@ -36,12 +36,12 @@ def trials(root) -> dict[str, tuple[tuple[str, ...], float]]:
 
 def test_trials_are_runs_within_the_axes_and_the_best_is_said(searched):
     root, output = searched
-    found = trials(root)
-    assert len(found) == 3
-    for words, _ in found.values():
+    by_run = trials(root)
+    assert len(by_run) == 3
+    for words, _ in by_run.values():
         axes = dict(word.split("=") for word in words)
         assert 1e-4 <= float(axes["lr.peak"]) <= 1e-2 and axes["loss"] in ("fkl", "rkl")
-    assert f"best of 3 trials: val/lm {min(value for _, value in found.values()):.4f}" in output
+    assert f"best of 3 trials: val/lm {min(value for _, value in by_run.values()):.4f}" in output
 
 
 def test_again_is_nothing_to_do(searched):
@@ -143,8 +143,8 @@ def test_a_run_behind_the_median_of_the_others_is_ended(tmp_path):
     for number, loss, ended in ((0, 2.1, False), (1, 2.5, True)):
         lines = [{"step": 5, "train/loss": 9.0}, {"step": 10, "val/lm": loss}]
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        said = watched(number, tmp_path)
-        assert bool(said) == ended and (not ended or "pruned: val/lm 2.5000 at step 10" in said)
+        reason = watched(number, tmp_path)
+        assert bool(reason) == ended and (not ended or "pruned: val/lm 2.5000 at step 10" in reason)
     assert watched.pruned == {watched.trials[1].number}
 
 

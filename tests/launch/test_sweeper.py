@@ -26,7 +26,7 @@ from kd.launch.local import LocalLauncher
 from kd.launch.run_launcher import discard
 from kd.launch.summary import refused as refused_runs
 from kd.launch.summary import summary, varying
-from kd.launch.sweeper import SweepFileSweeper, asked_for, at_scale, without_teacher_training
+from kd.launch.sweeper import SweepFileSweeper, asked_for, at_scale, without_unused
 from kd.models import flops as flops_module
 from kd.runs.outcome import classify
 from kd.runs.run import Run
@@ -57,10 +57,10 @@ def test_two_sweeps_without_a_name_keep_a_list_each(tmp_path):
     words = ("logits=none", "teacher=none", "trainer.steps=2")
     train(tmp_path, "-m", *words, "seed=0,1")
     first = listed(tmp_path)
-    kept = first.read_text()
+    original = first.read_text()
     output = train(tmp_path, "-m", *words, "seed=1,2")
     second = listed(tmp_path)
-    assert first != second and first.read_text() == kept and f"sweep {second.stem}" in output
+    assert first != second and first.read_text() == original and f"sweep {second.stem}" in output
     assert "another command" not in output
     again = train(tmp_path, "-m", *words, "seed=1,2", f"sweep={first.stem}").replace("\n", "")  # which asks for it
     assert f"{first} lists what this command makes" in again and "1 are of another command" in again
@@ -235,8 +235,8 @@ def test_runs_of_a_line_go_by_its_name(tmp_path):
         names == [None, "plain distillation", "best of all", "best of all at a temperature of 1"]
         and "  best of all  starts" in output
     )
-    found = group_runs(load_sweep(tmp_path, "best"))
-    assert {group.label for group in found} == {SUPERVISED, *names[1:]}
+    groups = group_runs(load_sweep(tmp_path, "best"))
+    assert {group.label for group in groups} == {SUPERVISED, *names[1:]}
 
 
 def test_wrong_scale_names_those_there_are(tmp_path):
@@ -251,8 +251,15 @@ NAMED = ["teacher=hub", "teacher.name=org/big"]
 
 @pytest.mark.parametrize("typed", [[], ["teacher.steps=choice(5)"]])
 @pytest.mark.parametrize(
-    "pretrained",
-    [NAMED, ["experiment=c4_330m"], [*NAMED, "teacher.sft=false"], [*NAMED, "teacher.seed=1"]],
+    "untrained",
+    [
+        NAMED,
+        ["experiment=c4_330m"],
+        [*NAMED, "teacher.sft=false"],
+        ["teacher=none", "logits=none"],
+        ["logits=cotrained"],
+        ["teacher=3m", "logits=cotrained"],
+    ],
 )
 @pytest.mark.parametrize(
     "trained",
@@ -265,27 +272,45 @@ NAMED = ["teacher=hub", "teacher.name=org/big"]
         ["experiment=c4_330m", "teacher=1b", "teacher.name=null"],
     ],
 )
-def test_settings_of_a_teachers_training_are_left_out_of_runs_of_a_pretrained_one(typed, pretrained, trained):
-    jobs = [[*words, "teacher.steps=5", "trainer.steps=3"] for words in (trained, pretrained)]
-    assert without_teacher_training(jobs, typed) == [jobs[0], [*pretrained, "trainer.steps=3"]]
+def test_settings_of_a_teachers_training_are_left_out_of_runs_that_train_none(typed, untrained, trained):
+    jobs = [[*words, "teacher.steps=5", "trainer.steps=3"] for words in (trained, untrained)]
+    assert without_unused(jobs, typed) == [jobs[0], [*untrained, "trainer.steps=3"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "is_used"),
+    [
+        (["teacher=1m"], True), (["teacher=1m", "logits=cotrained"], True), (["teacher=none", "logits=none"], False),
+        (NAMED, False), ([*NAMED, "rollout=teacher"], True), ([*NAMED, "teacher.sft=true"], True),
+    ],
+)  # fmt: skip
+def test_the_seed_of_a_teacher_is_left_out_where_nothing_is_drawn_with_it(words, is_used):
+    jobs = [[*words, "teacher.seed=1"], ["teacher=1m", "teacher.seed=1"]]
+    assert without_unused(jobs, ["teacher.seed=1"])[0] == [*words, "teacher.seed=1"][: len(words) + is_used]
+
+
+def test_a_typed_setting_of_a_signal_without_an_effect_in_any_run_is_not_left_out():
+    jobs = [["logits=none", f"seed={seed}", "loss=akl", "alpha.peak=1"] for seed in (0, 1)]
+    assert without_unused(jobs, ["loss=akl"]) == [job[:-1] for job in jobs]
+    assert without_unused([*jobs, ["loss=akl"]], ["loss=akl"]) == [*[job[:2] for job in jobs], ["loss=akl"]]
 
 
 def test_a_typed_setting_of_a_teachers_training_without_an_effect_in_any_run_is_not_left_out():
     jobs = [[f"seed={seed}", *NAMED, "teacher.lr=1", "teacher.steps=5"] for seed in (0, 1)]
-    assert without_teacher_training(jobs, ["teacher.lr=choice(1)"]) == [job[:-1] for job in jobs]
+    assert without_unused(jobs, ["teacher.lr=choice(1)"]) == [job[:-1] for job in jobs]
 
 
 def jobs(sweep: dict, scale: str = "cpu") -> set[tuple[str, ...]]:
     """The runs of a sweep, multiplied out."""
     base, lines = at_scale(sweep, scale)
-    made = set()
+    distinct = set()
     for _, line in lines:
         words = dict(word.split("=", 1) for word in f"{base} {line}".split())
         for values in itertools.product(*(value.split(",") for value in words.values())):
             job = dict(zip(words, values, strict=True))
             alone = job.get("logits") == "none"
-            made.add(tuple(sorted((k, v) for k, v in job.items() if not (alone and group_of(k) in NO_SIGNAL))))
-    return made
+            distinct.add(tuple(sorted((k, v) for k, v in job.items() if not (alone and group_of(k) in NO_SIGNAL))))
+    return distinct
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in SWEEPS.glob("*.yaml")))
@@ -350,9 +375,9 @@ def test_all_runs_that_cannot_be_made_are_named_with_what_to_type_for_the_others
         return job
 
     launcher = LocalLauncher.__new__(LocalLauncher)
-    said = [" ".join(job) for job in jobs]
+    labels = [" ".join(job) for job in jobs]
     with pytest.raises(UserError) as error:
-        launcher._each(make, jobs, said)
+        launcher._each(make, jobs, labels)
     lines = str(error.value).splitlines()
     assert lines[1:] == [
         "- loss=minillm seed=0 and 1 more: loss=minillm needs more.",
@@ -360,8 +385,8 @@ def test_all_runs_that_cannot_be_made_are_named_with_what_to_type_for_the_others
         "To leave them out, type loss=fkl,tvd.",
     ]
     with pytest.raises(UserError, match=r"^loss=atkd needs more\.$"):
-        launcher._each(make, jobs[-2:], said[-2:])
-    assert launcher._each(make, jobs[:2], said) == jobs[:2]
+        launcher._each(make, jobs[-2:], labels[-2:])
+    assert launcher._each(make, jobs[:2], labels) == jobs[:2]
 
 
 @pytest.mark.parametrize("scale", ["cpu", "full"])
@@ -379,10 +404,10 @@ def test_the_head_of_the_scaling_sweep_says_the_flops_of_its_runs(scale):
         flops = 3 * student.flops_per_token + source.flops_per_token(selects_tokens=False)
         total += flops * int(job["trainer.steps"]) * batch * length
         if teacher and scale == "full":  # on a CPU they are runs of the sweep
-            own = int(job["teacher.steps"]) * int(job["teacher.batch"]) * length
-            teachers[job["teacher"]] = 3 * teacher.flops_per_token * own
-    said = float(re.search(rf"\({scale}: .*?([\d.]+e\d+) FLOPs", path.read_text())[1])
-    assert said == pytest.approx(total + sum(teachers.values()), rel=0.05)
+            tokens = int(job["teacher.steps"]) * int(job["teacher.batch"]) * length
+            teachers[job["teacher"]] = 3 * teacher.flops_per_token * tokens
+    documented = float(re.search(rf"\({scale}: .*?([\d.]+e\d+) FLOPs", path.read_text())[1])
+    assert documented == pytest.approx(total + sum(teachers.values()), rel=0.05)
 
 
 @pytest.mark.parametrize(

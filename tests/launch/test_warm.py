@@ -42,9 +42,9 @@ def program(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def warm(program):
-    made = Warm(str(program))
-    yield made
-    made.close()
+    pool = Warm(str(program))
+    yield pool
+    pool.close()
 
 
 def done(folder: Path, warm: Warm | None, *codes: str, at_once: int = 1, devices: tuple[str, ...] = ()) -> list[Job]:
@@ -76,8 +76,8 @@ def test_each_end_is_told_as_that_of_a_process_and_harms_no_other(tmp_path, prog
     forked, alone = done(tmp_path / "a", warm, *codes, at_once=2), done(tmp_path / "b", None, *codes, at_once=2)
     assert warm.server.poll() is None and not warm.failed
     for one, other, (_, code, reason) in zip(forked, alone, ENDS, strict=True):
-        told = [(job.state["state"], job.state["reason"], job.state["exit_code"]) for job in (one, other)]
-        assert told[0] == told[1] and told[0][1:] == (reason, code)
+        ends = [(job.state["state"], job.state["reason"], job.state["exit_code"]) for job in (one, other)]
+        assert ends[0] == ends[1] and ends[0][1:] == (reason, code)
         assert one.state["log"] == str(one.log) and one.state["peak_memory"] > 1e6
 
 
@@ -111,8 +111,8 @@ def test_peak_memory_is_of_the_run_alone(tmp_path, warm):
     large = f"kept = bytearray(400_000_000); {MEMORY}"
     before, inside, after = done(tmp_path, warm, MEMORY, large, MEMORY)
     (alone,) = done(tmp_path / "a", None, MEMORY)
-    said = [json.loads(job.log.read_text()) for job in (before, inside, after, alone)]
-    for first, between, last, cold in (said, [job.state["peak_memory"] for job in (before, inside, after, alone)]):
+    measured = [json.loads(job.log.read_text()) for job in (before, inside, after, alone)]
+    for first, between, last, cold in (measured, [job.state["peak_memory"] for job in (before, inside, after, alone)]):
         assert between > first + 3e8 and abs(last - first) < 2e7 and last < 1.1 * cold
 
 
@@ -180,17 +180,17 @@ def test_a_sweep_that_ends_leaves_neither_runs_nor_server(tmp_path, program, num
     log = tmp_path / "runs" / "run" / "log.txt"
     wait(lambda: log.exists() and log.read_text().strip())
 
-    def there() -> list[str]:
-        found = []
+    def processes() -> list[str]:
+        pids = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:
                 if str(program).encode() in path.read_bytes().split(b"\0"):
-                    found.append(path.parent.name)
+                    pids.append(path.parent.name)
             except (FileNotFoundError, ProcessLookupError):
                 pass
-        return found
+        return pids
 
-    assert log.read_text().strip() in there() and len(there()) == 2
+    assert log.read_text().strip() in processes() and len(processes()) == 2
     sweep.send_signal(number)
     sweep.wait()
-    wait(lambda: not there())
+    wait(lambda: not processes())

@@ -1,17 +1,13 @@
+"""Chunks give the sums and gradients of whole logits."""
+
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
-from torch._dynamo.exc import TorchDynamoException
-from torch._dynamo.utils import counters
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd.objective.chunked import Objective, chunks, default_chunk_size
 from kd.objective.target import Target
-from kd.objective.temperature import soften
 from tests.cases import (
     LOSSES,
     LOSSES_BY_WAYS,
@@ -28,45 +24,10 @@ from tests.cases import (
     logits,
     option,
     pairs,
-    pairwise,
     slope,
-    token_info,
 )
+from tests.objective.sums import FULL, PAIRWISE, PLAIN, ROWS, SAME, D, case, grads_of, plainly, same
 from tests.refusals import refused
-
-D, ROWS = 6, 13
-FULL, SAME, PLAIN = TRUNCATIONS["full"], TREATMENTS["renormalise"], TEMPERATURES["fixed"]
-
-
-def case(rows: int = ROWS, columns: int = V):
-    """A student's head and hidden states, labels, and a teacher's target, in float32."""
-    torch.manual_seed(0)
-    head = torch.nn.Linear(D, columns)
-    hidden = (4 * torch.randn(rows, D)).requires_grad_()
-    target = dense(logits(1, rows, columns, torch.float32))
-    return head, hidden, target.label, target
-
-
-def plainly(loss, truncation, treatment, temperature, alpha, head, hidden, label, target):
-    """The sums over all positions at once, from whole logits."""
-    z = head(hidden)
-    lm = functional.cross_entropy(z, label, reduction="sum")
-    softening = temperature(z.log_softmax(-1), target)
-    student = soften(z.log_softmax(-1), softening.student)
-    kd = (softening.weight * loss(student, treatment(truncation(target)).soften(softening.teacher))).sum()
-    return alpha * kd + (1 - alpha) * lm, kd, lm
-
-
-def grads_of(total, head, hidden):
-    return torch.autograd.grad(total, [hidden, *head.parameters()])
-
-
-def same(actual, expected) -> None:
-    for a, b in zip(actual, expected, strict=True):
-        close(a.double(), b, rtol=1e-4, atol=1e-5 * max(1, b.abs().max().item()))
-
-
-PAIRWISE = pairwise(LOSSES_BY_WAYS)
 
 
 def test_any_two_options_meet_in_a_fast_test():
@@ -193,75 +154,6 @@ def test_alpha_mixes_the_two_terms():
     same([lm.total, *lm_grads], [language, *grads_of(language, head, hidden)])
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 100])
-@each("loss", LOSSES)
-def test_where_a_token_is_not_distilled_alpha_is_0(loss, chunk):
-    head, hidden, label, target = case()
-    kd_mask = torch.arange(ROWS) % 3 > 0
-    objective = Objective(loss, FULL, SAME, PLAIN, chunk)
-    found = objective(head, hidden, label, target.__getitem__, 0.7, kd_mask=kd_mask)
-    parts = [
-        objective(head, hidden[rows], label[rows], target[rows].__getitem__, alpha)
-        for rows, alpha in ((kd_mask, 0.7), (~kd_mask, 0.0))
-    ]
-    same(found, (parts[0].total + parts[1].total, parts[0].kd, parts[0].lm + parts[1].lm))
-    same(grads_of(found.total, head, hidden), grads_of(parts[0].total + parts[1].total, head, hidden))
-
-
-def test_what_the_teacher_says_of_a_token_that_is_not_distilled_changes_nothing():
-    head, hidden, label, target = case()
-    kd_mask = torch.arange(ROWS) % 3 > 0
-    other = replace(target, logp=torch.where(kd_mask[:, None], target.logp, logits(9, ROWS).float().log_softmax(-1)))
-    objective = Objective(LOSSES["fkl"], FULL, SAME, PLAIN, 5)
-    a, b = (objective(head, hidden, label, t.__getitem__, 0.7, kd_mask=kd_mask) for t in (target, other))
-    assert a.total == b.total and a.kd == b.kd
-    pairs = zip(grads_of(a.total, head, hidden), grads_of(b.total, head, hidden), strict=True)
-    assert all(torch.equal(x, y) for x, y in pairs)
-
-
-@pytest.mark.parametrize("name", ["minillm", "distillm2", "atkd"])
-def test_a_loss_without_its_token_information_is_refused(name):
-    head, hidden, label, target = case()
-    target = replace(target, token_info=replace(target.token_info, advantage=None, by_student=None, is_hard=None))
-    with refused(option="loss", why="of each token, which neither the rollout nor the token selection provides"):
-        Objective(LOSSES[name], FULL, SAME, PLAIN, 5)(head, hidden, label, target.__getitem__, 0.7)
-
-
-def test_all_or_none_distilled_is_alpha_or_0():
-    head, hidden, label, target = case()
-    objective = Objective(LOSSES["rkl"], FULL, SAME, PLAIN, 5)
-    for which, alpha in ((True, 0.7), (False, 0.0)):
-        mask = torch.full((ROWS,), which)
-        found = objective(head, hidden, label, target.__getitem__, 0.7, kd_mask=mask)
-        expected = objective(head, hidden, label, target.__getitem__, alpha)
-        same([found.total, found.lm], [expected.total, expected.lm])
-        same(grads_of(found.total, head, hidden), grads_of(expected.total, head, hidden))
-        assert which or found.kd == 0
-
-
-def test_gradient_of_a_step_with_tokens_that_are_not_distilled_is_that_of_finite_differences():
-    label, target, kd_mask = torch.arange(4), dense(logits(1, 4)), torch.tensor([True, False, True, False])
-    objective = Objective(LOSSES["fkl"], FULL, SAME, PLAIN)
-
-    def total(z):  # per position, in float64
-        student = z.log_softmax(-1)
-        lm = -student.gather(-1, label[:, None])[:, 0]
-        return torch.where(kd_mask, 0.7 * objective.distillation_loss(student, target) + 0.3 * lm, lm)
-
-    z, single = logits(2, 4), replace(target, logp=target.logp.float())
-    grad, sums = objective.logits_gradient(z.float(), label, single, torch.tensor(0.7), kd_mask)
-    close(grad.double(), slope(total, z), rtol=1e-4, atol=1e-5)
-    close(sums.total.double(), total(z).sum(), rtol=1e-5)
-
-
-def test_without_a_signal_there_is_language_modelling_alone():
-    head, hidden, label, _ = case()
-    sums = Objective(LOSSES["fkl"], FULL, SAME, PLAIN, 5)(head, hidden, label, None, 0.0)
-    language = functional.cross_entropy(head(hidden), label, reduction="sum")
-    same(sums, (language, torch.zeros(()), language))
-    same(grads_of(sums.total, head, hidden), grads_of(language, head, hidden))
-
-
 def test_the_parts_carry_no_gradient():
     head, hidden, label, target = case()
     sums = Objective(LOSSES["fkl"], FULL, SAME, PLAIN)(head, hidden, label, target.__getitem__, 0.5)
@@ -353,127 +245,6 @@ def test_chunks_cover_every_row_once(count, size):
     assert all(0 < len(piece) <= size for piece in pieces)
 
 
-class Elements(TorchDispatchMode):
-    """Counts the elements of all tensors that are alive, and remembers the most."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.total = self.most = 0  # total: with some that are gone, which are looked for where there may be most
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                storage = StorageWeakRef(tensor.untyped_storage())
-                count = tensor.untyped_storage().nbytes() // tensor.element_size()
-                self.total += count - self.alive.get(storage.cdata, (None, 0))[1]
-                self.alive[storage.cdata] = storage, count
-        if self.total > self.most:
-            self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
-            self.total = sum(count for _, count in self.alive.values())
-            self.most = max(self.most, self.total)
-        return out
-
-
-ONE_BY_ONE = (
-    {name: (loss, FULL, SAME, PLAIN) for name, loss in LOSSES.items()}
-    | {name: (LOSSES["fkl"], truncation, SAME, PLAIN) for name, truncation in TRUNCATIONS.items()}
-    | {name: (LOSSES["fkl"], TRUNCATIONS["top_k-k=5"], treatment, PLAIN) for name, treatment in TREATMENTS.items()}
-    | {name: (LOSSES["fkl"], FULL, SAME, temperature) for name, temperature in TEMPERATURES.items()}
-)
-
-
-def share_of_logits(total_of, rows: int = 600, columns: int = 64) -> float:
-    """Return the most elements alive during forward and backward, as a share of the whole logits.
-
-    They are measured on 5 and on 10 chunks of 6 rows: what outlives a chunk grows with the rows.
-    """
-    few, many = (most_elements(total_of, measured, columns) for measured in (30, 60))
-    return (few + (rows - 30) * (many - few) / 30) / (rows * columns)
-
-
-def most_elements(total_of, rows: int, columns: int) -> int:
-    head, hidden, label, _ = case(rows, columns)
-    teacher = torch.nn.Linear(D, columns)
-    seed = torch.arange(rows)
-
-    def signal(rows):
-        logp = teacher(hidden[rows].detach()).log_softmax(-1).detach()
-        return Target(label[rows], logp, seed=seed[rows], token_info=token_info(len(logp), torch.float32))
-
-    with Elements() as elements:
-        total_of(head, hidden, label, signal).backward()
-    return elements.most
-
-
-def test_random_grows_with_the_number_of_draws_and_not_with_its_square():
-    draws = 500
-    with Elements() as elements:
-        option("truncation", "random", draws=draws)(dense(logits(1)))
-    assert elements.most < 50 * draws * len(logits(1))
-
-
-@each("parts", ONE_BY_ONE)
-def test_never_holds_as_much_as_the_whole_logits(parts):
-    objective = Objective(*parts, chunk=6)
-    assert share_of_logits(lambda *inputs: objective(*inputs, 0.5).total) < 0.5
-
-
-def test_the_count_of_elements_sees_logits_in_one_piece_or_in_many():
-    def whole(head, hidden, label, signal, rows=slice(None)):
-        return plainly(LOSSES["fkl"], FULL, SAME, PLAIN, 0.5, head, hidden[rows], label[rows], signal(rows))[0]
-
-    assert share_of_logits(whole) > 1
-    assert share_of_logits(lambda *inputs: sum(whole(*inputs, rows) for rows in chunks(len(inputs[1]), 6))) > 1
-
-
-COLUMNS = {  # of the target: all, some, and some beside the probability of the others
-    "dense": (FULL, SAME),
-    "sparse": (TRUNCATIONS["top_k-k=5"], SAME),
-    "leftover": (TRUNCATIONS["top_k-k=5"], TREATMENTS["leftover"]),
-    "rest": (TRUNCATIONS["top_k-k=5"], TREATMENTS["rest"]),
-}
-
-
-def assert_compiled_equals_eager(loss, columns) -> None:
-    head, hidden, label, target = case()
-    kd_mask = torch.arange(ROWS) % 3 > 0
-    for alpha in (0.9, 0.3):  # that alpha changes must not be compiled in
-        eager, compiled = (
-            Objective(loss, *columns, PLAIN, 5, compile)(
-                head, hidden, label, target.__getitem__, alpha, kd_mask=kd_mask
-            )
-            for compile in (False, True)
-        )
-        same(compiled, eager)
-        same(grads_of(compiled.total, head, hidden), grads_of(eager.total, head, hidden))
-
-
-@pytest.mark.slow
-@each("columns", COLUMNS)
-@each("loss", LOSSES)
-def test_compiled_equals_eager(loss, columns):
-    torch.compiler.reset()
-    assert_compiled_equals_eager(loss, columns)
-
-
-@pytest.mark.slow
-@each("columns", COLUMNS)
-@each("loss", LOSSES)
-def test_a_loss_is_one_graph_for_all_chunks(loss, columns, monkeypatch):
-    """With torch's capture of graphs alone, which is fast. What it cannot capture, it would compute eagerly in silence."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
-    torch.compiler.reset()
-    counters.clear()
-    assert_compiled_equals_eager(loss, columns)
-    for rows in range(2, ROWS):  # the last chunk has 1 to 5 rows
-        head, hidden, label, target = case(rows)
-        Objective(loss, *columns, PLAIN, 5, True)(head, hidden, label, target.__getitem__, 0.9)
-    # Two kinds, with a mask and without one, for 5 rows, for any number and for a single row.
-    assert counters["stats"]["unique_graphs"] <= 6 and not counters["graph_break"]
-
-
 def test_a_chunk_is_chosen_by_the_vocabulary():
     for vocab, rows in ((1000, 8388), (32_768, 256), (256_000, 64)):
         assert default_chunk_size(torch.nn.Linear(2, vocab, device="cpu")) == rows
@@ -505,19 +276,6 @@ def test_gradient_is_that_of_finite_differences(loss):
     single = replace(target, logp=target.logp.float())
     grad, _ = objective.logits_gradient(z.float(), label, single, torch.tensor(0.7))
     close(grad.double(), slope(total, z), rtol=1e-4, atol=1e-5)
-
-
-def test_a_loss_that_cannot_be_compiled_is_computed_as_it_is_unless_it_has_to_be(monkeypatch):
-    def fails(*_):
-        raise TorchDynamoException("no C compiler")
-
-    monkeypatch.setattr(torch, "compile", lambda function: fails)
-    head, hidden, label, target = case()
-    objective = Objective(LOSSES["fkl"], FULL, SAME, PLAIN)
-    expected = objective(head, hidden, label, target.__getitem__, 0.9).total
-    assert torch.equal(replace(objective, compile=None)(head, hidden, label, target.__getitem__, 0.9).total, expected)
-    with pytest.raises(TorchDynamoException):
-        replace(objective, compile=True)(head, hidden, label, target.__getitem__, 0.9)
 
 
 def test_a_loss_whose_gradient_is_an_expanded_view_is_added_to():

@@ -56,10 +56,10 @@ def test_pair_puts_both_sides_on_the_same_tokens(form):
     q, p = target.align(student)
     assert p.shape == q.shape
     for row in range(len(p)):
-        kept = target.logp[row] > -torch.inf
-        ids = torch.arange(V)[kept] if target.ids is None else target.ids[row][kept]
-        columns = torch.cat([kept, torch.tensor([True])]) if target.has_residual_column else kept
-        expected_p, expected_q = target.logp[row][kept].exp(), student[row, ids].exp()
+        support = target.logp[row] > -torch.inf
+        ids = torch.arange(V)[support] if target.ids is None else target.ids[row][support]
+        columns = torch.cat([support, torch.tensor([True])]) if target.has_residual_column else support
+        expected_p, expected_q = target.logp[row][support].exp(), student[row, ids].exp()
         if target.has_residual_column:
             expected_p, expected_q = (torch.cat([x, 1 - x.sum(0, keepdim=True)]) for x in (expected_p, expected_q))
         close(p[row][columns].exp(), expected_p)
@@ -99,16 +99,16 @@ def test_a_rest_that_float32_cannot_see_stays_finite():
 def test_keep_leaves_probabilities_as_they_are():
     target = dense(torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64).log())
     columns = torch.tensor([[3, 1]])
-    kept = target.logp.gather(-1, columns)
-    close(target.select(kept, columns).logp.exp(), [[0.4, 0.2]])
+    logp = target.logp.gather(-1, columns)
+    close(target.select(logp, columns).logp.exp(), [[0.4, 0.2]])
 
 
 def test_keep_names_tokens_and_not_columns():
     target = shuffled(dense(logits(1)), 8)
     columns = torch.tensor([[7, 2, 0]]).expand(len(target.logp), 3)
-    kept = target.select(target.logp.gather(-1, columns), columns)
-    close(kept.ids, target.ids[:, [7, 2, 0]])
-    close(kept.logp, probabilities(target).gather(-1, kept.ids).log())
+    selected = target.select(target.logp.gather(-1, columns), columns)
+    close(selected.ids, target.ids[:, [7, 2, 0]])
+    close(selected.logp, probabilities(target).gather(-1, selected.ids).log())
 
 
 @each("form", {name: form for name, form in FORMS.items() if "rest" not in name})
@@ -171,9 +171,9 @@ def test_entropy_of_a_sure_or_a_uniform_teacher():
 def test_uncertainty_is_what_is_left_to_other_tokens(form):
     target = form(logits(1))
     for label in (target.label, (target.label + 7) % V):
-        told = replace(target, label=label)
-        close(told.uncertainty(), 1 - probabilities(told).gather(-1, label[:, None])[:, 0])
-        close(told.label_mask().sum(-1), (probabilities(told).gather(-1, label[:, None])[:, 0] > 0).long())
+        labelled = replace(target, label=label)
+        close(labelled.uncertainty(), 1 - probabilities(labelled).gather(-1, label[:, None])[:, 0])
+        close(labelled.label_mask().sum(-1), (probabilities(labelled).gather(-1, label[:, None])[:, 0] > 0).long())
 
 
 def test_uncertainty_of_a_sure_teacher_is_exact():

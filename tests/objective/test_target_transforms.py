@@ -60,18 +60,20 @@ def test_probabilities_worked_by_hand(name, label, expected):
 @pytest.mark.parametrize("margin", [2.0, 18.0, 25.0, 60.0])
 def test_a_rest_teaches_a_student_that_is_sure_of_what_is_kept(margin, form):
     """d/dz of KL over (kept, rest): the student's share of the rest minus the teacher's, by the student within it."""
-    kept, left = 0.9, 0.1
+    kept_mass, left = 0.9, 0.1
     z = torch.tensor([[margin, 0.0, 0.0, 0.0]], requires_grad=True)
     if form == "sparse":
-        target = Target(torch.tensor([0]), torch.tensor([[kept]]).log(), torch.tensor([[0]]), has_residual_column=True)
+        target = Target(
+            torch.tensor([0]), torch.tensor([[kept_mass]]).log(), torch.tensor([[0]]), has_residual_column=True
+        )
     else:
-        target = Target(torch.tensor([0]), torch.tensor([[kept, 0.0, 0.0, 0.0]]).log(), has_residual_column=True)
+        target = Target(torch.tensor([0]), torch.tensor([[kept_mass, 0.0, 0.0, 0.0]]).log(), has_residual_column=True)
     value = FKL(z.log_softmax(-1), target)
     value.sum().backward()
     q = torch.tensor([margin, 0, 0, 0], dtype=torch.float64).softmax(-1)
     others = math.log(3) - margin - math.log1p(3 * math.exp(-margin))  # of the student, by logarithms
-    close(value, [kept * (math.log(kept) - q[0].log().item()) + left * (math.log(left) - others)], rtol=1e-5)
-    expected = q - torch.tensor([kept, *[left / 3] * 3], dtype=torch.float64)
+    close(value, [kept_mass * (math.log(kept_mass) - q[0].log().item()) + left * (math.log(left) - others)], rtol=1e-5)
+    expected = q - torch.tensor([kept_mass, *[left / 3] * 3], dtype=torch.float64)
     torch.testing.assert_close(z.grad[0].double(), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -129,9 +131,9 @@ def test_where_nothing_is_dropped_dense_equals_sparse(loss, treatment):
     many = [treatment(t) for t in (target, shuffled(target, V), replace(target, complete=True))]
     if treatment.func.__name__ != "revise":
         many.append(target)
-    for made in many[1:]:
-        close(loss(student.log_softmax(-1), made), loss(student.log_softmax(-1), many[0]), atol=1e-6)
-        grads = [gradient(lambda z, t=t: loss(z.log_softmax(-1), t), student) for t in (made, many[0])]
+    for other in many[1:]:
+        close(loss(student.log_softmax(-1), other), loss(student.log_softmax(-1), many[0]), atol=1e-6)
+        grads = [gradient(lambda z, t=t: loss(z.log_softmax(-1), t), student) for t in (other, many[0])]
         close(*grads, atol=1e-6)
 
 
@@ -160,8 +162,8 @@ def test_does_not_depend_on_other_positions_or_on_dropped_columns(treatment):
     whole = without_some(shuffled(dense(logits(1)), V))
     expected = probabilities(treatment(whole))
     for row in range(N):
-        kept = whole.logp[row] > -torch.inf
-        alone = Target(whole.label[row, None], whole.logp[row, kept][None], whole.ids[row, kept][None])
+        support = whole.logp[row] > -torch.inf
+        alone = Target(whole.label[row, None], whole.logp[row, support][None], whole.ids[row, support][None])
         close(probabilities(treatment(alone))[0], expected[row])
 
 

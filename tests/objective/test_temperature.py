@@ -39,9 +39,9 @@ def softmax(z):
     return e / e.sum()
 
 
-def fkl(teacher, student, tau, student_tau, weight, kept):
+def fkl(teacher, student, tau, student_tau, weight, support):
     """weight * KL(softmax(teacher[kept] / tau) || softmax(student / student_tau)[kept]) in numpy, for one position."""
-    p, q = softmax(teacher[kept] / tau), softmax(student / student_tau)[kept]
+    p, q = softmax(teacher[support] / tau), softmax(student / student_tau)[support]
     return weight * (p * np.log(p / q)).sum()
 
 
@@ -77,7 +77,7 @@ def test_equals_numpy(temperature, k):
     actual = distance(temperature, option("truncation", "top_k", k=k))(student, teacher)
     for row, (z, y) in enumerate(zip(teacher.numpy(), student.numpy(), strict=True)):
         taus = NUMPY[temperature.func.__name__](z, y, **temperature.keywords)
-        close(actual[row], fkl(z, y, *taus, kept=np.argsort(-z)[:k]))
+        close(actual[row], fkl(z, y, *taus, support=np.argsort(-z)[:k]))
 
 
 def test_numbers_worked_by_hand():
@@ -151,8 +151,8 @@ def test_dropped_tokens_have_no_part_in_a_temperature(temperature):
     student, whole = logits(1).log_softmax(-1), without_some(dense(logits(2)))
     many = torch.as_tensor(temperature(student, whole).teacher).expand(N)
     for row in range(N):
-        kept = whole.logp[row] > -torch.inf
-        alone = temperature(student[row, None], dense(whole.logp[row, kept][None])).teacher
+        support = whole.logp[row] > -torch.inf
+        alone = temperature(student[row, None], dense(whole.logp[row, support][None])).teacher
         close(many[row], torch.as_tensor(alone).reshape(()).item())
 
 
@@ -207,8 +207,8 @@ def test_temperature_of_an_entropy_grows_from_0_to_tau():
 def test_least_is_the_softened_teacher_where_it_alone_is_softened(temperature, truncation):
     teacher = logits(1)
     tau = torch.as_tensor(temperature(teacher.log_softmax(-1), dense(teacher)).teacher).expand(N)
-    kept = probabilities(truncation(dense(teacher))) > 0
-    soft = (teacher / tau[:, None]).masked_fill(~kept, -60)  # nothing of a dropped token
+    support = probabilities(truncation(dense(teacher))) > 0
+    soft = (teacher / tau[:, None]).masked_fill(~support, -60)  # nothing of a dropped token
     value = distance(temperature, truncation)
     close(value(soft, teacher), torch.zeros(N), atol=1e-9)
     close(gradient(lambda z: value(z, teacher), soft), torch.zeros(N, V), atol=1e-9)

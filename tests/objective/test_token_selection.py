@@ -36,7 +36,7 @@ def test_the_surest_go_first_by_hand(share, expected):
 
 
 @pytest.mark.parametrize(
-    ("found", "hard", "weight"),
+    ("uncertainties", "hard", "weight"),
     [
         ([0.1, 0.5, 0.3], [0, 1, 1], [3, 1.5, 1.5]),
         ([0.1, 0.5, 0.3, 0.2], [0, 1, 1, 1], [4, 4 / 3, 4 / 3, 4 / 3]),  # of two in the middle the lower: 0.2
@@ -46,8 +46,8 @@ def test_the_surest_go_first_by_hand(share, expected):
         ([], [], []),
     ],
 )
-def test_the_uncertain_are_hard_by_hand(found, hard, weight):
-    selection = option("routing", "uncertainty")(lambda measure: torch.tensor(found))
+def test_the_uncertain_are_hard_by_hand(uncertainties, hard, weight):
+    selection = option("routing", "uncertainty")(lambda measure: torch.tensor(uncertainties))
     info = selection.token_info
     assert (
         selection.kd_mask is None and info.provided().keys() == {"is_hard", "weight"} and info.is_hard.tolist() == hard
@@ -56,17 +56,17 @@ def test_the_uncertain_are_hard_by_hand(found, hard, weight):
 
 
 def test_weights_make_one_mean_of_two():
-    found, value = torch.rand(101), torch.rand(101)
-    weight = option("routing", "uncertainty")(lambda measure: found).token_info.weight
-    hard = found >= found.median()
+    uncertainty, value = torch.rand(101), torch.rand(101)
+    weight = option("routing", "uncertainty")(lambda measure: uncertainty).token_info.weight
+    hard = uncertainty >= uncertainty.median()
     means = value[hard].mean() + value[~hard].mean()
     torch.testing.assert_close((value * weight).mean(), means)
 
 
 def test_what_is_measured_is_what_the_teacher_leaves_to_other_tokens():
-    asked = []
-    option("routing", "uncertainty")(lambda measure: (asked.append(measure(TEACHER, V)), torch.rand(3))[1])
-    torch.testing.assert_close(asked[0], 1 - TEACHER.label_logp().exp())
+    measured = []
+    option("routing", "uncertainty")(lambda measure: (measured.append(measure(TEACHER, V)), torch.rand(3))[1])
+    torch.testing.assert_close(measured[0], 1 - TEACHER.label_logp().exp())
 
 
 def test_none_asks_for_nothing():
@@ -123,15 +123,15 @@ class TableTeacher(Teacher):
 
     def __init__(self, trainable: bool = False):
         self.trainable, self.model = trainable, Model()
-        self.asked: list[int] = []  # rows of each micro-batch
+        self.rows_requested: list[int] = []  # rows of each micro-batch
 
     def signal(self, batch, mask):
-        self.asked.append(len(batch.ids))
+        self.rows_requested.append(len(batch.ids))
         ids, labels, seed = batch.ids[mask], batch.labels[mask], batch.position_seeds[mask]
         return lambda rows: Target(labels[rows], TEACHER.logp[ids[rows]], seed=seed[rows])
 
 
-def made(micro_batch: int, chunk: int, share: float = 0.3, teacher=None, loss="fkl", route=None) -> Module:
+def build_module(micro_batch: int, chunk: int, share: float = 0.3, teacher=None, loss="fkl", route=None) -> Module:
     objective = Objective(LOSSES[loss], TRUNCATIONS["full"], TREATMENTS["renormalise"], TEMPERATURES["fixed"], chunk)
     return Module(
         Model(), teacher or TableTeacher(), objective, Schedules(lambda _: 0.7, lambda _: 0.1), None, max_steps=2,
@@ -139,22 +139,22 @@ def made(micro_batch: int, chunk: int, share: float = 0.3, teacher=None, loss="f
     )  # fmt: skip
 
 
-def step(of: Module, given: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def step(module: Module, given: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Sums of loss, distillation and language modelling over the tokens of a step, and its gradients."""
-    of.training_step(given, 0)
-    sums = torch.tensor([of.last_step.metrics[name] for name in ("loss", "kd", "lm")], dtype=torch.float64)
-    return sums * int((given.labels != IGNORE).sum()), [p.grad.clone() for p in of.student.parameters()]
+    module.training_step(given, 0)
+    sums = torch.tensor([module.last_step.metrics[name] for name in ("loss", "kd", "lm")], dtype=torch.float64)
+    return sums * int((given.labels != IGNORE).sum()), [p.grad.clone() for p in module.student.parameters()]
 
 
-def asked_for(of: Module, given: Batch) -> torch.Tensor:
+def asked_for(module: Module, given: Batch) -> torch.Tensor:
     """Return a mask of the target positions that are distilled."""
-    parts = [(part, part.labels != IGNORE) for part in given.split(of.micro_batch_size)]
-    return torch.cat([selection.kd_mask for selection in of.select_tokens(parts)[1]])
+    parts = [(part, part.labels != IGNORE) for part in given.split(module.micro_batch_size)]
+    return torch.cat([selection.kd_mask for selection in module.select_tokens(parts)[1]])
 
 
 def expected(share: float) -> torch.Tensor:
-    kept = batch().labels != IGNORE
-    logp = TEACHER.logp[batch().ids[kept]].double()
+    mask = batch().labels != IGNORE
+    logp = TEACHER.logp[batch().ids[mask]].double()
     entropy = -(logp.exp() * logp).sum(-1)
     return entropy > entropy.sort().values[round(share * len(entropy)) - 1]
 
@@ -163,14 +163,14 @@ def expected(share: float) -> torch.Tensor:
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 6])
 @pytest.mark.parametrize("chunk", [1, 7, 100])
 def test_the_share_is_of_the_whole_step_however_it_is_cut(micro_batch, chunk, share):
-    assert torch.equal(asked_for(made(micro_batch, chunk, share), batch()), expected(share))
+    assert torch.equal(asked_for(build_module(micro_batch, chunk, share), batch()), expected(share))
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 6])
 @pytest.mark.parametrize("chunk", [1, 7, 100])
 def test_a_step_is_the_same_however_it_is_cut(micro_batch, chunk):
-    whole = step(made(6, 100), batch())
-    sums, grads = step(made(micro_batch, chunk), batch())
+    whole = step(build_module(6, 100), batch())
+    sums, grads = step(build_module(micro_batch, chunk), batch())
     torch.testing.assert_close(sums, whole[0], rtol=1e-6, atol=1e-6)
     for a, b in zip(grads, whole[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -183,15 +183,15 @@ HARD = option("routing", "uncertainty")
 @pytest.mark.parametrize("chunk", [1, 7, 100])
 def test_atkd_is_that_of_the_whole_step_however_it_is_cut(micro_batch, chunk):
     """share * mean of dkd over easy tokens + (1 - share) * mean of tkd + dkd over hard ones, times all of them."""
-    of, given = made(micro_batch, chunk, loss="atkd", route=HARD), batch()
-    sums, grads = step(of, given)
-    whole = step(made(6, 100, loss="atkd", route=HARD), given)
+    module, given = build_module(micro_batch, chunk, loss="atkd", route=HARD), batch()
+    sums, grads = step(module, given)
+    whole = step(build_module(6, 100, loss="atkd", route=HARD), given)
     torch.testing.assert_close(sums, whole[0], rtol=1e-5, atol=1e-6)
     for a, b in zip(grads, whole[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    kept = given.labels != IGNORE
-    student = of.student.head(of.student.hidden_states(given.ids[kept])).log_softmax(-1).double()
-    target = Target(given.labels[kept], TEACHER.logp[given.ids[kept]].double())
+    mask = given.labels != IGNORE
+    student = module.student.head(module.student.hidden_states(given.ids[mask])).log_softmax(-1).double()
+    target = Target(given.labels[mask], TEACHER.logp[given.ids[mask]].double())
     tkd, dkd = losses._decoupled_kl(student, target)
     unsure = 1 - target.label_logp().exp()
     hard = unsure >= unsure.median()
@@ -202,8 +202,8 @@ def test_atkd_is_that_of_the_whole_step_however_it_is_cut(micro_batch, chunk):
 
 def test_atkd_of_each_micro_batch_would_be_another():
     given = batch()
-    whole = step(made(6, 100, loss="atkd", route=HARD), given)[0][1]
-    parts = [step(made(2, 100, loss="atkd", route=HARD), part)[0][1] for part in given.split(2)]
+    whole = step(build_module(6, 100, loss="atkd", route=HARD), given)[0][1]
+    parts = [step(build_module(2, 100, loss="atkd", route=HARD), part)[0][1] for part in given.split(2)]
     assert (sum(parts) - whole).abs() > 1e-3
 
 
@@ -212,13 +212,13 @@ def test_what_a_rollout_knows_reaches_the_loss(micro_batch):
     """Combine the rollout's token information with that of the routing, at target positions."""
     by_student = (torch.arange(ROWS) % 2)[:, None].expand(ROWS, T).float()
     given = batch()._replace(token_info=TokenInfo(by_student=by_student))
-    of = made(micro_batch, 7, loss="distillm2")
-    sums, _ = step(of, given)
-    kept = given.labels != IGNORE
-    student = of.student.head(of.student.hidden_states(given.ids[kept])).log_softmax(-1).double()
-    target = Target(given.labels[kept], TEACHER.logp[given.ids[kept]].double())
+    module = build_module(micro_batch, 7, loss="distillm2")
+    sums, _ = step(module, given)
+    mask = given.labels != IGNORE
+    student = module.student.head(module.student.hidden_states(given.ids[mask])).log_softmax(-1).double()
+    target = Target(given.labels[mask], TEACHER.logp[given.ids[mask]].double())
     both = [LOSSES[name](student, target) for name in ("skl", "srkl")]
-    kd = torch.where(by_student[kept] > 0, both[1], both[0])[expected(0.3)].sum()
+    kd = torch.where(by_student[mask] > 0, both[1], both[0])[expected(0.3)].sum()
     torch.testing.assert_close(sums[1], kd.detach(), rtol=1e-5, atol=1e-5)
 
 
@@ -229,24 +229,24 @@ def test_the_share_is_of_all_ranks(sizes, monkeypatch):
     entropies = []
     for piece in pieces:
         monkeypatch.setattr(collectives, "all_gather", lambda value: (entropies.append(value), [value])[1])
-        asked_for(made(2, 7), piece)
+        asked_for(build_module(2, 7), piece)
     monkeypatch.setattr(collectives, "all_gather", lambda value: entropies)
-    found = []
+    masks = []
     for number, piece in enumerate(pieces):
         monkeypatch.setattr(collectives, "rank", lambda number=number: number)
-        found.append(asked_for(made(2, 7), piece))
-    assert torch.equal(torch.cat(found), expected(0.3))
+        masks.append(asked_for(build_module(2, 7), piece))
+    assert torch.equal(torch.cat(masks), expected(0.3))
 
 
 def test_a_token_that_is_not_distilled_weighs_as_much_as_any_other():
     """The sum is of alpha * kd + (1 - alpha) * lm over the distilled tokens, and of lm over the others."""
-    of, given = made(2, 7), batch()
-    sums, _ = step(of, given)
-    kept = given.labels != IGNORE
-    student = of.student.head(of.student.hidden_states(given.ids[kept])).log_softmax(-1).double()
-    teacher = TEACHER.logp[given.ids[kept]].double()
+    module, given = build_module(2, 7), batch()
+    sums, _ = step(module, given)
+    mask = given.labels != IGNORE
+    student = module.student.head(module.student.hidden_states(given.ids[mask])).log_softmax(-1).double()
+    teacher = TEACHER.logp[given.ids[mask]].double()
     kd = (teacher.exp() * (teacher - student)).sum(-1)
-    lm = -student.gather(-1, given.labels[kept][:, None])[:, 0]
+    lm = -student.gather(-1, given.labels[mask][:, None])[:, 0]
     which = expected(0.3)
     by_hand = torch.stack([torch.where(which, 0.7 * kd + 0.3 * lm, lm).sum(), kd[which].sum(), lm.sum()])
     torch.testing.assert_close(sums, by_hand.detach(), rtol=1e-5, atol=1e-5)
@@ -255,8 +255,8 @@ def test_a_token_that_is_not_distilled_weighs_as_much_as_any_other():
 @pytest.mark.parametrize(("trainable", "times"), [(False, 1), (True, 2)])
 def test_a_teacher_is_asked_once_per_micro_batch_and_one_that_learns_twice(trainable, times):
     teacher = TableTeacher(trainable)
-    step(made(2, 100, teacher=teacher), batch())
-    assert teacher.asked == [2, 2, 2] * times
+    step(build_module(2, 100, teacher=teacher), batch())
+    assert teacher.rows_requested == [2, 2, 2] * times
 
 
 # Through train.py
@@ -266,8 +266,8 @@ ROUTED = ("routing=entropy", "routing.share=0.4")
 
 
 @pytest.fixture(scope="module")
-def root(taught, tmp_path_factory) -> Path:
-    return Path(shutil.copytree(taught, tmp_path_factory.mktemp("routed") / "root"))
+def root(trained_root, tmp_path_factory) -> Path:
+    return Path(shutil.copytree(trained_root, tmp_path_factory.mktemp("routed") / "root"))
 
 
 def near(one: Path, two: Path) -> None:
@@ -297,9 +297,9 @@ def test_none_routed_is_the_plain_run(root):
 
 def test_a_store_of_a_part_routes_nearly_as_the_teacher(root):
     """Select by the largest entropy that the stored entries allow."""
-    found = {}
+    masks = {}
     real = module.DistillationModule.select_tokens
-    for how in ("online", "offline"):
+    for source in ("online", "offline"):
         seen = []
 
         def spy(self, parts, seen=seen):
@@ -309,10 +309,10 @@ def test_a_store_of_a_part_routes_nearly_as_the_teacher(root):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module.DistillationModule, "select_tokens", spy)
-            here(root, f"logits={how}", *TOP, *ROUTED)
-        found[how] = torch.cat(seen)
-    assert found["online"].float().mean() == found["offline"].float().mean() == pytest.approx(0.6, abs=0.01)
-    assert (found["online"] == found["offline"]).float().mean() > 0.8
+            here(root, f"logits={source}", *TOP, *ROUTED)
+        masks[source] = torch.cat(seen)
+    assert masks["online"].float().mean() == masks["offline"].float().mean() == pytest.approx(0.6, abs=0.01)
+    assert (masks["online"] == masks["offline"]).float().mean() > 0.8
 
 
 def test_a_store_of_draws_is_refused(root):

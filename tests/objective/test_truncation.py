@@ -68,7 +68,7 @@ def agree(actual: Target, expected: Target) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "setting", "kept"),
+    ("name", "setting", "expected"),
     [
         ("top_k", {"k": 1}, [0, 0, 0.4, 0]),
         ("top_k", {"k": 2}, [0.3, 0, 0.4, 0]),
@@ -83,11 +83,11 @@ def agree(actual: Target, expected: Target) -> None:
         ("top_p_k", {"p": 0.39, "k": 2}, [0, 0, 0.4, 0]),
     ],
 )
-def test_tokens_kept_by_hand(name, setting, kept):
-    kept = torch.tensor([kept], dtype=torch.float64)
+def test_tokens_kept_by_hand(name, setting, expected):
+    expected = torch.tensor([expected], dtype=torch.float64)
     cut = option("truncation", name, **setting)(four())
-    close(probabilities(cut, 4), kept)
-    close(probabilities(renormalise(cut), 4), kept / kept.sum())
+    close(probabilities(cut, 4), expected)
+    close(probabilities(renormalise(cut), 4), expected / expected.sum())
 
 
 def test_top_p_of_exactly_p_needs_no_further_token():
@@ -113,35 +113,35 @@ def test_nucleus_is_the_smallest_set_that_reaches_p_then_at_most_k(p, k, form):
 def test_everything_can_be_kept(name, setting):
     for scale in (1, 10):  # at 10 some probabilities are too small to move a float32 sum
         target = dense((scale * logits(1)).float())
-        kept = option("truncation", name, **setting)(target)
-        assert ((probabilities(kept) > 0) == (probabilities(target) > 0)).all()
-        close(probabilities(kept), probabilities(target), rtol=1e-4, atol=0)
+        truncated = option("truncation", name, **setting)(target)
+        assert ((probabilities(truncated) > 0) == (probabilities(target) > 0)).all()
+        close(probabilities(truncated), probabilities(target), rtol=1e-4, atol=0)
 
 
 @each("truncation", TRUNCATIONS)
 def test_what_is_kept_has_its_true_probability_but_in_a_sample(truncation):
     target = dense(logits(1))
-    kept = probabilities(truncation(target))
+    kept_mass = probabilities(truncation(target))
     if truncation.func.__name__ == "random":
-        close(kept.sum(-1), torch.ones(N))
+        close(kept_mass.sum(-1), torch.ones(N))
     else:
-        close(kept, torch.where(kept > 0, probabilities(target), 0))
+        close(kept_mass, torch.where(kept_mass > 0, probabilities(target), 0))
 
 
 @each("truncation", TRUNCATIONS)
 def test_a_token_is_kept_once(truncation):
-    kept = truncation(dense(logits(1)))
-    if kept.ids is not None:
-        for ids, logp in zip(kept.ids, kept.logp, strict=True):
-            there = ids[logp > -torch.inf]
-            assert len(there) == len(there.unique())
+    truncated = truncation(dense(logits(1)))
+    if truncated.ids is not None:
+        for ids, logp in zip(truncated.ids, truncated.logp, strict=True):
+            support = ids[logp > -torch.inf]
+            assert len(support) == len(support.unique())
 
 
 @each("truncation", TRUNCATIONS)
 def test_what_was_dropped_before_stays_dropped(truncation):
     target = without_some(dense(logits(1)))
-    kept = truncation(target)
-    assert (probabilities(kept)[target.logp == -torch.inf] == 0).all()
+    truncated = truncation(target)
+    assert (probabilities(truncated)[target.logp == -torch.inf] == 0).all()
 
 
 @each("truncation", TRUNCATIONS)
@@ -162,16 +162,16 @@ def test_does_not_depend_on_the_order_of_columns(truncation):
 def test_label_seed_and_target_stay_as_they_are(truncation):
     target = FORMS["sparse"](logits(1))
     before = target.logp.clone()
-    kept = truncation(target)
-    close(kept.label, target.label)
-    close(kept.seed, target.seed)
+    truncated = truncation(target)
+    close(truncated.label, target.label)
+    close(truncated.seed, target.seed)
     close(target.logp, before)
 
 
 def test_random_counts_draws():
     draws = 20
-    kept = option("truncation", "random", draws=draws)(dense(logits(1)))
-    counts = probabilities(kept) * draws
+    sampled = option("truncation", "random", draws=draws)(dense(logits(1)))
+    counts = probabilities(sampled) * draws
     close(counts, counts.round(), atol=1e-5)
     close(counts.sum(-1), torch.full((N,), float(draws)))
 
@@ -260,10 +260,10 @@ def test_uniform_numbers_look_uniform(seed):
 )
 def test_uniform_numbers_look_independent_of_their_neighbours(seed, rows, columns):
     u = uniform(seed, 20)
-    here, there = u[rows:, max(0, -columns) : 20 - max(0, columns)], u[: len(u) - rows, max(0, columns) :]
-    there = there[:, : here.shape[1]]
-    assert evenly((here * 16).long() * 16 + (there * 16).long(), 256) > ODDS
-    assert (here == there).double().mean() < 1e-4
+    here, neighbours = u[rows:, max(0, -columns) : 20 - max(0, columns)], u[: len(u) - rows, max(0, columns) :]
+    neighbours = neighbours[:, : here.shape[1]]
+    assert evenly((here * 16).long() * 16 + (neighbours * 16).long(), 256) > ODDS
+    assert (here == neighbours).double().mean() < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -300,8 +300,8 @@ def test_draws_from_many_columns_are_those_of_one_running_sum(columns):
     points[:, 0] = 1 - 1e-12
     ends = probability.cumsum(-1)
     expected = torch.searchsorted(ends, points * ends[:, -1:], right=True)
-    found = truncation.inverse_cdf_sample(probability, points)
-    assert torch.equal(found, expected) and (probability.gather(-1, found) > 0).all()
+    sampled = truncation.inverse_cdf_sample(probability, points)
+    assert torch.equal(sampled, expected) and (probability.gather(-1, sampled) > 0).all()
 
 
 # Which gradients a sample leaves unbiased: all possible draws, weighed by their probabilities, against the rule.
@@ -311,12 +311,12 @@ DRAWS = torch.tensor(list(itertools.product(range(4), repeat=3)))  # [64, 3], of
 
 def nodes(group: str, *changes: dict) -> dict[str, dict]:
     """Each option of a group, and once more with each of the changes to settings that it has."""
-    found = {}
+    by_name = {}
     for name, node in settings(group).items():
         for change in ({}, *changes):
             new = {k: v for k, v in change.items() if k in node}
-            found["-".join([name, *(f"{k}={v}" for k, v in new.items())])] = node | new
-    return found
+            by_name["-".join([name, *(f"{k}={v}" for k, v in new.items())])] = node | new
+    return by_name
 
 
 LOSS_NODES = nodes(

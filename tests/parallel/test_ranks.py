@@ -30,7 +30,7 @@ SOURCES = {
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def finished(tmp_path_factory) -> Path:
     """A root with data and a teacher."""
     root = tmp_path_factory.mktemp("made")
     train(root, "trainer.steps=1")
@@ -39,8 +39,8 @@ def made(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def root(made, tmp_path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "root"))
+def root(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "root"))
 
 
 def run_of(root: Path) -> Path:
@@ -80,6 +80,16 @@ def test_two_shards_equal_one_process(root, source):
     alone = shutil.move(one, root.parent / "alone")
     train(root, *words, "trainer=fsdp")
     near(alone, run_of(root))
+
+
+@pytest.mark.parametrize("devices", ["ddp", "fsdp"])
+def test_layers_that_are_computed_again_change_nothing(root, devices):
+    """Compare with the run without them: bit for bit on a CPU, since the same products are computed."""
+    words = ("logits=online", f"trainer={devices}")
+    train(root, *words)
+    plain = outcome(shutil.move(run_of(root), root.parent / "plain"))
+    train(root, *words, "trainer.gradient_checkpointing=true")
+    assert outcome(run_of(root)) == plain
 
 
 def test_shares_need_not_be_even(root):
@@ -126,8 +136,8 @@ def test_replicated_student_of_a_sharded_teacher(root):
 
 def ranks_of(root: Path) -> list[int]:
     """The ranks of a run in `root`, by their ids."""
-    found = subprocess.run(["pgrep", "-f", r"train\.py --rank"], capture_output=True, text=True).stdout.split()
-    return [int(p) for p in found if Path(f"/proc/{p}/cwd").exists() and os.readlink(f"/proc/{p}/cwd") == str(root)]
+    pids = subprocess.run(["pgrep", "-f", r"train\.py --rank"], capture_output=True, text=True).stdout.split()
+    return [int(p) for p in pids if Path(f"/proc/{p}/cwd").exists() and os.readlink(f"/proc/{p}/cwd") == str(root)]
 
 
 def wait_for(lines: int, root: Path, process: subprocess.Popen) -> None:
@@ -146,8 +156,8 @@ def gone(root: Path, seconds: float) -> bool:
     return not ranks_of(root)
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_killed_with_its_ranks_goes_on_bit_for_bit(root, how):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_killed_with_its_ranks_goes_on_bit_for_bit(root, strategy):
     """Students with dropout: every rank goes on with the random numbers that it had."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -155,7 +165,7 @@ def test_killed_with_its_ranks_goes_on_bit_for_bit(root, how):
     config = GPT2Config(vocab_size=17, n_positions=32, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.5, embd_pdrop=0.5)
     GPT2LMHeadModel(config).save_pretrained(root.parent / "gpt2")
     shutil.copytree(tokenizer, root.parent / "gpt2", dirs_exist_ok=True)
-    words = ("student=hub", f"student.name={root.parent / 'gpt2'}", f"trainer={how}")
+    words = ("student=hub", f"student.name={root.parent / 'gpt2'}", f"trainer={strategy}")
     whole = Path(shutil.copytree(root, root.parent / "whole"))
     train(whole, *words)
     process = start(root, *words)
@@ -164,10 +174,10 @@ def test_killed_with_its_ranks_goes_on_bit_for_bit(root, how):
     process.wait()
     assert gone(root, 5)
     saved = list(root.glob("fkl*/checkpoints/*.ckpt"))
-    assert saved and all(path.is_dir() == (how == "fsdp") for path in saved)
-    other = {"ddp": "fsdp", "fsdp": "ddp"}[how]
+    assert saved and all(path.is_dir() == (strategy == "fsdp") for path in saved)
+    other = {"ddp": "fsdp", "fsdp": "ddp"}[strategy]
     output = train(root, *words[:2], f"trainer={other}", code=2)
-    assert f"trainer.strategy={how}" in output and "Traceback" not in output
+    assert f"trainer.strategy={strategy}" in output and "Traceback" not in output
     train(root, *words)
     assert outcome(folder(root, "fkl")) == outcome(folder(whole, "fkl"))
 
@@ -183,9 +193,9 @@ def test_a_rank_that_dies_ends_the_run_as_failed_and_leaves_no_other(root, numbe
     assert gone(root, 1) and not list(root.glob("fkl*/result.json"))
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_asked_to_end_its_ranks_save_a_checkpoint_and_end_too(root, how):
-    process = start(root, f"trainer={how}", "trainer.steps=3000")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_asked_to_end_its_ranks_save_a_checkpoint_and_end_too(root, strategy):
+    process = start(root, f"trainer={strategy}", "trainer.steps=3000")
     wait_for(3, root, process)
     process.send_signal(signal.SIGSTOP)  # so that what follows reaches it at one moment, however busy the machine is
     for pid in (process.pid, *ranks_of(root)):  # as SLURM does, and one more for the same reason

@@ -88,7 +88,7 @@ def stopped(root: Path, start: str) -> Path:
     return folder
 
 
-def found(root: Path, *kinds: str) -> dict[str, str]:
+def paths_and_users(root: Path, *kinds: str) -> dict[str, str]:
     """Paths of leftovers -> for what they are needed."""
     return {leftover.path.name: leftover.needed for leftover in cleanup.leftovers(Root(root), kinds)}
 
@@ -120,7 +120,7 @@ def test_clean_removes_nothing_without_yes_and_by_default_what_nothing_can_need(
     left = root / run_of(root, "fkl") / "checkpoints"
     left.mkdir()
     (left / "step-00000001.ckpt").write_bytes(b"1" * 2000)
-    assert found(root, "temporary") == {}  # it may be being written
+    assert paths_and_users(root, "temporary") == {}  # it may be being written
     for path in (half, half / "train.bin"):
         os.utime(path, (time.time() - 2 * cleanup.DAY,) * 2)
     printed = typed("clean")
@@ -136,12 +136,12 @@ def test_packed_data_and_stores_that_a_run_reads_are_none_of_the_leftovers(root,
     old = root / "data" / "feedfacefeedface"
     old.mkdir()
     (old / "train.npy").write_bytes(b"1")
-    assert found(root, "data") == {old.name: ""}
-    (unread,) = found(root, "stores")
+    assert paths_and_users(root, "data") == {old.name: ""}
+    (unread,) = paths_and_users(root, "stores")
     assert json.loads((root / "stores" / unread / "manifest.json").read_text())["of"]["truncation"]["k"] == 3
     assert "removed" in typed("clean", "what=data,stores", "yes=true")
-    (kept,), (data,) = root.glob("stores/*/manifest.json"), root.glob("data/*/manifest.json")
-    assert json.loads(kept.read_text())["of"]["truncation"]["k"] == 5 and data.parent != old
+    (manifest,), (data,) = root.glob("stores/*/manifest.json"), root.glob("data/*/manifest.json")
+    assert json.loads(manifest.read_text())["of"]["truncation"]["k"] == 5 and data.parent != old
 
 
 def test_the_name_of_packed_data_is_that_of_its_folder(tmp_path):
@@ -153,7 +153,7 @@ def test_the_name_of_packed_data_is_that_of_its_folder(tmp_path):
 def test_what_a_sweep_or_an_unfinished_run_may_need_stays_until_needed_is_typed(root, typed):
     teacher, student = run_of(root, "lm"), run_of(root, "fkl")
     listed(root, "mine", student, "fkl-100k-not-yet-begun")
-    assert found(root, "stores").popitem()[1] == "perhaps, as sweep mine has 1 run that has not begun"
+    assert paths_and_users(root, "stores").popitem()[1] == "perhaps, as sweep mine has 1 run that has not begun"
     printed = typed("clean", "what=stores", "yes=true")
     assert "needed=true" in printed and "sweep mine has 1 run that" in printed and len(list(root.glob("stores/*"))) == 2
     printed = typed("clean", teacher, student, "yes=true")
@@ -174,13 +174,13 @@ def test_a_config_that_is_not_the_runs_keeps_data_and_stores(root, change):
     path = root / run_of(root, "fkl") / "config.json"
     path.write_text(change(path.read_text()))
     (root / "data" / "feedfacefeedface").mkdir()
-    leftovers = found(root, "data", "stores")
+    leftovers = paths_and_users(root, "data", "stores")
     assert "feedfacefeedface" in leftovers and all("is unknown" in needed for needed in leftovers.values())
 
 
 def test_a_run_whose_result_is_damaged_is_not_unfinished(root):
     (root / run_of(root, "fkl") / "result.json").write_text("{")
-    assert found(root, "unfinished") == {}
+    assert paths_and_users(root, "unfinished") == {}
 
 
 def test_an_unfinished_run_goes_only_by_name_or_kind(root, typed):
@@ -196,13 +196,13 @@ def test_an_unfinished_run_goes_only_by_name_or_kind(root, typed):
 
 def test_a_teacher_that_is_not_done_is_needed_by_its_student(root):
     stopped(root, "lm")
-    assert found(root, "unfinished") == {run_of(root, "lm"): f"{run_of(root, 'fkl')} learn from it"}
+    assert paths_and_users(root, "unfinished") == {run_of(root, "lm"): f"{run_of(root, 'fkl')} learn from it"}
 
 
 def test_a_run_at_work_is_never_removed(root, typed):
     folder = stopped(root, "fkl")
     (folder / "state.json").write_text(json.dumps({"state": "running", "reason": ""} | process_info()))
-    assert found(root, "unfinished") == {}
+    assert paths_and_users(root, "unfinished") == {}
     assert "is at work" in typed("clean", folder.name, "yes=true", "needed=true", code=2)
     (leftover,) = cleanup.leftovers(Root(root), ("stores",))
     with Run(root / "stores", leftover.path.name).lock(wait=False):
@@ -224,7 +224,7 @@ def test_text_of_teachers_and_the_cache_go_by_kind(root, typed):
     code.mkdir()
     (code / "kernel.so").write_bytes(b"1" * 2000)
     assert "compiled" in typed("clean", "what=cache") and code.exists()
-    assert found(root, "responses", "rollouts") == {"0123.npz": "", "4567.parts": ""}
+    assert paths_and_users(root, "responses", "rollouts") == {"0123.npz": "", "4567.parts": ""}
     typed("clean", "what=responses,rollouts,cache", "yes=true")
     assert not any((root / "responses").iterdir()) and not digests.exists() and digests.parent.exists()
     assert not code.exists()

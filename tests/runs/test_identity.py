@@ -39,7 +39,7 @@ def names_with(defaults: dict[str, object], monkeypatch) -> set[str]:
             OmegaConf.update(config, option, value, force_add=True)
         return config
 
-    found = set()
+    run_names = set()
     with monkeypatch.context() as patch:
         patch.setattr(packing, "key", lambda *_, **__: "0" * 16)
         patch.setattr(hydra, "compose", compose)
@@ -47,9 +47,9 @@ def names_with(defaults: dict[str, object], monkeypatch) -> set[str]:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             for words in NAMED:
                 typed = [*words, *NOWHERE]
-                found |= set(names(ExperimentConfig.from_hydra(hydra.compose("config", typed), typed)))
+                run_names |= set(names(ExperimentConfig.from_hydra(hydra.compose("config", typed), typed)))
     forget()
-    return found
+    return run_names
 
 
 def forget() -> None:
@@ -77,9 +77,9 @@ def test_what_a_default_renames(new, option, default, renames, monkeypatch):
         trainer = make_dataclass("Trainer", [("new", int, new)], bases=(TrainerConfig,), frozen=True, kw_only=True)
         monkeypatch.setitem(hints(ExperimentConfig), "trainer", trainer)
         monkeypatch.setattr(identity, "TRAITS", all_traits(ExperimentConfig))
-    found = names_with({option: default}, monkeypatch)
-    assert len(found) == len(usual) == 8
-    assert found.isdisjoint(usual) if renames else found == usual
+    renamed = names_with({option: default}, monkeypatch)
+    assert len(renamed) == len(usual) == 8
+    assert renamed.isdisjoint(usual) if renames else renamed == usual
 
 
 def test_a_config_from_before_an_option_keeps_its_name(tmp_path, monkeypatch):

@@ -51,18 +51,18 @@ def test_what_was_measured_before_the_first_step_is_there_once(tmp_path):
 
 
 def test_no_view_is_told_that_a_run_is_done_whose_student_could_not_be_written(tmp_path, monkeypatch):
-    told = []
-    monkeypatch.setattr(MetricsFile, "close", lambda self, final: told.append(final))
+    closed_with = []
+    monkeypatch.setattr(MetricsFile, "close", lambda self, final: closed_with.append(final))
     monkeypatch.setattr(fit, "export", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         here(tmp_path, "logits=none", "teacher=none", "trainer.steps=1")
     state = json.loads((folder(tmp_path, "lm") / "state.json").read_text())
-    assert told == [None] and state["state"] == "failed" and state["exit_code"] == 1
+    assert closed_with == [None] and state["state"] == "failed" and state["exit_code"] == 1
     assert state["reason"].startswith("ZeroDivisionError") and "Traceback" in state["traceback"]
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "says"),
+    ("variable", "value", "message"),
     [
         ("WANDB_MODE", "onlin", "'online', 'offline'"),
         ("WANDB_MODE", "OFFLINE", "'online', 'offline'"),
@@ -71,11 +71,11 @@ def test_no_view_is_told_that_a_run_is_done_whose_student_could_not_be_written(t
         ("WANDB_CONSOLE", "loud", "Input should be"),
     ],
 )
-def test_a_mistyped_variable_of_wandb_is_one_line_that_names_it(tmp_path, monkeypatch, variable, value, says):
+def test_a_mistyped_variable_of_wandb_is_one_line_that_names_it(tmp_path, monkeypatch, variable, value, message):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv(variable, value)
-    why = (f"could not start: {variable}={value}: ", says)
+    why = (f"could not start: {variable}={value}: ", message)
     with refused(option="logger", got="wandb", why=why, hint="type logger=none") as caught:
         views(wandb, tmp_path, WandbMetadata("a", "a", None, "lm", [], {}))
     assert len(str(caught.value).splitlines()) == 1
@@ -97,8 +97,8 @@ def test_whatever_a_logger_raises_when_it_starts_is_one_line(tmp_path, error):
         views(mistake, tmp_path, None)
 
 
-def inspected(path: Path, *how: str) -> str:
-    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", *how, str(path)]
+def inspected(path: Path, *flags: str) -> str:
+    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", *flags, str(path)]
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
 
 
@@ -115,14 +115,14 @@ def test_wandb_without_a_key_is_offline_shallow_and_one_run_per_run(tmp_path):
     train(tmp_path, "logger=wandb", "sweep=trial", "trainer.steps=4", HOME=str(tmp_path))
     run = folder(tmp_path, "fkl")
     (offline,) = (run / "wandb").glob("offline-run-*")
-    said = inspect(offline)
-    assert run.name in said["run_id"] and said["summary"]["final/lm"] == result(run)["final"]["val/lm"]
-    assert said["config"].keys() >= {"student_params", "teacher_params", "tokens", "loss", "alpha_peak", "seed"}
-    whole = said["config"].pop("settings")
+    shown = inspect(offline)
+    assert run.name in shown["run_id"] and shown["summary"]["final/lm"] == result(run)["final"]["val/lm"]
+    assert shown["config"].keys() >= {"student_params", "teacher_params", "tokens", "loss", "alpha_peak", "seed"}
+    whole = shown["config"].pop("settings")
     assert whole["trainer"]["batch"] == 4 and whole["lr"]["option"] == "cosine"
-    for key, value in said["config"].items():
+    for key, value in shown["config"].items():
         assert "." not in key and isinstance(value, str | int | float), key
-    assert {"perf/tokens_per_second", "perf/seconds_per_step", "perf/peak_memory_gb"} <= said["summary"].keys()
+    assert {"perf/tokens_per_second", "perf/seconds_per_step", "perf/peak_memory_gb"} <= shown["summary"].keys()
     assert "perf" not in (run / "metrics.jsonl").read_text()  # which does not depend on the clock
     raw = b"".join(p.read_bytes() for p in offline.glob("*.wandb"))
     assert b"trial" in raw and b"distil" in raw
@@ -148,8 +148,8 @@ def test_wandb_run_that_comes_later_has_all_steps(tmp_path):
 
 def view(folder: Path, about: WandbMetadata) -> None:
     os.environ |= {"WANDB_MODE": "offline", "HOME": str(folder)}
-    (made,) = wandb(folder, about)
-    made.close({"val/lm": 2.6})
+    (logger,) = wandb(folder, about)
+    logger.close({"val/lm": 2.6})
 
 
 def test_wandb_whose_process_died_lets_the_next_run_begin(tmp_path):
@@ -164,8 +164,8 @@ def two_views(root: Path) -> None:
     os.environ |= {"WANDB_MODE": "offline", "HOME": str(root)}
     for name in ("teacher", "student"):
         (root / name).mkdir()
-        (made,) = wandb(root / name, WandbMetadata(f"{name}-0", name, None, "distil", [name], {"loss": "fkl"}))
-        made.log_metrics({"train/lm": 2.0}, 1)
+        (logger,) = wandb(root / name, WandbMetadata(f"{name}-0", name, None, "distil", [name], {"loss": "fkl"}))
+        logger.log_metrics({"train/lm": 2.0}, 1)
         if name == "teacher":
             for path in Path("/proc/self/task").glob("*/children"):
                 for child in map(int, path.read_text().split()):
@@ -174,7 +174,7 @@ def two_views(root: Path) -> None:
             time.sleep(0.5)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made.close({"val/lm": 2.0})
+            logger.close({"val/lm": 2.0})
 
 
 def test_responses_become_a_table_in_wandb(tmp_path):
@@ -339,16 +339,16 @@ def test_a_server_of_wandb_that_answers_is_taken(online, tmp_path):
 
 
 def test_a_sweep_asks_wandb_for_all_of_its_runs(online, tmp_path):
-    asked = []
-    online.setattr(loggers, "silent_server", lambda: asked.append(1) or "no answer")
+    calls = []
+    online.setattr(loggers, "silent_server", lambda: calls.append(1) or "no answer")
     runs = [Run(tmp_path, name) for name in "ab"]
     LocalLauncher()._prepare_wandb("s", runs)
-    assert asked == [1] and os.environ[loggers.ANSWER] == "offline"  # which its runs inherit
+    assert calls == [1] and os.environ[loggers.ANSWER] == "offline"  # which its runs inherit
     del os.environ[loggers.ANSWER]
     os.environ["WANDB_MODE"] = "online"
     Ray(None, 1, 0)._prepare_wandb("s", runs)  # other machines may reach it, or not
     LocalLauncher()._prepare_wandb("s", [])
-    assert asked == [1]
+    assert calls == [1]
 
 
 def test_a_failed_run_is_a_failed_run_in_wandb(tmp_path):

@@ -15,7 +15,7 @@ from kd.config import security
 from kd.config.components import CONF, SWEEPS
 from kd.runs import wandb_agent
 from kd.system.files import read_metrics
-from tests.config.test_security import typed_in
+from tests.config.hostile import typed_in
 from tests.small import ENVIRONMENT, FORK, SMALL, TRAIN, folder, result, small_config
 
 FILES = sorted((SWEEPS / "wandb").glob("*.yaml"))
@@ -23,11 +23,11 @@ WORDS = [*SMALL, "logger=wandb", "trainer.steps=150", "trainer.val_every=50"]
 ASKED = {"loss": "jsd", "seed": 1, "lr.peak": 0.002, "alpha": "wsd"}
 
 
-def inspect(path: Path, *how: str) -> list[dict]:
+def inspect(path: Path, *flags: str) -> list[dict]:
     """Return the content of an offline W&B run, read by W&B's own tool."""
-    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", *how, str(path)]
-    said = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
-    return [json.loads(said)] if how else [json.loads(line) for line in said.splitlines()]
+    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", *flags, str(path)]
+    output = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
+    return [json.loads(output)] if flags else [json.loads(line) for line in output.splitlines()]
 
 
 def logged(root: Path, name: str) -> tuple[dict, list[int]]:
@@ -39,13 +39,13 @@ def logged(root: Path, name: str) -> tuple[dict, list[int]]:
     return inspect(path, "--summary")[0] | {"sweep": run.get("sweep_id")}, steps
 
 
-def work(root: Path, command: list[str], said: Path) -> None:
+def work(root: Path, command: list[str], report: Path) -> None:
     """`wandb agent`, asked for two runs with the same parameters, of which it is to stop the first."""
     import wandb
     from wandb.apis.public import sweeps
     from wandb.wandb_agent import Agent
 
-    asked, stopped = ["first", "second"], False
+    run_ids, stopped = ["first", "second"], False
 
     def heartbeat(api, name, metrics, running):
         nonlocal stopped
@@ -56,7 +56,7 @@ def work(root: Path, command: list[str], said: Path) -> None:
         if running:
             return []
         parameters = {key: {"value": value} for key, value in ASKED.items()}
-        run = {"type": "run", "run_id": asked.pop(0), "program": str(TRAIN), "args": parameters} if asked else None
+        run = {"type": "run", "run_id": run_ids.pop(0), "program": str(TRAIN), "args": parameters} if run_ids else None
         return [run or {"type": "exit"}]
 
     os.chdir(root)
@@ -71,7 +71,7 @@ def work(root: Path, command: list[str], said: Path) -> None:
     with open(root / "output", "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         working = Agent(None, FORK.Queue(), sweep_id="abcd1234")
         working.run()
-    said.write_text(json.dumps({"finished": working._finished, "failed": working._failed}))
+    report.write_text(json.dumps({"finished": working._finished, "failed": working._failed}))
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +88,21 @@ def worked(tmp_path_factory) -> tuple[Path, dict]:
 
 @pytest.mark.slow
 def test_run_of_an_agent_is_the_agents_run_and_its_teacher_is_not(worked):
-    root, said = worked
-    assert said == {"finished": 2, "failed": 0}  # the one that it stopped is no failure, several of which would end it
+    root, report = worked
+    assert report == {
+        "finished": 2,
+        "failed": 0,
+    }  # the one that it stopped is no failure, several of which would end it
     first, steps = logged(root, "first")
     assert first["project"] == "theirs" and 1 <= steps[-1] < 150 and "final/lm" not in first["summary"]
     (teacher,) = root.glob("lm*/wandb/offline-run-*")
-    told = inspect(teacher, "--summary")[0]
+    shown = inspect(teacher, "--summary")[0]
     assert (
-        told["run_id"].startswith("lm-100k") and told["project"] == "kd" and told["tags"] == ["lm", "teacher", "markov"]
+        shown["run_id"].startswith("lm-100k")
+        and shown["project"] == "kd"
+        and shown["tags"] == ["lm", "teacher", "markov"]
     )
-    assert told["config"]["loss"] == "lm" and "lr.peak" not in told["config"]
+    assert shown["config"]["loss"] == "lm" and "lr.peak" not in shown["config"]
 
 
 @pytest.mark.slow
@@ -150,38 +155,46 @@ def test_without_an_agent_nothing_is_asked(monkeypatch):
 def corners(parameters: dict) -> list[dict]:
     """The least and the greatest of all parameters, and each value of each."""
     ends = [{}, {}]
-    for name, of in parameters.items():
-        values = of.get("values", [of["value"]] if "value" in of else [of.get("min"), of.get("max")])
+    for name, parameter in parameters.items():
+        values = parameter.get(
+            "values", [parameter["value"]] if "value" in parameter else [parameter.get("min"), parameter.get("max")]
+        )
         for end, value in zip(ends, (values[0], values[-1])):
             end[name] = value
-    others = [ends[0] | {name: value} for name, of in parameters.items() for value in of.get("values", ())]
+    others = [
+        ends[0] | {name: value} for name, parameter in parameters.items() for value in parameter.get("values", ())
+    ]
     return [*ends, *others]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_file_for_agents_composes_and_gets_through(path, tmp_path):
-    of = load_sweep_config(path)
+    sweep = load_sweep_config(path)
     assert path.read_text().startswith("# ") and f"wandb sweep sweeps/wandb/{path.name}" in path.read_text()
-    assert {"name", "project", "program", "method", "metric", "parameters", "command"} <= of.keys()
-    assert of["method"] == "grid" or of["run_cap"]
-    assert of["program"] == TRAIN.name and of["metric"]["name"] == "val/lm" and of["metric"]["goal"] == "minimize"
-    assert of["command"][-1] == "${args_no_hyphens}" and of["command"][2] == "${program}"
-    fixed = of["command"][3:-1]
-    for values in corners(of["parameters"]):
+    assert {"name", "project", "program", "method", "metric", "parameters", "command"} <= sweep.keys()
+    assert sweep["method"] == "grid" or sweep["run_cap"]
+    assert (
+        sweep["program"] == TRAIN.name and sweep["metric"]["name"] == "val/lm" and sweep["metric"]["goal"] == "minimize"
+    )
+    assert sweep["command"][-1] == "${args_no_hyphens}" and sweep["command"][2] == "${program}"
+    fixed = sweep["command"][3:-1]
+    for values in corners(sweep["parameters"]):
         words = create_sweep_command_args({"args": {k: {"value": v} for k, v in values.items()}})["args_no_hyphens"]
         security.check_command_line([*fixed, *words])
-        made = small_config(tmp_path, *fixed, *words).flat()
-        assert {k: made[k] for k in values} == values  # numbers, where numbers are meant
+        flat = small_config(tmp_path, *fixed, *words).flat()
+        assert {k: flat[k] for k in values} == values  # numbers, where numbers are meant
 
 
 def test_agents_try_every_loss():
     from kd.bench.cases import LOSSES
 
-    of = load_sweep_config(SWEEPS / "wandb" / "loss.yaml")
-    assert of["parameters"]["loss"]["values"] == LOSSES  # those that ask for nothing beside
+    sweep = load_sweep_config(SWEEPS / "wandb" / "loss.yaml")
+    assert sweep["parameters"]["loss"]["values"] == LOSSES  # those that ask for nothing beside
 
 
 def test_hyperband_looks_before_the_end():
-    of = load_sweep_config(SWEEPS / "wandb" / "alpha_tau.yaml")["early_terminate"]
+    early_terminate = load_sweep_config(SWEEPS / "wandb" / "alpha_tau.yaml")["early_terminate"]
     trainer = yaml.safe_load((CONF / "trainer" / "default.yaml").read_text())
-    assert of["min_iter"] * of["eta"] == 4 < trainer["steps"] / trainer["val_every"] == 6  # as its head says
+    assert (
+        early_terminate["min_iter"] * early_terminate["eta"] == 4 < trainer["steps"] / trainer["val_every"] == 6
+    )  # as its head says

@@ -36,8 +36,8 @@ def sparse(vocabulary: int, least: int = 1, most: int = 17) -> Target:
         ids[row][ids[row] == id_] = ids[row, 0]
         ids[row, 0] = id_
     logp = (3 * torch.randn(count, most, generator=generator)).log_softmax(-1) - 0.01
-    kept = torch.arange(most) < torch.randint(least, most + 1, (count, 1), generator=generator)
-    return Target(torch.zeros(count, dtype=torch.long), logp.masked_fill(~kept, -math.inf), ids)
+    mask = torch.arange(most) < torch.randint(least, most + 1, (count, 1), generator=generator)
+    return Target(torch.zeros(count, dtype=torch.long), logp.masked_fill(~mask, -math.inf), ids)
 
 
 def written(target: Target, draws: int | None = None, size: int = 5) -> Rows:
@@ -170,11 +170,11 @@ def test_split_is_the_same_rows(rows):
 
 def test_positions_are_picked_in_order():
     entries = from_bytes(written(sparse(300)).bodies)
-    kept = torch.rand(ROWS, SIZE, generator=torch.Generator().manual_seed(2)) < 0.4
-    zeros = torch.zeros(int(kept.sum()), dtype=torch.long)
-    picked = entries.at(kept).target(slice(None), zeros, zeros, None)
+    mask = torch.rand(ROWS, SIZE, generator=torch.Generator().manual_seed(2)) < 0.4
+    zeros = torch.zeros(int(mask.sum()), dtype=torch.long)
+    picked = entries.at(mask).target(slice(None), zeros, zeros, None)
     everything = tables(read(entries))
-    assert same(tables([picked]), [everything[i] for i in kept.flatten().nonzero().flatten()])
+    assert same(tables([picked]), [everything[i] for i in mask.flatten().nonzero().flatten()])
 
 
 def test_rows_are_read_one_by_one_as_all_at_once():
@@ -198,10 +198,10 @@ def test_what_is_stored_is_what_was_computed_to_a_ten_thousandth_of_a_nat(name, 
     kind, settings = TRUNCATIONS[name]
     target = option("truncation", kind, **settings)(heavy(ROWS * SIZE, 32_768, slope))
     pairs = list(zip(tables([target]), tables(read(from_bytes(written(target).bodies))), strict=True))
-    found = np.array([divergence(*pair) for pair in pairs])
-    assert found.mean() < 1e-4 and found.max() < 2e-4
+    divergences = np.array([divergence(*pair) for pair in pairs])
+    assert divergences.mean() < 1e-4 and divergences.max() < 2e-4
     shifted = [divergence(a, {i: x - 0.02 for i, x in b.items()}) for a, b in pairs]
-    assert np.mean(shifted) > np.mean(found)  # it would show
+    assert np.mean(shifted) > np.mean(divergences)  # it would show
 
 
 @pytest.mark.parametrize("vocabulary", [1_024, 32_768, 151_936])
@@ -211,9 +211,9 @@ def test_bytes_per_token(name, most, vocabulary):
     rows, size = 1, 128
     target = heavy(rows * size, vocabulary, 1.7)
     draws = 50 if name == "random" else None
-    kept = option("truncation", name)(target) if draws else option("truncation", name, k=50)(target)
+    truncated = option("truncation", name)(target) if draws else option("truncation", name, k=50)(target)
     out = Rows()
-    out.add_entries(np.zeros((rows, size), np.int64), [encode(kept, draws)], np.ones((rows, size), bool))
+    out.add_entries(np.zeros((rows, size), np.int64), [encode(truncated, draws)], np.ones((rows, size), bool))
     entries = out.entries / (rows * size)
     assert 10 < entries < 14 if draws else entries == 50
     assert out.bytes / (rows * size) <= most

@@ -30,26 +30,26 @@ FILES = ["head", *(f"shard-{n:05}" for n in range(8)), "validation"]
 
 
 @pytest.fixture
-def root(taught, tmp_path) -> Path:
+def root(trained_root, tmp_path) -> Path:
     """A root with data and teacher, and no store."""
-    shutil.copytree(taught, tmp_path / "root", ignore=shutil.ignore_patterns("stores"))
+    shutil.copytree(trained_root, tmp_path / "root", ignore=shutil.ignore_patterns("stores"))
     return tmp_path / "root"
 
 
 @pytest.fixture
-def clean(taught) -> dict[str, bytes]:
+def clean(trained_root) -> dict[str, bytes]:
     """Return the expected files of the store."""
-    (made,) = (taught / "stores").iterdir()
-    return content(made)
+    (store,) = (trained_root / "stores").iterdir()
+    return content(store)
 
 
 def store_of(root: Path) -> Path:
-    (found,) = (root / "stores").iterdir()
-    return found
+    (store,) = (root / "stores").iterdir()
+    return store
 
 
-def shards(found: dict[str, bytes]) -> dict[str, bytes]:
-    return {name: data for name, data in found.items() if name.endswith(".safetensors")}
+def shards(contents: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: data for name, data in contents.items() if name.endswith(".safetensors")}
 
 
 def times(path: Path) -> dict[str, int]:
@@ -110,9 +110,9 @@ def test_killed_anywhere_goes_on_with_what_is_missing(root, clean, moment):
 
     assert at_once(1, die) == [-signal.SIGKILL]
     path = store_of(root)
-    made = times(path)
-    assert not (path / "manifest.json").exists() and len(made) == max(0, moment - 1) // 2
-    noted = {name: when for name, when in made.items() if (path / name).with_suffix(".json").exists()}
+    times_before = times(path)
+    assert not (path / "manifest.json").exists() and len(times_before) == max(0, moment - 1) // 2
+    noted = {name: when for name, when in times_before.items() if (path / name).with_suffix(".json").exists()}
     write(root, *TOP)
     assert shards(content(path)) == shards(clean)
     assert times(path).items() >= noted.items()
@@ -188,9 +188,9 @@ def test_parts_are_merged_to_what_one_machine_writes(root, clean, parts, tmp_pat
     assert not written[0] & written[1] and all(len(names) > 3 for names in written)
     assert not any((path / "manifest.json").exists() for path in parts)
     transfer.merge(tmp_path / "whole", parts)
-    found = content(tmp_path / "whole")
-    assert shards(found) == shards(clean)
-    assert {n: d for n, d in found.items() if n.startswith("shard")}.items() <= clean.items()
+    merged = content(tmp_path / "whole")
+    assert shards(merged) == shards(clean)
+    assert {n: d for n, d in merged.items() if n.startswith("shard")}.items() <= clean.items()
     here(root, *OFFLINE, f"logits.path={tmp_path / 'whole'}")
     assert not (root / "stores").exists()
 
@@ -204,8 +204,8 @@ def merging(parts: list[Path], tmp_path: Path) -> str:
 
 def test_a_part_that_is_missing(parts, tmp_path):
     assert "shard-00001.safetensors" in merging(parts[:1], tmp_path)
-    said = merging(parts[1:], tmp_path)
-    assert "6 files are in none of the parts" in said and "head.safetensors" in said
+    message = merging(parts[1:], tmp_path)
+    assert "6 files are in none of the parts" in message and "head.safetensors" in message
 
 
 def test_a_shard_that_is_missing_from_a_part(parts, tmp_path):
@@ -225,8 +225,8 @@ def test_a_damaged_part_is_refused_by_file_and_the_whole_one_is_taken(parts, tmp
 
 def test_parts_of_different_stores_are_not_merged(root, parts, tmp_path):
     write(root, "truncation=top_k", "truncation.k=4", "part=2/2", f"logits.path={tmp_path / 'other'}")
-    said = merging([parts[0], tmp_path / "other"], tmp_path)
-    assert "its truncation is top_k k=5, and here it is top_k k=4" in said
+    message = merging([parts[0], tmp_path / "other"], tmp_path)
+    assert "its truncation is top_k k=5, and here it is top_k k=4" in message
     assert "no part of a store" in merging([parts[0], root / "data"], tmp_path / "elsewhere")
 
 
@@ -295,10 +295,10 @@ def test_a_disk_that_is_full_half_way(root, clean, tmp_path):
 
     assert at_once(1, run) == [0]
     path = store_of(root)
-    made = times(path)
-    assert len(made) == 5 and not list(path.glob(".*.tmp")) and not (path / "manifest.json").exists()
+    times_before = times(path)
+    assert len(times_before) == 5 and not list(path.glob(".*.tmp")) and not (path / "manifest.json").exists()
     write(root, *TOP)
-    assert times(path).items() >= made.items() and shards(content(path)) == shards(clean)
+    assert times(path).items() >= times_before.items() and shards(content(path)) == shards(clean)
 
 
 # What is written
@@ -315,20 +315,20 @@ def test_a_store_says_what_plain_transformers_does(root):
     zeros = torch.zeros(len(logp), dtype=torch.long)
     everywhere = torch.ones_like(ids, dtype=torch.bool)
     target = held.read(index, ids.numpy()).at(everywhere).target(slice(None), zeros, zeros, None)
-    kept, columns = logp.topk(5)
+    top, columns = logp.topk(5)
     assert (target.ids == columns.sort(-1).values).all()
-    assert target.logp.exp().sum(-1).numpy() == pytest.approx(kept.exp().sum(-1).numpy(), rel=2e-3)
+    assert target.logp.exp().sum(-1).numpy() == pytest.approx(top.exp().sum(-1).numpy(), rel=2e-3)
     assert (target.logp - logp.gather(-1, target.ids)).abs().max() < 1 / 32 + 1e-3
 
 
 def test_draws_of_a_store_depend_on_its_seed_and_not_on_batches(root, tmp_path):
     words = ("truncation=random", "truncation.draws=8")
-    made = [write(root, *words, f"logits.path={tmp_path / name}", *more)
+    stores = [write(root, *words, f"logits.path={tmp_path / name}", *more)
             for name, more in (("a", ()), ("b", ("trainer.micro_batch=7",)), ("c", ("logits.seed=1",)))]  # fmt: skip
-    found = [shards(content(Path(m.path))) for m in made]
-    assert found[0] == found[1]
-    assert all(found[2][f"shard-{n:05}.safetensors"] != found[0][f"shard-{n:05}.safetensors"] for n in range(8))
-    assert found[2]["validation.safetensors"] == found[0]["validation.safetensors"]
+    contents = [shards(content(Path(m.path))) for m in stores]
+    assert contents[0] == contents[1]
+    assert all(contents[2][f"shard-{n:05}.safetensors"] != contents[0][f"shard-{n:05}.safetensors"] for n in range(8))
+    assert contents[2]["validation.safetensors"] == contents[0]["validation.safetensors"]
 
 
 def test_the_words_of_a_store_name_the_tokenizer_that_a_student_brought(root, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ def repeated(alone: list[Observation], offset: float, noise: float, seed: int, s
     ]
 
 
-def planted(noise: float, seed: int = 0, taught: bool = True) -> list[Observation]:
+def planted(noise: float, seed: int = 0, distilled: bool = True) -> list[Observation]:
     """Runs whose losses are those of the two laws, but for noise in their logarithms."""
     rng = np.random.default_rng(seed)
     runs = [
@@ -33,12 +33,16 @@ def planted(noise: float, seed: int = 0, taught: bool = True) -> list[Observatio
         for n in SIZES
         for d in AMOUNTS
     ]
-    for name, (size, tokens) in TEACHERS.items() if taught else ():
+    for name, (size, tokens) in TEACHERS.items() if distilled else ():
         loss = laws.supervised(ALONE, size, tokens)
         for n in SIZES:
             for d in AMOUNTS:
-                own = laws.distilled(TAUGHT, n, d, loss, laws.supervised(ALONE, n, d)) * math.exp(noise * rng.normal())
-                runs.append(Observation(f"{name}-{n:g}-{d:g}", n, d, own, 2 * n, name, loss, size, tokens, 2 * size))
+                distilled_loss = laws.distilled(TAUGHT, n, d, loss, laws.supervised(ALONE, n, d)) * math.exp(
+                    noise * rng.normal()
+                )
+                runs.append(
+                    Observation(f"{name}-{n:g}-{d:g}", n, d, distilled_loss, 2 * n, name, loss, size, tokens, 2 * size)
+                )
     return runs
 
 

@@ -70,12 +70,12 @@ def test_report_is_kept_as_an_artefact_and_as_media(sweep):
     folder = sweep.root / "sweeps"
     assert code == 0 and f"wandb sync {folder}/wandb/offline-run-" in output, output
     (run,), (artefact,) = records(folder, "run"), records(folder, "artifact")
-    says = output.partition(": ")[2].partition("\n")[0]
-    assert (run["project"], run["job_type"], run["run_group"], run["notes"]) == ("mine", "report", "s", says)
-    assert (artefact["name"], artefact["type"], artefact["description"]) == ("s.report", "report", says)
-    kept = {part["path"]: Path(part["local_path"]) for part in artefact["manifest"]["contents"]}
-    assert kept.keys() == {"s.html", "s.md", "s.csv"}
-    assert all(path.read_bytes() == (folder / name).read_bytes() for name, path in kept.items())
+    sentence = output.partition(": ")[2].partition("\n")[0]
+    assert (run["project"], run["job_type"], run["run_group"], run["notes"]) == ("mine", "report", "s", sentence)
+    assert (artefact["name"], artefact["type"], artefact["description"]) == ("s.report", "report", sentence)
+    paths = {part["path"]: Path(part["local_path"]) for part in artefact["manifest"]["contents"]}
+    assert paths.keys() == {"s.html", "s.md", "s.csv"}
+    assert all(path.read_bytes() == (folder / name).read_bytes() for name, path in paths.items())
     (page,) = folder.glob("wandb/offline-run-*/files/media/html/*.html")
     assert page.read_bytes() == (folder / "s.html").read_bytes()
     assert records(folder, "history")[0]["item"]["report._type"] == "html-file"
@@ -119,8 +119,8 @@ def test_view_and_report_are_saved_and_are_of_these_runs(sweep):
     with serving() as (environment, given):
         code, output = typed(sweep.root, command.main, "s", "--root", str(sweep.root), **environment)
     assert code == 0, output
-    of = environment["WANDB_BASE_URL"]
-    assert re.search(f"^{of}/me/mine\\?nw=\\w+\n{of}/me/mine/reports/kd-s--VIEW$", output, re.M), output
+    address = environment["WANDB_BASE_URL"]
+    assert re.search(f"^{address}/me/mine\\?nw=\\w+\n{address}/me/mine/reports/kd-s--VIEW$", output, re.M), output
     view, document = given
     assert (view["entityName"], view["projectName"], view["displayName"]) == ("me", "mine", "kd s")
     assert document["description"].startswith("fkl is lowest of 2: ")

@@ -26,11 +26,11 @@ def test_markdown_has_the_numbers_of_the_page(sweep):
     sweep.add(["loss=mse", "seed=1"], {"state.json": json.dumps({"state": "failed", "reason": "out of luck"})})
     page = sweep.page()
     html = outside(sweep.file("md"))
-    found = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", html, re.S)][1:]
-    assert [row[0] for row in found] == ["fkl", SUPERVISED, "rkl", "teacher 1m"]
-    for row in found[:-1]:
+    cells_by_row = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", html, re.S)][1:]
+    assert [row[0] for row in cells_by_row] == ["fkl", SUPERVISED, "rkl", "teacher 1m"]
+    for row in cells_by_row[:-1]:
         assert [c.replace("(", "").replace(")", "") for c in row] == cells(page, row[0])
-    assert found[-1][:2] == ["teacher 1m", f"{TEACHER:.4f}"]
+    assert cells_by_row[-1][:2] == ["teacher 1m", f"{TEACHER:.4f}"]
     assert f"<strong>{sweep.report().verdict}</strong>" in html and "loss=mse seed=1: failed, out of luck" in html
     assert "```sh\npython train.py loss=lm seed=0\n" in sweep.file("md")
 

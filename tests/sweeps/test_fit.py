@@ -38,7 +38,7 @@ def test_command_writes_page_numbers_and_points(tmp_path, capsys):
 
 def test_command_without_teachers_or_with_nothing(tmp_path, capsys):
     path = tmp_path / "p.csv"
-    to_csv(path, planted(0.001, taught=False))
+    to_csv(path, planted(0.001, distilled=False))
     assert main(["--csv", str(path), "--bootstrap", "0"]) == 0
     out = capsys.readouterr().out
     assert "The distillation law cannot be fitted: no run learns from a teacher" in out
@@ -57,11 +57,11 @@ def test_runs_that_allow_no_fit_are_refused_once_with_what_is_needed(tmp_path, c
     finished(Sweep(tmp_path, "s"), planted(0.001)[:2]).add(["seed=9"], {}).page()
     capsys.readouterr()
     assert main(["s"]) == 2
-    said = capsys.readouterr()
-    assert not said.out and not list(tmp_path.glob("sweeps/s.fit.*"))
-    assert said.err.startswith("s has no runs that a law can be fitted to:\n- The supervised law cannot be fitted")
-    assert said.err.count("at least 7 settings") == 1 and "1 of 3 runs is not done" in said.err
-    assert said.err.endswith("type e.g. python train.py sweeps=scaling.\n")
+    printed = capsys.readouterr()
+    assert not printed.out and not list(tmp_path.glob("sweeps/s.fit.*"))
+    assert printed.err.startswith("s has no runs that a law can be fitted to:\n- The supervised law cannot be fitted")
+    assert printed.err.count("at least 7 settings") == 1 and "1 of 3 runs is not done" in printed.err
+    assert printed.err.endswith("type e.g. python train.py sweeps=scaling.\n")
 
 
 def test_nothing_is_injected(tmp_path):
@@ -87,8 +87,8 @@ def test_irreducible_loss_of_a_markov_chain_is_its_entropy(tmp_path):
     (tmp_path / "sweeps" / "markov.json").write_text(json.dumps({"name": "markov", "runs": runs}))
     assert main(["markov", "--root", str(tmp_path), "--bootstrap", "50"]) == 0
     numbers = json.loads((tmp_path / "sweeps" / "markov.fit.json").read_text())
-    found = numbers["fits"][0]["coefficients"]["E"]
-    low, high = found["interval"]
-    assert found["value"] == pytest.approx(numbers["entropy"], rel=0.01)
+    coefficient = numbers["fits"][0]["coefficients"]["E"]
+    low, high = coefficient["interval"]
+    assert coefficient["value"] == pytest.approx(numbers["entropy"], rel=0.01)
     assert 0.995 * low < numbers["entropy"] < 1.005 * high
     assert not any("more than once" in note for note in numbers["notes"])

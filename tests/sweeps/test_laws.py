@@ -64,9 +64,9 @@ def test_a_warm_resample_reaches_the_minimum_of_a_cold_one(law):
     data, settings, rng = data_of(runs), setting_numbers(runs), np.random.default_rng(0)
     problem = Problem(law, data, laws.supervised(ALONE, data.n, data.d) if law is DISTILLATION else None)
     weights = np.stack([solver.resampled(settings, len(law.names), rng) for _ in range(4)])
-    misfits, known = problem.misfits(), problem.full_search()[0].theta
+    misfits, minimum = problem.misfits(), problem.full_search()[0].theta
     tries = problem.starts(misfits, weights, solver.WARM.tries)
-    warm = np.concatenate([np.broadcast_to(known, (4, 1, len(known))), tries], axis=1)
+    warm = np.concatenate([np.broadcast_to(minimum, (4, 1, len(minimum))), tries], axis=1)
     cold = problem.starts(misfits, weights, 60)
     for some, others in zip(problem.optima(warm, weights, solver.WARM), problem.optima(cold, weights, solver.FULL)):
         assert some[0].converged and some[0].value == pytest.approx(others[0].value, rel=1e-4)

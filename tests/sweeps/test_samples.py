@@ -10,9 +10,9 @@ from sweeps.report.table import rows_of
 
 def test_samples_stand_side_by_side_and_are_chosen_by_their_place(sweep):
     sweep.wrote("lm", 0, 0.2, text="x").wrote("fkl", 1, 0.31, text="y").wrote("fkl", 0, 0.3, text="z")
-    found = samples_of(rows_of(sweep.groups()))
-    assert [s.number for s in found] == [1, 2, 3, 5, 6]  # of 7
-    assert [(x.author, x.text, x.rouge_l) for x in found[3].texts] == [
+    samples = samples_of(rows_of(sweep.groups()))
+    assert [s.number for s in samples] == [1, 2, 3, 5, 6]  # of 7
+    assert [(x.author, x.text, x.rouge_l) for x in samples[3].texts] == [
         ("prompt", "p4", None), ("reference", "r4", None), ("teacher 1m", "t4.0", 0.5), ("fkl", "z4.0", 0.3),
         ("SFT", "x4.0", 0.2),
     ]  # fmt: skip

@@ -51,10 +51,12 @@ def test_difference_to_the_first_is_paired_and_stands_where_rows_have_rivals(swe
 def test_columns_that_tell_nothing_are_no_columns(sweep):
     page = sweep.losses(lm=[2.5, 2.6], fkl=[2.4, 2.5]).page()
     assert "bits per byte" not in page and cells(page, "")[4:7] == ["fkl", "rkl", "acceptance"]
-    found = sweep.groups()
-    metrics = measured(found, LOSS)
-    assert constant_values(found, metrics, []) == {BY_NAME["ece"]: "0.032"}  # of the students; the teacher's is another
-    assert constant_values(found, metrics, reference_lines(found)) == {}
+    groups = sweep.groups()
+    metrics = measured(groups, LOSS)
+    assert constant_values(groups, metrics, []) == {
+        BY_NAME["ece"]: "0.032"
+    }  # of the students; the teacher's is another
+    assert constant_values(groups, metrics, reference_lines(groups)) == {}
     other = json.loads((sweep.root / "run-0" / "result.json").read_text()) | {"bytes_per_token": 4.0}
     (sweep.root / "run-0" / "result.json").write_text(json.dumps(other))
     assert BY_NAME["bpb"] in measured(sweep.groups(), LOSS)  # losses of two tokenizers cannot be compared
@@ -69,11 +71,13 @@ def test_a_gap_to_another_teacher_has_a_footnote(sweep):
 
 
 def test_a_teacher_has_one_row_whoever_learned_from_it(sweep):
-    made = {"teacher.steps": 300, "teacher.seed": 0}
-    sweep.done("fkl", 0, 2.0, **made).done("lm", 0, 2.5, rollout="teacher", **made).done("lm", 0, 3.0, **made)
+    settings = {"teacher.steps": 300, "teacher.seed": 0}
+    sweep.done("fkl", 0, 2.0, **settings).done("lm", 0, 2.5, rollout="teacher", **settings).done(
+        "lm", 0, 3.0, **settings
+    )
     assert len(sweep.groups()) == 3
     assert [line.label for line in reference_lines(sweep.groups())] == ["teacher 1m"]
-    sweep.done("fkl", 0, 2.0, **made | {"teacher.steps": 600})
+    sweep.done("fkl", 0, 2.0, **settings | {"teacher.steps": 600})
     labels = sorted(line.label for line in reference_lines(sweep.groups()))
     assert labels == ["teacher teacher.steps=300", "teacher teacher.steps=600"]
 

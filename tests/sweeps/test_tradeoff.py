@@ -37,16 +37,22 @@ def test_gain_is_that_of_the_best_teacher():
 def test_distillation_wins_where_the_planted_laws_say(fits):
     among = teachers_of(fits.distilled_runs)
     assert [t.label for t in among] == ["large", "medium", "small", "tiny"]
-    made = tradeoffs_of(fits)
-    assert len(made) == len(SIZES) * len(SCENARIOS)
-    for of in made:
+    tradeoffs = tradeoffs_of(fits)
+    assert len(tradeoffs) == len(SIZES) * len(SCENARIOS)
+    for tradeoff_of_size in tradeoffs:
         true = tradeoff.loss_reduction(
-            of.compute, (of.parameters, 2 * of.parameters), min(AMOUNTS), among, of.scenario, ALONE, TAUGHT
+            tradeoff_of_size.compute,
+            (tradeoff_of_size.parameters, 2 * tradeoff_of_size.parameters),
+            min(AMOUNTS),
+            among,
+            tradeoff_of_size.scenario,
+            ALONE,
+            TAUGHT,
         )
         clear = np.abs(true) > 0.02
-        assert (np.isnan(true) == np.isnan(of.loss_reduction)).all()
-        assert (np.sign(of.loss_reduction) == np.sign(true))[clear & np.isfinite(true)].all()
-    free, *_, counted = made[:4]
+        assert (np.isnan(true) == np.isnan(tradeoff_of_size.loss_reduction)).all()
+        assert (np.sign(tradeoff_of_size.loss_reduction) == np.sign(true))[clear & np.isfinite(true)].all()
+    free, *_, counted = tradeoffs[:4]
     assert (
         np.nanmax(free.loss_reduction - counted.loss_reduction) > 0
         and np.nanmin(free.loss_reduction - counted.loss_reduction) > -1e-9
@@ -84,10 +90,10 @@ def test_verdict_has_the_ranges_of_a_free_and_of_a_paid_teacher(fits):
 
 
 def test_a_student_was_measured_as_far_as_it_was_run_both_ways(fits):
-    own = Observation("t", 1e5, 1e6, 2.0, 5.0, "t", 1.9, 1e6, teacher_tokens=2e6, teacher_flops_per_token=10.0)
+    observation = Observation("t", 1e5, 1e6, 2.0, 5.0, "t", 1.9, 1e6, teacher_tokens=2e6, teacher_flops_per_token=10.0)
     # 3 * 5 * 1e6; the teacher reads as much, and was trained on 2e6 tokens.
-    assert [tradeoff.distillation_cost(own, s) for s in SCENARIOS] == [1.5e7, 2.5e7, 1.5e7 + 6e7, 2.5e7 + 6e7]
-    assert tradeoff.distillation_cost(own._replace(teacher_tokens=None), SCENARIOS[2]) == 0
+    assert [tradeoff.distillation_cost(observation, s) for s in SCENARIOS] == [1.5e7, 2.5e7, 1.5e7 + 6e7, 2.5e7 + 6e7]
+    assert tradeoff.distillation_cost(observation._replace(teacher_tokens=None), SCENARIOS[2]) == 0
     short = [p for p in fits.runs if not p.teacher or p.parameters > SIZES[0] or p.tokens < AMOUNTS[-1]]
     free, *_, others = [c for c in tradeoffs_of(replace(fits, runs=short)) if c.scenario == SCENARIOS[0]]
     assert free.measured_up_to == 6 * SIZES[0] * AMOUNTS[-2] and others.measured_up_to == 6 * SIZES[-1] * AMOUNTS[-1]
@@ -99,6 +105,11 @@ def test_a_student_was_measured_as_far_as_it_was_run_both_ways(fits):
 
 
 def test_a_teacher_of_unknown_cost_is_no_teacher_that_costs_too_much(fits):
-    made = tradeoffs_of(replace(fits, runs=[p._replace(teacher_tokens=None) for p in fits.runs]))
-    assert [of.has_known_cost for of in made[:4]] == [True, True, False, False]
-    assert made[3].ranges_text() == made[3].ranges_text(beyond_noise=True) == "unknown" != made[1].ranges_text()
+    tradeoffs = tradeoffs_of(replace(fits, runs=[p._replace(teacher_tokens=None) for p in fits.runs]))
+    assert [tradeoff_of_size.has_known_cost for tradeoff_of_size in tradeoffs[:4]] == [True, True, False, False]
+    assert (
+        tradeoffs[3].ranges_text()
+        == tradeoffs[3].ranges_text(beyond_noise=True)
+        == "unknown"
+        != tradeoffs[1].ranges_text()
+    )

@@ -196,21 +196,21 @@ def test_digest_changes_with_any_byte_and_with_the_length(tmp_path):
 
     small = bytes(range(256))
     assert digest(small) == digest(small)
-    found = [digest(small[:i] + bytes([small[i] ^ 1]) + small[i + 1 :]) for i in range(256)]
-    found += [digest(small), digest(small[:-1]), digest(small + b"\0"), digest(b""), digest(b"\0")]
-    assert len(set(found)) == len(found)
+    digests = [digest(small[:i] + bytes([small[i] ^ 1]) + small[i + 1 :]) for i in range(256)]
+    digests += [digest(small), digest(small[:-1]), digest(small + b"\0"), digest(b""), digest(b"\0")]
+    assert len(set(digests)) == len(digests)
 
 
 def test_digest_reads_all_of_a_large_file(tmp_path):
     file, size = tmp_path / "x", (1 << 22) * 2 + 5  # several blocks
     file.write_bytes(bytes(size))
-    found = {files.digest(file)}
+    digests = {files.digest(file)}
     for place in (0, (1 << 22) - 1, 1 << 22, size - 6, size - 1):
         with open(file, "r+b") as f:
             f.seek(place)
             f.write(b"\1")
-        found.add(files.digest(file))
-    assert len(found) == 6
+        digests.add(files.digest(file))
+    assert len(digests) == 6
 
 
 @pytest.mark.parametrize("folder", ["a file", "below a file", "/proc/kd"])

@@ -67,11 +67,11 @@ def test_a_program_that_is_not_of_kd_keeps_its_ranks():
 def test_every_program_is_among_these():
     folder = TRAIN.parent
     files = [p for place in ("kd", "sweeps") for p in (folder / place).rglob("*.py")] + [TRAIN]
-    found = {
+    programs = {
         str(p.relative_to(folder).with_suffix("")).replace("/", ".").removesuffix(".__main__")
         for p in files if '__name__ == "__main__"' in p.read_text()
     }  # fmt: skip
-    assert found == {program.removesuffix(".py") for program in PROGRAMS}
+    assert programs == {program.removesuffix(".py") for program in PROGRAMS}
 
 
 def test_a_run_and_its_teacher_write_everything_with_ranks_of_others(tmp_path):

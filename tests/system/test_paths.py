@@ -56,8 +56,8 @@ def at_home(tmp_path, monkeypatch) -> Path:
 )
 def test_the_home_folder_is_expanded_in_every_setting_that_is_a_path(at_home, option, more):
     for typed, whole in (("~/a b/*[1]", f"{at_home}/a b/*[1]"), ("~", f"{at_home}"), ("a/~/b", "a/~/b")):
-        made = small_config("runs", *more, f"{option}='{typed}'")
-        assert made.flat()[option] == whole
+        config = small_config("runs", *more, f"{option}='{typed}'")
+        assert config.flat()[option] == whole
     with refused(option="~nobody-here/x", why="no home folder for ~nobody-here"):
         small_config("runs", *more, f"{option}='~nobody-here/x'")
 
@@ -83,10 +83,10 @@ def test_runs_stores_and_reports_in_the_home_folder(at_home, capsys, monkeypatch
     (at_home / "text.txt").write_text("\n\n".join(f"Line {i} is about {i * i}." for i in range(600)))
     words = ("root='~/runs'", "data=text", "data.seq_len=32", "data.val_rows=4", "data.files='~/text.txt'")
     words += ("logits=none", "teacher=none", "trainer.steps=1")
-    made = here(at_home, *words, "data.vocab=300")
-    assert made.parent == at_home / "runs"
-    named = here(at_home, *words, "student=hub", f"student.name='~/runs/{made.name}/student'")
-    assert named.parent == at_home / "runs" and named != made
+    run = here(at_home, *words, "data.vocab=300")
+    assert run.parent == at_home / "runs"
+    named = here(at_home, *words, "student=hub", f"student.name='~/runs/{run.name}/student'")
+    assert named.parent == at_home / "runs" and named != run
     write("~/runs", *TOP, "logits.path='~/logits'", "teacher.steps=1")
     monkeypatch.setattr(sys, "argv", ["kd.store", "info", "~/logits", "--root", "~/runs"])
     from kd.store.__main__ import main
@@ -133,10 +133,10 @@ def test_no_name_is_markup(name, tmp_path, capsys, monkeypatch):
     console.print(Pool([job], 1).board())
     console.print(summary(name, [job]))
     console.print(f"Text with {name}.")
-    said = capsys.readouterr().err.replace("\n", "")
-    assert f"{run.location}" in said and f"A note on {name}." in said
-    assert f"words={name}  says {name}" in said and f"sweep {name}" in said and f"Text with {name}." in said
-    assert said.count(name) >= 7
+    message = capsys.readouterr().err.replace("\n", "")
+    assert f"{run.location}" in message and f"A note on {name}." in message
+    assert f"words={name}  says {name}" in message and f"sweep {name}" in message and f"Text with {name}." in message
+    assert message.count(name) >= 7
 
 
 def test_titles_and_cells_with_brackets(tmp_path, capsys):
@@ -203,7 +203,7 @@ mountable = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory) -> Path:
+def read_only_root(tmp_path_factory) -> Path:
     """A root with a finished run and the sweep that made it."""
     root = tmp_path_factory.mktemp("kept")
     train(root, "-m", *ALONE)
@@ -215,7 +215,7 @@ ALONE = ("logits=none", "teacher=none", "trainer.steps=1", "data.tokens=2000", "
 
 @mountable
 @pytest.mark.parametrize(
-    ("words", "code", "says"),
+    ("words", "code", "message"),
     [
         (ALONE, 0, "Done before"),
         (("-m", *ALONE), 0, "done before"),
@@ -225,12 +225,18 @@ ALONE = ("logits=none", "teacher=none", "trainer.steps=1", "data.tokens=2000", "
         (("report", "s"), 2, "Read-only file system"),
     ],
 )
-def test_a_root_that_is_read_alone_shows_what_is_done_and_says_what_cannot_be(kept, words, code, says):
-    command = [str(TRAIN), *(w for w in words if w == "-m"), *SMALL, f"root={kept}", *(w for w in words if w != "-m")]
+def test_a_root_that_is_read_alone_shows_what_is_done_and_says_what_cannot_be(read_only_root, words, code, message):
+    command = [
+        str(TRAIN),
+        *(w for w in words if w == "-m"),
+        *SMALL,
+        f"root={read_only_root}",
+        *(w for w in words if w != "-m"),
+    ]
     if words[0] == "report":
-        command = ["-m", "sweeps.report", "s", "--root", str(kept)]
+        command = ["-m", "sweeps.report", "s", "--root", str(read_only_root)]
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", READ_ALONE, "sh", str(kept), sys.executable, *command],
+        ["unshare", "-m", "sh", "-c", READ_ALONE, "sh", str(read_only_root), sys.executable, *command],
         env=ENVIRONMENT, cwd=TRAIN.parent, text=True, capture_output=True,
     )  # fmt: skip
-    assert done.returncode == code and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr, done.stderr

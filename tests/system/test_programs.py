@@ -33,7 +33,9 @@ def test_a_script_is_its_module_and_says_its_name(name, monkeypatch, capsys):
     monkeypatch.setattr(programs, "_by_script", False)
     monkeypatch.delitem(sys.modules, f"{programs.MODULES[name]}.__main__", raising=False)
     real = runpy.run_module
-    monkeypatch.setattr(runpy, "run_module", lambda module, **how: (started.append(module), real(module, **how)))
+    monkeypatch.setattr(
+        runpy, "run_module", lambda module, **options: (started.append(module), real(module, **options))
+    )
     monkeypatch.setattr(sys, "argv", [f"/bin/kd-{name}", "--help"])
     with pytest.raises(SystemExit) as ended:
         getattr(programs, name)()

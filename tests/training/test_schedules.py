@@ -71,12 +71,12 @@ def test_rises_from_0_and_then_stays_between_its_ends(schedule):
 
 def means() -> list[tuple[str, dict, float]]:
     """Return the means that the docstrings give, with and without a warm-up of the share w."""
-    found = [("linear_increasing", {"start": 0.2, "peak": 0.8}, 0.5), ("constant", {"peak": 0.8, "warmup": 0.0}, 0.8)]
+    cases = [("linear_increasing", {"start": 0.2, "peak": 0.8}, 0.5), ("constant", {"peak": 0.8, "warmup": 0.0}, 0.8)]
     for w in (0.0, 0.25):
         ends = {"peak": 0.8, "end": 0.2, "warmup": w}
-        found += [(name, ends, (1 - w) * 0.5 + w * 0.4) for name in ("linear_decreasing", "cosine", "period")]
-        found += [("wsd", ends | {"decay": 0.5}, 0.8 * (1 - w / 2) - 0.6 * 0.25)]
-    return [*found, ("constant", {"peak": 0.8, "warmup": 0.25}, 0.75 * 0.8 + 0.25 * 0.4)]
+        cases += [(name, ends, (1 - w) * 0.5 + w * 0.4) for name in ("linear_decreasing", "cosine", "period")]
+        cases += [("wsd", ends | {"decay": 0.5}, 0.8 * (1 - w / 2) - 0.6 * 0.25)]
+    return [*cases, ("constant", {"peak": 0.8, "warmup": 0.25}, 0.75 * 0.8 + 0.25 * 0.4)]
 
 
 @pytest.mark.parametrize(("name", "change", "mean"), means())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 
 from lightning.pytorch.callbacks import Callback
 
 from kd.errors import UserError
+from kd.models import adapters
 from kd.parallel import collectives
 from kd.runs.provenance import differences
 from kd.runs.run import Run
@@ -52,10 +53,16 @@ class Checkpoints(Callback):
         rollout = self.module.rollout
         return {
             "code": self.code,
+            "frozen": self.frozen_digest,
             "micro_batch_size": self.module.micro_batch_size,
             "random": collectives.all_gather(random_state(self.module.device)),
             "rollout": collectives.all_gather(rollout.state() if rollout else {}),
         }
+
+    @cached_property
+    def frozen_digest(self) -> str | None:
+        """Return the digest of the weights that do not learn; None if all learn."""
+        return adapters.frozen_digest(self.module)
 
     def load_state_dict(self, state: dict) -> None:
         if changed := differences(state["code"], self.code, self.config):
@@ -64,6 +71,14 @@ class Checkpoints(Callback):
                 why=f"was started with other code: that of {', '.join(changed)} has changed since its checkpoint",
                 hint="to continue the run, restore that code. To train it anew with the code as it is, type this, and "
                 "then the same command again",
+                commands=[self.run.removal_command("checkpoints")],
+            )
+        if state.get("frozen") != self.frozen_digest:
+            raise UserError(
+                option=self.run.name,
+                why="was started with other weights under its adapter, and its checkpoint has the adapter alone",
+                hint="to continue the run, restore these weights. To train it anew with the weights as they are, type "
+                "this, and then the same command again",
                 commands=[self.run.removal_command("checkpoints")],
             )
         self.module.micro_batch_size = state["micro_batch_size"]

@@ -1,4 +1,4 @@
-"""Logits that come from a teacher in training: recorded on its way for later students, or learned beside them."""
+"""Logits that are recorded while a teacher is trained: exact, resumed exactly, read by windows."""
 
 import copy
 import os
@@ -6,29 +6,24 @@ import re
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 
 from kd.data.batches import rows_of_step
-from kd.experiment.dependencies import Plan
 from kd.models import causal_lm
 from kd.store import recorder
 from kd.store.reader import Store
 from kd.system import checkpoint_files
-from kd.system.files import read_metrics
 from kd.teachers.stored import window_share
 from kd.training import module
 from tests.refusals import refused
-from tests.small import FORK, TOP, content, folder, here, outcome, result, small_config, type_in
+from tests.small import TOP, content, folder, here, outcome, result, type_in
+from tests.teachers.killing import BATCH, PLAIN, ROWS, STEPS, at_step, die
 
-STEPS, ROWS, BATCH = 20, 60, 4
-PLAIN = ("logits=none", "teacher=none", f"trainer.steps={STEPS}", "trainer.val_every=50")
 RECORD = (*PLAIN, "record=top_k", "record.k=5")
 
 
@@ -76,14 +71,14 @@ def test_what_is_recorded_is_what_the_model_said_before_it_learned_from_it(recor
         ids = torch.from_numpy(table(root)[[row], :-1].astype(np.int64))
         with torch.no_grad():
             logp = before[step].head(before[step].hidden_states(ids)).log_softmax(-1)[0]
-        kept, columns = logp.topk(5)
+        top, columns = logp.topk(5)
         zeros = torch.zeros(32, dtype=torch.long)
         entries = held.read(np.array([row]), ids.numpy())
-        said = entries.at(torch.ones(1, 32, dtype=torch.bool)).target(slice(None), zeros, zeros, None)
-        difference = said.logp - logp.gather(-1, said.ids)
+        stored = entries.at(torch.ones(1, 32, dtype=torch.bool)).target(slice(None), zeros, zeros, None)
+        difference = stored.logp - logp.gather(-1, stored.ids)
         assert difference.abs().max() < 1 / 32 + 1e-3
-        assert said.logp.exp().sum(-1).numpy() == pytest.approx(kept.exp().sum(-1).numpy(), rel=2e-3)
-        assert (said.ids == columns.sort(-1).values).float().mean() > 0.99
+        assert stored.logp.exp().sum(-1).numpy() == pytest.approx(top.exp().sum(-1).numpy(), rel=2e-3)
+        assert (stored.ids == columns.sort(-1).values).float().mean() > 0.99
 
 
 def test_a_row_that_came_twice_has_two_answers(recorded):
@@ -111,22 +106,11 @@ def test_recording_changes_nothing_and_takes_no_forward_pass(recorded, tmp_path,
     # The validation rows, once more: what students are measured against.
     assert Counter(passes) - alone == Counter({(2, 32): 4})
     assert run.name == plain.name and outcome(run) == outcome(plain)
-    (made,) = (tmp_path / "recording" / "stores").iterdir()
+    (store,) = (tmp_path / "recording" / "stores").iterdir()
     expected = content(recorded[0] / "store")
-    assert {n: d for n, d in content(made).items() if "manifest" not in n and "begun" not in n} == {
+    assert {n: d for n, d in content(store).items() if "manifest" not in n and "begun" not in n} == {
         n: d for n, d in expected.items() if "manifest" not in n and "begun" not in n
     }
-
-
-def at_step(number: int) -> None:
-    real = recorder.Recorder.batch
-
-    def batch(self, batch, step) -> None:
-        if step == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        real(self, batch, step)
-
-    recorder.Recorder.batch = batch
 
 
 def at_checkpoint(number: int) -> None:
@@ -144,28 +128,15 @@ def at_the_end(_: int) -> None:
     recorder.commit = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die(root: Path, words: tuple[str, ...], how: Callable[[int], None], number: int) -> None:
-    """Run in a process of its own that is killed."""
-
-    def run() -> None:
-        how(number)
-        here(root, *words)
-
-    process = FORK.Process(target=run)
-    process.start()
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
-
-
-@pytest.mark.parametrize(("how", "number"), [(at_step, 2), (at_step, 10), (at_checkpoint, 9), (at_the_end, 0)])
-def test_killed_recording_ends_with_the_same_bytes(recorded, tmp_path, how, number):
+@pytest.mark.parametrize(("killer", "number"), [(at_step, 2), (at_step, 10), (at_checkpoint, 9), (at_the_end, 0)])
+def test_killed_recording_ends_with_the_same_bytes(recorded, tmp_path, killer, number):
     words = (*RECORD, f"record.path={tmp_path / 'store'}")
-    die(tmp_path, words, how, number)
+    die(tmp_path, words, killer, number)
     assert not (tmp_path / "store" / "manifest.json").exists()
     here(tmp_path, *words)
-    found, expected = content(tmp_path / "store"), content(recorded[0] / "store")
-    assert found.keys() == expected.keys()
-    assert {n: d for n, d in found.items() if n != "manifest.json"} == {
+    actual, expected = content(tmp_path / "store"), content(recorded[0] / "store")
+    assert actual.keys() == expected.keys()
+    assert {n: d for n, d in actual.items() if n != "manifest.json"} == {
         n: d for n, d in expected.items() if n != "manifest.json"
     }
     Store(tmp_path / "store", tmp_path).verify()
@@ -233,8 +204,8 @@ def test_a_window_without_a_step_is_refused(recorded):
         student(recorded[0], "logits.window=[0.51,0.54]")
 
 
-def test_a_window_of_a_finished_teacher_is_refused_before_a_store_is_written(taught, tmp_path):
-    root = shutil.copytree(taught, tmp_path / "root")
+def test_a_window_of_a_finished_teacher_is_refused_before_a_store_is_written(trained_root, tmp_path):
+    root = shutil.copytree(trained_root, tmp_path / "root")
     with refused(option="logits.window", why="covers no window", hint="leave logits.window out"):
         here(root, "logits=offline", *TOP, "logits.window=late")
     with refused(option="logits.window", why="covers no window"):
@@ -351,94 +322,3 @@ def test_a_store_is_recorded_to_a_url(recorded, tmp_path):
     name = "shard-00000009.safetensors"
     assert system.cat_file(f"{url}/{name}") == (recorded[0] / "store" / name).read_bytes()
     here(tmp_path, "logits=offline", "teacher=none", *TOP, f"logits.path={url}", "logits.window=late")
-
-
-# Learned beside
-
-COTRAINED = ("logits=cotrained", "seed=0", "teacher.seed=0", f"trainer.steps={STEPS}", "alpha.peak=0.5")
-
-
-@pytest.fixture(scope="module")
-def cotrained(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A root with a run, and its teacher's weights as they were at the end."""
-    root, kept = tmp_path_factory.mktemp("cotrained"), {}
-    real = module.DistillationModule.on_train_batch_end
-
-    def spy(self, *given) -> None:
-        kept.update({k: v.clone() for k, v in self.trainable_teacher.model.state_dict().items()})
-        real(self, *given)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.DistillationModule, "on_train_batch_end", spy)
-        here(root, *COTRAINED)
-    return root, kept
-
-
-def test_cotrained_teacher_learns_as_it_would_alone(cotrained, tmp_path):
-    root, kept = cotrained
-    here(tmp_path, "logits=none", "teacher=none", f"trainer.steps={STEPS}")
-    alone = safetensors.torch.load_file(folder(tmp_path, "lm") / "student" / "model.safetensors")
-    assert alone.keys() <= kept.keys()
-    assert all(torch.equal(alone[name], kept[name]) for name in alone)
-    lm, fkl = result(folder(tmp_path, "lm"))["final"], result(folder(root, "fkl"))["final"]
-    assert fkl["val/teacher_lm"] == lm["val/lm"] != fkl["val/lm"]
-    assert not list(root.glob("lm*"))  # and is no run of its own
-
-
-def test_seed_of_a_cotrained_teacher_is_part_of_the_run(cotrained, tmp_path):
-    assert settings_run(tmp_path, *COTRAINED) != settings_run(tmp_path, *COTRAINED, "teacher.seed=1")
-    assert settings_run(tmp_path, "teacher.lr=0.1") != settings_run(tmp_path)  # of the teacher's own run
-
-
-def settings_run(root: Path, *words: str):
-    made = small_config(root, *words)
-    return Plan.from_config(made).run.name
-
-
-def test_a_pretrained_teacher_does_not_learn_at_the_rates_of_sizes(tmp_path):
-    words = ("logits=cotrained", "teacher=hub", "teacher.name=org/model")
-    with refused(option="optim", got="mup", conflict="logits=cotrained", hint="type optim=adamw lr.peak=1e-4"):
-        small_config(tmp_path, *words)
-    assert small_config(tmp_path, *words, "optim=adamw", "lr.peak=1e-4")
-
-
-def test_cotrained_student_is_exported_without_its_teacher(cotrained, tmp_path):
-    root, kept = cotrained
-    saved = safetensors.torch.load_file(folder(root, "fkl") / "student" / "model.safetensors")
-    assert saved.keys() <= kept.keys()
-    assert not all(torch.equal(saved[name], kept[name]) for name in saved)
-    assert len(list((folder(root, "fkl") / "student").glob("*.safetensors"))) == 1
-
-
-def test_cotrained_student_learns_from_what_the_teacher_says_meanwhile(cotrained):
-    """The loss starts at what two models of one seed differ by, which is nothing."""
-    lines = [x for x in read_metrics(folder(cotrained[0], "fkl") / "metrics.jsonl") if "train/kd" in x]
-    assert lines[0]["train/kd"] == pytest.approx(0, abs=1e-6) and lines[-1]["train/kd"] > 1e-4
-    assert lines[0]["train/teacher_lm"] == pytest.approx(lines[0]["train/lm"], abs=1e-6)
-    assert lines[-1]["train/teacher_lm"] < lines[0]["train/teacher_lm"] - 0.1
-
-
-def test_killed_cotraining_ends_bit_for_bit_as_if_never_killed(cotrained, tmp_path):
-    def at(number: int) -> None:
-        real = module.DistillationModule.training_step
-
-        def step(self, batch, index) -> None:
-            if self.global_step == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            real(self, batch, index)
-
-        module.DistillationModule.training_step = step
-
-    die(tmp_path, COTRAINED, at, 8)
-    newest = max((folder(tmp_path, "fkl") / "checkpoints").glob("*.ckpt"))
-    held = torch.load(newest, weights_only=True)["state_dict"]
-    assert {name.partition(".")[0] for name in held} == {"student", "trainable_teacher"}
-    here(tmp_path, *COTRAINED)
-    assert outcome(folder(tmp_path, "fkl")) == outcome(folder(cotrained[0], "fkl"))
-
-
-def test_cotraining_without_distillation_still_teaches_the_teacher(cotrained, tmp_path):
-    here(tmp_path, *COTRAINED, "alpha.peak=0")
-    final = result(folder(tmp_path, "fkl"))["final"]
-    assert final["val/teacher_lm"] == result(folder(cotrained[0], "fkl"))["final"]["val/teacher_lm"]
-    assert final["val/lm"] == final["val/teacher_lm"]  # a twin
