@@ -86,10 +86,6 @@ Train = Callable[[ExperimentConfig], FinishedRun]  # trains a run, unless it is 
 def ensure(config: ExperimentConfig, train: Train) -> Inputs:
     """Check the prerequisites of a run, and make missing ones: data, teacher, first weights, store, teacher's text."""
     planned = Plan.from_config(config)
-    if config.trainer.devices > 1:
-        from kd.parallel import collectives
-
-        collectives.check_devices(config.trainer)
     packed, components = prepare(config)
     check_pruning(config, components)
     for model in (config.student.name, config.teacher.name, config.data.tokenizer):
@@ -113,8 +109,10 @@ def ensure(config: ExperimentConfig, train: Train) -> Inputs:
     if planned.pruned:
         from kd.experiment import starts
 
+        # The student is cut from weights that nothing has rounded.
+        whole = config.derive(teacher={"dtype": None}, trainer={"attention": None})
         start_path = starts.ensure_start(
-            config, packed, planned.pruned, lambda: whole_teacher(config, components, train)
+            config, packed, planned.pruned, lambda: teacher_model(whole, packed, components, train)
         )
         requests.end_if_asked()
     packed = written_by_teacher(config, packed, components, train)
@@ -201,23 +199,9 @@ def plain_text(config: ExperimentConfig) -> Packed | None:
 
 
 def teacher_model(config: ExperimentConfig, packed: Packed, components: Components, train: Train) -> CausalLM:
-    """Return the finished teacher, as the run holds it; train it first if there is none."""
+    """Return the finished teacher; train it first if there is none."""
     from kd.experiment import teacher_weights
 
-    name = teacher_name(config, components, train)
-    return teacher_weights.load(config, packed, vocabulary_size(components.tokenizer), name)
-
-
-def whole_teacher(config: ExperimentConfig, components: Components, train: Train) -> CausalLM:
-    """Return the finished teacher with all bits of its weights; train it first if there is none."""
-    from kd.models import causal_lm
-
-    name, vocab = teacher_name(config, components, train), vocabulary_size(components.tokenizer)
-    return causal_lm.build_model(None, name, vocab, config.data.seq_len, "teacher.name")
-
-
-def teacher_name(config: ExperimentConfig, components: Components, train: Train) -> str:
-    """Return the folder or Hub name of the finished teacher, checked; train it first if there is none."""
     silence_libraries()
     planned = Plan.from_config(config)
     trained = planned.recording or planned.teacher
@@ -230,7 +214,7 @@ def teacher_name(config: ExperimentConfig, components: Components, train: Train)
         )
     check_student(config.teacher.name)
     check_tokenizers(config, components.tokenizer, name)
-    return name
+    return teacher_weights.load(config, packed, vocabulary_size(components.tokenizer), name)
 
 
 def written_by_teacher(config: ExperimentConfig, packed: Packed, components: Components, train: Train) -> Packed:
