@@ -223,6 +223,8 @@ def test_what_cannot_treat_an_adapter_is_refused(more, fields):
 def test_an_adapter_for_a_random_student_is_refused():
     with refused(option="adapter", got="lora", conflict="student.size=200k", hint="start=pretrained"):
         config_of(["adapter=lora"])
+    with refused(option="adapter", got="lora", conflict="start.keep=random", hint="leave start.keep out"):
+        config_of(["adapter=lora", "start=teacher", "start.keep=random"])
     config = config_of(["adapter=lora", "start=pretrained"])
     assert config.optim.name == "AdamW" and config.lr.args["peak"] == 2e-4
     assert Plan.from_config(config).start.adapter.is_none
