@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kd.config.compose import config_of
+from kd.experiment import planner, step_timing
 from kd.experiment.dependencies import Plan
 from kd.models import causal_lm
 from kd.runs import identity
@@ -186,6 +187,14 @@ def test_a_teacher_that_is_fine_tuned_first_has_weights_of_its_own(root, tmp_pat
                   teacher="base")  # fmt: skip
     done = result(here(tmp_path, *typed))
     assert done["final"]["val/teacher_lm"] != pytest.approx(done["initial"]["val/lm"], abs=1e-4)
+
+
+def test_a_plan_counts_the_weights_that_learn(root, tmp_path):
+    (estimate,) = planner.estimate(small_config(tmp_path, *words(root, teacher="base"))).values()
+    assert (estimate.parameters, estimate.trainable) == (20_256, 3_968)
+    assert estimate.temporary_disk == 2 * 12 * 3_968  # two checkpoints of weights and moments
+    assert step_timing._is_under_adapter(small_config(tmp_path, *words(root, teacher="base")))
+    assert not step_timing._is_under_adapter(small_config(tmp_path, *words(root)))
 
 
 def test_names_and_axes_have_the_adapter(root, tmp_path):
