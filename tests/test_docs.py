@@ -21,17 +21,16 @@ import pytest
 import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from torch.distributed.run import get_args_parser
 
 import train  # noqa: F401, registers the sizes
 from kd.config import security
 from kd.config.components import option_names
 from kd.config.compose import config_of
 from kd.config.options import option_of
-from kd.config.rules import group_of
-from kd.config.schema import NO_SIGNAL
 from kd.errors import UserError
 from kd.evaluate import evaluation_words
-from kd.launch.sweeper import at_scale
+from kd.launch.sweeper import at_scale, without_unused
 from kd.runs import __main__ as runs_program
 from kd.runs.identity import identity
 from sweeps.fit.__main__ import argument_parser
@@ -133,10 +132,8 @@ def jobs(words: list[str]) -> list[list[str]]:
     for line in lines:
         parsed = OverridesParser.create().parse_overrides([*shlex.split(line), *typed])
         for job in BasicSweeper.split_arguments([o for o in parsed if not o.is_interval_sweep()], None)[0]:
-            if option_of("logits", job) == "none":
-                job = [word for word in job if group_of(word) not in NO_SIGNAL]
             jobs_of_line.append(job)
-    return jobs_of_line
+    return without_unused(jobs_of_line, typed)
 
 
 def check_train(arguments: list[str]) -> None:
@@ -200,6 +197,23 @@ def check_pytest(arguments: list[str]) -> None:
     assert (ROOT / arguments[0]).exists()
 
 
+def check_torchrun(arguments: list[str]) -> None:
+    typed = get_args_parser().parse_args(arguments)
+    assert typed.training_script == "train.py"
+    check_train(typed.training_script_args)
+    trainer = config_of(typed.training_script_args).trainer
+    assert (str(trainer.nodes), str(trainer.devices)) == (typed.nnodes, typed.nproc_per_node)
+
+
+def check_srun(arguments: list[str]) -> None:
+    program = arguments.index("python")
+    assert arguments[program + 1] == "train.py"
+    words = arguments[program + 2 :]
+    check_train(words)
+    trainer = config_of(words).trainer
+    assert {f"--nodes={trainer.nodes}", f"--ntasks-per-node={trainer.devices}"} <= set(arguments[:program])
+
+
 CHECKS: dict[str, Callable[[list[str]], object]] = {
     "train.py": check_train,
     "kd.store": check_store,
@@ -213,6 +227,8 @@ CHECKS: dict[str, Callable[[list[str]], object]] = {
     "pip": check_pip,
     "wandb": check_wandb,
     "pytest": check_pytest,
+    "torchrun": check_torchrun,
+    "srun": check_srun,
     "lm_eval": lambda arguments: None,  # its package is in an extra that the tests do not install
     ".": lambda arguments: None,  # .venv/bin/activate, which python -m venv makes
 }
@@ -245,6 +261,8 @@ NOT_RUN = {
     "wandb": "needs an account; tests/runs/test_wandb_agent.py plays an agent against a server of its own",
     "sweeps.dashboard": "needs an account; tests/sweeps/test_dashboard.py saves one on a server of its own",
     ".": "changes the shell",
+    "torchrun": "needs several machines; tests/parallel/test_nodes.py has two agents on one",
+    "srun": "needs SLURM; tests/launch/test_cluster.py has tasks of one that is made up",
 }
 PARSED = {"docs/results.md": "its commands are all sweeps of sweeps/, which are hundreds of runs even if each is small"}
 SMALL = """trainer.steps=2 trainer.batch=4 trainer.micro_batch=2 trainer.val_every=2 trainer.checkpoint_every=2
@@ -252,6 +270,7 @@ trainer.log_every=1 teacher.steps=2 teacher.batch=2 start.steps=2 start.sft_step
 data.tokens=4000 data.template=plain rollout.max_tokens=4 responses.samples=1 logger=none""".split()  # noqa: SIM905
 PARTLY = {
     "trainer.devices": "2",
+    "trainer.nodes": "2",
     "n_jobs": "2",
     "hydra.sweeper.n_trials": "2",
     "rollout.capacity": "4",
@@ -282,7 +301,9 @@ def shrunk(arguments: list[str]) -> list[str]:
     for word in SMALL:
         name = word.partition("=")[0]
         length = {"trainer.steps", "trainer.tokens"}
-        if name not in typed and not (name in length and length & typed) and all(accepted(job, word) for job in every):
+        everywhere = any if name.startswith("teacher.") else all  # a sweep leaves these out where no teacher is trained
+        is_free = name not in typed and not (name in length and length & typed)
+        if is_free and everywhere(accepted(job, word) for job in every):
             words.append(word)
     if option_of("sweeps", words):
         words.append("seed=0")

@@ -82,7 +82,9 @@ data=hub data.name=roneneldan/TinyStories data.special=tokens
 data=hub data.name=roneneldan/TinyStories
 data=text data.files=README.md
 data=mixture data.parts={code:{source:python,weight:0.7},readme:{source:text,files:README.md,weight:0.3}}
+data.isolate=true
 data=instructions logits=none
+data=instructions logits=none data.pack=true
 data=instructions start=sft alpha.peak=0.5
 data=instructions start=sft rollout=student rollout.share=1 loss=rkl alpha.peak=1
 data=instructions start=sft rollout=mixed loss=minillm lm=plain alpha.peak=0.5

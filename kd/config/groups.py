@@ -103,6 +103,8 @@ class DataConfig(Component):
     val_rows: int = setting(default=64)
     val_share: float = setting(default=0.05)  # of the documents
     special: str = setting(neutral="text")
+    isolate: bool = setting(neutral=False)  # documents of a row do not see each other
+    pack: bool = setting(neutral=False)  # several examples to a row
 
     @property
     def is_instructions(self) -> bool:
@@ -317,7 +319,8 @@ class TrainerConfig(ConfigNode):
 
     INPUT_ONLY: ClassVar = ("tokens",)
 
-    devices: int = setting(effect=False, least=1)
+    devices: int = setting(effect=False, least=1)  # of each machine
+    nodes: int = setting(default=1, effect=False, least=1)  # machines
     strategy: Literal["auto", "ddp", "fsdp"] = setting(effect=False)
     shard_teacher: bool | None = setting(default=None, effect=False)
     steps: int = setting(least=0)  # 0: evaluation alone
@@ -334,3 +337,9 @@ class TrainerConfig(ConfigNode):
     val_every: int = setting(least=1)
     checkpoint_every: int = setting(effect=False, least=1)
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = setting(effect=False)
+    max_restarts: int = setting(default=0, effect=False, least=0)
+
+    @property
+    def ranks(self) -> int:
+        """Number of processes, one per device of all machines."""
+        return self.devices * self.nodes

@@ -69,7 +69,7 @@ class Validation(Callback):
                 batch = move_data_to_device(batch, module.device)
                 mask = batch.labels != IGNORE
                 signal = self.teacher.reference(batch, mask)
-                features = module.student.hidden_states(batch.ids)[mask]
+                features = module.student.hidden_states(*batch.inputs)[mask]
                 labels = batch.labels[mask]
                 for number, rows in self._by_part(batch, mask):
                     measures[number].update(

@@ -190,5 +190,5 @@ def sharded_roles(config: ExperimentConfig, student: CausalLM, teacher: Teacher)
         shard_teacher = not fsdp.fits_unsharded(size, collectives.device(trainer.accelerator))
         shard_teacher &= dtype not in weights.QUANTISED
         if shard_teacher:
-            check_shards(trainer, f"The teacher is too large for one device of {trainer.devices}")
+            check_shards(trainer, f"The teacher is too large for one device of {trainer.ranks}")
     return (*roles, *(["teacher"] if teacher.model and shard_teacher else []))

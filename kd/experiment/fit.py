@@ -123,6 +123,11 @@ def assemble(run: Run, config: ExperimentConfig, inputs: Inputs) -> Assembly:
     if inputs.packed.val_spans is not None:  # they respond to prompts when training has ended
         for model in filter(None, (student, teacher.model)):
             generate.check_cache(model)
+    if inputs.packed.train_marks is not None:
+        setting = "data.pack" if config.data.pack else "data.isolate"
+        student.check_isolation("student", setting)
+        if teacher.model:
+            teacher.model.check_isolation("teacher", setting)
     sharded = sharded_roles(config, student, teacher)
     run.start(config)
     checkpoint = latest_checkpoint(run, "student" in sharded)
@@ -208,7 +213,12 @@ def finish(run: Run, config: ExperimentConfig, inputs: Inputs, parts: Assembly) 
         student.to(device)  # Lightning has moved it to the CPU
         trainer = config.trainer
         parts.callbacks.recorder.recorder.finish(
-            OnlineTeacher(student), device, inputs.packed.val, trainer.micro_batch, trainer.steps
+            OnlineTeacher(student),
+            device,
+            inputs.packed.val,
+            trainer.micro_batch,
+            trainer.steps,
+            inputs.packed.val_marks,
         )
     if weights:
         student = inputs.student(config)
@@ -254,18 +264,18 @@ def row_ends(config: ExperimentConfig, packed: Packed, tokenizer) -> list[int]:
     return list(dict.fromkeys(ends))
 
 
-def as_job(run: Run, config: ExperimentConfig, inputs: Inputs) -> dict:
-    """Return the inputs of each rank as plain containers, for from_job()."""
+def as_job(run: Run, inputs: Inputs) -> dict:
+    """Return the inputs of rank 0 as plain containers, for from_job() of the other ranks."""
     store, plain = inputs.store, inputs.plain
     return {
-        "config": config.to_dict(), "run": run.name, "data": str(inputs.packed.folder), "teacher": inputs.teacher,
+        "run": run.name, "data": str(inputs.packed.folder), "teacher": inputs.teacher,
         "start": inputs.start, "plain": str(plain.folder) if plain else None, "origins": inputs.origins,
         "store": [store.path, str(store.cache)] if store else None,
     }  # fmt: skip
 
 
 def from_job(job: dict, config: ExperimentConfig) -> Inputs:
-    """Return the inputs of a rank: data, teacher and store exist already."""
+    """Return the inputs of a rank other than 0, which has made data, teacher and store."""
     packed = packing.open_packed(Path(job["data"]))
     store = Store(job["store"][0], Path(job["store"][1])) if job["store"] else None
     plain = packing.open_packed(Path(job["plain"])) if job["plain"] else None

@@ -86,10 +86,6 @@ Train = Callable[[ExperimentConfig], FinishedRun]  # trains a run, unless it is 
 def ensure(config: ExperimentConfig, train: Train) -> Inputs:
     """Check the prerequisites of a run, and make missing ones: data, teacher, first weights, store, teacher's text."""
     planned = Plan.from_config(config)
-    if config.trainer.devices > 1:
-        from kd.parallel import collectives
-
-        collectives.check_devices(config.trainer)
     packed, components = prepare(config)
     check_pruning(config, components)
     for model in (config.student.name, config.teacher.name, config.data.tokenizer):
@@ -113,8 +109,10 @@ def ensure(config: ExperimentConfig, train: Train) -> Inputs:
     if planned.pruned:
         from kd.experiment import starts
 
+        # The student is cut from weights that nothing has rounded.
+        whole = config.derive(teacher={"dtype": None}, trainer={"attention": None})
         start_path = starts.ensure_start(
-            config, packed, planned.pruned, lambda: teacher_model(config, components, train)
+            config, packed, planned.pruned, lambda: teacher_model(whole, packed, components, train)
         )
         requests.end_if_asked()
     packed = written_by_teacher(config, packed, components, train)

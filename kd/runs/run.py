@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import time
@@ -191,11 +190,11 @@ class Run:
         try:
             yield
         except BaseException as error:
-            if not self._ended_here():
+            if not self.ended_here():
                 self.end(classify(error))
             raise
 
-    def _ended_here(self) -> bool:
+    def ended_here(self) -> bool:
         """Return True if this process wrote how its work ended.
 
         Reads no URL, since the URL may be the cause of the end.
@@ -204,7 +203,7 @@ class Run:
             last = read_json(self / "state.json") or {}
         except UserError:
             return False
-        return last.get("state") != RunState.RUNNING and last.get("pid") == os.getpid()
+        return last.get("state") != RunState.RUNNING and last.get("pid") == process_info()["pid"]
 
     def state(self, wait: float | None = None) -> dict:
         """Return the content of state.json, or what is known without it: {"state": a RunState, "reason": …, …}."""
