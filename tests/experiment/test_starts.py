@@ -1,6 +1,7 @@
 """First weights that are made of the teacher: made once, checked, named by what they depend on."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,15 @@ def test_new_weights_have_the_shape_and_come_from_the_seed(root, run):
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(drawn[0][name], drawn[1][name])
     assert not torch.equal(drawn[0][name], drawn[2][name]) and not torch.equal(drawn[0][name], given[name])
+
+
+def test_first_weights_are_whole_whatever_the_dtype_of_the_teacher_is(root, run, tmp_path):
+    words = ("start.layers=1", "teacher.dtype=int8")
+    new = shutil.copytree(root, tmp_path / "root")
+    shutil.rmtree(new / "starts")
+    here(new, *START, *words)
+    usual, again = weights(folder_of(root, "start.layers=1")), weights(folder_of(new, *words))
+    assert usual.keys() == again.keys() and all(torch.equal(usual[name], again[name]) for name in usual)
 
 
 def test_damaged_first_weights_are_refused_with_the_command_that_removes_them(root, run, tmp_path):
