@@ -49,7 +49,7 @@ class Agents:
             f"--rdzv-conf=is_host={1 - node}",
         ]
         command = [sys.executable, "-m", "torch.distributed.run", *flags, str(TRAIN), *SMALL, f"root={self.root}"]
-        return python([*command, *NODES, *self.words[node]], self.root)
+        return python([*command, *NODES, *self.words[node]], self.root, cold=True)
 
     def wait_for(self, lines: int) -> None:
         """Wait until the run has measured something so many times."""
