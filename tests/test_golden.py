@@ -73,6 +73,8 @@ trainer.precision=bf16
 trainer=pretrain
 trainer=debug
 trainer.tokens=100000
+trainer.keep=best trainer.patience=3
+trainer.keep=all
 trainer=ddp trainer.batch=4
 trainer=fsdp trainer.batch=4
 data=markov data.states=16 data.branching=4
@@ -82,7 +84,9 @@ data=hub data.name=roneneldan/TinyStories data.special=tokens
 data=hub data.name=roneneldan/TinyStories
 data=text data.files=README.md
 data=mixture data.parts={code:{source:python,weight:0.7},readme:{source:text,files:README.md,weight:0.3}}
+data.isolate=true
 data=instructions logits=none
+data=instructions logits=none data.pack=true
 data=instructions start=sft alpha.peak=0.5
 data=instructions start=sft rollout=student rollout.share=1 loss=rkl alpha.peak=1
 data=instructions start=sft rollout=mixed loss=minillm lm=plain alpha.peak=0.5

@@ -103,6 +103,8 @@ class DataConfig(Component):
     val_rows: int = setting(default=64)
     val_share: float = setting(default=0.05)  # of the documents
     special: str = setting(neutral="text")
+    isolate: bool = setting(neutral=False)  # documents of a row do not see each other
+    pack: bool = setting(neutral=False)  # several examples to a row
 
     @property
     def is_instructions(self) -> bool:
@@ -334,6 +336,8 @@ class TrainerConfig(ConfigNode):
     log_every: int = setting(least=1)
     val_every: int = setting(least=1)
     checkpoint_every: int = setting(effect=False, least=1)
+    keep: Literal["last", "best", "all"] = setting(neutral="last")
+    patience: int | None = setting(neutral=None, least=1)
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = setting(effect=False)
     max_restarts: int = setting(default=0, effect=False, least=0)
 

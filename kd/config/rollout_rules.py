@@ -23,6 +23,9 @@ def check_rollout(config: ExperimentConfig) -> None:
     if not config.data.is_instructions:
         why = "writes responses to prompts, and this data is plain text"
         raise UserError(option="rollout", got=name, why=why, hint="type data=instructions")
+    if config.data.pack:
+        why, hint = "writes the response of each row, and a row of packed data has several", "leave data.pack out"
+        raise UserError(option="rollout", got=name, conflict="data.pack=true", why=why, hint=hint)
     if source.reads_store or source.trains_teacher:
         why = "a store has no logits of new text" if source.reads_store else "the teacher would write while it learns"
         hint = "type logits=online"

@@ -11,6 +11,7 @@ from kd.config.device_rules import check_attention, check_optimizer, check_ranks
 from kd.config.evaluation_rules import check_evaluation, unused_in_evaluation
 from kd.config.rollout_rules import check_rollout
 from kd.config.secrets import check_secrets
+from kd.config.selection_rules import check_selection
 from kd.config.start_rules import check_start, check_start_student, unused_in_start
 from kd.config.teacher_rules import check_teacher, unused_setting
 from kd.config.token_info import check_token_info
@@ -131,6 +132,16 @@ def check_scale(config: ExperimentConfig) -> None:
     if config.scale != "cpu":
         hint = "type e.g. sweeps=scaling, or leave scale out"
         raise UserError(option="scale", got=config.scale, why="only a sweep has scales", hint=hint)
+
+
+def check_upload(config: ExperimentConfig) -> None:
+    """Refuse one repository for the students of a sweep."""
+    if config.push_to_hub and config.sweep:
+        hint = "choose a run of the sweep, and type its command with push_to_hub=NAME and without the sweep"
+        why = "one repository holds one student"
+        raise UserError(
+            option="push_to_hub", got=config.push_to_hub, conflict=f"sweep={config.sweep}", why=why, hint=hint
+        )
 
 
 def check_logits(config: ExperimentConfig) -> None:
@@ -262,4 +273,5 @@ Rule = Callable[["ExperimentConfig"], None]
 RULES: tuple[Rule, ...] = (
     check_scale, check_evaluation, check_logits, check_ranks, check_attention, check_optimizer, check_loss,
     check_token_info, check_sampling, check_lm, check_teacher, check_rollout, check_adapter, check_start,
+    check_selection, check_upload,
 )  # fmt: skip

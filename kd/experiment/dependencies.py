@@ -172,7 +172,7 @@ def plain_corpus(config: ExperimentConfig) -> tuple[Corpus, dict[str, Any]]:
 
 def plain_data(config: ExperimentConfig) -> DataConfig:
     """Return the plain text as the data of a run."""
-    shared = ("seq_len", "vocab", "tokenizer", "val_rows", "val_share", "special")
+    shared = ("seq_len", "vocab", "tokenizer", "val_rows", "val_share", "special", "isolate")
     alike = {k: config.data.args[k] for k in shared if k in config.data.args}  # an old store's has no special
     return DataConfig.from_node({"tokens": None} | config.plain.to_dict() | alike, "plain")
 
@@ -187,6 +187,7 @@ def _packing(config: ExperimentConfig, data: Component, group: str) -> tuple[Cor
     if plugged := plugins.digests([data.target]):  # other code may make other text
         source = replace(source, fingerprint=source.fingerprint | {"plugins": plugged})
     packing_options = argument_types.checked(packing.pack, data.args, group)
+    _check_isolation(source, group, packing_options)
     packing_options["code"] = provenance.component(group, data.name)
     if not source.words:
         packing_options["tokenizer"] = config.tokenizer
@@ -194,6 +195,26 @@ def _packing(config: ExperimentConfig, data: Component, group: str) -> tuple[Cor
         why, hint = "this data has a vocabulary of its own", "leave data.tokenizer out"
         raise UserError(option="data.tokenizer", got=tokenizer, why=why, hint=hint)
     return source, packing_options
+
+
+def _check_isolation(source: Corpus, group: str, packing_options: dict[str, Any]) -> None:
+    """Refuse to isolate the documents of rows that hold one each, and to pack text whose rows are full."""
+    if packing_options.get("pack") and not source.pairs:
+        raise UserError(
+            option=f"{group}.pack",
+            got=True,
+            why="is for prompts with responses, and rows of plain text are full anyway",
+            hint=f"leave {group}.pack out, or type data=instructions",
+        )
+    if packing_options.get("isolate") and (source.words or source.pairs):
+        what = "a prompt with its response" if source.pairs else "one document"
+        raise UserError(
+            option=f"{group}.isolate",
+            got=True,
+            why=f"would do nothing, as each row of this data is {what}",
+            hint=f"leave {group}.isolate out"
+            + (f"; with {group}.pack=true, examples are isolated" * bool(source.pairs)),
+        )
 
 
 @cache
@@ -245,11 +266,11 @@ def _language_modelling(
     optimizer = ["optim=adamw"] if model.name else []  # as student=hub has it
     usual = default_config("teacher=none", "logits=none", f"start={start}", *optimizer)
     stage = {k: v for k, v in config.start.to_dict().items() if k in usual.start.to_dict() and k != "stage"}
-    accelerator = config.trainer.accelerator
+    of_machine = {name: getattr(config.trainer, name) for name in ("accelerator", "gradient_checkpointing")}
     return usual.derive(
         seed=seed, lr={"peak": lr}, start=stage, student=ModelConfig(size=model.size, name=model.name),
-        trainer={"steps": steps, "batch": batch, "micro_batch": batch, "precision": precision,
-                 "accelerator": accelerator},
+        trainer={"steps": steps, "batch": batch, "micro_batch": batch, "precision": precision}
+        | of_machine,
         data=config.data.derive(tokenizer=corpus(config)[1]["tokenizer"]),
         root=config.root, logger=config.logger, sweep=config.sweep, plain=config.plain, token_names=config.token_names,
     )  # fmt: skip

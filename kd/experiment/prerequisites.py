@@ -109,8 +109,10 @@ def ensure(config: ExperimentConfig, train: Train) -> Inputs:
     if planned.pruned:
         from kd.experiment import starts
 
+        # The student is cut from weights that nothing has rounded.
+        whole = config.derive(teacher={"dtype": None}, trainer={"attention": None})
         start_path = starts.ensure_start(
-            config, packed, planned.pruned, lambda: teacher_model(config, components, train)
+            config, packed, planned.pruned, lambda: teacher_model(whole, packed, components, train)
         )
         requests.end_if_asked()
     packed = written_by_teacher(config, packed, components, train)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -199,18 +200,30 @@ def _written(
     trainer, device = config.trainer, next(student.parameters()).device
     rows = packed.train[: min(trainer.micro_batch, trainer.batch)]
     spans = None if packed.train_spans is None else packed.train_spans[: len(rows)]
-    data = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans, packed.boundary)
-    batch = data = Batch(*(x.to(device) for x in data[:4]))
+    marks = None if packed.train_marks is None else packed.train_marks[: len(rows)]
+    seed = np.zeros(rows[:, 1:].shape, np.int64)
+    data = to_batch(rows, np.arange(len(rows)), seed, spans, packed.boundary, marks)
+    batch = data = move_data_to_device(data, device)
     samplers = Samplers(student, teacher.model, packed.eos_token_id, 0)
     writing = answering = 0.0
     with torch.autocast(device.type, torch.bfloat16, enabled=trainer.precision == "bf16"):
-        if spans is not None:
-            _, answering = _timed(device, lambda: samplers.write(data, "student"))
+        if packed.val_spans is not None:
+            prompts = data if spans is not None else _validation_rows(packed, len(rows), device)
+            _, answering = _timed(device, lambda: samplers.write(prompts, "student"))
         rollout = components.rollout(samplers, **({"engine": "kd"} if "engine" in config.rollout.args else {}))
         if rollout.sampling_rate:
             batch, writing = _timed(device, lambda: rollout.write(data))
     plain = config.lm == "plain" or batch is not data  # language modelling is of other text then
     return (batch._replace(lm_batch=data) if plain else batch), writing, answering
+
+
+def _validation_rows(packed: Packed, count: int, device: torch.device) -> Batch:
+    """Return rows of one prompt each, for training data that has several in a row."""
+    assert packed.val_spans is not None, "rows for validation have one prompt each"
+    index = np.arange(count) % len(packed.val)
+    rows = packed.val[index]
+    batch = to_batch(rows, index, np.zeros(rows[:, 1:].shape, np.int64), packed.val_spans[index])
+    return move_data_to_device(batch, device)
 
 
 class UnwrittenStore:
@@ -277,7 +290,7 @@ class StepTimes(Callback):
         parameters = {p.untyped_storage().data_ptr() for p in student.parameters()}
         forward = student.hidden_states
 
-        def hidden_states(ids: Tensor) -> Tensor:
+        def hidden_states(*inputs: Tensor) -> Tensor:
             sizes: dict[int, int] = {}
 
             def save(tensor: Tensor) -> Tensor:
@@ -287,7 +300,7 @@ class StepTimes(Callback):
                 return tensor
 
             with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), _one_layer_kept(student):
-                hidden = forward(ids)
+                hidden = forward(*inputs)
             self.saved_bytes = max(self.saved_bytes, sum(sizes.values()))
             return hidden
 

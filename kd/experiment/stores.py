@@ -40,7 +40,7 @@ from kd.system.remote import Remote, is_url
 from kd.teachers.online import OnlineTeacher
 from kd.teachers.stored import window_share
 
-ROWS = ("train.npy", "train_spans.npy", "val.npy", "val_spans.npy")  # what packed data is
+ROWS = ("train.npy", "train_spans.npy", "train_marks.npy", "val.npy", "val_spans.npy", "val_marks.npy")
 Keep = Callable[[Target], Target] | None  # what a store keeps of a target, with true probabilities; None for everything
 
 
@@ -211,6 +211,8 @@ def open_or_write(config: ExperimentConfig, packed: Packed, keep: Keep, teacher:
 def write_part(config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM, part: tuple[int, int]) -> None:
     """Write one of several parts of the store that a config describes, to be merged with the others."""
     place, spec = Plan.from_config(config).store_place, store_spec(config, packed)
+    if packed.train_marks is not None:
+        model.check_isolation("teacher", "data.pack" if config.data.pack else "data.isolate")
     encoder = RowEncoder.finished(OnlineTeacher(model), spec, keep, config.trainer.accelerator)
     about = about_store(config, packed, model, place.key)
     writer.write(place.folder, spec, about, packed, encoder, config.trainer.micro_batch, part)
@@ -242,15 +244,16 @@ def compare(store: Store, packed: Packed, keep: Keep, model: CausalLM, accelerat
     index = np.unique(np.linspace(0, len(packed.train) - 1, count).astype(int))
     rows = packed.train[index]
     encoder = RowEncoder.finished(OnlineTeacher(model), store.spec, keep, accelerator)
-    spans = packed.train_spans
+    spans, marks = packed.train_spans, packed.train_marks
     seed = np.zeros(rows[:, 1:].shape, int)
-    batch = to_batch(rows, index, seed, None if spans is None else spans[index], packed.boundary)
+    row_spans, row_marks = (None if x is None else x[index] for x in (spans, marks))
+    batch = to_batch(rows, index, seed, row_spans, packed.boundary, row_marks)
     batch = move_data_to_device(batch._replace(teacher_rows=store.read(index, batch.ids.numpy())), encoder.device)
     mask = batch.labels != IGNORE
     held = store.signal(batch, mask)
     gaps, spread = [], []
     with torch.inference_mode(), encoder.computing():
-        now = encoder.signal(packed.train, index, spans, packed.boundary)[-1]
+        now = encoder.signal(packed.train, index, spans, packed.boundary, marks)[-1]
         for part in chunks(int(mask.sum()), 64):
             if store.draws:
                 gap, variance = sample_log_likelihood_gap(now(part), held(part))

@@ -52,9 +52,9 @@ def losses(config: ExperimentConfig, packed: Packed, name: str | None) -> dict |
 
 
 def _path(config: ExperimentConfig, packed: Packed, name: str) -> Path:
-    rows = {k: v for k, v in packed.digests.items() if k.startswith("val")}
     teacher = files.folder_fingerprint(name) or name
-    key = files.digest_of([rows, teacher, teacher_computation(config), config.trainer.precision, config.data.seq_len])
+    data, computation = [packed.folder.name, config.data.to_dict()], teacher_computation(config)
+    key = files.digest_of([data, teacher, computation, config.trainer.precision])
     return local_root(config.root) / "teacher_losses" / f"{key[:16]}.json"
 
 
@@ -77,7 +77,8 @@ def _loss(config: ExperimentConfig, packed: Packed, model: CausalLM) -> float | 
     device, half = collectives.device(trainer.accelerator), trainer.precision == "bf16"
     total, count = 0.0, 0
     rows = ValidationBatches(
-        packed.val, trainer.micro_batch, response_spans=packed.val_spans, boundary=packed.boundary
+        packed.val, trainer.micro_batch, response_spans=packed.val_spans, boundary=packed.boundary,
+        marks=packed.val_marks,
     )  # fmt: skip
     try:
         teacher = OnlineTeacher(model.to(device))

@@ -247,7 +247,7 @@ class DistillationModule(lightning.LightningModule):
                     signal = signals[number]
                 else:  # where alpha is 0 the teacher would run for nothing, unless it learns
                     signal = self.teacher.signal(part, mask) if kd or self.teacher.trainable else None
-                features = self.student.hidden_states(part.ids)[mask]  # [N, D]
+                features = self.student.hidden_states(*part.inputs)[mask]  # [N, D]
                 observe = (
                     partial(self.logits_observer.observe, part.position_seeds[mask]) if self.logits_observer else None
                 )

@@ -32,7 +32,7 @@ def together(number: int) -> ExperimentConfig:
         by_group.setdefault(option.partition("=")[0], []).append(option)
     config = compose("config", [options[number % len(options)] for options in by_group.values()])
     for missing in OmegaConf.missing_keys(config):
-        OmegaConf.update(config, missing, "x")
+        OmegaConf.update(config, missing, {} if missing == "data.parts" else "x")
     return ExperimentConfig.from_node(nodes.to_node(config))
 
 

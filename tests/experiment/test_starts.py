@@ -173,5 +173,5 @@ def test_plan_has_the_students_parameters_and_both_copies_of_its_weights(tmp_pat
 def test_first_weights_that_no_run_uses_can_be_removed(root, run):
     unused = root / "starts" / "unused"
     unused.mkdir(parents=True, exist_ok=True)
-    found = {leftover.path.name for leftover in leftovers(Root(root), ("starts",))}
-    assert "unused" in found and folder_of(root, "start.layers=1").name not in found
+    unneeded = {leftover.path.name for leftover in leftovers(Root(root), ("starts",))}
+    assert "unused" in unneeded and folder_of(root, "start.layers=1").name not in unneeded

@@ -213,19 +213,19 @@ def test_neurons_and_heads_that_do_nothing_are_cut_without_a_change(name):
 @pytest.mark.parametrize("name", [name for name in CONFIGS if "hidden" in prune.family_of(CONFIGS[name]).widths])
 def test_channels_are_cut_in_all_weights(name, tmp_path):
     """A channel that is zero at its source is cut. Norms then divide by the root of fewer channels."""
-    model, kept = model_of(name), torch.arange(0, D, 2)
+    model, channels = model_of(name), torch.arange(0, D, 2)
     small = prune.pruned_model(
-        model, prune.Parts(list(range(L)), hidden=kept),
-        prune.pruned_config(model.config, range(L), Widths(hidden=len(kept))),
+        model, prune.Parts(list(range(L)), hidden=channels),
+        prune.pruned_config(model.config, range(L), Widths(hidden=len(channels))),
     ).eval()  # fmt: skip
     small.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.hidden_size == D // 2 and prune.head_dim(again.config) == prune.head_dim(model.config)
-    assert torch.equal(small.get_input_embeddings().weight, model.get_input_embeddings().weight[:, kept])
-    assert torch.equal(small.get_output_embeddings().weight, model.get_output_embeddings().weight[:, kept])
+    assert torch.equal(small.get_input_embeddings().weight, model.get_input_embeddings().weight[:, channels])
+    assert torch.equal(small.get_output_embeddings().weight, model.get_output_embeddings().weight[:, channels])
     attention = prune.family_of(model.config).attention_output
     ours, theirs = (m.get_submodule("model.layers")[0].get_submodule(attention) for m in (small, model))
-    assert torch.equal(ours.weight, theirs.weight[kept])
+    assert torch.equal(ours.weight, theirs.weight[channels])
     assert torch.equal(logits(again.eval()), logits(small)) and logits(small).isfinite().all()
 
 
