@@ -50,7 +50,16 @@ alpha=cosine lr=period
 alpha=linear_increasing lr=linear_increasing
 lr=linear_decreasing
 optim=adamw
+optim=adamw8
+trainer.attention=eager
+trainer.gradient_checkpointing=true
+teacher.dtype=int8
+logits=offline truncation=top_k truncation.k=50 teacher.dtype=int8
 student=1m teacher=3m
+start=teacher start.layers=1
+start=teacher student=teacher start.layers=[0,1] start.ffn=64 logits=none
+start=teacher start.layers=1 start.keep=influence data=instructions logits=offline
+start=teacher start.layers=1 start.keep=random seed=1
 logits=cotrained
 logits=offline truncation=top_k truncation.k=50
 logits=offline truncation=random truncation.draws=20
@@ -64,6 +73,8 @@ trainer.precision=bf16
 trainer=pretrain
 trainer=debug
 trainer.tokens=100000
+trainer.keep=best trainer.patience=3
+trainer.keep=all
 trainer=ddp trainer.batch=4
 trainer=fsdp trainer.batch=4
 data=markov data.states=16 data.branching=4
@@ -73,7 +84,9 @@ data=hub data.name=roneneldan/TinyStories data.special=tokens
 data=hub data.name=roneneldan/TinyStories
 data=text data.files=README.md
 data=mixture data.parts={code:{source:python,weight:0.7},readme:{source:text,files:README.md,weight:0.3}}
+data.isolate=true
 data=instructions logits=none
+data=instructions logits=none data.pack=true
 data=instructions start=sft alpha.peak=0.5
 data=instructions start=sft rollout=student rollout.share=1 loss=rkl alpha.peak=1
 data=instructions start=sft rollout=mixed loss=minillm lm=plain alpha.peak=0.5

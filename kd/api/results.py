@@ -56,6 +56,7 @@ def record(entry: Entry) -> dict[str, Any]:
         return flat_record | _config(entry.folder)
     flat_record |= result["config"] | {"git": result["environment"]["git"]}
     flat_record |= {name: result.get(name) for name in NUMBERS}
+    flat_record |= {f"perf/{name}": value for name, value in (result.get("performance") or {}).items()}
     flat_record |= {f"initial/{name}": value for name, value in (result.get("initial") or {}).items()}
     return flat_record | result["final"]
 

@@ -17,7 +17,7 @@ from yaml import YAMLError
 from kd.config import components, search_path
 from kd.config.components import CONF, as_record
 from kd.config.help import axes, examples
-from kd.config.schema import ExperimentConfig
+from kd.config.schema import ExperimentConfig, fine_tuning_rate
 from kd.config.security import check_words
 from kd.config.sizes import SIZES
 from kd.errors import UserError
@@ -41,6 +41,12 @@ def register() -> None:
     register_folders()
     OmegaConf.register_new_resolver("axes", axes, replace=True)
     OmegaConf.register_new_resolver("examples", examples, replace=True)
+    OmegaConf.register_new_resolver("fine_tuning_rate", _fine_tuning_rate, replace=True)
+
+
+def _fine_tuning_rate(*, _root_: DictConfig) -> float:
+    """Return the peak of the learning rate for a student that is made of its teacher."""
+    return fine_tuning_rate(OmegaConf.select(_root_, "teacher.name", default="missing"))
 
 
 def register_folders() -> None:

@@ -103,6 +103,8 @@ class DataConfig(Component):
     val_rows: int = setting(default=64)
     val_share: float = setting(default=0.05)  # of the documents
     special: str = setting(neutral="text")
+    isolate: bool = setting(neutral=False)  # documents of a row do not see each other
+    pack: bool = setting(neutral=False)  # several examples to a row
 
     @property
     def is_instructions(self) -> bool:
@@ -229,6 +231,7 @@ class TeacherConfig(ConfigNode):
     lr: float = setting(least=0)
     seed: int = seed_setting()
     precision: Precision
+    dtype: str | None = setting(neutral=None, choices=("fp32", "bf16", "int8", "nf4"))  # of a frozen teacher's weights
     sft: bool = setting(default=False)
     size: str | None = setting(choices=tuple(SIZES))
     name: str | None
@@ -241,13 +244,13 @@ class TeacherConfig(ConfigNode):
 
 @dataclass(frozen=True, kw_only=True)
 class InitConfig(ConfigNode):
-    """Training of the student before distillation: none, for stage=scratch."""
+    """Origin of the student's first weights: none, for stage=scratch."""
 
-    stage: Literal["scratch", "pretrained", "sft"]
+    stage: Literal["scratch", "pretrained", "sft", "teacher"]
 
     @classmethod
     def from_node(cls, node: Any, path: str = "") -> Self:
-        kinds = {"pretrained": PretrainedInit, "sft": FineTunedInit}
+        kinds = {"pretrained": PretrainedInit, "sft": FineTunedInit, "teacher": TeacherInit}
         stage = node.get("stage") if isinstance(node, Mapping) else None
         kind = kinds.get(stage, InitConfig) if isinstance(stage, str) else InitConfig
         check_shape(node, path)
@@ -275,6 +278,33 @@ class FineTunedInit(PretrainedInit):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherInit(InitConfig):
+    """Parts of the teacher that the student is made of, or has the shape of (kd/models/prune.py)."""
+
+    layers: int | tuple | None = setting(least=1)
+    keep: Literal["uniform", "every", "influence", "random"]
+    ffn: int | None = setting(least=1)
+    kv_heads: int | None = setting(least=1)
+    hidden: int | None = setting(least=1)
+    sample: int = setting(least=1)  # rows
+
+    @property
+    def layer_count(self) -> int | None:
+        """Number of layers; None for all of the teacher's."""
+        return len(self.layers) if isinstance(self.layers, list) else self.layers  # type: ignore[return-value]
+
+    @property
+    def ranks_layers(self) -> bool:
+        """True if the layers are chosen by their influence."""
+        return self.keep == "influence" and isinstance(self.layers, int)
+
+    @property
+    def measures(self) -> bool:
+        """True if a part is chosen by the teacher's activations."""
+        return self.ranks_layers or (self.keep != "random" and bool(self.ffn or self.kv_heads or self.hidden))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResponsesConfig(ConfigNode):
     """Responses of a trained student to the prompts of the validation rows."""
 
@@ -289,7 +319,8 @@ class TrainerConfig(ConfigNode):
 
     INPUT_ONLY: ClassVar = ("tokens",)
 
-    devices: int = setting(effect=False, least=1)
+    devices: int = setting(effect=False, least=1)  # of each machine
+    nodes: int = setting(default=1, effect=False, least=1)  # machines
     strategy: Literal["auto", "ddp", "fsdp"] = setting(effect=False)
     shard_teacher: bool | None = setting(default=None, effect=False)
     steps: int = setting(least=0)  # 0: evaluation alone
@@ -305,4 +336,12 @@ class TrainerConfig(ConfigNode):
     log_every: int = setting(least=1)
     val_every: int = setting(least=1)
     checkpoint_every: int = setting(effect=False, least=1)
+    keep: Literal["last", "best", "all"] = setting(neutral="last")
+    patience: int | None = setting(neutral=None, least=1)
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = setting(effect=False)
+    max_restarts: int = setting(default=0, effect=False, least=0)
+
+    @property
+    def ranks(self) -> int:
+        """Number of processes, one per device of all machines."""
+        return self.devices * self.nodes

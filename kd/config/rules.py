@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from kd.config import components as conf
 from kd.config.adapter_rules import check_adapter
-from kd.config.device_rules import check_attention, check_ranks
+from kd.config.device_rules import check_attention, check_optimizer, check_ranks
 from kd.config.evaluation_rules import check_evaluation, unused_in_evaluation
 from kd.config.rollout_rules import check_rollout
 from kd.config.secrets import check_secrets
+from kd.config.selection_rules import check_selection
+from kd.config.start_rules import check_start, check_start_student, unused_in_start
 from kd.config.teacher_rules import check_teacher, unused_setting
 from kd.config.token_info import check_token_info
 from kd.errors import UserError
@@ -50,12 +52,13 @@ def check_values(config: ExperimentConfig) -> None:
                 why="a model has either a name or a size",
                 hint=f"type {role}=hub first",
             )
-    if not config.student.size and not config.student.name:
+    check_start_student(config)
+    if not config.student.size and not config.student.name and config.start.stage != "teacher":
         raise UserError(
             option="student.size",
             got=None,
             need="a size, or the name of a model",
-            hint="type e.g. student=200k, or student=hub student.name=…",
+            hint="type e.g. student=200k, student=hub student.name=…, or start=teacher",
         )
 
 
@@ -113,6 +116,8 @@ def unused(config: ExperimentConfig, word: str) -> UserError | None:
         hint = f"leave {name} out, or set the fine-tuning by start.sft_steps, start.sft_batch and start.sft_lr"
         why = "would do nothing, as it is for pretraining and this student is pretrained"
         return refused.replace(conflict=f"student.name={config.student.name}", why=why, hint=hint)
+    if error := unused_in_start(config, word):
+        return error
     if error := unused_setting(config, word, name):
         return error
     vocabulary = "the states of the chain" if config.data.name == "markov" else config.tokenizer
@@ -127,6 +132,16 @@ def check_scale(config: ExperimentConfig) -> None:
     if config.scale != "cpu":
         hint = "type e.g. sweeps=scaling, or leave scale out"
         raise UserError(option="scale", got=config.scale, why="only a sweep has scales", hint=hint)
+
+
+def check_upload(config: ExperimentConfig) -> None:
+    """Refuse one repository for the students of a sweep."""
+    if config.push_to_hub and config.sweep:
+        hint = "choose a run of the sweep, and type its command with push_to_hub=NAME and without the sweep"
+        why = "one repository holds one student"
+        raise UserError(
+            option="push_to_hub", got=config.push_to_hub, conflict=f"sweep={config.sweep}", why=why, hint=hint
+        )
 
 
 def check_logits(config: ExperimentConfig) -> None:
@@ -256,6 +271,7 @@ def name_of(word: str) -> str:
 
 Rule = Callable[["ExperimentConfig"], None]
 RULES: tuple[Rule, ...] = (
-    check_scale, check_evaluation, check_logits, check_ranks, check_attention, check_loss, check_token_info,
-    check_sampling, check_lm, check_teacher, check_rollout, check_adapter,
+    check_scale, check_evaluation, check_logits, check_ranks, check_attention, check_optimizer, check_loss,
+    check_token_info, check_sampling, check_lm, check_teacher, check_rollout, check_adapter, check_start,
+    check_selection, check_upload,
 )  # fmt: skip

@@ -41,6 +41,8 @@ class ExperimentConfig(ConfigNode):
     plan: bool = setting(default=False, effect=False)
     force: bool = setting(default=False, effect=False)
     on_failure: Literal["continue", "stop"] = setting(default="continue", effect=False)
+    benchmarks: str | list | None = setting(default=None, effect=False)
+    push_to_hub: str | None = setting(default=None, effect=False)
     data: DataConfig
     teacher: TeacherConfig
     responses: ResponsesConfig
@@ -119,6 +121,11 @@ class ExperimentConfig(ConfigNode):
     def is_pretrained(self) -> bool:
         """True if the student's first weights are trained, so that its loss before training is informative."""
         return bool(self.student.name) or self.start.stage != "scratch"
+
+
+def fine_tuning_rate(name: str | None) -> float:
+    """Return the usual learning rate for trained weights: lower for those of a name than for those of a size."""
+    return 1e-4 if name else 1e-3
 
 
 TRAITS = all_traits(ExperimentConfig)

@@ -55,7 +55,8 @@ def unused_setting(config: ExperimentConfig, word: str, name: str) -> UserError 
 
 
 def check_teacher(config: ExperimentConfig) -> None:
-    """Refuse to fine-tune a teacher that cannot be fine-tuned."""
+    """Refuse to fine-tune a teacher that cannot be fine-tuned, or whose weights cannot be rounded."""
+    _check_dtype(config)
     if not config.teacher.sft:
         return
     if not config.teacher.name:
@@ -67,3 +68,25 @@ def check_teacher(config: ExperimentConfig) -> None:
     if config.logits.source.trains_teacher:
         why, hint = "a cotrained teacher learns while the student does", "leave teacher.sft out"
         raise UserError(option="teacher.sft", got=True, conflict="logits=cotrained", why=why, hint=hint)
+
+
+def _check_dtype(config: ExperimentConfig) -> None:
+    """Refuse a dtype for the weights of a teacher that is not there, learns, or cannot be treated so."""
+    dtype, trainer = config.teacher.dtype, config.trainer
+    if dtype is None:
+        return
+    refused = UserError(option="teacher.dtype", got=dtype, hint="leave teacher.dtype out")
+    if not config.teacher.exists:
+        raise refused.replace(why="there is no teacher", hint="leave teacher.dtype out, or type e.g. teacher=1m")
+    if config.logits.source.trains_teacher or config.logits.source.is_recorded:
+        why = "the teacher learns, and its weights have to be whole"
+        raise refused.replace(conflict=f"logits={config.logits.source}", why=why)
+    if dtype == trainer.precision:
+        raise refused.replace(conflict=f"trainer.precision={dtype}", why="would do nothing, as that is so already")
+    if dtype in ("int8", "nf4") and trainer.shard_teacher:
+        hint = "leave one of them out"
+        why = "a teacher in shards has weights in floating point"
+        raise refused.replace(conflict="trainer.shard_teacher=true", why=why, hint=hint)
+    if dtype == "nf4" and trainer.compile is True:
+        hint = "leave trainer.compile out, or type teacher.dtype=int8"
+        raise refused.replace(conflict="trainer.compile=true", why="layers of bitsandbytes are not compiled", hint=hint)

@@ -7,6 +7,7 @@ position, so that padding with end tokens never hides a true end.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from kd.store.format import EncodedRows
 
 IGNORE = -100  # label of a position that is not counted
+FIRST, NOT_LEARNED = 1, 2  # marks of tokens in rows of several documents; a token without a mark is a target
 
 
 class Batch(NamedTuple):
@@ -39,6 +41,12 @@ class Batch(NamedTuple):
     )
     token_info: TokenInfo | None = None  # of text that a model wrote, [B, T] like the labels
     lm_batch: Batch | None = None  # plain text for the language-modelling term
+    positions: Tensor | None = None  # [B, T] int64, from 0 in each document of a row; None where rows are whole
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Arguments of CausalLM.hidden_states()."""
+        return (self.ids,) if self.positions is None else (self.ids, self.positions)
 
     def split(self, rows: int) -> Iterator[Batch]:
         """Yield micro-batches of at most `rows` sequences."""
@@ -74,6 +82,9 @@ class Packed:
     boundary: tuple[int, ...] = ()  # tokens between two plain texts: the end of one, then those in front of the next
     counts: dict = field(default_factory=dict)  # of what was read and what became of it; none in older folders
     template: str | None = None  # of prompts with responses
+    # Of rows whose documents do not see each other: FIRST or NOT_LEARNED for each token, else 0.
+    train_marks: np.ndarray | None = None  # [R, T + 1] uint8
+    val_marks: np.ndarray | None = None  # [R', T + 1] uint8
     parts: tuple[PackedPart, ...] = ()  # of a mixture
 
     @property
@@ -88,6 +99,8 @@ class Packed:
     @property
     def mean_target_tokens(self) -> float:
         """Mean number of target tokens per training row."""
+        if self.train_marks is not None:
+            return float(((self.train_marks[:, 1:] == 0) & ~between(self.train, self.boundary)).sum(-1).mean())
         if self.train_spans is None:
             return self.train.shape[1] - 1 - float(between(self.train, self.boundary).sum(-1).mean())
         return float((self.train_spans[:, 1] - self.train_spans[:, 0]).mean())
@@ -127,7 +140,7 @@ class Batches:
     row_subset: indices of the rows to use; None for all. read_teacher: maps rows (index [B], ids [B, T]) to their data
     in a store. rank_slice: the part of every batch for this rank. response_spans: start and end of the target tokens of
     every row [R, 2]; None if all tokens are targets. lm_batches: batches of plain text, one per step, for the
-    language-modelling term. boundary: see to_batch().
+    language-modelling term. boundary, marks: see to_batch().
     """
 
     def __init__(
@@ -135,7 +148,7 @@ class Batches:
         row_subset: np.ndarray | None = None,
         read_teacher: Callable[[np.ndarray, np.ndarray], EncodedRows | Tensor | None] | None = None,
         rank_slice: slice = slice(None), response_spans: np.ndarray | None = None,
-        lm_batches: Batches | None = None, boundary: Sequence[int] = (),
+        lm_batches: Batches | None = None, boundary: Sequence[int] = (), marks: np.ndarray | None = None,
     ):  # fmt: skip
         self.rows, self.batch, self.seed, self.start, self.steps = rows, batch, seed, start, steps
         self.row_subset, self.read_teacher, self.rank_slice, self.response_spans, self.lm_batches = (
@@ -145,10 +158,18 @@ class Batches:
             response_spans,
             lm_batches,
         )
-        self.boundary = boundary
+        self.boundary, self.marks = boundary, marks
+        self.waited = 0.0  # seconds that iterations have waited for batches
 
     def __iter__(self) -> Iterator[Batch]:
-        return prefetch(map(self._make, range(self.start, self.steps)))
+        batches = prefetch(map(self._make, range(self.start, self.steps)))
+        while True:
+            begun = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - begun
+            if batch is None:
+                return
+            yield batch
 
     def _make(self, step: int) -> Batch:
         count = len(self.rows if self.row_subset is None else self.row_subset)
@@ -159,7 +180,8 @@ class Batches:
         seed = np.random.default_rng([self.seed, step, 1]).integers(0, 2**62, shape)[self.rank_slice]
         index = index[self.rank_slice]
         spans = None if self.response_spans is None else self.response_spans[index]
-        batch = to_batch(self.rows[index], index, seed, spans, self.boundary)
+        marks = None if self.marks is None else self.marks[index]
+        batch = to_batch(self.rows[index], index, seed, spans, self.boundary, marks)
         if self.read_teacher is not None:
             batch = batch._replace(teacher_rows=self.read_teacher(index, batch.ids.numpy()))
         return batch if self.lm_batches is None else batch._replace(lm_batch=self.lm_batches._make(step))
@@ -180,14 +202,15 @@ class ValidationBatches:
 
     rank_slice: the rows to use. passes: the least number of batches; those beyond the rows have one row without target
     tokens. response_spans: start and end of the target tokens of every row [R, 2]; None if all tokens are targets.
-    boundary: see to_batch().
+    boundary, marks: see to_batch().
     """
 
     def __init__(
         self, rows: np.ndarray, batch: int, rank_slice: slice = slice(None), passes: int = 0,
-        response_spans: np.ndarray | None = None, boundary: Sequence[int] = (),
+        response_spans: np.ndarray | None = None, boundary: Sequence[int] = (), marks: np.ndarray | None = None,
     ):  # fmt: skip
         self.rows, self.batch, self.response_spans, self.boundary = rows, batch, response_spans, boundary
+        self.marks = marks
         self.index, self.passes = np.arange(len(rows))[rank_slice], passes
 
     def __len__(self) -> int:
@@ -204,17 +227,20 @@ class ValidationBatches:
     def _make(self, index: np.ndarray) -> Batch:
         seed = np.zeros((len(index), self.rows.shape[1] - 1), np.int64)
         spans = None if self.response_spans is None else self.response_spans[index]
-        return to_batch(self.rows[index], index, seed, spans, self.boundary)
+        marks = None if self.marks is None else self.marks[index]
+        return to_batch(self.rows[index], index, seed, spans, self.boundary, marks)
 
 
 def to_batch(
     rows: np.ndarray, index: np.ndarray, seed: np.ndarray, spans: np.ndarray | None = None,
-    boundary: Sequence[int] = (),
+    boundary: Sequence[int] = (), marks: np.ndarray | None = None,
 ) -> Batch:  # fmt: skip
     """Return the batch of rows [B, T + 1] with a random number per position, seed [B, T]. Labels are shifted only here.
 
     spans [B, 2]: number of prompt tokens, and number of tokens without padding; only tokens between them are targets.
     boundary: tokens between two texts. The first, the end, is a target; those that a tokenizer puts behind it are not.
+    marks [B, T + 1]: FIRST for the first token of a document, whose positions begin at 0, and NOT_LEARNED for others
+    that are no targets. A first token is no target either, since the document before it is not to be seen.
     """
     import torch
 
@@ -225,4 +251,11 @@ def to_batch(
         place = torch.arange(1, tokens.shape[1])  # of a label in its row
         labels[(place < first) | (place >= end)] = IGNORE
     labels[between(tokens, boundary)] = IGNORE
-    return Batch(tokens[:, :-1].contiguous(), labels, torch.from_numpy(index), torch.from_numpy(seed))
+    positions = None
+    if marks is not None:
+        labels[torch.from_numpy(marks[:, 1:] != 0)] = IGNORE
+        place = torch.arange(labels.shape[1])
+        first = torch.from_numpy(marks[:, :-1] & FIRST) * place  # place of a first token, and 0 elsewhere
+        positions = place - first.cummax(-1).values
+    inputs = tokens[:, :-1].contiguous(), labels, torch.from_numpy(index), torch.from_numpy(seed)
+    return Batch(*inputs, positions=positions)

@@ -24,6 +24,9 @@ def in_words(counts: dict) -> str:
         return ""
     used, kind = counts["used"], counts["unit"]
     rows = " rows" if kind == "examples" else ""  # one for each turn that is learned
+    train_rows = counts.get("rows", used)["train"]
+    if kind == "examples" and train_rows < used["train"]:  # packed
+        rows = f" responses in {train_rows:,} rows"
     parts = [f"{counts['read']:,} {kind} read, {used['train']:,}{rows} for training and {used['val']:,} for validation"]
     if counts["left_out"]:
         parts += ["left out: " + ", ".join(f"{n:,} {REASONS[k]}" for k, n in counts["left_out"].items())]

@@ -36,11 +36,13 @@ class DistillationData(lightning.LightningDataModule):
         order = self.batch_size, self.seed, self.trainer.global_step, self.max_steps
         text, lm_batches = self.lm_data, None
         if text:
-            lm_batches = Batches(text.train, *order, rank_slice=self.rank_slice, boundary=text.boundary)
+            lm_batches = Batches(
+                text.train, *order, rank_slice=self.rank_slice, boundary=text.boundary, marks=text.train_marks
+            )
         packed = self.packed
         return Batches(
             packed.train, *order, self.teacher_rows, self.read_teacher, self.rank_slice, packed.train_spans, lm_batches,
-            packed.boundary,
+            packed.boundary, packed.train_marks,
         )  # fmt: skip
 
     def validation_batches(self, rows: int, rank_slice: slice = slice(None), passes: int = 0) -> ValidationBatches:
@@ -49,4 +51,5 @@ class DistillationData(lightning.LightningDataModule):
         No val_dataloader(): Lightning's validation loop counts batches, see kd.evaluation.validation.
         """
         packed = self.packed
-        return ValidationBatches(packed.val, rows, rank_slice, passes, packed.val_spans, packed.boundary)
+        spans, marks = packed.val_spans, packed.val_marks
+        return ValidationBatches(packed.val, rows, rank_slice, passes, spans, packed.boundary, marks)

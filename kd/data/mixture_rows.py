@@ -23,7 +23,7 @@ from kd.system.console import console
 
 def write_mixture(
     folder: Path, corpus: Mixture, documents: Mapping[str, Iterable[str]], split: TrainValSplit, fast, seq_len: int,
-    tokens: float, val_rows: int, special: bool,
+    tokens: float, val_rows: int, special: bool, isolate: bool = False,
 ) -> dict:  # fmt: skip
     """Write the rows of all parts, and return the manifest's entries about them. documents: of each part."""
     written = []
@@ -36,7 +36,7 @@ def write_mixture(
             raise UserError(option="data.tokens", got=tokens, why=why, need=f"at least {seq_len + 1:,}, one row")
         with errors_of(part.name):
             about = write_text(
-                place, part.corpus, documents[part.name], split, fast, seq_len, limit, val_rows, special
+                place, part.corpus, documents[part.name], split, fast, seq_len, limit, val_rows, special, isolate
             )  # fmt: skip
         written.append(about)
     available = [about["counts"]["rows"]["train"] for about in written]

@@ -33,27 +33,29 @@ from kd.data.split import TrainValSplit, ordered
 from kd.data.text_rows import write_text
 from kd.data.tokenizer import bos_by_name, load_tokenizer, train_tokenizer, vocabulary_size, word_tokenizer
 from kd.errors import UserError, check
-from kd.system import files
+from kd.system import files, sealed_folder
 from kd.system.console import console
 from kd.system.files import read_json
+from kd.system.sealed_folder import write_manifest
 
 FORMAT = 1  # of the packed rows; a new one makes new folders
+NEUTRAL: dict[str, object] = {"special": "text", "isolate": False, "pack": False}  # newer than many folders' names
 SAMPLE = 20_000_000  # characters of the text that a tokenizer is trained on, at most
-OPTIONS = ("seq_len", "vocab", "tokenizer", "tokens", "val_rows", "val_share", "special")  # of pack() in a config
+OPTIONS = (  # of pack() in a config
+    "seq_len", "vocab", "tokenizer", "tokens", "val_rows", "val_share", *NEUTRAL,
+)  # fmt: skip
 
 
 def key(
-    corpus: Corpus, *, tokenizer_of: tuple[Corpus, dict] | None = None, special: str = "text",
-    code: dict[str, str] | None = None, **options,
-) -> str:  # fmt: skip
+    corpus: Corpus, *, tokenizer_of: tuple[Corpus, dict] | None = None, code: dict[str, str] | None = None, **options
+) -> str:
     """Return the name of the packed data: a digest of everything that its content depends on, but for the code.
 
     options: the other arguments of pack().
     """
     name = options.get("tokenizer")
     content = files.folder_fingerprint(name)
-    if special != "text":  # an option that is newer than many folders
-        options |= {"special": special}
+    options = {k: v for k, v in options.items() if k not in NEUTRAL or v != NEUTRAL[k]}
     if name and not (corpus.pairs and corpus.pairs.template == "chat") and (bos := bos_by_name(name)):
         options |= {"bos": bos}
     if tokenizer_of:
@@ -65,7 +67,7 @@ def key(
 def folder_name(corpus: Corpus, tokenizer_of: tuple[Corpus, dict] | None = None, **options) -> str:
     """Return the name of the folder that pack() fills with these options. The folder need not exist."""
     given = {name: parameter.default for name, parameter in inspect.signature(pack).parameters.items()} | options
-    settings = {name: given[name] for name in ("seq_len", "tokens", "val_rows", "val_share", "special")}
+    settings = {name: given[name] for name in ("seq_len", "tokens", "val_rows", "val_share", *NEUTRAL)}
     settings |= {"tokenizer": given["tokenizer"]} if given["tokenizer"] else {"vocab": given["vocab"]}
     return key(corpus, **settings, tokenizer_of=tokenizer_of)
 
@@ -74,7 +76,8 @@ def pack(
     corpus: Corpus, cache: Path, seq_len: int = 256, vocab: int = 1024, tokenizer: str | None = None,
     tokens: int | None = None, val_rows: int = 64, val_share: float = 0.05,
     tokenizer_of: tuple[Corpus, dict] | None = None, special: str = "text", announce: bool = True,
-    code: dict[str, str] | None = None, anew: bool = False,
+    code: dict[str, str] | None = None, anew: bool = False, isolate: bool = False,
+    pack: bool = False,
 ) -> Packed:  # fmt: skip
     """Return the corpus as rows of seq_len + 1 tokens, which are made once and kept in `cache`.
 
@@ -82,15 +85,18 @@ def pack(
     `tokenizer_of`, which is packed too. tokens: at most so many for training, padding not counted (a smaller amount is
     a part of a larger one). special: special tokens that are written out in the text are read as text, or as tokens.
     announce: print counts of used and omitted documents.
+    isolate: mark the documents in the rows, so that models do not see one from another. pack: put several examples into
+    a row for training, and mark them.
     code: digests of the corpus's source, kept in the manifest. anew: pack again if other code packed the data.
     Raises UserError for text too short for one row.
     """
     _check_settings(corpus, seq_len, vocab, tokenizer, tokens, val_rows, val_share, special)
     settings: dict = dict(seq_len=seq_len, tokens=tokens, val_rows=val_rows, val_share=val_share, special=special)
+    settings |= {"isolate": isolate, "pack": pack}
     settings |= {"tokenizer": tokenizer} if tokenizer else {"vocab": vocab}
 
     def make(temporary: Path) -> None:
-        trained = {"tokenizer": str(pack(tokenizer_of[0], cache, **tokenizer_of[1]).tokenizer)} if tokenizer_of else {}
+        trained = {"tokenizer": _tokenizer_folder(cache, *tokenizer_of)} if tokenizer_of else {}
         temporary.mkdir(parents=True)
         _write(temporary, corpus, announce=announce, code=code, **settings | trained)
 
@@ -100,6 +106,11 @@ def pack(
     packed = build_once(folder, make)
     _warn_of_old_bytes(corpus, packed)
     return packed
+
+
+def _tokenizer_folder(cache: Path, corpus: Corpus, options: dict) -> str:
+    """Return the folder of the tokenizer of other text, which is packed first."""
+    return str(pack(corpus, cache, **options).tokenizer)
 
 
 def _check_settings(
@@ -135,13 +146,7 @@ def _warn_of_old_bytes(corpus: Corpus, packed: Packed) -> None:
 
 def build_once(folder: Path, make: Callable[[Path], None]) -> Packed:
     """Return the packed data of a folder. If it is missing, one process fills it by `make` under a temporary name."""
-    if not (folder / "manifest.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{folder}.lock"):
-            if not (folder / "manifest.json").exists():
-                files.clear(folder.parent, folder.name)
-                with files.atomic(folder) as temporary:
-                    make(temporary)
+    sealed_folder.fill_once(folder, make)
     return open_packed(folder)
 
 
@@ -152,44 +157,36 @@ def code_of(folder: Path) -> dict[str, str] | None:
 
 def _remove_old(folder: Path, code: dict[str, str] | None) -> None:
     """Remove packed data that other code made."""
-    with filelock.FileLock(f"{folder}.lock"):
+    with filelock.FileLock(sealed_folder.lock_of(folder)):
         if code_of(folder) not in (None, code):
             files.remove(folder)
 
 
 def open_packed(folder: Path) -> Packed:
     """Return the packed data of a folder; raise UserError if files differ from the ones that were written."""
-    manifest = read_json(folder / "manifest.json") or {}
-    if manifest.pop("digest", None) != files.digest_of(manifest):
-        raise _damaged(folder, "manifest.json")
-    for name, expected in manifest["digests"].items():
-        if not (folder / name).exists() or files.digest(folder / name) != expected:
-            raise _damaged(folder, name)
+    manifest = sealed_folder.read_manifest(folder, "the packed data")
     train, val = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("train", "val"))
     packed = Packed(
         folder, train, val, manifest["bytes_per_token"], manifest["entropy"], manifest["digests"],
         counts=manifest.get("counts", {}), parts=tuple(PackedPart(**part) for part in manifest.get("parts", ())),
     )  # fmt: skip
+    if "train_marks.npy" in manifest["digests"]:
+        packed = replace(packed, train_marks=np.load(folder / "train_marks.npy", mmap_mode="r"))
+    if "val_marks.npy" in manifest["digests"]:
+        packed = replace(packed, val_marks=np.load(folder / "val_marks.npy", mmap_mode="r"))
     if "end" not in manifest:
         return replace(packed, boundary=tuple(manifest.get("boundary", ())))
-    train_spans, val_spans = (np.load(folder / f"{part}_spans.npy") for part in ("train", "val"))
+    spans = folder / "train_spans.npy"
+    train_spans = np.load(spans) if spans.exists() else None
+    val_spans = np.load(folder / "val_spans.npy")
     end, template = manifest["end"], manifest["template"]
     return replace(packed, train_spans=train_spans, val_spans=val_spans, eos_token_id=end, template=template)
-
-
-def _damaged(folder: Path, name: str) -> UserError:
-    return UserError(
-        option=folder / name,
-        why="is damaged: its bytes are not those that were written",
-        hint="remove the packed data and type the same command again",
-        commands=[shlex.join(["rm", "-r", str(folder)])],
-    )
 
 
 def _write(
     folder: Path, corpus: Corpus, seq_len: int, tokens: int | None, val_rows: int, val_share: float,
     vocab: int | None = None, tokenizer: str | None = None, special: str = "text", announce: bool = True,
-    code: dict[str, str] | None = None,
+    code: dict[str, str] | None = None, isolate: bool = False, pack: bool = False,
 ) -> None:  # fmt: skip
     split = TrainValSplit(val_share)
     documents = _ordered_parts(corpus, split) if isinstance(corpus, Mixture) else ordered(corpus, split)
@@ -203,20 +200,14 @@ def _write(
             hint="choose a tokenizer that has an eos_token",
         )
     write = write_mixture if isinstance(corpus, Mixture) else write_examples if corpus.pairs else write_text
-    about = write(folder, corpus, documents, split, fast, seq_len, tokens or math.inf, val_rows, special == "tokens")
+    options = (seq_len, tokens or math.inf, val_rows, special == "tokens", isolate or pack)
+    about = write(folder, corpus, documents, split, fast, *options)
     has_news = corpus.pairs or about["counts"]["left_out"].keys() - {"limit"} or about["counts"]["special_as_text"]
     if announce and has_news:
         console.print(in_words(about["counts"]), soft_wrap=True)
     about |= {"source": corpus.fingerprint, "vocab": vocabulary_size(fast), "entropy": corpus.entropy}
     about |= {"code": code} if code else {}
     write_manifest(folder, about)
-
-
-def write_manifest(folder: Path, about: dict) -> None:
-    """Write the manifest of packed rows: the entries in `about`, and the digests of all files."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "manifest.json")
-    manifest = about | {"digests": {str(p.relative_to(folder)): files.digest(p) for p in paths}}
-    files.write_json(folder / "manifest.json", manifest | {"digest": files.digest_of(manifest)})
 
 
 def _ordered_parts(corpus: Mixture, split: TrainValSplit) -> dict[str, Iterable]:

@@ -36,7 +36,8 @@ def shown(packed: Packed, tokenizer, count: int) -> list[Shown]:
     spans = np.array([(0, ids.shape[1])] * len(rows)) if packed.train_spans is None else packed.train_spans[rows]
     if packed.prompts_only:  # the end alone is no response
         spans = np.where(spans[:, 1:] == spans[:, :1] + 1, spans[:, :1], spans)
-    batch = to_batch(ids, rows, np.zeros(ids[:, 1:].shape, np.int64), spans, packed.boundary)
+    marks = None if packed.train_marks is None else packed.train_marks[rows]
+    batch = to_batch(ids, rows, np.zeros(ids[:, 1:].shape, np.int64), spans, packed.boundary, marks)
     examples = []
     for row, (prompt_len, total) in enumerate(spans.tolist()):
         labels = [IGNORE, *batch.labels[row].tolist()][:total]

@@ -21,9 +21,14 @@ def save_rows(folder: Path, side: str, dtype: type, shape: tuple[int, int], val_
     chosen = slice(None)
     if side == "val":  # a random part of the whole, so that one long document does not fill it
         chosen = np.sort(np.random.default_rng(0).permutation(shape[0])[:val_rows])
-    np.save(folder / f"{side}.npy", np.memmap(folder / f"{side}.bin", dtype, "r", shape=shape)[chosen])
-    (folder / f"{side}.bin").unlink()
+    save_table(folder, side, dtype, shape, chosen)
     return chosen
+
+
+def save_table(folder: Path, name: str, dtype: type, shape: tuple[int, int], chosen: np.ndarray | slice) -> None:
+    """Write the chosen rows of NAME.bin as NAME.npy."""
+    np.save(folder / f"{name}.npy", np.memmap(folder / f"{name}.bin", dtype, "r", shape=shape)[chosen])
+    (folder / f"{name}.bin").unlink()
 
 
 def announced_bos(fast, seq_len: int) -> list[int]:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kd.data.batches import between
+from kd.data.batches import FIRST, between
 from kd.data.corpora import Corpus
 from kd.data.counts import Counts
-from kd.data.row_files import announced_bos, in_batches, save_rows, token_dtype
+from kd.data.row_files import announced_bos, in_batches, save_rows, save_table, token_dtype
 from kd.data.split import TrainValSplit
 from kd.data.templates import special_as_text
 from kd.data.tokenizer import byte_counts, tokenize
@@ -21,10 +21,13 @@ from kd.errors import UserError
 
 def write_text(
     folder: Path, corpus: Corpus, documents: Iterable[str], split: TrainValSplit, fast, seq_len: int, tokens: float,
-    val_rows: int, special: bool,
+    val_rows: int, special: bool, isolate: bool = False,
 ) -> dict:  # fmt: skip
-    """Write rows of documents that are joined, and return the manifest's entries about them."""
-    rows = _TextRows(folder, corpus, fast, seq_len, special)
+    """Write rows of documents that are joined, and return the manifest's entries about them.
+
+    isolate: write marks of the documents' first tokens too.
+    """
+    rows = _TextRows(folder, corpus, fast, seq_len, special, isolate)
     # Of a stream the first validation rows, of a whole the same random ones, however much there is for training.
     limit = {"train": tokens, "val": val_rows * rows.size if corpus.streaming else math.inf}
     with closing(rows):
@@ -38,13 +41,15 @@ def write_text(
 class _TextRows:
     """Rows of a text under way: SIDE.bin, and the bytes that each token of the validation stands for."""
 
-    def __init__(self, folder: Path, corpus: Corpus, fast, seq_len: int, special: bool):
+    def __init__(self, folder: Path, corpus: Corpus, fast, seq_len: int, special: bool, isolate: bool):
         self.folder, self.fast, self.special, self.has_words = folder, fast, special, bool(corpus.words)
+        self.isolate = isolate
         self.dtype, self.counts, self.size = token_dtype(fast), Counts("documents"), seq_len + 1
         self.as_text = special_as_text(fast, special)
         self.end, self.bos = ([], []) if corpus.words else ([fast.eos_token_id], announced_bos(fast, seq_len))
         self.tokens = {"train": 0, "val": 0}
-        self.files = {name: open(folder / f"{name}.bin", "wb") for name in ("train", "val", "val_bytes")}
+        names = ["train", "val", "val_bytes", *(("train_marks", "val_marks") if isolate else ())]
+        self.files = {name: open(folder / f"{name}.bin", "wb") for name in names}
 
     def close(self) -> None:
         for file in self.files.values():
@@ -71,6 +76,10 @@ class _TextRows:
         place = self.tokens[side] % self.size
         row = _with_bos(ids[part] + self.end, self.bos, place, self.size)
         np.array(row, self.dtype).tofile(self.files[side])
+        if self.isolate:
+            marks = np.zeros(len(row), np.uint8)
+            marks[0] = FIRST
+            marks.tofile(self.files[f"{side}_marks"])
         self.tokens[side] += len(row)
         if side == "val" and not self.has_words:
             spread = [*byte_counts(text, ids, self.fast)[part], *(0 for _ in self.end)]
@@ -86,6 +95,8 @@ class _TextRows:
                 _too_short(self.tokens, self.size)
             counts.rows[side] = min(rows, val_rows) if side == "val" else rows
             chosen = save_rows(self.folder, side, self.dtype, (rows, self.size), val_rows)
+            if self.isolate:
+                save_table(self.folder, f"{side}_marks", np.uint8, (rows, self.size), chosen)
         counts.left_out["limit"] = counts.read - sum(counts.used.values()) - counts.left_out["empty"]
         about = {"counts": counts.as_dict(), "train_tokens": self.tokens["train"], "bytes_per_token": None}
         if not self.has_words:
@@ -102,6 +113,9 @@ def _bytes_per_token(
 ) -> float | None:  # fmt: skip
     """Return the bytes that a measured token stands for: all but the first of a row, and those in front of a text."""
     measured = np.memmap(folder / "val_bytes.bin", np.float32, "r", shape=shape)[chosen, 1:]
+    if (folder / "val_marks.npy").exists():  # the first token of a document is not measured either
+        is_learned = (np.load(folder / "val_marks.npy")[:, 1:] == 0) & ~between(np.load(folder / "val.npy"), boundary)
+        return float(measured[is_learned].mean(dtype=np.float64)) or None
     learned = measured.size - between(np.load(folder / "val.npy"), boundary).sum()
     return float(measured.sum(dtype=np.float64) / learned) or None
 

@@ -10,9 +10,11 @@ from typing import Any, Literal, TypeVar
 
 from kd.config import plugins
 from kd.errors import UserError
+from kd.runs.loggers import PERFORMANCE as CLOCK
 
 Function = TypeVar("Function", bound=Callable)
 
+BENCHMARK = "bench/"  # prefix of a benchmark: bench/arc_easy/acc
 EXACCERR_LENGTH = 16  # tokens over which the one number for it is taken, as in the log of MiniLLM's code
 
 
@@ -32,7 +34,7 @@ class Metric:
 
     @property
     def key(self) -> str:
-        return f"val/{self.name}"
+        return self.name if self.name.startswith(BENCHMARK) else f"val/{self.name}"
 
     @property
     def teacher_key(self) -> str:
@@ -81,6 +83,32 @@ METRICS = (
     Metric("response_length", "length", "tokens of a response, without its end"),
     Metric("eos_rate", "eos rate", "share of responses that end by themselves, and not because their row is full"),
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Number on the speed or the memory of a run, which depends on the machine. It is logged as `perf/NAME`."""
+
+    name: str
+    meaning: str
+    unit: str
+
+    @property
+    def key(self) -> str:
+        return f"{CLOCK}/{self.name}"
+
+
+PERFORMANCE = (
+    Measurement("tokens_per_second", "target tokens of all devices, per second of the steps", "tokens per second"),
+    Measurement("seconds_per_step", "from a batch to its update, without validation and checkpoints", "seconds"),
+    Measurement("data_seconds_per_step", "wait for the batch of a step, before it begins", "seconds"),
+    Measurement("memory_gb", "memory after a step: allocated on a GPU, else resident", "GB of 10^9 bytes"),
+    Measurement("peak_memory_gb", "the most of it since the process began", "GB of 10^9 bytes"),
+    Measurement("gpu_utilisation", "share of the last moments in which the GPU computed, by NVML; needs the package "
+                "nvidia-ml-py", "share from 0 to 1"),
+)  # fmt: skip
+
+
 BY_NAME = {metric.name: metric for metric in METRICS}
 LOSS, ROUGE_L = BY_NAME["lm"], BY_NAME["rouge_l"]
 
@@ -109,6 +137,29 @@ def metrics() -> tuple[Metric, ...]:
             target, function.name, plugins.first_docstring_line(function).rstrip("."), fields
         )
     return tuple(by_name.values())
+
+
+def benchmarks(results: Iterable[dict]) -> tuple[Metric, ...]:
+    """Return the benchmarks that results have as metrics, which report neither a plot nor a column of their own."""
+    by_name: dict[str, Metric] = {}
+    for result in results:
+        for benchmark in result.get("benchmarks", {}).values():
+            for task, row in benchmark["tasks"].items():
+                for key in row["values"]:
+                    better = {True: "higher", False: "lower"}.get(row["higher_is_better"].get(key))
+                    meaning = f"{row['samples']} examples with {row['shots']} shots" if row["samples"] else "of a group"
+                    name = f"{BENCHMARK}{task}/{key}"
+                    by_name.setdefault(name, Metric(name, f"{task} {key}", meaning, better, column=False))
+    return tuple(by_name.values())
+
+
+def standard_error(result: dict, metric: Metric) -> float | None:
+    """Return the standard error that lm-eval gives a benchmark of a result, over its examples."""
+    _, task, key = metric.name.split("/", 2)
+    rows = [
+        benchmark["tasks"][task] for benchmark in result.get("benchmarks", {}).values() if task in benchmark["tasks"]
+    ]
+    return rows[-1]["stderr"].get(key) if rows else None
 
 
 def with_parts(keys: Iterable[str]) -> tuple[Metric, ...]:

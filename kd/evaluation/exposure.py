@@ -64,7 +64,7 @@ def teacher_gap(
         batch = move_data_to_device(batch, device)
         mask = batch.labels != IGNORE
         place = (torch.arange(length, device=device) - generate.prompt_lengths(batch)[:, None] + 1)[mask]  # [N]
-        signal, hidden = teacher.reference(batch, mask), student.hidden_states(batch.ids)[mask]
+        signal, hidden = teacher.reference(batch, mask), student.hidden_states(*batch.inputs)[mask]
         assert signal is not None, "a teacher with a model has complete distributions"
         for rows in chunks(len(place), chunk or default_chunk_size(student.head)):
             q, target = log_probabilities(student.head, hidden[rows]), signal(rows)

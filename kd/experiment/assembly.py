@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,19 +11,22 @@ from lightning.pytorch.callbacks import Callback
 
 from kd.config.device_rules import check_shards
 from kd.config.schema import ExperimentConfig
+from kd.data.batches import Packed
 from kd.data.datamodule import DistillationData
 from kd.data.tokenizer import vocabulary_size
 from kd.errors import check
 from kd.evaluation import responses
 from kd.evaluation.validation import Validation
-from kd.experiment import stores
+from kd.experiment import stores, teacher_weights
 from kd.experiment.compilation import Compiled, compiled_parts, training_flops
 from kd.experiment.components import Components
+from kd.experiment.dependencies import corpus, teacher_computation
 from kd.experiment.prerequisites import Inputs, full_name
-from kd.models import adapters, causal_lm, flops
+from kd.models import adapters, causal_lm, flops, weights
 from kd.models.causal_lm import CausalLM
 from kd.parallel import collectives, fsdp
 from kd.rollout.samplers import Samplers
+from kd.runs.export import export_step
 from kd.runs.run import Run
 from kd.system.compilation import keep_compiled_code
 from kd.teachers.base import Teacher, TeacherOrigin
@@ -30,6 +34,7 @@ from kd.training.callbacks.checkpoints import Checkpoints
 from kd.training.callbacks.logits_recorder import LogitsRecorder
 from kd.training.callbacks.metric_log import MetricLog
 from kd.training.callbacks.progress import ProgressBar
+from kd.training.callbacks.step_selection import StepSelection
 from kd.training.callbacks.throughput import Throughput
 from kd.training.module import DistillationModule, Schedules
 
@@ -43,8 +48,11 @@ def build_teacher(config: ExperimentConfig, inputs: Inputs, student: CausalLM) -
     if inputs.store or not (size or name):
         return inputs.components.logits(TeacherOrigin(store=inputs.store))
     vocab, seq_len = vocabulary_size(inputs.components.tokenizer), config.data.seq_len
-    if name and full_name(name) == inputs.first_weights(config) and adapters.is_adapted(student):
+    under_adapter = name and full_name(name) == inputs.first_weights(config) and adapters.is_adapted(student)
+    if under_adapter and config.teacher.dtype is None:
         model = adapters.without_adapter(student)
+    elif name and not config.logits.source.trains_teacher:
+        model = teacher_weights.load(config, inputs.packed, vocab, name)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.teacher.seed)
@@ -68,7 +76,8 @@ def build_module(
     if trainer.gradient_checkpointing:
         for model in filter(None, (student, teacher.model if teacher.trainable else None)):
             model.checkpoint_layers()
-    compiled = _compiled(config, student, teacher, bool(sharded))
+    whole_layers = not sharded and config.teacher.dtype != "nf4"  # which torch.compile can take
+    compiled = _compiled(config, student, teacher, not whole_layers)
     if compiled != (False, False):
         keep_compiled_code()
     if compiled.models:
@@ -109,6 +118,7 @@ class RunCallbacks(NamedTuple):
     throughput: Throughput
     metric_log: MetricLog
     validation: Validation
+    selection: StepSelection
     progress: ProgressBar
     responses: responses.ResponseEvaluation | None
 
@@ -138,15 +148,29 @@ def build_callbacks(
         trainer.val_every, teacher, data.validation_batches(trainer.micro_batch, rows, least), throughput.axes,
         packed.bytes_per_token, config.is_pretrained, packed.parts,
     )  # fmt: skip
+    model, tokenizer = module.student.model, inputs.components.tokenizer
+    save = partial(export_step, run, model=model, tokenizer=tokenizer, ends=row_ends(config, packed, tokenizer))
     return RunCallbacks(
         Checkpoints(run, trainer.checkpoint_every, options, code, *saving),
         LogitsRecorder(recorder) if recorder else None,
         throughput,
         MetricLog(trainer.log_every, throughput.axes),
         validation,
+        StepSelection(validation, trainer.keep, trainer.patience, save),
         ProgressBar(title, trainer.steps, shown=collectives.rank() == 0),
         _responses(run, config, inputs, teacher, validation),
     )
+
+
+def row_ends(config: ExperimentConfig, packed: Packed, tokenizer) -> list[int]:
+    """Return the tokens that end a response or a text in the rows of a run; none where rows have no end."""
+    if packed.eos_token_id is not None:
+        ends = [packed.eos_token_id]
+    else:
+        ends = [] if corpus(config)[0].words else [tokenizer.eos_token_id]
+    if config.lm == "plain":
+        ends.append(tokenizer.eos_token_id)
+    return list(dict.fromkeys(ends))
 
 
 def _responses(
@@ -159,7 +183,7 @@ def _responses(
     responses_file = None
     if inputs.teacher:
         responses_file = responses.cache_path(
-            config.root, packed, inputs.teacher, **sampling, precision=trainer.precision
+            config.root, packed, inputs.teacher, **sampling, precision=trainer.precision, **teacher_computation(config)
         )
     return responses.ResponseEvaluation(
         run.folder, packed, inputs.components.tokenizer, teacher, validation, responses_file, trainer.chunk, **sampling
@@ -180,8 +204,10 @@ def sharded_roles(config: ExperimentConfig, student: CausalLM, teacher: Teacher)
         check("trainer.shard_teacher", shard_teacher, not shard_teacher, f"no shards, as {why}", hint)
     elif teacher.model and shard_teacher is None:
         assert teacher.cost is not None, "a model comes with its cost"
-        size = 2 if trainer.precision == "bf16" else 4
-        shard_teacher = not fsdp.fits_unsharded(teacher.cost.parameters, size, collectives.device(trainer.accelerator))
+        dtype = config.teacher.dtype
+        size = weights.held_bytes(teacher.cost, dtype, trainer.precision)
+        shard_teacher = not fsdp.fits_unsharded(size, collectives.device(trainer.accelerator))
+        shard_teacher &= dtype not in weights.QUANTISED
         if shard_teacher:
-            check_shards(trainer, f"The teacher is too large for one device of {trainer.devices}")
+            check_shards(trainer, f"The teacher is too large for one device of {trainer.ranks}")
     return (*roles, *(["teacher"] if teacher.model and shard_teacher else []))

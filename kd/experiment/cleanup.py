@@ -29,9 +29,10 @@ KINDS = {  # what `clean` removes by default comes first
     "unfinished": "runs that are not done, in no sweep, with their checkpoints",
     "data": "packed data that no run of this root uses",
     "stores": "stores of teacher logits that no run of this root uses",
+    "starts": "students made of teachers, before training, that no run of this root uses",
     "rollouts": "responses that teachers wrote, to train on",
     "responses": "teachers' responses to validation prompts",
-    "cache": "digests of large files, in $KD_CACHE",
+    "cache": "digests of large files and compiled code, in $KD_CACHE",
 }
 DEFAULT = ("temporary", "checkpoints")
 TEMPORARY = re.compile(r"\..+\.([0-9a-f]{12}|old)\.tmp")  # names of kd.system.files.atomic
@@ -49,11 +50,12 @@ class Leftover(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Names of the runs, data and stores that a run is made from."""
+    """Names of the runs, data, stores and first weights that a run is made from."""
 
     runs: frozenset[str] = frozenset()
     data: frozenset[str] = frozenset()
     stores: frozenset[Path] = frozenset()
+    starts: frozenset[str] = frozenset()
     teacher_text: bool = False  # reads responses that a teacher wrote
 
 
@@ -120,7 +122,8 @@ def needs_of(config: ExperimentConfig, root: Path) -> Needs:
         texts.append(plain_corpus(config))
     data = {packing.folder_name(source, **settings) for source, settings in texts}
     stores = {planned.store.folder.resolve()} if planned.store else set()
-    return Needs(frozenset(runs), frozenset(data), frozenset(stores), config.data.is_instructions)
+    starts = frozenset([planned.pruned.name] if planned.pruned else [])
+    return Needs(frozenset(runs), frozenset(data), frozenset(stores), starts, config.data.is_instructions)
 
 
 def leftovers(root: Root, kinds: tuple[str, ...]) -> list[Leftover]:
@@ -155,7 +158,7 @@ def remove(leftover: Leftover) -> bool:
 def _lock(leftover: Leftover) -> Path | None:
     """Return the lock that processes hold while they write to a leftover; None if it has none."""
     path = leftover.path
-    if leftover.kind in ("data", "rollouts"):
+    if leftover.kind in ("data", "starts", "rollouts"):
         return path.with_name(f"{path.name}.lock")
     if leftover.kind in ("run", "unfinished", "stores"):
         return path / ".lock"
@@ -199,15 +202,16 @@ def _unfinished(root: Root) -> Iterator[Leftover]:
 
 
 def _folders(root: Root, place: str) -> list[Path]:
-    """Return the folders in data/ or stores/ that are not hidden."""
+    """Return the folders in a place such as data/ that are not hidden."""
     return sorted(path for path in (root.folder / place).glob("[!.]*") if path.is_dir())
 
 
-def _data(root: Root) -> Iterator[Leftover]:
-    used = {key for needs in root.needs.values() for key in needs.data}
-    for path in _folders(root, "data"):
+def _unused(root: Root, kind: str) -> Iterator[Leftover]:
+    """Yield the folders in data/ or starts/ that no run uses."""
+    used = {key for needs in root.needs.values() for key in (needs.data if kind == "data" else needs.starts)}
+    for path in _folders(root, kind):
         if path.name not in used:
-            yield Leftover("data", path, disk_use(path), "no run uses it", _may_be_needed(root))
+            yield Leftover(kind, path, disk_use(path), "no run uses it", _may_be_needed(root))
 
 
 def _stores(root: Root) -> Iterator[Leftover]:
@@ -230,12 +234,14 @@ def _teacher_text(root: Root, kind: str) -> Iterator[Leftover]:
 
 
 def _cache(root: Root) -> Iterator[Leftover]:
-    if (path := files.cache() / "digests").is_dir():
-        yield Leftover("cache", path, disk_use(path), "digests are computed again")
+    for name, why in (("digests", "digests are computed again"), ("compiled", "code is compiled again")):
+        if (path := files.cache() / name).is_dir():
+            yield Leftover("cache", path, disk_use(path), why)
 
 
 _FINDERS = {
-    "temporary": _temporary, "checkpoints": _checkpoints, "unfinished": _unfinished, "data": _data, "stores": _stores,
+    "temporary": _temporary, "checkpoints": _checkpoints, "unfinished": _unfinished,
+    "data": lambda root: _unused(root, "data"), "stores": _stores, "starts": lambda root: _unused(root, "starts"),
     "rollouts": lambda root: _teacher_text(root, "rollouts"),
     "responses": lambda root: _teacher_text(root, "responses"), "cache": _cache,
 }  # fmt: skip

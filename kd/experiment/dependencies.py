@@ -9,14 +9,23 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from kd.config import argument_types, plugins
 from kd.config import components as conf
 from kd.config.compose import default_config
-from kd.config.groups import Component, DataConfig, FineTunedInit, ModelConfig, PretrainedInit, TeacherConfig
-from kd.config.schema import ExperimentConfig
+from kd.config.groups import (
+    Component,
+    DataConfig,
+    FineTunedInit,
+    ModelConfig,
+    PretrainedInit,
+    TeacherConfig,
+    TeacherInit,
+)
+from kd.config.schema import ExperimentConfig, fine_tuning_rate
 from kd.data import packing
 from kd.data.corpora import Corpus
 from kd.errors import UserError
@@ -27,6 +36,7 @@ from kd.store.location import FORMAT, Place
 from kd.system import files, remote
 from kd.system.files import read_json
 
+STARTS = 1  # format of folders in starts/
 _plans: WeakKeyDictionary[ExperimentConfig, Plan] = WeakKeyDictionary()
 
 
@@ -38,6 +48,7 @@ class Plan(NamedTuple):
     start: ExperimentConfig | None  # run that makes the student's first weights
     store: Place | None  # of the teacher's logits, to be read or written
     recording: ExperimentConfig | None  # run that records the store, for logits=recorded
+    pruned: Path | None  # folder of the student's first weights, if it is made of its teacher
 
     @property
     def store_place(self) -> Place:
@@ -67,6 +78,8 @@ def _build_plan(config: ExperimentConfig) -> Plan:
         digests["teacher"] = Plan.from_config(teacher).run.name
     if start := start_config(config):
         digests["start"] = Plan.from_config(start).run.name
+    if pruned := pruned_start(config, digests):
+        digests["start"] = pruned.name
     if config.lm == "plain":
         text, packing_options = plain_corpus(config)
         digests["plain"] = packing.key(text, **packing_options)
@@ -78,7 +91,7 @@ def _build_plan(config: ExperimentConfig) -> Plan:
     run = Run(config.root, identity(config.flat(), **digests))
     if config.record and not config.logits.source.distils:
         store = place(config, files.digest_of([run.name, config.record.spec])[:16], config.record.path)
-    return Plan(run, teacher, start, store, recording)
+    return Plan(run, teacher, start, store, recording, pruned)
 
 
 def plugged_in(config: ExperimentConfig) -> list[str]:
@@ -98,9 +111,29 @@ def _store_key(config: ExperimentConfig, digests: dict[str, Any]) -> str:
     inputs = {k: v for k, v in digests.items() if k in ("data", "teacher", "teacher.name")}
     if plugged := plugins.digests([config.stored.target]):
         inputs["plugins"] = plugged
+    inputs |= teacher_computation(config)
     seed = config.logits.seed if spec["name"] == "random" else None
     on_hub = None if "teacher.name" in digests else config.teacher.name
     return files.digest_of([FORMAT, inputs, config.trainer.precision, whole_as_float(spec), seed, on_hub])[:16]
+
+
+def pruned_start(config: ExperimentConfig, digests: dict[str, Any]) -> Path | None:
+    """Return the folder of first weights that are made of the teacher, see starts.py; None for another start."""
+    start = config.start
+    if not isinstance(start, TeacherInit):
+        return None
+    inputs = {k: v for k, v in digests.items() if k in ("teacher", "teacher.name") or (k == "data" and start.measures)}
+    on_hub = None if "teacher.name" in digests else config.teacher.name
+    settings = {k: v for k, v in start.to_dict().items() if k != "sample" or start.measures}
+    seed = config.seed if start.keep == "random" else None
+    key = files.digest_of([STARTS, inputs, on_hub, settings, seed])[:16]
+    return remote.local_root(config.root) / "starts" / key
+
+
+def teacher_computation(config: ExperimentConfig) -> dict[str, str]:
+    """Return the settings beside trainer.precision that change what a finished teacher computes; {} by default."""
+    settings = {"teacher.dtype": config.teacher.dtype, "trainer.attention": config.trainer.attention}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def place(config: ExperimentConfig, key: str, path: str | None) -> Place:
@@ -139,7 +172,7 @@ def plain_corpus(config: ExperimentConfig) -> tuple[Corpus, dict[str, Any]]:
 
 def plain_data(config: ExperimentConfig) -> DataConfig:
     """Return the plain text as the data of a run."""
-    shared = ("seq_len", "vocab", "tokenizer", "val_rows", "val_share", "special")
+    shared = ("seq_len", "vocab", "tokenizer", "val_rows", "val_share", "special", "isolate")
     alike = {k: config.data.args[k] for k in shared if k in config.data.args}  # an old store's has no special
     return DataConfig.from_node({"tokens": None} | config.plain.to_dict() | alike, "plain")
 
@@ -154,6 +187,7 @@ def _packing(config: ExperimentConfig, data: Component, group: str) -> tuple[Cor
     if plugged := plugins.digests([data.target]):  # other code may make other text
         source = replace(source, fingerprint=source.fingerprint | {"plugins": plugged})
     packing_options = argument_types.checked(packing.pack, data.args, group)
+    _check_isolation(source, group, packing_options)
     packing_options["code"] = provenance.component(group, data.name)
     if not source.words:
         packing_options["tokenizer"] = config.tokenizer
@@ -161,6 +195,26 @@ def _packing(config: ExperimentConfig, data: Component, group: str) -> tuple[Cor
         why, hint = "this data has a vocabulary of its own", "leave data.tokenizer out"
         raise UserError(option="data.tokenizer", got=tokenizer, why=why, hint=hint)
     return source, packing_options
+
+
+def _check_isolation(source: Corpus, group: str, packing_options: dict[str, Any]) -> None:
+    """Refuse to isolate the documents of rows that hold one each, and to pack text whose rows are full."""
+    if packing_options.get("pack") and not source.pairs:
+        raise UserError(
+            option=f"{group}.pack",
+            got=True,
+            why="is for prompts with responses, and rows of plain text are full anyway",
+            hint=f"leave {group}.pack out, or type data=instructions",
+        )
+    if packing_options.get("isolate") and (source.words or source.pairs):
+        what = "a prompt with its response" if source.pairs else "one document"
+        raise UserError(
+            option=f"{group}.isolate",
+            got=True,
+            why=f"would do nothing, as each row of this data is {what}",
+            hint=f"leave {group}.isolate out"
+            + (f"; with {group}.pack=true, examples are isolated" * bool(source.pairs)),
+        )
 
 
 @cache
@@ -192,10 +246,8 @@ def start_config(config: ExperimentConfig) -> ExperimentConfig | None:
         if not corpus(config)[0].pairs:
             why = "needs instructions to fine-tune on, and this data is plain text"
             raise UserError(option="start", got="sft", why=why, hint="type data=instructions, or start=scratch")
-        before, lr = ("scratch", 1e-4) if student.name else ("pretrained", 1e-3)
-        return _language_modelling(
-            config, student, before, start.sft_steps, start.sft_batch, start.sft_lr or lr, start.seed
-        )  # fmt: skip
+        before, lr = "scratch" if student.name else "pretrained", start.sft_lr or fine_tuning_rate(student.name)
+        return _language_modelling(config, student, before, start.sft_steps, start.sft_batch, lr, start.seed)
     if not isinstance(start, PretrainedInit):
         return None
     if student.name:
@@ -214,11 +266,11 @@ def _language_modelling(
     optimizer = ["optim=adamw"] if model.name else []  # as student=hub has it
     usual = default_config("teacher=none", "logits=none", f"start={start}", *optimizer)
     stage = {k: v for k, v in config.start.to_dict().items() if k in usual.start.to_dict() and k != "stage"}
-    accelerator = config.trainer.accelerator
+    of_machine = {name: getattr(config.trainer, name) for name in ("accelerator", "gradient_checkpointing")}
     return usual.derive(
         seed=seed, lr={"peak": lr}, start=stage, student=ModelConfig(size=model.size, name=model.name),
-        trainer={"steps": steps, "batch": batch, "micro_batch": batch, "precision": precision,
-                 "accelerator": accelerator},
+        trainer={"steps": steps, "batch": batch, "micro_batch": batch, "precision": precision}
+        | of_machine,
         data=config.data.derive(tokenizer=corpus(config)[1]["tokenizer"]),
         root=config.root, logger=config.logger, sweep=config.sweep, plain=config.plain, token_names=config.token_names,
     )  # fmt: skip

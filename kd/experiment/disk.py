@@ -17,8 +17,10 @@ from kd.system.remote import is_url
 PLACES = {
     "data": "packed data",
     "stores": "stores of teacher logits",
+    "starts": "students that were made of teachers, before training",
     "rollouts": "responses that teachers wrote, to train on",
     "responses": "teachers' responses to validation prompts",
+    "teacher_losses": "held-out losses of teachers with weights in fewer bits",
     "recorded": "runs of teachers that were recorded while they learned",
     "sweeps": "lists and reports of sweeps",
 }

@@ -11,20 +11,21 @@ import lightning
 from kd.config import plugins
 from kd.config.schema import ExperimentConfig
 from kd.data import packing
-from kd.data.batches import Packed
 from kd.data.datamodule import DistillationData
 from kd.errors import UserError
 from kd.evaluation import catalog
+from kd.experiment import teacher_weights
 from kd.experiment.assembly import (
     RunCallbacks,
     build_callbacks,
     build_data,
     build_module,
     build_teacher,
+    row_ends,
     sharded_roles,
 )
 from kd.experiment.components import Components, build_functions
-from kd.experiment.dependencies import corpus, plugged_in
+from kd.experiment.dependencies import plugged_in
 from kd.experiment.prerequisites import Inputs
 from kd.models import adapters, flops
 from kd.parallel import collectives, fsdp
@@ -122,6 +123,11 @@ def assemble(run: Run, config: ExperimentConfig, inputs: Inputs) -> Assembly:
     if inputs.packed.val_spans is not None:  # they respond to prompts when training has ended
         for model in filter(None, (student, teacher.model)):
             generate.check_cache(model)
+    if inputs.packed.train_marks is not None:
+        setting = "data.pack" if config.data.pack else "data.isolate"
+        student.check_isolation("student", setting)
+        if teacher.model:
+            teacher.model.check_isolation("teacher", setting)
     sharded = sharded_roles(config, student, teacher)
     run.start(config)
     checkpoint = latest_checkpoint(run, "student" in sharded)
@@ -201,13 +207,18 @@ def finish(run: Run, config: ExperimentConfig, inputs: Inputs, parts: Assembly) 
     weights = fsdp.full_state_dict(student) if exported and "student" in parts.module.sharded else None
     if collectives.rank() != 0:
         return None, {}
-    result = result_of(run, inputs, parts, memory)
+    result = result_of(run, config, inputs, parts, memory)
     if parts.callbacks.recorder:
         device = parts.trainer.strategy.root_device
         student.to(device)  # Lightning has moved it to the CPU
         trainer = config.trainer
         parts.callbacks.recorder.recorder.finish(
-            OnlineTeacher(student), device, inputs.packed.val, trainer.micro_batch, trainer.steps
+            OnlineTeacher(student),
+            device,
+            inputs.packed.val,
+            trainer.micro_batch,
+            trainer.steps,
+            inputs.packed.val_marks,
         )
     if weights:
         student = inputs.student(config)
@@ -221,7 +232,7 @@ def finish(run: Run, config: ExperimentConfig, inputs: Inputs, parts: Assembly) 
     return parts.callbacks.validation.metrics, run.finish(result)
 
 
-def result_of(run: Run, inputs: Inputs, parts: Assembly, memory: int) -> dict:
+def result_of(run: Run, config: ExperimentConfig, inputs: Inputs, parts: Assembly, memory: int) -> dict:
     """Return the content of result.json. memory: peak of any rank, in bytes."""
     packed, throughput, validation = inputs.packed, parts.callbacks.throughput, parts.callbacks.validation
     student, teacher = parts.student_cost, parts.module.teacher.cost
@@ -231,38 +242,30 @@ def result_of(run: Run, inputs: Inputs, parts: Assembly, memory: int) -> dict:
         "active_parameters": student.active_parameters, "trainable_parameters": parts.trainable,
         "flops_per_token": student.flops_per_token,
         **{f"teacher_{name}": getattr(teacher, name, None) for name in flops.Cost._fields},
+        "teacher_weights": teacher_weights.losses(config, packed, inputs.teacher),
         "train_rows": parts.data.train_rows, "data": packed.counts, "entropy": packed.entropy,
         **({"parts": [part._asdict() for part in packed.parts]} if packed.parts else {}),
         "bytes_per_token": packed.bytes_per_token, "tokens": throughput.tokens, "flops": throughput.flops,
         "seconds": round(throughput.seconds, 2), "peak_memory": memory,
-        "micro_batch": parts.module.micro_batch_size, "initial": validation.initial or None,
+        "micro_batch": parts.module.micro_batch_size, "performance": throughput.rates(),
+        "step": validation.step, "steps": parts.trainer.global_step,
+        "initial": validation.initial or None,
         "final": validation.metrics,
     }  # fmt: skip
 
 
-def row_ends(config: ExperimentConfig, packed: Packed, tokenizer) -> list[int]:
-    """Return the tokens that end a response or a text in the rows of a run; none where rows have no end."""
-    if packed.eos_token_id is not None:
-        ends = [packed.eos_token_id]
-    else:
-        ends = [] if corpus(config)[0].words else [tokenizer.eos_token_id]
-    if config.lm == "plain":
-        ends.append(tokenizer.eos_token_id)
-    return list(dict.fromkeys(ends))
-
-
-def as_job(run: Run, config: ExperimentConfig, inputs: Inputs) -> dict:
-    """Return the inputs of each rank as plain containers, for from_job()."""
+def as_job(run: Run, inputs: Inputs) -> dict:
+    """Return the inputs of rank 0 as plain containers, for from_job() of the other ranks."""
     store, plain = inputs.store, inputs.plain
     return {
-        "config": config.to_dict(), "run": run.name, "data": str(inputs.packed.folder), "teacher": inputs.teacher,
+        "run": run.name, "data": str(inputs.packed.folder), "teacher": inputs.teacher,
         "start": inputs.start, "plain": str(plain.folder) if plain else None, "origins": inputs.origins,
         "store": [store.path, str(store.cache)] if store else None,
     }  # fmt: skip
 
 
 def from_job(job: dict, config: ExperimentConfig) -> Inputs:
-    """Return the inputs of a rank: data, teacher and store exist already."""
+    """Return the inputs of a rank other than 0, which has made data, teacher and store."""
     packed = packing.open_packed(Path(job["data"]))
     store = Store(job["store"][0], Path(job["store"][1])) if job["store"] else None
     plain = packing.open_packed(Path(job["plain"])) if job["plain"] else None

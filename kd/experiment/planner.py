@@ -16,7 +16,15 @@ from kd.experiment import stores
 from kd.experiment.components import Components
 from kd.experiment.dependencies import Plan
 from kd.experiment.prerequisites import check_tokenizers, prepare
-from kd.experiment.step_timing import Step, alpha_kind, build_teacher_model, held, measure, teacher_by_cost
+from kd.experiment.step_timing import (
+    Step,
+    alpha_kind,
+    build_teacher_model,
+    held,
+    measure,
+    moment_bytes,
+    teacher_by_cost,
+)
 from kd.models import flops as flops_module
 from kd.parallel import collectives
 from kd.runs.identity import identity_settings, size_text
@@ -71,8 +79,9 @@ def estimate_run(
     trainer, seq_len = config.trainer, config.data.seq_len
     shape |= {
         "accelerator": trainer.accelerator,
-        "devices": trainer.devices,
+        "devices": trainer.ranks,
         "strategy": trainer.strategy,
+        "optim": config.optim.name,
         "gradient_checkpointing": trainer.gradient_checkpointing,
     }
     key = json.dumps([shape, vocab, alpha_kind(components)], sort_keys=True)
@@ -92,15 +101,17 @@ def estimate_run(
     if config.rollout.by_teacher:
         written = len(packed.train) * times
     else:
-        written = rows * components.rollout(None).sampling_rate / trainer.devices
+        written = rows * components.rollout(None).sampling_rate / trainer.ranks
     seconds = _seconds(config, packed, step, once, written)
     flops = positions * once + plain_tokens * forward_and_backward  # without those of writing
     learned = step.trainable + (teacher.parameters if teacher and planned.trainable else 0)
     memory = held(step.costs, step.trainable, config) + step.saved_bytes
     if collectives.device(trainer.accelerator).type == "cpu":
         memory += loaded
-    disk, active = 4 * student.parameters, student.active_parameters
-    return Estimate(tokens, seconds, disk, student.parameters, flops, memory, 24 * learned, active, step.trainable)
+    copies = 1 + (Plan.from_config(config).pruned is not None)  # first weights made of the teacher stay on disk
+    disk, active = 4 * student.parameters * copies, student.active_parameters
+    checkpoints = 2 * (4 + moment_bytes(config)) * learned
+    return Estimate(tokens, seconds, disk, student.parameters, flops, memory, checkpoints, active, step.trainable)
 
 
 def _seconds(config: ExperimentConfig, packed: Packed, step: Step, once: float, written: float) -> float | None:
@@ -111,11 +122,11 @@ def _seconds(config: ExperimentConfig, packed: Packed, step: Step, once: float, 
     if step.micro_batch is None:
         return None
     trainer, student, teacher = config.trainer, step.costs["student"], step.costs.get("teacher")
-    parts = -(-trainer.batch // trainer.devices // step.rows)
+    parts = -(-trainer.batch // trainer.ranks // step.rows)
     seconds = STARTS + trainer.steps * (parts * step.micro_batch + step.optimizer)
     # A validation is forward passes alone, of the student and, if there is one, of the teacher.
     looked = -(-trainer.steps // trainer.val_every) + config.is_pretrained
-    looked = looked * packed.val[:, 1:].size / trainer.devices
+    looked = looked * packed.val[:, 1:].size / trainer.ranks
     looked *= student.flops_per_token + (teacher.flops_per_token if teacher else 0)
     seconds += looked / once * step.micro_batch / (step.rows * step.wider * config.data.seq_len)
     seconds += written / step.rows * step.writing
@@ -228,7 +239,7 @@ def show(
 
 def estimate(config: ExperimentConfig) -> dict[str, Estimate]:
     """Return the estimates of a run, its teacher and its store by name. Finished ones are left out."""
-    run, teacher, start, place, record = Plan.from_config(config)
+    run, teacher, start, place, record, pruned = Plan.from_config(config)
     if not config.force and run.result() is not None:
         return {}
     less, times = sampled(config)
@@ -237,7 +248,7 @@ def estimate(config: ExperimentConfig) -> dict[str, Estimate]:
     vocab, stored = vocabulary_size(components.tokenizer), config.logits.source.reads_store
     exists = stored and place is not None and place.manifest().exists()
     first = record or teacher
-    estimates = estimate(first) if first and not exists else {}
+    estimates = estimate(first) if first and (pruned or not exists) else {}
     estimates |= estimate(start) if start else {}
     if stored and place is not None and not exists and not record:
         spec = stores.store_spec(config, packed)

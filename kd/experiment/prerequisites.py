@@ -15,7 +15,7 @@ from kd.data.batches import Packed
 from kd.data.tokenizer import load_tokenizer, vocabulary_size
 from kd.errors import UserError
 from kd.experiment.components import Components, build_functions, over_run
-from kd.experiment.dependencies import Plan, corpus, plain_corpus
+from kd.experiment.dependencies import Plan, corpus, plain_corpus, teacher_computation
 from kd.runs import provenance, wandb_agent
 from kd.runs.run import Run, check_student
 from kd.runs.seal import SEALED
@@ -86,11 +86,8 @@ Train = Callable[[ExperimentConfig], FinishedRun]  # trains a run, unless it is 
 def ensure(config: ExperimentConfig, train: Train) -> Inputs:
     """Check the prerequisites of a run, and make missing ones: data, teacher, first weights, store, teacher's text."""
     planned = Plan.from_config(config)
-    if config.trainer.devices > 1:
-        from kd.parallel import collectives
-
-        collectives.check_devices(config.trainer)
     packed, components = prepare(config)
+    check_pruning(config, components)
     for model in (config.student.name, config.teacher.name, config.data.tokenizer):
         check_student(model)
     name, store = config.teacher.name, None
@@ -102,14 +99,23 @@ def ensure(config: ExperimentConfig, train: Train) -> Inputs:
                 train(planned.recording)
         name = None
         store = stores.open_or_write(
-            config, packed, components.truncate, lambda: teacher_model(config, components, train)
+            config, packed, components.truncate, lambda: teacher_model(config, packed, components, train)
         )
         requests.end_if_asked()
     elif planned.teacher:
         name = ensure_trained(planned.teacher, train)
     check_tokenizers(config, components.tokenizer, name)
-    packed = written_by_teacher(config, packed, components, train)
     start_path = ensure_trained(planned.start, train) if planned.start else None
+    if planned.pruned:
+        from kd.experiment import starts
+
+        # The student is cut from weights that nothing has rounded.
+        whole = config.derive(teacher={"dtype": None}, trainer={"attention": None})
+        start_path = starts.ensure_start(
+            config, packed, planned.pruned, lambda: teacher_model(whole, packed, components, train)
+        )
+        requests.end_if_asked()
+    packed = written_by_teacher(config, packed, components, train)
     before = origins({"teacher": planned.teacher, "start": planned.start})
     return Inputs(packed, components, name, start_path, store, plain_text(config), before)
 
@@ -175,6 +181,15 @@ def prepare(config: ExperimentConfig) -> tuple[Packed, Components]:
     return packed, components
 
 
+def check_pruning(config: ExperimentConfig, components: Components) -> None:
+    """Raise UserError for a student that cannot be made of its teacher, before the teacher is trained."""
+    if Plan.from_config(config).pruned:
+        from kd.experiment import starts
+
+        silence_libraries()
+        starts.student_shape(config, vocabulary_size(components.tokenizer))
+
+
 def plain_text(config: ExperimentConfig) -> Packed | None:
     """Return the packed text of the language-modelling term; None if it is the data's own."""
     if config.lm != "plain":
@@ -183,13 +198,14 @@ def plain_text(config: ExperimentConfig) -> Packed | None:
     return packing.pack(source, local_root(config.root) / "data", **packing_options)
 
 
-def teacher_model(config: ExperimentConfig, components: Components, train: Train) -> CausalLM:
+def teacher_model(config: ExperimentConfig, packed: Packed, components: Components, train: Train) -> CausalLM:
     """Return the finished teacher; train it first if there is none."""
-    from kd.models import causal_lm
+    from kd.experiment import teacher_weights
 
     silence_libraries()
     planned = Plan.from_config(config)
-    name = ensure_trained(planned.teacher, train) if planned.teacher else config.teacher.name
+    trained = planned.recording or planned.teacher
+    name = ensure_trained(trained, train) if trained else config.teacher.name
     if name is None:
         raise UserError(
             option=planned.store_place.path,
@@ -198,8 +214,7 @@ def teacher_model(config: ExperimentConfig, components: Components, train: Train
         )
     check_student(config.teacher.name)
     check_tokenizers(config, components.tokenizer, name)
-    vocab = vocabulary_size(components.tokenizer)
-    return causal_lm.build_model(None, name, vocab, config.data.seq_len, "teacher.name")
+    return teacher_weights.load(config, packed, vocabulary_size(components.tokenizer), name)
 
 
 def written_by_teacher(config: ExperimentConfig, packed: Packed, components: Components, train: Train) -> Packed:
@@ -219,7 +234,7 @@ def written_by_teacher(config: ExperimentConfig, packed: Packed, components: Com
     teacher_id = (
         teacher and Plan.from_config(teacher).run.name,
         files.folder_fingerprint(config.teacher.name),
-        config.teacher.to_dict(),
+        {k: v for k, v in config.teacher.to_dict().items() if k != "dtype"} | teacher_computation(config),
     )
     # As a rollout used to be written in configs, so that folders keep their names.
     target = f"kd.rollout.{config.rollout.name}"
@@ -230,7 +245,7 @@ def written_by_teacher(config: ExperimentConfig, packed: Packed, components: Com
     folder = local_root(config.root) / "rollouts" / files.digest_of(key)[:16]
 
     def samplers() -> Samplers:
-        model = teacher_model(config, components, train).to(collectives.device(config.trainer.accelerator))
+        model = teacher_model(config, packed, components, train).to(collectives.device(config.trainer.accelerator))
         return Samplers(None, model, packed.eos_token_id, config.teacher.seed)
 
     return teacher_text.by_teacher(

@@ -11,17 +11,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kd.config.groups import RolloutConfig
 from kd.config.schema import ExperimentConfig
 from kd.data.batches import IGNORE, Batch, Packed, to_batch
+from kd.experiment import starts
 from kd.experiment.assembly import build_module
 from kd.experiment.components import Components, over_run
 from kd.experiment.prerequisites import full_name
-from kd.models import adapters, causal_lm
+from kd.models import adapters, causal_lm, weights
 from kd.models import flops as flops_module
 from kd.models.causal_lm import CausalLM
 from kd.models.flops import Cost
@@ -29,7 +32,7 @@ from kd.objective.chunked import Signal, default_chunk_size
 from kd.objective.target import Target
 from kd.parallel import collectives
 from kd.rollout.samplers import Samplers
-from kd.system.hardware import capacity, cast_parameters, out_of_memory
+from kd.system.hardware import capacity, out_of_memory
 from kd.system.signals import requests
 from kd.teachers.base import Teacher, TeacherOrigin, Truncation
 from kd.training.module import Schedules
@@ -58,20 +61,44 @@ def held(costs: dict[str, Cost], trainable: int, config: ExperimentConfig) -> in
 
     trainable: weights of the student that learn.
     """
-    half = config.trainer.precision == "bf16"
+    learned, student = 4 + moment_bytes(config), costs["student"].parameters
+    teacher, source = costs.get("teacher"), config.logits.source
+    size = 4 * student + learned * trainable
+    if teacher and source.trains_teacher:
+        size += (4 + learned) * teacher.parameters
     # A teacher that is loaded; beside language modelling alone for the validation.
-    source = config.logits.source
-    each = 16 if source.trains_teacher else 0 if source.reads_store else 2 if half else 4
-    as_it_is = config.start.stage == "scratch" and not config.teacher.sft and config.teacher.name
-    if not config.adapter.is_none and as_it_is and full_name(config.teacher.name) == full_name(config.student.name):
-        each = 0  # the teacher is the model under the adapter
-    student = costs["student"].parameters
-    learns = 16 * student if trainable == student else 4 * student + 16 * trainable
-    return learns + (each * costs["teacher"].parameters if "teacher" in costs else 0)
+    elif teacher and not source.reads_store and not _is_under_adapter(config):
+        size += weights.held_bytes(teacher, config.teacher.dtype, config.trainer.precision)
+    return size
+
+
+def _is_under_adapter(config: ExperimentConfig) -> bool:
+    """Return True if the teacher is the model under the student's adapter, which is in memory once."""
+    teacher = config.teacher
+    as_it_is = config.start.stage == "scratch" and not teacher.sft and not teacher.dtype and teacher.name
+    adapted = not config.adapter.is_none and as_it_is
+    return bool(adapted) and full_name(teacher.name) == full_name(config.student.name)
+
+
+def moment_bytes(config: ExperimentConfig) -> int:
+    """Return the bytes of the optimizer's two moments of a weight that learns."""
+    return 2 if config.optim.name == "adamw8" else 8
+
+
+def build_student_model(config: ExperimentConfig, vocab: int) -> CausalLM:
+    """Return a model of the student's shape; its weights do not matter here."""
+    if config.start.stage == "teacher":
+        return CausalLM(AutoModelForCausalLM.from_config(starts.student_shape(config, vocab)), vocab)
+    return causal_lm.build_model(config.student.size, config.student.name, vocab, config.data.seq_len, "student.name")
 
 
 def build_teacher_model(config: ExperimentConfig, vocab: int) -> CausalLM:
-    return causal_lm.build_model(config.teacher.size, config.teacher.name, vocab, config.data.seq_len, "teacher.name")
+    """Return a model of the teacher's shape, with weights of its dtype."""
+    teacher, trainer = config.teacher, config.trainer
+    model = causal_lm.build_model(teacher.size, teacher.name, vocab, config.data.seq_len, "teacher.name")
+    if teacher.dtype:
+        weights.hold(model, teacher.dtype, trainer.precision, collectives.device(trainer.accelerator))
+    return model
 
 
 def measure(config: ExperimentConfig, packed: Packed, components: Components, vocab: int) -> Step:
@@ -91,8 +118,7 @@ def _measure(config: ExperimentConfig, packed: Packed, components: Components, v
     device = collectives.device(config.trainer.accelerator)
     if held(costs, trainable, config) > 0.9 * capacity(device):
         return Step(costs, trainable)
-    seq_len = config.data.seq_len
-    student = causal_lm.build_model(config.student.size, config.student.name, vocab, seq_len, "student.name").to(device)
+    student = build_student_model(config, vocab).to(device)
     components.adapter(student)
     teacher = _planned_teacher(config, components, costs, vocab)
     batch, writing, answering = _written(config, packed, components, student, teacher)
@@ -124,18 +150,25 @@ def alpha_kind(components: Components) -> float:
 
 def _costs(config: ExperimentConfig, vocab: int) -> dict[str, Cost]:
     """Return the costs of student and teacher, from their shapes alone."""
-    seq_len = config.data.seq_len
-    return {
-        role: flops_module.cost_of(model.size, model.name, vocab, seq_len, f"{role}.name")
-        for role, model in (("student", config.student), ("teacher", config.teacher))
-        if model.size or model.name
-    }
+    teacher, seq_len = config.teacher, config.data.seq_len
+    costs = {"student": flops_module.cost(_student_shape(config, vocab), seq_len)}
+    if teacher.exists:
+        costs["teacher"] = flops_module.cost_of(teacher.size, teacher.name, vocab, seq_len, "teacher.name")
+    return costs
+
+
+def _student_shape(config: ExperimentConfig, vocab: int) -> torch.nn.Module:
+    """Return the Hugging Face model of a student on the device meta."""
+    if config.start.stage == "teacher":
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(starts.student_shape(config, vocab))
+    student = config.student
+    return flops_module.shape_of(student.size, student.name, vocab, config.data.seq_len, "student.name")
 
 
 def _trainable(config: ExperimentConfig, components: Components, vocab: int) -> int:
     """Return the number of weights of the student that learn, from its shape alone."""
-    shape = flops_module.shape_of(config.student.size, config.student.name, vocab, config.data.seq_len, "student.name")
-    student = CausalLM(shape, vocab)
+    student = CausalLM(_student_shape(config, vocab), vocab)
     with torch.device("meta"):
         components.adapter(student)
     return adapters.trainable(student)
@@ -155,8 +188,8 @@ def _planned_teacher(config: ExperimentConfig, components: Components, costs: di
         return teacher
     device = collectives.device(config.trainer.accelerator)
     teacher = components.logits(TeacherOrigin(build_teacher_model(config, vocab).to(device), costs["teacher"]))
-    if teacher.frozen and config.trainer.precision == "bf16":
-        cast_parameters(torch.bfloat16, teacher.frozen)
+    if teacher.frozen:
+        weights.hold(teacher.frozen, None, config.trainer.precision, device)
     return teacher
 
 
@@ -167,18 +200,30 @@ def _written(
     trainer, device = config.trainer, next(student.parameters()).device
     rows = packed.train[: min(trainer.micro_batch, trainer.batch)]
     spans = None if packed.train_spans is None else packed.train_spans[: len(rows)]
-    data = to_batch(rows, np.arange(len(rows)), np.zeros(rows[:, 1:].shape, np.int64), spans, packed.boundary)
-    batch = data = Batch(*(x.to(device) for x in data[:4]))
+    marks = None if packed.train_marks is None else packed.train_marks[: len(rows)]
+    seed = np.zeros(rows[:, 1:].shape, np.int64)
+    data = to_batch(rows, np.arange(len(rows)), seed, spans, packed.boundary, marks)
+    batch = data = move_data_to_device(data, device)
     samplers = Samplers(student, teacher.model, packed.eos_token_id, 0)
     writing = answering = 0.0
     with torch.autocast(device.type, torch.bfloat16, enabled=trainer.precision == "bf16"):
-        if spans is not None:
-            _, answering = _timed(device, lambda: samplers.write(data, "student"))
+        if packed.val_spans is not None:
+            prompts = data if spans is not None else _validation_rows(packed, len(rows), device)
+            _, answering = _timed(device, lambda: samplers.write(prompts, "student"))
         rollout = components.rollout(samplers, **({"engine": "kd"} if "engine" in config.rollout.args else {}))
         if rollout.sampling_rate:
             batch, writing = _timed(device, lambda: rollout.write(data))
     plain = config.lm == "plain" or batch is not data  # language modelling is of other text then
     return (batch._replace(lm_batch=data) if plain else batch), writing, answering
+
+
+def _validation_rows(packed: Packed, count: int, device: torch.device) -> Batch:
+    """Return rows of one prompt each, for training data that has several in a row."""
+    assert packed.val_spans is not None, "rows for validation have one prompt each"
+    index = np.arange(count) % len(packed.val)
+    rows = packed.val[index]
+    batch = to_batch(rows, index, np.zeros(rows[:, 1:].shape, np.int64), packed.val_spans[index])
+    return move_data_to_device(batch, device)
 
 
 class UnwrittenStore:
@@ -245,7 +290,7 @@ class StepTimes(Callback):
         parameters = {p.untyped_storage().data_ptr() for p in student.parameters()}
         forward = student.hidden_states
 
-        def hidden_states(ids: Tensor) -> Tensor:
+        def hidden_states(*inputs: Tensor) -> Tensor:
             sizes: dict[int, int] = {}
 
             def save(tensor: Tensor) -> Tensor:
@@ -255,7 +300,7 @@ class StepTimes(Callback):
                 return tensor
 
             with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), _one_layer_kept(student):
-                hidden = forward(ids)
+                hidden = forward(*inputs)
             self.saved_bytes = max(self.saved_bytes, sum(sizes.values()))
             return hidden
 

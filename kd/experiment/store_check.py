@@ -26,5 +26,5 @@ def compare_with_teacher(store: Store, root: str, train: Train) -> str:
     if (teacher and not Plan.from_config(teacher).run.result()) or (name and not teacher and not Path(name).is_dir()):
         return f"Its teacher {store.spec['teacher']} is not in {root}, so no row was computed again."
     packed, components = prepare(config)
-    model = teacher_model(config, components, train)
+    model = teacher_model(config, packed, components, train)
     return compare(store, packed, components.truncate, model, config.trainer.accelerator)

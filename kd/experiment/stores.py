@@ -40,7 +40,7 @@ from kd.system.remote import Remote, is_url
 from kd.teachers.online import OnlineTeacher
 from kd.teachers.stored import window_share
 
-ROWS = ("train.npy", "train_spans.npy", "val.npy", "val_spans.npy")  # what packed data is
+ROWS = ("train.npy", "train_spans.npy", "train_marks.npy", "val.npy", "val_spans.npy", "val_marks.npy")
 Keep = Callable[[Target], Target] | None  # what a store keeps of a target, with true probabilities; None for everything
 
 
@@ -60,14 +60,14 @@ def store_spec(config: ExperimentConfig, packed: Packed) -> dict:
         group = "record" if config.record else "truncation"
         need, hint = f"at most {MOST_DRAWS:,} draws per position for a store", f"type {group}.draws={MOST_DRAWS}"
         raise UserError(option=f"{group}.draws", got=part["draws"], need=need, hint=hint)
-    code = plugins.digests([config.stored.target])
+    code, dtype = plugins.digests([config.stored.target]), config.teacher.dtype
     return {
         "format": FORMAT, "teacher": called, "weights": weights,
         "tokenizer": files.digest_of([v for k, v in sorted(packed.digests.items()) if k.startswith("tokenizer/")]),
         "data": files.digest_of([v for k, v in sorted(packed.digests.items()) if k in ROWS]),
         "truncation": part, "precision": config.trainer.precision,
         "seed": config.logits.seed if part["name"] == "random" and config.logits.source.reads_store else None,
-    } | ({"plugin": code} if code else {})  # fmt: skip
+    } | ({"plugin": code} if code else {}) | ({"dtype": dtype} if dtype else {})  # fmt: skip
 
 
 @cache
@@ -105,7 +105,17 @@ def write_command(config: ExperimentConfig) -> str:
     if (tokenizer := corpus(config)[1]["tokenizer"]) != teacher.name:  # a pretrained student's
         settings |= {"data.tokenizer": tokenizer}
     usual = default_options("logits=offline", *typed)
-    groups = ("token_names", "data.", "plain.", "start.", "teacher.", "truncation.", "logits.seed", "trainer.precision")
+    groups = (
+        "token_names",
+        "data.",
+        "plain.",
+        "start.",
+        "teacher.",
+        "truncation.",
+        "logits.seed",
+        "trainer.precision",
+        "trainer.attention",
+    )
     settings = {k: v for k, v in settings.items() if k.startswith(groups) and k in usual and v != usual[k]}
     typed += [f"{k}={conf.typed(v)}" for k, v in settings.items()]
     return shlex.join(typed)
@@ -119,6 +129,8 @@ def opened(config: ExperimentConfig, packed: Packed) -> Store | None:
         store = Store(place.path, place.cache)
         expected = {k: v for k, v in spec.items() if k != "precision"} | {"truncation": truncation}
         expected["plugin"] = plugins.digests([config.truncation.target]) or None
+        if config.teacher.exists and store.spec.get("dtype") != config.teacher.dtype:
+            raise _other_dtype(store, config.teacher.dtype)
         by_path = config.logits.path is not None or config.logits.source.is_recorded
         store.check(expected, by_path, nested)
         _measurable(config, store.truncation)
@@ -142,6 +154,17 @@ def opened(config: ExperimentConfig, packed: Packed) -> Store | None:
             hint="leave logits.window out, or give a recorded store by logits.path=…",
         )
     return None
+
+
+def _other_dtype(store: Store, dtype: str | None) -> UserError:
+    stored = store.spec.get("dtype")
+    return UserError(
+        option="teacher.dtype",
+        got=dtype,
+        conflict=f"logits.path={store.path}",
+        why=f"the teacher's weights were {f'in {stored}' if stored else 'as they are'} when it wrote this store",
+        hint=f"type teacher.dtype={stored}" if stored else "leave teacher.dtype out",
+    )
 
 
 def _measurable(config: ExperimentConfig, held: dict) -> None:
@@ -188,6 +211,8 @@ def open_or_write(config: ExperimentConfig, packed: Packed, keep: Keep, teacher:
 def write_part(config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM, part: tuple[int, int]) -> None:
     """Write one of several parts of the store that a config describes, to be merged with the others."""
     place, spec = Plan.from_config(config).store_place, store_spec(config, packed)
+    if packed.train_marks is not None:
+        model.check_isolation("teacher", "data.pack" if config.data.pack else "data.isolate")
     encoder = RowEncoder.finished(OnlineTeacher(model), spec, keep, config.trainer.accelerator)
     about = about_store(config, packed, model, place.key)
     writer.write(place.folder, spec, about, packed, encoder, config.trainer.micro_batch, part)
@@ -219,15 +244,16 @@ def compare(store: Store, packed: Packed, keep: Keep, model: CausalLM, accelerat
     index = np.unique(np.linspace(0, len(packed.train) - 1, count).astype(int))
     rows = packed.train[index]
     encoder = RowEncoder.finished(OnlineTeacher(model), store.spec, keep, accelerator)
-    spans = packed.train_spans
+    spans, marks = packed.train_spans, packed.train_marks
     seed = np.zeros(rows[:, 1:].shape, int)
-    batch = to_batch(rows, index, seed, None if spans is None else spans[index], packed.boundary)
+    row_spans, row_marks = (None if x is None else x[index] for x in (spans, marks))
+    batch = to_batch(rows, index, seed, row_spans, packed.boundary, row_marks)
     batch = move_data_to_device(batch._replace(teacher_rows=store.read(index, batch.ids.numpy())), encoder.device)
     mask = batch.labels != IGNORE
     held = store.signal(batch, mask)
     gaps, spread = [], []
     with torch.inference_mode(), encoder.computing():
-        now = encoder.signal(packed.train, index, spans, packed.boundary)[-1]
+        now = encoder.signal(packed.train, index, spans, packed.boundary, marks)[-1]
         for part in chunks(int(mask.sum()), 64):
             if store.draws:
                 gap, variance = sample_log_likelihood_gap(now(part), held(part))

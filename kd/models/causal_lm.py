@@ -53,11 +53,18 @@ class CausalLM(nn.Module):
     def __init__(self, model, vocab: int):
         super().__init__()
         self.model = model
+        self.held_in: str | None = None  # dtype of the weights of a frozen model, see kd.models.weights
         # The head shares the model's output layer; out of the module tree, so that its weights are counted once.
         self.__dict__["head"] = Head.from_model(model, vocab)
 
-    def hidden_states(self, ids: Tensor, **cache) -> Tensor:
-        """Return the last hidden states [B, T, D] of ids [B, T]. cache: arguments about earlier tokens."""
+    def hidden_states(self, ids: Tensor, positions: Tensor | None = None, **cache) -> Tensor:
+        """Return the last hidden states [B, T, D] of ids [B, T]. cache: arguments about earlier tokens.
+
+        positions [B, T]: places of tokens in their documents. Where they restart, transformers builds a mask, so that
+        no document sees another (transformers.masking_utils). check_isolation() refuses models without such a mask.
+        """
+        if positions is not None:
+            cache["position_ids"] = positions
         return self.model.base_model(input_ids=ids, **{"use_cache": False} | cache).last_hidden_state
 
     def compile_layers(self, required: bool = True) -> None:
@@ -145,6 +152,42 @@ class CausalLM(nn.Module):
                 why=f"the output layer of {type(self.model).__name__} applied to its hidden states is off from the "
                 f"model's own logits by {off:.1%}, so that the model does something there that kd does not know",
                 hint="choose another model, or add this model to Head in kd/models/causal_lm.py",
+            )
+
+    @torch.no_grad()
+    def check_isolation(self, option: str, setting: str = "data.isolate") -> None:
+        """Raise UserError unless documents in one row give the logits that each gives alone.
+
+        Models with a state that goes on (Mamba, RWKV) or distances in place of positions (ALiBi) do not. The error is
+        compared with the effect of the other documents, so that it shows in untrained models, too. setting: needs it.
+        """
+        device, training = next(self.model.parameters()).device, self.model.training
+        rows = [(3, 5), (5, 2, 1)]  # tokens of the documents in two rows that restart at other places
+        ids = torch.arange(16, device=device).view(2, 8) * 7 % self.head.vocab
+        positions = torch.tensor([[i for size in sizes for i in range(size)] for sizes in rows], device=device)
+        kind, hint = type(self.model).__name__, f"leave {setting} out, or choose another model"
+        self.model.eval()
+        try:
+            together, plain = (self.head(self.hidden_states(*x)).float() for x in ((ids, positions), (ids,)))
+            alone = torch.stack([
+                torch.cat([self.head(self.hidden_states(part[None]))[0].float() for part in row.split(sizes)])
+                for row, sizes in zip(ids, rows, strict=True)
+            ])  # fmt: skip
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            why = f"{kind} takes no positions of documents in a row ({type(error).__name__}: {first_line(error)})"
+            raise UserError(option=option, conflict=f"{setting}=true", why=why, hint=hint) from error
+        finally:
+            self.model.train(training)
+        error, effect = (together - alone).abs().max(), (plain - alone).abs().max()
+        if not error <= (0.01 * effect).clamp(min=1e-5 * alone.abs().max().item()):
+            raise UserError(
+                option=option,
+                conflict=f"{setting}=true",
+                why=f"{kind} does not keep the documents of a row apart: logits differ from those of a document alone "
+                f"by {error:.2g}, where the other documents move them by {effect:.2g}",
+                hint=hint,
             )
 
 

@@ -35,7 +35,7 @@ def cost(model, seq_len: int) -> Cost:
     config = model.config.get_text_config()
     output = model.get_output_embeddings().weight
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}  # of tokens and positions
-    total = sum(p.numel() for p in _weights(model))
+    total = sum(map(_size, _weights(model)))
     inner = total - sum(w.numel() for w in embeddings | {output})
     idle = sum(round(p.numel() * (1 - share)) for module, share in experts(model) for p in _weights(module))
     heads = getattr(config, "num_attention_heads", None) or 0  # none in a state-space model
@@ -43,6 +43,12 @@ def cost(model, seq_len: int) -> Cost:
     key, value = getattr(config, "qk_head_dim", None) or head, getattr(config, "v_head_dim", None) or head  # DeepSeek
     attention = 2 * attention_layers(config) * heads * (key + value) * seq_len / 2
     return Cost(total, inner, 2 * (inner - idle + output.numel()) + attention, output.numel(), total - idle)
+
+
+def _size(parameter: torch.Tensor) -> int:
+    """Return the number of weights of a parameter; those of 4 bits are two to a number."""
+    packed_from = getattr(parameter, "quant_state", None)  # of bitsandbytes
+    return parameter.numel() if packed_from is None else packed_from.shape.numel()
 
 
 def _weights(module: nn.Module) -> list[nn.Parameter]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kd.errors import check
+from kd.errors import UserError, check
 from kd.models.causal_lm import CausalLM
 
 
@@ -30,6 +30,22 @@ def mup(
         scale = base_width / group["width"] if group["width"] else 1.0
         groups.append({"weight_decay": weight_decay / scale, **group, "scale": scale})
     return torch.optim.AdamW(groups, betas=betas, eps=eps)
+
+
+def adamw8(
+    params: list[dict], betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.1
+) -> torch.optim.Optimizer:  # fmt: skip
+    """AdamW whose two moments are held in 8 bits, rounded in blocks of 256 by bitsandbytes.
+
+    Dettmers et al. 2022, arXiv 2110.02861. Moments of fewer than 4,096 weights have 32 bits. Raises UserError without
+    the package.
+    """
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        need, hint = "the package bitsandbytes", "type pip install 'kd[bitsandbytes]', or optim=adamw"
+        raise UserError(option="optim", got="adamw8", need=need, hint=hint) from error
+    return AdamW8bit(params, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
 def parameter_groups(causal: CausalLM) -> list[dict]:

@@ -231,10 +231,7 @@ def read(state: dict, path: Path, **settings) -> None:
         raise next(failure for failure, _ in error.failures.values()) from None
 
 
-def fits_unsharded(parameters: int, size: int, device: torch.device) -> bool:
-    """Return True if a whole teacher takes at most a quarter of each rank's memory.
-
-    parameters: their number. size: bytes per parameter.
-    """
+def fits_unsharded(size: int, device: torch.device) -> bool:
+    """Return True if a whole teacher of so many bytes takes at most a quarter of each rank's memory."""
     sharing = 1 if device.type == "cuda" else collectives.world_size()
-    return parameters * size <= capacity(device) / sharing / 4
+    return size <= capacity(device) / sharing / 4

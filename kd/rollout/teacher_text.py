@@ -21,7 +21,7 @@ from kd.data.batches import Packed, to_batch
 from kd.rollout.base import Rollout
 from kd.rollout.rows import as_rows
 from kd.rollout.samplers import Samplers
-from kd.system import files
+from kd.system import files, sealed_folder
 
 AT_ONCE = 64  # rows per batch and file
 
@@ -43,7 +43,8 @@ def by_teacher(
         about = json.loads((temporary / "manifest.json").read_text())
         about = {k: v for k, v in about.items() if k not in ("digest", "digests")}
         spans = written["train"][1] if "train" in sides else _spans(packed, "train")
-        packing.write_manifest(temporary, about | {"train_tokens": int(spans[:, 1].sum()), "written": folder.name})
+        about |= {"train_tokens": int(spans[:, 1].sum()), "written": folder.name}
+        sealed_folder.write_manifest(temporary, about)
 
     data = packing.build_once(folder, make)
     shutil.rmtree(parts, ignore_errors=True)

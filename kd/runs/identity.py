@@ -26,6 +26,7 @@ AXES = ("seed", "data.tokens", "logits", *NO_SIGNAL, "rollout", "lr", "optim", "
 CALLED = {
     "trainer.steps": "steps", "trainer.batch": "batch", "trainer.micro_batch": "micro_batch",
     "trainer.precision": "precision", "data.seq_len": "seq_len", "data.name": "data_name", "data.files": "data_files",
+    "teacher.dtype": "teacher_dtype",
     "lr": "lr_schedule", "alpha": "alpha_schedule",
 }  # fmt: skip
 TEACHING = {f"teacher.{name}": f"teacher_{name}" for name in ("steps", "batch", "lr", "seed", "precision")}
@@ -47,7 +48,7 @@ def identity_settings(config: dict) -> dict:
     neutral = NEUTRAL | {k: traits.neutral for k, traits in TRAITS.items() if traits.neutral is not UNSET}
     part = {k: v for k, v in config.items() if not is_under(k, without) and not (k in neutral and v == neutral[k])}
     seeded = config["logits"] == "cotrained" or written_by_teacher(config)  # the teacher draws with its seed
-    teacher_keys = ("teacher.size", "teacher.name", *(["teacher.seed"] if seeded else []))
+    teacher_keys = ("teacher.size", "teacher.name", "teacher.dtype", *(["teacher.seed"] if seeded else []))
     part = {k: v for k, v in part.items() if not k.startswith("teacher.") or k in teacher_keys}
     part["trainer.compile"] = part.get("trainer.compile") is True  # auto, whatever it compiles, is named as false
     return whole_as_float(part)
@@ -91,7 +92,16 @@ def evaluated(config: dict) -> str | None:
 
 
 def model_name(config: dict, role: str) -> str | None:
-    """Return the size of the student or teacher in a flat config, or the last part of its name."""
+    """Return the size of the student or teacher in a flat config, or the last part of its name.
+
+    A student that is made of its teacher has the teacher's name and what it has of it: 1m-1l-ffn256.
+    """
+    if role == "student" and config.get("start.stage") == "teacher":
+        layers = config["start.layers"]
+        counts = {"{}l": len(layers) if isinstance(layers, list) else layers}
+        counts |= {"ffn{}": config["start.ffn"], "kv{}": config["start.kv_heads"], "h{}": config["start.hidden"]}
+        parts = [text.format(int(count)) for text, count in counts.items() if count is not None]
+        return "-".join([str(model_name(config, "teacher")), *parts])
     name = config[f"{role}.size"] or config[f"{role}.name"]
     return str(name).rstrip("/").rpartition("/")[2] if name else None
 
@@ -111,6 +121,8 @@ def axes(config: dict, sizes: dict[str, tuple[int, int]]) -> dict[str, str | int
         if isinstance(shown.get(key), list):
             shown[key] = " ".join(map(str, shown[key]))
     shown |= {role: model_name(config, role) for role in ("student", "teacher")}
+    if config.get("start.stage") == "teacher":
+        shown["start_keep"] = config["start.keep"]
     for role, (parameters, non_embedding) in sizes.items():
         shown |= {f"{role}_params": parameters, f"{role}_params_non_embedding": non_embedding}
     shown["tokens"] = config["trainer.steps"] * config["trainer.batch"] * config["data.seq_len"]
@@ -122,6 +134,7 @@ def axes(config: dict, sizes: dict[str, tuple[int, int]]) -> dict[str, str | int
 def trains_teacher(config: dict) -> bool:
     """Return True if the teacher's own training settings have an effect."""
     learns_from = config["logits"] not in ("none", "cotrained") or written_by_teacher(config)
+    learns_from = learns_from or config.get("start.stage") == "teacher"
     return learns_from and bool(config["teacher.size"] or config.get("teacher.sft"))
 
 
@@ -184,6 +197,7 @@ def readable(name: str, config: dict) -> str:
     parts = [
         loss_name(config),
         model_name(config, "student"),
+        config["start.keep"] if config.get("start.keep") not in (None, "uniform") else None,
         f"{config['adapter']}{config['adapter.rank']}" if "adapter.rank" in config else None,
         f"lr{config['lr.peak']:g}" if "lr.peak" in config else None,
     ]

@@ -56,7 +56,7 @@ def write_store(words: list[str]) -> Store | None:
     if store := stores.opened(config, packed):
         return store
     share = int(numbers[1]), int(numbers[2])
-    teacher = teacher_model(config, components, train)
+    teacher = teacher_model(config, packed, components, train)
     if share[1] == 1:
         return stores.write(config, packed, components.truncate, teacher)
     stores.write_part(config, packed, components.truncate, teacher, share)

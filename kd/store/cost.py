@@ -34,7 +34,7 @@ def estimate_cost(encoder: RowEncoder, packed: Packed, batch: int, rows: float) 
     for _ in range(2):  # the first forward pass is slower
         out, started = Rows(), time.monotonic()
         index = np.arange(min(batch, len(packed.train)))
-        encoder.encode(packed.train, index, out, spans=packed.train_spans, boundary=packed.boundary)
+        encoder.encode(packed.train, index, out, packed.train_spans, packed.boundary, packed.train_marks)
         encoded = len(out.bodies)  # waits for the compression, which is part of the time
     seconds, tokens = (time.monotonic() - started) / encoded * rows, rows * per_row
     return StoreCost(round(tokens), out.bytes / out.positions * tokens, rest * encoder.dtype.itemsize, seconds)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from kd.data.batches import IGNORE, Batch, to_batch
+from kd.data.batches import IGNORE, to_batch
 from kd.errors import UserError
+from kd.models import weights
 from kd.objective.chunked import Signal, chunks, default_chunk_size
 from kd.objective.signals import ProjectedSignal
 from kd.objective.target import Target
@@ -19,7 +21,6 @@ from kd.store import rows
 from kd.store.format import encode
 from kd.store.rows import Rows
 from kd.store.spec import draws_of
-from kd.system.hardware import cast_parameters
 from kd.teachers.base import Teacher
 
 
@@ -53,20 +54,24 @@ class RowEncoder:
         device = collectives.device(accelerator)
         if teacher.frozen:
             teacher.frozen.to(device)
-            if spec["precision"] == "bf16":
-                cast_parameters(torch.bfloat16, teacher.frozen)
+            weights.hold(teacher.frozen, None, spec["precision"], device)
         return cls(teacher, spec, truncate, device)
 
     def signal(
-        self, table: np.ndarray, index: np.ndarray, spans: np.ndarray | None = None, boundary: Sequence[int] = ()
-    ) -> tuple[np.ndarray, np.ndarray, Signal]:
-        """Return tokens [B, T] of rows `index` of the data, the mask of target positions, and the signal for these."""
+        self, table: np.ndarray, index: np.ndarray, spans: np.ndarray | None = None, boundary: Sequence[int] = (),
+        marks: np.ndarray | None = None, every: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray, Signal]:  # fmt: skip
+        """Return tokens [B, T] of rows `index` of the data, the mask of target positions, and the signal for these.
+
+        every: the mask selects all positions.
+        """
         # Seeds by row, so that draws depend neither on the batch nor on the shard.
         shape, first = table.shape[1] - 1, self.spec["seed"] or 0
         seed = np.stack([np.random.default_rng([first, int(row)]).integers(0, 2**62, shape) for row in index])
-        cpu = to_batch(table[index], index, seed, None if spans is None else spans[index], boundary)
-        batch = Batch(*(x.to(self.device) for x in cpu[:4]))
-        mask = batch.labels != IGNORE
+        spans, marks = (None if x is None else x[index] for x in (spans, marks))
+        cpu = to_batch(table[index], index, seed, spans, boundary, marks)
+        batch = move_data_to_device(cpu, self.device)
+        mask = torch.ones_like(batch.labels, dtype=torch.bool) if every else batch.labels != IGNORE
         return cpu.ids.numpy(), mask.cpu().numpy(), self.teacher.signal(batch, mask)
 
     def computing(self):
@@ -76,13 +81,13 @@ class RowEncoder:
     @torch.inference_mode()
     def encode(
         self, table: np.ndarray, index: np.ndarray, out: Rows, spans: np.ndarray | None = None,
-        boundary: Sequence[int] = (),
+        boundary: Sequence[int] = (), marks: np.ndarray | None = None,
     ) -> None:  # fmt: skip
-        """Add rows `index` of the data to `out`. spans, boundary: see kd.data.batches.to_batch."""
+        """Add rows `index` of the data to `out`. spans, boundary, marks: see kd.data.batches.to_batch."""
         if self.truncate is None:
-            return self.encode_complete(table, index, out)
+            return self.encode_complete(table, index, out, marks)
         with self.computing():
-            ids, mask, signal = self.signal(table, index, spans, boundary)
+            ids, mask, signal = self.signal(table, index, spans, boundary, marks)
             if isinstance(signal, ProjectedSignal):
                 self._check_finite(signal.features, index, mask)
             draws, pieces = draws_of(self.spec["truncation"]), []
@@ -91,10 +96,10 @@ class RowEncoder:
             out.add_entries(ids, pieces, mask)
 
     @torch.inference_mode()
-    def encode_complete(self, table: np.ndarray, index: np.ndarray, out: Rows) -> None:
+    def encode_complete(self, table: np.ndarray, index: np.ndarray, out: Rows, marks: np.ndarray | None = None) -> None:
         """Add rows `index` of the data to `out` as hidden states of all positions, targets or not."""
         with self.computing():
-            ids, mask, signal = self.signal(table, index)
+            ids, mask, signal = self.signal(table, index, marks=marks, every=True)
             if not isinstance(signal, ProjectedSignal):
                 raise UserError(
                     option="teacher",
@@ -120,9 +125,9 @@ class RowEncoder:
         weights = {k: v[: self.head.vocab].to(self.dtype) for k, v in self.head.output.state_dict().items()}
         rows.save_tensors(weights, folder, "head")
 
-    def save_validation(self, folder: Path, table: np.ndarray, batch: int) -> None:
+    def save_validation(self, folder: Path, table: np.ndarray, batch: int, marks: np.ndarray | None = None) -> None:
         """Save the hidden states of the validation rows."""
         out = Rows()
         for part in chunks(len(table), batch):
-            self.encode_complete(table, np.arange(part.start, part.stop), out)
+            self.encode_complete(table, np.arange(part.start, part.stop), out, marks)
         out.save(folder, "validation")

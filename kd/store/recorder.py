@@ -108,12 +108,18 @@ class Recorder:
             remote.put(f"{name}.safetensors", f"{name}.json", wait=wait)
             self.sent.add(name)
 
-    def finish(self, trained: Teacher, device: torch.device, validation: np.ndarray, batch: int, steps: int) -> None:
-        """Write the last shard, the output layer, and the trained model's hidden states for the validation rows."""
+    def finish(
+        self, trained: Teacher, device: torch.device, validation: np.ndarray, batch: int, steps: int,
+        marks: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """Write the last shard, the output layer, and the trained model's hidden states for the validation rows.
+
+        marks: of these rows, see kd.data.batches.to_batch.
+        """
         self.flush(steps)
         encoder = RowEncoder(trained, self.spec, self.truncate, device)
         encoder.save_head(self.folder)
-        encoder.save_validation(self.folder, validation, batch)
+        encoder.save_validation(self.folder, validation, batch, marks)
         commit(self.folder, self.spec, self.about | {"steps": steps})
         if self.url:
             upload(self.folder, self.url)

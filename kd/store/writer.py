@@ -81,11 +81,13 @@ class _Files:
         if name == "head":
             return self.encoder.save_head(self.folder)
         if name == "validation":
-            return self.encoder.save_validation(self.folder, self.packed.val, self.batch)
+            return self.encoder.save_validation(self.folder, self.packed.val, self.batch, self.packed.val_marks)
         out, packed = Rows(), self.packed
         for piece in chunks(len(self.shards[name]), self.batch):
             index = np.array(self.shards[name][piece])
-            self.encoder.encode(packed.train, index, out, spans=packed.train_spans, boundary=packed.boundary)
+            self.encoder.encode(
+                packed.train, index, out, packed.train_spans, packed.boundary, packed.train_marks
+            )  # fmt: skip
             self.done += piece.stop - piece.start
             progress.update(self.done, self.done * (packed.train.shape[1] - 1))
         out.save(self.folder, name, first=self.shards[name].start)

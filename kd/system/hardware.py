@@ -59,6 +59,17 @@ def capacity(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def gpu_utilisation(device: torch.device) -> float | None:
+    """Return the share of the last moments in which a GPU computed, from 0 to 1.
+
+    None for a CPU, and where NVML or its package nvidia-ml-py is missing.
+    """
+    try:
+        return torch.cuda.utilization(device) / 100 if device.type == "cuda" else None
+    except Exception:  # of that package, which has types of its own, e.g. for a part of a GPU
+        return None
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Return True if an error means that memory ran out. torch has a type for it on GPUs alone."""
     words = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc", "bad allocation",

@@ -12,9 +12,18 @@ if TYPE_CHECKING:
     import resource
 
 
+_pid: int | None = None  # process that this one stands for
+
+
+def stand_for(pid: int) -> None:
+    """Describe another process of this machine as this one: the process of a run, for one of its ranks."""
+    global _pid
+    _pid = pid
+
+
 def process_info() -> dict:
     """Return a description of this process, from which another process can tell if it is alive."""
-    return {"pid": os.getpid(), "host": socket.gethostname(), "boot": boot_id()}
+    return {"pid": _pid or os.getpid(), "host": socket.gethostname(), "boot": boot_id()}
 
 
 def boot_id() -> str | None:
@@ -59,6 +68,19 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return most_resident(resource.getrusage(resource.RUSAGE_SELF))
+
+
+def memory() -> int | None:
+    """Return the memory of this process in bytes: on the GPU if there is one, else resident.
+
+    None where the system does not tell it.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    path = Path("/proc/self/statm")
+    return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else None
 
 
 def most_resident(usage: resource.struct_rusage) -> int:

@@ -110,5 +110,5 @@ class Teacher(Protocol):
 def project(model: CausalLM | None, batch: Batch, mask: Tensor) -> ProjectedSignal:
     """Return a model's distributions at the target positions. Only its body runs here."""
     assert model is not None, "a teacher without its model can only tell its cost"
-    features = model.hidden_states(batch.ids)[mask]  # [N, D]
+    features = model.hidden_states(*batch.inputs)[mask]  # [N, D]
     return ProjectedSignal(model.head, features, batch.labels[mask], batch.position_seeds[mask])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kd.data.batches import IGNORE, Batch
 from kd.errors import UserError
-from kd.models import adapters
+from kd.models import adapters, weights
 from kd.models.causal_lm import CausalLM
 from kd.models.optimizers import parameter_groups
 from kd.objective.chunked import Objective, Signal, chunks, default_chunk_size, with_token_info
@@ -25,7 +25,7 @@ from kd.objective.token_selection import Measured, Selection
 from kd.parallel import collectives, fsdp
 from kd.runs.outcome import NonFinite
 from kd.system.console import console
-from kd.system.hardware import cast_parameters, disable_malloc_trim, out_of_memory
+from kd.system.hardware import disable_malloc_trim, out_of_memory
 from kd.system.signals import Preempted, Stopped, requests
 from kd.teachers.base import Teacher
 from kd.training.report import LossTerm, StepReport
@@ -87,8 +87,9 @@ class DistillationModule(lightning.LightningModule):
     def configure_model(self) -> None:
         collectives.broadcast_parameters(self)
         shared = adapters.share_weights(self.student, self.teacher.frozen)  # an adapter is merged in float32
-        if self.trainer.precision == "bf16-mixed" and self.teacher.frozen and not shared:
-            cast_parameters(torch.bfloat16, self.teacher.frozen)
+        if self.teacher.frozen and not shared:
+            precision = "bf16" if self.trainer.precision == "bf16-mixed" else "fp32"
+            weights.hold(self.teacher.frozen, None, precision, self.device)
         models = {"student": self.student, "teacher": self.teacher.model}
         for role in self.sharded:
             model = models[role]
@@ -246,7 +247,7 @@ class DistillationModule(lightning.LightningModule):
                     signal = signals[number]
                 else:  # where alpha is 0 the teacher would run for nothing, unless it learns
                     signal = self.teacher.signal(part, mask) if kd or self.teacher.trainable else None
-                features = self.student.hidden_states(part.ids)[mask]  # [N, D]
+                features = self.student.hidden_states(*part.inputs)[mask]  # [N, D]
                 observe = (
                     partial(self.logits_observer.observe, part.position_seeds[mask]) if self.logits_observer else None
                 )

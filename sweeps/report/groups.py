@@ -11,7 +11,7 @@ from statistics import fmean
 
 from kd.evaluation.catalog import LOSS, ROUGE_L, Metric
 from kd.experiment.results import Entry
-from kd.runs.identity import identity_settings, is_under, whole_as_float
+from kd.runs.identity import identity_settings, is_under, model_name, whole_as_float
 from sweeps.report.statistics import Interval, interval
 from sweeps.report.wording import format_amount
 
@@ -139,12 +139,23 @@ def describe_task(groups: list[Group]) -> str:
 def outcome_settings(config: dict) -> dict:
     """Return the settings that the result depends on, without the seed, and those of its teacher and start."""
     prefixes: tuple[str, ...] = ()
-    if config["logits"] != "none" and (config["teacher.size"] or config.get("teacher.sft")):
+    pruned = config.get("start.stage") == "teacher"
+    if (config["logits"] != "none" or pruned) and (config["teacher.size"] or config.get("teacher.sft")):
         prefixes += ("teacher",)
     if config["data"] == "instructions":  # it has the tokenizer of the plain text
         prefixes += ("start", "plain")
+    if pruned:
+        config = with_student(config)
+        prefixes += ("start.keep", "start.stage", "start.sample")
     prerequisites = whole_as_float({k: v for k, v in config.items() if is_under(k, prefixes)})
     return {k: v for k, v in (prerequisites | identity_settings(config)).items() if k != "seed"}
+
+
+def with_student(config: dict) -> dict:
+    """Return a flat config in which a student that is made of its teacher has a name as its size: 1m-1l."""
+    if config.get("start.stage") != "teacher":
+        return config
+    return config | {"student.size": model_name(config, "student")}
 
 
 def subset(config: dict, *prefixes: str) -> str:

@@ -12,7 +12,7 @@ from statistics import fmean
 from kd.evaluation import catalog
 from kd.evaluation.catalog import BY_NAME, LOSS, Metric
 from kd.runs.identity import model_name
-from sweeps.report.groups import Group, label, primary_metric, subset, tasks_of, varying
+from sweeps.report.groups import Group, label, primary_metric, subset, tasks_of, varying, with_student
 from sweeps.report.statistics import Interval, baseline, best_group, difference, gap_closed
 from sweeps.report.wording import format_number
 
@@ -168,7 +168,8 @@ def before_training(groups: list[Group]) -> list[ReferenceLine]:
     """Return the values of pretrained students before training, a line for each start."""
     starts: dict[str, list[dict[str, float]]] = {}
     for result in (result for group in groups for result in group.results if result.get("initial")):
-        starts.setdefault(subset(result["config"], "student", "start", "data"), []).append(result["initial"])
+        config = with_student(result["config"])
+        starts.setdefault(subset(config, "student", "start", "data"), []).append(result["initial"])
     keys, lines = varying([json.loads(text) for text in starts]), []
     for text, initials in starts.items():
         seen = {

@@ -151,11 +151,13 @@ def test_weights_are_relative():
 
 def test_an_error_about_the_text_of_a_part_names_it(tmp_path):
     (tmp_path / "short.txt").write_text("Too short.")
+    (tmp_path / "code.txt").write_text("\n\n".join(documents()))
+    code = {"source": "text", "files": str(tmp_path / "code.txt"), "weight": 1}
     (tmp_path / "rows.jsonl").write_text(json.dumps({"body": "text"}) + "\n")
     for file, piece in (("short.txt", "part web of the mixture"), ("rows.jsonl", "no column")):
         part = {"source": "text", "files": str(tmp_path / file), "weight": 1}
         with refused(why=piece) as caught:
-            packing.pack(mixture({"code": PYTHON, "web": part}), tmp_path / "data", **SETTINGS)
+            packing.pack(mixture({"code": code, "web": part}), tmp_path / "data", **SETTINGS)
         assert "web" in str(caught.value)
     assert "data.parts.web.field" in str(caught.value)
 

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from kd.system import files
 from kd.system.signals import Preempted, requests
 from kd.training.module import DistillationModule
 from tests.refusals import refused
-from tests.small import folder, here, outcome, result, small_config, train
+from tests.small import TRAIN, folder, here, outcome, python, result, small_config
 
 WORDS = [f"w{n}" for n in range(40)]
 STEPS = 4
@@ -236,10 +237,12 @@ def test_a_setting_of_another_type_is_refused(root, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_train_the_adapter_that_one_does(root, tmp_path):
-    typed = words(root, "trainer.batch=4", "data.tokens=2000")
+    typed = words(root, "trainer.batch=4", "trainer.micro_batch=2", "trainer.val_every=50", "logger=none")
     for place, more in (("one", ()), ("two", ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"))):
-        (tmp_path / place).mkdir()
-        train(tmp_path / place, *typed, *more)
+        command = [sys.executable, str(TRAIN), *more, *typed, f"root={tmp_path / place}"]
+        process = python(command, tmp_path)
+        output = process.communicate(timeout=240)[0]
+        assert process.returncode == 0, output
     one, two = (result(folder(tmp_path / place, "fkl")) for place in ("one", "two"))
     assert one["final"]["val/lm"] == pytest.approx(two["final"]["val/lm"], abs=1e-5)
     assert one["trainable_parameters"] == two["trainable_parameters"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from kd.models import adapters
 from kd.models.causal_lm import CausalLM
 from kd.rollout import generate
 from tests.models.examples import CONFIGS, IDS, T, V
@@ -64,6 +65,23 @@ def test_weights_behind_frozen_embeddings_get_their_gradients():
     plain, again = by_run
     assert len(plain) == len(again) == 2
     assert all(torch.equal(plain[key], again[key]) and plain[key].any() for key in plain)
+
+
+def test_an_adapter_gets_the_same_gradients():
+    pytest.importorskip("peft")
+    outcomes = []
+    for on in (False, True):
+        one = model("llama", False)
+        torch.manual_seed(1)
+        adapters.lora(one, rank=2)
+        for name, p in one.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(p)  # as after some steps
+        if on:
+            one.checkpoint_layers()
+        outcomes.append(gradients(one))
+    plain, again = outcomes
+    assert len(plain) == len(again) > 5 and all(torch.equal(plain[key], again[key]) for key in plain)
 
 
 @every_model

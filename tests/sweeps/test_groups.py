@@ -1,6 +1,6 @@
 """Groups of runs and their labels."""
 
-from sweeps.report.groups import SUPERVISED, baseline_name
+from sweeps.report.groups import SUPERVISED, baseline_name, tasks_of
 from sweeps.report.statistics import baseline
 from sweeps.report.table import reference_lines
 from tests.sweeps.fake import Sweep
@@ -66,3 +66,27 @@ def test_a_student_of_text_that_a_teacher_wrote_is_no_baseline(sweep):
     assert [g.label for g in sweep.groups()] == ["SeqKD", "fkl", "SFT"]
     assert not best.supervised and baseline(best, sweep.groups()).label == alone.label == "SFT"
     assert sweep.verdict().baseline == "SFT" == baseline_name(sweep.groups())
+
+
+def test_students_made_of_the_teacher_are_compared_by_shape(sweep):
+    """Rules of choosing layers share a task, other numbers of layers do not; the axis is called by the student."""
+    start = {
+        "start.stage": "teacher", "start.layers": 1, "start.keep": "uniform", "start.ffn": None,
+        "start.kv_heads": None, "start.hidden": None, "start.sample": 64, "student.size": None,
+    }  # fmt: skip
+    for seed in (0, 1):
+        for keep, loss, before in (("uniform", 2.0, 5.0), ("random", 2.5, 6.0)):
+            sweep.done("fkl", seed, loss, **start | {"start.keep": keep}).began(**{"val/lm": before + seed})
+        sweep.done("lm", seed, 2.7, **start).began(**{"val/lm": 5.0 + seed})
+        sweep.done("fkl", seed, 1.5, **start | {"start.layers": [0, 3]}).began(**{"val/lm": 3.0})
+    groups = sweep.groups()
+    assert {group.label: group.config["student.size"] for group in groups} == {
+        "start.keep=uniform student=1m-1l": "1m-1l", "start.keep=random student=1m-1l": "1m-1l",
+        SUPERVISED: "1m-1l", "start.keep=uniform student=1m-2l": "1m-2l",
+    }  # fmt: skip
+    assert len(tasks_of(groups)) == 2
+    bases = {group.label: baseline(group, groups) for group in groups}
+    assert bases["start.keep=random student=1m-1l"].label == SUPERVISED
+    assert bases["start.keep=uniform student=1m-2l"] is None
+    lines = {line.label: line.values["val/lm"] for line in reference_lines(groups) if "before" in line.label}
+    assert sorted(lines.values()) == [3.0, 5.5, 6.5] and any("start.keep=random" in text for text in lines)
