@@ -31,6 +31,7 @@ from kd.errors import MISTAKES, for_people
 from kd.experiment import summary
 from kd.launch import command_line
 from kd.launch.training import train
+from kd.parallel.place import place_of
 from kd.runs import wandb_agent
 from kd.system.console import exit_with_error
 
@@ -44,7 +45,7 @@ def main(cfg: DictConfig) -> None:
             from kd.experiment import planner
 
             return planner.show_plan([config], ["this run"], 1)
-        outcome = train(config, wait=config.sweep is not None)
+        outcome = train(config, wait=config.sweep is not None, place=place_of(config.trainer))
         outcome.check_files()
         wandb_agent.tell(outcome.run, config, outcome.result)
         summary.show(outcome)

@@ -75,27 +75,38 @@ def daemon(words: list[str]) -> None:
 
 def start(name: str) -> subprocess.Popen:
     number, _, index = name.partition("_")
-    variables = {"SLURM_JOB_ID": number, "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
-                 "SLURM_NODEID": "0", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NAME": "kd", "SLURM_JOB_NODELIST": "one",
+    flags = dict(re.findall(r"^#SBATCH --([a-z-]+)=(.*)$", (HERE / f"{number}.sh").read_text(), re.M))
+    nodes, each = flags.get("nodes", "1"), flags.get("ntasks-per-node", "1")
+    variables = {"SLURM_JOB_ID": number, "SLURM_NTASKS": str(int(nodes) * int(each)), "SLURM_NTASKS_PER_NODE": each,
+                 "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NUM_NODES": nodes,
+                 "SLURM_NNODES": nodes, "SLURM_JOB_NAME": "kd", "SLURM_JOB_NODELIST": "one",
                  "SLURM_STEP_ID": "0", "SLURM_TASK": name}  # fmt: skip
     if index:
-        variables |= {"SLURM_ARRAY_JOB_ID": number, "SLURM_ARRAY_TASK_ID": index}
+        job = str(10000 + (os.getpid() + int(index)) % 10000)  # of its own, from which kd has a port
+        variables |= {"SLURM_JOB_ID": job, "SLURM_ARRAY_JOB_ID": number, "SLURM_ARRAY_TASK_ID": index}
     return subprocess.Popen(["bash", str(HERE / f"{number}.sh")], env=os.environ | variables, start_new_session=True)
 
 
 def srun(words: list[str]) -> None:
-    """Become the command, with its output where it is to be."""
+    """Become the command, with its output where it is to be; of several tasks, start them and wait for all."""
     name, outputs = os.environ["SLURM_TASK"], {}
+    count, each = int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_NTASKS_PER_NODE"])
+    os.environ.update(SLURM_STEP_NUM_TASKS=str(count), SLURM_STEP_NODELIST="127.0.0.1")
+    task = next((rank for rank in range(count) if count > 1 and os.fork() == 0), None if count > 1 else 0)
+    if task is None:
+        sys.exit(any([os.wait()[1] for _ in range(count)]))
+    os.environ.update(SLURM_PROCID=str(task), SLURM_LOCALID=str(task % each), SLURM_NODEID=str(task // each))
     while words[0].startswith("--"):
         flag = words.pop(0)
         if flag in ("--output", "--error"):
             outputs[flag] = words.pop(0)
     number, _, index = name.partition("_")
     for flag, descriptor in (("--output", 1), ("--error", 2)):
-        path = outputs[flag].replace("%A", number).replace("%a", index).replace("%j", number).replace("%t", "0")
+        path = outputs[flag].replace("%A", number).replace("%a", index).replace("%j", number).replace("%t", str(task))
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-    with jobs() as by_name:
-        by_name[name]["pid"] = os.getpid()
+    if task == 0:
+        with jobs() as by_name:
+            by_name[name]["pid"] = os.getpid()
     os.execvpe(words[0], words, os.environ | {"SLURM_STEP": name})
 
 

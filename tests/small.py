@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import filelock
@@ -68,7 +68,7 @@ def shared(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], ob
     return root
 
 
-def small_words(small: list[str], words: tuple[str, ...]) -> list[str]:
+def small_words(small: Iterable[str], words: tuple[str, ...]) -> list[str]:
     """Return the words of a small run that have an effect beside `words`: not each teacher is trained by a run."""
     pretrained = any(word.startswith("teacher.name=") for word in words) and "teacher.sft=true" not in words
     untrained = pretrained or {"teacher=none", "logits=cotrained"} & {*words}

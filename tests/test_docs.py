@@ -21,17 +21,16 @@ import pytest
 import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from torch.distributed.run import get_args_parser
 
 import train  # noqa: F401, registers the sizes
 from kd.config import security
 from kd.config.components import option_names
 from kd.config.compose import config_of
 from kd.config.options import option_of
-from kd.config.rules import group_of
-from kd.config.schema import NO_SIGNAL
 from kd.errors import UserError
-from kd.evaluate import evaluation_words
-from kd.launch.sweeper import at_scale
+from kd.evaluate import RUN_WORDS, evaluation_words
+from kd.launch.sweeper import at_scale, without_unused
 from kd.runs import __main__ as runs_program
 from kd.runs.identity import identity
 from sweeps.fit.__main__ import argument_parser
@@ -133,10 +132,8 @@ def jobs(words: list[str]) -> list[list[str]]:
     for line in lines:
         parsed = OverridesParser.create().parse_overrides([*shlex.split(line), *typed])
         for job in BasicSweeper.split_arguments([o for o in parsed if not o.is_interval_sweep()], None)[0]:
-            if option_of("logits", job) == "none":
-                job = [word for word in job if group_of(word) not in NO_SIGNAL]
             jobs_of_line.append(job)
-    return jobs_of_line
+    return without_unused(jobs_of_line, typed)
 
 
 def check_train(arguments: list[str]) -> None:
@@ -160,8 +157,10 @@ def check_data(arguments: list[str]) -> None:
 
 
 def check_evaluate(arguments: list[str]) -> None:
-    typed = evaluation_words([word for word in arguments if word != "-m"])
-    for job in jobs(typed):
+    if arguments[0].startswith("runs="):
+        assert {word.partition("=")[0] for word in arguments} <= set(RUN_WORDS)
+        return
+    for job in jobs(evaluation_words([word for word in arguments if word != "-m"])):
         config_of(job)
 
 
@@ -200,6 +199,23 @@ def check_pytest(arguments: list[str]) -> None:
     assert (ROOT / arguments[0]).exists()
 
 
+def check_torchrun(arguments: list[str]) -> None:
+    typed = get_args_parser().parse_args(arguments)
+    assert typed.training_script == "train.py"
+    check_train(typed.training_script_args)
+    trainer = config_of(typed.training_script_args).trainer
+    assert (str(trainer.nodes), str(trainer.devices)) == (typed.nnodes, typed.nproc_per_node)
+
+
+def check_srun(arguments: list[str]) -> None:
+    program = arguments.index("python")
+    assert arguments[program + 1] == "train.py"
+    words = arguments[program + 2 :]
+    check_train(words)
+    trainer = config_of(words).trainer
+    assert {f"--nodes={trainer.nodes}", f"--ntasks-per-node={trainer.devices}"} <= set(arguments[:program])
+
+
 CHECKS: dict[str, Callable[[list[str]], object]] = {
     "train.py": check_train,
     "kd.store": check_store,
@@ -213,6 +229,8 @@ CHECKS: dict[str, Callable[[list[str]], object]] = {
     "pip": check_pip,
     "wandb": check_wandb,
     "pytest": check_pytest,
+    "torchrun": check_torchrun,
+    "srun": check_srun,
     "lm_eval": lambda arguments: None,  # its package is in an extra that the tests do not install
     ".": lambda arguments: None,  # .venv/bin/activate, which python -m venv makes
 }
@@ -245,6 +263,8 @@ NOT_RUN = {
     "wandb": "needs an account; tests/runs/test_wandb_agent.py plays an agent against a server of its own",
     "sweeps.dashboard": "needs an account; tests/sweeps/test_dashboard.py saves one on a server of its own",
     ".": "changes the shell",
+    "torchrun": "needs several machines; tests/parallel/test_nodes.py has two agents on one",
+    "srun": "needs SLURM; tests/launch/test_cluster.py has tasks of one that is made up",
 }
 PARSED = {"docs/results.md": "its commands are all sweeps of sweeps/, which are hundreds of runs even if each is small"}
 SMALL = """trainer.steps=2 trainer.batch=4 trainer.micro_batch=2 trainer.val_every=2 trainer.checkpoint_every=2
@@ -252,6 +272,7 @@ trainer.log_every=1 teacher.steps=2 teacher.batch=2 start.steps=2 start.sft_step
 data.tokens=4000 data.template=plain rollout.max_tokens=4 responses.samples=1 logger=none""".split()  # noqa: SIM905
 PARTLY = {
     "trainer.devices": "2",
+    "trainer.nodes": "2",
     "n_jobs": "2",
     "hydra.sweeper.n_trials": "2",
     "rollout.capacity": "4",
@@ -282,7 +303,9 @@ def shrunk(arguments: list[str]) -> list[str]:
     for word in SMALL:
         name = word.partition("=")[0]
         length = {"trainer.steps", "trainer.tokens"}
-        if name not in typed and not (name in length and length & typed) and all(accepted(job, word) for job in every):
+        everywhere = any if name.startswith("teacher.") else all  # a sweep leaves these out where no teacher is trained
+        is_free = name not in typed and not (name in length and length & typed)
+        if is_free and everywhere(accepted(job, word) for job in every):
             words.append(word)
     if option_of("sweeps", words):
         words.append("seed=0")
@@ -333,6 +356,12 @@ def put_texts(root: Path) -> None:
     }.items():  # fmt: skip
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"task": "numbers", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "tasks/a.jsonl"}},
+            "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{prompt}}", "doc_to_target": 0,
+            "doc_to_choice": "{{[response, 'No.']}}", "metric_list": [{"metric": "acc"}]}  # fmt: skip
+    (root / "tasks").mkdir(exist_ok=True)
+    (root / "tasks" / "a.yaml").write_text(yaml.safe_dump(task))
+    (root / "tasks" / "a.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs[:8]))
     (root / "notes" / "a.txt").write_text("\n\n".join(row["text"] for row in texts))
 
 
@@ -358,6 +387,11 @@ def cluster(tmp_path) -> dict[str, str]:
 def run(command: Command, folder: Path, cluster: dict[str, str]) -> None:
     """Run a command in a folder, small and with stand-ins; assert that it ends with 0."""
     words, environment = command.arguments, {}
+    if not importlib.util.find_spec("lm_eval"):  # in an extra that the tests do not need
+        if words[0].startswith("runs="):
+            return
+        words = [word for word in words if not word.startswith("benchmarks=")]
+    words = ["benchmarks=[tasks/]" if word.startswith("benchmarks=") else word for word in words]  # no network
     if command.program == "train.py":
         if "scale=full" in words:
             return  # measures steps of models for GPUs, on a dataset of the Hub
@@ -370,7 +404,7 @@ def run(command: Command, folder: Path, cluster: dict[str, str]) -> None:
         part = [word for word in words if word.startswith("part=")]
         rest = [word for word in words[1:] if word not in part]
         words = [words[0], *shrunk([*written, *rest])[len(written) :], *part]
-    elif command.program == "kd.evaluate":
+    elif command.program == "kd.evaluate" and not words[0].startswith("runs="):
         typed = evaluation_words([word for word in words if word != "-m"])
         names = {word.partition("=")[0] for word in typed}
         every = jobs(typed)

@@ -28,7 +28,7 @@ from kd.teachers.online import OnlineTeacher
 from kd.training.module import DistillationModule, Schedules
 from tests.cases import FORMS, LOSSES, TRUNCATIONS, each, option, token_info
 from tests.cases import logits as random_logits
-from tests.small import folder, here, result, start, train
+from tests.small import folder, here, result, small_words, start, train
 
 DEVICE = torch.device("cpu" if os.environ.get("KD_TEST_ON_CPU") else "cuda")
 pytestmark = [
@@ -52,12 +52,14 @@ def run(root: Path, *words: str) -> dict:
     """Result of a tiny run on the device, its weights under `student`."""
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    path = here(root, *FEW, *words, f"trainer.accelerator={'gpu' if DEVICE.type == 'cuda' else 'cpu'}")
+    path = here(
+        root, *small_words(FEW, words), *words, f"trainer.accelerator={'gpu' if DEVICE.type == 'cuda' else 'cpu'}"
+    )
     return result(path) | {"student": load_file(path / "student" / "model.safetensors")}
 
 
 def on_cpu(root: Path, *words: str) -> dict:
-    path = here(root, *FEW, *words, "trainer.accelerator=cpu")
+    path = here(root, *small_words(FEW, words), *words, "trainer.accelerator=cpu")
     return result(path) | {"student": load_file(path / "student" / "model.safetensors")}
 
 

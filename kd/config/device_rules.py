@@ -14,27 +14,37 @@ if TYPE_CHECKING:
 def check_ranks(config: ExperimentConfig) -> None:
     """Refuse several devices for a batch or a task that they cannot share."""
     trainer, source = config.trainer, config.logits.source
-    if trainer.devices > trainer.batch and not config.is_evaluation:
+    single = "trainer.devices=1" if trainer.nodes == 1 else "trainer.devices=1 trainer.nodes=1"
+    if trainer.ranks > trainer.batch and not config.is_evaluation:
+        fewer = f"trainer.devices={max(1, trainer.batch // trainer.nodes)}"
         raise UserError(
             option="trainer.devices",
             got=trainer.devices,
             conflict=f"trainer.batch={trainer.batch}",
             why="some devices would have no row of a batch",
-            hint=f"type trainer.devices={trainer.batch}, or trainer.batch={trainer.devices}",
+            hint=f"type {fewer}, or trainer.batch={trainer.ranks}",
         )
-    if trainer.devices > 1 and not source.distils and config.record:
+    if trainer.ranks > 1 and not source.distils and config.record:
         raise UserError(
             option="trainer.devices",
             got=trainer.devices,
             conflict=f"record={config.record.name}",
             why="a teacher in training is recorded by one process",
-            hint="type trainer.devices=1, or leave record out",
+            hint=f"type {single}, or leave record out",
         )
+    if trainer.max_restarts and (trainer.ranks == 1 or trainer.nodes > 1):
+        why, hint = "there are no other processes to start it again", "leave trainer.max_restarts out"
+        if trainer.nodes > 1:
+            why = "torchrun starts the processes of several machines"
+            hint += f", and type torchrun --max-restarts={trainer.max_restarts}"
+        conflict = "trainer.devices=1" if trainer.ranks == 1 else f"trainer.nodes={trainer.nodes}"
+        option = "trainer.max_restarts"
+        raise UserError(option=option, got=trainer.max_restarts, conflict=conflict, why=why, hint=hint)
     for option in ("trainer.strategy=fsdp", "trainer.shard_teacher=true"):
         name, value = option.removeprefix("trainer.").split("=")
         if str(getattr(trainer, name)).lower() != value:
             continue
-        if trainer.devices == 1:
+        if trainer.ranks == 1:
             why, hint = "there is one process and nothing to share", "type trainer.devices=2"
             raise UserError(option=option, conflict="trainer.devices=1", why=why, hint=hint)
         check_shards(trainer, option)
@@ -53,12 +63,12 @@ def check_ranks(config: ExperimentConfig) -> None:
 
 def check_shards(trainer: TrainerConfig, option: str) -> None:
     """Refuse shards that the ranks would not need at the same time."""
-    if trainer.batch % trainer.devices and trainer.steps:
+    if trainer.batch % trainer.ranks and trainer.steps:
         raise UserError(
             option=option,
             conflict=f"trainer.batch={trainer.batch}",
-            need=f"as many rows for each of the {trainer.devices} devices",
-            hint=f"type trainer.batch={trainer.batch // trainer.devices * trainer.devices}",
+            need=f"as many rows for each of the {trainer.ranks} devices",
+            hint=f"type trainer.batch={trainer.batch // trainer.ranks * trainer.ranks}",
         )
     if trainer.compile is True:
         why, hint = "models in shards cannot be compiled", "leave trainer.compile out"
@@ -80,6 +90,14 @@ def check_attention(config: ExperimentConfig) -> None:
     trainer = config.trainer
     if trainer.attention != "flash_attention_2":
         return
+    if config.data.isolate or config.data.pack:
+        raise UserError(
+            option="trainer.attention",
+            got=trainer.attention,
+            conflict="data.isolate=true" if config.data.isolate else "data.pack=true",
+            why="that documents of a row are kept apart is not tested with it",
+            hint="type trainer.attention=sdpa",
+        )
     for option, value, need in (("accelerator", "cpu", "gpu"), ("precision", "fp32", "bf16")):
         if getattr(trainer, option) == value:
             raise UserError(

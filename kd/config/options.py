@@ -26,6 +26,12 @@ def defaults() -> dict[str, str | None]:
 
 def overridden(group: str, name: str) -> dict[str, str]:
     """Return the options of other groups that an option chooses."""
+    return dict(_overridden(group, name, plugins.folders()))
+
+
+@cache
+def _overridden(group: str, name: str, folders: tuple[Path, ...]) -> dict[str, str]:
+    """Return the options of other groups that an option chooses. folders: see _options."""
     entries = [entry for entry in _option(group, name).get("defaults", []) if isinstance(entry, dict)]
     pairs = [(key.split("/")[-1], value) for entry in entries for key, value in entry.items() if "override" in key]
     return dict(pairs)

@@ -43,9 +43,10 @@ def check_rollout(config: ExperimentConfig) -> None:
             why="tokens that are not distilled are learned as text, and this text is the student's own",
             hint="leave routing out",
         )
-    if rollout.args.get("engine") == "vllm" and config.trainer.devices > 1:
+    if rollout.args.get("engine") == "vllm" and config.trainer.ranks > 1:
         why, hint = "vllm writes in one process", "type trainer.devices=1, or rollout.engine=kd"
-        conflict = f"trainer.devices={config.trainer.devices}"
+        trainer = config.trainer
+        conflict = f"trainer.devices={trainer.devices}" if trainer.nodes == 1 else f"trainer.nodes={trainer.nodes}"
         raise UserError(option="rollout.engine", got="vllm", conflict=conflict, why=why, hint=hint)
     if config.record:
         why, hint = "a store is of the text of the data", "leave rollout or record out"

@@ -32,7 +32,7 @@ KINDS = {  # what `clean` removes by default comes first
     "starts": "students made of teachers, before training, that no run of this root uses",
     "rollouts": "responses that teachers wrote, to train on",
     "responses": "teachers' responses to validation prompts",
-    "cache": "digests of large files, in $KD_CACHE",
+    "cache": "digests of large files and compiled code, in $KD_CACHE",
 }
 DEFAULT = ("temporary", "checkpoints")
 TEMPORARY = re.compile(r"\..+\.([0-9a-f]{12}|old)\.tmp")  # names of kd.system.files.atomic
@@ -234,8 +234,9 @@ def _teacher_text(root: Root, kind: str) -> Iterator[Leftover]:
 
 
 def _cache(root: Root) -> Iterator[Leftover]:
-    if (path := files.cache() / "digests").is_dir():
-        yield Leftover("cache", path, disk_use(path), "digests are computed again")
+    for name, why in (("digests", "digests are computed again"), ("compiled", "code is compiled again")):
+        if (path := files.cache() / name).is_dir():
+            yield Leftover("cache", path, disk_use(path), why)
 
 
 _FINDERS = {

@@ -266,11 +266,11 @@ def _language_modelling(
     optimizer = ["optim=adamw"] if model.name else []  # as student=hub has it
     usual = default_config("teacher=none", "logits=none", f"start={start}", *optimizer)
     stage = {k: v for k, v in config.start.to_dict().items() if k in usual.start.to_dict() and k != "stage"}
-    accelerator = config.trainer.accelerator
+    of_machine = {name: getattr(config.trainer, name) for name in ("accelerator", "gradient_checkpointing")}
     return usual.derive(
         seed=seed, lr={"peak": lr}, start=stage, student=ModelConfig(size=model.size, name=model.name),
-        trainer={"steps": steps, "batch": batch, "micro_batch": batch, "precision": precision,
-                 "accelerator": accelerator},
+        trainer={"steps": steps, "batch": batch, "micro_batch": batch, "precision": precision}
+        | of_machine,
         data=config.data.derive(tokenizer=corpus(config)[1]["tokenizer"]),
         root=config.root, logger=config.logger, sweep=config.sweep, plain=config.plain, token_names=config.token_names,
     )  # fmt: skip

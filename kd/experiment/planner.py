@@ -79,7 +79,7 @@ def estimate_run(
     trainer, seq_len = config.trainer, config.data.seq_len
     shape |= {
         "accelerator": trainer.accelerator,
-        "devices": trainer.devices,
+        "devices": trainer.ranks,
         "strategy": trainer.strategy,
         "optim": config.optim.name,
         "gradient_checkpointing": trainer.gradient_checkpointing,
@@ -101,7 +101,7 @@ def estimate_run(
     if config.rollout.by_teacher:
         written = len(packed.train) * times
     else:
-        written = rows * components.rollout(None).sampling_rate / trainer.devices
+        written = rows * components.rollout(None).sampling_rate / trainer.ranks
     seconds = _seconds(config, packed, step, once, written)
     flops = positions * once + plain_tokens * forward_and_backward  # without those of writing
     learned = step.trainable + (teacher.parameters if teacher and planned.trainable else 0)
@@ -122,11 +122,11 @@ def _seconds(config: ExperimentConfig, packed: Packed, step: Step, once: float, 
     if step.micro_batch is None:
         return None
     trainer, student, teacher = config.trainer, step.costs["student"], step.costs.get("teacher")
-    parts = -(-trainer.batch // trainer.devices // step.rows)
+    parts = -(-trainer.batch // trainer.ranks // step.rows)
     seconds = STARTS + trainer.steps * (parts * step.micro_batch + step.optimizer)
     # A validation is forward passes alone, of the student and, if there is one, of the teacher.
     looked = -(-trainer.steps // trainer.val_every) + config.is_pretrained
-    looked = looked * packed.val[:, 1:].size / trainer.devices
+    looked = looked * packed.val[:, 1:].size / trainer.ranks
     looked *= student.flops_per_token + (teacher.flops_per_token if teacher else 0)
     seconds += looked / once * step.micro_batch / (step.rows * step.wider * config.data.seq_len)
     seconds += written / step.rows * step.writing

@@ -47,6 +47,8 @@ class Inputs(NamedTuple):
         size, name = (None, self.start) if self.start else (config.student.size, config.student.name)
         vocab = vocabulary_size(self.components.tokenizer)
         student = causal_lm.build_model(size, name, vocab=vocab, seq_len=config.data.seq_len, option="student.name")
+        if config.trainer.attention:
+            student.set_attention(config.trainer.attention)
         self.components.adapter(student)
         return student
 
@@ -86,10 +88,6 @@ Train = Callable[[ExperimentConfig], FinishedRun]  # trains a run, unless it is 
 def ensure(config: ExperimentConfig, train: Train) -> Inputs:
     """Check the prerequisites of a run, and make missing ones: data, teacher, first weights, store, teacher's text."""
     planned = Plan.from_config(config)
-    if config.trainer.devices > 1:
-        from kd.parallel import collectives
-
-        collectives.check_devices(config.trainer)
     packed, components = prepare(config)
     check_pruning(config, components)
     for model in (config.student.name, config.teacher.name, config.data.tokenizer):
@@ -113,8 +111,10 @@ def ensure(config: ExperimentConfig, train: Train) -> Inputs:
     if planned.pruned:
         from kd.experiment import starts
 
+        # The student is cut from weights that nothing has rounded.
+        whole = config.derive(teacher={"dtype": None}, trainer={"attention": None})
         start_path = starts.ensure_start(
-            config, packed, planned.pruned, lambda: teacher_model(config, components, train)
+            config, packed, planned.pruned, lambda: teacher_model(whole, packed, components, train)
         )
         requests.end_if_asked()
     packed = written_by_teacher(config, packed, components, train)

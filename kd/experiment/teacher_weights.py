@@ -37,6 +37,8 @@ def load(config: ExperimentConfig, packed: Packed, vocab: int, name: str) -> Cau
     whole = _loss(config, packed, model) if measures else None
     device = collectives.device(config.trainer.accelerator)
     weights.hold(model, config.teacher.dtype, config.trainer.precision, device)
+    if config.teacher.dtype in weights.QUANTISED:
+        model.to(device)  # where its matrices are
     if measures:
         path.parent.mkdir(parents=True, exist_ok=True)
         rounded = _loss(config, packed, model)
@@ -52,9 +54,9 @@ def losses(config: ExperimentConfig, packed: Packed, name: str | None) -> dict |
 
 
 def _path(config: ExperimentConfig, packed: Packed, name: str) -> Path:
-    rows = {k: v for k, v in packed.digests.items() if k.startswith("val")}
     teacher = files.folder_fingerprint(name) or name
-    key = files.digest_of([rows, teacher, teacher_computation(config), config.trainer.precision, config.data.seq_len])
+    data, computation = [packed.folder.name, config.data.to_dict()], teacher_computation(config)
+    key = files.digest_of([data, teacher, computation, config.trainer.precision])
     return local_root(config.root) / "teacher_losses" / f"{key[:16]}.json"
 
 

@@ -30,6 +30,7 @@ from kd.launch.pool import Pool
 from kd.launch.run_launcher import RunLauncher
 from kd.runs.outcome import GOES_ON, Outcome, RunState
 from kd.runs.run import Run
+from kd.system import launchers
 from kd.system.console import styled
 from kd.system.signals import received
 
@@ -47,6 +48,7 @@ class RemoteJob:
     words: list[str]
     label: str
     gpus: int
+    tasks: tuple[int, int] = (1, 1)  # see kd.launch.job.Job; each of them is called
     environment: dict[str, str] = field(default_factory=plugins.environment)  # where the sweep was started
 
     def __call__(self) -> list[str]:
@@ -60,6 +62,7 @@ class RemoteJob:
             with open(job.log, "a") as log:
                 log.write(f"on {socket.gethostname()}\n")
             pool = NodePool(self.program, [job], 1, devices=[])  # the scheduler has shared out the GPUs
+            pool.is_rank, pool.records = self.tasks != (1, 1), self.is_first()
             for name in early:
                 pool._ask(name)
             pool.work()
@@ -71,6 +74,10 @@ class RemoteJob:
             places = [self.environment["PYTHONPATH"], *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
             os.environ.update(self.environment)
             os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, places)))
+
+    def is_first(self) -> bool:
+        """Return True unless this is a further task of a run that has several."""
+        return self.tasks == (1, 1) or os.environ.get("SLURM_PROCID") == "0"
 
     def done(self) -> bool:
         return Run(self.root, self.run).result() is not None
@@ -86,6 +93,16 @@ class NodePool(LocalPool):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.heard: list[str] = []
+        self.is_rank = False  # True if other tasks of SLURM do the same run
+        self.records = True  # False if another task records the end of the run
+
+    def _environment(self, devices: list[str]) -> dict[str, str]:
+        """Return the environment of the run. Ranks of others, such as of the srun that started Ray, are left out."""
+        environment = super()._environment(devices)
+        return environment if self.is_rank else launchers.without_ranks(environment)
+
+    def record(self, job: Job) -> dict:
+        return super().record(job) if self.records else {"seconds": round(time.monotonic() - job.started_at, 2)}
 
     def _ask(self, name: str) -> None:
         self.heard.append(name)
@@ -113,7 +130,7 @@ class ClusterPool(Pool):
         self.running.append(job)
         self.handed[job.run.name] = SubmittedJob(self._size(job), job.look())
         words = [*job.words, f"root={conf.typed(job.run.root)}"]  # an environment variable may say another one there
-        return self.task(self.program, os.getcwd(), job.run.root, job.run.name, words, job.label, job.gpus)
+        return self.task(self.program, os.getcwd(), job.run.root, job.run.name, words, job.label, job.gpus, job.tasks)
 
     def submitted(self, job: Job) -> SubmittedJob:
         return self.handed[job.run.name]

@@ -33,9 +33,9 @@ def enter(main: Callable[[], None]) -> None:
     If kd.launch.rank_launcher started this process, work as a rank instead.
     """
     if sys.argv[1:2] == ["--rank"]:
-        from kd.launch import rank_launcher
+        from kd.launch import ranks
 
-        return rank_launcher.work(sys.argv[2:])
+        return ranks.work(sys.argv[2])
     if sys.argv[1:2] == [warm.WORD]:  # a process that goes on here as each of a sweep's runs
         sys.argv[1:] = warm.serve(sys.argv[2])
         exit_after(partial(_enter, main))

@@ -12,6 +12,14 @@ def gpus(trainer: TrainerConfig) -> int:
     return 0 if trainer.accelerator == "cpu" else trainer.devices
 
 
+def tasks(trainer: TrainerConfig) -> tuple[int, int]:
+    """Return the machines of a run, and the processes that a scheduler starts on each.
+
+    On one machine that is a single process, which starts the others.
+    """
+    return trainer.nodes, trainer.devices if trainer.nodes > 1 else 1
+
+
 def max_parallel_runs(devices: list[str], each: int) -> int:
     """Return the number of runs, with `each` GPUs, that fit on the devices without sharing one; at least 1."""
     return max(1, len(devices) // max(1, each))

@@ -19,6 +19,7 @@ class Job:
     words: list[str]
     label: str  # what sets it apart from the others
     gpus: int = 1  # it asks for
+    tasks: tuple[int, int] = (1, 1)  # machines, and processes that a scheduler starts on each
     started_at: float = 0.0  # 0 while it is queued
     checked_at: float = 0.0  # when a search last decided whether to end it early
     stop_reason: str | None = None  # why it is ended early

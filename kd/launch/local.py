@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import filelock
 
 from kd.config.schema import ExperimentConfig
+from kd.errors import UserError
 from kd.launch.devices import max_parallel_runs, visible_devices
 from kd.launch.job import Job
 from kd.launch.pool import Pool
@@ -35,6 +36,9 @@ class LocalLauncher(RunLauncher):
         self.warm = Warm(self.program) if sys.platform == "linux" else None  # for all batches of a search
 
     def check_place(self, config: ExperimentConfig) -> None:
+        if config.trainer.nodes > 1:
+            why, hint = "the runs of a sweep are processes of this machine", "type hydra/launcher=submitit_slurm"
+            raise UserError(option="trainer.nodes", got=config.trainer.nodes, why=why, hint=hint)
         if config.trainer.devices > 1:
             from kd.parallel import collectives  # and torch
 

@@ -1,219 +1,137 @@
-"""One run in several processes, its ranks: their start and end, the resolved config, and the first error.
+"""Ranks of a run on one machine, which torch's elastic agent starts, watches and starts again; see kd/launch/ranks.py.
 
-The process that a person starts then trains nothing. It makes data, teacher and store, holds the run's lock, and serves
-the resolved config to its ranks, which compose none of their own. If one of them fails, it ends the others. If it is
-itself gone, by SIGKILL even, they end at once.
+The process that a person starts then trains nothing. A first request to end goes to the ranks, which save a checkpoint
+first, however long a step takes. A second one ends them at once. If this process is gone, they end too.
 """
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import replace
-from typing import TYPE_CHECKING
-
-from kd.parallel import collectives
-from kd.runs.outcome import Outcome, RunState, classify, classify_kill
-
-if TYPE_CHECKING:
-    from kd.experiment.prerequisites import Inputs
-
-import gc
-import json
+import logging
 import os
-import subprocess
+import signal
 import sys
-import threading
-import time
-from contextlib import suppress
-from datetime import timedelta
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
+import filelock
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
 
 from kd.config.schema import ExperimentConfig
-from kd.errors import UserError, for_people, is_mistake
-from kd.parallel.collectives import cpu_group, rank
+from kd.errors import UserError
+from kd.parallel.collectives import check_devices
+from kd.runs.outcome import Outcome, RunState, classify, classify_kill
 from kd.runs.run import Run
-from kd.system.launchers import OWN
+from kd.system import files
 from kd.system.processes import killed_for_memory
+from kd.system.programs import TRAIN
 from kd.system.signals import EXIT_CODE, Preempted, requests
 
-WORD = "--rank"  # word that makes train.py a rank: --rank NUMBER/OF PORT
+WORD = "--rank"  # word that makes train.py a rank: --rank FILE, with the config
+AGES = 10**9  # seconds, for a step that takes its time before a checkpoint is saved
+TOGETHER = 20  # seconds after the first failure; the agent kills later what does not end
 
 
-class Job:
-    """Exchange between a rank and the process that started it."""
+def launch(run: Run, config: ExperimentConfig) -> dict:
+    """Train in several processes, and return the result.
 
-    def __init__(self, place: str, port: str):
-        requests.ignore_signals = True
-        requests.watch()
-        threading.Thread(target=_listen, daemon=True).start()
-        rank, world_size = map(int, place.split("/"))
-        self.store = dist.TCPStore("127.0.0.1", int(port), is_master=False)
-        self.given = json.loads(self.store.get("job"))
-        accelerator = self.given["config"]["trainer"]["accelerator"]
-        backend = "gloo" if cpu_group(accelerator) == "cpu" else "cpu:gloo,cuda:nccl"
-        if backend != "gloo":
-            torch.cuda.set_device(rank)
-        dist.init_process_group(backend, store=dist.PrefixStore("group", self.store), rank=rank, world_size=world_size)
-
-    def tell(self, what: str, value) -> bool:
-        """Publish a value unless another rank published one first; return True if this one was stored."""
-        entry = json.dumps([rank(), value])
-        return self.store.compare_set(what, "", entry).decode() == entry
-
-
-class Shared(Run):
-    """Folder of a run for its ranks. The process that started them starts the run, and writes why it failed."""
-
-    def __init__(self, root: str | Path, name: str, job: Job):
-        super().__init__(root, name)
-        self.job = job
-
-    def start(self, config: ExperimentConfig) -> None:
-        pass
-
-    def end(self, outcome: Outcome) -> Path:
-        if outcome.state == RunState.DONE:
-            return super().end(outcome)
-        self.job.tell("end", outcome.to_json())
-        return self / "state.json"
-
-
-def work(words: list[str]) -> None:
-    """Do the work of a rank, from its words to its exit code."""
-    job = Job(*words)
-    try:
-        fit_as_rank(job)
-    except Exception as error:  # the process that started this one prints it, if it was the first
-        if is_mistake(error):
-            job.tell("message", str(for_people(error)))
-            sys.exit(2)
-        job.tell("end", replace(classify(error), exit_code=2).to_json())
-        sys.exit(1)
-
-
-def _listen() -> None:
-    """Obey the requests on standard input of the process that started this one; end when that process is gone."""
-    while os.read(0, 1):
-        requests.ask()
-    os._exit(1)
-
-
-def launch(program: str, run: Run, job: dict, ranks: int) -> None:
-    """Start `ranks` processes for a job, and wait for them. The job's config is that of a run.
-
-    Raises UserError as soon as one of them fails. The others are ended, and state.json has the reason. A first request
-    to end is passed to the ranks, which save a checkpoint first. A second one ends them at once.
+    Raises UserError as soon as one of them fails for the last time. The others are ended; state.json has the reason.
     """
-    gc.collect()
-    if torch.cuda.is_initialized():  # a teacher was made here, and its memory is the first rank's now
-        torch.cuda.empty_cache()
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
-    server.set("job", json.dumps(job))
-    processes, killed = [], killed_for_memory()
-    try:
-        for rank in range(ranks):
-            threads = str(max(1, (os.cpu_count() or 1) // ranks))
-            environment = {"OMP_NUM_THREADS": threads} | os.environ | {OWN: str(rank)}
-            command = [sys.executable, program, WORD, f"{rank}/{ranks}", str(server.port)]
-            # In sessions of their own, so that Ctrl-C reaches this process alone, which ends them.
-            processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True))
-        requests.end_if_asked()
-        codes = _watch(processes)
-    except Preempted:
-        for pipe in [process.stdin for process in processes if process.stdin]:
-            with suppress(OSError):
-                os.write(pipe.fileno(), b"x")
+    check_devices(config.trainer)
+    silent = logging.getLogger("torch.distributed.elastic")
+    silent.addHandler(logging.NullHandler())
+    silent.propagate = False
+    trainer, killed = config.trainer, killed_for_memory()
+    threads = str(max(1, (os.cpu_count() or 1) // trainer.devices))
+    with (
+        tempfile.TemporaryDirectory(prefix="kd-ranks-") as folder,
+        variables(OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", threads), TORCHELASTIC_SIGNALS_TO_HANDLE="SIGQUIT"),
+    ):
+        path = Path(folder, "config.json")
+        files.write_json(path, config.to_dict())
+        place = RendezvousParameters("c10d", "localhost:0", run.name, 1, 1, local_addr="127.0.0.1")
+        spec = WorkerSpec(
+            role="rank", local_world_size=trainer.devices, rdzv_handler=registry.get_rendezvous_handler(place),
+            entrypoint=sys.executable, args=(str(TRAIN), WORD, str(path)), max_restarts=trainer.max_restarts,
+        )  # fmt: skip
+        agent = LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=folder), shutdown_timeout=AGES)
         try:
-            while any(process.poll() is None for process in processes):  # a second signal ends it
-                time.sleep(0.05)
-        finally:  # ranks that saved a checkpoint have published its step
-            _preempted(run, server)
-        raise
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-            if process.stdin:
-                process.stdin.close()
-    if EXIT_CODE in codes:
-        _preempted(run, server)
-        raise Preempted
-    if any(codes):
-        _failed(run, server, codes, killed_for_memory() > killed)
-
-
-def _watch(processes: list[subprocess.Popen]) -> list[int | None]:
-    """Return the exit codes once all have succeeded or one has failed."""
-    codes: list[int | None] = [None]
-    while None in codes and not any(codes):
-        time.sleep(0.05)
-        codes = [process.poll() for process in processes]
-    return codes
-
-
-def _published(server: dist.TCPStore, key: str):
-    """Return the value that a rank published under a key; None if no rank did."""
-    return json.loads(server.get(key))[1] if server.check([key]) else None
-
-
-def _outcome(server: dist.TCPStore) -> Outcome | None:
-    """Return the outcome of the run that a rank published first."""
-    end = _published(server, "end")
-    return Outcome.from_json(end) if end else None
-
-
-def _preempted(run: Run, server: dist.TCPStore) -> None:
-    """Write that the run was requested to end, and in which step, if a rank published it."""
-    outcome = _outcome(server)
-    run.end(outcome if outcome and outcome.state == RunState.PREEMPTED else classify(Preempted()))
-
-
-def _failed(run: Run, server: dist.TCPStore, codes: list[int | None], out_of_memory: bool):
-    """Write which rank failed first, and why, and raise UserError.
-
-    A rank that was killed published nothing, and the others then know only that it is gone.
-    """
-    message, ranks = _published(server, "message"), len(codes)
-    rank, code = next(((r, c) for r, c in enumerate(codes) if c and c < 0), (None, 0))
-    if rank is not None:
-        kill = classify_kill(code, out_of_memory)
-        outcome, message = replace(kill, reason=f"rank {rank} of {ranks}: {kill.reason}", exit_code=2), None
-    else:
-        rank, code = next((r, c) for r, c in enumerate(codes) if c)
-        outcome = _outcome(server) or Outcome(
-            RunState.FAILED, message or f"rank {rank} of {ranks} ended with exit code {code}", 2
-        )
-    report_path = run.end(outcome)
-    if message is None:
-        print(outcome.details.get("traceback", ""), file=sys.stderr, end="")
-        why, hint = (
-            f"{outcome.reason}. The report of the run is in {report_path}",
-            "type the same command to continue the run",
-        )
-        raise UserError(option=run.name, why=why, hint=hint)
-    raise UserError(message)
-
-
-def fit_in_ranks(program: str, run: Run, config: ExperimentConfig, inputs: Inputs) -> dict:
-    """Train in several processes, each of which is `program` with the words of a rank, and return the result."""
-    from kd.experiment.fit import as_job
-
-    run.start(config)
-    launch(program, run, as_job(run, config, inputs), config.trainer.devices)
+            failures = agent.run().failures
+        except BaseException as error:
+            _kill(agent)
+            if not run.ended_here():
+                _record(run, classify(error))
+            raise
+        finally:
+            spec.rdzv_handler.shutdown()
+    if failures:
+        requests.end_if_asked()
+        _fail(run, failures, trainer.devices, killed_for_memory() > killed)
     result = run.result()
-    assert result is not None, "the first rank has written it"
+    assert result is not None, "rank 0 has written it"
     return result
 
 
-def fit_as_rank(job: Job) -> None:
-    """Train as one of several processes."""
-    from kd.experiment.fit import fit, from_job
+@contextmanager
+def variables(**values: str) -> Iterator[None]:
+    """Set environment variables in the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
-    if collectives.rank():
-        warnings.simplefilter("ignore")  # the first rank shows them
-    config = ExperimentConfig.from_dict(job.given["config"])
-    fit(Shared(config.root, job.given["run"], job), config, from_job(job.given, config))
+
+def _kill(agent: LocalElasticAgent) -> None:
+    """End the ranks that an agent leaves."""
+    for worker in agent.get_worker_group().workers:
+        with suppress(TypeError, ProcessLookupError, ChildProcessError):  # not started, or over
+            os.kill(worker.id, signal.SIGKILL)
+            os.waitpid(worker.id, 0)
+
+
+def _record(run: Run, outcome: Outcome) -> Path:
+    """Write how the ranks ended, unless another process works on the run by now."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with suppress(filelock.Timeout), filelock.FileLock(run / ".lock", timeout=0):
+        run.end(outcome)
+    return run / "state.json"
+
+
+def _fail(run: Run, failures: dict[int, ProcessFailure], ranks: int, out_of_memory: bool) -> None:
+    """Raise the error of the rank that failed first. A rank that was killed wrote nothing, so it is recorded here.
+
+    The others then know only that it is gone. The agent ends them by SIGTERM.
+    """
+    first = min(failure.timestamp for failure in failures.values())
+    ended = {rank: f for rank, f in failures.items() if f.exitcode not in (EXIT_CODE, -signal.SIGTERM)}
+    killed = [rank for rank, f in ended.items() if f.exitcode < 0 and f.timestamp - first < TOGETHER]
+    if not ended:
+        raise Preempted
+    if killed:
+        kill = classify_kill(ended[killed[0]].exitcode, out_of_memory)
+        outcome = replace(kill, reason=f"rank {killed[0]} of {ranks}: {kill.reason}", exit_code=2)
+        _record(run, outcome)
+    elif any(failure.exitcode == 2 for failure in ended.values()):
+        sys.exit(2)  # that rank has printed why
+    else:
+        rank = min(ended, key=lambda rank: (isinstance(ended[rank].message, str), ended[rank].timestamp))
+        reason, message = f"rank {rank} of {ranks} ended with exit code {ended[rank].exitcode}", ended[rank].message
+        if isinstance(message, dict):  # of the one rank that wrote its error
+            print(message["extraInfo"]["py_callstack"], file=sys.stderr, end="")
+            reason = message["message"].partition("\n")[0]
+        outcome = Outcome(RunState.FAILED, reason, 2)
+        if not run.ended_here():
+            _record(run, outcome)
+    why = f"{outcome.reason}. The report of the run is in {run / 'state.json'}"
+    raise UserError(option=run.name, why=why, hint="type the same command to continue the run")

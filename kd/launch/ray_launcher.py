@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
+from kd.config.schema import ExperimentConfig
 from kd.errors import UserError
 from kd.launch.cluster import ClusterLauncher, ClusterPool, RemoteJob, needs
 from kd.launch.job import Job
@@ -19,6 +20,11 @@ class Ray(ClusterLauncher):
 
     def __init__(self, address: str | None, num_cpus: float, num_gpus: float):
         super().__init__(locals())
+
+    def check_place(self, config: ExperimentConfig) -> None:
+        if config.trainer.nodes > 1:
+            why, hint = "a task of Ray is on one machine", "type hydra/launcher=submitit_slurm"
+            raise UserError(option="trainer.nodes", got=config.trainer.nodes, why=why, hint=hint)
 
     def pool(self, name: str, jobs: list[Job]) -> Pool:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

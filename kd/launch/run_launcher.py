@@ -5,6 +5,7 @@ A run that raises, exits or is killed so affects no other run, and leaves no mem
 
 from __future__ import annotations
 
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -23,15 +24,15 @@ from kd.errors import MISTAKES, UserError, for_people
 from kd.experiment.dependencies import Plan
 from kd.experiment.prerequisites import prepare
 from kd.launch import sweep_list
-from kd.launch.devices import gpus
+from kd.launch.devices import gpus, tasks
 from kd.launch.job import Job
 from kd.launch.pool import Pool
 from kd.launch.summary import outcome, refused, summary, varying
 from kd.runs import loggers, wandb_agent
 from kd.runs.outcome import RunState
 from kd.runs.run import Run
-from kd.runs.seal import SEALED
-from kd.system import files
+from kd.runs.seal import SEALED, STUDENTS
+from kd.system import files, launchers, programs
 from kd.system.console import console, counted, exit_with_error
 from kd.system.signals import Preempted, requests
 
@@ -44,6 +45,7 @@ class PlannedRun(NamedTuple):
     run: Run
     gpus: int  # GPUs that it requests
     logger: str
+    tasks: tuple[int, int] = (1, 1)  # see kd.launch.job.Job
 
 
 class RunLauncher(Launcher):
@@ -99,6 +101,9 @@ class RunLauncher(Launcher):
         name = sweep if isinstance(sweep, str) else sweep["name"]
         check_sweep(name)
         wandb_agent.check_single()
+        if launchers.by_torchrun():
+            why, hint = "starts this sweep several times", "type python train.py …, which starts what the runs need"
+            raise UserError(option="torchrun", why=why, hint=hint)
         if self.config.plan:
             self._show_plan(job_overrides, labels)
         # Done here, once: runs that are started again on the way go on where they were.
@@ -114,12 +119,28 @@ class RunLauncher(Launcher):
         ]
         sweep_list.update(self.config.root, name, lines, further)
         jobs: dict[str, Job] = {}
-        for (run, number, _), words, label in zip(planned, job_overrides, labels, strict=True):
-            jobs.setdefault(run.name, Job(run, [*search_path.words(), *words, f"sweep={name}"], label, number))
-        self._prepare_wandb(name, {run.name: run for run, _, logger in planned if logger == "wandb"}.values())
+        for plan, words, label in zip(planned, job_overrides, labels, strict=True):
+            typed = [*search_path.words(), *words, f"sweep={name}"]
+            jobs.setdefault(plan.run.name, Job(plan.run, typed, label, plan.gpus, plan.tasks))
+        self._prepare_wandb(name, {plan.run.name: plan.run for plan in planned if plan.logger == "wandb"}.values())
         order = [run.name for run, *_ in planned]
         self._work(name, list(jobs.values()), watch and (lambda run: watch(order.index(run.name), run)))
+        self._name_missing_benchmarks(name, jobs.values())
         return [self._return(jobs[run]) for run in order]
+
+    def _name_missing_benchmarks(self, name: str, jobs: Iterable[Job]) -> None:
+        """Print the command that adds benchmarks to finished runs, which a sweep does not start again."""
+        if not self.config.benchmarks:
+            return
+        from kd.evaluation.benchmarks import names_of
+        from kd.experiment import benchmarking
+
+        results = [(self._run_config(job.words), job.run.result()) for job in jobs]
+        if lacking := sum(bool(result and benchmarking.missing(config, result)) for config, result in results):
+            words = f"runs={name} benchmarks=[{','.join(names_of(self.config.benchmarks))}]"
+            runs = counted(lacking, "finished run lacks", "finished runs lack")
+            console.print(f"{runs} benchmarks. To add them, type\n"
+                          f"  {programs.command('evaluate')} {shlex.join(words.split())}", soft_wrap=True)  # fmt: skip
 
     def _show_plan(self, job_overrides: Sequence[Sequence[str]], labels: list[str]) -> NoReturn:
         """Print the cost of the runs, and end."""
@@ -199,11 +220,16 @@ class RunLauncher(Launcher):
             if trial not in sound:
                 prepare(config)
                 sound.add(trial)
+            if config.benchmarks and (names := str(config.benchmarks)) not in sound:
+                from kd.experiment import benchmarking
+
+                benchmarking.check(config, None)
+                sound.add(names)
         else:
             run.clean_up_if_done()
             if not run.remote:
-                run.check(result, *(name for name in SEALED if name != "student"))
-        return PlannedRun(run, gpus(config.trainer), config.logger.name)
+                run.check(result, *(name for name in SEALED if name not in ("student", STUDENTS)))
+        return PlannedRun(run, gpus(config.trainer), config.logger.name, tasks(config.trainer))
 
     def check_before(self, plan: Plan, sound: set[str]) -> None:
         """Raise UserError for a damaged run that makes the teacher or start of a run.

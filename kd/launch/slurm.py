@@ -38,7 +38,7 @@ class SlurmTask(RemoteJob):
     def __call__(self) -> list[str]:
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's
         signals = super().__call__()
-        if not self.done():
+        if self.is_first() and not self.done():
             if "SIGUSR2" in signals:
                 assert callable(requeue), "submitit handles the signal"
                 requeue(signal.SIGUSR2, None)  # the run has saved a checkpoint and ended; does not return
@@ -117,7 +117,9 @@ class SlurmPool(ClusterPool):
         # Of a large sweep a part at a time; n_jobs holds for each array alone.
         if len(self.running) >= AT_ONCE or (self.running and self.at_once < math.inf):
             return
-        jobs = self.waiting[:AT_ONCE]
+        nodes, per_node = self.waiting[0].tasks  # of a whole array
+        jobs = [job for job in self.waiting if job.tasks == (nodes, per_node)][:AT_ONCE]
+        self.executor.update_parameters(nodes=nodes, ntasks_per_node=per_node)
         tasks = [self.submit(job) for job in jobs]
         try:
             numbers = [submitted.job_id for submitted in self.executor.submit_array(tasks)]

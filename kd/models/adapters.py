@@ -180,7 +180,8 @@ def _logits(model: CausalLM) -> Tensor:
     positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or 16
     device = next(model.parameters()).device
     ids = torch.arange(min(16, positions), device=device)[None] % model.head.vocab
-    return model.head(model.hidden_states(ids)).float()
+    with torch.compiler.set_stance("force_eager"):  # code compiled for the layers of the adapter is of no use any more
+        return model.head(model.hidden_states(ids)).float()
 
 
 def save(model: CausalLM, folder: Path, base: str | None) -> None:

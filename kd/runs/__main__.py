@@ -101,7 +101,7 @@ def list_runs(root: Path) -> None:
             summary.add_row(str(root / name), format_bytes(disk.disk_use(root / name)), meaning)
     cache = files.cache()
     if size := disk.disk_use(cache):
-        summary.add_row(str(cache), format_bytes(size), "digests, and copies of roots under URLs")
+        summary.add_row(str(cache), format_bytes(size), "digests, compiled code, and copies of roots under URLs")
     out.print(summary)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import time
@@ -19,7 +18,7 @@ from kd.config.secrets import redacted
 from kd.errors import UserError
 from kd.runs.claim import CLAIM, Claim
 from kd.runs.outcome import Outcome, RunState, classify
-from kd.runs.seal import EXACCERR, RESPONSES, SEALED, digest_of_result, digests, is_sealed, is_whole
+from kd.runs.seal import EXACCERR, RESPONSES, SEALED, STUDENTS, digest_of_result, digests, is_sealed, is_whole
 from kd.system import files, remote, retries
 from kd.system.console import console
 from kd.system.files import read_json
@@ -34,7 +33,8 @@ class Run:
 
     config.json  resolved settings    metrics.jsonl  metrics per step    checkpoints/  to resume from
     result.json  written when the run is done, with digests of the other files and of itself
-    student/  the trained model    log.txt  console output, if a sweep started the run
+    student/  the trained model    students/  those of all validations, with trainer.keep=all
+    log.txt  console output, if a sweep started the run
     responses.jsonl, exaccerr.json  responses to the validation prompts, see kd/evaluation/responses.py
     performance.jsonl  speed and memory    state.json  state: running and where, or how it ended
 
@@ -154,7 +154,7 @@ class Run:
         """
         if config.force and self.is_done():
             self.discard()
-        for folder in (self.folder, self / "checkpoints"):
+        for folder in (self.folder, self / "checkpoints", self / STUDENTS):
             files.clear(folder)
         if self.remote:
             self._pull(self.remote)
@@ -191,11 +191,11 @@ class Run:
         try:
             yield
         except BaseException as error:
-            if not self._ended_here():
+            if not self.ended_here():
                 self.end(classify(error))
             raise
 
-    def _ended_here(self) -> bool:
+    def ended_here(self) -> bool:
         """Return True if this process wrote how its work ended.
 
         Reads no URL, since the URL may be the cause of the end.
@@ -204,7 +204,7 @@ class Run:
             last = read_json(self / "state.json") or {}
         except UserError:
             return False
-        return last.get("state") != RunState.RUNNING and last.get("pid") == os.getpid()
+        return last.get("state") != RunState.RUNNING and last.get("pid") == process_info()["pid"]
 
     def state(self, wait: float | None = None) -> dict:
         """Return the content of state.json, or what is known without it: {"state": a RunState, "reason": …, …}."""

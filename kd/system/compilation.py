@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import torch
+import torch._dynamo
 from torch._dynamo.exc import TorchDynamoException
 
 from kd.errors import first_line
@@ -14,6 +15,10 @@ from kd.system import files
 from kd.system.console import console
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # environment variable of torch; kernels of Triton are below this folder
+
+# Shapes and kinds of arguments that a function is compiled for, at most. A run with plain text, prompts and token
+# selection can exceed 8, the default of torch, which would compute the rest without compiled code and not say so.
+torch._dynamo.config.recompile_limit = 64
 
 _failed = False  # in this process; the warning is printed once
 

@@ -12,9 +12,18 @@ if TYPE_CHECKING:
     import resource
 
 
+_pid: int | None = None  # process that this one stands for
+
+
+def stand_for(pid: int) -> None:
+    """Describe another process of this machine as this one: the process of a run, for one of its ranks."""
+    global _pid
+    _pid = pid
+
+
 def process_info() -> dict:
     """Return a description of this process, from which another process can tell if it is alive."""
-    return {"pid": os.getpid(), "host": socket.gethostname(), "boot": boot_id()}
+    return {"pid": _pid or os.getpid(), "host": socket.gethostname(), "boot": boot_id()}
 
 
 def boot_id() -> str | None:

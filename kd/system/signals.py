@@ -2,8 +2,8 @@
 
 After the first, a training run saves a checkpoint at its next step, so that nothing is lost. A second ends it at once.
 One request may arrive in two ways: SLURM signals every process of a job step, and `timeout` a process and then its
-group. So signals at the same moment are one request. A run that a sweep started takes all signals for one request. Only
-the sweep ends it at once, with SIGKILL.
+group. So signals at the same moment are one request. A run that a sweep started, or a rank of a run, takes all signals
+for one request. Only what started it ends it at once, with SIGKILL.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ class Requests:
 
     def __init__(self):
         self.pending = False  # True: save a checkpoint at the next step, and raise Preempted
-        self.ignore_signals = False  # True: only the process that started this one requests it to end, by ask()
-        self.in_sweep = False  # True if a sweep started this process
+        self.in_sweep = False  # True if a sweep started this process, or it is one rank of a run
         self._first = 0.0  # time at which the first signal was answered
         self._in_steps = False
 
@@ -48,7 +47,12 @@ class Requests:
         """Receive the signals from now on."""
         self.in_sweep = self.in_sweep or PARENT in os.environ
         for number in ASKED:
-            signal.signal(number, signal.SIG_IGN if self.ignore_signals else self._received)
+            signal.signal(number, self._received)
+
+    def ignore(self) -> None:
+        """Receive no signals from now on, since this process is ending."""
+        for number in ASKED:
+            signal.signal(number, signal.SIG_IGN)
 
     @contextmanager
     def in_steps(self):

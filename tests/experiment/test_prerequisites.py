@@ -397,3 +397,16 @@ def test_the_functions_of_a_config_are_built_once(tmp_path, monkeypatch):
     monkeypatch.setattr(components, "build", lambda node, group: built.append(group) or build(node, group))
     prepare(small_config(tmp_path / "root"))
     assert sorted(built) == sorted(FUNCTIONS)
+
+
+def test_runs_that_are_needed_compute_layers_again_too(tmp_path):
+    """Compare with the same runs without it, whose names are the same."""
+    words = ("data=instructions", "start=sft", "logits=online")
+    usual, again = (
+        Plan.from_config(small_config(tmp_path, *words, f"trainer.gradient_checkpointing={on}"))
+        for on in ("false", "true")
+    )
+    for role in ("teacher", "start"):
+        one, other = getattr(usual, role), getattr(again, role)
+        assert not one.trainer.gradient_checkpointing and other.trainer.gradient_checkpointing
+        assert Plan.from_config(one).run.name == Plan.from_config(other).run.name

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,8 @@ from omegaconf import OmegaConf
 
 import train as product
 from kd.launch import cluster
-from kd.launch.devices import gpus, max_parallel_runs
+from kd.launch.cluster import NodePool, RemoteJob
+from kd.launch.devices import gpus, max_parallel_runs, tasks
 from kd.launch.job import Job
 from kd.launch.local import LocalLauncher, LocalPool
 from kd.launch.ray_launcher import Ray
@@ -31,6 +33,7 @@ from kd.launch.run_launcher import RunLauncher
 from kd.launch.slurm import HERE, SlurmPool
 from kd.parallel import collectives, ddp
 from kd.runs.run import Run
+from kd.system import launchers
 from kd.system.checkpoint_files import newest
 from tests.faults.injection import STEP, Fault, ended, processes, runs, state, states, table, until
 from tests.refusals import refused
@@ -115,6 +118,81 @@ def test_preempted_job_is_requeued_and_ends_bit_for_bit(finished, root, slurm, h
     script = (slurm.folder / "1.sh").read_text()
     assert "--array=0-1%2" in script and "--signal=USR2@120" in script and "gpu" not in script
     until(lambda: not processes(root))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_run_of_two_machines_is_preempted_and_ends_bit_for_bit(root, slurm, tmp_path):
+    """Four tasks of SLURM, of which the first records and requeues, equal four processes that kd starts."""
+    words = ("-m", "seed=0", "logits=none", "teacher=none", "trainer.micro_batch=1")
+    alone = Path(shutil.copytree(root, tmp_path / "alone"))
+    train(alone, *words, "trainer.devices=4")
+    held = Fault(tmp_path / "held", "kd.training.module", STEP, AT=7, ACT="hold()")
+    words = (*words, "hydra/launcher=submitit_slurm", "trainer.nodes=2", "trainer.devices=2")
+    process = start(root, *words, **held.environment, **slurm.environment)
+    held.wait(process, 4)
+    slurm.signal("USR2", "1_0")
+    until(lambda: is_requested(root))
+    held.go()
+    output = ended(process, 0, 1800)
+    assert slurm.jobs()["1_0"]["tries"] == 2 and "Traceback" not in output
+    script = (slurm.folder / "1.sh").read_text()
+    assert "#SBATCH --nodes=2" in script and "#SBATCH --ntasks-per-node=2" in script
+    (run,), (other,) = runs(root).values(), runs(alone).values()
+    assert outcome(run) == outcome(other) and state(run)["state"] == "done"
+    assert (run / "log.txt").read_text().count("step 12/12") == 1
+    until(lambda: not processes(root))
+
+
+def test_runs_of_several_machines_go_to_arrays_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("kd.launch.slurm.ask", lambda words: subprocess.CompletedProcess([], 0, "", ""))
+    jobs = [Job(Run(tmp_path, f"run{n}"), [], "run", tasks=(n % 2 + 1, 4 * (n % 2) or 1)) for n in range(4)]
+    arrays = []
+
+    class Executor:
+        def update_parameters(self, **parameters) -> None:
+            self.parameters = parameters
+
+        def submit_array(self, tasks) -> list:
+            arrays.append((self.parameters, [task.run for task in tasks]))
+            return [SimpleNamespace(job_id=f"{len(arrays)}_{n}") for n in range(len(tasks))]
+
+    pool = SlurmPool("", jobs, math.inf, Executor(), tmp_path / "jobs.json")
+    pool.start()
+    pool.start()
+    assert not pool.waiting
+    assert arrays == [
+        ({"nodes": 1, "ntasks_per_node": 1}, ["run0", "run2"]), ({"nodes": 2, "ntasks_per_node": 4}, ["run1", "run3"])
+    ]  # fmt: skip
+    assert pool.submitted(jobs[3]).number == "2_1"
+
+
+def test_only_the_first_task_of_slurm_records_and_requeues(tmp_path, monkeypatch):
+    task = partial(RemoteJob, "train.py", ".", str(tmp_path), "run", [], "run", 0)
+    for rank, first in (("0", True), ("3", False)):
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        assert task(tasks=(2, 2)).is_first() == first
+        assert task().is_first()  # a task of Ray, whose nodes srun may have started
+    pool = NodePool("", [], 1, [])
+    assert "SLURM_PROCID" not in pool._environment([])
+    pool.is_rank, pool.records = True, False
+    assert pool._environment([])["SLURM_PROCID"] == "3"
+    assert pool.record(Job(Run(tmp_path, "run"), [], "run")).keys() == {"seconds"}
+    assert not list(tmp_path.rglob("state.json"))
+
+
+def test_several_machines_are_refused_where_they_cannot_be(tmp_path, monkeypatch):
+    several = small_config(tmp_path, "trainer.nodes=2", "trainer.micro_batch=1")
+    assert (tasks(several.trainer), tasks(small_config(tmp_path, "trainer.devices=2").trainer)) == ((2, 1), (1, 1))
+    for launcher in (LocalLauncher(), Ray(None, 1, 4)):
+        with refused(option="trainer.nodes", got=2, hint="submitit_slurm"):
+            launcher.check_place(several)
+    RunLauncher.check_place(object(), several)  # nothing is known of other machines
+    monkeypatch.setattr(launchers, "by_torchrun", lambda: True)
+    launcher = LocalLauncher()
+    launcher.config = SimpleNamespace(sweep="s")
+    with refused(option="torchrun", hint="python train.py"):
+        launcher._launch([[]], False, [""], None, [""])
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def test_weights_behind_frozen_embeddings_get_their_gradients():
 
 def test_an_adapter_gets_the_same_gradients():
     pytest.importorskip("peft")
-    made = []
+    outcomes = []
     for on in (False, True):
         one = model("llama", False)
         torch.manual_seed(1)
@@ -79,8 +79,8 @@ def test_an_adapter_gets_the_same_gradients():
                 torch.nn.init.normal_(p)  # as after some steps
         if on:
             one.checkpoint_layers()
-        made.append(gradients(one))
-    plain, again = made
+        outcomes.append(gradients(one))
+    plain, again = outcomes
     assert len(plain) == len(again) > 5 and all(torch.equal(plain[key], again[key]) for key in plain)
 
 

@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from kd.models import importance, prune
+from kd.models.importance import Rows
 from kd.models.prune import Widths
 from tests.refusals import refused
 
@@ -124,14 +125,14 @@ def test_scores_of_channels_by_hand():
 def test_importance_has_the_shape_of_the_model_and_does_not_depend_on_padding_or_batches(name):
     model = model_of(name)
     neurons, groups = (4 * D, HEADS) if name == "gpt2" else (F, HEADS if name == "gpt_neox" else GROUPS)
-    measured = importance.measure(model, [(IDS, WHOLE)])
+    measured = importance.measure(model, [Rows(IDS, WHOLE)])
     assert [x.shape for x in measured] == [(L,), (L, neurons), (L, groups), (D,)]
     assert all((scores > 0).all() for scores in measured)
     padded = torch.cat([IDS, torch.full((2, 5), 3)], 1)
     mask = torch.arange(T + 5) < torch.tensor([[T], [T]])
     for again in (
-        importance.measure(model, [(padded, mask)]),
-        importance.measure(model, [(IDS[:1], WHOLE[:1]), (IDS[1:], WHOLE[1:])]),
+        importance.measure(model, [Rows(padded, mask)]),
+        importance.measure(model, [Rows(IDS[:1], WHOLE[:1]), Rows(IDS[1:], WHOLE[1:])]),
     ):
         for a, b in zip(measured, again):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -147,7 +148,7 @@ def test_model_with_all_parts_has_the_logits_of_the_teacher_bit_for_bit(name):
     widths = Widths(ffn=prune.ffn_size(model.config))
     if name not in FFN_ALONE:
         widths = Widths(F, GROUPS, D if "hidden" in prune.family_of(model.config).widths else None)
-    measured = importance.measure(model, [(IDS, WHOLE)])
+    measured = importance.measure(model, [Rows(IDS, WHOLE)])
     assert torch.equal(logits(model), logits(pruned(model, list(range(L)), widths, measured)))
 
 
@@ -213,19 +214,19 @@ def test_neurons_and_heads_that_do_nothing_are_cut_without_a_change(name):
 @pytest.mark.parametrize("name", [name for name in CONFIGS if "hidden" in prune.family_of(CONFIGS[name]).widths])
 def test_channels_are_cut_in_all_weights(name, tmp_path):
     """A channel that is zero at its source is cut. Norms then divide by the root of fewer channels."""
-    model, kept = model_of(name), torch.arange(0, D, 2)
+    model, channels = model_of(name), torch.arange(0, D, 2)
     small = prune.pruned_model(
-        model, prune.Parts(list(range(L)), hidden=kept),
-        prune.pruned_config(model.config, range(L), Widths(hidden=len(kept))),
+        model, prune.Parts(list(range(L)), hidden=channels),
+        prune.pruned_config(model.config, range(L), Widths(hidden=len(channels))),
     ).eval()  # fmt: skip
     small.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.hidden_size == D // 2 and prune.head_dim(again.config) == prune.head_dim(model.config)
-    assert torch.equal(small.get_input_embeddings().weight, model.get_input_embeddings().weight[:, kept])
-    assert torch.equal(small.get_output_embeddings().weight, model.get_output_embeddings().weight[:, kept])
+    assert torch.equal(small.get_input_embeddings().weight, model.get_input_embeddings().weight[:, channels])
+    assert torch.equal(small.get_output_embeddings().weight, model.get_output_embeddings().weight[:, channels])
     attention = prune.family_of(model.config).attention_output
     ours, theirs = (m.get_submodule("model.layers")[0].get_submodule(attention) for m in (small, model))
-    assert torch.equal(ours.weight, theirs.weight[kept])
+    assert torch.equal(ours.weight, theirs.weight[channels])
     assert torch.equal(logits(again.eval()), logits(small)) and logits(small).isfinite().all()
 
 

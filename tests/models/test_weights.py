@@ -85,10 +85,10 @@ def test_what_was_chosen_before_holds():
 def test_output_layer_embeddings_and_vectors_are_not_rounded():
     assert not hasattr(weights.Int8Linear(nn.Linear(2, 2)), "weight")
     whole, fewer = model(), model(dtype="int8")
-    kept = {name for name, p in fewer.model.named_parameters() if p.dtype == torch.float32}
-    assert "lm_head.weight" in kept and "model.embed_tokens.weight" in kept
-    assert all(torch.equal(fewer.model.get_parameter(name), whole.model.get_parameter(name)) for name in kept)
-    assert not any("proj" in name for name in kept)
+    floating = {name for name, p in fewer.model.named_parameters() if p.dtype == torch.float32}
+    assert "lm_head.weight" in floating and "model.embed_tokens.weight" in floating
+    assert all(torch.equal(fewer.model.get_parameter(name), whole.model.get_parameter(name)) for name in floating)
+    assert not any("proj" in name for name in floating)
 
 
 def test_matrices_that_would_stay_whole_are_refused():

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional
 
 from kd.objective.chunked import Objective, chunks, default_chunk_size
@@ -246,21 +245,6 @@ def test_chunks_cover_every_row_once(count, size):
     assert all(0 < len(piece) <= size for piece in pieces)
 
 
-@pytest.mark.slow
-def test_compiled_equals_eager():
-    head, hidden, label, target = case()
-    cut, leftover, kd_mask = TRUNCATIONS["top_k-k=5"], TREATMENTS["leftover"], torch.arange(ROWS) % 3 > 0
-    for alpha in (0.9, 0.3):  # that alpha changes must not be compiled in
-        eager, compiled = (
-            Objective(LOSSES["akl"], cut, leftover, PLAIN, 5, compile)(
-                head, hidden, label, target.__getitem__, alpha, kd_mask=kd_mask
-            )
-            for compile in (False, True)
-        )
-        same(compiled, eager)
-        same(grads_of(compiled.total, head, hidden), grads_of(eager.total, head, hidden))
-
-
 def test_a_chunk_is_chosen_by_the_vocabulary():
     for vocab, rows in ((1000, 8388), (32_768, 256), (256_000, 64)):
         assert default_chunk_size(torch.nn.Linear(2, vocab, device="cpu")) == rows
@@ -292,19 +276,6 @@ def test_gradient_is_that_of_finite_differences(loss):
     single = replace(target, logp=target.logp.float())
     grad, _ = objective.logits_gradient(z.float(), label, single, torch.tensor(0.7))
     close(grad.double(), slope(total, z), rtol=1e-4, atol=1e-5)
-
-
-def test_a_loss_that_cannot_be_compiled_is_computed_as_it_is_unless_it_has_to_be(monkeypatch):
-    def fails(*_):
-        raise TorchDynamoException("no C compiler")
-
-    monkeypatch.setattr(torch, "compile", lambda function: fails)
-    head, hidden, label, target = case()
-    objective = Objective(LOSSES["fkl"], FULL, SAME, PLAIN)
-    expected = objective(head, hidden, label, target.__getitem__, 0.9).total
-    assert torch.equal(replace(objective, compile=None)(head, hidden, label, target.__getitem__, 0.9).total, expected)
-    with pytest.raises(TorchDynamoException):
-        replace(objective, compile=True)(head, hidden, label, target.__getitem__, 0.9)
 
 
 def test_a_loss_whose_gradient_is_an_expanded_view_is_added_to():

@@ -193,6 +193,17 @@ def test_a_rank_that_dies_ends_the_run_as_failed_and_leaves_no_other(root, numbe
     assert gone(root, 1) and not list(root.glob("fkl*/result.json"))
 
 
+def test_ranks_start_again_and_the_run_ends_bit_for_bit(root):
+    whole = Path(shutil.copytree(root, root.parent / "whole"))
+    train(whole, *TWO)
+    process = start(root, *TWO, "trainer.max_restarts=1")
+    wait_for(9, root, process)
+    os.kill(max(ranks_of(root)), signal.SIGKILL)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0 and "Traceback" not in output, output
+    assert outcome(folder(root, "fkl")) == outcome(folder(whole, "fkl"))
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_asked_to_end_its_ranks_save_a_checkpoint_and_end_too(root, strategy):
     process = start(root, f"trainer={strategy}", "trainer.steps=3000")
@@ -210,7 +221,8 @@ def test_asked_to_end_its_ranks_save_a_checkpoint_and_end_too(root, strategy):
 
 
 def test_what_is_not_finite_is_said_once_with_the_rows_of_all_ranks(root):
-    output = train(root, *TWO, "lr=constant", "lr.peak=1e30", "trainer.clip=0", code=2)
+    words = ("lr=constant", "lr.peak=1e30", "trainer.clip=0", "trainer.max_restarts=1")  # it would be so again
+    output = train(root, *TWO, *words, code=2)
     report = json.loads((folder(root, "fkl") / "state.json").read_text())
     assert "not finite" in report["reason"] and len(report["rows"]) == 4
     assert output.count("not finite") == 1 and "Traceback" not in output

@@ -220,9 +220,14 @@ def test_text_of_teachers_and_the_cache_go_by_kind(root, typed):
     digests = Path(os.environ["KD_CACHE"]) / "digests"
     digests.mkdir(parents=True)
     (digests / "a.json").write_text("{}")
+    code = digests.parent / "compiled"
+    code.mkdir()
+    (code / "kernel.so").write_bytes(b"1" * 2000)
+    assert "compiled" in typed("clean", "what=cache") and code.exists()
     assert paths_and_users(root, "responses", "rollouts") == {"0123.npz": "", "4567.parts": ""}
     typed("clean", "what=responses,rollouts,cache", "yes=true")
     assert not any((root / "responses").iterdir()) and not digests.exists() and digests.parent.exists()
+    assert not code.exists()
 
 
 @pytest.mark.parametrize("words, fields", [

@@ -1,4 +1,4 @@
-"""A run of one process is rank 0, whatever the environment says; ranks are those that kd itself starts."""
+"""A run of one process is rank 0, whatever the environment says. What launchers gave is known, and out of the way."""
 
 import json
 import subprocess
@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from kd.system.launchers import OWN, forget_ranks
+from kd.system import launchers
+from kd.system.launchers import by_srun, by_torchrun, forget_ranks, without_ranks
 from tests.small import ENVIRONMENT, TRAIN, folder, train
 
 # What srun, torchrun, Lightning, Open MPI, MPICH, PMIx, jsrun, MVAPICH, Horovod and others leave behind.
@@ -22,16 +23,22 @@ KEPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_JOB_NAME": "mine", "SLU
 
 def test_variables_that_give_a_rank_are_removed_and_no_others():
     environment = dict.fromkeys(VARIABLES, "1") | KEPT
+    assert without_ranks(environment) == KEPT
     forget_ranks(environment)
-    assert environment == KEPT
-
-
-def test_a_rank_that_kd_started_has_its_own_and_what_it_starts_has_none():
-    environment = dict.fromkeys(VARIABLES, "7") | KEPT | {OWN: "1"}
-    forget_ranks(environment)
-    assert environment == KEPT | {"LOCAL_RANK": "1", "NODE_RANK": "0"}
+    assert environment == KEPT and launchers.given == dict.fromkeys(VARIABLES, "1")
     forget_ranks(environment)  # in a process that this one starts
-    assert environment == KEPT
+    assert environment == KEPT and launchers.given == {}
+
+
+def test_a_process_alone_is_no_rank(monkeypatch):
+    monkeypatch.setattr(launchers, "given", {})
+    for world_size, several in (("1", False), ("2", True)):
+        forget_ranks(dict.fromkeys(VARIABLES, "1") | {"WORLD_SIZE": world_size})
+        assert by_torchrun() == several
+        assert not by_srun({"SLURM_NTASKS": "8"})  # a batch script
+        assert by_srun({"SLURM_STEP_NUM_TASKS": world_size}) == several
+    forget_ranks({"WORLD_SIZE": "2", "RANK": "0"})
+    assert not by_torchrun() and not by_srun({"SLURM_STEP_NUM_TASKS": "2"})
 
 
 PROGRAMS = ["train.py", "kd.data", "kd.store", "kd.runs", "kd.bench", "kd.bench.work", "sweeps.report", "sweeps.fit",

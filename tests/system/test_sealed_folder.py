@@ -10,10 +10,10 @@ from tests.refusals import refused
 
 
 def test_one_of_several_threads_fills_a_folder_and_the_others_wait(tmp_path):
-    made = []
+    calls = []
 
     def make(temporary):
-        made.append(temporary)
+        calls.append(temporary)
         temporary.mkdir()
         (temporary / "a.txt").write_text("a")
         time.sleep(0.2)
@@ -24,7 +24,7 @@ def test_one_of_several_threads_fills_a_folder_and_the_others_wait(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(made) == 1
+    assert len(calls) == 1
     assert sealed_folder.read_manifest(tmp_path / "x", "the text")["name"] == "one"
 
 

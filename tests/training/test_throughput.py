@@ -35,10 +35,12 @@ def test_a_run_logs_every_metric_to_a_file_of_its_own(trained_root, tmp_path):
     last = logged[-1]
     assert last["perf/tokens_per_second"] * last["perf/seconds_per_step"] == pytest.approx(4 * 32)
     assert 1e-2 < last["perf/memory_gb"] <= last["perf/peak_memory_gb"] * 1.01
-    made = result(run)
-    assert made["performance"].keys() == {"tokens_per_second", "seconds_per_step", "data_seconds_per_step"}
-    assert 4 * made["performance"]["seconds_per_step"] < made["seconds"] + 0.01
-    assert made["performance"]["tokens_per_second"] * made["performance"]["seconds_per_step"] == pytest.approx(4 * 32)
+    finished = result(run)
+    assert finished["performance"].keys() == {"tokens_per_second", "seconds_per_step", "data_seconds_per_step"}
+    assert 4 * finished["performance"]["seconds_per_step"] < finished["seconds"] + 0.01
+    assert finished["performance"]["tokens_per_second"] * finished["performance"]["seconds_per_step"] == pytest.approx(
+        4 * 32
+    )
 
 
 def test_a_wait_for_data_is_counted():
@@ -58,7 +60,7 @@ def test_data_that_is_ready_is_no_wait():
 
 def callback(steps: int, waited: float, counter: Throughput | None = None) -> Throughput:
     """Call a counter as so many steps of 10 tokens do, each after a wait."""
-    counter = counter or Throughput(1.0, 0.0, log_every=10**9)
+    counter = counter or Throughput(1.0, 3.0, 0.0, log_every=10**9)
     loader = SimpleNamespace(waited=0.0)
     trainer, module = SimpleNamespace(train_dataloader=loader, global_step=1), SimpleNamespace()
     module.last_step = StepReport({}, 0.0, None, tokens=10, positions=10, teacher_positions=0)
@@ -71,7 +73,7 @@ def callback(steps: int, waited: float, counter: Throughput | None = None) -> Th
 
 def test_rates_of_a_resumed_run_are_over_all_of_its_steps():
     first = callback(2, waited=1.0)
-    second = Throughput(1.0, 0.0, log_every=10**9)
+    second = Throughput(1.0, 3.0, 0.0, log_every=10**9)
     second.load_state_dict(first.state_dict())
     callback(2, waited=3.0, counter=second)
     assert second.rates()["data_seconds_per_step"] == pytest.approx((2 * 1.0 + 2 * 3.0) / 4)
