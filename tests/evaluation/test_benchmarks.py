@@ -190,21 +190,21 @@ def test_an_interrupted_command_goes_on_where_it_stopped(root, tasks, monkeypatc
     config = small_config(root, *RUN, f"benchmarks=[{tasks}/]")
     run = Run(root, folder(root, "fkl").name)
     empty = {"tasks": {}, "files": None, "lm_eval": "", "seconds": 0.0}
-    measured_runs = []
+    measured = []
 
     def interrupted(model, some, *_):
         for benchmark in some:
-            if measured_runs == ["states"]:
-                measured_runs.append("stop")
+            if measured == ["states"]:
+                measured.append("stop")
                 raise KeyboardInterrupt
-            measured_runs.append(benchmark.name)
+            measured.append(benchmark.name)
             yield benchmark, empty | {"files": benchmark.digest}
 
     monkeypatch.setattr(benchmarks, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         benchmarking.add(run, config, run.result())
     benchmarking.add(run, config, run.result())
-    assert measured_runs == ["states", "stop", "steps"] and set(run.result()["benchmarks"]) == {"states", "steps"}
+    assert measured == ["states", "stop", "steps"] and set(run.result()["benchmarks"]) == {"states", "steps"}
 
 
 @pytest.mark.slow
