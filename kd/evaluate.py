@@ -2,6 +2,7 @@
 
 python -m kd.evaluate student=MODEL data=… [teacher=MODEL]      all measures of a run, in a folder of its own
 python -m kd.evaluate -m sweep=NAME student=MODEL,MODEL data=…  of several models, for a report
+python -m kd.evaluate runs=SWEEP benchmarks=[TASK,TASK]         benchmarks of finished runs, added to their results
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import sys
 from pathlib import Path
 
 from kd.config.components import option_names
+from kd.config.grammar import check_switches
 from kd.errors import MISTAKES, UserError, for_people
 from kd.runs.run import Run
 from kd.system import files, programs
-from kd.system.console import exit_with_error
+from kd.system.console import console, counted, exit_with_error
 from kd.system.remote import default_root
 
 ROLES = ("student", "teacher")
+RUN_WORDS = ("runs", "benchmarks", "root", "force")
 
 
 def evaluation_words(words: list[str]) -> list[str]:
@@ -59,6 +62,41 @@ def model_of(name: str, root: str) -> str:
     return name
 
 
+def add_benchmarks(words: list[str]) -> None:
+    """Add benchmarks to the finished runs of a sweep, or to one run; what a run has already is not made again."""
+    from kd.config.schema import ExperimentConfig
+    from kd.experiment import benchmarking
+    from kd.experiment.results import load_sweep, read_run
+    from kd.system.files import read_json
+
+    check_switches(words, (), RUN_WORDS)
+    settings = dict(word.partition("=")[::2] for word in files.expanded_words(words))
+    for name, value in settings.items():
+        if name not in RUN_WORDS:
+            need, hint = " or ".join(f"{word}=" for word in RUN_WORDS), f"leave {name} out"
+            raise UserError(option=name, got=value, why="is no setting beside runs", need=need, hint=hint)
+    root, force = settings.get("root") or default_root(), settings.get("force", "false") == "true"
+    names = [name for name in settings.get("benchmarks", "").strip("[]").split(",") if name]
+    if not names:
+        raise UserError(option="benchmarks", need="names of tasks", hint="type e.g. benchmarks=[arc_easy,piqa]")
+    name = settings["runs"]
+    is_run = files.is_name(name) and Run(root, name).copy("config.json").exists()
+    entries = [read_run(root, {"run": name, "overrides": []})] if is_run else load_sweep(root, name)
+    entries = list({entry.folder: entry for entry in entries}.values())
+    done = [entry.folder.name for entry in entries if entry.result]
+    for number, run in enumerate(Run(root, name) for name in done):
+        config = ExperimentConfig.from_dict(read_json(run.copy("config.json")) or {})
+        config = config.derive(root=root, benchmarks=names, force=force)
+        result = run.result()
+        assert result is not None, "it is done"
+        if number == 0:
+            benchmarking.check(config, None)
+        benchmarking.add(run, config, result)
+    state = f"{counted(len(done), 'run has', 'runs have')} {', '.join(names)}"
+    rest = [f"{entry.folder.name} {entry.state}" for entry in entries if not entry.result]
+    console.print(f"{state}; left out: {', '.join(rest)}." if rest else f"{state}.", soft_wrap=True)
+
+
 def main() -> None:
     """Run the command line."""
     words = sys.argv[1:]
@@ -66,6 +104,8 @@ def main() -> None:
         print(f"{(__doc__ or '').strip()}\n\nThe other words are those of {programs.command('train')} --help.")
         return
     try:
+        if any(word.startswith("runs=") for word in words):
+            return add_benchmarks(words)
         words = evaluation_words(words)
     except MISTAKES as error:
         exit_with_error(for_people(error))

@@ -73,6 +73,8 @@ trainer.precision=bf16
 trainer=pretrain
 trainer=debug
 trainer.tokens=100000
+trainer.keep=best trainer.patience=3
+trainer.keep=all
 trainer=ddp trainer.batch=4
 trainer=fsdp trainer.batch=4
 data=markov data.states=16 data.branching=4

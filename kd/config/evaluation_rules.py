@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
 # Settings of training, and of what is made for it. A group stands for all settings below it.
 OF_TRAINING = (
-    "seed", "lm", "method", "lr", "optim", "adapter", "rollout", "record", "trainer.batch", "trainer.clip",
-    "trainer.log_every", "trainer.val_every", "trainer.checkpoint_every",
+    "seed", "lm", "push_to_hub", "method", "lr", "optim", "adapter", "rollout", "record", "trainer.batch",
+    "trainer.clip", "trainer.log_every", "trainer.val_every", "trainer.checkpoint_every", "trainer.keep",
+    "trainer.patience",
 )  # fmt: skip
 
 

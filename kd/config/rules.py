@@ -11,6 +11,7 @@ from kd.config.device_rules import check_attention, check_optimizer, check_ranks
 from kd.config.evaluation_rules import check_evaluation, unused_in_evaluation
 from kd.config.rollout_rules import check_rollout
 from kd.config.secrets import check_secrets
+from kd.config.selection_rules import check_selection
 from kd.config.start_rules import check_start, check_start_student, unused_in_start
 from kd.config.teacher_rules import check_teacher, unused_setting
 from kd.config.token_info import check_token_info
@@ -29,7 +30,7 @@ def check_deletions(overrides: Iterable[str]) -> None:
 
 
 def check_values(config: ExperimentConfig) -> None:
-    """Refuse an empty root, a sweep name that is a path, and a model that is named twice or not at all."""
+    """Refuse an empty root, a sweep name that is a path, a model named twice or not at all, and a wrong evaluation."""
     if not config.root:
         hint = "type root=runs, and unset KD_ROOT if it is empty"
         raise UserError(option="root", got="", need="a folder or a URL", hint=hint)
@@ -59,6 +60,7 @@ def check_values(config: ExperimentConfig) -> None:
             need="a size, or the name of a model",
             hint="type e.g. student=200k, student=hub student.name=…, or start=teacher",
         )
+    check_evaluation(config)
 
 
 def check_steps(config: ExperimentConfig, overrides: Iterable[str]) -> None:
@@ -131,6 +133,16 @@ def check_scale(config: ExperimentConfig) -> None:
     if config.scale != "cpu":
         hint = "type e.g. sweeps=scaling, or leave scale out"
         raise UserError(option="scale", got=config.scale, why="only a sweep has scales", hint=hint)
+
+
+def check_upload(config: ExperimentConfig) -> None:
+    """Refuse one repository for the students of a sweep."""
+    if config.push_to_hub and config.sweep:
+        hint = "choose a run of the sweep, and type its command with push_to_hub=NAME and without the sweep"
+        why = "one repository holds one student"
+        raise UserError(
+            option="push_to_hub", got=config.push_to_hub, conflict=f"sweep={config.sweep}", why=why, hint=hint
+        )
 
 
 def check_logits(config: ExperimentConfig) -> None:
@@ -260,6 +272,7 @@ def name_of(word: str) -> str:
 
 Rule = Callable[["ExperimentConfig"], None]
 RULES: tuple[Rule, ...] = (
-    check_scale, check_evaluation, check_logits, check_ranks, check_attention, check_optimizer, check_loss,
+    check_scale, check_logits, check_ranks, check_attention, check_optimizer, check_loss,
     check_token_info, check_sampling, check_lm, check_teacher, check_rollout, check_adapter, check_start,
+    check_selection, check_upload,
 )  # fmt: skip

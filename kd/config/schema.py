@@ -41,6 +41,8 @@ class ExperimentConfig(ConfigNode):
     plan: bool = setting(default=False, effect=False)
     force: bool = setting(default=False, effect=False)
     on_failure: Literal["continue", "stop"] = setting(default="continue", effect=False)
+    benchmarks: str | list | None = setting(default=None, effect=False)
+    push_to_hub: str | None = setting(default=None, effect=False)
     data: DataConfig
     teacher: TeacherConfig
     responses: ResponsesConfig

@@ -14,6 +14,7 @@ from kd.runs.loggers import PERFORMANCE as CLOCK
 
 Function = TypeVar("Function", bound=Callable)
 
+BENCHMARK = "bench/"  # prefix of a benchmark: bench/arc_easy/acc
 EXACCERR_LENGTH = 16  # tokens over which the one number for it is taken, as in the log of MiniLLM's code
 
 
@@ -33,7 +34,7 @@ class Metric:
 
     @property
     def key(self) -> str:
-        return f"val/{self.name}"
+        return self.name if self.name.startswith(BENCHMARK) else f"val/{self.name}"
 
     @property
     def teacher_key(self) -> str:
@@ -136,6 +137,30 @@ def metrics() -> tuple[Metric, ...]:
             target, function.name, plugins.first_docstring_line(function).rstrip("."), fields
         )
     return tuple(by_name.values())
+
+
+def benchmarks(results: Iterable[dict]) -> tuple[Metric, ...]:
+    """Return the benchmarks that results have as metrics, which report neither a plot nor a column of their own."""
+    by_name: dict[str, Metric] = {}
+    directions: dict[bool, Literal["lower", "higher"]] = {True: "higher", False: "lower"}
+    for result in results:
+        for benchmark in result.get("benchmarks", {}).values():
+            for task, row in benchmark["tasks"].items():
+                for key in row["values"]:
+                    better = directions.get(row["higher_is_better"].get(key))
+                    meaning = f"{row['samples']} examples with {row['shots']} shots" if row["samples"] else "of a group"
+                    name = f"{BENCHMARK}{task}/{key}"
+                    by_name.setdefault(name, Metric(name, f"{task} {key}", meaning, better, column=False))
+    return tuple(by_name.values())
+
+
+def standard_error(result: dict, metric: Metric) -> float | None:
+    """Return the standard error that lm-eval gives a benchmark of a result, over its examples."""
+    _, task, key = metric.name.split("/", 2)
+    rows = [
+        benchmark["tasks"][task] for benchmark in result.get("benchmarks", {}).values() if task in benchmark["tasks"]
+    ]
+    return rows[-1]["stderr"].get(key) if rows else None
 
 
 def with_parts(keys: Iterable[str]) -> tuple[Metric, ...]:

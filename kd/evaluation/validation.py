@@ -36,14 +36,16 @@ class Validation(Callback):
         self.every, self.teacher, self.batches, self.axes = every, teacher, batches, axes
         self.bytes_per_token, self.before_training = bytes_per_token, before_training
         self.parts = parts
-        self.metrics: dict[str, float] = {}  # of the last validation
+        self.metrics: dict[str, float] = {}  # of the last validation, or of the one that is kept
+        self.step = -1  # of these metrics
         self.initial: dict[str, float] = {}  # of the validation before the first step, if there was one
 
     def state_dict(self) -> dict:
-        return {"metrics": self.metrics, "initial": self.initial}
+        return {"metrics": self.metrics, "initial": self.initial, "step": self.step}
 
     def load_state_dict(self, state: dict) -> None:
         self.metrics, self.initial = state["metrics"], state["initial"]
+        self.step = state.get("step", -1)  # checkpoints of older versions have none
 
     def on_train_start(self, trainer, module) -> None:
         if module.max_steps == 0:  # an evaluation
@@ -81,6 +83,7 @@ class Validation(Callback):
         if module.rollout and "lm" in result:
             module.rollout.on_validation(result["lm"])
         self.metrics = {f"val/{name}": value for name, value in result.items()} | self.axes()
+        self.step = trainer.global_step
         for logger in trainer.loggers:
             logger.log_metrics(self.metrics, step=trainer.global_step)
 

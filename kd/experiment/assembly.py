@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from kd.config.device_rules import check_shards
 from kd.config.schema import ExperimentConfig
+from kd.data.batches import Packed
 from kd.data.datamodule import DistillationData
 from kd.data.tokenizer import vocabulary_size
 from kd.errors import check
@@ -18,12 +20,13 @@ from kd.evaluation.validation import Validation
 from kd.experiment import stores, teacher_weights
 from kd.experiment.compilation import Compiled, compiled_parts, training_flops
 from kd.experiment.components import Components
-from kd.experiment.dependencies import teacher_computation
+from kd.experiment.dependencies import corpus, teacher_computation
 from kd.experiment.prerequisites import Inputs, full_name
 from kd.models import adapters, causal_lm, flops, weights
 from kd.models.causal_lm import CausalLM
 from kd.parallel import collectives, fsdp
 from kd.rollout.samplers import Samplers
+from kd.runs.export import export_step
 from kd.runs.run import Run
 from kd.system.compilation import keep_compiled_code
 from kd.teachers.base import Teacher, TeacherOrigin
@@ -31,6 +34,7 @@ from kd.training.callbacks.checkpoints import Checkpoints
 from kd.training.callbacks.logits_recorder import LogitsRecorder
 from kd.training.callbacks.metric_log import MetricLog
 from kd.training.callbacks.progress import ProgressBar
+from kd.training.callbacks.step_selection import StepSelection
 from kd.training.callbacks.throughput import Throughput
 from kd.training.module import DistillationModule, Schedules
 
@@ -114,6 +118,7 @@ class RunCallbacks(NamedTuple):
     throughput: Throughput
     metric_log: MetricLog
     validation: Validation
+    selection: StepSelection
     progress: ProgressBar
     responses: responses.ResponseEvaluation | None
 
@@ -143,15 +148,29 @@ def build_callbacks(
         trainer.val_every, teacher, data.validation_batches(trainer.micro_batch, rows, least), throughput.axes,
         packed.bytes_per_token, config.is_pretrained, packed.parts,
     )  # fmt: skip
+    model, tokenizer = module.student.model, inputs.components.tokenizer
+    save = partial(export_step, run, model=model, tokenizer=tokenizer, ends=row_ends(config, packed, tokenizer))
     return RunCallbacks(
         Checkpoints(run, trainer.checkpoint_every, options, code, *saving),
         LogitsRecorder(recorder) if recorder else None,
         throughput,
         MetricLog(trainer.log_every, throughput.axes),
         validation,
+        StepSelection(validation, trainer.keep, trainer.patience, save),
         ProgressBar(title, trainer.steps, shown=collectives.rank() == 0),
         _responses(run, config, inputs, teacher, validation),
     )
+
+
+def row_ends(config: ExperimentConfig, packed: Packed, tokenizer) -> list[int]:
+    """Return the tokens that end a response or a text in the rows of a run; none where rows have no end."""
+    if packed.eos_token_id is not None:
+        ends = [packed.eos_token_id]
+    else:
+        ends = [] if corpus(config)[0].words else [tokenizer.eos_token_id]
+    if config.lm == "plain":
+        ends.append(tokenizer.eos_token_id)
+    return list(dict.fromkeys(ends))
 
 
 def _responses(

@@ -11,7 +11,6 @@ import lightning
 from kd.config import plugins
 from kd.config.schema import ExperimentConfig
 from kd.data import packing
-from kd.data.batches import Packed
 from kd.data.datamodule import DistillationData
 from kd.errors import UserError
 from kd.evaluation import catalog
@@ -22,10 +21,11 @@ from kd.experiment.assembly import (
     build_data,
     build_module,
     build_teacher,
+    row_ends,
     sharded_roles,
 )
 from kd.experiment.components import Components, build_functions
-from kd.experiment.dependencies import corpus, plugged_in
+from kd.experiment.dependencies import plugged_in
 from kd.experiment.prerequisites import Inputs
 from kd.models import adapters, flops
 from kd.parallel import collectives, fsdp
@@ -248,20 +248,10 @@ def result_of(run: Run, config: ExperimentConfig, inputs: Inputs, parts: Assembl
         "bytes_per_token": packed.bytes_per_token, "tokens": throughput.tokens, "flops": throughput.flops,
         "seconds": round(throughput.seconds, 2), "peak_memory": memory,
         "micro_batch": parts.module.micro_batch_size, "performance": throughput.rates(),
+        "step": validation.step, "steps": parts.trainer.global_step,
         "initial": validation.initial or None,
         "final": validation.metrics,
     }  # fmt: skip
-
-
-def row_ends(config: ExperimentConfig, packed: Packed, tokenizer) -> list[int]:
-    """Return the tokens that end a response or a text in the rows of a run; none where rows have no end."""
-    if packed.eos_token_id is not None:
-        ends = [packed.eos_token_id]
-    else:
-        ends = [] if corpus(config)[0].words else [tokenizer.eos_token_id]
-    if config.lm == "plain":
-        ends.append(tokenizer.eos_token_id)
-    return list(dict.fromkeys(ends))
 
 
 def as_job(run: Run, inputs: Inputs) -> dict:

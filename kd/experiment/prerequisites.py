@@ -47,6 +47,8 @@ class Inputs(NamedTuple):
         size, name = (None, self.start) if self.start else (config.student.size, config.student.name)
         vocab = vocabulary_size(self.components.tokenizer)
         student = causal_lm.build_model(size, name, vocab=vocab, seq_len=config.data.seq_len, option="student.name")
+        if config.trainer.attention:
+            student.set_attention(config.trainer.attention)
         self.components.adapter(student)
         return student
 

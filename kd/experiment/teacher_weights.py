@@ -37,6 +37,8 @@ def load(config: ExperimentConfig, packed: Packed, vocab: int, name: str) -> Cau
     whole = _loss(config, packed, model) if measures else None
     device = collectives.device(config.trainer.accelerator)
     weights.hold(model, config.teacher.dtype, config.trainer.precision, device)
+    if config.teacher.dtype in weights.QUANTISED:
+        model.to(device)  # where its matrices are
     if measures:
         path.parent.mkdir(parents=True, exist_ok=True)
         rounded = _loss(config, packed, model)

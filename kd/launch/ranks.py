@@ -110,11 +110,11 @@ def _check_root(rendezvous: Rendezvous, config: ExperimentConfig) -> None:
 
 def work(path: str) -> None:
     """Do the work of a rank that kd/launch/rank_launcher.py started. path: file with the config."""
-    from kd.launch.training import train
+    from kd.launch.training import train_student
 
-    processes.stand_for(os.getppid())
+    processes.stand_for(launchers.parent)
     try:
         config = ExperimentConfig.from_dict(json.loads(Path(path).read_text()))
-        train(config, wait=config.sweep is not None, place=place_of(config.trainer))
+        train_student(config, wait=config.sweep is not None, place=place_of(config.trainer))
     except MISTAKES as error:
         exit_with_error(for_people(error))

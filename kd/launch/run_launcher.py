@@ -5,6 +5,7 @@ A run that raises, exits or is killed so affects no other run, and leaves no mem
 
 from __future__ import annotations
 
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -30,8 +31,8 @@ from kd.launch.summary import outcome, refused, summary, varying
 from kd.runs import loggers, wandb_agent
 from kd.runs.outcome import RunState
 from kd.runs.run import Run
-from kd.runs.seal import SEALED
-from kd.system import files, launchers
+from kd.runs.seal import SEALED, STUDENTS
+from kd.system import files, launchers, programs
 from kd.system.console import console, counted, exit_with_error
 from kd.system.signals import Preempted, requests
 
@@ -124,7 +125,22 @@ class RunLauncher(Launcher):
         self._prepare_wandb(name, {plan.run.name: plan.run for plan in planned if plan.logger == "wandb"}.values())
         order = [run.name for run, *_ in planned]
         self._work(name, list(jobs.values()), watch and (lambda run: watch(order.index(run.name), run)))
+        self._name_missing_benchmarks(name, jobs.values())
         return [self._return(jobs[run]) for run in order]
+
+    def _name_missing_benchmarks(self, name: str, jobs: Iterable[Job]) -> None:
+        """Print the command that adds benchmarks to finished runs, which a sweep does not start again."""
+        if not self.config.benchmarks:
+            return
+        from kd.evaluation.benchmarks import names_of
+        from kd.experiment import benchmarking
+
+        results = [(self._run_config(job.words), job.run.result()) for job in jobs]
+        if lacking := sum(bool(result and benchmarking.missing(config, result)) for config, result in results):
+            words = f"runs={name} benchmarks=[{','.join(names_of(self.config.benchmarks))}]"
+            runs = counted(lacking, "finished run lacks", "finished runs lack")
+            console.print(f"{runs} benchmarks. To add them, type\n"
+                          f"  {programs.command('evaluate')} {shlex.join(words.split())}", soft_wrap=True)  # fmt: skip
 
     def _show_plan(self, job_overrides: Sequence[Sequence[str]], labels: list[str]) -> NoReturn:
         """Print the cost of the runs, and end."""
@@ -204,10 +220,15 @@ class RunLauncher(Launcher):
             if trial not in sound:
                 prepare(config)
                 sound.add(trial)
+            if config.benchmarks and (names := str(config.benchmarks)) not in sound:
+                from kd.experiment import benchmarking
+
+                benchmarking.check(config, None)
+                sound.add(names)
         else:
             run.clean_up_if_done()
             if not run.remote:
-                run.check(result, *(name for name in SEALED if name != "student"))
+                run.check(result, *(name for name in SEALED if name not in ("student", STUDENTS)))
         return PlannedRun(run, gpus(config.trainer), config.logger.name, tasks(config.trainer))
 
     def check_before(self, plan: Plan, sound: set[str]) -> None:

@@ -10,6 +10,7 @@ from kd.experiment import prerequisites
 from kd.experiment.dependencies import Plan
 from kd.experiment.prerequisites import FinishedRun
 from kd.runs.run import Run
+from kd.system.console import console
 
 if TYPE_CHECKING:
     from kd.parallel.place import Place
@@ -17,6 +18,30 @@ if TYPE_CHECKING:
 
 
 def train(config: ExperimentConfig, wait: bool = True, place: Place | None = None) -> FinishedRun:
+    """Return the result of a run, with the benchmarks of its config, after its upload. See train_student().
+
+    What follows the training is checked before it, and is the work of rank 0.
+    """
+    if place is not None and place.rank:
+        return train_student(config, wait, place)
+    run, name = Plan.from_config(config).run, None
+    if config.push_to_hub:
+        from kd.runs import upload
+
+        name = upload.repository(config.push_to_hub)
+    if config.benchmarks:
+        from kd.experiment import benchmarking
+
+        benchmarking.check(config, None if config.force else run.result())
+    outcome = train_student(config, wait, place)
+    if config.benchmarks:
+        outcome = outcome._replace(result=benchmarking.add(run, config, outcome.result))
+    if name:
+        console.print(f"{run.name} is on the Hub: {upload.upload(run, outcome.result, name)}", soft_wrap=True)
+    return outcome
+
+
+def train_student(config: ExperimentConfig, wait: bool = True, place: Place | None = None) -> FinishedRun:
     """Return the result of a run. A finished run is read, and a started one is resumed. Prerequisites are made first.
 
     wait: True to wait for another process that works on the same run, instead of raising UserError. With force=true the

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kd.config.schema import ExperimentConfig
 from kd.config.secrets import SECRET, redacted
 from kd.errors import MISTAKES, UserError, first_line
 from kd.runs import wandb_agent
@@ -76,7 +77,7 @@ def tensorboard(folder: Path, about: WandbMetadata) -> list:
     from lightning.pytorch.loggers import TensorBoardLogger
 
     class TensorBoardView(TensorBoardLogger):
-        def close(self, final: dict[str, float] | None) -> None:
+        def close(self, final: dict[str, float] | None, responses: bool = True) -> None:
             self.log_hyperparams(about.config, {f"final/{k}": v for k, v in (final or {}).items()})
             super().finalize("success" if final else "failed")
 
@@ -149,6 +150,16 @@ def join(run: Run, result: dict, group: str) -> bool:
     if run.remote:
         run.remote.put_best_effort("wandb-group")
     return True
+
+
+def add_final(run: Run, config: ExperimentConfig, result: dict) -> None:
+    """Send the final metrics of a finished run to its logger again, with those that were added after its end."""
+    git = result.get("environment", {}).get("git")
+    metadata = wandb_metadata(run.name, result["config"], sizes_of(result), git)
+    for name in ("wandb-id", "metrics.jsonl"):
+        run.copy(name)
+    for view in views(config.logger.build("logger"), run.folder, metadata):
+        view.close(result["final"], responses=False)
 
 
 def wandb_run(**what):

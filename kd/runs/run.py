@@ -18,7 +18,7 @@ from kd.config.secrets import redacted
 from kd.errors import UserError
 from kd.runs.claim import CLAIM, Claim
 from kd.runs.outcome import Outcome, RunState, classify
-from kd.runs.seal import EXACCERR, RESPONSES, SEALED, digest_of_result, digests, is_sealed, is_whole
+from kd.runs.seal import EXACCERR, RESPONSES, SEALED, STUDENTS, digest_of_result, digests, is_sealed, is_whole
 from kd.system import files, remote, retries
 from kd.system.console import console
 from kd.system.files import read_json
@@ -33,7 +33,8 @@ class Run:
 
     config.json  resolved settings    metrics.jsonl  metrics per step    checkpoints/  to resume from
     result.json  written when the run is done, with digests of the other files and of itself
-    student/  the trained model    log.txt  console output, if a sweep started the run
+    student/  the trained model    students/  those of all validations, with trainer.keep=all
+    log.txt  console output, if a sweep started the run
     responses.jsonl, exaccerr.json  responses to the validation prompts, see kd/evaluation/responses.py
     performance.jsonl  speed and memory    state.json  state: running and where, or how it ended
 
@@ -153,7 +154,7 @@ class Run:
         """
         if config.force and self.is_done():
             self.discard()
-        for folder in (self.folder, self / "checkpoints"):
+        for folder in (self.folder, self / "checkpoints", self / STUDENTS):
             files.clear(folder)
         if self.remote:
             self._pull(self.remote)

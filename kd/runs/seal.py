@@ -11,7 +11,8 @@ from kd.system import files
 RESPONSES, EXACCERR = "responses.jsonl", "exaccerr.json"
 ADAPTER = "adapter"  # folder of the adapter alone, for adapter.export=both
 # What result.json keeps digests of, beside its own; folders with all that is in them.
-SEALED = ("config.json", "metrics.jsonl", RESPONSES, EXACCERR, "student", ADAPTER)
+STUDENTS = "students"  # models of all validations, with trainer.keep=all
+SEALED = ("config.json", "metrics.jsonl", RESPONSES, EXACCERR, "student", ADAPTER, STUDENTS)
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
-from kd.evaluation.catalog import LOSS
+from kd.evaluation.catalog import BENCHMARK, LOSS
 from kd.experiment.results import Entry
 from kd.system.console import strip_control_characters
 from sweeps.report.groups import Group, name_without_loss, outcome_settings, varying
@@ -23,19 +23,19 @@ def csv_table(report: Report) -> str:
     """
     runs = list({entry.folder: entry for entry in report.entries}.values())
     keys = settings_that_vary(report.rows)
-    metrics = sorted({k for e in runs if e.result for k in e.result["final"] if k.startswith("val/")})
-    metrics.sort(key=LOSS.key.__ne__)
+    metrics = sorted({k for e in runs if e.result for k in e.result["final"] if k.startswith(("val/", BENCHMARK))})
+    metrics.sort(key=lambda key: (key != LOSS.key, key.startswith(BENCHMARK)))
     rows = {e.folder: row for row in report.rows for e in row.group.runs.values()}
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["run", "state", "reason", "label", *keys, "seed", *metrics, "difference", "to_the_first",
-                     "tokens", "flops", "seconds", "command"])  # fmt: skip
+                     "step", "tokens", "flops", "seconds", "command"])  # fmt: skip
     for entry in runs:
         row, result = rows.get(entry.folder), entry.result
         cells: list
         if result is None:
             typed = typed_settings(entry)
-            cells = ["", *(typed.get(k, "") for k in keys), typed.get("seed", ""), *[""] * (len(metrics) + 5)]
+            cells = ["", *(typed.get(k, "") for k in keys), typed.get("seed", ""), *[""] * (len(metrics) + 6)]
         else:
             config = row.group.config if row else outcome_settings(result["config"])
             final, seed = result["final"], result["config"]["seed"]
@@ -43,7 +43,7 @@ def csv_table(report: Report) -> str:
             cells += [final.get(k) for k in metrics]
             for other in (row.baseline, row.best) if row else (None, None):
                 cells.append(seed_difference(row.group, other, seed, report.metric.key) if row and other else None)
-            cells += [result.get(k) for k in ("tokens", "flops", "seconds")]
+            cells += [result.get(k) for k in ("step", "tokens", "flops", "seconds")]
         writer.writerow(map(safe_cell, [entry.folder.name, entry.state, entry.message, *cells, entry.command]))
     return out.getvalue()
 

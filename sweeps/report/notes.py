@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from statistics import fmean
 
 from kd.experiment.results import Entry
+from kd.runs.export import selected_step
 from kd.runs.identity import model_name, size_text
 from kd.runs.provenance import doubts_of_many
 from kd.system.console import format_duration
@@ -35,9 +36,21 @@ def facts(entries: list[Entry], groups: list[Group]) -> dict[str, str]:
         "tokens per run": alternatives(f"{n:,}" for n in tokens)
         if len(tokens) < 5
         else f"{tokens[0]:,} to {tokens[-1]:,}",
+        **selected_steps(results),
         "time": f"{format_duration(sum(r.get('seconds', 0) for r in results))} in all",
         "git": alternatives(str(r["environment"]["git"] or "unknown") for r in results),
     } | ({"logits=offline": str(saving)} if saving else {})
+
+
+def selected_steps(results: list[dict]) -> dict[str, str]:
+    """Return how many results are not of the last of all steps, and of which; nothing if there are none."""
+    steps = [result["step"] for result in results if selected_step(result)]
+    if not steps:
+        return {}
+    best = sum(result["step"] != result["steps"] for result in results if selected_step(result))
+    early = sum(result["steps"] != result["config"]["trainer.steps"] for result in results if selected_step(result))
+    text = f"{best} of {len(results)} results are of the validation with the lowest loss, {early} of a training that "
+    return {"selected steps": f"{text}ended early; of steps {min(steps):,} to {max(steps):,}"}
 
 
 def alternatives(values: Iterable[str | None]) -> str:

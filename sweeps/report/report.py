@@ -11,6 +11,7 @@ from kd.errors import UserError
 from kd.evaluation.catalog import Metric
 from kd.experiment.results import Entry, load_sweep
 from sweeps.report import notes
+from sweeps.report.benchmarks import benchmark_section
 from sweeps.report.groups import Group, describe_task, group_runs, primary_metric
 from sweeps.report.marginals import Axis, marginal_means
 from sweeps.report.question import papers_answer, question
@@ -50,7 +51,7 @@ class Report:
     warnings: list[str]
     caveats: list[str]
     samples: list[Sample]
-    sections: tuple[Section, ...] = ()  # of plug-ins
+    sections: tuple[Section, ...] = ()  # benchmarks, and those of plug-ins
 
     @property
     def task(self) -> str:
@@ -105,4 +106,6 @@ def build_report(root: str | Path, name: str) -> Report:
         samples=samples_of(shown),
     )
     sections, faults = plugged_in(report)
-    return replace(report, sections=sections, warnings=[*report.warnings, *faults])
+    benchmarks = benchmark_section(rows)
+    own_first = (*([benchmarks] if benchmarks else []), *sections)
+    return replace(report, sections=own_first, warnings=[*report.warnings, *faults])

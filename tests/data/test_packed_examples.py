@@ -77,8 +77,8 @@ def models() -> tuple[CausalLM, CausalLM]:
         config = transformers.GPT2Config(vocab_size=259, n_embd=16, n_layer=2, n_head=2, n_positions=SEQ_LEN)
         model = transformers.GPT2LMHeadModel(config).double().eval()
         torch.nn.init.normal_(model.transformer.wte.weight, std=0.5)
-        pair.append(CausalLM(model, 259))
-    return pair[0], made[1]
+        models_by_seed.append(CausalLM(model, 259))
+    return models_by_seed[0], models_by_seed[1]
 
 
 def losses(packed, student: CausalLM, teacher: CausalLM) -> tuple[list[float], dict[str, torch.Tensor]]:

@@ -1,6 +1,7 @@
 """First weights that are made of the teacher: made once, checked, named by what they depend on."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from kd.data import packing
+from kd.data.batches import FIRST, NOT_LEARNED
 from kd.experiment import planner, starts
 from kd.experiment.cleanup import Root, leftovers
 from kd.experiment.dependencies import Plan
@@ -124,6 +126,15 @@ def test_new_weights_have_the_shape_and_come_from_the_seed(root, run):
     assert not torch.equal(drawn[0][name], drawn[2][name]) and not torch.equal(drawn[0][name], given[name])
 
 
+def test_first_weights_are_whole_whatever_the_dtype_of_the_teacher_is(root, run, tmp_path):
+    words = ("start.layers=1", "teacher.dtype=int8")
+    new = shutil.copytree(root, tmp_path / "root")
+    shutil.rmtree(new / "starts")
+    here(new, *START, *words)
+    usual, again = weights(folder_of(root, "start.layers=1")), weights(folder_of(new, *words))
+    assert usual.keys() == again.keys() and all(torch.equal(usual[name], again[name]) for name in usual)
+
+
 def test_damaged_first_weights_are_refused_with_the_command_that_removes_them(root, run, tmp_path):
     config = small_config(tmp_path, *START, "start.layers=1")
     packed, _ = prepare(config)
@@ -140,11 +151,15 @@ def test_padding_of_examples_is_left_out_of_the_sample():
     tokens, spans = np.arange(18, dtype=np.uint16).reshape(3, 6), np.array([[1, 3], [2, 6], [1, 6]])
     packed = packing.Packed(Path(), tokens, tokens, None, None, {}, train_spans=spans)
     batches = list(starts._sample(packed, 2, 1, torch.device("cpu")))
-    assert [ids.tolist() for ids, _ in batches] == [[[0, 1, 2, 3, 4]], [[6, 7, 8, 9, 10]]]
-    assert [mask.sum().item() for _, mask in batches] == [3, 5]
+    assert [rows.ids.tolist() for rows in batches] == [[[0, 1, 2, 3, 4]], [[6, 7, 8, 9, 10]]]
+    assert [rows.mask.sum().item() for rows in batches] == [3, 5]
     full = packing.Packed(Path(), tokens, tokens, None, None, {})
-    ((ids, mask),) = starts._sample(full, 99, 4, torch.device("cpu"))
-    assert ids.shape == mask.shape == (3, 5) and mask.all()
+    (rows,) = starts._sample(full, 99, 4, torch.device("cpu"))
+    assert rows.ids.shape == rows.mask.shape == (3, 5) and rows.mask.all() and rows.positions is None
+    marks = np.array([[FIRST, NOT_LEARNED, 0, FIRST, 0, NOT_LEARNED], [FIRST, 0, 0, 0, 0, 0]], np.uint8)
+    several = packing.Packed(Path(), tokens[:2], tokens, None, None, {}, train_marks=marks)
+    (rows,) = starts._sample(several, 2, 4, torch.device("cpu"))
+    assert rows.mask.sum(1).tolist() == [5, 5] and rows.positions.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize(
