@@ -11,6 +11,7 @@ import train as product
 from kd.config.compose import config_of
 from kd.evaluate import evaluation_words, main
 from kd.evaluation.validation import Validation
+from kd.experiment import planner
 from kd.experiment.results import read_run
 from sweeps.fit.observations import from_sweep
 from sweeps.report.groups import group_runs
@@ -150,3 +151,9 @@ def test_help_is_its_own(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["kd-evaluate", "--help"])
     main()
     assert "python -m kd.evaluate student=MODEL" in capsys.readouterr().out
+
+
+def test_a_plan_of_an_evaluation_counts_no_training(root):
+    typed = evaluation_words([*DATA, *SAME, f"root={root}", *models(root)])
+    ((name, estimate),) = planner.estimate(config_of(typed)).items()
+    assert name.startswith("eval-") and estimate.tokens == 0 and estimate.flops == 0 and estimate.seconds > 0

@@ -22,6 +22,12 @@ def check_adapter(config: ExperimentConfig) -> None:
             why="the weights under an adapter stay as they are, and these are random",
             hint="type student=hub student.name=…, or start=pretrained",
         )
+    if config.start.to_dict().get("keep") == "random":
+        raise refused.replace(
+            conflict="start.keep=random",
+            why="the weights under an adapter stay as they are, and these are random",
+            hint="leave start.keep out",
+        )
     if config.optim.name == "mup":
         raise refused.replace(
             conflict="optim=mup",

@@ -255,7 +255,7 @@ class InitConfig(ConfigNode):
         kind = kinds.get(stage, InitConfig) if isinstance(stage, str) else InitConfig
         check_shape(node, path)
         # `stage` chooses the class, whatever `cls` is.
-        return super(InitConfig, kind).from_node(node, path)  # type: ignore[return-value]
+        return super(InitConfig, kind).from_node(node, path)  # type: ignore[misc]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,11 +287,6 @@ class TeacherInit(InitConfig):
     kv_heads: int | None = setting(least=1)
     hidden: int | None = setting(least=1)
     sample: int = setting(least=1)  # rows
-
-    @property
-    def layer_count(self) -> int | None:
-        """Number of layers; None for all of the teacher's."""
-        return len(self.layers) if isinstance(self.layers, list) else self.layers  # type: ignore[return-value]
 
     @property
     def ranks_layers(self) -> bool:

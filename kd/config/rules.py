@@ -30,7 +30,7 @@ def check_deletions(overrides: Iterable[str]) -> None:
 
 
 def check_values(config: ExperimentConfig) -> None:
-    """Refuse an empty root, a sweep name that is a path, and a model that is named twice or not at all."""
+    """Refuse an empty root, a sweep name that is a path, a model named twice or not at all, and a wrong evaluation."""
     if not config.root:
         hint = "type root=runs, and unset KD_ROOT if it is empty"
         raise UserError(option="root", got="", need="a folder or a URL", hint=hint)
@@ -60,6 +60,7 @@ def check_values(config: ExperimentConfig) -> None:
             need="a size, or the name of a model",
             hint="type e.g. student=200k, student=hub student.name=…, or start=teacher",
         )
+    check_evaluation(config)
 
 
 def check_steps(config: ExperimentConfig, overrides: Iterable[str]) -> None:
@@ -271,7 +272,7 @@ def name_of(word: str) -> str:
 
 Rule = Callable[["ExperimentConfig"], None]
 RULES: tuple[Rule, ...] = (
-    check_scale, check_evaluation, check_logits, check_ranks, check_attention, check_optimizer, check_loss,
+    check_scale, check_logits, check_ranks, check_attention, check_optimizer, check_loss,
     check_token_info, check_sampling, check_lm, check_teacher, check_rollout, check_adapter, check_start,
     check_selection, check_upload,
 )  # fmt: skip

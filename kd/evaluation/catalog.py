@@ -142,11 +142,12 @@ def metrics() -> tuple[Metric, ...]:
 def benchmarks(results: Iterable[dict]) -> tuple[Metric, ...]:
     """Return the benchmarks that results have as metrics, which report neither a plot nor a column of their own."""
     by_name: dict[str, Metric] = {}
+    directions: dict[bool, Literal["lower", "higher"]] = {True: "higher", False: "lower"}
     for result in results:
         for benchmark in result.get("benchmarks", {}).values():
             for task, row in benchmark["tasks"].items():
                 for key in row["values"]:
-                    better = {True: "higher", False: "lower"}.get(row["higher_is_better"].get(key))
+                    better = directions.get(row["higher_is_better"].get(key))
                     meaning = f"{row['samples']} examples with {row['shots']} shots" if row["samples"] else "of a group"
                     name = f"{BENCHMARK}{task}/{key}"
                     by_name.setdefault(name, Metric(name, f"{task} {key}", meaning, better, column=False))

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kd.config.groups import TeacherInit
 from kd.config.schema import ExperimentConfig
-from kd.data.batches import Packed
+from kd.data.batches import NOT_LEARNED, Packed, to_batch
 from kd.models import flops, importance, prune
 from kd.models.causal_lm import CausalLM
 from kd.models.prune import Importance, Widths
@@ -64,10 +63,10 @@ def _layers(start: TeacherInit, shape, measured: Importance | None = None) -> li
     prune.family_of(shape)  # refuses other architectures
     total = shape.num_hidden_layers
     prune.check_layers(total, start.layers)
-    if isinstance(start.layers, list):
-        return start.layers
+    if not isinstance(start.layers, int | None):
+        return list(start.layers)
     if start.ranks_layers and measured:
-        return prune.choose_layers(total, start.layers, "influence", measured.layers.tolist())
+        return prune.choose_layers(total, start.layers or total, "influence", measured.layers.tolist())
     return prune.choose_layers(total, start.layers or total, "every" if start.keep == "every" else "uniform")
 
 
@@ -94,12 +93,18 @@ def _write(config: ExperimentConfig, packed: Packed, teacher: CausalLM, folder: 
     return about
 
 
-def _sample(packed: Packed, rows: int, batch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the first rows of the training data as ids and masks [B, T]; a mask is False at padding."""
+def _sample(packed: Packed, rows: int, batch: int, device: torch.device) -> Iterator[importance.Rows]:
+    """Yield the first rows of the training data; a mask is False at padding."""
     width = packed.train.shape[1] - 1
     for first in range(0, min(rows, len(packed.train)), batch):
-        part = slice(first, min(first + batch, rows))
-        ids = torch.from_numpy(packed.train[part, :-1].astype(np.int64))
-        ends = np.full(len(ids), width) if packed.train_spans is None else packed.train_spans[part, 1]
-        mask = torch.arange(width) < torch.from_numpy(ends.astype(np.int64))[:, None]
-        yield ids.to(device), mask.to(device)
+        index = np.arange(first, min(first + batch, rows, len(packed.train)))
+        marks = None if packed.train_marks is None else packed.train_marks[index]
+        given = to_batch(packed.train[index], index, np.zeros((len(index), width), np.int64), marks=marks)
+        ends = np.full(len(index), width)
+        if packed.train_spans is not None:
+            ends = packed.train_spans[index, 1].astype(np.int64)
+        elif marks is not None:  # the last token of a document is learned, and padding is not
+            ends = marks.shape[1] - np.argmax(marks[:, ::-1] != NOT_LEARNED, axis=1)
+        mask = torch.arange(width) < torch.from_numpy(ends)[:, None]
+        positions = None if given.positions is None else given.positions.to(device)
+        yield importance.Rows(given.ids.to(device), mask.to(device), positions)

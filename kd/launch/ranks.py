@@ -112,7 +112,7 @@ def work(path: str) -> None:
     """Do the work of a rank that kd/launch/rank_launcher.py started. path: file with the config."""
     from kd.launch.training import train_student
 
-    processes.stand_for(os.getppid())
+    processes.stand_for(launchers.parent)
     try:
         config = ExperimentConfig.from_dict(json.loads(Path(path).read_text()))
         train_student(config, wait=config.sweep is not None, place=place_of(config.trainer))

@@ -6,6 +6,7 @@ One forward pass measures all of them, by hooks. Padding does not count.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +55,16 @@ class BlockInfluence:
         return 1 - self.total / max(1, self.tokens)
 
 
-def measure(model, batches: Iterable[tuple[Tensor, Tensor]]) -> Importance:
-    """Return the importance of the parts of a Hugging Face causal LM on batches of ids and masks [B, T].
+class Rows(NamedTuple):
+    """Rows of text, some of them with padding at their end."""
 
-    A mask is True at the tokens of a row, and False at the padding behind them.
-    """
+    ids: Tensor  # [B, T]
+    mask: Tensor  # [B, T], False at padding
+    positions: Tensor | None = None  # [B, T], places of tokens in their documents; None for one document per row
+
+
+def measure(model, batches: Iterable[Rows]) -> Importance:
+    """Return the importance of the parts of a Hugging Face causal LM on some rows."""
     family, config = family_of(model.config), model.config
     layers = list(model.get_submodule(family.layers))
     influence = [BlockInfluence() for _ in layers]
@@ -94,9 +100,10 @@ def measure(model, batches: Iterable[tuple[Tensor, Tensor]]) -> Importance:
     model.eval()
     try:
         with torch.no_grad():
-            for ids, batch_mask in batches:
-                mask = batch_mask
-                model.base_model(input_ids=ids, use_cache=False)
+            for rows in batches:
+                mask = rows.mask
+                places = {} if rows.positions is None else {"position_ids": rows.positions}
+                model.base_model(input_ids=rows.ids, use_cache=False, **places)
     finally:
         for handle in handles:
             handle.remove()

@@ -34,8 +34,10 @@ def place_of(trainer: TrainerConfig) -> Place | None:
     given = launchers.given
     if launchers.by_torchrun():
         launcher, per_machine = "torchrun", int(given.get("LOCAL_WORLD_SIZE", trainer.devices))
-        numbers = (int(given[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        place = Place(*numbers, given["MASTER_ADDR"], int(given["MASTER_PORT"]))
+        rank, world_size, local_rank, port = (
+            int(given[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+        )
+        place = Place(rank, world_size, local_rank, given["MASTER_ADDR"], port)
         _check_restarts(trainer)
     elif trainer.ranks > 1 and launchers.by_srun(os.environ):
         launcher, place = "srun", _place_in_slurm()

@@ -38,7 +38,7 @@ class Rendezvous:
     def __init__(self, place: Place, store: dist.Store | None = None):
         self.place, self.exchanges = place, 0
         if "TORCHELASTIC_RUN_ID" in launchers.given:
-            threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+            threading.Thread(target=_end_with, args=(launchers.parent,), daemon=True).start()
         self.base = store or dist.TCPStore(
             place.address, place.port, place.world_size, place.serves, CONNECT, wait_for_workers=False,
             multi_tenant=True,

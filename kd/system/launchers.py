@@ -8,6 +8,7 @@ that imports kd keeps its variables.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, MutableMapping
 
@@ -19,6 +20,7 @@ RANKS = re.compile(
 TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 given: dict[str, str] = {}  # variables that this process was started with
+parent = os.getppid()  # process that started this one, even if that ends during the imports
 
 
 def forget_ranks(environment: MutableMapping[str, str]) -> None:

@@ -4,7 +4,7 @@ import importlib
 import inspect
 
 from hydra import compose
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import train  # noqa: F401, registers what Hydra knows
 from kd.config import components
@@ -30,9 +30,15 @@ def config_of(*words: str) -> ExperimentConfig:
         if any(word.startswith(option) for word in typed) and needed.partition("=")[0] not in groups:
             typed.append(needed)
     composed = compose("config", typed)
-    for missing in OmegaConf.missing_keys(composed):
-        OmegaConf.update(composed, missing, "x")
+    fill(composed)
     return ExperimentConfig.from_hydra(composed, typed)
+
+
+def fill(config: DictConfig) -> None:
+    """Set values that a user has to type."""
+    for missing in OmegaConf.missing_keys(config):
+        part = {"web": {"source": "python", "weight": 1.0}}
+        OmegaConf.update(config, missing, part if missing == "data.parts" else "x")
 
 
 def given(node: dict) -> dict:

@@ -42,7 +42,7 @@ TYPED = {  # words as they are typed, and the words that the hint names
     "data=text data.files=[a.txt": "'data.files=[a.txt]'",
     "root=s3://x/y?z=1": "'root=\"s3://x/y?z=1\"'",
     '"root=it\'s"': "'root=\"it'\"'\"'s\"'",
-    "'root=a\"\\b'": '\'root="a\\"\\\\b"\'',
+    "'root=a\"\\b'": '\'root="a\\"\\b"\'',
     "lr.peak=1e-3,": "lr.peak=1e-3",
     "trainer.steps=5)": "trainer.steps=5",
     "teacher.sft": "teacher.sft=true",

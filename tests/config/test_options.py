@@ -19,7 +19,7 @@ from kd.rollout.base import traits
 from kd.runs import identity
 from kd.training import schedules
 from tests.cases import each, settings
-from tests.config.options import CALLABLE, CHOSEN, GROUPS, OPTIONS, SIZED, defaults, function_of, given
+from tests.config.options import CALLABLE, CHOSEN, GROUPS, OPTIONS, SIZED, defaults, fill, function_of, given
 
 pytestmark = pytest.mark.usefixtures("conf")
 
@@ -31,8 +31,7 @@ def together(number: int) -> ExperimentConfig:
     for option in CHOSEN:
         by_group.setdefault(option.partition("=")[0], []).append(option)
     config = compose("config", [options[number % len(options)] for options in by_group.values()])
-    for missing in OmegaConf.missing_keys(config):
-        OmegaConf.update(config, missing, {} if missing == "data.parts" else "x")
+    fill(config)
     return ExperimentConfig.from_node(nodes.to_node(config))
 
 

@@ -10,8 +10,8 @@ from kd.experiment.dependencies import Plan, corpus
 from kd.models.causal_lm import CausalLM, from_size
 from kd.objective.chunked import log_probabilities
 from tests.data.test_mixture import mixed
-from tests.data.test_packing import SETTINGS, documents
-from tests.data.test_packing import corpus as text
+from tests.data.texts import SETTINGS, documents
+from tests.data.texts import corpus as text
 from tests.refusals import refused
 from tests.small import here, result, small_config
 

@@ -64,14 +64,14 @@ def tasks(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def finished(tmp_path_factory) -> Path:
     """A root with a student and its teacher."""
     return shared(tmp_path_factory, "student", lambda root: here(root, *RUN))
 
 
 @pytest.fixture
-def root(made, tmp_path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "root"))
+def root(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "root"))
 
 
 def test_names_are_tasks_files_or_folders(tasks):
@@ -190,21 +190,21 @@ def test_an_interrupted_command_goes_on_where_it_stopped(root, tasks, monkeypatc
     config = small_config(root, *RUN, f"benchmarks=[{tasks}/]")
     run = Run(root, folder(root, "fkl").name)
     empty = {"tasks": {}, "files": None, "lm_eval": "", "seconds": 0.0}
-    made = []
+    measured = []
 
     def interrupted(model, some, *_):
         for benchmark in some:
-            if made == ["states"]:
-                made.append("stop")
+            if measured == ["states"]:
+                measured.append("stop")
                 raise KeyboardInterrupt
-            made.append(benchmark.name)
+            measured.append(benchmark.name)
             yield benchmark, empty | {"files": benchmark.digest}
 
     monkeypatch.setattr(benchmarks, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         benchmarking.add(run, config, run.result())
     benchmarking.add(run, config, run.result())
-    assert made == ["states", "stop", "steps"] and set(run.result()["benchmarks"]) == {"states", "steps"}
+    assert measured == ["states", "stop", "steps"] and set(run.result()["benchmarks"]) == {"states", "steps"}
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kd.config.compose import config_of
+from kd.experiment import planner, step_timing
 from kd.experiment.dependencies import Plan
 from kd.models import causal_lm
 from kd.runs import identity
@@ -188,6 +189,14 @@ def test_a_teacher_that_is_fine_tuned_first_has_weights_of_its_own(root, tmp_pat
     assert done["final"]["val/teacher_lm"] != pytest.approx(done["initial"]["val/lm"], abs=1e-4)
 
 
+def test_a_plan_counts_the_weights_that_learn(root, tmp_path):
+    (estimate,) = planner.estimate(small_config(tmp_path, *words(root, teacher="base"))).values()
+    assert (estimate.parameters, estimate.trainable) == (20_256, 3_968)
+    assert estimate.temporary_disk == 2 * 12 * 3_968  # two checkpoints of weights and moments
+    assert step_timing._is_under_adapter(small_config(tmp_path, *words(root, teacher="base")))
+    assert not step_timing._is_under_adapter(small_config(tmp_path, *words(root)))
+
+
 def test_names_and_axes_have_the_adapter(root, tmp_path):
     def named(*more: str) -> str:
         return Plan.from_config(small_config(tmp_path, *words(root, *more))).run.name
@@ -223,6 +232,8 @@ def test_what_cannot_treat_an_adapter_is_refused(more, fields):
 def test_an_adapter_for_a_random_student_is_refused():
     with refused(option="adapter", got="lora", conflict="student.size=200k", hint="start=pretrained"):
         config_of(["adapter=lora"])
+    with refused(option="adapter", got="lora", conflict="start.keep=random", hint="leave start.keep out"):
+        config_of(["adapter=lora", "start=teacher", "start.keep=random"])
     config = config_of(["adapter=lora", "start=pretrained"])
     assert config.optim.name == "AdamW" and config.lr.args["peak"] == 2e-4
     assert Plan.from_config(config).start.adapter.is_none

@@ -101,7 +101,7 @@ def test_layers_that_are_computed_again_keep_less(tmp_path):
 
 
 def test_time_is_that_of_the_steps_measured(tmp_path, monkeypatch):
-    step = step_timing.Step({"student": Cost(10, 8, 100.0)}, rows=2, micro_batch=2.0, optimizer=0.5)
+    step = step_timing.Step({"student": Cost(10, 8, 100.0)}, 10, rows=2, micro_batch=2.0, optimizer=0.5)
     monkeypatch.setattr(step_timing, "_measure", lambda *_: step)
     words = ("logits=none", "teacher=none", "trainer.steps=10", "trainer.batch=4", "trainer.micro_batch=2")
     (estimate,) = estimates(tmp_path, *words, "trainer.val_every=5", "seed=9").values()

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from kd.data import packing
+from kd.data.batches import FIRST, NOT_LEARNED
 from kd.experiment import planner, starts
 from kd.experiment.cleanup import Root, leftovers
 from kd.experiment.dependencies import Plan
@@ -150,11 +151,15 @@ def test_padding_of_examples_is_left_out_of_the_sample():
     tokens, spans = np.arange(18, dtype=np.uint16).reshape(3, 6), np.array([[1, 3], [2, 6], [1, 6]])
     packed = packing.Packed(Path(), tokens, tokens, None, None, {}, train_spans=spans)
     batches = list(starts._sample(packed, 2, 1, torch.device("cpu")))
-    assert [ids.tolist() for ids, _ in batches] == [[[0, 1, 2, 3, 4]], [[6, 7, 8, 9, 10]]]
-    assert [mask.sum().item() for _, mask in batches] == [3, 5]
+    assert [rows.ids.tolist() for rows in batches] == [[[0, 1, 2, 3, 4]], [[6, 7, 8, 9, 10]]]
+    assert [rows.mask.sum().item() for rows in batches] == [3, 5]
     full = packing.Packed(Path(), tokens, tokens, None, None, {})
-    ((ids, mask),) = starts._sample(full, 99, 4, torch.device("cpu"))
-    assert ids.shape == mask.shape == (3, 5) and mask.all()
+    (rows,) = starts._sample(full, 99, 4, torch.device("cpu"))
+    assert rows.ids.shape == rows.mask.shape == (3, 5) and rows.mask.all() and rows.positions is None
+    marks = np.array([[FIRST, NOT_LEARNED, 0, FIRST, 0, NOT_LEARNED], [FIRST, 0, 0, 0, 0, 0]], np.uint8)
+    several = packing.Packed(Path(), tokens[:2], tokens, None, None, {}, train_marks=marks)
+    (rows,) = starts._sample(several, 2, 4, torch.device("cpu"))
+    assert rows.mask.sum(1).tolist() == [5, 5] and rows.positions.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from kd.launch import optuna_search
-from kd.launch.optuna_search import Watched, axis
+from kd.launch.optuna_search import Watched, alternatives, axis
+from kd.launch.sweeper import unused_everywhere, without
 from kd.runs.run import Run
 from tests.refusals import refused
 from tests.small import listed, result, start, train
@@ -159,3 +160,15 @@ def test_trial_that_goes_on_reports_no_step_twice(tmp_path, recwarn):
         (run / "metrics.jsonl").write_text("".join(lines))
         Watched(optuna, [trial])(0, run)
     assert study.trials[0].intermediate_values.keys() == {5, 10, 15} and not recwarn.list
+
+
+def test_settings_without_an_effect_in_a_trial_are_left_out_unless_no_trial_uses_them():
+    space = {"teacher": optuna.distributions.CategoricalDistribution(["1m", "none"]),
+             "lr.peak": optuna.distributions.FloatDistribution(1e-4, 1e-2)}  # fmt: skip
+    fixed = ["logits=none", "teacher.steps=5", "loss=akl"]
+    trials = alternatives(fixed, space)
+    assert trials == [[*fixed, f"teacher={teacher}", "lr.peak=0.0001"] for teacher in ("1m", "none")]
+    refused = unused_everywhere(trials, fixed)
+    assert refused == {"loss"}
+    assert without([*fixed, "teacher=none"], refused) == ["logits=none", "loss=akl", "teacher=none"]
+    assert without([*fixed, "teacher=1m"], refused) == [*fixed, "teacher=1m"]

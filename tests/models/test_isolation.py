@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from kd.models.causal_lm import CausalLM
-from tests.models.test_models import CONFIGS, GATED, MIXTURES, NO_ATTENTION, V
+from tests.models.examples import CONFIGS, GATED, MIXTURES, NO_ATTENTION, V
 from tests.refusals import refused
 
 LENGTHS = ((7, 12, 1, 4), (1, 1, 20, 2))  # of the documents in two rows; a window is shorter than some

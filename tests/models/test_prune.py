@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from kd.models import importance, prune
+from kd.models.importance import Rows
 from kd.models.prune import Widths
 from tests.refusals import refused
 
@@ -124,14 +125,14 @@ def test_scores_of_channels_by_hand():
 def test_importance_has_the_shape_of_the_model_and_does_not_depend_on_padding_or_batches(name):
     model = model_of(name)
     neurons, groups = (4 * D, HEADS) if name == "gpt2" else (F, HEADS if name == "gpt_neox" else GROUPS)
-    measured = importance.measure(model, [(IDS, WHOLE)])
+    measured = importance.measure(model, [Rows(IDS, WHOLE)])
     assert [x.shape for x in measured] == [(L,), (L, neurons), (L, groups), (D,)]
     assert all((scores > 0).all() for scores in measured)
     padded = torch.cat([IDS, torch.full((2, 5), 3)], 1)
     mask = torch.arange(T + 5) < torch.tensor([[T], [T]])
     for again in (
-        importance.measure(model, [(padded, mask)]),
-        importance.measure(model, [(IDS[:1], WHOLE[:1]), (IDS[1:], WHOLE[1:])]),
+        importance.measure(model, [Rows(padded, mask)]),
+        importance.measure(model, [Rows(IDS[:1], WHOLE[:1]), Rows(IDS[1:], WHOLE[1:])]),
     ):
         for a, b in zip(measured, again):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -147,7 +148,7 @@ def test_model_with_all_parts_has_the_logits_of_the_teacher_bit_for_bit(name):
     widths = Widths(ffn=prune.ffn_size(model.config))
     if name not in FFN_ALONE:
         widths = Widths(F, GROUPS, D if "hidden" in prune.family_of(model.config).widths else None)
-    measured = importance.measure(model, [(IDS, WHOLE)])
+    measured = importance.measure(model, [Rows(IDS, WHOLE)])
     assert torch.equal(logits(model), logits(pruned(model, list(range(L)), widths, measured)))
 
 

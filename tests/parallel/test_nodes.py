@@ -16,6 +16,7 @@ from tests.small import SMALL, TRAIN, folder, outcome, python, result, train
 
 pytestmark = pytest.mark.slow
 
+SECONDS = 900  # for what takes half a minute on a machine that does nothing else
 NODES = ("trainer.nodes=2", "trainer.devices=2", "trainer.micro_batch=1")
 
 
@@ -54,12 +55,12 @@ class Agents:
     def wait_for(self, lines: int) -> None:
         """Wait until the run has measured something so many times."""
         count = lambda: sum(p.read_bytes().count(b"\n") for p in self.root.glob("fkl*/metrics.jsonl"))  # noqa: E731
-        until(lambda: count() >= lines or self.processes[0].poll() is not None, 280)
+        until(lambda: count() >= lines or self.processes[0].poll() is not None, SECONDS)
         assert count() >= lines, self.processes[0].communicate()[0]
 
     def end(self, *codes: int) -> str:
         """Wait for both, and return what they printed. codes: their exit codes."""
-        return "".join(ended(process, code, 280) for process, code in zip(self.processes, codes, strict=True))
+        return "".join(ended(process, code, SECONDS) for process, code in zip(self.processes, codes, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def root(prepared, tmp_path) -> Path:
     return Path(shutil.copytree(prepared, tmp_path / "root"))
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("strategy, restarts", [("ddp", 1), ("fsdp", 0)])
 def test_killed_agent_is_started_again_and_the_run_ends_bit_for_bit(root, strategy, restarts):
     """The other agent waits for it, or is started again too."""
@@ -93,7 +94,7 @@ def test_killed_agent_is_started_again_and_the_run_ends_bit_for_bit(root, strate
             agents.processes[1] = agents.start(1)
             agents.end(0, 0)
         else:
-            assert "Connection closed by peer" in ended(agents.processes[0], 1, 280)
+            assert "Connection closed by peer" in ended(agents.processes[0], 1, SECONDS)
     if not restarts:
         assert json.loads((folder(root, "fkl") / "state.json").read_text())["state"] == "failed"
         with Agents(root, *words) as agents:
@@ -103,7 +104,7 @@ def test_killed_agent_is_started_again_and_the_run_ends_bit_for_bit(root, strate
     assert (config["trainer.nodes"], config["trainer.devices"]) == (2, 2)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_agent_that_ends_by_a_signal_has_all_ranks_save_a_checkpoint(root):
     with Agents(root, "trainer.steps=3000") as agents:
         agents.wait_for(3)
@@ -116,7 +117,7 @@ def test_agent_that_ends_by_a_signal_has_all_ranks_save_a_checkpoint(root):
     assert (folder(root, "fkl") / "checkpoints" / f"step-{step:08}.ckpt").exists()
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_other_words_on_one_machine_are_refused_once(root):
     with Agents(root, second=("trainer.steps=13",)) as agents:
         output = agents.end(1, 1)

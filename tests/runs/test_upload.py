@@ -47,14 +47,14 @@ def hub(monkeypatch) -> type[Hub]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def finished(tmp_path_factory) -> Path:
     """A root with a student and its teacher."""
     return shared(tmp_path_factory, "student", lambda root: here(root, *RUN))
 
 
 @pytest.fixture
-def root(made, tmp_path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "root"))
+def root(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "root"))
 
 
 def test_a_student_is_uploaded_with_its_card_and_the_name_of_the_run_stays(root, hub, capsys):

@@ -80,44 +80,44 @@ def test_a_checkpoint_holds_the_best_so_far():
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory) -> dict[str, Path]:
+def trained(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("root")
     return {keep: here(root, *RUN, f"trainer.keep={keep}") for keep in ("last", "best", "all")}
 
 
-def test_student_and_numbers_are_those_of_the_step_that_is_kept(kept):
-    lines = [json.loads(line) for line in (kept["best"] / "metrics.jsonl").read_text().splitlines()]
+def test_student_and_numbers_are_those_of_the_step_that_is_kept(trained):
+    lines = [json.loads(line) for line in (trained["best"] / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line for line in lines if "val/lm" in line}
     best = min(losses, key=lambda step: losses[step]["val/lm"])
-    made = result(kept["best"])
-    assert best < 12 and (made["step"], made["steps"]) == (best, 12)
-    assert made["final"] == {k: v for k, v in losses[best].items() if k != "step"}
-    assert selected_step(made) == f"The result is of step {best} of 12, the best by val/lm"
-    assert selected_step(made) in (kept["best"] / "student" / "README.md").read_text()
-    student = load_file(kept["best"] / "student" / "model.safetensors")
-    same = load_file(kept["all"] / "students" / f"step-{best:08}" / "model.safetensors")
+    content = result(trained["best"])
+    assert best < 12 and (content["step"], content["steps"]) == (best, 12)
+    assert content["final"] == {k: v for k, v in losses[best].items() if k != "step"}
+    assert selected_step(content) == f"The result is of step {best} of 12, the best by val/lm"
+    assert selected_step(content) in (trained["best"] / "student" / "README.md").read_text()
+    student = load_file(trained["best"] / "student" / "model.safetensors")
+    same = load_file(trained["all"] / "students" / f"step-{best:08}" / "model.safetensors")
     assert all(torch.equal(student[name], same[name]) for name in student)
 
 
-def test_all_is_the_last_and_every_validation(kept):
-    assert sorted(path.name for path in (kept["all"] / "students").iterdir()) == [
+def test_all_is_the_last_and_every_validation(trained):
+    assert sorted(path.name for path in (trained["all"] / "students").iterdir()) == [
         f"step-{step:08}" for step in (2, 4, 6, 8, 10, 12)
     ]
-    assert outcome(kept["all"]) == outcome(kept["last"])
-    made = result(kept["all"])
-    assert made["step"] == 12 and selected_step(made) == ""
-    assert "students/step-00000002/model.safetensors" in made["files"]
+    assert outcome(trained["all"]) == outcome(trained["last"])
+    content = result(trained["all"])
+    assert content["step"] == 12 and selected_step(content) == ""
+    assert "students/step-00000002/model.safetensors" in content["files"]
 
 
 def test_patience_ends_the_run_early(tmp_path):
     run = here(tmp_path, *RUN, "trainer.keep=best", "trainer.patience=1")
-    made = result(run)
-    assert made["step"] < made["steps"] == made["step"] + 2 < 12
-    assert "after 1 validations without a better one" in selected_step(made)
+    content = result(run)
+    assert content["step"] < content["steps"] == content["step"] + 2 < 12
+    assert "after 1 validations without a better one" in selected_step(content)
 
 
 @pytest.mark.parametrize("step", [5, 9, 12])
-def test_an_interrupted_run_ends_with_the_same_step(kept, tmp_path, monkeypatch, step):
+def test_an_interrupted_run_ends_with_the_same_step(trained, tmp_path, monkeypatch, step):
     real = DistillationModule.training_step
 
     def interrupted(module, batch, index):
@@ -130,7 +130,7 @@ def test_an_interrupted_run_ends_with_the_same_step(kept, tmp_path, monkeypatch,
         here(tmp_path, *RUN, "trainer.keep=best")
     monkeypatch.undo()
     run = here(tmp_path, *RUN, "trainer.keep=best")
-    assert outcome(run) == outcome(kept["best"]) and result(run)["final"] == result(kept["best"])["final"]
+    assert outcome(run) == outcome(trained["best"]) and result(run)["final"] == result(trained["best"])["final"]
 
 
 RECORDED = ("logits=none", "teacher=none", "record=top_k")
@@ -154,11 +154,11 @@ def test_what_has_no_such_step_is_refused(tmp_path, words, fields):
 
 
 @pytest.mark.slow
-def test_ranks_return_to_the_same_step(tmp_path, kept):
+def test_ranks_return_to_the_same_step(tmp_path, trained):
     """Responses are written by all ranks, so that all need the weights that the first has."""
     train(tmp_path, *RUN, "data.tokens=2000", "trainer.keep=best", "trainer.devices=2", "trainer.accelerator=cpu")
     (run,) = tmp_path.glob("lm-*")
-    assert result(run)["step"] == result(kept["best"])["step"]
-    assert result(run)["final"]["val/lm"] == pytest.approx(result(kept["best"])["final"]["val/lm"], rel=1e-4)
-    student, same = (load_file(path / "student" / "model.safetensors") for path in (run, kept["best"]))
+    assert result(run)["step"] == result(trained["best"])["step"]
+    assert result(run)["final"]["val/lm"] == pytest.approx(result(trained["best"])["final"]["val/lm"], rel=1e-4)
+    student, same = (load_file(path / "student" / "model.safetensors") for path in (run, trained["best"]))
     assert all(torch.allclose(student[name], same[name], atol=1e-3) for name in student)
