@@ -50,7 +50,9 @@ class Agents:
             f"--rdzv-conf=is_host={1 - node}",
         ]
         command = [sys.executable, "-m", "torch.distributed.run", *flags, str(TRAIN), *SMALL, f"root={self.root}"]
-        return python([*command, *NODES, *self.words[node]], self.root)
+        # With a store that agents share, one that is left does not tell a new one its address (torch 2.13).
+        alone = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if self.restarts else {}
+        return python([*command, *NODES, *self.words[node]], self.root, **alone)
 
     def wait_for(self, lines: int) -> None:
         """Wait until the run has measured something so many times."""
