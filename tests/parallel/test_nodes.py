@@ -50,7 +50,7 @@ class Agents:
             f"--rdzv-conf=is_host={1 - node}",
         ]
         command = [sys.executable, "-m", "torch.distributed.run", *flags, str(TRAIN), *SMALL, f"root={self.root}"]
-        # With a store that agents share, one that is left does not tell a new one its address (torch 2.13).
+        # Agents that share their store do not start again on it: github.com/pytorch/pytorch/issues/135712
         alone = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if self.restarts else {}
         return python([*command, *NODES, *self.words[node]], self.root, **alone)
 
