@@ -81,7 +81,10 @@ def add_benchmarks(words: list[str]) -> None:
         raise UserError(option="benchmarks", need="names of tasks", hint="type e.g. benchmarks=[arc_easy,piqa]")
     name = settings["runs"]
     is_run = files.is_name(name) and Run(root, name).copy("config.json").exists()
-    entries = [read_run(root, {"run": name, "overrides": []})] if is_run else load_sweep(root, name)
+    try:
+        entries = [read_run(root, {"run": name, "overrides": []})] if is_run else load_sweep(root, name)
+    except UserError as error:
+        raise error.replace(option="runs" if error.option == "sweeps" else error.option) from None
     entries = list({entry.folder: entry for entry in entries}.values())
     done = [entry.folder.name for entry in entries if entry.result]
     for number, run in enumerate(Run(root, name) for name in done):

@@ -81,9 +81,10 @@ def start(name: str) -> subprocess.Popen:
                  "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NUM_NODES": nodes,
                  "SLURM_NNODES": nodes, "SLURM_JOB_NAME": "kd", "SLURM_JOB_NODELIST": "one",
                  "SLURM_STEP_ID": "0", "SLURM_TASK": name}  # fmt: skip
+    # Job ids are small here, and there may be several such SLURMs on this machine.
+    variables["MASTER_PORT"] = str(20000 + (os.getpid() + int(index or 0)) % 10000)
     if index:
-        job = str(10000 + (os.getpid() + int(index)) % 10000)  # of its own, from which kd has a port
-        variables |= {"SLURM_JOB_ID": job, "SLURM_ARRAY_JOB_ID": number, "SLURM_ARRAY_TASK_ID": index}
+        variables |= {"SLURM_ARRAY_JOB_ID": number, "SLURM_ARRAY_TASK_ID": index}
     return subprocess.Popen(["bash", str(HERE / f"{number}.sh")], env=os.environ | variables, start_new_session=True)
 
 

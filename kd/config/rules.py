@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kd.config import components as conf
 from kd.config.adapter_rules import check_adapter
+from kd.config.data_rules import check_isolation
 from kd.config.device_rules import check_attention, check_optimizer, check_ranks
 from kd.config.evaluation_rules import check_evaluation, unused_in_evaluation
 from kd.config.rollout_rules import check_rollout
@@ -272,6 +273,7 @@ def name_of(word: str) -> str:
 
 Rule = Callable[["ExperimentConfig"], None]
 RULES: tuple[Rule, ...] = (
+    check_isolation,
     check_scale, check_logits, check_ranks, check_attention, check_optimizer, check_loss,
     check_token_info, check_sampling, check_lm, check_teacher, check_rollout, check_adapter, check_start,
     check_selection, check_upload,

@@ -30,10 +30,6 @@ def check_start(config: ExperimentConfig) -> None:
     if config.logits.source.trains_teacher:
         why, hint = "the teacher has not learned anything before the run", "type logits=online"
         raise refused.replace(conflict=f"logits={config.logits.source}", why=why, hint=hint)
-    if start.keep == "random" and not config.adapter.is_none:
-        why, hint = "the weights under an adapter stay as they are, and these are random", "leave adapter out"
-        raise refused.replace(option="start.keep", got="random", conflict=f"adapter={config.adapter.name}", why=why,
-                              hint=hint)  # fmt: skip
     if start.layers is None and not (start.ffn or start.kv_heads or start.hidden):
         why = "nothing of the teacher is left out, so that the student would be the teacher"
         hint = "type start.layers=…, start.ffn=…, start.kv_heads=… or start.hidden=…"

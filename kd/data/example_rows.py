@@ -74,7 +74,7 @@ class _ExampleRows:
         if pack:
             self.files["train_marks"] = open(folder / "train_marks.bin", "wb")
         self.packs = pack
-        self.open_rows: list[tuple[list[int], list[int]]] = []  # tokens and marks of rows that have room
+        self.open_rows: list[tuple[list[int | None], list[int]]] = []  # tokens and marks of rows that have room
         self.full_rows = 0
 
     def close(self) -> None:
@@ -109,7 +109,7 @@ class _ExampleRows:
         self.spans[side].append((len(prompt), len(row)))
         self.counts.cut += len(whole) > self.size
 
-    def _add_to_row(self, tokens: list[int], marks: list[int]) -> None:
+    def _add_to_row(self, tokens: list[int | None], marks: list[int]) -> None:
         """Add an example to the first row with room among the last OPEN_ROWS, or to a new one."""
         for row, row_marks in self.open_rows:
             if len(row) + len(tokens) <= self.size:

@@ -91,7 +91,7 @@ def _corpus(name: str, settings: dict) -> Corpus:
             "mixture": "a part cannot be a mixture itself",
             "instructions": "a part is plain text, and these are prompts with responses",
             "markov": "this text has a vocabulary of its own, and the parts share a tokenizer",
-        }.get(source, "" if source else "is needed here")  # fmt: skip
+        }.get(str(source), "" if source else "is needed here")  # fmt: skip
         need, hint = f"one of {', '.join(SOURCES)}", f"type e.g. {EXAMPLE}"
         got = source if source else ...
         raise UserError(option=f"{option}.source", got=got, why=why, need=need, hint=hint)

@@ -14,10 +14,11 @@ from __future__ import annotations
 import inspect
 import math
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -189,7 +190,7 @@ def _write(
     code: dict[str, str] | None = None, isolate: bool = False, pack: bool = False,
 ) -> None:  # fmt: skip
     split = TrainValSplit(val_share)
-    documents = _ordered_parts(corpus, split) if isinstance(corpus, Mixture) else ordered(corpus, split)
+    documents: Any = _ordered_parts(corpus, split) if isinstance(corpus, Mixture) else ordered(corpus, split)
     fast = _tokenizer(corpus, documents, split, vocab, tokenizer)
     fast.save_pretrained(folder / "tokenizer")
     if fast.eos_token_id is None and not corpus.words:
@@ -199,7 +200,9 @@ def _write(
             why="has no token for the end of a text, which separates documents",
             hint="choose a tokenizer that has an eos_token",
         )
-    write = write_mixture if isinstance(corpus, Mixture) else write_examples if corpus.pairs else write_text
+    write: Callable[..., dict] = (
+        write_mixture if isinstance(corpus, Mixture) else write_examples if corpus.pairs else write_text
+    )
     options = (seq_len, tokens or math.inf, val_rows, special == "tokens", isolate or pack)
     about = write(folder, corpus, documents, split, fast, *options)
     has_news = corpus.pairs or about["counts"]["left_out"].keys() - {"limit"} or about["counts"]["special_as_text"]
@@ -220,7 +223,7 @@ def _ordered_parts(corpus: Mixture, split: TrainValSplit) -> dict[str, Iterable]
 
 
 def _tokenizer(
-    corpus: Corpus, documents: Iterable | Mapping[str, Iterable], split: TrainValSplit, vocab: int | None,
+    corpus: Corpus, documents: Any, split: TrainValSplit, vocab: int | None,
     name: str | None,
 ):  # fmt: skip
     """Return the tokenizer `name`, one token per word, or byte-level BPE trained on the text.
@@ -232,7 +235,6 @@ def _tokenizer(
     if name:
         return load_tokenizer(name, f"The tokenizer of {name}")
     if isinstance(corpus, Mixture):
-        assert isinstance(documents, Mapping), "a mixture has documents of each part"
         samples = (_sample(documents[part.name], split, None, SAMPLE * part.share) for part in corpus.parts)
         return train_tokenizer(chain.from_iterable(samples), vocab)
     template = templates.template_of(corpus.pairs, documents) if corpus.pairs else None

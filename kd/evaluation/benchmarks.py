@@ -86,8 +86,10 @@ def measure(model: str, benchmarks: list[Benchmark], device: str, batch_size: in
     Results: `tasks`, by name: values, standard errors, numbers of samples and shots, and which values are better;
     version of lm-eval, digest of the files, seconds.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
+
+    evaluator.get_git_commit_hash = lambda: None  # git would print an error outside of a checkout
 
     base = adapter_base(model, "benchmarks")
     arguments = {"pretrained": base, "peft": model} if base else {"pretrained": model}
@@ -95,7 +97,7 @@ def measure(model: str, benchmarks: list[Benchmark], device: str, batch_size: in
     for benchmark in benchmarks:
         start = time.monotonic()
         manager = _manager(*_place(benchmark))
-        results = simple_evaluate(lm, tasks=[benchmark.name], task_manager=manager, log_samples=False)
+        results = evaluator.simple_evaluate(lm, tasks=[benchmark.name], task_manager=manager, log_samples=False)
         yield benchmark, {
             "tasks": {name: _row(results, name) for name in _rows(results, benchmark.name)},
             "lm_eval": importlib.metadata.version("lm_eval"), "files": benchmark.digest,

@@ -65,7 +65,7 @@ class Validation(Callback):
     def validate(self, trainer, module) -> None:
         """Measure the student, and log the metrics."""
         module.eval()
-        measures = [Measures(module.objective.chunk) for _ in self.parts or [None]]
+        measures = [Measures(module.objective.chunk) for _ in range(max(1, len(self.parts)))]
         with trainer.precision_plugin.val_step_context():
             for batch in self.batches:
                 batch = move_data_to_device(batch, module.device)
@@ -104,7 +104,7 @@ class Validation(Callback):
         """Return the metrics, and those of each part of a mixture as NAME/PART."""
         if not self.parts:
             return self._with_bpb(measures[0].result(), self.bytes_per_token)
-        whole, by_part = Measures(), {}
+        whole, by_part = Measures(), dict[str, float]()
         for part, sums in zip(self.parts, measures, strict=True):
             whole.add(part.weight, {name: value * (part.weight / sums.tokens) for name, value in sums.sums.items()})
             metrics = self._with_bpb(sums.result(), part.bytes_per_token)

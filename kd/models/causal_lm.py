@@ -173,11 +173,11 @@ class CausalLM(nn.Module):
                 torch.cat([self.head(self.hidden_states(part[None]))[0].float() for part in row.split(sizes)])
                 for row, sizes in zip(ids, rows, strict=True)
             ])  # fmt: skip
-        except Exception as error:
-            if out_of_memory(error):
+        except Exception as failure:
+            if out_of_memory(failure):
                 raise
-            why = f"{kind} takes no positions of documents in a row ({type(error).__name__}: {first_line(error)})"
-            raise UserError(option=option, conflict=f"{setting}=true", why=why, hint=hint) from error
+            why = f"{kind} takes no positions of documents in a row ({type(failure).__name__}: {first_line(failure)})"
+            raise UserError(option=option, conflict=f"{setting}=true", why=why, hint=hint) from failure
         finally:
             self.model.train(training)
         error, effect = (together - alone).abs().max(), (plain - alone).abs().max()

@@ -68,13 +68,19 @@ def _quantise(model: CausalLM, dtype: str, device: torch.device) -> None:
     make = Int8Linear if dtype == "int8" else _nf4()
     output = model.model.get_output_embeddings()
     outer = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(output.weight)}
-    inner = {name: p for name, p in model.model.named_parameters() if p.ndim > 1 and id(p) not in outer}
-    total, done = sum(p.numel() for p in inner.values()), 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and id(child.weight) not in outer:
-                done += child.weight.numel()
-                setattr(parent, name, make(child.to(device)))
+    inner = {name: p.numel() for name, p in model.model.named_parameters() if p.ndim > 1 and id(p) not in outer}
+    linear = [
+        (parent, name) for parent in model.modules() for name, child in parent.named_children()
+        if type(child) is nn.Linear and id(child.weight) not in outer
+    ]  # fmt: skip
+    total, done = sum(inner.values()), 0
+    for parent, name in linear:  # nothing else refers to a layer, so that its weights are freed as it is replaced
+        layer = make(parent.get_submodule(name).to(device))
+        done += layer.in_features * layer.out_features
+        setattr(parent, name, layer)
+    for p in model.parameters():
+        if p.is_floating_point():
+            p.data = p.data.clone()  # out of the file of the model, which else stays in memory as long as a part of it
     if total - done > MOST_LEFT * total:
         others = [name for name in inner if name in dict(model.model.named_parameters())]
         raise UserError(

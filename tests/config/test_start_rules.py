@@ -34,7 +34,7 @@ def test_what_is_measured_by_activations():
         ("start.layers=1 student=hub student.name=a/b", {"option": "start", "conflict": "student.name=a/b"}),
         ("start.layers=1 teacher=none logits=none", {"option": "start", "conflict": "teacher=none"}),
         ("start.layers=1 logits=cotrained", {"option": "start", "conflict": "logits=cotrained"}),
-        ("start.layers=1 start.keep=random adapter=lora", {"option": "start.keep", "conflict": "adapter=lora"}),
+        ("start.layers=1 start.keep=random adapter=lora", {"option": "adapter", "conflict": "start.keep=random"}),
         ("start.layers=[0] start.keep=every", {"option": "start.keep", "got": "every"}),
         ("start.ffn=8 start.keep=influence", {"option": "start.keep", "got": "influence"}),
         ("start.layers=1 start.sample=8", {"option": "start.sample", "got": "8"}),

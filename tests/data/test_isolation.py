@@ -100,6 +100,12 @@ def test_isolation_of_rows_that_hold_one_text_is_refused(words, why, tmp_path):
         corpus(small_config(tmp_path, words, "data.isolate=true"))
 
 
+@pytest.mark.parametrize("words", [("data=python", "data.isolate=true"), ("data=instructions", "data.pack=true")])
+def test_flash_attention_is_refused(words, tmp_path):
+    with refused(option=words[1].partition("=")[0], conflict="trainer.attention=flash_attention_2"):
+        small_config(tmp_path, *words, "trainer.attention=flash_attention_2")
+
+
 def test_runs_and_stores_depend_on_isolation(tmp_path):
     (tmp_path / "a.txt").write_text("\n\n".join(documents()))
     words = ("data=text", f"data.files={tmp_path}/a.txt", "logits=offline", "truncation=top_k")

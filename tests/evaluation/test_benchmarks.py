@@ -279,6 +279,8 @@ def test_finished_runs_of_a_sweep_get_benchmarks(root, tasks, monkeypatch, capsy
 def test_words_beside_runs_are_refused(tmp_path):
     with refused(option="loss", got="akl", need="benchmarks="):
         add_benchmarks(["runs=s", "loss=akl"])
+    with refused(option="runs", got="s", why="does not exist"):
+        add_benchmarks(["runs=s", "benchmarks=x", f"root={tmp_path}"])
     with refused(option="benchmarks", need="names of tasks"):
         add_benchmarks(["runs=s", f"root={tmp_path}"])
 

@@ -1,6 +1,7 @@
 """Runs with an adapter resume exactly from a checkpoint without the frozen weights, and end in a plain student."""
 
 import json
+import os
 import random
 import shutil
 import sys
@@ -257,3 +258,24 @@ def test_two_ranks_train_the_adapter_that_one_does(root, tmp_path):
     one, two = (result(folder(tmp_path / place, "fkl")) for place in ("one", "two"))
     assert one["final"]["val/lm"] == pytest.approx(two["final"]["val/lm"], abs=1e-5)
     assert one["trainable_parameters"] == two["trainable_parameters"]
+
+
+@pytest.mark.real
+@pytest.mark.skipif("KD_REAL_MODELS" not in os.environ, reason="no pretrained models here")
+def test_a_pretrained_pair_trains_and_its_merged_student_is_the_adapted_one(tmp_path):
+    """Load the student with plain transformers, and the adapter with plain PEFT. They have one embedding for both."""
+    from peft import PeftModel
+
+    real = Path(os.environ["KD_REAL_MODELS"])
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Number {n} comes before number {n + 1}." for n in range(300)))
+    typed = ["data=text", f"data.files={tmp_path / 'text.txt'}", "data.seq_len=32", "data.val_rows=2", "student=hub",
+             f"student.name={real / 'smollm2-15l'}", "teacher=hub", f"teacher.name={real / 'smollm2-135m'}",
+             "adapter=lora", "adapter.export=both", "trainer.steps=2", "trainer.batch=1",
+             "trainer.micro_batch=1"]  # fmt: skip
+    run = here(tmp_path / "runs", *typed)
+    base = AutoModelForCausalLM.from_pretrained(real / "smollm2-15l", dtype=torch.float32)
+    with torch.no_grad():
+        before = base(IDS).logits
+        adapted = PeftModel.from_pretrained(base, str(run / "adapter"))(IDS).logits
+    student = logits_of(run / "student")
+    assert (student - adapted).abs().max() < 1e-3 < (student - before).abs().max()

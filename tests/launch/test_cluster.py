@@ -131,11 +131,11 @@ def test_run_of_two_machines_is_preempted_and_ends_bit_for_bit(root, slurm, tmp_
     words = (*words, "hydra/launcher=submitit_slurm", "trainer.nodes=2", "trainer.devices=2")
     process = start(root, *words, **held.environment, **slurm.environment)
     held.wait(process, 4)
-    slurm.signal("USR2", "1_0")
+    slurm.signal("USR2", "1")
     until(lambda: is_requested(root))
     held.go()
     output = ended(process, 0, 1800)
-    assert slurm.jobs()["1_0"]["tries"] == 2 and "Traceback" not in output
+    assert slurm.jobs()["1"]["tries"] == 2 and "Traceback" not in output
     script = (slurm.folder / "1.sh").read_text()
     assert "#SBATCH --nodes=2" in script and "#SBATCH --ntasks-per-node=2" in script
     (run,), (other,) = runs(root).values(), runs(alone).values()

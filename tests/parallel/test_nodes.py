@@ -50,7 +50,9 @@ class Agents:
             f"--rdzv-conf=is_host={1 - node}",
         ]
         command = [sys.executable, "-m", "torch.distributed.run", *flags, str(TRAIN), *SMALL, f"root={self.root}"]
-        return python([*command, *NODES, *self.words[node]], self.root)
+        # Agents that share their store do not start again on it: github.com/pytorch/pytorch/issues/135712
+        alone = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if self.restarts else {}
+        return python([*command, *NODES, *self.words[node]], self.root, **alone)
 
     def wait_for(self, lines: int) -> None:
         """Wait until the run has measured something so many times."""

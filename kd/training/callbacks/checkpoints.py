@@ -98,7 +98,7 @@ class Checkpoints(Callback):
                 got=collectives.world_size(),
                 why=f"the checkpoint is of {len(states)} processes, each of which keeps the responses that it wrote",
                 need=f"{len(states)} processes to continue this run",
-                hint=f"type trainer.devices={len(states)}",
+                hint=f"type trainer.devices={len(states)} on one machine, or as many processes on several",
             )
         rollout.load(states[min(collectives.rank(), len(states) - 1)])
 
