@@ -130,9 +130,9 @@ def test_run_of_two_machines_is_preempted_and_ends_bit_for_bit(root, slurm, tmp_
     held = Fault(tmp_path / "held", "kd.training.module", STEP, AT=7, ACT="hold()")
     words = (*words, "hydra/launcher=submitit_slurm", "trainer.nodes=2", "trainer.devices=2")
     process = start(root, *words, **held.environment, **slurm.environment)
-    held.wait(process, 4)
+    until(lambda: len(held.fired()) >= 4, 900)
     slurm.signal("USR2", "1")
-    until(lambda: is_requested(root))
+    until(lambda: is_requested(root), 900)
     held.go()
     output = ended(process, 0, 1800)
     assert slurm.jobs()["1"]["tries"] == 2 and "Traceback" not in output
@@ -141,7 +141,7 @@ def test_run_of_two_machines_is_preempted_and_ends_bit_for_bit(root, slurm, tmp_
     (run,), (other,) = runs(root).values(), runs(alone).values()
     assert outcome(run) == outcome(other) and state(run)["state"] == "done"
     assert (run / "log.txt").read_text().count("step 12/12") == 1
-    until(lambda: not processes(root))
+    until(lambda: not processes(root), 900)
 
 
 def test_runs_of_several_machines_go_to_arrays_of_their_own(tmp_path, monkeypatch):
