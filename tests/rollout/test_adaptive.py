@@ -1,6 +1,5 @@
 """The replay buffer of rollout=adaptive."""
 
-
 import pytest
 import torch
 
