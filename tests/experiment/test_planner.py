@@ -110,7 +110,7 @@ def test_time_is_that_of_the_steps_measured(tmp_path, monkeypatch):
 
 
 def test_rows_that_do_not_fit_are_halved_as_in_a_run(tmp_path, monkeypatch):
-    step = step_timing.Step({"student": Cost(10, 8, 100.0)}, rows=1, micro_batch=2.0)
+    step = step_timing.Step({"student": Cost(10, 8, 100.0)}, 10, rows=1, micro_batch=2.0)
     tried = []
 
     def measure(config, *_):
