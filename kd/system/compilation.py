@@ -9,6 +9,7 @@ from contextlib import suppress
 import torch
 import torch._dynamo
 from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from kd.errors import first_line
 from kd.system import files
@@ -51,6 +52,8 @@ def keep_compiled_code() -> None:
     It is not kept in a root: roots are copied from others, and compiled code is executed as it is.
     """
     folder = (files.cache() / "compiled").absolute()
+    if os.environ.get(CACHE, default_cache_dir()) != default_cache_dir():  # torch itself sets its default when loaded
+        return
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault(CACHE, str(folder))
+        os.environ[CACHE] = str(folder)

@@ -3,6 +3,7 @@ import os
 import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.runtime import cache_dir_utils
 
 from kd.system import compilation
 
@@ -38,6 +39,15 @@ def test_compiled_code_is_kept_beside_other_caches(cache):
     compilation.keep_compiled_code()
     assert os.environ[compilation.CACHE] == str(cache / "compiled")
     assert (cache / "compiled").is_dir()
+
+
+def test_the_folder_that_torch_sets_when_it_is_loaded_is_replaced(cache, monkeypatch, tmp_path):
+    for module in (cache_dir_utils, compilation):
+        monkeypatch.setattr(module, "default_cache_dir", lambda: str(tmp_path / "torch"))
+    cache_dir_utils.cache_dir()  # as on import of torch's compiler
+    assert os.environ[compilation.CACHE] == str(tmp_path / "torch")
+    compilation.keep_compiled_code()
+    assert cache_dir_utils.cache_dir() == str(cache / "compiled")
 
 
 def test_a_folder_that_the_environment_names_is_left(cache, monkeypatch, tmp_path):
