@@ -90,14 +90,6 @@ def check_attention(config: ExperimentConfig) -> None:
     trainer = config.trainer
     if trainer.attention != "flash_attention_2":
         return
-    if config.data.isolate or config.data.pack:
-        raise UserError(
-            option="trainer.attention",
-            got=trainer.attention,
-            conflict="data.isolate=true" if config.data.isolate else "data.pack=true",
-            why="that documents of a row are kept apart is not tested with it",
-            hint="type trainer.attention=sdpa",
-        )
     for option, value, need in (("accelerator", "cpu", "gpu"), ("precision", "fp32", "bf16")):
         if getattr(trainer, option) == value:
             raise UserError(

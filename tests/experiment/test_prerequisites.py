@@ -184,7 +184,7 @@ def estimated(root, *more) -> planner.Estimate:
 )
 def test_plan_counts_the_time_of_writing(rollout, written, root, words, monkeypatch):
     costs = {role: Cost(10, 8, 0.001) for role in ("student", "teacher")}
-    step = step_timing.Step(costs, rows=2, micro_batch=0.0, writing=7.0, answering=5.0)
+    step = step_timing.Step(costs, trainable=10, rows=2, micro_batch=0.0, writing=7.0, answering=5.0)
     monkeypatch.setattr(step_timing, "_measure", lambda *_: step)
     monkeypatch.setattr(planner, "_measured", {})
     more = f"rollout={rollout} trainer.steps=10 trainer.batch=4 trainer.micro_batch=2 responses.samples=3 seed=7"
@@ -195,7 +195,7 @@ def test_plan_counts_the_time_of_writing(rollout, written, root, words, monkeypa
 
 def test_plan_names_all_that_is_made_first_for_recorded_logits(root, words, monkeypatch):
     """The teacher's recorded run in place of the teacher, and what the student starts from beside it."""
-    step = step_timing.Step({role: Cost(10, 8, 0.001) for role in ("student", "teacher")}, micro_batch=0.0)
+    step = step_timing.Step({role: Cost(10, 8, 0.001) for role in ("student", "teacher")}, 10, micro_batch=0.0)
     monkeypatch.setattr(step_timing, "_measure", lambda *_: step)
     monkeypatch.setattr(planner, "_measured", {})
     recorded = small_config(root, *words, *SFT, "start.seed=5", "teacher.seed=5", "logits=recorded", "truncation=top_k")

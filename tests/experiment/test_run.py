@@ -332,7 +332,7 @@ def alike(a, b) -> bool:
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(k == "seconds" or alike(a[k], b[k]) for k in a)
+        return a.keys() == b.keys() and all(k in ("seconds", "step_times") or alike(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(alike, a, b))
     return a == b

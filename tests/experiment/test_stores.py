@@ -293,7 +293,7 @@ def test_no_teacher_is_loaded_once_the_store_is_there(root, monkeypatch):
     shutil.rmtree(folder(root, "lm"))
     monkeypatch.setattr(hub, "pretrained", None)
     monkeypatch.setattr(prerequisites, "teacher_model", None)
-    for more in ((), ("teacher=none",), ("teacher=none", "logits.path=null", "teacher=100k", "record=full")):
+    for more in ((), ("teacher=none",), ("logits.path=null",)):
         run = here(root, *words, *more)
         assert outcome(run) == outcome(online)
         shutil.rmtree(run)

@@ -48,8 +48,7 @@ def test_flash_attention_is_refused_where_it_is_not_installed():
 @pytest.mark.parametrize(
     ("words", "conflict"),
     [(("trainer.precision=fp32",), "trainer.precision=fp32"),
-     (("trainer.precision=bf16", "trainer.accelerator=cpu"), "trainer.accelerator=cpu"),
-     (("trainer.precision=bf16", "data.isolate=true"), "data.isolate=true")],
+     (("trainer.precision=bf16", "trainer.accelerator=cpu"), "trainer.accelerator=cpu")],
 )  # fmt: skip
 def test_flash_attention_is_refused_where_it_cannot_compute(tmp_path, words, conflict):
     with refused(option="trainer.attention", got="flash_attention_2", conflict=conflict, hint="trainer.attention=sdpa"):

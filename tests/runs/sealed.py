@@ -8,6 +8,7 @@ from kd.experiment import prerequisites
 from tests.small import folder, small_config
 
 RUN = ("trainer.steps=2", "teacher.steps=2")
+UNSEALED = ("state.json", "performance.jsonl")  # no number of a report or fit is read from them
 
 
 def show(root: Path, *words: str) -> prerequisites.FinishedRun:
@@ -39,9 +40,7 @@ def unseal(run: Path) -> None:
 
 def names(root: Path) -> list[str]:
     run = folder(root, "fkl")
-    return [
-        p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file() and p.name not in (".lock", "state.json")
-    ]
+    return [p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file() and p.name not in (*UNSEALED, ".lock")]
 
 
 def result(root: Path, name: str = "fkl") -> dict:

@@ -13,7 +13,7 @@ from kd.runs.outcome import RunState
 from kd.runs.run import Run, check_student
 from kd.system import files
 from tests.refusals import refused
-from tests.runs.sealed import RUN, edit, flip, names, show, unseal
+from tests.runs.sealed import RUN, UNSEALED, edit, flip, names, show, unseal
 from tests.small import folder, here, small_config
 
 
@@ -21,7 +21,7 @@ def test_every_file_of_a_run_is_sealed(finished):
     for run in (folder(finished, "fkl"), folder(finished, "lm")):
         result = json.loads((run / "result.json").read_text())
         written = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file() and p.name[0] != "."}
-        assert result["files"].keys() == written - {"result.json", "state.json"}
+        assert result["files"].keys() == written - {"result.json", *UNSEALED}
         assert all(files.digest(run / name) == digest for name, digest in result["files"].items())
         assert result["digest"] == files.digest_of({k: v for k, v in result.items() if k != "digest"})
 
@@ -95,7 +95,15 @@ def test_a_student_that_is_loaded_by_its_path_is_checked(root):
     (root / "text.txt").write_text("\n\n".join(f"s1 s2 s{i}" for i in range(400)))
     edit(student / "config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5')
     with refused(option=student, why="is damaged: config.json"):
-        here(root, *RUN, *words, f"data.files={root / 'text.txt'}", "data.val_share=0.2", "teacher=none", "logits=none")
+        here(
+            root,
+            "trainer.steps=2",
+            *words,
+            f"data.files={root / 'text.txt'}",
+            "data.val_share=0.2",
+            "teacher=none",
+            "logits=none",
+        )
 
 
 def test_a_link_to_a_student_is_checked_as_the_student_is(root):
@@ -139,7 +147,7 @@ def test_results_from_before_the_seals_are_accepted_and_marked(root, capsys):
 def test_what_is_damaged_under_a_url_is_said_and_a_damaged_copy_is_fetched_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
     remote_root = tmp_path / "there"
-    words = (*RUN, f"root=file://{remote_root}", "logits=none", "teacher=none")
+    words = ("trainer.steps=2", f"root=file://{remote_root}", "logits=none", "teacher=none")
     run = here(tmp_path, *words)  # its copy on this machine
     original = remote_root / run.name / "student"
     assert files.digest(original / "config.json") == files.digest(run / "student" / "config.json")

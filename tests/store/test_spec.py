@@ -17,7 +17,7 @@ from kd.store.reader import Store
 from kd.store.spec import covers
 from kd.system import files, programs
 from tests.refusals import refused
-from tests.small import SMALL, folder, here, put_result, result, type_in
+from tests.small import SMALL, folder, here, put_result, result, small_words, type_in
 from tests.store.damage import OFFLINE, only, refusal
 
 
@@ -103,7 +103,12 @@ def test_one_token_of_the_data(tmp_path):
     small = [w for w in SMALL if not w.startswith("data")]
 
     def run(*more: str) -> None:
-        all_words = [*small, *(OFFLINE if "logits=none" not in more else ()), f"root={tmp_path}", *more]
+        all_words = [
+            *small_words(small, more),
+            *(OFFLINE if "logits=none" not in more else ()),
+            f"root={tmp_path}",
+            *more,
+        ]
         product.train(config_of(all_words))
 
     run(*text(tmp_path, words), "data.vocab=300", "logits=none", "teacher=none")

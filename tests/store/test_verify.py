@@ -67,8 +67,8 @@ def test_an_empty_root_in_the_environment_counts_as_none(monkeypatch):
 
 
 def test_verify_finds_numbers_that_the_teacher_does_not_say(root, command_line, monkeypatch):
-    def other(settings, components, train):
-        model = real(settings, components, train)
+    def other(*arguments):
+        model = real(*arguments)
         with torch.no_grad():
             model.head.output.weight.mul_(3)
         return model
@@ -129,6 +129,7 @@ def test_verify_reads_the_settings_of_an_earlier_version(root, command_line):
     path = only(root) / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest.pop("digest")
+    manifest["settings"].pop("adapter")  # newer than that version
     for group, node in manifest["settings"].items():
         if isinstance(node, dict) and node.get("_target_", "").startswith("kd."):
             module, _, name = node["_target_"].rpartition(".")

@@ -162,7 +162,7 @@ def test_the_sweep_file_of_a_folder_gives_the_question(sweep, theirs):
     assert text.startswith("## Sweep s: Which loss wins?\n") and "Answers to: Someone 2020: fkl" in text
     assert "Which loss wins?" in (sweep.root / "sweeps" / "s.html").read_text()
     words = shlex.split(search_path.sweep_command("s", "my runs"))
-    assert words == ["python", "train.py", f"hydra.searchpath=['file://{theirs}']", "sweeps=s", "root='my runs'"]
+    assert words == ["python", "train.py", f'hydra.searchpath=["file://{theirs}"]', "sweeps=s", 'root="my runs"']
 
 
 @pytest.mark.parametrize(

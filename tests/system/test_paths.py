@@ -27,7 +27,7 @@ from kd.system.remote import create_root, local_root
 from sweeps.fit.__main__ import main as fit_main
 from sweeps.report.__main__ import main as report_main
 from tests.refusals import refused
-from tests.small import ENVIRONMENT, SMALL, TOP, TRAIN, here, listed, small_config, train, write
+from tests.small import ENVIRONMENT, SMALL, TOP, TRAIN, here, listed, small_config, small_words, train, write
 
 
 @pytest.fixture
@@ -124,7 +124,14 @@ ODD = ("r[/b]m", "r[x]", "r[red]m", "r:x:", "a\\[b]")
 @pytest.mark.parametrize("name", ODD)
 def test_no_name_is_markup(name, tmp_path, capsys, monkeypatch):
     run = Run(tmp_path / name, f"fkl{name}")
-    result = {"final": {"val/lm": 1.0}, "entropy": 1.0, "tokens": 1, "seconds": 1.0, "flops": 1.0}
+    result = {
+        "config": {"trainer.steps": 1},
+        "final": {"val/lm": 1.0},
+        "entropy": 1.0,
+        "tokens": 1,
+        "seconds": 1.0,
+        "flops": 1.0,
+    }
     monkeypatch.setattr(provenance, "done_before", lambda result: "done before")
     monkeypatch.setattr(provenance, "doubts", lambda result: [f"a note on {name}"])
     show(FinishedRun(run, result, before=True))
@@ -229,7 +236,7 @@ def test_a_root_that_is_read_alone_shows_what_is_done_and_says_what_cannot_be(re
     command = [
         str(TRAIN),
         *(w for w in words if w == "-m"),
-        *SMALL,
+        *small_words(SMALL, words),
         f"root={read_only_root}",
         *(w for w in words if w != "-m"),
     ]
