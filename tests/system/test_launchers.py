@@ -41,8 +41,8 @@ def test_a_process_alone_is_no_rank(monkeypatch):
     assert not by_torchrun() and not by_srun({"SLURM_STEP_NUM_TASKS": "2"})
 
 
-PROGRAMS = ["train.py", "kd.data", "kd.evaluate", "kd.store", "kd.runs", "kd.bench", "kd.bench.work", "sweeps.report", "sweeps.fit",
-            "sweeps.dashboard"]  # fmt: skip
+PROGRAMS = ["train.py", "kd.data", "kd.evaluate", "kd.store", "kd.runs", "kd.bench", "kd.bench.work",
+            "sweeps.report", "sweeps.fit", "sweeps.dashboard"]  # fmt: skip
 
 
 def printed(script: str) -> str:
