@@ -140,7 +140,8 @@ def check_layers(total: int, layers: int | Sequence[int] | None) -> None:
     """Raise UserError for more layers than there are, and for a list that names one twice or out of order."""
     if isinstance(layers, int) and layers > total:
         why, need = f"the teacher has {total} layers", f"at most {total}"
-        raise UserError(option="start.layers", got=layers, why=why, need=need, hint=f"type start.layers={total}")
+        hint = f"type e.g. start.layers={max(1, total - 1)}"
+        raise UserError(option="start.layers", got=layers, why=why, need=need, hint=hint)
     if isinstance(layers, Sequence):
         in_order = all(type(i) is int for i in layers) and list(layers) == sorted(set(layers))
         if not layers or not in_order or not 0 <= layers[0] <= layers[-1] < total:
