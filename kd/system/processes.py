@@ -51,7 +51,16 @@ def is_alive(process: dict) -> bool:
         return False
     except PermissionError:
         pass
-    return True
+    return not _is_zombie(process["pid"])
+
+
+def _is_zombie(pid: int) -> bool:
+    """Return True for a process that has ended and that its parent has not asked about yet, where /proc shows it."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] == "Z"
 
 
 def is_same_process(a: dict, b: dict) -> bool:
