@@ -16,18 +16,12 @@ def check_adapter(config: ExperimentConfig) -> None:
     if adapter.is_none:
         return
     refused = UserError(option="adapter", got=adapter.name)
+    random = refused.replace(why="the weights under an adapter stay as they are, and these are random")
     if not config.is_pretrained:
-        raise refused.replace(
-            conflict=f"student.size={config.student.size}",
-            why="the weights under an adapter stay as they are, and these are random",
-            hint="type student=hub student.name=…, or start=pretrained",
-        )
+        hint = "type student=hub student.name=…, or start=pretrained"
+        raise random.replace(conflict=f"student.size={config.student.size}", hint=hint)
     if config.start.to_dict().get("keep") == "random":
-        raise refused.replace(
-            conflict="start.keep=random",
-            why="the weights under an adapter stay as they are, and these are random",
-            hint="leave start.keep out",
-        )
+        raise random.replace(conflict="start.keep=random", hint="leave start.keep out")
     if config.optim.name == "mup":
         raise refused.replace(
             conflict="optim=mup",

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 def check_isolation(config: ExperimentConfig) -> None:
     """Refuse FlashAttention 2, which keeps documents apart in batches of a single row alone."""
-    setting = "data.pack" if config.data.pack else "data.isolate"
-    if (config.data.pack or config.data.isolate) and config.trainer.attention == "flash_attention_2":
+    setting = config.data.isolation
+    if setting and config.trainer.attention == "flash_attention_2":
         raise UserError(
             option=setting,
             got=True,

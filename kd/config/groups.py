@@ -111,6 +111,11 @@ class DataConfig(Component):
         """True if the text consists of prompts and responses."""
         return self.name == "instructions"
 
+    @property
+    def isolation(self) -> str | None:
+        """Setting by which documents of a row do not see each other; None if they do."""
+        return "data.pack" if self.pack else "data.isolate" if self.isolate else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain containers; the options of packing come first, as in config.yaml."""
         packing = {option.name: self.args[option.name] for option in options(DataConfig) if option.name in self.args}

@@ -64,7 +64,7 @@ def errors_of(part: str) -> Iterator[None]:
 
 def _within(text: str, part: str) -> str:
     """Return a text with the settings of a source as those of a part."""
-    names = "name|subset|split|field|revision|streaming|files|sample_by"
+    names = "|".join({name for source in SOURCES for name in argument_types.parameters_of(getattr(corpora, source))[0]})
     return re.sub(rf"(?<![\w.])data\.({names})\b", rf"data.parts.{part}.\1", text)
 
 

@@ -123,8 +123,7 @@ def assemble(run: Run, config: ExperimentConfig, inputs: Inputs) -> Assembly:
     if inputs.packed.val_spans is not None:  # they respond to prompts when training has ended
         for model in filter(None, (student, teacher.model)):
             generate.check_cache(model)
-    if inputs.packed.train_marks is not None:
-        setting = "data.pack" if config.data.pack else "data.isolate"
+    if setting := config.data.isolation:
         student.check_isolation("student", setting)
         if teacher.model:
             teacher.model.check_isolation("teacher", setting)
@@ -213,13 +212,9 @@ def finish(run: Run, config: ExperimentConfig, inputs: Inputs, parts: Assembly) 
         student.to(device)  # Lightning has moved it to the CPU
         trainer = config.trainer
         parts.callbacks.recorder.recorder.finish(
-            OnlineTeacher(student),
-            device,
-            inputs.packed.val,
-            trainer.micro_batch,
-            trainer.steps,
+            OnlineTeacher(student), device, inputs.packed.val, trainer.micro_batch, trainer.steps,
             inputs.packed.val_marks,
-        )
+        )  # fmt: skip
     if weights:
         student = inputs.student(config)
         student.load_state_dict(weights)

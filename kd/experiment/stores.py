@@ -211,8 +211,8 @@ def open_or_write(config: ExperimentConfig, packed: Packed, keep: Keep, teacher:
 def write_part(config: ExperimentConfig, packed: Packed, keep: Keep, model: CausalLM, part: tuple[int, int]) -> None:
     """Write one of several parts of the store that a config describes, to be merged with the others."""
     place, spec = Plan.from_config(config).store_place, store_spec(config, packed)
-    if packed.train_marks is not None:
-        model.check_isolation("teacher", "data.pack" if config.data.pack else "data.isolate")
+    if setting := config.data.isolation:
+        model.check_isolation("teacher", setting)
     encoder = RowEncoder.finished(OnlineTeacher(model), spec, keep, config.trainer.accelerator)
     about = about_store(config, packed, model, place.key)
     writer.write(place.folder, spec, about, packed, encoder, config.trainer.micro_batch, part)

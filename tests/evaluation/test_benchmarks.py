@@ -23,12 +23,12 @@ from sweeps.report.benchmarks import benchmark_section
 from sweeps.report.groups import group_runs
 from sweeps.report.table import rows_of
 from tests.refusals import refused
+from tests.runs.sealed import RUN
 from tests.small import folder, here, result, shared, small_config
 from tests.sweeps.fake import Sweep
 
 pytest.importorskip("lm_eval", reason="kd[lm-eval] is not installed")
 
-RUN = ("trainer.steps=2", "teacher.steps=2")
 YAML = """task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.injection import ended, until
-from tests.small import SMALL, TRAIN, folder, outcome, python, result, train
+from tests.small import SMALL, TRAIN, folder, outcome, python, result
 
 pytestmark = pytest.mark.slow
 
@@ -63,20 +63,6 @@ class Agents:
     def end(self, *codes: int) -> str:
         """Wait for both, and return what they printed. codes: their exit codes."""
         return "".join(ended(process, code, SECONDS) for process, code in zip(self.processes, codes, strict=True))
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
-    """A root with data and a teacher."""
-    root = tmp_path_factory.mktemp("prepared")
-    train(root, "trainer.steps=1")
-    shutil.rmtree(folder(root, "fkl"))
-    return root
-
-
-@pytest.fixture
-def root(prepared, tmp_path) -> Path:
-    return Path(shutil.copytree(prepared, tmp_path / "root"))
 
 
 @pytest.mark.timeout(3600)

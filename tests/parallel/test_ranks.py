@@ -29,20 +29,6 @@ SOURCES = {
 }
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """A root with data and a teacher."""
-    root = tmp_path_factory.mktemp("made")
-    train(root, "trainer.steps=1")
-    shutil.rmtree(folder(root, "fkl"))
-    return root
-
-
-@pytest.fixture
-def root(finished, tmp_path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "root"))
-
-
 def run_of(root: Path) -> Path:
     """The student's run: the one that was made last."""
     return max(root.glob("*/config.json"), key=lambda p: p.stat().st_mtime_ns).parent

@@ -1,6 +1,5 @@
 """Upload of a student to the Hub, whose client is a stand-in here: checked before a training, repeatable after it."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,9 +8,8 @@ import train as product
 from kd.runs import upload
 from kd.runs.run import Run
 from tests.refusals import refused
-from tests.small import folder, here, result, shared, small_config
-
-RUN = ("trainer.steps=2", "teacher.steps=2")
+from tests.runs.sealed import RUN
+from tests.small import folder, result, small_config
 
 
 class Hub:
@@ -44,17 +42,6 @@ def hub(monkeypatch) -> type[Hub]:
     client = type("Client", (Hub,), {"faults": {}, "calls": [], "account": dict(Hub.account)})
     monkeypatch.setattr("huggingface_hub.HfApi", client)
     return client
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """A root with a student and its teacher."""
-    return shared(tmp_path_factory, "student", lambda root: here(root, *RUN))
-
-
-@pytest.fixture
-def root(finished, tmp_path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "root"))
 
 
 def test_a_student_is_uploaded_with_its_card_and_the_name_of_the_run_stays(root, hub, capsys):
